@@ -38,6 +38,8 @@ LEVEL_SPREAD = 0.03
 CERTAINTY = 3.0
 """Standard errors by which trees with ids must be better to stand alone, since an id's worth lasts less long than a
 counter's. Where they help less, the mean of both sets stands."""
+EVEN = Blend(0.5, 0.5, 0.0)
+"""The blend of a task with too few labels to fit one."""
 LEAD = 1.0
 """Standard errors by which a blend must be better than the network alone, and trees alone better than a blend."""
 
@@ -137,11 +139,10 @@ def fit_task(
     is_better = is_clearly_less(taken.losses, of_network, weights, users, LEAD)
     if taken.blend.trees == 0 or (alone[0] <= alone[1] and not is_better):
         return None, f"no trees: both together are not clearly better than the network alone; {told}"
-    blend, is_alone = taken.blend, is_clearly_less(of_trees, taken.losses, weights, users, LEAD)
-    blend = Blend(0.0, 1.0, 0.0) if is_alone else blend
-    few = ", half of each as few labels are there" if blend == Blend(0.5, 0.5, 0.0) else ""
-    weights_of_both = f"{blend.network:.3g} x network + {blend.trees:.3g} x trees{few}"
-    return (taken.text, blend), f"{taken.name}; {weights_of_both}; {told}"
+    trees_lead = is_clearly_less(of_trees, taken.losses, weights, users, LEAD)
+    blend = Blend(0.0, 1.0, 0.0) if trees_lead else taken.blend
+    few = " (too few labels to fit the weights)" if blend == EVEN else ""
+    return (taken.text, blend), f"{taken.name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees{few}; {told}"
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def fit_blend(
         The blend, half of each without enough labels.
     """
     if (min(labels.sum(), (1 - labels).sum()) if kind == "binary" else len(labels)) < FEWEST["temperature"]:
-        return Blend(0.5, 0.5, 0.0)
+        return EVEN
     weight = np.full(len(labels), 1 / len(labels)) if weights is None else weights / weights.sum()
     # A regression is fitted in standard deviations from its labels' mean.
     middle, unit = (0.0, 1.0) if kind == "binary" else (labels.mean(), labels.std() or 1.0)

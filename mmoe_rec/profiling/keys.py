@@ -256,9 +256,9 @@ def _find_by_structure(meaning: Meaning) -> None:
         if purpose == "candidate" and keys.keys().isdisjoint(("user", "request")):
             continue  # there are no lists
         if purpose not in keys and some:
-            of_user = [(has(each.name, IDS), each.kind == "text") if purpose == "user" else () for each in some]
-            *_, name = max((of, each.distinct, each.name) for of, each in zip(of_user, some, strict=True))
-            keys[purpose] = name
+            first = [each for each in some if purpose == "user" and has(each.name, IDS)] or some
+            best = max(first, key=lambda each: (purpose == "user" and each.kind == "text", each.distinct, each.name))
+            keys[purpose] = best.name
             meaning.key_checks[purpose] = f"no name says so, but {why[purpose]}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
 import numpy as np
@@ -176,19 +176,19 @@ class Aucs:
 
     def __init__(self, meaning: Meaning) -> None:
         self._meaning = meaning
+        self._codes = lru_cache(1)(lambda name: codes_of(self._sample[0].column(name)))  # asked for in turn
 
     def best(self, each: Column) -> tuple[float, str]:
         """Return the highest AUC of a column and its task, 0 if there is none."""
         rows, tasks = self._sample
-        codes, half = codes_of(rows.column(each.name)), rows.column(HALF).to_numpy().astype(bool)
+        codes, half = self._codes(each.name), rows.column(HALF).to_numpy().astype(bool)
         found = {task: float(np.nan_to_num(auc_alone(codes, its, half)[0])) for task, its in tasks.items()}
         task = max(found, key=lambda name: (found[name], name), default="")
         return found.get(task, 0.0), task
 
     def comes_after(self, each: Column) -> str | None:
         """Return the task in whose positive rows alone a column has a value that is not its usual one."""
-        rows, tasks = self._sample
-        codes = codes_of(rows.column(each.name))
+        codes, (_, tasks) = self._codes(each.name), self._sample
         return next((task for task, its in tasks.items() if tells_it(codes, its, (its == 1).mean())), None)
 
     def find_leak(self, each: Column, purposes: Sequence[Purpose]) -> str | None:
@@ -201,8 +201,7 @@ class Aucs:
         Returns:
             Why the column is nearly a label. Otherwise None, and a column that predicts a label well gets a check.
         """
-        rows, tasks = self._sample
-        codes = codes_of(rows.column(each.name))
+        codes, (_, tasks) = self._codes(each.name), self._sample
         for purpose, (task, labels) in product(purposes, tasks.items()):
             value, learned, number, mean, rate = _merge_rows(*self._keys[purpose], codes, labels)
             found, only = [(task, *auc_alone(value, mean, learned), LEAK, SUSPECT)], ""

@@ -192,7 +192,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
             _set(tree, key, value)
     if isinstance(found := _validate(tree), Settings):
         return found
-    alone, keys = _validate(load_yaml(file.read_text(encoding="utf-8"))), [key for key, _ in given]
+    own, keys = load_yaml(file.read_text(encoding="utf-8")), [key for key, _ in given]  # without the overrides
+    alone = _validate(own)
     of_file = [] if isinstance(alone, Settings) else [(each["loc"], each["msg"]) for each in alone.errors()]
 
     def find_source(problem: Any) -> str:
@@ -203,7 +204,6 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
         blamed = blamed or [key for key in keys if location == key[: len(location)]] or keys
         return f"{given_by} ({', '.join(dict.fromkeys(f'--{each}' for each in map('.'.join, blamed)))})"
 
-    own = load_yaml(file.read_text(encoding="utf-8"))
     sections = [(key[:2], own[key[0]]) for key in keys if len(key) > 2 and isinstance(own.get(key[0]), dict)]
     new = {
         f" '{path}' has no '{'.'.join(key)}'{_nearest(key[1], [*names])}"

@@ -38,20 +38,13 @@ class WrongInFloat32(InFloat32):
 
 
 @pytest.mark.parametrize("added", [Doubled, WrongInFloat32])
-def test_other_logits_are_refused_where_the_model_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: type[Experts]
+def test_other_logits_are_refused_where_the_model_is_written_and_loaded(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: type[Experts]
 ) -> None:
     monkeypatch.setattr(levels, "Experts", added)
     with pytest.raises(UserError, match=OFF):
         SmallModel(tmp_path)
     assert not (tmp_path / "model").exists()
-
-
-@pytest.mark.parametrize("added", [Doubled, WrongInFloat32])
-def test_other_logits_are_refused_where_the_model_is_loaded(
-    small: SmallModel, monkeypatch: pytest.MonkeyPatch, added: type[Experts]
-) -> None:
-    monkeypatch.setattr(levels, "Experts", added)
     with pytest.raises(UserError, match=OFF):
         Ranker.load(small.folder)
 

@@ -103,14 +103,20 @@ def test_ids_that_are_seen_too_seldom_are_found(tmp_path):
     assert finding["cost"] == pytest.approx(max(importance(feature(health, "item")), LEAST))
 
 
+def rare_clicks(of_split: str, number: int):
+    """A change that leaves so many clicks in the rows of a split."""
+
+    def change(split: str, frame: pd.DataFrame) -> None:
+        if split == of_split:
+            frame["label.click"] = (np.arange(len(frame)) < number).astype(float)
+
+    return change
+
+
 def test_labels_that_are_too_rare_are_found_with_a_split_that_has_more(tmp_path):
     """40 of 3,000 test rows, which begin on the 27th and take ten days, are positive."""
 
-    def rare(split: str, frame: pd.DataFrame) -> None:
-        if split == "test":
-            frame["label.click"] = (np.arange(len(frame)) < 40).astype(float)
-
-    health = health_of_frames(tmp_path, changed(16, rare))
+    health = health_of_frames(tmp_path, changed(16, rare_clicks("test", 40)))
     assert found(health, "rare") == ["click"]
     assert "task 'click' has 40 rows of its rarer label in test rows, and 50 are needed" in message(health, "rare")
     assert overrides(health["findings"], "click") == ["--split.validation_end 2024-01-22"]
@@ -119,11 +125,7 @@ def test_labels_that_are_too_rare_are_found_with_a_split_that_has_more(tmp_path)
 
 
 def test_half_of_the_validation_users_must_have_labels_enough(tmp_path):
-    def rare(split: str, frame: pd.DataFrame) -> None:
-        if split == "validation":
-            frame["label.click"] = (np.arange(len(frame)) < 80).astype(float)
-
-    health = health_of_frames(tmp_path, changed(18, rare))
+    health = health_of_frames(tmp_path, changed(18, rare_clicks("validation", 80)))
     assert found(health, "rare") == ["click"]
     expected = "task 'click' has 80 rows of its rarer label in validation rows, and 100 are needed"
     assert expected in message(health, "rare")
