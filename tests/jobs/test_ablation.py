@@ -1,6 +1,7 @@
 """`ablate` beside a plain loop: columns of encoded rows are exchanged one by one, and scikit-learn measures."""
 
 import json
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -149,7 +150,9 @@ def test_a_copy_is_needed_by_the_model_and_by_no_training(tmp_path: Path) -> Non
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(variants, "_train", None)  # all have ended
-        assert run_and_read(*words).splitlines()[:5] == printed.splitlines()[:5]
+        again = run_and_read(*words)
+    cost = re.compile(r",? and saves [^;\n]* of a request")  # of a clock, and left out when it is close to zero
+    assert cost.sub("", again).splitlines()[:5] == cost.sub("", printed).splitlines()[:5]
     assert "--features.noise null" in printed
 
 
