@@ -80,7 +80,7 @@ ELSEWHERE = {
     "structures --seeds": (
         "jobs/test_structures.py::test_the_command_goes_on_after_a_kill_and_its_numbers_are_plain_ones"
     ),
-    "quickstart --fast": "pipelines/test_end_to_end.py::test_leaves_everything_in_its_folder_and_says_what_to_type",
+    "quickstart --full": "pipelines/test_end_to_end.py::test_full_adds_the_table_with_the_baselines",
     "edit-experts --add": (
         "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on"
     ),
@@ -285,7 +285,7 @@ def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> N
     # The quickstart has trained it before, so this one may do just as well as the model that holds the alias.
     assert re.search("registered as models:/complete_journey@(champion|challenger)", train)
     assert "ndcg_at_10" in evaluate
-    assert "gradient boosting" in said["python -m pipelines.quickstart"]
+    assert "bought: AUC" in said["python -m pipelines.quickstart"]
     for made in ("features", "checkpoints", "model", "evaluation/metrics.json"):
         assert (folder / "data" / "complete_journey" / "work" / made).exists()
 

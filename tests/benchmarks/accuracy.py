@@ -84,8 +84,8 @@ def settings_of(table: str, work: Path) -> Settings:
         return sequences.settings_of_world(work, "attention", store[1])
     if table == "deskdrop":
         return load_settings(DESKDROP, ["--data.work", str(work / "work"), "--model.trees", "{}", *store])
-    settings = quickstart_settings(table == "slice", work, store)
-    ingest_log(work, table == "slice")
+    settings = quickstart_settings(table != "slice", work, store)
+    ingest_log(work, table != "slice")
     return settings
 
 
