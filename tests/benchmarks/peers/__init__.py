@@ -1,1 +1,0 @@
-"""torch-rechub and DeepCTR-Torch, in an environment of their own, on rows that this project encoded."""
