@@ -159,18 +159,8 @@ def test_what_each_event_of_a_history_has_besides():
         (["none"], [brand], "attributes 'none' is not an id feature of the candidate with a table of its own"),
         (["item"], [brand], "has 'item' both as `of` and among its `attributes`: leave it out"),
         (["brand"], [brand, ("f_brand", brand[1])], "has an input 'f_brand', and so has another feature: rename one"),
-        ([], [brand, ("f_ages", brand[1])], "has an input 'f_ages', and so has another feature: rename one"),
     ):
-        _refuses(message, _feature("history", **own, attributes=attributes, ages=True), *others)
-    types = {"column": "how", "values": ["view"]}
-    for more, message in (
-        ({**own, "outcomes": ["click", "buy"]}, "'buy' of its `outcomes` is not a binary task; such tasks are: click"),
-        ({**own, "outcomes": ["click"]}, "has an input 'f_click', and so has another feature: rename one"),
-        ({**own, "event_types": types}, "has `event_types`, which only a history of `events` can have"),
-        ({"events": "views", "of": "item", "outcomes": ["click"]}, "has `outcomes`, but events have no labels"),
-    ):
-        events = {"views": {"path": "views", "time": "at"}}
-        _refuses(message, _feature("history", **more), ("f_click", brand[1]), events=events)
+        _refuses(message, _feature("history", **own, attributes=attributes), *others)
 
 
 def test_a_table_that_is_not_there_or_not_ones_own():

@@ -6,7 +6,6 @@ vocabulary can grow at its end without moving any row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -238,34 +237,6 @@ class Vocabulary:
             return self._index.get_loc(value)
         except KeyError:
             return -1
-
-
-class ListedValues:
-    """Values that settings list, and their rows of a table; `others` is row 0, which all that are not listed share.
-
-    Without `others`, the first value is row 0.
-    """
-
-    def __init__(self, name: str, values: Sequence[str] | Sequence[int], what: str, others: bool = False) -> None:
-        """what: begins the sentence about a value that has no row."""
-        self.name, self.what, self.first = name, what, int(others)
-        self.values = pa.array(values)
-        self.rows, self.id_type = len(values) + self.first, self.values.type
-
-    def encode(self, values: pa.Array) -> np.ndarray:
-        """(N,) int64 table rows. Raises UserError for values of another type, or without a row."""
-        kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
-        if kind != self.id_type and not pt.is_null(kind):
-            raise UserError(f"{self.what} holds {kind} where the settings list {self.id_type}")
-        found = filled(pc.index_in(values.cast(self.id_type), self.values), -1).to_numpy() + self.first
-        if len(values) and found.min() < 0:
-            unknown = values[int(found.argmin())].as_py()
-            raise UserError(f"{self.what} is one of {', '.join(map(str, self.values.to_pylist()))}: found {unknown!r}")
-        return found.astype(np.int64)
-
-    def decode(self, rows: np.ndarray) -> list[Any]:
-        """The values at (N,) int64 table rows; None for all others."""
-        return self.values.take(pa.array(rows - self.first, mask=rows < self.first)).to_pylist()
 
 
 def _as_numpy(values: pa.Array) -> np.ndarray:

@@ -100,7 +100,7 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
     }
     tasks = set[str | None]()
     if as_of == "log":
-        tasks.update(*(each.tasks_read for each in features.values() if isinstance(each, Remembering)))
+        tasks.update(each.task for each in features.values() if isinstance(each, Remembering))
         tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
     if labels:
         tasks = set(schema.tasks)

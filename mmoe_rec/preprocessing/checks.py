@@ -12,8 +12,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.kinds.history import HistoryEncoder
-from mmoe_rec.features.pipeline import FeaturePipeline, memory_parts
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import takes_in
@@ -159,23 +158,6 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             raise UserError(
                 f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
                 f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer period or remove it"
-            )
-
-
-def tell_absent_types(pipeline: FeaturePipeline, folder: Path) -> None:
-    """Says which types of events that settings list no event has that a history remembers, of which there are fewer
-    than in the log; folder: of the memories."""
-    for name, encoder in pipeline.memory_encoders.items():
-        if not isinstance(encoder, HistoryEncoder) or (types := encoder.feature.event_types) is None:
-            continue
-        column, known = f"attribute{list(encoder.parts).index(f'{name}_types') - 1}", set[int]()  # the items come first
-        for part in memory_parts(folder, name):
-            known.update(pq.read_table(part, columns=[column])[column].unique().to_pylist())
-        absent = ", ".join(repr(value) for row, value in enumerate(types.values, 1) if row not in known)
-        if known and absent:
-            say(
-                f"feature '{name}' lists {absent} among its `event_types`, and none of the events that it remembers, "
-                f"the last {encoder.feature.length} of a user, has that in column '{types.column}'"
             )
 
 

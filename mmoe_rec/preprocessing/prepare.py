@@ -35,7 +35,7 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split, tell_absent_types
+from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Changes, HeldFiles, Logs
 from mmoe_rec.preprocessing.splits import SplitCounts
@@ -317,7 +317,6 @@ def write_features(
     end, training = logs.options.earliest_look_up(last), train if before is None else None
     steps.look_up(pipeline, serving, end=end, training=training, before=before)
     if before is None:
-        tell_absent_types(pipeline, serving)
         pipeline.finish_results()
     if pipeline.booleans is not None:
         pipeline.booleans.update(*(file.booleans for log in logs.all for file in log.files))

@@ -17,7 +17,7 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.profiling.meaning import Meaning, TaskGuess
 from mmoe_rec.profiling.profile import Column, Profile, days
 from mmoe_rec.profiling.tasks import find_seen
-from mmoe_rec.profiling.words import CODES, EVENT_TYPES, TIME, has, words_of
+from mmoe_rec.profiling.words import CODES, TIME, has, words_of
 
 _WINDOWS = (91, 28, 7, 1, 0.125)
 _MOST_ATTRIBUTES, _MOST_CONTEXTS, _MOST_GROUPS = 4, 3, 2
@@ -43,13 +43,12 @@ class Entry:
 
 @dataclass
 class Events:
-    """A log of events. name: of it in settings; time, type: its columns."""
+    """A log of events. name: of it in settings; time: its column."""
 
     name: str
     path: str
     profile: Profile
     time: str
-    type: str | None = None
     check: str = ""
 
 
@@ -375,11 +374,7 @@ class Proposal:
                 self._add(f"last_{task.name}", {"kind": "history", "task": task.name, "of": of})
         for log in self.events:
             if {user, candidate} <= set(log.profile.columns):
-                value: dict[str, Any] = {"kind": "history", "events": log.name, "of": of, "length": 30}
-                if log.type is not None:
-                    values = log.profile.values(log.type, 20)
-                    value["event_types"] = {"column": log.type, "values": values}
-                self._add(f"last_{log.name}", value)
+                self._add(f"last_{log.name}", {"kind": "history", "events": log.name, "of": of, "length": 30})
 
     # Model and training
 
@@ -439,6 +434,4 @@ def read_events(path: str, name: str, profile: Profile, meaning: Meaning) -> Eve
             theirs, ours = profile.columns[key].type, meaning.columns[key].type
             raise UserError(f"--events '{path}': column '{key}' is {theirs}, but {ours} in the log")
     others = ", ".join(sorted(each.name for each in times if each is not time))
-    kinds = [each.name for each in profile.columns.values() if each.kind == "text" and 2 <= each.distinct <= 20]
-    kinds = [each for each in kinds if has(each, EVENT_TYPES)]
-    return Events(name, path, profile, time.name, kinds[0] if kinds else None, f"or is it {others}?" if others else "")
+    return Events(name, path, profile, time.name, f"or is it {others}?" if others else "")

@@ -114,11 +114,6 @@ class Remembering(Feature):
             raise ValueError("give either `task`, to read the log's labels, or `events`, to read a further log")
         return self
 
-    @property
-    def tasks_read(self) -> tuple[str, ...]:
-        """Tasks whose labels are read."""
-        return () if self.task is None else (self.task,)
-
     @abstractmethod
     def event_reads(self, schema: Schema) -> Mapping[str, Use]:
         """Columns of the log of events that the feature reads, besides the time, and as what."""

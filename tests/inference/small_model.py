@@ -29,7 +29,7 @@ ITEMS = [3 * 10**17, -(10**17), 0, 7 * 10**17, 99]  # the last one is unknown
 CONTEXT = {"time": "2023-11-29T12:00:00+01:00", "born": "2022-01-02T03:04:05"}
 
 
-_LOOKED_AT = {"pooling": "attention", "ages": True, "attributes": ["brand"], "outcomes": ["click"]}
+_LOOKED_AT = {"pooling": "attention", "attributes": ["brand"]}
 ATTENTION: dict[str, Any] = {
     "clicked": ALL_KINDS["clicked"] | {"pooling": "attention"},
     "liked_items": ALL_KINDS["liked_items"] | _LOOKED_AT,

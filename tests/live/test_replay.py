@@ -39,9 +39,7 @@ FEATURES: dict[str, Any] = {
         "events": "views",
         "of": "item",
         "length": 3,
-        "ages": True,
         "attributes": ["brand"],
-        "event_types": {"column": "brand", "values": ["ç", "a"]},
     },
     "shown": {
         "kind": "history",
@@ -49,7 +47,6 @@ FEATURES: dict[str, Any] = {
         "of": "item",
         "length": 60,
         "at_least": 0,
-        "outcomes": ["liked", "click"],
     },
     "seen_brand": {
         "kind": "counter",

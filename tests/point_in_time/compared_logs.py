@@ -53,7 +53,6 @@ def _small_pieces(drawn: DrawnLog) -> Iterator[None]:
         stack.enter_context(patch.object(splits, "ROWS_PER_GROUP", 16))
         # A task that nothing can be learnt of has labels to compare too.
         stack.enter_context(patch.object(build, "check_classes", lambda *_: None))
-        stack.enter_context(patch.object(build, "tell_absent_types", lambda *_: None))
         # Thousands of small builds, of which nothing is to be seen and nothing has to last.
         stack.enter_context(patch.object(steps, "bar", lambda: Progress(disable=True)))
         stack.enter_context(patch.object(os, "fsync", lambda _: None))
@@ -155,8 +154,6 @@ class _Comparison(_Rows):
                 self._counter(name, [values[place] for place in places], encoded)
             for name, lists in ((part, each) for parts in histories.values() for part, each in parts.items()):
                 expected_lists = [lists[place] for place in places]
-                if name.endswith("_ages"):
-                    expected_lists = [[features.age_bucket(age) for age in ages] for ages in expected_lists]
                 self._same_lists(name, encoded.ids[name], expected_lists)
         self._requests_since(floor, means)
         return self.compared

@@ -294,21 +294,15 @@ def _forget(seed: int, settings: dict[str, Any], log: pd.DataFrame, events: pd.D
 
 
 def _ask_for_more_of_events(seed: int, settings: dict[str, Any]) -> None:
-    """Of the history: ages, an attribute, some with different ids of one item, outcomes or types of events."""
+    """Of the history: an attribute, some with different ids of one item, and what was shown but not taken."""
     rng = np.random.default_rng([seed, 6])  # the other draws of a seed stay what they were
     history = settings["features"]["history"]
-    if rng.random() < 0.6:
-        history["ages"] = True
     if rng.random() < 0.6:
         item = settings["features"]["item"]
         settings["features"] = {"brand": item | {"column": "brand", "oov_buckets": 2}, **settings["features"]}
         history["attributes"] = ["brand"]
-    if "task" in history:
-        history["outcomes"] = _pick(rng, [[], ["click"], ["liked"], ["click", "liked"], ["liked", "click"]])
-        if rng.random() < 0.5:
-            history["at_least"] = 0.0  # what was shown, taken or not
-    elif rng.random() < 0.6:
-        history["event_types"] = {"column": "brand", "values": _pick(rng, [["b"], ["ç", "a"]])}
+    if "task" in history and rng.random() < 0.5:
+        history["at_least"] = 0.0  # what was shown, taken or not
 
 
 def _in_files(rng: np.random.Generator, table: pd.DataFrame) -> pd.DataFrame:

@@ -67,14 +67,15 @@ def answers(memory: CounterMemory, asked: LookUps) -> list[tuple[Any, ...]]:
     return list(zip(*(each[asked.number].tolist() for each in columns), strict=True))
 
 
-def lists_of(memory: Any, asked: LookUps, length: int) -> list[list[int]]:
-    found, *attributes, since = memory.last_events(asked, length)
-    known = asked.as_of(memory.floor).time.repeat(since.lengths) - since.values
-    for each in attributes:  # which stay with their events
-        assert each.values.tolist() == attribute_of(known).tolist()
-    assert (found.values.dtype, found.lengths.dtype) == (np.int64, np.int32)
-    found = found.take(asked.number)
-    return [found.values[a:b].tolist() for a, b in pairwise(found.offsets.tolist())]
+def lists_of(memory: Any, asked: LookUps, length: int) -> list[list[tuple[int, ...]]]:
+    """Items and their attributes."""
+    parts = memory.last_events(asked, length)
+    for each in parts:
+        assert (each.values.dtype, each.lengths.dtype) == (np.int64, np.int32)
+        assert each.lengths.tolist() == parts[0].lengths.tolist()
+    parts = [each.take(asked.number) for each in parts]
+    events = list(zip(*(each.values.tolist() for each in parts), strict=True))
+    return [events[a:b] for a, b in pairwise(parts[0].offsets.tolist())]
 
 
 @given(
@@ -117,14 +118,15 @@ def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
 def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, forget_after, cuts, length, asking):
     random, events, known = drawn(seed, size)
     arrives = known + random.integers(0, (forget_after or 6) + 1, size)
-    memory = HistoryMemory.empty(forget_after)
+    memory = HistoryMemory.empty(forget_after, 1)
     for start, end in pairwise([-1, *cuts, UNTIL]):
         key, moments, item = columns_of([e for e, at in zip(events, arrives, strict=True) if start <= at < end])
-        memory = memory.extended(key, moments, item.astype(np.int64))
+        memory = memory.extended(key, moments, item.astype(np.int64), attribute_of(moments))
         here = [event for event, at in zip(events, arrives, strict=True) if at < end]
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
         asked = zip(keys.tolist(), times.tolist(), strict=True)
-        expected = [[item for *_, item in visible_events(here, *each, forget_after)[-length:]] for each in asked]
+        seen = [visible_events(here, *each, forget_after)[-length:] for each in asked]
+        expected = [[(item, int(attribute_of(known))) for _, known, item in events] for events in seen]
         assert lists_of(memory, asking(keys, times), length) == expected
         memory = memory.with_columns(memory.compacted(end, length).to_columns(), end)
 

@@ -233,12 +233,7 @@ def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
 def test_names_of_columns_change_nothing(tmp_path, names):
     events = random_log(1, 200).rename_columns({"time": "at"})
     features = ALL_KINDS | {
-        "bought": {
-            "kind": "history",
-            "events": "bought",
-            "of": "item",
-            "event_types": {"column": "brand", "values": ["b", "a"]},
-        },
+        "bought": {"kind": "history", "events": "bought", "of": "item"},
         "rows": {"kind": "counter", "events": "bought", "by": ["user", "brand"], "outputs": ["rows", "recency"]},
     }
     prepared = []
@@ -256,27 +251,6 @@ def test_names_of_columns_change_nothing(tmp_path, names):
     for role in ("user", "candidate"):
         plain_latest, odd_latest = (pq.read_table(each.serving / f"latest.{role}.parquet") for each in prepared)
         assert odd_latest.equals(_renamed(plain_latest, names))
-
-
-def test_types_of_events_that_no_event_has_are_told(tmp_path, capsys):
-    log = write_log(tmp_path / "log", random_log(0, 300))
-    bought = write_log(tmp_path / "bought", random_log(1, 200).rename_columns({"time": "at"}))
-    history = {"kind": "history", "events": "bought", "of": "item"}
-
-    def build(column: str, *values: str | int) -> None:
-        features = ALL_KINDS | {"bought": history | {"event_types": {"column": column, "values": list(values)}}}
-        schema = schema_of(features, events={"bought": {"path": str(bought), "time": "at"}})
-        prepare(str(log), schema, WINDOWS, tmp_path / "work")
-
-    build("brand", "a", "A")
-    told = "feature 'bought' lists {} among its `event_types`, and none of the events that it remembers, the last 20 of"
-    assert told.format("'A'") in " ".join(capsys.readouterr().err.split())
-    build("brand", "A", "B")
-    assert told.format("'A', 'B'") in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(
-        UserError, match="`event_types` of column 'brand', which holds string where the settings list int64"
-    ):
-        build("brand", 1)
 
 
 def _renamed(table: pa.Table, names: dict[str, str]) -> pa.Table:

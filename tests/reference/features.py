@@ -67,47 +67,26 @@ def history(
     log: Log, name: str, table_rows: dict[str, dict[Any, int]], rows: list[Row] | None = None
 ) -> dict[str, list[list[int]]]:
     """For each row, the table rows of the user's last candidates, the oldest first; of one moment, by table row; and
-    the same of each attribute's, of types of events and of outcomes, which are 0 until they are known (1: a label that
-    is never observed, 2: 0, 3: 1), and the seconds since. table_rows: of each id feature."""
+    the same of each attribute's. table_rows: of each id feature."""
     feature = log.features[name]
     user, ids = log.columns["user"], [feature["of"], *feature.get("attributes", [])]
     least, length = feature.get("at_least", 1.0), feature.get("length", 20)
-    time = log.event_times[feature["events"]] if feature.get("events") is not None else log.columns["time"]
     events = [
         (row[user], known, (number, row))
         for number, (row, known, label) in enumerate(_remembered(log, feature))
         if label >= least
     ]
-    outcomes = sorted(feature.get("outcomes", []), key=log.matures_after)
-    types = feature.get("event_types", {"column": user, "values": []})
-    names = [name, *(f"{name}_{each}" for each in [*ids[1:], "types", *outcomes, "ages"])]
+    names = [name, *(f"{name}_{each}" for each in ids[1:])]
     result: dict[str, list[list[int]]] = {each: [] for each in names}
     for row in log.rows if rows is None else rows:
         now = log.time(row)
         seen = []
         forget_after = _microseconds(feature.get("forget_after_days"))
         for _, known, (_, event) in visible_events(events, row[user], now, forget_after):
-            held = [table_rows[each][event[log.features[each]["column"]]] for each in ids]
-            held.append(
-                1 + types["values"].index(event[types["column"]]) if event[types["column"]] in types["values"] else 0
-            )
-            for task in outcomes:
-                label = log.label(event, task)
-                is_known = log.time(event) + max(1, log.matures_after(task)) <= now
-                held.append(0 if not is_known else 1 if label is None else 2 + int(label))
-            seen.append((known, *held, (now - event[time]) // 1_000_000))
+            seen.append((known, *(table_rows[each][event[log.features[each]["column"]]] for each in ids)))
         for place, each in enumerate(names, 1):
             result[each].append([held[place] for held in sorted(seen)[-length:]])
-    if not feature.get("ages"):
-        del result[f"{name}_ages"]
-    if "event_types" not in feature:
-        del result[f"{name}_types"]
     return result
-
-
-def age_bucket(seconds: int) -> int:
-    """How many of the ages at which buckets begin are reached: 1 s, then each 1.4 times as long as the one before."""
-    return sum(seconds >= begin for begin in {round(2 ** (power / 2)) for power in range(61)})
 
 
 def _remembered(log: Log, feature: Row) -> list[tuple[Row, int, float]]:
@@ -190,8 +169,5 @@ def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict
                     title = f"{name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p"))
                     dense |= encode_number(title, [each[output, days] for each in statistics], is_training)
         elif feature["kind"] == "history":
-            lists = history(log, name, rows_of)
-            if feature.get("ages"):
-                lists[f"{name}_ages"] = [[age_bucket(each) for each in ages] for ages in lists[f"{name}_ages"]]
-            ids |= lists
+            ids |= history(log, name, rows_of)
     return ids, dense
