@@ -189,11 +189,6 @@ def test_a_table_that_is_not_there_or_not_ones_own():
         ),
         (_feature("counter", task="click", by=["u"], window_days=[-1]), "greater than 0"),
         (_feature("counter", task="click", by=["u"], smoothing=float("inf")), "finite"),
-        (
-            _feature("counter", task="click", by=["u"], window_days=[None, 91, 7], forget_after_days=60),
-            "forgets after 60 days, before its window of 91 days is over: set forget_after_days to 91 or more",
-        ),
-        (_feature("counter", task="click", by=["u"], forget_after_days=0), "greater than 0"),
         (_feature("counter", task="click", by=["u"], max_keys=9), "max_keys"),
     ],
 )

@@ -11,7 +11,7 @@ import pyarrow as pa
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.numbers import DenseNumber, DenseNumbers, Standardiser
 from mmoe_rec.features.vocabulary import Vocabulary
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
+from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import Memory
@@ -168,12 +168,6 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         self.matures_after = maturity(self.task, shared.schema)
         self.numbers: dict[str, DenseNumber] = {}
         self.memory = self.empty()
-
-    @property
-    def forget_after(self) -> int | None:
-        """Microseconds after its last event that a key is forgotten, None for never."""
-        days = self.feature.forget_after_days
-        return None if days is None else round(days * MICROSECONDS_PER_DAY)
 
     @abstractmethod
     def empty(self) -> MemoryKind:

@@ -47,7 +47,7 @@ class Live:
     for all times that are no earlier than what the memories were compacted for.
 
     encoders: `memory_encoders` of a pipeline; rows: of all logs that were learnt; shared: levels of all counters whose
-    labels are whole numbers and that forget nothing; own: levels of each other counter and of each history, by its
+    labels are whole numbers; own: levels of each other counter and of each history, by its
     name; groups: of the same counters, see `FeaturePipeline.request_inputs`, once a request has asked.
     """
 
@@ -134,8 +134,6 @@ class FeaturePipeline:
         self.live = Live(self.memory_encoders)
         """What has been learnt besides the memories."""
         self._check_names()
-        for name, encoder in self.memory_encoders.items():
-            assert encoder.memory.forget_after == encoder.forget_after, f"'{name}' does not forget as its settings say"
 
     def _check_names(self) -> None:
         """Raises UserError where two features give inputs of the same name, or an input has the name of a column."""
@@ -419,13 +417,6 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     parts.mkdir(exist_ok=True)
     table, path = pa.table(list(columns.values()), schema=schema), parts / f"part-{part:05d}.parquet"
     pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
-
-
-def exact_from(folder: Path) -> int | None:
-    """The latest `floor` of all memories in a folder of feature state: from that moment (microseconds) on, all of them
-    know what was known then. None where any moment can be asked for."""
-    floors = [_floor(pq.read_schema(path)) for path in sorted(folder.glob("*.memory/part-00000.parquet"))]
-    return max((each for each in floors if each is not None), default=None)
 
 
 def _floor(schema: pa.Schema) -> int | None:

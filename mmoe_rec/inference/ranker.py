@@ -36,7 +36,7 @@ from mmoe_rec.inference.artifact import (
     version_of,
 )
 from mmoe_rec.inference.delta import Parts, apply_delta
-from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, new_id, scored_table
+from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, new_id, scored_table
 from mmoe_rec.inference.reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
 from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
@@ -218,13 +218,6 @@ class Ranker:
     def tables_known(self) -> int:
         """The time of the last request that its tables know, microseconds."""
         return Freshness.of(self.about).known
-
-    @property
-    def exact_from(self) -> str | None:
-        """ISO time from which on requests are answered as of their own time by all counters and histories; None where
-        any time is."""
-        exact = latest(each.memory.floor for each in self.pipeline.memory_encoders.values())
-        return None if exact is None else iso_time(exact)
 
     def learn(self, events: pa.Table | pd.DataFrame, log: str | None = None) -> None:
         """Learns what has happened since: counters, histories and latest values count it in requests from now on.
@@ -414,7 +407,7 @@ class Ranker:
         """Predictions (N, T) and log scores (N,) float64 of N rows with the log's columns; labels need not be there.
 
         Predictions are float32, or float64 where a task is a regression, in the order of `names`.
-        Counters and histories are as of each row's request, and as of `exact_from` for rows requested earlier.
+        Counters and histories are as of each row's request, and as of the end of the tables for rows requested earlier.
         weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError for a
         column that is missing, or that cannot be read as the features do.
         """

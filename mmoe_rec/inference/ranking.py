@@ -199,7 +199,7 @@ class Freshness:
         """No sentence, or one, about a request at this time. floors: from when on the memories that it reads are exact,
         None for any time."""
         read = list(floors)
-        exact = latest(read)
+        exact = max((each for each in read if each is not None), default=None)
         if exact is not None and time < exact:
             return [
                 f"the request's time {iso_time(time)} is before {iso_time(exact)}, from when on counters and histories "
@@ -213,11 +213,6 @@ class Freshness:
                 "`serving.stale_after_days`)"
             ]
         return []
-
-
-def latest(floors: Iterable[int | None]) -> int | None:
-    """The latest moment from which on memories are exact, None for any moment."""
-    return max((each for each in floors if each is not None), default=None)
 
 
 ROW = "row"  # the column of a scored row's number in its log, from 0, where nothing else tells it from others

@@ -96,7 +96,7 @@ def make_steady(feature: Health, health: Health, grows: bool, has_new_ids: bool)
         return
     first, last = _time(train["first_request"]), _time(train["last_request"])
     days = (last - first) / timedelta(days=1)
-    most = min(days / _PERIODS, settings.get("forget_after_days") or days)
+    most = days / _PERIODS
     windows = [each for each in settings.get("window_days") or () if each is not None]  # its own without the total
     windows = windows or [each for each in _WINDOWS if each <= most] or [max(1, int(most))]
     if grows:

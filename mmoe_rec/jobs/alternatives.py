@@ -7,7 +7,6 @@ better on the rows that choose it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -199,8 +198,7 @@ def widen(settings: Settings) -> list[Alternative]:
     for name, each in settings.features.items():
         if isinstance(each, NumericFeature) and each.values is None and each.transform != "buckets":
             numbers.append(name)
-        lasting = getattr(each, "forget_after_days", None) or math.inf
-        if isinstance(each, CounterFeature) and each.window_days == (None,) and lasting >= WINDOWS[-1]:
+        if isinstance(each, CounterFeature) and each.window_days == (None,):
             counters.append(name)
     found = []
     if numbers:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness, scored_table
 from mmoe_rec.jobs.score_files import FORMAT, AsOf, LearntRows, Output, finished_name, known_rows, open_logs
@@ -35,7 +35,6 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import is_remote
-from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import labels_of
 from mmoe_rec.point_in_time.join import Window
@@ -128,14 +127,13 @@ class _Scoring:
         self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels)
         about = read_artifact(model.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
-        self.exact_from = exact_from(model.folder / "features")
         self.constants = {"model": model.address, "model_version": version_of(model.folder)}
-        tables, built = (self.tables_as_of, self.exact_from), self.logs.options
+        built = self.logs.options
         options = [built.duplicates, built.several_times, built.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
         self.asked = {name: getattr(settings.serving, name) for name in ("products", "precision")}
         how = [options, split, self.asked]
-        self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, tables, as_of, window, *how])
+        self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how])
 
     def run(self) -> ScoredLog:
         """Scores, or goes on."""
@@ -243,19 +241,18 @@ class _Scoring:
     def _rank(self, engine: Engine, numbers: Sequence[int]) -> dict[str, int]:
         """Writes the files of the output, of the parts of these numbers; gives what the manifest says of their rows."""
         options, out = self.logs.options, self.out
-        early, inexact = self.freshness.known, "NULL" if self.exact_from is None else self.exact_from
         with bar() as progress:
             task = progress.add_task("ranking and writing", total=len(numbers))
             shutil.rmtree(out.work / "database", ignore_errors=True)  # of a killed run
             with open_database(out.work / "database", options.memory_gib, options.workers) as database:
                 rank_rows(database, {out.part(each, "parquet"): out.part(each, "npy") for each in numbers})
                 counts = database.row(
-                    f"SELECT count(*), count(*) FILTER (time <= {early}), count(*) FILTER (time < {inexact}), "
-                    "count(*) FILTER (learnt), min(time), max(time) FROM rows"
+                    f"SELECT count(*), count(*) FILTER (time <= {self.freshness.known}), count(*) FILTER (learnt), "
+                    "min(time), max(time) FROM rows"
                 )
             for _ in engine.map(partial(finish_part, out, self.constants), numbers):
                 progress.advance(task)
-        names = ("rows", "early", "inexact", "learnt", "first_request", "last_request")
+        names = ("rows", "early", "learnt", "first_request", "last_request")
         return dict(zip(names, counts, strict=True))
 
     def _manifest(self, rows: Mapping[int, int], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +260,6 @@ class _Scoring:
             "fingerprint": self.fingerprint,
             **self.constants,
             "tables_as_of": self.tables_as_of,
-            "exact_from": None if self.exact_from is None else iso_time(self.exact_from),
             "as_of": self.as_of,
             "products": facts["way"],
             "known_from": format_time(facts["first"]) if self.has_time and facts["first"] is not None else None,
@@ -277,13 +273,12 @@ class _Scoring:
             "first_request": format_time(facts["first_request"]) if self.has_time else None,
             "last_request": format_time(facts["last_request"]) if self.has_time else None,
             "rows_before_tables_as_of": facts["early"] if self.has_time else 0,
-            "rows_before_exact_from": facts["inexact"],
             "parts": {finished_name(number): each for number, each in rows.items()},
         }
 
     def _describe_past(self, facts: Mapping[str, Any]) -> str:
         """What the features of all scored rows knew."""
-        rows, inexact, last = facts["rows"], facts["inexact"], facts["last_request"]
+        rows, early, last = facts["rows"], facts["early"], facts["last_request"]
         if self.tables_as_of is None:
             return "the model was trained on a plain table: its features know nothing but the row itself"
         if self.as_of == "log":
@@ -294,15 +289,10 @@ class _Scoring:
                 f"request: {begin}){events}, and nothing of the past besides"
             )
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
-        if exact := facts["early"] - inexact:
-            earlier = f"for {exact:,} of {rows:,} rows, which were requested earlier"
-            sentence += f", and of it only what was known before each request {earlier}"
-        if inexact:
-            assert self.exact_from is not None
+        if early:
             sentence += (
-                f"; {inexact:,} of {rows:,} rows were requested before {iso_time(self.exact_from)}, from "
-                "when on they are exact, so their features know their future: to judge a model by them, score with "
-                "--as-of log"
+                f"; {early:,} of {rows:,} rows were not requested later, so their features know their future: to judge "
+                "a model by them, score with --as-of log"
             )
         if self.freshness.is_stale(last):
             sentence += (

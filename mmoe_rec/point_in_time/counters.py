@@ -39,16 +39,14 @@ class CounterMemory(Memory):
     shared: Callable[[LookUps], LaterTotals] | None = field(default=None, init=False)
 
     @staticmethod
-    def empty(
-        labels: bool = True, recency: bool = True, fractions: bool = False, forget_after: int | None = None
-    ) -> CounterMemory:
+    def empty(labels: bool = True, recency: bool = True, fractions: bool = False) -> CounterMemory:
         """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for;
         fractions: whether labels may be other than whole numbers."""
         none = np.empty(0, np.int64)
         sums = ExactSums.zeros(0) if fractions else np.empty(0)
         last_positive = none if labels and recency else None
         events, rows = KnownEvents(np.empty(0, np.uint64), none), none.astype(np.int32)
-        return CounterMemory(events, rows, sums if labels else None, last_positive, forget_after=forget_after)
+        return CounterMemory(events, rows, sums if labels else None, last_positive)
 
     def extended(
         self, key: np.ndarray, known: np.ndarray, label: np.ndarray | None, in_order: bool = False
@@ -145,36 +143,19 @@ class CounterMemory(Memory):
         memory.shared = partial(levels.find, salt, windows)
         return memory
 
-    def compacted(self, moment: int, window: int) -> CounterMemory:
-        """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
-        memory = self if self.lives is None else self._without(self.lives.ended(moment))
-        later = memory.events.known > moment - window
+    def compacted(self, moment: int, window: int, forever: bool) -> CounterMemory:
+        """What requests at `moment` or later, which look back `window` microseconds, can ask for.
+
+        forever: whether they also ask for all of the past, or for the last positive event.
+        """
+        later = self.events.known > moment - window
         # And the last one before of each key, which carries its totals.
         needed = later | np.append(later[1:], False)
-        needed[memory.events.starts[1:] - 1] = True
-        if memory.lives is not None:
-            needed |= memory.lives.ends  # whose totals are subtracted from those of the next life
-        return memory._at_events(np.flatnonzero(needed), self._later_floor(moment))
-
-    def _at_events(self, kept: np.ndarray, floor: int | None) -> CounterMemory:
-        labels, positive = (_map(lambda totals: totals[kept], each) for each in (self.label_sum, self.last_positive))
-        events, rows = self.events.take(kept), self.rows[kept]
+        last = self.events.starts[1:] - 1
+        needed[last] = later[last] | forever
+        labels, positive = (_map(lambda totals: totals[needed], each) for each in (self.label_sum, self.last_positive))
+        events, rows, floor = self.events.take(needed), self.rows[needed], self._later_floor(moment)
         return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
-
-    def _without(self, ended: np.ndarray) -> CounterMemory:
-        """The memory of the other events alone; of each key, (E,) bool `ended` are all up to one of them."""
-        kept = np.flatnonzero(~ended)
-        if len(kept) == len(ended):
-            return self
-        memory = self._at_events(kept, self.floor)
-        firsts = kept[memory.events.starts[:-1]]
-        of_key = np.where(np.isin(firsts, self.events.starts[:-1], assume_unique=True), -1, firsts - 1)
-        dropped = of_key[memory.events.number]
-        memory.rows, labels = self.sums(kept, dropped)
-        memory.label_sum = None if self.label_sum is None else labels
-        if self.last_positive is not None:
-            memory.last_positive = _after(self.last_positive_at(kept), at(self.events.known, dropped, NEVER))
-        return memory
 
     def to_columns(self) -> dict[str, np.ndarray]:
         columns = {"key": self.events.key, "known": self.events.known, "rows": self.rows}
@@ -205,8 +186,7 @@ class SeenTotals(SeenEvents[CounterMemory]):
 
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
         """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
-        # All of a window is seen, as none is longer than what is forgotten.
-        before = self.forgotten if window is None else self.last(window)
+        before = None if window is None else self.last(window)
         every = [
             memory.sums(now, None if before is None else before[place])
             for place, (memory, now) in enumerate(zip(self.memories, self.last(), strict=True))
@@ -220,8 +200,6 @@ class SeenTotals(SeenEvents[CounterMemory]):
         """(N,) int64 moments of the last positive event, `NEVER` for none."""
         every = zip(self.memories, self.last(), strict=True)
         moments = np.max([memory.last_positive_at(last) for memory, last in every], axis=0)
-        if self.forgotten_until is not None:
-            moments = _after(moments, self.forgotten_until)
         return moments if self._later is None else np.maximum(moments, self._later[1])
 
 
@@ -232,7 +210,7 @@ labels, (N,) int32 each, and (N,) int64 moments of the last positive event, `NEV
 
 @dataclass(frozen=True)
 class CounterLevels:
-    """Levels of the events of several counters, none of which forgets or has fractional labels, the largest first.
+    """Levels of the events of several counters, none of which has fractional labels, the largest first.
 
     One table holds the running totals of all these counters, so that a look-up in a level costs little more than one of
     a single counter. Most keys that are asked for are in none of them, which a look at one small table tells: `some`,
@@ -284,8 +262,8 @@ class CounterLevels:
 
 
 class CounterTable:
-    """What C counters remember, none of which forgets or has fractional labels, as one table: a request asks many
-    counters about few keys, so one pass through all of them costs little more than one of a single counter.
+    """What C counters remember, none of which has fractional labels, as one table: a request asks many counters about
+    few keys, so one pass through all of them costs little more than one of a single counter.
 
     Keys and events of a counter follow those of the one before. Where each event counts 1, its labels are its rows, and
     its last positive moment is its own. Arrays of the memories become views, so that little is kept twice.
@@ -380,11 +358,6 @@ def salt_of(place: int) -> np.uint64:
 def _first_bits(keys: np.ndarray, many: int) -> np.ndarray:
     """(N,) int64 from 0 to `many`, a power of 2, exclusive."""
     return (keys >> np.uint64(65 - many.bit_length())).view(np.int64)
-
-
-def _after(moments: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
-    """(N,) moments, `NEVER` for those up to what is `forgotten`."""
-    return np.where(moments > forgotten, moments, NEVER)
 
 
 # Of arrays or exact sums, None where they are missing.

@@ -204,7 +204,6 @@ def extend(
             return None
         with atomic_folder(features.folder) as folder:
             extended = _extend(features, files, windows, folder)
-    features.say_exact_from(options)
     return extended
 
 
@@ -348,7 +347,7 @@ def _write_tables(
 ) -> Tables:
     """Writes memories as of just after the last request, latest attributes, and what was fitted."""
     pipeline = FeaturePipeline.load(features, memories=False)
-    steps.look_up(pipeline, out, end=steps.logs.options.earliest_look_up(as_of), training=None, before=before)
+    steps.look_up(pipeline, out, end=as_of + 1, training=None, before=before)
     pipeline.save(out)
     counted.save_latest(out)
     for log in steps.logs.all:

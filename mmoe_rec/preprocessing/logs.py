@@ -23,7 +23,6 @@ from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums
 from mmoe_rec.log.reader import EventRows, Log, none_usable
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
@@ -40,7 +39,6 @@ class BuildOptions:
     workers: int | None = None
     rows_in_memory: int = 1_048_576
     memory_gib: float = MEMORY_GIB
-    as_of_days: float = 0
     skip_bad_files: bool = False
     duplicates: ErrorOrKeep = "error"
     future_times: ErrorOrKeep = "error"
@@ -55,11 +53,6 @@ class BuildOptions:
     def now(self) -> int | None:
         """The moment, microseconds, that no time of the log may lie after; None is the clock's."""
         return None if self.future_times == "error" else _NEVER
-
-    def earliest_look_up(self, last: int) -> int:
-        """The moment from which on requests can ask memories of a log whose last request was at `last`; both in
-        microseconds. Nothing of what was known since may be dropped."""
-        return last + 1 - round(self.as_of_days * MICROSECONDS_PER_DAY)
 
 
 DEFAULTS = BuildOptions()

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, exact_from
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import zone_rules
@@ -119,21 +119,6 @@ class FeatureFolder:
             if name in counts and not counts[name]["rows"]:
                 raise UserError(empty_split(name, self.folder))
 
-    def exact_from_later(self, options: BuildOptions) -> tuple[int, int] | None:
-        """From when on memories are exact, and should be, in microseconds; None where the former is not later."""
-        found = exact_from(self.serving)
-        asked = options.earliest_look_up(self.manifest["request_microseconds"][1])
-        return None if found is None or found <= asked else (found, asked)
-
-    def say_exact_from(self, options: BuildOptions) -> None:
-        """Tells people where memories are exact from a later moment on only than they should be."""
-        if (later := self.exact_from_later(options)) is not None:
-            found, asked = map(format_time, later)
-            say(
-                f"counters and histories are exact from {found} on, and not from {asked} on, as data.as_of_days asks: "
-                "what was known before was dropped when these features were built"
-            )
-
     @property
     def _manifest_or_none(self) -> dict[str, Any]:
         try:
@@ -154,8 +139,7 @@ def prepare(
 ) -> FeatureFolder:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
-    Features to which days were added stay where files have gone since, as `existing` says; others are built anew, and
-    so are those whose memories can't be asked as of all the days that `options` want.
+    Features to which days were added stay where files have gone since, as `existing` says; others are built anew.
 
     windows: request times [start, end) in microseconds of each split; going_on: whether a model goes on from the
     existing features, so that these stay although files are gone.
@@ -170,11 +154,7 @@ def prepare(
     features = FeatureFolder(work / "features")
 
     def stand() -> bool:
-        if not features.stands(logs, windows, may_lack_files=going_on or features.is_extended):
-            return False
-        # A build of the same files gives memories that can be asked as of all the days that are wanted.
-        same_files = not features.is_extended and not features.gone(logs)
-        return not same_files or features.exact_from_later(options) is None
+        return features.stands(logs, windows, may_lack_files=going_on or features.is_extended)
 
     if not stand():
         with writing(features.folder, *BUILD, queue=True):
@@ -183,7 +163,6 @@ def prepare(
                 _check_replaceable(features, logs)
                 with atomic_folder(features.folder) as folder:
                     _build(logs, windows, folder)
-    features.say_exact_from(options)
     return features
 
 
@@ -314,8 +293,7 @@ def write_features(
         pq.write_table(its.to_table(), counts / f"{name}.parquet", compression="zstd")
     counted.save_latest(serving)
     first, last = counted.first[0], counted.last[0]
-    end, training = logs.options.earliest_look_up(last), train if before is None else None
-    steps.look_up(pipeline, serving, end=end, training=training, before=before)
+    steps.look_up(pipeline, serving, end=last + 1, training=train if before is None else None, before=before)
     if before is None:
         pipeline.finish_results()
     if pipeline.booleans is not None:

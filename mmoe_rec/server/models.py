@@ -68,7 +68,6 @@ class ServedModel:
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,
             "tables_as_of": about.tables_as_of,
-            "exact_from": self.ranker.exact_from,
             "products": self.ranker.scorer.way,
         }
 

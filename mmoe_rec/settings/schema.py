@@ -98,15 +98,8 @@ class Embedded(Section):
 class Remembering(Feature):
     """A feature of earlier events: rows of the interaction log with a task's label, or of a further log."""
 
-    younger = frozenset({"forget_after_days"})
-
     task: str | None = Field(None, description="task whose labels in the interaction log are read")
     events: str | None = Field(None, description="name of a further log under `data.events` that is read instead")
-    forget_after_days: Days | None = Field(
-        None,
-        description="what is known of a key is forgotten once nothing new has become known of it for so many days, in "
-        "training as in serving: memory no longer grows with all keys there ever were; null: never",
-    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

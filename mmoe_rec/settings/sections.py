@@ -206,13 +206,6 @@ class Data(Section):
     workers: int | None = Field(None, ge=1, description="threads for features (processes above 4); null: one per core")
     rows_in_memory: int = Field(1_048_576, ge=1024, description="rows of a counter or history that a worker holds")
     memory_gib: float = Field(4, ge=0.25, description="GiB in which whole logs are joined; more goes through files")
-    as_of_days: float = Field(
-        0,
-        ge=0,
-        le=36_500,
-        description="days before the log's last request that a model's counters and histories can still be asked for "
-        "as they were then; each adds what happened on it to the model",
-    )
     skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them; false stops")
     duplicates: ErrorOrKeep = Field("error", description="what to do if a candidate occurs twice in a request")
     future_times: ErrorOrKeep = Field("error", description="what to do about times after now, likely in another unit")

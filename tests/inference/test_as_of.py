@@ -7,40 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.features.pipeline import exact_from
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Freshness
-from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.log.given import iso_time
-from tests.inference.small_model import ITEMS, USER, SmallModel, as_request
-from tests.log.small_logs import DAY, START, assert_same_inputs, at_times, random_log, times_of
+from tests.inference.small_model import ITEMS, USER, SmallModel
+from tests.log.small_logs import DAY, START, random_log, times_of
 
 SPLIT = {
     "train_end": np.datetime64(START + 5 * DAY, "us").item().isoformat(),
     "validation_end": np.datetime64(START + 6 * DAY, "us").item().isoformat(),
 }
-AS_OF_DAYS = 3
 FUTURE, STALE = "they know its future", "they are stale"
 LOG = random_log(3, rows=900)
 LAST = int(times_of(LOG).max())
-FLOOR = LAST + 1 - AS_OF_DAYS * DAY
-
-
-def small_model(work: Path, log: pa.Table = LOG, as_of_days: float = AS_OF_DAYS) -> SmallModel:
-    data = {"log": str(work / "log"), "work": str(work), "as_of_days": as_of_days}
-    return SmallModel(work, log=[log], split=SPLIT, data=data)
+FLOOR = LAST + 1
+"""The first moment that memories are exact at."""
 
 
 @pytest.fixture(scope="module")
 def dated(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    """A model that can be asked as of three days before its log's end."""
-    return small_model(tmp_path_factory.mktemp("dated"))
+    return SmallModel(tmp_path_factory.mktemp("dated"), log=[LOG], split=SPLIT)
 
 
 @pytest.fixture(scope="module")
@@ -48,68 +38,20 @@ def ranker(dated: SmallModel) -> Ranker:
     return Ranker.load(dated.folder)
 
 
-def moments(seed: int, count: int) -> list[int]:
-    """Request times from the first that is exact to the log's end, of rows and between them."""
-    rng = np.random.default_rng(seed)
-    times = times_of(LOG)
-    drawn = [*rng.integers(FLOOR, LAST, count), *rng.choice(times[times >= FLOOR], count)]
-    return [FLOOR, FLOOR + 1, *(int(each) for each in drawn), LAST]
-
-
-def asked_at(moment: int, seed: int) -> list[dict[str, Any]]:
-    """A request of each user at a moment, with all attributes of users and candidates."""
-    requests = []
-    for user in (-(2**63), -7, 0, USER, 2**62):
-        table = random_log(seed, rows=40)
-        born, age = pa.array([START] * 40).cast(table["born"].type), pa.array([2] * 40)
-        for name, values in {"user": pa.array([user] * 40), "born": born, "age": age}.items():
-            table = table.set_column(table.column_names.index(name), name, values)
-        requests.append(as_request(at_times(table, np.full(40, moment))))
-    return requests
-
-
-def served(ranker: Ranker, requests: list[dict[str, Any]]) -> list[Inputs]:
-    return list(ranker.pipeline.request_inputs(ranker.reader.rows([Request(**each) for each in requests])))
-
-
-def assert_same(ours: list[Inputs], theirs: list[Inputs]) -> None:
-    """To the last bit."""
-    for one, other in zip(ours, theirs, strict=True):
-        assert_same_inputs(one, other)
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_what_is_served_as_of_a_moment_is_what_a_build_until_then_serves(
-    number: int, ranker: Ranker, tmp_path: Path
-) -> None:
-    moment = moments(number, 1)[(0, 2, 3, -1)[number]]
-    requests = asked_at(moment, seed=number)
-    then = small_model(tmp_path, LOG.filter(pa.array(times_of(LOG) < moment)), as_of_days=0)
-    until = Ranker.load(then.folder)
-    expected = served(until, requests)
-    assert_same(served(ranker, requests), expected)
-    # What came later would be seen.
-    at_the_end = Ranker.load(small_model(tmp_path / "end", as_of_days=0).folder)
-    with pytest.raises(AssertionError):
-        assert_same(served(at_the_end, requests), expected)
-
-
 def at(ranker: Ranker, moment: int, **given: Any) -> Any:
     candidates = {"item": ITEMS, **given.pop("candidates", {})}
     return ranker.rank({"user": USER, **given}, {"time": iso_time(moment)}, candidates, explain=True)
 
 
-def test_replies_warn_before_the_first_exact_moment_only(dated: SmallModel, ranker: Ranker) -> None:
-    assert exact_from(dated.prepared.serving) == FLOOR
-    assert ranker.exact_from == iso_time(FLOOR)
+def test_replies_warn_before_the_first_exact_moment_only(ranker: Ranker) -> None:
     assert ranker.about.tables_as_of == iso_time(LAST)
     names = set(ranker.pipeline.memory_encoders)
-    for moment in (FLOOR, FLOOR + 1, LAST - DAY, LAST, LAST + 1, LAST + DAY):
+    for moment in (FLOOR, FLOOR + 1, LAST + DAY):
         found = at(ranker, moment)
         assert found.warnings == []
         for each in found.explanations:
             assert each.as_of == dict.fromkeys(names, iso_time(moment))
-    for moment in (FLOOR - 1, FLOOR - DAY, START - DAY):
+    for moment in (LAST, LAST - DAY, START - DAY):
         found = at(ranker, moment)
         (told,) = found.warnings
         assert FUTURE in told
@@ -123,7 +65,7 @@ def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: Ranker) -> N
     before, then = at(ranker, FLOOR - DAY // 2), at(ranker, FLOOR)
     for one, other in zip(_by_place(before), _by_place(then), strict=True):
         assert (one.counters, one.histories) == (other.counters, other.histories)
-    later = at(ranker, LAST)
+    later = at(ranker, LAST + 3 * DAY)
     assert any(a.counters != b.counters for a, b in zip(_by_place(then), _by_place(later), strict=True))
 
 
@@ -136,24 +78,23 @@ def test_what_is_given_has_no_moment_and_needs_no_warning(dated: SmallModel) -> 
     encoders = ranker.pipeline.memory_encoders
     brand, liked = encoders["brand_spent"], encoders["liked_items"]
     # Memories of other ages, as live ones may be.
-    brand.memory = brand.compacted(brand.memory, LAST - DAY)
-    liked.memory = liked.compacted(liked.memory, LAST - 2 * DAY)
-    assert ranker.exact_from == iso_time(LAST - DAY)
-    moment = LAST - int(1.5 * DAY)
+    brand.memory = brand.compacted(brand.memory, LAST + 3 * DAY)
+    liked.memory = liked.compacted(liked.memory, LAST + 2 * DAY)
+    moment = LAST + int(2.5 * DAY)
     all_of_brand = {name: [0.5] * len(ITEMS) for name in brand.result_columns()}
     one_of_brand = {name: all_of_brand[name] for name in [*brand.result_columns()][:1]}
     for given, warned in ({}, True), (one_of_brand, True), (all_of_brand, False):
         found = at(ranker, moment, candidates=given)
         assert bool(found.warnings) == warned
         (as_of,) = {json.dumps(each.as_of) for each in found.explanations}
-        expected = dict.fromkeys(encoders, iso_time(moment)) | {"brand_spent": iso_time(LAST - DAY)}
+        expected = dict.fromkeys(encoders, iso_time(moment)) | {"brand_spent": iso_time(LAST + 3 * DAY)}
         if not warned:
             del expected["brand_spent"]
         assert json.loads(as_of) == expected
-    (told,) = at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand).warnings
-    assert f"before {iso_time(LAST - 2 * DAY)}, from" in told
+    (told,) = at(ranker, LAST + int(1.5 * DAY), candidates=all_of_brand).warnings
+    assert f"before {iso_time(LAST + 2 * DAY)}, from" in told
     empty: dict[str, Any] = {name: [] for name in liked.result_columns()}
-    assert at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand, **empty).warnings == []
+    assert at(ranker, LAST + int(1.5 * DAY), candidates=all_of_brand, **empty).warnings == []
     every = {
         name: [0.5] * len(ITEMS) for each in encoders.values() for name in each.result_columns() if each is not liked
     }

@@ -25,7 +25,7 @@ from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
 from tests.inference.small_model import SmallModel, as_request
 from tests.jobs.scored import read, scored, write_finely
-from tests.log.small_logs import BASE, DAY, START, random_log, with_requests
+from tests.log.small_logs import DAY, START, random_log, with_requests
 
 PREDICTED = ["predicted_click", "predicted_liked", "predicted_spent", "predicted_click_and_liked"]
 
@@ -196,9 +196,9 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     arguments = ["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")]
     run("score", *arguments, "--as-of", "tables")
     told = capsys.readouterr().out
-    assert "; 680 of 760 rows were requested before 2023-" in told
-    assert ", from when on they are exact, so their features know their future" in told
+    assert "; 680 of 760 rows were not requested later, so their features know their future" in told
     assert f"scores: {tmp_path / 'out'}" in told
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows_before_tables_as_of"] == 680
     run("score", *arguments, "--as-of", "tables")
     assert "these rows were already scored" in capsys.readouterr().out
     # The same rows may be left out, or be the past of those that are scored.
@@ -209,31 +209,6 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     assert len(read(tmp_path / "out")) == 80
     run("score", *arguments, "--start", start, "--data.duplicates", "keep")
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["as_of"] == "log"
-
-
-def test_rows_since_the_tables_are_exact_are_scored_as_by_the_log(tmp_path: Path, fine: None) -> None:
-    work = tmp_path / "work"
-    data = {"log": str(work / "log"), "work": str(work), "as_of_days": 2.5}
-    log = with_requests(random_log(1, rows=600), spread=DAY // 24)
-    small = SmallModel(work, log=[log], columns={**BASE["columns"], "request": "request"}, data=data)
-    by_log, first = scored(small.folder, small.settings.data.log, tmp_path / "log")
-    by_tables, second = scored(small.folder, small.settings.data.log, tmp_path / "tables", "tables")
-    last = int(by_log["time"].max().value // 1000)
-    floor = pd.Timestamp(last + 1 - int(2.5 * DAY), unit="us", tz="UTC")
-    exact = (by_log["time"] >= floor).to_numpy()
-    assert 50 < exact.sum() < 500
-    pd.testing.assert_frame_equal(by_tables[exact], by_log[exact], rtol=1e-6)
-    assert not np.allclose(by_tables["score"][~exact], by_log["score"][~exact], rtol=1e-3)
-    for done in (first, second):
-        assert done.manifest["exact_from"] == floor.isoformat()
-        assert done.manifest["rows_before_tables_as_of"] == 600
-        assert done.manifest["rows_before_exact_from"] == 600 - exact.sum()
-    told = second.manifest["meaning"]
-    assert f"only what was known before each request for {exact.sum()} of 600 rows, which" in told
-    assert f"; {600 - exact.sum()} of 600 rows were requested before {floor.isoformat()}, from when on" in told
-    _, third = scored(small.folder, small.settings.data.log, tmp_path / "since", "tables", (floor.value // 1000, None))
-    assert third.manifest["rows_before_exact_from"] == 0
-    assert "their future" not in third.manifest["meaning"]
 
 
 def test_a_table_in_a_table_out(small: SmallModel, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.layout import Encoded
 from mmoe_rec.features.numbers import CLIP
-from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.columns import event_uses
@@ -67,13 +67,13 @@ def compare(seed: int, folder: Path) -> int:
     drawn = draw(seed)
     drawn.settings["events"]["bought"]["path"] = str(folder / "events")
     schema = kinds.schema_of(drawn.settings)
-    compared, means, floor = 0, {}, -(2**63)
+    compared, means = 0, {}
     with _small_pieces(drawn):
         for stage in range(drawn.stages):
             drawn.write(folder, stage)
             repeats = stage > 0 and drawn.deliver_again(folder, stage, list(event_uses(schema, "bought")))
             repeats &= drawn.options["duplicates"] == "error"
-            options = BuildOptions(**drawn.options, as_of_days=drawn.as_of_days[stage])
+            options = BuildOptions(**drawn.options)
             place = str(folder / "log"), schema, drawn.windows, folder / "work", options
             try:
                 if stage == 0:
@@ -92,11 +92,8 @@ def compare(seed: int, folder: Path) -> int:
                     return compared
                 raise AssertionError(f"log {seed}: {error}") from error
             comparison = _Comparison(drawn, stage, prepared)
-            # What an earlier build has dropped does not come back.
-            floor = max(floor, comparison.last + 1 - round(drawn.as_of_days[stage] * DAY))
-            assert exact_from(prepared.serving) == floor, f"log {seed}"
             means = means or comparison.overall_means()
-            compared += comparison.compare(means, floor)
+            compared += comparison.compare(means)
     return compared
 
 
@@ -132,8 +129,8 @@ class _Comparison(_Rows):
                 means[name] = encoder.prior
         return means
 
-    def compare(self, means: dict[str, float], floor: int) -> int:
-        """Compares all splits, and what memories say from `floor` on; gives the number of values."""
+    def compare(self, means: dict[str, float]) -> int:
+        """Compares all splits, and what memories say of requests to come; gives the number of values."""
         counters = {name: features.counter(self.naive, name, mean) for name, mean in means.items()}
         histories = {
             name: features.history(self.naive, name, self._table_rows(encoder))
@@ -155,18 +152,12 @@ class _Comparison(_Rows):
             for name, lists in ((part, each) for parts in histories.values() for part, each in parts.items()):
                 expected_lists = [lists[place] for place in places]
                 self._same_lists(name, encoded.ids[name], expected_lists)
-        self._requests_since(floor, means)
+        self._requests_to_come(means)
         return self.compared
 
-    def _requests_since(self, floor: int, means: dict[str, float]) -> None:
-        """What is remembered for the server, which may be asked as of days before the log's end."""
-        to_come = [self.last + after for after in (1, DAY // 2, 4 * DAY)]
-        past = []
-        if floor <= self.last:
-            times = [row["time"] for row in self.naive.rows if row["time"] >= floor]
-            between = np.random.default_rng(self.drawn.seed).integers(floor, self.last, 2, endpoint=True).tolist()
-            past = [floor, floor + 1, *between, *times[:2], self.last]
-        asking = self.naive.at_moments(6, [*past, *to_come])
+    def _requests_to_come(self, means: dict[str, float]) -> None:
+        """What is remembered for the server."""
+        asking = self.naive.at_moments(6, [self.last + after for after in (1, DAY // 2, 4 * DAY)])
         columns = {name: [row[name] for row in asking] for name in ("user", "item", "brand", "time")}
         table = pa.table({name: pa.array(each, self.drawn.types[name]) for name, each in columns.items()})
         rows = LogRows(table, self.pipeline.schema)

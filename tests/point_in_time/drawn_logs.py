@@ -27,8 +27,8 @@ TASKS = ("click", "liked", "spent")
 @dataclass
 class DrawnLog:
     """settings: of a schema; log, events: all rows, with the `stage` in which each is written, in the order of files;
-    paths: the file of each row of both; windows: of the splits, microseconds; as_of_days: of each stage; again:
-    stage -> log -> how files of the stages before are delivered again."""
+    paths: the file of each row of both; windows: of the splits, microseconds; again: stage -> log -> how
+    files of the stages before are delivered again."""
 
     seed: int
     settings: dict[str, Any]
@@ -38,7 +38,6 @@ class DrawnLog:
     windows: dict[str, tuple[int | None, int | None]]
     options: dict[str, Any]
     stages: int
-    as_of_days: list[float]
     row_group: int = 7
     small: dict[str, int] = field(default_factory=dict)
     again: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -114,7 +113,6 @@ def draw(seed: int) -> DrawnLog:
     log["stage"] = _stages(rng, log, settings["columns"], first, stages)
     events = _events(rng, log)
     events["stage"] = np.minimum(rng.integers(0, stages, len(events)), stages - 1)
-    _forget(seed, settings, log, events, first)
     _ask_for_more_of_events(seed, settings)
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
@@ -128,10 +126,8 @@ def draw(seed: int) -> DrawnLog:
         "block": int(rng.choice([13, 40])),
     }
     group = int(rng.choice([3, 7, 1000]))
-    # By a generator of their own: the other draws of a seed stay what they were.
-    as_of_days = np.random.default_rng([seed, 1]).choice([0, 0, 1 / 24, 0.5, 1.5, 4, 90], stages).tolist()
     again = _again(np.random.default_rng([seed, 3]), stages, options["duplicates"])
-    return DrawnLog(seed, settings, log, events, _types(log), windows, options, stages, as_of_days, group, small, again)
+    return DrawnLog(seed, settings, log, events, _types(log), windows, options, stages, group, small, again)
 
 
 def _again(rng: np.random.Generator, stages: int, duplicates: str) -> dict[int, dict[str, str]]:
@@ -272,25 +268,6 @@ def _events(rng: np.random.Generator, log: pd.DataFrame) -> pd.DataFrame:
     for column in ("user", "item", "brand"):
         events[column] = _with_nulls(rng, events[column].to_numpy(object), 0.05)
     return events
-
-
-def _forget(seed: int, settings: dict[str, Any], log: pd.DataFrame, events: pd.DataFrame, first: np.ndarray) -> None:
-    """Makes some features forget; then what is written a stage late is no later than they can bear."""
-    rng = np.random.default_rng([seed, 2])  # the other draws of a seed stay what they were
-    shortest = 10 * DAY
-    for feature in settings["features"].values():
-        if feature["kind"] in ("counter", "history") and rng.random() < 0.4:
-            windows = [each for each in feature.get("window_days", ()) if each is not None]
-            days = [each for each in (0.5, 1, 1, 1 + 1 / DAY, 2.25, 3, 1 / 86_400) if each >= max(windows, default=0)]
-            feature["forget_after_days"] = _pick(rng, days)
-            shortest = min(shortest, round(feature["forget_after_days"] * DAY))
-    if shortest == 10 * DAY or not log["stage"].any():
-        return
-    request = log.groupby(first)["stage"].transform("min")  # the stage of a row that is not late
-    begins = [int(first[request < stage].max()) + 1 for stage in range(1, int(request.max()) + 1)]
-    for table, known in ((log, first + 1), (events, events["bought_at"].to_numpy() + 1)):
-        late = np.searchsorted(begins, known + shortest, side="right")
-        table["stage"] = np.minimum(table["stage"], late)
 
 
 def _ask_for_more_of_events(seed: int, settings: dict[str, Any]) -> None:

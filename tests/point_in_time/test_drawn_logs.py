@@ -40,13 +40,6 @@ def batches(random: np.random.Generator, rows: list[Row]) -> list[list[Row]]:
     return [mixed[a:b] for a, b in zip([0, *edges], [*edges, len(mixed)], strict=True) if b > a]
 
 
-def known_in_time(drawn: DrawnLog, random: np.random.Generator, until: int, time: int) -> bool:
-    """Whether a row was known before `until`; where features forget, none comes later than these can bear."""
-    days = [each.get("forget_after_days") for each in drawn.settings["features"].values()]
-    shortest = min((round(each * DAY) for each in days if each is not None), default=None)
-    return random.random() < 0.8 or (shortest is not None and time + 1 <= until - shortest)
-
-
 def same(one: FeaturePipeline, other: FeaturePipeline, rows: LogRows) -> None:
     """Both say the same of rows, to the last bit, in all ways of asking: as rows of a log and as requests of a row."""
     assert_same(one.encode(rows), other.encode(rows))
@@ -85,11 +78,7 @@ def test_live_rows_count_as_if_memories_had_been_extended(
         encoders = {name: each for name, each in pipeline.memory_encoders.items() if each.source == source}
         # Some early rows come late, after what they are counted for had been compacted.
         at = [row["time"] if source is None else row["bought_at"] for row in rows]
-        early = [
-            row
-            for row, time in zip(rows, at, strict=True)
-            if time <= until and known_in_time(drawn, random, until, time)
-        ]
+        early = [row for row, time in zip(rows, at, strict=True) if time <= until and random.random() < 0.8]
         later = [row for row in rows if not any(row is other for other in early)]
         for name, encoder in encoders.items() if early else ():
             events = encoder.events(canonical_rows(drawn, early, schema))

@@ -36,7 +36,7 @@ LATE = 6  # the most that an event may come late, and count as if it had come on
 def small_levels() -> Any:
     """So that a few dozen events fill several levels."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_LATE": LATE, "SMALLEST": 6, "_GROWTH": 2, "_MANY": 12}.items():
+        for name, value in {"SMALLEST": 6, "_GROWTH": 2, "_MANY": 12}.items():
             patch.setattr(module, name, value)
         yield
 
@@ -74,7 +74,6 @@ def in_parts(random: np.random.Generator, events: list[Event], late: int, cuts: 
 LEVELLED = {
     "seed": st.integers(0, 10**6),
     "size": st.integers(0, 60),
-    "forget_after": st.none() | st.integers(WINDOW, 9),
     "cuts": st.lists(st.integers(0, 45), min_size=1, max_size=6).map(sorted),
     "late": st.sampled_from([0, 1, LATE, 40]),
     "compacted": st.booleans(),
@@ -82,20 +81,20 @@ LEVELLED = {
 
 
 @given(**LEVELLED, labels=st.sampled_from(["none", "whole", "fractions"]))
-def test_a_counter_with_levels_is_one_that_was_extended(seed, size, forget_after, cuts, late, compacted, labels):
+def test_a_counter_with_levels_is_one_that_was_extended(seed, size, cuts, late, compacted, labels):
     random, events, _ = drawn(seed, size, labels)
     own, *further = in_parts(random, events, late, cuts)
-    memory, floor = counter_of(own, labels, forget_after), 0
+    memory, floor = counter_of(own, labels), 0
     if compacted:
         floor = cuts[0]
-        memory = memory.with_columns(memory.compacted(floor, WINDOW).to_columns(), floor)
+        memory = memory.with_columns(memory.compacted(floor, WINDOW, True).to_columns(), floor)
     read_only(memory)
     before = {name: column.copy() for name, column in memory.to_columns().items()}
     expected, several = memory, tuple[CounterMemory, ...]()
     for some in further:
         expected = extended(expected, some)
         if some:
-            several = grown(several, counter_of(some, labels, forget_after), CounterMemory.merged)
+            several = grown(several, counter_of(some, labels), CounterMemory.merged)
         assert len(several) <= LEVELS
         for asking in ASKING:
             look_ups = asking(*all_at(floor))
@@ -105,10 +104,10 @@ def test_a_counter_with_levels_is_one_that_was_extended(seed, size, forget_after
 
 
 @given(**LEVELLED, length=st.integers(1, 5))
-def test_a_history_with_levels_is_one_that_was_extended(seed, size, forget_after, cuts, late, compacted, length):
+def test_a_history_with_levels_is_one_that_was_extended(seed, size, cuts, late, compacted, length):
     random, events, _ = drawn(seed, size)
     own, *further = in_parts(random, events, late, cuts)
-    memory, floor = history_of(own, forget_after), 0
+    memory, floor = history_of(own), 0
     if compacted:
         floor = cuts[0]
         memory = memory.with_columns(memory.compacted(floor, length).to_columns(), floor)
@@ -118,7 +117,7 @@ def test_a_history_with_levels_is_one_that_was_extended(seed, size, forget_after
         if some:
             key, known, item = columns_of(some)
             expected = expected.extended(key, known, item.astype(np.int64), attribute_of(known))
-            several = grown(several, history_of(some, forget_after), HistoryMemory.merged)
+            several = grown(several, history_of(some), HistoryMemory.merged)
         for asking in ASKING:
             look_ups = asking(*all_at(floor))
             assert lists_of(memory.with_levels(several), look_ups, length) == lists_of(expected, look_ups, length)
@@ -132,7 +131,7 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
     memories, salts, levels = [], [salt_of(place) for place in range(4)], CounterLevels()
     for labels in kinds:
         memory = counter_of(drawn(int(random.integers(10**6)), 20, labels)[1], labels)
-        memories.append(memory.compacted(int(random.integers(20, 40)), 40) if random.random() < 0.5 else memory)
+        memories.append(memory.compacted(int(random.integers(20, 40)), 40, True) if random.random() < 0.5 else memory)
         read_only(memories[-1])
     expected = list(memories)
     for turn in range(int(random.integers(2, 8))):
@@ -181,10 +180,10 @@ def test_shared_levels_still_find_their_first_keys_once_they_have_many() -> None
 
 
 def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
-    memory, level = (counter_of(drawn(seed, 30, "whole")[1], "whole", 5) for seed in (0, 1))
+    memory, level = (counter_of(drawn(seed, 30, "whole")[1], "whole") for seed in (0, 1))
     one, two = memory.with_levels([level]), memory.with_levels([level, level])
-    assert one.lives is two.lives is not None
-    assert "before" in vars(one.lives), "no request has to wait for it"
+    assert one.events is two.events
+    assert "index" in vars(one.events), "no request has to wait for it"
 
 
 def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

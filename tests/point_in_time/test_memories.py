@@ -5,12 +5,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.features.kinds.history import HistoryMemory
-from mmoe_rec.point_in_time import memory as memories
 from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import NEVER
@@ -36,8 +34,8 @@ def columns_of(events: list[Event]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return np.array(key, np.uint64), np.array(known, np.int64), np.array(value)
 
 
-def counter_of(events: list[Event], labels: str = "whole", forget_after: int | None = None) -> CounterMemory:
-    return extended(CounterMemory.empty(labels != "none", True, labels == "fractions", forget_after), events)
+def counter_of(events: list[Event], labels: str = "whole") -> CounterMemory:
+    return extended(CounterMemory.empty(labels != "none", True, labels == "fractions"), events)
 
 
 def extended(memory: CounterMemory, events: list[Event]) -> CounterMemory:
@@ -45,9 +43,9 @@ def extended(memory: CounterMemory, events: list[Event]) -> CounterMemory:
     return memory.extended(key, known, None if memory.label_sum is None else label)
 
 
-def history_of(events: list[Event], forget_after: int | None = None) -> HistoryMemory:
+def history_of(events: list[Event]) -> HistoryMemory:
     key, known, item = columns_of(events)
-    return HistoryMemory.empty(forget_after, 1).extended(key, known, item.astype(np.int64), attribute_of(known))
+    return HistoryMemory.empty(1).extended(key, known, item.astype(np.int64), attribute_of(known))
 
 
 def attribute_of(known: np.ndarray) -> np.ndarray:
@@ -55,15 +53,15 @@ def attribute_of(known: np.ndarray) -> np.ndarray:
     return known * 7 % 11
 
 
-def counted(events: list[Event], key: int, now: int, forget_after: int | None) -> tuple[Any, ...]:
-    """Rows and sum of labels of all that is remembered, of the window, and the last positive event."""
-    seen = visible_events(events, key, now, forget_after)
-    return *totals(seen, now), *totals(seen, now, WINDOW), last_positive(seen, NEVER)
+def counted(events: list[Event], key: int, now: int) -> tuple[Any, ...]:
+    """Rows and sum of labels of the window, of all that is remembered, and the last positive event."""
+    seen = visible_events(events, key, now)
+    return *totals(seen, now, WINDOW), *totals(seen, now), last_positive(seen, NEVER)
 
 
 def answers(memory: CounterMemory, asked: LookUps) -> list[tuple[Any, ...]]:
     found = SeenTotals(memory, asked)
-    columns = *found.totals(None), *found.totals(WINDOW), found.last_positive()
+    columns = *found.totals(WINDOW), *found.totals(None), found.last_positive()
     return list(zip(*(each[asked.number].tolist() for each in columns), strict=True))
 
 
@@ -81,61 +79,50 @@ def lists_of(memory: Any, asked: LookUps, length: int) -> list[list[tuple[int, .
 @given(
     seed=st.integers(0, 10**6),
     size=st.integers(0, 60),
-    forget_after=st.none() | st.integers(WINDOW, 9),
+    forever=st.booleans(),
     cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted),
     late=st.integers(0, 6),
     labels=st.sampled_from(["whole", "fractions", "none"]),
     asking=st.sampled_from(ASKING),
 )
-def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, forget_after, cuts, late, labels, asking):
+def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, forever, cuts, late, labels, asking):
     random, events, known = drawn(seed, size, labels)
-    late = late if forget_after is None else min(late, forget_after)
     arrives = known + random.integers(0, late + 1, size)
-    memory = counter_of([], labels, forget_after)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memories, "_LATE", late)
-        for start, end in pairwise([-1, *cuts, UNTIL]):
-            memory = extended(memory, [e for e, at in zip(events, arrives, strict=True) if start <= at < end])
-            here = [event for event, at in zip(events, arrives, strict=True) if at < end]
-            keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
-            expected = [counted(here, *each, forget_after) for each in zip(keys.tolist(), times.tolist(), strict=True)]
-            assert answers(memory, asking(keys, times)) == expected
-            memory = memory.with_columns(memory.compacted(end, WINDOW).to_columns(), end)
-        if late == 0:
-            at_once = counter_of(events, labels, forget_after).compacted(UNTIL, WINDOW).to_columns()
-            for name, column in memory.to_columns().items():
-                np.testing.assert_array_equal(column, at_once[name], err_msg=name)
+    memory, asked_for = counter_of([], labels), slice(None if forever else 2)
+    for start, end in pairwise([-1, *cuts, UNTIL]):
+        memory = extended(memory, [e for e, at in zip(events, arrives, strict=True) if start <= at < end])
+        here = [event for event, at in zip(events, arrives, strict=True) if at < end]
+        keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
+        expected = [counted(here, *each)[asked_for] for each in zip(keys.tolist(), times.tolist(), strict=True)]
+        assert [each[asked_for] for each in answers(memory, asking(keys, times))] == expected
+        memory = memory.with_columns(memory.compacted(end, WINDOW, forever).to_columns(), end)
+        last = {key: max(moment for other, moment, _ in here if other == key) for key, _, _ in here}
+        remembered = {key for key, moment in last.items() if forever or moment > end - WINDOW}
+        assert set(memory.events.key.tolist()) == remembered
+    if late == 0 and forever:
+        at_once = counter_of(events, labels).compacted(UNTIL, WINDOW, forever).to_columns()
+        for name, column in memory.to_columns().items():
+            np.testing.assert_array_equal(column, at_once[name], err_msg=name)
 
 
 @given(
     seed=st.integers(0, 10**6),
     size=st.integers(0, 60),
-    forget_after=st.none() | st.integers(1, 9),
     cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted),
     length=st.integers(1, 4),
     asking=st.sampled_from(ASKING),
 )
-def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, forget_after, cuts, length, asking):
+def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, cuts, length, asking):
     random, events, known = drawn(seed, size)
-    arrives = known + random.integers(0, (forget_after or 6) + 1, size)
-    memory = HistoryMemory.empty(forget_after, 1)
+    arrives = known + random.integers(0, 7, size)
+    memory = HistoryMemory.empty(1)
     for start, end in pairwise([-1, *cuts, UNTIL]):
         key, moments, item = columns_of([e for e, at in zip(events, arrives, strict=True) if start <= at < end])
         memory = memory.extended(key, moments, item.astype(np.int64), attribute_of(moments))
         here = [event for event, at in zip(events, arrives, strict=True) if at < end]
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
         asked = zip(keys.tolist(), times.tolist(), strict=True)
-        seen = [visible_events(here, *each, forget_after)[-length:] for each in asked]
+        seen = [visible_events(here, *each)[-length:] for each in asked]
         expected = [[(item, int(attribute_of(known))) for _, known, item in events] for events in seen]
         assert lists_of(memory, asking(keys, times), length) == expected
         memory = memory.with_columns(memory.compacted(end, length).to_columns(), end)
-
-
-def test_a_key_without_news_goes_from_memory_some_days_after_it_is_forgotten():
-    day, once = 86_400_000_000, [(0, 0, 1.0)]
-    for memory in (counter_of(once, forget_after=30 * day), history_of(once, 30 * day)):
-        kept = 30 * day + memories.LATE_DAYS * day
-        assert len(memory.compacted(kept, 1).events) == 1
-        assert len(memory.compacted(kept + 1, 1).events) == 0
-    forever = counter_of(once).compacted(2**60, 1)
-    assert answers(forever, LookUps.of_each(KEYS[:1], np.array([2**61])))[0][:2] == (1, 1)

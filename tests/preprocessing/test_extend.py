@@ -12,12 +12,12 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
-from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.sums import collect
 from mmoe_rec.preprocessing import extend as extend_module
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
 from mmoe_rec.preprocessing.steps import Steps
-from tests.log.small_logs import ALL_KINDS, DAY, START, assert_same, files_of, log_rows, times_of, windows_of
+from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, times_of, windows_of
 from tests.preprocessing.growing_log import WINDOWS, Growing, training_items
 
 
@@ -127,64 +127,6 @@ def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
     assert [Path(each["file"]).name for each in extended.features.manifest["left_out"]] == ["bad.parquet"]
     assert extended.features.manifest["files"] == 2
     assert growing.extend(skip_bad_files=True) is None
-
-
-TOLD = "counters and histories are exact from"
-
-
-@pytest.fixture
-def unprepared(tmp_path: Path) -> Growing:
-    """Eight days, not yet prepared."""
-    (log := Growing(tmp_path)).add(0, 8)
-    return log
-
-
-def days_of(prepared: FeatureFolder) -> float:
-    """Days before the moment after the last request from which on memories are exact."""
-    floor = exact_from(prepared.serving)
-    assert floor is not None
-    return (prepared.manifest["request_microseconds"][1] + 1 - floor) / DAY
-
-
-def test_features_are_built_anew_for_more_days_and_stay_for_fewer(unprepared, capsys):
-    before = unprepared.prepare()
-    assert days_of(before) == 0
-    first = files_of(before.folder)
-    prepared = unprepared.prepare(as_of_days=2.5)
-    assert days_of(prepared) == 2.5
-    second = files_of(prepared.folder)
-    assert first.keys() == second.keys()
-    changed = {name for name in first if first[name] != second[name]}
-    assert {name.partition(".memory/")[0] for name in changed} == {
-        f"serving/{name}" for name in FeaturePipeline.load(prepared.serving).memory_encoders
-    }
-    for fewer in (1.0, 0.0, 2.5):
-        assert files_of(unprepared.prepare(as_of_days=fewer).folder) == second
-    assert TOLD not in capsys.readouterr().err
-
-
-def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(unprepared, capsys):
-    before = unprepared.prepare(as_of_days=1)
-    floor = exact_from(before.serving)
-    assert floor is not None
-    unprepared.add(8, 12.1)
-    assert TOLD not in capsys.readouterr().err
-    extended = unprepared.extend(as_of_days=30).features
-    assert TOLD in capsys.readouterr().err
-    assert exact_from(extended.serving) == floor
-    whole = unprepared.prepare("whole", as_of_days=30)
-    mine, theirs = (FeaturePipeline.load(each.serving) for each in (extended, whole))
-    rows, since = log_rows(unprepared.table, unprepared.schema), times_of(unprepared.table) >= floor
-    assert 50 < since.sum() < len(rows) - 50
-    assert_same(mine.encode(rows.filter(since)), theirs.encode(rows.filter(since)))
-    with pytest.raises(AssertionError):
-        assert_same(mine.encode(rows.filter(~since)), theirs.encode(rows.filter(~since)))
-    # Features to which days were added are not built anew for it.
-    files = files_of(extended.folder)
-    capsys.readouterr()
-    for days, told in ((30, True), (1, False), (0, False)):
-        assert files_of(unprepared.prepare(as_of_days=days).folder) == files
-        assert (TOLD in capsys.readouterr().err) == told
 
 
 # Refusals

@@ -18,17 +18,9 @@ Statistic = tuple[str, float | None]
 # Point in time
 
 
-def visible_events(events: Iterable[Event], key: Any, now: int, forget_after: int | None = None) -> list[Event]:
-    """The events of a key that are known at `now`, the oldest first, and of those the ones after the last long gap."""
-    past = sorted((event for event in events if event[0] == key and event[1] <= now), key=lambda event: event[1:])
-    if forget_after is None:
-        return past
-    later = now
-    for place in reversed(range(len(past))):
-        if later - past[place][1] > forget_after:
-            return past[place + 1 :]
-        later = past[place][1]
-    return past
+def visible_events(events: Iterable[Event], key: Any, now: int) -> list[Event]:
+    """The events of a key that are known at `now`, the oldest first."""
+    return sorted((event for event in events if event[0] == key and event[1] <= now), key=lambda event: event[1:])
 
 
 def totals(events: Iterable[Event], now: int, window: int | None = None) -> tuple[int, float]:
@@ -46,11 +38,10 @@ def counter(log: Log, name: str, overall_mean: float, rows: list[Row] | None = N
     """For each row of the log, or of `rows`, the statistics of a feature of the kind `counter`."""
     feature, result = log.features[name], []
     events = [(_key(row, feature["by"]), known, label) for row, known, label in _remembered(log, feature)]
-    forget_after = _microseconds(feature.get("forget_after_days"))
     smoothing = feature.get("smoothing", 20.0)
     for row in log.rows if rows is None else rows:
         now = log.time(row)
-        visible = visible_events(events, _key(row, feature["by"]), now, forget_after)
+        visible = visible_events(events, _key(row, feature["by"]), now)
         statistics: dict[Statistic, Any] = {}
         for days in feature.get("window_days", [None]):
             count, labels = totals(visible, now, _microseconds(days))
@@ -81,8 +72,7 @@ def history(
     for row in log.rows if rows is None else rows:
         now = log.time(row)
         seen = []
-        forget_after = _microseconds(feature.get("forget_after_days"))
-        for _, known, (_, event) in visible_events(events, row[user], now, forget_after):
+        for _, known, (_, event) in visible_events(events, row[user], now):
             seen.append((known, *(table_rows[each][event[log.features[each]["column"]]] for each in ids)))
         for place, each in enumerate(names, 1):
             result[each].append([held[place] for held in sorted(seen)[-length:]])

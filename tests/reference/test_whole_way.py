@@ -34,7 +34,6 @@ FEATURES = {
         "by": ["item"],
         "outputs": ["rows", "positives", "rate", "recency"],
         "window_days": [None, 1.5],
-        "forget_after_days": 3,
     },
     "likes": {"kind": "counter", "task": "liked", "by": ["user", "brand"], "outputs": ["rate"], "smoothing": 2.0},
     "clicked": {"kind": "history", "task": "click", "of": "item", "length": 3},

@@ -62,17 +62,6 @@ class CounterFeature(Remembering):
                 raise ValueError(f"lists {other!r} and {window!r}, but windows are named by their first six digits")
         return windows
 
-    @model_validator(mode="after")
-    def _windows_are_remembered(self) -> Self:
-        """So windows count the same with and without `forget_after_days`."""
-        longest = max(filter(None, self.window_days), default=0.0)
-        if self.forget_after_days is not None and self.forget_after_days < longest:
-            raise ValueError(
-                f"forgets after {self.forget_after_days:g} days, before its window of {longest:g} days is over: set "
-                f"forget_after_days to {longest:g} or more, or give the long window to a counter of its own"
-            )
-        return self
-
     def reads(self) -> Mapping[str, Use]:
         return dict.fromkeys(self.by, "key")
 
@@ -117,7 +106,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
     @property
     def shares_levels(self) -> bool:
         """Whether events that a server learns lie in one table with those of other counters."""
-        return not self.has_fractions and self.forget_after is None
+        return not self.has_fractions
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Adds the training rows' labels to the overall mean."""
@@ -129,7 +118,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def empty(self) -> CounterMemory:
         recency = "recency" in self.feature.outputs
-        return CounterMemory.empty(self.source is None, recency, self.has_fractions, self.forget_after)
+        return CounterMemory.empty(self.source is None, recency, self.has_fractions)
 
     def events(self, rows: LogRows) -> pa.Table:
         """The rows of a log of events. (Those of the interaction log come as look-ups with their labels.)"""
@@ -155,8 +144,10 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), label, in_order)
 
     def compacted(self, memory: CounterMemory, moment: int) -> CounterMemory:
-        """The totals of each key as of `moment` and within the longest window before it, and what comes later."""
-        return memory.compacted(moment, max(self.windows, default=0))
+        """The totals within the longest window before `moment`, and what comes later; of each key also its total as of
+        `moment`, unless only windows are asked for."""
+        forever = None in self.feature.window_days or "recency" in self.feature.outputs
+        return memory.compacted(moment, max(self.windows, default=0), forever)
 
     def result_columns(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
         """The statistics under their names, such as `user_product_positives`."""
@@ -214,7 +205,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
 
 class CounterGroup:
-    """Counters, none of which forgets or has fractional labels, that requests ask together: what they give is, to the
+    """Counters, none of which has fractional labels, that requests ask together: what they give is, to the
     bit, what each of them encodes."""
 
     def __init__(self, encoders: Mapping[str, CounterEncoder], salts: Mapping[str, np.uint64]) -> None:

@@ -31,7 +31,7 @@ class HistoryFeature(Remembering):
     """The user's last engaged candidates before the request, point in time, embedded and averaged."""
 
     fixed_role = "user"
-    younger = Remembering.younger | {"attributes"}
+    younger = frozenset({"attributes"})
 
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
@@ -109,10 +109,10 @@ class HistoryMemory(Memory):
     attributes: tuple[np.ndarray, ...] = ()
 
     @staticmethod
-    def empty(forget_after: int | None = None, attributes: int = 0) -> "HistoryMemory":
+    def empty(attributes: int = 0) -> "HistoryMemory":
         none = np.empty(0, np.int64)
         events = KnownEvents(np.empty(0, np.uint64), none)
-        return HistoryMemory(events, none, (none,) * attributes, forget_after=forget_after)
+        return HistoryMemory(events, none, (none,) * attributes)
 
     def extended(self, key: np.ndarray, known: np.ndarray, *rows: np.ndarray) -> Self:
         """These events and further ones, (E,) uint64 and int64, and rows of items and attributes, in any order."""
@@ -157,8 +157,6 @@ class HistoryMemory(Memory):
         known_by_then = np.add.reduceat(np.append(events.known <= moment, 0), events.starts[:-1])
         within_key = np.arange(len(events)) - events.starts[events.number]
         needed = within_key >= (known_by_then - length)[events.number]
-        if self.lives is not None:
-            needed &= ~self.lives.ended(moment)
         attributes, floor = tuple(each[needed] for each in self.attributes), self._later_floor(moment)
         return replace(self, events=events.take(needed), items=self.items[needed], attributes=attributes, floor=floor)
 
@@ -186,7 +184,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         super().__init__(name, feature, shared, (shared.schema.columns.user,))
 
     def empty(self) -> HistoryMemory:
-        return HistoryMemory.empty(self.forget_after, len(self.parts) - 1)
+        return HistoryMemory.empty(len(self.parts) - 1)
 
     def events(self, rows: LogRows) -> pa.Table:
         """Engaged rows with the candidate's ids; each becomes visible only when its label is known."""
