@@ -347,7 +347,7 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         (
             "model",
             None,
-            "{} must hold keys (members, bottom, experts, gates, towers, placement, trees), found nothing (null)",
+            "{} must hold keys (bottom, experts, gates, towers, placement, trees), found nothing (null)",
         ),
         ("tasks", ["click"], "{} must hold a section for each name, found ['click']"),
         ("features.item", "id", "{} must hold keys (kind and others), found 'id'"),
@@ -428,8 +428,6 @@ def test_attention_has_its_bounds(tmp_path):
     assert _load(tmp_path, features=features).features["seen"].pooling == "attention"
     longer = features | {"seen": history | {"length": 513}}
     assert "attention looks at no more than 512 events: set `length` lower" in _message(tmp_path, features=longer)
-    told = _message(tmp_path, features=features, **{"model.members": 2})
-    assert "model.members is 2, and feature 'seen' has `pooling: attention`, which models of one member have" in told
 
 
 def test_every_mistake_is_told_at_once(tmp_path):

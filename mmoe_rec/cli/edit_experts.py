@@ -49,11 +49,6 @@ def edit_experts(
         found = registry.find_model(model, uri)
         about, state = read_artifact(found.folder), in_float32(read_stored(found.folder / "weights.safetensors"))
         structure = Model.model_validate(about.model)
-        if structure.members > 1:
-            raise UserError(
-                f"'{model}' has {structure.members} members (model.members), whose experts can't be edited: train with "
-                "another number in model.experts.count"
-            )
         if add is not None:
             chosen = [index % max(1, structure.experts.count) for index in range(add)]
             state, structure = add_experts(state, structure, chosen)

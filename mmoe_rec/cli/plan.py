@@ -64,7 +64,7 @@ def plan(
     host_gib: float,
     measure: int | None,
 ) -> None:
-    settings = configuration.settings.of_member(0)  # members are trained one after the other
+    settings = configuration.settings
     if world_size % local_world_size:
         raise UserError(f"--world-size {world_size} is not a multiple of --local-world-size {local_world_size}")
     if world_size > MOST_RANKS:
@@ -119,7 +119,7 @@ def plan(
         with reading(built.parent, "a plan"):
             print_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)
             if measure:
-                print_forecast(settings, layout, measure, configuration.settings.model.members)
+                print_forecast(settings, layout, measure)
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
@@ -174,7 +174,7 @@ def measure_reading(folder: Path, layout: Layout, rows: int, window: int, machin
     return rate
 
 
-def print_forecast(settings: Settings, layout: ModelLayout, steps: int, members: int) -> None:
+def print_forecast(settings: Settings, layout: ModelLayout, steps: int) -> None:
     """Trains so many steps on the features in `data.work`, and prints what the whole training would take."""
     from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.training.loop import Trainer
@@ -190,9 +190,7 @@ def print_forecast(settings: Settings, layout: ModelLayout, steps: int, members:
         trainer = Trainer(features, layout, settings.model, alone, device, Path(folder), lambda *_: None)
         trainer.announce()
         found = trainer.measure(steps)
-    seconds, validation = (
-        timedelta(seconds=round(members * each)) for each in (found.seconds, found.validation_seconds)
-    )
+    seconds, validation = (timedelta(seconds=round(each)) for each in (found.seconds, found.validation_seconds))
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"measured here: {found.rows_per_s:,.0f} rows/s on {device.type}, {memory / GIB:.2f} GiB of main memory")
     print(

@@ -6,9 +6,9 @@ one, and boosted trees, each with several seeds on the same features, and compar
 on the test rows. The verdicts come first, by intervals over trainings and users, corrected for the number of questions
 (Holm); then what to write into the settings, if something simpler is as good; then the table.
 
-All have the same rows, steps and rates, and experts with as many units. Neither trees beside the network
-(`model.trees`) nor `model.members` take part: they hide what structures are worth. Nothing is registered. Trainings
-that have ended stay in `data.work`/structures: the same command goes on after a stop or a kill.
+All have the same rows, steps and rates, and experts with as many units. Trees beside the network
+(`model.trees`) take no part: they hide what structures are worth. Nothing is registered. Trainings that have ended stay
+in `data.work`/structures: the same command goes on after a stop or a kill.
 """
 
 from __future__ import annotations

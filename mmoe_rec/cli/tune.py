@@ -302,7 +302,7 @@ class Study:
         from mmoe_rec.training.ranks import training_ranks
         from mmoe_rec.training.validation import Validation
 
-        settings, shared = settings.of_member(0), self.folder / f"choices-{self.key}.json"
+        shared = self.folder / f"choices-{self.key}.json"
         layout = ModelLayout.of(self.prepared.layout, settings)
         # Trials are compared by one measure, whatever loss weights they try.
         judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), self.settings.training.select_by

@@ -79,11 +79,6 @@ def _with_mean(design: np.ndarray) -> np.ndarray:
     return np.column_stack([np.ones(len(design)), design])
 
 
-def mean_of(measured: Sequence[Resampled]) -> Resampled:
-    """The mean of a metric over trainings."""
-    return _weigh(np.full(len(measured), 1 / len(measured)), measured)
-
-
 def _weigh(weights: np.ndarray, measured: Sequence[Resampled]) -> Resampled:
     """A weighted sum of the metric of trainings."""
     value, redrawn, influence = (

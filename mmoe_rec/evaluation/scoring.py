@@ -196,8 +196,7 @@ def score_rows(
     more = [*(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted)]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
-    members = len(model.mixture.each_member())
-    experts, effects = UtilisationSums(model.experts_in_use, members), PlacementSums(layout)
+    experts, effects = UtilisationSums(model.experts_in_use), PlacementSums(layout)
     with bar(shown=shown) as progress, freed_memory_kept():
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
@@ -222,5 +221,5 @@ def score_rows(
         score=score,
         experts=experts.result(),
         relevance=relevance,
-        placement=None if model.mixture.each_member()[0].placement is None else effects.effects(),
+        placement=None if model.mixture.placement is None else effects.effects(),
     )

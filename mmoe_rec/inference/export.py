@@ -102,8 +102,7 @@ class DensePart(nn.Module):
         super().__init__()
         layout = ranker.layout
         self.model = RankingModel(nn.Module(), layout, copy.deepcopy(ranker.model.mixture)).eval()
-        for member in self.model.mixture.each_member():
-            member.placement = None
+        self.model.mixture.placement = None
         set_products(self.model, "blas")
         set_compute(self.model, "dense")
         self._calibration, self._names = ranker.calibration, ranker.names

@@ -85,8 +85,7 @@ class Scorer:
         self.about, self.model, self.calibration = about, model.eval(), calibration
         self.names, self._kinds = [task.name for task in about.tasks], [task.kind for task in about.tasks]
         self.experts = model.visible_experts.shape[1]
-        self.of_gate = self.experts // len(model.mixture.each_member())
-        self.broken = _take_out_broken(model)
+        self.broken = _take_out_broken(model.mixture)
         self.way: Way = "blas"
         self.fused = fused_logits(model.mixture, self.way)
         if self.fused is not None:
@@ -95,8 +94,8 @@ class Scorer:
 
     def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
-        if top_k is not None and top_k > self.of_gate:
-            raise RequestError(f"gate_top_k is {top_k}, and the model has {self.of_gate} experts")
+        if top_k is not None and top_k > self.experts:
+            raise RequestError(f"gate_top_k is {top_k}, and the model has {self.experts} experts")
         for expert in masked or ():
             if isinstance(expert, bool) or not isinstance(expert, int):
                 raise RequestError("mask_experts must be a list of experts' numbers, such as [0, 3]")
@@ -155,7 +154,7 @@ class Scorer:
             logs = log_predictions(logits.double(), self._kinds).numpy()
             explained: dict[str, np.ndarray] = {}
             if explain:
-                gates = outputs.last_level()[0].expand(-1, len(self.names), -1)  # one gate may serve all tasks
+                gates = outputs.routings[-1].weights.expand(-1, len(self.names), -1)  # one gate may serve all tasks
                 explained = {"uncalibrated": predictions(plain, self._kinds).numpy(), "gates": gates[:rows].numpy()}
                 if alone := [predictions(each[:rows], self._kinds).numpy() for each in outputs.alone]:
                     explained["alone"] = np.stack(alone, axis=2)
@@ -237,14 +236,8 @@ def _is_finite(outputs: Outputs) -> bool:
 
 
 @torch.no_grad()
-def _take_out_broken(model: RankingModel) -> list[int]:
+def _take_out_broken(mixture: Mixture) -> list[int]:
     """Masks experts with a weight that is not finite; gives their numbers."""
-    members = [_take_out_of(each) for each in model.mixture.each_member()]
-    count = model.visible_experts.shape[1] // len(members)
-    return [number * count + expert for number, broken in enumerate(members) for expert in sorted(broken)]
-
-
-def _take_out_of(mixture: Mixture) -> set[int]:
     broken: set[int] = set()
 
     def clear(expert: int, weights: Sequence[Tensor]) -> None:
@@ -261,7 +254,7 @@ def _take_out_of(mixture: Mixture) -> set[int]:
         for expert in range(gates.visible.shape[1]):
             clear(expert, gates.rows_of(expert))
         gates.masked[list(broken)] = True
-    return broken
+    return sorted(broken)
 
 
 def _filled_up(inputs: Tensor) -> Tensor:

@@ -168,7 +168,6 @@ class Search:
                 self.trainings.at_once,
                 self._notes,
                 lambda: self._effective,
-                self._join if self.settings.model.members == 1 else None,
             ).run(self.minutes)
         finally:
             self._notes.values["spent"] = self._clock()
@@ -198,11 +197,6 @@ class Search:
             return None
         self._pace = max(self._pace, found.seconds[0]) if not recipe.made else self._pace
         return Trained(self._measure(found.measure()[0], recipe.is_of_last(self.settings)), found.seconds[0])
-
-    def _join(self, recipes: Sequence[Recipe]) -> Resampled:
-        return self._measure(
-            self.trainings.read_joined(self._variant(recipes[0]), [each.seed for each in recipes]), True
-        )
 
     def _measure(self, sums: EvaluationSums, is_last: bool) -> Resampled:
         """What decides, higher is better, when users are redrawn: of half of them in the last comparison, else of the

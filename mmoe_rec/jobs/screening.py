@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.evaluation.effects import draw_design, estimate_effects, mean_of
+from mmoe_rec.evaluation.effects import draw_design, estimate_effects
 from mmoe_rec.evaluation.intervals import Difference, Resampled
 from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives
 from mmoe_rec.progress import say
@@ -34,8 +34,6 @@ LEAST = 12
 """Trainings in all, with fewer of which nothing is tried."""
 LAST = (2, 16)
 """Fewest and most trainings of either side in the last comparison."""
-MEMBERS = 3
-"""Trainings that are joined, to see what members of a model give."""
 MARGIN = 0.001
 """Of the metric, that something simpler may lose with its interval."""
 SEEDS = (1000, 2000, 3000)
@@ -113,8 +111,7 @@ class Screening:
 
     train: trains recipes, some at a time, and begins none that would not end by a moment of the clock; read: gives what
     one gave, None where it did not end; clock: in seconds, which begin at what an earlier start has spent; notes: of an
-    earlier start, which is gone on with; effective: number of users by their sizes, once some were measured; join:
-    gives the metric of a model whose members are some trainings, None where the settings have members already.
+    earlier start, which is gone on with; effective: number of users by their sizes, once some were measured.
     """
 
     def __init__(
@@ -127,10 +124,9 @@ class Screening:
         at_once: int,
         notes: Notes | None = None,
         effective: Callable[[], float] = lambda: math.inf,
-        join: Callable[[Sequence[Recipe]], Resampled] | None = None,
     ) -> None:
         self.settings, self.train, self.read = settings, train, read
-        self.notes, self.join = Notes() if notes is None else notes, join
+        self.notes = Notes() if notes is None else notes
         self.alternatives, self.clock, self.at_once, self.effective = list(alternatives), clock, at_once, effective
         self.found: dict[Recipe, Trained] = {}
         self._seed = settings.training.seed
@@ -164,7 +160,6 @@ class Screening:
         best = self._valid(join_best(self.alternatives, self._effects(), alive))
         if best:
             say(f"the best are compared with the file: {'; '.join(self.alternatives[n].name for n in best)}")
-        if best or self.join is not None:
             self._compare(tuple(best), until)
         return self._finish(alive, best)
 
@@ -211,7 +206,7 @@ class Screening:
             one = float(np.mean([each.seconds for each in self.found.values()]))
             each = min(max(int((until - self.clock()) * self.at_once / (2 * one)), LAST[0]), LAST[1])
             seeds = range(self._seed + SEEDS[-1], self._seed + SEEDS[-1] + each)
-            return [Recipe(made, seed) for seed in seeds for made in dict.fromkeys([best, ()])]
+            return [Recipe(made, seed) for seed in seeds for made in (best, ())]
 
         self._train(self.notes.keep_recipes("last", draw), until)
 
@@ -225,43 +220,18 @@ class Screening:
             tried = [each for each in self.found if not each.is_of_last(self.settings)]
             result.counts = [sum(number in each.made for each in tried) for number in names]
             result.dropped = [number for number in names if number not in alive]
-        recipes = {
-            made: [each for each in self.found if each.made == made and each.is_of_last(self.settings)]
-            for made in dict.fromkeys([tuple(best), ()])
-        }
-        if best and all(len(each) >= LAST[0] for each in recipes.values()):
-            mine, others = sides = [[self.found[each] for each in its] for its in recipes.values()]
+        last = {recipe: each for recipe, each in self.found.items() if recipe.is_of_last(self.settings)}
+        mine, others = sides = [
+            [each for recipe, each in last.items() if recipe.made == made] for made in (tuple(best), ())
+        ]
+        if best and all(len(side) >= LAST[0] for side in sides):
             design = np.array([[True]] * len(mine) + [[False]] * len(others))
             metrics = [each.metric for each in (*mine, *others)]
             (result.compared,) = estimate_effects(design, metrics, self.effective())
             result.sides = len(mine), len(others)
             result.seconds = tuple(float(np.mean([each.seconds for each in side])) for side in sides)  # type: ignore[assignment]
             result.taken = choose_taken(self.alternatives, result.effects, best, result.compared)
-        if self.join is not None:
-            self._judge_members(result, recipes.get(tuple(result.taken), []))
         return result
-
-    def _judge_members(self, result: Result, recipes: Sequence[Recipe]) -> None:
-        """Whether trainings of what is taken, joined as members of one model, are better than one: it takes no training
-        more to tell."""
-        assert self.join is not None, "there is something to join with"
-        groups = [recipes[at : at + MEMBERS] for at in range(0, len(recipes) - MEMBERS + 1, MEMBERS)]
-        if len(groups) < LAST[0]:
-            return
-        singles = [mean_of([self.found[each].metric for each in group]) for group in groups]
-        metrics = [*map(self.join, groups), *singles]
-        (effect,) = estimate_effects(np.repeat([[True], [False]], len(groups), 0), metrics, self.effective())
-        members = Alternative(f"model.members {MEMBERS}", "members", {"model.members": MEMBERS}, cost=MEMBERS)
-        made = [self.alternatives[number] for number in result.taken]
-        try:
-            apply_alternatives(self.settings, [*made, members])
-        except ValueError:
-            return
-        result.alternatives = [*result.alternatives, members]
-        result.effects.append(effect)
-        result.counts.append(MEMBERS * len(groups))
-        if effect.low is not None and effect.low > 0:
-            result.taken = [*result.taken, len(result.alternatives) - 1]
 
 
 def keep_better_half(effects: Sequence[Difference], alive: Sequence[int]) -> list[int]:

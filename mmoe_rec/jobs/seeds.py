@@ -129,12 +129,13 @@ def measure_choices(settings: Settings, prepared: FeatureFolder, folder: Path) -
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import training_ranks
 
-    one = settings.of_member(0)
-    layout = ModelLayout.of(prepared.layout, one)
+    layout = ModelLayout.of(prepared.layout, settings)
     import torch
 
-    with training_ranks(one.training) as (device, _):
-        trainer = Trainer(prepared, layout, one.model, one.training, device, folder / "checkpoints", lambda *_: None)
+    with training_ranks(settings.training) as (device, _):
+        trainer = Trainer(
+            prepared, layout, settings.model, settings.training, device, folder / "checkpoints", lambda *_: None
+        )
         trainer.checkpoints.close()
         choices = trainer.choices
     del trainer

@@ -4,7 +4,7 @@
     <data.work>/structures/trainings/         what each training predicts for the test rows (see `variants`)
 
 All structures have the same rows, steps and rates, and as many units in the first layer of their experts. Trees beside
-the network and further members are left out: they would hide what the structures are worth.
+the network are left out: they would hide what the structures are worth.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def judge_structures(
 def list_variants(settings: Settings) -> list[Variant]:
     """The settings' own structure first, under its name if it has one; the others; each task alone; each left out; and
     trees."""
-    tasks, own = tuple(settings.tasks), settings.model.model_copy(update={"members": 1, "trees": None})
+    tasks, own = tuple(settings.tasks), settings.model.model_copy(update={"trees": None})
     structures = _structures(own, len(tasks))
     name = next((name for name, model in structures.items() if model == own), OWN)
     base = _with_model(settings, own)

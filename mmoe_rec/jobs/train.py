@@ -10,9 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -70,13 +69,10 @@ def train_model(
             return workspace.ended
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
-            results: list[TrainingResult] = []
-            for member in range(settings.model.members):
-                trainer = _make_trainer(run, workspace, member, choices)
-                choices = trainer.choices
-                _log_choices(run, trainer)
-                results.append(trainer.run())
-            return _finish(run, workspace, results, register) if workspace.first else None
+            trainer = _make_trainer(run, workspace, choices)
+            _log_choices(run, trainer)
+            result = trainer.run()
+            return _finish(run, workspace, result, register) if workspace.first else None
 
 
 def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManager[Run]:
@@ -95,37 +91,24 @@ def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManage
     )
 
 
-def _make_trainer(run: Run, workspace: Workspace, member: int, choices: Choices | None) -> Trainer:
-    """What trains a member of the model, by the choices of the member before. Metrics and figures of the first have no
-    prefix."""
-    from mmoe_rec.model.layout import ModelLayout
+def _make_trainer(run: Run, workspace: Workspace, choices: Choices | None) -> Trainer:
     from mmoe_rec.training.loop import Trainer
 
-    settings, count = workspace.settings.of_member(member), workspace.settings.model.members
-    layout = ModelLayout.of(workspace.prepared.layout, settings)
-    prefix, monitor = f"member_{member}/" if member else "", MachineMonitor(run, settings.tracking.system_metrics)
-    checkpoint, weights = workspace.find_checkpoint(member), None
-    if checkpoint is None and workspace.weights is not None:
-        weights = workspace.weights.of_member(member)
-    if workspace.first and count > 1:
-        say(f"member {member + 1} of {count}")
+    settings = workspace.settings
 
     def draw(validation: Validation, step: int) -> None:
-        draw_gates(run, layout, validation.experts, f"plots/{prefix}gates/step_{step:07}.png")
-
-    def log(metrics: dict[str, float], step: int) -> None:
-        monitor({prefix + name: value for name, value in metrics.items()}, step)
+        draw_gates(run, workspace.layout, validation.experts, f"plots/gates/step_{step:07}.png")
 
     return Trainer(
         workspace.prepared,
-        layout,
+        workspace.layout,
         settings.model,
         settings.training,
         workspace.device,
-        workspace.checkpoints / prefix,
-        log,
-        weights,
-        checkpoint,
+        workspace.checkpoints,
+        MachineMonitor(run, settings.tracking.system_metrics),
+        workspace.weights,
+        workspace.checkpoint,
         replace(workspace.origin, run_id=run.run_id),
         watch=draw,
         choices=choices,
@@ -160,8 +143,8 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     run.describe("Resumed" if "### Training\n" in run.note else "Training", command_and_rows)
 
 
-def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], register: bool) -> FinishedTraining:
-    """Best states -> artifact -> registry -> result on disk."""
+def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
+    """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.jobs.evaluate import measure_bf16
@@ -170,9 +153,9 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
     from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.validation import find_early_end
 
-    settings, prepared, layout, result = workspace.settings, workspace.prepared, workspace.layout, results[0]
+    settings, prepared, layout = workspace.settings, workspace.prepared, workspace.layout
     artifact = workspace.folder / "model"
-    model, begun = join_results(settings, prepared, results, workspace.weights)
+    model = best_network(settings, prepared, result)
     run.log_text(result.plan, "sharding_plan.txt")
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
     network = None
@@ -198,19 +181,15 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
         state_dict=model.state_dict(),
         trees=model.trees,
         calibration=calibration,
-        early_end=next(
-            filter(None, (find_early_end(each.history, each.best_step, layout, settings.training) for each in results)),
-            None,
-        ),
+        early_end=find_early_end(result.history, result.best_step, layout, settings.training),
         in_bf16=in_bf16,
         before=None if workspace.weights is None else workspace.weights.folder,
     )
     decision = Decision(str(artifact), False, ())
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.flat("best").items()]
-    steps = " and ".join(f"{each.best_step:,}" for each in results)
     chosen = (
-        f"The selecting rows of the validation split chose the network's state of step {steps}. The model as it is "
-        f"served, on the judging rows:\n\n{quoted(values)}"
+        f"The selecting rows of the validation split chose the network's state of step {result.best_step:,}. The model "
+        f"as it is served, on the judging rows:\n\n{quoted(values)}"
     )
     if register:
         about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
@@ -222,44 +201,29 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
         decision.address,
         served,
         result.best_step,
-        max(each.rows_per_s for each in results),
+        result.rows_per_s,
         result.waiting,
         decision.reasons,
         replace(workspace.origin, run_id=run.run_id, settings=result_settings(settings)),
         checksum(artifact / "weights.safetensors"),
-        begun,
+        dict(result.history).get(0),
         network,
     )
     trained.write()
     return trained
 
 
-def join_results(
-    settings: Settings, prepared: FeatureFolder, results: Sequence[TrainingResult], start: WarmStart | None = None
-) -> tuple[RankingModel, Validation | None]:
-    """The network of the best states of all members, and the validation of the one that it was started from."""
-    from mmoe_rec.batches.encoded_rows import Part
+def best_network(settings: Settings, prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
+    """The network in the best state of a training."""
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.model.members import join_members
     from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.score import UNCALIBRATED
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import load_plain
 
-    layout, one = ModelLayout.of(prepared.layout, settings), settings.of_member(0)
-    own, states = ModelLayout.of(prepared.layout, one), []
-    for result in results:
-        model = build_model(own, one.model, PlainTables(own))
-        load_plain(model, result.best_checkpoint)
-        states.append(model.state_dict())
-    if len(results) == 1:
-        return model, dict(results[0].history).get(0)
-    model, begun = build_model(layout, settings.model, PlainTables(layout)), None
-    if start is not None:
-        start.fill(model)
-        begun = measure_served(settings, prepared, model, UNCALIBRATED, Part.SELECTING)
-    model.load_state_dict(join_members(states))
-    return model, begun
+    layout = ModelLayout.of(prepared.layout, settings)
+    model = build_model(layout, settings.model, PlainTables(layout))
+    load_plain(model, result.best_checkpoint)
+    return model
 
 
 def measure_served(
@@ -399,9 +363,6 @@ class Workspace:
         for name in ("checkpoints", "model"):
             held.enter_context(writing(self.folder / name, "a training", "set `data.work` to another folder"))
         course, start = self._decide()
-        if course == "begins":
-            for old in self.checkpoints.glob("member_*"):  # of another training
-                shutil.rmtree(old)
         if course != "has ended":
             going_on = self.start is not None or course == "goes on"
             needs = ("train", "validation")
@@ -465,18 +426,10 @@ class Workspace:
             self.checkpoint = latest_checkpoint(self.checkpoints)
             assert self.checkpoint is not None, "the first rank has read it"
             self.checkpoint.state.origin.check(self.origin, self.checkpoint.folder)
-        if start is not None and (self.checkpoint is None or self.settings.model.members > 1):
+        if start is not None and self.checkpoint is None:
             self.weights = self._read_weights(start)
         if self.first and self.checkpoint is None:
             self.key = training_key(self.checkpoints, self.origin, new=not self.resume)
-
-    def find_checkpoint(self, member: int) -> Checkpoint | None:
-        """The one that a member's training goes on from; None where it begins."""
-        from mmoe_rec.training.checkpoint import latest_checkpoint
-
-        if member == 0 or self.checkpoint is None:
-            return self.checkpoint
-        return latest_checkpoint(self.checkpoints / f"member_{member}")
 
     def _require_features(self) -> None:
         """Raises UserError where a training has nothing to go on from."""

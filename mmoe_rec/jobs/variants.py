@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.special import expit, logit
 
 from mmoe_rec import __version__
 from mmoe_rec.atomic import atomic_file, digest, write_text
@@ -244,16 +243,6 @@ class VariantTrainings:
         """What a training gave, None where it has not ended."""
         return self._read(variant, [seed]) if self._make_task(variant, seed).file.exists() else None
 
-    def read_joined(self, variant: Variant, seeds: Sequence[int]) -> EvaluationSums:
-        """What a model would give that has trainings of a variant for its members: the mean of their logits, or of the
-        values of a regression."""
-        rows = self._rows_of(variant)
-        binary = np.array([task.kind == "binary" for task in rows.layout.tasks])
-        each = [_read_predictions(self._file_of(variant, seed))[0] for seed in seeds]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            joined = expit(np.mean([logit(np.clip(values, 1e-12, 1 - 1e-12)) for values in each], axis=0))
-        return rows.with_predictions(np.where(binary, joined, np.mean(each, axis=0))).measure()
-
     def _rows_of(self, variant: Variant) -> ScoredRows:
         from mmoe_rec.evaluation.scoring import read_labels
         from mmoe_rec.model.layout import ModelLayout
@@ -387,42 +376,37 @@ def _train_network(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, An
     from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.jobs.evaluate import score_by
     from mmoe_rec.jobs.stacking import grow_trees
-    from mmoe_rec.jobs.train import calibrate, join_results, measure_served
+    from mmoe_rec.jobs.train import best_network, calibrate, measure_served
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.choices import read_choices
-    from mmoe_rec.training.loop import Trainer, TrainingResult
+    from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import training_ranks
     from mmoe_rec.training.validation import find_early_end
 
     settings, prepared = task.variant.settings, task.prepared
     layout, folder = ModelLayout.of(prepared.layout, settings), task.checkpoints / task.file.stem
-    results, choices = list[TrainingResult](), read_choices(task.choices)
+    training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})
+    choices = read_choices(task.choices)
     try:
-        with training_ranks(settings.training) as (device, _):
-            for member in range(settings.model.members):
-                one = settings.of_member(member)
-                training = one.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})
-                own, place = ModelLayout.of(prepared.layout, one), folder / str(member)
-                log = run.log_metrics if member == 0 else lambda metrics, step: None
-                trainer = Trainer(prepared, own, one.model, training, device, place, log, choices=choices)
-                choices = trainer.choices
-                results.append(trainer.run())
-        model, _ = join_results(settings, prepared, results)
+        with training_ranks(training) as (device, _):
+            trainer = Trainer(
+                prepared, layout, settings.model, training, device, folder, run.log_metrics, choices=choices
+            )
+            result = trainer.run()
+        model = best_network(settings, prepared, result)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if settings.model.trees is not None:
         model.trees = grow_trees(settings, prepared, layout, model)
     calibration = calibrate(settings, prepared, model)
     served = measure_served(settings, prepared, model, calibration, Part.SELECTING)
-    run.log_metrics(served.flat("best"), results[0].best_step)
+    run.log_metrics(served.flat("best"), result.best_step)
     scored = score_by(settings, model, layout, prepared.split(task.split), calibration, task.variant.name)
-    assert choices is not None, "a model has at least one member"
-    early = (find_early_end(each.history, each.best_step, layout, settings.training) for each in results)
     return scored, {
-        "best_step": results[0].best_step,
-        "steps": results[0].steps,
-        "precision": choices.precision,
-        "early_end": next(filter(None, early), None),
+        "best_step": result.best_step,
+        "steps": result.steps,
+        "precision": trainer.choices.precision,
+        "early_end": find_early_end(result.history, result.best_step, layout, settings.training),
         "parameters": sum(each.numel() for each in model.parameters()),
     }
 

@@ -2,7 +2,7 @@
 
 `mmoe_rec.model.mmoe` computes the same for training and for all that a request may ask of experts: with a module for
 each layer, and a product for each expert. For five rows it spends most of its time calling a hundred operators. The
-operators here take a third of that time, and nine tenths for five hundred rows. Most models fit: see `_fuse`.
+operators here take a third of that time, and nine tenths for five hundred rows. Most models fit: see `fused_logits`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.members import Members
 from mmoe_rec.model.mmoe import Mixture, RankingModel
 from mmoe_rec.model.products import Linear, Products, StackedLinear, by_onednn
 from mmoe_rec.model.routing import Soft
@@ -30,9 +29,9 @@ experts, and what these give, are rounded: not gates, which would choose other e
 _ROWS, _TOLERANCE = 16, 1e-4
 
 
-def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """What gives the logits of a mixture of experts on one level, each gate of which mixes all experts that it may use,
-    with its weights as they are now. columns: of the model's inputs, those that it reads, None for all of them.
+def fused_logits(mixture: Mixture, way: Way) -> Callable[[Tensor], Tensor] | None:
+    """What gives the logits (B, T) float32 of a mixture by its inputs (B, W), with its weights as they are now: of
+    experts on one level, where each gate mixes all experts that it may use.
 
     None where there are several levels, gates that choose some of the experts or may use none, experts that read raw
     inputs, or experts that are still being let in.
@@ -63,22 +62,22 @@ def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tenso
     def logits(inputs: Tensor) -> Tensor:
         """(B, W) float32 -> (B, T) float32, as `Mixture` gives them."""
         kind = of_experts[0][0].dtype
-        x = crossed = inputs if columns is None else inputs.index_select(1, columns)
+        crossed = inputs
         for (down, _), (up, bias) in of_crosses:
-            crossed = torch.addcmul(crossed, x, linear(linear(crossed, down, None), up, bias))
+            crossed = torch.addcmul(crossed, inputs, linear(linear(crossed, down, None), up, bias))
         if bottom.bends is not None:
-            crossed = torch.cat([crossed, bottom.bends(x[:, -bottom.dense :])], dim=1)
+            crossed = torch.cat([crossed, bottom.bends(inputs[:, -bottom.dense :])], dim=1)
         hidden = crossed  # (B, H)
         for weight, bias in of_hidden:
             hidden = functional.silu(linear(hidden.to(kind), weight, bias), inplace=True)
         (weight, bias), *deeper = of_experts
         outputs = experts.activate(linear(hidden.to(kind), weight, bias))
-        outputs = outputs.view(len(x), experts.count, -1).transpose(0, 1)  # (E, B, U)
+        outputs = outputs.view(len(inputs), experts.count, -1).transpose(0, 1)  # (E, B, U)
         for weights in deeper:
             outputs = experts.activate(_each(outputs, weights))
         if experts.normalise:
             outputs = functional.layer_norm(outputs, outputs.shape[-1:])
-        shares = linear(hidden.to(of_gates.dtype), of_gates, bias_of_gates).view(len(x), *usable.shape).softmax(2)
+        shares = linear(hidden.to(of_gates.dtype), of_gates, bias_of_gates).view(len(inputs), *usable.shape).softmax(2)
         of_tasks = (shares.to(kind) @ outputs.transpose(0, 1)).to(of_gates.dtype).transpose(0, 1)  # (G, B, U)
         *layers, last = of_towers
         for weights in layers:
@@ -88,26 +87,11 @@ def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tenso
     return logits
 
 
-def fused_logits(mixture: Mixture | Members, way: Way) -> Callable[[Tensor], Tensor] | None:
-    """What gives the logits of a model's mixture, or the mean logits of its members, (B, T) float32, by the model's
-    inputs (B, W); None where one of them does not fit, see `_fuse`."""
-    columns = list[Tensor | None]([None])
-    if isinstance(mixture, Members):
-        columns = [mixture.get_buffer(f"inputs_{number}") for number in range(len(mixture.members))]
-    found = [_fuse(each, way, its) for each, its in zip(mixture.each_member(), columns, strict=True)]
-    fused = [each for each in found if each is not None]
-    if len(fused) < len(found):
-        return None
-    if len(fused) == 1:
-        return fused[0]
-    return lambda inputs: torch.stack([each(inputs) for each in fused]).mean(0)
-
-
 def check_fused(model: RankingModel) -> None:
     """Raise UserError if the fused pass gives other logits than the model's own forward pass.
 
-    An added type of expert, gate or tower may compute something that `_fuse` does not know. Where float32 differs,
-    float64 decides, because a processor may round products of float32 to bf16.
+    An added type of expert, gate or tower may compute something that `fused_logits` does not know. Where float32
+    differs, float64 decides, because a processor may round products of float32 to bf16.
     """
     inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
     off = _find_difference(model.mixture, inputs)
@@ -117,11 +101,12 @@ def check_fused(model: RankingModel) -> None:
     if not off <= _TOLERANCE:
         raise UserError(
             "mmoe_rec/model/fused.py: the fused pass gives other logits than the model's forward pass, off by "
-            f"{off:.2g} of the largest. Make `_fuse` return None for the part that it does not know, such as an expert."
+            f"{off:.2g} of the largest. Make `fused_logits` return None for the part that it does not know, such as an "
+            "expert."
         )
 
 
-def _find_difference(mixture: Mixture | Members, inputs: Tensor) -> float:
+def _find_difference(mixture: Mixture, inputs: Tensor) -> float:
     """Return the largest difference between logits of both passes, as a fraction of the largest logit."""
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         plain, fused = mixture(inputs, None).logits, fused_logits(mixture, "blas")

@@ -55,7 +55,7 @@ class ModelLayout(Layout):
             dim = getattr(settings.features.get(name), "dim", None)
             if dim is None:
                 raise _unknown("feature", name)
-            tables.append(EmbeddingTable(**vars(table), dim=dim * settings.model.members))
+            tables.append(EmbeddingTable(**vars(table), dim=dim))
         for task in layout.tasks:
             chosen = settings.tasks.get(task.name)
             if chosen is None:

@@ -27,7 +27,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.attention import Histories
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
-from mmoe_rec.model.members import Members, member_columns
 from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import by_name, look_at_events
@@ -40,9 +39,8 @@ torch.fx.wrap("look_at_events")
 
 
 class Outputs(NamedTuple):
-    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last, of one member
-    after the other; of a model with trees also what the network and the trees say alone, NaN for a task without them;
-    and how many members there are.
+    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last; of a model with
+    trees also what the network and the trees say alone, NaN for a task without them.
 
     Those of a `RankingModel` with a regression are float64: a float32 in the label's own unit may have steps wider
     than the labels' deviation.
@@ -51,18 +49,6 @@ class Outputs(NamedTuple):
     logits: Tensor
     routings: tuple[Routing, ...]
     alone: tuple[Tensor, ...] = ()
-    members: int = 1
-
-    def last_level(self) -> tuple[Tensor, Tensor | None]:
-        """Of the last level: weights (B, G, E) of all members' experts, of which each member has the same share; and
-        (B, R, E) bool what was selected, None where all are."""
-        if self.members == 1:
-            return self.routings[-1].weights, self.routings[-1].selected
-        levels = len(self.routings) // self.members
-        last = self.routings[levels - 1 :: levels]
-        selected = [each.selected for each in last if each.selected is not None]
-        weights = torch.cat([each.weights for each in last], dim=-1) / self.members
-        return weights, torch.cat(selected, dim=-1) if selected else None
 
 
 class RankingModel(nn.Module):
@@ -75,7 +61,7 @@ class RankingModel(nn.Module):
 
     trees: Trees | None = None
 
-    def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: Mixture | Members) -> None:
+    def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: Mixture) -> None:
         super().__init__()
         self.tables = tables
         self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.look_ups()]}
@@ -95,14 +81,14 @@ class RankingModel(nn.Module):
 
     @property
     def visible_experts(self) -> Tensor:
-        """(T, E) bool: the experts of the last level that each task sees, one member after the other."""
-        visible = torch.cat([each.gates[-1].visible for each in self.mixture.each_member()], dim=1)
+        """(T, E) bool: the experts of the last level that each task sees."""
+        visible = self.mixture.gates[-1].visible
         return visible.expand(len(self.names), -1) if len(visible) == 1 else visible
 
     @property
     def experts_in_use(self) -> Tensor:
         """(T, E) bool: those of them that may get a weight."""
-        return self.visible_experts & torch.cat([each.gates[-1].in_use for each in self.mixture.each_member()])
+        return self.visible_experts & self.mixture.gates[-1].in_use
 
     def forward(self, batch: Batch, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
         """Logits and routings of a batch; the options are those of `Mixture`. Over sharded tables a collective call."""
@@ -189,10 +175,6 @@ class Mixture(nn.Module):
         self.towers = towers
         self.placement = placement
         self.raw_inputs = raw_inputs
-
-    def each_member(self) -> list[Mixture]:
-        """The mixture, which is the only one."""
-        return [self]
 
     def place(self, placement: Tensor) -> Tensor | None:
         """(B, P) -> (B, T) what the placement tower adds in training; None without such inputs."""
@@ -383,16 +365,9 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widths = layout.width(placement=False), layout.width(placement=True)
-        if model.members == 1:
-            mixture = build_mixture(widths[0], edges, widths[1], len(layout.tasks), model)
-            mixture.histories = Histories(layout) if layout.attention else None
-            return RankingModel(tables, layout, mixture)
-        columns = [member_columns(layout, placement, model.members) for placement in (False, True)]
-        members = [
-            build_mixture(len(inputs), edges, len(placement), len(layout.tasks), model)
-            for inputs, placement in zip(*columns, strict=True)
-        ]
-        return RankingModel(tables, layout, Members(members, list(zip(*columns, strict=True))))
+        mixture = build_mixture(widths[0], edges, widths[1], len(layout.tasks), model)
+        mixture.histories = Histories(layout) if layout.attention else None
+    return RankingModel(tables, layout, mixture)
 
 
 def build_mixture(

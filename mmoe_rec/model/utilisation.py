@@ -23,13 +23,11 @@ Shares = Annotated[Tensor, PlainValidator(lambda value: torch.as_tensor(value, d
 @dataclass(frozen=True)
 class Utilisation:
     """weights: (T, E) float64, the mean weight that a task's gate gives an expert; loads: (T, E) float64, the share of
-    the task's choices that fell on it. NaN where a task does not see an expert, or the expert is out of use. Experts of
-    `members` networks come one network after the other, and each network has the same share.
+    the task's choices that fell on it. NaN where a task does not see an expert, or the expert is out of use.
     """
 
     weights: Shares
     loads: Shares
-    members: int = 1
 
     @property
     def total_loads(self) -> Tensor:
@@ -49,11 +47,8 @@ class Utilisation:
 
     @property
     def polarised(self) -> list[bool]:
-        """Whether one of several experts has more than POLARISED of a task's weight in its network, by task."""
-        return [
-            len(_numbers(weights)) > self.members and float(_numbers(weights).max()) * self.members > POLARISED
-            for weights in self.weights
-        ]
+        """Whether one of several experts has more than POLARISED of a task's weight, by task."""
+        return [len(seen := _numbers(weights)) > 1 and float(seen.max()) > POLARISED for weights in self.weights]
 
     def flat(self, tasks: list[str]) -> dict[str, float]:
         metrics = {
@@ -85,9 +80,8 @@ class Utilisation:
         for name, polarised, weights in zip(tasks, self.polarised, self.weights, strict=True):
             if polarised:
                 expert = int(weights.nan_to_num().argmax())
-                share = weights[expert] * self.members
                 found.append(
-                    f"the gate of '{name}' settles on expert {expert} with {share:.0%} of its weight: good "
+                    f"the gate of '{name}' settles on expert {expert} with {weights[expert]:.0%} of its weight: good "
                     f"predictions, until that expert fails in serving; model.gates.dropout of 0.1 spreads the weight"
                 )
         return found
@@ -110,19 +104,19 @@ class UtilisationSums:
     """Adds up what gates did; sums of several ranks may be added to each other.
 
     visible: (T, E) bool, the experts that each task sees and that are in use; sums: (2 T E + 1,) float64 on the model's
-    device, weights and choices of each task and expert, then the number of rows. members: networks of the model.
+    device, weights and choices of each task and expert, then the number of rows.
     """
 
-    def __init__(self, visible: Tensor, members: int = 1) -> None:
-        self.visible, self.members = visible, members
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible
         self.sums = torch.zeros(2 * visible.numel() + 1, dtype=torch.float64, device=visible.device)
 
     def add(self, outputs: Outputs, counted: Tensor | None = None) -> None:
         """Adds a batch. counted: (B,) bool, the rows that count; None is all."""
-        shares, selected = outputs.last_level()
-        weights = chosen = shares.double()
-        if selected is not None:
-            selected = selected.double()
+        last = outputs.routings[-1]
+        weights = chosen = last.weights.double()
+        if last.selected is not None:
+            selected = last.selected.double()
             chosen = (selected / selected.sum(-1, keepdim=True).clamp(min=1)).expand_as(weights)
         rows = weights.new_ones(len(weights)) if counted is None else counted.to(weights)
         sums = [torch.einsum("b,bte->te", rows, each).flatten() for each in (weights, chosen)]
@@ -134,7 +128,7 @@ class UtilisationSums:
         weights, choices = sums[:-1].unflatten(0, (2, *unseen.shape)).unbind()
         shares = choices / choices.sum(-1, keepdim=True).clamp(min=1e-300)
         means = ((weights / sums[-1]).masked_fill(unseen, math.nan), shares.masked_fill(unseen, math.nan))
-        return Utilisation(*means, self.members)
+        return Utilisation(*means)
 
 
 def _numbers(values: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
         yield f"validation of the network that it was started from, on the selecting rows: {text}"
     if (checkpoint := latest_checkpoint(trained.artifact.parent / "checkpoints")) is not None:
-        history = checkpoint.state.history  # of the first member
+        history = checkpoint.state.history
         yield validations_table(history, trained.best_step, trained.best, trained.network)
         yield from explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.select_by)
     if early_end := read_artifact(trained.artifact, verify=False).early_end:

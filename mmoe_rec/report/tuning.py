@@ -87,8 +87,7 @@ def _describe(report: TuningReport) -> Iterator[str]:
         "; ".join(report.joined),
         {each.name: difference(each.effect) for each in report.tried if each.taken},
     )
-    members = next((name for name in effects if name.startswith("model.members ")), None)
-    taken = [name for name in report.taken if name != members]
+    taken = list(report.taken)
     if not report.tried:
         yield (
             f"too few trainings fit into {report.minutes[0]:g} minutes to tell anything from chance: give more with "
@@ -115,11 +114,6 @@ def _describe(report: TuningReport) -> Iterator[str]:
         yield f"the time was over before the best alternatives ({joined}) were compared with the file, which is kept"
     else:
         yield f"no alternative gives more than '{report.file}' by more than its standard error: the file is kept"
-    if members is not None:
-        yield (
-            f"'{report.best}' has {members}: the mean of so many networks is better than one by {effects[members]}; a "
-            "training takes as many times as long, and a request about twice as long, so set it to 1 where that counts"
-        )
     if worse := [each.name for each in report.tried if each.verdict == "worse"]:
         yield f"shown to be worse than the file: {'; '.join(worse)}"
     if taken == list(report.joined) and report.seconds[1]:

@@ -353,7 +353,7 @@ def _describe(
     options = {
         "task_weights": _option("task or objective -> weight, one of them above 0", **_CLOSED, properties=weights),
         "top_k": _option("only so many best candidates", type="integer", minimum=1, maximum=2**64 - 1),
-        "gate_top_k": _option("experts per candidate and gate", type="integer", minimum=1, maximum=scorer.of_gate),
+        "gate_top_k": _option("experts per candidate and gate", type="integer", minimum=1, maximum=scorer.experts),
         "mask_experts": _option(
             "experts to score without",
             type="array",

@@ -112,7 +112,6 @@ class Trees(Section):
 class Model(Section):
     """Structure of the multi-gate mixture of experts."""
 
-    members: int = Field(1, ge=1, le=32, description="networks, trained one after the other, whose mean logit counts")
     bottom: Bottom = Bottom()
     experts: Experts = Experts()
     gates: Gates = Gates()

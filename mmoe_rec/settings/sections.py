@@ -36,9 +36,6 @@ from mmoe_rec.settings.outcomes import Outcomes
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.training import Training
 
-SEEDS_APART = 10_000
-"""Between the seeds of two members of a model, so that models of neighbouring seeds have no member in common."""
-
 
 def _as_time(value: Any) -> datetime | None:
     """A date or time of YAML, or text in ISO 8601; UTC unless it has an offset."""
@@ -316,14 +313,6 @@ class Settings(Section):
     def _check_schema(self) -> Settings:
         self.outcomes.check(self.schema_)
         self.split.check(self.columns)
-        if "model.members" in self.tuning.search:
-            raise ValueError("tuning.search names 'model.members', but a trial trains one member: more rank better")
-        looking = [name for name, each in self.features.items() if getattr(each, "pooling", None) == "attention"]
-        if looking and self.model.members > 1:
-            raise ValueError(
-                f"model.members is {self.model.members}, and feature '{looking[0]}' has `pooling: attention`, which "
-                "models of one member have: set one of them back"
-            )
         for name in self.tuning.search:
             section, _, rest = name.partition(".")
             known = getattr(self, section) if section in CHOICES else None
@@ -340,13 +329,6 @@ class Settings(Section):
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")
         return self
-
-    def of_member(self, number: int) -> Settings:
-        """The settings by which a member of the model is trained: the model of that one alone, with a seed that no
-        neighbouring `training.seed` gives."""
-        model = self.model.model_copy(update={"members": 1})
-        seed = self.training.seed + number * SEEDS_APART
-        return self.model_copy(update={"model": model, "training": self.training.model_copy(update={"seed": seed})})
 
     @property
     def schema_(self) -> Schema:

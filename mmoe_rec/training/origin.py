@@ -88,8 +88,6 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
     """The settings on which a training's result depends."""
     sections = {"columns", "roles", "tasks", "features", "model", "training"}
     tree = settings.model_dump(mode="json", include=sections)
-    if settings.model.members == 1:
-        del tree["model"]["members"]  # as in the checkpoints of versions without members
     split: dict[str, Any] = {}
     for name, each in settings.split:
         if isinstance(each, datetime):

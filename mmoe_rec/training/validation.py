@@ -70,17 +70,17 @@ class ValidationSums:
     GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange them. Where there are more
     than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
 
-    experts: (T, E) bool, the experts that each task uses; rows: of all ranks; members: networks of the model.
+    experts: (T, E) bool, the experts that each task uses; rows: of all ranks.
     """
 
-    def __init__(self, layout: Layout, experts: Tensor, rows: int, members: int = 1) -> None:
+    def __init__(self, layout: Layout, experts: Tensor, rows: int) -> None:
         self.layout, tasks = layout, len(layout.tasks)
         self.binary = {task.name: index for index, task in enumerate(layout.tasks) if task.kind == "binary"}
         self.counts = torch.zeros(tasks, 2, BINS, dtype=torch.float64)
         self.rows = torch.zeros(tasks, 2, dtype=torch.float64)
         self.loss = torch.zeros(tasks, 2, dtype=torch.float64)
         self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # of predictions and labels
-        self.utilisation = UtilisationSums(experts, members)
+        self.utilisation = UtilisationSums(experts)
         self._one_in = np.uint64(-(-max(rows, 1) // ROWS_KEPT))
         # Of a batch: users (B,), and logits and labels (B, T), NaN where unobserved.
         self._users: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -185,7 +185,7 @@ def validate_alone(
     model: RankingModel, rows: EncodedRows, layout: ModelLayout, batch_size: int, calibration: Calibration
 ) -> Validation:
     """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes and users."""
-    sums = ValidationSums(layout, model.experts_in_use, rows.rows, len(model.mixture.each_member()))
+    sums = ValidationSums(layout, model.experts_in_use, rows.rows)
     names = [task.name for task in layout.tasks]
     model.eval()
     for part, _ in rows.stream(batch_size):

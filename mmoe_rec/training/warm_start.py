@@ -5,14 +5,13 @@ as a copy of the hashed bucket in which the other model looked it up. So the fir
 the other model. Optimizers start afresh, so the first steps are as large as in any training.
 """
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,19 +62,11 @@ class WarmStart:
                 f"the model in '{folder}' can't be started from: {found}; start from a model of the features that "
                 "these were extended from, or train without --from"
             )
-        self._members = structure.members
-        self._member: int | None = None
         self._known = {table.name: table.rows for table in before.tables}
         # Table -> (rows that are new,) int64 row of the old table that each is a copy of.
         self._copied = {
             name: known.encode(new.vocabularies[name].ids[len(known.ids) :]) for name, known in old.vocabularies.items()
         }
-
-    def of_member(self, number: int) -> Self:
-        """The same for one of the model's members, which is trained alone."""
-        own = copy.copy(self)
-        own._member = number if self._members > 1 else None
-        return own
 
     def rows(self, table: EmbeddingTable, first: int, last: int) -> Tensor:
         """First weights of rows first..last (exclusive) of a table: (last - first, dim) float32; reads no others."""
@@ -88,16 +79,14 @@ class WarmStart:
                 parts.append(stored[first : min(last, known)])
             if len(copied):
                 parts.append(stored[: int(copied.max()) + 1][torch.from_numpy(copied)])
-        found = torch.cat(parts) if parts else torch.empty(0, table.dim)
-        return found if self._member is None or not parts else found.chunk(self._members, dim=1)[self._member]
+        return torch.cat(parts) if parts else torch.empty(0, table.dim)
 
     @torch.no_grad()
     def fill_dense(self, model: nn.Module) -> None:
         """Gives all but the tables of a `RankingModel` their first weights."""
         mixture = model.get_submodule("mixture")
-        prefix = "mixture." if self._member is None else f"mixture.members.{self._member}."
         with _weights(self.folder) as weights:
-            mixture.load_state_dict({name: weights.get_tensor(prefix + name) for name in mixture.state_dict()})
+            mixture.load_state_dict({name: weights.get_tensor(f"mixture.{name}") for name in mixture.state_dict()})
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:

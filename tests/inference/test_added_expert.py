@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference import scorer
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model import fused, levels
 from mmoe_rec.model.levels import Experts
@@ -51,7 +52,7 @@ def test_other_logits_are_refused_where_the_model_is_written_and_loaded(
 
 def test_what_the_refusal_advises_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "Experts", Doubled)
-    monkeypatch.setattr(fused, "_fuse", lambda *_: None)
+    monkeypatch.setattr(scorer, "fused_logits", lambda *_: None)
     assert Ranker.load(SmallModel(tmp_path).folder).scorer.fused is None
 
 

@@ -49,11 +49,11 @@ class World:
             self.ended[each] = Trained(Resampled(value, redrawn, users), SECONDS)
             self.time += SECONDS / 2
 
-    def search(self, minutes: float, notes: Notes | None = None, simpler: bool = False, join: Any = None) -> Result:
+    def search(self, minutes: float, notes: Notes | None = None, simpler: bool = False) -> Result:
         names = [f"a{n}" for n in range(len(self.effects))]
         tried = [Alternative(each, each, {"training.patience": 9}, simpler=simpler) for each in names]
         settings = load_settings("configs/synthetic.yaml")
-        search = Screening(settings, tried, self.train, self.ended.get, lambda: self.time, 2, notes, lambda: 50.0, join)
+        search = Screening(settings, tried, self.train, self.ended.get, lambda: self.time, 2, notes, lambda: 50.0)
         return search.run(minutes)
 
 
@@ -144,42 +144,6 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(after: int) -> None:
     again = world.search(12, Notes(dict(kept), kept.update))
     assert (again.best, again.taken, again.trainings) == (whole.best, whole.taken, whole.trainings)
     assert again.compared == whole.compared
-
-
-@pytest.mark.parametrize(("gain", "taken"), [(0.002, True), (0.0, False)])
-def test_members_are_taken_where_they_are_better_without_a_training_more(gain: float, taken: bool) -> None:
-    world = World([0.004, -0.003, 0.0])
-    joined: list[set[tuple[int, ...]]] = []
-
-    def join(recipes: Sequence[Recipe]) -> Resampled:
-        joined.append({each.made for each in recipes})
-        metrics = [world.ended[each].metric for each in recipes]
-        value = sum(each.value for each in metrics) / len(metrics) + gain
-        return Resampled(value, value + metrics[0].redrawn - metrics[0].value, metrics[0].influence)
-
-    result = world.search(15, join=join)
-    assert result.alternatives[-1].values == {"model.members": 3}
-    assert (len(result.alternatives) - 1 in result.taken) == taken
-    assert result.effects[-1].value == pytest.approx(gain, abs=1e-9)
-    assert joined
-    assert all(each == {tuple(result.best)} for each in joined)
-    assert world.time <= 15 * 60
-
-
-def test_members_alone_are_told_where_every_alternative_fails() -> None:
-    world = World([0.0] * 4)
-
-    def train(recipes: Sequence[Recipe], until: float) -> None:
-        World.train(world, [each for each in recipes if not each.made], until)
-
-    def join(recipes: Sequence[Recipe]) -> Resampled:
-        metric = world.ended[recipes[0]].metric
-        return Resampled(0.8, 0.1 + metric.redrawn, metric.influence)
-
-    world.train = train  # type: ignore[method-assign]
-    result = world.search(20, join=join)
-    assert [each.name for each in result.alternatives] == ["model.members 3"]
-    assert (len(result.effects), result.taken) == (1, [0])
 
 
 def effect(value: float | None, error: float = 0.001) -> Difference:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,9 +95,8 @@ def small_settings(**changes: Any) -> Model:
         "towers": {"units": (5,)},
         "placement": {"units": (4,), "dropout": 0.0},
     }
-    members = {"members": changes.pop("members", 1)}
     own = {name: sizes.get(name, {}) | changes.get(name, {}) for name in {**sizes, **changes}}
-    return Model.model_validate(members | own)
+    return Model.model_validate(own)
 
 
 def reference_weights(model: RankingModel) -> dict[str, Tensor]:
@@ -149,17 +147,6 @@ def reference_logits(
         return torch.cat([*parts, torch.from_numpy(encoded.dense[:, columns]).double()], dim=1)
 
     placement = placement and layout.width(placement=True) > 0
-    if settings.members > 1:
-        # Each member is a model of its own, with its part of every table.
-        one, logits = settings.model_copy(update={"members": 1}), []
-        narrow = replace(layout, tables=tuple(replace(t, dim=t.dim // settings.members) for t in layout.tables))
-        for member in range(settings.members):
-            own = {name.replace(f"members.{member}.", ""): each for name, each in weights.items()}
-            for table in narrow.tables:
-                name = f"tables.embedding_bags.{table.name}.weight"
-                own[name] = weights[name][:, member * table.dim : (member + 1) * table.dim]
-            logits.append(reference_logits(own, encoded, narrow, one, placement))
-        return torch.stack(logits).mean(0)
     mixture = reference.Mixture(
         {name.removeprefix("mixture."): each for name, each in weights.items() if name.startswith("mixture.")},
         tasks=len(layout.tasks),

@@ -61,8 +61,6 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "PLE, top-k, grouped": {"experts": {**PLE, "count": 3, **GROUPED}, "gates": {"routing": "top_k", "top_k": 2}},
     "shared route": {"experts": {"count": 5, **GROUPED}, "gates": {"routing": "shared_route", "top_k": 2}},
     "shared route to one": {"experts": {"count": 5}, "gates": {"routing": "shared_route", "top_k": 1}},
-    "two members": {"members": 2, "bottom": {"piecewise": True, "cross_layers": 1, "cross_rank": 2}},
-    "four members, PLE, top-k": {"members": 4, "experts": PLE, "gates": {"routing": "top_k", "top_k": 2}},
 }
 BY_MODULES = {
     name for name in STRUCTURES if any(word in name for word in ("PLE", "top-k", "route", "one of", "raw", "no shared"))
@@ -73,16 +71,15 @@ BY_MODULES = {
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_logits_and_gradients_are_the_references(training: bool, structure: str) -> None:
     changes = STRUCTURES[structure]
-    layout = replace(LAYOUT, attention=()) if "members" in changes else LAYOUT
-    model = small_model(PlainTables(layout), layout, **changes).train(training)
+    model = small_model(PlainTables(LAYOUT), LAYOUT, **changes).train(training)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)  # far from the small first weights, where every mistake shows
-    encoded, batch = plain_batch(9, layout=layout)
+    encoded, batch = plain_batch(9, layout=LAYOUT)
     logits = model(batch).logits
     assert logits.dtype == torch.float64  # a rating is a regression
     weights = reference_weights(model)
-    expected = reference_logits(weights, encoded, layout, small_settings(**changes), placement=training)
+    expected = reference_logits(weights, encoded, LAYOUT, small_settings(**changes), placement=training)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
     assert (fused_logits(model.mixture, "blas") is None) == (structure in BY_MODULES)
     if structure not in BY_MODULES and not training:

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs import presets, seeds, variants
@@ -84,18 +83,6 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> Callable[[Draw], list[Any]]:
     return replace
 
 
-def area_of(predicted: list[pa.Table], rows: pa.Table) -> float:
-    """Mean AUC over both tasks of the mean logit of some predictions."""
-    areas = []
-    for name in ("click", "liked"):
-        label = rows.column(f"label.{name}").to_numpy()
-        chances = [each.column(name).to_numpy() for each in predicted]
-        logit = sum(np.log(each / (1 - each)) for each in chances)
-        known = ~np.isnan(label)
-        areas.append(roc_auc_score(label[known], logit[known]))
-    return float(np.mean(areas))
-
-
 def tune(config: Path, *words: str) -> dict[str, Any]:
     """Runs the command; what it wrote."""
     commands.run("tune", "--config", str(config), "--preset", "small", "--at-once", "1", *words)
@@ -120,24 +107,7 @@ def test_a_better_file_is_found_with_its_comments(
     assert by_name["training.epochs 4"]["verdict"] == "taken"
     assert by_name["training.epochs 4"]["effect"]["low"] > 0
     assert by_name["model.bottom.dropout 0.3"]["verdict"] == "worse"
-    # Three networks whose noise differs are better together: here by a plain loop over those that were compared.
-    assert settings.model == before.model.model_copy(update={"members": 3})
-    last = [task for task in trained if task.variant.settings.training.seed >= 3017]
-    files = [task.file for task in last if task.variant.settings.training.epochs == 4]
-    labels = pq.read_table(FeatureFolder(Path(before.data.work) / "features").split("validation"))
-    users = labels["user"].to_numpy()
-    half = np.isin(users, np.unique(users)[presets.take_half(len(np.unique(users)), is_last=True)])
-    labels = labels.filter(pa.array(half))
-
-    def read(file: Path) -> pa.Table:
-        return pq.read_table(file).filter(pa.array(half))
-
-    gains = [
-        area_of([read(file) for file in files[at : at + 3]], labels)
-        - np.mean([area_of([read(file)], labels) for file in files[at : at + 3]])
-        for at in range(0, len(files) - 2, 3)
-    ]
-    assert by_name["model.members 3"]["effect"]["value"] == pytest.approx(np.mean(gains), abs=1e-6)
+    assert settings.model == before.model
     said = capsys.readouterr()
     assert "a training takes some" in said.err
     assert found["sentences"][0] in said.out

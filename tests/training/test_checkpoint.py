@@ -369,12 +369,6 @@ def test_a_changed_setting_is_named(name: str, value: Any, sentence: str, tmp_pa
         origin().check(replace(origin(), features="others"), tmp_path)
 
 
-def test_checkpoints_of_versions_without_members_are_those_of_one() -> None:
-    assert "members" not in origin().settings["model"]
-    told = origin().difference(origin("model.members", 2))
-    assert told == "it was begun with model.members missing, now it is 2; set it back"
-
-
 def test_starts_are_the_same_by_their_weights() -> None:
     one = origin()
     assert one.difference(replace(one, start=Start("some/folder", "some/folder", "weights"))) is None
