@@ -110,7 +110,7 @@ def test_help(answers: dict[str, tuple[int, str, str]], line: str) -> None:
         case ["mmoe_rec", name, _]:
             assert out.startswith(f"Usage: mmoe-rec {name} [OPTIONS]")
             assert f"\n\nmmoe-rec {name}" in out
-            without = ("init", "score", "serve", "off-policy", "doctor", "export")
+            without = ("init", "score", "serve", "doctor", "export")
             assert ("--model.experts.count" in out) == (name not in without)
         case ["mmoe_rec", _]:
             assert all(f"\n  {name} " in out for name in COMMANDS)

@@ -88,7 +88,6 @@ ELSEWHERE = {
     "export --out --onnx": "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is",
     "baselines": "jobs/test_baselines.py::test_a_model_stands_beside_what_it_has_to_beat",
     "tune-weights --goal --keep": "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows",
-    "off-policy --log --tasks --columns --where": ("jobs/test_off_policy_command.py::test_one_log_tells_of_the_other"),
     "promote --challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),

@@ -31,7 +31,6 @@ COMMANDS = {
     "baselines": "popularity and gradient-boosted trees on the same rows",
     "promote": "gives the alias to a version that is shown to be better, or back",
     "tune-weights": "weights of the tasks in the score, for a goal and with a guardrail",
-    "off-policy": "what another policy would have gained, from propensities",
     "score": "predictions, scores and ranks of a log or of candidates",
     "serve": "serves a model over HTTP",
     "join-outcomes": "requests that were served and what happened then, as a log",

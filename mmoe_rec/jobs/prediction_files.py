@@ -179,13 +179,12 @@ class Footer:
 
 @dataclass(frozen=True)
 class FileRows:
-    """Some rows of a file, in columns of any names. start: number of the first; kept: (N,) bool, the rows that count,
-    which are read and checked; None for all. Its methods raise BadFile for a wrong value."""
+    """Some rows of a file, in columns of any names. start: number of the first. Its methods raise BadFile for a wrong
+    value."""
 
     address: str
     table: pa.Table
     start: int = 0
-    kept: np.ndarray | None = None
 
     def read_ids(self, name: str) -> pa.Array:
         """Ids, none of them null; times are microseconds."""
@@ -198,7 +197,6 @@ class FileRows:
                 raise BadFile(f"'{self.address}': {what}", self.address) from None
         values = file_column(self.address, name, "key", values, None, self.start)
         self._refuse(values.is_null().to_numpy(zero_copy_only=False), f"column '{name}' holds null")
-        values = values if self.kept is None else values.filter(pa.array(self.kept))
         return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
 
     def read_numbers(self, name: str, check: Check) -> np.ndarray:
@@ -209,10 +207,9 @@ class FileRows:
             numbers = np.asarray(values.to_numpy(zero_copy_only=False))
         expected, is_right = check
         self._refuse(~is_right(numbers), f"column '{name}' must hold {expected}", numbers)
-        return numbers if self.kept is None else numbers[self.kept]
+        return numbers
 
     def _refuse(self, wrong: np.ndarray, what: str, values: np.ndarray | None = None) -> None:
-        wrong = wrong if self.kept is None else wrong & self.kept
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             if values is not None:

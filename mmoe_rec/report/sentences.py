@@ -1,16 +1,14 @@
-"""What an evaluation found, in sentences: verdicts, differences, slices, notes, and what can't be estimated."""
+"""What an evaluation found, in sentences: verdicts, differences, slices and notes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
 import numpy as np
 
 from mmoe_rec.auc import FEWEST
-from mmoe_rec.evaluation import off_policy
 from mmoe_rec.evaluation.comparison import (
     GUARDED,
     HELD_BACK,
@@ -24,7 +22,6 @@ from mmoe_rec.evaluation.comparison import (
 )
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, is_small_sample, level_after
 from mmoe_rec.evaluation.metrics import metrics_of
-from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.slices import ALL, SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
 from mmoe_rec.report.formatting import describe_request_times, describe_unmatured, difference, interval, signed
@@ -264,59 +261,6 @@ def _note_intervals(group: GroupSummary, users: int) -> Iterator[str]:
         why = "the same for all users, or undefined in more than 5% of the resamples"
         why = why if few is None else f"{why}, or one user decides nearly alone"
         yield f"{', '.join(bare)} {verb} no interval: {why}."
-
-
-def describe_refusal(estimate: PolicyEstimate) -> str | None:
-    """Why there is no estimate of another policy."""
-    if estimate.refusal is None:
-        return None
-    mean, least = _describe_mean_weight(estimate), f"{off_policy.LEAST_EFFECTIVE:g} are needed"
-    return {
-        off_policy.FEW_ROWS: f"{estimate.rows:,} rows have a label, and {least}",
-        off_policy.FEW_EFFECTIVE_ROWS: (
-            f"the effective number of rows is {estimate.effective_rows:,.0f} of {estimate.rows:,}, and {least}: the "
-            "target chooses mostly what was hardly ever shown"
-        ),
-        off_policy.ONE_USER: "the rows are of one user, or one has nearly all of the weight, so there is no interval",
-        off_policy.NO_SUPPORT: (
-            f"{mean} and has to be 1: the log never shows some of what the target chooses, or these are not the "
-            "probabilities of its choices"
-        ),
-    }[estimate.refusal]
-
-
-def estimate_tree(estimate: PolicyEstimate) -> dict[str, Any]:
-    """What `off_policy.json` says of a task."""
-    its, names = asdict(estimate), ["users", "logged", "mean_weight", "effective_rows"]
-    tree: dict[str, Any] = {name: its[name] for name in ("rows", "without_label", *(names if estimate.rows else ()))}
-    tree["refused"] = describe_refusal(estimate)
-    if estimate.refusal is None:
-        for each in its["estimates"]:
-            if each["doubly_robust"] is None:
-                del each["doubly_robust"]
-        tree |= {"warnings": list(describe_warnings(estimate)), "estimates": list(its["estimates"])}
-    return tree
-
-
-def _describe_mean_weight(estimate: PolicyEstimate) -> str:
-    return f"target / propensity is {interval(estimate.mean_weight, 3).replace(' (', ' on average (')}"
-
-
-def describe_warnings(estimate: PolicyEstimate) -> Iterator[str]:
-    """What is suspicious of an estimate of another policy."""
-    what, apart = _describe_mean_weight(estimate), estimate.apart
-    low, high = estimate.mean_weight.low or 0.0, estimate.mean_weight.high or 0.0
-    if high < 1:
-        most = f"up to {1 - low:.0%} of what the target chooses may never have been shown"
-        yield f"{what}, below 1: {most}, and the estimates say nothing of it"
-    if low > 1:
-        yield f"{what}, above 1: these may not be the probabilities of the two policies' choices"
-    if apart.value is not None and off_policy.is_far(apart, 0.0):
-        yield (
-            f"the doubly robust estimate is {abs(apart.value):.4f} {'above' if apart.value > 0 else 'below'} SNIPS, by "
-            "more than chance explains: what the model expects may be of another policy than the target, or of other "
-            "rows"
-        )
 
 
 def describe_results(results: Results, findings: Sequence[Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What is told on the terminal: tables of evaluations, choices, estimates and validations, and of a data set."""
+"""What is told on the terminal: tables of evaluations, choices and validations, and of a data set."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from rich.text import Text
 
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.comparison import Comparison, Results
-from mmoe_rec.evaluation.intervals import LEVEL, UNDEFINED, Difference, Interval
+from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
-from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
 from mmoe_rec.inspection.advice import NOTE
 from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
 from mmoe_rec.report.findings import find_all
-from mmoe_rec.report.formatting import day, difference, fixed, interval, percent, rate, signed, size
-from mmoe_rec.report.sentences import describe_refusal, describe_results, describe_rows, describe_warnings
+from mmoe_rec.report.formatting import day, difference, fixed, percent, rate, signed, size
+from mmoe_rec.report.sentences import describe_results, describe_rows
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.tradeoffs import WeightsChoice
@@ -157,26 +156,6 @@ def show_choice(choice: WeightsChoice) -> Iterator[Table | str]:
     if gain.low is None or gain.low <= 0:
         yield f"a gain of {choice.goal} is not shown on the test rows: the model's weights may be as good"
     yield from (f"  tasks.{task}.score_weight: {weight:.4g}" for task, weight in choice.weights.items())
-
-
-def show_estimates(estimates: Mapping[str, PolicyEstimate]) -> Iterator[Table | str]:
-    """Estimates of another policy, a table a task."""
-    for task, each in estimates.items():
-        if each.refusal is not None:
-            yield f"{task}: no estimate, as {describe_refusal(each)}"
-            continue
-        rows = f"{each.rows:,} rows" + (f" ({each.without_label:,} more have no label)" if each.without_label else "")
-        table = Table(title=f"{task}: mean label of the target policy, {rows}", title_justify="left")
-        names = ("weights up to", "SNIPS", "doubly robust", "effective\nrows", "weight clipped")
-        for name in names:
-            table.add_column(name, justify="right")
-        for one in each.estimates:
-            cap = "all" if one.cap is None else f"{one.cap:g}"
-            cells = [interval(one.snips), interval(one.doubly_robust or UNDEFINED)]
-            table.add_row(Text(cap), *cells, f"{one.effective_rows:,.0f}", f"{one.clipped:.1%}")
-        table.caption = f"as it was logged: {interval(each.logged)}; mean weight {interval(each.mean_weight)}"
-        yield table
-        yield from (f"warning: {task}: {sentence}" for sentence in describe_warnings(each))
 
 
 def validations_table(

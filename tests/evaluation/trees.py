@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmoe_rec.evaluation import comparison, off_policy, summary
+from mmoe_rec.evaluation import comparison, summary
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.report.evaluation import comparison_tree, summary_tree
-from mmoe_rec.report.sentences import estimate_tree
 from mmoe_rec.settings.sections import Evaluation
 
 
@@ -21,7 +20,3 @@ def compare(
     models = {name: summary.MeasuredModel(each, summary.summarise(each, 1)) for name, each in sums.items()}
     compared = comparison.compare(models, model, tasks, Evaluation().model_copy(update={"resamples": resamples}))
     return comparison_tree(compared, models[model].summary)
-
-
-def estimate(*arguments: Any, **options: Any) -> dict[str, Any]:
-    return estimate_tree(off_policy.estimate(*arguments, **options))
