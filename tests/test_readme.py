@@ -74,7 +74,6 @@ ELSEWHERE = {
     "evaluate --split --predictions": (
         "pipelines/test_slices_of_the_log.py::test_the_rows_of_a_split_with_their_predictions"
     ),
-    "evaluate --experts-per-row": "pipelines/test_expert_commands.py::test_fewer_experts_have_a_row_each",
     "ablate": "jobs/test_ablation.py::test_losses_are_those_of_a_plain_loop",
     "ablate --retrain --seeds": "jobs/test_ablation.py::test_a_copy_is_needed_by_the_model_and_by_no_training",
     "structures --seeds": (

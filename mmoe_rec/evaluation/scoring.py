@@ -177,7 +177,6 @@ def score_rows(
     calibration: Calibration = UNCALIBRATED,
     relevance: Mapping[str, float] | None = None,
     weighted: bool = False,
-    top_k: int | None = None,
     name: str = "the model",
     shown: bool = True,
 ) -> ScoredRows:
@@ -186,7 +185,7 @@ def score_rows(
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
     is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
     model's. weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate.
-    top_k: experts per row and gate, in place of the model's. Raises NotFiniteError, which calls the model by its name.
+    Raises NotFiniteError, which calls the model by its name.
     """
     model.eval()
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
@@ -202,7 +201,7 @@ def score_rows(
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
             inputs, placement = model.side_by_side(batch)
-            outputs = model.of_inputs(inputs, None, top_k=top_k)
+            outputs = model.of_inputs(inputs, None)
             if not outputs.logits.isfinite().all():
                 raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name)
             logits = calibration.apply(outputs.logits.cpu(), names)

@@ -1,16 +1,13 @@
-"""Experts added, masked and removed, fewer of them measured, and training on from an edited one."""
+"""Experts added, masked and removed, and training on from an edited one."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
 
-from mmoe_rec.cli.evaluate import table_of
-from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from tests.commands import refuse, run
@@ -21,24 +18,15 @@ pytestmark = pytest.mark.thorough
 EXPERTS = 4
 
 
-def world(folder: Path, **gates: Any) -> Path:
-    """A trained model of four experts; gives its settings file."""
+@pytest.fixture(scope="module")
+def soft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a model of four experts and return its settings file."""
+    folder = tmp_path_factory.mktemp("soft")
     training = settings_tree(folder)["training"] | {"epochs": 1}
-    model = {"experts": {"count": EXPERTS, "units": [8]}, "gates": gates}
+    model = {"experts": {"count": EXPERTS, "units": [8]}, "gates": {"dropout": 0.1}}
     config = write_files(folder, training=training, model=model)
     run("train", "--config", str(config))
     return config
-
-
-@pytest.fixture(scope="module")
-def soft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world(tmp_path_factory.mktemp("soft"), dropout=0.1)
-
-
-@pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    gates = {"routing": "expert_choice", "top_k": 2, "serving_top_k": 2, "balance": "loss", "z_loss": 0.001}
-    return world(tmp_path_factory.mktemp("chosen"), **gates)
 
 
 def ranked(folder: Path) -> np.ndarray:
@@ -104,24 +92,3 @@ def test_what_is_no_model_is_neither_edited_nor_replaced(
     (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
     told = refuse(capsys, *words, damaged)
     assert "is not as it was written: 'weights.safetensors' has 40 bytes instead of" in told
-
-
-def test_fewer_experts_have_a_row_each(chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, numbers = str(chosen.parent / "work" / "model"), range(EXPERTS, 0, -1)
-    words = ["evaluate", "--config", str(chosen), "--model", model, "--out", str(tmp_path), "--experts-per-row"]
-    run(*words, *numbers)
-    measured = json.loads((tmp_path / "experts.json").read_text())
-    assert [each["k"] for each in measured] == [*numbers]
-    areas = [each["tasks"]["click"]["auc"]["value"] for each in measured]
-    assert len(set(areas)) == EXPERTS
-    # The model's own number is what the evaluation itself measures.
-    whole = json.loads((tmp_path / "metrics.json").read_text())
-    assert areas[numbers.index(2)] == pytest.approx(whole["tasks"]["click"]["auc"]["value"], abs=1e-9)
-    assert all(each["milliseconds"] > 0 for each in measured)
-    assert f"{areas[0]:.4f} ±" in capsys.readouterr().out
-    assert "--experts-per-row names 9, and a gate of the model sees 4 experts" in refuse(capsys, *words, 9)
-
-
-def test_the_table_shows_what_is_undefined() -> None:
-    row = {"k": 1, "milliseconds": 1.0, "tasks": {"a": {"auc": Interval(None)}}}
-    assert list(table_of([row]).columns[1].cells) == ["-"]
