@@ -19,7 +19,7 @@ ORDER = [
     {"batches"},
     {"model"},
     {f"live.{name}" for name in ("__init__", "journal", "duplicates", "event_rows", "journal_files")},
-    {"training", "evaluation", "inspection", "inference", "profiling"},
+    {"training", "evaluation", "inference", "profiling"},
     {
         "report",
         *(f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files", "served_rows")),

@@ -18,11 +18,11 @@ from mmoe_rec.cli.main import Configuration, out_option, settings_command, show
 @out_option("data.work/inspection")
 def inspect(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
-    from mmoe_rec.inspection import health as inspection
     from mmoe_rec.jobs.places import check_out, log_and_place
     from mmoe_rec.locks import writing
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.preprocessing.prepare import features_in_use
+    from mmoe_rec.profiling.data_health import inspect as inspect_features
 
     out = out or Path(settings.data.work) / "inspection"
     check_out(out, settings)
@@ -33,7 +33,7 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
     ):
         dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
         data, scratch = settings.data, out / ".inspection_scratch"
-        health = inspection.inspect(
+        health = inspect_features(
             settings.name, prepared, settings.schema_, dims, scratch, data.memory_gib, data.workers
         )
         from mmoe_rec.report.health import write

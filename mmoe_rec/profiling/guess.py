@@ -7,10 +7,10 @@ from difflib import get_close_matches
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.keys import find_keys
+from mmoe_rec.profiling.labels import find_maturity, find_tasks
 from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Corrections, Meaning
 from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.profiling.roles import find_roles
-from mmoe_rec.profiling.tasks import find_maturity, find_tasks
 from mmoe_rec.profiling.words import SAMPLING, WEIGHED, WEIGHT, has, words_of
 from mmoe_rec.settings.columns import SPLITS
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
+from mmoe_rec.profiling.labels import find_seen
 from mmoe_rec.profiling.meaning import Meaning, TaskGuess
 from mmoe_rec.profiling.profile import Column, Profile, days
-from mmoe_rec.profiling.tasks import find_seen
 from mmoe_rec.profiling.words import CODES, TIME, has, words_of
 
 _WINDOWS = (91, 28, 7, 1, 0.125)

@@ -11,11 +11,11 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.inspection import findings
-from mmoe_rec.inspection.advice import NOTE
-from mmoe_rec.inspection.findings import describe_move, drift_beyond_noise, flags_of, split_findings
-from mmoe_rec.inspection.forecast import PAIRED, TRAININGS
-from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
+from mmoe_rec.profiling import health_findings
+from mmoe_rec.profiling.advice import NOTE
+from mmoe_rec.profiling.forecast import PAIRED, TRAININGS
+from mmoe_rec.profiling.health_counts import FREQUENT, RATE_SMOOTHING
+from mmoe_rec.profiling.health_findings import describe_move, drift_beyond_noise, flags_of, split_findings
 from mmoe_rec.report.pages import COLOURS, blank, plain, render, svg
 from mmoe_rec.report.sentences import describe_rows
 
@@ -30,7 +30,7 @@ def write(health: dict[str, Any], folder: Path) -> None:
 
 
 def page(health: dict[str, Any]) -> str:
-    """The whole page of a health as `mmoe_rec.inspection.health` describes it."""
+    """The whole page of a health as `mmoe_rec.profiling.data_health` describes it."""
     overview = health["overview"]
     tasks = next(iter(overview["splits"].values()))["tasks"]
     shown, folded = split_findings(health["findings"])
@@ -48,7 +48,7 @@ def page(health: dict[str, Any]) -> str:
         "drift": _drift(health["features"]),
         "tables": sorted(health["tables"], key=lambda each: -each["bytes"]),
         "largest": max((each["bytes"] + each["optimizer_bytes"] for each in health["tables"]), default=1),
-        "limits": findings,
+        "limits": health_findings,
         "note": NOTE,
         "frequent": FREQUENT,
         "smoothing": RATE_SMOOTHING,

@@ -16,8 +16,8 @@ from mmoe_rec.evaluation.comparison import Comparison, Results
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
-from mmoe_rec.inspection.advice import NOTE
-from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
+from mmoe_rec.profiling.advice import NOTE
+from mmoe_rec.profiling.health_findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.report.formatting import day, difference, fixed, percent, rate, signed, size
 from mmoe_rec.report.sentences import describe_results, describe_rows

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mmoe_rec.report.health import page, write
 from mmoe_rec.report.tables import show_health
-from tests.inspection.encoded_data import changed, drifting, health_of_frames, random_frames, spoiling
+from tests.profiling.encoded_data import changed, drifting, health_of_frames, random_frames, spoiling
 from tests.report.parsed import Page
 
 

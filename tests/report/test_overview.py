@@ -18,8 +18,8 @@ from mmoe_rec.report.health import write
 from mmoe_rec.report.pages import embed
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.training.origin import fixed_settings
-from tests.inspection.encoded_data import changed, drifting, health_of_frames
 from tests.pipelines.learnable_log import write_files
+from tests.profiling.encoded_data import changed, drifting, health_of_frames
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page
 from tests.report.test_pages import FROM_ELSEWHERE

@@ -15,7 +15,7 @@ from mmoe_rec.inference.costs import Cost
 from mmoe_rec.jobs import overview
 from mmoe_rec.report import ablation, evaluation, health, structures, trainings, tuning
 from mmoe_rec.report.pages import TEMPLATES, render
-from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
+from tests.profiling.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
 from tests.report import evaluations
 from tests.report.parsed import Page
 

@@ -26,8 +26,8 @@ from itertools import combinations
 from typing import Any
 
 from mmoe_rec.auc import FEWEST
-from mmoe_rec.inspection.advice import SELDOM_ROWS, Advice, change, know_more, leave_out, lengthen_split, make_steady
-from mmoe_rec.inspection.forecast import TRAININGS
+from mmoe_rec.profiling.advice import SELDOM_ROWS, Advice, change, know_more, leave_out, lengthen_split, make_steady
+from mmoe_rec.profiling.forecast import TRAININGS
 
 LEAST = 0.3
 _SELDOM = 2.0  # times as often as in training

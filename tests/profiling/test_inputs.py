@@ -5,7 +5,7 @@ import pytest
 from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import DenseInput, Layout, TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inspection.sums import feature_inputs
+from mmoe_rec.profiling.health_counts import feature_inputs
 
 SCHEMA = kinds.schema_of(
     {

@@ -5,7 +5,7 @@ features    each with its inputs: coverage, different values, unknown ids, drift
 tables      rows, bytes, and how many rows training never looks up
 weeks       labels by week
 forecasts   of each binary task, and of their mean, how small a gain the test rows can show (`forecast.py`)
-findings    what is suspicious, in words, and what to change (`findings.py`)
+findings    what is suspicious, in words, and what to change (`health_findings.py`)
 sentences   the same in short
 """
 
@@ -21,13 +21,13 @@ import numpy as np
 
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.features.vocabulary import row_names
-from mmoe_rec.inspection.advice import SELDOM_ROWS
-from mmoe_rec.inspection.findings import describe, find
-from mmoe_rec.inspection.forecast import forecast
-from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.profiling.advice import SELDOM_ROWS
+from mmoe_rec.profiling.forecast import forecast
+from mmoe_rec.profiling.health_counts import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi
+from mmoe_rec.profiling.health_findings import describe, find
 from mmoe_rec.settings.schema import Meaning, Schema
 
 _TIMES = ("first_request", "last_request", "labels_known_by")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmoe_rec.inspection.sums import psi
+from mmoe_rec.profiling.health_counts import psi
 
 
 def test_psi_of_two_bins_by_hand():

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.inspection.sums import SPLITS, collect, psi
-from tests.inspection.encoded_data import (
+from mmoe_rec.profiling.health_counts import SPLITS, collect, psi
+from tests.profiling.encoded_data import (
     EDGES,
     ITEMS,
     SCHEMA,

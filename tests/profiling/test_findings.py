@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmoe_rec.inspection.findings import LEAST, cost_of_drift, cost_of_unknown, find, importance, split_findings
-from tests.inspection.encoded_data import changed, drifting, feature, found, health_of_frames, part, random_frames
+from mmoe_rec.profiling.health_findings import LEAST, cost_of_drift, cost_of_unknown, find, importance, split_findings
+from tests.profiling.encoded_data import changed, drifting, feature, found, health_of_frames, part, random_frames
 
 
 def message(health: dict, check: str) -> str:

@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from mmoe_rec.batches.encoded_rows import ADVICE, EncodedRows
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
-from mmoe_rec.inspection.forecast import LEAST_USERS, MOST_ROWS, MOST_VALUES, Drawn
 from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
 from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.profiling.forecast import LEAST_USERS, MOST_ROWS, MOST_VALUES, Drawn
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.schema import Meaning, Schema
 

@@ -9,11 +9,11 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.auc import FEWEST
-from mmoe_rec.inspection import sums
-from mmoe_rec.inspection.forecast import PAIRED, Drawn, forecast, influence_on_auc
-from mmoe_rec.inspection.sums import RATE_SMOOTHING, collect
-from tests.inspection import encoded_data
-from tests.inspection.encoded_data import SCHEMA, random_frames, write
+from mmoe_rec.profiling import health_counts
+from mmoe_rec.profiling.forecast import PAIRED, Drawn, forecast, influence_on_auc
+from mmoe_rec.profiling.health_counts import RATE_SMOOTHING, collect
+from tests.profiling import encoded_data
+from tests.profiling.encoded_data import SCHEMA, random_frames, write
 
 
 def drawn_rows(seed: int, users: int, rows_of_each: int, share: float = 1.0) -> Drawn:
@@ -116,8 +116,8 @@ def test_rows_are_drawn_by_whole_users_with_what_their_ids_say(tmp_path, monkeyp
     found = pd.DataFrame({"rate": whole.rates[:, 0, 0], "price": whole.values[:, 0]})
     of_rows, of_frames = (each.round(5).sort_values(["price", "rate"]).to_numpy() for each in (found, expected))
     assert of_rows == pytest.approx(of_frames, abs=1e-4)
-    monkeypatch.setattr(sums, "MOST_ROWS", {"validation": 1000, "test": 1000})
-    monkeypatch.setattr(sums, "LEAST_USERS", 10)
+    monkeypatch.setattr(health_counts, "MOST_ROWS", {"validation": 1000, "test": 1000})
+    monkeypatch.setattr(health_counts, "LEAST_USERS", 10)
     some = collect(write(tmp_path / "some", frames), SCHEMA, tmp_path / "scratch").drawn
     assert some.share == 1 / 3
     sizes = np.bincount(some.user[some.is_test])

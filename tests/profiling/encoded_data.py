@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import IDS, DenseInput, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.inspection.health import inspect
 from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.profiling.data_health import inspect
 
 ROWS = {"train": 6000, "validation": 2000, "test": 3000}
 STARTS = {"train": "2024-01-03", "validation": "2024-01-20", "test": "2024-01-27"}
