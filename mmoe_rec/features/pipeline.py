@@ -23,6 +23,7 @@ from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.encoder import Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.kinds.counter import CounterEncoder, CounterGroup
+from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
@@ -34,7 +35,7 @@ from mmoe_rec.point_in_time.memory import Memory, grown
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema
 
-FORMAT = 9
+FORMAT = 10
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,15 @@ class Live:
     memories and levels is, to the bit, what the memories would give if they had been extended by all of these events,
     for all times that are no earlier than what the memories were compacted for.
 
-    encoders: `memory_encoders` of a pipeline; rows: of all logs that were learnt; shared: levels of all counters whose
-    labels are whole numbers; own: levels of each other counter and of each history, by its
-    name; groups: of the same counters, see `FeaturePipeline.request_inputs`, once a request has asked.
+    encoders: `memory_encoders` of a pipeline; rows: of all logs that were learnt; shared: levels of all counters; own:
+    levels of each history, by its name; groups: of the counters, see `FeaturePipeline.request_inputs`, once a request
+    has asked.
     """
 
     encoders: Mapping[str, MemoryEncoder[Any]]
     rows: int = 0
     shared: CounterLevels = field(default_factory=CounterLevels)
-    own: Mapping[str, tuple[Memory, ...]] = field(default_factory=dict)
+    own: Mapping[str, tuple[HistoryMemory, ...]] = field(default_factory=dict)
     groups: dict[bool, CounterGroup] = field(default_factory=dict)
 
     def _salt(self, name: str) -> np.uint64:
@@ -63,18 +64,19 @@ class Live:
     def extended(self, rows: Mapping[str | None, LogRows]) -> Live:
         """What is known with further rows of the interaction log (None) and of logs of events, which have only the
         columns that counters and histories read of events. Raises UserError for ids of another type than those of the
-        vocabulary."""
+        vocabulary, and for sums of labels that are out of range."""
         own, together = dict(self.own), []
         for name, encoder in self.encoders.items():
             if encoder.source not in rows or not len(events := encoder.events(rows[encoder.source])):
                 continue
-            if isinstance(encoder, CounterEncoder) and encoder.shares_levels:
+            if isinstance(encoder, CounterEncoder):
+                encoder.check_sums(self.encoder_of(name).memory, events)
                 # An event without a label counts as a positive one.
                 label = np.ones(len(events), np.int8) if encoder.label is None else events["label"].to_numpy()
                 together.append((events["key"].to_numpy() ^ self._salt(name), events["known"].to_numpy(), label))
             else:
                 new = encoder.extended(encoder.empty(), events)
-                own[name] = grown(own.get(name, ()), new, lambda one, two: one.merged(two))
+                own[name] = grown(own.get(name, ()), new, HistoryMemory.merged)
         shared = self.shared
         if together:
             shared = shared.extended(*map(np.concatenate, zip(*together, strict=True)))
@@ -85,17 +87,17 @@ class Live:
         encoder = copy(self.encoders[name])
         if name in self.own:
             encoder.memory = encoder.memory.with_levels(self.own[name])
-        elif self.shared.levels and isinstance(encoder, CounterEncoder) and encoder.shares_levels:
+        elif self.shared.levels and isinstance(encoder, CounterEncoder):
             encoder.memory = encoder.memory.with_shared(self.shared, self._salt(name), encoder.windows)
         return encoder
 
     def group(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
-        """The counters that share levels, but for `left_out`. Under True lie those that ask once a request, under False
+        """The counters but for `left_out`. Under True lie those that ask once a request, under False
         those that ask for each candidate. Made once, for whom asks first."""
         if not self.groups:
             own: dict[bool, dict[str, CounterEncoder]] = {}
             for name, each in self.encoders.items():
-                if isinstance(each, CounterEncoder) and each.shares_levels and name not in left_out:
+                if isinstance(each, CounterEncoder) and name not in left_out:
                     own.setdefault(name in of_requests, {})[name] = each
             salts = {name: self._salt(name) for name in self.encoders}
             self.groups.update({once: CounterGroup(each, salts) for once, each in own.items()})
@@ -438,8 +440,7 @@ def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression |
     A part is read at a time, so that no more memory is taken than the events need.
     """
     parts = memory_parts(folder, encoder.name)
-    schemas = [pq.read_schema(part) for part in parts]
-    schema = pa.unify_schemas(schemas)  # a part lacks limbs of exact sums that are zero in all of its rows
+    schema = pq.read_schema(parts[0])
     tables: Iterable[pa.Table] = (pq.read_table(part, filters=keys, use_threads=False) for part in parts)
     if keys is None:
         rows = sum(pq.read_metadata(part).num_rows for part in parts)
@@ -452,7 +453,7 @@ def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression |
         for name in table.column_names:
             columns[name][start : start + len(table)] = table[name].to_numpy()
         start += len(table)
-    return encoder.empty().with_columns(columns, _floor(schemas[0]))
+    return encoder.empty().with_columns(columns, _floor(schema))
 
 
 def remembered_bytes(folder: Path) -> dict[str, int]:
@@ -461,7 +462,6 @@ def remembered_bytes(folder: Path) -> dict[str, int]:
     for memory in sorted(folder.glob("*.memory")):
         feature = memory.name.removesuffix(".memory")
         parts = [pq.ParquetFile(part) for part in memory_parts(folder, feature)]
-        schema = pa.unify_schemas([part.schema_arrow for part in parts])
-        widths = [field.type.bit_width // 8 for field in schema]
+        widths = [field.type.bit_width // 8 for field in parts[0].schema_arrow]
         sizes[feature] = sum(widths) * sum(part.metadata.num_rows for part in parts)
     return sizes

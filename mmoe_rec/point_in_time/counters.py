@@ -5,64 +5,79 @@ A window's count is the total at the request's time less the total at the window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps, key_at, last_known, sorted_order
-from mmoe_rec.point_in_time.memory import NEVER, Memory, SeenEvents, at, grown
+from mmoe_rec.point_in_time.memory import NEVER, Memory, at, grown
 
-_LIMB = "label_sum."
-_BITS = 32
-_MASK = np.uint64(2**_BITS - 1)
-_AT_A_TIME = 8192  # this many numbers stay in the processor's cache
+UNITS = 2.0**20
+"""Units of a label of 1. Labels are whole numbers of units, so their int64 sums depend on no order."""
+MOST = 2.0**63 / UNITS
+"""Labels and sums of labels lie between this and its negative."""
+
+
+def round_labels(labels: np.ndarray) -> np.ndarray:
+    """Round (N,) numbers to float64 multiples of a unit. NaN stays."""
+    return np.rint(labels * UNITS) / UNITS
+
+
+def to_units(labels: np.ndarray) -> np.ndarray:
+    """Round (N,) numbers to int64 units. Raises OverflowError for one out of range."""
+    units = np.rint(labels * UNITS)
+    if len(units) and np.abs(units).max() >= 2.0**63:
+        raise OverflowError
+    return units.astype(np.int64)
 
 
 @dataclass(eq=False)
 class CounterMemory(Memory):
     """Running totals per key, one event for each moment at which a key's totals change.
 
-    rows: (E,) int32, of all events of the key so far; label_sum: of their labels, (E,) float64 where these are whole
-    numbers, `ExactSums` where they may be fractions; last_positive: (E,) int64 moment of its last positive one, `NEVER`
-    without; None where nobody asks for it. Where each event counts 1, as in a log of events, rows and moments say it
-    all, and both are None. shared: what look-ups find in further levels, which other counters share.
+    rows: (E,) int32, of all events of the key so far; label_sum: (E,) int64 units, of their labels; last_positive: (E,)
+    int64 moment of its last positive one, `NEVER` without; None where nobody asks for it. Where each event counts 1, as
+    in a log of events, rows and moments say it all, and both are None. shared: what look-ups find in levels of later
+    events, which all counters share.
     """
 
     rows: np.ndarray
-    label_sum: np.ndarray | ExactSums | None
+    label_sum: np.ndarray | None
     last_positive: np.ndarray | None
     shared: Callable[[LookUps], LaterTotals] | None = field(default=None, init=False)
 
     @staticmethod
-    def empty(labels: bool = True, recency: bool = True, fractions: bool = False) -> CounterMemory:
-        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for;
-        fractions: whether labels may be other than whole numbers."""
+    def empty(labels: bool = True, recency: bool = True) -> CounterMemory:
+        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for."""
         none = np.empty(0, np.int64)
-        sums = ExactSums.zeros(0) if fractions else np.empty(0)
-        last_positive = none if labels and recency else None
         events, rows = KnownEvents(np.empty(0, np.uint64), none), none.astype(np.int32)
-        return CounterMemory(events, rows, sums if labels else None, last_positive)
+        return CounterMemory(events, rows, none if labels else None, none if labels and recency else None)
 
     def extended(
         self, key: np.ndarray, known: np.ndarray, label: np.ndarray | None, in_order: bool = False
     ) -> CounterMemory:
-        """These events and further ones, (E,) uint64, int64 and numbers (None where each counts 1), in any order.
+        """Add (E,) events in any order.
 
-        in_order: whether the further events are sorted by key and known time.
+        Args:
+            key: (E,) uint64.
+            known: (E,) int64 moments.
+            label: (E,) numbers, None where each event counts 1.
+            in_order: Whether the events are sorted by key and known time.
+
+        Raises:
+            OverflowError: A label, or a sum of labels, is out of range.
         """
         if not len(key):
             return self
-        labels: np.ndarray | ExactSums | None = label
-        if label is not None and isinstance(self.label_sum, ExactSums):
-            labels = ExactSums.of(label)
-        positive = None
-        if label is not None and self.last_positive is not None:
-            positive = np.where(label > 0, known, NEVER)
+        labels, positive = None, None
+        if label is not None:
+            labels = to_units(label)
+            if self.last_positive is not None:
+                positive = np.where(labels > 0, known, NEVER)
         return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order)
 
     def merged(self, other: CounterMemory) -> CounterMemory:
@@ -77,15 +92,16 @@ class CounterMemory(Memory):
         key: np.ndarray,
         known: np.ndarray,
         rows: np.ndarray,
-        labels: np.ndarray | ExactSums | None,
+        labels: np.ndarray | None,
         positive: np.ndarray | None,
         in_order: bool,
     ) -> CounterMemory:
         """These events and (E,) further ones by what each adds: rows, labels, and the last positive."""
         if len(self):
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-            rows, labels = np.append(self._steps(self.rows), rows), _append(_map(self._steps, self.label_sum), labels)
-            positive, in_order = _append(self.last_positive, positive), False
+            rows = np.append(self._steps(self.rows), rows)
+            labels = _map(np.append, _map(self._steps, self.label_sum), labels)
+            positive, in_order = _map(np.append, self.last_positive, positive), False
         if not in_order:
             order = sorted_order(key, known)
             key, known = key[order], known[order]
@@ -94,19 +110,20 @@ class CounterMemory(Memory):
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
         first = groups.starts[groups.number[kept]]
 
-        def running(steps: np.ndarray) -> np.ndarray:
-            total = np.zeros(len(steps) + 1, np.int64)
-            np.cumsum(steps, dtype=np.int64, out=total[1:])
+        def running(steps: np.ndarray, dtype: type) -> np.ndarray:
+            total: np.ndarray = np.zeros(len(steps) + 1, dtype)
+            np.cumsum(steps, dtype=dtype, out=total[1:])
             return total[1:][kept] - total[first]
 
+        sums, near = (_map(partial(running, dtype=dtype), labels) for dtype in (np.int64, np.float64))
+        if labels is not None and (np.abs(near - sums) > 2.0**62).any():
+            raise OverflowError  # a sum out of range has wrapped around, far away from the sum of floats
         if positive is not None:
             import pandas as pd
 
             # An event that came late may be earlier than what came before.
             positive = pd.Series(positive).groupby(groups.number).cummax().to_numpy()[kept]
-        sums = _map(running, labels)
-        sums = sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums
-        events, totals = KnownEvents(key[kept], known[kept]), running(rows).astype(np.int32)
+        events, totals = KnownEvents(key[kept], known[kept]), running(rows, np.int64).astype(np.int32)
         return replace(self, events=events, rows=totals, label_sum=sums, last_positive=positive)
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
@@ -116,18 +133,10 @@ class CounterMemory(Memory):
         steps[first] = totals[first]
         return steps
 
-    def sums(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
-        """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1.
-
-        before: indices of the events whose totals are subtracted, -1 for none.
-        """
-
-        def difference(totals: np.ndarray) -> np.ndarray:
-            found = at(totals, index, 0)
-            return found if before is None else found - at(totals, before, 0)
-
-        rows, labels = difference(self.rows), _map(difference, self.label_sum)
-        return rows, rows if labels is None else labels
+    def sums(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) int64 numbers of rows and units of labels as of events by their index, 0 for index -1."""
+        rows = at(self.rows, index, 0).astype(np.int64)
+        return rows, rows * int(UNITS) if self.label_sum is None else at(self.label_sum, index, 0)
 
     def last_positive_at(self, index: np.ndarray) -> np.ndarray:
         """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
@@ -159,58 +168,56 @@ class CounterMemory(Memory):
 
     def to_columns(self) -> dict[str, np.ndarray]:
         columns = {"key": self.events.key, "known": self.events.known, "rows": self.rows}
-        if isinstance(self.label_sum, ExactSums):
-            limbs = zip(self.label_sum.units, self.label_sum.limbs, strict=True)
-            columns |= {f"{_LIMB}{unit}": limb for unit, limb in limbs if unit == 0 or limb.any()}
-        elif self.label_sum is not None:
-            columns["label_sum"] = self.label_sum
-        return columns if self.last_positive is None else columns | {"last_positive": self.last_positive}
+        optional = {"label_sum": self.label_sum, "last_positive": self.last_positive}
+        return columns | {name: column for name, column in optional.items() if column is not None}
 
     def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
-        events, positive = KnownEvents(columns["key"], columns["known"]), columns.get("last_positive")
-        labels: np.ndarray | ExactSums | None = columns.get("label_sum")
-        if isinstance(self.label_sum, ExactSums):
-            limbs = {int(name.removeprefix(_LIMB)): each for name, each in columns.items() if name.startswith(_LIMB)}
-            labels = ExactSums.from_limbs(limbs, len(events))
-        rows = columns["rows"]
-        return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
+        events, labels = KnownEvents(columns["key"], columns["known"]), columns.get("label_sum")
+        positive = columns.get("last_positive")
+        return replace(self, events=events, rows=columns["rows"], label_sum=labels, last_positive=positive, floor=floor)
 
 
-class SeenTotals(SeenEvents[CounterMemory]):
+class SeenTotals:
     """What N look-ups see of a counter's memory and its levels. time: (N,) int64 microseconds as of which they do."""
 
     def __init__(self, memory: CounterMemory, asked: LookUps) -> None:
-        super().__init__(memory, asked)
-        self.time = self.asked.time
-        self._later = None if memory.shared is None else memory.shared(self.asked)
+        asked = asked.as_of(memory.floor)
+        self.time, self._memory, self._join = asked.time, memory, memory.join(asked)
+        self._last = self._join.last()
+        self._later = None if memory.shared is None else memory.shared(asked)
 
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
-        before = None if window is None else self.last(window)
-        every = [
-            memory.sums(now, None if before is None else before[place])
-            for place, (memory, now) in enumerate(zip(self.memories, self.last(), strict=True))
-        ]
+        """Return (N,) int64 numbers of rows and (N,) float64 sums of labels.
+
+        Args:
+            window: Microseconds to look back, None for all of the past.
+
+        Raises:
+            OverflowError: A sum is out of range.
+        """
+        rows, labels = self._memory.sums(self._last)
+        if window is not None:
+            rows_before, labels_before = self._memory.sums(self._join.last(window))
+            rows, labels = rows - rows_before, _subtract(labels, labels_before)
         if self._later is not None:
-            every.append(self._later[0][window])
-        rows, labels = (reduce(add, each) for each in zip(*every, strict=True))
-        return rows, labels.rounded() if isinstance(labels, ExactSums) else labels
+            later_rows, later_labels = self._later[0][window]
+            rows, labels = rows + later_rows, _subtract(labels, -later_labels)
+        return rows, labels / UNITS
 
     def last_positive(self) -> np.ndarray:
         """(N,) int64 moments of the last positive event, `NEVER` for none."""
-        every = zip(self.memories, self.last(), strict=True)
-        moments = np.max([memory.last_positive_at(last) for memory, last in every], axis=0)
+        moments = self._memory.last_positive_at(self._last)
         return moments if self._later is None else np.maximum(moments, self._later[1])
 
 
 LaterTotals = tuple[Mapping[int | None, tuple[np.ndarray, np.ndarray]], np.ndarray]
-"""What N look-ups find in levels: by window (microseconds, None for all of the past) numbers of rows and sums of
-labels, (N,) int32 each, and (N,) int64 moments of the last positive event, `NEVER` for none."""
+"""What N look-ups find in levels: by window (microseconds, None for all of the past) numbers of rows, (N,) int32, and
+units of labels, (N,) int64, and (N,) int64 moments of the last positive event, `NEVER` for none."""
 
 
 @dataclass(frozen=True)
 class CounterLevels:
-    """Levels of the events of several counters, none of which has fractional labels, the largest first.
+    """Levels of the events of several counters, the largest first.
 
     One table holds the running totals of all these counters, so that a look-up in a level costs little more than one of
     a single counter. Most keys that are asked for are in none of them, which a look at one small table tells: `some`,
@@ -221,7 +228,7 @@ class CounterLevels:
     some: np.ndarray = field(default_factory=lambda: np.zeros(2, bool))
 
     def extended(self, key: np.ndarray, known: np.ndarray, labels: np.ndarray) -> CounterLevels:
-        """These levels and further events, (E,) uint64 salted keys, int64 moments and int8 labels."""
+        """These levels and further events, (E,) uint64 salted keys, int64 moments and labels."""
         new = CounterMemory.empty().extended(key, known, labels)
         levels = grown(self.levels, new, CounterMemory.merged)
         keys = sum(len(level.events.distinct) for level in levels)
@@ -244,65 +251,59 @@ class CounterLevels:
         return totals, positive[0]
 
     def totals(self, key: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of (N,) uint64 salted keys and (N,) int64 moments, what is known then: numbers of rows and sums of labels,
-        (N,) int32, and (N,) int64 moments of the last positive event, `NEVER` for none."""
-        rows, labels, positive = np.zeros(len(key), np.int32), np.zeros(len(key), np.int32), np.full(len(key), NEVER)
+        """Of (N,) uint64 salted keys and (N,) int64 moments, what is known then: (N,) int32 numbers of rows, (N,) int64
+        units of labels, and (N,) int64 moments of the last positive event, `NEVER` for none."""
+        rows, labels, positive = np.zeros(len(key), np.int32), np.zeros(len(key), np.int64), np.full(len(key), NEVER)
         likely = np.flatnonzero(self.some.take(_first_bits(key, len(self.some))))
         for level in self.levels:
             found, group = level.events.index.find(key[likely])
             place, starts = likely[found], level.events.starts
             last = last_known(level.events.known, starts[group], starts[group + 1], time[place])
             place, last = place[last >= 0], last[last >= 0]
-            assert isinstance(level.label_sum, np.ndarray)
+            assert level.label_sum is not None
             assert level.last_positive is not None
             rows[place] += level.rows[last]
-            labels[place] += level.label_sum[last].astype(np.int32)
+            labels[place] += level.label_sum[last]
             positive[place] = np.maximum(positive[place], level.last_positive[last])
         return rows, labels, positive
 
 
 class CounterTable:
-    """What C counters remember, none of which has fractional labels, as one table: a request asks many counters about
-    few keys, so one pass through all of them costs little more than one of a single counter.
+    """What C counters remember as one table: a request asks many counters about few keys, so one pass through all of
+    them costs little more than one of a single counter.
 
-    Keys and events of a counter follow those of the one before. Where each event counts 1, its labels are its rows, and
-    its last positive moment is its own. Arrays of the memories become views, so that little is kept twice.
+    Keys and events of a counter follow those of the one before. memories: the same memories, whose arrays are views of
+    the table, so that little is kept twice.
     """
 
     def __init__(self, memories: Sequence[CounterMemory]) -> None:
         events = [each.events for each in memories]
-        indexes = [each.index for each in events]
         keys, first = _offsets([each.distinct for each in events]), _offsets([each.known for each in events])
         self._floors = np.array([[NEVER if each.floor is None else each.floor] for each in memories])
-        self._shifts = np.array([[each.shift] for each in indexes])
-        self._bucket, self._ends = _offsets([each.starts for each in indexes])[:-1, None], keys[1:, None]
-        self._buckets = np.concatenate([each.starts + keys[place] for place, each in enumerate(indexes)])
-        # Nothing is taken from an empty array, hence one more.
-        self._distinct = np.concatenate([*(each.distinct for each in events), np.zeros(1, np.uint64)])
+        self._shifts = np.array([[each.index.shift] for each in events])
+        self._bucket = _offsets([each.index.starts for each in events])[:-1, None]
+        self._ends = keys[1:, None]
+        self._buckets = np.concatenate([each.index.starts + keys[place] for place, each in enumerate(events)])
         starts = [each.starts[:-1] + first[place] for place, each in enumerate(events)]
         self._starts = np.concatenate([*starts, first[-1:]])
-        labels = [np.empty(0) if each.label_sum is None else each.label_sum for each in memories]
-        positive = [np.empty(0, np.int64) if each.last_positive is None else each.last_positive for each in memories]
-        more = [each.astype(np.int32) for each in labels if isinstance(each, np.ndarray)]
-        self._counts = np.concatenate([*(each.rows for each in memories), *more, np.zeros(1, np.int32)])
-        self._moments = np.concatenate([*(each.known for each in events), *positive, np.zeros(1, np.int64)])
-        # What leads from an event's place to those of its labels and of its last positive moment.
-        self._to_labels, self._to_positive = (
-            np.where([[len(each)] for each in parts], (first[-1] + _offsets(parts) - first)[:-1, None], 0)
-            for parts in (more, positive)
-        )
-        for place, each in enumerate(memories):
-            own = slice(first[place], first[place + 1])
-            each.rows, each.events.known = self._counts[own], self._moments[own]
-            each.events.distinct = each.events.index.keys = self._distinct[keys[place] : keys[place + 1]]
-            if each.last_positive is not None:
-                to = int(self._to_positive[place, 0])
-                each.last_positive = self._moments[own.start + to : own.stop + to]
+        self._distinct = _joined([each.distinct for each in events], np.uint64)
+        self._known = _joined([each.known for each in events], np.int64)
+        self._rows = _joined([each.rows for each in memories], np.int32)
+        self._labels = _Column([each.label_sum for each in memories], first)
+        self._positive = _Column([each.last_positive for each in memories], first)
+        self.memories = [copy(each) for each in memories]
+        for place, memory in enumerate(self.memories):
+            own, own_keys = slice(first[place], first[place + 1]), slice(keys[place], keys[place + 1])
+            memory.events, index = copy(memory.events), copy(memory.events.index)
+            memory.events.known, memory.events.distinct = self._known[own], self._distinct[own_keys]
+            memory.events.index, index.keys = index, memory.events.distinct
+            memory.rows, memory.label_sum = self._rows[own], self._labels.of(place)
+            memory.last_positive = self._positive.of(place)
 
     def find(self, asked: Asked, levels: CounterLevels) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What counters and levels that they share know: numbers of rows and sums of labels, (L, M) int32; of the C
-        counters, moments of the last positive event, `NEVER` for none, and the moments as of which they say so, (C, M)
-        int64."""
+        """What counters and levels that they share know: numbers of rows, (L, M) int32, and units of labels, (L, M)
+        int64; of the C counters, moments of the last positive event, `NEVER` for none, and the moments as of which they
+        say so, (C, M) int64."""
         counters, number = asked.counters, asked.keys >> self._shifts[asked.counters]
         key, rows = asked.keys.ravel(), asked.keys.shape[1]
         number = self._buckets.take((number.view(np.int64) + self._bucket[counters]).ravel())
@@ -313,13 +314,13 @@ class CounterTable:
         moments = (times[asked.of] - asked.earlier[:, None]).ravel()
         places, group = has.nonzero()[0], number.reshape(asked.keys.shape)[asked.of].ravel()[has]
         event = np.full(len(has), -1)
-        event[places] = last_known(self._moments, self._starts[group], self._starts[group + 1], moments[places])
-        shape = len(asked.of), rows
+        event[places] = last_known(self._known, self._starts[group], self._starts[group + 1], moments[places])
+        shape, of = (len(asked.of), rows), counters[asked.of]
         known, event = (event >= 0).reshape(shape), np.maximum(event, 0).reshape(shape)
-        counted = self._counts.take(event) * known
-        labels = self._counts.take(event + self._to_labels[counters][asked.of]) * known
+        counted = self._rows.take(event) * known
+        labels = self._labels.take(event, of, counted.astype(np.int64) * int(UNITS)) * known
         latest = slice(len(counters))
-        positive = self._moments.take(event[latest] + self._to_positive[counters])
+        positive = self._positive.take(event[latest], counters, self._known.take(event[latest]))
         positive = np.where(known[latest], positive, NEVER)
         if levels.levels:
             later = levels.totals((asked.keys ^ asked.salts)[asked.of].ravel(), moments)
@@ -350,6 +351,39 @@ def _offsets(parts: Sequence[Sized]) -> np.ndarray:
     return np.cumsum([0, *map(len, parts)])
 
 
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """All parts, and one number more, as nothing can be taken from an empty array."""
+    return np.concatenate([*parts, np.zeros(1, dtype)])
+
+
+class _Column:
+    """An int64 column of C memories as one array, where some memories have none."""
+
+    def __init__(self, parts: Sequence[np.ndarray | None], first: np.ndarray) -> None:
+        """first: (C + 1,) places of the memories' first events among all events."""
+        there = [np.empty(0, np.int64) if part is None else part for part in parts]
+        self._has, self._first = np.array([[part is not None] for part in parts]), _offsets(there)
+        self._values, self._to = _joined(there, np.int64), (self._first - first)[:-1, None]
+
+    def of(self, place: int) -> np.ndarray | None:
+        """The column of a memory, None where it has none."""
+        return self._values[self._first[place] : self._first[place + 1]] if self._has[place] else None
+
+    def take(self, event: np.ndarray, memories: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+        """(L, M) values at (L, M) places among all events, of (L,) memories; `otherwise` where a memory has none."""
+        found = self._values.take(event + self._to[memories], mode="clip")
+        return np.where(self._has[memories], found, otherwise)
+
+
+def _subtract(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(N,) int64 differences. Raises OverflowError for one out of range: the operands' signs differ, and it has the
+    sign of the second."""
+    result = one - other
+    if (((one ^ other) & (one ^ result)) < 0).any():
+        raise OverflowError
+    return result
+
+
 def salt_of(place: int) -> np.uint64:
     """What, combined by XOR, tells the keys of a memory from equal ones of another; keys are hashes, and stay so."""
     return np.uint64((place + 1) * 0x9E3779B97F4A7C15 % 2**64)  # 2^64 over the golden ratio: unlike in many bits
@@ -360,136 +394,6 @@ def _first_bits(keys: np.ndarray, many: int) -> np.ndarray:
     return (keys >> np.uint64(65 - many.bit_length())).view(np.int64)
 
 
-# Of arrays or exact sums, None where they are missing.
-
-
-def _map(function: Any, values: Any) -> Any:
-    return values.each(function) if isinstance(values, ExactSums) else None if values is None else function(values)
-
-
-def _append(one: Any, other: Any) -> Any:
-    return one.append(other) if isinstance(one, ExactSums) else None if one is None else np.append(one, other)
-
-
-class ExactSums:
-    """N sums of float64 numbers without rounding, so that no order of adding and no difference of two loses anything.
-
-    A number is a whole multiple of 2^-1074, cut into limbs: whole numbers of 2^(32 j), each below 2^32. Limbs are added
-    up as int64, which is exact for 2^31 numbers; a sum is rounded once, when it is asked for, to the nearest float64.
-    (The idea is Kulisch's long accumulator; carries wait until the rounding, as in Neal, "Fast exact summation using
-    small and large superaccumulators", 2015.)
-
-    units: the j of each of L limbs, rising, 0 among them; others are zero. limbs: (L, N) int64.
-    """
-
-    def __init__(self, units: Sequence[int], limbs: np.ndarray) -> None:
-        self.units, self.limbs = tuple(units), limbs
-
-    def __len__(self) -> int:
-        return self.limbs.shape[1]
-
-    @staticmethod
-    def zeros(size: int, units: Collection[int] = ()) -> ExactSums:
-        """Sums of nothing, with room for these units."""
-        units = sorted({0, *units})
-        return ExactSums(units, np.zeros((len(units), size), np.int64))
-
-    @staticmethod
-    def of(values: np.ndarray) -> ExactSums:
-        """(N,) finite float64 numbers."""
-        parts = [_split(values[start : start + _AT_A_TIME]) for start in range(0, len(values), _AT_A_TIME)]
-        sums = ExactSums.zeros(len(values), set().union(*parts))
-        for number, part in enumerate(parts):
-            start = number * _AT_A_TIME
-            for unit, limb in part.items():
-                sums.limbs[sums.units.index(unit), start : start + _AT_A_TIME] = limb
-        return sums
-
-    @staticmethod
-    def from_limbs(limbs: Mapping[int, np.ndarray], size: int) -> ExactSums:
-        """unit -> (N,) int64."""
-        sums = ExactSums.zeros(size, limbs)
-        for unit, limb in zip(sums.units, sums.limbs, strict=True):
-            if unit in limbs:
-                limb[:] = limbs[unit]
-        return sums
-
-    def over(self, units: Collection[int]) -> ExactSums:
-        """The same sums, with limbs for further units."""
-        missing = set(units) - set(self.units)
-        if not missing:
-            return self
-        wider = ExactSums.zeros(len(self), missing | set(self.units))
-        wider.limbs[np.searchsorted(wider.units, self.units)] = self.limbs
-        return wider
-
-    def each(self, of: Callable[[np.ndarray], np.ndarray]) -> ExactSums:
-        """What a linear function, of (N,) int64 to (K,) int64, makes of the sums."""
-        return ExactSums(self.units, np.stack([of(limb) for limb in self.limbs]))
-
-    def append(self, other: ExactSums) -> ExactSums:
-        one, two = self.over(other.units), other.over(self.units)
-        return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
-
-    def __add__(self, other: ExactSums) -> ExactSums:
-        one, two = self.over(other.units), other.over(self.units)
-        return ExactSums(one.units, one.limbs + two.limbs)
-
-    def rounded(self) -> np.ndarray:
-        """(N,) float64: the nearest to each sum, of two equally near, the even one; infinite beyond the largest."""
-        limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]
-        return np.concatenate([self._rounded(each) for each in limbs]) if limbs else np.empty(0)
-
-    def _rounded(self, limbs: np.ndarray) -> np.ndarray:
-        negative = self._digits(limbs)[-1] < 0
-        sizes = _nearest(self._digits(np.where(negative, -limbs, limbs)), self.units[0])
-        return np.where(negative, -sizes, sizes)
-
-    def _digits(self, limbs: np.ndarray) -> np.ndarray:
-        """(P, N) int64 whole numbers of 2^(32 j) from the first unit on, all from 0 to 2^32 - 1 but the last."""
-        digits = np.zeros((self.units[-1] - self.units[0] + 2, limbs.shape[1]), np.int64)
-        digits[np.array(self.units) - self.units[0]] = limbs
-        for place in range(len(digits) - 1):
-            digits[place + 1] += digits[place] >> _BITS
-            digits[place] &= np.int64(_MASK)
-        return digits
-
-
-def _split(values: np.ndarray) -> dict[int, np.ndarray]:
-    """Limbs, (N,) int64 by unit, of finite numbers."""
-    fraction, exponent = np.frexp(values)
-    whole, exponent = (fraction * 2.0**53).astype(np.int64), exponent.astype(np.int64) - 53
-    size = np.abs(whole).view(np.uint64)
-    unit, shift = exponent // _BITS, (exponent & (_BITS - 1)).view(np.uint64)
-    low, high = (size & _MASK) << shift, (size >> np.uint64(_BITS)) << shift
-    middle = (low >> np.uint64(_BITS)) + (high & _MASK)
-    digits = (low & _MASK, middle & _MASK, (high >> np.uint64(_BITS)) + (middle >> np.uint64(_BITS)))
-    signed = [np.where(whole < 0, -digit.view(np.int64), digit.view(np.int64)) for digit in digits]
-    limbs: dict[int, np.ndarray] = {}
-    least = unit.min()
-    firsts = np.flatnonzero(np.bincount(unit - least)) + least
-    for first in firsts.tolist():
-        here = unit == first
-        for j, digit in enumerate(signed, first):
-            limb = digit if len(firsts) == 1 else np.where(here, digit, 0)
-            if limb.any():
-                limbs[j] = limbs[j] + limb if j in limbs else limb
-    return limbs
-
-
-def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:
-    """(N,) float64 nearest to numbers from 0 on, of (P, N) int64 digits, of which the first stand for 2^(32 unit)."""
-    digits = np.concatenate([np.zeros((2, digits.shape[1]), np.int64), digits]).view(np.uint64)
-    leading = len(digits) - 1 - np.argmax(digits[::-1] != 0, axis=0)
-    leading = np.maximum(leading, 2)
-    first, second, third = (np.take_along_axis(digits, (leading - back)[None], 0)[0] for back in range(3))
-    below = np.logical_or.accumulate(digits != 0, axis=0)
-    more = np.take_along_axis(below, np.maximum(leading - 3, 0)[None], 0)[0]
-    # The first 64 bits, and whether there is anything below them, which decides ties when rounding to 53.
-    empty = _BITS - np.frexp(first.astype(np.float64))[1].astype(np.uint64)
-    head = (((first << np.uint64(_BITS)) | second) << empty) | (third >> (np.uint64(_BITS) - empty))
-    more |= (third << empty) & _MASK != 0
-    head = (head >> np.uint64(1)) | (head & np.uint64(1)) | more
-    exponent = 1 - empty.astype(np.int64) + _BITS * (leading - 3 + unit)
-    with np.errstate(over="ignore"):
-        return np.ldexp(head.astype(np.int64).astype(np.float64), exponent)
+def _map(function: Any, *values: Any) -> Any:
+    """What a function makes of arrays, None where they are missing."""
+    return None if values[0] is None else function(*values)

@@ -11,13 +11,11 @@ of all of them is, to the bit, what they would see of a memory that was extended
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
-from copy import copy
 from dataclasses import dataclass, field
-from typing import Generic, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
-from mmoe_rec.point_in_time.arrays import consecutive
 from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps, Search
 
 # With this many times more events than look-ups, nothing is computed for all events.
@@ -30,13 +28,11 @@ class Memory(ABC):
     """Events per key.
 
     floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
-    look-up at an earlier moment is answered as of `floor`. levels: memories of events that came later, the largest
-    first.
+    look-up at an earlier moment is answered as of `floor`.
     """
 
     events: KnownEvents
     floor: int | None = field(default=None, kw_only=True)
-    levels: tuple[Self, ...] = field(default=(), init=False)
 
     def __len__(self) -> int:
         return len(self.events)
@@ -45,15 +41,6 @@ class Memory(ABC):
         """The events beside look-ups of them."""
         few = len(asked) * _EVENTS_OF_A_SEARCH < len(self.events)
         return Search(self.events, asked) if few or not asked.is_sorted else Join(self.events, asked)
-
-    def with_levels(self, levels: Sequence[Self]) -> Self:
-        """The same memory with other levels. No request has to wait for their indexes, nor for this one's, which all
-        memories with other levels share."""
-        for each in (self, *levels):
-            _ = each.events.index
-        memory = copy(self)
-        memory.levels = tuple(levels)
-        return memory
 
     @abstractmethod
     def merged(self, other: Self) -> Self:
@@ -81,33 +68,6 @@ def at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
     else:
         found *= index >= 0  # no branches, which a processor would often guess wrongly
     return found
-
-
-_Memory = TypeVar("_Memory", bound=Memory)
-
-
-class SeenEvents(Generic[_Memory]):
-    """What N look-ups see of the events of a memory and its levels. memories: that one, then these."""
-
-    def __init__(self, memory: _Memory, asked: LookUps) -> None:
-        self.memories: tuple[_Memory, ...] = (memory, *memory.levels)
-        self.asked = asked.as_of(memory.floor)
-        self._joins = [each.join(self.asked) for each in self.memories]
-        self._last = [join.last() for join in self._joins]
-
-    def last(self, earlier: int = 0) -> list[np.ndarray]:
-        """(N,) int64 index of the last event of each memory that was known `earlier` microseconds before, -1 for
-        none."""
-        return [join.last(earlier) for join in self._joins] if earlier else self._last
-
-    def last_events(self, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The last `length` events of each memory: their indexes, one look-up's after the other's, the oldest first,
-        and (N,) int64 how many these are."""
-        found = []
-        for join, last in zip(self._joins, self._last, strict=True):
-            lengths = np.clip(last + 1 - join.first, 0, length)
-            found.append((consecutive(last + 1 - lengths, lengths), lengths))
-        return found
 
 
 LEVELS = 3

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.point_in_time import memory as module
-from mmoe_rec.point_in_time.counters import Asked, CounterLevels, CounterMemory, CounterTable, SeenTotals, salt_of
+from mmoe_rec.point_in_time.counters import (
+    UNITS,
+    Asked,
+    CounterLevels,
+    CounterMemory,
+    CounterTable,
+    SeenTotals,
+    salt_of,
+)
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import LEVELS, grown
 from tests.point_in_time.test_memories import (
@@ -80,29 +88,6 @@ LEVELLED = {
 }
 
 
-@given(**LEVELLED, labels=st.sampled_from(["none", "whole", "fractions"]))
-def test_a_counter_with_levels_is_one_that_was_extended(seed, size, cuts, late, compacted, labels):
-    random, events, _ = drawn(seed, size, labels)
-    own, *further = in_parts(random, events, late, cuts)
-    memory, floor = counter_of(own, labels), 0
-    if compacted:
-        floor = cuts[0]
-        memory = memory.with_columns(memory.compacted(floor, WINDOW, True).to_columns(), floor)
-    read_only(memory)
-    before = {name: column.copy() for name, column in memory.to_columns().items()}
-    expected, several = memory, tuple[CounterMemory, ...]()
-    for some in further:
-        expected = extended(expected, some)
-        if some:
-            several = grown(several, counter_of(some, labels), CounterMemory.merged)
-        assert len(several) <= LEVELS
-        for asking in ASKING:
-            look_ups = asking(*all_at(floor))
-            assert_agree(SeenTotals(expected, look_ups), SeenTotals(memory.with_levels(several), look_ups))
-    for name, column in memory.to_columns().items():
-        assert column.tolist() == before[name].tolist()
-
-
 @given(**LEVELLED, length=st.integers(1, 5))
 def test_a_history_with_levels_is_one_that_was_extended(seed, size, cuts, late, compacted, length):
     random, events, _ = drawn(seed, size)
@@ -127,7 +112,7 @@ def test_a_history_with_levels_is_one_that_was_extended(seed, size, cuts, late, 
 def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int) -> None:
     """One table holds the events of all counters, and answers all of them at once or one by one."""
     random = np.random.default_rng(seed)
-    kinds = ["none" if random.random() < 0.3 else "whole" for _ in range(4)]
+    kinds = random.choice(["none", "whole", "fractions"], 4).tolist()
     memories, salts, levels = [], [salt_of(place) for place in range(4)], CounterLevels()
     for labels in kinds:
         memory = counter_of(drawn(int(random.integers(10**6)), 20, labels)[1], labels)
@@ -140,7 +125,7 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
             some = drawn(int(random.integers(10**6)), int(random.choice([0, 1, 2, 7])) if turn else 60, labels)[1]
             expected[place] = extended(expected[place], some)
             key, known, label = columns_of(some)
-            added.append((key ^ salts[place], known, label.astype(np.int8)))
+            added.append((key ^ salts[place], known, label))
         levels = levels.extended(*map(np.concatenate, zip(*added, strict=True)))
     assert len(levels.levels) > 1
     windows = [[each for each in (0, 5, 40) if random.random() < 0.6] for _ in kinds]
@@ -160,15 +145,21 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
         seen = SeenTotals(expected[place], LookUps.of_each(keys[number], times))
         assert moments[number].tolist() == seen.time.tolist()
         assert positive[number].tolist() == seen.last_positive().tolist()
-        assert [rows[number].tolist(), sums[number].tolist()] == [each.tolist() for each in seen.totals(None)]
+        assert [rows[number].tolist(), (sums[number] / UNITS).tolist()] == [each.tolist() for each in seen.totals(None)]
     for look, (number, window) in enumerate(later, len(some)):
         seen = SeenTotals(expected[some[number]], LookUps.of_each(keys[number], times))
-        found = [(each[number] - each[look]).tolist() for each in (rows, sums)]
-        assert found == [each.tolist() for each in seen.totals(window)]
-    for memory, columns in zip(memories, before, strict=True):  # whose arrays are views by now
-        assert {name: column.tolist() for name, column in memory.to_columns().items()} == {
-            name: column.tolist() for name, column in columns.items()
-        }
+        found = rows[number] - rows[look], (sums[number] - sums[look]) / UNITS
+        assert [each.tolist() for each in found] == [each.tolist() for each in seen.totals(window)]
+    for memory, view, columns in zip(memories, table.memories, before, strict=True):
+        for each in (memory, view):
+            assert {name: column.tolist() for name, column in each.to_columns().items()} == {
+                name: column.tolist() for name, column in columns.items()
+            }
+        key, known, label = columns_of(drawn(seed, 9, "whole")[1])
+        more = [each.extended(key, known, None if each.label_sum is None else label) for each in (memory, view)]
+        assert more[0].to_columns().keys() == more[1].to_columns().keys()
+        for name, column in more[0].to_columns().items():
+            np.testing.assert_array_equal(column, more[1].to_columns()[name])
 
 
 def test_shared_levels_still_find_their_first_keys_once_they_have_many() -> None:
@@ -180,7 +171,7 @@ def test_shared_levels_still_find_their_first_keys_once_they_have_many() -> None
 
 
 def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
-    memory, level = (counter_of(drawn(seed, 30, "whole")[1], "whole") for seed in (0, 1))
+    memory, level = (history_of(drawn(seed, 30)[1]) for seed in (0, 1))
     one, two = memory.with_levels([level]), memory.with_levels([level, level])
     assert one.events is two.events
     assert "index" in vars(one.events), "no request has to wait for it"

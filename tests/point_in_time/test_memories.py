@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.features.kinds.history import HistoryMemory
-from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
+from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals, round_labels
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import NEVER
 from tests.reference.features import Event, last_positive, totals, visible_events
 
 KEYS = np.array([0, 5, 2**40, 2**64 - 1], np.uint64)
 WINDOW, UNTIL = 3, 45
-# Outliers beside which small labels are lost, the least and largest numbers, and exact opposites.
-FRACTIONS = np.array([1e17, -1e17, 1e-9, 0.1, -0.3, 3.0, 5e-324, 2.0**53, 1.0 + 2.0**-52, 1e300, -1e300, 0.0])
+# Outliers beside small labels, exact opposites, and the smallest label.
+FRACTIONS = round_labels(np.array([1e11, -1e11, 1e-5, 0.1, -0.3, 3.0, 2.0**-20, 2.0**30 + 2.0**-19, 0.0]))
 ASKING: tuple[Callable[[np.ndarray, np.ndarray], LookUps], ...] = (LookUps.sort, LookUps.of_each)
 
 
@@ -35,7 +35,7 @@ def columns_of(events: list[Event]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def counter_of(events: list[Event], labels: str = "whole") -> CounterMemory:
-    return extended(CounterMemory.empty(labels != "none", True, labels == "fractions"), events)
+    return extended(CounterMemory.empty(labels != "none"), events)
 
 
 def extended(memory: CounterMemory, events: list[Event]) -> CounterMemory:

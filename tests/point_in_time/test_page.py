@@ -13,7 +13,7 @@ from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.counters import SeenTotals
+from mmoe_rec.point_in_time.counters import UNITS, SeenTotals
 from tests.log.small_logs import DAY, log_rows
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,8 @@ def test_the_memory_is_that_of_the_page(encoder):
     ):
         columns = left.to_columns()
         users = [names[key] for key in columns["key"].tolist()]
-        found = zip(users, *(columns[name].tolist() for name in ("known", "rows", "label_sum")), strict=True)
+        clicks = (columns["label_sum"] / UNITS).tolist()
+        found = zip(users, columns["known"].tolist(), columns["rows"].tolist(), clicks, strict=True)
         expected = [(row["user"], moment(row["known"]), int(row["rows"]), int(row["clicks"])) for row in wanted]
         assert sorted(found) == sorted(expected)
 
@@ -94,7 +95,8 @@ def test_requests_get_what_the_page_says(encoder, cuts):
     join = memory.join(asked)
     if not cuts:
         for index, name in ((join.last(), "total now"), (join.last(WEEK), "total 7 days earlier")):
-            assert memory.sums(index)[1][asked.number].tolist() == [int(row[name]) for row in REQUESTS]
+            clicks = memory.sums(index)[1][asked.number] / UNITS
+            assert clicks.tolist() == [int(row[name]) for row in REQUESTS]
     clicks = SeenTotals(memory, asked).totals(WEEK)[1][asked.number]
     assert clicks.tolist() == [int(row["clicks in 7 days"]) for row in REQUESTS]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tests.reference.log import DAY, Log, Row, Window, inside
+from tests.reference.log import DAY, Log, Row, Window, in_units, inside
 
 Event = tuple[Any, int, float]
 """What it is counted for, the moment from which it is known, and its label, or the item of a history."""
@@ -37,7 +37,7 @@ def last_positive(events: Iterable[Event], never: Any = None) -> Any:
 def counter(log: Log, name: str, overall_mean: float, rows: list[Row] | None = None) -> list[dict[Statistic, Any]]:
     """For each row of the log, or of `rows`, the statistics of a feature of the kind `counter`."""
     feature, result = log.features[name], []
-    events = [(_key(row, feature["by"]), known, label) for row, known, label in _remembered(log, feature)]
+    events = [(_key(row, feature["by"]), known, in_units(label)) for row, known, label in _remembered(log, feature)]
     smoothing = feature.get("smoothing", 20.0)
     for row in log.rows if rows is None else rows:
         now = log.time(row)

@@ -65,16 +65,21 @@ class Log:
         return self.label(row, name) if self.time(row) + self.matures_after(name) <= moment else None
 
     def overall_mean(self, name: str, training: Window) -> float:
-        """The mean label of the training rows, of labels known when training ends; 0 without any."""
+        """The mean of counters' labels of the training rows, of labels known when training ends; 0 without any."""
         labels = [
             self.label_known_by(row, name, training[1] or 0) for row in self.rows if inside(self.time(row), training)
         ]
-        there = [label for label in labels if label is not None]
+        there = [in_units(label) for label in labels if label is not None]
         return math.fsum(there) / len(there) if there else 0.0
 
     def at_moments(self, rows: int, moments: list[int]) -> list[Row]:
         """The log's first rows, asked at each of some moments."""
         return [{**row, self.columns["time"]: moment} for moment in moments for row in self.rows[:rows]]
+
+
+def in_units(label: float) -> float:
+    """A label as counters sum it: the nearest multiple of 2^-20."""
+    return round(label * 2**20) / 2**20
 
 
 def inside(time: int, window: Window) -> bool:

@@ -1,6 +1,7 @@
 """The kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
@@ -9,10 +10,21 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, State
 from mmoe_rec.features.numbers import DenseNumber, DenseNumbers, NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.point_in_time.counters import Asked, CounterLevels, CounterMemory, CounterTable, SeenTotals
+from mmoe_rec.point_in_time.counters import (
+    MOST,
+    UNITS,
+    Asked,
+    CounterLevels,
+    CounterMemory,
+    CounterTable,
+    SeenTotals,
+    round_labels,
+    to_units,
+)
 from mmoe_rec.point_in_time.join import LookUps, known_at
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.settings.columns import Use
@@ -103,22 +115,17 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """Whether labels may be other than whole numbers."""
         return self.source is None and self.task.kind == "regression"
 
-    @property
-    def shares_levels(self) -> bool:
-        """Whether events that a server learns lie in one table with those of other counters."""
-        return not self.has_fractions
-
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Adds the training rows' labels to the overall mean."""
         if self.source is None:
-            self.counts.add(rows.labels(self.task, known_by))
+            self.counts.add(round_labels(rows.labels(self.task, known_by)))
 
     def finish(self) -> None:
         self.prior = self.counts.standardiser().mean
 
     def empty(self) -> CounterMemory:
         recency = "recency" in self.feature.outputs
-        return CounterMemory.empty(self.source is None, recency, self.has_fractions)
+        return CounterMemory.empty(self.source is None, recency)
 
     def events(self, rows: LogRows) -> pa.Table:
         """The rows of a log of events. (Those of the interaction log come as look-ups with their labels.)"""
@@ -140,8 +147,28 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return pa.table({"key": key, "known": known_at(times, self.matures_after), "label": labels})
 
     def extended(self, memory: CounterMemory, events: pa.Table, in_order: bool = False) -> CounterMemory:
+        """Raises UserError where a label or a sum of labels is out of range."""
         label = None if self.label is None else events["label"].to_numpy()
-        return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), label, in_order)
+        with self._in_range():
+            return memory.extended(*_key_and_known(events), label, in_order)
+
+    def check_sums(self, memory: CounterMemory, events: pa.Table) -> None:
+        """Raises UserError where labels of further events, or their sums with those of a memory, are out of range."""
+        if self.has_fractions:
+            new, asked = self.extended(self.empty(), events), LookUps.sort(*_key_and_known(events))
+            before, added = (SeenTotals(each, asked).totals(None)[1] for each in (memory, new))
+            with self._in_range():
+                to_units(before + added)
+
+    @contextmanager
+    def _in_range(self) -> Iterator[None]:
+        try:
+            yield
+        except OverflowError:
+            raise UserError(
+                f"counter '{self.name}' sums labels of column '{self.task.label}' beyond {MOST:.1e}: write that "
+                "column in a larger unit"
+            ) from None
 
     def compacted(self, memory: CounterMemory, moment: int) -> CounterMemory:
         """The totals within the longest window before `moment`, and what comes later; of each key also its total as of
@@ -156,7 +183,8 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
     def distinct_results(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray]:
         found, result = SeenTotals(memory, asked), dict[str, np.ndarray]()
         for suffix, window in self._windows.items() if self._totals else ():
-            count, label_sum = found.totals(window)
+            with self._in_range():
+                count, label_sum = found.totals(window)
             for output in self._totals:
                 value = _statistic(output, count, label_sum, self.feature.smoothing, self.prior)
                 result[f"{self.name}_{output}{suffix}"] = value
@@ -169,12 +197,12 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return self._distances(name, values).astype(np.float32)
 
     def _distances(self, name: str, values: np.ndarray) -> np.ndarray:
-        if self.task.kind == "binary" or not name.startswith(f"{self.name}_rate"):
-            return values
-        distances = values - self.prior
-        # Sums of equal labels differ in their last bits.
-        distances[np.abs(distances) <= _ROUNDING * abs(self.prior)] = 0.0
-        return distances
+        return _distances(values, self.offset) if name.startswith(f"{self.name}_rate") else values
+
+    @property
+    def offset(self) -> float:
+        """The number that rates are told apart from: the mean of a regression, 0 of a binary task."""
+        return self.prior if self.has_fractions else 0.0
 
     def outline(self) -> Outline:
         return Outline(dense=tuple(each for number in self.numbers.values() for each in number.inputs()))
@@ -205,12 +233,14 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
 
 class CounterGroup:
-    """Counters, none of which has fractional labels, that requests ask together: what they give is, to the
-    bit, what each of them encodes."""
+    """Counters that requests ask together: what they give is, to the bit, what each of them encodes."""
 
     def __init__(self, encoders: Mapping[str, CounterEncoder], salts: Mapping[str, np.uint64]) -> None:
-        """salts: of the counters in levels that they share."""
+        """Build the table, and let the encoders' memories share its arrays. salts: of the counters in levels that they
+        share."""
         self._table = CounterTable([each.memory for each in encoders.values()])
+        for encoder, memory in zip(encoders.values(), self._table.memories, strict=True):
+            encoder.memory = memory
         self._salts, self._every = salts, list(encoders)
         self._plan(encoders)
 
@@ -247,6 +277,7 @@ class CounterGroup:
         self._outputs = {output: np.array(each).T for output, each in plan.items()}
         self._smoothing = np.array([[each.feature.smoothing] for each in encoders.values()])
         self._prior = np.array([[each.prior] for each in encoders.values()])
+        self._offset = np.array([[each.offset] for each in encoders.values()])
         self._numbers = DenseNumbers([each for encoder in encoders.values() for each in encoder.numbers.values()])
 
     def dense(self, rows: LogRows, levels: CounterLevels) -> dict[str, np.ndarray]:
@@ -256,15 +287,16 @@ class CounterGroup:
         keys = np.array([rows.hashes(each.by) for each in self.encoders.values()])
         asked = Asked(self._counters, keys, self._own_salts, rows.times(), self._of, self._earlier)
         counted, labels, positive, times = self._table.find(asked, levels)
-        nothing = np.zeros_like(counted[:1])  # is subtracted from all of the past
-        counted, labels = np.concatenate([counted, nothing]), np.concatenate([labels, nothing])
+        # Nothing is subtracted from all of the past.
+        counted, labels = (np.concatenate([each, np.zeros_like(each[:1])]) for each in (counted, labels))
         values = np.empty((self._rows, len(rows)))
         for output, (row, now, start, counter) in self._outputs.items():
             if output == "recency":
                 values[row] = _recency(times[counter], positive[counter])
             else:
-                totals = counted[now] - counted[start], labels[now] - labels[start]
-                values[row] = _statistic(output, *totals, self._smoothing[counter], self._prior[counter])
+                totals = counted[now] - counted[start], (labels[now] - labels[start]) / UNITS
+                found = _statistic(output, *totals, self._smoothing[counter], self._prior[counter])
+                values[row] = _distances(found, self._offset[counter]) if output == "rate" else found
         return self._numbers.inputs(values.astype(np.float32).astype(np.float64))
 
 
@@ -277,6 +309,16 @@ def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: Any
             return np.log1p(rows)
         case _:
             return (labels + smoothing * prior) / (rows + smoothing)
+
+
+def _distances(rates: np.ndarray, offset: Any) -> np.ndarray:
+    """Rates less an offset, exactly 0 where only rounding tells them apart."""
+    distances = rates - offset
+    return np.where(np.abs(distances) <= _ROUNDING * np.abs(offset), 0.0, distances)
+
+
+def _key_and_known(events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    return events["key"].to_numpy(), events["known"].to_numpy()
 
 
 def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:

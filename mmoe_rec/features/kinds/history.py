@@ -1,7 +1,8 @@
 """The kind `history`: the user's last engaged candidates before the request, point in time."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +20,7 @@ from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive, one_array
 from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at, sorted_order
-from mmoe_rec.point_in_time.memory import Memory, SeenEvents
+from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Meaning, Once, Remembering, Schema
 
@@ -103,10 +104,11 @@ class PooledHistory(HistoryFeature):
 @dataclass(eq=False)
 class HistoryMemory(Memory):
     """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables, of
-    each of those."""
+    each of those; levels: memories of events that came later, the largest first."""
 
     items: np.ndarray
     attributes: tuple[np.ndarray, ...] = ()
+    levels: tuple[Self, ...] = field(default=(), init=False)
 
     @staticmethod
     def empty(attributes: int = 0) -> "HistoryMemory":
@@ -127,23 +129,34 @@ class HistoryMemory(Memory):
         key, known, items, *attributes = (each[order] for each in columns)
         return replace(self, events=KnownEvents(key, known), items=items, attributes=tuple(attributes))
 
+    def with_levels(self, levels: Sequence[Self]) -> Self:
+        """The same memory with other levels. No request has to wait for their indexes, nor for this one's, which all
+        memories with other levels share."""
+        for each in (self, *levels):
+            _ = each.events.index
+        memory = copy(self)
+        memory.levels = tuple(levels)
+        return memory
+
     def merged(self, other: Self) -> Self:
         return self.extended(other.events.key, other.events.known, other.items, *other.attributes)
 
     def last_events(self, asked: LookUps, length: int) -> list[Ragged]:
         """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order; then
         each attribute."""
-        seen = SeenEvents(self, asked)
-        parts = list(zip(seen.memories, seen.last_events(length), strict=True))
-        each_part = [
-            [column[index] for column in (memory.events.known, memory.items, *memory.attributes)]
-            for memory, (index, _) in parts
-        ]
-        known, *rows = map(np.concatenate, zip(*each_part, strict=True))
-        together = np.sum([lengths for _, (_, lengths) in parts], axis=0)
-        lengths = together
-        if len(parts) > 1 and len(known):
-            number = np.concatenate([np.arange(len(asked)).repeat(lengths) for _, (_, lengths) in parts])
+        asked, parts, of_parts = asked.as_of(self.floor), [], []
+        memories: list[HistoryMemory] = [self, *self.levels]
+        for memory in memories:
+            join = memory.join(asked)
+            last = join.last()
+            lengths = np.clip(last + 1 - join.first, 0, length)
+            index = consecutive(last + 1 - lengths, lengths)
+            parts.append([column[index] for column in (memory.events.known, memory.items, *memory.attributes)])
+            of_parts.append(lengths)
+        known, *rows = map(np.concatenate, zip(*parts, strict=True))
+        together = lengths = np.sum(of_parts, axis=0)
+        if self.levels and len(known):
+            number = np.concatenate([np.arange(len(asked)).repeat(lengths) for lengths in of_parts])
             lengths = np.minimum(together, length)
             last = consecutive(np.cumsum(together) - lengths, lengths)
             last = np.lexsort((*reversed(rows), known, number))[last]

@@ -1,0 +1,137 @@
+"""Sums of labels in whole units, against `fractions` and a loop over rows, and what is out of their range."""
+
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.kinds.counter import CounterEncoder
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time.counters import MOST, UNITS, CounterMemory, SeenTotals, round_labels
+from mmoe_rec.point_in_time.join import LookUps
+from mmoe_rec.preprocessing.extend import extend
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import prepare
+from tests.log.small_logs import (
+    DAY,
+    START,
+    log_rows,
+    random_log,
+    remembered,
+    schema_of,
+    times_of,
+    windows_of,
+    with_column,
+    write_log,
+)
+
+ITEM = {"kind": "id", "column": "item", "min_count": 1}
+COUNTER = {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["rate"], "window_days": [None, 1, 2.5]}
+SCHEMA = schema_of({"item": ITEM, "spent_of_brand": COUNTER})
+TOLD = "counter 'spent_of_brand' sums labels of column 'spent' beyond 8.8e\\+12: write that column in a larger unit"
+
+
+def rounded(label: float) -> Fraction:
+    """The multiple of 2^-20 that is nearest, of two the even one."""
+    return Fraction(round(Fraction(label) * 2**20), 2**20)
+
+
+def labels_of(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Of all sizes within the range, some of them opposites, some halfway between two units."""
+    sizes = np.ldexp(rng.normal(size=size), rng.integers(-30, 28, size))
+    halves = (rng.integers(-(2**20), 2**20, size) + 0.5) / UNITS
+    labels = np.choose(rng.integers(0, 3, size), [sizes, halves, np.round(rng.lognormal(3, 1, size), 2)])
+    return np.where(rng.random(size) < 0.2, -rng.permutation(labels), labels)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sum_is_the_float_nearest_to_that_of_rounded_labels_in_any_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    key, known = rng.integers(0, 3, 400).astype(np.uint64), rng.integers(0, 100, 400)
+    labels = labels_of(rng, 400)
+    exact = [rounded(label) for label in labels.tolist()]
+    assert round_labels(labels).tolist() == [float(label) for label in exact]
+    memory, edges = CounterMemory.empty(), np.sort(rng.integers(0, 400, 3))
+    for part in np.split(rng.permutation(400), edges):
+        memory = memory.extended(key[part], known[part], labels[part])
+    at_once = CounterMemory.empty().extended(key, known, labels)
+    for name, column in memory.to_columns().items():
+        np.testing.assert_array_equal(column, at_once.to_columns()[name])
+    keys, times = np.repeat(np.arange(3), 110).astype(np.uint64), np.tile(np.arange(-5, 105), 3)
+    seen = SeenTotals(memory, LookUps.of_each(keys, times))
+    for window in (None, 10):
+        inside = (key == keys[:, None]) & (known <= times[:, None])
+        if window is not None:
+            inside &= known > times[:, None] - window
+        found = seen.totals(window)
+        assert found[0].tolist() == inside.sum(axis=1).tolist()
+        assert found[1].tolist() == [float(sum(exact[row] for row in np.flatnonzero(rows))) for rows in inside]
+
+
+def test_sums_up_to_the_range_are_exact_and_beyond_it_refused() -> None:
+    largest = np.nextafter(MOST, 0)
+    key, known = np.zeros(3, np.uint64), np.arange(3)
+    labels = np.array([largest, -largest, -1.0])
+    memory = CounterMemory.empty().extended(key, known, labels)
+    asked = LookUps.of_each(key, known)
+    assert SeenTotals(memory, asked).totals(None)[1].tolist() == [largest, 0.0, -1.0]
+    for beyond in ([MOST], [-MOST], [np.inf], [MOST / 2, MOST / 2], [-MOST / 2] * 3, [1e12] * 9, [1.0] * 8 + [largest]):
+        key = np.zeros(len(beyond), np.uint64)
+        for known in (np.arange(len(beyond)), np.zeros(len(beyond), np.int64)):
+            with pytest.raises(OverflowError):
+                CounterMemory.empty().extended(key, known, np.array(beyond))
+    # Each total is within the range, and a window's is not.
+    memory = CounterMemory.empty().extended(np.zeros(3, np.uint64), np.arange(3), np.array([-6e12, 6e12, 6e12]))
+    with pytest.raises(OverflowError):
+        SeenTotals(memory, LookUps.of_each(np.zeros(1, np.uint64), np.array([2]))).totals(2)
+
+
+def test_a_build_and_a_server_refuse_sums_beyond_the_range(tmp_path) -> None:
+    table = random_log(0, 300)
+    spent = np.full(300, 1e10)
+    build = str(write_log(tmp_path / "log", with_column(table, "spent", pa.array(spent))))
+    prepared = prepare(build, SCHEMA, windows_of(3, 4), tmp_path / "work")
+    pipeline = FeaturePipeline.load(prepared.serving)
+    largest = max(np.bincount(pa.compute.dictionary_encode(table["brand"].combine_chunks()).indices.drop_null()))
+    assert largest * 1e10 < MOST / 2
+
+    def further(label: float, rows: int = 1) -> dict:
+        few = table.slice(0, rows)
+        brand = with_column(few, "brand", pa.array(["a"] * rows))
+        return {None: log_rows(with_column(brand, "spent", pa.array([label] * rows)), SCHEMA)}
+
+    live = pipeline.live.extended(further(4e12))
+    for too_much in (further(1e13), further(8e12), further(1e12, rows=9)):
+        with pytest.raises(UserError, match=TOLD):
+            live.extended(too_much)
+    assert isinstance(pipeline.encoders["spent_of_brand"], CounterEncoder)
+    learnt = pipeline.with_live(live.extended(further(-4e12)))
+    assert learnt.encode(log_rows(table, SCHEMA)).dense.shape[0] == 300
+    for too_much in (1e13, 5e11):
+        spent[:] = too_much
+        source = str(write_log(tmp_path / f"{too_much:g}", with_column(table, "spent", pa.array(spent))))
+        with pytest.raises(UserError, match=TOLD):
+            prepare(source, SCHEMA, windows_of(3, 4), tmp_path / "refused")
+
+
+@pytest.mark.parametrize("rows_in_memory", [30, 10**6])
+def test_neither_order_nor_chunks_nor_added_days_change_sums(tmp_path, rows_in_memory: int) -> None:
+    """A log whose labels are small but for a few."""
+    rng, table = np.random.default_rng(0), random_log(0, 400)
+    days, small = (times_of(table) - START) // DAY, np.round(rng.lognormal(size=400), 2) * rng.choice([1, 1, 1e-5], 400)
+    spent = np.where(rng.random(400) < 0.02, rng.choice([1e11, -1e11, 3e9 + 0.3], 400), small)
+    table = with_column(table, "spent", pa.array(spent, mask=rng.random(400) < 0.1))
+    windows = windows_of(3, 4)
+    first, *added = (table.filter(pa.array(inside)) for inside in (days < 6, (days >= 6) & (days < 8), days >= 8))
+    shuffled = first.take(pa.array(rng.permutation(len(first))))
+    options, log = BuildOptions(rows_in_memory=rows_in_memory), tmp_path / "log"
+    write_log(log, shuffled.slice(0, 90), shuffled.slice(90))
+    grown = prepare(str(log), SCHEMA, windows, tmp_path / "grown", options).folder / "serving/spent_of_brand.memory"
+    for number, part in enumerate(added, 5):
+        pq.write_table(part, log / f"{number}.parquet")
+        assert extend(str(log), SCHEMA, windows, tmp_path / "grown", options) is not None
+    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, windows, tmp_path / "at_once")
+    assert remembered(grown) == remembered(whole.serving / "spent_of_brand.memory")
