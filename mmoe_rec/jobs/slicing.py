@@ -28,7 +28,7 @@ from mmoe_rec.jobs.places import adapt_schema, build_options, log_and_place
 from mmoe_rec.jobs.score_files import text_of
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses, combine, hash_column
-from mmoe_rec.log.reader import Log, Noticed
+from mmoe_rec.log.reader import Log, find_fault
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say
@@ -98,15 +98,16 @@ class LogColumns:
 
         Raises UserError where the log has other rows by now, or a column too many values.
         """
-        schema, log = self.log.schema, self.log
+        schema = self.log.schema
         names, split, columns = schema.columns, schema.split, dict.fromkeys(each.column for each in self.by)
         needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column}
-        uses = {name: use for name, use in log.uses.items() if name in needed or name in columns}
-        reader, noticed = replace(log.reader, uses=uses), Noticed() if self.skips else None
+        uses = {name: use for name, use in self.log.uses.items() if name in needed or name in columns}
+        reader = replace(self.log.reader, uses=uses)
+        log = self.log.without(map(find_fault, self.log.pieces(reader))) if self.skips else self.log
         wanted, keys, parts = np.sort(_keys(scored)), list[np.ndarray](), list[pa.Table]()
         with bar() as progress:
             task = progress.add_task("slicing", total=log.rows)
-            for rows in chain.from_iterable(reader.read(part, noticed) for part in log.parts()):
+            for rows in chain.from_iterable(map(reader.read, log.parts())):
                 its = combine([hash_column(rows.requests()), rows.hashes([names.candidate])])
                 progress.advance(task, len(its))
                 there = wanted[np.minimum(np.searchsorted(wanted, its), len(wanted) - 1)] == its

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -69,15 +69,6 @@ def _pieces_of(groups: Sequence[tuple[LogFile, int]]) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-@dataclass
-class Noticed:
-    """What reading parts of a log tells about its files. bad: problems of files that can't be used; spans: file ->
-    first and last time of its rows, microseconds."""
-
-    bad: list[BadFile] = field(default_factory=list)
-    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
 ROWS_AT_A_TIME = 131_072
 ROWS_PER_PART = 262_144
 
@@ -113,11 +104,11 @@ class LogReader:
             return event_value_checks(self.time, self.now)
         return [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
 
-    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
+    def read(self, part: LogPart, spans: dict[str, tuple[int, int]] | None = None) -> Iterator[LogRows]:
         """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked;
         events as rows of the task `EVENT` at the time of each event.
 
-        noticed: takes note of a bad file and leaves out the rest of its rows, instead of an error.
+        spans: gets file -> first and last time of its rows, microseconds.
 
         Raises BadFile for a damaged, changed or invalid file, and UserError where a remote place can't be reached.
         """
@@ -127,7 +118,8 @@ class LogReader:
         moved = np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         time = np.repeat(time, count)
         # Those of small files are joined, so that a batch is worth its overhead.
-        for table in rebatch(self._tables(part, noticed), ROWS_AT_A_TIME):
+        tables = (table for piece in part.pieces for table in self._checked(piece, spans))
+        for table in rebatch(tables, ROWS_AT_A_TIME):
             if self.events is not None:
                 yield event_rows(table, self.schema, self.events)
                 continue
@@ -142,18 +134,9 @@ class LogReader:
             if len(counted := rows.filter(~np.isin(numbers, repeats))):
                 yield counted
 
-    def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
+    def _checked(self, piece: Piece, spans: dict[str, tuple[int, int]] | None) -> Iterator[pa.Table]:
         """Tables of canonical columns."""
         checks = self.checks
-        for piece in part.pieces:
-            try:
-                yield from self._checked(piece, checks, noticed)
-            except BadFile as problem:
-                if noticed is None:
-                    raise
-                noticed.bad.append(problem)
-
-    def _checked(self, piece: Piece, checks: Sequence[ValueCheck], noticed: Noticed | None) -> Iterator[pa.Table]:
         for start, table in read_piece(piece, self.uses, self.schema.columns.time_unit, self.types):
             rows = LogRows(table, self.schema)
             for check in checks:
@@ -165,11 +148,22 @@ class LogReader:
                     row, what = wrong
                     raise BadFile(f"'{piece.address}': {what}{first_row(start + row)}", piece.address)
             timed = with_times(table, self.schema)
-            if noticed is not None and len(times := LogRows(timed, self.schema).times(self.time)):
+            if spans is not None and len(times := LogRows(timed, self.schema).times(self.time)):
                 first, last = int(times.min()), int(times.max())
-                before = noticed.spans.get(piece.address, (first, last))
-                noticed.spans[piece.address] = min(first, before[0]), max(last, before[1])
+                before = spans.get(piece.address, (first, last))
+                spans[piece.address] = min(first, before[0]), max(last, before[1])
             yield timed
+
+
+def find_fault(task: tuple[LogReader, Piece]) -> BadFile | None:
+    """Read a piece of a file to its end. Returns what is wrong with the file, None for nothing."""
+    reader, piece = task
+    try:
+        for _ in reader.read(LogPart(0, piece.rows, (piece,))):
+            pass
+    except BadFile as fault:
+        return fault
+    return None
 
 
 def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndarray]:
@@ -252,8 +246,13 @@ class Log:
             if now.get(file.address, (file.bytes, file.version)) != (file.bytes, file.version):
                 raise _changed(file.address)
 
-    def without(self, bad: Mapping[str, str]) -> Self:
-        """The same log with further files left out: address -> the reason. Types stay those of all files."""
+    def pieces(self, reader: LogReader | None = None) -> list[tuple[LogReader, Piece]]:
+        """Every piece of all files, with its reader, by default the log's own: tasks of `find_fault`."""
+        return [(reader or self.reader, piece) for part in self.parts() for piece in part.pieces]
+
+    def without(self, faults: Iterable[BadFile | None]) -> Self:
+        """The same log with further files left out, each with its first fault. Types stay those of all files."""
+        bad = {fault.address: str(fault) for fault in reversed(list(faults)) if fault is not None}
         fewer = self.skip(bad)
         more = [LeftOut(f.address, f.bytes, f.version, bad[f.address]) for f in self.files if f.address in bad]
         fewer.left_out = [*self.left_out, *more]

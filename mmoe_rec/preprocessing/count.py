@@ -18,9 +18,8 @@ import pyarrow as pa
 
 from mmoe_rec.features.latest import LatestRole, LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import list_label_columns
-from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
+from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import join_tables
 from mmoe_rec.point_in_time.join import Window, in_any, in_window
@@ -55,8 +54,7 @@ class LogCounts:
     counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of
     each; rows: of each split; seen: rows of the interaction log (None) and of each log of events; latest: attributes of
     users and candidates; sent: channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or
-    None, file) -> first and last time of its rows; bad: problems of files that could not be read, in which case nothing
-    else is counted of the part.
+    None, file) -> first and last time of its rows.
     """
 
     counts: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +66,6 @@ class LogCounts:
     latest: dict[LatestRole, tuple[LatestValues, ...]] = field(default_factory=dict)
     sent: dict[str, np.ndarray] = field(default_factory=dict)
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
-    bad: list[BadFile] = field(default_factory=list)
 
     def merge(self, other: LogCounts) -> None:
         """Adds what was counted of other parts."""
@@ -87,7 +84,6 @@ class LogCounts:
         for file, span in other.spans.items():
             mine = self.spans.get(file, span)
             self.spans[file] = min(mine[0], span[0]), max(mine[1], span[1])
-        self.bad += other.bad
 
     def add_latest(self, latest: Mapping[LatestRole, Sequence[LatestValues]]) -> None:
         """Adds attributes of users and candidates."""
@@ -109,13 +105,13 @@ class LogCounts:
 def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> LogCounts:
     """Counts a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
-    pipeline, counted, noticed = FeaturePipeline(job.schema), LogCounts(), Noticed()
+    pipeline, counted, spans = FeaturePipeline(job.schema), LogCounts(), dict[str, tuple[int, int]]()
     sender = _Sender(job, part, source)
     start, train_end = job.windows["train"] if job.statistics else (None, 0)
-    for read in readers[source].read(part, noticed):
+    for read in readers[source].read(part, spans):
         rows = read if job.until is None else read.filter(read.times() < job.until)
-        if noticed.bad or not len(rows):
-            continue  # read on for further bad files; what is good is counted without them
+        if not len(rows):
+            continue
         counted.seen[source] += len(rows)
         if source is None:
             times, number = rows.times(), rows.row_numbers
@@ -130,12 +126,10 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
                 pipeline.learn(learnt, train_end)
         sender.add(pipeline, rows)
     sender.flush()
-    if noticed.bad:
-        return LogCounts(bad=noticed.bad)
     if source is None:
         counted.counts, counted.key_types = pipeline.counts if job.statistics else {}, pipeline.key_types
     counted.sent = sender.sent
-    counted.spans = {(source, address): span for address, span in noticed.spans.items()}
+    counted.spans = {(source, address): span for address, span in spans.items()}
     return counted
 
 

@@ -92,10 +92,10 @@ class Logs:
         """Rows of all of them."""
         return sum(each.rows for each in self.all)
 
-    def without(self, bad: Sequence[BadFile]) -> Logs:
-        """The same logs without further files. Raises UserError where nothing is left to read of one."""
-        reasons = {error.address: str(error) for error in reversed(bad)}  # of several parts of a file, the first one's
-        fewer = self._with([each.without(reasons) for each in self.all])
+    def without(self, faults: Sequence[BadFile | None]) -> Logs:
+        """The same logs without the files that have these faults. Raises UserError where nothing is left to read of
+        one."""
+        fewer = self._with([each.without(faults) for each in self.all])
         for log, before in zip(fewer.all, self.all, strict=True):
             needed = not self.only_new or (log is fewer.log and not self.events_alone)
             if before.files and not log.files and needed:

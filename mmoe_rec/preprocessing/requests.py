@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError, first_line
-from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.database import Database, open_database
-from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
+from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import Logs
 
@@ -64,7 +63,6 @@ class Requests:
     earlier: int | None = None
     times_clash: Clash | None = None
     users_clash: Clash | None = None
-    bad: list[BadFile] = field(default_factory=list)
 
     def describe(self) -> dict[str, int]:
         """What a manifest says of them."""
@@ -82,11 +80,12 @@ def find_requests(
     before: Path | None = None,
     kept: Path | None = None,
 ) -> Requests:
-    """What is known of the requests of a log in parts, with bad files if there are any; one without a request column,
-    whose requests are rows of one time, is not read.
+    """What is known of the requests of a log in parts; one without a request column, whose requests are rows of one
+    time, is not read.
 
     run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; before: folder
-    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a damaged `before`.
+    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a bad file or
+    a damaged `before`.
     """
     log, options, requests = logs.log, logs.options, Requests()
     columns, split = log.schema.columns, log.schema.split
@@ -96,39 +95,33 @@ def find_requests(
     reader = replace(reader, uses={column: use for column, use in log.uses.items() if column in read})
     folder = scratch / "runs"
     folder.mkdir(parents=True)
-    for bad in run(partial(_write_runs, folder, reader), parts, [part.rows for part in parts], "requests"):
-        requests.bad += bad
-    if not requests.bad:
-        with open_database(scratch / "database", options.memory_gib, options.workers) as database:
-            database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
-            _group(database, requests, before)
-            if requests.several_times:
-                # Without times a request's rows of several splits have several.
-                _find_first_times(
-                    database, requests, first_times, options.several_times == "error" or not columns.has_time
-                )
-            if requests.several_users:
-                one_user = (
-                    "FROM runs JOIN (SELECT request, coalesce(before.least, mine.least) AS agreed FROM mine "
-                    "LEFT JOIN before USING (request)) USING (request)"
-                )
-                requests.users_clash = _find_clash(database, "who", one_user)
-            if kept is not None:
-                shutil.rmtree(kept, ignore_errors=True)
-                kept.mkdir()
-                for number, table in enumerate(database.read("FROM every ORDER BY request", ROWS_PER_PART)):
-                    pq.write_table(table, kept / f"part-{number:05d}.parquet", compression="zstd")
+    for _ in run(partial(_write_runs, folder, reader), parts, [part.rows for part in parts], "requests"):
+        pass
+    with open_database(scratch / "database", options.memory_gib, options.workers) as database:
+        database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
+        _group(database, requests, before)
+        if requests.several_times:
+            # Without times a request's rows of several splits have several.
+            _find_first_times(database, requests, first_times, options.several_times == "error" or not columns.has_time)
+        if requests.several_users:
+            one_user = (
+                "FROM runs JOIN (SELECT request, coalesce(before.least, mine.least) AS agreed FROM mine "
+                "LEFT JOIN before USING (request)) USING (request)"
+            )
+            requests.users_clash = _find_clash(database, "who", one_user)
+        if kept is not None:
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir()
+            for number, table in enumerate(database.read("FROM every ORDER BY request", ROWS_PER_PART)):
+                pq.write_table(table, kept / f"part-{number:05d}.parquet", compression="zstd")
     shutil.rmtree(scratch)
     return requests
 
 
-def _write_runs(folder: Path, reader: LogReader, part: LogPart) -> list[BadFile]:
-    noticed = Noticed()
+def _write_runs(folder: Path, reader: LogReader, part: LogPart) -> None:
     with pa.OSFile(str(folder / f"{part.start:012d}.arrow"), "wb") as file, pa.ipc.new_file(file, _RUNS) as writer:
-        for rows in reader.read(part, noticed):
-            if not noticed.bad:
-                writer.write_table(_runs_of(rows))
-    return noticed.bad
+        for rows in reader.read(part):
+            writer.write_table(_runs_of(rows))
 
 
 def _runs_of(rows: LogRows) -> pa.Table:

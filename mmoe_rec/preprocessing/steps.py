@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_fault
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_duplicates, check_readings, check_requests, check_times
 from mmoe_rec.preprocessing.count import CountJob, LogCounts, count_part
@@ -79,8 +79,8 @@ class Steps:
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def count(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> LogCounts:
-        """Finds the times of requests and reads the logs, and does both again without bad files where some are skipped,
-        and without rows that came before.
+        """Finds the times of requests and reads the logs, and does both again without rows that came before. Where bad
+        files are skipped, it first reads all files for what is wrong with them.
 
         statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
         before: such a folder of the files that are not read.
@@ -89,10 +89,11 @@ class Steps:
         several users, or times where that is wanted.
         """
         check_readings(self.logs.log)
-        while (counted := self._read_all(statistics, kept, before)).bad or self._find_repeats(counted, kept, before):
-            if counted.bad:
-                self.logs = self.logs.without(counted.bad)
-                self._repeats.unlink(missing_ok=True)  # of rows that have other numbers now
+        if self.logs.options.skip_bad_files:
+            pieces = [each for log in self.logs.all for each in log.pieces()]
+            faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
+            self.logs = self.logs.without(list(faults))
+        while self._find_repeats(counted := self._read_all(statistics, kept, before), kept, before):
             shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
         self._counted = counted
         return counted
@@ -113,8 +114,6 @@ class Steps:
         """Only finds the times of requests, for rows whose counters and histories are known elsewhere. Raises UserError
         for a bad file, and as `count` does for requests of several users or times."""
         self.requests = self._find_requests()
-        if self.requests.bad:
-            raise self.requests.bad[0]
         check_requests(self.logs.log, self.requests)
 
     def keep(self, folder: Path) -> None:
@@ -126,11 +125,7 @@ class Steps:
 
     def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> LogCounts:
         self.requests = self._find_requests(before, kept)
-        bad = self.requests.bad
-        if bad and not self.logs.options.skip_bad_files:
-            raise bad[0]
-        counted = self._count(statistics, kept is not None)  # which finds further bad files at once
-        return LogCounts(bad=[*bad, *counted.bad]) if bad else counted
+        return self._count(statistics, kept is not None)
 
     def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
@@ -147,8 +142,6 @@ class Steps:
             parts += [(events.name, part) for part in events.parts()]
         counted = LogCounts()
         for part in self._run(partial(count_part, job, readers), parts, [part.rows for _, part in parts], "reading"):
-            if part.bad and not options.skip_bad_files:
-                raise part.bad[0]
             counted.merge(part)
         return counted
 

@@ -117,7 +117,8 @@ def test_the_first_of_several_bad_files_is_named_and_all_are_left_out(tmp_path):
     assert [Path(each.address).stem for each in log.left_out] == ["1", "2", "4"]
     assert [Path(file.address).stem for file in log.files] == ["0", "3"]
     found = log.found[str(folder / "3.parquet")]
-    fewer = log.without({found.address: "found to be bad when it was read"})
+    fault = BadFile("found to be bad when it was read", found.address)
+    fewer = log.without([None, fault, BadFile("and so is another part", found.address)])
     late = LeftOut(found.address, found.bytes, found.version, "found to be bad when it was read")
     assert fewer.left_out == [*log.left_out, late]
     assert [Path(file.address).stem for file in fewer.files] == ["0"]
@@ -162,7 +163,7 @@ def test_a_data_page_that_is_damaged(tmp_path, compression):
     assert error.address == str(path)
     assert str(error).startswith(f"'{path}' is damaged: ")
     assert str(error).endswith("; write the file again")
-    log = Log(str(folder), SCHEMA).without({error.address: str(error)})
+    log = Log(str(folder), SCHEMA).without([error])
     assert sum(len(rows) for rows in log.stream()) == 240
 
 
