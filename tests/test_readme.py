@@ -45,9 +45,6 @@ ELSEWHERE = {
     "torchrun train --nproc-per-node": "pipelines/test_commands.py::test_torchrun_says_everything_once",
     "tune --trials": "pipelines/test_tune.py::test_the_best_settings_are_found_and_can_be_trained_with",
     "plan --world-size --local-world-size --hbm-gib": "pipelines/test_plan.py::test_a_terabyte_on_sixteen_cards",
-    "plan --world-size --local-world-size --host-gib --training.cache_hit_rate --training.sharding": (
-        "pipelines/test_plan.py::test_a_terabyte_beside_eight_cards"
-    ),
     "features --engine": "preprocessing/test_prepare.py::test_two_workers_change_no_byte",
     "features --extend": "pipelines/test_incremental_days.py::test_the_command_says_what_was_added",
     "refresh": "live/test_refresh.py::test_days_come_one_after_the_other",

@@ -9,8 +9,8 @@ The sizes of tables are those of the features in `data.work`, if they are built;
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
 and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise. --measure
 trains so many steps in this process, on the features in `data.work`, keeps nothing, and tells from them the rows a
-second, the memory and the time of the network's training here, with tables whole and not cached; trees and judging come
-on top. A hundred steps are enough.
+second, the memory and the time of the network's training here, with tables whole; trees and judging come on top. A
+hundred steps are enough.
 """
 
 from __future__ import annotations
@@ -92,29 +92,22 @@ def plan(
         layout = largest_layout(settings.schema_)
         where = "the largest that the settings allow; features are not built yet"
     layout, sharding = ModelLayout.of(layout, settings), Sharding.of(settings.training)
-    sharding.check(device, local_world_size)
+    sharding.check(device)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
     machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
-    own = machines.of_replica(sharding.replicas)
     rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = Planning(layout, own, rows, sharding, built.parent).on_paper(model), used_tables(layout)
+    (text, ranks), tables = Planning(layout, machines, rows, sharding).on_paper(model), used_tables(layout)
     print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
-    if sharding.replicas > 1:
-        print(f"{sharding.replicas} replicas, each on {own.world_size} ranks. One replica:")
     print(text)
-    print("\n".join(merge_neighbours([(each.rank, describe_rank(each, own.rank_bytes)) for each in ranks])))
-    slowest, most = (max(getattr(rank, name) for rank in ranks) for name in ("milliseconds", "tables"))
+    print("\n".join(merge_neighbours([(each.rank, describe_rank(each, machines.rank_bytes)) for each in ranks])))
+    slowest = max(rank.milliseconds for rank in ranks)
     weights = sum(each.numel() for each in model.mixture.parameters())
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
     print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
-    if sharding.replicas > 1:
-        print(
-            f"  and a rank sends {2 * (1 - 1 / sharding.replicas) * most / GIB:.2f} GiB a step to average the replicas"
-        )
     if measure or (built / "train").is_dir():
         with reading(built.parent, "a plan"):
             print_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)
@@ -127,9 +120,7 @@ def plan(
 def describe_rank(rank: RankPlan, most: int) -> str:
     """What a rank takes of so many bytes, and of a step's time."""
     share = f"{rank.bytes / GIB:.2f} of {most / GIB:.2f} GiB ({rank.bytes / most:.0%})"
-    host = f" and {rank.host_bytes / GIB:.2f} GiB of main memory" if rank.host_bytes else ""
-    what = f"for tables ({rank.tables / GIB:.2f}) and their activations"
-    return f"{share}{host} {what}, {rank.milliseconds:.2f} ms a step"
+    return f"{share} for tables ({rank.tables / GIB:.2f}) and their activations, {rank.milliseconds:.2f} ms a step"
 
 
 def print_reading(folder: Path, layout: Layout, rows: int, window: int, machines: Machines) -> None:
@@ -182,7 +173,7 @@ def print_forecast(settings: Settings, layout: ModelLayout, steps: int) -> None:
 
     features = FeatureFolder(Path(settings.data.work) / "features")
     # One process spreads nothing, and this machine may not have what the settings are for.
-    alone = settings.training.model_copy(update={"sharding": "auto", "replicas": 1, "cache_hit_rate": None})
+    alone = settings.training.model_copy(update={"sharding": "auto"})
     with (
         tempfile.TemporaryDirectory(dir=settings.data.work) as folder,
         training_ranks(alone) as (device, _),

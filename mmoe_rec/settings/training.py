@@ -25,7 +25,7 @@ SPLIT_COLUMNS = ("column_wise", "grid_shard")
 class Training(Section):
     """How the model is trained."""
 
-    younger = frozenset({"sharding", "shard_columns", "communication", "replicas", "cache_hit_rate"})
+    younger = frozenset({"sharding", "shard_columns", "communication"})
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
     precision: Literal["auto", "bf16", "fp32"] = Field(
@@ -54,16 +54,6 @@ class Training(Section):
     )
     communication: Literal["fp32", "fp16", "bf16"] = Field(
         "fp32", description="numbers in which processes send each other embeddings and their gradients"
-    )
-    replicas: int = Field(
-        1, ge=1, description="copies of all tables, each on its part of the GPUs; they are averaged after each step"
-    )
-    cache_hit_rate: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="null: tables lie in the memory of GPUs. Else those that don't fit lie in main memory, beside a "
-        "cache on each GPU that is made to answer this share of look-ups",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")
     epochs: int = Field(1, ge=1, description="passes over the training rows")

@@ -232,7 +232,6 @@ class Trainer:
             first_rows=None if warm_start is None else warm_start.rows,
             way=choices.tables,
             sharding=Sharding.of(self.settings),
-            features=prepared.folder,
         )
         return sharded, choices
 

@@ -12,7 +12,6 @@ from mmoe_rec.settings.training import SPLIT_COLUMNS
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {
-    "cache_hit_rate",
     "calibration",
     "checkpoint_steps",
     "checkpoints_kept",

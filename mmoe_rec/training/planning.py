@@ -5,9 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,7 +14,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training.caches import read_row_frequencies
 from mmoe_rec.training.fbgemm import require_torchrec
 
 # The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that
@@ -25,9 +23,7 @@ _MOST_COMBINATIONS = 10_000
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
 GIB = 2**30
 _FLOAT = 4
-_CACHED = "fused_uvm_caching"
 WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
-SPLIT_ROWS = ("row_wise", "table_row_wise", "grid_shard")
 ON_CPUS = ("auto", "table_wise", "column_wise")  # torchrec's own limit
 
 
@@ -38,21 +34,13 @@ class Sharding:
     kind: str = "auto"
     columns: int = 32
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"
-    cache_hit_rate: float | None = None
-    replicas: int = 1
 
     @staticmethod
     def of(settings: Training) -> "Sharding":
-        return Sharding(
-            settings.sharding,
-            settings.shard_columns,
-            settings.communication,
-            settings.cache_hit_rate,
-            settings.replicas,
-        )
+        return Sharding(settings.sharding, settings.shard_columns, settings.communication)
 
-    def check(self, device: str, ranks_of_machine: int) -> None:
-        """Raises UserError for what can't work on "cpu" or "cuda", with so many ranks on each machine."""
+    def check(self, device: str) -> None:
+        """Raises UserError for what can't work on "cpu" or "cuda"."""
         if self.kind != "auto":
             require_torchrec(f"training.sharding {self.kind}", "set it to auto")
         if device == "cpu" and self.kind not in ON_CPUS:
@@ -60,36 +48,13 @@ class Sharding:
                 f"training.sharding is {self.kind}, which torchrec has on GPUs alone: on CPUs set it to "
                 f"{', '.join(ON_CPUS[:-1])} or {ON_CPUS[-1]}"
             )
-        if device == "cpu" and self.cache_hit_rate is not None:
-            raise UserError(
-                f"training.cache_hit_rate is {self.cache_hit_rate:g}, but without a GPU tables lie in main memory "
-                "anyway: set it to null"
-            )
-        if self.replicas == 1:
-            return
-        if device == "cpu":
-            raise UserError(
-                f"training.replicas is {self.replicas}, which torchrec has on GPUs alone: on CPUs set it to 1"
-            )
-        if self.cache_hit_rate is not None:
-            raise UserError(
-                f"training.replicas is {self.replicas} and training.cache_hit_rate {self.cache_hit_rate:g}, but "
-                "replicas would be averaged in main memory, without what is newer in caches: set the former to 1, or "
-                "the latter to null"
-            )
-        if ranks_of_machine % self.replicas:
-            raise UserError(
-                f"training.replicas is {self.replicas}, but each replica takes an equal part of a machine's processes, "
-                f"and there are {ranks_of_machine:,}: set it to a number that divides them"
-            )
 
     def types(self, device: str) -> list[str]:
         """What the planner may choose among, for each table."""
         if self.kind != "auto":
             return [self.kind]
-        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded. Parts of a
-        # table by rows are other caches: the first one has all frequent ids.
-        return list(WHOLE_ROWS) if device == "cuda" and self.cache_hit_rate is None else ["table_wise"]
+        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
+        return list(WHOLE_ROWS) if device == "cuda" else ["table_wise"]
 
 
 BY_DEFAULT = Sharding()
@@ -108,11 +73,6 @@ class Machines:
     card_bytes: int
     host_bytes: int
 
-    def of_replica(self, replicas: int) -> Self:
-        """What one of so many replicas has of them: of each machine an equal part."""
-        world, local = self.world_size // replicas, self.local_world_size // replicas
-        return replace(self, world_size=world, local_world_size=local, host_bytes=self.host_bytes // replicas)
-
     @property
     def rank_bytes(self) -> int:
         """Memory of a rank that tables and their activations may take."""
@@ -121,16 +81,14 @@ class Machines:
 
 
 class RankPlan(NamedTuple):
-    """What is expected of a rank. tables: bytes of their weights and optimizer, of tables in main memory beside a GPU's
-    those of the cache; bytes: of these and of activations, as torchrec estimates them; milliseconds: of a step,
-    likewise; host_bytes: of main memory beside a GPU's.
+    """What is expected of a rank. tables: bytes of their weights and optimizer; bytes: of these and of activations, as
+    torchrec estimates them; milliseconds: of a step, likewise.
     """
 
     rank: int
     tables: int
     bytes: int
     milliseconds: float
-    host_bytes: int
 
 
 def update_in_backward(model: nn.Module, learning_rate: float) -> None:
@@ -143,15 +101,12 @@ def update_in_backward(model: nn.Module, learning_rate: float) -> None:
 
 @dataclass(frozen=True)
 class Planning:
-    """What a plan of the tables follows from. batch_size: rows a rank and step; features: folder with the counts of
-    ids, for caches.
-    """
+    """What a plan of the tables follows from. batch_size: rows a rank and step."""
 
     layout: ModelLayout
     machines: Machines
     batch_size: int
     sharding: Sharding = BY_DEFAULT
-    features: Path | None = None
 
     def sharders(self) -> list[Any]:
         """What knows how to spread tables."""
@@ -188,7 +143,6 @@ class Planning:
         from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
         from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
         from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-        from torchrec.distributed.types import CacheParams, PipelineType
 
         machines, sharding = self.machines, self.sharding
 
@@ -198,31 +152,16 @@ class Planning:
                 super().estimate(sharding_options, sharder_data_map)
                 for option, part in ((each, part) for each in sharding_options for part in each.shards):
                     missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
-                    if machines.device == "cpu":
-                        part.storage += types.Storage(hbm=0, ddr=missing)
-                    elif is_cached(option):
-                        part.storage += types.Storage(hbm=math.ceil(option.cache_load_factor * missing), ddr=missing)
-                    else:
-                        part.storage += types.Storage(hbm=missing, ddr=0)
+                    own, host = (missing, 0) if machines.device == "cuda" else (0, missing)
+                    part.storage += types.Storage(hbm=own, ddr=host)
 
         # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
         # the state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
-        kernels, caches = [EmbeddingComputeKernel.FUSED.value], dict[str, CacheParams]()
-        if sharding.cache_hit_rate is not None:
-            kernels.append(_CACHED)
-            ranks = {"row_wise": machines.world_size}.get(sharding.kind, machines.local_world_size)
-            parts = ranks if sharding.kind in SPLIT_ROWS else 1
-            rows, rate = self.batch_size * machines.world_size, sharding.cache_hit_rate
-            caches = {
-                name: CacheParams(load_factor=each.load_factor(rate), prefetch_pipeline=True, stats=each)
-                for name, each in read_row_frequencies(self.features or Path(), self.layout, rows, parts).items()
-            }
         constraints = {
             table.name: types.ParameterConstraints(
                 sharding_types=sharding.types(machines.device),
-                compute_kernels=kernels,
+                compute_kernels=[EmbeddingComputeKernel.FUSED.value],
                 min_partition=sharding.columns,
-                cache_params=caches.get(table.name),
             )
             for table in used_tables(self.layout)
         }
@@ -235,8 +174,7 @@ class Planning:
             ),
             kernel_config=types.KernelConfig(compute_device=machines.device),
         )
-        pipeline = PipelineType.TRAIN_PREFETCH_SPARSE_DIST if caches else PipelineType.NONE
-        estimators = [EmbeddingPerfEstimator(topology, constraints), StorageEstimator(topology, constraints, pipeline)]
+        estimators = [EmbeddingPerfEstimator(topology, constraints), StorageEstimator(topology, constraints)]
         return EmbeddingShardingPlanner(
             topology=topology,
             batch_size=self.batch_size,
@@ -280,21 +218,13 @@ class Planning:
         options: list[Any] = []
         update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
         plan = self.make(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
-        ranks = [RankPlan(rank, 0, 0, 0.0, 0) for rank in range(self.machines.world_size)]
-        for option, part in ((each, part) for each in options for part in each.shards):
-            rank, tables, taken, time, host = ranks[part.rank]
-            share = option.cache_load_factor if is_cached(option) else 1
-            tables += round(share * part.size[0] * (part.size[1] + 1) * _FLOAT)
-            own, beside = part.storage.hbm, part.storage.ddr
-            if self.machines.device == "cpu":
-                own, beside = own + beside, 0
-            ranks[rank] = RankPlan(rank, tables, taken + own, time + part.perf.total, host + beside)
+        ranks = [RankPlan(rank, 0, 0, 0.0) for rank in range(self.machines.world_size)]
+        for part in (part for option in options for part in option.shards):
+            rank, tables, taken, time = ranks[part.rank]
+            tables += part.size[0] * (part.size[1] + 1) * _FLOAT
+            taken += part.storage.hbm + part.storage.ddr
+            ranks[rank] = RankPlan(rank, tables, taken, time + part.perf.total)
         return describe_plan(plan), ranks
-
-
-def is_cached(option: Any) -> bool:
-    """Whether a table lies in main memory, beside caches on GPUs."""
-    return bool(option.compute_kernel == _CACHED)
 
 
 def describe_plan(plan: Any) -> str:
@@ -306,12 +236,7 @@ def describe_plan(plan: Any) -> str:
             split = len({each.shard_offsets[1] for each in shards}) > 1
             sizes = (f"{each.shard_sizes[0]:,} rows" + f" of {each.shard_sizes[1]} columns" * split for each in shards)
             places = list(zip((each.placement.rank() for each in shards), sizes, strict=True))
-            line = f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})"
-            if is_cached(parameter):
-                cache = parameter.cache_params
-                found = 1 - cache.stats.expected_miss_rate(cache.load_factor)
-                line += f", in main memory; {cache.load_factor:.2%} of it cached for {found:.1%} of look-ups"
-            lines.append(line)
+            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})")
     return "\n".join(lines)
 
 
@@ -336,16 +261,8 @@ def _explain_tables(layout: ModelLayout, machines: Machines, sharding: Sharding)
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
     largest = tables[0]
-    of = f" of each of {sharding.replicas} replicas" if sharding.replicas > 1 else ""
-    where = f"{machines.world_size} rank(s){of}, each with {machines.rank_bytes / GIB:.2f} GiB for them"
+    where = f"{machines.world_size} rank(s), each with {machines.rank_bytes / GIB:.2f} GiB for them"
     ways = []
-    if sharding.cache_hit_rate is not None:
-        host = machines.host_bytes / machines.local_world_size * (1 - RESERVED_SHARE)
-        where += f" and {host / GIB:.2f} GiB of main memory"
-        if needed < machines.world_size * host:
-            ways.append("set `training.cache_hit_rate` lower")
-            if sharding.kind == "auto":
-                ways.append("set `training.sharding` to row_wise")
     what = f"the embedding tables take {needed / GIB:.1f} GiB with their optimizer and do not fit into {where}"
     most = f"the largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers"
     by_rows = bool(set(sharding.types(machines.device)) - {"table_wise", "column_wise"})
@@ -357,9 +274,7 @@ def _explain_tables(layout: ModelLayout, machines: Machines, sharding: Sharding)
     if by_rows or part <= machines.rank_bytes:
         machines_needed = math.ceil(needed * 1.1 / machines.rank_bytes / machines.local_world_size)
         ranks = max(machines_needed * machines.local_world_size, machines.world_size + machines.local_world_size)
-        ways.append(f"use {ranks * sharding.replicas} ranks")
-        if sharding.replicas > 1:
-            ways.append("set `training.replicas` lower")
+        ways.append(f"use {ranks} ranks")
     if room > 0 and (rows := int(room * 0.9) // ((width + 1) * _FLOAT)) < largest.rows:
         ways.append(f"set `max_size` (or `buckets`) of '{largest.name}' to {rows:,} at most")
     share = offered / needed if by_rows else min(offered / needed, machines.rank_bytes / part)

@@ -71,13 +71,12 @@ class Ranks:
 def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     """The device and the process group of a training. Raises UserError for what this machine does not offer."""
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = settings.sharding, settings.tables, settings.products, settings.cache_hit_rate, settings.replicas
-    if ranks > 1 or chosen != ("auto", "auto", "auto", None, 1):
+    if ranks > 1 or {settings.sharding, settings.tables, settings.products} != {"auto"}:
         from mmoe_rec.model.products import choose_products
         from mmoe_rec.training.planning import Sharding
         from mmoe_rec.training.tables import choose_way
 
-        Sharding.of(settings).check(device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        Sharding.of(settings).check(device.type)
         choose_way(settings.tables, device.type, ranks)
         choose_products(settings.products, device.type)
     with process_group(device, settings.timeout_minutes) as group:

@@ -8,13 +8,11 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
@@ -28,7 +26,6 @@ from mmoe_rec.training.planning import (
     Planning,
     Sharding,
     describe_plan,
-    is_cached,
     update_in_backward,
 )
 from mmoe_rec.training.tables import (
@@ -52,14 +49,12 @@ class ShardedModel:
 
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
     row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
-    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored; cached: whether some lie in
-    main memory, beside caches on GPUs.
+    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored.
     """
 
     model: Any
     table_optimizer: Any
     plan: str
-    cached: bool = False
 
     @property
     def pipelined(self) -> bool:
@@ -91,17 +86,16 @@ def shard(
     first_rows: FirstRows | None = None,
     way: Literal["auto"] | Way = "auto",
     sharding: Sharding = BY_DEFAULT,
-    features: Path | None = None,
 ) -> ShardedModel:
     """Spreads a model over `training_tables` over the ranks of the current process group.
 
-    batch_size: rows a rank and step; features: folder with the counts of ids, for caches. Tables start from
-    `first_rows`, by default `initial_rows(table, seed, ...)`. A layout without tables gives plain data parallelism.
-    Raises UserError when the tables do not fit into memory, or the way or sharding is not on offer.
+    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`. A
+    layout without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory, or the
+    way or sharding is not on offer.
     """
     first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
     way = choose_way(way, device.type, dist.get_world_size())
-    sharding.check(device.type, ranks_of_machine())
+    sharding.check(device.type)
     if not torchrec_installed():
         tables = model.get_submodule("tables")
         assert isinstance(tables, OneProcessTables), "a model over `training_tables`"
@@ -110,13 +104,13 @@ def shard(
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
         return ShardedModel(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines))
 
-    from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
+    from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
     from torchrec.streamable import Pipelineable
 
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
     plan = ShardingPlan({})
-    planning = Planning(layout, _machines(device, sharding.replicas), batch_size, sharding, features)
+    planning = Planning(layout, _machines(device), batch_size, sharding)
     if used_tables(layout):
         update_in_backward(model, table_learning_rate)
         plan = planning.make(model, dist.group.WORLD)
@@ -125,36 +119,25 @@ def shard(
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # Wrapping the dense part also moves it; on a CPU alone there is neither to do.
         alone = device.type == "cpu" and dist.get_world_size() == 1
-        arguments = {"sharders": planning.sharders(), "init_data_parallel": not alone}
-        replicas, ranks = sharding.replicas if plan.plan else 1, dist.get_world_size()
-        if replicas == 1:
-            parallel = DistributedModelParallel(model, device=device, plan=plan, **arguments)
-        else:
-            group, node = ranks // replicas, ranks_of_machine() // replicas
-            parallel = DMPCollection(
-                model, device, plan, ranks, group, dist.group.WORLD, node_group_size=node, **arguments
-            )
+        parallel = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=planning.sharders(), init_data_parallel=not alone
+        )
     if device.type == "cpu":
         for module in table_batches(parallel):
             set_way(module, way)
     if alone and plan.plan and sharding.kind not in SPLIT_COLUMNS:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    cached = any(is_cached(each) for module in plan.plan.values() for each in module.values())
-    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), cached)
+    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan))
 
 
-def _machines(device: torch.device, replicas: int) -> Machines:
-    """What a replica has of the machines that train."""
+def _machines(device: torch.device) -> Machines:
+    """The machines that train."""
     kind = cast("Literal['cpu', 'cuda']", device.type)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
-    return Machines(dist.get_world_size(), ranks_of_machine(), kind, card, host).of_replica(replicas)
-
-
-def ranks_of_machine() -> int:
-    """How many ranks torchrun has started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks_of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun has started them
+    return Machines(dist.get_world_size(), ranks_of_machine, kind, card, host)
 
 
 @torch.no_grad()
@@ -168,10 +151,6 @@ def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> N
 
 def _local_parts(stored: Any) -> list[tuple[Sequence[int], Tensor]]:
     """First row and column, and the storage itself, of each part of a table that this rank has."""
-    if isinstance(stored, DTensor):  # of replicas
-        wrapper: Any = stored.to_local()
-        # A rank without a part has an offset all the same.
-        return list(zip(wrapper.local_offsets(), wrapper.local_shards(), strict=False))
     if hasattr(stored, "local_shards"):
         return [(each.metadata.shard_offsets, each.tensor) for each in stored.local_shards()]
     return [((0, 0), stored)]

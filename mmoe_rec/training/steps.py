@@ -36,7 +36,6 @@ from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import log_variances, masked_loss
 from mmoe_rec.training.sharding import ShardedModel
-from mmoe_rec.training.tables import table_batches
 
 
 @dataclass
@@ -87,29 +86,18 @@ class Steps:
         self._tables = TablesLast(self._mixture)
         self._now: Step | None = None
         self._pipeline: Any = None
-        self._attached = False
-        self._caches: list[Any] = []
         if sharded.pipelined:
-            from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+            from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-            # The former also brings the rows of the next batch into the caches, while a batch is trained on.
-            pipeline = PrefetchTrainPipelineSparseDist if sharded.cached else TrainPipelineSparseDist
-            self._pipeline = pipeline(
+            self._pipeline = TrainPipelineSparseDist(
                 sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
             )
-            if sharded.cached:
-                self._caches = list(table_batches(sharded.model))
-                self._lock_cached_rows(False)
 
     def next(self, batches: Iterator[Batch], share: float) -> Step | None:
         """Trains on the next batch, at a share of the peak learning rates; None after the last one.
 
         It looks two batches ahead. A collective call.
         """
-        if self._pipeline is not None and not self._attached:
-            self._pipeline.attach()  # the one that fills caches does not do so by itself
-            self._lock_cached_rows(True)
-            self._attached = True
         self._share = share
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * share
@@ -134,13 +122,6 @@ class Steps:
         """Gives the model back to other uses, once `next` has given None; `next` takes it again."""
         if self._pipeline is not None:
             self._pipeline.detach()
-            self._lock_cached_rows(False)
-            self._attached = False
-
-    def _lock_cached_rows(self, locked: bool) -> None:
-        """Whether caches keep the rows of a batch until its backward pass, which alone lets them go again."""
-        for tables in self._caches:
-            tables.lock_cache_line = locked
 
     def zero_grad(self) -> None:
         """Clears the gradients; the pipeline calls it before the forward pass."""
@@ -329,7 +310,7 @@ class TablesLast:
     def remaining_loss(self, skipped: bool = False) -> Tensor:
         """What to call `backward` on for the tables' part: its gradient is what has arrived at the cut.
 
-        skipped: 0 instead, which changes no table. Caches let go of a batch's rows in its backward pass alone.
+        skipped: 0 instead, which changes no table.
         """
         found = [(output, leaf.grad) for output, leaf in self._cuts if leaf.grad is not None]
         parts = [_HandOn.apply(output, torch.zeros_like(each) if skipped else each) for output, each in found]

@@ -150,18 +150,7 @@ def test_features_are_built_once(world: World) -> None:
 
 def test_a_plan_reads_and_trains_on_built_features_and_leaves_them_as_they_are(world: World) -> None:
     before = files(world.folder)
-    words = [
-        "--config",
-        world.config,
-        "--world-size",
-        8,
-        "--local-world-size",
-        8,
-        "--measure",
-        3,
-        "--training.replicas",
-        2,
-    ]
+    words = ["--config", world.config, "--world-size", 8, "--local-world-size", 8, "--measure", 3]
     said = run_and_read("plan", *words)
     for line in (
         r"reading: [\d,]+ rows/s of a core here: [\d.]+ cores a machine for 1,200,000 rows/s",

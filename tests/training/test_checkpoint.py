@@ -331,7 +331,6 @@ def origin(path: str = "", value: Any = None) -> Origin:
         ("training.device", "cuda"),
         ("training.tables", "torch"),  # trainings begun by a version without this setting have none
         ("training.sharding", "row_wise"),
-        ("training.cache_hit_rate", 0.9),
         ("training.calibration", "isotonic"),
         ("evaluation.resamples", 60),
         ("split.validation_end", "2024-03-09T14:00:00+02:00"),  # the same instant
@@ -340,7 +339,7 @@ def origin(path: str = "", value: Any = None) -> Origin:
 def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any, tmp_path: Path) -> None:
     origin().check(origin(name, value), tmp_path)
     known = result_settings(settings())
-    unknown = {"tables", "sharding", "shard_columns", "communication", "replicas", "cache_hit_rate"}
+    unknown = {"tables", "sharding", "shard_columns", "communication"}
     assert not known["training"].keys() & unknown
     assert "precision" not in known["serving"]
     # Nor are they in what other commands identify a training by.

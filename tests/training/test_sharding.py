@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
-from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import StopRequest, UserError
@@ -24,7 +21,7 @@ from mmoe_rec.training.planning import Machines, Planning, Sharding, table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard
 from mmoe_rec.training.steps import Steps
-from mmoe_rec.training.tables import list_ways, table_batches
+from mmoe_rec.training.tables import list_ways
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
 from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, save_weights, spawn, train_one_step
@@ -177,39 +174,26 @@ def test_a_step_that_is_too_large_is_told_from_tables_that_are() -> None:
         shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=10**13, table_learning_rate=0.1)
 
 
-def bring_ahead(pipeline: PrefetchTrainPipelineSparseDist, context: PrefetchTrainPipelineContext) -> None:
-    """What torchrec's pipeline does on GPUs alone, without the caches."""
-    for name in (each.forward._name for each in pipeline._pipelined_modules):
-        context.module_input_post_prefetch[name] = context.input_dist_tensors_requests.pop(name).wait()
-        context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
-    """By the pipelines that are made where there is a GPU; only in training do caches lock the rows of a batch."""
+def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the pipeline that is made where there is a GPU."""
     monkeypatch.setattr(ShardedModel, "pipelined", True)
     encoded, labels = random_rows(3 * ROWS)
     parts = [np.arange(part * ROWS, (part + 1) * ROWS) for part in range(3)]
     first, second, third = (make_batch(encoded.take(each), LAYOUT, labels[each], torchrec=True) for each in parts)
     with process_group(CPU):
         sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=ROWS, table_learning_rate=0.1)
-        sharded = replace(sharded, cached=cached)
-        optimizer, caches = Optimizers(sharded, Training()), list(table_batches(sharded.model))
-        steps = Steps(sharded, optimizer, LAYOUT, CPU, bf16=False, clip_gradient=1.0, stop=StopRequest())
-        assert type(steps._pipeline) is (PrefetchTrainPipelineSparseDist if cached else TrainPipelineSparseDist)
-        if cached:
-            monkeypatch.setattr(steps._pipeline, "_prefetch", partial(bring_ahead, steps._pipeline))
-        before = [each.lock_cache_line for each in caches]
+        steps = Steps(
+            sharded, Optimizers(sharded, Training()), LAYOUT, CPU, bf16=False, clip_gradient=1.0, stop=StopRequest()
+        )
+        assert type(steps._pipeline) is TrainPipelineSparseDist
         for part in ([first, second], [third]):
             batches = iter(part)
             for _ in part:
                 step = steps.next(batches, 1.0)
                 assert step is not None
                 assert step.bad is None
-                assert [each.lock_cache_line for each in caches] == [cached] * len(caches)
             assert steps.next(batches, 1.0) is None
             steps.release()
-            assert before == [each.lock_cache_line for each in caches] == [False] * len(caches)
             with torch.no_grad():
                 logits = sharded.model.module.eval()(third).logits
             sharded.model.module.train()
