@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mmoe_rec.settings.sections import Serving
 
 TOKEN_VARIABLE = "MMOE_REC_TOKEN"
-_OF_MODELS = ("max_candidates", "stale_after_days", "products", "precision")  # settings that each model has for itself
+_OF_MODELS = ("max_candidates", "stale_after_days", "products")  # settings that each model has for itself
 _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consists of, and loading reads or refuses
 
 

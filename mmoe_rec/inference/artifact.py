@@ -68,29 +68,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """What validation rows say of a network whose products are rounded to bf16: the largest change of a task's AUC;
-    the change of the score's NDCG@10, None where no request ranks anything; and the share of the ten best of each list
-    that stay among them, None without a list of more than ten."""
-
-    auc: float
-    ndcg: float | None
-    top_10: float | None
-
-    @property
-    def ranks_alike(self) -> bool:
-        """Whether rankings are the same but for what few people would see."""
-        moved = max(abs(self.auc), abs(self.ndcg or 0.0))
-        return moved <= 0.0002 and (self.top_10 is None or self.top_10 >= 0.99)
-
-    def __str__(self) -> str:
-        parts = [f"AUC of validation rows moves by {self.auc:+.5f}"]
-        parts += [] if self.ndcg is None else [f"NDCG@10 by {self.ndcg:+.5f}"]
-        parts += [] if self.top_10 is None else [f"{self.top_10:.2%} of the ten best of each list stay"]
-        return f"in bf16, {', '.join(parts)}"
-
-
-@dataclass(frozen=True)
 class Artifact:
     """What `model.json` says, and the layout of the model.
 
@@ -101,8 +78,7 @@ class Artifact:
     features that the model was trained on, None where the tables are still these; files: digest of the files of the log
     that the tables hold, None where it is unknown; journal: what of the journal of live events the tables hold, {"id":
     ..., "through": number of the last segment}, None for nothing; early_end: what
-    `mmoe_rec.training.validation.find_early_end` says of its training; precision, in_bf16: the setting
-    `serving.precision`, and what was measured for it, None where it was not.
+    `mmoe_rec.training.validation.find_early_end` says of its training.
     """
 
     name: str
@@ -117,8 +93,6 @@ class Artifact:
     files: str | None = None
     journal: dict[str, Any] | None = None
     early_end: str | None = None
-    precision: str = "fp32"
-    in_bf16: Rounding | None = None
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:
@@ -141,8 +115,6 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
     if tree is None:
         raise UserError(f"'{folder}' holds no model (model.json)")
     del tree["format"]
-    if tree.get("in_bf16") is not None:
-        tree["in_bf16"] = Rounding(**tree["in_bf16"])
     return Artifact(layout=ModelLayout.read(folder), **tree)
 
 

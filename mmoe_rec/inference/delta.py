@@ -107,7 +107,7 @@ def _is_of_trees(name: str) -> bool:
 def _is_another_model(before: Artifact, now: Artifact, changed: set[str]) -> bool:
     """Whether anything differs from which logits, and what is made of them, come, or how they are computed."""
     is_other = changed & {_WEIGHTS, "layout.json", "calibration.json"} or any(map(_is_of_trees, changed))
-    said = [(each.model, each.name, each.products, each.precision, each.in_bf16) for each in (before, now)]
+    said = [(each.model, each.name, each.products) for each in (before, now)]
     return bool(is_other) or said[0] != said[1]
 
 

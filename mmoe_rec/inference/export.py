@@ -25,7 +25,6 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,11 +35,11 @@ from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.inference.artifact import read_artifact, read_example, read_manifest, read_stored, write_tensors
+from mmoe_rec.inference.artifact import read_example, read_manifest, read_stored, write_tensors
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import Request
-from mmoe_rec.inference.writing import copy_files, seal, write_about
+from mmoe_rec.inference.writing import copy_files, seal
 from mmoe_rec.model.forest import Tree, read_ensemble
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import set_compute
@@ -82,7 +81,6 @@ def write_int8(folder: Path, made: Path, dense: Dense) -> None:
             smaller[name] = weight.bfloat16() if matrix and dense == "bfloat16" else weight
     copy_files(folder, made, but=WEIGHTS)
     write_tensors(smaller, made / WEIGHTS)
-    write_about(made, replace(read_artifact(folder, verify=False), in_bf16=None))  # measured on other weights
     seal(made)
 
 

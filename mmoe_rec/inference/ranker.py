@@ -42,7 +42,7 @@ from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
-from mmoe_rec.model.fused import Way
+from mmoe_rec.model.products import Products
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.model.tables import PlainTables
 
@@ -165,11 +165,7 @@ class Ranker:
 
         This also builds the indexes that encoders make at their first use, so that no request waits for them.
         """
-        checked = self
-        if self.scorer.way == "bf16":  # is that of a model which serves, and what was written down is of fp32
-            checked = copy(self)
-            checked.scorer = Scorer(self.about, self.model, self.calibration)
-        now, before = checked.example_scores(folder), ExampleScores.read(folder)
+        now, before = self.example_scores(folder), ExampleScores.read(folder)
         if difference := before.difference(now, self.about.tasks, self.calibration):
             others = ", ".join(before.other_versions(now))
             raise OtherScoresError(
@@ -185,32 +181,27 @@ class Ranker:
             return ExampleScores.of(self.rank(**read_example(folder)), self.about.tasks)
 
     def take_settings(self, serving: Mapping[str, Any]) -> None:
-        """Serves by these of max_candidates, stale_after_days, products and precision (which `serve_faster` looks
-        at)."""
+        """Serves by these of max_candidates, stale_after_days and products (which `serve_faster` looks at)."""
         self.about = replace(self.about, **serving)
         self.reader.max_candidates = self.about.max_candidates
         self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
 
-    def serve_faster(self, known: Way | None = None) -> None:
+    def serve_faster(self, known: Products | None = None) -> None:
         """Multiplies as `best_way` says from now on. known: what was faster for the version before, which is not
         measured again where the settings still allow it."""
         way = known if known in self._ways else self.best_way()
         if way is not None and way != self.scorer.way:
             self.scorer.multiply_by(way)
 
-    def best_way(self) -> Way:
-        """What the settings `serving.products` and `serving.precision` ask for; for `auto`, what is faster on this
-        processor, in bf16 only if that ranked validation rows alike."""
+    def best_way(self) -> Products:
+        """What the setting `serving.products` asks for; for `auto`, what is faster on this processor."""
         ways = self._ways
         return self.scorer.fastest_way(ways) if len(ways) > 1 else ways[0]
 
     @property
-    def _ways(self) -> list[Way]:
+    def _ways(self) -> list[Products]:
         wanted = self.about.products
-        ways: list[Way] = ["blas", "onednn"] if wanted == "auto" else ["onednn" if wanted == "onednn" else "blas"]
-        if self.about.precision == "auto" and self.about.in_bf16 is not None and self.about.in_bf16.ranks_alike:
-            ways.append("bf16")
-        return ways
+        return ["blas", "onednn"] if wanted == "auto" else ["onednn" if wanted == "onednn" else "blas"]
 
     # Learning what happened since
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
-from mmoe_rec.model.fused import Way, check_fused, fused_logits
+from mmoe_rec.model.fused import check_fused, fused_logits
 from mmoe_rec.model.mmoe import Mixture, Outputs, RankingModel
-from mmoe_rec.model.products import has_onednn, set_products
+from mmoe_rec.model.products import Products, has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
 
 # What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
@@ -86,7 +86,7 @@ class Scorer:
         self.names, self._kinds = [task.name for task in about.tasks], [task.kind for task in about.tasks]
         self.experts = model.visible_experts.shape[1]
         self.broken = _take_out_broken(model.mixture)
-        self.way: Way = "blas"
+        self.way: Products = "blas"
         self.fused = fused_logits(model.mixture, self.way)
         if self.fused is not None:
             check_fused(model)
@@ -103,18 +103,17 @@ class Scorer:
                 raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.experts - 1}")
         return ExpertOptions(top_k, tuple(sorted(set(masked or ()))))
 
-    def multiply_by(self, way: Way) -> None:
-        """From now on multiplies in this way, where torch has it and the model takes it; results in fp32 are equal but
-        for rounding."""
+    def multiply_by(self, way: Products) -> None:
+        """From now on multiplies in this way, where torch has it; results are equal but for rounding."""
         self.way = "blas" if way == "onednn" and not has_onednn() else way
         self.fused = fused_logits(self.model.mixture, self.way)
-        set_products(self.model, "onednn" if self.way == "onednn" else "blas")
+        set_products(self.model, self.way)
 
-    def fastest_way(self, ways: Sequence[Way]) -> Way:
+    def fastest_way(self, ways: Sequence[Products]) -> Products:
         """The first of these, or a later one that is clearly faster here than what comes before. Takes some 50 ms."""
         rows, before = torch.zeros(_ROWS_TIMED, self.model.width), self.way
-        seconds: dict[Way, float] = {}
-        for way in ways if self.fused is not None else [each for each in ways if each != "bf16"]:
+        seconds: dict[Products, float] = {}
+        for way in ways:
             self.multiply_by(way)
             seconds.setdefault(self.way, min(self._seconds(rows) for _ in range(_TIMES)))
         self.multiply_by(before)

@@ -25,7 +25,6 @@ from mmoe_rec.inference.artifact import (
     FORMAT,
     SCORES,
     Artifact,
-    Rounding,
     read_artifact,
     read_manifest,
     write_manifest,
@@ -57,14 +56,13 @@ def write_artifact(
     trees: Trees | None = None,
     calibration: Calibration | None = None,
     early_end: str | None = None,
-    in_bf16: Rounding | None = None,
     before: Path | None = None,
 ) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
     prepared: the features that the model was trained on; state_dict: `RankingModel.state_dict()` of the whole model
     with plain tables; trees: of a model that has some beside the network; calibration: of the model's tasks, None
-    leaves their logits as they are; early_end, in_bf16: as in `Artifact`; before: the artifact folder that the training
+    leaves their logits as they are; early_end: as in `Artifact`; before: the artifact folder that the training
     started from, which may be this one: a delta from it is added, unless it can't be read any more. Raises UserError
     where a weight, or a prediction for the example, is not a finite number.
     """
@@ -77,8 +75,6 @@ def write_artifact(
         layout=ModelLayout.of(prepared.layout, settings),
         max_candidates=settings.serving.max_candidates,
         products=settings.serving.products,
-        precision=settings.serving.precision,
-        in_bf16=in_bf16,
         stale_after_days=settings.serving.stale_after_days,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,
@@ -119,7 +115,7 @@ def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mappi
     """
     from mmoe_rec.settings.load import load_settings
 
-    about = replace(read_artifact(folder), model=model.model_dump(mode="json"), in_bf16=None)
+    about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
     settings = load_settings(folder / "settings.yaml").model_copy(update={"model": model})
     with atomic_folder(target) as made:
         copy_files(folder, made)

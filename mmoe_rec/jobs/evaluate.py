@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
@@ -20,7 +19,7 @@ from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary, find_objective
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
-from mmoe_rec.inference.artifact import Rounding, Source, read_artifact, version_of
+from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.model.mmoe import Outputs, RankingModel
+    from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
 
 
@@ -99,52 +98,6 @@ def score_by(
         shown=shown,
     )
     return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
-
-
-BEST = 10
-"""Rows of a list that people see."""
-
-
-def measure_bf16(
-    settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
-) -> Rounding | None:
-    """What rounding to bf16 does to the ranking of validation rows; None where it can't be told, as regressions have no
-    AUC, or where a model is not served in bf16."""
-    import pandas as pd
-
-    from mmoe_rec.evaluation.summary import UserMetrics
-    from mmoe_rec.model.fused import fused_logits
-    from mmoe_rec.model.layout import ModelLayout
-
-    layout, rows = ModelLayout.of(prepared.layout, settings), prepared.split("validation")
-    rounded = fused_logits(model.mixture, "bf16")
-    if rounded is None or any(task.kind == "regression" for task in layout.tasks):
-        return None
-
-    def round_logits(mixture: Any, given: tuple[Any, ...], outputs: Outputs) -> Outputs:
-        inputs, _, _, _, *attended = given
-        if attended:
-            inputs = mixture.histories(inputs, attended[0], attended[1:])
-        return outputs._replace(logits=rounded(inputs))
-
-    before = score_by(settings, model, layout, rows, calibration)
-    hook = model.mixture.register_forward_hook(round_logits)
-    try:
-        after = score_by(settings, model, layout, rows, calibration)
-    finally:
-        hook.remove()
-    values = [UserMetrics(each.measure(), names=("auc", "ndcg_at_10")).once for each in (before, after)]
-    moved: dict[str, list[float]] = {"auc": [], "ndcg_at_10": []}
-    for (group, name), value in values[0].items():
-        if name in moved and np.isfinite(change := values[1][group, name] - value):
-            moved[name].append(change)
-    auc, ndcg = (max(each, key=abs, default=None) for each in moved.values())
-    number = pc.dictionary_encode(before.requests).indices.to_numpy()
-    ranks = (pd.Series(-each.score).groupby(number).rank(method="first").to_numpy() for each in (before, after))
-    first, second = (each <= BEST for each in ranks)
-    is_long = np.bincount(number)[number] > BEST
-    top_10 = float((first & second)[is_long].sum() / first[is_long].sum()) if is_long.any() else None
-    return None if auc is None else Rounding(auc, ndcg, top_10)
 
 
 def check_tasks(settings: Settings, schema: Schema) -> None:

@@ -49,7 +49,7 @@ from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.model.fused import Way
+    from mmoe_rec.model.products import Products
 
 
 ALL: Window = (None, None)
@@ -89,10 +89,10 @@ def score_log(
     model, source = str(model), str(source)
     given = list(parse_overrides(overrides))
     for key, _ in given:
-        if key[0] != "data" and key not in (["serving", "products"], ["serving", "precision"], ["tracking", "uri"]):
+        if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
             raise UserError(
-                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products, "
-                "serving.precision and tracking.uri; all others are those that the model was trained with"
+                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products "
+                "and tracking.uri; all others are those that the model was trained with"
             )
     uri = next((value for key, value in reversed(given) if key == ["tracking", "uri"]), None)
     start, end = window
@@ -131,8 +131,8 @@ class _Scoring:
         built = self.logs.options
         options = [built.duplicates, built.several_times, built.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
-        self.asked = {name: getattr(settings.serving, name) for name in ("products", "precision")}
-        how = [options, split, self.asked]
+        self.products = settings.serving.products
+        how = [options, split, self.products]
         self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how])
 
     def run(self) -> ScoredLog:
@@ -197,11 +197,11 @@ class _Scoring:
                 steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
                 facts = {"first": counted.first[0], "last": counted.last[0]}
             steps.keep(folder)
-        facts["way"] = self.asked["products"]
-        if "auto" in self.asked.values():  # measured once: a run that goes on computes as it began
+        facts["way"] = self.products
+        if self.products == "auto":  # measured once: a run that goes on computes as it began
             with limit_threads(1):
                 ranker = load_ranker(self.artifact, self.constants["model_version"])
-                ranker.take_settings(self.asked)
+                ranker.take_settings({"products": self.products})
                 facts["way"] = ranker.best_way()
         write_text(ready, json.dumps(facts))
         return steps.parts, facts
@@ -317,7 +317,7 @@ class ScoreJob:
 
     model: Path
     version: str
-    way: Way
+    way: Products
     reader: LogReader
     results: ResultExchange | None
     window: Window

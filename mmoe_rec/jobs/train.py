@@ -147,7 +147,6 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.inference.writing import write_artifact
-    from mmoe_rec.jobs.evaluate import measure_bf16
     from mmoe_rec.jobs.stacking import grow_trees
     from mmoe_rec.model.score import UNCALIBRATED
     from mmoe_rec.training.checkpoint import FinishedTraining
@@ -171,9 +170,6 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     draw_gates(run, layout, served.experts, "plots/gate_weights.png")
     findings = served.experts.findings([task.name for task in layout.tasks])
     run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
-    in_bf16 = None
-    if settings.serving.precision == "auto" and (in_bf16 := measure_bf16(settings, prepared, model, calibration)):
-        say(f"{in_bf16}: {'servers may use it' if in_bf16.ranks_alike else 'servers stay with fp32'}")
     write_artifact(
         artifact,
         settings=settings,
@@ -182,7 +178,6 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         trees=model.trees,
         calibration=calibration,
         early_end=find_early_end(result.history, result.best_step, layout, settings.training),
-        in_bf16=in_bf16,
         before=None if workspace.weights is None else workspace.weights.folder,
     )
     decision = Decision(str(artifact), False, ())

@@ -40,7 +40,7 @@ from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.exchange import ResultReader, join_results, take
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
-from mmoe_rec.progress import bar, say
+from mmoe_rec.progress import bar
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import find_model
@@ -79,10 +79,7 @@ def replay(
         raise UserError(f"--from {format_time(start)} is not before --to {format_time(end)}")
     require_all(settings.schema_, "a replay")
     model = find_model(address, settings.tracking.address).folder
-    in_bf16 = read_artifact(model).in_bf16  # reading says what is wrong with a damaged one
-    rounded = requests is not None and in_bf16 is not None and in_bf16.ranks_alike
-    if rounded:
-        say("note: servers may compute this model in bf16 (serving.precision): only its features are compared")
+    read_artifact(model)  # Reading says what is wrong with a damaged one.
     folder, began = Path(settings.data.work) / "replay", time.monotonic()
     with writing(folder, "a replay", "set `data.work` to another folder"):
         shutil.rmtree(folder, ignore_errors=True)  # what a killed one has left
@@ -101,7 +98,7 @@ def replay(
             else:
                 explanations, wrong = {}, None
                 logged, counts = read_logged(requests, period, version_of(model))
-            compared = compare(period, logged, pipeline, explanations if values else None, wrong, rounded)
+            compared = compare(period, logged, pipeline, explanations if values else None, wrong)
         except RequestError as error:
             raise UserError(f"the model refuses what the log holds: {error}") from None
         except KeyboardInterrupt:

@@ -158,12 +158,10 @@ def compare(
     pipeline: FeaturePipeline,
     explanations: Mapping[int, Explanation] | None = None,
     wrong_replies: Mapping[int, str] | None = None,
-    rounded: bool = False,
 ) -> list[ValueComparison]:
     """What differs between logged requests (of `read_logged`) and a period of the log, for each feature, prediction and
     the score, and for the candidates of replies. explanations: by row, where examples are to show values;
-    wrong_replies: by row, where all requests of the period were asked: none may be lacking then; rounded: predictions
-    and scores are not compared, as the server may have computed in bf16.
+    wrong_replies: by row, where all requests of the period were asked: none may be lacking then.
 
     Raises UserError where another version of the server has logged them.
     """
@@ -178,8 +176,6 @@ def compare(
         raise UserError(told)
     compared = [_compare_candidates(period, logged, wrong_replies), *_compare_requests(period, logged)]
     for column, kind, name in values:
-        if rounded and kind != "feature":
-            continue
         served, offline, largest = logged[column].to_numpy(), table[column].to_numpy()[row], None
         is_wrong = served != offline
         if kind != "feature":

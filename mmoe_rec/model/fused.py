@@ -8,7 +8,6 @@ operators here take a third of that time, and nine tenths for five hundred rows.
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +21,11 @@ from mmoe_rec.model.routing import Soft
 Weights = tuple[Tensor, Tensor | None]
 """Of a linear layer: (outputs, inputs) and (outputs,); of G layers on inputs of their own: (G, inputs, outputs) and
 (G, 1, outputs)."""
-Way = Products | Literal["bf16"]
-"""What multiplies: a library, in fp32; or torch's choice for bf16, to which rows and weights of the bottom and of
-experts, and what these give, are rounded: not gates, which would choose other experts, nor towers and crosses."""
 # Random rows to compare, and differences to accept, as a fraction of the largest logit: float64 rounds by 1e-7 at most.
 _ROWS, _TOLERANCE = 16, 1e-4
 
 
-def fused_logits(mixture: Mixture, way: Way) -> Callable[[Tensor], Tensor] | None:
+def fused_logits(mixture: Mixture, products: Products) -> Callable[[Tensor], Tensor] | None:
     """What gives the logits (B, T) float32 of a mixture by its inputs (B, W), with its weights as they are now: of
     experts on one level, where each gate mixes all experts that it may use.
 
@@ -48,8 +44,6 @@ def fused_logits(mixture: Mixture, way: Way) -> Callable[[Tensor], Tensor] | Non
     of_hidden = [_weights(layer) for layer in bottom.layers if isinstance(layer, Linear)]
     first, *deeper = experts.layers
     of_experts = [_together(first), *map(_apart, deeper)]  # all experts read the first layer together
-    if way == "bf16":
-        of_hidden, of_experts = ([_rounded(each) for each in part] for part in (of_hidden, of_experts))
     # (G * E, H), with a bias of minus infinity for experts that a gate may not use.
     of_gates, bias_of_gates = _together(gates.linear)
     assert bias_of_gates is not None
@@ -57,11 +51,10 @@ def fused_logits(mixture: Mixture, way: Way) -> Callable[[Tensor], Tensor] | Non
     of_towers = [_apart(layer) for layer in mixture.towers.layers]
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return by_onednn(x, weight.t(), bias) if way == "onednn" else functional.linear(x, weight, bias)
+        return by_onednn(x, weight.t(), bias) if products == "onednn" else functional.linear(x, weight, bias)
 
     def logits(inputs: Tensor) -> Tensor:
         """(B, W) float32 -> (B, T) float32, as `Mixture` gives them."""
-        kind = of_experts[0][0].dtype
         crossed = inputs
         for (down, _), (up, bias) in of_crosses:
             crossed = torch.addcmul(crossed, inputs, linear(linear(crossed, down, None), up, bias))
@@ -69,16 +62,16 @@ def fused_logits(mixture: Mixture, way: Way) -> Callable[[Tensor], Tensor] | Non
             crossed = torch.cat([crossed, bottom.bends(inputs[:, -bottom.dense :])], dim=1)
         hidden = crossed  # (B, H)
         for weight, bias in of_hidden:
-            hidden = functional.silu(linear(hidden.to(kind), weight, bias), inplace=True)
+            hidden = functional.silu(linear(hidden, weight, bias), inplace=True)
         (weight, bias), *deeper = of_experts
-        outputs = experts.activate(linear(hidden.to(kind), weight, bias))
+        outputs = experts.activate(linear(hidden, weight, bias))
         outputs = outputs.view(len(inputs), experts.count, -1).transpose(0, 1)  # (E, B, U)
         for weights in deeper:
             outputs = experts.activate(_each(outputs, weights))
         if experts.normalise:
             outputs = functional.layer_norm(outputs, outputs.shape[-1:])
-        shares = linear(hidden.to(of_gates.dtype), of_gates, bias_of_gates).view(len(inputs), *usable.shape).softmax(2)
-        of_tasks = (shares.to(kind) @ outputs.transpose(0, 1)).to(of_gates.dtype).transpose(0, 1)  # (G, B, U)
+        shares = linear(hidden, of_gates, bias_of_gates).view(len(inputs), *usable.shape).softmax(2)
+        of_tasks = (shares @ outputs.transpose(0, 1)).transpose(0, 1)  # (G, B, U)
         *layers, last = of_towers
         for weights in layers:
             of_tasks = functional.silu(_each(of_tasks, weights), inplace=True)
@@ -115,11 +108,6 @@ def _find_difference(mixture: Mixture, inputs: Tensor) -> float:
             return 0.0
         off = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)
     return float(off)
-
-
-def _rounded(weights: Weights) -> Weights:
-    weight, bias = weights
-    return weight.bfloat16(), None if bias is None else bias.bfloat16()
 
 
 def _each(x: Tensor, weights: Weights) -> Tensor:

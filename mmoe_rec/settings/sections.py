@@ -242,19 +242,12 @@ class Evaluation(Section):
 
 class Serving(Section):
     """How a model is served: limits of a request (max_candidates) and of calls to the command `serve` (the others),
-    when it says that it is out of date (stale_after_days), and what multiplies (products, precision)."""
-
-    younger = frozenset({"precision"})
+    when it says that it is out of date (stale_after_days), and what multiplies (products)."""
 
     products: Literal["auto", "blas", "onednn"] = Field(
         "auto",
         description="library of fp32 products when serving and scoring; auto measures, and takes onednn where it is "
         "clearly faster; scores are equal but for rounding",
-    )
-    precision: Literal["fp32", "auto"] = Field(
-        "fp32",
-        description="of the network's products; auto measures bf16 on validation rows when a model is trained, and "
-        "serves by it where it is clearly faster and ranks them alike",
     )
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
     stale_after_days: float | None = Field(7, gt=0, description="days until replies warn of old counters; null: never")

@@ -133,18 +133,6 @@ def test_a_training_whose_start_is_gone_keeps_its_model(
     Ranker.load(tmp_path / "m")
 
 
-def test_a_scorer_in_bf16_goes_on(versions: Versions) -> None:
-    """Though what was written down of the example is fp32."""
-    write_delta(versions.first, versions.refreshed)
-    before, whole = Ranker.load(versions.first), Ranker.load(versions.refreshed)
-    in_fp32 = answers(whole)
-    for each in (before, whole):
-        each.scorer.multiply_by("bf16")
-    found = before.with_delta(versions.refreshed / DELTA)
-    assert found.scorer is before.scorer
-    assert answers(found) == answers(whole) != in_fp32
-
-
 def test_what_does_not_fit_is_refused(versions: Versions, tmp_path: Path) -> None:
     for before, after in steps(versions):
         write_delta(before, after)

@@ -341,7 +341,6 @@ def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any, tmp
     known = result_settings(settings())
     unknown = {"tables", "sharding", "shard_columns", "communication"}
     assert not known["training"].keys() & unknown
-    assert "precision" not in known["serving"]
     # Nor are they in what other commands identify a training by.
     assert not settings().training.model_dump().keys() & (unknown - {"tables"})
 
