@@ -167,13 +167,6 @@ class AtAddress:
         found = find_model(self.address, self.uri)
         return replace(found, folder=found.folder.resolve())
 
-    def find_delta(self, served: str) -> Source | None:
-        """The delta from what is served, with its files on this machine."""
-        from mmoe_rec.tracking.registry import find_delta
-
-        found = find_delta(self.address, served, self.uri)
-        return None if found is None else replace(found, folder=found.folder.resolve())
-
 
 def _open_journal(address: str) -> None:
     """Makes the journal unless it is there. Raises UserError where events can't be written to it."""

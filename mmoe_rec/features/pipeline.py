@@ -313,22 +313,6 @@ class FeaturePipeline:
         pipeline.encoders = self.encoders | {name: live.encoder_of(name) for name in self.memory_encoders}
         return pipeline
 
-    def with_memories(self, memories: Mapping[str, Memory]) -> FeaturePipeline:
-        """A pipeline that remembers what these memories of counters and histories do, and has learnt nothing since.
-
-        This one stays as it is.
-        """
-        pipeline = copy(self)
-        for name, each in vars(FeaturePipeline).items():
-            if isinstance(each, cached_property):  # what was made of the memories of before
-                pipeline.__dict__.pop(name, None)
-        own = {name: copy(each) for name, each in self.live.encoders.items()}
-        for name, encoder in own.items():
-            encoder.memory = memories[name]
-        pipeline.encoders = self.encoders | own
-        pipeline.live = Live(pipeline.memory_encoders)
-        return pipeline
-
     def without(self, features: Collection[str]) -> FeaturePipeline:
         """A pipeline that gives the inputs of all other features."""
         pipeline = copy(self)

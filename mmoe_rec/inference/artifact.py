@@ -12,7 +12,6 @@
         example_scores.json    what the model gave for it when the folder was written, and the versions that computed it
         features/              what encoders have learnt, and tables: what counters and histories remember, latest
                                values, and which files of the log these hold (see `mmoe_rec.preprocessing.logs`)
-        delta/                 where it was made from another artifact: what it has other than that (`delta`)
 
 The folder appears whole or not at all (`mmoe_rec.inference.writing`). Whoever takes it up checks it against the
 manifest: a lost file of a counter, a missing calibration or one changed bit of a weight would give other scores
@@ -26,7 +25,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +43,10 @@ if TYPE_CHECKING:
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
 
-FORMAT, DELTA_FORMAT = 6, 1
+FORMAT = 6
 MANIFEST = "manifest.json"
 EXAMPLE = "example_request.json"
 SCORES = "example_scores.json"
-DELTA = "delta"  # a folder that the manifest leaves out: it follows from the other files, and has a manifest of its own
 # Libraries and processors round otherwise: fp32 logits then differ by some 1e-6, half precision by 1e-2.
 TOLERANCE = 1e-4
 _NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or all there is, as rounding has it
@@ -57,14 +55,11 @@ _NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or al
 @dataclass(frozen=True)
 class Source:
     """Where a model lies. address: permanent, unlike one with an alias, or the folder's path; run_id: of the run that
-    made it, where that is known and was not deleted; is_delta: the folder holds a delta, by which the model that is
-    served becomes this one; scratch: a folder to remove once the model is taken up or refused."""
+    made it, where that is known and was not deleted."""
 
     folder: Path
     address: str
     run_id: str | None = None
-    is_delta: bool = False
-    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -147,14 +142,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def read_model(about: Artifact, folder: Path, before: RankingModel | None = None) -> RankingModel:
-    """The model with its weights. before: has the rows of tables, and the trees, that the folder of a delta lacks.
-
-    Raises UserError where a file is missing, damaged or of another model.
-    """
+def read_model(about: Artifact, folder: Path) -> RankingModel:
+    """The model with its weights. Raises UserError where a file is missing, damaged or of another model."""
     from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import PlainTables, in_float32, name_weight, take_rows, take_table
-    from mmoe_rec.model.trees import FOLDER, Trees
+    from mmoe_rec.model.tables import PlainTables, in_float32, name_weight, take_table
+    from mmoe_rec.model.trees import Trees
     from mmoe_rec.settings.model import Model
 
     layout, path = about.layout, folder / "weights.safetensors"
@@ -163,10 +155,7 @@ def read_model(about: Artifact, folder: Path, before: RankingModel | None = None
     tables = PlainTables(replace(layout, tables=tuple(replace(table, rows=1) for table in layout.tables)))
     for table in layout.tables:
         if table.name in tables.embedding_bags:
-            name = name_weight(table.name)
-            if before is not None:
-                take_rows(stored, name, before.state_dict().get(name))
-            bag = take_table(stored, name)
+            bag = take_table(stored, name_weight(table.name))
             if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
                 raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
             tables.embedding_bags[table.name] = bag
@@ -177,9 +166,7 @@ def read_model(about: Artifact, folder: Path, before: RankingModel | None = None
         model.mixture.load_state_dict(dense)
     except RuntimeError as error:
         raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
-    if settings.trees is not None and before is not None and not (folder / FOLDER).is_dir():
-        model.trees = before.trees
-    elif settings.trees is not None:
+    if settings.trees is not None:
         model.trees = Trees.read(folder, len(model.dense_columns), len(model.trees_ids))
     return model
 
@@ -262,39 +249,6 @@ class ExampleScores:
         return [f"{name} {versions.get(name)} instead of {each}" for name, each in others.items()]
 
 
-# A delta: what an artifact has other than the one that it was made from (`mmoe_rec.inference.delta`)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a delta's folder says. base: version of the artifact that it follows; version: of the one that it leads to;
-    tables, memories: SHA-256 of those that it changes, as they are in the latter, by their names."""
-
-    base: str
-    version: str
-    tables: Mapping[str, str]
-    memories: Mapping[str, str]
-
-    @staticmethod
-    def read(folder: Path, verify: bool = True) -> Delta:
-        """The delta in a folder. verify: check its files first. Raises UserError where it is damaged."""
-        if verify:
-            check_files(folder)
-        tree = _read_object(folder / "delta.json") or {}
-        if tree.pop("format", None) != DELTA_FORMAT or tree.keys() != {each.name for each in fields(Delta)}:
-            raise UserError(f"'{folder}' holds no delta of a format that this version reads ({DELTA_FORMAT})")
-        return Delta(**tree)
-
-    @staticmethod
-    def find(folder: Path, base: str) -> Path | None:
-        """The folder in that of an artifact with the delta from a version to it; None where there is none."""
-        try:
-            delta = Delta.read(folder / DELTA, verify=False)
-            return folder / DELTA if (delta.base, delta.version) == (base, version_of(folder)) else None
-        except UserError:
-            return None
-
-
 # The manifest. SHA-256, as everyone can compute it (`sha256sum`) and processors have instructions for it: the 132 MB of
 # the model for Complete Journey take 0.04 s on two cores, 0.1 s without those instructions.
 
@@ -368,11 +322,10 @@ def _wrong(path: Path, expected: StoredFile) -> str | None:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Names of all files in a folder, relative to it, without a delta and what an operating system or Python leaves."""
+    """Names of all files in a folder, relative to it, without what an operating system or Python leaves."""
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
         left = {"__pycache__", ".ipynb_checkpoints"}.intersection(parts) or parts[-1].startswith("._")
-        left = left or parts[0] == DELTA
         if not left and parts[-1] not in (".DS_Store", "Thumbs.db", "desktop.ini") and path.is_file():
             yield "/".join(parts)
 

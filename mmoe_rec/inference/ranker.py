@@ -27,7 +27,6 @@ from mmoe_rec.features.pipeline import FeaturePipeline, Live
 from mmoe_rec.inference.artifact import (
     EXAMPLE,
     Artifact,
-    Delta,
     ExampleScores,
     read_artifact,
     read_calibration,
@@ -35,7 +34,6 @@ from mmoe_rec.inference.artifact import (
     read_model,
     version_of,
 )
-from mmoe_rec.inference.delta import Parts, apply_delta
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, new_id, scored_table
 from mmoe_rec.inference.reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
 from mmoe_rec.inference.request_inputs import RequestInputs
@@ -83,14 +81,14 @@ class Ranker:
     each call reads once: so each answer is that of one moment.
     """
 
-    def __init__(self, folder: Path, about: Artifact, version: str = "", parts: Parts | None = None) -> None:
-        """Opens an artifact folder as it is; `load` also checks it. parts: that a delta in the folder leads to."""
+    def __init__(self, folder: Path, about: Artifact, version: str = "") -> None:
+        """Opens an artifact folder as it is; `load` also checks it."""
         features = folder / "features"
-        pipeline = parts.pipeline if parts else FeaturePipeline.load(features)
+        pipeline = FeaturePipeline.load(features)
         if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         self.about, self.version, self.layout = about, version, about.layout
-        self.scorer = parts.scorer if parts else Scorer(about, read_model(about, folder), read_calibration(folder))
+        self.scorer = Scorer(about, read_model(about, folder), read_calibration(folder))
         self.model, self.calibration = self.scorer.model, self.scorer.calibration
         self.names = self.scorer.names
         tables = self.model.tables
@@ -141,25 +139,6 @@ class Ranker:
             ) from error
         return ranker
 
-    def with_delta(self, folder: Path) -> Ranker:
-        """The ranker of the version to which a delta's folder leads, beside this one; both share what is equal. It has
-        learnt nothing.
-
-        Raises UserError for a delta that does not follow this version, is damaged or leads to something else.
-        """
-        delta = Delta.read(folder)
-        if delta.base != self.version:
-            raise UserError(
-                f"the delta to version {delta.version} follows version {delta.base}, not version {self.version}, "
-                "which is served: it does not fit"
-            )
-        about = read_artifact(folder, verify=False)
-        ranker = Ranker(folder, about, delta.version, apply_delta(delta, folder, about, self.pipeline, self.scorer))
-        if Delta.read(folder, verify=False) != delta:
-            raise UserError(f"another delta took the place of '{folder}' while it was applied")
-        ranker._check_example(folder)
-        return ranker
-
     def _check_example(self, folder: Path) -> None:
         """Raises OtherScoresError unless the example in a folder gets the scores that stand beside it.
 
@@ -186,11 +165,9 @@ class Ranker:
         self.reader.max_candidates = self.about.max_candidates
         self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
 
-    def serve_faster(self, known: Products | None = None) -> None:
-        """Multiplies as `best_way` says from now on. known: what was faster for the version before, which is not
-        measured again where the settings still allow it."""
-        way = known if known in self._ways else self.best_way()
-        if way is not None and way != self.scorer.way:
+    def serve_faster(self) -> None:
+        """Multiplies as `best_way` says from now on."""
+        if (way := self.best_way()) != self.scorer.way:
             self.scorer.multiply_by(way)
 
     def best_way(self) -> Products:

@@ -56,15 +56,13 @@ def write_artifact(
     trees: Trees | None = None,
     calibration: Calibration | None = None,
     early_end: str | None = None,
-    before: Path | None = None,
 ) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
     prepared: the features that the model was trained on; state_dict: `RankingModel.state_dict()` of the whole model
     with plain tables; trees: of a model that has some beside the network; calibration: of the model's tasks, None
-    leaves their logits as they are; early_end: as in `Artifact`; before: the artifact folder that the training
-    started from, which may be this one: a delta from it is added, unless it can't be read any more. Raises UserError
-    where a weight, or a prediction for the example, is not a finite number.
+    leaves their logits as they are; early_end: as in `Artifact`. Raises UserError where a weight, or a prediction for
+    the example, is not a finite number.
     """
     from mmoe_rec.preprocessing.logs import HeldFiles  # which no server needs
 
@@ -97,14 +95,6 @@ def write_artifact(
             _write_json(target / "calibration.json", calibration.to_dict())
         _write_json(target / EXAMPLE, {"inputs": [example_request(target / "features", about.tables_as_of)]})
         seal(target)
-        if before is not None:
-            from mmoe_rec.inference.delta import write_delta
-            from mmoe_rec.progress import say
-
-            try:
-                write_delta(before, target)
-            except (UserError, OSError) as error:  # it may be gone after hours of training, which has to be kept
-                say(f"no delta is written, so servers load the whole model: {error}")
 
 
 def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:

@@ -178,7 +178,6 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         trees=model.trees,
         calibration=calibration,
         early_end=find_early_end(result.history, result.best_step, layout, settings.training),
-        before=None if workspace.weights is None else workspace.weights.folder,
     )
     decision = Decision(str(artifact), False, ())
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.flat("best").items()]

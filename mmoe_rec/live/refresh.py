@@ -122,9 +122,6 @@ def refresh(
             tables = renew_tables(served.folder, settings, artifact, anew=anew, journal=known)
             if tables is None or version_of(artifact) == version_of(served.folder):
                 return RefreshResult(served, served.version)
-            from mmoe_rec.inference.delta import write_delta  # which imports torch
-
-            write_delta(served.folder, artifact)
             return _register(settings, served, tables, artifact)
         finally:
             shutil.rmtree(out, ignore_errors=True)

@@ -261,25 +261,9 @@ class Int8Bag(nn.Module):
         return functional.embedding_bag(places, self.rows(ids), offsets, mode="mean", include_last_offset=True)
 
 
-ROWS = ".rows"  # what a file that holds only some rows of a table calls their numbers, behind its name
-
-
 def name_weight(table: str) -> str:
     """What a file of weights calls a table."""
     return f"tables.embedding_bags.{table}.weight"
-
-
-def take_rows(stored: dict[str, Tensor], name: str, before: Tensor | None) -> None:
-    """Completes a table of a delta, whose file holds the rows that differ from `before`, or nothing where none does. A
-    table that the file holds whole stays as it is."""
-    rows, weight = stored.pop(name + ROWS, None), stored.get(name)
-    if before is not None and weight is None:
-        stored[name] = before.detach()
-    elif before is not None and weight is not None and rows is not None:
-        whole = weight.new_empty(max(len(before), int(rows.max()) + 1), weight.shape[1])
-        whole[: len(before)] = before.detach()
-        whole[rows] = weight
-        stored[name] = whole
 
 
 def take_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8Bag | None:

@@ -4,11 +4,9 @@ Messages, each a tuple that goes through a pipe:
 
     parent -> generation -> its workers    accept, is_another; retire; stop; failed, sentence;
                                            reloaded, process id of a worker, sentence or None, about the model
-    parent -> generation                   update, source of a delta
     worker -> generation -> parent         reload, its process id
     worker -> generation                   ready; retired
-    generation -> parent                   failed, error; or ready, about the model; retired (as all of its workers);
-                                           updated, error or None, about the model
+    generation -> parent                   failed, error; or ready, about the model; retired (as all of its workers)
 """
 
 import asyncio
@@ -20,7 +18,6 @@ import shutil
 import signal
 import socket
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -33,7 +30,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from mmoe_rec.errors import STOP_SIGNALS, UserError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
-from mmoe_rec.server.models import Models, ServedModel
+from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options, end_process, log_to_stderr
 from mmoe_rec.server.ranking_queue import Passes
 
@@ -41,7 +38,6 @@ if TYPE_CHECKING:
     from mmoe_rec.server.running import Server
 
 TICK_SECONDS = 0.2
-_SETS = 4  # of workers of one generation, of which all but the last two have a last call under way
 _SHARE_OF_WORKERS = 0.9  # of the time to stop: who has not ended by then is killed
 
 _log = logging.getLogger(__name__)
@@ -101,26 +97,20 @@ def run_generation(
     except UserError as error:
         tell(parent, "failed", error)
         end_process(1)
-    _prepare_forks(models)
-    end_process(_Generation(models, sockets, workers, parent, number).run())
-
-
-def _prepare_forks(models: Models) -> None:
     if models.current.learning is not None:
         models.current.learning.journal.close()
-    gc.unfreeze()
     gc.collect()
     gc.freeze()  # collecting garbage in a worker would write to the pages of all this, and so copy them
+    end_process(_Generation(models, sockets, workers, parent, number).run())
 
 
 @dataclass(eq=False)
 class _Worker:
-    """number: of its own among those of a generation; served: the model; counts: what happens to all workers."""
+    """number: of its own among those of a generation; counts: what happens to all workers."""
 
     process: BaseProcess
     pipe: Connection
     number: int
-    served: str
     counts: bool
     is_ready: bool = False
     is_retired: bool = False
@@ -133,21 +123,15 @@ class _Generation:
         self._models, self._sockets, self._parent, self._count = models, sockets, parent, workers
         self._number = number
         self._workers: list[_Worker] = []
-        self._marks = memoryview(mmap(-1, _SETS * workers))  # forks share it
-        self._free = list(range(_SETS * workers))
+        self._marks = memoryview(mmap(-1, workers))  # forks share it
+        self._free = list(range(workers))
         self._was_ready = self._accepts = self._is_retiring = self._is_ending = self._is_orphan = False
-        self._is_updating = False
-        self._thread: ThreadPoolExecutor | None = None
-        self._opening: Future[ServedModel] | None = None
-        self._end = self._accept_by = float("inf")
-        self._next_start, self._code = 0.0, 0
+        self._end, self._next_start, self._code = float("inf"), 0.0, 0
 
     def run(self) -> int:
         """Gives the exit code: 0 if all workers answered what they had accepted."""
         while self._workers or not self._is_ending:
-            # A fork would hold for ever what the thread that opens a model has locked at that moment.
-            can_fork = self._opening is None and time.monotonic() >= self._next_start
-            while can_fork and self._lacks_workers and self._free:
+            while not self._is_ending and self._free and time.monotonic() >= self._next_start:
                 self._fork()
             workers = {worker.pipe: worker for worker in self._workers}
             for ready in wait([*workers] if self._is_orphan else [self._parent, *workers], TICK_SECONDS):
@@ -158,11 +142,6 @@ class _Generation:
             if self._is_retiring and all(each.is_retired for each in self._workers):
                 self._is_retiring = False
                 tell(self._parent, "retired")
-            if self._opening is not None and self._opening.done() and not self._is_ending:
-                self._begin_update(self._opening)
-            have_retired = all(each.is_retired for each in self._others) or time.monotonic() > self._accept_by
-            if self._is_updating and have_retired and self._are_ready:
-                self._end_update()
             if time.monotonic() > self._end:
                 self._end = float("inf")
                 for worker in self._workers:
@@ -172,67 +151,16 @@ class _Generation:
             shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
         return self._code
 
-    @property
-    def _own(self) -> list[_Worker]:
-        """The workers of the current model."""
-        version = self._models.current.ranker.version
-        return [each for each in self._workers if each.served == version and not each.is_retired]
-
-    @property
-    def _others(self) -> list[_Worker]:
-        own = self._own
-        return [each for each in self._workers if each not in own]
-
-    @property
-    def _lacks_workers(self) -> bool:
-        return not self._is_ending and len(self._own) < self._count
-
-    @property
-    def _are_ready(self) -> bool:
-        return not self._lacks_workers and all(each.is_ready for each in self._own)
-
-    def _update(self, source: Source) -> None:
-        """Opens the model that a delta leads to, in a thread, as the parent may say meanwhile that all is to stop."""
-        if self._opening is not None or self._is_updating:  # by one for which the parent waits no more
-            tell(self._parent, "updated", UserError("another delta is being applied"), self._models.current.about())
-            return
-        import torch
-
-        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self._opening = self._thread.submit(self._models.open, source)
-
-    def _begin_update(self, opened: Future[ServedModel]) -> None:
-        """Makes the opened model the current one; workers of those before go on until its own are ready."""
-        assert self._thread is not None
-        self._thread.shutdown()
-        self._opening = None
-        try:
-            self._models.current = opened.result()
-        except UserError as error:
-            tell(self._parent, "updated", error, self._models.current.about())
-            return
-        self._models.failure = None
-        _prepare_forks(self._models)
-        self._is_updating, self._accepts, self._accept_by = True, False, float("inf")
-
-    def _end_update(self) -> None:
-        """Those before have taken their last calls, so that no caller meets their model once more; or one hangs, for
-        which callers wait no longer."""
-        self._is_updating, self._accepts = False, True
-        for worker in self._own:
-            tell(worker.pipe, "accept", True)
-        tell(self._parent, "updated", None, self._models.current.about())
-
     def _fork(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        number, counts = self._free.pop(), not any(each.counts for each in self._own)
+        number, counts = self._free.pop(), not any(each.counts for each in self._workers)
         not_its_own = [self._parent, ours, *(each.pipe for each in self._workers)]
         passes, name = Passes(self._marks, number), f"{self._number}.{number}"
         arguments = (self._models, self._sockets, passes, name, theirs, not_its_own, self._accepts, counts)
         process = multiprocessing.get_context("fork").Process(target=_run_worker, args=arguments)
         process.start()
         theirs.close()
-        self._workers.append(_Worker(process, ours, number, self._models.current.ranker.version, counts))
+        self._workers.append(_Worker(process, ours, number, counts))
 
     def _obey(self) -> None:
         try:
@@ -240,9 +168,6 @@ class _Generation:
         except (EOFError, OSError):
             _log.warning("the parent has ended, and so do its workers")
             self._is_orphan, message = True, ("stop",)
-        if message[0] == "update":
-            self._update(message[1])
-            return
         if message[0] == "accept":
             self._accepts = True
         elif message[0] == "retire":
@@ -263,13 +188,9 @@ class _Generation:
             return
         if message == ("ready",):
             worker.is_ready = True
-            if self._are_ready and not self._was_ready:
+            if not self._was_ready and not self._free and all(each.is_ready for each in self._workers):
                 self._was_ready = True
                 tell(self._parent, "ready", self._models.current.about())
-            elif self._are_ready and self._is_updating:
-                self._accept_by = min(self._accept_by, time.monotonic() + self._models.options.grace)
-                for other in self._others:
-                    tell(other.pipe, "retire")
         elif message == ("retired",):
             worker.is_retired = True
         else:
@@ -284,7 +205,7 @@ class _Generation:
         # What it had under way; what it has counted stays.
         mark_process_dead(f"{self._number}.{worker.number}")
         how = describe_end(worker.process)
-        if self._is_ending or worker.is_retired:
+        if self._is_ending:
             self._code = max(self._code, int(worker.is_ready and worker.process.exitcode != 0))
         elif self._was_ready:
             self._next_start = time.monotonic() + (0.0 if worker.is_ready else 2.0)
@@ -341,12 +262,10 @@ def _run_worker(
 
         tell(pipe, "ready")
         if not accepts:
-            message = talk.receive()
-            while message[0] in ("failed", "reloaded"):  # is for those that serve
-                message = talk.receive()
-            if message[0] != "accept":
+            what, *is_another = talk.receive()
+            if what != "accept":
                 end_process(0)
-            if any(message[1:]) and counts:
+            if any(is_another) and counts:
                 metrics.reloads.labels("done").inc()
         server.serve_on(sockets.bound, listen_to_parent)
     except UserError as error:
@@ -388,7 +307,6 @@ class _Talk:
             if self._counts:
                 self._metrics.reloads.labels("failed").inc()
         elif what == "retire":
-            self._counts = False  # another worker does, while this one answers its last calls
             server.retire(lambda: tell(self._pipe, "retired"))
         elif what == "reloaded":
             process, *result = rest

@@ -1,13 +1,11 @@
 """The model that is served, when another one is to take its place, and how it does.
 
 A new model is loaded and answers its own example beside the old one, which goes on serving until then, and from then on
-only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`. Where a delta leads
-from the old model to the new one, only the delta is read, unless it turns out to be damaged.
+only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`.
 """
 
 import logging
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -37,9 +35,6 @@ class Finder(Protocol):
 
     def find(self) -> Source:
         """The model that lies there now. Raises UserError."""
-
-    def find_delta(self, served: str) -> Source | None:
-        """The delta to that model from the version of an artifact; None where there is none. Raises UserError."""
 
 
 class NotFoundError(UserError):
@@ -109,14 +104,13 @@ class Models:
                     before.close()
 
     def open(self, source: Source) -> ServedModel:
-        """A model, loaded or made by a delta from the current one, which goes on. Raises UserError as `load` does."""
+        """Loads a model; the current one goes on. Raises UserError as `load` does."""
         from mmoe_rec.inference.ranker import Ranker
 
         try:
-            before = self.current.ranker if source.is_delta else None
-            ranker = Ranker.load(source.folder) if before is None else before.with_delta(source.folder)
+            ranker = Ranker.load(source.folder)
             ranker.take_settings(self.options.instead)
-            ranker.serve_faster(None if before is None else before.scorer.way)
+            ranker.serve_faster()
             if ranker.pipeline.booleans is None:
                 _log.warning(
                     "the model's features were built by an earlier version, which did not note the columns that hold "
@@ -151,13 +145,10 @@ class Reloads:
 
     An attempt looks for a model only once the one before has ended, so that a slow download never puts an older model
     in the place of a newer one. take_up: loads a model and serves it; raises UserError for one that can't be loaded.
-    served: the version of the artifact that is served, None where deltas from it are not looked for.
     """
 
-    def __init__(
-        self, finder: Finder, take_up: Callable[[Source], None], served: Callable[[], str | None] = lambda: None
-    ) -> None:
-        self._finder, self._take_up, self._served = finder, take_up, served
+    def __init__(self, finder: Finder, take_up: Callable[[Source], None]) -> None:
+        self._finder, self._take_up = finder, take_up
         self._lock = threading.Lock()
         self._next: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "reloads")
@@ -182,34 +173,16 @@ class Reloads:
         try:
             if (state := self._finder.state()) is not None and state == self._served_state:
                 return
-            source = None if self._take_up_delta() else self._finder.find()
+            source = self._finder.find()
         except Exception as error:
             raise NotFoundError(sentence_of(error)) from error
         self._served_state = None  # A failure is on record until a model is loaded.
         try:
-            if source is not None:
-                self._take_up(source)
+            self._take_up(source)
         except Exception as error:
             _log.warning("the previous model goes on serving: %s", sentence_of(error))
             raise
         self._served_state = state
-
-    def _take_up_delta(self) -> bool:
-        """Whether a delta from the served model has made it the one at the address."""
-        try:
-            served = self._served()
-            source = None if served is None else self._finder.find_delta(served)
-            if source is None:
-                return False
-            try:
-                self._take_up(source)
-            finally:
-                if source.scratch is not None:
-                    shutil.rmtree(source.scratch, ignore_errors=True)
-            return True
-        except Exception as error:
-            _log.warning("no delta is taken up, and the whole model is loaded instead: %s", sentence_of(error))
-            return False
 
     def watch(self, state: str | None, seconds: float) -> None:
         """Looks every so many seconds from now on, in a thread of its own; 0: never. state: before the model was found

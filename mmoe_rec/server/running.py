@@ -380,14 +380,13 @@ def serve(
         try:
             served = models.load(source)
         except UserError:
-            if not source.is_delta:  # for which the whole model makes good
-                metrics.reloads.labels("failed").inc()
+            metrics.reloads.labels("failed").inc()
             raise
         metrics.reloads.labels("done").inc()
         metrics.show_model(served.about())
         _log.info("serving %s", source.address)
 
-    reloads = Reloads(finder, take_up, lambda: models.current.ranker.version)
+    reloads = Reloads(finder, take_up)
 
     async def reload() -> dict[str, str | None]:
         await asyncio.shield(asyncio.wrap_future(reloads.ask()))  # others may wait for it, too

@@ -1,8 +1,8 @@
 """Serving by several processes that share one listening socket and the memory of one model.
 
 The parent looks for models. A generation, which is a process of its own, loads one, and forks workers from itself, so
-that they share its memory; it replaces those that end. Another model is another generation, one that a delta leads to
-other workers of the same. The README says what callers see of it.
+that they share its memory; it replaces those that end. Another model is another generation. The
+README says what callers see of it.
 """
 
 import logging
@@ -30,7 +30,6 @@ from mmoe_rec.server.models import Finder, Reloads, sentence_of
 from mmoe_rec.server.options import Options, address_of, listen
 
 LONGEST_PAUSE_SECONDS = 30.0
-_UPDATE_SECONDS = 120.0  # for new workers to be ready, besides the time that those before have to retire
 _SHARE_OF_GENERATIONS = 0.95  # of the time to stop: who has not ended by then is killed
 
 _log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class _Parent:
         self.sockets, self.options, self.workers, self._poll = sockets, options, workers, poll
         self._serving, self.numbers = serving, set[int]()
         self.current: _Child | None = None
-        self._finder, self.reloads = finder, Reloads(finder, self._exchange, self._find_version)
+        self.reloads = Reloads(finder, self._exchange)
         self._ends: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()  # why it ends; None for a signal
         self._is_ending = False
         self._exchanging, self._starting = threading.RLock(), threading.Lock()
@@ -117,20 +116,10 @@ class _Parent:
             _log.info("serving %s at %s/invocations", source.address, address_of(self.sockets.bound))
             self.reloads.watch(state, self._poll)
 
-    def _find_version(self) -> str | None:
-        """That of the artifact which is served."""
-        return None if self.current is None or self.current.about is None else self.current.about["artifact"]
-
     def _exchange(self, source: Source) -> None:
-        """Serves a model by another generation; one that a delta leads to by the same. Raises UserError for one that
-        can't be loaded."""
+        """Serves a model by another generation. Raises UserError for one that can't be loaded."""
         with self._exchanging:
             before = self.current
-            if source.is_delta:
-                assert before is not None, "a delta follows what is served"
-                before.update(source)
-                _log.info("serving %s", source.address)
-                return
             with self._starting:  # none that the end does not know of
                 if self._is_ending:
                     raise UserError("the server is ending")
@@ -160,7 +149,7 @@ class _Parent:
                 how = describe_end(ended.process)
                 _log.warning("the process that holds the model ended by %s; another one takes its place", how)
                 try:
-                    return self._exchange(self._finder.find() if ended.source.is_delta else ended.source)
+                    return self._exchange(ended.source)
                 except UserError as error:
                     failures += 1
                     _log.error("it can't take its place: %s", error)
@@ -180,7 +169,6 @@ class _Child:
         self.about: dict[str, str | None] | None = None
         self.has_started, self.has_retired, self.has_ended = threading.Event(), threading.Event(), threading.Event()
         parent.numbers.add(number)
-        self._updated: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pipe, theirs = multiprocessing.Pipe()
         ours, alive = multiprocessing.Pipe()
@@ -197,21 +185,6 @@ class _Child:
         with self._lock:
             tell(self._pipe, *message)
 
-    def update(self, source: Source) -> None:
-        """Serves the model that a delta leads to. Raises UserError where it does not fit, or no worker gets ready."""
-        self._updated = queue.SimpleQueue()  # the one before may still be told something
-        error: UserError | None = UserError("the process that holds the model has ended")
-        if not self.has_ended.is_set():
-            self.send("update", source)
-            seconds = _UPDATE_SECONDS + self._parent.options.grace
-            try:
-                error = self._updated.get(timeout=seconds)
-            except queue.Empty:
-                error = UserError(f"no workers that serve {source.address} got ready in {seconds:.0f} seconds")
-        if error is not None:
-            raise error
-        self.source = source
-
     def _listen(self) -> None:
         with suppress(EOFError, OSError):
             while True:
@@ -223,9 +196,6 @@ class _Child:
                     (self.error,) = rest
                 elif what == "retired":
                     self.has_retired.set()
-                elif what == "updated":
-                    error, self.about = rest
-                    self._updated.put(error)
                 elif what == "reload":
                     self._reload(rest[0])
         self.process.join()
@@ -237,7 +207,6 @@ class _Child:
             )
         for each in (self.has_started, self.has_retired, self.has_ended):
             each.set()
-        self._updated.put(UserError("the process that holds the model has ended"))
         self._parent.replace(self)
 
     def _wait_until_gone(self, alive: Connection) -> None:

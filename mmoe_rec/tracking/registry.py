@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import DELTA, Delta, Source, read_artifact, read_example
+from mmoe_rec.inference.artifact import Source, read_artifact, read_example
 from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
-_FILES_TAG, _DELTA_TAG = "files", "delta"  # of a version
+_FILES_TAG = "files"  # of a version
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
 _TRIED_TAG = "tried"  # of a version, by rows and holder: see `note_decision`
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
@@ -115,34 +115,12 @@ def fetch_model(address: str, uri: str) -> Path:
     return artifact
 
 
-def _download(address: str, uri: str, into: Path | None = None) -> Path:
-    """into: a folder for a copy; None leaves it to MLflow, which copies nothing that lies on this machine."""
+def _download(address: str, uri: str) -> Path:
+    """The files at an address. MLflow copies nothing that lies on this machine."""
     _require_store(address, uri)
     mlflow = connect(uri)
     with limit_waiting(FOR_MODELS), translate_errors(uri, address, anything=True):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=into and str(into)))
-
-
-def find_delta(address: str, base: str, uri: str) -> Source | None:
-    """The delta from the artifact of a version to the model at an address, with its files on this machine; None where
-    there is none. Raises UserError as `find_model`."""
-    pinned = pin_address(address, uri)
-    if Path(pinned).exists():
-        whole = _find_artifact(Path(pinned))
-        folder = None if whole is None else Delta.find(whole, base)
-        return None if folder is None else Source(folder, pinned, is_delta=True)
-    version = re.fullmatch(r"models:/([^/]+)/(\d+)", pinned)
-    tag = "" if version is None else get_version(version[1], version[2], uri).tags.get(_DELTA_TAG, "")
-    its_base, _, path = tag.partition(" ")
-    if its_base != base:
-        return None
-    run_id, scratch = find_run(pinned, uri), Path(tempfile.mkdtemp(prefix="mmoe-rec-delta-"))
-    try:
-        folder = _download(f"{pinned}/{path}", uri, scratch)
-        return Source(folder, pinned, run_id, is_delta=True, scratch=scratch)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
 
 
 def find_run(address: str, uri: str) -> str | None:
@@ -420,9 +398,6 @@ def register_model(
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
         tags = {**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
-        if (artifact_folder / DELTA).is_dir():
-            base = Delta.read(artifact_folder / DELTA).base
-            tags[_DELTA_TAG] = f"{base} artifacts/{artifact_folder.name}/{DELTA}"
         registered = mlflow.register_model(logged.model_uri, name, tags=tags)
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.inference.artifact import DELTA, Source
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.journal_files import cut_journal
@@ -79,12 +79,12 @@ def model(kept: RefreshedModel, tmp_path: Path) -> RefreshedModel:
     return kept.restore()
 
 
-def test_a_server_goes_on_by_deltas_with_the_journal(model: RefreshedModel) -> None:
+def test_a_server_goes_on_by_refreshed_versions_with_the_journal(model: RefreshedModel) -> None:
     app, days = _served(model, "1"), [(9, 10), (10, 12), (12, 14)]
     position = _sent(app, as_json(model._days(*days[0])))
     for number, more in zip("23", days[1:], strict=True):
         model.take_in()
-        app.models.load(Source(model.folder_of(number) / DELTA, f"models:/small/{number}", is_delta=True))
+        app.models.load(Source(model.folder_of(number), f"models:/small/{number}"))
         whole = _served(model, number)
         assert app.models.current.about() == whole.models.current.about()
         assert _answers(app, position) == _answers(whole, position)

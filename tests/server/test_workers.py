@@ -17,12 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.inference import artifact
-from mmoe_rec.inference.artifact import DELTA, EXAMPLE, MANIFEST, StoredFile, read_manifest, version_of
-from mmoe_rec.inference.delta import write_delta
+from mmoe_rec.inference.artifact import EXAMPLE, MANIFEST, StoredFile, read_manifest
 from tests.fork_server import Command, run_command
-from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port
 from tests.inference.small_model import ITEMS, SmallModel
 from tests.live.journals import postgresql
@@ -108,101 +105,21 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
 
 
 @pytest.mark.thorough
-def test_workers_go_on_by_deltas(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
-        until(lambda: model_count(running) == 2)
-        first, generations, versions = running.workers(), running.generations(), [version(running)]
-        callers = [Calling(running, keeps, pause) for keeps in (False, True) for pause in (0.005, 0.4)]
-        for number in range(3):
-            publish_next(folder, tmp_path / str(number))
-            status, told = running.send(None, "/reload")
-            assert (status, told["reload_failure"]) == (200, None)
-            versions.append(version_of(folder))
-            assert {version(running) for _ in range(9)} == {told["artifact"]} == {versions[-1]}
-            assert running.generations() == generations, "which loads no whole model"
-        seen = [len(each.answers) for each in callers]
-        until(lambda: all(each.failures or len(each.answers) > n + 2 for each, n in zip(callers, seen, strict=True)))
-        for each in callers:
-            each.has_ended = True
-            each.join(PATIENCE)
-            assert not each.failures
-            assert each.answers == sorted(each.answers, key=versions.index), "nobody meets one before once more"
-        until(lambda: not any(map(is_running, first)))
-        until(lambda: model_count(running) == 2)
-        text = running.send(None, "/metrics", "GET")[1]
-        assert 'mmoe_rec_reloads_total{outcome="done"} 3.0' in text, "of all workers"
-        assert f'mmoe_rec_replies_total{{status="200"}} {28 + sum(len(each.answers) for each in callers)}.0' in text
-
-        os.kill(min(running.workers()), signal.SIGKILL)
-        until(lambda: model_count(running) == 2)
-        assert {version(running) for _ in range(9)} == {versions[-1]}, "a replacement has it as well"
-        (generation,) = generations
-        os.kill(generation, signal.SIGKILL)
-        until(lambda: running.generations() - generations and len(running.workers()) == 2)
-        assert version(running) == versions[-1], "it was loaded whole"
-
-        publish_next(folder, tmp_path / "damaged", b"")
-        generations = running.generations()
-        assert running.send(None, "/reload")[0] == 200
-        assert version(running) == version_of(folder)
-        assert running.generations() != generations
-        assert "has 0 bytes instead of" in running.log.read_text()
-        assert 'outcome="failed"' not in running.send(None, "/metrics", "GET")[1], "as the whole model is served"
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-
-
-@pytest.mark.thorough
-def test_a_worker_that_hangs_holds_up_no_delta(folder: Path, tmp_path: Path) -> None:
+def test_a_worker_that_hangs_holds_up_no_reload(folder: Path, tmp_path: Path) -> None:
     with served(folder, tmp_path, "--workers", "2", "--grace", "4") as running:
         until(lambda: model_count(running) == 2)
-        generations, hung = running.generations(), min(running.workers())
+        before, hung = version(running), min(running.workers())
         os.kill(hung, signal.SIGSTOP)
         try:
-            publish_next(folder, tmp_path / "next")
-            assert running.send(None, "/reload")[0] == 200
-            assert running.generations() == generations, "which did not wait until the whole model was loaded"
-            assert {version(running) for _ in range(9)} == {version_of(folder)}
+            changed(folder, folder)
+            status, told = running.send(None, "/reload")
+            assert status == 200
+            assert {version(running) for _ in range(9)} == {told["artifact"]} != {before}
         finally:
             os.kill(hung, signal.SIGKILL)
         until(lambda: model_count(running) == 2)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) == 0
-
-
-@pytest.mark.thorough
-def test_sigterm_while_a_delta_is_applied(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path, "--workers", "2", "--grace", "200", "--poll", "0.1") as running:
-        until(lambda: model_count(running) == 2)
-        before, all_of_it = version(running), running.workers() | running.generations()
-        made = other_weights(folder, tmp_path / "next", 0.9, 1.1)
-        write_delta(folder, made)
-        hang_at_loading(made / DELTA)
-        folder.rename(tmp_path / "before")
-        made.rename(folder)
-        until(lambda: is_read(folder / DELTA / EXAMPLE))
-        assert version(running) == before
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-        assert not any(map(is_running, all_of_it))
-
-
-def is_read(pipe: Path) -> bool:
-    """Whether somebody reads a named pipe, who waits then for what is never written."""
-    with suppress(OSError):
-        os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # and stays open
-        return True
-    return False
-
-
-def publish_next(folder: Path, scratch: Path, weights: bytes | None = None) -> None:
-    """Puts another model into the folder, with a delta from the one that is there; weights: what stands in that."""
-    made = other_weights(folder, scratch, 0.9, 1.1)
-    write_delta(folder, made)
-    if weights is not None:
-        (made / DELTA / "weights.safetensors").write_bytes(weights)
-    with atomic_folder(folder) as whole:
-        shutil.copytree(made, whole, dirs_exist_ok=True)
 
 
 def version(running: Running) -> str:
