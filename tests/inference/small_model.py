@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import read_example
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.stacking import grow_trees
@@ -123,6 +126,21 @@ def random_inputs(layout: ModelLayout, rows: int, random: np.random.Generator) -
         drawn = random.integers(0, layout.table(each.table).rows, length.sum())
         inputs.ids[each.name] = Ragged(drawn, length) if each.many else drawn
     return inputs
+
+
+def draw_requests(folder: Path, ranker: Ranker, requests: int) -> list[dict[str, Any]]:
+    """Arguments of `Ranker.rank`: users and candidates that the model knows, in the context of its example."""
+    random, names, example = np.random.default_rng(0), ranker.pipeline.schema.columns, read_example(folder)
+    users, candidates = (
+        pq.read_table(folder / "features" / f"latest.{role}.parquet").column(key).combine_chunks()
+        for role, key in (("user", names.user), ("candidate", names.candidate))
+    )
+    drawn = []
+    for _ in range(requests):
+        shown = candidates.take(random.choice(len(candidates), min(50, len(candidates)), replace=False)).to_pylist()
+        user = {names.user: users[int(random.integers(len(users)))].as_py()}
+        drawn.append(example | {"user": user, "candidates": {names.candidate: shown}})
+    return drawn
 
 
 def as_request(table: pa.Table) -> dict[str, Any]:

@@ -10,24 +10,14 @@ import torch
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.inference import export
-from mmoe_rec.inference.export import (
-    Answers,
-    answers_of,
-    as_arrays,
-    check_equal,
-    draw_requests,
-    encode,
-    load_onnx,
-    write_int8,
-    write_onnx,
-)
+from mmoe_rec.inference.export import Answers, answers_of, write_int8
+from mmoe_rec.inference.onnx import Graph, as_arrays, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
-from tests.inference.small_model import ATTENTION, SmallModel, random_inputs
+from tests.inference.small_model import ATTENTION, SmallModel, draw_requests, random_inputs
 from tests.log.small_logs import ALL_KINDS
 
 pytestmark = pytest.mark.thorough
@@ -191,24 +181,6 @@ def test_a_stranger_finds_the_inputs(given: tuple[Path, Ranker, Path]) -> None:
         np.testing.assert_allclose(found[task], values, rtol=1e-5)
 
 
-def test_triton_is_told_of_inputs_and_outputs(given: tuple[Path, Ranker, Path]) -> None:
-    _, ranker, made = given
-    numbers = len(ranker.layout.dense_names(placement=False))
-    assert (made / "config.pbtxt").read_text(encoding="utf-8").splitlines() == [
-        'backend: "onnxruntime"',
-        "max_batch_size: 50",
-        "dynamic_batching { }",
-        'input { name: "ids" data_type: TYPE_INT64 dims: [7] }',
-        'input { name: "ids.tags" data_type: TYPE_INT64 dims: [-1] }',
-        'input { name: "ids.clicked" data_type: TYPE_INT64 dims: [-1] }',
-        'input { name: "ids.liked_items" data_type: TYPE_INT64 dims: [-1] }',
-        f'input {{ name: "numbers" data_type: TYPE_FP32 dims: [{numbers}] }}',
-        'output { name: "predictions" data_type: TYPE_FP32 dims: [3] }',
-        'output { name: "log_score" data_type: TYPE_FP64 dims: [1] reshape: { shape: [] } }',
-        'output { name: "score" data_type: TYPE_FP64 dims: [1] reshape: { shape: [] } }',
-    ]
-
-
 def test_the_readme_runs(given: tuple[Path, Ranker, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made = given[2]
     text = (made / "README.md").read_text(encoding="utf-8")
@@ -216,26 +188,24 @@ def test_the_readme_runs(given: tuple[Path, Ranker, Path], monkeypatch: pytest.M
     exec(compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
 
 
-def test_another_value_is_refused() -> None:
-    random = np.random.default_rng(0)
-    one = {"x": random.random(2000), "score": 1e6 * random.random(2000)}
-    check_equal([(one, one | {"score": one["score"] * (1 + 5e-6)})], chooses=False)
-    wrong = one | {"x": one["x"].copy()}
-    wrong["x"][7] += 1e-4
-    with pytest.raises(UserError, match=r"1 of 2,000 candidates are off, by 0\.0001 at most"):
-        check_equal([(one, wrong)], chooses=False)
-    check_equal([(one, wrong)], chooses=True)
-    wrong["x"][:3] = np.nan
-    with pytest.raises(UserError, match="4 of 2,000 candidates are off"):
-        check_equal([(one, wrong)], chooses=True)
+def test_another_value_is_refused(means: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = Graph.dense
+
+    def off(self: Graph, inputs: torch.Tensor, grown: None) -> tuple[torch.Tensor, ...]:
+        values, *scores = dense(self, inputs, grown)
+        return values + torch.tensor([0.0, 1e-4, 0.0]), *scores
+
+    monkeypatch.setattr(Graph, "dense", off)
+    with pytest.raises(UserError, match=r"does not compute what the model does: .* 'liked' is off by 0\.0001"):
+        write_onnx(means.folder, Ranker.load(means.folder), tmp_path)
 
 
 def test_a_model_that_the_exporter_can_not_follow_is_refused(
     means: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward(self: object, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self: object, inputs: torch.Tensor, grown: None) -> torch.Tensor:
         return inputs if inputs.sum() > 0 else -inputs
 
-    monkeypatch.setattr(export.DensePart, "forward", forward)
+    monkeypatch.setattr(Graph, "dense", forward)
     with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
         write_onnx(means.folder, Ranker.load(means.folder), tmp_path)

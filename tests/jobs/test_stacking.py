@@ -21,7 +21,8 @@ from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.features.encoder import Inputs as ModelInputs
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
-from mmoe_rec.inference.export import add_trees, answers_of, as_arrays, draw_requests, encode, load_onnx, write_onnx
+from mmoe_rec.inference.export import answers_of
+from mmoe_rec.inference.onnx import add_trees, as_arrays, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import stacking
 from mmoe_rec.jobs.stacking import fit_blend, fit_task, is_clearly_less, join_trees
@@ -31,7 +32,7 @@ from mmoe_rec.model.trees import Blend, Trees
 from mmoe_rec.settings.columns import NO_TIME
 from mmoe_rec.settings.model import Trees as Settings
 from mmoe_rec.tracking import registry
-from tests.inference.small_model import ITEMS, SmallModel, as_request, random_inputs
+from tests.inference.small_model import ITEMS, SmallModel, as_request, draw_requests, random_inputs
 from tests.inference.test_ranker import in_request_order, offline
 from tests.log.small_logs import ALL_KINDS
 
@@ -125,7 +126,7 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ranker = Ranker.load(small.folder)
     write_onnx(small.folder, ranker, tmp_path)
     onnx, random = load_onnx(tmp_path), np.random.default_rng(0)
-    assert (tmp_path / "1" / "model.onnx.data").stat().st_size > (tmp_path / "1" / "model.onnx").stat().st_size / 10
+    assert (tmp_path / "model.onnx.data").stat().st_size > (tmp_path / "model.onnx").stat().st_size / 10
     for request in draw_requests(small.folder, ranker, 5):
         found = onnx(encode(ranker, request))
         for task, values in answers_of(ranker.rank(**request)).items():
