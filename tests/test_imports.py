@@ -18,7 +18,10 @@ ORDER = [
     {"preprocessing"},
     {"batches"},
     {"model"},
-    {f"live.{name}" for name in ("__init__", "journal", "duplicates", "event_rows", "journal_files")},
+    {
+        *(f"live.{name}" for name in ("__init__", "journal", "journal_tables", "journal_rows", "journal_files")),
+        *(f"live.{name}" for name in ("event_rows", "row_keys")),
+    },
     {"training", "evaluation", "inference", "profiling"},
     {
         "report",

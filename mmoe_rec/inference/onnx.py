@@ -53,8 +53,7 @@ class Graph(nn.Module):
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
         mixture = copy.deepcopy(ranker.model.mixture)
-        for member in mixture.each_member():
-            member.placement = None
+        mixture.placement = None
         self.model = RankingModel(ranker.model.tables, ranker.layout, mixture).eval()
         set_products(self.model, "blas")
         set_compute(self.model, "dense")

@@ -24,7 +24,8 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, first_line, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.duplicates import EVENT_ID, find_uses
+from mmoe_rec.live.journal_rows import find_uses
+from mmoe_rec.live.row_keys import EVENT_ID
 from mmoe_rec.log.columns import canonical, element_type, list_label_columns
 from mmoe_rec.log.given import check_finite, find_twice, microseconds, to_arrow, value_schema
 from mmoe_rec.log.rows import LogRows

@@ -3,7 +3,9 @@
     journal_about     one row: the journal's id, and up to which position batches were removed
     journal_batches   position -> rows that were accepted together, as an Arrow IPC stream with a checksum
     journal_columns   log and column -> the column's type, from the first row on that has a value
-    journal_cuts, journal_checkpoints, journal_states    see `mmoe_rec.live.journal_files`
+    journal_keys, journal_requests    keys of rows and requests that came before, see `mmoe_rec.live.row_keys`
+    journal_logs      log -> the latest time of its rows; up to where files hold it, and batches of it were removed
+    journal_cuts      see `mmoe_rec.live.journal_files`
 
 The position of a batch is its number: 1, 2, 3 and so on, without a gap. Whoever appends has the database to itself, so
 that a position is never visible before an earlier one. An embedded SQLite database has a file beside it, `FILE-end`,
@@ -18,13 +20,15 @@ import threading
 import uuid
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
@@ -34,6 +38,9 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from mmoe_rec.atomic import flush
 from mmoe_rec.errors import RequestError, UserError, first_line, quoted
+from mmoe_rec.live.journal_tables import ABOUT, BATCHES, COLUMNS, METADATA
+from mmoe_rec.live.row_keys import RowKeys, judge
+from mmoe_rec.log.columns import UTC_MICROSECONDS
 
 ROWS_AT_A_TIME = 65_536
 MOST_BATCH_BYTES = 2**28
@@ -41,30 +48,8 @@ LOCK_SECONDS = 60
 """How long to wait for a process that appends."""
 _ADVISORY_LOCK = 0x6D6D6F65
 _sync = getattr(os, "fdatasync", os.fsync)
-_METADATA = sql.MetaData()
 
-
-_BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
-_TEXT, _BLOB = sql.Text, sql.LargeBinary
-
-
-def _table(name: str, keys: str, /, **columns: Any) -> sql.Table:
-    """keys: the columns of the primary key, divided by spaces."""
-    made = [
-        sql.Column(column, kind, primary_key=column in keys.split(), autoincrement=False, nullable=False)
-        for column, kind in columns.items()
-    ]
-    return sql.Table(f"journal_{name}", _METADATA, *made)
-
-
-ABOUT = _table("about", "id", id=sql.String(32), removed=_BIG)
-BATCHES = _table(
-    "batches", "position", position=_BIG, log=_TEXT, accepted_at=_BIG, rows=sql.Integer, checksum=_BIG, payload=_BLOB
-)
-COLUMNS = _table("columns", "log name", log=_TEXT, name=_TEXT, type=_TEXT)
-CUTS = _table("cuts", "position", position=_BIG)
-CHECKPOINTS = _table("checkpoints", "position log", position=_BIG, log=_TEXT, last_file=_BIG)
-STATES = _table("states", "position log part", position=_BIG, log=_TEXT, part=sql.Integer, checksum=_BIG, data=_BLOB)
+_COUNTED = {"duplicate": "duplicates", "conflict": "conflicts", "out_of_order": "out_of_order"}
 Types = dict[tuple[str, str], str]
 """Log of events, "" for the interaction log, and column -> the column's type."""
 
@@ -74,16 +59,26 @@ class Batch:
     """Rows that were accepted together.
 
     source: name of the log of events, None for the interaction log; accepted_at: microseconds since 1970 UTC, by the
-    clock of the server; table: columns in canonical types (see `mmoe_rec.log.columns`); position: 0 before it has one.
+    clock of the server; table: columns in canonical types (see `mmoe_rec.log.columns`); position: 0 before it has one;
+    counts: rows by outcome, once the batch was appended; keys: tell the rows that count, None if all do.
     """
 
     source: str | None
     accepted_at: int
     table: pa.Table
     position: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+    keys: RowKeys | None = None
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+
+class Appended(NamedTuple):
+    """The position of the last batch of a call, and how many rows of the call are earlier than a row before."""
+
+    position: int
+    out_of_order: int = 0
 
 
 def parse_position(text: object) -> int:
@@ -110,7 +105,7 @@ class Journal:
             _check_file(self._file, create)
         with self.appending() if create else self.reading() as connection:  # appending fails where nothing can be
             if create:
-                _METADATA.create_all(connection)
+                METADATA.create_all(connection)
                 if connection.execute(sql.select(ABOUT.c.id)).first() is None:
                     connection.execute(sql.insert(ABOUT).values(id=uuid.uuid4().hex, removed=0))
             elif not sql.inspect(connection).has_table(ABOUT.name):
@@ -120,10 +115,11 @@ class Journal:
             if create:
                 self._note_end(self._find_end(connection))
 
-    def append(self, *batches: Batch, position: Future[int] | None = None) -> int:
+    def append(self, *batches: Batch, position: Future[Appended] | None = None) -> Appended:
         """Append batches, all or none, and return the position of the last one once they are durable.
 
-        Threads that append meanwhile share a transaction. Batches without rows are left out.
+        Threads that append meanwhile share a transaction. Batches without rows are left out. Duplicate rows are left
+        out of batches with keys, though a batch of duplicates alone has a position.
 
         Args:
             batches: Rows to append.
@@ -166,14 +162,11 @@ class Journal:
         if position > (end := self.end()):
             raise RequestError(f"position {position} lies beyond the journal's end, {end}; is it of another journal?")
 
-    def read(
-        self, after: int, most_rows: int = ROWS_AT_A_TIME, through: int | None = None, leftovers: bool = False
-    ) -> list[Batch]:
+    def read(self, after: int, most_rows: int = ROWS_AT_A_TIME, through: int | None = None) -> list[Batch]:
         """The next batches after a position, until there are so many rows; none where nothing is new.
 
-        through: the last position to read; leftovers: where batches were removed, read those that are left.
-
-        Raises UserError where batches are damaged, lost or were removed; what lies before these is given first.
+        through: the last position to read. Raises UserError where batches are damaged, lost or were removed; what lies
+        before these is given first.
         """
         end = self.end() if through is None else through
         if end < after and through is None:
@@ -183,29 +176,43 @@ class Journal:
         batches, rows = list[Batch](), 0
         with self.reading() as connection:
             removed = _removed(connection)
-            if after < removed and not leftovers:
+            if after < removed:
                 raise UserError(
                     f"batches {after + 1} to {removed} of the journal '{self.name}' were removed: go on with a model "
                     "whose tables hold them"
                 )
-            place, expected = BATCHES.c.position, max(after, removed) + 1
+            place, expected = BATCHES.c.position, after + 1
             query = sql.select(BATCHES).where(place > after, place <= end).order_by(place)
             for row in connection.execution_options(yield_per=16).execute(query):
-                checksum = _checksum(self.id, row.position, row.log, row.accepted_at, row.rows, row.payload)
-                if row.position > expected or row.checksum != checksum:
+                if row.position > expected or (batch := self._decode(row)) is None:
                     if batches:
                         break  # the next read says so
-                    raise UserError(
-                        f"the journal '{self.name}' is damaged at batch {min(row.position, expected)}: restore its "
-                        "files from a copy"
-                    )
-                table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
-                batches.append(Batch(row.log or None, row.accepted_at, table, row.position))
-                rows, expected = rows + row.rows, max(row.position, removed) + 1
+                    raise self._damaged(min(row.position, expected))
+                batches.append(batch)
+                rows, expected = rows + row.rows, row.position + 1
                 if rows >= most_rows:
                     break
         if not batches and expected <= end:
             raise self._lost(after, end)
+        return batches
+
+    def read_log(self, source: str | None, after: int, through: int) -> list[Batch]:
+        """Read the batches of one log after a position up to another one, without those that were removed.
+
+        Raises:
+            UserError: Batches are damaged or lost.
+        """
+        place, batches = BATCHES.c.position, list[Batch]()
+        with self.reading() as connection:
+            first = max(after, _removed(connection))
+            there = sql.select(sql.func.count()).where(place > first, place <= through)
+            if connection.execute(there).scalar_one() < through - first:
+                raise self._lost(first, through)
+            query = sql.select(BATCHES).where(place > after, place <= through, BATCHES.c.log == (source or ""))
+            for row in connection.execution_options(yield_per=16).execute(query.order_by(place)):
+                if (batch := self._decode(row)) is None:
+                    raise self._damaged(row.position)
+                batches.append(batch)
         return batches
 
     def column_types(self) -> Types:
@@ -240,7 +247,7 @@ class Journal:
     def _start(self) -> None:
         """Begins without connections and threads: those that a forked child finds are its parent's."""
         self._engine = _create_engine(self._url)
-        self._waiting, self._writer = dict[Future[int], list[tuple[Batch, bytes]]](), threading.Lock()
+        self._waiting, self._writer = dict[Future[Appended], list[tuple[Batch, bytes]]](), threading.Lock()
         _journals.add(self)
 
     @contextmanager
@@ -264,6 +271,17 @@ class Journal:
             raise self._lost(end[0], marked[0])
         return end
 
+    def _decode(self, row: Any) -> Batch | None:
+        """Return the batch of a row of the table, None if it is damaged."""
+        if row.checksum != _checksum(self.id, row._mapping, row.payload):
+            return None
+        table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
+        counts = {key: getattr(row, name) for key, name in _COUNTED.items()}
+        return Batch(row.log or None, row.accepted_at, table, row.position, {"accepted": row.rows, **counts})
+
+    def _damaged(self, position: int) -> UserError:
+        return UserError(f"the journal '{self.name}' is damaged at batch {position}: restore its files from a copy")
+
     def _lost(self, end: int, marked: int) -> UserError:
         files = "" if self._file is None else f", or remove '{self._file}-end' to go on without what is lost"
         return UserError(
@@ -273,7 +291,7 @@ class Journal:
 
     def _append_together(self) -> None:
         """Append the batches of all calls that still wait when the journal is free."""
-        ends, calls = list[tuple[Future[int], int]](), list[Future[int]]()
+        ends, calls = list[tuple[Future[Appended], Appended]](), list[Future[Appended]]()
         try:
             with self.appending() as connection:
                 end, types = self._find_end(connection), _read_types(connection)
@@ -283,13 +301,13 @@ class Journal:
                         continue  # The caller has given up, and from here on no caller can.
                     calls.append(position)
                     try:
-                        end = self._insert(connection, batches, end, types)
-                        ends.append((position, end[0]))
+                        end, out_of_order = self._insert(connection, batches, end, types)
+                        ends.append((position, Appended(end[0], out_of_order)))
                     except RequestError as error:
                         position.set_exception(error)
             self._note_end(end)
-            for position, last in ends:
-                position.set_result(last)
+            for position, appended in ends:
+                position.set_result(appended)
         except BaseException as error:
             for position in calls:
                 if not position.done():
@@ -298,17 +316,26 @@ class Journal:
 
     def _insert(
         self, connection: Connection, batches: list[tuple[Batch, bytes]], end: tuple[int, int], types: Types
-    ) -> tuple[int, int]:
-        """Inserts batches after the last one; returns position and checksum of the new last one."""
+    ) -> tuple[tuple[int, int], int]:
+        """Insert batches. Returns position and checksum of the new last one, and the number of rows out of order."""
+        out_of_order = 0
         if new := _find_new_types(types, batches):
             types |= new
             columns = [{"log": log, "name": name, "type": kind} for (log, name), kind in new.items()]
             connection.execute(sql.insert(COLUMNS), columns)
         for batch, payload in batches:
-            about = end[0] + 1, batch.source or "", batch.accepted_at, len(batch)
-            end = about[0], _checksum(self.id, *about, payload)
-            connection.execute(sql.insert(BATCHES).values((*about, end[1], payload)))
-        return end
+            log, table, counts = batch.source or "", batch.table, Counter[str]()
+            if batch.keys is not None:
+                judged = judge(connection, log, batch.keys, batch.accepted_at)
+                table, counts = _keep(table, batch.keys.time, judged.accepted, judged.times), judged.counts
+            if table is not batch.table:
+                payload = _encode(table)  # noqa: PLW2901
+            row = {"position": end[0] + 1, "log": log, "accepted_at": batch.accepted_at, "rows": len(table)}
+            row |= {name: counts[key] for key, name in _COUNTED.items()}
+            end = end[0] + 1, _checksum(self.id, row, payload)
+            connection.execute(sql.insert(BATCHES).values(**row, checksum=end[1], payload=payload))
+            out_of_order += counts["out_of_order"]
+        return end, out_of_order
 
     def _note_end(self, end: tuple[int, int]) -> None:
         """Marks the end, before anybody is told of it. A mark may lag behind by what a killed process appended."""
@@ -427,8 +454,19 @@ def _encode(table: pa.Table) -> bytes:
     return payload
 
 
-def _checksum(journal_id: str, position: int, log: str, accepted_at: int, rows: int, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(f"{journal_id} {position} {accepted_at} {rows} {log}".encode()))
+def _keep(table: pa.Table, time: str, rows: list[int], times: np.ndarray) -> pa.Table:
+    """Take the rows that count, with the times of their requests."""
+    kept = table if len(rows) == len(table) else table.take(pa.array(rows, pa.int64()))
+    settled = pa.array(times, pa.int64()).cast(UTC_MICROSECONDS)
+    if kept[time].combine_chunks().equals(settled):
+        return kept
+    return kept.set_column(kept.column_names.index(time), time, settled)
+
+
+def _checksum(journal_id: str, row: Mapping[str, Any], payload: bytes) -> int:
+    """Checksum a batch, given the values of its row in the table."""
+    about = " ".join(str(row[name]) for name in ("position", "accepted_at", "rows", *_COUNTED.values(), "log"))
+    return zlib.crc32(payload, zlib.crc32(f"{journal_id} {about}".encode()))
 
 
 def _removed(connection: Connection) -> int:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.live.duplicates import Duplicates, NewRows
 from mmoe_rec.live.event_rows import MOST_ROWS, RowChecks
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
-from mmoe_rec.live.journal_files import find_removed_logs, read_on
+from mmoe_rec.live.journal_files import find_removed_logs
+from mmoe_rec.live.journal_rows import JournalRows, join_by_log
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.preprocessing.logs import read_held_files
 from mmoe_rec.settings.schema import Schema
@@ -38,7 +38,7 @@ class ModelUpdate:
     """What was read of the journal and is to be learnt. new: rows by log; position: up to where; accepted_at: of the
     batches, microseconds; prepared: what the model can take; counts: rows by outcome."""
 
-    new: Mapping[str | None, NewRows]
+    new: Mapping[str | None, JournalRows]
     position: int
     accepted_at: list[int]
     prepared: Any = None
@@ -59,7 +59,6 @@ class Learning:
         require_all(self.schema, "a journal of events")
         self.checks = RowChecks(ranker.pipeline, most_rows)
         self._waiting: ModelUpdate | None = None
-        self._error: Exception | None = None
         self._has_ended = False
         self._lock = threading.Lock()
         self._told_of = set[str]()
@@ -77,7 +76,6 @@ class Learning:
             )
         through = int(about["through"]) if about is not None and self._is_known else 0
         self.position = max(through, self.journal.removed())
-        self.duplicates = Duplicates(self.schema)
         taken = read_held_files(features)
         self._begin(through, None if taken is None else taken.last_segments(self.journal.id, self.schema.events))
         self.gap: str | None = None
@@ -90,19 +88,21 @@ class Learning:
             _log.warning("%s", self.gap)
 
     def _begin(self, through: int, held: Mapping[str | None, int] | None) -> None:
-        """Restores what is remembered at the position from which the model goes on.
+        """Learn the events that the tables lack before the position from which the model goes on.
 
-        Of logs of events of which the tables lack rows up to there, as no model that has them was refreshed, it learns
-        these first. held: log -> the last cut whose file the tables hold.
+        Those are of logs that no refreshed model has, so that no file of the model's logs holds them.
+
+        Args:
+            through: The position up to which the tables know the journal.
+            held: For each log the last cut whose file the tables hold, None if that is unknown.
         """
-        lacking: dict[str | None, list[NewRows]] = {}
-        for cut, rows in read_on(self.journal, self.duplicates, self.position, self.position):
-            for source, each in rows.items():
-                if source is not None and cut > (through if held is None else held[source]):
-                    lacking.setdefault(source, []).append(each)
+        lacking = dict[str | None, JournalRows]()
+        for source in self.schema.events:
+            after = through if held is None else held[source]
+            if after < self.position and (batches := self.journal.read_log(source, after, self.position)):
+                lacking[source] = JournalRows.join(batches, self.schema)
         if lacking:
-            together = {source: NewRows.join(parts) for source, parts in lacking.items()}
-            self._waiting = ModelUpdate(together, self.position, [])
+            self._waiting = ModelUpdate(lacking, self.position, [])
 
     def _tell_of(self, logs: Iterable[str]) -> None:
         """Says once which logs of events the journal has that the model does not read; other models may."""
@@ -134,23 +134,16 @@ class Learning:
     def read(self, most_rows: int = ROWS_AT_A_TIME) -> ModelUpdate | None:
         """Reads what is new, and prepares what the model is to take; None where nothing is new.
 
-        Raises UserError where the journal is damaged. What was read is tried again after an error, but not where it
-        could not be told from duplicates: then the error comes again and again, until a model is loaded anew.
+        Raises UserError where the journal is damaged. Rows that were read are tried again after an error.
         """
         with self._lock:
             if self._has_ended:
                 return None
-            if self._error is not None:
-                raise self._error
             if self._waiting is None:
                 if not (batches := self.journal.read(self.position, most_rows)):
                     return None
-                try:
-                    new = self.duplicates.filter(batches)
-                except Exception as error:
-                    self._error = error
-                    raise
-                self._tell_of(self.duplicates.unknown)
+                self._tell_of(batch.source for batch in batches if batch.source is not None)
+                new = join_by_log(batches, self.schema)
                 self._waiting = ModelUpdate(new, batches[-1].position, [each.accepted_at for each in batches])
             counts, rows = Counter[str](), dict[str | None, LogRows]()
             for source, each in self._waiting.new.items():

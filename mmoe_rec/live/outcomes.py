@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import request_log as names
-from mmoe_rec.live.duplicates import EVENT_ID
 from mmoe_rec.live.outcome_files import BEGIN, JoinState, OutcomeSource, Runs, open_runs
+from mmoe_rec.live.row_keys import EVENT_ID
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
 from mmoe_rec.log.database import open_database

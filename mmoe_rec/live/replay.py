@@ -27,7 +27,8 @@ from mmoe_rec.inference.reader import PARTS
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score_files import known_rows
 from mmoe_rec.live import request_log as names
-from mmoe_rec.live.journal import Batch, Journal
+from mmoe_rec.live.journal import Journal
+from mmoe_rec.live.journal_rows import make_batch
 from mmoe_rec.live.request_log import Record, hash_features, write_file
 from mmoe_rec.live.served_rows import LogEvents, Period, compare, read_logged
 from mmoe_rec.locks import writing
@@ -242,7 +243,7 @@ class LiveModel:
     def send(self, table: pa.Table, log: str | None) -> None:
         """Accepts events of the interaction log (None), or of a named log, and learns them."""
         checked = self._learning.checks.read_table(log, table)
-        self._learning.journal.append(Batch(log, time.time_ns() // 1_000, checked))
+        self._learning.journal.append(make_batch(log, checked, self._learning.schema))
         self._learning.catch_up()
 
     def rank(self, request: dict[str, Any], explain: bool) -> Ranking:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,10 @@ from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.live.duplicates import NewRows
 from mmoe_rec.live.event_rows import RowChecks
-from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.learning import Learning
+from mmoe_rec.live.journal import Appended, Journal
+from mmoe_rec.live.journal_rows import JournalRows, make_batch
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.server.calls import ARROW, is_json, parse_json, read_body, reply_to, type_of, wait_until_gone
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
@@ -49,8 +46,6 @@ class Accepting:
     def __init__(self, limits: Serving, journal: str, metrics: Metrics, following: Following, passes: Passes) -> None:
         self._limits, self._metrics, self._following, self._passes = limits, metrics, following, passes
         self._journal = Journal(journal)
-        self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
-        self._lock = threading.Lock()
         self._next_wait = 0.0
         self.places = Places(self._limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
@@ -63,7 +58,7 @@ class Accepting:
 
     async def _accept(self, request: Request) -> bytes:
         """Append the rows of a call, unless its time is over or its caller leaves before they are being written."""
-        loop, limit, position = asyncio.get_running_loop(), self._limits.answer_seconds, Future[int]()
+        loop, limit, position = asyncio.get_running_loop(), self._limits.answer_seconds, Future[Appended]()
         sentence = f"/events: no row was appended within {limit:g} seconds (setting `serving.answer_seconds`)"
         late = Refused(503, f"{sentence}. Send the call again.", "too_long", "TEMPORARILY_UNAVAILABLE", 1)
         try:
@@ -124,36 +119,26 @@ class Accepting:
             raise Refused(400, str(error), "body") from None
         return log, table, _lacking(log, checks, table, rows)
 
-    def _append(self, source: str | None, table: pa.Table, lacking: Lacking, appended: Future[int]) -> dict[str, Any]:
+    def _append(
+        self, source: str | None, table: pa.Table, lacking: Lacking, appended: Future[Appended]
+    ) -> dict[str, Any]:
         learning = self._following.learning
         try:
             if lacking:
                 table = _completed(learning.ranker, table, lacking)
-            order, newest = self._order(learning, source, table)
-            position = self._journal.append(Batch(source, time.time_ns() // 1_000, table), position=appended)
+            rows = JournalRows(source, table, Counter())
+            late = rows.count_late(learning.schema, learning.ranker.tables_known)
+            ignored = learning.count_known(rows.rows(learning.schema).times())
+            position, out_of_order = self._journal.append(make_batch(source, table, learning.schema), position=appended)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
             raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
-        with self._lock:
-            self._newest[source] = max(newest, self._newest.get(source, NEVER))
         self._metrics.events.labels(source or "").inc(len(table))
         self._following.look_at_once()
-        return {"accepted": len(table), **order, "position": str(position)}
-
-    def _order(self, learning: Learning, source: str | None, table: pa.Table) -> tuple[dict[str, int], int]:
-        """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
-        far as this process has accepted or learnt any; and the latest time."""
-        rows = NewRows(source, table, Counter())
-        times = rows.rows(learning.schema).times()
-        with self._lock:
-            newest = max(learning.duplicates.newest[source], self._newest.get(source, NEVER))
-        before = np.maximum.accumulate(np.append(newest, times))
-        late = rows.count_late(learning.schema, learning.ranker.tables_known)
-        order = {"late": late, "out_of_order": int(np.sum(times < before[:-1]))}
-        ignored = learning.count_known(times)
-        return order | ({"ignored": ignored} if ignored else {}), int(before[-1])
+        reply = {"accepted": len(table), "late": late, "out_of_order": out_of_order}
+        return reply | ({"ignored": ignored} if ignored else {}) | {"position": str(position)}
 
 
 def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:

@@ -15,10 +15,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.live.duplicates import Duplicates
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_files import read_on
-from mmoe_rec.settings.schema import Schema
 from tests.processes import until
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
@@ -45,13 +42,6 @@ def every_batch(journal: Journal, after: int = 0, most_rows: int = 1000) -> Iter
 def all_numbers(journal: Journal) -> list[int]:
     """The numbers of all batches of a journal."""
     return numbers_in(list(every_batch(journal)))
-
-
-def duplicates_at(journal: Journal, schema: Schema, position: int) -> Duplicates:
-    """What a server remembers that begins at a position."""
-    duplicates = Duplicates(schema)
-    list(read_on(journal, duplicates, position, position))
-    return duplicates
 
 
 class PostgreSQL:
@@ -119,7 +109,7 @@ def append_and_tell(address: str, writer: int, count: int, threads: int) -> None
 
     def append(number: int) -> None:
         first = writer * THOUSANDS + 2 * number
-        position = journal.append(batch(first, first + 1, text="y" * (number % 50)))
+        position, _ = journal.append(batch(first, first + 1, text="y" * (number % 50)))
         sys.stdout.write(f"{first} {position}\n")
         sys.stdout.flush()
 

@@ -17,7 +17,8 @@ import sqlalchemy as sql
 
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.live import journal as module
-from mmoe_rec.live.journal import BATCHES, Batch, Journal, parse_position
+from mmoe_rec.live.journal import Appended, Batch, Journal, parse_position
+from mmoe_rec.live.journal_tables import BATCHES
 from tests.fork_server import call
 from tests.live.journals import (
     THOUSANDS,
@@ -28,24 +29,8 @@ from tests.live.journals import (
     every_batch,
     follow_and_tell,
     numbers_in,
-    postgresql,
 )
 from tests.processes import until
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgreSQL]:
-    with postgresql() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of a journal that is not there yet."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'journal.db'}"
-    server: PostgreSQL = request.getfixturevalue("postgres")
-    return server.new_address()
 
 
 @pytest.fixture
@@ -61,8 +46,8 @@ def test_batches_come_back_as_they_were(address: str) -> None:
         pa.table({"id": ["b"] * 4000}).slice(7, 3000),
     ]
     journal = Journal(address)
-    assert journal.append(Batch(None, 5, tables[0]), Batch("views", 3, tables[1])) == 2
-    assert journal.append(Batch(None, 9, tables[2])) == journal.append() == journal.append(batch()) == 3
+    assert journal.append(Batch(None, 5, tables[0]), Batch("views", 3, tables[1])).position == 2
+    assert journal.append(Batch(None, 9, tables[2])) == journal.append() == journal.append(batch()) == (3, 0)
     batches = list(every_batch(Journal(address, create=False)))
     assert [(each.source, each.accepted_at, each.position) for each in batches] == [
         (None, 5, 1),
@@ -78,7 +63,7 @@ def test_reading_goes_on_from_each_position(address: str) -> None:
     assert journal.end() == 0
     assert journal.read(0) == []
     for number in range(12):
-        assert journal.append(batch(2 * number, 2 * number + 1)) == number + 1
+        assert journal.append(batch(2 * number, 2 * number + 1)).position == number + 1
     for after in range(13):
         assert numbers_in(list(every_batch(journal, after, most_rows=1))) == list(range(2 * after, 24))
     assert [len(journal.read(0, most_rows)) for most_rows in (1, 2, 3, 1000)] == [1, 1, 2, 12]
@@ -123,7 +108,7 @@ def test_threads_share_a_transaction_and_one_threads_error_is_its_own(
         each.startswith("row 1: column 'number' holds string, but int64 in earlier rows") for each in errors.values()
     )
     assert counts == [1], "also those that came while the first one waited"
-    positions = {number: each.result() for number, each in enumerate(waiting) if number not in errors}
+    positions = {number: each.result().position for number, each in enumerate(waiting) if number not in errors}
     assert {each.position: each.table["number"][0].as_py() for each in every_batch(journal, 1)} == {
         position: number for number, position in positions.items()
     }
@@ -132,18 +117,18 @@ def test_threads_share_a_transaction_and_one_threads_error_is_its_own(
 def test_nothing_is_appended_for_a_caller_who_gives_up(address: str) -> None:
     """Whether it waits for the database, for another thread, or has not begun to wait."""
     journal, other = Journal(address), Journal(address)
-    positions = [Future[int]() for _ in range(6)]
+    positions = [Future[Appended]() for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
         with other.appending():
             calls = [pool.submit(journal.append, batch(n), position=each) for n, each in enumerate(positions[:5])]
             until(lambda: len(journal._waiting) == 5)
             assert all(each.cancel() for each in (*positions[:3], positions[5]))
-        assert sorted(each.result() for each in calls[3:]) == [1, 2]
+        assert sorted(each.result().position for each in calls[3:]) == [1, 2]
         assert all(isinstance(each.exception(), CancelledError) for each in calls[:3])
     with pytest.raises(CancelledError):
         journal.append(batch(5), position=positions[5])
     assert not any(each.cancel() for each in positions[3:5]), "as it is too late"
-    assert journal.append(batch(6)) == 3
+    assert journal.append(batch(6)).position == 3
     assert sorted(all_numbers(journal)) == [3, 4, 6]
 
 
@@ -157,7 +142,7 @@ def test_a_failure_of_one_transaction_leaves_nothing_to_the_next(address: str, m
         patch.setattr(Journal, "appending", fails)
         with pytest.raises(UserError, match="the disk is gone"):
             journal.append(batch(0))
-    assert journal.append(batch(1)) == 1
+    assert journal.append(batch(1)).position == 1
     assert all_numbers(journal) == [1]
 
 
@@ -237,7 +222,7 @@ def test_a_writer_that_never_ends_is_told(address: str, monkeypatch: pytest.Monk
     other = Journal(address, create=False)
     with journal.appending(), pytest.raises(UserError, match=r"can't be written, so nothing was appended: .*lock"):
         other.append(batch(1))
-    assert other.append(batch(2)) == 1
+    assert other.append(batch(2)).position == 1
 
 
 @contextmanager
@@ -345,10 +330,10 @@ def test_lost_batches_are_told(file: Path) -> None:
         with pytest.raises(UserError, match=r"ends with batch 4, and 6 were acknowledged; restore .*journal.db-end'"):
             fails()
     Path(f"{file}-end").unlink()
-    assert Journal(file).append(batch(9)) == 5
+    assert Journal(file).append(batch(9)).position == 5
 
 
-@pytest.mark.parametrize("column", ["log", "accepted_at", "rows", "checksum", "payload", "position"])
+@pytest.mark.parametrize("column", ["log", "accepted_at", "rows", "duplicates", "checksum", "payload", "position"])
 def test_a_batch_that_was_changed_is_told(address: str, column: str) -> None:
     journal = Journal(address)
     for number in range(3):
@@ -391,14 +376,14 @@ def test_nothing_that_was_acknowledged_is_lost_when_writers_are_killed(address: 
             acknowledged |= _acknowledged(writer.stdout)
     journal = Journal(address)
     assert len(acknowledged) > 8 * turns
-    assert journal.append(batch(-2, -1)) > max(acknowledged.values())
+    assert journal.append(batch(-2, -1)).position > max(acknowledged.values())
     _check_writers(journal, acknowledged)
 
 
 def append_and_die(address: str, step: str) -> None:
     """Appends two batches, and kills itself at a step of the second one. It is called in a process of its own."""
     journal = Journal(address)
-    print(1, journal.append(batch(1, 2)), flush=True)
+    print(1, journal.append(batch(1, 2)).position, flush=True)
     method = "_insert" if step == "before the commit" else "_note_end"
     begin = getattr(Journal, method)
 
@@ -421,7 +406,7 @@ def test_a_kill_at_any_step_of_an_append_loses_nothing(address: str, step: str) 
     journal = Journal(address)
     expected = [1, 2] if step == "before the commit" else [1, 2, 3, 4]
     assert all_numbers(journal) == expected
-    assert journal.append(batch(5, 6)) == len(expected) // 2 + 1
+    assert journal.append(batch(5, 6)).position == len(expected) // 2 + 1
     _check_writers(journal, _acknowledged(writer.stdout))
 
 
@@ -456,5 +441,5 @@ def test_nothing_is_lost_when_postgresql_crashes(postgres: PostgreSQL) -> None:
     postgres.start()
     acknowledged = _acknowledged(writer.stdout)
     assert len(acknowledged) > 20
-    assert journal.append(batch(-2, -1)) > max(acknowledged.values())
+    assert journal.append(batch(-2, -1)).position > max(acknowledged.values())
     _check_writers(journal, acknowledged)

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,15 +13,15 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live import journal_files
-from mmoe_rec.live.duplicates import Duplicates
 from mmoe_rec.live.event_rows import RowChecks
-from mmoe_rec.live.journal import BATCHES, CHECKPOINTS, STATES, Batch, Journal
+from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.journal_files import cut_journal, find_removed_logs, remove_batches, write_files
+from mmoe_rec.live.journal_rows import join_by_log, make_batch
+from mmoe_rec.live.journal_tables import BATCHES, LOGS
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.schema import Schema
-from tests.live.journals import duplicates_at
 from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, schema_of, times_of
 from tests.preprocessing.growing_log import Growing
 
@@ -50,11 +49,11 @@ def _post(journal: Journal, growing: Growing, start: float, end: float, size: in
     for first in range(0, max(len(rows), len(events)), size):
         batches = []
         if len(part := rows.slice(first, size)):
-            batches.append(Batch(None, 0, checks.read_table(None, part)))
+            batches.append(make_batch(None, checks.read_table(None, part), pipeline.schema))
         if len(part := events.slice(first, size)):
             numbers = pa.array(range(int(1000 * start) + first, int(1000 * start) + first + len(part)))
             part = part.append_column("event_id", numbers)
-            batches.append(Batch("purchases", 0, checks.read_table("purchases", part)))
+            batches.append(make_batch("purchases", checks.read_table("purchases", part), pipeline.schema))
         for _ in range(1 + (first // size % 3 == 0)):
             journal.append(*batches)
 
@@ -67,10 +66,10 @@ def _write(
 
 def _live(growing: Growing, journal: Journal, most_rows: int = 1000) -> dict[str | None, list[pa.Table]]:
     """What a reader holds."""
-    duplicates, after = Duplicates(growing.schema), 0
+    after = 0
     tables: dict[str | None, list[pa.Table]] = {}
     while batches := journal.read(after, most_rows):
-        for source, rows in duplicates.filter(batches).items():
+        for source, rows in join_by_log(batches, growing.schema).items():
             tables.setdefault(source, []).append(rows.table)
         after = batches[-1].position
     return tables
@@ -84,7 +83,7 @@ def journal(tmp_path: Path) -> Journal:
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one refresh cuts a journal several times."""
-    monkeypatch.setattr(journal_files, "ROWS_OF_A_FILE", 50)
+    monkeypatch.setattr(journal_files, "ROWS_OF_A_FILE", 20)
 
 
 @pytest.mark.usefixtures("small_files")
@@ -142,7 +141,7 @@ def test_files_hold_what_readers_hold(growing, journal, most_rows):
 
 @pytest.mark.usefixtures("small_files")
 def test_files_are_written_once_and_alike(growing, journal):
-    """After a crash before the checkpoint, what is there stays as it is, and what lacks is written alike."""
+    """After a crash before the end is noted, what is there stays as it is, and what lacks is written alike."""
     _post(journal, growing, 8, 9)
     through = cut_journal(journal)
     written = _write(growing, journal)
@@ -150,8 +149,7 @@ def test_files_are_written_once_and_alike(growing, journal):
     assert all(path.name.startswith(f"journal-{journal.id}-00000000") for path in written.files)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in written.files}
     with journal.appending() as connection:
-        connection.execute(sql.delete(CHECKPOINTS))
-        connection.execute(sql.delete(STATES))
+        connection.execute(sql.update(LOGS).values(written=0))
     again = _write(growing, journal, through)
     assert (again.files, again.counts) == (written.files, written.counts)
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in again.files}
@@ -181,7 +179,7 @@ def test_what_has_no_row_that_counts_gives_no_file(growing, journal):
         {"user": [5], "item": [3], "brand": ["a"], "bought_at": pa.array([START]).cast(_UTC), "event_id": [1]}
     )
     for _ in range(2):
-        journal.append(Batch("purchases", 0, table))
+        journal.append(make_batch("purchases", table, growing.schema))
         cut_journal(journal)
     written = _write(growing, journal)
     assert [path.parent.name for path in written.files] == ["events"], "what the second cut holds came before"
@@ -254,7 +252,7 @@ def test_places_that_take_no_files(growing, journal, tmp_path, source, sentence)
     assert "`data.log`" in str(error.value)
     assert files_of(tmp_path / "log") == before
     with journal.reading() as connection:
-        assert connection.execute(sql.select(CHECKPOINTS)).all() == [], "nothing says that they were written"
+        assert not any(each.written for each in connection.execute(sql.select(LOGS))), "nothing says they were written"
 
 
 def test_patterns_that_take_files(growing, tmp_path):
@@ -266,12 +264,6 @@ def test_patterns_that_take_files(growing, tmp_path):
         assert len(own) == 1
         assert str(own[0]) in {file.address for file in Log(source.format(tmp_path), growing.schema).files}
         own[0].unlink()
-
-
-def _same(one: Duplicates, other: Duplicates) -> None:
-    for log in one.sources:
-        for name, values in one.to_arrays(log).items():
-            np.testing.assert_array_equal(other.to_arrays(log)[name], values)
 
 
 def _batches(journal: Journal) -> list[int]:
@@ -294,18 +286,14 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     _post(journal, growing, 8, 10, size=11)  # all of it once more, in other batches
     third = cut_journal(journal)
     assert _write(growing, journal, third, after=second).counts[None]["accepted"] == 0
-    expected = duplicates_at(journal, growing.schema, second)
     remove_batches(journal, first)
     remove_batches(journal, first)
     assert (journal.removed(), journal.end(), _batches(journal)[0]) == (first, third, first + 1)
     with pytest.raises(UserError, match="were removed: go on with a model whose tables hold them"):
         journal.read(first - 1)
-    _same(duplicates_at(journal, growing.schema, second), expected)
     assert counts["purchases"]["accepted"] > 0
     remove_batches(journal, second)
-    duplicates = duplicates_at(journal, growing.schema, second)
-    _same(duplicates, expected)
-    again = duplicates.filter(journal.read(second))[None].counts
+    again = join_by_log(journal.read(second), growing.schema)[None].counts
     assert (again["accepted"], again["duplicate"] > 20) == (0, True), "all of these came in batches that are gone"
     assert find_removed_logs(journal, growing.schema, first) == [None, "purchases"]
     assert find_removed_logs(journal, growing.schema, second) == []
@@ -313,22 +301,11 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     remove_batches(journal, first)  # by the refresh of a model that is behind
     assert (_batches(journal), journal.end(), Journal(journal.name).end()) == ([], third, third)
     assert find_removed_logs(journal, growing.schema, first) == [None, "purchases"]
-    assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))) == third + 1
+    assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))).position == third + 1
     assert [each.position for each in journal.read(third)] == [third + 1]
 
 
-@pytest.mark.parametrize("change", [{"data": b"PK"}, {"checksum": 5}, {"part": 1}])
-def test_a_damaged_checkpoint_is_told(growing, journal, change):
-    _post(journal, growing, 8, 9)
-    through = cut_journal(journal)
-    _write(growing, journal)
-    with journal.appending() as connection:
-        connection.execute(sql.update(STATES).where(STATES.c.log == "purchases").values(change))
-    with pytest.raises(UserError, match="is damaged at what it remembers of log 'purchases'"):
-        duplicates_at(journal, growing.schema, through)
-
-
-LOGS = ("purchases", "returns")
+EVENTS = ("purchases", "returns")
 
 
 def _schema(folder: Path, *logs: str) -> Schema:
@@ -342,7 +319,17 @@ def _schema(folder: Path, *logs: str) -> Schema:
 
 def _events(log: str, *numbers: int) -> Batch:
     times, ids = pa.array([START + number for number in numbers]).cast(_UTC), pa.array(numbers, pa.int64())
-    return Batch(log, 0, pa.table({"user": ids, "item": ids, "bought_at": times, "event_id": ids}))
+    table = pa.table({"user": ids, "item": ids, "bought_at": times, "event_id": ids})
+    histories = {"of": {"kind": "history", "events": log, "of": "item", "length": 3}}
+    schema = schema_of({**ALL_KINDS, **histories}, events={log: {"path": log, "time": "bought_at"}})
+    return make_batch(log, table, schema)
+
+
+def _known(journal: Journal, batch: Batch) -> Counter[str]:
+    """The outcomes of a batch's rows that are sent now."""
+    position, _ = journal.append(batch)
+    (found,) = journal.read(position - 1)
+    return Counter(found.counts)
 
 
 def _refresh(folder: Path, journal: Journal, schema: Schema, held: int) -> tuple[int, dict[str | None, Counter[str]]]:
@@ -358,23 +345,21 @@ def _events_in(folder: Path, log: str) -> list[int]:
 
 @pytest.mark.parametrize("remove", [False, True])
 def test_each_model_remembers_the_events_of_its_own_logs(journal: Journal, tmp_path: Path, remove: bool) -> None:
-    schemas, known = [_schema(tmp_path, log) for log in LOGS], [0, 0]
+    schemas, known = [_schema(tmp_path, log) for log in EVENTS], [0, 0]
     for turn in range(3):
         numbers = range(10 * turn, 10 * turn + 10)
-        for log in LOGS:
+        for log in EVENTS:
             journal.append(_events(log, *numbers))
         for model in (0, 1) if turn % 2 else (1, 0):
             journal.append(_events("of nobody", turn))  # so that each model's refresh cuts the journal
             known[model], counts = _refresh(tmp_path, journal, schemas[model], known[model])
-            assert counts[LOGS[model]] == Counter(accepted=10)
+            assert counts[EVENTS[model]] == Counter(accepted=10, duplicate=10 * turn)
         if remove and turn == 1:
             remove_batches(journal, min(known))
-        for model, schema in enumerate(schemas):
-            # A server of this model, or its next refresh, goes on from there.
-            duplicates = duplicates_at(journal, schema, max(known[model], journal.removed()))
-            again = duplicates.filter([_events(LOGS[model], *range(10 * turn + 10))])
-            assert again[LOGS[model]].counts == Counter(duplicate=10 * turn + 10)
-    for log in LOGS:
+        for model in (0, 1):
+            again = _events(EVENTS[model], *range(10 * turn + 10))
+            assert _known(journal, again) == Counter(duplicate=10 * turn + 10)
+    for log in EVENTS:
         assert _events_in(tmp_path, log) == list(range(30))
 
 
@@ -384,7 +369,7 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
     journal: Journal, tmp_path: Path, more: bool, remove: bool
 ) -> None:
     """Also where a model was trained since, and takes them for known by the names of other logs' files."""
-    one, other = (_schema(tmp_path, log) for log in LOGS)
+    one, other = (_schema(tmp_path, log) for log in EVENTS)
     journal.append(_events("purchases", 1, 2), _events("returns", 1, 2))
     first, _ = _refresh(tmp_path, journal, one, 0)
     (file,) = (tmp_path / "purchases").iterdir()
@@ -401,8 +386,7 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
     assert _refresh(tmp_path, journal, other, through) == (through, {})
     remove_batches(journal, through)
     assert _batches(journal) == []
-    duplicates = duplicates_at(journal, other, through)
-    assert duplicates.filter([_events("returns", 1, 2)])["returns"].counts == Counter(duplicate=2)
+    assert _known(journal, _events("returns", 1, 2)) == Counter(duplicate=2)
     assert find_removed_logs(journal, one, 0) == ["purchases"]
     assert find_removed_logs(journal, other, 0) == ["returns"]
 
@@ -411,7 +395,7 @@ def test_rows_that_a_checkpoint_holds_do_not_come_again(journal: Journal, tmp_pa
     """Where another log of the same model has none, and so is read from the beginning."""
     journal.append(_events("purchases", 1), _events("returns", 1), _events("purchases", 2))
     first, _ = _refresh(tmp_path, journal, _schema(tmp_path, "purchases"), 0)
-    assert _refresh(tmp_path, journal, _schema(tmp_path, *LOGS), first) == (first, {"returns": Counter(accepted=1)})
+    assert _refresh(tmp_path, journal, _schema(tmp_path, *EVENTS), first) == (first, {"returns": Counter(accepted=1)})
 
 
 def test_rows_that_tables_know_already_are_left_out(journal: Journal, tmp_path: Path) -> None:
