@@ -153,12 +153,10 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
     source: name of the log of events that it remembers, None for the interaction log itself; task: whose labels;
     matures_after: microseconds after which a label is known; by: the columns that make the key; label: the task whose
     labels make rows of the interaction log events, if any: they are sent once, with the label, as look-ups; numbers:
-    results that are standardised; together: whether a request gives all results or none; memory: the events, where they
-    are held in this process.
+    results that are standardised; memory: the events, where they are held in this process.
     """
 
     label: str | None = None
-    together = False
 
     def __init__(self, name: str, feature: Any, shared: Shared, by: tuple[str, ...]) -> None:
         super().__init__(name, feature, shared)

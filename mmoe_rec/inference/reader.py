@@ -20,7 +20,7 @@ from mmoe_rec.errors import RequestError, UserError, quoted, suggest
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
-from mmoe_rec.log.given import find_twice, plain, plain_option, to_arrow, value_schema
+from mmoe_rec.log.given import find_twice, plain, plain_option, to_arrow
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
 from mmoe_rec.model.layout import ModelTask
@@ -239,43 +239,20 @@ class RequestReader:
             if role != "placement"
         }
         self._log_columns = list(self._columns)
-        self._together: dict[str, list[str]] = {}  # results that are given with all others of their feature, or not
         # A log's own column comes first: that is what a feature would read.
         for name, memory in pipeline.memory_encoders.items():
-            results = memory.result_columns()
-            for column, (use, kind) in results.items():
+            for column, (use, kind) in memory.result_columns().items():
                 self._columns.setdefault(column, RequestColumn(column, schema.role_of(name), use, kind))
-                if memory.together and len(results) > 1:
-                    self._together[column] = [each for each in results if each != column]
         if (request := names.request) is not None:  # features may not read it, and the server logs it
             self._columns.setdefault(request, RequestColumn(request, "context", "key", types.get(request)))
         self._unread = {n: r for n, r in schema.column_roles.items() if n not in inputs and n not in self._columns}
 
-    def json_schema(self) -> dict[str, dict[str, Any]]:
-        """What a request's `user`, `context` and `candidates` may hold, as JSON Schema."""
-        names, unit = self.schema.columns, self.schema.columns.time_unit
-        sizes = dict(chain.from_iterable(each.list_lengths.items() for each in self.schema.features.values()))
-        parts: dict[str, dict[str, Any]] = {}
-        for role, part in PARTS.items():
-            own = {
-                each.name: value_schema(each.use, each.expected, unit, each.booleans, sizes.get(each.name))
-                for each in self._columns.values()
-                if each.role == role and each.name not in self._unread
-            }
-            for name in own.keys() & {names.user, names.candidate}:
-                own[name]["type"].remove("null")
-            own |= {name: {} for name, each in self._unread.items() if each == role}  # which nobody looks at
-            required = [name for name in own if name in (names.user, names.candidate) or name in self._uncompleted]
-            together = {name: others for name, others in self._together.items() if name in own}
-            if role == "candidate":
-                most = self.max_candidates
-                own = {
-                    name: {"type": "array", "items": each, "minItems": 1, "maxItems": most}
-                    for name, each in own.items()
-                }
-            parts[part] = {"type": "object", "properties": own, "required": required, "additionalProperties": False}
-            parts[part] |= {"dependentRequired": together} if together else {}
-        return parts
+    def describe_parts(self) -> dict[str, dict[str, str]]:
+        """Return the columns of each part of a request, with their types in the log or else their use."""
+        return {
+            part: {each.name: str(each.expected or each.use) for each in self._columns.values() if each.role == role}
+            for role, part in PARTS.items()
+        }
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:
         """A row for each of the candidates of requests (at least one) that give the same columns, in order.

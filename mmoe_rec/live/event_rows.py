@@ -14,7 +14,6 @@ import struct
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,9 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.journal_rows import find_uses
 from mmoe_rec.live.row_keys import EVENT_ID
 from mmoe_rec.log.columns import canonical, element_type, list_label_columns
-from mmoe_rec.log.given import check_finite, find_twice, microseconds, to_arrow, value_schema
+from mmoe_rec.log.given import check_finite, find_twice, microseconds, to_arrow
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.values import LARGEST, event_value_checks, find_first_fault, log_value_checks, take_part
+from mmoe_rec.log.values import event_value_checks, find_first_fault, log_value_checks, take_part
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Remembering, Schema
@@ -80,38 +79,6 @@ class RowChecks:
         """Columns of users and candidates that features read, and that rows of the interaction log may leave out."""
         # Columns of a role that no feature reads are left out, as those of a request are.
         self._unread = schema.column_roles.keys() - self._columns[None].keys()
-
-    def json_schema(self) -> dict[str, Any]:
-        """What a call of events may hold, as JSON Schema."""
-        columns, unit = self.schema.columns, self.schema.columns.time_unit
-        sizes = dict(chain.from_iterable(each.list_lengths.items() for each in self.schema.features.values()))
-        never_null = {columns.user, columns.candidate, columns.time, columns.request, columns.weight}
-        ends: dict[str | None, dict[str, Any]] = {columns.sampling_rate: {"minimum": 1e-30, "maximum": 1.0}}
-        ends[columns.weight] = {"minimum": 1e-20, "maximum": 1e20}
-        binary, number = {"minimum": 0, "maximum": 1, "multipleOf": 1}, {"minimum": -LARGEST, "maximum": LARGEST}
-        for task in self.schema.tasks.values():
-            ends[task.label] = binary if task.kind == "binary" else number
-        calls = []
-        for source, its in self._columns.items():
-            rows: dict[str, dict[str, Any]] = {name: {} for name in (self._unread if source is None else ())}
-            for name, column in its.items():
-                each = value_schema(column.use, column.expected, unit, column.booleans, sizes.get(name))
-                rows[name] = each
-                if name in (never_null if source is None else {self.schema.events[source].time}):
-                    each["type"].remove("null")
-                if source is None:
-                    each |= ends.get(name, {})
-                if "string" in each.get("items", each)["type"]:
-                    each.get("items", each)["maxLength"] = LONGEST_STRING
-                if name == EVENT_ID:
-                    each["minLength"] = 1
-            row = {"type": "object", "properties": rows, "additionalProperties": False}
-            row["required"] = [name for name, each in its.items() if each.required]
-            log = {"type": "null"} if source is None else {"const": source}
-            events = {"type": "array", "items": row, "minItems": 1, "maxItems": self.most_rows}
-            call = {"type": "object", "properties": {"events": events, "log": log}, "additionalProperties": False}
-            calls.append({**call, "required": ["events", *["log"] * (source is not None)]})
-        return {"anyOf": calls}
 
     def read_json(self, source: str | None, rows: Any, now: int | None = None) -> pa.Table:
         """A canonical table of rows as JSON gives them, a list of objects of columns and values.

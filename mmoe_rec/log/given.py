@@ -27,7 +27,6 @@ _NUMBERS = {list, bool, int, float, type(None)}
 _JSON = {*_NUMBERS, str, dict}
 # Beyond these years, not every time zone database gives an hour and weekday.
 _YEARS = (1700, 2200)
-_KEYS = {"integer": pa.int64(), "string": pa.string()}
 _NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
 
 _WANTED: dict[str, str] = {
@@ -36,12 +35,6 @@ _WANTED: dict[str, str] = {
     "list<int64>": "lists of integers",
     "list<string>": "lists of strings",
 }
-# Years as above, and the days that there are.
-_ISO = (
-    r"^((1[7-9]|2[01])\d\d-((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)"
-    r"|((1[7-9]|2[01])(0[48]|[2468][048]|[13579][26])|2000)-02-29)"
-    r"([T ]([01]\d|2[0-3]):[0-5]\d(:[0-5]\d(\.\d{1,6})?)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)?)?$"
-)
 _WANTED_USE = {**EXPECTED, "time": "times (ISO 8601 strings or integers)"}
 
 
@@ -117,34 +110,6 @@ def _types(values: Sequence[Any]) -> set[type]:
     if list in found:
         found |= set(map(type, chain.from_iterable(each for each in values if isinstance(each, list))))
     return found
-
-
-def value_schema(
-    use: Use, expected: pa.DataType | None, time_unit: str | None, booleans: bool, size: int | None = None
-) -> dict[str, Any]:
-    """The values that `to_arrow` takes, as JSON Schema; of numbers such as 3.0 that tells no integers from fractions.
-
-    size: of a vector, None where it is not known.
-    """
-    kind, more = None if expected is None else element_type(expected), dict[str, Any]()
-    if use == "time":
-        types, more = ["string"], {"pattern": _ISO}
-        if time_unit is not None:
-            per = 1e-3 if time_unit == "ns" else _PER_UNIT[time_unit]
-            low, high = (int(microseconds("", f"{year}-01-01") // per) for year in (_YEARS[0], _YEARS[1] - 1))
-            types, more = [*types, "integer"], {**more, "minimum": low, "maximum": high}
-    elif use in ("number", "vector") or (use == "any" and kind in (None, pa.float64())):
-        types = ["number", "string"] if use == "any" and kind is None else ["number"]
-    else:
-        types = [name for name, each in _KEYS.items() if kind in (None, each)]
-        more = {"minimum": _INT64[0], "maximum": _INT64[-1]} if "integer" in types else {}
-    if booleans and types != ["string"]:
-        types = [*types, "boolean"]
-    if use in ("keys", "vector"):
-        types = types if use == "vector" else [*types, "null"]
-        more = {"items": {"type": types, **more}} | ({"minItems": size, "maxItems": size} if size else {})
-        types = ["array"]
-    return {"type": [*types, "null"], **more}
 
 
 def _convert(value: Any, kind: type[int | float]) -> Any:

@@ -12,21 +12,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
-from fastapi import APIRouter, FastAPI, Query
+from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mmoe_rec.errors import UserError, quoted
-from mmoe_rec.inference.ranking import UNSENT, Ranking
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.calls import ARROW, Calls, refusal, require_json
@@ -196,8 +193,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     app.exception_handler(Exception)(_failed)
 
     def schema() -> dict[str, Any]:
-        calls_of_events = None if calls.following is None else calls.following.learning.checks.json_schema()
-        return _describe(app.routes, calls.models.current, calls.limits, calls_of_events)
+        return _describe(app.routes, calls.models.current, calls.limits, events)
 
     app.openapi = schema  # type: ignore[method-assign]
     return app
@@ -244,148 +240,34 @@ def page() -> Response:
     return Response(text, headers=headers, media_type="text/html")
 
 
-# What `/openapi.json` says of the pages whose bodies the server reads by itself, and of their replies
-
-
-class Params(BaseModel):
-    """Options for all elements of a call; an element's own options win. Unknown ones are ignored with a warning."""
-
-
-class Invocation(BaseModel):
-    """A call; `_describe` adds data frames."""
-
-    inputs: list[Request] = Field(description="requests, each of which gets one ranking")
-    params: Params | None = None
-
-
-class ElementError(BaseModel):
-    """What is wrong with an element; with `?partial=true` it stands in the place of the ranking."""
-
-    error: str
-
-
-class RowPrediction(BaseModel):
-    """What is predicted for a row of a data frame, with `predicted_NAME` of each task and outcome."""
-
-    model_config = ConfigDict(extra="allow")
-
-    score: float
-    log_score: float
-    rank: int = Field(description="place in its request, 1 is best")
-
-
-class Reply(BaseModel):
-    """A ranking for each element, in order, or a row for each row of a data frame."""
-
-    predictions: list[Ranking | RowPrediction | ElementError]
-
-
-class Error(BaseModel):
-    """What is wrong, in one sentence."""
-
-    error_code: str
-    message: str
-
-
-class Events(BaseModel):
-    """Rows of the interaction log, or of a log of events, with the log's columns; labels may be null."""
-
-
-class Accepted(BaseModel):
-    """What is on disk now, and will be known to replies at once."""
-
-    accepted: int = Field(description="rows of the call, also those that came before and so do not count again")
-    late: int = Field(description="rows that were known before the model's tables were made")
-    out_of_order: int = Field(description="rows that are earlier than one before them")
-    ignored: int = Field(
-        0, description="rows that the model's tables may hold, and that are not learnt; left out for 0"
-    )
-    position: str = Field(description="of the journal: /invocations?after=POSITION knows these rows")
-
-
-_WRONG: dict[int | str, dict[str, Any]] = {"default": {"model": Error, "description": "a refusal"}}
-_STREAM = {"requestBody": {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}}}
-_CLOSED = {"type": "object", "additionalProperties": False}
-_WEIGHT = {"type": "number", "minimum": 0, "maximum": 1e6}
-_described = APIRouter()  # describes and never answers: it would look for parameters in each of many calls
-
-
-@_described.post("/invocations", operation_id="invocations", response_model=Reply, responses=_WRONG)
-def rank(
-    call: Invocation,
-    partial: Annotated[bool, Query(description="an element that is wrong gets an error in its place")] = False,
-    after: Annotated[
-        str | None, Query(pattern="^[0-9]{1,18}$", description="answer once all events up to this position are known")
-    ] = None,
-) -> None:
-    """Ranks the candidates of each element."""
-
-
-@_described.post("/events", operation_id="events", response_model=Accepted, responses=_WRONG, openapi_extra=_STREAM)
-def accept(
-    call: Events, log: Annotated[str | None, Query(description="name of a log of events, for an Arrow stream")] = None
-) -> None:
-    """Takes events, all rows of a call or none, once they are on disk."""
-
-
-def _option(description: str, **schema: Any) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}], "description": description}
-
-
-def _describe(
-    routes: Sequence[Any], served: ServedModel, limits: Serving, events: dict[str, Any] | None
-) -> dict[str, Any]:
-    """All pages, with what the served model takes. events: calls of `/events`, None where there is no such page."""
-    tree = get_openapi(title="mmoe-rec serve", version=VERSION, routes=[*routes, *_described.routes])
-    schemas, post = tree["components"]["schemas"], tree["paths"]["/invocations"]["post"]
-    if events is None:
-        del tree["paths"]["/events"], schemas["Events"], schemas["Accepted"]
-        post["parameters"] = [each for each in post["parameters"] if each["name"] != "after"]
-    else:
-        schemas["Events"] = {"description": schemas["Events"]["description"], **events}
-        logs = [each["properties"]["log"]["const"] for each in events["anyOf"][1:]]
-        taking = tree["paths"]["/events"]["post"]
-        taking["parameters"] = [{**each, "schema": {"enum": logs}} for each in taking["parameters"] if logs]
-    for name in UNSENT:
-        del schemas["Ranking"]["properties"][name]
-    tasks, scorer = served.ranker.about.tasks, served.ranker.scorer
-    weights = dict.fromkeys((name for each in tasks for name in (each.name, each.objective)), _WEIGHT)
-    options = {
-        "task_weights": _option("task or objective -> weight, one of them above 0", **_CLOSED, properties=weights),
-        "top_k": _option("only so many best candidates", type="integer", minimum=1, maximum=2**64 - 1),
-        "gate_top_k": _option("experts per candidate and gate", type="integer", minimum=1, maximum=scorer.experts),
-        "mask_experts": _option(
-            "experts to score without",
-            type="array",
-            items={"type": "integer", "minimum": 0, "maximum": scorer.experts - 1},
-        ),
-        "explain": _option("what each candidate's predictions come from", type="boolean"),
+def _describe(routes: Sequence[Any], served: ServedModel, limits: Serving, events: Accepting | None) -> dict[str, Any]:
+    """Return the OpenAPI description of all pages, with the columns and the example of the served model."""
+    request = Request.model_json_schema()
+    for part, columns in served.ranker.reader.describe_parts().items():
+        fields = {name: {"description": kind} for name, kind in columns.items()}
+        request["properties"][part] = {"type": "object", "properties": fields}
+    inputs = {"type": "array", "items": request, "maxItems": limits.max_elements}
+    call = {
+        "type": "object",
+        "properties": {"inputs": inputs, "params": {"type": "object", "description": "options for all elements"}},
+        "description": "Instead of inputs, dataframe_records or dataframe_split may hold a row for each candidate.",
     }
-    parts = served.ranker.reader.json_schema()
-    schemas["Request"]["properties"] |= parts | options
-    schemas["Params"]["properties"] = options
-    row = {name: each["items"] for name, each in parts["candidates"]["properties"].items()}
-    row |= parts["user"]["properties"] | parts["context"]["properties"]
-    required = [name for part in parts.values() for name in part["required"]]
-    call = schemas["Invocation"]["properties"]
-    call["inputs"]["maxItems"] = limits.max_elements
-    of_frame = {"top_k": {"type": "null"}, "explain": {"enum": [False, None]}}  # whose reply has a row for each
-    params = {"type": ["object", "null"], "properties": options | of_frame}
-    together = dict(chain.from_iterable(part.get("dependentRequired", {}).items() for part in parts.values()))
-    schemas["Row"] = {**_CLOSED, "properties": row, "required": required, "dependentRequired": together}
-    what = "a row for each candidate, and a row of predictions for each"
-    records = {"type": "array", "items": {"$ref": "#/components/schemas/Row"}, "description": what}
-    names = {"type": "array", "items": {"enum": [*row]}, "uniqueItems": True}
-    names["allOf"] = [{"contains": {"const": name}} for name in required]
-    data = {"columns": names, "data": {"type": "array", "items": {"type": "array"}}}
-    split = {"type": "object", "properties": data, "required": [*data], "description": "the same, names once"}
-    forms = {"inputs": (call["inputs"], call["params"]), "dataframe_records": (records, params)}
-    forms["dataframe_split"] = split, params
-    calls = [
-        {**_CLOSED, "properties": {name: form, "params": its}, "required": [name]}
-        for name, (form, its) in forms.items()
-    ]
-    schemas["Invocation"] = {"anyOf": calls}
-    content = post["requestBody"]["content"]["application/json"]
-    content["example"] = {"inputs": [served.example], "params": {"top_k": 5}}
+    example = {"inputs": [served.example], "params": {"top_k": 5}}
+    queries = {"partial": "true: an element that is wrong gets an error in its place"}
+    if events is not None:
+        queries["after"] = "position of the journal: answer once all events up to it are known"
+    replies = {"200": {"description": "a ranking for each element, in order"}, "default": {"description": "a refusal"}}
+    tree = get_openapi(title="mmoe-rec serve", version=VERSION, routes=routes)
+    tree["paths"]["/invocations"] = {
+        "post": {
+            "summary": "Rank the candidates of each element",
+            "parameters": [{"name": name, "in": "query", "description": text} for name, text in queries.items()],
+            "requestBody": {"content": {"application/json": {"schema": call, "example": example}}},
+            "responses": replies,
+        }
+    }
+    if events is not None:
+        content: dict[str, Any] = {kind: {"schema": {}} for kind in ("application/json", ARROW)}
+        accepting = {"summary": "Take events, all rows or none", "requestBody": {"content": content}}
+        tree["paths"]["/events"] = {"post": {**accepting, "responses": {"200": {"description": "accepted"}}}}
     return tree

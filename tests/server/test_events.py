@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -114,11 +113,7 @@ def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[d
 def test_the_schema_of_a_server_with_a_journal_has_events(app):
     tree = ask(app, b"", page="/openapi.json", method="GET").tree
     assert [each["name"] for each in tree["paths"]["/invocations"]["post"]["parameters"]] == ["partial", "after"]
-    schema = {"$ref": "#/components/schemas/Events", "components": tree["components"]}
-    rows = as_json(later_log(5, 3))
-    for call in ({"events": rows}, {"events": rows, "log": None}, {"events": []}, {"events": rows, "log": "none"}):
-        is_valid = jsonschema.Draft202012Validator(schema).is_valid(call)
-        assert (ask(app, call, page="/events").status == 200) == is_valid
+    assert set(tree["paths"]["/events"]["post"]["requestBody"]["content"]) == {"application/json", ARROW}
 
 
 def test_replies_know_what_was_acknowledged(small, app):

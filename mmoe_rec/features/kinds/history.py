@@ -190,7 +190,6 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
     """
 
     feature: HistoryFeature
-    together = True
 
     def __init__(self, name: str, feature: HistoryFeature, shared: Shared) -> None:
         self.parts = {part: shared.vocabularies[of] for part, of in feature.parts(name).items()}
