@@ -88,7 +88,7 @@ class Live:
         if name in self.own:
             encoder.memory = encoder.memory.with_levels(self.own[name])
         elif self.shared.levels and isinstance(encoder, CounterEncoder):
-            encoder.memory = encoder.memory.with_shared(self.shared, self._salt(name), encoder.windows)
+            encoder.memory = encoder.memory.with_levels(self.shared, self._salt(name))
         return encoder
 
     def group(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:

@@ -5,7 +5,7 @@ A window's count is the total at the request's time less the total at the window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,14 +41,15 @@ class CounterMemory(Memory):
 
     rows: (E,) int32, of all events of the key so far; label_sum: (E,) int64 units, of their labels; last_positive: (E,)
     int64 moment of its last positive one, `NEVER` without; None where nobody asks for it. Where each event counts 1, as
-    in a log of events, rows and moments say it all, and both are None. shared: what look-ups find in levels of later
-    events, which all counters share.
+    in a log of events, rows and moments say it all, and both are None. levels: of later events, which all counters
+    share; salt: what its keys are combined with there.
     """
 
     rows: np.ndarray
     label_sum: np.ndarray | None
     last_positive: np.ndarray | None
-    shared: Callable[[LookUps], LaterTotals] | None = field(default=None, init=False)
+    levels: CounterLevels | None = field(default=None, init=False)
+    salt: np.uint64 = field(default=np.uint64(0), init=False)
 
     @staticmethod
     def empty(labels: bool = True, recency: bool = True) -> CounterMemory:
@@ -78,14 +79,16 @@ class CounterMemory(Memory):
             labels = to_units(label)
             if self.last_positive is not None:
                 positive = np.where(labels > 0, known, NEVER)
-        return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order)
+        return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order, checked=True)
 
     def merged(self, other: CounterMemory) -> CounterMemory:
-        """The events of both, of the same kind; as of this one's `floor`."""
+        """The events of both, of the same kind; as of this one's `floor`. A sum out of range wraps around: sums of a
+        memory and its levels may still be within it."""
         if not len(other):
             return self
-        rows, labels = other._steps(other.rows), _map(other._steps, other.label_sum)
-        return self._with_steps(other.events.key, other.events.known, rows, labels, other.last_positive, in_order=True)
+        key, known, rows = other.events.key, other.events.known, other._steps(other.rows)
+        labels, positive = _map(other._steps, other.label_sum), other.last_positive
+        return self._with_steps(key, known, rows, labels, positive, in_order=True, checked=False)
 
     def _with_steps(
         self,
@@ -95,8 +98,10 @@ class CounterMemory(Memory):
         labels: np.ndarray | None,
         positive: np.ndarray | None,
         in_order: bool,
+        checked: bool,
     ) -> CounterMemory:
-        """These events and (E,) further ones by what each adds: rows, labels, and the last positive."""
+        """These events and (E,) further ones by what each adds: rows, labels, and the last positive. checked: whether a
+        sum out of range raises OverflowError."""
         if len(self):
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
             rows = np.append(self._steps(self.rows), rows)
@@ -116,7 +121,7 @@ class CounterMemory(Memory):
             return total[1:][kept] - total[first]
 
         sums, near = (_map(partial(running, dtype=dtype), labels) for dtype in (np.int64, np.float64))
-        if labels is not None and (np.abs(near - sums) > 2.0**62).any():
+        if checked and labels is not None and (np.abs(near - sums) > 2.0**62).any():
             raise OverflowError  # a sum out of range has wrapped around, far away from the sum of floats
         if positive is not None:
             import pandas as pd
@@ -144,12 +149,11 @@ class CounterMemory(Memory):
         assert last_positive is not None
         return at(last_positive, index, NEVER)
 
-    def with_shared(self, levels: CounterLevels, salt: np.uint64, windows: Sequence[int]) -> CounterMemory:
-        """The same memory beside levels, in which its keys are combined with `salt`. windows: microseconds to look back
-        that are asked for."""
+    def with_levels(self, levels: CounterLevels, salt: np.uint64) -> CounterMemory:
+        """The same memory beside levels, in which its keys are combined with `salt`."""
         _ = self.events.index  # for which no request has to wait
         memory = copy(self)
-        memory.shared = partial(levels.find, salt, windows)
+        memory.levels, memory.salt = levels, salt
         return memory
 
     def compacted(self, moment: int, window: int, forever: bool) -> CounterMemory:
@@ -183,8 +187,7 @@ class SeenTotals:
     def __init__(self, memory: CounterMemory, asked: LookUps) -> None:
         asked = asked.as_of(memory.floor)
         self.time, self._memory, self._join = asked.time, memory, memory.join(asked)
-        self._last = self._join.last()
-        self._later = None if memory.shared is None else memory.shared(asked)
+        self._key = asked.key ^ memory.salt
 
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Return (N,) int64 numbers of rows and (N,) float64 sums of labels.
@@ -195,24 +198,26 @@ class SeenTotals:
         Raises:
             OverflowError: A sum is out of range.
         """
-        rows, labels = self._memory.sums(self._last)
+        rows, labels = self._totals(0)
         if window is not None:
-            rows_before, labels_before = self._memory.sums(self._join.last(window))
+            rows_before, labels_before = self._totals(window)
             rows, labels = rows - rows_before, _subtract(labels, labels_before)
-        if self._later is not None:
-            later_rows, later_labels = self._later[0][window]
-            rows, labels = rows + later_rows, _subtract(labels, -later_labels)
         return rows, labels / UNITS
+
+    def _totals(self, earlier: int) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) int64 numbers of rows and units of labels, `earlier` microseconds before the look-ups."""
+        rows, labels = self._memory.sums(self._join.last(earlier))
+        if self._memory.levels is not None:
+            later_rows, later_labels, _ = self._memory.levels.totals(self._key, self.time - earlier)
+            rows, labels = rows + later_rows, _subtract(labels, -later_labels)
+        return rows, labels
 
     def last_positive(self) -> np.ndarray:
         """(N,) int64 moments of the last positive event, `NEVER` for none."""
-        moments = self._memory.last_positive_at(self._last)
-        return moments if self._later is None else np.maximum(moments, self._later[1])
-
-
-LaterTotals = tuple[Mapping[int | None, tuple[np.ndarray, np.ndarray]], np.ndarray]
-"""What N look-ups find in levels: by window (microseconds, None for all of the past) numbers of rows, (N,) int32, and
-units of labels, (N,) int64, and (N,) int64 moments of the last positive event, `NEVER` for none."""
+        moments = self._memory.last_positive_at(self._join.last())
+        if self._memory.levels is not None:
+            moments = np.maximum(moments, self._memory.levels.totals(self._key, self.time)[2])
+        return moments
 
 
 @dataclass(frozen=True)
@@ -239,16 +244,6 @@ class CounterLevels:
             some[_first_bits(level.events.distinct, len(some))] = True
         _ = [level.events.index for level in levels]  # for which no request has to wait
         return CounterLevels(levels, some)
-
-    def find(self, salt: np.uint64, windows: Sequence[int], asked: LookUps) -> LaterTotals:
-        """What look-ups of one of the counters find: see `CounterMemory.with_shared`."""
-        earlier = np.array([0, *windows])
-        found = self.totals(np.tile(asked.key ^ salt, len(earlier)), (asked.time - earlier[:, None]).ravel())
-        rows, labels, positive = (each.reshape(len(earlier), -1) for each in found)
-        totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (rows[0], labels[0])}
-        for place, window in enumerate(windows, 1):
-            totals[window] = rows[0] - rows[place], labels[0] - labels[place]
-        return totals, positive[0]
 
     def totals(self, key: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of (N,) uint64 salted keys and (N,) int64 moments, what is known then: (N,) int32 numbers of rows, (N,) int64

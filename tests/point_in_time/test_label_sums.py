@@ -98,13 +98,14 @@ def test_a_build_and_a_server_refuse_sums_beyond_the_range(tmp_path) -> None:
     largest = max(np.bincount(pa.compute.dictionary_encode(table["brand"].combine_chunks()).indices.drop_null()))
     assert largest * 1e10 < MOST / 2
 
-    def further(label: float, rows: int = 1) -> dict:
-        few = table.slice(0, rows)
+    def further(label: float, rows: int = 1, first: int = 0) -> dict:
+        few = table.slice(first, rows)
         brand = with_column(few, "brand", pa.array(["a"] * rows))
         return {None: log_rows(with_column(brand, "spent", pa.array([label] * rows)), SCHEMA)}
 
     live = pipeline.live.extended(further(4e12))
-    for too_much in (further(1e13), further(8e12), further(1e12, rows=9)):
+    live = live.extended(further(-4e12, first=1)).extended(further(4e12, first=299))
+    for too_much in (further(1e13), further(8e12), further(1e12, rows=9), further(5e12, first=298)):
         with pytest.raises(UserError, match=TOLD):
             live.extended(too_much)
     assert isinstance(pipeline.encoders["spent_of_brand"], CounterEncoder)

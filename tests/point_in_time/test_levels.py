@@ -129,7 +129,7 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
         levels = levels.extended(*map(np.concatenate, zip(*added, strict=True)))
     assert len(levels.levels) > 1
     windows = [[each for each in (0, 5, 40) if random.random() < 0.6] for _ in kinds]
-    knowing = [memory.with_shared(levels, *of) for memory, *of in zip(memories, salts, windows, strict=True)]
+    knowing = [memory.with_levels(levels, salt) for memory, salt in zip(memories, salts, strict=True)]
     rows = [int(random.choice([0, 1, 30])) for _ in kinds]
     look_ups = [LookUps.of_each(random.choice(KEYS, each), random.integers(-5, 90, each)) for each in rows]
     for memory, asked, one, own in zip(knowing, look_ups, expected, windows, strict=True):
@@ -166,7 +166,7 @@ def test_shared_levels_still_find_their_first_keys_once_they_have_many() -> None
     keys, levels = np.random.default_rng(0).integers(2**64, size=64, dtype=np.uint64), CounterLevels()
     for some in np.split(keys, 16):
         levels = levels.extended(some, np.zeros(4, np.int64), np.ones(4, np.int8))
-    memory = CounterMemory.empty().with_shared(levels, np.uint64(0), ())
+    memory = CounterMemory.empty().with_levels(levels, np.uint64(0))
     assert SeenTotals(memory, LookUps.of_each(keys, np.zeros(64, np.int64))).totals(None)[0].tolist() == [1] * 64
 
 

@@ -31,6 +31,7 @@ from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Days, Meaning, Once, Remembering, Schema
 
 _FOREVER = np.iinfo(np.int64).max
+_LAST = 2**62  # microseconds: no time is as late
 _ROUNDING = 1e-12
 
 
@@ -155,7 +156,9 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
     def check_sums(self, memory: CounterMemory, events: pa.Table) -> None:
         """Raises UserError where labels of further events, or their sums with those of a memory, are out of range."""
         if self.has_fractions:
-            new, asked = self.extended(self.empty(), events), LookUps.sort(*_key_and_known(events))
+            new, (key, known) = self.extended(self.empty(), events), _key_and_known(events)
+            # An event that comes late adds to later totals too.
+            asked = LookUps.sort(np.tile(key, 2), np.append(known, np.full(len(key), _LAST)))
             before, added = (SeenTotals(each, asked).totals(None)[1] for each in (memory, new))
             with self._in_range():
                 to_units(before + added)
