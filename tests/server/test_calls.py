@@ -429,7 +429,7 @@ def test_any_value_in_any_place_is_answered_or_refused(models: Models) -> None:
         reply = ask(app, {"inputs": requests[start : start + 200]}, page="/invocations?partial=true")
         assert reply.status == 200
         answers += reply.tree["predictions"]
-    assert 100 < sum("error" in answer for answer in answers) < len(answers) - 100
+    assert 50 < sum("error" not in answer for answer in answers) < len(answers) / 2
 
 
 def test_a_token_is_asked_for(models: Models) -> None:
