@@ -120,32 +120,21 @@ def check_files(
     fitted: types of columns, in words, that features were fitted to; other columns have that of most files. Raises
     BadFile for the first bad file, unless those are skipped.
     """
-    problems: dict[str, BadFile] = {}
-    footers: list[_Footer] = []
-    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+
+    def read(file: FoundFile) -> _Footer | BadFile:
         try:
-            for footer in [pool.submit(_read_footer, file, uses, time_unit) for file in found]:
-                try:
-                    footers.append(footer.result())
-                except BadFile as problem:
-                    problems[problem.address] = problem
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    # Of a column in paths, where its values are 64-bit integers in all files.
-    values = [(column, value) for each in footers for column, value in each.in_path.items() if value is not None]
-    integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
-    integers -= {column for column, word in fitted.items() if word == "string"}
-    integers |= {column for column, word in fitted.items() if word == "int64"}
+            return _read_footer(file, uses, time_unit)
+        except BadFile as problem:
+            return problem
+
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        read_files = list(pool.map(read, found))
+    footers = [each for each in read_files if isinstance(each, _Footer)]
+    problems = {each.address: each for each in read_files if isinstance(each, BadFile)}
+    integers = _find_integers(footers, fitted)
     for each in footers:
-        for column, value in each.in_path.items() if each.file.rows else ():
-            kind = pa.null() if value is None else pa.string()
-            kind = pa.int64() if column in integers and value is not None and _is_integer(value) else kind
-            try:
-                each.kinds[column] = canonical_type(column, uses[column], kind, time_unit)
-            except UserError as error:
-                address = each.file.address
-                problems.setdefault(address, BadFile(f"'{address}': {error}, in the file's path", address))
+        if (problem := _add_path_kinds(each, uses, integers, time_unit)) is not None:
+            problems[problem.address] = problem
     footers = [each for each in footers if each.file.address not in problems]
     types, deviating = _common_types(footers, uses, fitted)
     problems |= deviating
@@ -161,6 +150,29 @@ def check_files(
     return files, types, left_out
 
 
+def _find_integers(footers: Sequence[_Footer], fitted: Mapping[str, str]) -> set[str]:
+    """The columns in paths that hold integers: those of such a fitted type, or whose values are 64-bit integers in all
+    files."""
+    values = [(column, value) for each in footers for column, value in each.in_path.items() if value is not None]
+    integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
+    integers -= {column for column, word in fitted.items() if word == "string"}
+    return integers | {column for column, word in fitted.items() if word == "int64"}
+
+
+def _add_path_kinds(footer: _Footer, uses: dict[str, Use], integers: set[str], time_unit: str | None) -> BadFile | None:
+    """Adds the kinds of columns in a file's path, if it has rows. Returns what is wrong with one."""
+    address = footer.file.address
+    for column, value in footer.in_path.items() if footer.file.rows else ():
+        kind = pa.null() if value is None else pa.string()
+        if column in integers and value is not None and _is_integer(value):
+            kind = pa.int64()
+        try:
+            footer.kinds[column] = canonical_type(column, uses[column], kind, time_unit)
+        except UserError as error:
+            return BadFile(f"'{address}': {error}, in the file's path", address)
+    return None
+
+
 def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _Footer:
     address = found.address
     with open_parquet(address) as parquet:
@@ -170,31 +182,34 @@ def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) 
     in_path = {column: paths[column] for column in uses if column not in arrow.names and column in paths}
     kinds = {}
     for column, use in uses.items():
-        wrong = None
-        if column in in_path:
-            if use == "time":
-                wrong = (
-                    f" has column '{column}' in its path only; a time is not read from a path, write it as a column of "
-                    "the file"
-                )
-        elif column not in arrow.names:
-            names = sorted({*arrow.names, *paths})
-            near = get_close_matches(column, names, 1)
-            meant = f" (did you mean '{near[0]}'?)" if near else ""
-            has = f"it has {', '.join(names)}{meant}" if names else "it has no columns at all"
-            wrong = f" has no column '{column}'; {has}"
-        elif (times := arrow.names.count(column)) > 1:
-            wrong = f" has {times} columns called '{column}'; rename all but one"
-        elif any(group_rows):  # a file without rows has no values whose type could be wrong
+        if (wrong := _find_wrong_column(column, use, arrow.names, paths)) is not None:
+            raise BadFile(f"'{address}' {wrong}", address)
+        if column not in in_path and any(group_rows):  # without rows, there are no values whose type could be wrong
             try:
                 kinds[column] = canonical_type(column, use, arrow.field(column).type, time_unit)
             except UserError as error:
-                wrong = f": {error}"
-        if wrong is not None:
-            raise BadFile(f"'{address}'{wrong}", address)
+                raise BadFile(f"'{address}': {error}", address) from None
     elements = {column: element_type(arrow.field(column).type) for column in kinds}
     booleans = frozenset(column for column, kind in elements.items() if pa.types.is_boolean(kind))
     return _Footer(LogFile(address, found.bytes, found.version, group_rows, (), booleans), kinds, in_path)
+
+
+def _find_wrong_column(column: str, use: Use, names: Sequence[str], paths: Mapping[str, str | None]) -> str | None:
+    """What is wrong with where a file has a column, None for nothing. names, paths: its columns, and those in its
+    path."""
+    if (times := names.count(column)) > 1:
+        return f"has {times} columns called '{column}'; rename all but one"
+    if times or (column in paths and use != "time"):
+        return None
+    if column in paths:
+        return (
+            f"has column '{column}' in its path only; a time is not read from a path, write it as a column of the file"
+        )
+    every = sorted({*names, *paths})
+    near = get_close_matches(column, every, 1)
+    meant = f" (did you mean '{near[0]}'?)" if near else ""
+    has = f"it has {', '.join(every)}{meant}" if every else "it has no columns at all"
+    return f"has no column '{column}'; {has}"
 
 
 def _is_integer(text: str) -> bool:
