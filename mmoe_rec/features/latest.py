@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.log.rows import LogRows, Stored, StoredColumn
 from mmoe_rec.point_in_time.arrays import one_array
@@ -151,18 +150,20 @@ class LatestValues:
         """Writes the values, and beside them the time of each."""
         pq.write_table(self.table, folder / f"latest.{role}.parquet", compression="zstd")
         times = pa.table({"time": pa.array(self.times)})
-        pq.write_table(times, folder / f"latest.{role}.times.parquet", compression="zstd")
+        pq.write_table(times, _times_of(folder, role), compression="zstd")
 
     @staticmethod
     def load(folder: Path, role: LatestRole, key: str) -> LatestValues:
-        """What `save` wrote. Raises UserError for what a version wrote that kept no times."""
-        table, times = pq.read_table(folder / f"latest.{role}.parquet"), folder / f"latest.{role}.times.parquet"
-        if not times.is_file():
-            raise UserError(f"'{folder}' lacks '{times.name}', as an earlier version wrote none: build it anew")
+        """What `save` wrote."""
+        table, times = pq.read_table(folder / f"latest.{role}.parquet"), pq.read_table(_times_of(folder, role))
         # Parquet calls what lists hold `element`, canonical columns `item`.
         types = [pa.list_(kind.value_type) if pt.is_list(kind) else kind for kind in table.schema.types]
         table = table.cast(pa.schema(zip(table.column_names, types, strict=True)))
-        return LatestValues(key, table, pq.read_table(times)["time"].to_numpy())
+        return LatestValues(key, table, times["time"].to_numpy())
+
+
+def _times_of(folder: Path, role: LatestRole) -> Path:
+    return folder / f"latest.{role}.times.parquet"
 
 
 def _replaced(column: Stored, rows: np.ndarray, values: pa.Array) -> Stored:

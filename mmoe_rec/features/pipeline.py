@@ -128,8 +128,8 @@ class FeaturePipeline:
         self._placement = {name for name, role in roles.items() if role == "placement"}
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}
-        # Columns in which the logs hold true and false; None where an earlier version has not noted them.
-        self.booleans: set[str] | None = set()
+        # Columns in which the logs hold true and false.
+        self.booleans: set[str] = set()
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
         self._labels = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind == "regression"}
@@ -187,13 +187,6 @@ class FeaturePipeline:
             name, kind = column.name, column.type.value_type if pa.types.is_dictionary(column.type) else column.type
             if (pa.types.is_int64(kind) or pa.types.is_string(kind)) and name not in (NO_USER, NO_CANDIDATE):
                 self.key_types[name] = str(kind)
-
-    def takes_booleans(self, column: str) -> bool:
-        """Whether true and false are values of a column: where the log holds them, or nobody has noted whether it does,
-        but for ids of users, candidates and requests."""
-        columns = self.schema.columns
-        ids = (columns.user, columns.candidate, columns.request)
-        return column not in ids if self.booleans is None else column in self.booleans
 
     def column_types(self) -> dict[str, pa.DataType]:
         """The types of columns as the fitted log had them, where more is known than how they are read."""
@@ -344,8 +337,11 @@ class FeaturePipeline:
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
-        booleans = None if self.booleans is None else sorted(self.booleans)
-        fitted = {"key_types": self.key_types, "booleans": booleans, "label_scales": self.label_scales}
+        fitted = {
+            "key_types": self.key_types,
+            "booleans": sorted(self.booleans),
+            "label_scales": self.label_scales,
+        }
         text = {"format": FORMAT, "schema": schema, **fitted, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
@@ -362,8 +358,7 @@ class FeaturePipeline:
         if text.get("format") != FORMAT:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(schema_of(text["schema"]))
-        pipeline.key_types, booleans = text["key_types"], text.get("booleans")
-        pipeline.booleans = None if booleans is None else set(booleans)
+        pipeline.key_types, pipeline.booleans = text["key_types"], set(text["booleans"])
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}
         try:
             for name, saved in text["encoders"].items():

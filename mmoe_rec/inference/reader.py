@@ -234,7 +234,7 @@ class RequestReader:
             kinds = (each for each in latest.table.schema if not pt.is_null(each.type))
             types |= {each.name: each.type for each in kinds if each.type != UTC_MICROSECONDS}
         self._columns = {
-            name: RequestColumn(name, role, uses[name], types.get(name), pipeline.takes_booleans(name))
+            name: RequestColumn(name, role, uses[name], types.get(name), name in pipeline.booleans)
             for name, role in inputs.items()
             if role != "placement"
         }

@@ -64,13 +64,15 @@ class RowChecks:
 
     def __init__(self, pipeline: FeaturePipeline, most_rows: int = MOST_ROWS) -> None:
         self.schema, self.most_rows = pipeline.schema, most_rows
-        schema, known, takes = pipeline.schema, pipeline.column_types(), pipeline.takes_booleans
+        schema, known = pipeline.schema, pipeline.column_types()
         self._columns: dict[str | None, dict[str, _EventColumn]] = {}
         ids = {schema.columns.user, schema.columns.candidate, schema.columns.request}
         for source, uses in find_uses(schema).items():
             required = _required(schema) if source is None else uses.keys()
             self._columns[source] = {
-                name: _EventColumn(use, name in required, known.get(name) if use != "time" else None, takes(name))
+                name: _EventColumn(
+                    use, name in required, known.get(name) if use != "time" else None, name in pipeline.booleans
+                )
                 for name, use in uses.items()
             }
             self._columns[source].setdefault(EVENT_ID, _EventColumn("key", False, None, False))

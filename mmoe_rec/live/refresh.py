@@ -262,8 +262,7 @@ def renew_tables(
     taken, anew = read_held_files(features), anew or until is not None
     if taken is None and not anew:
         raise UserError(
-            f"the model in '{artifact}' does not say which files its tables hold (an earlier version wrote it, or they "
-            f"are as of a moment): {REMAKE}"
+            f"the model in '{artifact}' does not say which files its tables hold, as they are of a moment: {REMAKE}"
         )
     logs = _logs(features, settings, None if anew else taken)
     changes = taken.changes(logs) if anew and until is None and taken is not None else []

@@ -72,11 +72,6 @@ class NewFiles:
     def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
         """Counts the rows of the new files. kept, before: folders of requests, see `Steps.count`. Raises UserError
         where rows can't be added."""
-        if not (before / "rows").is_dir() and self.logs.options.duplicates == "error":
-            raise UserError(
-                f"{self.holder} were built by an earlier version, which kept no record of rows, so those that come "
-                f"again would count twice: {self.anew}, or set data.duplicates to keep this once, if none do"
-            )
         counted = steps.count(statistics=statistics, kept=kept, before=before)
         self._check_late(counted, steps)
         self._check_events(counted, steps.logs)

@@ -153,7 +153,7 @@ Spans = Mapping[tuple[str | None, str], Span]
 @dataclass(frozen=True)
 class HeldFile(FoundFile):
     """A file whose rows were counted. partition: columns that stand in its path; first, last: times of its rows,
-    microseconds, None without rows; checksum: of its bytes, None where it is not known, as in earlier versions."""
+    microseconds, None without rows; checksum: of its bytes, None where it could not be read."""
 
     partition: PathColumns
     rows: int
@@ -280,8 +280,8 @@ class HeldFiles:
 
 
 def read_held_files(features: Path) -> HeldFiles | None:
-    """The files that the tables in a folder hold; None where an earlier version wrote it, or they were made as of a
-    moment. Raises UserError for a damaged record."""
+    """The files that the tables in a folder hold; None where they are as of a moment. Raises UserError for a damaged
+    record."""
     return HeldFiles.read(features) if (features / "files.json").is_file() else None
 
 
@@ -334,12 +334,10 @@ def _same(before: FoundFile, now: FoundFile) -> bool:
 
 def _with_new(taken: HeldLog, log: Log, spans: Spans) -> HeldLog:
     files = dict(taken.files)
-    for file in log.files:
+    for file, checksum in find_checksums(log.files).items():
         first, last = spans.get((log.name, file.address), (None, None))
-        files[file.address] = HeldFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
-    # Also of those that an earlier version took in, as long as they are there.
-    unknown = [each for each in files.values() if each.checksum is None]
-    files |= {each.address: replace(each, checksum=checksum) for each, checksum in find_checksums(unknown).items()}
+        facts = file.address, file.bytes, file.version, file.in_path, file.rows
+        files[file.address] = HeldFile(*facts, first, last, checksum)
     left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
     left_out |= {file.address: file for file in log.left_out}
     left_out = {address: file for address, file in left_out.items() if address not in files}

@@ -296,8 +296,7 @@ def write_features(
     steps.look_up(pipeline, serving, end=last + 1, training=train if before is None else None, before=before)
     if before is None:
         pipeline.finish_results()
-    if pipeline.booleans is not None:
-        pipeline.booleans.update(*(file.booleans for log in logs.all for file in log.files))
+    pipeline.booleans.update(*(file.booleans for log in logs.all for file in log.files))
     pipeline.save(serving)
     assert train[1] is not None
     # Training may use only labels that had matured when training ended; evaluation waits until the log's end.

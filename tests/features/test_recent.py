@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.log.rows import Stored
 from tests.log.small_logs import DAY, START, at_times, log_rows, random_log, schema_of, times_of
@@ -74,10 +73,3 @@ def test_rows_in_any_batches_are_as_all_rows_at_once(seed: int, role: Any, strin
 
 def sizes(values: pa.Array) -> np.ndarray:
     return np.array([-1 if each is None else len(str(each)) for each in values.to_pylist()])
-
-
-def test_values_without_their_times_are_refused(tmp_path) -> None:
-    LatestValues.of(log_rows(random_log(0), SCHEMA), "user").save(tmp_path, "user")
-    (tmp_path / "latest.user.times.parquet").unlink()
-    with pytest.raises(UserError, match=r"lacks 'latest.user.times.parquet', as an earlier version wrote none"):
-        LatestValues.load(tmp_path, "user", "user")

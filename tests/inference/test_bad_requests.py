@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pytest
 
 from mmoe_rec.errors import RequestError, UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import read_requests
@@ -119,15 +118,6 @@ def test_a_logs_own_booleans_are_taken_in_requests_and_events(tmp_path: Path) ->
     assert RowChecks(ranker.pipeline).read_json(None, [row, row | {"click": 0}])["click"].to_pylist() == [1.0, 0.0]
     with pytest.raises(RequestError, match="'liked' must hold numbers; found true/false: give 1 or 0"):
         RowChecks(ranker.pipeline).read_json(None, [row | {"liked": True}])
-    # An earlier version noted no booleans.
-    file = folder / "features" / "pipeline.json"
-    state = json.loads(file.read_text())
-    assert state.pop("booleans") == ["click", "price"]
-    file.write_text(json.dumps(state))
-    before = RowChecks(FeaturePipeline.load(folder / "features"))
-    assert before.read_json(None, [row | {"liked": True}, row])["liked"].to_pylist() == [1.0, None]
-    with pytest.raises(RequestError, match="'user' must hold integers, as in the log; found true/false"):
-        before.read_json(None, [row | {"user": True}])
 
 
 def test_ids_are_required(ranker: Ranker) -> None:

@@ -274,18 +274,6 @@ def test_rows_that_came_before_with_other_labels_are_refused_and_kept_if_that_is
     assert (extended.rows, extended.features.manifest["requests"]["continued_rows"]) == (new.num_rows, 7)
 
 
-def test_features_of_an_earlier_version_which_kept_no_rows_are_extended_once_all_are_known_as_new(
-    tmp_path: Path,
-) -> None:
-    days = _Days(tmp_path)
-    shutil.rmtree(_build(tmp_path, days.old).folder / "requests" / "rows")
-    with pytest.raises(UserError, match=r"^the features in .* an earlier version, .* set data.duplicates to keep th"):
-        days.add(days.new)
-    extended = days.add(days.new, BuildOptions(duplicates="keep"))
-    kept = pq.read_table(extended.features.folder / "requests" / "rows")
-    assert len(kept) == extended.rows == days.new.num_rows
-
-
 def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
     days = _Days(tmp_path)
     again = days.new.slice(0, 20)
