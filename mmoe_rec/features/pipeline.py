@@ -349,14 +349,14 @@ class FeaturePipeline:
     def load(folder: Path, memories: bool = True) -> FeaturePipeline:
         """Reads a saved state, with what counters and histories remember unless told otherwise.
 
-        Raises UserError for a folder that holds none, or one of another format.
+        Raises UserError for a folder that holds none, or one that another version made.
         """
         try:
             text = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"'{folder}' holds no feature state (pipeline.json)") from None
         if text.get("format") != FORMAT:
-            raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
+            raise UserError(f"The features in '{folder}' were made by another version of mmoe_rec. Build them again.")
         pipeline = FeaturePipeline(schema_of(text["schema"]))
         pipeline.key_types, pipeline.booleans = text["key_types"], set(text["booleans"])
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}

@@ -68,12 +68,11 @@ class Artifact:
 
     model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
     tables_as_of: ISO time of the last logged request that counters, histories and latest values know, None where the
-    log has no times; stale_after_days: how much later a request may lie before replies warn, None is any time (the
-    default is that of the settings, for artifacts of before there was one); trained_as_of: as tables_as_of, of the
-    features that the model was trained on, None where the tables are still these; files: digest of the files of the log
-    that the tables hold, None where it is unknown; journal: what of the journal of live events the tables hold, {"id":
-    ..., "through": number of the last segment}, None for nothing; early_end: what
-    `mmoe_rec.training.validation.find_early_end` says of its training.
+    log has no times; stale_after_days: how much later a request may lie before replies warn, None is any time;
+    trained_as_of: as tables_as_of, of the features that the model was trained on, None where the tables are still
+    these; files: digest of the files of the log that the tables hold, None where it is unknown; journal: what of the
+    journal of live events the tables hold, {"id": ..., "through": number of the last segment}, None for nothing;
+    early_end: what `mmoe_rec.training.validation.find_early_end` says of its training.
     """
 
     name: str
@@ -83,7 +82,7 @@ class Artifact:
     products: str
     fingerprint: str
     tables_as_of: str | None
-    stale_after_days: float | None = 7
+    stale_after_days: float | None
     trained_as_of: str | None = None
     files: str | None = None
     journal: dict[str, Any] | None = None
@@ -97,14 +96,11 @@ class Artifact:
 def read_artifact(folder: Path, verify: bool = True) -> Artifact:
     """What an artifact folder says about itself. verify: check its files first, as `check_files` does.
 
-    Raises UserError where there is no model, one of another format, or one that is not as it was written.
+    Raises UserError where there is no model, one that another version made, or one that is not as it was written.
     """
     tree = _read_object(folder / "model.json")
     if tree is not None and tree.get("format") != FORMAT:
-        raise UserError(
-            f"'{folder}' holds a model of another format than this version reads ({FORMAT}): train it again, or use "
-            "the version of mmoe_rec that wrote it"
-        )
+        raise UserError(f"The model in '{folder}' was made by another version of mmoe_rec. Train it again.")
     if verify and (tree is not None or (folder / MANIFEST).is_file()):
         check_files(folder)
     if tree is None:

@@ -120,7 +120,7 @@ class Ranker:
         `mmoe_rec.load_ranker` also takes URIs such as `models:/NAME@ALIAS`, which need MLflow.
 
         Raises:
-            UserError: The folder is incomplete, changed or of another format.
+            UserError: The folder is incomplete, changed or made by another version.
             OtherScoresError: The model gives other predictions here than where it was written.
         """
         if re.match(r"(models|runs):/", str(folder)) and not Path(folder).exists():
@@ -133,10 +133,7 @@ class Ranker:
                 raise UserError(f"another model took the place of '{folder}' while it was loaded: load it again")
             ranker._check_example(folder)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"the model in '{folder}' can't be loaded ({one_line(error)}): train it again, or use the version of "
-                "mmoe_rec that wrote it"
-            ) from error
+            raise UserError(f"the model in '{folder}' can't be loaded ({one_line(error)}): train it again") from error
         return ranker
 
     def _check_example(self, folder: Path) -> None:

@@ -4,7 +4,7 @@ After a training the two are compared on the validation rows of users that chose
 `promote` measures two versions on the settings' test rows. Both decide by the rule of every comparison, with an
 interval over users and guardrails for each task. What was decided, and why, is kept with the version.
 
-A holder that can't be served any more (of an earlier version, damaged, with predictions that are not finite) gives way.
+A holder that can't be served any more (damaged, of another version, with predictions that are not finite) gives way.
 One that can't be compared here (tasks or labels that mean something else, files that can't be fetched, other scores
 than where it was written) keeps the alias. An outage of MLflow decides nothing.
 """

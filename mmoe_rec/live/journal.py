@@ -402,8 +402,7 @@ def _check_file(file: Path, create: bool) -> None:
     try:
         if file.is_dir():
             raise UserError(
-                f"'{file}' is a folder, as the journal of an earlier version: run refresh --journal with that version "
-                "once, and then give the address of a new journal, such as sqlite:///journal.db"
+                f"'{file}' is a folder, and a journal is a file. Give its address, such as sqlite:///journal.db."
             )
         if create:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ share a journal: the journal says of each log up to where files hold it, whichev
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -31,8 +30,6 @@ from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 
 ROWS_OF_A_FILE = 2**20
-_COLUMNS = b"mmoe_rec.columns"
-"""Metadata of files of earlier versions, which hold only the columns that one model reads: a JSON list."""
 
 
 @dataclass
@@ -83,7 +80,7 @@ def write_files(
             the journal.
 
     Raises:
-        UserError: A place can't take files, a file that is there lacks columns, or the journal is damaged.
+        UserError: A place can't take files, or the journal is damaged.
     """
     written, uses, place = WrittenFiles(), find_uses(schema), BATCHES.c.position
     with journal.reading() as connection:
@@ -125,9 +122,7 @@ def _write_cut(
     place = log if source is None else schema.events[source].path
     path = _find_folder(place, "data.log" if source is None else f"data.events.{source}.path", name) / name
     uses = find_uses(schema)[source]
-    if path.exists():
-        _check_columns(path, uses)
-    else:
+    if not path.exists():
         _write(path, table, uses, _find_pattern(place), schema.columns.time_unit)
     written.files.append(path)
 
@@ -176,20 +171,6 @@ def _find_pattern(source: str) -> Mapping[str, pa.DataType]:
         except (pa.ArrowException, OSError):
             continue
     return {}
-
-
-def _check_columns(path: Path, uses: Mapping[str, Use]) -> None:
-    """Raises UserError for a file that an earlier version wrote for a model that reads fewer columns."""
-    try:
-        held = json.loads((pq.read_schema(path).metadata or {})[_COLUMNS])
-    except (pa.ArrowException, OSError, KeyError):  # it holds all columns, or the build tells of it
-        return
-    if missing := sorted(uses.keys() - set(held)):
-        raise UserError(
-            f"'{path}' was written by an earlier version for a model that does not read the column '{missing[0]}', so "
-            "values of it that callers sent are not in this file: run refresh without --journal once, which takes the "
-            "file as it is, with nulls"
-        )
 
 
 def _write(

@@ -1,6 +1,6 @@
 """The log of requests: a thread of its own makes files of what replies hand over, and no reply waits for it.
 
-mmoe_rec/server/README.md says what is logged, and what is dropped; files of earlier versions lack some columns. What
+mmoe_rec/server/README.md says what is logged, and what is dropped. What
 waits is bounded by its candidates, as it holds all rows of its passes. Files are called by the time at which they were
 written, UTC, `requests-TIME-HOST-PROCESS-RANDOM.parquet`, so that names in order are times in order. Other programs may
 move or remove them at any time.

@@ -232,7 +232,7 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
             for name, counts in pipeline.counts.items():
                 counts.merge(type(counts).from_table(pq.read_table(before.folder / "counts" / f"{name}.parquet")))
         except (OSError, pa.ArrowException, KeyError) as error:
-            what = f"the features in '{before.folder}' are damaged, or of another version ({first_line(error)})"
+            what = f"the features in '{before.folder}' are damaged ({first_line(error)})"
             raise UserError(f"{what}: {ANEW}") from None
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()

@@ -213,13 +213,13 @@ class HeldFiles:
 
     @staticmethod
     def read(folder: Path) -> HeldFiles:
-        """What `write` wrote. Raises UserError where it is missing, damaged or of another version."""
+        """What `write` wrote. Raises UserError where it is missing or damaged."""
         try:
             found = json.loads((folder / "files.json").read_text(encoding="utf-8"))
             return HeldFiles([_log_from(each) for each in found["logs"]])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"the features in '{folder}' have no record of the log's files (files.json) that this version reads; "
+                f"the features in '{folder}' have no readable record of the log's files (files.json); "
                 "build them anew, without --extend"
             ) from None
 

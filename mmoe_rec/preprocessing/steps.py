@@ -103,7 +103,7 @@ class Steps:
         check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
         sent, kept = self._events.folder / DUPLICATES, None if kept is None else kept / "rows"
-        before = before / "rows" if before is not None and (before / "rows").is_dir() else None
+        before = None if before is None else before / "rows"
         if DUPLICATES in counted.sent:
             return check_duplicates(self.logs, sent, self.scratch / "database", self._repeats, before, kept)
         if before is not None and kept is not None:

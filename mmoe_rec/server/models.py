@@ -111,11 +111,6 @@ class Models:
             ranker = Ranker.load(source.folder)
             ranker.take_settings(self.options.instead)
             ranker.serve_faster()
-            if ranker.pipeline.booleans is None:
-                _log.warning(
-                    "the model's features were built by an earlier version, which did not note the columns that hold "
-                    "true and false: these are taken as 1 and 0 in any column but ids; train on features built anew"
-                )
             ranker.keeps_seen = self.options.log is not None
             example = read_example(source.folder)
             learning = None

@@ -218,7 +218,7 @@ def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
         return mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment '{name}' was deleted: restore it, or set another tracking.experiment")
-    if _KIND[0] not in experiment.tags:  # of before there were kinds, or made by hand
+    if _KIND[0] not in experiment.tags:  # made by hand
         mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, *_KIND)
     return experiment.experiment_id
 

@@ -29,7 +29,6 @@ from mmoe_rec.training.choices import Choices
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.validation import Validation
 
-FORMAT = 2
 _DESCRIPTION = "training.json"
 _LATEST, _FINISHED = "latest.json", "finished.json"
 T = TypeVar("T")
@@ -92,17 +91,14 @@ class FinishedTraining:
 
 
 def _write(tree: dict[str, Any], file: Path) -> None:
-    file.write_text(json.dumps({"format": FORMAT, **tree}, indent=1, default=Tensor.tolist), encoding="utf-8")
+    file.write_text(json.dumps(tree, indent=1, default=Tensor.tolist), encoding="utf-8")
 
 
 def _read(kind: type[T], file: Path, **more: Any) -> T:
     """What `_write` wrote. Raises UserError for another file, or one of another version."""
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        if tree.pop("format") != FORMAT:
-            raise ValueError("another format")
-        return TypeAdapter(kind).validate_python(tree | more)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return TypeAdapter(kind).validate_python(json.loads(file.read_text(encoding="utf-8")) | more)
+    except (OSError, ValueError, TypeError):
         raise _damaged(file) from None
 
 

@@ -102,7 +102,7 @@ def test_diverged_weights_are_not_written(small: SmallModel, tmp_path: Path) -> 
     ("damage", "message"),
     [
         (lambda folder: (folder / "model.json").unlink(), "holds no model"),
-        (lambda folder: (folder / "model.json").write_text('{"format": 99}'), "another format"),
+        (lambda folder: (folder / "model.json").write_text('{"format": 99}'), "another version"),
         (lambda folder: (folder / "weights.safetensors").write_bytes(b"\0" * 40), "can't be read"),
         (lambda folder: shutil.rmtree(folder / "features"), "holds no feature state"),
         (lambda folder: (folder / "example_request.json").unlink(), "can't be loaded .*example_request.json"),
@@ -243,7 +243,7 @@ def test_another_format_is_told_first(folder: Path, manifest: str | None) -> Non
     else:
         (folder / "manifest.json").write_text(manifest)
     told = refusal(folder)
-    assert f"'{folder}' holds a model of another format than this version reads ({FORMAT}): train it again" in told
+    assert f"The model in '{folder}' was made by another version of mmoe_rec. Train it again." in told
 
 
 def test_a_rewritten_model_is_whole_and_has_scores_of_its_own(small: SmallModel, folder: Path, tmp_path: Path) -> None:

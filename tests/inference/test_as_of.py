@@ -12,7 +12,6 @@ import pytest
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Freshness
-from mmoe_rec.inference.writing import seal
 from mmoe_rec.log.given import iso_time
 from tests.inference.small_model import ITEMS, USER, SmallModel
 from tests.log.small_logs import DAY, START, random_log, times_of
@@ -162,13 +161,3 @@ def test_the_setting_travels_with_the_artifact(tmp_path: Path, days: float | Non
     assert ("more than 0.5 days after" in told) == (days is not None)
     assert bool(asked(ranker, timedelta(days=4000))) == (days is not None)
     assert FUTURE in asked(ranker, -timedelta(seconds=1))[0]
-
-
-def test_an_artifact_of_before_the_setting_has_its_default(small: SmallModel, tmp_path: Path) -> None:
-    small.write(tmp_path / "model")
-    tree = json.loads((tmp_path / "model" / "model.json").read_text())
-    del tree["stale_after_days"]
-    (tmp_path / "model" / "model.json").write_text(json.dumps(tree))
-    seal(tmp_path / "model")
-    assert read_artifact(tmp_path / "model").stale_after_days == 7
-    assert STALE in asked(Ranker.load(tmp_path / "model"), timedelta(days=8))[0]

@@ -209,7 +209,7 @@ def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
         Journal(file / "below" / "journal.db")
     with pytest.raises(UserError, match=r"there can be no journal '.*': File name too long"):
         Journal(tmp_path / ("x" * 300))
-    with pytest.raises(UserError, match=r"is a folder.*earlier version.*run refresh --journal with that version once"):
+    with pytest.raises(UserError, match="is a folder, and a journal is a file"):
         Journal(tmp_path)
     with pytest.raises(UserError, match=r"'postgresql\+psycopg://me:\*\*\*@.*can't be written") as error:
         Journal(f"postgresql://me:secret@/x?host={tmp_path}")

@@ -1,6 +1,5 @@
 """What a journal holds as files of the logs: the rows that readers hold, in the logs' own types, for builds to read."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -161,17 +160,6 @@ def test_files_are_written_once_and_alike(growing, journal):
     one = _write(growing, journal, after=through)
     assert one.files
     assert not {path.name for path in one.files} & {path.name for path in written.files}
-
-
-def test_a_file_of_an_earlier_version_that_lacks_columns_is_refused(growing, journal):
-    _post(journal, growing, 8, 9)
-    files = _write(growing, journal).files
-    lacking = sorted(column_uses(growing.schema).keys() - {"brand"})
-    for path, held in zip(files, (lacking, ["user"]), strict=False):
-        table = pq.read_table(path)
-        pq.write_table(table.replace_schema_metadata({"mmoe_rec.columns": json.dumps(held)}), path)
-    with pytest.raises(UserError, match=r"does not read the column 'brand', so .* refresh without --journal once"):
-        _write(growing, journal)
 
 
 def test_what_has_no_row_that_counts_gives_no_file(growing, journal):

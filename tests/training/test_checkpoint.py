@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmoe_rec.batches.reader import Position
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.training.checkpoint import FinishedTraining, TrainingState, latest_checkpoint
-from mmoe_rec.training.choices import Choices
+from mmoe_rec.training.checkpoint import TrainingState, latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 from mmoe_rec.training.ranks import process_group
@@ -211,37 +209,6 @@ def test_damage_is_named(tmp_path: Path, file: str, text: str, message: str) -> 
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         latest_checkpoint(tmp_path)
-
-
-JUDGED = """{"loss": {"a": 0.6, "b": 2}, "auc": {"a": 0.7}, "experts": {"weights": [[0.25, NaN]],
-"loads": [[1.0, NaN]]}, "gauc": {"a": 0.65}, "calibration": {"a": Infinity}, "rarer": {"a": 407}}"""
-BEGUN = """{"settings": {"split": {"values": [1, null]}}, "features": "b656", "until": 1709941769242397, "run_id": null,
-"start": {"address": "models:/m@champion", "exact": "models:/m/1", "weights": "eee5", "run": "069e"}}"""
-STOOD = f"""{{"format": 2, "step": 8, "position": {{"epoch": 1, "row": 14, "seed": 17, "shuffle_window": 99, "rows": 29,
-"fingerprint": "bae5"}}, "history": [[7, {JUDGED}]], "best_step": 7, "skipped": 0, "origin": {BEGUN}, "choices":
-{{"precision": "fp32", "tables": "fbgemm", "experts": "auto", "threads": 1, "products": "blas", "measured": {{}}}}}}"""
-ENDED = f"""{{"format": 2, "address": "models:/m/2", "best": {JUDGED}, "best_step": 7, "rows_per_s": 18,
-"waiting": 0.01, "compared": ["it is better"], "origin": {BEGUN}, "weights": "5c6e", "started_from": {JUDGED}}}"""
-
-
-def test_what_was_written_before_is_read(tmp_path: Path) -> None:
-    """Texts of format 2, which stay as they are: another format has another number."""
-    (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "latest.json").write_text('{"step": 8}')
-    for name, text in (("step-00000008/training.json", STOOD), ("finished.json", ENDED)):
-        (tmp_path / "checkpoints" / name).write_text(text)
-    found, ended = state_in(tmp_path / "checkpoints"), FinishedTraining.read(tmp_path)
-    assert ended is not None
-    begun = Origin({"split": {"values": [1, None]}}, "b656", 1709941769242397, None)
-    begun = replace(begun, start=Start("models:/m@champion", "models:/m/1", "eee5", "069e"))
-    assert found.origin == ended.origin == begun
-    assert found.position == Position(1, 14, 17, 99, 29, "bae5")
-    assert found.choices == Choices("fp32", "fbgemm", "auto", 1)
-    assert (ended.before, ended.artifact, ended.compared) == (True, tmp_path / "model", ("it is better",))
-    for each in (found.history[0][1], ended.best, ended.started_from):
-        assert (each.loss, each.gauc, each.calibration["a"]) == ({"a": 0.6, "b": 2.0}, {"a": 0.65}, float("inf"))
-        assert each.experts.weights.dtype == torch.float64
-        assert each.experts.loads.isnan().tolist() == [[False, True]]
 
 
 def test_a_new_training_forgets_where_another_one_stood(prepared: FeatureFolder, tmp_path: Path) -> None:
