@@ -41,7 +41,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 OWN_SECTIONS = {"mmoe_rec.features.kinds", "mmoe_rec.model.routing"}
 """They hold the sections of their own settings, which `settings` puts together, and import nothing heavy."""
 ONLY_IN = {
-    "mlflow": {"mmoe_rec/tracking", "mmoe_rec/inference", "mmoe_rec/evaluation/mlflow_metrics.py"},
+    "mlflow": {"mmoe_rec/tracking", "mmoe_rec/inference"},
     "jinja2": {"mmoe_rec/report"},
     "matplotlib": {"mmoe_rec/report"},
     "torchrec": {"mmoe_rec/batches", "mmoe_rec/model", "mmoe_rec/training", "mmoe_rec/cli/doctor.py"},
