@@ -115,11 +115,12 @@ class Run:
         self._put("file", {"folder": folder}, Path(path))
 
     def end(self, status: str) -> None:
-        """The run has ended as FINISHED, KILLED or FAILED."""
+        """The run has ended as FINISHED, KILLED or FAILED. Sends what is kept for it."""
         self._put("end", {"status": status, "time": _now()})
+        self.flush()
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Sends what waits, for so long while MLflow does not answer."""
+        """Sends what is kept, for so long while MLflow does not answer."""
         if self.outbox is not None:
             self.outbox.flush(seconds)
 
@@ -272,7 +273,7 @@ def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Out
                 raise
             say(f"{error}: the run goes on without data sets")  # an old server does not know them
 
-    return Outbox(None if unsent is None else unsent / run_id, send)
+    return Outbox(None if unsent is None else unsent / f"{run_id}.jsonl", send)
 
 
 def _deliver(mlflow: Any, run_id: str, message: Message) -> None:

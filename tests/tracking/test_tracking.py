@@ -258,7 +258,7 @@ def test_a_run_that_is_deleted_while_it_is_recorded(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "refuses: The run" in said
-    assert f"are kept in '{unsent / str(run.run_id)}'" in said
+    assert f"are kept in '{unsent / f'{run.run_id}.jsonl'}'" in said
     with (
         pytest.raises(UserError, match=f"'{run.run_id}' was deleted: restore it with `mlflow runs restore"),
         runs.open_run(uri, "x", run_id=run.run_id, unsent=unsent),
