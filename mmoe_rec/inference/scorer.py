@@ -1,7 +1,6 @@
-"""From a model's inputs to predictions: experts that fail are left out, logits are calibrated, results are checked.
+"""From a model's inputs to predictions: logits are calibrated, and results are checked.
 
-An expert whose weights are not finite numbers is taken out when the model is loaded. One that raises an error, or whose
-values are not finite, is found by running each on its own, and left out of that request, as the README says.
+An expert whose values are not finite is found by running each expert on its own, and left out of that request.
 """
 
 import time
@@ -17,7 +16,7 @@ from torch.nn import functional
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.model.fused import check_fused, fused_logits
-from mmoe_rec.model.mmoe import Mixture, Outputs, RankingModel
+from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.products import Products, has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
 
@@ -77,20 +76,18 @@ class Scored:
 class Scorer:
     """A `RankingModel` over `PlainTables` with its calibration. Raises UserError where `check_fused` does.
 
-    broken: experts with weights that are no numbers; fused: gives the network's logits where the model and a request
-    allow it, None where no request does.
+    fused: gives the network's logits where the model and a request allow it, None where no request does.
     """
 
     def __init__(self, about: Artifact, model: RankingModel, calibration: Calibration) -> None:
         self.about, self.model, self.calibration = about, model.eval(), calibration
         self.names, self._kinds = [task.name for task in about.tasks], [task.kind for task in about.tasks]
         self.experts = model.visible_experts.shape[1]
-        self.broken = _take_out_broken(model.mixture)
         self.way: Products = "blas"
         self.fused = fused_logits(model.mixture, self.way)
         if self.fused is not None:
             check_fused(model)
-        self._lost = self._warn([], None)
+        self._none_left = self._warn([], None)
 
     def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
@@ -141,7 +138,7 @@ class Scorer:
         rows = len(inputs)
         if self.way == "onednn":
             inputs = _filled_up(inputs)
-        fused, warnings, failed = self._run_fused(inputs, options), self._lost, False
+        fused, warnings, failed = self._run_fused(inputs, options), self._none_left, False
         if fused is None or explain:
             outputs, warnings, failed = self._run(inputs, options)
         if fused is not None and not failed:  # the same answer whether it is to be explained or not
@@ -163,32 +160,36 @@ class Scorer:
         return Scored(values, logs, warnings, failed, **explained)
 
     def _run(self, inputs: Tensor, options: ExpertOptions) -> tuple[Outputs, tuple[LostExpert, ...], bool]:
-        """The model's outputs of inputs (B, W) without experts that fail, what went wrong, and whether one failed."""
-        usable = self._all_but(options.masked) if options.masked else None
-        try:
-            outputs = self._forward(inputs, options.top_k, usable)
-            failing = not _is_finite(outputs)
-        except Exception:
-            failing = True
-        failed = self._find_failed(inputs, options) if failing else {}
-        if failing:
-            usable = self._all_but([*options.masked, *failed])
-            outputs = self._forward(inputs, options.top_k, usable)
-        sentences = [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
-        return outputs, self._lost if usable is None else self._warn(sentences, usable), failing
+        """Run the model on inputs (B, W) without the experts that give values that are not finite.
 
-    def _warn(self, failed: Sequence[str], usable: Tensor | None) -> tuple[LostExpert, ...]:
-        """Sentences on all experts that are lost, where (E,) bool may be used. failed: those on experts that failed."""
+        Returns:
+            The outputs, warnings about experts, and whether an expert was left out.
+
+        Raises:
+            RuntimeError: The outputs are not finite without such experts either.
+        """
+        usable, lost = self._all_but(options.masked) if options.masked else None, list[int]()
+        outputs = self._forward(inputs, options.top_k, usable)
+        if not _is_finite(outputs):
+            everyone = set(range(self.experts))
+            for expert in sorted(everyone - set(options.masked)):
+                if not _is_finite(self._forward(inputs, options.top_k, self._all_but(everyone - {expert}))):
+                    lost.append(expert)
+            usable = self._all_but([*options.masked, *lost])
+            outputs = self._forward(inputs, options.top_k, usable)
+            if not _is_finite(outputs):
+                raise RuntimeError("what experts and gates read has values that are not finite numbers")
+        return outputs, self._none_left if usable is None else self._warn(lost, usable), bool(lost)
+
+    def _warn(self, lost: Sequence[int], usable: Tensor | None) -> tuple[LostExpert, ...]:
+        """Sentences on lost experts, and on tasks for which none is left, where (E,) bool may be used."""
         left, whose = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
         some = (left if usable is None else left & usable).any(1).tolist()
-        warnings = [
-            *(f"expert {expert} has weights that are not finite numbers and is out of use" for expert in self.broken),
-            *failed,
-            *(
-                f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
-                for task, any_left in zip(self.names, some, strict=True)
-                if not any_left
-            ),
+        warnings = [f"expert {expert} was left out: its values are not finite numbers" for expert in lost]
+        warnings += [
+            f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
+            for task, any_left in zip(self.names, some, strict=True)
+            if not any_left
         ]
         return tuple(map(LostExpert, warnings))
 
@@ -204,23 +205,6 @@ class Scorer:
         with torch.inference_mode():
             return self.model.of_inputs(inputs, None, top_k=top_k, usable=usable)
 
-    def _find_failed(self, inputs: Tensor, options: ExpertOptions) -> dict[int, str]:
-        """Experts that fail when each is run on its own, and why."""
-        everyone = range(self.experts)
-        # What fails here is no expert's fault.
-        without = self._forward(inputs, options.top_k, self._all_but(everyone))
-        if not all(each.probabilities.isfinite().all() for each in without.routings):
-            raise RuntimeError("what experts and gates read has values that are not finite numbers")
-        failed = {}
-        for expert in sorted(set(everyone) - set(options.masked)):
-            alone = self._all_but(set(everyone) - {expert})
-            try:
-                if not _is_finite(self._forward(inputs, options.top_k, alone)):
-                    failed[expert] = "its values are not finite numbers"
-            except Exception as error:
-                failed[expert] = " ".join(str(error).split())[:200] or type(error).__name__
-        return failed
-
     def _all_but(self, experts: Collection[int]) -> Tensor:
         """(E,) bool: False for the given experts."""
         usable = torch.ones(self.experts, dtype=torch.bool)
@@ -232,28 +216,6 @@ def _is_finite(outputs: Outputs) -> bool:
     """Whether all logits and all gate probabilities are finite: a gate with NaN chooses nothing."""
     numbers = [outputs.logits, *(routing.probabilities for routing in outputs.routings)]
     return all(bool(each.isfinite().all()) for each in numbers)
-
-
-@torch.no_grad()
-def _take_out_broken(mixture: Mixture) -> list[int]:
-    """Masks experts with a weight that is not finite; gives their numbers."""
-    broken: set[int] = set()
-
-    def clear(expert: int, weights: Sequence[Tensor]) -> None:
-        if not all(weight.isfinite().all() for weight in weights):
-            broken.add(expert)
-            for weight in weights:
-                weight.zero_()  # a weight of 0 times NaN would still be NaN
-
-    for level in mixture.each_level():
-        places = ((experts, place) for experts in level.each_group() for place in range(experts.count))
-        for expert, (experts, place) in enumerate(places):
-            clear(expert, [weight[place] for weight in experts.parameters()])
-    for gates in mixture.gates:
-        for expert in range(gates.visible.shape[1]):
-            clear(expert, gates.rows_of(expert))
-        gates.masked[list(broken)] = True
-    return sorted(broken)
 
 
 def _filled_up(inputs: Tensor) -> Tensor:

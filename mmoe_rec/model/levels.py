@@ -202,11 +202,6 @@ class Gates(nn.Module):
         """Whether the weights of k chosen experts are divided by their sum."""
         return not self.rule.takes_k or (self.settings.top_k > 1 and (k != 1 or not self.settings.random_top_k))
 
-    def rows_of(self, expert: int) -> list[Tensor]:
-        """The weights and biases that give an expert's logits, as views."""
-        layers = [self.linear] if self.route is None else [self.linear, self.route]
-        return [each[:, expert] for layer in layers for each in (layer.weight, layer.bias)]
-
     @torch.no_grad()
     def even_out(self, loads: Tensor, rate: float) -> None:
         """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks;

@@ -1,4 +1,4 @@
-"""A request is answered whatever becomes of an expert: masked, with weights that are not numbers, or raising."""
+"""A request is answered without an expert that is masked, or whose values are not finite numbers."""
 
 import math
 import shutil
@@ -92,7 +92,7 @@ def test_each_expert_may_have_weights_that_are_no_numbers(small: SmallModel, tmp
         seal(folder)
         ranking = rank(Ranker.load(folder))
         assert np.isfinite(values(ranking)).all()
-        assert any(f"expert {expert} has weights that are not finite" in each for each in ranking.warnings)
+        assert f"expert {expert} was left out: its values are not finite numbers" in ranking.warnings
         np.testing.assert_allclose(values(ranking), values(rank(whole, mask_experts=[expert])), atol=1e-6)
 
 
@@ -104,8 +104,7 @@ def _place(level: Any, expert: int) -> tuple[int, int]:
     raise AssertionError
 
 
-@pytest.mark.parametrize("fault", ["raises", "gives NaN"])
-def test_each_expert_may_fail_while_it_runs(small: SmallModel, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_each_expert_may_give_values_that_are_not_finite(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker = Ranker.load(small.folder)
     levels = ranker.model.mixture.each_level()
     for expert in range(experts_of(small)):
@@ -114,12 +113,11 @@ def test_each_expert_may_fail_while_it_runs(small: SmallModel, monkeypatch: pyte
         expected = values(rank(ranker, mask_experts=[expert]))
         with monkeypatch.context() as patch:
             patch.setattr(ranker.scorer, "fused", ranker.scorer.fused and _gives_nan)
-            patch.setattr(experts, "forward", _faulty_forward(experts, place, fault))
-            patch.setattr(experts, "run", _faulty_run(experts, place, fault))
+            patch.setattr(experts, "forward", _faulty_forward(experts, place))
+            patch.setattr(experts, "run", _faulty_run(experts, place))
             ranking = rank(ranker)
         assert np.isfinite(ranking.scores).all()
-        reason = "out of order" if fault == "raises" else "its values are not finite numbers"
-        assert f"expert {expert} failed and was left out: {reason}" in ranking.warnings
+        assert f"expert {expert} was left out: its values are not finite numbers" in ranking.warnings
         np.testing.assert_allclose(values(ranking), expected, atol=1e-6)
         assert rank(ranker).warnings == []
 
@@ -137,20 +135,16 @@ def _gives_nan(inputs: Tensor) -> Tensor:
     return torch.full((len(inputs), 2), math.nan)
 
 
-def _faulty_forward(experts: Experts, place: int, fault: str) -> Any:
+def _faulty_forward(experts: Experts, place: int) -> Any:
     def forward(hidden: Tensor) -> Tensor:
-        if fault == "raises":
-            raise IndexError("out of order")
         return Experts.forward(experts, hidden).index_fill(1, torch.tensor([place]), math.nan)
 
     return forward
 
 
-def _faulty_run(experts: Experts, place: int, fault: str) -> Any:
+def _faulty_run(experts: Experts, place: int) -> Any:
     def run(hidden: Tensor, dispatch: Dispatch) -> Tensor:
         sizes = dispatch.sizes.tolist()
-        if fault == "raises" and sizes[place]:
-            raise RuntimeError("out of order")
         outputs = list(Experts.run(experts, hidden, dispatch).split(sizes))
         outputs[place] = torch.full_like(outputs[place], math.nan)
         return torch.cat(outputs)
