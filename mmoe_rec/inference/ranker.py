@@ -34,7 +34,7 @@ from mmoe_rec.inference.artifact import (
     read_model,
     version_of,
 )
-from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, new_id, scored_table
+from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, explain, new_id, scored_table
 from mmoe_rec.inference.reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
 from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
@@ -345,8 +345,7 @@ class Ranker:
             request_id = new_id(integer_ids) if request_ids[number] is None else request_ids[number]
             explanations = None
             if read is not None and each.request.explain:
-                moments = as_of(floors, times[number])
-                explanations = explain(scored, rows, read, self.names, places[start:end], moments)
+                explanations = explain(scored, read, self.names, places[start:end])
             rankings.append(
                 Ranking(
                     candidates=[ids[place] for place in places[start:end]],

@@ -7,7 +7,6 @@ import secrets
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,11 +31,7 @@ class Explanation:
 
     uncalibrated, calibrated: task -> prediction before and after calibration; gates: task -> weight of each expert of
     the last level; counters: input -> value before it is standardised, null where it is missing; histories: feature ->
-    ids, oldest first (null in the place of an id without a row of its own), null where there are none; as_of: counter
-    or history -> ISO time as of which its memory answered: the request's, or a later one where the memory has dropped
-    what was known then. What the request gives itself has none. attributes: column that describes the candidate and
-    that features read -> value, as the request gives it, or else as it was last known; times are ISO. Of a model with
-    trees, network and trees: task -> prediction by these alone, before calibration, null for a task without trees.
+    ids, oldest first (null in the place of an id without a row of its own), null where there are none.
     """
 
     uncalibrated: dict[str, float]
@@ -44,10 +39,6 @@ class Explanation:
     gates: dict[str, list[float]]
     counters: dict[str, float | None]
     histories: dict[str, list[int | None] | list[str | None] | None]
-    as_of: dict[str, str]
-    attributes: dict[str, Any]
-    network: dict[str, float] | None = None
-    trees: dict[str, float | None] | None = None
 
 
 def new_id(integer: bool) -> int | str:
@@ -77,7 +68,7 @@ class RankedRequest:
 
 UNSENT = ("unknown_ids", "seen", "journal_position")
 """What a ranking holds for the server's metrics and its log of requests alone."""
-_IF_THERE = ("explanations", "request_id", "network", "trees")
+_IF_THERE = ("explanations", "request_id")
 
 
 @dataclass(frozen=True)
@@ -115,38 +106,22 @@ class Ranking:
         """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for, or an id."""
         tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in UNSENT}
         if self.explanations is not None:
-            tree["explanations"] = [_without_lacks(vars(each)) for each in self.explanations]
-        return _without_lacks(tree)
-
-
-def _without_lacks(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
+            tree["explanations"] = [dict(vars(each)) for each in self.explanations]
+        return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
 
 
 def explain(
-    scored: Scored,
-    rows: RequestRows,
-    read: tuple[Mapping[str, Any], Mapping[str, Any]],
-    tasks: Sequence[str],
-    places: Sequence[int],
-    moments: Mapping[str, str],
+    scored: Scored, read: tuple[Mapping[str, Any], Mapping[str, Any]], tasks: Sequence[str], places: Sequence[int]
 ) -> list[Explanation]:
     """The explanations of a request's candidates, which lie at these places of a pass.
 
-    scored, rows, read: of the pass, read as `FeaturePipeline.explain` gives it; moments: as `as_of` gives.
+    scored, read: of the pass, read as `FeaturePipeline.explain` gives it.
     """
     assert scored.uncalibrated is not None
     assert scored.gates is not None
     chosen = np.array(places, np.int64)
     after, before = (each[chosen].astype(np.float64).tolist() for each in (scored.values, scored.uncalibrated))
     numbers, lists = ({name: each[chosen].tolist() for name, each in part.items()} for part in read)
-    inputs, ids = rows.schema.input_columns(), rows.schema.columns.names
-    alone = dict[str, list[list[float]]]()
-    if scored.alone is not None:
-        both = scored.alone[chosen].astype(np.float64)
-        alone = {"network": both[..., 0].tolist(), "trees": both[..., 1].tolist()}
-    own = [name for name, role in inputs.items() if role == "candidate" and name not in ids]
-    attributes = pa.table({name: rows.taken(name, chosen) for name in own}).to_pylist() if own else [{}] * len(chosen)
     return [
         Explanation(
             uncalibrated=dict(zip(tasks, before[row], strict=True)),
@@ -154,27 +129,9 @@ def explain(
             gates=dict(zip(tasks, gates, strict=True)),
             counters={name: None if math.isnan(each[row]) else each[row] for name, each in numbers.items()},
             histories={name: each[row] for name, each in lists.items()},
-            as_of=dict(moments),
-            attributes={name: _plain(each) for name, each in seen.items()},
-            **{by: dict(zip(tasks, map(_plain, each[row]), strict=True)) for by, each in alone.items()},
         )
-        for row, (gates, seen) in enumerate(zip(scored.gates[chosen].tolist(), attributes, strict=True))
+        for row, gates in enumerate(scored.gates[chosen].tolist())
     ]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def as_of(floors: Mapping[str, int | None], time: int) -> dict[str, str]:
-    """The moment, ISO time, as of which counters and histories answer a request at a time (microseconds).
-
-    floors: of those that are read from a memory, as `FeaturePipeline.memories_read` gives them.
-    """
-    moments = {floor: iso_time(time if floor is None else max(time, floor)) for floor in set(floors.values())}
-    return {name: moments[floor] for name, floor in floors.items()}
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,8 @@ class LostExpert(str):
 @dataclass(frozen=True)
 class Scored:
     """Results of N rows: predictions (N, T), float32, or float64 where a task is a regression; their logs (N, T)
-    float64; sentences about experts; whether an expert failed on these rows; and where it was asked for, predictions
-    before calibration (N, T), gates (N, T, E) float32, each task's weights of the experts of the last level, and of a
-    model with trees predictions of the network and of the trees alone (N, T, 2)."""
+    float64; sentences about experts; whether an expert was left out; and where it was asked for, predictions before
+    calibration (N, T) and gates (N, T, E) float32, each task's weights of the experts of the last level."""
 
     values: np.ndarray
     logs: np.ndarray
@@ -56,7 +55,6 @@ class Scored:
     failed: bool = False
     uncalibrated: np.ndarray | None = None
     gates: np.ndarray | None = None
-    alone: np.ndarray | None = None
 
     @staticmethod
     def join(parts: "Sequence[Scored]", tasks: int) -> "Scored":
@@ -64,7 +62,7 @@ class Scored:
             return parts[0]
         if not parts:
             return Scored(np.empty((0, tasks), np.float32), np.empty((0, tasks)))
-        every = ("values", "logs", "uncalibrated", "gates", "alone")
+        every = ("values", "logs", "uncalibrated", "gates")
         names = [name for name in every if getattr(parts[0], name) is not None]
         return Scored(
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
@@ -142,7 +140,7 @@ class Scorer:
         if fused is None or explain:
             outputs, warnings, failed = self._run(inputs, options)
         if fused is not None and not failed:  # the same answer whether it is to be explained or not
-            outputs = fused if not explain else outputs._replace(logits=fused.logits, alone=fused.alone)
+            outputs = fused if not explain else outputs._replace(logits=fused.logits)
         with torch.inference_mode():
             plain = outputs.logits[:rows]
             logits = self.calibration.apply(plain, self.names)
@@ -152,8 +150,6 @@ class Scorer:
             if explain:
                 gates = outputs.routings[-1].weights.expand(-1, len(self.names), -1)  # one gate may serve all tasks
                 explained = {"uncalibrated": predictions(plain, self._kinds).numpy(), "gates": gates[:rows].numpy()}
-                if alone := [predictions(each[:rows], self._kinds).numpy() for each in outputs.alone]:
-                    explained["alone"] = np.stack(alone, axis=2)
         if not (np.isfinite(values).all() and np.isfinite(logs).all()):
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
             raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")

@@ -39,8 +39,7 @@ torch.fx.wrap("look_at_events")
 
 
 class Outputs(NamedTuple):
-    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last; of a model with
-    trees also what the network and the trees say alone, NaN for a task without them.
+    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last.
 
     Those of a `RankingModel` with a regression are float64: a float32 in the label's own unit may have steps wider
     than the labels' deviation.
@@ -48,7 +47,6 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     routings: tuple[Routing, ...]
-    alone: tuple[Tensor, ...] = ()
 
 
 class RankingModel(nn.Module):
@@ -141,7 +139,7 @@ class RankingModel(nn.Module):
             return outputs._replace(logits=logits)
         grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names)
         grown = self.in_units(grown.to(logits))
-        return outputs._replace(logits=self.trees.blend(logits, grown, self.names), alone=(logits, grown))
+        return outputs._replace(logits=self.trees.blend(logits, grown, self.names))
 
     def in_units(self, logits: Tensor) -> Tensor:
         """(B, T) with those of a regression in the label's own unit, in float64; of binary tasks alone as they are."""

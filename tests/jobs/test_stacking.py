@@ -99,26 +99,6 @@ def test_a_served_request_gets_what_a_batch_job_gives(small: SmallModel) -> None
     assert (np.abs(without - found).max(axis=0) > 1e-4).all()
 
 
-def test_an_explanation_says_what_network_and_trees_predict_alone(small: SmallModel) -> None:
-    ranker = Ranker.load(small.folder)
-    request = {"user": {"user": 5}, "context": {}, "candidates": {"item": ITEMS}}
-    ranking = ranker.rank(**request, explain=True, top_k=2)
-    assert json.loads(json.dumps(ranking.to_dict()))["explanations"][1]["trees"].keys() == ranking.predictions.keys()
-    trees, ranker.model.trees = ranker.model.trees, Trees({}, {})
-    assert trees is not None
-    network = ranker.rank(**request, explain=True)
-    assert set(network.to_dict()["explanations"][0]["trees"].values()) == {None}
-    for candidate, each in zip(ranking.candidates, ranking.explanations or (), strict=True):
-        alone = (network.explanations or [])[network.candidates.index(candidate)]
-        assert each.network == pytest.approx(alone.uncalibrated)
-        assert each.trees is not None
-        for task, blend in trees.blends.items():
-            one, other, both = alone.uncalibrated[task], each.trees[task], each.uncalibrated[task]
-            if task != "spent":
-                one, other, both = (np.log(p / (1 - p)) for p in (one, other, both))
-            assert both == pytest.approx(blend.network * one + blend.trees * other + blend.offset, rel=1e-4, abs=1e-5)
-
-
 def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Weights lie in a file of their own, as large ones do.
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
