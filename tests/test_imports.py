@@ -44,7 +44,7 @@ ONLY_IN = {
     "mlflow": {"mmoe_rec/tracking", "mmoe_rec/inference"},
     "jinja2": {"mmoe_rec/report"},
     "matplotlib": {"mmoe_rec/report"},
-    "torchrec": {"mmoe_rec/batches", "mmoe_rec/model", "mmoe_rec/training", "mmoe_rec/cli/doctor.py"},
+    "torchrec": {"mmoe_rec/batches", "mmoe_rec/model", "mmoe_rec/training"},
     **{name: {"mmoe_rec/server"} for name in ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client")},
 }
 FILES = {".".join(path.with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

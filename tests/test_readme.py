@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec.cli import doctor
+from mmoe_rec.cli.doctor import TOGETHER
 from mmoe_rec.cli.serve import serve
 from mmoe_rec.server.app import ALIVE
 from mmoe_rec.settings.load import load_settings
@@ -35,7 +35,20 @@ FILES += [ROOT / ".github" / "CONTRIBUTING.md"]
 DOCS = "\n".join([README, *(each.read_text(encoding="utf-8") for each in FILES)])
 """README, the guides beside what they describe, and how to contribute."""
 HOUSEHOLDS = "30"
-PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install()
+
+
+def pip_command() -> str:
+    """Return the pip command that installs what the extra `cpu` does, and torchrec without its dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras, (torchrec,) = project["project"]["optional-dependencies"], project["tool"]["uv"]["dependency-metadata"]
+    lines = [*project["project"]["dependencies"], *(each for name in EXTRAS for each in extras[name])]
+    needed = {re.split(r"[^\w.-]", line)[0]: line for line in (*lines, *torchrec["requires-dist"])}
+    needed["torch"], last = f"torch=={[*TOGETHER][-1]}.*", needed.pop("torchrec")
+    return f"pip install {' '.join(map(shlex.quote, needed.values()))} && pip install --no-deps {last}"
+
+
+EXTRAS = ("tables-cpu", "serve", "tune")  # the parts of `cpu`
+PIP_COMMAND = pip_command()
 
 ELSEWHERE = {
     "train --resume": "pipelines/test_resume.py::test_kills_change_nothing",
@@ -96,7 +109,7 @@ ELSEWHERE = {
 HERE = {
     "test_the_checks_are_those_of_ci": r"uv (sync|run) --extra cpu( ruff .*| mypy| pytest)?",
     "test_the_test_command_is_that_of_ci": r"pip install uv && uv run --extra cpu pytest",
-    "test_pip_command_is_that_of_the_doctor": re.escape(PIP_COMMAND),
+    "test_pip_command_installs_what_the_extra_does": re.escape(PIP_COMMAND),
     "test_a_smaller_install_names_what_there_is": r"uv venv && .*",
     "test_mlflow_pages": r"mlflow ui .*",
     "test_served_request": r".*\b5001\b.*",
@@ -252,8 +265,8 @@ def test_a_smaller_install_names_what_there_is() -> None:
     assert named[2] in project["project"]["optional-dependencies"]
 
 
-def test_pip_command_is_that_of_the_doctor() -> None:
-    assert commands_of("test_pip_command_is_that_of_the_doctor") == [PIP_COMMAND]
+def test_pip_command_installs_what_the_extra_does() -> None:
+    assert commands_of("test_pip_command_installs_what_the_extra_does") == [PIP_COMMAND]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     (parts,) = (re.fullmatch(r"mmoe-rec\[(.+)\]", each) for each in extras["cpu"])

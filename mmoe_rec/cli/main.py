@@ -44,7 +44,7 @@ COMMANDS = {
     "plan": "which rank would hold which part of the tables",
     "edit-experts": "adds, masks or removes experts of a model",
     "export": "a model in int8, or as an ONNX file",
-    "doctor": "checks this machine and its packages",
+    "doctor": "checks the packages, the devices, MLflow and the work folder",
 }
 """Command -> what it does. Its file has its name, with underscores, and so has the function in it."""
 MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
