@@ -51,7 +51,7 @@ class RankingPythonModel(PythonModel):
         # percentile was six times that of one thread. Very long lists on idle cores lose: a third at 10,000.
         torch.set_num_threads(1)
         self.ranker = Ranker.load(context.artifacts[ARTIFACT])
-        self.ranker.serve_faster()
+        self.ranker.use_products()
 
     # Of this type hint MLflow makes no schema: it would repeat the whole input in its errors, and refuse data frames.
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:

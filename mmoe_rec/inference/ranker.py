@@ -40,7 +40,7 @@ from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
-from mmoe_rec.model.products import Products
+from mmoe_rec.model.products import serving_products
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.model.tables import PlainTables
 
@@ -157,25 +157,14 @@ class Ranker:
             return ExampleScores.of(self.rank(**read_example(folder)), self.about.tasks)
 
     def take_settings(self, serving: Mapping[str, Any]) -> None:
-        """Serves by these of max_candidates, stale_after_days and products (which `serve_faster` looks at)."""
+        """Serves by these of max_candidates, stale_after_days and products (which `use_products` looks at)."""
         self.about = replace(self.about, **serving)
         self.reader.max_candidates = self.about.max_candidates
         self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
 
-    def serve_faster(self) -> None:
-        """Multiplies as `best_way` says from now on."""
-        if (way := self.best_way()) != self.scorer.way:
-            self.scorer.multiply_by(way)
-
-    def best_way(self) -> Products:
-        """What the setting `serving.products` asks for; for `auto`, what is faster on this processor."""
-        ways = self._ways
-        return self.scorer.fastest_way(ways) if len(ways) > 1 else ways[0]
-
-    @property
-    def _ways(self) -> list[Products]:
-        wanted = self.about.products
-        return ["blas", "onednn"] if wanted == "auto" else ["onednn" if wanted == "onednn" else "blas"]
+    def use_products(self) -> None:
+        """Multiply by the library that the setting `serving.products` asks for from now on."""
+        self.scorer.multiply_by(serving_products(self.about.products))
 
     # Learning what happened since
 

@@ -3,7 +3,6 @@
 An expert whose values are not finite is found by running each expert on its own, and left out of that request.
 """
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,13 +16,11 @@ from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.model.fused import check_fused, fused_logits
 from mmoe_rec.model.mmoe import Outputs, RankingModel
-from mmoe_rec.model.products import Products, has_onednn, set_products
+from mmoe_rec.model.products import Products, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
 
 # What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
 PIECE = 1_024
-# How long a model's products take is measured with so many rows, so many times; the other way must win by this factor.
-_ROWS_TIMED, _TIMES, _MARGIN = 512, 4, 1.2
 
 
 class ExpertOptions(NamedTuple):
@@ -81,8 +78,8 @@ class Scorer:
         self.about, self.model, self.calibration = about, model.eval(), calibration
         self.names, self._kinds = [task.name for task in about.tasks], [task.kind for task in about.tasks]
         self.experts = model.visible_experts.shape[1]
-        self.way: Products = "blas"
-        self.fused = fused_logits(model.mixture, self.way)
+        self.products: Products = "blas"
+        self.fused = fused_logits(model.mixture, self.products)
         if self.fused is not None:
             check_fused(model)
         self._none_left = self._warn([], None)
@@ -98,31 +95,12 @@ class Scorer:
                 raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.experts - 1}")
         return ExpertOptions(top_k, tuple(sorted(set(masked or ()))))
 
-    def multiply_by(self, way: Products) -> None:
-        """From now on multiplies in this way, where torch has it; results are equal but for rounding."""
-        self.way = "blas" if way == "onednn" and not has_onednn() else way
-        self.fused = fused_logits(self.model.mixture, self.way)
-        set_products(self.model, self.way)
-
-    def fastest_way(self, ways: Sequence[Products]) -> Products:
-        """The first of these, or a later one that is clearly faster here than what comes before. Takes some 50 ms."""
-        rows, before = torch.zeros(_ROWS_TIMED, self.model.width), self.way
-        seconds: dict[Products, float] = {}
-        for way in ways:
-            self.multiply_by(way)
-            seconds.setdefault(self.way, min(self._seconds(rows) for _ in range(_TIMES)))
-        self.multiply_by(before)
-        best = next(iter(seconds))
-        for way, taken in seconds.items():
-            if taken * _MARGIN < seconds[best]:
-                best = way
-        return best
-
-    def _seconds(self, inputs: Tensor) -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():  # trees take as long either way
-            self.model.mixture(inputs, None) if self.fused is None else self.fused(inputs)
-        return time.perf_counter() - start
+    def multiply_by(self, products: Products) -> None:
+        """Multiply by this library from now on; results are equal but for rounding."""
+        if products != self.products:
+            self.products = products
+            self.fused = fused_logits(self.model.mixture, products)
+            set_products(self.model, products)
 
     def score(self, inputs: Tensor, options: ExpertOptions = _MODELS_OWN, explain: bool = False) -> Scored:
         """Predictions of inputs (N, W), see `RankingModel.side_by_side`. explain: give what they come from, too.
@@ -134,7 +112,7 @@ class Scorer:
 
     def _score(self, inputs: Tensor, options: ExpertOptions, explain: bool) -> Scored:
         rows = len(inputs)
-        if self.way == "onednn":
+        if self.products == "onednn":
             inputs = _filled_up(inputs)
         fused, warnings, failed = self._run_fused(inputs, options), self._none_left, False
         if fused is None or explain:

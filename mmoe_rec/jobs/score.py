@@ -49,7 +49,6 @@ from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.model.products import Products
 
 
 ALL: Window = (None, None)
@@ -175,8 +174,6 @@ class _Scoring:
 
     def _known_rows(self) -> tuple[list[LogPart], dict[str, Any]]:
         """The parts of the log, and what was found out before they are scored, which is kept for a run that goes on."""
-        from mmoe_rec.devices import limit_threads
-
         folder, scratch = self.out.known, self.out.work / "scratch"
         steps, ready = Steps(self.logs, {"scored": self.window}, scratch), folder / "facts.json"
         if ready.is_file():
@@ -197,12 +194,6 @@ class _Scoring:
                 steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
                 facts = {"first": counted.first[0], "last": counted.last[0]}
             steps.keep(folder)
-        facts["way"] = self.products
-        if self.products == "auto":  # measured once: a run that goes on computes as it began
-            with limit_threads(1):
-                ranker = load_ranker(self.artifact, self.constants["model_version"])
-                ranker.take_settings({"products": self.products})
-                facts["way"] = ranker.best_way()
         write_text(ready, json.dumps(facts))
         return steps.parts, facts
 
@@ -220,7 +211,7 @@ class _Scoring:
         job = ScoreJob(
             model=self.artifact,
             version=self.constants["model_version"],
-            way=facts["way"],
+            products=self.products,
             reader=kept_reader(self.out.known, self.logs.log),
             results=kept_results(self.out.known, self.logs.log) if self.as_of == "log" else None,
             window=self.window,
@@ -256,12 +247,14 @@ class _Scoring:
         return dict(zip(names, counts, strict=True))
 
     def _manifest(self, rows: Mapping[int, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+        from mmoe_rec.model.products import serving_products
+
         return {
             "fingerprint": self.fingerprint,
             **self.constants,
             "tables_as_of": self.tables_as_of,
             "as_of": self.as_of,
-            "products": facts["way"],
+            "products": serving_products(self.products),
             "known_from": format_time(facts["first"]) if self.has_time and facts["first"] is not None else None,
             "labels_known_by": format_time(facts["last"]) if self.has_time and self.labels else None,
             "meaning": self._describe_past(facts),
@@ -317,7 +310,7 @@ class ScoreJob:
 
     model: Path
     version: str
-    way: Products
+    products: str
     reader: LogReader
     results: ResultExchange | None
     window: Window
@@ -362,10 +355,12 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
     """
     import torch
 
+    from mmoe_rec.model.products import serving_products
+
     number, part = task
     torch.set_num_threads(1)
     ranker = load_ranker(job.model, job.version)
-    ranker.scorer.multiply_by(job.way)
+    ranker.scorer.multiply_by(serving_products(job.products))
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANKED.empty_table()]
     with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:

@@ -116,7 +116,8 @@ def _make_trainer(run: Run, workspace: Workspace, choices: Choices | None) -> Tr
 
 
 def _log_choices(run: Run, trainer: Trainer) -> None:
-    values = asdict(trainer.choices) | {"batch_size": trainer.batch_size}
+    names = ("products", "tables", "threads", "batch_size")
+    values = asdict(trainer.choices) | {name: getattr(trainer, name) for name in names}
     tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "measured"}
     run.record(tags=tags, files={"choices.json": values})
 

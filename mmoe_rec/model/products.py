@@ -56,17 +56,36 @@ def has_onednn() -> bool:
 
 
 def choose_products(choice: Literal["auto"] | Products, device: str) -> Products:
-    """The library that a setting asks for, for `auto` the default. device: "cpu" or "cuda".
+    """Return the library that a setting asks for.
 
-    Raises UserError where it is not on offer here.
+    `auto` takes oneDNN on a CPU where torch has it. Its matmuls in fp32 take half the time of BLAS on some processors,
+    and as long on others (`tests/benchmarks/LOG.md`).
+
+    Args:
+        choice: The setting `training.products`.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: This machine does not have the library.
     """
+    if choice == "auto":
+        return "onednn" if device == "cpu" and has_onednn() else "blas"
     if choice == "onednn" and device == "cuda":
         raise UserError("training.products is onednn, a library of CPUs: set it to auto")
     if choice == "onednn" and not has_onednn():
         raise UserError(
             "training.products is onednn, but torch does not multiply by it in fp32 here: set it to auto or blas"
         )
-    return "blas" if choice == "auto" else choice
+    return choice
+
+
+def serving_products(choice: str) -> Products:
+    """Return the library to serve by. oneDNN, also of a model from another machine, gives way to BLAS without it.
+
+    Args:
+        choice: The setting `serving.products`.
+    """
+    return "onednn" if choice != "blas" and has_onednn() else "blas"
 
 
 def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

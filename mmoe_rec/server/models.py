@@ -63,7 +63,7 @@ class ServedModel:
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,
             "tables_as_of": about.tables_as_of,
-            "products": self.ranker.scorer.way,
+            "products": self.ranker.scorer.products,
         }
 
 
@@ -110,7 +110,7 @@ class Models:
         try:
             ranker = Ranker.load(source.folder)
             ranker.take_settings(self.options.instead)
-            ranker.serve_faster()
+            ranker.use_products()
             ranker.keeps_seen = self.options.log is not None
             example = read_example(source.folder)
             learning = None

@@ -246,8 +246,8 @@ class Serving(Section):
 
     products: Literal["auto", "blas", "onednn"] = Field(
         "auto",
-        description="library of fp32 products when serving and scoring; auto measures, and takes onednn where it is "
-        "clearly faster; scores are equal but for rounding",
+        description="library of fp32 products when serving and scoring; auto takes onednn where torch has it; scores "
+        "are equal but for rounding",
     )
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
     stale_after_days: float | None = Field(7, gt=0, description="days until replies warn of old counters; null: never")

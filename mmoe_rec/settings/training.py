@@ -36,12 +36,13 @@ class Training(Section):
     products: Literal["auto", "blas", "onednn"] = Field(
         "auto",
         description="what multiplies fp32 matrices on a CPU: torch's BLAS library, or oneDNN. Which is faster depends "
-        "on the processor; results are equal but for rounding. auto measures",
+        "on the processor; results are equal but for rounding. auto takes oneDNN where torch has it",
     )
     tables: Literal["auto", "fbgemm", "torch"] = Field(
         "auto",
         description="how embedding tables are looked up and updated on a CPU: by fbgemm's kernels, or by PyTorch "
-        "alone. Which is faster depends on the processor; results are equal but for rounding. auto measures",
+        "alone. Which is faster depends on the processor; results are equal but for rounding. auto takes fbgemm where "
+        "it is installed",
     )
     sharding: Literal["auto", "table_wise", "row_wise", "table_row_wise", "column_wise", "grid_shard"] = Field(
         "auto",

@@ -39,8 +39,7 @@ class TrainingState:
     """Where a training stands, apart from the tensors.
 
     step: steps done; position: the rows they took; history: (step, result) of every validation; best_step: of the best
-    one, 0 before the first; skipped: steps left out because their loss was not finite; choices: None in checkpoints of
-    versions that did not choose.
+    one, 0 before the first; skipped: steps left out because their loss was not finite; choices: what it computes in.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

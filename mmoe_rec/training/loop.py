@@ -23,21 +23,21 @@ from mmoe_rec.devices import freed_memory_kept, limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.levels import set_compute
 from mmoe_rec.model.mmoe import Mixture, build_model
-from mmoe_rec.model.products import set_products
+from mmoe_rec.model.products import choose_products, set_products
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import STEPS, Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
-from mmoe_rec.training.choices import SOME_ROWS, Choices, Chooser, keep_choices
+from mmoe_rec.training.choices import Choices, choose_precision
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.planning import Sharding
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
+from mmoe_rec.training.tables import choose_way
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart, base_rates, set_base_rates
 
@@ -162,6 +162,9 @@ class Trainer:
         self.reader = self._reader(prepared, "train", self.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(self.batch_size, 8192))
         self.position = self.reader.position(0)
+        self.products = choose_products(settings.products, device.type)
+        self.tables = choose_way(settings.tables, device.type, self.world_size)
+        self.threads = (settings.threads or torch.get_num_threads()) if device.type == "cpu" else 0
         choices = choices if resume is None else resume.state.choices
         self.sharded, self.choices = self._shard(model_settings, warm_start, choices, prepared)
         self.optimizer = Optimizers(self.sharded, settings)
@@ -208,20 +211,16 @@ class Trainer:
         self, model_settings: Model, warm_start: WarmStart | None, before: Choices | None, prepared: FeatureFolder
     ) -> tuple[ShardedModel, Choices]:
         model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
-        mixture = model.mixture
-        assert isinstance(mixture, Mixture), "members are trained one after the other"
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
             weighted = self.settings.sampling_correction == "weights"
             rates = base_rates(prepared.manifest, self.layout.tasks, weighted)
-            set_base_rates(mixture.towers, rates)
+            set_base_rates(model.mixture.towers, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
-        choices = self._choices(mixture, before)
-        if choices.experts != "auto" and model_settings.experts.compute == "auto":
-            set_compute(mixture, choices.experts)
-        set_products(model, choices.products)
+        set_products(model, self.products)
+        choices = self._choose(model.mixture, before)
         sharded = shard(
             model,
             self.layout,
@@ -230,7 +229,7 @@ class Trainer:
             table_learning_rate=self.settings.table_learning_rate,
             seed=self.settings.seed,
             first_rows=None if warm_start is None else warm_start.rows,
-            way=choices.tables,
+            way=self.tables,
             sharding=Sharding.of(self.settings),
         )
         return sharded, choices
@@ -238,7 +237,8 @@ class Trainer:
     def announce(self) -> None:
         """Print what the training computes in and how many steps it takes."""
         steps = self.total_steps
-        say(f"computing in {self.choices}")
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
+        say(f"computing in {self.choices}, products by {self.products}, tables by {self.tables}{threads}")
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_more(steps)}")
         if not torchrec_installed():
             say(
@@ -257,15 +257,12 @@ class Trainer:
             return f", which are few: training.epochs {epochs:,} makes {STEPS:,} of them, if so many help"
         return ""
 
-    def _choices(self, mixture: Mixture, before: Choices | None) -> Choices:
-        """Those of the training that goes on, as far as this machine allows, or new ones."""
-        if before is not None:
-            return keep_choices(before, self.settings, self.device)
-        first = self.reader.rows.read_row_group(self.reader.rows.groups[0])
+    def _choose(self, mixture: Mixture, before: Choices | None) -> Choices:
+        """Return the precision of the settings, of the run that goes on, or the measured one."""
+        if self.settings.precision != "auto":
+            return Choices(self.settings.precision)
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
-        some = first.slice(0, min(rows, SOME_ROWS, len(first)))
-        ids = make_batch(some.encoded, self.layout, torchrec=False).ids
-        return Chooser(mixture, self.layout, self.device, rows, ids).choose(self.settings)
+        return before or choose_precision(mixture, self.layout, self.device, rows)
 
     def run(self) -> TrainingResult:
         """Trains until the last step, or until patience runs out. A collective call.
@@ -278,7 +275,7 @@ class Trainer:
         result, meter = self.result, Meter(self.layout, self.world_size)
         progress = bar("{task.fields[note]}", shown=self.rank == 0)
         try:
-            with progress, self.stop, freed_memory_kept(), limit_threads(self.choices.threads):
+            with progress, self.stop, freed_memory_kept(), limit_threads(self.threads):
                 task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
                 self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
             self.checkpoints.wait()
@@ -296,7 +293,7 @@ class Trainer:
         """
         rows_per_s, reader, settings = 0.0, self.validation_reader, self.settings
         source = self._batches(self.reader, self.position, 2 + (WARM_UP + steps) // self.reader.batches_per_epoch)
-        with freed_memory_kept(), limit_threads(self.choices.threads):
+        with freed_memory_kept(), limit_threads(self.threads):
             with contextlib.closing(iter(source)) as batches:
                 for count in (WARM_UP, steps):
                     meter, part = Meter(self.layout, self.world_size), itertools.islice(batches, count)

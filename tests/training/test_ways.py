@@ -15,7 +15,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, by_name, initial_rows, torchrec_tables
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training import choices as choices_module
 from mmoe_rec.training import fbgemm
 from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
@@ -71,32 +70,6 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
             asked()
     else:
         assert asked() is found
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
-    if not there:
-        for module in (choices_module, tables_module):
-            monkeypatch.setattr(module, "torchrec_installed", lambda: False)
-    encoded, _ = random_rows(50)
-    ids = make_batch(encoded, LAYOUT, torchrec=False).ids
-    looked_up = []
-    backward = torch.Tensor.backward
-
-    def counted(pooled: torch.Tensor, gradient: torch.Tensor) -> None:
-        looked_up.append(pooled.detach().clone())
-        backward(pooled, gradient)
-
-    for way in list_ways():
-        once = choices_module.make_trial(way, LAYOUT, ids, rows_at_most=20)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "backward", counted)
-            once()
-            once()
-        first, second = looked_up[-2:]
-        assert first.shape == (50, sum(LAYOUT.table(each.table).dim for each in LAYOUT.look_ups()))
-        assert not torch.equal(first, second), "the tables were updated"
-    assert len(looked_up) == 2 * len(list_ways())
 
 
 # Inputs that share a table lie apart, and a table is wider than its neighbours.
