@@ -25,12 +25,12 @@ ORDER = [
     {"training", "evaluation", "inference", "profiling"},
     {
         "report",
-        *(f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files", "served_rows")),
+        *(f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files")),
     },
     {"server"},
     {"tracking"},
     {"jobs"},
-    {f"live.{name}" for name in ("refresh", "replay")},
+    {f"live.{name}" for name in ("refresh", "skew")},
     {"cli"},
     {"__init__", "__main__"},
 ]

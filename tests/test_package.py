@@ -25,9 +25,7 @@ MISTAKES = {
     "score --model no/model --output out": "missing option '--input'",
     "refresh --config C --validation-days 3": "--validation-days belongs to --train-every-days N, which is missing",
     "refresh --config C --remove-events": "--remove-events belongs to --journal A, which is missing",
-    "replay --config C --from 2024-01-01 --to 2024-01-02 --requests requests --ids-only": (
-        "--ids-only is for requests of the log, and --requests were sent: leave one of them out"
-    ),
+    "check-skew --config C --from 2024-01-01 --to 2024-01-02": "missing option '--requests'",
     "train --config no.yaml": "settings file 'no.yaml' does not exist",
     "train --config C --model.expert.count 3": "'--model.expert.count'. Did you mean '--model.experts.count'?",
     "train --config C --sedes 5": "command line: there is no option or setting '--sedes'. Did you mean '--seeds'?",

@@ -62,10 +62,7 @@ ELSEWHERE = {
     "features --extend": "pipelines/test_incremental_days.py::test_the_command_says_what_was_added",
     "refresh": "live/test_refresh.py::test_days_come_one_after_the_other",
     "refresh --journal": ("live/test_refresh_from_journal.py::test_a_refreshed_model_answers_as_the_one_that_learnt"),
-    "replay --from --to": "live/test_replay.py::test_the_command_by_itself",
-    "replay --from --to --requests": (
-        "live/test_replay.py::test_logged_requests_of_a_server_are_compared_with_the_log"
-    ),
+    "check-skew --from --to --requests": "live/test_skew.py::test_the_command",
     "join-outcomes --requests --events --out": (
         "live/test_outcomes_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
     ),

@@ -34,7 +34,7 @@ COMMANDS = {
     "score": "predictions, scores and ranks of a log or of candidates",
     "serve": "serves a model over HTTP",
     "join-outcomes": "requests that were served and what happened then, as a log",
-    "replay": "compares what a server serves with what the log says",
+    "check-skew": "checks for training-serving skew",
     "features": "fits features and encodes rows, or adds new days",
     "refresh": "new tables for the model that is served, and a training when one is due",
     "inspect": "the health of the log and its features, and what to change",

@@ -1,1 +1,1 @@
-"""What happened since training: journal, learning, request log, outcomes, refresh, replay."""
+"""What happened since training: journal, learning, request log, outcomes, refresh, skew check."""

@@ -16,7 +16,7 @@ from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import build_features
 from mmoe_rec.live.outcomes import join_outcomes
-from mmoe_rec.live.replay import replay
+from mmoe_rec.live.skew import check_skew
 from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.validation import BINS_PER_UNIT
@@ -272,8 +272,8 @@ def test_what_scoring_and_measuring_refuse(
 
 def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     needs = "needs columns.user and columns.candidate and columns.time, which the settings leave out"
-    with pytest.raises(UserError, match=f"a replay {needs}"):
-        replay(world.settings, 0, 1, str(world.model))
+    with pytest.raises(UserError, match=f"a skew check {needs}"):
+        check_skew(world.settings, 0, 1, str(world.model), tmp_path)
     with pytest.raises(UserError, match=f"joining outcomes {needs}"):
         join_outcomes(world.settings, str(tmp_path), None, tmp_path / "out")
     told = refuse(capsys, "refresh", "--config", world.config, "--model", "models:/plain@champion")

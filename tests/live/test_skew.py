@@ -1,4 +1,4 @@
-"""A replay beside a model that is right, and beside models that are wrong in one way each."""
+"""A skew check of a model that is right, and of models that are wrong in one way each."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.live import replay as job
 from mmoe_rec.live import request_log as names
+from mmoe_rec.live import skew as job
 from mmoe_rec.live.refresh import renew_tables
-from mmoe_rec.live.replay import LiveModel, feed, read_period, replay
-from mmoe_rec.live.served_rows import Period, ValueComparison, compare, describe, read_logged
+from mmoe_rec.live.skew import check_skew, describe
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.log.rows import LogRows
 from tests.commands import run
 from tests.inference.small_model import SmallModel
+from tests.live import fed_model
+from tests.live.fed_model import FedModel, Period, feed, read_period
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, random_log, times_of, write_log
 
 FROM, TO = START + 6 * DAY, START + 9 * DAY
+SHORT = FROM + DAY // 3
 FEATURES: dict[str, Any] = {
     **ALL_KINDS,
     "age": {"kind": "id", "column": "age", "min_count": 1},
@@ -101,67 +100,55 @@ def model_of(work: Path, ids: bool) -> SmallModel:
 PREDICTED = ("click", "liked", "spent", "score")
 
 
-class Recorded(LiveModel):
-    """A model that keeps what it is fed: (log, events), and (None, request)."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        super().__init__(model, folder)
-        self.fed = list[tuple[Any, Any]]()
-
-    def send(self, table: pa.Table, log: str | None) -> None:
-        self.fed.append((log, table))
-        super().send(table, log)
-
-    def rank(self, request: dict[str, Any], explain: bool) -> Ranking:
-        self.fed.append((None, request))
-        return super().rank(request, explain)
-
-
-Plant = Callable[[Recorded], None]
+Plant = Callable[[FedModel], None]
 
 
 class World:
-    """A model, a day of its log, and what a replay of it says."""
+    """A model with the tables of a moment, and periods of its log."""
 
     def __init__(self, folder: Path, ids: bool = False) -> None:
-        self.folder, self.small = folder, model_of(folder / "small", ids)
-        self.pipeline = FeaturePipeline.load(self.small.folder / "features", memories=False)
-        renew_tables(self.small.folder, self.small.settings, folder / "frozen", until=FROM)
-        self.period, self.short = self.read_period(FROM, FROM + DAY), self.read_period(FROM, FROM + DAY // 3)
+        self.small, self.frozen = model_of(folder / "small", ids), folder / "frozen"
+        renew_tables(self.small.folder, self.small.settings, self.frozen, until=FROM)
+        self.log = Log(self.small.settings.data.log, self.small.settings.schema_)
+        self.period, self.short = (read_period(self.log, (FROM, end)) for end in (FROM + DAY, SHORT))
 
-    def read_period(self, start: int, end: int) -> Period:
-        scratch = self.folder / f"offline {start} {end}"
-        scratch.mkdir()
-        return read_period(logs_for(self.small.settings, self.pipeline), self.small.folder, (start, end), scratch)
-
-    def replayed(
-        self, scratch: Path, plant: Plant = lambda server: None, period: Period | None = None, **options: Any
-    ) -> tuple[dict[str, ValueComparison], Recorded]:
-        period, live = period or self.period, Recorded(self.folder / "frozen", scratch)
+    def fed(
+        self, scratch: Path, plant: Plant = lambda server: None, period: Period | None = None, **how: Any
+    ) -> FedModel:
+        """A model that was fed a period, and has logged its requests."""
+        live = FedModel(self.frozen, scratch)
         plant(live)
-        explanations, replies = feed(period, live, **options)
+        feed(period or self.period, live, **how)
         live.write()
-        logged, _ = read_logged(live.requests, period)
-        compared = compare(period, logged, self.pipeline, explanations or None, replies)
-        return {each.name: each for each in compared}, live
+        return live
+
+    def check(self, requests: Path, end: int = FROM + DAY) -> dict[str, Any]:
+        return check_skew(self.small.settings, FROM, end, str(self.frozen), requests)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("replayed"))
+    return World(tmp_path_factory.mktemp("served"))
 
 
-def wrong(compared: dict[str, ValueComparison]) -> dict[str, int]:
+def wrong(report: dict[str, Any]) -> dict[str, int]:
     """The names that differ, with how often."""
-    return {name: each.mismatches for name, each in compared.items() if each.mismatches}
+    return {each["name"]: each["mismatches"] for each in report["values"] if each["mismatches"]}
+
+
+def examples(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The first mismatches of a value."""
+    (found,) = [each["examples"] for each in report["values"] if each["name"] == name]
+    return list(found)
 
 
 def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: Path) -> None:
     period = world.period
-    compared, _ = world.replayed(tmp_path)
-    assert wrong(compared) == {}
+    report = world.check(world.fed(tmp_path).requests)
+    assert wrong(report) == {}
     # Everything was compared, in every row.
-    assert {each.compared for each in compared.values()} == {len(period.rows)}
+    compared = {each["name"]: each["compared"] for each in report["values"]}
+    assert set(compared.values()) == {len(period.rows)} == {report["logged_rows"]}
     placement = {
         name for name in world.small.settings.features if world.small.settings.schema_.role_of(name) == "placement"
     }
@@ -172,8 +159,8 @@ def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: P
 def test_requests_come_after_all_that_happened_before_and_before_all_else(world: World, tmp_path: Path) -> None:
     period, small = world.period, world.small
     schema, happened, ties = small.settings.schema_, dict[str | None, list[int]](), 0
-    left = {each.name: each.times.tolist() for each in period.logs}
-    for log, fed in world.replayed(tmp_path)[1].fed:
+    left = {name: times.tolist() for name, times, _ in period.logs}
+    for log, fed in world.fed(tmp_path).fed:
         if isinstance(fed, pa.Table):
             name = schema.columns.time if log is None else schema.events[log].time
             for each in fed[name].cast(pa.int64()).to_pylist():
@@ -184,23 +171,22 @@ def test_requests_come_after_all_that_happened_before_and_before_all_else(world:
             assert all(each >= now for times in left.values() for each in times)
             ties += sum(times.count(now) for times in left.values())
     assert ties > len(period.rows) / 2  # of requests' own rows, and of events at the same instant
-    log = Log(small.settings.data.log, schema)
     for name in ("views", "carts"):
-        there = np.concatenate([rows.times() for rows in EventRows(name, log).stream()])
+        there = np.concatenate([rows.times() for rows in EventRows(name, world.log).stream()])
         there = there[(there >= FROM) & (there < FROM + DAY)]
         assert sorted(happened[name]) == sorted(there[there < period.times[-1]].tolist())
         assert min(len(happened[name]), len(happened[None])) > 10
 
 
 def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_path: Path) -> None:
-    def plant(server: Recorded) -> None:
-        for name in ("user_brand_liked", "liked_items"):
+    early = {"user_brand_liked", "liked_items"}
+
+    def plant(server: FedModel) -> None:
+        for name in early:
             server.ranker.pipeline.memory_encoders[name].matures_after = 0
 
-    compared, _ = world.replayed(tmp_path, plant, world.read_period(FROM, TO))
-    assert (
-        {"user_brand_liked", "liked_items"} <= wrong(compared).keys() <= {"user_brand_liked", "liked_items", *PREDICTED}
-    )
+    live = world.fed(tmp_path, plant, read_period(world.log, (FROM, TO)))
+    assert early <= wrong(world.check(live.requests, TO)).keys() <= {*early, *PREDICTED}
 
 
 def _spoil(values: np.ndarray, change: Callable[[Any], Any]) -> None:
@@ -218,11 +204,6 @@ def _spoil_history(ranking: Ranking, change: Callable[[np.ndarray], np.ndarray])
     return False
 
 
-def _without_last(ranking: Ranking) -> Ranking:
-    lists = {name: getattr(ranking, name)[:-1] for name in ("candidates", "scores", "order", "explanations")}
-    return replace(ranking, predictions={name: each[:-1] for name, each in ranking.predictions.items()}, **lists)
-
-
 def _with_click(ranking: Ranking, more: float) -> Ranking:
     first, *rest = ranking.predictions["click"]
     return replace(ranking, predictions={**ranking.predictions, "click": [first + more, *rest]})
@@ -235,12 +216,7 @@ def _counter(ranking: Ranking) -> np.ndarray:
 
 # What becomes of one reply, and where it must be found.
 REPLIES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "a candidate left out": ("candidates", _without_last),
-    "two ids swapped": ("candidates", lambda r: replace(r, candidates=[*r.candidates[1::-1], *r.candidates[2:]])),
-    "two ranks swapped": ("candidates", lambda r: replace(r, scores=r.scores[::-1])),
-    "an empty explanation": ("candidates", lambda r: replace(r, explanations=[])),
-    "a short explanation": ("candidates", lambda r: replace(r, explanations=r.explanations[:-1])),
-    "a counter's name missing": ("candidates", lambda r: r.explanations[0].counters.pop("item_click_rate") and None),
+    "two scores swapped": ("score", lambda r: replace(r, scores=r.scores[::-1])),
     "one ulp of a counter": ("item_click", lambda r: _spoil(_counter(r), lambda v: np.nextafter(v, np.float32(9)))),
     "a null counter": ("item_click", lambda r: _spoil(_counter(r), lambda v: v * 0)),
     "the order of a history": ("clicked", lambda r: _spoil_history(r, lambda v: v[::-1])),
@@ -254,7 +230,7 @@ REPLIES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def test_one_wrong_reply_is_found(world: World, tmp_path: Path, name: str) -> None:
     (found_in, spoil), done = REPLIES[name], list[str]()
 
-    def plant(server: Recorded) -> None:
+    def plant(server: FedModel) -> None:
         rank = server.ranker.rank
 
         def rank_wrongly(*given: Any, **more: Any) -> Ranking:
@@ -266,14 +242,15 @@ def test_one_wrong_reply_is_found(world: World, tmp_path: Path, name: str) -> No
 
         server.ranker.rank = rank_wrongly  # type: ignore[method-assign]
 
-    compared, _ = world.replayed(tmp_path, plant, world.short, explain=True)
+    report = world.check(world.fed(tmp_path, plant, world.short).requests, SHORT)
     assert done
-    assert {found_in} <= wrong(compared).keys() <= {found_in, "score"}
-    assert compared[found_in].examples[0]["candidate"] in world.short.rows.table["item"].to_pylist()
+    assert {found_in} <= wrong(report).keys() <= {found_in, "score"}
+    items = map(str, world.short.rows.table["item"].to_pylist())
+    assert examples(report, found_in)[0]["candidate"] in [*items]
 
 
-def test_an_event_that_is_swallowed_is_found_and_its_values_are_shown(world: World, tmp_path: Path) -> None:
-    def plant(server: Recorded) -> None:
+def test_an_event_that_is_swallowed_is_found(world: World, tmp_path: Path) -> None:
+    def plant(server: FedModel) -> None:
         send, lost = server.send, list[str]()
 
         def lose_first(table: pa.Table, log: str | None) -> None:
@@ -285,28 +262,16 @@ def test_an_event_that_is_swallowed_is_found_and_its_values_are_shown(world: Wor
 
         server.send = lose_first  # type: ignore[method-assign]
 
-    compared, _ = world.replayed(tmp_path, plant, explain=True)
-    assert {"carts"} <= wrong(compared).keys() <= {"carts", *PREDICTED}
-    for example in compared["carts"].examples:
-        assert example["served"].keys() == example["offline"].keys() != set()
-        assert example["served"] != example["offline"]
-
-
-def test_a_reply_that_is_not_logged_is_found(world: World, tmp_path: Path) -> None:
-    def plant(server: Recorded) -> None:
-        write = server.write
-        server.write = lambda: (server._logged.pop(0), write())  # type: ignore[method-assign,func-returns-value]
-
-    compared, _ = world.replayed(tmp_path, plant, world.short)
-    assert wrong(compared).keys() == {"candidates"}
-    assert compared["candidates"].examples[0]["why"] == "no reply with it is logged"
+    report = world.check(world.fed(tmp_path, plant).requests)
+    assert {"carts"} <= wrong(report).keys() <= {"carts", *PREDICTED}
 
 
 def test_ids_alone_show_attributes_that_differ(world: World, tmp_path: Path) -> None:
     """A candidate's brand in the log is another one in each row, so that the latest one is mostly not the row's."""
-    compared, server = world.replayed(tmp_path, ids_only=True, most=2)
-    assert {"user_brand_liked", "brand"} & wrong(compared).keys()
-    assert not {"item", "item_click", "clicked", "seen", "carts"} & wrong(compared).keys()
+    server = world.fed(tmp_path, ids_only=True, most=2)
+    found = wrong(world.check(server.requests)).keys()
+    assert {"user_brand_liked", "brand"} & found
+    assert not {"item", "item_click", "clicked", "seen", "carts"} & found
     asked = [fed for _, fed in server.fed if isinstance(fed, dict)]
     assert {part: set(columns) for part, columns in asked[0].items()} == {
         "user": {"user"},
@@ -316,24 +281,15 @@ def test_ids_alone_show_attributes_that_differ(world: World, tmp_path: Path) -> 
     assert max(len(request["candidates"]["item"]) for request in asked) == 2
 
 
-def test_the_logs_own_columns_of_such_names_are_not_compared(world: World, tmp_path: Path) -> None:
-    rows, table = world.period.rows, world.period.rows.table
-    for name in ("served_score_before", "served_digest_of_old", "served_predicted_before"):
-        table = table.append_column(name, pa.array(np.arange(len(table))))
-    period = replace(world.period, rows=LogRows(table, rows.schema, rows.results))
-    compared, live = world.replayed(tmp_path, period=period)
-    assert {*PREDICTED, *FEATURES} - {"slot"} <= compared.keys()
-    assert not [name for name in compared if "before" in name or "old" in name]
-    assert wrong(compared) == {}
-    own = [name for name in read_logged(live.requests, period)[0].column_names if name.startswith("served_")]
+def test_a_column_with_a_name_of_the_request_log_is_refused() -> None:
     with pytest.raises(UserError, match="column 'served_score' has a name that logged requests use for their own"):
-        names.refuse_own(["item", "served_score"], own)
+        names.refuse_own(["item", "served_score"], [names.SCORE])
 
 
 def test_batches_are_cut(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "EVENTS_AT_A_TIME", 2)
-    compared, server = world.replayed(tmp_path)
-    assert wrong(compared) == {}
+    monkeypatch.setattr(fed_model, "EVENTS_AT_A_TIME", 2)
+    server = world.fed(tmp_path, period=world.short)
+    assert wrong(world.check(server.requests, SHORT)) == {}
     assert max(len(fed) for _, fed in server.fed if isinstance(fed, pa.Table)) == 2
 
 
@@ -341,51 +297,52 @@ def test_ctrl_c_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) ->
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "feed", stop)
-    with pytest.raises(StoppedError, match="nothing of this replay is kept"):
-        replay(world.small.settings, FROM, FROM + DAY, str(world.small.folder))
-    assert not (Path(world.small.settings.data.work) / "replay").exists()
+    monkeypatch.setattr(job, "read_logged", stop)
+    with pytest.raises(KeyboardInterrupt):
+        world.check(Path("requests"))
+    assert not (Path(world.small.settings.data.work) / "skew").exists()
 
 
-def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
-    settings, model = world.small.settings, str(world.small.folder)
+def test_refusals(world: World, request_logs: dict[str, tuple[World, pa.Table]], tmp_path: Path) -> None:
+    settings, model = world.small.settings, str(world.frozen)
+    pq.write_table(request_logs["no ids"][1], tmp_path / "requests.parquet")
 
-    def refused(start: int, end: int, model: str = model, requests: Path | None = None) -> str:
+    def refused(start: int, end: int, model: str = model, requests: Path = tmp_path) -> str:
         with pytest.raises(UserError) as refused:
-            replay(settings, start, end, model, requests)
-        assert not (Path(settings.data.work) / "replay").exists()
+            check_skew(settings, start, end, model, requests)
+        assert not (Path(settings.data.work) / "skew").exists()
         return str(refused.value)
 
     assert "is not before --to" in refused(FROM, FROM)
-    assert "no row of the log was requested from 2024" in refused(FROM + 90 * DAY, FROM + 91 * DAY)
-    assert "so a server would begin with nothing" in refused(FROM - 50 * DAY, TO)
+    for start in (FROM + 90 * DAY, FROM - 50 * DAY):
+        assert "the period needs rows of the log in it and before it" in refused(start, start + 60 * DAY)
     assert "holds no model" in refused(FROM, TO, "no/model")
+    (tmp_path / "requests.parquet").unlink()
     pq.write_table(pa.table({"user": [1]}), tmp_path / "x.parquet")
-    assert "has no column 'served_request'" in refused(FROM, TO, requests=tmp_path)
-    own = ("request", "at", "rank", "score", "candidates", "replied", "artifact")
+    assert "the files have no column 'served_request'" in refused(FROM, TO)
+    own = ("request", "at", "rank", "score", "candidates", "replied", "artifact", "weights")
     pq.write_table(pa.table({f"served_{name}": [1] for name in own}), tmp_path / "y.parquet")
-    assert "has no column 'item'" in refused(FROM, TO, requests=tmp_path)
+    assert "the files have no column 'item'" in refused(FROM, TO)
     pq.write_table(pa.table({"user": ["of another model"]}), tmp_path / "z.parquet")
-    assert "can't be read together: " in refused(FROM, TO, requests=tmp_path)
+    assert "can't be read together: " in refused(FROM, TO)
     (tmp_path / "z.parquet").write_bytes(b"PAR1")
-    assert "z.parquet' is not a readable Parquet file" in refused(FROM, TO, requests=tmp_path)
+    assert "z.parquet' is not a readable Parquet file" in refused(FROM, TO)
 
 
-def test_logged_requests_of_a_server_are_compared_with_the_log(world: World, tmp_path: Path) -> None:
-    """Those of other versions, and those that the log does not hold, are counted."""
-    small, requests = world.small, tmp_path / "requests"
-    world.replayed(tmp_path)
-    (file,) = requests.iterdir()
-    table = pq.read_table(file)
-    given = small.settings, FROM, FROM + DAY, str(small.folder), requests
-    told = (
-        f"none of {len(table)} logged rows can be compared \\({len(table)} answered by other versions of the model\\)"
-    )
-    with pytest.raises(UserError, match=told):
-        replay(*given)
-    version = table["served_artifact"].to_pylist()
-    assert version
-    mine = pa.array([version_of(small.folder)] * (len(table) - 3) + version[-3:])
+def test_rows_are_compared_or_counted_with_a_reason(
+    world: World, request_logs: dict[str, tuple[World, pa.Table]], tmp_path: Path
+) -> None:
+    _, table = request_logs["no ids"]
+    file, settings = tmp_path / "requests" / "0.parquet", world.small.settings
+    file.parent.mkdir()
+    pq.write_table(table, file)
+    given = settings, FROM, SHORT, str(world.frozen), file.parent
+    count = len(table)
+    with pytest.raises(
+        UserError, match=f"none of {count} logged rows .* \\({count} answered by other versions of the m"
+    ):
+        check_skew(settings, FROM, SHORT, str(world.small.folder), file.parent)
+    mine = pa.array([version_of(world.frozen)] * (count - 3) + ["another"] * 3)
     item, digest = table["item"].to_numpy().copy(), table["served_digest_item_click"].to_numpy().copy()
     several = np.flatnonzero(table["served_candidates"].to_numpy() > 1)
     other, wrong_one = several[0], several[several > several[0] + 5][0]
@@ -394,23 +351,20 @@ def test_logged_requests_of_a_server_are_compared_with_the_log(world: World, tmp
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, values)
     pq.write_table(table, file)
-    report = replay(*given, keep=tmp_path / "kept", values=True)
-    assert (report["logged_rows"], report["compared_rows"]) == (len(table), len(table) - 4)
+    report = check_skew(*given, tmp_path / "kept")
+    assert (report["logged_rows"], report["compared_rows"]) == (count, count - 4)
     assert report["not_compared"] == {"answered by other versions of the model": 3, "not in the log": 1}
-    mismatches = {each["name"]: each["mismatches"] for each in report["values"] if each["mismatches"]}
-    assert mismatches == {"item_click": 1, "candidates": 1}
-    assert json.loads((tmp_path / "kept" / "replay.json").read_text())["mismatches"] == 2
+    assert wrong(report) == {"item_click": 1, "candidates": 1}
+    assert json.loads((tmp_path / "kept" / "skew.json").read_text())["mismatches"] == 2
     lacking, why, first, example, not_compared, last = describe(report)
     assert lacking.startswith("reply 'candidates' differs in 1 of ")
     assert why.endswith(": no reply with it is logged")
-    assert first == f"feature 'item_click' differs in 1 of {len(table) - 4:,} rows"
+    assert first == f"feature 'item_click' differs in 1 of {count - 4:,} rows"
     assert f"candidate {table['item'][wrong_one].as_py()}, at 2023-11-2" in example
-    assert "served None, offline {'item_click" in example
-    assert not_compared == (
-        f"{len(table) - 4} of {len(table)} logged rows are compared. Not compared: "
-        "3 answered by other versions of the model, 1 not in the log"
-    )
-    assert last.endswith(", 2 mismatches")
+    assert not_compared.startswith(f"{count - 4} of {count} logged rows are compared. Not compared: ")
+    assert "3 answered by other versions of the model" in not_compared
+    assert "1 not in the log" in not_compared
+    assert last.endswith(": 2 mismatches")
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +372,7 @@ def request_logs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict
     """A log of events with and without ids of requests -> its world, and the request log of a third of a day."""
     found = {}
     for name, each in (("ids", World(tmp_path_factory.mktemp("ids"), ids=True)), ("no ids", world)):
-        _, server = each.replayed(tmp_path_factory.mktemp("requests"), period=each.short)
+        server = each.fed(tmp_path_factory.mktemp("requests"), period=each.short)
         (file,) = server.requests.iterdir()
         found[name] = each, pq.read_table(file)
     return found
@@ -495,14 +449,13 @@ def test_what_is_wrong_with_a_request_log_differs_or_is_not_compared(
     pq.write_table(planted, tmp_path / "requests.parquet")
     if differ is None:
         with pytest.raises(UserError, match=f"none of {len(table)} logged rows can be compared"):
-            read_logged(tmp_path, world.short)
+            world.check(tmp_path, SHORT)
         return
-    logged, counts = read_logged(tmp_path, world.short)
-    found = wrong({each.name: each for each in compare(world.short, logged, world.pipeline)})
-    assert found == {name: sizes.get(number, number) for name, number in differ.items()}
-    assert sum(counts["not_compared"].values()) == sizes.get(not_compared, not_compared)
-    assert counts["logged_rows"] == len(planted) == len(logged) + sizes.get(not_compared, not_compared)
-    assert counts["compared_rows"] == counts["rows_with_reply"] == len(logged)
+    report = world.check(tmp_path, SHORT)
+    assert wrong(report) == {name: sizes.get(number, number) for name, number in differ.items()}
+    assert sum(report["not_compared"].values()) == sizes.get(not_compared, not_compared)
+    assert report["logged_rows"] == len(planted) == report["compared_rows"] + sizes.get(not_compared, not_compared)
+    assert report["compared_rows"] == report["rows_with_reply"]
 
 
 def test_a_row_that_the_log_lost_is_not_compared_and_later_features_differ(
@@ -519,25 +472,31 @@ def test_a_row_that_the_log_lost_is_not_compared_and_later_features_differ(
     pq.write_table(table, tmp_path / "requests.parquet")
     data = settings.data.model_copy(update={"log": str(tmp_path / "log"), "work": str(tmp_path)})
     settings = settings.model_copy(update={"data": data})
-    report = replay(settings, FROM, FROM + DAY // 3, str(world.folder / "frozen"), tmp_path / "requests.parquet")
+    report = check_skew(settings, FROM, SHORT, str(world.frozen), tmp_path / "requests.parquet")
     assert report["not_compared"] == {"not in the log": 1}
     assert report["compared_rows"] == len(table) - 1
-    differ = {each["name"] for each in report["values"] if each["mismatches"]}
-    assert "item_click" in differ
+    assert "item_click" in wrong(report)
 
 
-def test_the_command_by_itself(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = world.small
-    (tmp_path / "settings.yaml").write_text(small.settings.to_yaml(), encoding="utf-8")
-    words = ["--config", str(tmp_path / "settings.yaml"), "--model", str(small.folder), "--keep", str(tmp_path)]
-    run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T22:13:20")
-    report = json.loads((tmp_path / "replay.json").read_text())
+def test_the_command(
+    request_logs: dict[str, tuple[World, pa.Table]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world, table = request_logs["no ids"]
+    (tmp_path / "settings.yaml").write_text(world.small.settings.to_yaml(), encoding="utf-8")
+    (tmp_path / "requests").mkdir()
+    pq.write_table(table, tmp_path / "requests" / "0.parquet")
+    words = ["--config", str(tmp_path / "settings.yaml"), "--model", str(world.frozen), "--out", str(tmp_path)]
+    words += ["--requests", str(tmp_path / "requests"), "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T06:13:20"]
+    run("check-skew", *words)
+    report = json.loads((tmp_path / "skew.json").read_text())
     assert report["mismatches"] == 0
-    assert report["logged_rows"] == report["compared_rows"] == report["rows_with_reply"] == report["rows"] > 20
+    assert report["logged_rows"] == report["compared_rows"] == report["rows_with_reply"] == report["rows"] > 5
     assert "features are equal to the last bit" in capsys.readouterr().out
-    assert not (Path(small.settings.data.work) / "replay").exists()
-    # Attributes that the model takes from its tables are not those of each row.
+    assert not (Path(world.small.settings.data.work) / "skew").exists()
+    pq.write_table(
+        changed(table, "served_digest_item_click", lambda digests: digests ^ 1), tmp_path / "requests" / "0.parquet"
+    )
     with pytest.raises(SystemExit) as ended:
-        run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T04:13:20", "--ids-only", "--values")
+        run("check-skew", *words)
     assert ended.value.code == 1
-    assert "feature 'user_brand_liked' differs in " in capsys.readouterr().out
+    assert "feature 'item_click' differs in " in capsys.readouterr().out

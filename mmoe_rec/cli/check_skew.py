@@ -1,0 +1,38 @@
+"""mmoe-rec check-skew --config configs/shop.yaml --from 2024-05-01 --to 2024-05-08 --requests data/shop/requests
+
+Check for training-serving skew. The command scores the requests that `serve --log-requests` has logged once more from
+the log, point in time. It names each feature, prediction and score that differs. The exit code is 1 if any differs.
+
+The period begins with --from and ends before --to. mmoe_rec/server/README.md is the guide.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmoe_rec.cli.main import FOLDER, Configuration, settings_command, show
+
+DIFFERS = 1
+"""Exit code where a served value differs."""
+
+
+@settings_command(__doc__)
+@click.option("--from", "start", required=True, metavar="DAY", help="first request time, such as 2024-05-01")
+@click.option("--to", "end", required=True, metavar="DAY", help="end of the request times, exclusive")
+@click.option("--requests", type=FOLDER, required=True, metavar="DIR", help="folder of the request log")
+@click.option("--model", metavar="M", help="models:/NAME@ALIAS, runs:/..., or a folder (default: the settings' alias)")
+@click.option("--out", type=FOLDER, metavar="FOLDER", help="folder for skew.json (default: not written)")
+def check_skew(
+    configuration: Configuration, start: str, end: str, requests: Path, model: str | None, out: Path | None
+) -> None:
+    from mmoe_rec.jobs.score import microseconds
+    from mmoe_rec.live import skew
+
+    settings = configuration.settings
+    address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    report = skew.check_skew(settings, microseconds(start), microseconds(end), address, requests, out)
+    show(skew.describe(report))
+    if report["mismatches"]:
+        raise SystemExit(DIFFERS)
