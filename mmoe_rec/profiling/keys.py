@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from mmoe_rec.errors import UserError
@@ -228,38 +229,45 @@ def _spans_minutes(meaning: Meaning, name: str) -> bool:
 
 
 def _find_by_structure(meaning: Meaning) -> None:
-    """Keys that no name tells: what the request determines may be a user, and what differs in it a candidate."""
-    keys = meaning.keys
-    if "time" not in keys or ("user" in keys and "candidate" in keys):
+    """Find a user and a candidate that no name tells: a request determines its user, and its candidates differ."""
+    keys, pool = meaning.keys, _shared_ids(meaning)[:12]
+    if not pool or ("user" in keys and "candidate" in keys):
         return
-    pool = _shared_ids(meaning)[:12]
-    if not pool:
-        return
-    steady = {
-        each.name: meaning.profile.changes([each.name], [other.name for other in pool if other is not each])
-        for each in pool
-    }
-    told = {name for its in steady.values() for name, change in its.items() if change <= _ALMOST}
-    finest = [each for each in pool if each.name not in told] or pool
+    finest = _without_determined(meaning, pool)
     group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
     within = meaning.profile.changes(group, [each.name for each in finest])
     users = [each for each in finest if within[each.name] <= _ALMOST and _may_be_user(each)]
-    candidates = [each for each in finest if within[each.name] > _ALMOST]
-    why = {"user": "rows of one list have one value of it", "candidate": "it differs within lists"}
+    why = "rows of one list have one value of it"
     if not users and "candidate" in keys:  # each row is a list
-        candidate = keys["candidate"]
-        of_candidate = meaning.profile.changes([candidate], [each.name for each in finest])
-        users = [each for each in finest if _may_be_user(each) and of_candidate[each.name] > 0.5]
-        users = [each for each in users if meaning.profile.changes([each.name], [candidate])[candidate] > 0.5]
-        why["user"] = "each of its values has several rows and candidates"
-    for purpose, some in (("user", users), ("candidate", candidates)):
-        if purpose == "candidate" and keys.keys().isdisjoint(("user", "request")):
-            continue  # there are no lists
-        if purpose not in keys and some:
-            first = [each for each in some if purpose == "user" and has(each.name, IDS)] or some
-            best = max(first, key=lambda each: (purpose == "user" and each.kind == "text", each.distinct, each.name))
-            keys[purpose] = best.name
-            meaning.key_checks[purpose] = f"no name says so, but {why[purpose]}"
+        users, why = (
+            _mixed_with(meaning, keys["candidate"], finest),
+            "each of its values has several rows and candidates",
+        )
+    if "user" not in keys and users:
+        named = [each for each in users if has(each.name, IDS)] or users
+        keys["user"] = max(named, key=lambda each: (each.kind == "text", each.distinct, each.name)).name
+        meaning.key_checks["user"] = f"no name says so, but {why}"
+    candidates = [each for each in finest if within[each.name] > _ALMOST]
+    if "candidate" not in keys and candidates and not keys.keys().isdisjoint(("user", "request")):  # else no lists
+        keys["candidate"] = max(candidates, key=lambda each: (each.distinct, each.name)).name
+        meaning.key_checks["candidate"] = "no name says so, but it differs within lists"
+
+
+def _without_determined(meaning: Meaning, pool: Sequence[Column]) -> Sequence[Column]:
+    """Return the columns that no other column of the pool determines, all if each is determined by another."""
+    names = {each.name for each in pool}
+    determined = set[str]()
+    for each in pool:
+        changes = meaning.profile.changes([each.name], sorted(names - {each.name}))
+        determined |= {name for name, change in changes.items() if change <= _ALMOST}
+    return [each for each in pool if each.name not in determined] or pool
+
+
+def _mixed_with(meaning: Meaning, candidate: str, columns: Sequence[Column]) -> list[Column]:
+    """Return the columns that may be users of a log without lists: neither they nor the candidate say the other."""
+    of_candidate = meaning.profile.changes([candidate], [each.name for each in columns])
+    mixed = [each for each in columns if _may_be_user(each) and of_candidate[each.name] > 0.5]
+    return [each for each in mixed if meaning.profile.changes([each.name], [candidate])[candidate] > 0.5]
 
 
 def _shared_ids(meaning: Meaning) -> list[Column]:

@@ -128,36 +128,53 @@ def _rate(meaning: Meaning, column: str) -> float:
 
 
 def _guess_tasks(meaning: Meaning) -> list[TaskGuess]:
-    labels = [each for each in meaning.free() if each.binary]
-    labels = _that_vary(meaning, [each for each in labels if each.name not in meaning.corrections.get("placement", ())])
-    told = [each for each in labels if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT)]
-    tasks = [TaskGuess(each.name) for each in told]
+    """Guess tasks from columns of 0 and 1 with a label's name, else from other such columns, else from numbers."""
+    flags = [each for each in meaning.free() if each.binary]
+    flags = _that_vary(meaning, [each for each in flags if each.name not in meaning.corrections.get("placement", ())])
+    named = [each for each in flags if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT)]
+    tasks = [TaskGuess(each.name) for each in named]
     if meaning.is_plain and len(tasks) > 1:
         for task in tasks:
             task.checks.append("is it to be predicted, or known before?")
-    for each in labels:  # 1 only where something else has happened: known after it
-        first = next((other for other in told if _implies(meaning, each, other)), None)
-        if each not in told and first is not None and not has(each.name, BEFORE):
-            why = f"it is 1 only where {first.name} is 1, so it is taken for what happens then"
+    for each in flags:
+        if each not in named and not has(each.name, BEFORE) and (why := _why_label(meaning, each, named)):
             tasks.append(TaskGuess(each.name, checks=[why]))
-        elif each not in told and not has(each.name, BEFORE | PLACEMENT):
-            if (then := next((other for other in told if _implies(meaning, other, each)), None)) is not None:
-                tasks.append(TaskGuess(each.name, checks=[f"{then.name} is 1 only where it is 1, so it comes before"]))
-            elif _null_at_end(meaning, each, "true") is not None:
-                tasks.append(TaskGuess(each.name, checks=["it is null in the latest rows, as what is known later"]))
     numbers = [each for each in meaning.free() if each.kind in ("integer", "number") and each.unit is None]
     numbers = _that_vary(meaning, [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)])
-    if not told and labels and not (numbers and all(has(each.name, BEFORE | PLACEMENT) for each in labels)):
-        why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
-        tasks = [TaskGuess(each.name, checks=[why]) for each in labels[: 3 if meaning.is_plain else 2]]
-        if meaning.is_plain and len(labels) > 1:
-            meaning.warnings.append(
-                f"{', '.join(each.name for each in labels)} hold 0 and 1: name those that are to be predicted with "
-                "--task; --leave-out takes out those that are known only later"
-            )
+    known_before = all(has(each.name, BEFORE | PLACEMENT) for each in flags)
+    if not named and flags and not (numbers and known_before):
+        tasks = _guess_unnamed(meaning, flags)
     if not tasks:
         why = "a number by whose name it may be what is to be predicted"
         tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in numbers[:2]]
+    return _keep_most_frequent(meaning, tasks)
+
+
+def _why_label(meaning: Meaning, each: Column, named: Sequence[Column]) -> str | None:
+    """Say why the rows of a flag without a label's name make it a label, None if they don't."""
+    if first := next((other for other in named if _implies(meaning, each, other)), None):
+        return f"it is 1 only where {first.name} is 1, so it is taken for what happens then"
+    if has(each.name, PLACEMENT):
+        return None
+    if then := next((other for other in named if _implies(meaning, other, each)), None):
+        return f"{then.name} is 1 only where it is 1, so it comes before"
+    is_late = _null_at_end(meaning, each, "true") is not None
+    return "it is null in the latest rows, as what is known later" if is_late else None
+
+
+def _guess_unnamed(meaning: Meaning, flags: Sequence[Column]) -> list[TaskGuess]:
+    """Take the first flags of a log in which no flag has a label's name."""
+    if meaning.is_plain and len(flags) > 1:
+        meaning.warnings.append(
+            f"{', '.join(each.name for each in flags)} hold 0 and 1: name those that are to be predicted with "
+            "--task; --leave-out takes out those that are known only later"
+        )
+    why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
+    return [TaskGuess(each.name, checks=[why]) for each in flags[: 3 if meaning.is_plain else 2]]
+
+
+def _keep_most_frequent(meaning: Meaning, tasks: list[TaskGuess]) -> list[TaskGuess]:
+    """Leave out the rarest of many tasks."""
     if len(tasks) > _MOST_TASKS:
         tasks.sort(key=lambda task: (-_rate(meaning, task.column), task.column))
     for task in tasks[_MOST_TASKS:]:
