@@ -78,9 +78,7 @@ ELSEWHERE = {
     ),
     "curl events": "server/test_events.py::test_replies_know_what_was_acknowledged",
     "evaluate --against": "jobs/test_planted_bugs.py::test_models_are_compared_on_the_test_rows",
-    "evaluate --split --predictions": (
-        "pipelines/test_slices_of_the_log.py::test_the_rows_of_a_split_with_their_predictions"
-    ),
+    "evaluate --split": ("pipelines/test_slices_of_the_log.py::test_the_rows_of_a_split_with_their_predictions"),
     "ablate": "jobs/test_ablation.py::test_losses_are_those_of_a_plain_loop",
     "ablate --retrain --seeds": "jobs/test_ablation.py::test_a_copy_is_needed_by_the_model_and_by_no_training",
     "structures --seeds": (
@@ -97,7 +95,7 @@ ELSEWHERE = {
     "promote --challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),
-    "metrics --predictions --tasks --columns --out": (
+    "evaluate --predictions --tasks --columns --out": (
         "jobs/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
     ),
     "make_synthetic_log --out --rows": "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones",

@@ -1,53 +1,159 @@
 """mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion
 
-Scores the test rows with a model (its address in MLflow, or its folder) and writes a report,
-`metrics.json` and calibration plots to `data.work`/evaluation; logs them to MLflow, in the run that trained the model.
+Measures how well candidates are ranked and behavior is predicted. Prints a table, and writes a report and
+`metrics.json` to --out (default: `data.work`/evaluation, or evaluation_validation).
 
-`--split validation` measures the rows that chose the model's state instead, to look at without using up the test rows.
-`--predictions DIR` writes the rows with what the model predicts, as `metrics` reads them, for metrics of your own.
+`--model M` scores the rows of a split with a model: its URI in MLflow, or its folder. The scored rows are written to
+`predictions.parquet`, and the metrics are logged to the run that trained the model. `--split validation` takes the rows
+that chose the model's state instead, so that the test rows stay fresh.
 
-`--slices` measures parts of the rows too, by columns of the log, in place of `evaluation.slices`.
+`--predictions P` measures Parquet files of predictions instead: the files of `score --labels`, of `evaluate --model` or
+of any other system. A row has a user, a request, for each task a prediction (predicted_TASK) and a label (label_TASK,
+null where unobserved), and the score by which the candidates of its request were ranked. Without a score, the
+predictions rank them, by the weights of the tasks. A row may have a candidate, and a weight by which it counts in
+metrics of tasks. `--columns` names columns that are called otherwise, such as request=day+basket. The tasks are those
+of the settings, or of `--tasks`: NAME for a binary task, NAME:regression for another, each maybe with its weight in
+what a row is worth, such as `--tasks bought stars:regression=0.2`.
 
-With `--against` it scores the same rows with other models, prints the differences of all metrics with intervals, and
-says whether the model is better: by `evaluation.decide_by`, with no loss for any task (`evaluation.margin`).
+`--against` compares with other models, or with other predictions of the same rows. It prints the differences of all
+metrics with intervals, and says which is better: by `evaluation.decide_by`, with no loss for any task
+(`evaluation.margin`). `--slices` measures parts of the rows too, by columns of the log or of the files.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mmoe_rec.cli.main import FOLDER, Configuration, model_option, out_option, settings_command, show, slices_option
+from mmoe_rec.cli.main import FOLDER, MODEL, Configuration, settings_command, show, slices_option
+from mmoe_rec.errors import UserError
+from mmoe_rec.progress import say
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.comparison import Results
+    from mmoe_rec.settings.sections import Evaluation, Settings
 
 
-@settings_command(__doc__)
-@model_option
-@click.option("--against", multiple=True, metavar="M...", help="other models to compare it with")
-@click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="rows to measure (test)")
+@settings_command(__doc__, needs_file=False)
+@click.option("--model", metavar="M", help=MODEL)
+@click.option("--predictions", metavar="P", help="instead of a model: a folder of Parquet files, one, or a glob")
+@click.option("--against", multiple=True, metavar="M...", help="other models, or predictions, to compare with")
+@click.option("--split", type=click.Choice(["test", "validation"]), help="rows of a model to measure (test)")
 @slices_option
-@click.option("--predictions", type=FOLDER, metavar="DIR", help="new or empty folder for rows and their predictions")
-@out_option("data.work/evaluation, or evaluation_validation", "where metrics.json goes")
+@click.option("--tasks", multiple=True, metavar="T...", help="what was predicted, without a settings file")
+@click.option("--columns", multiple=True, metavar="PART=COLUMN...", help="names of columns of --predictions")
+@click.option("--against-columns", multiple=True, metavar="PART=COLUMN...", help="names that differ in --against")
+@click.option("--keep-duplicates", is_flag=True, help="a request of --predictions may hold a candidate twice")
+@click.option("--out", type=FOLDER, metavar="DIR", help="where metrics.json goes (of --predictions: metrics)")
+@click.option("--resamples", type=click.IntRange(min=20), metavar="N", help="redraws of the users, for the intervals")
 def evaluate(
-    configuration: Configuration,
-    model: str,
+    configuration: Configuration | None,
+    model: str | None,
+    predictions: str | None,
     against: tuple[str, ...],
-    split: Literal["test", "validation"],
+    split: Literal["test", "validation"] | None,
     slices: tuple[str, ...],
-    predictions: Path | None,
     out: Path | None,
+    resamples: int | None,
+    **of_files: Any,
 ) -> None:
-    settings = configuration.settings
-    if slices:
-        rules = settings.evaluation.model_copy(update={"slices": slices})
-        settings = settings.model_copy(update={"evaluation": rules})
-    from mmoe_rec.jobs.evaluate import evaluate_model, place_of
+    if (model is None) == (predictions is None):
+        raise UserError(f"give {'one' if model else 'either'} of --model and --predictions; --help says how")
+    settings, changes = None, dict[str, Any]()
+    if resamples is not None:
+        changes["resamples"] = resamples
+    if configuration is not None:
+        changes |= {"slices": slices} if slices and model else {}
+        rules = configuration.settings.evaluation.model_copy(update=changes)
+        settings = configuration.settings.model_copy(update={"evaluation": rules})
+    if predictions is not None:
+        if split is not None:
+            raise UserError("--split chooses rows of the log for --model; name files with --predictions")
+        out = out or Path("metrics")
+        results = measure_files(settings, predictions, out, against, slices, changes, **of_files)
+    else:
+        if given := next((name for name, value in of_files.items() if value), None):
+            raise UserError(f"--{given.replace('_', '-')} is an option of --predictions; leave it out with --model")
+        if settings is None or model is None:
+            raise UserError("--model needs the settings that name its rows: give --config C")
+        from mmoe_rec.jobs.evaluate import PREDICTIONS, evaluate_model, place_of
+
+        split = split or "test"
+        out = out or Path(settings.data.work) / place_of(split)
+        results = evaluate_model(settings, model, out, against, split).results
     from mmoe_rec.report.tables import show_results
 
-    out = out or Path(settings.data.work) / place_of(split)
-    show(show_results(evaluate_model(settings, model, out, against, split, predictions).results))
-    if predictions is not None:
-        print(f"predictions: {predictions / 'rows.parquet'}")
+    show(show_results(results))
+    if model is not None:
+        print(f"predictions: {out / PREDICTIONS}")
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")
+
+
+def measure_files(
+    settings: Settings | None,
+    predictions: str,
+    out: Path,
+    against: tuple[str, ...],
+    slices: tuple[str, ...],
+    changes: dict[str, Any],
+    *,
+    tasks: tuple[str, ...],
+    columns: tuple[str, ...],
+    against_columns: tuple[str, ...],
+    keep_duplicates: bool,
+) -> Results:
+    """Measure predictions in files, by the tasks of settings or of the options, which are those of the command."""
+    if (settings is None) != bool(tasks):
+        given = "both are given" if tasks else "neither is given"
+        raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
+    if against_columns and not against:
+        raise UserError("--against-columns names columns of the files of --against, which is not given")
+    from mmoe_rec.evaluation.slices import SliceBy
+    from mmoe_rec.jobs.metrics import measure_predictions
+    from mmoe_rec.jobs.prediction_files import columns_of_settings, columns_of_tasks
+    from mmoe_rec.settings.sections import Evaluation
+
+    placement = tuple[str, ...]()
+    if settings is None:
+        rows, rules = columns_of_tasks(tasks), Evaluation().model_copy(update=changes)
+    else:
+        rows, placement = columns_of_settings(settings), settings.roles.placement
+        rules = _guard_slices(settings.evaluation, slices, bool(against))
+        _check_weights(settings, columns)
+    rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
+    rows = replace(rows, duplicates="keep") if keep_duplicates else rows
+    results = measure_predictions(rows, predictions, out, rules, against, placement, against_columns)
+    for name, summary in results.summaries.items():
+        if summary.facts["columns"]["score"] is None:
+            what = "the prediction" if len(summary.tasks) == 1 else "the sum of each task's weight x log(prediction)"
+            say(f"note: without a column of scores in '{name}', {what} ranks the candidates of a request")
+        if summary.facts["columns"]["candidate"] is None and summary.rows > summary.requests:
+            say(f"note: without a column of candidates in '{name}', rows that come twice can't be told")
+    return results
+
+
+def _guard_slices(rules: Evaluation, slices: tuple[str, ...], compares: bool) -> Evaluation:
+    """Guard those slices alone that files are sliced by."""
+    if rules.slices and not slices:
+        say("evaluation.slices names columns of the log; name columns of the files with --slices")
+    if rules.guarded_slices is None:
+        return rules
+    if compares and (left := [each for each in rules.guarded_slices if each not in slices]):
+        say(f"evaluation.guarded_slices names '{left[0]}', which guards nothing here unless --slices names it")
+    return rules.model_copy(update={"guarded_slices": tuple(each for each in rules.guarded_slices if each in slices)})
+
+
+def _check_weights(settings: Settings, columns: tuple[str, ...]) -> None:
+    """Raise UserError where settings weigh rows by their sampling rate, and no column of weights is named."""
+    weighed = settings.training.sampling_correction == "weights"
+    if weighed and not any(each.startswith("weight=") for each in columns):
+        weight = settings.columns.weight
+        raise UserError(
+            f"the settings weigh rows by {'1' if weight is None else repr(weight)} / their sampling rate "
+            "(training.sampling_correction): name a column that holds these weights with --columns weight=COLUMN, or "
+            "set --training.sampling_correction to none"
+        )

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "init": "settings for a log, from its Parquet files",
     "train": "features, training, and registration of the model",
-    "evaluate": "metrics of a model on the test rows",
-    "metrics": "metrics of predictions in Parquet files, of any system",
+    "evaluate": "metrics of a model on the test rows, or of any system's predictions",
     "ablate": "what each feature is worth, and what to leave out",
     "baselines": "popularity and gradient-boosted trees on the same rows",
     "promote": "gives the alias to a version that is shown to be better, or back",
@@ -125,24 +124,28 @@ class Configuration:
         return shlex.join(["--config", self.file, *words, *self.overrides])
 
 
-def settings_command(doc: str | None) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a command of a function, whose first argument becomes the `Configuration` of `--config` and overrides."""
+def settings_command(doc: str | None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a command of a function, whose first argument becomes the `Configuration` of `--config` and overrides; None
+    without `--config`, where the command needs no settings file."""
     from mmoe_rec.settings.load import TEMPLATE, load_settings
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         def run(
-            config: str, overrides: tuple[str, ...], engine: str | None, skip_bad_files: bool, **options: Any
+            config: str | None, overrides: tuple[str, ...], engine: str | None, skip_bad_files: bool, **options: Any
         ) -> None:
             overrides += ("--data.engine", engine) if engine else ()
             overrides += ("--data.skip_bad_files", "true") if skip_bad_files else ()
-            return function(Configuration(config, overrides, load_settings(config, overrides)), **options)
+            if config is None and overrides:
+                raise UserError(f"'{overrides[0]}' is no option; where it is a setting, --config is missing")
+            opened = None if config is None else Configuration(config, overrides, load_settings(config, overrides))
+            return function(opened, **options)
 
         for option in (
             click.option("--skip-bad-files", is_flag=True, help="short for --data.skip_bad_files true"),
             click.option("--engine", metavar="E", help="short for --data.engine: local or ray"),
             overrides_argument,
-            click.option("--config", required=True, metavar="C", help=f"settings file, such as {TEMPLATE}"),
+            click.option("--config", required=needs_file, metavar="C", help=f"settings file, such as {TEMPLATE}"),
         ):
             run = option(run)
         return command(doc, section="")(run)

@@ -27,7 +27,7 @@ from mmoe_rec.settings.sections import EngineName
 @click.option("--as-of", type=click.Choice(["log", "tables"]), default="log", help="what counters know (log)")
 @click.option("--start", metavar="T", help="score rows requested at that time or later; others are the past")
 @click.option("--end", metavar="T", help="score rows requested before that time")
-@click.option("--labels", is_flag=True, help="write labels too (label_TASK), for the command metrics")
+@click.option("--labels", is_flag=True, help="write labels too (label_TASK), for evaluate --predictions")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), help="local, or ray for a Ray cluster")
 @overrides_argument
 def score(

@@ -15,7 +15,8 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.predicted_rows import PredictedRows
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, add_outcomes, fuse, predictions
@@ -102,33 +103,29 @@ class ScoredRows:
         """Whether any request has several rows."""
         return bool(pc.count_distinct(self.requests).as_py() < len(self.requests))
 
-    def measure(self, grouped: bool | None = None) -> EvaluationSums:
-        """Sums of all metrics: of each task over the rows of its own label, of each outcome over all rows.
+    @property
+    def predicted(self) -> PredictedRows:
+        """The rows as they are measured: each task over the rows of its own label, each outcome over all rows.
 
         An outcome's prediction is the product of both tasks'. It has no weight in the score, which multiplies already.
-        grouped: see `sums.measure`.
         """
         names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
         specs = [MeasuredTask(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]  # type: ignore[arg-type]
         specs += [MeasuredTask(name, "binary", 0.0) for name in self.layout.outcomes]
-        return measure(
-            specs,
+        return PredictedRows(
+            tuple(specs),
             self.users,
             self.requests,
+            self.candidates,
             add_outcomes(self.predictions, self.layout),
             dict(zip(names, [*self.labels.T, *self.outcomes.values()], strict=True)),
-            score=self.score,
-            weight=self.weights,
-            candidates=self.candidates,
-            grouped=grouped,
+            self.score,
+            self.weights,
         )
 
-    def take(self, rows: np.ndarray) -> ScoredRows:
-        """Those of the rows whose numbers are given."""
-        names = ("users", "requests", "candidates", "predictions", "labels", "score", "weights")
-        given = {name: each for name in names if (each := getattr(self, name)) is not None}
-        taken = {name: each.take(rows) if isinstance(each, pa.Array) else each[rows] for name, each in given.items()}
-        return replace(self, **taken, outcomes={name: each[rows] for name, each in self.outcomes.items()})
+    def measure(self) -> EvaluationSums:
+        """Sum what all metrics need, by user or group of users."""
+        return self.predicted.sum()
 
     def of_tasks(self, layout: ModelLayout) -> ScoredRows:
         """The same rows as a model with some of the tasks sees them."""

@@ -1,8 +1,7 @@
 """Everything the metrics need to know about any number of rows, as sums per user, because the intervals redraw users.
 
 Of more than `MOST_UNITS` users, groups by a hash are redrawn instead, so that a resample costs no more: groups are as
-independent of each other as users are, and differ as much as their users do. Rows may be measured in parts that have no
-group in common, and the sums joined (`join_sums`).
+independent of each other as users are, and differ as much as their users do.
 
 AUC and average precision need the order of all rows: so a binary task's rows are kept in bins of rising prediction.
 """
@@ -95,8 +94,7 @@ class EvaluationSums:
             `TASK.bins`, one row a unit and `bin` of rising prediction, binary tasks only: `rows`, `positives`, and the
             weighted sums `label`, `negative` (of rows whose label is 0) and `prediction`.
 
-            `TASK.counts`, binary tasks only: predicted `value`, and the weight of its `positive` and `negative` rows;
-            rows of one value may be told in several.
+            `TASK.counts`, binary tasks only: predicted `value`, and the weight of its `positive` and `negative` rows.
 
             `catalogue`, one row a `candidate`, where candidates were given: `rows`, and of each cutoff how often it is
             shown, and the logarithm of the probability that it never is (see `shown_rows`).
@@ -144,10 +142,9 @@ def measure(
     score: Any,
     weight: Any = None,
     candidates: Any = None,
-    edges: Mapping[str, np.ndarray] | None = None,
     grouped: bool | None = None,
 ) -> EvaluationSums:
-    """Sums of N rows. All rows of a user have to be in one call; rows may come in any order.
+    """Sums of N rows, which may come in any order.
 
     A row's relevance for NDCG and MRR is max(0, sum over tasks of task weight x label), where an unobserved label and a
     negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance, ranks
@@ -158,9 +155,8 @@ def measure(
     near 0 and 1 see `Logloss`) or values (regression); labels: task name -> (N,) 0 or 1 (binary) or values
     (regression); NaN or null where unobserved; score: (N,) fused ranking score, higher is better; weight: (N,) positive
     importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all metrics of a task, but
-    not in a request's ranking, such as NDCG, where requests count alike; edges: binary task -> first value of each bin
-    but the first; None makes them of the predictions; grouped: whether units are groups of users; None: where there are
-    more than `MOST_UNITS`.
+    not in a request's ranking, such as NDCG, where requests count alike; grouped: whether units are groups of users;
+    None: where there are more than `MOST_UNITS`.
 
     Raises UserError for no row, a missing user, request, prediction or score, ids that are neither integers nor
     strings, a request with rows of two users, a probability outside [0, 1], a binary label other than 0 and 1, an
@@ -187,20 +183,8 @@ def measure(
     given = _Rows(user, request, unit[user], units, weight, combine(keys))
     tables["ranking"] = _ranking_table(given, lists)
     for task in tasks:
-        tables |= _task_tables(task, given, *columns[task.name], (edges or {}).get(task.name))
+        tables |= _task_tables(task, given, *columns[task.name])
     return EvaluationSums(tuple(tasks), tables)
-
-
-def join_sums(parts: Sequence[EvaluationSums]) -> EvaluationSums:
-    """The sums of all parts, no two of which have a unit in common, and whose bins are the same."""
-    tables = {name: pa.concat_tables([part.tables[name] for part in parts]) for name in parts[0].tables}
-    for name, table in tables.items():
-        if name == "catalogue":
-            tables[name] = _sum_by(table, ["candidate"])
-        elif not name.endswith(".counts"):
-            keys = [key for key in _KEYS if key in table.column_names]
-            tables[name] = table.sort_by([(key, "ascending") for key in keys]).combine_chunks()
-    return EvaluationSums(parts[0].tasks, tables)
 
 
 def count_rarer_label(sums: EvaluationSums, task: str) -> int:
@@ -270,9 +254,7 @@ def _ranking_table(rows: _Rows, lists: RankedLists) -> pa.Table:
     return _sum_by({"user": rows.units.take(pa.array(request_unit)), **columns})
 
 
-def _task_tables(
-    task: MeasuredTask, rows: _Rows, predictions: np.ndarray, labels: np.ndarray, edges: np.ndarray | None
-) -> dict[str, pa.Table]:
+def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, labels: np.ndarray) -> dict[str, pa.Table]:
     observed = ~np.isnan(labels)
     label, weight, unit, key = (each[observed] for each in (labels, rows.weight, rows.unit, rows.key))
     prediction = predictions[observed].astype(np.float64)
@@ -292,8 +274,7 @@ def _task_tables(
     own |= known.at_first_rows(known.request, of_requests)
     tables = {f"{task.name}.users": _sum_by({"user": units, **sums, **own})}
     if task.kind == "binary":
-        if edges is None:
-            edges = bin_edges(*counts_by_value(prediction, label, 1 - label))
+        edges = bin_edges(*counts_by_value(prediction, label, 1 - label))
         bins = {"user": units, "bin": np.searchsorted(edges, prediction, side="right")}
         # Not the weight but that of negative rows: one less the other would round small ones by large ones.
         del sums["weight"]
@@ -346,9 +327,9 @@ def _digest(keys: np.ndarray) -> np.ndarray:
     return (keys >> np.uint64(32)).astype(np.int64)
 
 
-def _sum_by(columns: Mapping[str, Any] | pa.Table, keys: Sequence[str] = ()) -> pa.Table:
+def _sum_by(columns: Mapping[str, Any], keys: Sequence[str] = ()) -> pa.Table:
     """Adds up rows of equal keys, by default the first column, sorted by key; by one thread, so that bits repeat."""
-    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    table = pa.table(columns)
     keys = keys or table.column_names[:1]
     names = [name for name in table.column_names if name not in keys]
     grouped = table.group_by(list(keys), use_threads=False).aggregate([(name, "sum") for name in names])

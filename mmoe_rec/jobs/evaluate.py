@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -188,20 +188,19 @@ class EvaluationResult:
 
 
 def evaluate_model(
-    settings: Settings,
-    address: str,
-    out: str | Path,
-    against: Sequence[str] = (),
-    split: str = "test",
-    predictions: Path | None = None,
+    settings: Settings, address: str, out: str | Path, against: Sequence[str] = (), split: str = "test"
 ) -> EvaluationResult:
-    """Scores a split's rows with the model at an address; writes metrics, sums and plots to a folder and to MLflow.
+    """Score the rows of a split with a model, measure them, and write metrics, plots and predictions.
 
-    against: addresses of other models, which the model is compared with on the same rows; predictions: a folder that
-    gets the rows with what the model predicts, see `write_predictions`. Waits while another evaluation writes there.
+    Waits while another evaluation writes to the same folder.
+
+    Args:
+        settings: Settings that name the rows and say what their labels are worth.
+        address: URI of the model, or its folder.
+        out: Folder for the results, which are also logged to MLflow.
+        against: URIs of other models, to compare with on the same rows.
+        split: Split of the rows, `test` or `validation`.
     """
-    if predictions is not None:
-        check_predictions(predictions)
     short = short_names([address, *against])
     # A wrong address is reported before torch is loaded.
     models, out = {each: find_model(each, settings.tracking.address) for each in short}, Path(out)
@@ -212,8 +211,7 @@ def evaluate_model(
         names[folder] = each
     by_name = {short[each]: model for each, model in models.items()}
     evaluated = evaluate_found(settings, by_name, out, place_of(split), split)
-    if predictions is not None:
-        write_predictions(evaluated.scored, settings.columns, predictions)
+    write_predictions(evaluated.scored, settings.columns, out)
     return evaluated
 
 
@@ -292,23 +290,25 @@ def scored_rows(settings: Settings, model: Source, name: str, split: str = "test
 
 
 def _measure(settings: Settings, scored: ScoredRows, model: Source, slicing: Slicing) -> MeasuredModel:
-    from mmoe_rec.evaluation.summary import summarise
-
-    sums = scored.measure()
     facts = {
         "sampling_correction": settings.training.sampling_correction,
         "relevance_weights": dict(scored.relevance),
         "score_weights": {task.name: task.score_weight for task in scored.layout.tasks},
     }
-    summary = replace(summarise(sums, settings.evaluation.resamples), facts=facts)
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
-    of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    seen, told = overlap(settings, model.folder), users_in_both(settings, model.folder, scored, slicing.training)
+    told = users_in_both(settings, model.folder, scored, slicing.training)
     told += filter(None, [read_artifact(model.folder, verify=False).early_end])
-    placement = describe_placement(scored, model.folder / "features")
-    slices = slicing.measure(scored, sums)
-    return MeasuredModel(sums, summary, model.address, of_tasks, seen, told, slices, placement)
+    return scored.predicted.measure(
+        settings.evaluation.resamples,
+        slicing.find(scored),
+        facts,
+        address=model.address,
+        gates={task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)},
+        seen=overlap(settings, model.folder),
+        training=told,
+        placement=describe_placement(scored, model.folder / "features"),
+    )
 
 
 def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:
@@ -337,43 +337,36 @@ def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]
     return facts
 
 
-FILE = "rows.parquet"
+PREDICTIONS = "predictions.parquet"
+"""File of an evaluation: the measured rows of the model in question, as `evaluate --predictions` reads them."""
 
 
-def check_predictions(folder: Path) -> None:
-    """Raises UserError where a folder for predictions is a file, or holds others, which would be read along."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--predictions '{folder}' is a file; name a folder")
-    others = [file.name for file in (folder.iterdir() if folder.is_dir() else ()) if file.name != FILE]
-    if others:
-        raise UserError(f"--predictions '{folder}' holds other files, such as '{others[0]}'; name another folder")
+def write_predictions(scored: ScoredRows, columns: Columns, out: Path) -> None:
+    """Write `user`, `request`, `candidate`, `predicted_NAME` and `label_NAME` of each task and outcome, `score`, and
+    `weight` where rows have one. Unobserved labels are null.
 
-
-def write_predictions(scored: ScoredRows, columns: Columns, folder: Path) -> None:
-    """Writes `user`, `request`, `candidate`, of each task and outcome `predicted_NAME` and `label_NAME` (null where it
-    is not known), `score`, and `weight` where rows have one: what the command `metrics` reads.
-
-    columns: of the log. What it does not have is left out: without candidates, `row` is the number of each in its log.
+    Args:
+        scored: Rows to write.
+        columns: Columns of the log. What it does not have is left out: without candidates, `row` is the number of each
+            row in the log.
+        out: Folder that gets the file `PREDICTIONS`.
     """
-    from mmoe_rec.model.score import add_outcomes, scores_from_logs
+    from mmoe_rec.model.score import scores_from_logs
 
-    written = {} if scored.row is None else {ROW: scored.row}
+    rows = scored.predicted
+    written: dict[str, Any] = {} if scored.row is None else {ROW: scored.row}
     if columns.has_user:
-        written["user"] = scored.users
+        written["user"] = rows.users
     if columns.has_user or columns.request is not None:
-        written["request"] = scored.requests
-    if scored.candidates is not None:
-        written["candidate"] = scored.candidates
-    for name, values in add_outcomes(scored.predictions, scored.layout).items():
-        written[f"predicted_{name}"] = pa.array(values)
-    names = [*(task.name for task in scored.layout.tasks), *scored.layout.outcomes]
-    for name, values in zip(names, [*scored.labels.T, *scored.outcomes.values()], strict=True):
-        written[f"label_{name}"] = pa.array(values, from_pandas=True)
-    written["score"] = pa.array(scores_from_logs(scored.score))
-    if scored.weights is not None:
-        written["weight"] = pa.array(scored.weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / FILE) as path:
+        written["request"] = rows.requests
+    if rows.candidates is not None:
+        written["candidate"] = rows.candidates
+    written |= {f"predicted_{name}": values for name, values in rows.predictions.items()}
+    written |= {f"label_{name}": pa.array(values, from_pandas=True) for name, values in rows.labels.items()}
+    written["score"] = scores_from_logs(rows.score)
+    if rows.weight is not None:
+        written["weight"] = rows.weight
+    with atomic_file(out / PREDICTIONS) as path:
         pq.write_table(pa.table(written), path, compression="zstd")
 
 

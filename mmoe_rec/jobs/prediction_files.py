@@ -1,32 +1,37 @@
 """Files of predictions: which columns hold what, by a settings file or the words of a command line, and their rows.
 
-Rows are checked as they are read, and come in columns of known names and types.
+Rows are checked as they are read, and held in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.predicted_rows import PredictedRows, RowsBySlice
 from mmoe_rec.evaluation.slices import SliceBy
 from mmoe_rec.evaluation.sums import LABELS, PREDICTIONS, SCORES, WEIGHTS, Check, MeasuredTask
 from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.log.checks import BadFile, LogFile, open_parquet
+from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.columns import canonical_type, combine, hash_column
 from mmoe_rec.log.files import FoundFile, path_values
-from mmoe_rec.log.reader import Piece
+from mmoe_rec.log.rows import ROWS_AT_A_TIME
 from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
+from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.settings.columns import Use, outcome_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Settings
 
 JOINED, WEIGHT = "+", "weight"
 _OWN = ("user", "request", "candidate", WEIGHT)
-"""What the files of `score --labels` and `evaluate --predictions` call them, whatever the log calls them."""
+"""What the files of `score --labels` and `evaluate --model` call them, whatever the log calls them."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,13 @@ class PredictionColumns:
         return {part: self.names.get(part) for part in _list_parts(self.tasks)}
 
     def with_columns(self, words: Sequence[str], option: str = "--columns") -> PredictionColumns:
-        """The same with other columns, see `name_columns`."""
-        given = name_columns(words, _list_parts(self.tasks), option)
+        """The same with other columns, named by words such as `user=customer_id`. Raises UserError for another word."""
+        given, parts = dict[str, str](), _list_parts(self.tasks)
+        for word in words:
+            part, _, column = word.partition("=")
+            if part not in parts or not column:
+                raise UserError(f"{option} {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
+            given[part] = column
         by_log = self.by_log - given.keys()
         if given.keys() & {"user", "request", "candidate"}:
             by_log &= {WEIGHT}
@@ -72,11 +82,9 @@ class PredictionColumns:
     def match(self, there: Collection[str]) -> PredictionColumns:
         """Those that files with the columns `there` have. All need what one has, or a task would be of some rows."""
         there, names = set(there), dict(self.names)
-        lacking = not {names["user"], *self.request} <= there
-        if "user" in self.by_log and lacking and {"user", "request"} <= there:
-            names |= {part: part for part in _OWN[:3]}
-        if WEIGHT in self.by_log and names[WEIGHT] not in there and WEIGHT in there:
-            names[WEIGHT] = WEIGHT
+        for part in self.by_log & there:
+            if not {*names[part].split(JOINED)} <= there:
+                names[part] = part
         for part in ("score", "candidate", WEIGHT):
             if part in self.optional and names[part] not in there:
                 del names[part]
@@ -98,17 +106,6 @@ class PredictionColumns:
 def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
     its = [f"{kind}_{task.name}" for task in tasks for kind in ("predicted", "label")]
     return ["user", "candidate", "score", WEIGHT, "request", *its]
-
-
-def name_columns(words: Sequence[str], parts: Collection[str], option: str = "--columns") -> dict[str, str]:
-    """Part -> column, by words such as `user=customer_id`. Raises UserError for any other word."""
-    names = {}
-    for word in words:
-        part, equals, column = word.partition("=")
-        if not equals or part not in parts or not column:
-            raise UserError(f"{option} {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
-        names[part] = column
-    return names
 
 
 def columns_of_settings(settings: Settings) -> PredictionColumns:
@@ -157,51 +154,161 @@ def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
 
 
 @dataclass(frozen=True)
-class Footer:
-    """What a file says of itself."""
+class PredictionFile:
+    """A Parquet file of predictions: its address, number of rows and columns, also those that stand in its path."""
 
-    file: LogFile
+    address: str
+    rows: int
     schema: pa.Schema
 
     @staticmethod
-    def read(found: FoundFile) -> Footer:
-        """The footer of a file. Raises BadFile where it is no Parquet file."""
+    def read(found: FoundFile) -> PredictionFile:
+        """Read the footer of a file. Raises BadFile if it is no Parquet file."""
         with open_parquet(found.address) as parquet:
-            metadata = parquet.metadata
-            rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-            file = LogFile(found.address, found.bytes, found.version, rows)
-            schema = parquet.schema_arrow
+            rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
         for name in path_values(found.address):
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.string()))
-        return Footer(file, schema)
+        return PredictionFile(found.address, rows, schema)
+
+
+def match_columns(columns: PredictionColumns, files: Sequence[PredictionFile]) -> PredictionColumns:
+    """Match columns with files. Raises UserError if a file lacks a column, or types differ between files."""
+    columns = columns.match({name for file in files for name in file.schema.names})
+    types: dict[str, tuple[Any, str]] = {}
+    for file in files:
+        for name, kind in _find_key_types(columns, file).items():
+            first, where = types.setdefault(name, (kind, file.address))
+            if first != kind:
+                raise UserError(f"column '{name}' holds {first} in '{where}', and {kind} in '{file.address}'")
+    return columns
+
+
+def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]) -> tuple[PredictedRows, RowsBySlice]:
+    """Read and check the rows of files.
+
+    Args:
+        columns: Columns that all files have.
+        files: Files to read.
+
+    Returns:
+        The rows, and their slices: what rows are sliced by -> name of the slice -> (n,) numbers of the rows.
+
+    Raises:
+        UserError: A value is wrong, a request has rows of several users or a candidate twice, or there is no row.
+    """
+    tables = [_read_file(columns, file.address) for file in files if file.rows]
+    if not tables:
+        raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    _check_requests(columns, table)
+    slices = {}
+    for by in columns.slices:
+        values = one_array(table[f"slice {by.name}"])
+        slices[by.name] = by.find_slices(values).rows(values)
+    predictions, labels = (
+        {task.name: table[f"{kind}_{task.name}"].to_numpy() for task in columns.tasks}
+        for kind in ("predicted", "label")
+    )
+    rows = PredictedRows(
+        columns.tasks,
+        one_array(table["user"]),
+        one_array(table["request"]),
+        one_array(table["candidate"]) if "candidate" in columns.names else None,
+        predictions,
+        labels,
+        table["score"].to_numpy() if "score" in columns.names else _fuse(columns.tasks, list(predictions.values())),
+        table[WEIGHT].to_numpy() if WEIGHT in columns.names else None,
+    )
+    return rows, slices
+
+
+def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """(N,) what ranks rows without a score: one task's prediction, or sum of weight x log(prediction) as in a model."""
+    if len(tasks) == 1:
+        return predictions[0]
+    least = [1e-12 if task.kind == "binary" else 1e-6 for task in tasks]
+    return np.log(np.maximum(np.stack(predictions, axis=1), least)) @ np.array([task.weight for task in tasks])
+
+
+def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
+    """Raises UserError where a request has rows of several users, or a candidate twice."""
+
+    def name_request(value: object) -> str:
+        which = f"request {value!r}" if len(columns.request) == 1 else "a request"
+        return f"{which} by '{columns.names['request']}'"
+
+    users = table.group_by(["request", "user"], use_threads=False).aggregate([])
+    lists = users.group_by("request", use_threads=False).aggregate([([], "count_all")])
+    if (request := pc.min(lists.filter(pc.field("count_all") > 1)["request"]).as_py()) is not None:
+        first, other, *_ = sorted(users.filter(pc.field("request") == request)["user"].to_pylist())
+        raise UserError(
+            f"{name_request(request)} has rows of more than one user, {first!r} and {other!r}: a request is one "
+            "list shown to one user; name columns that tell lists apart with --columns "
+            f"request={JOINED.join((columns.names['user'], *columns.request))}"
+        )
+    if "candidate" in columns.names and columns.duplicates == "error":
+        shown = table.group_by(["request", "candidate"], use_threads=False).aggregate([([], "count_all")])
+        if len(twice := shown.filter(pc.field("count_all") > 1)):
+            request, candidate = (twice[name][0].as_py() for name in ("request", "candidate"))
+            raise UserError(
+                f"{name_request(request)} has candidate {candidate!r} more than once, as where files of two "
+                "models, or a file and its copy, lie together; --keep-duplicates counts all rows"
+            )
+
+
+def _read_file(columns: PredictionColumns, address: str) -> pa.Table:
+    """The rows of a file, by parts, and `slice NAME` for each slice. Raises BadFile for a wrong value."""
+    wanted, names = [*columns.find_uses(), *(by.column for by in columns.slices)], columns.names
+    with open_parquet(address) as parquet:
+        schema = parquet.schema_arrow
+        held = [name for name in dict.fromkeys(wanted) if name in schema.names]
+        batches = parquet.iter_batches(ROWS_AT_A_TIME, columns=held)
+        read = list(iter(partial(next_batch, batches, address, schema), None))
+    file = _FileRows(address, with_path_values(pa.Table.from_batches(read), address, wanted))
+    request = [file.read_ids(name) for name in columns.request]
+    joined = combine([hash_column(each) for each in request]).view(np.int64) if len(request) > 1 else request[0]
+    parts = {"user": file.read_ids(names["user"]), "request": joined}
+    if "candidate" in names:
+        parts["candidate"] = file.read_ids(names["candidate"])
+    for task in columns.tasks:
+        for kind, checks in (("predicted", PREDICTIONS), ("label", LABELS)):
+            part = f"{kind}_{task.name}"
+            parts[part] = file.read_numbers(names[part], checks[task.kind])
+    for part, check in (("score", SCORES), (WEIGHT, WEIGHTS)):
+        if part in names:
+            parts[part] = file.read_numbers(names[part], check)
+    for by in columns.slices:
+        try:
+            parts[f"slice {by.name}"] = by.read(one_array(file.table[by.column]))
+        except (ValueError, pa.ArrowNotImplementedError) as error:
+            raise BadFile(f"'{address}': column '{by.column}' {error} (--slices)", address) from None
+    return pa.table(parts)
 
 
 @dataclass(frozen=True)
-class FileRows:
-    """Some rows of a file, in columns of any names. start: number of the first. Its methods raise BadFile for a wrong
-    value."""
+class _FileRows:
+    """The rows of a file, in columns of any names. The methods raise BadFile for a wrong value."""
 
     address: str
     table: pa.Table
-    start: int = 0
 
     def read_ids(self, name: str) -> pa.Array:
         """Ids, none of them null; times are microseconds."""
-        values = self.table[name].combine_chunks()
+        values = one_array(self.table[name])
         if pt.is_timestamp(values.type) or pt.is_date(values.type):
             try:
                 values = values.cast(pa.timestamp("us", tz=getattr(values.type, "tz", None))).cast(pa.int64())
             except pa.ArrowInvalid:
                 what = f"column '{name}' tells requests apart by less than a microsecond; write it as integers"
                 raise BadFile(f"'{self.address}': {what}", self.address) from None
-        values = file_column(self.address, name, "key", values, None, self.start)
+        values = file_column(self.address, name, "key", values, None, 0)
         self._refuse(values.is_null().to_numpy(zero_copy_only=False), f"column '{name}' holds null")
         return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
 
     def read_numbers(self, name: str, check: Check) -> np.ndarray:
         """(N,) float64; NaN where null."""
-        values = file_column(self.address, name, "number", self.table[name].combine_chunks(), None, self.start)
+        values = file_column(self.address, name, "number", one_array(self.table[name]), None, 0)
         numbers = np.full(len(values), np.nan)
         if not pt.is_null(values.type):
             numbers = np.asarray(values.to_numpy(zero_copy_only=False))
@@ -215,49 +322,13 @@ class FileRows:
             if values is not None:
                 value = float(values[row])
                 what += f", found {'null or NaN' if np.isnan(value) else str(value).removesuffix('.0')}"
-            raise BadFile(f"'{self.address}': {what}{first_row(self.start + row)}", self.address)
+            raise BadFile(f"'{self.address}': {what}{first_row(row)}", self.address)
 
 
-def read_rows(columns: PredictionColumns, piece: Piece, at_a_time: int) -> Iterator[pa.Table]:
-    """The rows of a piece of a file, some at a time, as columns `user` and its `hash`, `request`, `candidate`, `score`,
-    `weight`, of task number N `pN` and `lN`, and `sN` of what they are sliced by. Raises BadFile for a wrong value."""
-    wanted = [*columns.find_uses(), *(each.column for each in columns.slices)]
-    with open_parquet(piece.address) as parquet:
-        start = sum(parquet.metadata.row_group(number).num_rows for number in range(piece.groups[0]))
-        held = [name for name in dict.fromkeys(wanted) if name in parquet.schema_arrow.names]
-        batches = parquet.iter_batches(at_a_time, row_groups=list(piece.groups), columns=held)
-        while (batch := next_batch(batches, piece.address, parquet.schema_arrow)) is not None:
-            table = with_path_values(pa.Table.from_batches([batch]), piece.address, wanted)
-            yield _name_parts(columns, FileRows(piece.address, table, start))
-            start += len(batch)
-
-
-def _name_parts(columns: PredictionColumns, rows: FileRows) -> pa.Table:
-    names = columns.names
-    user, request = rows.read_ids(names["user"]), [rows.read_ids(name) for name in columns.request]
-    joined = combine([hash_column(each) for each in request]).view(np.int64) if len(request) > 1 else request[0]
-    parts = {"user": user, "hash": hash_column(user), "request": joined}
-    if "candidate" in names:
-        parts["candidate"] = rows.read_ids(names["candidate"])
-    for number, task in enumerate(columns.tasks):
-        parts[f"p{number}"] = rows.read_numbers(names[f"predicted_{task.name}"], PREDICTIONS[task.kind])
-        parts[f"l{number}"] = rows.read_numbers(names[f"label_{task.name}"], LABELS[task.kind])
-    if "score" in names:
-        parts["score"] = rows.read_numbers(names["score"], SCORES)
-    if WEIGHT in names:
-        parts[WEIGHT] = rows.read_numbers(names[WEIGHT], WEIGHTS)
-    for number, by in enumerate(columns.slices):
-        try:
-            parts[f"s{number}"] = by.read(rows.table[by.column].combine_chunks())
-        except (ValueError, pa.ArrowNotImplementedError) as error:
-            raise BadFile(f"'{rows.address}': column '{by.column}' {error} (--slices)", rows.address) from None
-    return pa.table(parts)
-
-
-def find_key_types(columns: PredictionColumns, footer: Footer) -> dict[str, pa.DataType]:
+def _find_key_types(columns: PredictionColumns, file: PredictionFile) -> dict[str, pa.DataType]:
     """Canonical types of a file's columns that are keys. Raises BadFile where one is missing or of a wrong type."""
     types = {}
-    address, schema = footer.file.address, footer.schema
+    address, schema = file.address, file.schema
     for name, use in columns.find_uses().items():
         if schema.names.count(name) > 1:
             raise BadFile(f"'{address}' has several columns '{name}'", address)
@@ -265,7 +336,7 @@ def find_key_types(columns: PredictionColumns, footer: Footer) -> dict[str, pa.D
             raise BadFile(f"'{address}' has no column '{name}'{_hint(columns, name)}", address)
         kind = schema.field(name).type
         kind = kind.value_type if pt.is_dictionary(kind) else kind
-        if not footer.file.rows:
+        if not file.rows:
             continue
         if use == "any" and (pt.is_timestamp(kind) or pt.is_date(kind)):
             types[name] = pa.timestamp("us", tz=getattr(kind, "tz", None))

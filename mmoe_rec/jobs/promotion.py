@@ -150,16 +150,12 @@ def _judge_rows(
     settings: Settings, scored: Mapping[str, ScoredRows], artifact: Path, version: Version, holder: Version
 ) -> tuple[bool, str]:
     """Whether the first of two models, that of the artifact, is better on the rows that both have scored."""
-    from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-
-    rules, name, models = settings.evaluation, next(iter(scored)), dict[str, MeasuredModel]()
+    rules, name = settings.evaluation, next(iter(scored))
     if rules.slices is None and rules.guarded_slices is None:
         slicing = Slicing(TrainingRows.of(settings))  # columns of placement are guarded only where they are named
     else:
         slicing = Slicing() if rules.guarded_slices == () else Slicing.of(settings, artifact)
-    for each, rows in scored.items():
-        sums = rows.measure()
-        models[each] = MeasuredModel(sums, summarise(sums, _RESAMPLES), slices=slicing.measure(rows, sums))
+    models = {each: rows.predicted.measure(_RESAMPLES, slicing.find(rows)) for each, rows in scored.items()}
     tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
     results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement, tried)
     better, sentence = _read_verdict(results)

@@ -22,6 +22,7 @@ import pyarrow.types as pt
 import yaml
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.predicted_rows import RowsBySlice
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import adapt_schema, build_options, log_and_place
@@ -37,7 +38,6 @@ from mmoe_rec.settings.sections import Settings, Split
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.evaluation.sums import EvaluationSums
 
 
 OPTION = "slices"
@@ -46,15 +46,17 @@ BUCKETS = 10
 """Ranges of a number that describes placement and has too many values, where nothing was asked for."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LogColumns:
     """Columns that rows are to be sliced by. log: that has them; by: what was asked for, or, if `usual`, taken because
-    nothing was; skips: whether files that can't be used are left out."""
+    nothing was; skips: whether files that can't be used are left out; read: once the log was read, the (N,) uint64
+    keys of the rows, rising, and the slices as numbers of these."""
 
     log: Log
     by: tuple[SliceBy, ...]
     usual: bool
     skips: bool
+    read: tuple[np.ndarray, RowsBySlice] | None = None
 
     @staticmethod
     def of(settings: Settings, artifact: Path) -> LogColumns | None:
@@ -93,18 +95,34 @@ class LogColumns:
             _values_of(each, pa.nulls(0, log.types.get(each.column, pa.null())))
         return LogColumns(log, by, wanted is None, skip)
 
-    def read(self, scored: ScoredRows) -> SlicedRows | None:
-        """The slices of rows; None where they can't be told, and nothing was asked for.
+    def find(self, scored: ScoredRows) -> RowsBySlice:
+        """Find the slices of rows. The log is read for the first rows alone; other models have the same rows.
 
-        Raises UserError where the log has other rows by now, or a column too many values.
+        Returns:
+            What rows are sliced by -> name of the slice -> (n,) numbers of the rows; nothing where slices can't be told
+            and nobody asked for them.
+
+        Raises:
+            UserError: The log has other rows by now, a column has too many values, or models have other rows.
         """
+        keys = _keys(scored)
+        order = np.argsort(keys, kind="stable")
+        if self.read is None:
+            self.read = keys[order], self._read(keys[order])
+        known, slices = self.read
+        if not np.array_equal(keys[order], known):
+            raise UserError("the models were not measured on the same rows, so their slices can't be compared")
+        return {by: {name: np.sort(order[rows]) for name, rows in each.items()} for by, each in slices.items()}
+
+    def _read(self, wanted: np.ndarray) -> RowsBySlice:
+        """Slices of rows by the places of their keys (N,) uint64, which rise."""
         schema = self.log.schema
         names, split, columns = schema.columns, schema.split, dict.fromkeys(each.column for each in self.by)
         needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column}
         uses = {name: use for name, use in self.log.uses.items() if name in needed or name in columns}
         reader = replace(self.log.reader, uses=uses)
         log = self.log.without(map(find_fault, self.log.pieces(reader))) if self.skips else self.log
-        wanted, keys, parts = np.sort(_keys(scored)), list[np.ndarray](), list[pa.Table]()
+        keys, parts = list[np.ndarray](), list[pa.Table]()
         with bar() as progress:
             task = progress.add_task("slicing", total=log.rows)
             for rows in chain.from_iterable(map(reader.read, log.parts())):
@@ -122,7 +140,7 @@ class LogColumns:
             why = f" ({len(skipped):,} files are left out, such as: {skipped[0].reason})" if skipped else ""
             told = f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}{why}"
             _leave_out(f"{told}, so it can't be told what slices they are in", self.usual)
-            return None
+            return {}
         table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
         places = {}
         for each in self.by:
@@ -130,24 +148,7 @@ class LogColumns:
             if (by := _usual(each, given) if self.usual else each) is not None:
                 values = _values_of(by, given)
                 places[by.name] = by.find_slices(values).rows(values)
-        return SlicedRows(wanted, places)
-
-
-@dataclass(frozen=True)
-class SlicedRows:
-    """The slices of N rows of a split. keys: (N,) uint64, rising; places: what rows are sliced by -> slice -> (n,) its
-    rows' places among the keys."""
-
-    keys: np.ndarray
-    places: Mapping[str, Mapping[str, np.ndarray]]
-
-    def of(self, scored: ScoredRows) -> dict[str, dict[str, np.ndarray]]:
-        """The same slices as numbers of scored rows, which may have another order."""
-        keys = _keys(scored)
-        order = np.argsort(keys, kind="stable")
-        if not np.array_equal(keys[order], self.keys):
-            raise UserError("the models were not measured on the same rows, so their slices can't be compared")
-        return {by: {name: np.sort(order[rows]) for name, rows in each.items()} for by, each in self.places.items()}
+        return places
 
 
 def _leave_out(why: str, usual: bool) -> None:
@@ -228,26 +229,20 @@ class Slicing:
 
     training: TrainingRows | None = None
     columns: LogColumns | None = None
-    in_log: SlicedRows | None = None
 
     @staticmethod
     def of(settings: Settings, artifact: Path) -> Slicing:
         """That of the settings, see `LogColumns.of`."""
         return Slicing(TrainingRows.of(settings), LogColumns.of(settings, artifact))
 
-    def measure(self, scored: ScoredRows, sums: EvaluationSums) -> dict[tuple[str, str], EvaluationSums]:
-        """The sums of each slice, by what rows are sliced by and its name. sums: of all rows."""
-        if self.columns is not None:
-            self.in_log, self.columns = self.columns.read(scored), None
-        slices = {} if self.training is None else self.training.slices(scored)
-        for by, rows in ({} if self.in_log is None else self.in_log.of(scored)).items():
+    def find(self, scored: ScoredRows) -> RowsBySlice:
+        """Find the slices of rows: what rows are sliced by -> name of the slice -> (n,) numbers of the rows."""
+        slices: dict[str, Mapping[str, np.ndarray]] = {}
+        if self.training is not None:
+            slices |= self.training.slices(scored)
+        for by, rows in ({} if self.columns is None else self.columns.find(scored)).items():
             slices[f"column {by}" if by in slices else by] = rows
-        grouped = sums.users > len(sums.tables["ranking"])
-        return {
-            (by, name): scored.take(rows).measure(grouped)
-            for by, named in slices.items()
-            for name, rows in named.items()
-        }
+        return slices
 
 
 def _count_by(folder: Path, name: str) -> pd.Series:

@@ -9,9 +9,8 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.tasks import bin_edges
-from mmoe_rec.evaluation.sums import MeasuredTask, group_of, join_sums, measure
-from mmoe_rec.log.columns import hash_column
-from tests.evaluation.trees import compare, summarise
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from tests.evaluation.trees import summarise
 
 
 def test_tables_hold_what_naive_loops_count(log: Log) -> None:
@@ -163,28 +162,6 @@ def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bo
     # Each width of 400 resamples, by 512 groups, scatters by some 6%.
     assert 0.97 < np.mean(widths) < 1.03
     assert 0.75 < min(widths) < max(widths) < 1.3
-
-
-def test_parts_that_share_no_user_are_joined(monkeypatch) -> None:
-    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 64)
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.tasks.MOST_BINS", 100)
-    log = simulate(seed=6, users=1000, requests=3000)
-    edges = {}
-    for task in ("bought", "liked"):
-        _, label, prediction = log.observed(task)
-        values, place = np.unique(prediction, return_inverse=True)
-        counts = [np.bincount(place, each, len(values)) for each in (label, 1 - label)]
-        edges[task] = bin_edges(values, *counts)
-        assert 50 < len(edges[task]) < 100
-    part = group_of(hash_column(pa.array(log.users))) // 16
-    parts = [log.take(np.flatnonzero(part == each)).measure(edges=edges, grouped=True) for each in range(4)]
-    found, expected = join_sums(parts), log.measure(edges=edges)
-    apart = compare({"parts": found, "whole": expected}, "parts")["against"]["whole"]["groups"]
-    assert apart["bought"]["auc"]["value"] == apart["bought"]["auc"]["detectable"] == 0.0
-    assert apart["bought"]["auc"]["p"] == apart["liked"]["logloss"]["p"] == 1.0
-    found, expected = intervals(summarise(found, 100)), intervals(summarise(expected, 100))
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, rel=1e-9), key
 
 
 def test_bins_are_narrow_where_rare_positives_are() -> None:

@@ -23,7 +23,6 @@ from mmoe_rec.jobs import metrics
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
 from mmoe_rec.jobs.score import score_log
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.report.evaluation import summary_tree
 from mmoe_rec.report.findings import find_all
@@ -45,12 +44,11 @@ def measured(
     source: str | Path,
     out: Path,
     rules: Evaluation = FEW,
-    options: BuildOptions = DEFAULTS,
     against: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The summary of predictions. rows: their columns, or tasks."""
     columns = rows if isinstance(rows, PredictionColumns) else columns_of_tasks(rows)
-    return summary_tree(metrics.measure_predictions(columns, str(source), out, rules, options, against).first.summary)
+    return summary_tree(metrics.measure_predictions(columns, str(source), out, rules, against).first.summary)
 
 
 RATE, GUARDED = ["--columns.sampling_rate", "rate"], ["--evaluation.guarded_slices", '["user"]']
@@ -96,12 +94,10 @@ def intervals(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple
 
 @pytest.mark.parametrize("text", [False, True])
 def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(metrics, "ROWS_PER_PART", 500)
-    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 700)
-    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr("mmoe_rec.jobs.prediction_files.ROWS_AT_A_TIME", 100)
     frame = predicted(1, text=text)
     asked, source = columns_of_tasks(TASKS), written(frame, tmp_path / "in")
-    found = measured(asked, source, tmp_path / "out", Evaluation(resamples=50), BuildOptions(workers=2))
+    found = measured(asked, source, tmp_path / "out", Evaluation(resamples=50))
     label, chance = frame["label_bought"].astype(float), frame["predicted_bought"].astype(float)
     bought = {name: found["tasks"]["bought"][name]["value"] for name in ("auc", "average_precision", "logloss")}
     assert bought == pytest.approx(
@@ -139,13 +135,10 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
 
 
 def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 200)
     source = str(written(predicted(2).assign(predicted_bought=np.random.default_rng(0).random(3_000)), tmp_path / "in"))
     expected = measured(TASKS, source, tmp_path / "a", Evaluation(resamples=100))
-    for module in ("mmoe_rec.evaluation.sums", "mmoe_rec.jobs.metrics"):
-        monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 32)
     monkeypatch.setattr("mmoe_rec.evaluation.metrics.tasks.MOST_BINS", 200)
-    monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
     found = measured(TASKS, source, tmp_path / "b", Evaluation(resamples=100))
     assert found["users"] == expected["users"] == 97
     assert found["tasks"]["bought"]["single_class_users"] == expected["tasks"]["bought"]["single_class_users"]
@@ -153,13 +146,6 @@ def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, m
         assert value["value"] == pytest.approx(other["value"], rel=1e-9), name
         assert value["low"] <= other["value"] <= value["high"], name
     assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
-
-
-def test_ray_gives_the_same(tmp_path: Path, monkeypatch) -> None:
-    source = str(written(predicted(2), tmp_path / "in"))
-    local = measured(TASKS, source, tmp_path / "local")
-    ray = measured(TASKS, source, tmp_path / "ray", options=BuildOptions(engine="ray", workers=2))
-    assert ray == local
 
 
 def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> None:
@@ -243,8 +229,7 @@ def test_a_wrong_value_is_named_by_file_column_and_row(column: str, value: Any, 
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_what_is_wrong_with_files_is_said(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 100)  # so that rows of two users are not looked at together
+def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
     rows = predicted(7)
     of_two = rows["user"].mask(np.arange(len(rows)) == 9, 10**9)
     for number, (changed, message) in enumerate(
@@ -302,7 +287,7 @@ def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
         measured(["bought"], source, tmp_path / "out")
     words = ["--predictions", str(source), "--tasks", "bought", "--keep-duplicates"]
-    run("metrics", *words, "--out", str(tmp_path / "kept"))
+    run("evaluate", *words, "--out", str(tmp_path / "kept"))
     assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["rows"] == 6_000
 
 
@@ -351,13 +336,15 @@ def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -
         (["--tasks", "a", "--columns", "usr=who"], "--columns usr=who: expected PART=COLUMN, where PART is one"),
         (["--tasks", "a", "--columns", "user"], "--columns user: expected PART=COLUMN"),
         ([], "give the tasks by --config C or by --tasks, one of the two"),
+        (["--tasks", "a", "--model", "m"], "give one of --model and --predictions"),
+        (["--tasks", "a", "--split", "test"], "--split chooses rows of the log for --model"),
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
         (["--config", "configs/synthetic.yaml", "--against", "b", *GUARDED], "names 'user', which guards nothing here"),
     ],
 )
 def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
-        run("metrics", "--predictions", str(tmp_path), *words)
+        run("evaluate", "--predictions", str(tmp_path), *words)
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -395,7 +382,7 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     names = ["user=viewer", "predicted_stars=p"]
     out = tmp_path / "out"
     words = ["--tasks", *TASKS, "--resamples", "200", "--out", str(out)]
-    run("metrics", "--predictions", str(source), "--against", str(others), "--against-columns", *names, *words)
+    run("evaluate", "--predictions", str(source), "--against", str(others), "--against-columns", *names, *words)
     printed = capsys.readouterr().out
     comparison = json.loads((out / "comparison.json").read_text())
     told = comparison["against"]["theirs"]
@@ -407,9 +394,9 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     assert "'ours[a]' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
     assert json.loads((out / "against" / "1" / "metrics.json").read_text())["predictions"] == str(others)
     words += ["--against-columns", "user=user", "predicted_stars=predicted_stars"]
-    run("metrics", "--predictions", str(others), "--against", str(source), "--columns", *names, *words)
+    run("evaluate", "--predictions", str(others), "--against", str(source), "--columns", *names, *words)
     assert json.loads((out / "comparison.json").read_text())["against"]["ours[a]"]["verdict"]["kind"] == "worse"
-    run("metrics", "--predictions", str(source), *words[:-3])
+    run("evaluate", "--predictions", str(source), *words[:-3])
     assert not (out / "comparison.json").exists()
     assert not (out / "against").exists()
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.slices import MISSING, OTHERS, SliceBy
-from mmoe_rec.jobs import metrics
 from tests.commands import run
 from tests.jobs.test_planted_bugs import rows
 
@@ -32,7 +31,7 @@ def measured(found: pd.DataFrame, folder: Path, *slices: str) -> pd.DataFrame:
         found.iloc[number::3].to_parquet(folder / f"{number}.parquet", index=False, row_group_size=997)
     out = folder.with_name("out")
     words = ["--predictions", str(folder), "--tasks", "bought", "--resamples", "50", "--out", str(out)]
-    run("metrics", *words, *(["--slices", *slices] if slices else []))
+    run("evaluate", *words, *(["--slices", *slices] if slices else []))
     return pd.read_parquet(out / "slices.parquet")
 
 
@@ -46,9 +45,7 @@ def area(found: pd.DataFrame) -> float:
 
 
 def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "ROWS_PER_PART", 1500)
-    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 3000)
-    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 400)
+    monkeypatch.setattr("mmoe_rec.jobs.prediction_files.ROWS_AT_A_TIME", 400)
     found = frame()
     table = measured(found, tmp_path / "in", "device", "bucket(price, 4)", "shop")
     of_device = {name: area(found[found["device"] == name]) for name in ("phone", "tablet")}
@@ -78,7 +75,7 @@ def compare(folder: Path, mine: pd.DataFrame, theirs: pd.DataFrame, *words: str)
         (folder / name).mkdir()
         each.to_parquet(folder / name / "0.parquet", index=False)
     sides = ["--predictions", str(folder / "mine"), "--against", str(folder / "theirs")]
-    run("metrics", *sides, "--tasks", "bought", "--out", str(folder / "out"), *words)
+    run("evaluate", *sides, "--tasks", "bought", "--out", str(folder / "out"), *words)
 
 
 def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -114,7 +111,7 @@ def test_columns_of_the_path_are_sliced_by(tmp_path: Path) -> None:
         (tmp_path / "in" / f"device={name}").mkdir(parents=True)
         each.drop(columns="device").to_parquet(tmp_path / "in" / f"device={name}" / "0.parquet", index=False)
     words = ["--predictions", str(tmp_path / "in"), "--tasks", "bought", "--resamples", "20", "--slices", "device"]
-    run("metrics", *words, "--out", str(tmp_path / "out"))
+    run("evaluate", *words, "--out", str(tmp_path / "out"))
     assert areas(pd.read_parquet(tmp_path / "out" / "slices.parquet"), "device") == pytest.approx(expected)
 
 

@@ -58,12 +58,12 @@ class World:
 
 
 def measure(config: Path, predictions: Path | pd.DataFrame, folder: Path, *words: str) -> dict[str, Any]:
-    """What `metrics` finds in predictions; of a table, after it was written to a folder. folder: must be new."""
+    """What `evaluate` finds in predictions; of a table, after it was written to a folder. folder: must be new."""
     if isinstance(predictions, pd.DataFrame):
         (folder / "rows").mkdir(parents=True)
         predictions.to_parquet(folder / "rows" / "0.parquet")
         predictions = folder / "rows"
-    run("metrics", "--config", config, "--predictions", predictions, "--out", folder / "out", *words)
+    run("evaluate", "--config", config, "--predictions", predictions, "--out", folder / "out", *words)
     return read_metrics(folder / "out")
 
 
@@ -262,7 +262,7 @@ def test_what_scoring_and_measuring_refuse(
         ((*score, tmp_path / "lacking", "--as-of", "tables"), lacks),
         ((*score, world.settings.data.log, "--start", "2024-01-01"), "--start and --end need times"),
         (
-            ("metrics", "--config", world.config, "--predictions", tmp_path / "unweighted", "--out", tmp_path / "out"),
+            ("evaluate", "--config", world.config, "--predictions", tmp_path / "unweighted", "--out", tmp_path / "out"),
             "weight",
         ),
     ):
@@ -318,8 +318,9 @@ def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.Capture
 
 
 def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> None:
-    world.evaluate("predicted", "--predictions", str(tmp_path / "rows"))
-    rows = pd.read_parquet(tmp_path / "rows")
+    world.evaluate("predicted")
+    predictions = world.folder / "predicted" / "predictions.parquet"
+    rows = pd.read_parquet(predictions)
     assert rows.columns[0] == "row"
     assert not {"user", "request", "candidate"} & set(rows)
     test = world.table[world.table["fold"] == 4]
@@ -327,7 +328,7 @@ def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> N
     mine = test.loc[rows["row"]]
     np.testing.assert_array_equal(rows["label_label"], mine["label"])
     np.testing.assert_array_equal(rows["weight"], mine["weight"])
-    theirs = measure(world.config, tmp_path / "rows", tmp_path / "measured")["tasks"]["label"]["auc"]
+    theirs = measure(world.config, predictions, tmp_path / "measured")["tasks"]["label"]["auc"]
     assert theirs == pytest.approx(world.evaluate("again")["tasks"]["label"]["auc"], abs=1e-6)
 
 

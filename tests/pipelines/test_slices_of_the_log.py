@@ -19,7 +19,7 @@ from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
 from mmoe_rec.jobs.slicing import LogColumns
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import find_model
-from tests.commands import read_metrics, refuse, run
+from tests.commands import read_metrics, run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World
 from tests.report.parsed import Page
@@ -62,10 +62,10 @@ def areas(table: pd.DataFrame, by: str, task: str = "click") -> dict[str, float]
     return dict(zip(mine["slice"], mine["value"], strict=True))
 
 
-def joined(world: World, predictions: Path) -> pd.DataFrame:
+def joined(world: World, out: Path) -> pd.DataFrame:
     """The rows that were measured, with the log's columns, by another join."""
     log = pd.concat(pd.read_parquet(each) for each in sorted((world.folder / "log").glob("*.parquet")))
-    rows = pd.read_parquet(predictions).rename(columns={"candidate": "item"})
+    rows = pd.read_parquet(out / "predictions.parquet").rename(columns={"candidate": "item"})
     return rows.merge(log[["request", "item", "device", "stock", "slot"]], on=["request", "item"], validate="1:1")
 
 
@@ -75,8 +75,8 @@ def area(rows: pd.DataFrame) -> float:
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_rows_are_sliced_by_columns_that_no_feature_reads(world: World, split: str, tmp_path: Path) -> None:
-    words = ("--slices", "device", "bucket(stock, 3)", "--split", split, "--predictions", str(tmp_path / "rows"))
-    table, rows = evaluated(world, *words, out=tmp_path / "out"), joined(world, tmp_path / "rows")
+    words = ("--slices", "device", "bucket(stock, 3)", "--split", split)
+    table, rows = evaluated(world, *words, out=tmp_path / "out"), joined(world, tmp_path / "out")
     of_device = {name: area(each) for name, each in rows.groupby("device")}
     assert areas(table, "device") == pytest.approx(of_device | {MISSING: area(rows[rows["device"].isna()])}, abs=1e-9)
     counts = table[(table["by"] == "device") & (table["group"] == "click") & (table["metric"] == "auc")]
@@ -88,8 +88,8 @@ def test_rows_are_sliced_by_columns_that_no_feature_reads(world: World, split: s
 
 
 def test_columns_of_placement_are_taken_where_nothing_is_asked_for(world: World, tmp_path: Path) -> None:
-    table = evaluated(world, "--predictions", str(tmp_path / "rows"), out=tmp_path / "out")
-    rows = joined(world, tmp_path / "rows")
+    table = evaluated(world, out=tmp_path / "out")
+    rows = joined(world, tmp_path / "out")
     assert areas(table, "slot") == pytest.approx({str(n): area(each) for n, each in rows.groupby("slot")}, abs=1e-9)
     assert {"user", "candidate", "training rows of the user"} < set(table["by"])
     assert "slot: 0" in Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).words
@@ -133,17 +133,16 @@ def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) 
     found = []
     for asked in (settings, other):  # the second has a file that came again, whose rows count once
         columns_of_all = LogColumns.of(asked, model)
-        sliced = columns_of_all.read(scored)
-        found.append({name: rows.tolist() for name, rows in sliced.places["device"].items()})
+        found.append({name: rows.tolist() for name, rows in columns_of_all.find(scored)["device"].items()})
     assert found[0] == found[1]
     (tmp_path / "log" / "again.parquet").unlink()
     assert columns is not None
     with pytest.raises(UserError, match=f"of the {len(scored.users):,} rows that are measured, the log '.*' has "):
-        columns.read(scored)
+        columns.find(scored)
     # Where nobody has asked for slices, there are none.
     rules = other.evaluation.model_copy(update={"slices": None})
     usual = LogColumns.of(other.model_copy(update={"evaluation": rules}), model)
-    assert usual.read(scored) is None
+    assert usual.find(scored) == {}
 
 
 def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted(
@@ -192,11 +191,11 @@ def described(world: World, *words: str) -> str:
 def test_the_rows_of_a_split_with_their_predictions(
     world: World, split: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Beside scikit-learn, and beside what `metrics` makes of the rows."""
-    described(world, "--split", split, "--predictions", str(tmp_path / "rows"))
-    assert f"predictions: {tmp_path / 'rows' / 'rows.parquet'}" in capsys.readouterr().out
-    mine = read_metrics(world.folder / "work" / ("evaluation" if split == "test" else "evaluation_validation"))
-    rows = pd.read_parquet(tmp_path / "rows")
+    """Beside scikit-learn, and beside the metrics of the file of predictions."""
+    described(world, "--split", split)
+    out = world.folder / "work" / ("evaluation" if split == "test" else "evaluation_validation")
+    assert f"predictions: {out / 'predictions.parquet'}" in capsys.readouterr().out
+    mine, rows = read_metrics(out), pd.read_parquet(out / "predictions.parquet")
     encoded = pd.read_parquet(world.folder / "work" / "features" / "encoded" / split)
     assert len(rows) == len(encoded) == mine["rows"]
     for task in ("click", "liked"):
@@ -204,8 +203,8 @@ def test_the_rows_of_a_split_with_their_predictions(
         known = rows.dropna(subset=f"label_{task}")
         area = roc_auc_score(known[f"label_{task}"], known[f"predicted_{task}"])
         assert mine["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
-    words = ["--config", str(world.folder / "first.yaml"), "--predictions", str(tmp_path / "rows")]
-    run("metrics", *words, "--out", str(tmp_path / "out"))  # though the log calls its candidates otherwise
+    words = ["--config", str(world.folder / "first.yaml"), "--predictions", str(out / "predictions.parquet")]
+    run("evaluate", *words, "--out", str(tmp_path / "out"))  # though the log calls its candidates otherwise
     theirs = read_metrics(tmp_path / "out")
     for task in ("click", "liked"):
         for name in ("auc", "gauc_request", "logloss", "ndcg_at_5"):
@@ -232,14 +231,3 @@ def test_validation_rows_have_charts_of_their_own(world: World) -> None:
 def world_metrics(world: World) -> dict[str, float]:
     holder = world.champion()
     return world.client.get_run(holder.run_id).data.metrics
-
-
-def test_a_folder_of_other_files_is_left_alone(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "mine.parquet").write_text("x")
-    for folder, told in (
-        (tmp_path, "holds other files, such as 'mine.parquet'"),
-        (tmp_path / "mine.parquet", "is a f"),
-    ):
-        words = ["--config", world.folder / "first.yaml", "--model", "models:/learnable@champion"]
-        assert told in refuse(capsys, "evaluate", *words, "--predictions", folder)
-    assert [each.name for each in tmp_path.iterdir()] == ["mine.parquet"]
