@@ -1,88 +1,87 @@
-"""mmoe-rec tune-weights --config configs/shop.yaml --model models:/shop@champion --goal bought
+"""mmoe-rec tune-weights --config configs/shop.yaml --goal bought
 
-Tries other weights of the tasks in the score of a model, and picks those that rank best for one task (`--goal`) while
-the others lose no more NDCG@10 than they may (`--keep rebought=0.002`, else `evaluation.margin`). The choice is made on
-the validation rows; what it gains and costs is told on the test rows, with intervals. Prints the front of weights of
-which none is better for all tasks, and writes all to `data.work`/tradeoffs/tradeoffs.json. Nothing is trained: put the
-weights into the settings as `score_weight`, or send them with a request as `task_weights`.
+Tries other weights of the tasks in a model's score, and picks those that rank best for one task (`--goal`) while the
+others lose no more NDCG@10 than they may (`--keep rebought=0.002`, else `evaluation.margin`). It reads the predictions
+that `evaluate --split validation` and `evaluate` wrote: the validation rows choose, and the test rows say what the
+choice gains and costs. Prints the front, weights that no others beat for all tasks, and writes all to tradeoffs.json.
+Put the weights into the settings as `score_weight`, or send them with a request as `task_weights`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from mmoe_rec.cli.main import Configuration, model_option, out_option, settings_command, show
+from mmoe_rec.cli.main import Configuration, out_option, settings_command, show
 from mmoe_rec.errors import UserError
-
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.tradeoffs import WeightsChoice
-    from mmoe_rec.settings.sections import Settings
 
 
 @settings_command(__doc__)
-@model_option
 @click.option("--goal", metavar="TASK", help="the task that is to be served better (default: the first one)")
 @click.option("--keep", multiple=True, metavar="TASK=LOSS...", help="NDCG@10 that another task may lose at most")
+@click.option("--predictions", nargs=2, metavar="V T", help="of validation and test rows (default: in data.work)")
 @out_option("data.work/tradeoffs", "where tradeoffs.json goes")
 def tune_weights(
-    configuration: Configuration, model: str, goal: str | None, keep: tuple[str, ...], out: Path | None
+    configuration: Configuration,
+    goal: str | None,
+    keep: tuple[str, ...],
+    predictions: tuple[str, str],
+    out: Path | None,
 ) -> None:
-    settings, margins = configuration.settings, {}
-    for word in keep:
-        task, equals, loss = word.partition("=")
-        try:
-            margins[task] = float(loss)
-        except ValueError:
-            margins[task] = math.nan
-        if not equals or not margins[task] >= 0:
-            raise UserError(f"--keep takes TASK=LOSS, such as rebought=0.002; found '{word}'")
-    from mmoe_rec.atomic import write_text
-    from mmoe_rec.report.tables import show_choice
-
-    file = (out or Path(settings.data.work) / "tradeoffs") / "tradeoffs.json"
-    choice = choose(settings, model, goal or next(iter(settings.tasks)), margins)
-    write_text(file, json.dumps(asdict(choice), indent=1))
-    show(show_choice(choice))
-    print(f"all weights: {file}")
-
-
-def choose(settings: Settings, address: str, goal: str, margins: Mapping[str, float]) -> WeightsChoice:
-    """Weights that serve the goal best on the validation rows, while the NDCG of other tasks loses no more than their
-    margins, else `evaluation.margin`; measured on the test rows.
-
-    Raises UserError for a task that there is not, or a model with one task.
-    """
+    settings, work, margins = configuration.settings, Path(configuration.settings.data.work), dict[str, float]()
     tasks = list(settings.tasks)
+    goal = goal or tasks[0]
+    for word in keep:
+        if (found := re.fullmatch(r"([^=]+)=(\d*\.?\d+)", word)) is None:
+            raise UserError(f"--keep takes TASK=LOSS, such as rebought=0.002; found '{word}'")
+        margins[found[1]] = float(found[2])
     if len(tasks) < 2:
         raise UserError(f"the settings have one task, '{tasks[0]}': there is nothing to weigh")
-    for name in (goal, *margins):
-        if name not in tasks:
-            raise UserError(f"there is no task '{name}'; the settings have {', '.join(tasks)}")
+    if unknown := [name for name in (goal, *margins) if name not in tasks]:
+        raise UserError(f"there is no task '{unknown[0]}'; the settings have {', '.join(tasks)}")
     if goal in margins:
         raise UserError(f"'{goal}' is the goal, and can't be kept as well")
-    from mmoe_rec.evaluation import tradeoffs
-    from mmoe_rec.jobs.evaluate import scored_rows
-    from mmoe_rec.tracking.registry import find_model
+    margins = {name: margins.get(name, settings.evaluation.margin) for name in tasks if name != goal}
+    from rich.table import Table
 
-    kept = {name: margins.get(name, settings.evaluation.margin) for name in tasks if name != goal}
-    found, resamples = find_model(address, settings.tracking.address), settings.evaluation.resamples
-    validation, test = (scored_rows(settings, found, address, split) for split in ("validation", "test"))
-    if not (validation.ranks and test.ranks):
-        raise UserError(
-            "every request of the validation or test rows has one row, which no weights can rank: weights of tasks are "
-            "for candidate lists (columns.request, or columns.user with columns.time)"
-        )
-    deployed = tradeoffs.normalise([task.score_weight for task in validation.layout.tasks])
-    weights = tradeoffs.make_grid(len(tasks), deployed)
-    number = tradeoffs.choose_weights(tradeoffs.Sweep(validation, weights, resamples), goal, kept)
-    on_test = tradeoffs.Sweep(test, weights, resamples)
-    before, after = (dict(zip(on_test.tasks, weights[each], strict=True)) for each in (0, number))
-    apart, front = on_test.compare_with_first(number), tradeoffs.find_front(on_test)
-    return tradeoffs.WeightsChoice(goal, kept, before, after, apart, front)
+    from mmoe_rec.atomic import write_text
+    from mmoe_rec.evaluation.tradeoffs import Sweep, make_grid
+    from mmoe_rec.jobs.prediction_files import columns_of_settings, open_predictions
+    from mmoe_rec.report.formatting import difference
+
+    weights, columns = make_grid([task.score_weight for task in settings.tasks.values()]), columns_of_settings(settings)
+    folders = [str(work / name / "predictions.parquet") for name in ("evaluation_validation", "evaluation")]
+    rows = [open_predictions(columns, source, "--predictions") for source in predictions or folders]
+    if any(len(each.requests.unique()) == len(each.requests) for each in rows):
+        raise UserError("every request of the validation or test rows has one row, which no weights can rank")
+    on_validation, on_test = (Sweep(each, tasks, weights, settings.evaluation.resamples) for each in rows)
+    chosen, front = on_validation.choose(goal, margins), on_test.find_front().tolist()
+    apart, named = on_test.compare_with_first(chosen), [dict(zip(tasks, each, strict=True)) for each in weights]
+    table = Table(" : ".join(tasks), *tasks, "", title="NDCG@10 of each task by weights in the score, test rows")
+    for number, of in enumerate(on_test.values):
+        marks = [name for name, place in (("the settings'", 0), ("chosen", chosen)) if place == number]
+        if front[number] or marks:
+            ratios = " : ".join(f"{weight:.3g}" for weight in weights[number])
+            table.add_row(ratios, *(f"{value:.4f}" for value in of), ", ".join(marks))
+    tree = {"goal": goal, "margins": margins, "before": named[0], "weights": named[chosen], "front": front}
+    values = [
+        {task: value if math.isfinite(value) else None for task, value in zip(tasks, of, strict=True)}
+        for of in on_test.values.tolist()
+    ]
+    records = [{"weights": each, "values": of} for each, of in zip(named, values, strict=True)]
+    tree |= {"records": records, "apart": {task: asdict(each) for task, each in apart.items()}}
+    file = (out or work / "tradeoffs") / "tradeoffs.json"
+    write_text(file, json.dumps(tree, indent=1))
+    told = {task: "nothing" if each.value is None else difference(each) for task, each in apart.items()}
+    lines = [f"no weights serve {goal} better within the losses allowed: keep those of the settings"]
+    if chosen:
+        lines = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in told.items()]
+        if (apart[goal].low or 0.0) <= 0:
+            lines.append(f"a gain of {goal} is not shown on the test rows: the settings' weights may be as good")
+        lines += [f"  tasks.{task}.score_weight: {weight:.4g}" for task, weight in named[chosen].items()]
+    show([table, *lines, f"all weights: {file}"])

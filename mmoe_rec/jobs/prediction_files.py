@@ -22,7 +22,7 @@ from mmoe_rec.evaluation.sums import LABELS, PREDICTIONS, SCORES, WEIGHTS, Check
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.columns import canonical_type, combine, hash_column
-from mmoe_rec.log.files import FoundFile, path_values
+from mmoe_rec.log.files import FoundFile, find_files, path_values
 from mmoe_rec.log.rows import ROWS_AT_A_TIME
 from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
 from mmoe_rec.point_in_time.arrays import one_array
@@ -221,6 +221,12 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
         table[WEIGHT].to_numpy() if WEIGHT in columns.names else None,
     )
     return rows, slices
+
+
+def open_predictions(columns: PredictionColumns, source: str, option: str) -> PredictedRows:
+    """Read the rows of a folder of Parquet files, one file or a glob, which an option names; see `read_predictions`."""
+    files = [PredictionFile.read(file) for file in find_files(source, option)]
+    return read_predictions(match_columns(columns, files), files)[0]
 
 
 def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is told on the terminal: tables of evaluations, choices and validations, and of a data set."""
+"""What is told on the terminal: tables of evaluations and validations, and of a data set."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catal
 from mmoe_rec.profiling.advice import NOTE
 from mmoe_rec.profiling.health_findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
 from mmoe_rec.report.findings import find_all
-from mmoe_rec.report.formatting import day, difference, fixed, percent, rate, signed, size
+from mmoe_rec.report.formatting import day, fixed, percent, rate, signed, size
 from mmoe_rec.report.sentences import describe_results, describe_rows
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.tradeoffs import WeightsChoice
     from mmoe_rec.settings.sections import Settings
     from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.validation import Validation
@@ -123,39 +122,6 @@ def _difference_cell(apart: Difference | None, metric: Named, value: float | Non
     text = Text(shown, style=style).append(reach, style="not bold dim")
     is_told = metric.better == "one" and apart.is_significant
     return text.append(" closer" if is_gain else " further") if is_told else text
-
-
-def show_choice(choice: WeightsChoice) -> Iterator[Table | str]:
-    """Weights of the tasks in the score that serve a goal: a table of the front, and what the choice changes."""
-    table = Table(title="NDCG@10 of each task by weights in the score, test rows", title_justify="left")
-    _add_columns(table, choice.before)
-    table.add_column("", no_wrap=True)
-    for each in choice.records:
-        marks = {"the model's": each.weights == choice.before, "chosen": each.weights == choice.weights}
-        if each.dominated_by is not None and not any(marks.values()):
-            continue
-        weights = " : ".join(f"{weight:.3g}" for weight in each.weights.values())
-        values = ["-" if value.value is None else f"{value.value:.4f}" for value in each.values.values()]
-        said = [name for name, holds in marks.items() if holds]
-        said += ["dominated"] if each.dominated_by is not None else []
-        table.add_row(weights, *values, ", ".join(said), style="bold" if any(marks.values()) else "")
-    dominated = sum(each.dominated_by is not None for each in choice.records)
-    table.caption = f"{dominated} of {len(choice.records)} are dominated: others serve a task better, and none worse"
-    yield table
-    kept = ", ".join(f"{name} by {margin:g}" for name, margin in choice.margins.items())
-    if choice.before == choice.weights:
-        yield f"no weights serve {choice.goal} better without a loss of {kept} or more: keep those of the model"
-        return
-    yield f"chosen on the validation rows for {choice.goal}, with a loss of at most {kept}"
-    for task, apart in choice.apart.items():
-        if apart.value is None:
-            yield f"{task}: no request of the test rows ranks anything"
-        else:
-            yield f"{task}: NDCG@10 changes by {difference(apart)} on the test rows"
-    gain = choice.apart[choice.goal]
-    if gain.low is None or gain.low <= 0:
-        yield f"a gain of {choice.goal} is not shown on the test rows: the model's weights may be as good"
-    yield from (f"  tasks.{task}.score_weight: {weight:.4g}" for task, weight in choice.weights.items())
 
 
 def validations_table(

@@ -313,8 +313,10 @@ def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest
 
 
 def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.CaptureFixture) -> None:
-    told = refuse(capsys, "tune-weights", "--config", world.config, "--model", world.model)
-    assert "every request of the validation or test rows has one row, which no weights can rank" in told
+    world.evaluate("weighed")
+    predictions = world.folder / "weighed" / "predictions.parquet"
+    told = refuse(capsys, "tune-weights", "--config", world.config, "--predictions", predictions, predictions)
+    assert "has one row, which no weights can rank" in told
 
 
 def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> None:
