@@ -2,7 +2,7 @@
 
 Scores a log, or lists of candidates, in Parquet: writes each row's request, user, candidate and time, every task's
 prediction (predicted_TASK), the score, its rank within the request (1 is best) and the model's address and version, as
-Parquet files in the order of the input, with a _manifest.json. The same command again goes on where it was cut short.
+Parquet files in the order of the input, with a _manifest.json. The same command again skips what it has scored.
 
 --as-of says what counters and histories know. `log`: what is known before each request in the log that is given, as in
 an evaluation; it needs the columns of labels, null where nothing is known yet, and the past of the rows that matter.
@@ -28,6 +28,7 @@ from mmoe_rec.settings.sections import EngineName
 @click.option("--start", metavar="T", help="score rows requested at that time or later; others are the past")
 @click.option("--end", metavar="T", help="score rows requested before that time")
 @click.option("--labels", is_flag=True, help="write labels too (label_TASK), for evaluate --predictions")
+@click.option("--keep", multiple=True, metavar="COLUMN...", help="further columns of the log to write, to slice by")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), help="local, or ray for a Ray cluster")
 @overrides_argument
 def score(
@@ -38,6 +39,7 @@ def score(
     start: str | None,
     end: str | None,
     labels: bool,
+    keep: tuple[str, ...],
     engine: str | None,
     overrides: tuple[str, ...],
 ) -> None:
@@ -45,7 +47,7 @@ def score(
 
     words = [*overrides, *(["--data.engine", engine] if engine else [])]
     period = (None if start is None else microseconds(start), None if end is None else microseconds(end))
-    done = score_log(model, log, output, as_of, period, words, labels)
+    done = score_log(model, log, output, as_of, period, words, labels, keep)
     about = done.manifest
     if done.before:
         print("these rows were already scored, by the same model and settings")

@@ -10,7 +10,6 @@ each, so that no bit depends on the engine or the number of workers.
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_file, write_text
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
@@ -72,18 +71,27 @@ def score_log(
     window: Window = ALL,
     overrides: Sequence[str] = (),
     labels: bool = False,
+    keep: Sequence[str] = (),
 ) -> ScoredLog:
     """Scores each row of a log with the model at an address; writes keys, predictions, score and rank to a folder.
 
-    A run that was cut short goes on where the same one is started again, with any engine and number of workers.
+    A run that was cut short skips the parts of the log that it has scored where the same one is started again, with any
+    engine and number of workers.
 
-    model: an address as `find_model` takes it; source: a folder of Parquet files, one file or a glob; output: a folder,
-    new or empty, or with scores that are replaced once the new ones are whole; as_of: `log` gives each row what the
-    log, and the logs of events, knew before its request; `tables` what the model itself remembers; window: request
-    times to score, microseconds; other rows of the log are only its past; overrides: of the settings that the model was
-    trained with, such as `--data.workers 2`; labels: whether to write the labels as well, as they are known at the
-    log's last request. Raises UserError for bad input, model or settings, or a folder that holds something else;
-    StoppedError at Ctrl-C, where what was scored is kept.
+    Args:
+        model: An address as `find_model` takes it.
+        source: A folder of Parquet files, one file or a glob.
+        output: A folder, new or empty, or with scores that are replaced once the new ones are whole.
+        as_of: `log` gives each row what the log, and the logs of events, knew before its request; `tables` what the
+            model itself remembers.
+        window: Request times to score, microseconds; other rows of the log are only its past.
+        overrides: Overrides of the settings that the model was trained with, such as `--data.workers 2`.
+        labels: Whether to write the labels too, as they are known at the log's last request.
+        keep: Further columns of the log to write, such as columns to slice by.
+
+    Raises:
+        UserError: The input, the model or a setting is wrong, or a folder holds something else.
+        StoppedError: Ctrl-C was pressed; what was scored is kept.
     """
     model, source = str(model), str(source)
     given = list(parse_overrides(overrides))
@@ -108,22 +116,31 @@ def score_log(
     out.check(source)
     with writing(out.folder, "a scoring", "give another folder with --output"):
         out.check(source)
-        return _Scoring(artifact, settings, source, out, as_of, window, labels).run()
+        return _Scoring(artifact, settings, source, out, as_of, window, labels, keep).run()
 
 
 class _Scoring:
     """One run of the command."""
 
     def __init__(
-        self, model: Source, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool
+        self,
+        model: Source,
+        settings: Settings,
+        source: str,
+        out: Output,
+        as_of: AsOf,
+        window: Window,
+        labels: bool,
+        keep: Sequence[str],
     ) -> None:
         self.settings, self.source, self.out = settings, source, out
         self.as_of, self.window, self.labels, self.artifact = as_of, window, labels, model.folder
+        self.kept = tuple(keep)
         self.pipeline = FeaturePipeline.load(model.folder / "features", memories=False)
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL and not self.has_time:
             raise UserError("--start and --end need times, which the model's table does not have: leave them out")
-        self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels)
+        self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels, keep)
         about = read_artifact(model.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
         self.constants = {"model": model.address, "model_version": version_of(model.folder)}
@@ -131,7 +148,7 @@ class _Scoring:
         options = [built.duplicates, built.several_times, built.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
         self.products = settings.serving.products
-        how = [options, split, self.products]
+        how = [options, split, self.products, self.kept]
         self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how])
 
     def run(self) -> ScoredLog:
@@ -155,54 +172,47 @@ class _Scoring:
         return ScoredLog(self.out.folder, manifest)
 
     def _write_scores(self) -> dict[str, Any]:
-        """Writes the files of the output; gives its manifest."""
+        """Write the files of the output and return the manifest."""
         from mmoe_rec.devices import limit_threads
 
-        parts, facts = self._known_rows()
         options, in_memory = self.logs.options, self.source.startswith("memory://")
         processes = self.logs.log.rows >= ROWS_FOR_PROCESSES and not in_memory
-        # What a product gives may depend on the number of threads that share it.
-        with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine:
-            try:
-                rows = self._score_parts(engine, parts, facts)
-            finally:
-                _load.cache_clear()  # which frees the memory of the model
-            for log in self.logs.all:
-                log.check_unchanged()
-            facts |= self._rank(engine, list(rows))
+        scratch = self.out.work / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a killed run
+        with Steps(self.logs, {"scored": self.window}, scratch) as steps:
+            facts = self._look_up(steps)
+            # What a product gives may depend on the number of threads that share it.
+            with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine:
+                try:
+                    rows = self._score_parts(engine, steps, facts)
+                finally:
+                    _load.cache_clear()  # which frees the memory of the model
+                for log in self.logs.all:
+                    log.check_unchanged()
+                facts |= self._rank(engine, list(rows))
         return self._manifest(rows, facts)
 
-    def _known_rows(self) -> tuple[list[LogPart], dict[str, Any]]:
-        """The parts of the log, and what was found out before they are scored, which is kept for a run that goes on."""
-        folder, scratch = self.out.known, self.out.work / "scratch"
-        steps, ready = Steps(self.logs, {"scored": self.window}, scratch), folder / "facts.json"
-        if ready.is_file():
-            facts: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
-            return steps.parts, facts
-        for left in (folder, scratch):
-            shutil.rmtree(left, ignore_errors=True)
-        folder.mkdir()
-        with steps:
-            if self.as_of == "tables":
-                steps.find_requests()
-                facts = {"first": None}
-            else:
-                counted, memories = steps.count(statistics=False), scratch / "compacted"
-                if not counted.rows["scored"]:
-                    raise self._no_rows()
-                memories.mkdir(parents=True)
-                steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
-                facts = {"first": counted.first[0], "last": counted.last[0]}
-            steps.keep(folder)
-        write_text(ready, json.dumps(facts))
-        return steps.parts, facts
+    def _look_up(self, steps: Steps) -> dict[str, Any]:
+        """Look up what counters and histories know of the rows, and return facts for the manifest."""
+        facts: dict[str, Any] = {"first": None}
+        if self.as_of == "tables":
+            steps.find_requests()
+        else:
+            counted, memories = steps.count(statistics=False), steps.scratch / "compacted"
+            if not counted.rows["scored"]:
+                raise self._no_rows()
+            memories.mkdir(parents=True)
+            steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
+            facts |= {"first": counted.first[0], "last": counted.last[0]}
+        return facts
 
     def _no_rows(self) -> UserError:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], facts: Mapping[str, Any]) -> dict[int, int]:
+    def _score_parts(self, engine: Engine, steps: Steps, facts: Mapping[str, Any]) -> dict[int, int]:
         """Scores the parts that no run before has scored; gives the number of each part with rows -> how many."""
+        parts = steps.parts
         files = [self.out.part(number, "parquet") for number in range(len(parts))]
         left = [(number, part) for number, part in enumerate(parts) if not files[number].exists()]
         if len(left) < len(parts):
@@ -212,10 +222,11 @@ class _Scoring:
             model=self.artifact,
             version=self.constants["model_version"],
             products=self.products,
-            reader=kept_reader(self.out.known, self.logs.log),
-            results=kept_results(self.out.known, self.logs.log) if self.as_of == "log" else None,
+            reader=kept_reader(steps.scratch, self.logs.log),
+            results=kept_results(steps.scratch, self.logs.log) if self.as_of == "log" else None,
             window=self.window,
             labels_known_by=facts["last"] if self.labels else None,
+            kept=self.kept,
             learnt=self.learnt,
             out=self.out,
         )
@@ -304,8 +315,9 @@ class ScoreJob:
 
     model: artifact folder, and version, its checksum; way: what multiplies; reader: of the log; results: what
     counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
-    score; labels_known_by: the moment as of which labels are written, microseconds, None for no labels; learnt: how
-    rows are told that the model has learnt from, None where nobody asks; out: where the files go.
+    score; labels_known_by: the moment as of which labels are written, microseconds, None for no labels; kept: further
+    columns of the log that are written; learnt: how rows are told that the model has learnt from, None where nobody
+    asks; out: where the files go.
     """
 
     model: Path
@@ -315,6 +327,7 @@ class ScoreJob:
     results: ResultExchange | None
     window: Window
     labels_known_by: int | None
+    kept: tuple[str, ...]
     learnt: LearntRows | None
     out: Output
 
@@ -372,6 +385,9 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
                     table = table.append_column(f"label_{name}", pa.array(values, from_pandas=True))
                 if (weight := rows.schema.columns.weight) is not None:
                     table = table.append_column("weight", pa.array(rows.numbers(weight)))
+            for name in job.kept:
+                if name not in table.column_names:
+                    table = table.append_column(name, rows.column(name))
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
             learnt = np.zeros(len(rows), bool) if job.learnt is None else job.learnt.find(rows)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, prediction_columns
 from mmoe_rec.jobs.places import build_options, key_types
+from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows
@@ -49,15 +50,20 @@ AsOf = Literal["log", "tables"]
 
 
 def open_logs(
-    source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool
+    source: str,
+    pipeline: FeaturePipeline,
+    settings: Settings,
+    as_of: AsOf,
+    labels: bool,
+    keep: Sequence[str] = (),
 ) -> tuple[Logs, list[str], LearntRows | None]:
     """The log to score with the logs of events that its features remember, in the types of the fitted features.
 
-    pipeline: the model's features; labels: whether those of all tasks are read. Gives also the attributes of users and
-    candidates that no file has a column for: the model, as in the server, completes them by what it last knew of each;
-    and, with labels, how rows are told that the model has learnt from. Raises UserError for a log that is not there,
-    has no rows, or lacks another column, the columns of labels among them, and for a key that is called like a column
-    that scoring adds.
+    pipeline: the model's features; labels: whether those of all tasks are read; keep: further columns that are read.
+    Gives also the attributes of users and candidates that no file has a column for: the model, as in the server,
+    completes them by what it last knew of each; and, with labels, how rows are told that the model has learnt from.
+    Raises UserError for a log that is not there, has no rows, or lacks another column, the columns of labels among
+    them, and for a key or a kept column that is called like a column that scoring adds.
     """
     files = {each.address: columns_of(each.address) for each in find_files(source, "--input")}
     schema, columns, lacking, learnt = pipeline.schema, pipeline.schema.columns, list[str](), None
@@ -78,13 +84,15 @@ def open_logs(
     split_column = None if learnt is None else learnt.column
     of_log, *of_events = key_types(pipeline, read)
     of_log = {name: each for name, each in of_log.items() if name != split_column}  # no feature reads that one
-    more: dict[str, Use] | None = None if split_column is None else {split_column: "any"}
-    logs, predicted = Logs(source, read, options, [of_log, *of_events], more), prediction_columns(pipeline.layout)
+    more: dict[str, Use] = {name: "any" for name in keep if name not in column_uses(read)}
+    if split_column is not None:
+        more[split_column] = "any"
+    predicted = prediction_columns(pipeline.layout)
     added = {*predicted, *(each.replace("predicted", "label", 1) for each in predicted), "score", "rank"}
     added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW}
-    if taken := next((name for name in schema.columns.names if name in added), None):
+    if taken := next((name for name in (*schema.columns.names, *keep) if name in added), None):
         raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes; rename it")
-    return logs, lacking, learnt
+    return Logs(source, read, options, [of_log, *of_events], more), lacking, learnt
 
 
 def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Collection[str], labels: bool) -> Schema:
@@ -148,11 +156,6 @@ class Output:
         """What a run that has not ended has done so far."""
         target = Path(os.path.realpath(self.folder))
         return target.with_name(f".{target.name}.scoring")
-
-    @property
-    def known(self) -> Path:
-        """What counters and histories knew, and the times of requests."""
-        return self.work / "known"
 
     @property
     def finished(self) -> Path:

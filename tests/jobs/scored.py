@@ -40,7 +40,6 @@ if __name__ == "__main__":
     steps.ROWS_PER_PART = 40
     module, name = {
         "look_up": (score.Steps, "look_up"),
-        "keep": (score.Steps, "keep"),
         "score": (score, "scored_table"),
         "rank": (score, "rank_rows"),
         "finish": (score.np, "load"),

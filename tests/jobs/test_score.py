@@ -69,6 +69,23 @@ def assert_ranked_alike(
             np.testing.assert_allclose(mine[f"predicted_{name}"], values, atol=1e-6)
 
 
+def test_further_columns_of_the_log_are_kept(small: SmallModel, tmp_path: Path) -> None:
+    """One that no feature reads and one that a feature reads, beside the labels."""
+    log = with_requests(random_log(3, rows=200), seed=3)
+    log = log.append_column("device", pa.array(np.where(np.arange(200) % 3, "phone", "tablet")))
+    source = write_finely(tmp_path / "log", log.slice(0, 90), log.slice(90))
+    found, _ = scored(small.folder, source, tmp_path / "out", labels=True, keep=["device", "price", "item"])
+    assert found["device"].tolist() == log["device"].to_pylist()
+    np.testing.assert_array_equal(found["price"], log["price"].to_numpy())
+    assert {"label_click", "predicted_click"} < set(found)
+    for name, told in (
+        ("rank", "'rank' of the log has the name of a column that scoring writes"),
+        ("colour", "colour"),
+    ):
+        with pytest.raises(UserError, match=told):
+            scored(small.folder, source, tmp_path / "wrong", keep=[name])
+
+
 def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_path: Path, fine: None) -> None:
     """Requests whose rows lie in several files and have several times; more rows than are ranked at a time."""
     ranker = Ranker.load(small.folder)

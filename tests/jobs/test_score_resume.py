@@ -64,7 +64,7 @@ def test_the_same_bytes_on_any_engine(
 
 @pytest.mark.parametrize(
     ("place", "calls", "done"),
-    [("look_up", 0, 0), ("keep", 0, 0), ("score", 2, 2), ("rank", 0, None), ("finish", 1, None), ("put", 0, None)],
+    [("look_up", 0, 0), ("score", 2, 2), ("rank", 0, None), ("finish", 1, None), ("put", 0, None)],
 )
 def test_a_killed_run_goes_on(
     small: SmallModel,
