@@ -30,7 +30,7 @@ ORDER = [
     {"server"},
     {"tracking"},
     {"jobs"},
-    {f"live.{name}" for name in ("refresh", "skew")},
+    {"experiments", *(f"live.{name}" for name in ("refresh", "skew"))},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -52,11 +52,8 @@ PIP_COMMAND = pip_command()
 
 ELSEWHERE = {
     "train --resume": "pipelines/test_resume.py::test_kills_change_nothing",
-    "train --seeds": "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told",
     "train --from": "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one",
-    "tune --preset": "pipelines/test_tune_preset.py::test_a_better_file_is_found_with_its_comments",
     "torchrun train --nproc-per-node": "pipelines/test_commands.py::test_torchrun_says_everything_once",
-    "tune --trials": "pipelines/test_tune.py::test_the_best_settings_are_found_and_can_be_trained_with",
     "plan --world-size --local-world-size --hbm-gib": "pipelines/test_plan.py::test_a_terabyte_on_sixteen_cards",
     "features --engine": "preprocessing/test_prepare.py::test_two_workers_change_no_byte",
     "features --extend": "pipelines/test_incremental_days.py::test_the_command_says_what_was_added",
@@ -79,11 +76,12 @@ ELSEWHERE = {
     "curl events": "server/test_events.py::test_replies_know_what_was_acknowledged",
     "evaluate --against": "jobs/test_planted_bugs.py::test_models_are_compared_on_the_test_rows",
     "evaluate --split": ("pipelines/test_slices_of_the_log.py::test_the_rows_of_a_split_with_their_predictions"),
-    "ablate": "jobs/test_ablation.py::test_losses_are_those_of_a_plain_loop",
-    "ablate --retrain --seeds": "jobs/test_ablation.py::test_a_copy_is_needed_by_the_model_and_by_no_training",
-    "structures --seeds": (
-        "jobs/test_structures.py::test_the_command_goes_on_after_a_kill_and_its_numbers_are_plain_ones"
-    ),
+    "compare --variant --variant": "experiments/test_comparisons.py::test_a_better_variant_is_told_from_an_equal_one",
+    "compare --seeds": "experiments/test_comparisons.py::test_a_variant_with_other_features_has_features_of_its_own",
+    "compare --architectures --seeds": "experiments/test_comparisons.py::test_architectures_by_the_command",
+    "compare --features --seeds": "experiments/test_features_left_out.py::test_noise_is_left_out_and_copies_are_not",
+    "tune --minutes": "experiments/test_search.py::test_better_settings_are_found_and_confirmed",
+    "tune --trials": "experiments/test_search.py::test_better_settings_are_found_and_confirmed",
     "quickstart --full": "pipelines/test_end_to_end.py::test_full_adds_the_table_with_the_baselines",
     "edit-experts --add": (
         "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on"

@@ -1,10 +1,10 @@
 """mmoe-rec report --config configs/complete_journey.yaml
 
-All that is known of one `data.work` on one page, the verdicts first: its data (`inspect`), the last training and those
-with several seeds, evaluations, baselines, structures, what features are worth, and the search for settings. It says
-what is missing, with the command that makes it, and what is out of date, as features were built anew since, another
-model was trained, or settings changed. Nothing is computed: it reads what those commands have left, and writes
-`report.html`, one file that needs nothing else, to `data.work`/report.
+All that is known of one `data.work` on one page, the verdicts first: its data (`inspect`), the last training,
+evaluations, baselines, comparisons of variants, and the search for settings. It says what is missing, with the command
+that makes it, and what is out of date, as features were built anew since, another model was trained, or settings
+changed. Nothing is computed: it reads what those commands have left, and writes `report.html`, one file that needs
+nothing else, to `data.work`/report.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 torchrun --nproc-per-node 2 -m mmoe_rec train --config configs/complete_journey.yaml
 mmoe-rec train --config configs/complete_journey.yaml --resume
 mmoe-rec train --config configs/complete_journey.yaml --from models:/complete_journey@champion
-mmoe-rec train --config configs/complete_journey.yaml --seeds 5
 
 Fits features (or takes existing ones), trains the model over sharded tables, keeps the best one by validation, writes
 it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
@@ -16,11 +15,6 @@ away: --resume registers it.
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
 `mmoe-rec features --extend`); optimizers start afresh.
 
---seeds trains with `training.seed` and those after it, in data.work/seeds, and prints the mean of all metrics on the
-test rows, with an interval over trainings and users, and how far trainings are apart. None of these models is
-registered. --at-once runs several of them at a time: on cores that one leaves idle, or a GPU each. --against compares
-them with those that other settings have given in their `data.work`, on the same test rows.
-
 The model takes over the alias if it is shown to be better than the one that holds it, on validation rows of users that
 chose nothing about it; otherwise it is registered as challenger. One process trains in a `data.work` at a time.
 """
@@ -29,44 +23,13 @@ from __future__ import annotations
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
-from mmoe_rec.errors import UserError
+from mmoe_rec.cli.main import Configuration, settings_command, show
 
 
 @settings_command(__doc__)
 @click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
-@click.option("--seeds", type=click.IntRange(min=2), metavar="N", help="train N times, and tell what is usual")
-@click.option("--at-once", type=COUNT, metavar="N", help="of --seeds, how many run at a time (1)")
-@click.option("--against", multiple=True, metavar="W...", help="of --seeds: data.work of others to compare with")
-def train(
-    configuration: Configuration,
-    resume: bool,
-    start: str | None,
-    seeds: int | None,
-    at_once: int | None,
-    against: tuple[str, ...],
-) -> None:
-    if seeds is not None:
-        if start is not None:
-            raise UserError("--seeds trains from random weights; leave --from out")
-        from pathlib import Path
-
-        from mmoe_rec.jobs.seeds import FILE, PAGE, train_seeds
-        from mmoe_rec.report.trainings import terminal_parts
-
-        settings = configuration.settings
-        show(terminal_parts(train_seeds(settings, seeds, resume, at_once or 1, against)))
-        folder = Path(settings.data.work) / "seeds"
-        print(f"all values: {folder / FILE}")
-        print(f"report: {folder / PAGE}")
-    elif at_once is not None or against:
-        raise UserError("--at-once and --against belong to --seeds; models are compared by evaluate --against")
-    else:
-        _train_one(configuration, start, resume)
-
-
-def _train_one(configuration: Configuration, start: str | None, resume: bool) -> None:
+def train(configuration: Configuration, resume: bool, start: str | None) -> None:
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.report.tables import describe_training
     from mmoe_rec.tracking.registry import CHALLENGER

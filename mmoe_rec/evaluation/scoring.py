@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,6 @@ from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import Settings
-
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.ablation import HeldRows
 
 PlacementEffects = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 """What an input of placement adds where it has a value, beside what is added to the mean row: name of the input ->
@@ -168,7 +165,7 @@ def _put_together(layout: ModelLayout, tables: Sequence[pa.Table], **of_rows: An
 def score_rows(
     model: RankingModel,
     layout: ModelLayout,
-    rows: EncodedRows | HeldRows,
+    rows: EncodedRows,
     batch_size: int,
     *,
     calibration: Calibration = UNCALIBRATED,

@@ -7,13 +7,13 @@ Satterthwaite. So it is with the difference of two settings' means, whose users 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t as student
 
-from mmoe_rec.evaluation.comparison import Versus, correct, find_differences, resample_mean
+from mmoe_rec.evaluation.comparison import resample_mean
 from mmoe_rec.evaluation.intervals import LEAST_FREEDOM, LEVEL, Resampled, add_errors
 from mmoe_rec.evaluation.summary import Objective, nest
 from mmoe_rec.evaluation.sums import EvaluationSums
@@ -32,34 +32,15 @@ class TrainingsMean:
     values: tuple[float | None, ...]
 
 
-@dataclass(frozen=True)
-class SettingsDifference(Versus):
-    """Differences of means over trainings from those of other settings, and the name and direction of the objective."""
+def average_trainings(
+    sums: Sequence[EvaluationSums], resamples: int, objective: Objective | None = None
+) -> dict[str, dict[str, TrainingsMean]]:
+    """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows.
 
-    name: str | None
-    better: str | None
-
-
-def average_trainings(sums: Sequence[EvaluationSums], resamples: int) -> dict[str, dict[str, TrainingsMean]]:
-    """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows."""
-    means, effective = resample_mean(sums, resamples)
-    return nest({key: _mean_of(*each, effective[key]) for key, each in means.items()})
-
-
-def compare_trainings(
-    sums: Sequence[EvaluationSums],
-    others: Mapping[str, Sequence[EvaluationSums]],
-    objective: Objective | None = None,
-    resamples: int = 1000,
-) -> dict[str, SettingsDifference]:
-    """Name of each other setting -> the difference of the means over trainings from its own.
-
-    sums, others: as for `find_differences`. Raises UserError where the rows are not the same.
+    objective: what decides, whose mean is under `OBJECTIVE`, if all of its tasks are measured.
     """
-    differences = find_differences(sums, others.items(), objective, resamples)
-    named = (None, None) if objective is None else (objective.name, objective.better)
-    corrected = correct(sums[0], differences, others)
-    return {name: SettingsDifference(each.objective, each.groups, *named) for name, each in corrected.items()}
+    means, effective = resample_mean(sums, resamples, objective)
+    return nest({key: _mean_of(*each, effective[key]) for key, each in means.items()})
 
 
 def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> TrainingsMean:

@@ -37,7 +37,6 @@ from mmoe_rec.tracking.registry import describe_version, find_model, get_version
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.ablation import HeldRows
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
@@ -73,7 +72,7 @@ def score_by(
     settings: Settings,
     model: RankingModel,
     layout: ModelLayout,
-    rows: Path | EncodedRows | HeldRows,
+    rows: Path | EncodedRows,
     calibration: Calibration,
     name: str = "the model",
     shown: bool = True,

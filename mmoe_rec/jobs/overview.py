@@ -69,14 +69,12 @@ TRAINING = Job("model", "The last training", ("train",))
 JOBS = (
     Job("inspection", "The data", ("inspect",)),
     TRAINING,
-    Job("seeds", "Trainings with several seeds", ("train", "--seeds", "5")),
     Job("evaluation", "The model on test rows", ("evaluate", "--model", ADDRESS), of_model=True),
     Job("evaluation_validation", "The model on validation rows", of_model=True),
     Job("promotion", "Promotion", of_model=True),
     Job("baselines", "Beside popularity and trees", ("baselines", "--model", ADDRESS), of_model=True),
-    Job("structures", "Whether several tasks and experts help", ("structures",)),
-    Job("ablation", "What features are worth", ("ablate", "--model", ADDRESS), of_model=True),
-    Job("tuning", "Search for settings", ("tune", "--preset", "small")),
+    Job("comparison", "Comparison of variants", ("compare",)),
+    Job("tuning", "Search for settings", ("tune", "--minutes", "30")),
 )
 """In the order of a report."""
 
@@ -114,14 +112,11 @@ def _read_part(job: Job, work: Path, settings: Settings) -> Part | None:
     files = [file for file in sorted(folder.glob("*.json")) if not file.name.startswith(".")]
     trees = {file: tree for file in files if isinstance((tree := _read_json(file) or {}).get("sentences"), list)}
     pages = [file for name in ("report.html", "health.html") if (file := folder / name).is_file()]
-    if not trees and (best := folder / "best.yaml").is_file():  # of a search without a preset
-        told = f"the best settings that it has found are in '{best}'"
-        return Part(job.name, job.title, (told,), _moment(best.stat().st_mtime))
     if not trees:
         return None if not pages else Part(job.name, job.title, stale=(_OLD,), page=_read_text(pages[0]))
     sentences = tuple(str(each) for tree in trees.values() for each in tree["sentences"])
     made = max(file.stat().st_mtime for file in trees)
-    features, model = _identities(job, folder, trees)
+    features, model = _identities(trees)
     stale = [*_find_stale(job, work, made, features, model)]
     stale += [
         told for tree in trees.values() if "settings" in tree for told in _name_change(tree["settings"], settings)
@@ -161,14 +156,10 @@ def _read_training(job: Job, work: Path, settings: Settings) -> Part | None:
     return Part(job.name, job.title, tuple(sentences), _moment(made), tuple(stale))
 
 
-def _identities(job: Job, folder: Path, trees: Mapping[Path, Mapping[str, Any]]) -> tuple[str | None, str | None]:
+def _identities(trees: Mapping[Path, Mapping[str, Any]]) -> tuple[str | None, str | None]:
     """The fingerprint of the features, and the version of the model, as far as the job has noted them."""
     features = next((tree["fingerprint"] for tree in trees.values() if tree.get("fingerprint")), None)
     model = next((tree["facts"]["artifact"] for tree in trees.values() if "artifact" in tree.get("facts", {})), None)
-    if job.name == "seeds":
-        seeds = next(iter(trees.values()))["seeds"]
-        about = _read_json(folder / str(seeds[0]) / "model" / "model.json")
-        features = None if about is None else about.get("fingerprint")
     return features, model
 
 

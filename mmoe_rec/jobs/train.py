@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
     from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining
-    from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
@@ -52,30 +51,27 @@ def train_model(
     start: str | None = None,
     resume: bool = False,
     *,
-    parent: str | None = None,
     register: bool = True,
-    choices: Choices | None = None,
 ) -> FinishedTraining | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from, which needs existing features that were extended from that model's. resume:
     go on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
-    features go on to a later day. parent: id of the open run that this one is a part of; register: whether the model
-    goes into the registry; choices: of the runs that this one is compared with. Raises UserError where another process
-    trains in `data.work`.
+    features go on to a later day. register: whether the model goes into the registry. Raises UserError where another
+    process trains in `data.work`.
     """
     with open_workspace(settings, start, resume) as workspace:
         if workspace.course == "has ended":
             return workspace.ended
-        with _open_run(workspace, parent) as run:
+        with _open_run(workspace) as run:
             _log_start(run, workspace)
-            trainer = _make_trainer(run, workspace, choices)
+            trainer = _make_trainer(run, workspace)
             _log_choices(run, trainer)
             result = trainer.run()
             return _finish(run, workspace, result, register) if workspace.first else None
 
 
-def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManager[Run]:
+def _open_run(workspace: Workspace) -> AbstractContextManager[Run]:
     """The run of the training, which a resumed or killed one finds again."""
     settings, start, before = workspace.settings, workspace.origin.start, workspace.checkpoint
     address, experiment = settings.tracking.address, settings.experiment
@@ -84,14 +80,13 @@ def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManage
         experiment,
         run_id=None if before is None else before.state.origin.run_id,
         key=workspace.key,
-        parent=parent,
         run_name=name_training(settings, None if start is None else start.exact),
         active=workspace.first,
         unsent=workspace.folder / "unsent",
     )
 
 
-def _make_trainer(run: Run, workspace: Workspace, choices: Choices | None) -> Trainer:
+def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
     from mmoe_rec.training.loop import Trainer
 
     settings = workspace.settings
@@ -111,7 +106,6 @@ def _make_trainer(run: Run, workspace: Workspace, choices: Choices | None) -> Tr
         workspace.checkpoint,
         replace(workspace.origin, run_id=run.run_id),
         watch=draw,
-        choices=choices,
     )
 
 

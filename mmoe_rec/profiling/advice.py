@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-NOTE = "what a change gains is told by `mmoe-rec train --seeds 5 --against`, with another `data.work`"
+NOTE = "`mmoe-rec compare --variant NAME KEY=VALUE` tells what a change gains"
 SELDOM_ROWS = 5
 """Training rows below which little is learnt of an id."""
 _LEFT_OUT = 0.01  # of training look-ups, which a vocabulary leaves out

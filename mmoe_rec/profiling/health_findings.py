@@ -287,7 +287,7 @@ def _coverage(feature: Health, health: Health) -> Iterator[Finding]:
             message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}{_by(feature, each)}"
             train, test = (each["coverage"][split] for split in ("train", "test"))
             lost = 0.0 if train is None or test is None else max(0.0, train - test)
-            advice = [leave_out(feature, health, ", where `mmoe-rec ablate` shows no loss")]
+            advice = [leave_out(feature, health, ", where `mmoe-rec compare --features` shows no loss")]
             yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature), advice)
             return
 

@@ -159,4 +159,4 @@ def _flow(value: Any) -> str:
     """A value in one line of YAML."""
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if value.microsecond else "%Y-%m-%dT%H:%M:%SZ")
-    return dump_flow(value, sort_keys=False)
+    return dump_flow(value)

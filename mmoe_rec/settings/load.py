@@ -213,6 +213,26 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
     raise UserError(".".join(["; ".join(explain(found, find_source)), *sorted(new)]))
 
 
+def override_settings(settings: Settings, overrides: Sequence[str], given_by: str) -> Settings:
+    """Return settings with overrides, checked.
+
+    Args:
+        settings: The settings to change.
+        overrides: Words such as `--model.experts.count=16`.
+        given_by: The source of the overrides, for error messages.
+
+    Raises:
+        UserError: A key or value is wrong.
+    """
+    check_names(overrides, given_by=given_by)
+    tree = settings.model_dump(mode="json")
+    for key, value in parse_overrides(overrides):
+        _set(tree, key, value)
+    if isinstance(found := _validate(tree), Settings):
+        return found
+    raise UserError("; ".join(explain(found, lambda _: given_by)))
+
+
 def _validate(tree: Any) -> Settings | ValidationError:
     try:
         return Settings.model_validate(tree)

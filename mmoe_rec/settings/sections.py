@@ -423,14 +423,9 @@ def dump_yaml(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def dump_flow(value: Any, sort_keys: bool = True) -> str:
+def dump_flow(value: Any) -> str:
     """A value in one line, as it may stand behind a key."""
     text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=sort_keys
+        value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
     )
     return str(text).strip().removesuffix("...").strip()
-
-
-def load_nodes(text: str) -> Any:
-    """The nodes of a YAML text, which know where they stand. Raises yaml.YAMLError where it is not valid."""
-    return yaml.compose(text, _Loader)

@@ -1,13 +1,11 @@
-"""Whether `ablate` tells worthless features from worth-while ones: on synthetic logs whose truth is known, and on a log
-whose permuted and retrained losses should put groups in the same order.
+"""Whether `compare --features` tells worthless features from useful ones, on synthetic logs whose truth is known.
 
 python -m tests.benchmarks.ablation --logs 0 40
-python -m tests.benchmarks.ablation --config configs/complete_journey.yaml --model DIR -- --data.work DIR ...
 
-Of each log of 60,000 rows a model is trained on numbers, ids and counters of which some decide and
-others are noise, and in every other log a copy of a number that decides. A worthless feature is told right where it is
-among those to leave out, a worth-while one where its loss is shown and it is not. A copy and its original should both
-be needed by permutations, as the model uses both.
+Of each log of 60,000 rows a model is trained on numbers, ids and counters of which some decide and others are noise,
+and in every other log a copy of a number that decides. A worthless feature is called right if it is a candidate to
+leave out, a useful one if its loss is significant and it is no candidate. A copy and its original should both be used,
+as the model has both. `adopted` counts the logs in which runs confirm that the candidates can go.
 """
 
 from __future__ import annotations
@@ -22,17 +20,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.stats import spearmanr
 
-from mmoe_rec.jobs.ablation import Ablation, ablate_model
-from mmoe_rec.jobs.train import train_model
+from mmoe_rec.experiments.importance import compare_features
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 
 ROWS, USERS, ITEMS, DAYS = 60_000, 500, 120, 20
 START = np.datetime64("2024-01-01", "us")
 NOISE = ("noise", "noise_of_user", "noise_id", "noise_counter")
-TOP = 5
 
 
 def make_log(seed: int, folder: Path) -> Settings:
@@ -90,60 +85,31 @@ def make_log(seed: int, folder: Path) -> Settings:
     return load_settings(folder / "settings.yaml")
 
 
-def judge(seed: int, folder: Path) -> Counter[str]:
-    """How many features of a log are told right, wrong, or left open, by what they are."""
+def judge(seed: int, folder: Path, seeds: int) -> Counter[str]:
+    """How many features of a log are called right, wrong, or left open, by what they are."""
     settings = make_log(seed, folder)
-    train_model(settings, register=False)
-    work = Path(settings.data.work)
-    report = ablate_model(settings, str(work / "model"), work / "ablation", Ablation(candidates=100))
-    left, shown = report.left_out, {each.part.name for each in report.worths if each.is_shown}
+    report = compare_features(settings, (), 0.001, seeds)
+    verdicts = {name: verdict for name, _, verdict in report.listings[0].rows}
     found = Counter[str]()
-    for name in settings.features:
-        kind = "worthless" if name in NOISE else "copies" if seed % 2 and name in ("strong", "same") else "worth-while"
-        expected, other = (name in left, name in shown) if kind == "worthless" else (name in shown, name in left)
-        found[f"{kind} {'right' if expected else 'wrong' if other else 'open'}"] += 1
+    for name, verdict in verdicts.items():
+        kind = "worthless" if name in NOISE else "copies" if seed % 2 and name in ("strong", "same") else "useful"
+        right, wrong = ("candidate", "used") if kind == "worthless" else ("used", "candidate")
+        found[f"{kind} {'right' if verdict == right else 'wrong' if verdict == wrong else 'open'}"] += 1
+    adopted = report.adopted
+    names = set() if adopted is None else {*adopted.name.removeprefix("without ").split(", ")}
+    found[f"adopted {'nothing' if not names else 'noise' if names <= {*NOISE} else 'too much'}"] += 1
     return found
-
-
-def compare_orders(config: str, model: str, overrides: list[str], rows: int, seeds: int) -> dict[str, Any]:
-    """Losses of groups by permutations and by trainings without, on the same rows."""
-    settings = load_settings(config, overrides)
-    options = Ablation(split="test", rows=rows, repeats=2, seeds=seeds)
-    report = ablate_model(settings, model, Path(settings.data.work) / "ablation", options)
-    permuted = {each.part.features: each.objective.value or 0.0 for each in report.worths}
-    trained = {
-        each.part.features: each.objective.value or 0.0 for each in report.retrained if each.part.features in permuted
-    }
-    names = {each.part.features: each.part.name for each in report.retrained}
-    orders = [sorted(trained, key=lambda part, of=of: -of[part]) for of in (permuted, trained)]
-    return {
-        "groups": {names[part]: [round(permuted[part], 5), round(trained[part], 5)] for part in orders[0]},
-        "top_permuted": [names[part] for part in orders[0][:TOP]],
-        "top_retrained": [names[part] for part in orders[1][:TOP]],
-        "same_order": orders[0][:TOP] == orders[1][:TOP],
-        "rank_correlation": round(
-            float(spearmanr([permuted[p] for p in trained], list(trained.values())).statistic), 3
-        ),
-    }
 
 
 def main() -> None:
     """Prints what was found of each log, and a last line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=int, nargs=2, default=[0, 40], metavar=("FROM", "TO"))
-    parser.add_argument("--config")
-    parser.add_argument("--model")
-    parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
-    if options.config:
-        print(json.dumps(compare_orders(options.config, options.model, options.overrides, options.rows, options.seeds)))
-        return
-    found = Counter[str]()
+    options, found = parser.parse_args(), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(*options.logs):
-            one = judge(seed, Path(folder) / str(seed))
+            one = judge(seed, Path(folder) / str(seed), options.seeds)
             found += one
             print(f"log {seed}: {dict(one)}", flush=True)
     print(json.dumps(dict(sorted(found.items()))))

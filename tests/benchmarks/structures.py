@@ -1,6 +1,6 @@
 """python -m tests.benchmarks.structures [--logs 40] [--seeds 5] [--out FILE]
 
-How often are the verdicts of `mmoe-rec structures` on tasks right? Each log is a plain table of 12 numbers and two
+How often are the verdicts of `mmoe-rec compare` on tasks alone right? Each log is a plain table of 12 numbers and two
 tasks, `many` with a label in every row, and `few`; what each follows is drawn anew for each log, a small random network
 of the numbers, and how much both have in common is planted:
 
@@ -29,10 +29,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.jobs.structures import judge_structures, list_variants
-from mmoe_rec.jobs.variants import VariantTrainings
-from mmoe_rec.preprocessing.prepare import prepare
+from mmoe_rec.experiments.compare import compare_settings
+from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.report.experiment import Call
 from mmoe_rec.settings.sections import Settings
 
 NUMBERS, ROWS = 12, {"train": 5_000, "validation": 1_000, "test": 5_000}
@@ -91,25 +90,29 @@ def settings_of(folder: Path) -> Settings:
                 "tables": "torch",
             },
             "evaluation": {"resamples": 200},
+            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
         }
     )
 
 
 def judge_log(kind: str, seed: int, seeds: int) -> list[dict[str, Any]]:
-    """What is said of each task, and by which difference."""
+    """What is said about each task beside the other one, and by which difference."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         settings = settings_of(folder)
         Path(settings.data.log).mkdir()
         pq.write_table(draw_log(kind, seed), Path(settings.data.log) / "rows.parquet")
-        trainings = VariantTrainings(settings, prepare(*log_and_place(settings)), folder / "structures", "test")
-        base, *others = list_variants(settings)
-        report = judge_structures(trainings, seeds, [base, *(each for each in others if each.without_tasks)])
-    return [
-        {"kind": kind, "seed": seed, "task": each.task, "call": each.call, "value": each.apart.value}
-        | {"half": (each.apart.high - each.apart.low) / 2}
-        for each in report.answers
-    ]
+        tasks = {"many": "few", "few": "many"}
+        variants = [Variant(f"only {task}", without_tasks=(other,)) for task, other in tasks.items()]
+        report = compare_settings(settings, variants, seeds)
+    found = []
+    for task, result in zip(tasks, report.variants[1:], strict=True):
+        cell = result.cells[result.judged[0]]
+        assert cell.apart is not None
+        call = {Call.WORSE: "helps", Call.BETTER: "harms"}.get(cell.call, "not shown")
+        half = (cell.apart.high - cell.apart.low) / 2
+        found.append({"kind": kind, "seed": seed, "task": task, "call": call, "value": -cell.apart.value, "half": half})
+    return found
 
 
 def judge_calls(found: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

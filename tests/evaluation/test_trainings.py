@@ -7,10 +7,9 @@ from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_differences
-from mmoe_rec.evaluation.summary import Objective
+from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
-from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
-from mmoe_rec.report.trainings import describe_differences
+from mmoe_rec.evaluation.trainings import average_trainings
 
 SPENT = MeasuredTask("spent", "regression")
 
@@ -61,7 +60,7 @@ def test_settings_that_differ_for_all_users_are_told_apart_as_by_welch() -> None
     random = np.random.default_rng(2)
     mine, its = random.normal(0.5, 0.3, size=6), random.normal(0, 0.1, size=4)
     sums = [[trained(labels, each) for each in shifts] for shifts in (mine, its)]
-    found = compare_trainings(sums[0], {"it": sums[1]}, resamples=100)["it"].groups["spent"]["mae"]
+    found = find_differences(sums[0], [("it", sums[1])], resamples=100)["it", "spent", "mae"]
     welch = ttest_ind(5 - mine, 5 - its, equal_var=False)
     low, high = welch.confidence_interval()
     assert found.value == pytest.approx(its.mean() - mine.mean(), rel=1e-6)
@@ -73,7 +72,7 @@ def test_what_users_have_in_common_cancels_between_settings() -> None:
     """Labels differ by 1 from user to user, and every model errs by them alike."""
     labels = np.random.default_rng(0).normal(5, 1, size=300)
     sums = [[trained(labels, shift + each) for each in (-0.001, 0.0, 0.001)] for shift in (0.0, 0.01)]
-    found = compare_trainings(sums[0], {"it": sums[1]}, resamples=200)["it"].groups["spent"]["mae"]
+    found = find_differences(sums[0], [("it", sums[1])], resamples=200)["it", "spent", "mae"]
     assert found.value == pytest.approx(0.01, rel=1e-6)
     assert found.low > 0.006
     alone = average_trainings(sums[0], 200)["spent"]["mae"]
@@ -87,7 +86,7 @@ def test_equal_settings_are_told_apart_as_rarely_as_it_says() -> None:
         random = np.random.default_rng(number)
         labels = random.normal(5, 1, size=60)
         sides = [[trained(labels, shift) for shift in random.normal(0, 0.1, size=4)] for _ in range(2)]
-        found = compare_trainings(sides[0], {"it": sides[1]}, resamples=60)["it"].groups["spent"]["mae"]
+        found = find_differences(sides[0], [("it", sides[1])], resamples=60)["it", "spent", "mae"]
         apart += not found.low <= 0 <= found.high
     assert apart / 120 <= 0.11  # three standard errors above .05
     assert apart
@@ -98,7 +97,7 @@ def test_settings_that_were_measured_on_other_rows_are_refused() -> None:
     mine, other = trained(labels, 0.0), trained(labels + 1, 0.0)
     for its in ([other, mine], [mine, other]):
         with pytest.raises(UserError, match="'these settings' and 'it' were not measured on the same rows"):
-            compare_trainings([mine, mine], {"it": its}, resamples=20)
+            find_differences([mine, mine], [("it", its)], resamples=20)
 
 
 def test_users_who_decide_nearly_alone_give_no_interval() -> None:
@@ -111,24 +110,20 @@ def test_users_who_decide_nearly_alone_give_no_interval() -> None:
         return measure([SPENT], users, rows, {"spent": predicted}, {"spent": labels}, score=predicted)
 
     sides = [[model(shift + each) for each in (0.0, 0.1)] for shift in (0.2, 0.5)]
-    found = compare_trainings(sides[0], {"it": sides[1]}, resamples=50)["it"].groups["spent"]["mae"]
+    found = find_differences(sides[0], [("it", sides[1])], resamples=50)["it", "spent", "mae"]
     assert found.value == pytest.approx(0.3 * np.abs(labels).mean(), rel=1e-6)
     assert found.low is found.p is None
 
 
-def test_what_decides_is_corrected_for_settings_alone() -> None:
-    """And what a difference of rounding gives is none."""
+def test_the_objective_has_a_mean_and_a_difference_of_rounding_is_none() -> None:
     labels = np.random.default_rng(0).normal(5, 1, size=60)
     sides = [[trained(labels, shift + each) for each in (-0.01, 0.0, 0.01)] for shift in (0.0, 0.1, 1e-12)]
     objective = Objective("mae", ("spent",), "lower")
-    found = compare_trainings(sides[0], {"far": sides[1], "same": sides[2]}, objective, resamples=50)
-    far, same = (found[name].objective for name in ("far", "same"))
-    assert far.value == pytest.approx(0.1, rel=1e-6)
-    assert far.p_corrected == pytest.approx(min(1, 2 * far.p))
-    assert same.value == 0
-    told = list(describe_differences(found))
-    assert told[0].startswith("on average these settings are worse than 'far': mae of spent differs by +0.1000 (")
-    assert told[1].startswith("no difference from 'same' is shown on average: mae of spent differs by 0 (")
+    found = find_differences(sides[0], [("far", sides[1]), ("same", sides[2])], objective, resamples=50)
+    assert found["far", *OBJECTIVE].value == pytest.approx(0.1, rel=1e-6)
+    assert found["same", *OBJECTIVE].value == 0
+    means = average_trainings(sides[0], 50, objective)
+    assert means[OBJECTIVE[0]][OBJECTIVE[1]].mean == pytest.approx(means["spent"]["mae"].mean)
 
 
 def test_what_is_undefined_is_none() -> None:

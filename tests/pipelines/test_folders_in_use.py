@@ -100,7 +100,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", read)
     monkeypatch.setattr("mmoe_rec.profiling.data_health.inspect", read)
-    monkeypatch.setattr("mmoe_rec.cli.tune.Study.run", read)
+    monkeypatch.setattr("mmoe_rec.experiments.search.Study.run", read)
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
     config = ["--config", str(world.folder / "first.yaml")]
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']

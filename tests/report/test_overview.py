@@ -28,7 +28,7 @@ from tests.server.browser import browser
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `data.work` with an inspection, an evaluation, an ablation without a page, and nothing else."""
+    """A `data.work` with an inspection, an evaluation, a comparison without a page, and nothing else."""
     folder = tmp_path_factory.mktemp("world")
     write_files(folder)
     work = folder / "work"
@@ -36,9 +36,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_results(evaluation(), work / "evaluation")
     (work / "features").mkdir(parents=True)
     (work / "features" / "manifest.json").write_text(json.dumps({"fingerprint": "new"}))
-    (work / "ablation").mkdir()
+    (work / "comparison").mkdir()
     told = {"sentences": ["leave out `price`: nothing is lost", "<b>'x' & y</b>"], "facts": {}}
-    (work / "ablation" / "ablation.json").write_text(json.dumps(told))
+    (work / "comparison" / "comparison.json").write_text(json.dumps(told))
     return folder
 
 
@@ -57,49 +57,46 @@ def test_what_is_there_is_told_and_what_is_missing_has_its_command(world: Path) 
     missing = {name: part.command for name, part in parts.items() if part.command is not None}
     assert missing == {
         "model": "train",
-        "seeds": "train --seeds 5",
         "baselines": "baselines --model models:/learnable@champion",
-        "structures": "structures",
-        "tuning": "tune --preset small",
+        "tuning": "tune --minutes 30",
     }
     assert " warnings found; above all: 60." in parts["inspection"].sentences[0]
     assert parts["evaluation"].sentences[0].startswith("'new' is ")
-    assert parts["ablation"].sentences[0] == "leave out `price`: nothing is lost"
+    assert parts["comparison"].sentences[0] == "leave out `price`: nothing is lost"
     settings = load_settings(world / "settings.yaml")
     assert [part.name for part in read_parts(settings, lambda *words: "", {"train"}) if part.command is not None] == [
-        "model",
-        "seeds",
+        "model"
     ]
 
 
 def test_what_no_longer_holds_is_marked(world: Path) -> None:
     """By the fingerprint where a job has noted it, else by its age."""
-    manifest, ablation = (world / "work" / name for name in ("features/manifest.json", "ablation/ablation.json"))
-    made = ablation.stat().st_mtime
+    manifest, compared = (world / "work" / name for name in ("features/manifest.json", "comparison/comparison.json"))
+    made = compared.stat().st_mtime
     touch(manifest, made - 60)
     before = parts_of(world)
     assert before["inspection"].stale == before["evaluation"].stale == ()
-    assert before["ablation"].stale == ("its page is missing: it is being written, or was stopped",)
+    assert before["comparison"].stale == ("its page is missing: it is being written, or was stopped",)
     manifest.write_text(json.dumps({"fingerprint": "newer"}))
     touch(manifest, made + 60)
     after = parts_of(world)
     features = f"'{manifest.parent}'"
     assert after["inspection"].stale == (f"it is of other features than those in {features}",)
-    assert after["ablation"].stale[0] == f"it is older than the features in {features}"
+    assert after["comparison"].stale[0] == f"it is older than the features in {features}"
     manifest.write_text(json.dumps({"fingerprint": "new"}))
     touch(manifest, made - 60)
-    damaged = world / "work" / "structures"
+    damaged = world / "work" / "tuning"
     damaged.mkdir()
-    (damaged / "structures.json").write_text("{")
-    assert parts_of(world)["structures"].command == "structures"
+    (damaged / "comparison.json").write_text("{")
+    assert parts_of(world)["tuning"].command == "tune --minutes 30"
     (damaged / "report.html").write_text("<main></main>")
-    assert "without sentences" in parts_of(world)["structures"].stale[0]
+    assert "without sentences" in parts_of(world)["tuning"].stale[0]
     settings = fixed_settings(load_settings(world / "settings.yaml"))
     for epochs, stale in ((2, ()), (7, ("it was made with training.epochs 7, and now it is 2",))):
         tree = {"sentences": ["none helps"], "fingerprint": "new", "settings": settings}
         tree["settings"]["training"]["epochs"] = epochs
-        (damaged / "structures.json").write_text(json.dumps(tree))
-        assert parts_of(world)["structures"].stale == stale
+        (damaged / "comparison.json").write_text(json.dumps(tree))
+        assert parts_of(world)["tuning"].stale == stale
     shutil.rmtree(damaged)
 
 
@@ -164,7 +161,7 @@ def test_the_page_stands_alone_with_headings_in_order(world: Path) -> None:
     assert all(after <= before + 1 for before, after in pairwise(levels))
     words = " ".join(whole.words.split())
     first = words.index("leave out price: nothing is lost")
-    assert words.index("What is known") < first < words.index("Trainings with several seeds") < words.index("All of it")
+    assert words.index("What is known") < first < words.index("Search for settings") < words.index("All of it")
     assert "<b>'x' & y</b>" in words
 
 

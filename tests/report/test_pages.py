@@ -7,13 +7,10 @@ from typing import Any
 import pytest
 from jinja2 import UndefinedError
 
-from mmoe_rec.evaluation.ablation import GROUP, Part, Worth
 from mmoe_rec.evaluation.intervals import Difference
-from mmoe_rec.evaluation.summary import Objective
-from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
-from mmoe_rec.inference.costs import Cost
+from mmoe_rec.evaluation.trainings import TrainingsMean
 from mmoe_rec.jobs import overview
-from mmoe_rec.report import ablation, evaluation, health, structures, trainings, tuning
+from mmoe_rec.report import evaluation, experiment, health
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.profiling.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
 from tests.report import evaluations
@@ -49,68 +46,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"})),
         "evaluation.html.j2": judged,
-        "trainings.html.j2": trainings.page(of_trainings()),
-        "structures.html.j2": structures.page(of_structures()),
-        "ablation.html.j2": ablation.page(of_ablation()),
-        "tuning.html.j2": tuning.page(of_tuning()),
+        "experiment.html.j2": experiment.page(of_experiment()),
         "overview.html.j2": overview.page(f"{EVIL}x", EVIL, [EVIL], [part, overview.Part("b", EVIL, command=EVIL)]),
     }
 
 
-def of_trainings() -> trainings.TrainingsReport:
-    """Two trainings, beside those of another setting."""
-    apart = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1)
-    task = f"{EVIL}click"
-    summary = {task: {"auc": TrainingsMean(0.7, 0.6, 0.8, 0.01, 0.02, (0.69, 0.71))}}
-    old = SettingsDifference(apart, {task: {"auc": apart}}, "auc", "higher")
-    told = {"against": {f"{EVIL}old": old}, "warnings": [EVIL], "facts": {f"{EVIL}log": EVIL}}
-    return trainings.TrainingsReport(f"{EVIL}new", (17, 18), 1_000, "users", summary, **told)
-
-
-def of_structures() -> structures.StructuresReport:
-    """A structure beside another one, and a task alone; another task has too few labels."""
+def of_experiment() -> experiment.ExperimentReport:
+    """A variant beside the settings, a task that isn't judged, and a further table."""
     apart, task = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1), f"{EVIL}click"
-    change, alone = f"{EVIL}model: {{}}", f"only {task}"
-    rows = [
-        structures.StructureRow("MMoE", {task: structures.Cell(0.7)}, 100, 1.5),
-        structures.StructureRow(alone, {task: structures.Cell(0.6, apart)}, None, 1.5),
-    ]
-    answers = [
-        structures.Answer("structure", "PLE", None, (), "auc", "lower", change, apart),
-        structures.Answer("alone", alone, task, (f"{EVIL}liked",), "auc", "lower", change, apart),
-    ]
-    named = (f"{EVIL}new", "MMoE", (17, 18), 1_000, "users", f"auc of {task}")
-    few, facts = {f"{EVIL}liked": 3}, {f"{EVIL}log": EVIL}
-    return structures.StructuresReport(*named, rows, answers, {task: "auc"}, few, 0.005, False, [EVIL], facts)
-
-
-def of_ablation() -> ablation.AblationReport:
-    """A feature and a group, both with costs; another feature reads the first one's table."""
-    apart, feature = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1), f"{EVIL}item"
-    objective = Objective("auc", (f"{EVIL}click",), "higher")
-    parts = Part(feature, (feature,)), Part(f"{EVIL}group", (feature, f"{EVIL}user"), GROUP)
-    worths = [Worth(each, apart, {f"{EVIL}click": apart}) for each in parts]
-    costs, readers = {each.name: Cost(1.0, 0.1, 100) for each in parts}, {feature: [f"{EVIL}bought"]}
-    told = {
-        "placement": [f"{EVIL}slot"],
-        "facts": {f"{EVIL}log": EVIL, "rows": "3 rows"},
-        "retrained": worths,
-        "seeds": 2,
-    }
-    return ablation.AblationReport(
-        f"{EVIL}new", objective, 0.7, 0.01, worths, worths[0], costs, readers, fingerprint=EVIL, **told
-    )
-
-
-def of_tuning() -> tuning.TuningReport:
-    """One alternative that was taken, one that failed, and one that takes other features."""
-    apart, name = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1), f"{EVIL}alternative"
-    tried = [tuning.TriedAlternative(name, apart, 3, taken=True)]
-    named = (f"{EVIL}new", f"{EVIL}file", f"{EVIL}best", f"auc of {EVIL}click")
-    told = {"not_tried": [EVIL], "facts": {f"{EVIL}log": EVIL}}
-    return tuning.TuningReport(
-        *named, (20.0, 10.0), 5, {f"{EVIL}failed": EVIL}, tried, [name], apart, (3, 3), [name], (1.0, 1.0), **told
-    )
+    label = f"auc of {task}"
+    base = experiment.VariantResult(f"{EVIL}base", "", False, {label: experiment.Cell("higher", 0.7)}, (), 100, 1.5)
+    cells = {label: experiment.Cell("higher", 0.8, apart)}
+    other = experiment.VariantResult(f"{EVIL}other", f"--{EVIL}x=1", True, cells, (label,), None, 1.5)
+    means = {task: {"auc": TrainingsMean(0.7, 0.6, 0.8, 0.01, 0.02, (0.69, 0.71))}}
+    told = {"few": {f"{EVIL}liked": 3}, "warnings": [EVIL], "facts": {f"{EVIL}log": EVIL}, "notes": [EVIL]}
+    told["listings"] = [experiment.Listing(EVIL, (EVIL, "x"), [(f"{EVIL}row", "+0.1")])]
+    return experiment.ExperimentReport(f"{EVIL}new", (17, 18), 1_000, "users", means, [base, other], 0.005, **told)
 
 
 def test_no_page_is_forgotten(pages: dict[str, str]) -> None:
@@ -130,22 +81,15 @@ def test_pages_stand_alone_and_are_well_formed(pages: dict[str, str]) -> None:
         assert len(page.ids) == len(set(page.ids)), "figures of a page share an id"
 
 
-def test_differences_from_other_trainings_are_shown(pages: dict[str, str]) -> None:
-    assert "+0.1000+0.0500 to +0.1500" in " ".join(Page(pages["trainings.html.j2"]).words.split())
-
-
-def test_means_of_trainings_are_told() -> None:
-    assert of_trainings().means == [f"{EVIL}click: auc 0.7000 (0.6000 to 0.8000) on average of 2 trainings"]
+def test_differences_of_variants_are_shown(pages: dict[str, str]) -> None:
+    assert "+0.1000+0.0500 to +0.1500" in " ".join(Page(pages["experiment.html.j2"]).words.split())
 
 
 def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
     names = {
         "health.html.j2": ("item", "click", "stars", "tags", "item_id", "made up"),
         "evaluation.html.j2": ("new", "old"),
-        "trainings.html.j2": ("new", "old", "click", "log"),
-        "structures.html.j2": ("new", "click", "log"),
-        "ablation.html.j2": ("new", "item", "log"),
-        "tuning.html.j2": ("new", "alternative", "log"),
+        "experiment.html.j2": ("new", "base", "other", "click", "row", "log"),
         "overview.html.j2": ("x", "part"),
     }
     for template, text in pages.items():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import StoppedError, StopRequest, UserError
-from mmoe_rec.jobs import seeds
-from mmoe_rec.jobs.seeds import run_side_by_side
+from mmoe_rec.experiments import processes
+from mmoe_rec.experiments.processes import run_side_by_side
 from tests.fork_server import MULTIPROCESSING
 
 pytestmark = pytest.mark.thorough
@@ -50,8 +50,8 @@ def obey(word: str) -> None:
         save(word)
 
 
-def run(words: list[str], folder: Path, at_once: int = 2) -> list[int]:
-    return list(run_side_by_side(obey, words, [folder / f"{number}.log" for number in range(len(words))], at_once))
+def run(words: list[str], folder: Path, jobs: int = 2) -> list[int]:
+    return list(run_side_by_side(obey, words, [folder / f"{number}.log" for number in range(len(words))], jobs))
 
 
 def test_each_runs_on_a_card_and_prints_to_its_file(tmp_path: Path) -> None:
@@ -65,15 +65,15 @@ def test_each_runs_on_a_card_and_prints_to_its_file(tmp_path: Path) -> None:
     ("word", "says"),
     [
         ("wrong", "the word is wrong"),
-        ("broken", r"a process failed; its last words are in '.*1\.log'; the same command goes on"),
-        ("killed", r"a process was killed by signal 9, as where memory runs out \(a lower --at-once takes less\)"),
+        ("broken", r"a process failed\. Its output is in '.*1\.log'\. Repeat the command to go on\."),
+        ("killed", r"a process was killed by signal 9\. A lower --jobs needs less memory\."),
     ],
 )
 def test_one_that_fails_ends_the_others_who_save(
     tmp_path: Path, word: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMP_OF_TEST", str(tmp_path))
-    monkeypatch.setattr(seeds, "multiprocessing", MULTIPROCESSING)
+    monkeypatch.setattr(processes, "multiprocessing", MULTIPROCESSING)
     with pytest.raises(UserError, match=says):
         run([f"{tmp_path}/", word, "never begun"], tmp_path)
     assert len(list(tmp_path.glob("*.saved"))) == 1
@@ -85,7 +85,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mmoe_rec.errors import exit_with_message
-from tests.jobs.test_trainings_at_once import run
+from tests.experiments.test_side_by_side import run
 if __name__ == "__main__":
     with exit_with_message():
         run([sys.argv[1] + "/"] * 2, Path(sys.argv[1]))
@@ -114,7 +114,7 @@ def test_a_signal_lets_all_save(tmp_path: Path, way: str) -> None:
         process.wait()
         if way != "killed":
             assert process.returncode == 75
-            assert "came; what there was is saved, go on with --resume" in process.stderr.read()
+            assert "stopped: SIG" in process.stderr.read()
     if way == "killed":
         while len(list(tmp_path.glob("*.saved"))) < 2:
             time.sleep(0.05)

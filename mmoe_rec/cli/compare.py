@@ -1,0 +1,70 @@
+"""mmoe-rec compare --config configs/shop.yaml --variant wide model.experts.count=16 --variant long training.epochs=4
+mmoe-rec compare --config configs/shop.yaml --architectures
+mmoe-rec compare --config configs/shop.yaml --features
+mmoe-rec compare --config configs/shop.yaml --seeds 5
+
+Compares variants of settings. Trains the settings and each variant with several seeds, and judges the differences on
+the test rows, by intervals over runs and users that are corrected for the number of variants (Holm). It says first
+which variant is better, and which overrides adopt it.
+
+--variant names a variant and its overrides. `features.NAME=null` leaves a feature out. A variant that changes features
+or data gets features of its own.
+--architectures compares a shared bottom, one gate, MMoE, PLE, single tasks, trees alone, and each task left out.
+--features permutes each feature on validation rows, then trains without the features that the model seems not to need,
+and without each group of features.
+Without any of them, it measures the settings alone: the mean of all metrics, and how far runs are apart.
+
+All runs use the same precision. Nothing is registered. Complete runs stay in `data.work`/comparison: after a stop,
+repeat the command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
+from mmoe_rec.errors import UserError
+
+
+@settings_command(__doc__)
+@click.option("--variant", "words", multiple=True, metavar="NAME KEY=VALUE...", help="a variant and its overrides")
+@click.option("--architectures", is_flag=True, help="compare architectures and subsets of tasks")
+@click.option("--features", is_flag=True, help="compare the settings without features")
+@click.option("--only", multiple=True, metavar="F...", help="with --features, only these features")
+@click.option(
+    "--margin", type=click.FloatRange(0, 1), help="with --features, loss that counts as none (default: 0.001)"
+)
+@click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs of each variant (default: 5)")
+@click.option("--jobs", type=COUNT, default=1, metavar="N", help="runs side by side (default: 1)")
+def compare(
+    configuration: Configuration,
+    words: tuple[str, ...],
+    architectures: bool,
+    features: bool,
+    only: tuple[str, ...],
+    margin: float | None,
+    seeds: int,
+    jobs: int,
+) -> None:
+    if bool(words) + architectures + features > 1:
+        raise UserError("--variant, --architectures and --features are comparisons of their own. Give one of them.")
+    if (only or margin is not None) and not features:
+        raise UserError("--only and --margin belong to --features. Add --features.")
+    settings = configuration.settings
+    from mmoe_rec.experiments.compare import FOLDER, compare_architectures, compare_settings
+    from mmoe_rec.experiments.importance import compare_features
+    from mmoe_rec.experiments.variants import parse_variants
+    from mmoe_rec.report.experiment import FILE, PAGE, terminal_parts
+
+    if architectures:
+        report = compare_architectures(settings, seeds, jobs)
+    elif features:
+        report = compare_features(settings, only, 0.001 if margin is None else margin, seeds, jobs)
+    else:
+        report = compare_settings(settings, parse_variants(words), seeds, jobs)
+    show(terminal_parts(report))
+    folder = Path(settings.data.work) / FOLDER
+    print(f"all values: {folder / FILE}")
+    print(f"report: {folder / PAGE}")

@@ -1,0 +1,460 @@
+"""Searches for better settings with Optuna, and confirms what it finds by new runs: `tune_settings`.
+
+    data.work/tuning/study.db                          trials, with which a stopped search goes on
+    data.work/tuning/best.yaml                         the settings to take
+    data.work/tuning/comparison.json, report.html      what was found
+
+Trials are judged by the selecting rows of the validation users, the final candidate by the judging rows. A
+least-squares fit over the trials estimates the effect of each value: every trial tells about every setting, where the
+best trial alone tells about its own noise too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mmoe_rec.atomic import digest, write_text
+from mmoe_rec.errors import StoppedError, UserError, first_line, require_packages
+from mmoe_rec.experiments.compare import BASE, check, judge, keep
+from mmoe_rec.experiments.processes import run_side_by_side
+from mmoe_rec.experiments.runner import Runner, Task, fit, open_runner
+from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.progress import say
+from mmoe_rec.report.experiment import ExperimentReport, Listing
+from mmoe_rec.report.formatting import signed
+from mmoe_rec.settings.sections import Search, Settings
+from mmoe_rec.tracking.outbox import UnreachableError
+
+FOLDER, BEST = "tuning", "best.yaml"
+CHOOSING_SEEDS = 2
+"""Runs of each candidate that choose between them. Other seeds confirm the chosen one."""
+MAX_FAILURES = 10
+"""Trials in a row without a result after which the search ends."""
+TRIAL_SEEDS, CANDIDATE_SEEDS = 1000, 100_000
+"""What is added to `training.seed` in trials, and in runs that choose a candidate."""
+Values = dict[str, Any]
+_REASON, _SECONDS = "reason", "seconds"
+
+
+def tune_settings(
+    settings: Settings, minutes: float | None, trials: int | None, seeds: int, jobs: int = 1
+) -> ExperimentReport:
+    """Search for better settings and write `best.yaml`.
+
+    Args:
+        settings: Settings to start from. Without `tuning.search`, a small built-in space is searched.
+        minutes: Time for trials and confirmation, None for no limit.
+        trials: Number of trials, None for as many as the time allows.
+        seeds: Runs that confirm the candidate, and as many of the settings.
+        jobs: Number of runs side by side.
+
+    Raises:
+        UserError: No value can be tried, or no trial ended well.
+        StoppedError: A signal came. The same command goes on.
+    """
+    require_packages("mmoe-rec tune", "tune", "optuna")
+    check(settings, [BASE], seeds)
+    end = math.inf if minutes is None else time.time() + 60 * minutes
+    check_space(settings, settings.tuning.search)
+    from mmoe_rec.batches.encoded_rows import Part
+
+    with open_runner(settings, "tune", "validation", Part.JUDGING, jobs, FOLDER) as runner:
+        space = settings.tuning.search or list_space(settings, runner.prepared.manifest["splits"]["train"]["rows"])
+        study = Study(runner, space, end, trials, CHOOSING_SEEDS * 2 + 2 * seeds)
+        study.run()
+        found = study.read()
+        effects = estimate_effects(space, found)
+        candidates = _list_candidates(settings, space, found, effects)
+        variant = _choose(runner, candidates) if candidates else BASE
+        report = judge(runner, [BASE, variant] if candidates else [BASE], seeds, 0.0)
+        heads = ("setting", "value", "trials", "effect")
+        rows = [
+            (name, level, str(count), signed(effect)[0])
+            for (name, level), (count, effect) in sorted(effects.items(), key=lambda item: -item[1][1])
+        ]
+        listing = Listing(
+            "Effects of single values on the selecting rows, by least squares over the trials", heads, rows
+        )
+        notes = [study.describe(), *([] if candidates else ["nothing to adopt: no other values did better"])]
+        report = replace(report, notes=notes, listings=[listing])
+        best = settings if report.adopted is None else variant.apply(settings)
+        write_text(runner.folder / BEST, best.to_yaml())
+        keep(runner, report)
+        runner.run.log_artifact(runner.folder / BEST)
+    return report
+
+
+def list_space(settings: Settings, rows: int) -> dict[str, Search]:
+    """Return the built-in search space: what matters on most logs, around the settings' own values.
+
+    Args:
+        settings: The settings.
+        rows: Number of training rows.
+    """
+    training, model = settings.training, settings.model
+    batch, rate, tables = training.rows_of_step(rows), training.learning_rate, training.table_learning_rate
+    choices: dict[str, list[Any]] = {
+        "training.epochs": [training.epochs, training.epochs * 2, max(1, training.epochs // 2)],
+        "training.batch_size": [batch, max(2, batch // 2), max(2, min(batch * 2, rows // 4))],
+        "training.learning_rate": [rate, *(float(f"{rate * factor:.3g}") for factor in (2, 0.5))],
+        "training.table_learning_rate": [tables, *(float(f"{tables * factor:.3g}") for factor in (2, 0.4))],
+        "training.weight_decay": [training.weight_decay, 0.01],
+        "model.bottom.dropout": [model.bottom.dropout, 0.0, 0.1, 0.3],
+        "model.bottom.cross_layers": [model.bottom.cross_layers, 0, 2],
+        "model.experts.count": [model.experts.count, 1, max(4, 2 * model.experts.count)],
+    }
+    unique = {name: tuple(dict.fromkeys(values)) for name, values in choices.items()}
+    return {name: Search(choices=values) for name, values in unique.items() if len(values) > 1}
+
+
+def check_space(settings: Settings, space: Mapping[str, Search]) -> None:
+    """Raise UserError for a setting none of whose values is valid by itself."""
+    for name, search in space.items():
+        errors = []
+        values = search.choices or (search.low, search.high)
+        for value in values:
+            try:
+                make_variant("tuning.search", {name: value}).apply(settings)
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == len(values):
+            raise UserError(f"tuning.search: {errors[0]}")
+
+
+def make_variant(name: str, values: Values) -> Variant:
+    """Return the variant with these values of settings."""
+    return Variant(name, tuple(f"{setting}={json.dumps(value)}" for setting, value in values.items()))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that ended with a result: its values, the result on the selecting rows, and its seconds."""
+
+    values: Values
+    result: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that runs trials.
+
+    Attributes:
+        task: A task with the base settings.
+        storage: URL of the study's database.
+        key: Name of the study.
+        space: Setting -> values to try.
+        end: Time at which the confirmation has to be complete, in seconds since 1970.
+        trials: Number of trials, None for no limit.
+        confirming: Number of runs that choose and confirm the candidate, as multiples of a trial's time.
+        seed: Seed of the sampler.
+    """
+
+    task: Task
+    storage: str
+    key: str
+    space: Mapping[str, Search]
+    end: float
+    trials: int | None
+    confirming: float
+    seed: int
+
+    def open(self) -> Any:
+        """Open the study. Raises UserError if the database is damaged."""
+        import optuna
+        from sqlalchemy.exc import SQLAlchemyError
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        startup = self.task.base.tuning.startup_trials
+        try:
+            return optuna.create_study(
+                storage=self.storage,
+                study_name=self.key,
+                direction="maximize",
+                load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(n_startup_trials=startup, seed=self.seed, constant_liar=True),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=startup),
+            )
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            reason = first_line(error.__cause__ or error)
+            raise UserError(f"the search in '{self.storage}' is damaged: {reason}. Remove the file.") from None
+
+    def run(self) -> None:
+        """Run trials until there are enough, or until the rest of the time is needed to confirm.
+
+        Raises:
+            UserError: Many trials in a row had no result.
+        """
+        study, spaces = self.open(), {name: make_distribution(search) for name, search in self.space.items()}
+        failures = 0
+        while self.may_start(study):
+            trial = study.ask(spaces)
+            reason = self._try(study, trial)
+            failures = failures + 1 if reason else 0
+            if failures == MAX_FAILURES:
+                raise UserError(f"{failures} trials in a row had no result. Narrow tuning.search. The last: {reason}")
+
+    def may_start(self, study: Any) -> bool:
+        """Return whether there is time for another trial, and one is wanted."""
+        ended = find_ended(study)
+        seconds = [trial.user_attrs[_SECONDS] for trial in ended if _SECONDS in trial.user_attrs]
+        needed = (1 + self.confirming) * float(np.mean(seconds)) if seconds else 0.0
+        return time.time() + needed < self.end and (self.trials is None or len(ended) < self.trials)
+
+    def _try(self, study: Any, trial: Any) -> str | None:
+        """Run one trial. Returns why it has no result, None if it has one or fell behind."""
+        import optuna
+
+        values, begun = read_values(trial.params), time.monotonic()
+        variant = make_variant(f"trial {trial.number + 1}", values)
+        state, result, reason = optuna.trial.TrialState.FAIL, None, None
+        try:
+            result = self._train(trial, variant)
+            state = optuna.trial.TrialState.COMPLETE
+        except optuna.TrialPruned:
+            state = optuna.trial.TrialState.PRUNED
+        except (StoppedError, UnreachableError):  # Another trial takes its place later.
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
+        except UserError as error:
+            reason = str(error)
+            trial.set_user_attr(_REASON, reason)
+        trial.set_user_attr(_SECONDS, time.monotonic() - begun)
+        study.tell(trial, result, state)
+        told = reason or ("it fell behind" if result is None else f"{result:.4f}")
+        say(f"{variant.name}: {told} ({', '.join(variant.overrides)})")
+        return reason
+
+    def _train(self, trial: Any, variant: Variant) -> float:
+        import optuna
+
+        settings = variant.apply(self.task.base)
+        training = settings.training.model_copy(
+            update={
+                "seed": settings.training.seed + TRIAL_SEEDS + trial.number,
+                "threads": self.task.settings.training.threads,
+            }
+        )
+        file = self.task.file.with_name(f"{self.key}-{trial.number}")
+        task = replace(
+            self.task,
+            name=variant.name,
+            variant=variant,
+            settings=settings.model_copy(update={"training": training}),
+            file=file,
+        )
+        validations = itertools.count()
+
+        def watch(validation: Any, _: int) -> None:
+            trial.report(task.judge(validation), next(validations))
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            with task.open_run() as run:
+                try:
+                    best = fit(task, run, watch)[0].best
+                except optuna.TrialPruned:
+                    run.set_tags({"cut_short": "it fell behind"})
+                    raise
+                assert best is not None, "every training is validated at its end"
+                run.log_metrics(best.flat("network"))
+        finally:
+            shutil.rmtree(task.checkpoints / file.stem, ignore_errors=True)
+        return task.judge(best)
+
+
+def _run_worker(worker: Worker) -> None:
+    worker.run()
+
+
+class Study:
+    """The trials of a search, which a later command finds again by settings, features and search space."""
+
+    def __init__(
+        self, runner: Runner, space: Mapping[str, Search], end: float, trials: int | None, confirming: int
+    ) -> None:
+        settings, self.runner, self.space = runner.settings, runner, space
+        task = runner.make_task(BASE, settings.training.seed)
+        key = digest(task.file.stem, settings.choices, {name: each.model_dump() for name, each in space.items()})
+        storage = f"sqlite:///{runner.folder / 'study.db'}"
+        self.worker = Worker(task, storage, key, space, end, trials, confirming / runner.jobs, settings.training.seed)
+        self.study = self.worker.open()
+        self._resume()
+
+    def _resume(self) -> None:
+        """Close trials that a kill left open, and try the settings' own values first in a new search."""
+        from optuna.trial import TrialState
+
+        before = self.study.get_trials(deepcopy=False)
+        for trial in before:
+            if trial.state == TrialState.RUNNING:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        # Another seed than before, or the sampler would draw the same values again.
+        self.worker = replace(self.worker, seed=self.worker.seed + len(before))
+        if not before and (own := own_values(self.runner.settings, self.space)) is not None:
+            choices = [name for name, search in self.space.items() if search.choices is not None]
+            self.study.enqueue_trial({**own, **{name: json.dumps(own[name]) for name in choices}})
+
+    def run(self) -> None:
+        """Run the trials."""
+        runner = self.runner
+        with runner.keeping_runs():
+            runner.share_choices([self.worker.task])
+            if runner.jobs == 1:
+                self.worker.run()
+                return
+            workers = [replace(self.worker, seed=self.worker.seed + 1_000 * n) for n in range(runner.jobs)]
+            logs = [runner.folder / f"trials_{number + 1}.log" for number in range(runner.jobs)]
+            for log in logs:
+                log.unlink(missing_ok=True)
+            say(f"trials run in {runner.jobs} processes, which print to files such as '{logs[0]}'")
+            for _ in run_side_by_side(_run_worker, workers, logs, runner.jobs):
+                pass
+
+    def read(self) -> list[Trial]:
+        """Return the trials with a result. Raises UserError if there are none."""
+        trials = [
+            Trial(read_values(trial.params), float(trial.value), trial.user_attrs[_SECONDS])
+            for trial in find_ended(self.study)
+            if trial.value is not None and _REASON not in trial.user_attrs and trial.state.name == "COMPLETE"
+        ]
+        if not trials:
+            reasons = [trial.user_attrs[_REASON] for trial in find_ended(self.study) if _REASON in trial.user_attrs]
+            last = f" The last one: {reasons[-1]}" if reasons else ""
+            raise UserError(f"no trial ended well. Give more --minutes or --trials, or narrow tuning.search.{last}")
+        return trials
+
+    def describe(self) -> str:
+        """Describe in a sentence how the trials ended."""
+        ended = find_ended(self.study)
+        states = Counter("failed" if _REASON in trial.user_attrs else trial.state.name for trial in ended)
+        best = max(trial.value for trial in ended if trial.state.name == "COMPLETE")
+        return (
+            f"{len(ended)} trials: {states['PRUNED']} fell behind, {states['failed']} had no result; the best one "
+            f"reached {best:.4f} on the selecting rows"
+        )
+
+
+def find_ended(study: Any) -> list[Any]:
+    """Return all trials that ended. A stop or a kill is no end."""
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED") or _REASON in trial.user_attrs]
+
+
+def make_distribution(search: Search) -> Any:
+    """Return Optuna's distribution of values. Choices are JSON."""
+    from optuna import distributions
+
+    if search.choices is not None:
+        return distributions.CategoricalDistribution([json.dumps(value) for value in search.choices])
+    whole = isinstance(search.low, int) and isinstance(search.high, int)
+    kind = distributions.IntDistribution if whole else distributions.FloatDistribution
+    return kind(search.low, search.high, log=search.log)
+
+
+def read_values(params: Mapping[str, Any]) -> Values:
+    """Return the values of Optuna's parameters."""
+    return {name: json.loads(value) if isinstance(value, str) else value for name, value in params.items()}
+
+
+def own_values(settings: Settings, space: Mapping[str, Search]) -> Values | None:
+    """Return the settings' own values, None if one isn't in the space."""
+    tree, own = settings.model_dump(mode="json"), dict[str, Any]()
+    for name, search in space.items():
+        value: Any = tree
+        for key in name.split("."):
+            value = value[key]
+        if name == "training.batch_size" and value == "auto" and search.choices is not None:
+            value = search.choices[0]  # The built-in space begins with the number that `auto` gives.
+        is_number = isinstance(value, int | float)
+        inside = search.choices is None and is_number and search.low <= value <= search.high
+        if not inside and value not in json.loads(json.dumps(search.choices or [])):
+            return None
+        own[name] = value
+    return own
+
+
+def find_level(search: Search, value: Any) -> str:
+    """Return the level of a value in the fit: the value itself, or the third of a range as its middle."""
+    if search.choices is not None:
+        return json.dumps(value)
+    assert search.low is not None
+    assert search.high is not None
+    low, high, at = (math.log(each) if search.log else float(each) for each in (search.low, search.high, value))
+    third = min(2, int(3 * (at - low) / (high - low)))
+    middle = low + (third + 0.5) * (high - low) / 3
+    middle = math.exp(middle) if search.log else middle
+    whole = isinstance(search.low, int) and isinstance(search.high, int)
+    return json.dumps(round(middle) if whole else float(f"{middle:.3g}"))
+
+
+def estimate_effects(space: Mapping[str, Search], trials: Sequence[Trial]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Estimate the main effect of each level of each setting by least squares.
+
+    The effects of a setting's levels sum to zero over the trials. One trial of weight draws each of them to zero, so
+    that a level that was tried once doesn't lead.
+
+    Returns:
+        Setting and level -> number of trials with the level, and its effect on the result.
+    """
+    levels = [[(name, find_level(search, trial.values[name])) for name, search in space.items()] for trial in trials]
+    keys = sorted({key for each in levels for key in each})
+    x = np.array([[key in each for key in keys] for each in levels], np.float64)
+    results = np.array([trial.result for trial in trials])
+    design, y = np.vstack([x - x.mean(0), np.eye(len(keys))]), results - results.mean()
+    effects = np.linalg.lstsq(design, np.concatenate([y, np.zeros(len(keys))]), rcond=None)[0]
+    found = {}
+    for name in space:
+        places = [place for place, key in enumerate(keys) if key[0] == name]
+        counts = x[:, places].sum(0)
+        middle = float(counts @ effects[places] / counts.sum())
+        for place, count in zip(places, counts, strict=True):
+            found[keys[place]] = int(count), float(effects[place]) - middle
+    return found
+
+
+def _list_candidates(
+    settings: Settings,
+    space: Mapping[str, Search],
+    trials: Sequence[Trial],
+    effects: Mapping[tuple[str, str], tuple[int, float]],
+) -> list[Variant]:
+    """Return the best trial and the best levels by the fit, without the settings' own values."""
+    levels: dict[str, str] = {}
+    for (name, level), (_, effect) in effects.items():
+        if name not in levels or effect > effects[name, levels[name]][1]:
+            levels[name] = level
+    fitted = {name: json.loads(level) for name, level in levels.items()}
+    best = max(trials, key=lambda trial: trial.result).values
+    own = own_values(settings, space) or {}
+    found: list[Variant] = []
+    for name, values in (("the best trial", best), ("the best values by the fit", fitted)):
+        changed = {setting: value for setting, value in values.items() if own.get(setting, math.nan) != value}
+        variant = make_variant(name, changed)
+        try:
+            variant.apply(settings)
+        except UserError:  # Values that don't go together.
+            continue
+        if changed and variant.overrides not in [each.overrides for each in found]:
+            found.append(variant)
+    return found
+
+
+def _choose(runner: Runner, candidates: Sequence[Variant]) -> Variant:
+    """Choose a candidate by new runs on the selecting rows."""
+    if len(candidates) == 1:
+        return candidates[0]
+    first = runner.settings.training.seed + CANDIDATE_SEEDS
+    trained = runner.train(candidates, range(first, first + CHOOSING_SEEDS))
+    return max(trained, key=lambda each: float(np.mean([facts["selecting"] for facts in each.facts]))).variant

@@ -1,0 +1,301 @@
+"""Runs of variants, in sentences, tables and a page: which variant is better, and what to write into the settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from mmoe_rec.atomic import write_text
+from mmoe_rec.evaluation import metrics as every
+from mmoe_rec.evaluation.intervals import Difference, correct_all
+from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.evaluation.summary import SCORE
+from mmoe_rec.evaluation.trainings import TrainingsMean
+from mmoe_rec.report.formatting import NONE, difference, signed
+from mmoe_rec.report.pages import render
+from mmoe_rec.report.sentences import once_corrected
+
+FILE, PAGE = "comparison.json", "report.html"
+
+
+class Call(StrEnum):
+    """How a variant compares with the base."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_SHOWN = "not shown"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric's mean over the runs of a variant.
+
+    Attributes:
+        better: Which values are better, `higher` or `lower`.
+        mean: The mean over runs.
+        apart: The difference from the base variant, None for the base.
+    """
+
+    better: str
+    mean: float | None
+    apart: Difference | None = None
+
+    @property
+    def call(self) -> Call:
+        """How the variant compares with the base in this metric."""
+        apart = self.apart
+        if apart is None or apart.value is None or apart.low is None or apart.high is None:
+            return Call.UNKNOWN
+        if not apart.is_significant or apart.low <= 0 <= apart.high:
+            return Call.NOT_SHOWN
+        return Call.BETTER if (apart.value > 0) == (self.better == "higher") else Call.WORSE
+
+    @property
+    def gain(self) -> float:
+        """The difference, positive if the variant is better, 0 if undefined."""
+        value = 0.0 if self.apart is None else self.apart.value or 0.0
+        return value if self.better == "higher" else -value
+
+    @property
+    def max_loss(self) -> float | None:
+        """The largest loss that the interval allows."""
+        end = None if self.apart is None else self.apart.low if self.better == "higher" else self.apart.high
+        return None if end is None else max(0.0, -end if self.better == "higher" else end)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """A variant.
+
+    Attributes:
+        name: Its name.
+        change: The options that adopt it.
+        simpler: Whether it is worth adopting if it loses nothing.
+        cells: Metric, such as `auc of click` -> its mean.
+        judged: The metrics that judge the variant.
+        parameters: Parameters of its network, None without one.
+        seconds: Mean seconds of a run.
+    """
+
+    name: str
+    change: str
+    simpler: bool
+    cells: Mapping[str, Cell]
+    judged: tuple[str, ...]
+    parameters: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A further table. rows: cells as text, the first one a name."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class ExperimentReport:
+    """Variants of settings over several runs.
+
+    Attributes:
+        title: Title of the page.
+        seeds: Seeds of the runs.
+        rows: Rows that judged.
+        units: What was redrawn for intervals, `users` or `rows`.
+        means: Task or `score` -> metric -> its mean over the runs of the base variant.
+        variants: The base variant first.
+        margin: Largest loss at which a simpler variant is adopted.
+        few: Task that isn't judged -> rows of its rarer label.
+        notes: Further sentences, which come first.
+        listings: Further tables.
+        warnings: Reasons for distrust.
+        facts: Name -> text.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    rows: int
+    units: str
+    means: Mapping[str, Mapping[str, TrainingsMean]]
+    variants: Sequence[VariantResult]
+    margin: float
+    few: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    listings: Sequence[Listing] = ()
+    warnings: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The name of the base variant."""
+        return self.variants[0].name
+
+    @property
+    def adopted(self) -> VariantResult | None:
+        """The variant to adopt: the best one that is better, or the first simpler one that loses nothing."""
+        others = [each for each in self.variants[1:] if each.judged]
+        better = [each for each in others if each.change and {*_calls(each)} == {Call.BETTER}]
+        if better:
+            return max(better, key=lambda each: each.cells[each.judged[0]].gain)
+        for each in others:
+            losses = [each.cells[name].max_loss for name in each.judged]
+            if each.simpler and all(loss is not None and loss <= self.margin for loss in losses):
+                return each
+        return None
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdicts, what to adopt, and what these rows and runs can show."""
+        found = [*self.notes, *(_describe(self.base, each, name) for each in self.variants[1:] for name in each.judged)]
+        for task, rows in self.few.items():
+            found.append(f"`{task}` is not judged: {rows:,} rows have its rarer label, which are too few")
+        if self.variants[1:]:
+            found += [self._advise(), *self._describe_power()]
+        return [*found, *describe_uncertainty(self.means, self.units)]
+
+    def _advise(self) -> str:
+        adopted = self.adopted
+        if adopted is None:
+            return f"nothing to adopt: no variant is better than `{self.base}`, or simpler and as good"
+        cells = [adopted.cells[name] for name in adopted.judged]
+        if all(cell.call == Call.BETTER for cell in cells):
+            return f"adopt `{adopted.change}`, since `{adopted.name}` is better"
+        (loss,) = signed(max(cell.max_loss or 0.0 for cell in cells), sign=False)
+        return f"adopt `{adopted.change}`, since `{adopted.name}` is simpler and loses at most {loss}"
+
+    def _describe_power(self) -> Iterator[str]:
+        sizes: dict[str, list[float]] = {}
+        for each in self.variants[1:]:
+            for name in each.judged:
+                apart = each.cells[name].apart
+                if apart is not None and apart.detectable is not None:
+                    sizes.setdefault(name, []).append(apart.detectable)
+        largest = [f"{signed(max(each), sign=False)[0]} {name}" for name, each in sizes.items()]
+        if largest:
+            yield (
+                f"with these rows and {len(self.seeds)} runs of each variant, nine of ten comparisons alone would "
+                f"show a difference of {', or '.join(largest)}"
+            )
+
+
+def correct_cells(variants: Sequence[VariantResult]) -> list[VariantResult]:
+    """Correct the p-values of all judged cells by Holm's method for their number."""
+    places = [(number, name) for number, each in enumerate(variants) for name in each.judged]
+    cells = [dict(each.cells) for each in variants]
+    apart = correct_all([cells[number][name].apart or Difference(None) for number, name in places])
+    for (number, name), corrected in zip(places, apart, strict=True):
+        cells[number][name] = replace(cells[number][name], apart=corrected)
+    return [replace(each, cells=own) for each, own in zip(variants, cells, strict=True)]
+
+
+def _calls(variant: VariantResult) -> list[Call]:
+    return [variant.cells[name].call for name in variant.judged]
+
+
+def _describe(base: str, variant: VariantResult, name: str) -> str:
+    cell = variant.cells[name]
+    if cell.apart is None or cell.call == Call.UNKNOWN:
+        return f"how `{variant.name}` differs from `{base}` can't be told: too few labels, or users"
+    told = f"{name} differs by {difference(cell.apart)}"
+    if cell.call == Call.NOT_SHOWN:
+        return f"`{variant.name}` is not shown to differ from `{base}`{once_corrected(cell.apart)}: {told}"
+    return f"`{variant.name}` is {cell.call} than `{base}`: {told}"
+
+
+def describe_uncertainty(means: Mapping[str, Mapping[str, TrainingsMean]], units: str) -> Iterator[str]:
+    """Yield for each task whether another seed or other users would change one run more."""
+    for group, metrics in means.items():
+        metric = "auc" if "auc" in metrics else "r2"
+        each = metrics.get(metric)
+        if each is None or each.between_users is None or each.between_trainings is None:
+            continue
+        seeds, users = each.between_trainings, each.between_users
+        which = f"another seed changes it more than other {units}" if seeds > users else f"other {units} change it more"
+        yield (
+            f"{group}: the {metric} of one run has a standard deviation of {seeds:.2g} over seeds, and one of "
+            f"{users:.2g} over the choice of {units}: {which}"
+        )
+
+
+def terminal_parts(report: ExperimentReport) -> Iterator[Table | str]:
+    """Yield sentences, warnings, and tables for the terminal."""
+    yield from report.sentences
+    yield from (f"warning: {each}" for each in report.warnings)
+    if len(report.variants) == 1:
+        table = _table(f"{len(report.seeds)} runs, {report.rows:,} rows", ("mean", "95% interval", "between runs"))
+        for group, metric, mean in shown_means(report):
+            table.add_row(f"{group} {metric.label}", *mean_cells(metric, mean, "-")[:3])
+        yield table
+    else:
+        names = list(report.variants[0].cells)
+        heads = [head for name in names for head in (name, "difference")]
+        table = _table(f"{len(report.seeds)} runs of each variant, {report.rows:,} rows", heads)
+        for each in report.variants:
+            cells = [each.cells.get(name) for name in names]
+            table.add_row(Text(each.name), *(text for cell in cells for text in cell_texts(cell, "-")))
+        yield table
+    for listing in report.listings:
+        table = _table(listing.title, listing.heads[1:])
+        for row in listing.rows:
+            table.add_row(*map(Text, row))
+        yield table
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("", no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
+
+
+def cell_texts(cell: Cell | None, nothing: str = NONE) -> tuple[str, str]:
+    """Return a mean and its difference from the base as text."""
+    if cell is None or cell.mean is None:
+        return nothing, ""
+    apart = "" if cell.apart is None or cell.apart.value is None else difference(cell.apart)
+    return f"{cell.mean:.4f}", apart
+
+
+def shown_means(report: ExperimentReport) -> list[tuple[str, Named, TrainingsMean]]:
+    """List the metrics of the base variant that tables show."""
+    return [
+        (group, metric, metrics[metric.name])
+        for group, metrics in report.means.items()
+        for metric in every.METRICS
+        if metric.is_shown(group == SCORE) and metric.name in metrics and metrics[metric.name].mean is not None
+    ]
+
+
+def mean_cells(metric: Named, mean: TrainingsMean, nothing: str = NONE) -> list[str]:
+    """Return a mean, its interval, the spread between runs, the error by users, and each run's value as text."""
+    numbers = [mean.mean, mean.between_trainings, mean.between_users, *mean.values]
+    value, *others = (nothing if number is None else metric.shown(number) for number in numbers)
+    ends = [metric.shown(end) for end in (mean.low, mean.high) if end is not None]
+    return [value, " to ".join(ends) or nothing, *others]
+
+
+def page(report: ExperimentReport) -> str:
+    """Return the whole page."""
+    means = [(group, metric.label, mean_cells(metric, mean)) for group, metric, mean in shown_means(report)]
+    values = {"title": report.title, "report": report, "means": means, "names": list(report.variants[0].cells)}
+    return render("experiment.html.j2", values)
+
+
+def write(report: ExperimentReport, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write `comparison.json` and `report.html`, the page last. about: what the runs depend on."""
+    (folder / PAGE).unlink(missing_ok=True)
+    adopted = None if report.adopted is None else report.adopted.name
+    tree = {"sentences": report.sentences, "adopted": adopted, **about, **asdict(report)}
+    write_text(folder / FILE, json.dumps(tree, indent=1))
+    write_text(folder / PAGE, page(report))

@@ -1,0 +1,121 @@
+"""The architectures that `compare --architectures` tries, and verdicts in words."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.experiments.variants import Variant, list_architectures, parse_variants
+from mmoe_rec.report.experiment import Cell, ExperimentReport, VariantResult, correct_cells
+from mmoe_rec.settings.sections import Settings
+from tests.pipelines.learnable_log import settings_tree
+
+
+def settings_of(tmp_path: Path, tasks: int = 2, **model: Any) -> Settings:
+    tree = settings_tree(tmp_path)
+    tree["tasks"]["third"] = tree["tasks"]["click"] | {"label": "third"}
+    tree["tasks"] = dict(list(tree["tasks"].items())[:tasks])
+    for section, values in model.items():
+        tree["model"][section] = values if values is None else tree["model"].get(section, {}) | values
+    return Settings.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "model", "names"),
+    [
+        (1, {}, ["MMoE", "shared bottom", "trees alone"]),
+        (2, {"trees": {}}, ["MMoE", "shared bottom", "one gate", "PLE", "only click", "only liked", "trees alone"]),
+        (3, {"gates": {"per_task": False}}, ["one gate", "shared bottom", "MMoE", "PLE", "only click", "only liked"]),
+        (2, {"experts": {"count": 1, "units": [24]}}, ["shared bottom", "one gate", "MMoE", "PLE", "only click"]),
+        (2, {"gates": {"routing": "top_k", "dropout": 0.1}}, ["these settings", "shared bottom", "one gate", "MMoE"]),
+        (2, {"experts": {"count": 1, "task_count": 1, "levels": 2}}, ["PLE", "shared bottom", "one gate", "MMoE"]),
+        (2, {"gates": {"serving_top_k": 3}}, ["these settings", "shared bottom", "one gate", "MMoE", "PLE"]),
+    ],
+)
+def test_the_settings_own_architecture_comes_first_under_its_name(
+    tmp_path: Path, tasks: int, model: dict[str, Any], names: list[str]
+) -> None:
+    settings = settings_of(tmp_path, tasks, **model)
+    variants = list_architectures(settings)
+    assert [each.name for each in variants][: len(names)] == names
+    for each in variants:
+        its = each.apply(settings).model
+        assert its.trees is None
+        if its.experts.levels == 1:
+            units = 16 if its.gates.routing == "soft" and model.get("gates", {}).get("routing") else 24
+            assert its.experts.units[0] * its.experts.count == units, "as many units, of which a row takes two experts"
+    order = [name for name in ("shared bottom", "one gate", "MMoE", "PLE") if name in {each.name for each in variants}]
+    if names[0] in order:
+        assert [each.name for each in variants if each.simpler] == order[: order.index(names[0])]
+    if tasks == 3:
+        assert [each.without_tasks for each in variants[4:10]] == [
+            ("liked", "third"),
+            ("click", "third"),
+            ("click", "liked"),
+            ("click",),
+            ("liked",),
+            ("third",),
+        ]
+
+
+def test_variants_of_the_command_line() -> None:
+    words = [
+        "wide",
+        "model.experts.count=16",
+        "training.epochs=4",
+        "plain",
+        "features.price=null",
+        "features.x.dim=null",
+    ]
+    assert parse_variants(words) == [
+        Variant("wide", ("model.experts.count=16", "training.epochs=4")),
+        Variant("plain", ("features.x.dim=null",), ("price",)),
+    ]
+    assert parse_variants(words)[1].change == "--features.x.dim=null --features.price=null"
+
+
+def apart(value: float, half: float, p: float) -> Difference:
+    return Difference(value, value - half, value + half, half / 2, 50.0, p, None, half)
+
+
+def report_of(difference: Difference, better: str = "higher", simpler: bool = False) -> ExperimentReport:
+    name = "auc of bought"
+    base = VariantResult("MMoE", "", False, {name: Cell(better, 0.7)}, (), 10, 1.0)
+    other = VariantResult("PLE", "--x=1", simpler, {name: Cell(better, 0.7, difference)}, (name,), 10, 1.0)
+    return ExperimentReport("Title", (1, 2), 100, "users", {}, correct_cells([base, other]), 0.005)
+
+
+@pytest.mark.parametrize(
+    ("report", "says", "adopted"),
+    [
+        (report_of(apart(0.01, 0.005, 0.001)), "`PLE` is better than `MMoE`: auc of bought differs by +0.01", True),
+        (report_of(apart(0.01, 0.005, 0.001)), "adopt `--x=1`, since `PLE` is better", True),
+        (report_of(apart(-0.01, 0.005, 0.001)), "`PLE` is worse than `MMoE`: auc of bought differs by -0.01", False),
+        (report_of(apart(-0.01, 0.005, 0.001), "lower"), "`PLE` is better than `MMoE`", True),
+        (report_of(apart(0.01, 0.005, 0.001), "lower"), "`PLE` is worse than `MMoE`", False),
+        (report_of(apart(0.0, 0.004, 0.9)), "`PLE` is not shown to differ from `MMoE`: ", False),
+        (report_of(apart(0.0, 0.004, 0.9)), "nothing to adopt: no variant is better than `MMoE`", False),
+        (report_of(apart(0.0, 0.004, 0.9), simpler=True), "since `PLE` is simpler and loses at most 0.0040", True),
+        (report_of(apart(0.002, 0.006, 0.9), "lower", True), "nothing to adopt", False),
+        (report_of(apart(0.0, 0.006, 0.9), simpler=True), "nothing to adopt", False),
+        (report_of(apart(0.01, 0.009, 0.06)), ", once corrected for the number of comparisons", False),
+        (report_of(Difference(None)), "how `PLE` differs from `MMoE` can't be told", False),
+        (report_of(apart(0.0, 0.003, 0.9)), "would show a difference of 0.0030 auc of bought", False),
+    ],
+)
+def test_verdicts_in_words(report: ExperimentReport, says: str, adopted: bool) -> None:
+    assert any(says in sentence for sentence in report.sentences), report.sentences
+    assert (report.adopted is not None) == adopted
+
+
+def test_verdicts_are_corrected_for_all_variants() -> None:
+    """p of .03 is significant alone and not beside two others (Holm); the best variant is adopted."""
+    base, other = report_of(apart(0.01, 0.005, 0.03)).variants
+    third = replace(other, name="third", cells={"auc of bought": Cell("higher", 0.7, apart(0.02, 0.005, 0.001))})
+    fourth = replace(other, name="fourth", cells={"auc of bought": Cell("higher", 0.7, apart(0.0, 0.005, 0.9))})
+    report = replace(report_of(Difference(None)), variants=correct_cells([base, other, third, fourth]))
+    corrected = [each.cells["auc of bought"].apart.p_corrected for each in report.variants[1:]]
+    assert corrected == pytest.approx([0.06, 0.003, 0.9])
+    assert report.adopted.name == "third"

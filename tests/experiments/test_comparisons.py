@@ -1,0 +1,312 @@
+"""Variants over several runs: their predictions, differences beside a plain reference, resumption, and refusals."""
+
+import copy
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from scipy.stats import t as student
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.evaluation.intervals import draw_users
+from mmoe_rec.experiments import processes, runner
+from mmoe_rec.experiments.compare import BASE, compare_settings
+from mmoe_rec.experiments.predictions import JudgedRows, Predictions
+from mmoe_rec.experiments.runner import Runner, Task, open_runner
+from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.inference.artifact import Source
+from mmoe_rec.jobs.evaluate import scored_rows
+from mmoe_rec.jobs.train import train_model
+from mmoe_rec.report.experiment import Call
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.training import Training
+from mmoe_rec.training.choices import Choices, Chooser
+from tests.commands import refuse, run_and_read
+from tests.fork_server import MULTIPROCESSING
+from tests.pipelines.learnable_log import settings_tree
+from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World, dying_after
+from tests.report.parsed import Page
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A log whose histories look at the candidate, whose table they share."""
+    made = World.of(tmp_path_factory.mktemp("comparisons"))
+    tree = settings_tree(made.folder, split=FIRST_DAY, training=SMALL | RATES, evaluation=LENIENT)
+    tree["features"]["clicked"]["pooling"] = "attention"
+    (made.folder / "first.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def settings(world: World) -> Settings:
+    return load_settings(world.folder / "first.yaml")
+
+
+def naive_interval(world: World, files: Sequence[Sequence[Path]], task: str) -> tuple[float, float, float]:
+    """The difference of the mean AUCs of two variants and its interval, by scikit-learn and a loop over resamples."""
+    rows = pq.read_table(world.work / "features" / "encoded" / "test").to_pandas()
+    label, users = rows[f"label.{task}"].to_numpy(), rows["user"].astype("category").cat.codes.to_numpy()
+    known, count = ~np.isnan(label), int(users.max()) + 1
+    values = [[pq.read_table(file).column(task).to_numpy() for file in side] for side in files]
+
+    def areas(weights: np.ndarray) -> list[list[float]]:
+        kept = known & (weights > 0)
+        return [[roc_auc_score(label[kept], each[kept], sample_weight=weights[kept]) for each in v] for v in values]
+
+    whole = areas(np.ones(len(label)))
+    redrawn = []
+    for counts in draw_users(count, 100, seed=1):
+        for column in counts.T:
+            base, other = (np.mean(side) for side in areas(column[users]))
+            redrawn.append(other - base)
+    parts = [(np.var(redrawn) * count / (count - 1), count - 1)]
+    parts += [(np.var(side, ddof=1) / len(side), len(side) - 1) for side in whole]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / free for part, free in parts)
+    reach = student.ppf(0.975, freedom) * np.sqrt(variance)
+    middle = float(np.mean(whole[1]) - np.mean(whole[0]))
+    return middle, middle - reach, middle + reach
+
+
+VARIANTS = ("--variant", "long", "training.epochs=2", "--variant", "wide", "model.experts.count=4")
+
+
+@pytest.mark.thorough
+def test_runs_that_are_complete_stay(world: World) -> None:
+    """By the command, after a kill in the fourth of six runs."""
+    words = ["compare", "--config", world.folder / "first.yaml", "--seeds", "2", *VARIANTS]
+    with dying_after(10, seed=18):
+        run_and_read(*words)
+    folder = world.work / "comparison"
+    kept = {file: file.stat().st_mtime_ns for file in folder.rglob("*.parquet")}
+    assert len(kept) == 3, "all variants with the first seed"
+    printed = run_and_read(*words)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    found = (folder / "comparison.json").read_text()
+    for file in list(folder.rglob("*.parquet"))[::2]:
+        file.unlink()
+    assert run_and_read(*words) == printed, "a resumed comparison gives the same result"
+    again = json.loads((folder / "comparison.json").read_text())
+    for tree in (again, found := json.loads(found)):
+        for each in tree["variants"]:
+            del each["seconds"]
+    assert again == found
+    assert found["facts"]["precision"] == "fp32"
+    assert not list(folder.rglob("*.distcp")), "no weights stay"
+    _check_runs(world.client)
+
+
+def plant(task: Task) -> None:
+    """In the place of training: predictions that follow the labels, with 4 experts more than with others."""
+    random = np.random.default_rng([task.settings.training.seed, zlib.crc32(task.variant.name.encode())])
+    rows = JudgedRows.read(task.base, task.prepared, task.split, task.part)
+    gain = (2.0 if task.settings.model.experts.count == 4 else 1.0) + random.normal(0, 0.05)
+    noise = np.random.default_rng(0).normal(size=(2, rows.columns.num_rows))  # the same for all runs
+    noise += random.normal(0, 0.3, noise.shape)
+    values = 1 / (1 + np.exp(-gain * np.nan_to_num(np.stack(list(rows.labels.values())) - 0.5) - noise)).T
+    facts = {"seconds": 1.0, "precision": "fp32", "selecting": gain}
+    Predictions(("click", "liked"), values, values[:, 0]).write(task.file, facts)
+
+
+def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of a plain loop."""
+    monkeypatch.setattr(runner, "_train", plant)
+    monkeypatch.setattr(Runner, "share_choices", lambda *_: None)
+    words = ["compare", "--config", world.folder / "first.yaml", "--seeds", "3", "--training.epochs", "3"]
+    words += ["--variant", "better", "model.experts.count=4", "--variant", "equal", "model.experts.count=5"]
+    printed = run_and_read(*words)
+    folder = world.work / "comparison"
+    found = json.loads((folder / "comparison.json").read_text())
+    assert next(iter(found)) == "sentences"
+    better, equal = "is better than `these settings`", "is not shown to differ from `these settings`"
+    assert found["sentences"][0].startswith(f"`better` {better}: mean auc of click, liked differs by +")
+    assert found["sentences"][1].startswith(f"`equal` {equal}: mean auc of click, liked differs by ")
+    assert found["adopted"] == "better"
+    assert "adopt `--model.experts.count=4`, since `better` is better" in printed
+    page = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).words.split())
+    for sentence in found["sentences"]:
+        assert sentence in printed
+        assert sentence.replace("`", "")[1:] in page
+
+    three = load_settings(world.folder / "first.yaml", ["--training.epochs", "3"])
+    changed = [("better", "model.experts.count=4"), ("equal", "model.experts.count=5")]
+    with open_runner(three, "compare", "test", folder="comparison") as opened:
+        base, *others = opened.train([BASE, *(Variant(name, (change,)) for name, change in changed)], [17, 18, 19])
+    for number, other in enumerate(others, start=1):
+        middle, low, high = naive_interval(world, [base.files, other.files], "click")
+        apart = found["variants"][number]["cells"]["auc of click"]["apart"]
+        assert apart["value"] == pytest.approx(middle, abs=1e-6)
+        assert (apart["low"], apart["high"]) == pytest.approx((low, high), abs=0.15 * (high - low))
+
+
+def _check_runs(client: mlflow.MlflowClient) -> None:
+    """One run with one for each variant and seed, none of which is left open, and no registered model."""
+    runs = client.search_runs([client.get_experiment_by_name("learnable").experiment_id])
+    (parent,) = [each for each in runs if "mlflow.parentRunId" not in each.data.tags]
+    assert len(runs) == 7
+    assert {each.info.status for each in runs} == {"FINISHED"}
+    assert {each.path for each in client.list_artifacts(parent.info.run_id)} == {"report.html", "comparison.json"}
+    assert "long/auc of click" in parent.data.metrics
+    assert not client.search_registered_models()
+
+
+@pytest.mark.thorough
+def test_a_variant_with_other_features_has_features_of_its_own(world: World, settings: Settings) -> None:
+    """The settings' own features stay, and a further run takes those that were built."""
+    variants = [Variant("short", ("features.clicked.length=2",)), Variant("one task", without_tasks=("liked",))]
+    manifest = world.work / "features" / "manifest.json"
+    compare_settings(settings, [], 2)
+    before = manifest.stat().st_mtime_ns
+    report = compare_settings(settings, variants, 2)
+    (own,) = (world.work / "comparison" / "features").glob("*/features/manifest.json")
+    built = own.stat().st_mtime_ns
+    assert compare_settings(settings, variants, 2).sentences == report.sentences
+    assert (manifest.stat().st_mtime_ns, own.stat().st_mtime_ns) == (before, built)
+    short, one_task = report.variants[1:]
+    assert short.judged == ("mean auc of click, liked",)
+    assert short.cells["auc of click"].apart.value != 0
+    assert one_task.judged == ("auc of click",)
+    assert one_task.cells["auc of liked"].call == Call.UNKNOWN
+
+
+def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequence[str] = ()) -> np.ndarray:
+    """What a model predicts whose settings lack features and tasks, by `train`."""
+    tree = copy.deepcopy(yaml.safe_load((world.folder / "first.yaml").read_text()))
+    for section, names in (("features", features), ("tasks", tasks)):
+        for name in names:
+            del tree[section][name]
+    tree["data"]["work"] = str(world.folder / f"without_{'_'.join([*features, *tasks])}")
+    path = world.folder / "anew.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    settings = load_settings(path)
+    train_model(settings, register=False)
+    artifact = Path(tree["data"]["work"]) / "model"
+    return scored_rows(settings, Source(artifact, str(artifact)), "model").predictions
+
+
+def predictions_of(opened: Runner, variant: Variant) -> np.ndarray:
+    (trained,) = opened.train([variant], [17])
+    return Predictions.read(trained.files[0])[0].values
+
+
+@pytest.mark.parametrize(
+    ("features", "tasks"),
+    [
+        pytest.param((), (), marks=pytest.mark.thorough),
+        (("price", "item_click"), ("liked",)),
+        pytest.param(("clicked", "slot"), (), marks=pytest.mark.thorough),
+        pytest.param(("user", "item", "slot", "clicked"), (), marks=pytest.mark.thorough),
+    ],
+)
+def test_what_is_left_out_was_never_there(
+    world: World, settings: Settings, features: tuple[str, ...], tasks: tuple[str, ...]
+) -> None:
+    """Bit for bit, also without placement, without tables, and with one task."""
+    with open_runner(settings, "compare", "test", folder="comparison") as opened:
+        found = predictions_of(opened, Variant("smaller", (), features, tasks))
+    np.testing.assert_array_equal(found, predict_built_anew(world, features, tasks))
+
+
+@pytest.mark.thorough
+def test_a_history_without_its_candidate_is_pooled_by_its_mean(settings: Settings) -> None:
+    """Its table stays, although the candidate's feature, whose table it shares, is left out."""
+    with open_runner(settings, "compare", "test", folder="comparison") as opened:
+        attention = predictions_of(opened, Variant("attention", (), ("item",)))
+        mean = predictions_of(opened, Variant("mean", ("features.clicked.pooling=mean",), ("item",)))
+    np.testing.assert_array_equal(attention, mean)
+
+
+def test_all_runs_compute_in_what_the_first_one_chose(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a later command, whatever a busy machine would choose by then."""
+    tree = settings.model_dump()
+    tree["training"]["precision"] = "auto"
+    tree["data"]["work"] = str(tmp_path)
+    settings, chosen, choose = Settings.model_validate(tree), list[Training](), Chooser.choose
+
+    def busy(chooser: Chooser, training: Training) -> Choices:
+        chosen.append(training)
+        return replace(choose(chooser, training), precision="fp32" if len(chosen) == 1 else "bf16")
+
+    monkeypatch.setattr(Chooser, "choose", busy)
+    for without in ((), ("price",)):
+        with open_runner(settings, "compare", "test") as opened:
+            (found,) = opened.train([Variant("x", (), without)], [17, 18])
+        assert [facts["precision"] for facts in found.facts] == ["fp32", "fp32"]
+    assert len(chosen) == 1
+
+
+@pytest.mark.thorough
+def test_runs_side_by_side_are_those_one_after_the_other(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "multiprocessing", MULTIPROCESSING)
+    variants, found = [BASE, Variant("smaller", (), ("price",), ("liked",))], []
+    for jobs in (2, 1):
+        with open_runner(settings, "compare", "validation", jobs=jobs, folder=f"jobs_{jobs}") as opened:
+            trained = opened.train(variants, [17])
+        found.append([pq.read_table(file).to_pydict() for each in trained for file in each.files])
+    assert found[0] == found[1]
+
+
+@pytest.mark.thorough
+def test_architectures_by_the_command(tmp_path: Path) -> None:
+    world = World.of(tmp_path)
+    printed = run_and_read("compare", "--config", world.folder / "first.yaml", "--architectures", "--seeds", "2")
+    found = json.loads((world.work / "comparison" / "comparison.json").read_text())
+    names = ["MMoE", "shared bottom", "one gate", "PLE", "only click", "only liked", "trees alone"]
+    assert [each["name"] for each in found["variants"]] == names
+    judged = {each["name"]: each["judged"] for each in found["variants"]}
+    assert judged["only click"] == ["auc of click"]
+    assert judged["trees alone"] == ["mean auc of click, liked"]
+    assert found["variants"][-1]["parameters"] is None
+    assert all(sentence in printed for sentence in found["sentences"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--variant", "a", "training.lerning_rate=1"), "variant 'a': there is no option or setting '--training.ler"),
+        (("--variant", "a", "training.epochs=none"), "variant 'a': 'training.epochs' must be a whole number"),
+        (("--variant", "a", "features.prize=null"), "variant 'a': there is no feature 'prize' to leave out."),
+        (("--variant", "a"), "--variant 'a' changes nothing"),
+        (("--variant", "a=1"), "--variant 'a=1' has no name"),
+        (("--variant", "a", "b.c=1", "--variant", "a", "b.c=2"), "--variant 'a' is given twice"),
+        (("--variant", "these settings", "training.epochs=2"), "two variants are named 'these settings'"),
+        (("--seeds", "1"), "1 run of each variant can't show how far runs differ. Give --seeds 2 or more."),
+        (("--architectures", "--features"), "are comparisons of their own"),
+        (("--margin", "0.1"), "--only and --margin belong to --features"),
+        (("--features", "--only", "prize"), "--only 'prize': there is no such feature. Did you mean 'price'?"),
+        (("--features", "--only", "price", "price"), "--only 'price' is given twice"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(
+    world: World, words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert says in refuse(capsys, "compare", "--config", world.folder / "first.yaml", *words)
+
+
+def test_a_comparison_is_one_process(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = refuse(capsys, "compare", "--config", world.folder / "first.yaml")
+    assert told == "error: compare trains in one process. Start it without torchrun."
+
+
+def test_variants_that_leave_nothing_are_refused(settings: Settings) -> None:
+    placement_alone = tuple(name for name in settings.features if name != "slot")
+    cases: list[tuple[Any, ...]] = [((), ("click", "liked")), (placement_alone, ())]
+    with open_runner(settings, "compare", "test", folder="comparison") as opened:
+        for (features, tasks), told in zip(cases, ("all tasks are left out", "no feature describes"), strict=True):
+            with pytest.raises(Exception, match=told):
+                opened.train([Variant("x", (), features, tasks)], [17])
