@@ -21,6 +21,7 @@ from mmoe_rec.model.score import Calibration, TaskCalibration
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.inference.test_passes import assert_same, drawn
 from tests.log.small_logs import DAY, START
+from tests.reference.log import in_units
 
 CALIBRATION = Calibration({"click": TaskCalibration.line(0.6, -1.5)})
 TASKS = ("click", "liked", "spent")
@@ -89,10 +90,10 @@ def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, rank
     training = [row for row in log if row["time"].timestamp() * 1e6 < START + 6 * DAY]
 
     def mean(rows: list[dict[str, Any]], label: str) -> float:
-        return float(np.mean([row[label] for row in rows if row[label] is not None]))
+        return float(np.mean([in_units(row[label]) for row in rows if row[label] is not None]))
 
     def rate(rows: list[dict[str, Any]], label: str) -> float:
-        known = [row[label] for row in rows if row[label] is not None]
+        known = [in_units(row[label]) for row in rows if row[label] is not None]
         return (sum(known) + 20 * mean(training, label)) / (len(known) + 20)
 
     clicked = [row["item"] for row in log if row["user"] == USER and row["click"] == 1]
