@@ -61,27 +61,24 @@ def tune_weights(
         raise UserError("every request of the validation or test rows has one row, which no weights can rank")
     on_validation, on_test = (Sweep(each, tasks, weights, settings.evaluation.resamples) for each in rows)
     chosen, front = on_validation.choose(goal, margins), on_test.find_front().tolist()
-    apart, named = on_test.compare_with_first(chosen), [dict(zip(tasks, each, strict=True)) for each in weights]
+    apart = on_test.compare_with_first(chosen)
     table = Table(" : ".join(tasks), *tasks, "", title="NDCG@10 of each task by weights in the score, test rows")
     for number, of in enumerate(on_test.values):
         marks = [name for name, place in (("the settings'", 0), ("chosen", chosen)) if place == number]
         if front[number] or marks:
             ratios = " : ".join(f"{weight:.3g}" for weight in weights[number])
             table.add_row(ratios, *(f"{value:.4f}" for value in of), ", ".join(marks))
-    tree = {"goal": goal, "margins": margins, "before": named[0], "weights": named[chosen], "front": front}
-    values = [
-        {task: value if math.isfinite(value) else None for task, value in zip(tasks, of, strict=True)}
-        for of in on_test.values.tolist()
-    ]
-    records = [{"weights": each, "values": of} for each, of in zip(named, values, strict=True)]
-    tree |= {"records": records, "apart": {task: asdict(each) for task, each in apart.items()}}
+    values = [[value if math.isfinite(value) else None for value in of] for of in on_test.values.tolist()]
+    tree = {"goal": goal, "margins": margins, "tasks": tasks, "weights": weights, "values": values, "front": front}
+    tree |= {"chosen": chosen, "apart": {task: asdict(each) for task, each in apart.items()}}
     file = (out or work / "tradeoffs") / "tradeoffs.json"
     write_text(file, json.dumps(tree, indent=1))
     told = {task: "nothing" if each.value is None else difference(each) for task, each in apart.items()}
     lines = [f"no weights serve {goal} better within the losses allowed: keep those of the settings"]
-    if chosen:
+    if chosen:  # the first weights are those of the settings
         lines = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in told.items()]
         if (apart[goal].low or 0.0) <= 0:
             lines.append(f"a gain of {goal} is not shown on the test rows: the settings' weights may be as good")
-        lines += [f"  tasks.{task}.score_weight: {weight:.4g}" for task, weight in named[chosen].items()]
+        chosen_weights = zip(tasks, weights[chosen], strict=True)
+        lines += [f"  tasks.{task}.score_weight: {weight:.4g}" for task, weight in chosen_weights]
     show([table, *lines, f"all weights: {file}"])

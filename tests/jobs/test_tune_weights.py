@@ -30,17 +30,18 @@ def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.Captu
     found = json.loads((work / "tradeoffs" / "tradeoffs.json").read_text())
     assert found["goal"] == "click"
     assert found["margins"] == {"liked": 100.0, "spent": 100.0}
-    by_weights = {tuple(each["weights"].values()): each["values"]["click"] for each in found["records"]}
-    before, after = (by_weights[tuple(found[name].values())] for name in ("before", "weights"))
+    assert found["tasks"] == ["click", "liked", "spent"]
+    before, after = (found["values"][number][0] for number in (0, found["chosen"]))
     assert found["apart"]["click"]["value"] == pytest.approx(after - before)
     assert "the settings'" in printed
-    if found["before"] != found["weights"]:
+    if found["chosen"]:
         assert "click: NDCG@10 changes by " in printed
-        assert f"tasks.click.score_weight: {found['weights']['click']:.4g}" in printed
+        assert f"tasks.click.score_weight: {found['weights'][found['chosen']][0]:.4g}" in printed
     # By the weights of the settings, rows rank as the model ranks them; one of the tasks is a regression.
     rows = pd.read_parquet(work / "evaluation" / "predictions.parquet")
     least = {"click": 1e-38, "liked": 1e-38, "spent": 1e-6}
-    logs = sum(weight * np.log(rows[f"predicted_{task}"].clip(least[task])) for task, weight in found["before"].items())
+    weights = dict(zip(found["tasks"], found["weights"][0], strict=True))
+    logs = sum(weight * np.log(rows[f"predicted_{task}"].clip(least[task])) for task, weight in weights.items())
     total = sum(task.score_weight for task in model.settings.tasks.values())
     np.testing.assert_allclose(total * logs, np.log(rows["score"]), rtol=1e-4, atol=1e-4)
     # None gains without a loss, so the weights of the settings stay.
