@@ -18,7 +18,7 @@ import pyarrow as pa
 from mmoe_rec.atomic import write_text
 from mmoe_rec.errors import RequestError, UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import version_of
+from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score_files import known_rows
 from mmoe_rec.live import request_log as names
@@ -96,6 +96,7 @@ def check_skew(
     require_all(settings.schema_, "a skew check")
     model = find_model(address, settings.tracking.address).folder
     window, folder = {"version": version_of(model), "start": start, "end": end}, Path(settings.data.work) / "skew"
+    weights = {task.name: task.score_weight for task in read_artifact(model).tasks if task.kind != "binary"}
     with writing(folder, "a skew check", "set `data.work` to another folder"):
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed check
         try:
@@ -104,7 +105,7 @@ def check_skew(
             served = read_logged(requests, pipeline.schema)
             offline = score_offline(logs_for(settings, pipeline), model, (start, end), folder)
             with open_database(folder / "database", settings.data.memory_gib) as database:
-                report = _compare(database, offline, served, pipeline.schema, window)
+                report = _compare(database, offline, served, pipeline.schema, window, weights)
         except RequestError as error:
             raise UserError(f"the model refuses a value of the log: {error}") from None
         finally:
@@ -205,11 +206,15 @@ def _fill(database: Database, name: str, table: pa.Table, schema: Schema, values
 
 
 def _compare(
-    database: Database, offline: pa.Table, served: pa.Table, schema: Schema, window: Mapping[str, Any]
+    database: Database,
+    offline: pa.Table,
+    served: pa.Table,
+    schema: Schema,
+    window: Mapping[str, Any],
+    weights: Mapping[str, float],
 ) -> dict[str, Any]:
     """Join both sides and compare values; see `check_skew`."""
     values = [name for name in offline.column_names if name.startswith((names.DIGEST, names.PREDICTED, names.SCORE))]
-    weights = {name: task.score_weight for name, task in schema.tasks.items() if task.kind != "binary"}
     _require(served, values)
     _fill(database, "every", offline, schema, values, [])
     _fill(database, "served", served, schema, values, _OF_REPLY)
@@ -243,7 +248,11 @@ def _compare(
             _compare_value(database, name, "score" if is_score else "prediction", is_wrong, rows, (mine, other))
         )
     mismatches, requests = sum(each["mismatches"] for each in compared), "SELECT count(DISTINCT request_key) FROM every"
-    report = {"requests": int(database.row(requests)[0]), "rows": len(offline), "logged_rows": len(served)}
+    report: dict[str, Any] = {
+        "requests": int(database.row(requests)[0]),
+        "rows": len(offline),
+        "logged_rows": len(served),
+    }
     report |= {"compared_rows": rows, "not_compared": not_compared, "rows_with_reply": distinct}
     return {**report, "mismatches": mismatches, "values": compared}
 

@@ -240,9 +240,9 @@ def _returns(first: int, last: int) -> pa.Table:
 def _sent_returns(journal: Path, first: int, last: int) -> str:
     numbers = pa.array(range(first, last), pa.int64())
     writer = Journal(journal)
-    position = str(writer.append(Batch("returns", 0, _returns(first, last).append_column("event_id", numbers))))
+    appended = writer.append(Batch("returns", 0, _returns(first, last).append_column("event_id", numbers)))
     writer.close()
-    return position
+    return str(appended.position)
 
 
 def _other(model: RefreshedModel) -> RefreshedModel:
