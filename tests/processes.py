@@ -37,8 +37,8 @@ def children(parent: int | None, word: str) -> set[int]:
 
 
 def workers(server: int) -> set[int]:
-    """The process ids of a server's workers: children of those that have loaded a model, or do."""
-    return {worker for loaded in children(server, "spawn_main") for worker in children(loaded, "spawn_main")}
+    """The process ids of a server's workers: children of its fork server."""
+    return {worker for forking in children(server, "forkserver") for worker in children(forking, "forkserver")}
 
 
 def is_running(process: int | None) -> bool:

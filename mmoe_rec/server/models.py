@@ -82,16 +82,16 @@ class Models:
         with self._loading:
             try:
                 served = self.open(source)
-                self._replace(served)
+                self.exchange(served)
             except UserError as error:
                 self.failure = str(error)
                 raise
-            self.failure = None
             return served
 
-    def _replace(self, served: ServedModel) -> None:
-        """Serves a model once it has learnt all that the one before has, so that callers who saw events counted will
-        still see that."""
+    def exchange(self, served: ServedModel) -> None:
+        """Serve a model that was opened, once it has learnt all that the one before has, so that callers who saw events
+        counted will still see that."""
+        self.failure = None
         before, learning = self.current.learning, served.learning
         if before is None or learning is None:
             self.current = served

@@ -85,7 +85,7 @@ class RankingQueue:
         self._busy_since: float | None = None
         self.thread = ThreadPoolExecutor(1, "ranking")
         """Of passes, and of what is to be done between them."""
-        self.thread.submit(_take_one_thread)  # now, as a first pass without a thread would count as under way for ever
+        self.thread.submit(take_one_thread)  # now, as a first pass without a thread would count as under way for ever
 
     @property
     def is_stuck(self) -> bool:
@@ -170,7 +170,8 @@ class RankingQueue:
             self._passes.end()
 
 
-def _take_one_thread() -> None:
+def take_one_thread() -> None:
+    """Have torch compute with one thread."""
     import torch
 
     torch.set_num_threads(1)  # of each thread that calls it. Why one: see `mmoe_rec.inference.mlflow_model`

@@ -1,36 +1,46 @@
-"""Serving by several processes that share one listening socket and the memory of one model.
+"""Serving by several workers: processes that listen on one socket, and a parent that starts and replaces them.
 
-The parent looks for models. A generation, which is a process of its own, loads one, and forks workers from itself, so
-that they share its memory; it replaces those that end. Another model is another generation. The
-README says what callers see of it.
+Workers are forked from a process that has imported torch and nothing else (multiprocessing's fork server), so they
+share the memory of all packages. Each worker loads the model. The parent looks for another model, has each worker load
+it beside the old one, and then tells all of them to exchange it. Messages through a worker's pipe:
+
+    parent -> worker    serve; drain; stop; load, source; exchange; failed, sentence;
+                        reloaded, sentence or None, about the model
+    worker -> parent    ready, about the model; failed, error; reload; loaded, error or about the model; exchanged
 """
 
+import asyncio
+import gc
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import queue
+import shutil
+import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-from prometheus_client.multiprocess import mark_process_dead
-
-from mmoe_rec.errors import UserError, catch_stop_signals
+from mmoe_rec.errors import STOP_SIGNALS, UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.server.generation import TICK_SECONDS, Sockets, describe_end, run_generation, tell
-from mmoe_rec.server.metrics import FOLDER_VARIABLE
-from mmoe_rec.server.models import Finder, Reloads, sentence_of
-from mmoe_rec.server.options import Options, address_of, listen
+from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
+from mmoe_rec.server.models import Finder, Models, Reloads, ServedModel, sentence_of
+from mmoe_rec.server.options import Options, address_of, end_process, log_to_stderr
 
-LONGEST_PAUSE_SECONDS = 30.0
-_SHARE_OF_GENERATIONS = 0.95  # of the time to stop: who has not ended by then is killed
+TICK_SECONDS = 0.2
+_LOAD_SECONDS, _EXCHANGE_SECONDS = 600.0, 30.0  # a worker that takes longer hangs, and is replaced
+_PAUSE_SECONDS = 2.0  # before a worker that could not serve is replaced
+_SHARE_OF_WORKERS = 0.9  # of the time to stop: a worker that has not ended by then is killed
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +48,13 @@ _log = logging.getLogger(__name__)
 def serve_by_workers(
     source: Source, state: str | None, finder: Finder, bound: socket.socket, options: Options, poll: float, workers: int
 ) -> int:
-    """Serves a model by several processes until a signal asks to stop; the rest as in `running.serve`.
+    """Serve a model by several processes until a signal asks to stop; arguments as in `running.serve`.
 
-    Gives the exit code: 0 if all that was accepted was answered. Raises UserError for a model that can't be loaded.
+    Returns:
+        The exit code, 0 if all accepted calls were answered.
+
+    Raises:
+        UserError: The model can't be loaded.
     """
     if sys.platform != "linux":
         raise UserError("several workers are forked from one process, which is safe on Linux alone: take --workers 1")
@@ -51,178 +65,337 @@ def serve_by_workers(
     with metrics as folder:
         # Read when packages are imported. Threads of OpenBLAS would not be there after a fork.
         os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
-        give, take = socket.socketpair()
-        take.setblocking(False)
-        serving, ending = socket.socketpair()
-        return _Parent(finder, Sockets(bound, give, take, ending), serving, options, poll, workers).run(source, state)
+        tempfile.tempdir = folder  # so that the fork server's socket is removed with it
+        multiprocessing.util.get_temp_dir()
+        tempfile.tempdir = None
+        return _Parent(source, finder, bound, options, workers).run(state, poll)
+
+
+class _EndedError(UserError):
+    """A worker ended, or hung, before it replied."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker as its parent sees it. replies: to the orders of a reload."""
+
+    number: int
+    source: Source
+    process: BaseProcess
+    pipe: Connection
+    about: dict[str, str | None] | None = None
+    serves: bool = False
+    replies: "queue.SimpleQueue[Any]" = field(default_factory=queue.SimpleQueue)
+
+    def send(self, *message: Any) -> None:
+        """Say something to the worker, unless it has ended."""
+        with suppress(OSError):
+            self.pipe.send(message)
+
+    def wait(self, seconds: float) -> Any:
+        """Return the next reply, or an error for a worker that ends or hangs."""
+        with suppress(queue.Empty):
+            return self.replies.get(timeout=seconds)
+        self.process.kill()
+        return _EndedError(f"a worker did not answer within {seconds:.0f} seconds")
 
 
 class _Parent:
-    """Keeps one generation that serves; those before end by themselves. Its main thread waits for a signal."""
+    """Keeps workers. Its main thread listens to them, and a thread of `Reloads` gives the orders of a reload."""
 
-    def __init__(
-        self, finder: Finder, sockets: Sockets, serving: socket.socket, options: Options, poll: float, workers: int
-    ) -> None:
-        """serving: the other end of `sockets.ending`, open until the server drains. numbers: of children that have
-        processes."""
-        self.sockets, self.options, self.workers, self._poll = sockets, options, workers, poll
-        self._serving, self.numbers = serving, set[int]()
-        self.current: _Child | None = None
-        self.reloads = Reloads(finder, self._exchange)
-        self._ends: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()  # why it ends; None for a signal
-        self._is_ending = False
-        self._exchanging, self._starting = threading.RLock(), threading.Lock()
-        self._children: list[_Child] = []
+    def __init__(self, source: Source, finder: Finder, bound: socket.socket, options: Options, workers: int) -> None:
+        self._source, self._bound, self._options, self._count = source, bound, options, workers
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["mmoe_rec.server.preload"])
+        self._marks = self._context.RawArray("b", workers)  # which workers rank now
+        self._workers = dict[int, _Worker]()
+        self._starts = dict.fromkeys(range(workers), 0.0)  # when to start which worker
+        self._reloads, self._metrics = Reloads(finder, self._take_up), Metrics("parent")
+        self._lock = threading.RLock()
+        self._about: dict[str, str | None] | None = None
+        self._failure: str | None = None
+        self._is_reloading = self._is_draining = False
 
-    def run(self, source: Source, state: str | None) -> int:
-        """Serves until a signal; gives the exit code."""
-        catch_stop_signals(lambda *_: self._ends.put(None))
-        threading.Thread(target=self._start, args=(source, state), daemon=True).start()
-        error = self._wait_for_end()
-        self._serving.close()
-        if self.current is not None:
-            time.sleep(self.options.drain)
-        with self._starting:
-            self._is_ending = True
-        self.sockets.close()
-        until = time.monotonic() + _SHARE_OF_GENERATIONS * self.options.grace
-        children = list(self._children)
-        for child in children:
-            if child.about is None:
-                child.process.kill()
-            else:
-                child.send("stop")
-        for child in children:
-            if not child.has_ended.wait(max(until - time.monotonic(), 0.0)):
-                child.process.kill()
-            child.has_ended.wait()
-        code = int(any(child.about is not None and child.process.exitcode for child in children))
-        if error is not None:
-            raise error
-        return code
-
-    def _wait_for_end(self) -> UserError | None:
-        """Looks up now and then: a signal that comes just before a wait does not end it."""
-        while True:
-            with suppress(queue.Empty):
-                return self._ends.get(timeout=TICK_SECONDS)
-
-    def _start(self, source: Source, state: str | None) -> None:
+    def run(self, state: str | None, poll: float) -> int:
+        """Serve until a signal. Returns the exit code."""
+        stopping = threading.Event()
+        catch_stop_signals(lambda *_: stopping.set())
         try:
-            self._exchange(source)
-        except UserError as error:
-            self._ends.put(error)
-        else:
-            _log.info("serving %s at %s/invocations", source.address, address_of(self.sockets.bound))
-            self.reloads.watch(state, self._poll)
+            while not stopping.is_set():
+                was_serving = self._about is not None
+                self._step()
+                if self._about is not None and not was_serving:
+                    _log.info("serving %s at %s/invocations", self._source.address, address_of(self._bound))
+                    self._reloads.watch(state, poll)
+        except BaseException:
+            self._kill()
+            raise
+        self._is_draining = True
+        self._tell("drain")
+        until = time.monotonic() + self._options.drain
+        while self._about is not None and time.monotonic() < until:
+            self._step()
+        return self._end()
 
-    def _exchange(self, source: Source) -> None:
-        """Serves a model by another generation. Raises UserError for one that can't be loaded."""
-        with self._exchanging:
-            before = self.current
-            with self._starting:  # none that the end does not know of
-                if self._is_ending:
-                    raise UserError("the server is ending")
-                child = _Child(self, source, next(number for number in count() if number not in self.numbers))
-                self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
-            child.has_started.wait()
-            if child.error is not None:
-                if before is not None:
-                    before.send("failed", str(child.error))
-                raise child.error
-            self.current = child
-            if before is None:
-                listen(self.sockets.bound)
+    def _step(self) -> None:
+        """Start workers that lack, and hear what others say."""
+        for number, moment in list(self._starts.items()):
+            if time.monotonic() >= moment:
+                del self._starts[number]
+                self._start(number)
+        pipes = {worker.pipe: worker for worker in self._workers.values()}
+        for pipe in wait([*pipes], TICK_SECONDS):
+            worker = pipes[pipe]  # type: ignore[index]
+            try:
+                what, *rest = worker.pipe.recv()
+            except (EOFError, OSError):
+                self._bury(worker)
+                continue
+            if what == "ready":
+                (worker.about,) = rest
+            elif what == "failed":
+                self._fail(worker, *rest)
+            elif what == "reload":
+                self._reloads.ask().add_done_callback(self._reply_to(worker))
             else:
-                _log.info("serving %s", source.address)
-                before.send("retire")
-                before.has_retired.wait(self.options.grace)
-            child.send("accept", before is not None)
-
-    def replace(self, ended: "_Child") -> None:
-        """Serves the same model again, unless the generation that has ended has another one in its place already."""
-        failures = 0
-        while not self._is_ending:
-            with self._exchanging:
-                if self.current is not ended:
-                    return
-                how = describe_end(ended.process)
-                _log.warning("the process that holds the model ended by %s; another one takes its place", how)
-                try:
-                    return self._exchange(ended.source)
-                except UserError as error:
-                    failures += 1
-                    _log.error("it can't take its place: %s", error)
-            time.sleep(min(2.0**failures, LONGEST_PAUSE_SECONDS))
-
-
-class _Child:
-    """A generation as the parent sees it, in a thread that listens to it.
-
-    has_...: events, all set at its end; error: why it could not serve; about: its model, once it serves; number: of its
-    metric files, which the next child of this number continues.
-    """
-
-    def __init__(self, parent: _Parent, source: Source, number: int) -> None:
-        self.source, self._parent, self.number = source, parent, number
-        self.error: UserError | None = None
-        self.about: dict[str, str | None] | None = None
-        self.has_started, self.has_retired, self.has_ended = threading.Event(), threading.Event(), threading.Event()
-        parent.numbers.add(number)
-        self._lock = threading.Lock()
-        self._pipe, theirs = multiprocessing.Pipe()
-        ours, alive = multiprocessing.Pipe()
-        arguments = (source, parent.sockets, parent.options, parent.workers, theirs, number, alive)
-        self.process = multiprocessing.get_context("spawn").Process(target=run_generation, args=arguments)
-        self.process.start()
-        theirs.close()
-        alive.close()
-        threading.Thread(target=self._listen, daemon=True).start()
-        threading.Thread(target=self._wait_until_gone, args=(ours,), daemon=True).start()
-
-    def send(self, *message: Any) -> None:
-        """Says something, unless it has ended."""
+                worker.replies.put(*rest)
         with self._lock:
-            tell(self._pipe, *message)
+            for worker in self._workers.values():
+                if worker.about is not None and not worker.serves and not self._is_reloading:
+                    self._admit(worker)
 
-    def _listen(self) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                what, *rest = self._pipe.recv()
-                if what == "ready":
-                    (self.about,) = rest
-                    self.has_started.set()
-                elif what == "failed":
-                    (self.error,) = rest
-                elif what == "retired":
-                    self.has_retired.set()
-                elif what == "reload":
-                    self._reload(rest[0])
-        self.process.join()
-        if self.about is None and self.error is None:
-            how = describe_end(self.process)
-            hint = ", as the system does where memory is short" if how == "SIGKILL" else "; its lines say why"
-            self.error = UserError(
-                f"the process that loads the model at '{self.source.address}' was ended by {how}{hint}"
-            )
-        for each in (self.has_started, self.has_retired, self.has_ended):
-            each.set()
-        self._parent.replace(self)
+    def _start(self, number: int) -> None:
+        ours, theirs = self._context.Pipe()
+        arguments = (self._source, self._bound, self._options, self._marks, number, theirs)
+        process = self._context.Process(target=run_worker, args=arguments)
+        process.start()
+        theirs.close()
+        with self._lock:
+            self._workers[number] = _Worker(number, arguments[0], process, ours)
 
-    def _wait_until_gone(self, alive: Connection) -> None:
-        """Remove the gauges of workers that nobody has counted out, as the generation was killed before them."""
-        with suppress(EOFError, OSError):
-            alive.recv()
-        with suppress(OSError):  # The server has ended, and its folder is gone.
-            mark_process_dead(f"{self.number}.*")
-        self._parent.numbers.discard(self.number)
+    def _admit(self, worker: _Worker) -> None:
+        """Let a worker serve that has loaded the model, unless another one has taken the model's place meanwhile."""
+        if worker.source is not self._source:
+            worker.process.kill()
+            return
+        if self._failure is not None:
+            worker.send("failed", self._failure)
+        if self._is_draining:
+            worker.send("drain")
+        worker.send("serve")
+        worker.serves, self._about = True, worker.about
 
-    def _reload(self, worker: int) -> None:
-        """Looks for a model, and tells the worker that wants it what came of it."""
+    def _fail(self, worker: _Worker, error: UserError) -> None:
+        """Note why a worker can't serve, which ends the start."""
+        if self._about is None:
+            raise error
+        _log.error("a worker can't serve: %s", error)
 
-        def tell(done: Future[None]) -> None:
-            error, current = done.exception(), self._parent.current
-            assert current is not None
-            self.send("reloaded", worker, None if error is None else sentence_of(error), current.about)
+    def _bury(self, worker: _Worker) -> None:
+        from prometheus_client.multiprocess import mark_process_dead
 
-        self._parent.reloads.ask().add_done_callback(tell)
+        with self._lock:
+            del self._workers[worker.number]
+            worker.pipe.close()
+        worker.process.join()
+        self._marks[worker.number] = 0  # it may have ended in a pass
+        mark_process_dead(str(worker.number))  # what it had under way; what it has counted stays
+        how = _describe_end(worker.process)
+        hint = ", as the system does where memory is short" if how == "SIGKILL" else "; its lines say why"
+        error = _EndedError(f"a process that loads the model at '{self._source.address}' was ended by {how}{hint}")
+        worker.replies.put(error)
+        if self._about is None:
+            raise error
+        if worker.source is self._source:
+            _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
+        self._starts[worker.number] = time.monotonic() + (0.0 if worker.about is not None else _PAUSE_SECONDS)
+
+    def _reply_to(self, worker: _Worker) -> Callable[[Future[None]], None]:
+        def reply(done: Future[None]) -> None:
+            error = done.exception()
+            with self._lock:
+                worker.send("reloaded", None if error is None else sentence_of(error), self._about)
+
+        return reply
+
+    def _take_up(self, source: Source) -> None:
+        """Have all workers load a model, and then exchange it. Raises UserError for one that can't be loaded."""
+        with self._lock:
+            workers = [worker for worker in self._workers.values() if worker.serves]
+            self._is_reloading = True
+            self._tell("load", source)
+        try:
+            found = [worker.wait(_LOAD_SECONDS) for worker in workers] or [_EndedError("no worker serves now")]
+            loaded = [about for about in found if not isinstance(about, UserError)]
+            errors = [error for error in found if isinstance(error, UserError)]
+            # A worker that ended is replaced by one that loads the new model.
+            if refused := [error for error in errors if not loaded or not isinstance(error, _EndedError)]:
+                self._failure = str(refused[0])
+                self._tell("failed", self._failure)
+                self._metrics.reloads.labels("failed").inc()
+                raise refused[0]
+            self._source, self._about, self._failure = source, loaded[0], None
+            for worker in workers:
+                worker.source = source
+            self._tell("exchange")
+            for worker in workers:
+                worker.wait(_EXCHANGE_SECONDS)
+            self._metrics.reloads.labels("done").inc()
+            _log.info("serving %s", source.address)
+        finally:
+            self._is_reloading = False
+
+    def _tell(self, *message: Any) -> None:
+        """Say something to all workers that serve."""
+        with self._lock:
+            for worker in self._workers.values():
+                if worker.serves:
+                    worker.send(*message)
+
+    def _end(self) -> int:
+        """Have all workers answer what they have accepted. Returns the exit code."""
+        self._tell("stop")
+        self._bound.close()
+        until = time.monotonic() + _SHARE_OF_WORKERS * self._options.grace
+        serving = [worker.process for worker in self._workers.values() if worker.serves]
+        for process in serving:
+            process.join(max(until - time.monotonic(), 0.0))
+            if process.is_alive():
+                _log.warning("worker %s does not end and is killed", process.pid)
+        self._kill()
+        return int(any(process.exitcode for process in serving))
+
+    def _kill(self) -> None:
+        for worker in list(self._workers.values()):
+            worker.process.kill()
+            worker.process.join()
+
+
+def _describe_end(process: BaseProcess) -> str:
+    """Return how a process has ended, for people."""
+    code = process.exitcode or 0
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+# A worker
+
+
+def run_worker(
+    source: Source, bound: socket.socket, options: Options, marks: Any, number: int, pipe: Connection
+) -> None:
+    """Load a model, and serve it until the parent says otherwise, or has ended.
+
+    Args:
+        source: The model.
+        bound: Socket to listen on.
+        options: How to serve.
+        marks: Which workers rank now, in memory that they share.
+        number: Number of this worker. A later worker of this number continues its metric files.
+        pipe: Pipe to the parent.
+    """
+    for each in STOP_SIGNALS:  # Any may reach all processes of a service. The parent passes it on.
+        signal.signal(each, signal.SIG_IGN)
+    log_to_stderr()
+    from mmoe_rec.server.app import Application
+    from mmoe_rec.server.ranking_queue import Passes, take_one_thread
+    from mmoe_rec.server.running import Server
+
+    take_one_thread()
+    try:
+        models, metrics = Models(options, source), Metrics(str(number))
+        metrics.show_model(models.current.about())
+        talk = _Talk(pipe, models, metrics)
+        server = Server(Application(models, metrics, talk.reload, Passes(marks, number)), is_worker=True)
+        pipe.send(("ready", models.current.about()))
+        talk.wait_for_start(server)
+        server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), talk.obey, server))
+    except UserError as error:
+        with suppress(OSError):
+            pipe.send(("failed", error))
+        end_process(1)
+    if talk.is_orphan:  # the parent was killed, and removes no folder
+        shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
+    end_process(0)
+
+
+class _Talk:
+    """A worker's end of the pipe. Used in its main thread alone."""
+
+    def __init__(self, pipe: Connection, models: Models, metrics: Metrics) -> None:
+        self._pipe, self._models, self._metrics = pipe, models, metrics
+        self._reloads = list[asyncio.Future[Any]]()  # replies come in this order
+        self._loaded: ServedModel | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self.is_orphan = False
+
+    def wait_for_start(self, server: Any) -> None:
+        """Obey the parent until it says that this worker may serve."""
+        while not self.is_orphan and (message := self._receive())[0] != "serve":
+            self._do(server, *message)
+
+    def obey(self, server: Any) -> None:
+        """Do what a message says; in the event loop."""
+        self._do(server, *self._receive())
+
+    async def reload(self) -> dict[str, str | None]:
+        """Ask for the model that the address names now. Returns its description once it is served."""
+        done = asyncio.get_running_loop().create_future()
+        self._reloads.append(done)
+        self._send("reload")
+        failure, about = await done
+        if failure is not None:
+            raise UserError(failure)
+        return dict(about)
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            _log.warning("the parent has ended, and so does this worker")
+            self.is_orphan = True
+            return ("stop",)
+
+    def _send(self, *message: Any) -> None:
+        with suppress(OSError):
+            self._pipe.send(message)
+
+    def _do(self, server: Any, what: str, *rest: Any) -> None:
+        if what == "load":
+            self._run(self._load, *rest)
+        elif what == "exchange":
+            self._run(self._exchange)
+        elif what == "failed":
+            (self._models.failure,), self._loaded = rest, None
+        elif what == "reloaded":
+            if not (done := self._reloads.pop(0)).done():
+                done.set_result(rest)
+        elif what == "drain":
+            server.drain()
+        else:
+            server.stop()
+            if self.is_orphan and server.started:
+                asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+
+    def _run(self, work: Callable[..., tuple[Any, ...]], *arguments: Any) -> None:
+        """Do something in a thread, and tell the parent what came of it."""
+        from mmoe_rec.server.ranking_queue import take_one_thread
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "loading", initializer=take_one_thread)
+        done = asyncio.wrap_future(self._thread.submit(work, *arguments))
+        done.add_done_callback(lambda done: self._send(*done.result()))
+
+    def _load(self, source: Source) -> tuple[Any, ...]:
+        try:
+            self._loaded = self._models.open(source)
+            return "loaded", self._loaded.about()
+        except UserError as error:
+            return "loaded", error
+
+    def _exchange(self) -> tuple[Any, ...]:
+        assert self._loaded is not None, "it was loaded"
+        self._models.exchange(self._loaded)
+        self._metrics.show_model(self._loaded.about())
+        self._loaded = None
+        gc.collect()  # the model before goes at once
+        return "exchanged", None

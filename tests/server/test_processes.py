@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from uvicorn.server import ServerState
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.app import Application
+from mmoe_rec.server.connections import BoundedConfig, BoundedProtocol, Bounds
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import MEBIBYTE, Options, listen, listening_socket
-from mmoe_rec.server.running import Server, protocol
+from mmoe_rec.server.options import Options, listen, listening_socket
 from tests.fork_server import Command, run_command
 from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, serving
 from tests.inference.small_model import SmallModel
-from tests.processes import PATIENCE, children, is_running, until, workers
+from tests.processes import PATIENCE, is_running, until, workers
 from tests.server.asking import element, logged
 from tests.server.slow_server import SLOW_USER
 
@@ -80,10 +79,6 @@ class Running:
         except ConnectionResetError:
             return False
         return False
-
-    def generations(self) -> set[int]:
-        """The process ids of those that have loaded a model, or do."""
-        return children(self.process.pid, "spawn_main")
 
     def workers(self) -> set[int]:
         """The process ids of all workers."""
@@ -195,7 +190,7 @@ def test_a_closing_terminal_loses_nothing(small: SmallModel, tmp_path: Path, wor
     with served(small.folder, tmp_path, *words, TMPDIR=str(temporary)) as running:
         for _ in range(4):
             assert running.send(GOOD)[0] == 200
-        processes = running.workers() | running.generations()
+        processes = running.workers()
         with half_sent(running) as caller:
             os.killpg(running.process.pid, signal.SIGHUP)
             until(running.refuses)
@@ -298,8 +293,7 @@ def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(small: Sma
     models = Models(Options(), Source(small.folder, "models:/small/7"))
 
     async def replies(data: bytes) -> bytes:
-        kind = protocol(60, 2**20, lambda: True)
-        config = uvicorn.Config(Application(models), http=kind, ws="none", lifespan="off", log_config=None)
+        config, kind = BoundedConfig(Application(models), Bounds(60, 2**20, lambda: True)), BoundedProtocol
         config.load()
         made = {"config": config, "server_state": ServerState(), "app_state": {}}
         async with await asyncio.get_running_loop().create_server(lambda: kind(**made), "127.0.0.1", 0) as server:
@@ -313,39 +307,6 @@ def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(small: Sma
     assert asyncio.run(replies(b"")) == b""
     one = asyncio.run(replies(call()))
     assert one.count(b"HTTP/1.1 ") == one.count(b"HTTP/1.1 200 OK") == one.count(b"connection: close") == 1
-
-
-def test_a_connection_that_was_just_accepted_is_handed_over(small: SmallModel) -> None:
-    """One that comes in the same step of the event loop as the message to retire."""
-    give, take = socket.socketpair()
-    told, tell = os.pipe()
-    bound, caller = listening_socket("127.0.0.1", 0), socket.socket()
-    models = Models(Options(), Source(small.folder, "models:/small/7"))
-    take.setblocking(False)
-    server = Server(Application(models), give, take)
-    messages: list[str] = []
-    tasks: list[asyncio.Task[None]] = []
-
-    def retire() -> None:
-        asyncio.get_running_loop().remove_reader(told)
-        server.retire(lambda: messages.append("retired"))
-
-    async def come_and_go() -> None:
-        asyncio.get_running_loop().add_reader(told, retire)
-        while not server.started:
-            await asyncio.sleep(0)
-        caller.connect(bound.getsockname())
-        caller.sendall(call())
-        os.write(tell, b"x")
-
-    with give, take, bound, caller:
-        server.serve_on(bound, lambda: tasks.append(asyncio.get_running_loop().create_task(come_and_go())))
-        assert messages == ["retired"]
-        _, (handle,), _, _ = socket.recv_fds(take, 1, 1)
-        with socket.socket(fileno=handle) as handed:
-            assert handed.recv(MEBIBYTE) == call()
-    for each in (told, tell):
-        os.close(each)
 
 
 def send_for_ever(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
