@@ -45,19 +45,17 @@ def leave_out(feature: Health, health: Health, unless: str = "") -> Advice:
     return {"do": f"leave out `{name}`{of_table}{unless}", "override": override}
 
 
-def lengthen_split(health: Health, split: str, rarer: int, needed: int) -> Iterator[Advice]:
-    """An earlier start of a split that would have as many labels as needed, if their rate stays the same."""
-    overview = health["overview"]
-    splits = overview["splits"]
+def lengthen_split(health: Health, split: str, rarer: int, needed: int) -> Advice:
+    """Start a split earlier, so that it has as many labels as needed if their rate stays the same."""
+    splits = health["overview"]["splits"]
     before, key = {"test": ("validation", "validation_end"), "validation": ("train", "train_end")}[split]
     what = f"begin the {split} rows earlier, or take a log of more rows"
-    if overview["first_request"] is None or not rarer:
-        yield change(what)
-        return
+    if health["overview"]["first_request"] is None or not rarer:
+        return change(what)
     first, last = (_time(splits[split][name]) for name in ("first_request", "last_request"))
     start = last - (last - first) * (1.2 * needed / rarer)
-    earliest = _time(splits[before]["first_request"])
-    yield change(what, f"split.{key}", start.date()) if start > earliest + timedelta(days=1) else change(what)
+    is_possible = start > _time(splits[before]["first_request"]) + timedelta(days=1)
+    return change(what, f"split.{key}", start.date()) if is_possible else change(what)
 
 
 def know_more(feature: Health, health: Health) -> Iterator[Advice]:

@@ -1,4 +1,4 @@
-"""Encoded rows -> what an inspection counts of them, by SQL: in bounded memory, however many rows there are.
+"""Count encoded rows by SQL, in bounded memory however many rows there are.
 
 PSI, the population stability index, between training shares p and test shares q of the same bins:
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +25,10 @@ import pyarrow.parquet as pq
 from mmoe_rec.batches.encoded_rows import ADVICE, EncodedRows
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.profiling.forecast import LEAST_USERS, MOST_ROWS, MOST_VALUES, Drawn
+from mmoe_rec.profiling.quick_model import Drawn
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.schema import Meaning, Schema
 
@@ -35,6 +37,10 @@ WHOS = ("user", "candidate", "request")  # read beside the model's inputs, as is
 RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
 FREQUENT = 50  # most frequent table rows that drift is measured in
 PSI_BINS = 20
+MOST_ROWS = {"validation": 50_000, "test": 250_000}
+"""Rows that the quick model reads. Within users it needs many test rows."""
+MOST_VALUES = 20_000_000
+"""Numbers that the quick model reads of a split, so that memory holds wide rows."""
 
 
 def psi(train: np.ndarray, test: np.ndarray) -> tuple[float | None, float | None]:
@@ -91,61 +97,32 @@ def _numbers(dense: tuple[DenseInput, ...], feature: str) -> tuple[NumberInput, 
 
 
 @dataclass(frozen=True)
-class IdSums:
-    """What is counted of one id input over a table of R rows.
+class IdCounts:
+    """Counts of one id input over a table of R rows.
 
-    counts: split -> (R,) look-ups; a row of the log without any id counts as a look-up of row 0, as missing; empty:
-    split -> rows without any id; areas: for each task, how well the training rates of the ids rank validation rows.
+    Attributes:
+        lookups: Split -> (R,) lookups. A row of the log without any id counts as a lookup of row 0, as missing.
+        empty: Split -> rows without any id.
+        areas: For each task, how well the training rates of the ids rank validation rows.
     """
 
-    counts: dict[str, np.ndarray]
+    lookups: dict[str, np.ndarray]
     empty: dict[str, int]
     areas: Sequence[float | None]
 
-    def distinct(self, meaning: Meaning) -> int:
-        """Known ids, or buckets, that occur in training rows."""
-        return int((self.counts["train"][meaning.first_known :] > 0).sum())
-
-    def rows_per_id(self, meaning: Meaning) -> float | None:
-        """Training look-ups of known ids for each that occurs; None without one."""
-        known = self.counts["train"][meaning.first_known :]
-        return float(known.sum() / (known > 0).sum()) if known.any() else None
-
-    def seldom_share(self, meaning: Meaning, fewest: int) -> float | None:
-        """Share of test look-ups whose id is known from fewer training rows; None without look-ups."""
-        train, test = (self.counts[split][meaning.first_known :] for split in ("train", "test"))
-        total = self.counts["test"].sum()
-        return float(test[train < fewest].sum() / total) if total else None
-
-    def unknown_share(self, split: str, meaning: Meaning) -> float | None:
-        """Share of the ids given that are out of the vocabulary; None where there is no such thing, or no id."""
-        counts = self.counts[split][int(meaning.missing) :]
-        if not meaning.unknown or not counts.sum():
-            return None
-        return float(counts[: meaning.unknown].sum() / counts.sum())
-
-    def psi_counts(self, meaning: Meaning) -> tuple[list[int | str], np.ndarray, np.ndarray]:
-        """Table rows (or 'missing', 'unknown', 'all others'), training and test counts of the bins of drift."""
-        first = meaning.first_known
-        known = self.counts["train"][first:]
-        frequent = np.argsort(-known, kind="stable")[:FREQUENT] + first
-        names = ["all others"] * (len(known) > FREQUENT) + ["unknown"] * bool(meaning.unknown)
-        names += ["missing"] * meaning.missing
-
-        def count(counts: np.ndarray) -> np.ndarray:
-            unknown, others = counts[int(meaning.missing) : first].sum(), counts[first:].sum() - counts[frequent].sum()
-            told = {"all others": others, "unknown": unknown, "missing": counts[0]}
-            return np.array([*counts[frequent], *(told[name] for name in names)], np.float64)
-
-        return [*frequent.tolist(), *names], count(self.counts["train"]), count(self.counts["test"])
-
 
 @dataclass(frozen=True)
-class NumberSums:
-    """What is counted of one dense input. bins: names of those that drift is measured in, at the input's edges, or else
-    about `PSI_BINS` of equal training mass, then missing values; counts: split -> (bins,) rows; distinct: different
-    values in training rows; areas: for each task, how well the number alone ranks validation rows, whichever way round,
-    missing values at the better end."""
+class NumberCounts:
+    """Counts of one dense input.
+
+    Attributes:
+        bins: Names of the bins of drift, at the input's edges, or else about `PSI_BINS` of equal training mass. The
+            last bin holds missing values.
+        counts: Split -> (bins,) rows.
+        distinct: Different values in training rows.
+        areas: For each task, how well the number alone ranks validation rows, whichever way round, with missing values
+            at the better end.
+    """
 
     bins: list[str]
     counts: dict[str, np.ndarray]
@@ -154,39 +131,28 @@ class NumberSums:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """Rows, and for each task the observed labels and their sum."""
+class Counts:
+    """Counts of a data set.
 
-    rows: int
-    observed: Sequence[int]
-    total: Sequence[float]
-
-
-@dataclass(frozen=True)
-class SplitSums:
-    """Labels, times (microseconds) and numbers of different users, candidates and requests of a split."""
-
-    labels: Labels
-    first: int
-    last: int
-    who: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Sums:
-    """All that is counted. weeks: (start of the week, split) -> labels; users_in_both: the share of the users of test
-    rows that training rows have too; same_share: for each task, the commonest share of positives in a training request
-    of several rows, in which share of these requests it is, and their number; ids, numbers: by the name of the input;
-    drawn: rows that stand for validation and test rows."""
+    Attributes:
+        splits: Split -> rows, users, times and labels, as `health.json` holds them.
+        weeks: Labels of each split by week, from Monday 00:00 UTC.
+        users_in_both: Fraction of the users of test rows that training rows have too.
+        same_fraction: For each task, the commonest fraction of positives in training requests of several rows, the
+            fraction of these requests that have it, and the number of these requests.
+        ids: Name of the input -> counts.
+        numbers: Name of the input -> counts.
+        drawn: Rows that stand for validation and test rows.
+    """
 
     layout: Layout
     features: Sequence[FeatureInputs]
-    splits: dict[str, SplitSums]
-    weeks: dict[tuple[int, str], Labels]
+    splits: dict[str, dict[str, Any]]
+    weeks: list[dict[str, Any]]
     users_in_both: float
-    same_share: Sequence[tuple[float, float, int] | None]
-    ids: dict[str, IdSums]
-    numbers: dict[str, NumberSums]
+    same_fraction: Sequence[tuple[float, float, int] | None]
+    ids: dict[str, IdCounts]
+    numbers: dict[str, NumberCounts]
     drawn: Drawn
 
 
@@ -196,41 +162,46 @@ def collect(
     scratch: Path,
     memory_gib: float = MEMORY_GIB,
     workers: int | None = None,
-) -> Sums:
-    """Sums of all encoded rows.
+) -> Counts:
+    """Count all encoded rows.
 
-    scratch: folder for what memory does not hold, which is made and removed; memory_gib, workers: as for
-    `open_database`. Raises UserError for a split without rows, and for rows that can't be read.
+    Args:
+        prepared: Folder of the features.
+        schema: Schema of the log.
+        scratch: Folder for data that memory does not hold. It is made and removed.
+        memory_gib: As for `open_database`.
+        workers: As for `open_database`.
+
+    Raises:
+        UserError: A split has no rows, or rows can't be read.
     """
     import duckdb
 
     prepared.require_rows(*SPLITS)
     layout, features = prepared.layout, feature_inputs(schema, prepared.layout)
     for split in SPLITS:
-        EncodedRows(prepared.split(split), layout)  # which says what is wrong with the files
-    ids, numbers, tasks = dict[str, IdSums](), dict[str, NumberSums](), range(len(layout.tasks))
+        EncodedRows(prepared.split(split), layout)  # It explains wrong files better than DuckDB does.
+    ids, numbers, tasks = dict[str, IdCounts](), dict[str, NumberCounts](), range(len(layout.tasks))
     try:
         with open_database(scratch, memory_gib, workers) as database:
             for split in SPLITS:
                 _view(database, split, prepared)
-            splits, weeks = _count_labels(database, tasks)
+            splits, weeks = _count_labels(database, layout)
             both = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
             (users_in_both,) = database.row(both)
-            same_share = [_count_same_share(database, task) for task in tasks]
-            width = len(layout.dense) + len(layout.ids) * len(tasks)
-            most = {split: min(rows, MOST_VALUES // max(1, width)) for split, rows in MOST_ROWS.items()}
-            share, rates = _draw(database, splits, most), list[np.ndarray]()
+            same_fraction = [_count_same_fraction(database, task) for task in tasks]
+            rates = list[np.ndarray]()
+            _draw(database, splits, len(layout.dense) + len(layout.ids) * len(tasks))
             with bar() as progress:
                 for feature in progress.track(features, description="inspecting"):
                     for each in feature.ids:
                         ids[each.name], of_rows = _count_ids(database, layout, each)
-                        if not each.placement:
-                            rates.append(of_rows)
+                        rates += [] if each.placement else [of_rows]
                     numbers |= _count_numbers(database, feature, tasks)
-            drawn = _read_drawn(database, layout, rates, share)
+            drawn = _read_drawn(database, layout, rates)
     except duckdb.Error as error:
         raise UserError(f"the rows in '{prepared.folder}' can't be read ({first_line(error)}); {ADVICE}") from None
-    return Sums(layout, features, splits, weeks, users_in_both, same_share, ids, numbers, drawn)
+    return Counts(layout, features, splits, weeks, users_in_both, same_fraction, ids, numbers, drawn)
 
 
 def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
@@ -255,107 +226,119 @@ def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
     database.run(f"CREATE VIEW {split} AS SELECT {wanted} FROM {source}")
 
 
-def _count_labels(
-    database: Database, tasks: Sequence[int]
-) -> tuple[dict[str, SplitSums], dict[tuple[int, str], Labels]]:
-    """Of each split, and of each week of a split, from Monday 00:00 UTC."""
-    splits, weeks = dict[str, SplitSums](), dict[tuple[int, str], Labels]()
-    labels = "".join(f", count(l{task}), coalesce(sum(l{task}), 0)" for task in tasks)
+def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Describe the rows and labels of each split, and the labels by week."""
+    splits, weeks = dict[str, dict[str, Any]](), dict[int, dict[str, Any]]()
+    labels = "".join(f", count(l{task}), coalesce(sum(l{task}), 0)" for task in range(len(layout.tasks)))
     who = "".join(f", count(DISTINCT w{place})" for place in range(len(WHOS)))
     week = "epoch_us(date_trunc('week', make_timestamp(t)))"
+
+    def describe(rows: int, *its: float) -> dict[str, Any]:
+        return {
+            task.name: {
+                "kind": task.kind,
+                "observed": observed,
+                "share_observed": observed / rows,
+                "rate": total / observed if observed else None,
+            }
+            for task, observed, total in zip(layout.tasks, its[::2], its[1::2], strict=True)
+        }
+
     for split in SPLITS:
-        rows, *its = database.row(f"SELECT count(*){labels} FROM {split}")
         first, last, *different = database.row(f"SELECT min(t), max(t){who} FROM {split}")
-        people = dict(zip(WHOS, different, strict=True))
-        splits[split] = SplitSums(Labels(rows, its[::2], its[1::2]), first, last, people)
+        rows, *its = database.row(f"SELECT count(*){labels} FROM {split}")
+        splits[split] = {
+            "rows": rows,
+            **{f"{name}s": count for name, count in zip(WHOS, different, strict=True)},
+            "first_request": format_time(first),
+            "last_request": format_time(last),
+            "tasks": describe(rows, *its),
+        }
         for start, rows, *its in database.rows(f"SELECT {week} AS week, count(*){labels} FROM {split} GROUP BY week"):
-            weeks[start, split] = Labels(rows, its[::2], its[1::2])
-    return splits, weeks
+            weeks.setdefault(start, {})[split] = {"rows": rows, "tasks": describe(rows, *its)}
+    return splits, [{"week": format_time(start)[:10], "splits": its} for start, its in sorted(weeks.items())]
 
 
-def _count_same_share(database: Database, task: int) -> tuple[float, float, int] | None:
-    """Of training requests with several observed rows; None where there are none."""
-    shares = f"SELECT avg(p{task}::INT) AS share FROM train GROUP BY w2 HAVING count(p{task}) > 1"
-    counts = f"SELECT share, count(*) AS requests, sum(requests) OVER () AS total FROM ({shares}) GROUP BY share"
-    for share, requests, total in database.rows(f"{counts} ORDER BY requests DESC, share LIMIT 1"):
-        return share, requests / total, total
+def _count_same_fraction(database: Database, task: int) -> tuple[float, float, int] | None:
+    """Return the numbers of `same_fraction`, None without training requests of several observed rows."""
+    parts = f"SELECT avg(p{task}::INT) AS part FROM train GROUP BY w2 HAVING count(p{task}) > 1"
+    counts = f"SELECT part, count(*) AS requests, sum(requests) OVER () AS total FROM ({parts}) GROUP BY part"
+    for part, requests, total in database.rows(f"{counts} ORDER BY requests DESC, part LIMIT 1"):
+        return part, requests / total, total
     return None
 
 
-def _draw(database: Database, splits: Mapping[str, SplitSums], most: Mapping[str, int]) -> float:
-    """Makes a table of about so many rows of validation, by whole requests, and of test, by whole users as long as
-    there are many; gives the share of test rows that was drawn."""
-    parts, share = list[str](), 1.0
-    for split in most:
-        every = -(-splits[split].labels.rows // most[split])
-        users = min(every, max(1, splits[split].who["user"] // LEAST_USERS)) if split == "test" else 1
-        apart = {"w0": users, "w2": -(-every // users)}
-        kept = " AND ".join(f"hash({column}) % {number} = 0" for column, number in apart.items())
-        parts.append(f"SELECT {split == 'test'} AS is_test, * FROM {split} WHERE {kept}")
-        share = 1 / (apart["w0"] * apart["w2"]) if split == "test" else share
+def _draw(database: Database, splits: Mapping[str, Mapping[str, Any]], width: int) -> None:
+    """Make the table `drawn` of whole requests of validation and test rows, about as many rows as `MOST_ROWS` says."""
+    parts = []
+    for split, most in MOST_ROWS.items():
+        every = -(-splits[split]["rows"] // min(most, MOST_VALUES // max(1, width)))
+        parts.append(f"SELECT {split == 'test'} AS is_test, * FROM {split} WHERE hash(w2) % {every} = 0")
     database.run(f"CREATE TABLE drawn AS SELECT row_number() OVER () - 1 AS row, * FROM ({' UNION ALL '.join(parts)})")
-    return share
 
 
-def _read_drawn(database: Database, layout: Layout, rates: Sequence[np.ndarray], share: float) -> Drawn:
-    tasks = range(len(layout.tasks))
+def _read_drawn(database: Database, layout: Layout, rates: Sequence[np.ndarray]) -> Drawn:
+    """Read the numbers and labels of the drawn rows. rates: (N, T) of each id input."""
     dense = [f"d{place}" for place, number in enumerate(layout.dense) if not number.placement]
-    columns = [*dense, *(f"p{task}" for task in tasks)]
-    wanted = "".join(f", {column}::FLOAT AS {column}" for column in columns)
-    found = database.table(
-        f"SELECT is_test, dense_rank() OVER (ORDER BY w0) - 1 AS user{wanted} FROM drawn ORDER BY row"
-    )
+    labels = [f"p{task}" for task in range(len(layout.tasks))]
+    wanted = "".join(f", {column}::FLOAT AS {column}" for column in [*dense, *labels])
+    found = database.table(f"SELECT is_test, dense_rank() OVER (ORDER BY w0) AS user{wanted} FROM drawn ORDER BY row")
     read = {name: found[name].to_numpy() for name in found.column_names}
-    rows = len(found)
 
-    def stack(names: Sequence[str]) -> np.ndarray:
-        return np.column_stack([read[name] for name in names]) if names else np.empty((rows, 0), np.float32)
+    def stack(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        return np.stack(arrays, axis=1) if arrays else np.empty((len(found), *shape), np.float32)
 
-    of_ids = np.stack(rates, axis=1) if rates else np.empty((rows, 0, len(tasks)), np.float32)
-    labels = stack(columns[len(dense) :])
-    return Drawn(stack(dense), of_ids, labels, read["user"], read["is_test"], share)
+    values, positive = (stack([read[name] for name in names], (0,)) for names in (dense, labels))
+    return Drawn(values, stack(rates, (0, len(labels))), positive, read["user"], read["is_test"])
 
 
-def _count_ids(database: Database, layout: Layout, each: IdInput) -> tuple[IdSums, np.ndarray]:
-    """What is counted of an input, and for each drawn row and task its rate. The rate of an id is its share of
-    positives in training, with `RATE_SMOOTHING` rows of the overall share; that of a list is the mean of its ids'."""
+def _count_ids(database: Database, layout: Layout, each: IdInput) -> tuple[IdCounts, np.ndarray]:
+    """Count the lookups of an input and rate each drawn row by its ids.
+
+    The rate of an id is the fraction of positives in training, with `RATE_SMOOTHING` rows of the overall fraction. The
+    rate of a list is the mean rate of the ids.
+
+    Returns:
+        The counts, and (N, T) float32 rates of the drawn rows.
+    """
     tasks, column, rows = range(len(layout.tasks)), f"i{layout.ids.index(each)}", layout.table(each.table).rows
-    looked_up, none = (f"unnest({column})", "[0]") if each.many else (column, "0")
+    id_, none = (f"unnest({column})", "[0]") if each.many else (column, "0")
     positive = "".join(f", p{task}" for task in tasks)
-    counts, empty, rates = dict[str, np.ndarray](), dict[str, int](), {"id": np.arange(rows)}
+    lookups, empty, rates = dict[str, np.ndarray](), dict[str, int](), {"id": np.arange(rows)}
     for split in ("test", "train"):
         (empty[split],) = database.row(f"SELECT count(*) FILTER ({column} = {none}) FROM {split}")
-        of_rows = f"SELECT {looked_up} AS id{positive} FROM {split}"
+        of_rows = f"SELECT {id_} AS id{positive} FROM {split}"
         found = database.table(f"SELECT id, count(*) AS rows{_labels(tasks)} FROM ({of_rows}) GROUP BY id")
         named = {name: np.zeros(rows, np.int64) for name in found.column_names}
         for name, values in named.items():
             values[found["id"].to_numpy()] = found[name].to_numpy()
-        counts[split] = named["rows"]
+        lookups[split] = named["rows"]
     for task in tasks:
         positives, observed = named[f"k{task}"], named[f"k{task}"] + named[f"n{task}"]
         overall = positives.sum() / max(observed.sum(), 1)
         rates[f"r{task}"] = (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
     table = pa.table(rates)
     database.fill("rates", table.schema, [table])
-    of_rows = f"SELECT row_number() OVER () AS row, {column}{positive} FROM validation"
-    of_rows = f"SELECT row, {looked_up} AS id{positive} FROM ({of_rows})"
     means = "".join(f", any_value(p{task}) AS p{task}, avg(r{task}) AS r{task}" for task in tasks)
-    database.run(f"CREATE TABLE scored AS SELECT row{means} FROM ({of_rows}) JOIN rates USING (id) GROUP BY row")
+
+    def rated(source: str) -> str:
+        of_rows = f"SELECT row, {id_} AS id{positive} FROM {source}"
+        return f"SELECT row{means} FROM ({of_rows}) JOIN rates USING (id) GROUP BY row"
+
+    database.run(f"CREATE TABLE scored AS {rated('(SELECT row_number() OVER () AS row, * FROM validation)')}")
     areas = [
         _area(database, task, f"SELECT r{task} AS value{_labels([task])} FROM scored GROUP BY value")
         if named[f"k{task}"].any() or named[f"n{task}"].any()
         else None
         for task in tasks
     ]
-    of_rows = f"SELECT row, {looked_up} AS id FROM drawn"
-    means = "".join(f", avg(r{task})::FLOAT AS r{task}" for task in tasks)
-    found = database.table(f"SELECT row{means} FROM ({of_rows}) JOIN rates USING (id) GROUP BY row ORDER BY row")
-    drawn = np.column_stack([found[f"r{task}"].to_numpy() for task in tasks])
+    found = database.table(f"FROM ({rated('drawn')}) ORDER BY row")
+    drawn = np.column_stack([found[f"r{task}"].to_numpy().astype(np.float32) for task in tasks])
     database.run("DROP TABLE scored", "DROP TABLE rates")
-    return IdSums(counts, empty, areas), drawn
+    return IdCounts(lookups, empty, areas), drawn
 
 
-def _count_numbers(database: Database, feature: FeatureInputs, tasks: Sequence[int]) -> dict[str, NumberSums]:
+def _count_numbers(database: Database, feature: FeatureInputs, tasks: Sequence[int]) -> dict[str, NumberCounts]:
     """What is counted of the numbers of a feature, by name.
 
     A missing vector is all zeros. Any other number without an indicator was never missing in training rows.
@@ -378,7 +361,7 @@ def _count_numbers(database: Database, feature: FeatureInputs, tasks: Sequence[i
     return sums
 
 
-def _count_number(database: Database, number: NumberInput, tasks: Sequence[int]) -> NumberSums:
+def _count_number(database: Database, number: NumberInput, tasks: Sequence[int]) -> NumberCounts:
     """What is counted of a number in the table `numbers`, null where it is missing."""
     values = f"SELECT split, d{number.place} AS value, count(*) AS rows{_labels(tasks)} FROM numbers GROUP BY ALL"
     database.run(f"CREATE TABLE counted AS {values}")
@@ -400,7 +383,7 @@ def _count_number(database: Database, number: NumberInput, tasks: Sequence[int])
         found = [_area(database, task, rows, end) for end in ("FIRST", "LAST")]
         areas.append(max((max(each, 1 - each) for each in found if each is not None), default=None))
     database.run("DROP TABLE counted")
-    return NumberSums([*_names(edges), "missing"], counts, distinct, areas)
+    return NumberCounts([*_names(edges), "missing"], counts, distinct, areas)
 
 
 def _labels(tasks: Sequence[int]) -> str:

@@ -27,7 +27,6 @@ from typing import Any
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.profiling.advice import SELDOM_ROWS, Advice, change, know_more, leave_out, lengthen_split, make_steady
-from mmoe_rec.profiling.forecast import TRAININGS
 
 LEAST = 0.3
 _SELDOM = 2.0  # times as often as in training
@@ -75,12 +74,8 @@ def find(health: Health) -> list[Finding]:
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
     found += [*_files(health), *_labels(health), *_users(health), *_rare(health), *_within(health), *_drawn(health)]
     for feature in health["features"]:
-        found += [
-            *_constants(feature, health),
-            *_coverage(feature, health),
-            *_unknown(feature, health),
-            *_seldom(feature, health),
-        ]
+        for check in (_constants, _coverage, _unknown, _seldom):
+            found += check(feature, health)
     found += [*_drifts(health), *_empty_tables(health)]
     return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
 
@@ -105,7 +100,7 @@ def drift_beyond_noise(each: Mapping[str, Any]) -> float:
 
 
 def describe(health: Health) -> list[str]:
-    """How many findings there are, and which costs most; how small a gain the test rows can show, in the mean first."""
+    """Say how many findings there are and which costs most, then how well a quick model ranks each task."""
     findings = health["findings"]
     kinds = Counter(each["severity"] for each in findings)
     told = [f"{kinds[word]} {word}{'s' * (kinds[word] > 1)}" for word in ("problem", "warning") if kinds[word]]
@@ -114,34 +109,20 @@ def describe(health: Health) -> list[str]:
         lines = [each["override"] for each in findings[0]["advice"] if each["override"]]
         advice = f" (`{lines[0]}`)" if lines else ""
         sentences = [f"{' and '.join(told)} found; above all: {findings[0]['message']}{advice}"]
-    for name, each in reversed(health["forecasts"].items()):
-        what = f"{'mean ' if ', ' in name else ''}AUC of {name}"
-        if each is None:
-            sentences.append(f"{what}: the rows have too few labels, or users, for an interval")
+    for name, quick in health["quick_models"].items():
+        if quick is None:
+            sentences.append(f"quick model of {name}: the rows have too few labels")
         else:
-            sentences.append(
-                f"{what}: a gain below {_size(each['half_width'])} can't be shown with these test rows and "
-                f"{TRAININGS} trainings; nine of ten comparisons would show one of {_size(each['detectable'])}"
-            )
+            within = "" if quick["gauc_user"] is None else f", and {quick['gauc_user']:.3f} within users"
+            sentences.append(f"quick model of {name}: an AUC of {quick['auc']:.3f}{within}")
     return sentences
 
 
-def _size(value: float) -> str:
-    """Two digits of a small number."""
-    return f"{float(f'{value:.2g}'):.6f}".rstrip("0")
-
-
 def _finding(
-    severity: str, check: str, about: str, message: str, cost: float = 0.0, advice: list[Advice] | None = None
+    severity: str, check: str, about: str, message: str, cost: float = 0.0, advice: Sequence[Advice] = ()
 ) -> Finding:
-    return {
-        "severity": severity,
-        "check": check,
-        "about": about,
-        "message": message,
-        "cost": cost,
-        "advice": advice or [],
-    }
+    found = {"severity": severity, "check": check, "about": about, "message": message}
+    return found | {"cost": cost, "advice": list(advice)}
 
 
 def _files(health: Health) -> Iterator[Finding]:
@@ -174,25 +155,25 @@ def _rare(health: Health) -> Iterator[Finding]:
             if rarer < needed:
                 message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {needed} are needed"
                 told = {"test": "no verdict rests on it", "validation": "no state or calibration is chosen well by it"}
-                advice = list(lengthen_split(health, split, rarer, needed))
+                advice = [lengthen_split(health, split, rarer, needed)]
                 yield _finding("warning", "rare", name, f"{message}: {told[split]}", 1 - rarer / needed, advice)
 
 
 def _within(health: Health) -> Iterator[Finding]:
-    for name, each in health["forecasts"].items():
-        if each is None or each["gauc_user"] is None:
+    for name, quick in health["quick_models"].items():
+        if quick is None or quick["gauc_user"] is None:
             continue
-        most = 0.5 + WITHIN_USERS * (each["auc"] - 0.5)
-        if each["gauc_user"] + 2 * each["gauc_error"] < most:
+        most = 0.5 + WITHIN_USERS * (quick["auc"] - 0.5)
+        if quick["gauc_user"] + 2 * quick["gauc_error"] < most:
             message = (
-                f"a quick model of '{name}' has an AUC of {each['auc']:.3f}, but one of {each['gauc_user']:.3f} within "
-                "users: it tells users apart, and hardly what to show to one"
+                f"a quick model of '{name}' has an AUC of {quick['auc']:.3f}, but one of {quick['gauc_user']:.3f} "
+                "within users: it tells users apart, and hardly what to show to one"
             )
             advice = [
                 change("judge by what ranks within users", "evaluation.decide_by", "gauc_user"),
                 change("add features of the user and the candidate together, such as counters by both"),
             ]
-            yield _finding("warning", "within users", name, message, most - each["gauc_user"], advice)
+            yield _finding("warning", "within users", name, message, most - quick["gauc_user"], advice)
 
 
 def _drawn(health: Health) -> Iterator[Finding]:
@@ -219,20 +200,13 @@ def _labels(health: Health) -> Iterator[Finding]:
                 message = f"task '{name}' has no observed label in the {split} split: it can't be judged there"
                 advice = [change("move the ends of the splits back, so that labels have matured by then")]
                 yield _finding("problem", "labels", name, message, advice=advice)
-        changed = [
-            (a, b)
-            for a, b in combinations(splits, 2)
-            if _differ(splits[a]["tasks"][name], splits[b]["tasks"][name], kind)
-        ]
-        if changed:
-            rates = [
-                f"{splits[split]['tasks'][name]['rate']:.3g} in {split}"
-                for split in splits
-                if split in sum(changed, ())
-            ]
-            message = f"the rate of '{name}' changes more than {RATE_CHANGE:g} times between splits: {', '.join(rates)}"
-            told = sorted(splits[split]["tasks"][name]["rate"] for split in sum(changed, ()))
-            yield _finding("warning", "rate", name, message, 1 - told[0] / told[-1] if told[-1] > 0 else 0.0)
+        rated = {split: each["tasks"][name] for split, each in splits.items()}
+        pairs = [(one, other) for one, other in combinations(rated, 2) if _differ(rated[one], rated[other], kind)]
+        if changed := {split: rated[split]["rate"] for split in rated if split in sum(pairs, ())}:
+            rates = ", ".join(f"{rate:.3g} in {split}" for split, rate in changed.items())
+            message = f"the rate of '{name}' changes more than {RATE_CHANGE:g} times between splits: {rates}"
+            low, high = min(changed.values()), max(changed.values())
+            yield _finding("warning", "rate", name, message, 1 - low / high if high > 0 else 0.0)
 
 
 def _differ(one: Health, other: Health, kind: str) -> bool:
@@ -300,7 +274,7 @@ def _unknown(feature: Health, health: Health) -> Iterator[Finding]:
         message = (
             f"{share:.1%} of the ids of feature '{feature['name']}' in test rows have no table row of their own{known}"
         )
-        advice = list(know_more(feature, health))
+        advice = [*know_more(feature, health)]
         yield _finding("warning", "unknown", feature["name"], message, cost_of_unknown(feature), advice)
 
 

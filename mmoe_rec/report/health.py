@@ -13,7 +13,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mmoe_rec.atomic import write_text
 from mmoe_rec.profiling import health_findings
 from mmoe_rec.profiling.advice import NOTE
-from mmoe_rec.profiling.forecast import PAIRED, TRAININGS
 from mmoe_rec.profiling.health_counts import FREQUENT, RATE_SMOOTHING
 from mmoe_rec.profiling.health_findings import describe_move, drift_beyond_noise, flags_of, split_findings
 from mmoe_rec.report.pages import COLOURS, blank, plain, render, svg
@@ -39,7 +38,7 @@ def page(health: dict[str, Any]) -> str:
         "overview": overview,
         "tasks": tasks,
         "found": health["sentences"][0].partition(";")[0],
-        "forecasts": {name: each or {} for name, each in health["forecasts"].items()},
+        "quick_models": {name: each or {} for name, each in health["quick_models"].items()},
         "shown": shown,
         "folded": folded,
         "notes": describe_rows(overview),
@@ -52,8 +51,6 @@ def page(health: dict[str, Any]) -> str:
         "note": NOTE,
         "frequent": FREQUENT,
         "smoothing": RATE_SMOOTHING,
-        "trainings": TRAININGS,
-        "paired": PAIRED,
     }
     return render("health.html.j2", values)
 

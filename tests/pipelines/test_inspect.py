@@ -46,7 +46,7 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
     assert (out / "health.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in out.iterdir()) == ["health.html", "health.json"]
     assert health["sentences"][1] in " ".join(printed.split()), "whatever the terminal's width"
-    assert health["sentences"][1].startswith("mean AUC of click, liked: a gain below 0.0")
+    assert health["sentences"][1].startswith("quick model of click: an AUC of 0.")
     run("report", "--config", str(config))
     printed = capsys.readouterr().out
     assert printed.startswith("The data\n  " + "\n  ".join(health["sentences"]))

@@ -18,8 +18,8 @@ def test_nothing_suspicious_is_found_in_plain_rows(tmp_path):
     health = health_of_frames(tmp_path, random_frames(5))
     assert health["findings"] == []
     assert health["sentences"][0] == "nothing suspicious found"
-    assert health["sentences"][1].startswith("AUC of click: a gain below 0.0")  # the other task is a regression
-    assert set(health["forecasts"]) == {"click"}
+    assert health["sentences"][1].startswith("quick model of click: an AUC of 0.7")  # the other task is a regression
+    assert set(health["quick_models"]) == {"click"}
 
 
 def sign(frame: pd.DataFrame) -> None:
@@ -120,8 +120,8 @@ def test_labels_that_are_too_rare_are_found_with_a_split_that_has_more(tmp_path)
     assert found(health, "rare") == ["click"]
     assert "task 'click' has 40 rows of its rarer label in test rows, and 50 are needed" in message(health, "rare")
     assert overrides(health["findings"], "click") == ["--split.validation_end 2024-01-22"]
-    assert health["forecasts"] == {"click": None}
-    assert health["sentences"][1] == "AUC of click: the rows have too few labels, or users, for an interval"
+    assert health["quick_models"] == {"click": None}
+    assert health["sentences"][1] == "quick model of click: the rows have too few labels"
 
 
 def test_half_of_the_validation_users_must_have_labels_enough(tmp_path):
@@ -141,7 +141,7 @@ def test_what_tells_only_users_apart_is_found(tmp_path):
     health = health_of_frames(tmp_path, changed(17, of_users))
     assert found(health, "within users") == ["click"]
     assert "--evaluation.decide_by gauc_user" in overrides(health["findings"], "click")
-    assert 0.45 < health["forecasts"]["click"]["gauc_user"] < 0.55 < health["forecasts"]["click"]["auc"]
+    assert 0.45 < health["quick_models"]["click"]["gauc_user"] < 0.55 < health["quick_models"]["click"]["auc"]
 
 
 def test_candidates_that_are_drawn_beside_the_positive_one_are_found(tmp_path):

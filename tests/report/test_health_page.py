@@ -34,9 +34,9 @@ def test_the_page_says_what_is_wrong_or_that_nothing_is(health, tmp_path):
     assert "Nothing suspicious found" not in text
     assert 'title="missing: ' in text
     assert "in training, " in text
-    assert f"{health['forecasts']['click']['half_width']:.4f}" in text
-    assert "No task is binary" in page({**health, "forecasts": {}})
-    assert "too few labels" in page({**health, "forecasts": {"click": None}})
+    assert f"{health['quick_models']['click']['auc']:.3f}" in text
+    assert "No task is binary" in page({**health, "quick_models": {}})
+    assert "too few labels" in page({**health, "quick_models": {"click": None}})
     assert "Nothing suspicious found" in page(health_of_frames(tmp_path, random_frames(5)))
 
 
