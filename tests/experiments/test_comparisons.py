@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
@@ -25,11 +26,13 @@ from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import scored_rows
 from mmoe_rec.jobs.train import train_model
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.mmoe import Mixture
 from mmoe_rec.report.experiment import Call
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.training import Training
-from mmoe_rec.training.choices import Choices, Chooser
+from mmoe_rec.training import loop
+from mmoe_rec.training.choices import Choices
 from tests.commands import refuse, run_and_read
 from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.learnable_log import settings_tree
@@ -233,13 +236,13 @@ def test_all_runs_compute_in_what_the_first_one_chose(
     tree = settings.model_dump()
     tree["training"]["precision"] = "auto"
     tree["data"]["work"] = str(tmp_path)
-    settings, chosen, choose = Settings.model_validate(tree), list[Training](), Chooser.choose
+    settings, chosen, choose = Settings.model_validate(tree), list[int](), loop.choose_precision
 
-    def busy(chooser: Chooser, training: Training) -> Choices:
-        chosen.append(training)
-        return replace(choose(chooser, training), precision="fp32" if len(chosen) == 1 else "bf16")
+    def busy(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> Choices:
+        chosen.append(rows)
+        return replace(choose(mixture, layout, device, rows), precision="fp32" if len(chosen) == 1 else "bf16")
 
-    monkeypatch.setattr(Chooser, "choose", busy)
+    monkeypatch.setattr(loop, "choose_precision", busy)
     for without in ((), ("price",)):
         with open_runner(settings, "compare", "test") as opened:
             (found,) = opened.train([Variant("x", (), without)], [17, 18])
