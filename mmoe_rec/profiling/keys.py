@@ -110,20 +110,8 @@ def _find_time(meaning: Meaning) -> None:
     found = [each for each in meaning.free() if each.is_time and not each.nulls and each.distinct > 1]
     found = [each for each in found if each.name not in meaning.profile.in_path]
     named = [each for each in found if each.kind == "time" or has(each.name, TIME)]
-    unnamed = [each for each in found if each not in named and each.distinct > 0.01 * each.rows]
-    found = named or unnamed
-    for purpose in ("user", "candidate"):
-        # As the day of a user's birth, or of publication.
-        if found and purpose in keys and rank_of(keys[purpose], purpose) != 1:
-            changes = meaning.profile.changes([keys[purpose]], [each.name for each in found])
-            own, found = found, [each for each in found if not changes[each.name] <= STEADY]
-            if not found:
-                name = max(own, key=lambda each: (each.distinct, each.name)).name
-                meaning.warnings.append(
-                    f"'{name}' hardly changes for a {purpose}, so it is not taken for the request's time: if it is "
-                    f"that, say --time {shlex.quote(name)}"
-                )
-    found = _without_attributes(meaning, found)
+    found = named or [each for each in found if each.distinct > 0.01 * each.rows]
+    found = _without_attributes(meaning, _without_times_of_keys(meaning, found))
     if not found:
         if unread := [each for each in meaning.free() if _looks_like_time(each)]:
             column = max(unread, key=lambda each: (each.distinct, each.name))
@@ -132,22 +120,37 @@ def _find_time(meaning: Meaning) -> None:
             )
         return
 
-    def worth(each: Column) -> tuple[int, int, int, str]:
-        others = [other for other in found if other is not each]
-        before = sum(
-            meaning.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
-            for other in others
-        )
-        return -before, -has(each.name, TIME), -each.distinct, each.name
+    def lies_before(each: Column, other: Column) -> bool:
+        return meaning.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
 
-    best = min(found, key=worth)
+    def order(each: Column) -> tuple[int, bool, int, str]:
+        before = sum(lies_before(each, other) for other in found if other is not each)
+        return -before, not has(each.name, TIME), -each.distinct, each.name
+
+    best = min(found, key=order)
     keys["time"] = best.name
     meaning.time_unit = best.unit
     if not named:
         meaning.key_checks["time"] = f"no name says so, but its integers may count {best.unit} since 1970"
-    if len(found) > 1:
-        others = ", ".join(sorted(each.name for each in found if each is not best))
+    if others := ", ".join(sorted(each.name for each in found if each is not best)):
         meaning.key_checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
+
+
+def _without_times_of_keys(meaning: Meaning, times: list[Column]) -> list[Column]:
+    """Return the times that change for a user and a candidate, unlike the days of a birth or of publication."""
+    for purpose in ("user", "candidate"):
+        key = meaning.keys.get(purpose)
+        if not times or key is None or rank_of(key, purpose) == 1:
+            continue
+        changes = meaning.profile.changes([key], [each.name for each in times])
+        own, times = times, [each for each in times if not changes[each.name] <= STEADY]
+        if not times:
+            name = max(own, key=lambda each: (each.distinct, each.name)).name
+            meaning.warnings.append(
+                f"'{name}' hardly changes for a {purpose}, so it is not taken for the request's time: if it is "
+                f"that, say --time {shlex.quote(name)}"
+            )
+    return times
 
 
 def _without_attributes(meaning: Meaning, times: list[Column]) -> list[Column]:
