@@ -13,7 +13,6 @@ import asyncio
 import gc
 import logging
 import multiprocessing
-import multiprocessing.util
 import os
 import queue
 import shutil
@@ -35,7 +34,7 @@ from mmoe_rec.errors import STOP_SIGNALS, UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
 from mmoe_rec.server.models import Finder, Models, Reloads, ServedModel, sentence_of
-from mmoe_rec.server.options import Options, address_of, end_process, log_to_stderr
+from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr
 
 TICK_SECONDS = 0.2
 _LOAD_SECONDS, _EXCHANGE_SECONDS = 600.0, 30.0  # a worker that takes longer hangs, and is replaced
@@ -65,9 +64,8 @@ def serve_by_workers(
     with metrics as folder:
         # Read when packages are imported. Threads of OpenBLAS would not be there after a fork.
         os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
-        tempfile.tempdir = folder  # so that the fork server's socket is removed with it
-        multiprocessing.util.get_temp_dir()
-        tempfile.tempdir = None
+        # The fork server's socket lies there, too, and is removed with it. multiprocessing has no public setting.
+        vars(multiprocessing.current_process())["_config"]["tempdir"] = folder
         return _Parent(source, finder, bound, options, workers).run(state, poll)
 
 
@@ -178,6 +176,8 @@ class _Parent:
         if worker.source is not self._source:
             worker.process.kill()
             return
+        if self._about is None:
+            listen(self._bound)  # here, as an address that is taken ends the start
         if self._failure is not None:
             worker.send("failed", self._failure)
         if self._is_draining:
