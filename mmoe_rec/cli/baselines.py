@@ -1,15 +1,14 @@
 """mmoe-rec baselines --config configs/shop.yaml --model models:/shop@champion
 
-Trains what a model has to beat on the same encoded rows, popularity and gradient-boosted trees for each task, and
-measures them on the test rows. The trees are those of scikit-learn and LightGBM, and with the extra `baselines` those
-of CatBoost as well. With `--model` the model stands beside them, with the differences of all metrics and a verdict.
-Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
+Trains what a model has to beat on the same encoded rows, popularity and gradient-boosted trees (LightGBM) for each
+task, and measures them on the test rows. With `--model` the model stands beside them, with the differences of all
+metrics and a verdict. Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
 
-Trees get all inputs but placement and lists of ids (histories). For each library validation rows choose how many trees
+Trees get all inputs but placement and lists of ids (histories). The selecting validation rows choose how many trees
 there are, at most 1,000, how large they are, where training rows are at most 500,000, and what stands: trees without
-ids, with ids, numbered by falling frequency (CatBoost encodes them by itself), with the mean label of each id in other
-requests, or the mean of the best two; and they calibrate all, as `training.calibration` says of a model. Trees learn
-from the last two million training rows, or fewer of more than a hundred inputs, which takes some seven gigabytes.
+ids, with ids, numbered by falling frequency, with the mean label of each id in other requests, or the mean of the best
+two; and they calibrate all, as `training.calibration` says of a model. Trees learn from the last two million training
+rows, or fewer of more than a hundred inputs, which takes some seven gigabytes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.places import check_out, short_names
-    from mmoe_rec.jobs.trees import find_libraries
     from mmoe_rec.report.tables import show_results
 
     settings = configuration.settings
@@ -39,6 +37,6 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     if model is not None:
         name = short_names([model])[model]
         evaluated = evaluate_model(settings, model, work / "evaluation")
-    show(show_results(measure_baselines(settings, out, evaluated, name, find_libraries())))
+    show(show_results(measure_baselines(settings, out, evaluated, name)))
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")

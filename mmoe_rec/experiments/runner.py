@@ -394,13 +394,12 @@ def _grow_trees(task: Task, run: runs.Run) -> tuple[Network | None, Predictions,
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.experiments.predictions import Predictions
     from mmoe_rec.jobs.baselines import boost_tasks, predict_calibrated, read_inputs
-    from mmoe_rec.jobs.trees import LIGHTGBM
 
     settings, layout = task.settings, task.prepared.layout
     learnt, held_out, last = read_inputs(settings, task.prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out, [LIGHTGBM], last)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
     rows = EncodedRows(task.prepared.split(task.split), layout, part=task.part)
-    values = predict_calibrated(settings, layout, boosted[LIGHTGBM.name], held_out, rows)
+    values = predict_calibrated(settings, layout, boosted, held_out, rows)
     weights = np.array([settings.tasks[each.name].score_weight for each in layout.tasks])
     score = np.log(np.clip(values, 1e-12, None)) @ weights
     return None, Predictions(tuple(each.name for each in layout.tasks), values, score), {"trees": facts}

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.jobs.places import check_out, log_and_place
-from mmoe_rec.jobs.trees import LIBRARIES, Inputs, Library, Predict, boost_trees, rate_candidates
+from mmoe_rec.jobs.trees import Inputs, Predict, boost_trees, rate_candidates
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import bar, say
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mmoe_rec.jobs.evaluate import EvaluationResult
 
 
-TREES, POPULARITY = LIBRARIES[0].name, "popularity"
+TREES, POPULARITY = "gradient boosting", "popularity"
 
 
 def measure_baselines(
@@ -34,12 +34,11 @@ def measure_baselines(
     out: Path,
     evaluated: EvaluationResult | None = None,
     name: str = "model",
-    libraries: Sequence[Library] = LIBRARIES[:1],
 ) -> Results:
     """Trains them on the training rows, measures them on the test rows, and writes a report to a folder.
 
-    evaluated: a model on the same rows, which is compared with them, under its name; libraries: whose trees. Raises
-    UserError where there are no rows of a split, or a task can't be learnt.
+    evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
+    no rows of a split, or a task can't be learnt.
     """
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.report.evaluation import write_results
@@ -49,7 +48,7 @@ def measure_baselines(
         features_in_use(*log_and_place(settings), "baselines", ("train", "validation", "test")) as prepared,
         writing(out, "an evaluation", "give another folder with --out"),
     ):
-        scored, trees = _predict(settings, prepared, libraries)
+        scored, trees = _predict(settings, prepared)
         models = {} if evaluated is None else {name: next(iter(evaluated.results.models.values()))}
         for each, rows in scored.items():
             sums = rows.measure()
@@ -63,22 +62,17 @@ def measure_baselines(
     return results
 
 
-def _predict(
-    settings: Settings, prepared: FeatureFolder, libraries: Sequence[Library]
-) -> tuple[dict[str, ScoredRows], dict[str, str]]:
-    """The baselines' predictions of the test rows, and what trees of each task validation rows chose; without
+def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, ScoredRows], dict[str, str]]:
+    """The baselines' predictions of the test rows, and what trees of each task selecting rows chose; without
     candidates, none is more popular than another."""
     from mmoe_rec.evaluation.scoring import read_labels
     from mmoe_rec.model.layout import ModelLayout
 
     layout = ModelLayout.of(prepared.layout, settings)
     learnt, held_out, last = read_inputs(settings, prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out, libraries, last)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
     test, rows = EncodedRows(prepared.split("test"), layout), read_labels(settings, prepared, "test")
-    scored = {
-        name: rows.with_predictions(predict_calibrated(settings, layout, each, held_out, test))
-        for name, each in boosted.items()
-    }
+    scored = {TREES: rows.with_predictions(predict_calibrated(settings, layout, boosted, held_out, test))}
     if rows.candidates is not None:
         rates = [rate_candidates(learnt.column("candidate"), of, learnt.weights) for of in learnt.labels.T]
         own, rated = (
@@ -89,12 +83,13 @@ def _predict(
 
 
 def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[Inputs, Inputs, str]:
-    """What trees learn from, the last training rows; the last validation rows; and how many of all the former are, in
-    words, where not all."""
+    """What trees learn from, the last training rows; the last validation rows that select; and how many of all the
+    former are, in words, where not all."""
     weighted = settings.training.sampling_correction == "weights"
-    train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
+    train = EncodedRows(prepared.split("train"), layout)
+    selecting = EncodedRows(prepared.split("validation"), layout, part=Part.SELECTING)
     learnt, held_out = (
-        Inputs.read(rows, layout, ("candidate", "time", *rows.weighing(weighted))) for rows in (train, validation)
+        Inputs.read(rows, layout, ("candidate", "time", *rows.weighing(weighted))) for rows in (train, selecting)
     )
     last = ""
     if len(learnt.labels) < train.rows:
@@ -104,25 +99,23 @@ def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> 
 
 
 def boost_tasks(
-    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs, libraries: Sequence[Library], last: str
-) -> tuple[dict[str, list[Predict]], dict[str, str]]:
-    """Name of each library -> its trees of all tasks, and what validation rows chose. learnt, held_out, last: as
-    `read_inputs` gives them. Raises UserError where a task can't be learnt."""
-    facts = dict[str, str]()
-    boosted: dict[str, list[Predict]] = {library.name: [] for library in libraries}
+    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs, last: str
+) -> tuple[list[Predict], dict[str, str]]:
+    """The trees of all tasks, and what selecting rows chose. learnt, held_out, last: as `read_inputs` gives them.
+    Raises UserError where a task can't be learnt."""
+    facts, boosted = dict[str, str](), list[Predict]()
     with bar() as progress:
-        step = progress.add_task(TREES, total=len(layout.tasks) * len(libraries))
+        step = progress.add_task("boosted trees", total=len(layout.tasks))
         for index, task in enumerate(layout.tasks):
             known = learnt.of_task(index), held_out.of_task(index)
-            for library in libraries:
-                try:
-                    predict, told = boost_trees(library, task.kind, *known, settings.training.seed)
-                except UserError as error:
-                    raise UserError(f"no baseline can learn task '{task.name}'{last}: {error}") from None
-                boosted[library.name].append(predict)
-                facts[f"{library.name} of {task.name}"] = told
-                say(f"  {library.name} of {task.name}: {told}")
-                progress.advance(step)
+            try:
+                predict, told = boost_trees(task.kind, *known, settings.training.seed)
+            except UserError as error:
+                raise UserError(f"no baseline can learn task '{task.name}'{last}: {error}") from None
+            boosted.append(predict)
+            facts[f"{TREES} of {task.name}"] = told
+            say(f"  {TREES} of {task.name}: {told}")
+            progress.advance(step)
     return boosted, facts
 
 

@@ -1,25 +1,20 @@
-"""Gradient-boosted trees of three libraries; validation rows choose what they see, their size and their number."""
+"""Gradient-boosted trees (LightGBM); selecting rows choose what they see, their size and their number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.metrics import log_loss, mean_squared_error
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
-from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.log.columns import hash_column
-from mmoe_rec.progress import say
 
 if TYPE_CHECKING:
     from lightgbm import Booster
@@ -39,66 +34,19 @@ FEWEST_COLUMNS = 8
 SMOOTHING = 20.0
 """Rows of the mean over all that are added to those of each candidate, or each id."""
 FOLDS = 5
+SIZES = (31, 63, 127)
+"""Leaves of a tree that are tried, the usual number first."""
 
 Predict = Callable[["Inputs"], np.ndarray]  # rows -> (N,) float64, probabilities or values
 View = Callable[["Inputs"], np.ndarray]  # rows -> (N, F), what trees see of them
-Fitted = tuple[Callable[[np.ndarray], np.ndarray], int]  # x (N, F) -> predictions (N,); number of trees
 
 
-@dataclass(frozen=True)
-class Library:
-    """How trees of a library are made.
-
-    module: what is imported; fit: (kind of the task, training rows, validation rows or None, size, seed) -> `Fitted`;
-    sizes: of trees, by their names, the usual one first; encodes_ids: by their labels, by itself.
-    """
-
-    name: str
-    module: str
-    fit: Callable[[str, Inputs, Inputs | None, int, int], Fitted]
-    sizes: Mapping[str, int]
-    encodes_ids: bool = False
-
-
-def _pace(train: Inputs, held_out: Inputs | None) -> tuple[float, int]:
-    """The learning rate, and the most trees."""
-    return 0.05 if len(train.labels) <= FEW_ROWS else 0.1, TREES_UNCHOSEN if held_out is None else MOST_TREES
-
-
-def _fit_scikit(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> Fitted:
-    rate, most = _pace(train, held_out)
-    estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
-        learning_rate=rate,
-        max_iter=most,
-        max_leaf_nodes=leaves,
-        min_samples_leaf=50,
-        max_features=0.5,
-        early_stopping=held_out is not None,
-        n_iter_no_change=PATIENCE,
-        tol=0.0,
-        random_state=seed,
-    )
-    missing = np.isnan(train.x).all(axis=0)
-    x = np.where(missing, 0, train.x) if missing.any() else train.x  # it fails where a column holds no number at all
-    own, count = {}, most
-    if held_out is not None:
-        own = {"X_val": held_out.x, "y_val": held_out.labels, "sample_weight_val": held_out.weights}
-    estimator.fit(x, train.labels, train.weights, **own)
-    if held_out is not None:
-        count = int(estimator.validation_score_[1:].argmax()) + 1  # the first one is that of no tree
-
-    def predict(others: np.ndarray) -> np.ndarray:
-        stages = estimator.staged_predict_proba if kind == "binary" else estimator.staged_predict
-        last = next(islice(stages(others), count - 1, None))  # further trees were too many
-        return np.asarray(last[:, 1] if kind == "binary" else last)
-
-    return predict, count
-
-
-def _fit_lightgbm(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> Fitted:
-    rate, most = _pace(train, held_out)
+def _fit(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> tuple[Booster, int]:
+    """Grow trees, and return them with the number of them that count when they predict."""
+    rate = 0.05 if len(train.labels) <= FEW_ROWS else 0.1
+    most = TREES_UNCHOSEN if held_out is None else MOST_TREES
     booster = grow_lightgbm(kind, train, held_out, leaves, seed, rate, most)
-    return booster.predict, booster.best_iteration or most  # of which `predict` makes use
+    return booster, booster.best_iteration or most
 
 
 def grow_lightgbm(
@@ -131,78 +79,15 @@ def grow_lightgbm(
     return lightgbm.train(settings, rows, most, **own)
 
 
-def _fit_catboost(kind: str, train: Inputs, held_out: Inputs | None, depth: int, seed: int) -> Fitted:
-    """Ids are its categories, which it encodes by the labels of earlier rows in a random order."""
-    import catboost
-
-    ids = range(train.numbers, train.x.shape[1])
-
-    def pool(x: np.ndarray, labels: np.ndarray | None = None, weights: np.ndarray | None = None) -> catboost.Pool:
-        frame = pd.DataFrame(x).astype(dict.fromkeys(ids, np.int32))
-        return catboost.Pool(frame, labels, weight=weights, cat_features=list(ids))
-
-    rate, most = _pace(train, held_out)
-    estimator = (catboost.CatBoostClassifier if kind == "binary" else catboost.CatBoostRegressor)(
-        learning_rate=rate,
-        iterations=most,
-        depth=depth,
-        rsm=0.5,
-        max_ctr_complexity=1,  # combinations of ids take several times as long
-        random_seed=seed,
-        thread_count=usable_cores(),
-        allow_writing_files=False,
-        verbose=False,
-    )
-    try:
-        own = {}
-        if held_out is not None:
-            own = {"eval_set": pool(held_out.x, held_out.labels, held_out.weights), "early_stopping_rounds": PATIENCE}
-        estimator.fit(pool(train.x, train.labels, train.weights), **own)
-    except catboost.CatBoostError as error:  # where nothing varies
-        if "are either constant" not in str(error) and "targets are equal" not in str(error):
-            raise
-        mean = np.average(train.labels, weights=train.weights)
-        return lambda x: np.full(len(x), mean), 0
-    if kind == "binary":
-        return lambda x: estimator.predict_proba(pool(x))[:, 1], estimator.tree_count_
-    return lambda x: estimator.predict(pool(x)), estimator.tree_count_
-
-
-LIGHTGBM = Library("LightGBM", "lightgbm", _fit_lightgbm, {"31 leaves": 31, "63 leaves": 63, "127 leaves": 127})
-LIBRARIES = (
-    Library("gradient boosting", "sklearn", _fit_scikit, {"31 leaves": 31}),
-    LIGHTGBM,
-    Library("CatBoost", "catboost", _fit_catboost, {"depth 6": 6, "depth 8": 8}, encodes_ids=True),
-)
-
-
-def can_import(library: Library) -> bool:
-    """Whether it is installed, and the system has what it needs."""
-    try:
-        import_module(library.module)
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def find_libraries() -> list[Library]:
-    """Those that can be imported; of others the output says how they come."""
-    found = [each for each in LIBRARIES if can_import(each)]
-    missing = [each.name for each in LIBRARIES if each not in found]
-    if missing:
-        say(f"{' and '.join(missing)} would be measured too: `pip install 'mmoe-rec[baselines]'`")
-    return found
-
-
-def boost_trees(library: Library, kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:
-    """The trees of a library with the lowest validation loss, or the mean of those of the two best views; and what was
+def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:
+    """The trees with the lowest validation loss, or the mean of those of the two best views; and what was
     chosen, in words.
 
-    An id is its number in the vocabulary, where the most frequent ones come first, or a category: of CatBoost, and of
-    LightGBM where there are at most `MOST_CATEGORIES`. kind: of the task; train, validation:
-    its rows, as `Inputs.of_task` gives them; seed: of the columns that a split looks at. The logloss, or squared error,
-    of validation rows also says how many trees count; where these lack labels, TREES_UNCHOSEN of the first view do.
-    Raises UserError where no label is observed, of a binary task one class only, or no input is left.
+    An id is its number in the vocabulary, where the most frequent ones come first, or a category where there are at
+    most `MOST_CATEGORIES`. kind: of the task; train, validation: its rows, as `Inputs.of_task` gives them; seed: of the
+    columns that a split looks at. The logloss, or squared error, of validation rows also says how many trees count;
+    where these lack labels, TREES_UNCHOSEN of the first view do. Raises UserError where no label is observed, of a
+    binary task one class only, or no input is left.
     """
     classes = np.unique(train.labels)
     if len(classes) == 0:
@@ -214,7 +99,7 @@ def boost_trees(library: Library, kind: str, train: Inputs, validation: Inputs, 
         raise UserError("trees have no input: all features describe placement, or are lists of ids")
     name, measure = ("logloss", log_loss) if kind == "binary" else ("squared error", mean_squared_error)
     middle, scale = (0.0, 1.0) if kind == "binary" else (train.labels.mean(), train.labels.std() or 1.0)
-    # Labels in float32, as some libraries hold them, would lose small differences beside a large mean.
+    # Labels in float32, as LightGBM holds them, would lose small differences beside a large mean.
     train = replace(train, labels=(train.labels - middle) / scale)
     choices, losses = dict[str, Predict](), dict[str, float]()
 
@@ -224,20 +109,20 @@ def boost_trees(library: Library, kind: str, train: Inputs, validation: Inputs, 
     def show(view: View, predict: Callable[[np.ndarray], np.ndarray]) -> Predict:
         return lambda rows: predict(view(rows)) * scale + middle
 
-    sizes = list(library.sizes)[: None if held_out and len(train.labels) <= FEW_ROWS else 1]
-    for seen, x, view in _views(train, rated=not library.encodes_ids):
+    sizes = SIZES[: None if held_out and len(train.labels) <= FEW_ROWS else 1]
+    for seen, x, view in _views(train):
         own, other = replace(train, x=x, categories=train.categories if seen == "with ids" else ()), None
         if held_out is not None:
             other = replace(held_out, x=view(held_out), labels=(held_out.labels - middle) / scale)
         tried = []
-        for size in sizes:
-            predict, count = library.fit(kind, own, other, library.sizes[size], seed)
-            shown, told = show(view, predict), f"{count} trees of {size} {seen}"
+        for leaves in sizes:
+            booster, count = _fit(kind, own, other, leaves, seed)
+            shown, told = show(view, booster.predict), f"{count} trees of {leaves} leaves {seen}"
             if held_out is None:  # nothing tells them apart
                 return shown, told
-            tried.append((measure_loss(shown), size, told, shown))
-        loss, size, told, shown = min(tried, key=lambda each: each[0])
-        choices[told], losses[told], sizes = shown, loss, [size]  # the first view chooses the size of all
+            tried.append((measure_loss(shown), leaves, told, shown))
+        loss, leaves, told, shown = min(tried, key=lambda each: each[0])
+        choices[told], losses[told], sizes = shown, loss, (leaves,)  # the first view chooses the size of all
     if len(losses) > 1:
         both = sorted(losses, key=losses.__getitem__)[:2]
         mean = f"the mean of {' and '.join(both)}"
@@ -248,18 +133,18 @@ def boost_trees(library: Library, kind: str, train: Inputs, validation: Inputs, 
     return choices[best], f"{best}, {name} of validation rows {losses[best]:.4g}{''.join(others)}"
 
 
-def _views(train: Inputs, rated: bool = True) -> Iterator[tuple[str, np.ndarray, View]]:
+def _views(train: Inputs) -> Iterator[tuple[str, np.ndarray, View]]:
     """What trees may learn from: a name, x of the training rows, and what gives that of others.
 
     Ids of many values make trees overfit where counters say the same, and without counters their numbers say little. So
-    the third view, where ids are to be `rated`, has each id's mean label instead, as `rate_candidates` has it: of
-    training rows by the requests of other folds, since labels of the row's own list would tell its own.
+    the third view has each id's mean label instead, as `rate_candidates` has it: of training rows by the requests of
+    other folds, since labels of the row's own list would tell its own.
     """
     if train.numbers:
         yield "without ids", train.x[:, : train.numbers], lambda rows: rows.x[:, : rows.numbers]
     if train.numbers < train.x.shape[1]:
         yield "with ids", train.x, lambda rows: rows.x
-    if train.numbers == train.x.shape[1] or not rated or train.folds is None or len(np.unique(train.folds)) == 1:
+    if train.numbers == train.x.shape[1] or train.folds is None or len(np.unique(train.folds)) == 1:
         return
 
     def learn(taken: np.ndarray) -> View:

@@ -2,43 +2,24 @@
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
+import lightgbm
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs import baselines, evaluate, trees
 from mmoe_rec.jobs.baselines import measure_baselines
-from mmoe_rec.jobs.trees import LIBRARIES, Inputs, Library, Predict, boost_trees, rate_candidates
+from mmoe_rec.jobs.trees import Inputs, Predict, boost_trees, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of
-
-EACH_LIBRARY = pytest.mark.parametrize(
-    "library",
-    [
-        pytest.param(
-            each,
-            marks=pytest.mark.skipif(find_spec(each.module) is None, reason="the extra `baselines` is not installed"),
-            id=each.name,
-        )
-        for each in LIBRARIES
-    ],
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands' tests train scikit-learn's trees alone, wherever they run."""
-    monkeypatch.setattr(trees, "LIBRARIES", LIBRARIES[:1])
 
 
 @pytest.mark.parametrize("unit", [None, 1.0, 1e-6, 1e6])
@@ -71,28 +52,26 @@ def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
     return Inputs(np.column_stack([number, ids]).astype(np.float32), 1, label[:, None])
 
 
-def boosted(
-    train: Inputs, validation: Inputs, kind: str = "binary", library: Library = LIBRARIES[0]
-) -> tuple[Predict, str]:
-    return boost_trees(library, kind, train.of_task(0), validation.of_task(0))
+def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> tuple[Predict, str]:
+    return boost_trees(kind, train.of_task(0), validation.of_task(0))
 
 
 @pytest.mark.parametrize(("by", "later", "stands"), [(3, 3, "with"), (1, -1, "without"), (0.2, 0.2, "both")])
 def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
     by: float, later: float, stands: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the losses of all numbers of trees that scikit-learn's estimator makes when nothing stops it."""
+    """By the losses of all numbers of trees that LightGBM grows when nothing stops it."""
     monkeypatch.setattr(trees, "MOST_TREES", 60)
+    monkeypatch.setattr(trees, "SIZES", trees.SIZES[:1])
     train, validation, test = tree_rows(0, by), tree_rows(1, later), tree_rows(2, later)
     known, observed = (~np.isnan(each.labels[:, 0]) for each in (train, validation))
     predicted, counts = {}, {}
+    parameters = {"objective": "binary", "learning_rate": 0.05, "num_leaves": 31, "min_data_in_leaf": 50, "seed": 0}
+    parameters |= {"deterministic": True, "force_col_wise": True, "verbosity": -1}
     for name, columns in (("without", 1), ("with", 3)):
-        model = HistGradientBoostingClassifier(
-            max_iter=60, early_stopping=False, learning_rate=0.05, min_samples_leaf=50, max_features=0.5, random_state=0
-        )  # fmt: skip
         x = [each.x[:, :columns] for each in (train, validation, test)]
-        model.fit(x[0][known], train.labels[known, 0])
-        own, other = ([stage[:, 1] for stage in model.staged_predict_proba(each)] for each in x[1:])
+        model = lightgbm.train(parameters, lightgbm.Dataset(x[0][known], train.labels[known, 0]), 60)
+        own, other = ([model.predict(each, num_iteration=count) for count in range(1, 61)] for each in x[1:])
         best = int(np.argmin([log_loss(validation.labels[observed, 0], each[observed]) for each in own]))
         predicted[name], counts[name] = np.stack([own[best], other[best]]), f"{best + 1} trees of 31 leaves {name} ids"
     predicted["both"] = (predicted["without"] + predicted["with"]) / 2
@@ -116,15 +95,11 @@ def id_rows(seed: int, rows: int = 6000) -> Inputs:
     return Inputs(ids.T.astype(np.float32), 0, clicked, folds=folds)
 
 
-@EACH_LIBRARY
-def test_where_there_are_ids_alone_their_mean_labels_tell_most(
-    library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of a row come from other requests: its list would tell that one of five is clicked. CatBoost encodes ids by
-    labels itself."""
+def test_where_there_are_ids_alone_their_mean_labels_tell_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a row come from other requests: its list would tell that one of five is clicked."""
     monkeypatch.setattr(trees, "MOST_TREES", 100)
-    (predict, told), (again, _) = (boosted(id_rows(0), id_rows(1), library=library) for _ in range(2))
-    assert ("with ids" if library.name == "CatBoost" else "with mean labels of ids") in told.partition(";")[0]
+    (predict, told), (again, _) = (boosted(id_rows(0), id_rows(1)) for _ in range(2))
+    assert "with mean labels of ids" in told.partition(";")[0]
     test = id_rows(2)
     assert roc_auc_score(test.labels[:, 0], predict(test)) > 0.75
     np.testing.assert_array_equal(predict(test), again(test))
@@ -157,23 +132,18 @@ def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
     np.testing.assert_allclose(view(others), [expect(each, np.ones(500, bool)) for each in others.x], rtol=1e-5)
 
 
-@EACH_LIBRARY
-def test_where_validation_rows_say_nothing_there_are_trees_all_the_same(library: Library) -> None:
+def test_where_validation_rows_say_nothing_there_are_trees_all_the_same() -> None:
     train = tree_rows(5)
     nothing = replace(train, labels=np.full_like(train.labels, np.nan))
     for rows, stands in ((train, "without ids"), (replace(train, x=train.x[:, 1:], numbers=0), "with ids")):
-        predict, told = boosted(rows, nothing, library=library)
-        assert told == f"100 trees of {next(iter(library.sizes))} {stands}"
+        predict, told = boosted(rows, nothing)
+        assert told == f"100 trees of 31 leaves {stands}"
         assert roc_auc_score(train.of_task(0).labels, predict(rows.of_task(0))) > 0.6
 
 
-@EACH_LIBRARY
 @pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_units_of_weights_and_labels_do_not_matter(
-    kind: str, library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Least sums of weights, and least gains of a loss, are constants of the libraries, and some hold labels in
-    float32."""
+def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Least sums of weights, and least gains of a loss, are constants of LightGBM, which holds labels in float32."""
     monkeypatch.setattr(trees, "MOST_TREES", 100)
     rows, predicted = [tree_rows(3), tree_rows(4)], []
     if kind == "regression":
@@ -182,13 +152,12 @@ def test_units_of_weights_and_labels_do_not_matter(
     other = {"binary": (1.0, 0.0), "regression": (2.0**-20, 2.0**10)}[kind]
     for scale, unit, least in ((1.0, 1.0, 0.0), (2.0**-30, *other)):
         own = [replace(each, labels=each.labels * unit + least, weights=weights * scale) for each in rows]
-        predicted.append((boosted(*own, kind=kind, library=library)[0](rows[1]) - least) / unit)
+        predicted.append((boosted(*own, kind=kind)[0](rows[1]) - least) / unit)
     np.testing.assert_allclose(*predicted, rtol=1e-5, atol=1e-5)
     assert np.nanmean(np.abs(predicted[0] - rows[1].labels[:, 0])) < (0.2 if kind == "regression" else 0.4)
 
 
-@EACH_LIBRARY
-def test_odd_inputs_and_labels(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_inputs_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that varies, numbers that only later rows lack, one that is missing everywhere, very many ids, two rows,
     and weights that make others of rows."""
     monkeypatch.setattr(trees, "MOST_TREES", 40)
@@ -198,16 +167,16 @@ def test_odd_inputs_and_labels(library: Library, monkeypatch: pytest.MonkeyPatch
     many = replace(rows, x=np.column_stack([rows.x[:, 0], np.arange(len(rows.x)) * 100]).astype(np.float32))
     two = replace(rows, x=rows.x[:2], labels=np.array([0.0, 1.0]))
     for train, validation in ((whole, rows), (lacking, lacking), (many, many), (two, rows)):
-        predicted = boost_trees(library, "binary", train, validation)[0](validation)
+        predicted = boost_trees("binary", train, validation)[0](validation)
         assert ((predicted > 0) & (predicted < 1)).all()
         assert roc_auc_score(validation.labels, predicted) > 0.55 or train is two
     alike = replace(rows, x=np.ones_like(rows.x))
     for weights in (np.ones(len(rows.x)), np.where(rows.labels > 0, 1.5, 0.5)):
         weighted = replace(alike, weights=weights / weights.mean())
-        predicted = boost_trees(library, "binary", weighted, weighted)[0](weighted)
+        predicted = boost_trees("binary", weighted, weighted)[0](weighted)
         np.testing.assert_allclose(predicted, np.average(rows.labels, weights=weights), atol=1e-6)
     constant = replace(rows, labels=np.full(len(rows.x), 7.0))
-    np.testing.assert_allclose(boost_trees(library, "regression", constant, constant)[0](rows), 7.0)
+    np.testing.assert_allclose(boost_trees("regression", constant, constant)[0](rows), 7.0)
 
 
 def test_what_can_not_be_learnt_is_told() -> None:
@@ -240,24 +209,20 @@ def test_a_model_stands_beside_what_it_has_to_beat(
     model: SmallModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
-    monkeypatch.setattr(trees, "LIBRARIES", (*LIBRARIES, Library("Other", "not_there", LIBRARIES[0].fit, {})))
     monkeypatch.setattr(trees, "MOST_TREES", 20)
-    names = [each.name for each in trees.find_libraries()]
     capsys.readouterr()
     out = run(model, "--model", str(model.folder))
     comparison = json.loads((out / "comparison.json").read_text())
     assert comparison["model"] == "model"
-    assert list(comparison["against"]) == [*names, "popularity"]
+    assert list(comparison["against"]) == ["gradient boosting", "popularity"]
     evaluation = Path(model.settings.data.work) / "evaluation"
     assert (evaluation / "calibration_click.png").stat().st_size, "MLflow or not"
     mine = json.loads((evaluation / "metrics.json").read_text())
     assert json.loads((out / "metrics.json").read_text())["tasks"]["click"]["auc"] == mine["tasks"]["click"]["auc"]
     printed, said = capsys.readouterr()
     said = " ".join(said.split())
-    for each in names:
-        assert f"{each} of click: " in said
-        assert f"{each} of click" in (out / "report.html").read_text()
-    assert "Other would be measured too: `pip install 'mmoe-rec[baselines]'`" in said
+    assert "gradient boosting of click: " in said
+    assert "gradient boosting of click" in (out / "report.html").read_text()
     assert "report: " in printed
     assert "hold other rows" not in printed, "baselines are not sliced"
 
@@ -309,6 +274,17 @@ def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
     found = json.loads((out / "against" / "1" / "metrics.json").read_text())["tasks"]["click"]["calibration"]
     assert found["low"] <= 1.05
     assert 0.8 < found["value"] < 1.25
+
+
+def test_selecting_rows_choose_the_trees(model: SmallModel) -> None:
+    """The judging users have no say in how many trees there are, nor in the calibration."""
+    layout = model.prepared.layout
+    _, held_out, _ = baselines.read_inputs(model.settings, model.prepared, layout)
+    rows = pq.read_table(model.prepared.split("validation"))
+    users, labels = rows.column("user").combine_chunks(), rows.column("label.click").to_numpy()
+    expected = labels[Part.SELECTING.holds(users)]
+    assert 0 < len(expected) < len(labels)
+    np.testing.assert_array_equal(held_out.labels[:, [task.name for task in layout.tasks].index("click")], expected)
 
 
 def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
