@@ -34,6 +34,7 @@ from mmoe_rec.report.experiment import ExperimentReport, Listing
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.sections import Search, Settings
 from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.runs import mark_killed
 
 FOLDER, BEST = "tuning", "best.yaml"
 CHOOSING_SEEDS = 2
@@ -43,7 +44,7 @@ MAX_FAILURES = 10
 TRIAL_SEEDS, CANDIDATE_SEEDS = 1000, 100_000
 """What is added to `training.seed` in trials, and in runs that choose a candidate."""
 Values = dict[str, Any]
-_REASON, _SECONDS = "reason", "seconds"
+_REASON, _SECONDS, _RUN = "reason", "seconds", "run_id"  # attributes of trials
 
 
 def tune_settings(
@@ -262,6 +263,7 @@ class Worker:
 
         try:
             with task.open_run() as run:
+                trial.set_user_attr(_RUN, run.run_id)
                 try:
                     best = fit(task, run, watch)[0].best
                 except optuna.TrialPruned:
@@ -299,6 +301,8 @@ class Study:
         before = self.study.get_trials(deepcopy=False)
         for trial in before:
             if trial.state == TrialState.RUNNING:
+                if _RUN in trial.user_attrs:
+                    mark_killed(self.runner.settings.tracking.address, trial.user_attrs[_RUN])
                 self.study.tell(trial.number, state=TrialState.FAIL)
         # Another seed than before, or the sampler would draw the same values again.
         self.worker = replace(self.worker, seed=self.worker.seed + len(before))

@@ -13,7 +13,7 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.experiments import runner
+from mmoe_rec.experiments import runner, search
 from mmoe_rec.experiments.runner import Runner
 from mmoe_rec.experiments.search import (
     MAX_FAILURES,
@@ -78,10 +78,10 @@ def test_the_built_in_space_holds_the_settings(world: World) -> None:
     assert own is not None
     assert own["training.epochs"] == 1
     assert own["training.batch_size"] == 64
-    assert all(own[name] == search.choices[0] for name, search in space.items())
+    assert all(own[name] == each.choices[0] for name, each in space.items())
     assert own_values(settings, {"model.experts.count": Search(low=5, high=9)}) is None
-    for name, search in space.items():
-        for value in search.choices or ():
+    for name, each in space.items():
+        for value in each.choices or ():
             Variant("x", (f"{name}={json.dumps(value)}",)).apply(settings)
 
 
@@ -104,10 +104,10 @@ def tune(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(runner, "_train", plant)
     monkeypatch.setattr(Runner, "share_choices", lambda *_: None)
 
-    def run(search: dict[str, Any], train: Callable[..., Any], *words: object) -> tuple[int, str, str]:
+    def run(space: dict[str, Any], train: Callable[..., Any], *words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(Worker, "_train", train)
         capsys.readouterr()
-        given = ["--tuning.search", json.dumps(search), "--tuning.startup_trials", "2"]
+        given = ["--tuning.search", json.dumps(space), "--tuning.startup_trials", "2"]
         code = commands.exit_code("tune", "--config", world.folder / "first.yaml", "--seeds", 3, *given, *words)
         said = capsys.readouterr()
         return code, said.out, said.err
@@ -115,12 +115,15 @@ def tune(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     return run
 
 
-def test_better_settings_are_found_and_confirmed(world: World, tune: Any) -> None:
-    """After a stop and a kill, whose trials don't count."""
+def test_better_settings_are_found_and_confirmed(world: World, tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a stop and a kill, whose trials don't count, and whose runs in MLflow aren't left open."""
+    killed = list[str]()
+    monkeypatch.setattr(search, "mark_killed", lambda _, run_id: killed.append(run_id))
 
     def after(trials: int, error: BaseException) -> Callable[..., float]:
         def train(worker: Worker, trial: Any, variant: Variant) -> float:
             if trial.number == trials:
+                trial.set_user_attr("run_id", f"run of trial {trial.number}")
                 raise error
             return by_experts()(worker, trial, variant)
 
@@ -133,6 +136,7 @@ def test_better_settings_are_found_and_confirmed(world: World, tune: Any) -> Non
         tune(EXPERTS, after(3, Killed()), "--trials", 8)
     code, out, err = tune(EXPERTS, by_experts(), "--trials", 8)
     assert code == 0, err
+    assert killed == ["run of trial 3"]
     assert "8 trials: 0 fell behind, 0 had no result; the best one reached 0.4000 on the selecting rows" in out
     assert re.search(r"^trial 1: 0\.3000 \(model\.experts\.count=3\)", err, re.MULTILINE) is None, "it isn't repeated"
     assert "is better than `these settings`: mean auc of click, liked differs by +" in out
@@ -206,7 +210,7 @@ def test_trials_that_train_are_runs_within_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "message"),
+    ("space", "message"),
     [
         ({"data.workers": {"low": 1, "high": 2}}, "'data.workers' can't be tried; only settings"),
         ({"tasks.click.label": {"choices": ["click"]}}, "'tasks.click.label' can't be tried; .*loss_weight"),
@@ -225,8 +229,8 @@ def test_trials_that_train_are_runs_within_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_search_that_cannot_be_is_refused_at_once(
-    world: World, capsys: pytest.CaptureFixture, search: dict[str, Any], message: str
+    world: World, capsys: pytest.CaptureFixture, space: dict[str, Any], message: str
 ) -> None:
-    words = ["--config", world.folder / "first.yaml", "--tuning.search", json.dumps(search)]
+    words = ["--config", world.folder / "first.yaml", "--tuning.search", json.dumps(space)]
     said = commands.refuse(capsys, "tune", *words)
     assert re.search(message, said), said
