@@ -135,7 +135,7 @@ def test_a_failing_expert_is_left_out_for_the_request_that_makes_it_fail(
     for answer, expected in zip(others, alone, strict=True):
         assert_same(answer, expected)
     assert isinstance(last, Ranking)
-    assert any("expert 1 failed" in sentence for sentence in last.warnings)
+    assert any("expert 1 was left out" in sentence for sentence in last.warnings)
 
 
 def test_what_is_looked_up_once_equals_a_row_for_each_candidate(

@@ -245,7 +245,7 @@ def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
 def test_probabilities_are_calibrated_as_those_of_the_model_are(tmp_path: Path) -> None:
     """Clicks of later days are rarer, on validation and test rows alike, and some items always have more; a regression
     stays as it is."""
-    log = random_log(0, rows=6000)
+    log = random_log(0, rows=16_000)
     rarer = (times_of(log) > START + 6 * DAY) & (np.arange(len(log)) % 3 > 0)
     click = np.where(rarer, 0.0, np.where(log["item"].to_numpy() > 0, log["click"].to_numpy(), 1.0))
     log = log.set_column(log.column_names.index("click"), "click", pa.array(click, from_pandas=True))

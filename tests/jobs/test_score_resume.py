@@ -118,7 +118,7 @@ def test_with_something_else_a_killed_run_starts_anew(
     shutil.copytree(small.folder, model)
     killed_run(tmp_path, model, log, tmp_path / "out", "score", 2)
     as_of: Any = "log"
-    overrides = ["--serving.products", "blas"] if changed == "setting" else []
+    overrides = ["--serving.products", "onednn"] if changed == "setting" else []
     if changed == "input":
         shutil.rmtree(log)
         write_finely(log, with_requests(random_log(9, rows=200), seed=9))

@@ -104,7 +104,7 @@ def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
     assert made.as_of < until
     assert made.digest is None
     assert Ranker.load(tmp_path / "frozen").about.tables_as_of == iso_time(made.as_of)
-    with pytest.raises(UserError, match=r"does not say which files its tables hold .* --anew"):
+    with pytest.raises(UserError, match=r"does not say which files its tables hold.* --anew"):
         renew_tables(tmp_path / "frozen", model.settings, tmp_path / "on")
     with pytest.raises(UserError, match="has no request before"):
         renew_tables(model.folder_of("1"), model.settings, tmp_path / "never", until=START - DAY)
