@@ -28,7 +28,7 @@ MISTAKES = {
     "check-skew --config C --from 2024-01-01 --to 2024-01-02": "missing option '--requests'",
     "train --config no.yaml": "settings file 'no.yaml' does not exist",
     "train --config C --model.expert.count 3": "'--model.expert.count'. Did you mean '--model.experts.count'?",
-    "train --config C --sedes 5": "command line: there is no option or setting '--sedes'. Did you mean '--seeds'?",
+    "train --config C --sedes 5": "there is no option or setting '--sedes'. Did you mean '--training.seed'?",
     "train --config C --resum": "command line: there is no option or setting '--resum'. Did you mean '--resume'?",
     "train --cofnig C": "command line: there is no option or setting '--cofnig'. Did you mean '--config'?",
     "evaluate --config C --model M --device cpu": "setting '--device'. Did you mean '--training.device'?",

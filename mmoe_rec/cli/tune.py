@@ -28,10 +28,14 @@ from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs that confirm the result (default: 5)")
 @click.option("--jobs", type=COUNT, default=1, metavar="N", help="runs side by side (default: 1)")
 def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int, jobs: int) -> None:
+    settings = configuration.settings
+    from mmoe_rec.jobs.places import log_and_place
+    from mmoe_rec.preprocessing.prepare import existing
+
+    existing(*log_and_place(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
     from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
     from mmoe_rec.report.experiment import PAGE, terminal_parts
 
-    settings = configuration.settings
     trials = 20 if trials is None and minutes is None else trials
     show(terminal_parts(tune_settings(settings, minutes, trials, seeds, jobs)))
     folder = Path(settings.data.work) / FOLDER

@@ -25,7 +25,7 @@ from mmoe_rec.experiments.processes import run_side_by_side, share_threads
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use
+from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
@@ -100,7 +100,6 @@ def open_runner(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} trains in one process. Start it without torchrun.")
     work, tracking = Path(settings.data.work), settings.tracking.address
-    existing(*log_and_place(settings))  # A wrong log is reported before MLflow and torch are imported.
     runs.check_server(tracking, settings.experiment, unsent=work / "unsent")
     needs, own = ("train", "validation", split), work / (folder or name)
     with ExitStack() as held:

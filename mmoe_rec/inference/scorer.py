@@ -140,7 +140,7 @@ class Scorer:
             The outputs, warnings about experts, and whether an expert was left out.
 
         Raises:
-            RuntimeError: The outputs are not finite without such experts either.
+            RuntimeError: The gates are not finite without such experts either, because their inputs are not.
         """
         usable, lost = self._all_but(options.masked) if options.masked else None, list[int]()
         outputs = self._forward(inputs, options.top_k, usable)
@@ -151,7 +151,7 @@ class Scorer:
                     lost.append(expert)
             usable = self._all_but([*options.masked, *lost])
             outputs = self._forward(inputs, options.top_k, usable)
-            if not _is_finite(outputs):
+            if not all(bool(routing.probabilities.isfinite().all()) for routing in outputs.routings):
                 raise RuntimeError("what experts and gates read has values that are not finite numbers")
         return outputs, self._none_left if usable is None else self._warn(lost, usable), bool(lost)
 

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -39,6 +39,7 @@ from mmoe_rec.server.options import Options, address_of, end_process, listen, lo
 TICK_SECONDS = 0.2
 _LOAD_SECONDS, _EXCHANGE_SECONDS = 600.0, 30.0  # a worker that takes longer hangs, and is replaced
 _PAUSE_SECONDS = 2.0  # before a worker that could not serve is replaced
+_LONGEST_FOLDER = 85  # characters; the path of a Unix socket has 107 at most, and its name in the folder 18
 _SHARE_OF_WORKERS = 0.9  # of the time to stop: a worker that has not ended by then is killed
 
 _log = logging.getLogger(__name__)
@@ -57,15 +58,18 @@ def serve_by_workers(
     """
     if sys.platform != "linux":
         raise UserError("several workers are forked from one process, which is safe on Linux alone: take --workers 1")
-    try:
-        metrics = tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-")
-    except OSError as error:
-        raise UserError(f"the temporary folder can't be written to ({error.strerror or error}): set TMPDIR") from None
-    with metrics as folder:
+    with ExitStack() as stack:
+        try:
+            folder = sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-"))
+            if len(sockets) > _LONGEST_FOLDER:
+                sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmoe-rec-", dir="/tmp"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"the temporary folder can't be written to ({reason}): set TMPDIR") from None
         # Read when packages are imported. Threads of OpenBLAS would not be there after a fork.
         os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
-        # The fork server's socket lies there, too, and is removed with it. multiprocessing has no public setting.
-        vars(multiprocessing.current_process())["_config"]["tempdir"] = folder
+        # The fork server's socket is removed with its folder. multiprocessing has no public setting for it.
+        vars(multiprocessing.current_process())["_config"]["tempdir"] = sockets
         return _Parent(source, finder, bound, options, workers).run(state, poll)
 
 

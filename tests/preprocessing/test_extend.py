@@ -173,7 +173,10 @@ def _only_events(log: Growing) -> None:
         (_swap_features, r"'features' is in the order item, brand, .* in the features in '.*' and in the order n, b"),
         (_change_type, r"column 'item' changes its type"),
         (_only_events, r"the new files of the log '.*' have no rows"),
-        (lambda log: (log.work / "features" / "files.json").unlink(), r"no readable record of the log's files \(files.json\)"),
+        (
+            lambda log: (log.work / "features/files.json").unlink(),
+            r"no readable record of the log's files \(files.json\)",
+        ),
         (lambda log: shutil.rmtree(log.work / "features"), r"holds no features that could be extended; build them"),
         (
             lambda log: (log.work / "features/counts/feature.item.parquet").unlink() or log.add(8, 9),
