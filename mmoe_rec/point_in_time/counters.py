@@ -161,13 +161,24 @@ class CounterMemory(Memory):
 
         forever: whether they also ask for all of the past, or for the last positive event.
         """
-        later = self.events.known > moment - window
+        later, floor = self.events.known > moment - window, self._later_floor(moment)
+        if not forever:  # Totals begin with the window, so they don't depend on the keys that earlier calls dropped.
+            before = np.append(False, ~later[:-1])
+            before[self.events.starts[:-1]] = False
+            first = np.flatnonzero(later & (before | np.isin(np.arange(len(later)), self.events.starts[:-1])))
+            lengths = np.diff(np.append(np.cumsum(later)[first] - 1, later.sum()))
+
+            def since_window(totals: np.ndarray) -> np.ndarray:
+                carried = np.where(before[first], totals[first - 1], 0)
+                return (totals[later] - np.repeat(carried, lengths)).astype(totals.dtype)
+
+            events, rows = self.events.take(later), since_window(self.rows)
+            return replace(self, events=events, rows=rows, label_sum=_map(since_window, self.label_sum), floor=floor)
         # And the last one before of each key, which carries its totals.
         needed = later | np.append(later[1:], False)
-        last = self.events.starts[1:] - 1
-        needed[last] = later[last] | forever
+        needed[self.events.starts[1:] - 1] = True
         labels, positive = (_map(lambda totals: totals[needed], each) for each in (self.label_sum, self.last_positive))
-        events, rows, floor = self.events.take(needed), self.rows[needed], self._later_floor(moment)
+        events, rows = self.events.take(needed), self.rows[needed]
         return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
 
     def to_columns(self) -> dict[str, np.ndarray]:
