@@ -163,17 +163,17 @@ class CounterMemory(Memory):
         """
         later, floor = self.events.known > moment - window, self._later_floor(moment)
         if not forever:  # Totals begin with the window, so they don't depend on the keys that earlier calls dropped.
-            before = np.append(False, ~later[:-1])
-            before[self.events.starts[:-1]] = False
-            first = np.flatnonzero(later & (before | np.isin(np.arange(len(later)), self.events.starts[:-1])))
-            lengths = np.diff(np.append(np.cumsum(later)[first] - 1, later.sum()))
+            starts = self.events.starts
+            kept = np.diff(np.append(0, np.cumsum(later))[starts])
+            first = starts[1:] - kept  # Each key's events are in order of time, so it keeps its last ones.
 
             def since_window(totals: np.ndarray) -> np.ndarray:
-                carried = np.where(before[first], totals[first - 1], 0)
-                return (totals[later] - np.repeat(carried, lengths)).astype(totals.dtype)
+                dropped = np.where(first > starts[:-1], totals[first - 1], 0).astype(totals.dtype)
+                return totals[later] - np.repeat(dropped, kept)
 
+            labels = _map(since_window, self.label_sum)
             events, rows = self.events.take(later), since_window(self.rows)
-            return replace(self, events=events, rows=rows, label_sum=_map(since_window, self.label_sum), floor=floor)
+            return replace(self, events=events, rows=rows, label_sum=labels, floor=floor)
         # And the last one before of each key, which carries its totals.
         needed = later | np.append(later[1:], False)
         needed[self.events.starts[1:] - 1] = True
