@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.cli.main import main
+from mmoe_rec.report.files import read_report
 
 
 def run(*words: object) -> None:
@@ -51,3 +52,10 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         raise AssertionError(f"{constant} is no JSON")
 
     return json.loads((folder / "metrics.json").read_text(), parse_constant=forbid)
+
+
+def told_by(folder: Path) -> list[str]:
+    """The headline and the sentences of a folder's report."""
+    report = read_report(folder)
+    assert report is not None, f"{folder} has no report"
+    return [report.headline, *(each.text for each in (*report.sentences, *report.more))]

@@ -24,10 +24,11 @@ from mmoe_rec.cli.main import MODEL, Configuration, out_option, settings_command
 @click.option("--model", metavar="M", help=f"the model beside them: {MODEL}")
 @out_option("data.work/baselines")
 def baselines(configuration: Configuration, model: str | None, out: Path | None) -> None:
+    from mmoe_rec.evaluation.results_report import make_report
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.places import check_out, short_names
-    from mmoe_rec.report.tables import show_results
+    from mmoe_rec.report.terminal import to_terminal
 
     settings = configuration.settings
     work = Path(settings.data.work)
@@ -37,6 +38,6 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     if model is not None:
         name = short_names([model])[model]
         evaluated = evaluate_model(settings, model, work / "evaluation")
-    show(show_results(measure_baselines(settings, out, evaluated, name)))
+    show(to_terminal(make_report(measure_baselines(settings, out, evaluated, name))))
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")

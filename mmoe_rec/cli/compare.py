@@ -58,9 +58,11 @@ def compare(
 
     existing(*log_and_place(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
     from mmoe_rec.experiments.compare import FOLDER, compare_architectures, compare_settings
+    from mmoe_rec.experiments.experiment_report import FILE, make_report
     from mmoe_rec.experiments.importance import compare_features
     from mmoe_rec.experiments.variants import parse_variants
-    from mmoe_rec.report.experiment import FILE, PAGE, terminal_parts
+    from mmoe_rec.report.files import PAGE
+    from mmoe_rec.report.terminal import to_terminal
 
     if architectures:
         report = compare_architectures(settings, seeds, jobs)
@@ -68,7 +70,7 @@ def compare(
         report = compare_features(settings, only, 0.001 if margin is None else margin, seeds, jobs)
     else:
         report = compare_settings(settings, parse_variants(words), seeds, jobs)
-    show(terminal_parts(report))
+    show(to_terminal(make_report(report, {})))
     folder = Path(settings.data.work) / FOLDER
     print(f"all values: {folder / FILE}")
     print(f"report: {folder / PAGE}")

@@ -84,9 +84,10 @@ def evaluate(
         split = split or "test"
         out = out or Path(settings.data.work) / place_of(split)
         results = evaluate_model(settings, model, out, against, split).results
-    from mmoe_rec.report.tables import show_results
+    from mmoe_rec.evaluation.results_report import make_report
+    from mmoe_rec.report.terminal import to_terminal
 
-    show(show_results(results))
+    show(to_terminal(make_report(results)))
     if model is not None:
         print(f"predictions: {out / PREDICTIONS}")
     print(f"metrics: {out / 'metrics.json'}")

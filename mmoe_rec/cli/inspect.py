@@ -3,7 +3,7 @@
 The health of a data set before one trains on it: rows, labels by split and week, and for each feature its coverage, ids
 that training does not know, drift, and how well it alone predicts each task, which finds leaks. What is suspicious has
 advice, with the override that takes it. A quick model says how well the features rank each task.
-Prepares the features as training would, or takes existing ones; writes `health.html` and `health.json` to
+Prepares the features as training would, or takes existing ones; writes `report.html` and `health.json` to
 `data.work`/inspection.
 """
 
@@ -36,11 +36,12 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
         health = inspect_features(
             settings.name, prepared, settings.schema_, dims, scratch, data.memory_gib, data.workers
         )
-        from mmoe_rec.report.health import write
-        from mmoe_rec.report.tables import show_health
+        from mmoe_rec.profiling.health_report import FILE, make_report, write
+        from mmoe_rec.report.files import PAGE
+        from mmoe_rec.report.terminal import to_terminal
 
         write(health, out)
-    show(show_health(health))
-    print(f"report: {out / 'health.html'}")
-    print(f"numbers: {out / 'health.json'}")
+    show(to_terminal(make_report(health)))
+    print(f"report: {out / PAGE}")
+    print(f"numbers: {out / FILE}")
     print(f"next: mmoe-rec train {configuration.options()}")

@@ -31,8 +31,9 @@ def promote(
 ) -> None:
     if (challenger is None) != rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
+    from mmoe_rec.evaluation.results_report import make_report
     from mmoe_rec.jobs.promotion import promote_version, roll_back
-    from mmoe_rec.report.tables import show_results
+    from mmoe_rec.report.terminal import to_terminal
 
     settings = configuration.settings
     if challenger is None:
@@ -41,7 +42,7 @@ def promote(
     out = out or Path(settings.data.work) / "promotion"
     decision = promote_version(settings, challenger, slower_at_most, out)
     if decision.results is not None:
-        show(show_results(decision.results))
+        show(to_terminal(make_report(decision.results)))
         print(f"report: {out / 'report.html'}")
     show(decision.reasons)
     if not decision.promoted:

@@ -19,7 +19,7 @@ from mmoe_rec.cli.main import COMMANDS, Configuration, out_option, settings_comm
 def report(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
     from mmoe_rec.atomic import write_text
-    from mmoe_rec.jobs.overview import find_cautions, page, read_parts
+    from mmoe_rec.jobs.overview import find_cautions, read_parts, to_page
     from mmoe_rec.jobs.places import check_out
 
     work = Path(settings.data.work)
@@ -31,10 +31,10 @@ def report(configuration: Configuration, out: Path | None) -> None:
 
     parts, cautions = list(read_parts(settings, command, COMMANDS)), list(find_cautions(settings))
     about = f"What lies in {work}, of the log {settings.data.log}."
-    write_text(out / "report.html", page(f"Report: {settings.name}", about, cautions, parts))
+    write_text(out / "report.html", to_page(f"Report: {settings.name}", about, cautions, parts))
     show(f"warning: {each}" for each in cautions)
     for part in parts:
         stale = f" (out of date: {'; '.join(part.stale)})" if part.stale else ""
-        lines = [f"  {each}" for each in part.sentences]
-        show([f"{part.title}{stale}", *lines] if part.command is None else [f"{part.title}: {part.command}"])
+        known = part.command if part.report is None else f"{part.report.headline}{stale}"
+        show([f"{part.title}: {known}"])
     print(f"report: {out / 'report.html'}")

@@ -33,11 +33,13 @@ def tune(configuration: Configuration, minutes: float | None, trials: int | None
     from mmoe_rec.preprocessing.prepare import existing
 
     existing(*log_and_place(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
+    from mmoe_rec.experiments.experiment_report import make_report
     from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
-    from mmoe_rec.report.experiment import PAGE, terminal_parts
+    from mmoe_rec.report.files import PAGE
+    from mmoe_rec.report.terminal import to_terminal
 
     trials = 20 if trials is None and minutes is None else trials
-    show(terminal_parts(tune_settings(settings, minutes, trials, seeds, jobs)))
+    show(to_terminal(make_report(tune_settings(settings, minutes, trials, seeds, jobs), {})))
     folder = Path(settings.data.work) / FOLDER
     print(f"report: {folder / PAGE}")
     print(f"next: mmoe-rec train --config {folder / BEST}")

@@ -52,7 +52,6 @@ def tune_weights(
     from mmoe_rec.atomic import write_text
     from mmoe_rec.evaluation.tradeoffs import Sweep, make_grid
     from mmoe_rec.jobs.prediction_files import columns_of_settings, open_predictions
-    from mmoe_rec.report.formatting import difference
 
     weights, columns = make_grid([task.score_weight for task in settings.tasks.values()]), columns_of_settings(settings)
     folders = [str(work / name / "predictions.parquet") for name in ("evaluation_validation", "evaluation")]
@@ -73,7 +72,7 @@ def tune_weights(
     tree |= {"chosen": chosen, "apart": {task: asdict(each) for task, each in apart.items()}}
     file = (out or work / "tradeoffs") / "tradeoffs.json"
     write_text(file, json.dumps(tree, indent=1))
-    told = {task: "nothing" if each.value is None else difference(each) for task, each in apart.items()}
+    told = {task: "nothing" if each.value is None else each.shown() for task, each in apart.items()}
     lines = [f"no weights serve {goal} better within the losses allowed: keep those of the settings"]
     if chosen:  # the first weights are those of the settings
         lines = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in told.items()]

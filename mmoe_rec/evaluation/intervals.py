@@ -23,6 +23,8 @@ from scipy.optimize import brentq
 from scipy.stats import beta, gamma
 from scipy.stats import t as student
 
+from mmoe_rec.report.formatting import signed
+
 Key = tuple[str, str]
 Values = dict[Any, np.ndarray]
 """What is redrawn, such as (task or `score`, metric) -> (R,) float64"""
@@ -49,6 +51,13 @@ class Interval:
     value: float | None
     low: float | None = None
     high: float | None = None
+
+    def shown(self, digits: int = 4) -> str:
+        """Return the metric with its interval, if it has one."""
+        if self.value is None:
+            return "-"
+        ends = "" if self.low is None else f" ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        return f"{self.value:.{digits}f}{ends}"
 
 
 UNDEFINED = Interval(None)
@@ -77,6 +86,11 @@ class Difference:
     def is_significant(self) -> bool:
         """Whether the difference is shown after the correction."""
         return self.p_corrected is not None and self.p_corrected < LEVEL
+
+    def shown(self) -> str:
+        """Return the difference with its interval, if it has one."""
+        value, *ends = signed(*(each for each in (self.value, self.low, self.high) if each is not None))
+        return f"{value} ({' to '.join(ends)})" if ends else value
 
 
 def draw_users(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

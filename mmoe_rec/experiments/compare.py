@@ -19,10 +19,18 @@ from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
 from mmoe_rec.evaluation.trainings import average_trainings
+from mmoe_rec.experiments.experiment_report import (
+    FILE,
+    ExperimentResult,
+    MetricMean,
+    VariantResult,
+    correct_cells,
+    write,
+)
 from mmoe_rec.experiments.runner import Runner, TrainedVariant, open_runner
 from mmoe_rec.experiments.variants import Variant, list_architectures
 from mmoe_rec.jobs.run_page import as_code, command, quoted
-from mmoe_rec.report.experiment import FILE, PAGE, Cell, ExperimentReport, VariantResult, correct_cells, write
+from mmoe_rec.report.files import PAGE
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.origin import fixed_settings
 
@@ -35,7 +43,7 @@ Columns = dict[tuple[str, str], tuple[str, str]]
 BASE = Variant("these settings")
 
 
-def compare_settings(settings: Settings, variants: Sequence[Variant], seeds: int, jobs: int = 1) -> ExperimentReport:
+def compare_settings(settings: Settings, variants: Sequence[Variant], seeds: int, jobs: int = 1) -> ExperimentResult:
     """Train the settings and their variants, and compare them on the test rows.
 
     Args:
@@ -52,12 +60,12 @@ def compare_settings(settings: Settings, variants: Sequence[Variant], seeds: int
     return _compare(settings, [BASE, *variants], seeds, jobs)
 
 
-def compare_architectures(settings: Settings, seeds: int, jobs: int = 1) -> ExperimentReport:
+def compare_architectures(settings: Settings, seeds: int, jobs: int = 1) -> ExperimentResult:
     """Compare architectures of one budget, tasks alone or left out, and trees alone. See `compare_settings`."""
     return _compare(settings, list_architectures(settings), seeds, jobs)
 
 
-def _compare(settings: Settings, variants: Sequence[Variant], seeds: int, jobs: int) -> ExperimentReport:
+def _compare(settings: Settings, variants: Sequence[Variant], seeds: int, jobs: int) -> ExperimentResult:
     check(settings, variants, seeds)
     with open_runner(settings, "compare", "test", jobs=jobs, folder=FOLDER) as runner:
         report = judge(runner, variants, seeds, settings.evaluation.margin)
@@ -80,7 +88,7 @@ def check(settings: Settings, variants: Sequence[Variant], seeds: int) -> None:
                 raise UserError(f"variant '{variant.name}': there is no feature '{name}' to leave out.")
 
 
-def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float) -> ExperimentReport:
+def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float) -> ExperimentResult:
     """Train variants, the base first, and judge their differences from the base.
 
     Args:
@@ -118,7 +126,7 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
     results = [_summarize(each, base, columns, decides, base_means, differences) for each in trained]
     rows = int(measured[0].tables["ranking"]["rows"].to_numpy().sum())
     means.pop(OBJECTIVE[0], None)
-    return ExperimentReport(
+    return ExperimentResult(
         title=f"Comparison of variants of {settings.name}" if others else f"{seeds} runs of {settings.name}",
         seeds=base.seeds,
         rows=rows,
@@ -132,11 +140,11 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
     )
 
 
-def keep(runner: Runner, report: ExperimentReport) -> None:
+def keep(runner: Runner, report: ExperimentResult) -> None:
     """Write the report and log it to MLflow."""
     settings, run = runner.settings, runner.run
-    about = {"fingerprint": runner.prepared.manifest["fingerprint"], "settings": fixed_settings(settings)}
-    write(report, runner.folder, about)
+    identity = {"features": runner.prepared.manifest["fingerprint"], "settings": fixed_settings(settings)}
+    write(report, runner.folder, identity)
     for name in (FILE, PAGE):
         run.log_artifact(runner.folder / name)
     means = {
@@ -146,7 +154,7 @@ def keep(runner: Runner, report: ExperimentReport) -> None:
         if cell.mean is not None
     }
     run.log_metrics(means)
-    run.describe("Comparison", "\n\n".join([as_code(command()), quoted(report.sentences)]))
+    run.describe("Comparison", "\n\n".join([as_code(command()), quoted([report.headline, *report.sentences])]))
 
 
 def _choose_metrics(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
@@ -169,13 +177,13 @@ def _summarize(
     differences: Differences,
 ) -> VariantResult:
     """Return the result of a variant, not corrected. A variant without a task is judged by the others, one by one."""
-    variant, cells = trained.variant, dict[str, Cell]()
+    variant, cells = trained.variant, dict[str, MetricMean]()
     for key, (label, better) in columns.items():
         mean, apart = means.get(key), None
         if trained is not base:
             apart = _negate(differences.get((variant.name, *key), Difference(None)))
             mean = None if mean is None or apart.value is None else mean + apart.value
-        cells[label] = Cell(better, mean, apart)
+        cells[label] = MetricMean(better, mean, apart)
     judged = [] if decides is None else [decides]
     if variant.without_tasks:
         judged = [key for key in columns if key != OBJECTIVE and key[0] not in variant.without_tasks]

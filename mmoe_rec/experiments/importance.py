@@ -28,6 +28,7 @@ from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
 from mmoe_rec.experiments.compare import BASE, FOLDER, check, judge, keep
+from mmoe_rec.experiments.experiment_report import ExperimentResult
 from mmoe_rec.experiments.predictions import ROWS_AT_A_TIME, JudgedRows, predict
 from mmoe_rec.experiments.runner import Network, Runner, open_runner
 from mmoe_rec.experiments.variants import Variant
@@ -36,8 +37,7 @@ from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.progress import bar
-from mmoe_rec.report.experiment import ExperimentReport, Listing
-from mmoe_rec.report.formatting import difference
+from mmoe_rec.report.parts import Table
 from mmoe_rec.settings.schema import Remembering, Schema
 from mmoe_rec.settings.sections import Settings
 
@@ -81,7 +81,7 @@ class Loss:
 
 def compare_features(
     settings: Settings, only: Sequence[str], margin: float, seeds: int, jobs: int = 1
-) -> ExperimentReport:
+) -> ExperimentResult:
     """Permute features on validation rows, then train without the candidates and judge them on the test rows.
 
     Args:
@@ -112,8 +112,8 @@ def compare_features(
         report = judge(runner, [BASE, *variants], seeds, margin)
         heads = ("feature", "loss of a model that has it", "verdict")
         rows = [tuple(row) for row in found["rows"]]
-        listing = Listing(f"Loss of {found['objective']} when a feature is permuted", heads, rows)
-        report = replace(report, notes=found["notes"], listings=[listing])
+        table = Table(f"Loss of {found['objective']} when a feature is permuted", heads, rows)
+        report = replace(report, notes=found["notes"], tables=[table])
         keep(runner, report)
     return report
 
@@ -205,11 +205,11 @@ def permute(runner: Runner, network: Network, groups: Sequence[Group], margin: f
     rows = []
     for loss in losses:
         verdict = "used" if loss.is_shown else "open"
-        rows.append((loss.group.name, difference(loss.apart), "candidate" if loss.group.name in names else verdict))
+        rows.append((loss.group.name, loss.apart.shown(), "candidate" if loss.group.name in names else verdict))
     notes = ["no feature is a candidate to leave out: this model uses each, or these rows can't tell"]
     if joint is not None:
         listed = ", ".join(f"`{name}`" for name in names)
-        notes = [f"candidates to leave out together: {listed}; permuted, they lose {difference(joint.apart)}"]
+        notes = [f"candidates to leave out together: {listed}; permuted, they lose {joint.apart.shown()}"]
     return {"objective": objective.name, "rows": rows, "joint": names, "notes": notes}
 
 

@@ -26,12 +26,13 @@ import numpy as np
 from mmoe_rec.atomic import digest, write_text
 from mmoe_rec.errors import StoppedError, UserError, first_line, require_packages
 from mmoe_rec.experiments.compare import BASE, check, judge, keep
+from mmoe_rec.experiments.experiment_report import ExperimentResult
 from mmoe_rec.experiments.processes import run_side_by_side
 from mmoe_rec.experiments.runner import Runner, Task, fit, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.progress import say
-from mmoe_rec.report.experiment import ExperimentReport, Listing
 from mmoe_rec.report.formatting import signed
+from mmoe_rec.report.parts import Table
 from mmoe_rec.settings.sections import Search, Settings
 from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.runs import mark_killed
@@ -49,7 +50,7 @@ _REASON, _SECONDS, _RUN = "reason", "seconds", "run_id"  # attributes of trials
 
 def tune_settings(
     settings: Settings, minutes: float | None, trials: int | None, seeds: int, jobs: int = 1
-) -> ExperimentReport:
+) -> ExperimentResult:
     """Search for better settings and write `best.yaml`.
 
     Args:
@@ -83,11 +84,9 @@ def tune_settings(
             (name, level, str(count), signed(effect)[0])
             for (name, level), (count, effect) in sorted(effects.items(), key=lambda item: -item[1][1])
         ]
-        listing = Listing(
-            "Effects of single values on the selecting rows, by least squares over the trials", heads, rows
-        )
+        table = Table("Effects of single values on the selecting rows, by least squares over the trials", heads, rows)
         notes = [study.describe(), *([] if candidates else ["nothing to adopt: no other values did better"])]
-        report = replace(report, notes=notes, listings=[listing])
+        report = replace(report, notes=notes, tables=[table])
         best = settings if report.adopted is None else variant.apply(settings)
         write_text(runner.folder / BEST, best.to_yaml())
         keep(runner, report)

@@ -40,8 +40,8 @@ def measure_baselines(
     evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
     no rows of a split, or a task can't be learnt.
     """
+    from mmoe_rec.evaluation.results_report import write_results
     from mmoe_rec.evaluation.summary import summarise
-    from mmoe_rec.report.evaluation import write_results
 
     check_out(out, settings)
     with (

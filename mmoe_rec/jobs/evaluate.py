@@ -124,10 +124,10 @@ def log_evaluation(
     scored, results: of the model and those it is compared with; out: where the files are; place: folder of the run's
     files; split: of the rows. Raises UnreachableError where MLflow does not answer.
     """
+    from mmoe_rec.evaluation.findings import find_all
+    from mmoe_rec.evaluation.results_report import comparison_tree
+    from mmoe_rec.evaluation.sentences import describe_verdicts
     from mmoe_rec.evaluation.summary import flatten
-    from mmoe_rec.report.evaluation import comparison_tree
-    from mmoe_rec.report.findings import find_all
-    from mmoe_rec.report.sentences import describe_verdicts
 
     layout, summary, first, windows = scored.layout, results.first.summary, results.first, settings.split.windows()
     uri, name = settings.tracking.address, f"evaluate {model.address}"
@@ -231,7 +231,8 @@ def evaluate_found(
 
     place: folder of the run's files; note_decision: tells how many decisions on rows of a digest promoted none before.
     """
-    from mmoe_rec.report.evaluation import calibration_figure, write_results
+    from mmoe_rec.evaluation.curves import calibration_figure
+    from mmoe_rec.evaluation.results_report import write_results
 
     rules, placement = settings.evaluation, settings.roles.placement
     check_out(out, settings)

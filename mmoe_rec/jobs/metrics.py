@@ -41,7 +41,7 @@ def measure_predictions(
     Raises:
         UserError: A file, a column or a value is wrong.
     """
-    from mmoe_rec.report.evaluation import write_results
+    from mmoe_rec.evaluation.results_report import write_results
 
     if is_remote(str(out)):
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")

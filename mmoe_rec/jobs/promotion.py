@@ -164,7 +164,7 @@ def _judge_rows(
 
 def _read_verdict(results: Results) -> tuple[bool, str]:
     """Whether the first of two models is better, and the sentence that says why."""
-    from mmoe_rec.report.sentences import describe_verdict
+    from mmoe_rec.evaluation.sentences import describe_verdict
 
     assert results.comparison is not None
     ((other, verdict),) = results.comparison.verdicts.items()
@@ -283,7 +283,7 @@ def _judge_versions(
 
 def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
-    from mmoe_rec.report.findings import find_all
+    from mmoe_rec.evaluation.findings import find_all
 
     assert results.comparison is not None
     (better, sentence), findings = _read_verdict(results), find_all(results)

@@ -113,7 +113,7 @@ def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> Non
     """Logs a figure of the gates' mean weights."""
     if run.run_id is None:
         return  # another rank than the first draws nothing
-    from mmoe_rec.report.evaluation import gate_weights_figure
+    from mmoe_rec.evaluation.curves import gate_weights_figure
 
     weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
     run.log_figure(gate_weights_figure(weights), name)

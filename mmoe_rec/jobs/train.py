@@ -144,6 +144,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.jobs.stacking import grow_trees
     from mmoe_rec.model.score import UNCALIBRATED
+    from mmoe_rec.training import training_report
     from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.validation import find_early_end
 
@@ -199,6 +200,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         network,
     )
     trained.write()
+    training_report.write(trained, settings)
     return trained
 
 

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mmoe_rec.evaluation.intervals import Difference, Interval
-
-NONE = "–"  # noqa: RUF001 - a dash stands for a number that does not exist
+NONE = "-"
 _DAY = 86_400_000_000
 _DECIMALS = 4
 _MOST_DECIMALS = 7  # what is smaller is written like 1.5e-08
@@ -89,20 +87,6 @@ def span(microseconds: int) -> str:
 def day(time: str | None) -> str:
     """The day and minute of an ISO time."""
     return NONE if time is None else time[:16].replace("T", " ")
-
-
-def interval(metric: Interval, digits: int = 4) -> str:
-    """A metric with its interval, if it has one."""
-    if metric.value is None:
-        return "-"
-    ends = "" if metric.low is None else f" ({metric.low:.{digits}f} to {metric.high:.{digits}f})"
-    return f"{metric.value:.{digits}f}{ends}"
-
-
-def difference(apart: Difference) -> str:
-    """A difference with its interval, if it has one."""
-    value, *ends = signed(*(each for each in (apart.value, apart.low, apart.high) if each is not None))
-    return f"{value} ({' to '.join(ends)})" if ends else value
 
 
 def signed(*values: float, sign: bool = True) -> list[str]:

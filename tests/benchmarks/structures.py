@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.experiments.compare import compare_settings
+from mmoe_rec.experiments.experiment_report import Call
 from mmoe_rec.experiments.variants import Variant
-from mmoe_rec.report.experiment import Call
 from mmoe_rec.settings.sections import Settings
 
 NUMBERS, ROWS = 12, {"train": 5_000, "validation": 1_000, "test": 5_000}

@@ -13,9 +13,9 @@ from sklearn.metrics import brier_score_loss
 from mmoe_rec.evaluation import metrics as registered
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists
+from mmoe_rec.evaluation.results_report import metrics_of_models, summary_tree
 from mmoe_rec.evaluation.summary import flatten, summarise
-from mmoe_rec.report.evaluation import summary_tree
-from mmoe_rec.report.tables import results_table
+from mmoe_rec.report.terminal import to_rich
 from tests.evaluation.trees import compare
 
 
@@ -63,7 +63,7 @@ def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
     whole = summarise(log.measure(), resamples=200)
     summary = json.loads(json.dumps(summary_tree(whole), allow_nan=False))
     stream = io.StringIO()
-    Console(file=stream, width=200).print(results_table({"model": whole}))
+    Console(file=stream, width=200).print(to_rich(metrics_of_models({"model": whole})))
     lines = [line.strip("│ ") for line in stream.getvalue().splitlines()]
     for task in ("bought", "liked"):
         rows, label, prediction = log.observed(task)
@@ -89,10 +89,8 @@ def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
     difference = compare(sums, "a")["against"]["b"]["groups"]["bought"]["brier"]["value"]
     first, second = (each.tasks["bought"].get("brier").value for each in summaries.values())
     assert difference == pytest.approx(first - second)
-    table = results_table(summaries)
-    row = [str(cell) for cell in table.columns[0].cells].index("  brier ↓")
-    styles = [list(column.cells)[row].style for column in table.columns[1:]]
-    assert styles == (["bold", ""] if first < second else ["", "bold"])
+    row = next(row for row in metrics_of_models(summaries).rows if row[0] == "brier ↓")
+    assert [cell.mark for cell in row[1:]] == (["best", ""] if first < second else ["", "best"])
 
 
 @pytest.mark.usefixtures("toys")

@@ -14,12 +14,12 @@ from simulated_log import simulate
 
 from mmoe_rec.evaluation.comparison import Comparison, Guard, Results, Verdict, Versus, decide, guard_slices
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval, level_after
+from mmoe_rec.evaluation.results_report import differences_table
+from mmoe_rec.evaluation.sentences import describe_guard, describe_verdict
 from mmoe_rec.evaluation.slices import SliceRecord
 from mmoe_rec.evaluation.summary import GroupSummary, MeasuredModel, Objective, Summary, summarise
 from mmoe_rec.jobs.promotion import _find_objections, _read_verdict
 from mmoe_rec.report.formatting import signed
-from mmoe_rec.report.sentences import describe_guard, describe_verdict
-from mmoe_rec.report.tables import differences_table
 from mmoe_rec.settings.sections import Evaluation
 
 
@@ -306,8 +306,8 @@ def test_decisions_on_the_same_rows_share_one_level() -> None:
 def test_a_difference_of_calibration_says_which_way(mine: float, its: float, told: str) -> None:
     """By factors: 0.5 is further from 1 than 1.6."""
     found = compared(apart(0.0, 0.1), bought={"calibration": apart(mine - its, 0.05)})
-    (_, cell) = differences_table(found, summary(mine)).columns[1].cells
-    assert str(cell).endswith(f" {told}")
+    (_, (_, cell)) = differences_table(found, summary(mine)).rows
+    assert cell.text.endswith(f" {told}")
 
 
 @pytest.mark.parametrize(

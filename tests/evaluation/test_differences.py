@@ -14,9 +14,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.comparison import Results, compare, find_differences, find_few_changes, limit_few_changes
 from mmoe_rec.evaluation.intervals import Difference, correct_by_holm, limit_by_changes
+from mmoe_rec.evaluation.sentences import describe_comparison
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
-from mmoe_rec.report.sentences import describe_comparison
 from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.judged_models import NOISE, noise_of_gain, verdicts
 from tests.evaluation.trees import compare as compare_sums

@@ -13,9 +13,9 @@ from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.intervals import effective_sample_size
+from mmoe_rec.evaluation.sentences import describe_slices, describe_verdict
 from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, SliceRecord, compare_slices, sort_worst_first
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-from mmoe_rec.report.sentences import describe_slices, describe_verdict
 from mmoe_rec.settings.sections import Evaluation
 
 

@@ -21,9 +21,9 @@ from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.intervals import draw_users
 from mmoe_rec.evaluation.metrics.metric import Resamples
 from mmoe_rec.evaluation.metrics.tasks import NormalisedEntropy
+from mmoe_rec.evaluation.sentences import describe_notes
 from mmoe_rec.evaluation.summary import LEFT_OUT, UserMetrics, flatten
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
-from mmoe_rec.report.sentences import describe_notes
 from tests.evaluation.trees import summarise
 
 

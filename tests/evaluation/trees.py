@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmoe_rec.evaluation import comparison, summary
+from mmoe_rec.evaluation.results_report import comparison_tree, summary_tree
 from mmoe_rec.evaluation.sums import EvaluationSums
-from mmoe_rec.report.evaluation import comparison_tree, summary_tree
 from mmoe_rec.settings.sections import Evaluation
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.experiments.experiment_report import ExperimentResult, MetricMean, VariantResult, correct_cells
 from mmoe_rec.experiments.variants import Variant, list_architectures, parse_variants
-from mmoe_rec.report.experiment import Cell, ExperimentReport, VariantResult, correct_cells
 from mmoe_rec.settings.sections import Settings
 from tests.pipelines.learnable_log import settings_tree
 
@@ -80,11 +80,11 @@ def apart(value: float, half: float, p: float) -> Difference:
     return Difference(value, value - half, value + half, half / 2, 50.0, p, None, half)
 
 
-def report_of(difference: Difference, better: str = "higher", simpler: bool = False) -> ExperimentReport:
+def report_of(difference: Difference, better: str = "higher", simpler: bool = False) -> ExperimentResult:
     name = "auc of bought"
-    base = VariantResult("MMoE", "", False, {name: Cell(better, 0.7)}, (), 10, 1.0)
-    other = VariantResult("PLE", "--x=1", simpler, {name: Cell(better, 0.7, difference)}, (name,), 10, 1.0)
-    return ExperimentReport("Title", (1, 2), 100, "users", {}, correct_cells([base, other]), 0.005)
+    base = VariantResult("MMoE", "", False, {name: MetricMean(better, 0.7)}, (), 10, 1.0)
+    other = VariantResult("PLE", "--x=1", simpler, {name: MetricMean(better, 0.7, difference)}, (name,), 10, 1.0)
+    return ExperimentResult("Title", (1, 2), 100, "users", {}, correct_cells([base, other]), 0.005)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,17 @@ def report_of(difference: Difference, better: str = "higher", simpler: bool = Fa
         (report_of(apart(0.0, 0.003, 0.9)), "would show a difference of 0.0030 auc of bought", False),
     ],
 )
-def test_verdicts_in_words(report: ExperimentReport, says: str, adopted: bool) -> None:
-    assert any(says in sentence for sentence in report.sentences), report.sentences
+def test_verdicts_in_words(report: ExperimentResult, says: str, adopted: bool) -> None:
+    told = [report.headline, *report.sentences]
+    assert any(says in sentence for sentence in told), told
     assert (report.adopted is not None) == adopted
 
 
 def test_verdicts_are_corrected_for_all_variants() -> None:
     """p of .03 is significant alone and not beside two others (Holm); the best variant is adopted."""
     base, other = report_of(apart(0.01, 0.005, 0.03)).variants
-    third = replace(other, name="third", cells={"auc of bought": Cell("higher", 0.7, apart(0.02, 0.005, 0.001))})
-    fourth = replace(other, name="fourth", cells={"auc of bought": Cell("higher", 0.7, apart(0.0, 0.005, 0.9))})
+    third = replace(other, name="third", cells={"auc of bought": MetricMean("higher", 0.7, apart(0.02, 0.005, 0.001))})
+    fourth = replace(other, name="fourth", cells={"auc of bought": MetricMean("higher", 0.7, apart(0.0, 0.005, 0.9))})
     report = replace(report_of(Difference(None)), variants=correct_cells([base, other, third, fourth]))
     corrected = [each.cells["auc of bought"].apart.p_corrected for each in report.variants[1:]]
     assert corrected == pytest.approx([0.06, 0.003, 0.9])

@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.evaluation.intervals import draw_users
 from mmoe_rec.experiments import processes, runner
 from mmoe_rec.experiments.compare import BASE, compare_settings
+from mmoe_rec.experiments.experiment_report import Call
 from mmoe_rec.experiments.predictions import JudgedRows, Predictions
 from mmoe_rec.experiments.runner import Runner, Task, open_runner
 from mmoe_rec.experiments.variants import Variant
@@ -28,12 +29,11 @@ from mmoe_rec.jobs.evaluate import scored_rows
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Mixture
-from mmoe_rec.report.experiment import Call
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training import loop
 from mmoe_rec.training.choices import Choices
-from tests.commands import refuse, run_and_read
+from tests.commands import refuse, run_and_read, told_by
 from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.learnable_log import settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World, dying_after
@@ -130,14 +130,14 @@ def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: p
     printed = run_and_read(*words)
     folder = world.work / "comparison"
     found = json.loads((folder / "comparison.json").read_text())
-    assert next(iter(found)) == "sentences"
+    told = told_by(folder)
     better, equal = "is better than `these settings`", "is not shown to differ from `these settings`"
-    assert found["sentences"][0].startswith(f"`better` {better}: mean auc of click, liked differs by +")
-    assert found["sentences"][1].startswith(f"`equal` {equal}: mean auc of click, liked differs by ")
+    assert told[1].startswith(f"`better` {better}: mean auc of click, liked differs by +")
+    assert told[2].startswith(f"`equal` {equal}: mean auc of click, liked differs by ")
     assert found["adopted"] == "better"
     assert "adopt `--model.experts.count=4`, since `better` is better" in printed
     page = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).words.split())
-    for sentence in found["sentences"]:
+    for sentence in told:
         assert sentence in printed
         assert sentence.replace("`", "")[1:] in page
 
@@ -272,7 +272,7 @@ def test_architectures_by_the_command(tmp_path: Path) -> None:
     assert judged["only click"] == ["auc of click"]
     assert judged["trees alone"] == ["mean auc of click, liked"]
     assert found["variants"][-1]["parameters"] is None
-    assert all(sentence in printed for sentence in found["sentences"])
+    assert all(sentence in printed for sentence in told_by(world.work / "comparison"))
 
 
 @pytest.mark.parametrize(

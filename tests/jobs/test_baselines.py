@@ -237,7 +237,7 @@ def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
     rates = ((sums["sum"] + 20 * overall) / (sums["count"] + 20)).to_dict()
     test = test[test["label.click"].notna()]
     predicted = [rates.get(each, overall) for each in test["candidate"]]
-    found = json.loads((out / "against" / "1" / "metrics.json").read_text())
+    found = json.loads((out / "metrics.json").read_text())["against"]["popularity"]
     expected = roc_auc_score(test["label.click"], predicted)
     assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(expected, abs=1e-9)
 
@@ -252,7 +252,8 @@ def test_probabilities_are_calibrated_as_those_of_the_model_are(tmp_path: Path) 
     tasks: dict[str, list[dict]] = {}
     for method in ("none", "temperature"):
         out = run(SmallModel(tmp_path / method, log=[log], training={"calibration": method}))
-        tasks[method] = [json.loads((out / each / "metrics.json").read_text())["tasks"] for each in (".", "against/1")]
+        found = json.loads((out / "metrics.json").read_text())
+        tasks[method] = [each["tasks"] for each in (found, found["against"]["popularity"])]
     for before, after in zip(*tasks.values(), strict=True):
         assert before["click"]["calibration"]["value"] > 1.5
         assert after["click"]["calibration"]["value"] == pytest.approx(1, abs=0.2)
@@ -271,7 +272,7 @@ def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
         training={"sampling_correction": "weights"},
     )
     out = run(model)
-    found = json.loads((out / "against" / "1" / "metrics.json").read_text())["tasks"]["click"]["calibration"]
+    found = json.loads((out / "metrics.json").read_text())["against"]["popularity"]["tasks"]["click"]["calibration"]
     assert found["low"] <= 1.05
     assert 0.8 < found["value"] < 1.25
 

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
+from mmoe_rec.evaluation.findings import find_all
 from mmoe_rec.jobs import evaluate
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.metrics import measure_predictions
@@ -24,7 +25,6 @@ from mmoe_rec.jobs.prediction_files import columns_of_tasks
 from mmoe_rec.jobs.promotion import _find_objections
 from mmoe_rec.jobs.slicing import TrainingRows, overlap
 from mmoe_rec.jobs.trees import rate_candidates
-from mmoe_rec.report.findings import find_all
 from mmoe_rec.settings.sections import Evaluation, Split
 from tests.inference.small_model import SmallModel
 from tests.log.plain_tables import plain_settings

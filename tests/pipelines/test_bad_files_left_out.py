@@ -41,7 +41,7 @@ def test_bad_files_end_the_command_unless_they_are_to_be_skipped(config: Path, c
     report = config.parent / "work" / "inspection"
     listed = json.loads((report / "health.json").read_text())["overview"]["left_out"]
     assert [Path(each["file"]).name for each in listed] == ["x-cut.parquet", "y-text.parquet"]
-    assert "y-text.parquet" in (report / "health.html").read_text()
+    assert "y-text.parquet" in (report / "report.html").read_text()
 
     commands.run("train", *options, "--training.epochs", "1", "--training.batch_size", "2048")
     uri = f"sqlite:///{config.parent / 'mlflow.db'}"

@@ -23,7 +23,7 @@ from mmoe_rec.evaluation import scoring
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
-from tests.commands import read_metrics, refuse, run, run_and_read
+from tests.commands import read_metrics, refuse, run, run_and_read, told_by
 from tests.fork_server import run_command
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 
@@ -199,10 +199,11 @@ def test_metrics_have_intervals_and_are_those_of_the_test_rows(
     run("report", "--config", world.config)
     shutil.rmtree(work / "evaluation")
     said = capsys.readouterr().out
-    assert "\nThe last training\n  validation AUC, at step " in said
-    assert f"\nThe model on test rows\n  {found['sentences'][0]}\n" in said  # not out of date
-    assert found["sentences"][0].startswith(f"click: auc {area:.4f} (")
-    assert found["sentences"][0] in (work / "report" / "report.html").read_text(encoding="utf-8")
+    headline = told_by(evaluated)[0]
+    assert "\nThe last training: validation AUC of the model at step " in said
+    assert f"\nThe model on test rows: {headline}\n" in said  # not out of date
+    assert headline.startswith(f"click: auc {area:.4f} (")
+    assert headline[1:] in (work / "report" / "report.html").read_text(encoding="utf-8")
 
 
 def test_rankings_are_measured_by_the_weights_of_the_command(

@@ -31,7 +31,7 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
     run("inspect", "--config", str(config), "--training.epochs", "3")
     out = config.parent / "work" / "inspection"
     printed = capsys.readouterr().out
-    assert f"report: {out / 'health.html'}\n" in printed
+    assert f"report: {out / 'report.html'}\n" in printed
     assert f"numbers: {out / 'health.json'}\n" in printed
     assert printed.endswith(f"next: mmoe-rec train --config {config} --training.epochs 3\n")
     health = json.loads((out / "health.json").read_text())
@@ -43,13 +43,13 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
     assert 0.6 < features["item"]["auc"]["click"] < 0.98
     bins = [each["bin"] for each in features["item"]["inputs"][0]["bins"]]
     assert set(bins[:40]) == set(map(str, range(40))), "bins of ids have the ids' names"
-    assert (out / "health.html").read_text().startswith("<!doctype html>")
-    assert sorted(path.name for path in out.iterdir()) == ["health.html", "health.json"]
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in out.iterdir()) == ["health.json", "report.html", "report.json"]
     assert health["sentences"][1] in " ".join(printed.split()), "whatever the terminal's width"
     assert health["sentences"][1].startswith("quick model of click: an AUC of 0.")
     run("report", "--config", str(config))
     printed = capsys.readouterr().out
-    assert printed.startswith("The data\n  " + "\n  ".join(health["sentences"]))
+    assert printed.startswith(f"The data: {health['sentences'][0]}\n")
     assert f"\nThe last training: mmoe-rec train --config {config}\n" in printed
     assert printed.endswith(f"report: {config.parent / 'work' / 'report' / 'report.html'}\n")
     run("report", "--config", str(config), "--features.price.transform", "log")
@@ -103,8 +103,8 @@ def test_out_says_where_and_features_at_hand_are_taken_without_torch(config, tmp
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert manifest.stat().st_mtime_ns == written
-    assert str(tmp_path / "there" / "health.html") in done.stdout
-    assert (tmp_path / "there" / "health.html").is_file()
+    assert str(tmp_path / "there" / "report.html") in done.stdout
+    assert (tmp_path / "there" / "report.html").is_file()
 
 
 def test_two_buckets_that_are_the_label_are_found(tmp_path):

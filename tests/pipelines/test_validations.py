@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.report.tables import describe_training, validations_table
+from mmoe_rec.report.terminal import to_rich
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.origin import Origin
+from mmoe_rec.training.training_report import make_report, validations_table
 from mmoe_rec.training.validation import Validation, find_early_end
 from tests.inference.small_model import SmallModel
 from tests.model.examples import LAYOUT
@@ -28,7 +29,7 @@ def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
     ]
     console = Console(width=80, file=io.StringIO(), record=True)
     served = Validation({"click": 0.45}, {"click": 0.8}, EVEN, {}, {"click": 1.01})
-    console.print(validations_table(history, 1200, served))
+    console.print(to_rich(validations_table(history, 1200, served)))
     lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
     assert ["100", "click", "0.5000", "0.6100", "0.5500", "-"] in lines
     assert ["1,200", "chosen", "click", "0.5000", "0.7200", "0.5500", "-"] in lines
@@ -41,10 +42,12 @@ def test_what_should_worry_about_the_served_model_is_told(tmp_path: Path) -> Non
     small = SmallModel(tmp_path)
     best = Validation({"click": 0.5}, {"click": 0.42}, EVEN, {}, {"click": 11.0}, {"click": 9_000})
     trained = FinishedTraining(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Origin(), "")
-    told = list(describe_training(trained, small.settings))
-    assert [sentence.partition(";")[0] for sentence in told] == [
-        "warning: the validation AUC of 'click' is 0.420, below .5",
-        "warning: the probabilities of 'click' are too high: 11.00 times what was observed on validation rows",
+    report = make_report(trained, small.settings)
+    assert {each.mark for each in report.sentences} == {"warning"}
+    assert report.headline == "validation AUC of the model at step 300: click 0.4200"
+    assert [each.text.partition(";")[0] for each in report.sentences] == [
+        "the validation AUC of 'click' is 0.420, below .5",
+        "the probabilities of 'click' are too high: 11.00 times what was observed on validation rows",
     ]
 
 

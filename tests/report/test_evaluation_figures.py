@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mmoe_rec.evaluation.curves import calibration_figure, gate_weights_figure
+from mmoe_rec.evaluation.results_report import metrics_of_models
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.report.evaluation import calibration_figure, gate_weights_figure
-from mmoe_rec.report.tables import results_table
+from mmoe_rec.report.terminal import to_rich
 from tests.evaluation.simulated_log import Log, simulate
 
 
@@ -75,10 +76,9 @@ def test_gate_weights_figure_writes_every_weight() -> None:
 
 def test_three_models_fit_a_narrow_terminal_and_what_one_lacks_is_a_dash(log: Log) -> None:
     summary, one = (summarise(replace(log, tasks=log.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
-    table = results_table({"MMoE": summary, "gradient boosting": summary, "popularity": one})
+    table = metrics_of_models({"MMoE": summary, "gradient boosting": summary, "popularity": one})
     stream = io.StringIO()
-    Console(file=stream, width=80).print(table)
+    Console(file=stream, width=80).print(to_rich(table))
     assert stream.getvalue().count(f"{summary.tasks['bought'].get('auc').value:.4f} ±") == 3
     assert "…" not in stream.getvalue()
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    assert [str(cells[3]) for cells in rows if str(cells[0]) == "  auc ↑"][1] == "-"
+    assert [row[3].text for row in table.rows if row[0] == "auc ↑"][1] == "-"

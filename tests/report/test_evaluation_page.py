@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.report.evaluation import page, write_results
-from mmoe_rec.report.sentences import describe_verdict
+from mmoe_rec.evaluation.results_report import make_report, write_results
+from mmoe_rec.evaluation.sentences import describe_verdict
+from mmoe_rec.report.pages import to_html
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page
 from tests.server.browser import browser
@@ -23,34 +24,39 @@ def results() -> Results:
 
 
 def said(results: Results) -> str:
-    return " ".join(Page(page(results)).words.split())
+    return " ".join(Page(to_html(make_report(results))).words.split())
 
 
 def test_the_verdict_comes_first_and_values_stand_with_intervals(results: Results) -> None:
     words, compared = said(results), results.comparison
     assert compared is not None
     verdict = describe_verdict(compared, "old", results.first.summary)
-    assert words.index(verdict[0].upper() + verdict[1:]) < words.index("metric ")
-    assert words.index("The model was trained on rows of 'old'.") < words.index("metric ")
+    assert words.index(verdict[0].upper() + verdict[1:]) < words.index("auc ↑")
+    assert words.index("'old': the model was trained on rows of 'old'.") < words.index("auc ↑")
     for summary in results.summaries.values():
         auc = summary.tasks["bought"].get("auc")
-        assert f"{auc.value:.4f}{auc.low:.4f} to {auc.high:.4f}" in words
+        assert f"{auc.value:.4f}±{(auc.high - auc.low) / 2:.4f}" in words
     assert f"{compared.against['old'].groups['bought']['auc'].value:+.4f}" in words
-    for each in ("0.75", "log of bought", "odds of bought", "added of spent"):
+    for each in ("0.75", "bought: 3,600 rows", "odds of bought", "added of spent", "mrr ↑", "catalogue"):
         assert each in words
     assert words.index("kind: few & far") < words.index("kind: many"), "a slice that is worse stands first"
 
 
+def test_guardrails_and_marks(results: Results) -> None:
+    report = make_report(results)
+    assert report.mark == "problem"
+    assert {each.label for each in report.sentences if each.page_only} == {"fine", "no"}
+    slices = next(table for table in report.tables if table.title == "Slices")
+    marks = {row[0]: row[-1].mark for row in slices.rows if row[2] == "auc"}
+    assert marks["kind: few & far"] == "problem"
+
+
 def test_one_model_alone_has_no_verdict(results: Results) -> None:
-    model = replace(results.first, slices={}, gates=None)
-    words = said(replace(results, models={"new": model}))
-    for each in (
-        "--against says which one is better",
-        "No slices were measured.",
-        "Predictions in files tell nothing of gates.",
-    ):
-        assert each in words
-    assert "minus old" not in words
+    report = make_report(replace(results, models={"new": replace(results.first, slices={}, gates=None, placement=())}))
+    auc = results.first.summary.tasks["bought"].get("auc")
+    assert report.headline.startswith(f"bought: auc {auc.value:.4f} (")
+    assert [table.title for table in report.tables] == ["Metrics"]
+    assert report.mark == "good"
 
 
 def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
@@ -66,11 +72,12 @@ def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
     assert rows["new", "old", "objective", "objective"]["value"] == apart.objective.value
     assert rows["old", None, "catalogue", "gini_at_5"]["low"] is None
     assert pq.read_table(tmp_path / "slices.parquet").num_rows == len(results.slices)
-    assert json.loads((tmp_path / "against/1/metrics.json").read_text())["tasks"]["bought"]["auc"] == auc
+    assert json.loads((tmp_path / "metrics.json").read_text())["against"]["old"]["tasks"]["bought"]["auc"] == auc
     alone = replace(results, models={"new": replace(results.first, slices={})})
     (tmp_path / "calibration_bought.png").touch()
     write_results(alone, tmp_path)
-    assert {each.name for each in tmp_path.iterdir()} == {"metrics.json", "metrics.parquet", "report.html"}
+    names = {each.name for each in tmp_path.iterdir()}
+    assert names == {"metrics.json", "metrics.parquet", "report.json", "report.html"}
 
 
 def test_it_opens_in_a_browser_and_fits(results: Results, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mmoe_rec.report.formatting import describe_labels, rate
         (1_699_999_997.9, "regression", "1,699,999,998"),
         (-12_345.6, "regression", "-12,346"),
         (1e300, "regression", "1e+300"),
-        (None, "regression", "–"),  # noqa: RUF001
+        (None, "regression", "-"),
     ],
 )
 def test_a_mean_is_told_to_the_unit(value: float | None, kind: str, told: str) -> None:

@@ -1,4 +1,4 @@
-"""What the figures of a data set's health draw is what was measured, in the colours of the page."""
+"""What the figures of a data set's health draw is what was measured, in the colors of the page."""
 
 import re
 from itertools import pairwise
@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mmoe_rec.report.health import weeks_figure
-from mmoe_rec.report.pages import COLOURS, TEMPLATES
+from mmoe_rec.profiling.health_report import weeks_figure
+from mmoe_rec.report.charts import COLORS
+from mmoe_rec.report.pages import TEMPLATES
 
 RATES = {"train": [0.2, 0.3, None], "validation": [0.25], "test": [0.5, 0.1]}
 ROWS = {"train": [10, 40, 5], "validation": [20], "test": [30, 40]}
@@ -28,7 +29,7 @@ def texts_of(figure: str) -> list[str]:
 
 
 def heights(figure: str, split: str) -> list[float]:
-    """Of the bars of a split, boxes of its colour that let others shine through."""
+    """Of the bars of a split, boxes of its color that let others shine through."""
     style = re.compile(rf"fill: var\(--{split}\); opacity: 0.45")
     paths = [each for each in ElementTree.fromstring(figure).iter("path") if style.match(each.get("style", ""))]
     ys = [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", each.attrib["d"])] for each in paths]
@@ -61,7 +62,7 @@ def test_the_same_figure_is_the_same_text_and_holds_nothing_but_itself() -> None
     drawn = weeks_figure(weeks(), "like")
     assert drawn == weeks_figure(weeks(), "like")
     assert not re.search(r"metadata|<style|xmlns|DejaVu|\d{4}-\d\d-\d\dT", drawn)
-    assert not re.search(r"#[0-9a-f]{6}\b(?![\"0-9a-f])", drawn), "a colour that the page cannot turn dark"
+    assert not re.search(r"#[0-9a-f]{6}\b(?![\"0-9a-f])", drawn), "a color that the page cannot turn dark"
     ids = re.findall(r' id="([^"]+)"', drawn)
     assert len(ids) == len(set(ids))
     assert set(ids) == set(re.findall(r"(?:href=\"|url\()#([^\")]+)", drawn))
@@ -69,8 +70,8 @@ def test_the_same_figure_is_the_same_text_and_holds_nothing_but_itself() -> None
     assert set(ids).isdisjoint(re.findall(r' id="([^"]+)"', weeks_figure(weeks("x"), "x")))
 
 
-def test_figures_have_the_colours_of_the_style_sheet() -> None:
+def test_figures_have_the_colors_of_the_style_sheet() -> None:
     light = re.match(r":root \{(.*?)\}", (TEMPLATES / "style.css").read_text(), re.DOTALL)
     assert light
-    assert COLOURS.items() <= dict(re.findall(r"--([\w-]+): (#\w+);", light[1])).items()
-    assert len(set(COLOURS.values())) == len(COLOURS), "a colour in a figure has one name"
+    assert COLORS.items() <= dict(re.findall(r"--([\w-]+): (#\w+);", light[1])).items()
+    assert len(set(COLORS.values())) == len(COLORS), "a color in a figure has one name"

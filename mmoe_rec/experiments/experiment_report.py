@@ -9,20 +9,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from mmoe_rec.atomic import write_text
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.evaluation.sentences import once_corrected
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.trainings import TrainingsMean
-from mmoe_rec.report.formatting import NONE, difference, signed
-from mmoe_rec.report.pages import render
-from mmoe_rec.report.sentences import once_corrected
+from mmoe_rec.report.files import write_report
+from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
+from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
 
-FILE, PAGE = "comparison.json", "report.html"
+FILE = "comparison.json"
+"""File of an experiment that holds all values."""
 
 
 class Call(StrEnum):
@@ -34,8 +33,11 @@ class Call(StrEnum):
     UNKNOWN = "unknown"
 
 
+_MARKS: dict[Call, Mark] = {Call.BETTER: "good", Call.WORSE: "problem"}
+
+
 @dataclass(frozen=True)
-class Cell:
+class MetricMean:
     """A metric's mean over the runs of a variant.
 
     Attributes:
@@ -79,7 +81,7 @@ class VariantResult:
         name: Its name.
         change: The options that adopt it.
         simpler: Whether it is worth adopting if it loses nothing.
-        cells: Metric, such as `auc of click` -> its mean.
+        cells: Metric, such as `auc of click` -> its mean over runs.
         judged: The metrics that judge the variant.
         parameters: Parameters of its network, None without one.
         seconds: Mean seconds of a run.
@@ -88,23 +90,14 @@ class VariantResult:
     name: str
     change: str
     simpler: bool
-    cells: Mapping[str, Cell]
+    cells: Mapping[str, MetricMean]
     judged: tuple[str, ...]
     parameters: int | None
     seconds: float
 
 
 @dataclass(frozen=True)
-class Listing:
-    """A further table. rows: cells as text, the first one a name."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class ExperimentReport:
+class ExperimentResult:
     """Variants of settings over several runs.
 
     Attributes:
@@ -117,7 +110,7 @@ class ExperimentReport:
         margin: Largest loss at which a simpler variant is adopted.
         few: Task that isn't judged -> rows of its rarer label.
         notes: Further sentences, which come first.
-        listings: Further tables.
+        tables: Further tables.
         warnings: Reasons for distrust.
         facts: Name -> text.
     """
@@ -131,7 +124,7 @@ class ExperimentReport:
     margin: float
     few: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    listings: Sequence[Listing] = ()
+    tables: Sequence[Table] = ()
     warnings: Sequence[str] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -155,15 +148,17 @@ class ExperimentReport:
 
     @property
     def sentences(self) -> list[str]:
-        """The verdicts, what to adopt, and what these rows and runs can show."""
+        """The verdicts, and the differences that these rows and runs can show."""
         found = [*self.notes, *(_describe(self.base, each, name) for each in self.variants[1:] for name in each.judged)]
         for task, rows in self.few.items():
             found.append(f"`{task}` is not judged: {rows:,} rows have its rarer label, which are too few")
-        if self.variants[1:]:
-            found += [self._advise(), *self._describe_power()]
-        return [*found, *describe_uncertainty(self.means, self.units)]
+        return [*found, *self._describe_power(), *describe_uncertainty(self.means, self.units)]
 
-    def _advise(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The variant to adopt. Without variants, the number of runs."""
+        if not self.variants[1:]:
+            return f"{len(self.seeds)} runs of `{self.base}`"
         adopted = self.adopted
         if adopted is None:
             return f"nothing to adopt: no variant is better than `{self.base}`, or simpler and as good"
@@ -206,7 +201,7 @@ def _describe(base: str, variant: VariantResult, name: str) -> str:
     cell = variant.cells[name]
     if cell.apart is None or cell.call == Call.UNKNOWN:
         return f"how `{variant.name}` differs from `{base}` can't be told: too few labels, or users"
-    told = f"{name} differs by {difference(cell.apart)}"
+    told = f"{name} differs by {cell.apart.shown()}"
     if cell.call == Call.NOT_SHOWN:
         return f"`{variant.name}` is not shown to differ from `{base}`{once_corrected(cell.apart)}: {told}"
     return f"`{variant.name}` is {cell.call} than `{base}`: {told}"
@@ -227,75 +222,83 @@ def describe_uncertainty(means: Mapping[str, Mapping[str, TrainingsMean]], units
         )
 
 
-def terminal_parts(report: ExperimentReport) -> Iterator[Table | str]:
-    """Yield sentences, warnings, and tables for the terminal."""
-    yield from report.sentences
-    yield from (f"warning: {each}" for each in report.warnings)
-    if len(report.variants) == 1:
-        table = _table(f"{len(report.seeds)} runs, {report.rows:,} rows", ("mean", "95% interval", "between runs"))
-        for group, metric, mean in shown_means(report):
-            table.add_row(f"{group} {metric.label}", *mean_cells(metric, mean, "-")[:3])
-        yield table
-    else:
-        names = list(report.variants[0].cells)
-        heads = [head for name in names for head in (name, "difference")]
-        table = _table(f"{len(report.seeds)} runs of each variant, {report.rows:,} rows", heads)
-        for each in report.variants:
-            cells = [each.cells.get(name) for name in names]
-            table.add_row(Text(each.name), *(text for cell in cells for text in cell_texts(cell, "-")))
-        yield table
-    for listing in report.listings:
-        table = _table(listing.title, listing.heads[1:])
-        for row in listing.rows:
-            table.add_row(*map(Text, row))
-        yield table
+def make_report(experiment: ExperimentResult, identity: Mapping[str, Any]) -> Report:
+    """Build the report of an experiment.
 
-
-def _table(title: str, heads: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("", no_wrap=True)
-    for head in heads:
-        table.add_column(head, justify="right")
-    return table
-
-
-def cell_texts(cell: Cell | None, nothing: str = NONE) -> tuple[str, str]:
-    """Return a mean and its difference from the base as text."""
-    if cell is None or cell.mean is None:
-        return nothing, ""
-    apart = "" if cell.apart is None or cell.apart.value is None else difference(cell.apart)
-    return f"{cell.mean:.4f}", apart
-
-
-def shown_means(report: ExperimentReport) -> list[tuple[str, Named, TrainingsMean]]:
-    """List the metrics of the base variant that tables show."""
-    return [
-        (group, metric, metrics[metric.name])
-        for group, metrics in report.means.items()
+    Args:
+        experiment: The results.
+        identity: Features and settings of the runs.
+    """
+    warnings = [Sentence(each, "warning") for each in experiment.warnings]
+    tables = [] if len(experiment.variants) == 1 else [_table_of_variants(experiment)]
+    tables += experiment.tables
+    heads = ("", "mean", "95% interval", "between runs", f"between {experiment.units}")
+    means = [
+        (f"{group} {metric.label}", *_mean_cells(metric, mean))
+        for group, metrics in experiment.means.items()
         for metric in every.METRICS
-        if metric.is_shown(group == SCORE) and metric.name in metrics and metrics[metric.name].mean is not None
+        if metric.is_shown(group == SCORE) and (mean := metrics.get(metric.name)) is not None and mean.mean is not None
     ]
+    seeds = [f"seed {seed}" for seed in experiment.seeds]
+    title = f"Metrics of {experiment.base}: {len(seeds)} runs, {experiment.rows:,} rows"
+    tables.append(Table(title, (*heads, *seeds), means, page_only=len(experiment.variants) > 1))
+    return Report(
+        title=experiment.title,
+        headline=experiment.headline,
+        mark="warning" if warnings else "good",
+        about=f"seeds {', '.join(map(str, experiment.seeds))}; {experiment.rows:,} rows judged",
+        tables=tables,
+        sentences=[*map(Sentence, experiment.sentences), *warnings],
+        facts=experiment.facts,
+        measures={
+            "Differences": (
+                f"Differences of means over runs from {experiment.base}. They err by the seeds, with the variance of "
+                f"either side's runs / their number, and by the {experiment.units}, which are redrawn for both sides "
+                "alike. Intervals are 95% and Student's. A verdict rests on the p-value, corrected by Holm's method "
+                "for "
+                "all questions; intervals are not corrected."
+            ),
+            "Between runs": "The standard deviation over runs.",
+            f"Between {experiment.units}": f"The standard error of the mean from the choice of {experiment.units}.",
+        },
+        identity=identity,
+    )
 
 
-def mean_cells(metric: Named, mean: TrainingsMean, nothing: str = NONE) -> list[str]:
-    """Return a mean, its interval, the spread between runs, the error by users, and each run's value as text."""
+def _table_of_variants(experiment: ExperimentResult) -> Table:
+    names = list(experiment.variants[0].cells)
+    heads = ("", *names, "parameters", "seconds")
+    rows: list[Row] = [
+        (
+            each.name,
+            *(_cell(each.cells.get(name)) for name in names),
+            thousands(each.parameters),
+            fixed(each.seconds, 1),
+        )
+        for each in experiment.variants
+    ]
+    title = f"Variants: {len(experiment.seeds)} runs of each, {experiment.rows:,} rows"
+    return Table(title, heads, rows, f"means, and differences from {experiment.base}; colored: shown")
+
+
+def _cell(cell: MetricMean | None) -> Cell:
+    if cell is None or cell.mean is None:
+        return Cell(NONE)
+    apart = "" if cell.apart is None or cell.apart.value is None else cell.apart.shown()
+    return Cell(f"{cell.mean:.4f}", apart, _MARKS.get(cell.call, ""))
+
+
+def _mean_cells(metric: Named, mean: TrainingsMean) -> list[str]:
+    """Return a mean, its interval, the spread between runs, the error by users, and the value of each run."""
     numbers = [mean.mean, mean.between_trainings, mean.between_users, *mean.values]
-    value, *others = (nothing if number is None else metric.shown(number) for number in numbers)
+    value, *others = (NONE if number is None else metric.shown(number) for number in numbers)
     ends = [metric.shown(end) for end in (mean.low, mean.high) if end is not None]
-    return [value, " to ".join(ends) or nothing, *others]
+    return [value, " to ".join(ends) or NONE, *others]
 
 
-def page(report: ExperimentReport) -> str:
-    """Return the whole page."""
-    means = [(group, metric.label, mean_cells(metric, mean)) for group, metric, mean in shown_means(report)]
-    values = {"title": report.title, "report": report, "means": means, "names": list(report.variants[0].cells)}
-    return render("experiment.html.j2", values)
-
-
-def write(report: ExperimentReport, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write `comparison.json` and `report.html`, the page last. about: what the runs depend on."""
-    (folder / PAGE).unlink(missing_ok=True)
-    adopted = None if report.adopted is None else report.adopted.name
-    tree = {"sentences": report.sentences, "adopted": adopted, **about, **asdict(report)}
+def write(experiment: ExperimentResult, folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write `comparison.json` with all values, and the report. identity: features and settings of the runs."""
+    adopted = None if experiment.adopted is None else experiment.adopted.name
+    tree = {"adopted": adopted, **asdict(experiment)}
     write_text(folder / FILE, json.dumps(tree, indent=1))
-    write_text(folder / PAGE, page(report))
+    write_report(make_report(experiment, identity), folder)

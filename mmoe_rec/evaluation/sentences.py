@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import ROUND_CEILING, Context
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from mmoe_rec.evaluation.intervals import LEVEL, Difference, is_small_sample, le
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.slices import ALL, SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
-from mmoe_rec.report.formatting import describe_request_times, describe_unmatured, difference, interval, signed
+from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.sections import Evaluation
 
 MOST_SLICES = 3
@@ -45,13 +44,17 @@ def describe_metrics(summary: Summary) -> list[str]:
     shown = {name: "auc" if task.kind == "binary" else "r2" for name, task in summary.tasks.items()}
     shown[SCORE] = "ndcg_at_10"
     values = {name: (metric, summary.groups[name].get(metric)) for name, metric in shown.items()}
-    return [f"{name}: {metric} {interval(at)}" for name, (metric, at) in values.items() if at.value is not None]
+    return [f"{name}: {metric} {at.shown()}" for name, (metric, at) in values.items() if at.value is not None]
 
 
 def describe_comparison(compared: Comparison, summary: Summary) -> list[str]:
     """The verdicts, the tasks that were not judged, and whether few users decide. summary: of the model."""
-    lines = [describe_verdict(compared, other, summary) for other in compared.against]
-    lines += [
+    return [*(describe_verdict(compared, other, summary) for other in compared.against), *describe_limits(compared)]
+
+
+def describe_limits(compared: Comparison) -> list[str]:
+    """List the tasks that were not judged, and whether few users decide."""
+    lines = [
         f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
         for task, rows in compared.left_out.items()
     ]
@@ -81,7 +84,7 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
             alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
             why = f"{objective.name} {'is undefined' if apart.value is None else alone}"
             if apart.low is not None:
-                why = f"{objective.name} differs by {difference(apart)}, for too few users to show more"
+                why = f"{objective.name} differs by {apart.shown()}, for too few users to show more"
         return f"{both} can't be told apart: {why}"
     what = objective.name
     if verdict.kind == NOT_SHOWN and apart.low == apart.high == 0:
@@ -91,7 +94,7 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
         besides = f", if guardrails of {' and '.join(sorted(metrics))} allow it" if metrics else ""
         (gain,) = signed(verdict.detectable or 0.0, sign=False)
         return (
-            f"no difference is shown between {both}{once_corrected(apart)}: {what} differs by {difference(apart)}; "
+            f"no difference is shown between {both}{once_corrected(apart)}: {what} differs by {apart.shown()}; "
             f"nine of ten evaluations like this one would show a gain of {gain}{besides}{describe_tries(compared)}"
         )
     ends = sorted(abs(each or 0.0) for each in (apart.low, apart.high))
@@ -141,7 +144,7 @@ def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
     open_ = f"so a {limit} can't be ruled out; the least margin that these rows support is {least}"
     shown = f"which is a {limit}" if guard.is_outside else open_
     end = f"so a {limit} is ruled out" if guard.passed else shown
-    return f"the {guard.metric} of {guard.task} changes by {difference(apart)}, {end}"
+    return f"the {guard.metric} of {guard.task} changes by {apart.shown()}, {end}"
 
 
 def _name_other_differences(versus: Versus) -> str:
@@ -263,28 +266,13 @@ def _note_intervals(group: GroupSummary, users: int) -> Iterator[str]:
         yield f"{', '.join(bare)} {verb} no interval: {why}."
 
 
-def describe_results(results: Results, findings: Sequence[Any]) -> Iterator[str]:
-    """Verdicts, notes and warnings. findings: of `findings.find_all`."""
+def describe_cautions(results: Results) -> Iterator[str]:
+    """Yield notes on the rows of an evaluation."""
     summaries = results.summaries
-    if results.comparison is not None:
-        yield from describe_comparison(results.comparison, results.first.summary)
-        if not results.each_row_is_a_user and any(each.catalogue is None for each in summaries.values()):
-            yield "note: without candidates it can't be told whether labels belong to the same rows of a request"
-    yield from (f"note: {note}" for note in describe_notes(list(summaries.values())))
+    compares_requests = results.comparison is not None and not results.each_row_is_a_user
+    if compares_requests and any(each.catalogue is None for each in summaries.values()):
+        yield "without candidates it can't be told whether labels belong to the same rows of a request"
+    yield from describe_notes(list(summaries.values()))
     if caution := results.facts.get("caution"):
-        yield f"note: {caution}"
-    yield from describe_slices(results.slices)
-    yield from (f"note: {note}" for note in describe_other_slices(results))
-    for each in findings:
-        of = f"'{each.model}': " if len(results.models) > 1 else ""
-        yield f"warning: {of}{each.message}"
-
-
-def describe_rows(overview: Mapping[str, Any]) -> list[str]:
-    """What a reader should know of a log's rows beyond the totals. overview: that of a data set's health."""
-    told = describe_request_times(overview["requests"])
-    return [each for each in (told,) if each] + [
-        f"{name}: {describe_unmatured(task, number, split['labels_known_by'])}"
-        for name, split in overview["splits"].items()
-        for task, number in split["unmatured"].items()
-    ]
+        yield caution
+    yield from describe_other_slices(results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.stats import chi2, norm
@@ -13,7 +14,6 @@ from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD, auc_of_counts
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary
-from mmoe_rec.report.formatting import interval
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off
@@ -34,7 +34,7 @@ class Finding:
     message: str
 
     @property
-    def severity(self) -> str:
+    def severity(self) -> Literal["warning", "problem"]:
         """`problem` or `warning`."""
         return "warning" if self.check in _WARNINGS else "problem"
 
@@ -68,7 +68,7 @@ def _in_score(summary: Summary) -> Iterator[str]:
     tasks = [name for name, task in summary.tasks.items() if (task.get("gauc_request").low or 0.0) > 0.5]
     if random is not None and ndcg.high is not None and ndcg.high < random and tasks:
         yield (
-            f"the score ranks the rows of requests worse than chance (NDCG@10 {interval(ndcg, 3)}, by chance "
+            f"the score ranks the rows of requests worse than chance (NDCG@10 {ndcg.shown(3)}, by chance "
             f"{random:.3f}), and the predictions of {', '.join(tasks)} do not: larger scores have to be better, unlike "
             "those of a rank"
         )
@@ -128,18 +128,18 @@ def _in_ranking(name: str, task: GroupSummary, bins: Sequence[Mapping[str, float
             if own - (auc.value if auc.high is None else auc.high) > PROMISE:
                 joined = "as where labels or predictions were joined to the wrong rows"
                 why = f", although the probabilities are right in sum and differ ({promise}), {joined}"
-        return "chance", f"the AUC of '{name}' is {interval(auc, 3)}{what} than chance{why}"
+        return "chance", f"the AUC of '{name}' is {auc.shown(3)}{what} than chance{why}"
     if min(positives, task.counts["rows"] - positives) < FEWEST:
         return None  # of few labels nothing can be said
     if auc.value > TOO_GOOD:
-        return "too good", f"the AUC of '{name}' is {interval(auc, 4)}, {WHY_TOO_GOOD}"
+        return "too good", f"the AUC of '{name}' is {auc.shown(4)}, {WHY_TOO_GOOD}"
     for what in ("request", "user"):
         within = task.get(f"gauc_{what}")
         if within.high is not None and (within.low or 0.0) <= 0.5 and (auc.low or 0.0) > within.high:
             return (
                 f"within {what}s",
-                f"'{name}' is ranked well over all rows (AUC {interval(auc, 3)}), but the rows of a {what} "
-                f"{'worse' if within.high < 0.5 else 'no better'} than by chance (GAUC {interval(within, 3)}): no "
+                f"'{name}' is ranked well over all rows (AUC {auc.shown(3)}), but the rows of a {what} "
+                f"{'worse' if within.high < 0.5 else 'no better'} than by chance (GAUC {within.shown(3)}): no "
                 "feature tells candidates apart, or predictions were joined to rows of other requests",
             )
     return None

@@ -1,0 +1,327 @@
+"""The report of an evaluation, and its numbers as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.atomic import atomic_file, write_text
+from mmoe_rec.evaluation import metrics as every
+from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison, Results
+from mmoe_rec.evaluation.curves import calibration_figure
+from mmoe_rec.evaluation.findings import find_all
+from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
+from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.evaluation.sentences import (
+    describe_cautions,
+    describe_guard,
+    describe_limits,
+    describe_metrics,
+    describe_slices,
+    describe_verdict,
+    note_of,
+    note_of_group,
+)
+from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
+from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
+from mmoe_rec.report.charts import svg
+from mmoe_rec.report.files import write_report
+from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
+from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
+
+_DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")
+_SLICES = 12  # rows of slices that are not folded
+_MEASURES = {
+    "Verdict": "A model is better if the interval of `evaluation.decide_by` lies above that of the other model, no "
+    "task "
+    "lost more than `evaluation.margin`, no slice of `evaluation.guarded_slices` is shown to have lost more, and "
+    "probabilities are not off by more than `evaluation.calibration`.",
+    "Many differences": "Of twenty differences by chance alone, one is outside of its interval. So p-values are "
+    "corrected "
+    "by Holm's method: the chance that any of the colored differences is none is below 5%.",
+    "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` "
+    "is the "
+    "sum of the predictions over the sum of the labels, `ece` the mean distance of observed rates from predictions "
+    "in ten "
+    "bins of equal mass, `normalised_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, recall "
+    "and "
+    "hit rate are means over requests whose rows differ in relevance.",
+    "Slices": "The AUC of a slice may be low because its rows are alike, not because the model is worse there. Between "
+    "models, the difference on the same slice tells more. A range (1, 2] holds values above 1 and up to 2.",
+}
+
+
+def write_results(results: Results, out: Path) -> None:
+    """Write the files of an evaluation, and replace the files of an earlier one.
+
+        OUT/metrics.json                    metrics of the first model, and below `against` of the other models
+        OUT/metrics.parquet                 metrics of all models, and the differences
+        OUT/slices.parquet                  slices, if there are any
+        OUT/comparison.json                 differences and verdicts, if there are other models
+        OUT/report.json, report.html        the report
+
+    Raises:
+        UserError: The models were not measured on the same rows. Nothing is written then.
+    """
+    report, comparison, summary = make_report(results), results.comparison, results.first.summary
+    for name in ("comparison.json", "slices.parquet", *(f"calibration_{task}.png" for task in results.tasks)):
+        (out / name).unlink(missing_ok=True)
+    trees = {name: summary_tree(each) for name, each in results.summaries.items()}
+    tree = trees.pop(results.name) | {"facts": results.facts, "against": trees}
+    write_text(out / "metrics.json", json.dumps(tree, indent=1))
+    if comparison is not None:
+        write_text(out / "comparison.json", json.dumps(comparison_tree(comparison, summary), indent=1))
+    tables = {"metrics": metrics_table(results)}
+    tables |= {"slices": pa.Table.from_pylist([asdict(each) for each in results.slices])} if results.slices else {}
+    for name, table in tables.items():
+        with atomic_file(out / f"{name}.parquet") as file:
+            pq.write_table(table, file)
+    write_report(report, out)
+
+
+def make_report(results: Results) -> Report:
+    """Build the report of an evaluation: verdicts, calibration curves, metrics, differences, slices, gates."""
+    comparison, findings, first = results.comparison, find_all(results), results.first
+    several = len(results.models) > 1
+    sentences = [
+        Sentence(f"'{each.model}': {each.message}" if several else each.message, each.severity, each.check)
+        for each in findings
+    ]
+    sentences += [Sentence(each) for each in describe_slices(results.slices)]
+    verdicts, guards = describe_metrics(first.summary), list[Sentence]()
+    if comparison is not None:
+        verdicts = [describe_verdict(comparison, other, first.summary) for other in comparison.against]
+        guards = list(_guards(comparison))
+        sentences += [Sentence(each) for each in describe_limits(comparison)]
+    sentences += [Sentence(each, "note") for each in describe_cautions(results)]
+    tables = [metrics_of_models(results.summaries)]
+    tables += [] if comparison is None else [differences_table(comparison, first.summary)]
+    slices = [_slice_cells(each) for each in sort_worst_first(results.slices)]
+    heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
+    if slices:
+        tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
+    tables += [*_gates(results), *_placement(results)]
+    redrawn = "rows" if results.each_row_is_a_user else "users"
+    intervals = (
+        f"95%, by redrawing {redrawn}. Of a share, such as AUC, they are Jeffreys'; of other metrics percentiles, or "
+        "Student's if few users decide; of a difference Student's, as models see the same redraws."
+    )
+    return Report(
+        title=results.title,
+        headline="; ".join(verdicts),
+        mark=_mark(results, "problem" in {each.severity for each in findings if each.model == results.name}),
+        about=_about(results),
+        figures=list(_curves(results.summaries)),
+        tables=tables,
+        sentences=[*sentences, *guards],
+        facts=results.facts,
+        measures={"Intervals": intervals} | _MEASURES,
+        identity={"model": results.facts["artifact"]} if "artifact" in results.facts else {},
+    )
+
+
+def _about(results: Results) -> str:
+    models = " against ".join(model.address or name for name, model in results.models.items())
+    summary = results.first.summary
+    users = "" if results.each_row_is_a_user else f", {summary.requests:,} requests, {summary.users:,} users"
+    return f"{models}: {summary.rows:,} rows{users}"
+
+
+def _mark(results: Results, has_problem: bool) -> Any:
+    kinds = [] if results.comparison is None else [each.kind for each in results.comparison.verdicts.values()]
+    if WORSE in kinds or has_problem:
+        return "problem"
+    return "warning" if find_all(results) or any(kind != BETTER for kind in kinds) else "good"
+
+
+def _guards(compared: Comparison) -> Iterator[Sentence]:
+    for other, verdict in compared.verdicts.items():
+        for guard in verdict.guards:
+            beside = f" (beside '{other}')" if len(compared.verdicts) > 1 else ""
+            told = f"{describe_guard(guard, other, compared.rules)}{beside}"
+            yield Sentence(
+                told, "good" if guard.passed else "problem", "fine" if guard.passed else "no", page_only=True
+            )
+
+
+def metrics_of_models(summaries: Mapping[str, Summary]) -> Table:
+    """Build the table of metrics: a row for each metric, a column for each model.
+
+    Of how well a task's prediction ranks the rows of requests, the main rows hold GAUC alone. Values have half the
+    width of their interval, and the best value of a row is bold.
+    """
+    main, more, all_of = list[Row](), list[Row](), list(summaries.values())
+    for group in (*{name: None for summary in all_of for name in summary.tasks}, SCORE):
+        rows = rows_of_metrics(all_of, group).items()
+        counts = next(each.groups[group].counts for each in all_of if group in each.groups)
+        _extend(main, _heading(group, counts), (each for each in rows if each[0].is_shown(group == SCORE)))
+        _extend(more, group, (each for each in rows if not each[0].is_shown(group == SCORE)))
+    _extend(
+        main, CATALOGUE, ((metric, each) for metric, each in rows_of_catalogue(all_of).items() if metric.is_headline)
+    )
+    redrawn = "rows" if all(each.each_row_is_a_user for each in all_of) else "users"
+    return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {redrawn}", more=more)
+
+
+def _heading(group: str, counts: Mapping[str, int]) -> str:
+    if "rows" not in counts:
+        return group
+    positive = f", {counts['positives']:,} positive" if "positives" in counts else ""
+    return f"{group}: {counts['rows']:,} rows{positive}"
+
+
+def _extend(rows: list[Row], heading: str, metrics: Iterable[tuple[Named, Sequence[Interval]]]) -> None:
+    """Append the rows of metrics below a heading, if there are any."""
+    found: list[Row] = [(metric.label, *_cells(metric, values)) for metric, values in metrics]
+    rows += [(heading,), *found] if found else []
+
+
+def _cells(metric: Named, intervals: Sequence[Interval]) -> Iterator[Cell]:
+    losses = [float("inf") if each.value is None else metric.loss(each.value) for each in intervals]
+    best = min(losses) if len(intervals) > 1 else None
+    for each, loss in zip(intervals, losses, strict=True):
+        if each.value is None:
+            yield Cell(NONE)
+            continue
+        half = "" if each.low is None or each.high is None else f"±{metric.shown((each.high - each.low) / 2)}"
+        yield Cell(metric.shown(each.value), half, "best" if loss == best else "")
+
+
+def differences_table(compared: Comparison, summary: Summary) -> Table:
+    """Build the table of differences: a row for each main metric, a column for each other model.
+
+    A significant difference is green if the model is better and red if it is worse. For a metric that should be 1, a
+    word says which.
+
+    Args:
+        compared: The comparison.
+        summary: Metrics of the model.
+    """
+    rows, others = list[Row](), [each.groups for each in compared.against.values()]
+    for group in dict.fromkeys(name for each in others for name in each):
+        found = list[Row]()
+        for metric in every.METRICS:
+            apart = [each.get(group, {}).get(metric.name) for each in others]
+            is_undefined = all(each is None or each.value is None for each in apart)
+            if any(apart) and metric.is_shown(group == SCORE) and not (metric.ranks_within and is_undefined):
+                value = summary.groups[group].get(metric.name).value
+                found.append((metric.label, *(_difference_cell(each, metric, value) for each in apart)))
+        rows += [(group,), *found] if found else []
+    note = f"± half the 95% interval; colored: shown (p < {LEVEL:g}, corrected)"
+    return Table(f"Differences: {compared.model} minus", ("", *compared.against), rows, note)
+
+
+def _difference_cell(apart: Difference | None, metric: Named, value: float | None) -> Cell:
+    if apart is None or apart.value is None or value is None:
+        return Cell(NONE)
+    is_gain = metric.loss(value) < metric.loss(value - apart.value)
+    text, *half = signed(apart.value, *(() if apart.high is None else (apart.high - apart.value,)))
+    if metric.better == "one" and apart.is_significant:
+        text += " closer" if is_gain else " further"
+    small = "".join(f"±{each.removeprefix('+')}" for each in half)
+    return Cell(text, small, ("good" if is_gain else "problem") if apart.is_significant else "")
+
+
+def _slice_cells(each: SliceRecord) -> Row:
+    value, *ends = signed(*(end for end in (each.apart, each.low, each.high) if end is not None)) or [NONE]
+    mark = "problem" if each.is_worse else "good" if each.is_significant and each.apart else ""
+    beside = each.beside if each.beside == "all rows" else f"'{each.beside}' there"
+    name = f"{each.by}: {each.slice}"
+    apart = Cell(value, " to ".join(ends), mark)  # type: ignore[arg-type]
+    return (name, each.group, each.metric, beside, thousands(each.rows), fixed(each.value, 4), apart)
+
+
+def _gates(results: Results) -> Iterator[Table]:
+    note = "mean weight that each task's gate gives an expert; experts of a single task come after shared ones"
+    for name, model in results.models.items():
+        if model.gates:
+            experts = range(len(next(iter(model.gates.values()))))
+            rows = [(task, *(fixed(weight, 2) for weight in weights)) for task, weights in model.gates.items()]
+            yield Table(f"Gates of {name}", ("task", *map(str, experts)), rows, note, page_only=True)
+
+
+def _placement(results: Results) -> Iterator[Table]:
+    """Yield what the first model has learned of placement, a table for each feature."""
+    note = (
+        "times the odds of the mean row (for a regression, added to it). The model leaves placement out when it "
+        "serves. This is no experiment: candidates that were shown first may have been better"
+    )
+    tasks = results.first.summary.tasks
+    for feature, records in groupby(results.first.placement, lambda each: each.feature):
+        values = list(records)
+        heads = [f"{'odds' if tasks[task].kind == 'binary' else 'added'} of {task}" for task in values[0].effects]
+        rows = [(each.value, thousands(each.rows), *(f"{x:.3g}" for x in each.effects.values())) for each in values]
+        yield Table(f"Placement: {feature}", ("value", "rows", *heads), rows, note, page_only=True)
+
+
+def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
+    note = "observed rate against mean prediction in bins of equal mass; below, their ratio"
+    for task in next(iter(summaries.values())).tasks:
+        for name, summary in summaries.items():
+            if task in summary.tasks and summary.tasks[task].details.get("calibration_bins"):
+                label = f"predicted against observed probabilities of {task} by {name}"
+                yield Figure(f"{task}, {name}", svg(calibration_figure(summary, task), label), note)
+
+
+def summary_tree(summary: Summary) -> dict[str, Any]:
+    """`metrics.json`."""
+    names = ("rows", "users", "requests", "resamples")
+    tree: dict[str, Any] = {name: getattr(summary, name) for name in names} | {"tasks": {}}
+    for name, group in summary.groups.items():
+        kind = {} if name == SCORE else {"kind": group.kind}
+        metrics = {metric: asdict(each) for metric, each in group.metrics.items()}
+        part = kind | group.counts | metrics | _noted(note_of_group(summary, name)) | group.details
+        (tree if name == SCORE else tree["tasks"])[name] = part
+    tree |= {} if summary.catalogue is None else {"catalogue": summary.catalogue}
+    return tree | _noted(note_of(summary)) | summary.facts
+
+
+def _noted(note: str | None) -> dict[str, str]:
+    return {} if note is None else {"note": note}
+
+
+def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
+    """`comparison.json`. summary: of the model."""
+    objective, against = compared.objective, dict[str, Any]()
+    for other, verdict in compared.verdicts.items():
+        guards = [
+            {"task": each.task, "metric": each.metric, "passed": each.passed}
+            | {"sentence": describe_guard(each, other, compared.rules)}
+            for each in verdict.guards
+        ]
+        told = {"kind": verdict.kind, "sentence": describe_verdict(compared, other, summary), "guards": guards}
+        against[other] = asdict(compared.against[other]) | {"verdict": told | {"detectable": verdict.detectable}}
+    names = ("model", "units", "effective_users", "judged", "left_out")
+    return {name: getattr(compared, name) for name in names} | {
+        "resamples": compared.rules.resamples,
+        "objective": None if objective is None else asdict(objective) | {"name": objective.name},
+        "against": against,
+    }
+
+
+def metrics_table(results: Results) -> pa.Table:
+    """`metrics.parquet`: a row for each model, task (`score`, `catalogue`) and metric, with its interval; and for each
+    difference from another model, whose name stands in `less`."""
+    rows: list[dict[str, Any]] = []
+    for name, summary in results.summaries.items():
+        tree = summary_tree(summary)
+        for group, metrics in {**tree["tasks"], SCORE: tree[SCORE], "catalogue": tree.get("catalogue", {})}.items():
+            for metric, value in metrics.items():
+                ends = value if isinstance(value, dict) and "low" in value else {"value": value}
+                if isinstance(ends["value"], (int, float)) or ends is value:
+                    rows.append({"model": name, "less": None, "group": group, "metric": metric, **ends})
+    comparison = results.comparison
+    for other, versus in ({} if comparison is None else comparison.against).items():
+        for group, differences in {"objective": {"objective": versus.objective}, **versus.groups}.items():
+            for metric, apart in differences.items():
+                keys = {"model": results.name, "less": other, "group": group, "metric": metric}
+                rows.append(keys | {end: getattr(apart, end) for end in _DIFFERENCE})
+    kinds = [(name, pa.string()) for name in ("model", "less", "group", "metric")]
+    return pa.Table.from_pylist(rows, pa.schema([*kinds, *((name, pa.float64()) for name in _DIFFERENCE)]))

@@ -1,0 +1,269 @@
+"""The report of a data set's health."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mmoe_rec.atomic import write_text
+from mmoe_rec.profiling.advice import NOTE
+from mmoe_rec.profiling.health_findings import (
+    DRIFT,
+    LEAK_AUC,
+    STRONG_DRIFT,
+    Finding,
+    describe_move,
+    drift_beyond_noise,
+    flags_of,
+    split_findings,
+)
+from mmoe_rec.report.charts import COLORS, blank, plain, svg
+from mmoe_rec.report.files import write_report
+from mmoe_rec.report.formatting import (
+    NONE,
+    day,
+    describe_request_times,
+    describe_unmatured,
+    fixed,
+    percent,
+    rate,
+    size,
+    thousands,
+)
+from mmoe_rec.report.parts import Cell, Figure, Mark, Report, Row, Sentence, Table
+
+FILE = "health.json"
+_DRAWN = 12  # features whose drift is drawn
+_TABLES = 8  # embedding tables that are not folded
+_INPUTS = 40  # inputs of features that are not folded
+_MEASURES = {
+    "PSI": "Population stability index between training and test rows: below .1 stable, above .25 strong drift. "
+    "Numbers "
+    "have about 20 bins of equal training mass. Ids have bins for the most frequent ids, unknown, missing, and all "
+    "others. "
+    "A finding subtracts the PSI that rows have by chance.",
+    "AUC": "How well the feature alone ranks the validation rows of a task: .5 is chance. An id ranks by the rate of "
+    "its "
+    "table row in training rows. A regression's label counts as positive above its mean in training.",
+    "Order of findings": "Problems first. Warnings by their rough cost: the share of the test rows that they spoil "
+    "times "
+    "how well the feature alone ranks validation rows (2 AUC - 1).",
+    "Quick models": "A logistic regression of all numbers and of the training rate of each id. Validation rows fit it, "
+    "and test rows measure it.",
+}
+
+
+def write(health: Mapping[str, Any], folder: Path) -> None:
+    """Write `health.json` with all values, and the report. Raises UserError if the folder can't be made."""
+    report = make_report(health)
+    write_text(folder / FILE, json.dumps(health, indent=1, allow_nan=False))
+    write_report(report, folder)
+
+
+def make_report(health: Mapping[str, Any]) -> Report:
+    """Build the report of a health, as `mmoe_rec.profiling.data_health` describes it."""
+    overview, findings = health["overview"], health["findings"]
+    shown, folded = split_findings(findings)
+    sentences = [
+        Sentence(f"left out: {each['file']}: {each['reason']}", "problem", "file") for each in overview["left_out"]
+    ]
+    sentences += [_sentence(each) for each in _without_repeated_advice(shown)]
+    sentences += [Sentence(NOTE)] if any(each["advice"] for each in shown) else []
+    sentences += [Sentence(each, "note") for each in describe_rows(overview)]
+    sentences += [Sentence(each) for each in health["sentences"][1:]]
+    severities = [each["severity"] for each in shown]
+    mark: Mark = "problem" if "problem" in severities else "warning" if severities else "good"
+    return Report(
+        title=f"Data set health: {health['name']}",
+        headline=health["sentences"][0],
+        mark=mark,
+        about=_about(overview),
+        figures=[*_weeks(health), *_drift(health["features"])],
+        tables=[*_splits(overview), _features(health), _inputs(health), _tables(health["tables"])],
+        sentences=sentences,
+        more=[_sentence(each) for each in folded],
+        measures=_MEASURES,
+        identity={"features": health["fingerprint"]},
+    )
+
+
+def _about(overview: Mapping[str, Any]) -> str:
+    files, times = overview["files"] or 0, "without times"
+    if overview["first_request"]:
+        times = f"requests from {day(overview['first_request'])} to {day(overview['last_request'])} UTC"
+    return f"{overview['log'] or NONE}: {files:,} file{'s' * (files != 1)}, {overview['rows'] or 0:,} rows, {times}"
+
+
+def _sentence(finding: Finding) -> Sentence:
+    details = [
+        f"{each['do']}{': `' + each['override'] + '`' if each['override'] else ''}" for each in finding["advice"]
+    ]
+    return Sentence(finding["message"], finding["severity"], finding["check"], details)
+
+
+def _without_repeated_advice(findings: Sequence[Finding]) -> Iterator[Finding]:
+    told = set[str]()
+    for each in findings:
+        new = [advice for advice in each["advice"] if (advice["override"] or advice["do"]) not in told]
+        told |= {advice["override"] or advice["do"] for advice in new}
+        yield {**each, "advice": new}
+
+
+def describe_rows(overview: Mapping[str, Any]) -> list[str]:
+    """Describe requests of several times, and labels that have not matured.
+
+    Args:
+        overview: The log and its splits, as in a health.
+    """
+    told = describe_request_times(overview["requests"])
+    return [each for each in (told,) if each] + [
+        f"{name}: {describe_unmatured(task, number, split['labels_known_by'])}"
+        for name, split in overview["splits"].items()
+        for task, number in split["unmatured"].items()
+    ]
+
+
+def _splits(overview: Mapping[str, Any]) -> Iterator[Table]:
+    splits, who = overview["splits"], ("rows", "requests", "users", "candidates")
+    rows = [
+        (name, f"{day(each['first_request'])} to {day(each['last_request'])}", *(thousands(each[of]) for of in who))
+        for name, each in splits.items()
+    ]
+    if overview["first_request"] is None:
+        yield Table("Splits", ("split", *who), [(row[0], *row[2:]) for row in rows])
+    else:
+        yield Table("Splits", ("split", "requests from", *who), rows, left=2)
+    labels = list[Row]()
+    for name in next(iter(splits.values()))["tasks"]:
+        tasks = [each["tasks"][name] for each in splits.values()]
+        labels.append((name, *(Cell(rate(t["rate"], t["kind"]), f"of {t['observed']:,}") for t in tasks)))
+    yield Table("Labels", ("task", *splits), labels, "rate (or mean) of the observed labels")
+
+
+def _features(health: Mapping[str, Any]) -> Table:
+    heads = ("feature", "flags", "has value", "unknown in test", "PSI", "AUC")
+    rows = list[Row]()
+    for each in health["features"]:
+        best = max((auc for auc in each["auc"].values() if auc is not None), default=None)
+        mark: Mark = "problem" if (best or 0) > LEAK_AUC else ""
+        rows.append(
+            (
+                each["name"],
+                ", ".join(flags_of(health, each["name"])),
+                percent(each["coverage"]["train"]),
+                percent(each["unknown"]["test"]),
+                _psi_cell(each["psi"]),
+                Cell(fixed(best), "", mark),
+            )
+        )
+    return Table("Features", heads, rows, "PSI: drift to test; AUC: the feature alone, of its best task", left=2)
+
+
+def _psi_cell(psi: float | None) -> Cell:
+    mark: Mark = "problem" if (psi or 0) > STRONG_DRIFT else "warning" if (psi or 0) > DRIFT else ""
+    return Cell(fixed(psi, 2), "", mark)
+
+
+def _inputs(health: Mapping[str, Any]) -> Table:
+    tasks = list(next(iter(health["overview"]["splits"].values()))["tasks"])
+    names = ("input", "feature", "role", "has value", "in test", "distinct", "unknown", "in test", "PSI")
+    rows = [
+        (
+            each["name"],
+            f"{feature['kind']} of {', '.join(feature['columns'])}",
+            feature["role"],
+            *(percent(each["coverage"][split]) for split in ("train", "test")),
+            thousands(each["distinct"]),
+            *(percent(each["unknown"][split]) for split in ("train", "test")),
+            _psi_cell(each["psi"]),
+            *(fixed(each["auc"][task]) for task in tasks),
+        )
+        for feature in health["features"]
+        for each in feature["inputs"]
+    ]
+    heads = (*names, *(f"AUC {task}" for task in tasks))
+    return Table("Inputs", heads, rows[:_INPUTS], left=3, more=rows[_INPUTS:], page_only=True)
+
+
+def _tables(tables: Sequence[Mapping[str, Any]]) -> Table:
+    total = sum(each["bytes"] + each["optimizer_bytes"] for each in tables)
+    rows = [
+        (
+            each["name"],
+            thousands(each["rows"]),
+            str(each["dim"]),
+            size(each["bytes"]),
+            size(each["optimizer_bytes"]),
+            percent(1 - each["never_seen"]),
+        )
+        for each in sorted(tables, key=lambda each: -each["bytes"])
+    ]
+    title = f"Embedding tables: {len(tables)}, {size(total)} with the optimizer's state"
+    heads = ("table", "rows", "dim", "float32", "optimizer", "seen in training")
+    return Table(title, heads, rows[:_TABLES], more=rows[_TABLES:])
+
+
+def _weeks(health: Mapping[str, Any]) -> Iterator[Figure]:
+    if health["weeks"]:
+        note = "rate among observed labels, and observed rows; weeks start on Monday, 00:00 UTC"
+        for task in next(iter(health["overview"]["splits"].values()))["tasks"]:
+            yield Figure(f"{task} by week", weeks_figure(health["weeks"], task), note)
+
+
+def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
+    """Draw the rate of a task's label by week, above its observed rows. Each split has a color."""
+    figure = blank(12.8, 3.6)
+    line, bars = map(plain, figure.subplots(2, 1, sharex=True, height_ratios=[4, 1]))
+    below, rates, kind = Counter[int](), list[float](), ""
+    for split in dict.fromkeys(split for week in weeks for split in week["splits"]):
+        labels = {
+            place: week["splits"][split]["tasks"][task] for place, week in enumerate(weeks) if split in week["splits"]
+        }
+        known = {place: each["rate"] for place, each in labels.items() if each["rate"] is not None}
+        rows = {place: each["observed"] for place, each in labels.items()}
+        line.plot(list(known), list(known.values()), color=COLORS[split], linewidth=2, marker="o", label=split)
+        line.axvspan(min(rows) - 0.5, max(rows) + 0.5, color=COLORS[split], alpha=0.08, linewidth=0)
+        bottom = [below[place] for place in rows]
+        bars.bar(list(rows), list(rows.values()), 0.72, bottom, color=COLORS[split], alpha=0.45)
+        below.update(rows)
+        rates += known.values()
+        kind = next(iter(labels.values()))["kind"]
+    # At least a fifth of the rates between the ends: noise must not look like news.
+    low, high = (min(rates), max(rates)) if rates else (0.0, 1.0)
+    middle, span = (low + high) / 2, max(high - low, 0.1 * abs(low + high), 1e-9)
+    line.set_ylim(middle - 0.6 * span if low < 0 else max(middle - 0.6 * span, 0.0), middle + 0.7 * span)
+    line.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    shown = (lambda rate, _: f"{100 * rate:.3g}%") if kind == "binary" else (lambda rate, _: f"{rate:.4g}")
+    line.yaxis.set_major_formatter(FuncFormatter(shown))
+    line.legend(loc="upper left", ncols=3, frameon=False, fontsize=9, labelcolor="linecolor")
+    most = max([*below.values(), 1])
+    bars.set_yticks([0, most], ["rows", f"{most:,}"])
+    every = range(0, len(weeks), -(-len(weeks) // 12))
+    bars.set_xticks(every, [date.fromisoformat(weeks[place]["week"]).strftime("%-d %b %y") for place in every])
+    return svg(figure, f"rate of {task} by week")
+
+
+def _drift(features: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+    """Draw the features that drift most, each by its worst input."""
+    known = [[each for each in feature["inputs"] if each["psi"] is not None] for feature in features]
+    worst = filter(None, (max(inputs, key=drift_beyond_noise, default=None) for inputs in known))
+    for each in sorted(worst, key=drift_beyond_noise, reverse=True)[:_DRAWN]:
+        figure, places = blank(5.6, 2.6), range(len(each["bins"]))
+        axes = plain(figure.subplots())
+        for split, shift in (("train", -0.2), ("test", 0.2)):
+            shares = [part[split] for part in each["bins"]]
+            axes.bar([place + shift for place in places], shares, 0.4, color=COLORS[split], label=split)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+        names = [part["bin"] for part in each["bins"]]
+        named = {places[0], places[-1], *(place for place in places if names[place] in ("all others", "unknown"))}
+        ticks = sorted(named) if each["table"] else [places[0], places[-1]]
+        axes.set_xticks(ticks, [names[place][:24] for place in ticks], rotation=20, ha="right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+        label = f"shares of training and test rows in the bins of {each['name']}"
+        yield Figure(f"{each['name']}: PSI {each['psi']:.2f}", svg(figure, label), describe_move(each))

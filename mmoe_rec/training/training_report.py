@@ -1,0 +1,98 @@
+"""The report of a training that has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mmoe_rec.inference.artifact import read_artifact, version_of
+from mmoe_rec.report.files import write_report
+from mmoe_rec.report.formatting import NONE
+from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
+from mmoe_rec.training.origin import fixed_settings
+from mmoe_rec.training.validation import Validation, explain_choice, warnings_of
+
+FOLDER = "training"
+"""Folder of the report in `data.work`."""
+_METRICS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
+
+
+def validations_table(
+    history: Sequence[tuple[int, Validation]], best_step: int, served: Validation, network: Validation | None = None
+) -> Table:
+    """Build a table with a row for each step and task, and the model below.
+
+    Args:
+        history: Step and validation of the network alone, in order.
+        best_step: Step whose state was chosen.
+        served: The model as it is served, on validation rows that chose nothing.
+        network: The network alone on the same rows, if the model has trees.
+    """
+    note = (
+        "steps: the network alone, on the selecting rows; below: the network alone and the model as it is served, on "
+        "the judging rows, those of the other validation users; gauc: by user; calibration: predicted / observed"
+    )
+    steps = {f"{step:,}{' chosen' if step == best_step else ''}": found for step, found in history}
+    judged = {"served": served} if network is None else {"network": network, "served": served}
+    rows = list[Row]()
+    for label, found in {**steps, **judged}.items():
+        for place, name in enumerate(dict.fromkeys([*found.loss, *found.auc])):
+            values = [getattr(found, metric).get(name) for metric in _METRICS.values()]
+            cells = [NONE if value is None else f"{value:.4f}" for value in values]
+            mark: Mark = "best" if label == "served" else ""
+            rows.append(("" if place else label, name, *(Cell(each, "", mark) for each in cells)))
+    return Table("Validations", ("step", "task", *_METRICS), rows, note, left=2)
+
+
+def make_report(trained: FinishedTraining, settings: Settings) -> Report:
+    """Build the report of a training: its validations, why a state was chosen, warnings, and the speed."""
+    about = read_artifact(trained.artifact, verify=False)
+    sentences, tables = list[Sentence](), list[Table]()
+    if trained.started_from is not None:
+        values = trained.started_from.flat().items()
+        text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
+        told = f"validation of the network that it was started from, on the selecting rows: {text}"
+        sentences.append(Sentence(told))
+    if (checkpoint := latest_checkpoint(trained.artifact.parent / "checkpoints")) is not None:
+        history = checkpoint.state.history
+        tables.append(validations_table(history, trained.best_step, trained.best, trained.network))
+        why = explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.select_by)
+        sentences += map(Sentence, why)
+    warnings = [f"the model {about.early_end}"] if about.early_end else []
+    warnings += warnings_of(trained.best, settings.training.calibration)
+    sentences += [Sentence(each, "warning") for each in warnings]
+    if note := trained.best.experts.note(settings.model.gates.rule):
+        sentences.append(Sentence(note, "note"))
+    if trained.rows_per_s:  # A resumed training that had no step left has no speed.
+        speed = (
+            f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data"
+        )
+        sentences.append(Sentence(speed))
+    sentences += map(Sentence, trained.compared)
+    return Report(
+        title=f"Training of {settings.name}",
+        headline=_headline(trained.best.auc, trained.best_step),
+        mark="warning" if warnings else "good",
+        about=f"registered as {trained.address}",
+        tables=tables,
+        sentences=sentences,
+        identity={
+            "features": about.fingerprint,
+            "model": version_of(trained.artifact),
+            "settings": fixed_settings(settings),
+        },
+    )
+
+
+def _headline(areas: Mapping[str, float | None], step: int) -> str:
+    found = ", ".join(f"{name} {auc:.4f}" for name, auc in areas.items() if auc is not None)
+    return f"validation AUC of the model at step {step:,}: {found}" if found else f"the model of step {step:,}"
+
+
+def write(trained: FinishedTraining, settings: Settings) -> Report:
+    """Write the report beside the model, in `data.work`/training."""
+    report = make_report(trained, settings)
+    write_report(report, Path(settings.data.work) / FOLDER)
+    return report
