@@ -53,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(options.out or ("data/complete_journey_full" if options.full else "data/complete_journey"))
     settings = quickstart_settings(options.full, out, overrides)
     from mmoe_rec.cli.main import show
+    from mmoe_rec.evaluation.evaluate import evaluate_model
     from mmoe_rec.evaluation.results_report import make_report
     from mmoe_rec.inference.artifact import EXAMPLE, read_example
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.jobs.baselines import measure_baselines
-    from mmoe_rec.jobs.evaluate import evaluate_model
-    from mmoe_rec.jobs.train import train_model
     from mmoe_rec.locks import reading
     from mmoe_rec.progress import open_console
     from mmoe_rec.report.terminal import to_terminal
     from mmoe_rec.training import training_report
+    from mmoe_rec.training.baselines import measure_baselines
+    from mmoe_rec.training.train import train_model
 
     console = open_console()
     started = time.perf_counter()

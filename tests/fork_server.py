@@ -171,7 +171,7 @@ def _connect(folder: Path) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
         if not os.path.exists(address):
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-            waits = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # as `mmoe_rec.jobs` sets them
+            waits = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # as `mmoe_rec` sets them
             env = {**os.environ, **threads, **waits, "PYTHONPATH": str(ROOT)}
             words = [sys.executable, "-m", "tests.fork_server", str(folder)]
             subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -74,7 +74,7 @@ ELSEWHERE = {
         "server/test_request_log.py::test_workers_write_one_folder_and_all_of_it_at_sigterm"
     ),
     "curl events": "server/test_events.py::test_replies_know_what_was_acknowledged",
-    "evaluate --against": "jobs/test_planted_bugs.py::test_models_are_compared_on_the_test_rows",
+    "evaluate --against": "evaluation/test_planted_bugs.py::test_models_are_compared_on_the_test_rows",
     "evaluate --split": ("pipelines/test_slices_of_the_log.py::test_the_rows_of_a_split_with_their_predictions"),
     "compare --variant --variant": "experiments/test_comparisons.py::test_a_better_variant_is_told_from_an_equal_one",
     "compare --seeds": "experiments/test_comparisons.py::test_a_variant_with_other_features_has_features_of_its_own",
@@ -88,13 +88,13 @@ ELSEWHERE = {
     ),
     "export --out --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures",
     "export --out --onnx": "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is",
-    "baselines": "jobs/test_baselines.py::test_a_model_stands_beside_what_it_has_to_beat",
-    "tune-weights --goal --keep": "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows",
+    "baselines": "training/test_baselines.py::test_a_model_stands_beside_what_it_has_to_beat",
+    "tune-weights --goal --keep": "evaluation/test_tune_weights.py::test_the_choice_is_told_on_test_rows",
     "promote --challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),
     "evaluate --predictions --tasks --columns --out": (
-        "jobs/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
+        "evaluation/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
     ),
     "make_synthetic_log --out --rows": "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones",
 }

@@ -1,1 +1,4 @@
-"""Encoded rows as batches, each rank its share, in a seeded order, resumable at any row."""
+"""Encoded rows as batches: Parquet files of encoded rows go in, tensors come out, in a seeded order and resumable.
+
+Each rank gets its share. Begin in `encoded_rows` for the rows of a split, and in `batch` for the tensors.
+"""

@@ -1,8 +1,6 @@
-"""One file a command: its options and what it does. `mmoe-rec COMMAND` runs it."""
+"""Commands: one file each, with the options. `mmoe-rec COMMAND` runs `main`, which finds the file."""
 
 from importlib.util import find_spec
-
-import mmoe_rec.jobs  # noqa: F401 - how threads wait is decided before torch is loaded
 
 if find_spec("click") is None:
     raise SystemExit(

@@ -24,11 +24,11 @@ from mmoe_rec.cli.main import MODEL, Configuration, out_option, settings_command
 @click.option("--model", metavar="M", help=f"the model beside them: {MODEL}")
 @out_option("data.work/baselines")
 def baselines(configuration: Configuration, model: str | None, out: Path | None) -> None:
+    from mmoe_rec.evaluation.evaluate import evaluate_model
     from mmoe_rec.evaluation.results_report import make_report
-    from mmoe_rec.jobs.baselines import measure_baselines
-    from mmoe_rec.jobs.evaluate import evaluate_model
-    from mmoe_rec.jobs.places import check_out, short_names
+    from mmoe_rec.preprocessing.places import check_out, short_names
     from mmoe_rec.report.terminal import to_terminal
+    from mmoe_rec.training.baselines import measure_baselines
 
     settings = configuration.settings
     work = Path(settings.data.work)

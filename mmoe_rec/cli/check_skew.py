@@ -27,7 +27,7 @@ DIFFERS = 1
 def check_skew(
     configuration: Configuration, start: str, end: str, requests: Path, model: str | None, out: Path | None
 ) -> None:
-    from mmoe_rec.jobs.score import microseconds
+    from mmoe_rec.inference.batch_scoring import microseconds
     from mmoe_rec.live import skew
 
     settings = configuration.settings

@@ -53,7 +53,7 @@ def compare(
     if (only or margin is not None) and not features:
         raise UserError("--only and --margin belong to --features. Add --features.")
     settings = configuration.settings
-    from mmoe_rec.jobs.places import log_and_place
+    from mmoe_rec.preprocessing.places import log_and_place
     from mmoe_rec.preprocessing.prepare import existing
 
     existing(*log_and_place(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.

@@ -79,7 +79,7 @@ def evaluate(
             raise UserError(f"--{given.replace('_', '-')} is an option of --predictions; leave it out with --model")
         if settings is None or model is None:
             raise UserError("--model needs the settings that name its rows: give --config C")
-        from mmoe_rec.jobs.evaluate import PREDICTIONS, evaluate_model, place_of
+        from mmoe_rec.evaluation.evaluate import PREDICTIONS, evaluate_model, place_of
 
         split = split or "test"
         out = out or Path(settings.data.work) / place_of(split)
@@ -113,9 +113,9 @@ def measure_files(
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     if against_columns and not against:
         raise UserError("--against-columns names columns of the files of --against, which is not given")
+    from mmoe_rec.evaluation.measure_files import measure_predictions
+    from mmoe_rec.evaluation.prediction_files import columns_of_settings, columns_of_tasks
     from mmoe_rec.evaluation.slices import SliceBy
-    from mmoe_rec.jobs.metrics import measure_predictions
-    from mmoe_rec.jobs.prediction_files import columns_of_settings, columns_of_tasks
     from mmoe_rec.settings.sections import Evaluation
 
     placement = tuple[str, ...]()

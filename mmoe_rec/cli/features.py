@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 @click.option("--extend", is_flag=True, help="add new files of the log to existing features")
 def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
-    from mmoe_rec.jobs.places import build_features, extend_features
     from mmoe_rec.preprocessing.checks import empty_split
+    from mmoe_rec.preprocessing.places import build_features, extend_features
 
     extended = extend_features(settings) if extend else None
     if extend and extended is None:

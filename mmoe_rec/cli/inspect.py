@@ -18,9 +18,9 @@ from mmoe_rec.cli.main import Configuration, out_option, settings_command, show
 @out_option("data.work/inspection")
 def inspect(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
-    from mmoe_rec.jobs.places import check_out, log_and_place
     from mmoe_rec.locks import writing
     from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.preprocessing.places import check_out, log_and_place
     from mmoe_rec.preprocessing.prepare import features_in_use
     from mmoe_rec.profiling.data_health import inspect as inspect_features
 

@@ -22,7 +22,7 @@ from mmoe_rec.cli.main import Configuration, settings_command
 @click.option("--out", required=True, metavar="DIR", help="folder of the interaction log that is added to")
 @click.option("--until", metavar="T", help="time up to which all events are there (default: each log's last event)")
 def join_outcomes(configuration: Configuration, requests: str, events: str | None, out: str, until: str | None) -> None:
-    from mmoe_rec.jobs.score import microseconds
+    from mmoe_rec.inference.batch_scoring import microseconds
     from mmoe_rec.live import outcomes
 
     end = None if until is None else microseconds(until)

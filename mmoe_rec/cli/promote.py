@@ -31,8 +31,8 @@ def promote(
 ) -> None:
     if (challenger is None) != rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
+    from mmoe_rec.evaluation.promotion import promote_version, roll_back
     from mmoe_rec.evaluation.results_report import make_report
-    from mmoe_rec.jobs.promotion import promote_version, roll_back
     from mmoe_rec.report.terminal import to_terminal
 
     settings = configuration.settings

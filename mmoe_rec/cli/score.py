@@ -43,7 +43,7 @@ def score(
     engine: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    from mmoe_rec.jobs.score import microseconds, score_log
+    from mmoe_rec.inference.batch_scoring import microseconds, score_log
 
     words = [*overrides, *(["--data.engine", engine] if engine else [])]
     period = (None if start is None else microseconds(start), None if end is None else microseconds(end))

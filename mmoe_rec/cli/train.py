@@ -30,9 +30,9 @@ from mmoe_rec.cli.main import Configuration, settings_command, show
 @click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
 def train(configuration: Configuration, resume: bool, start: str | None) -> None:
-    from mmoe_rec.jobs.train import train_model
     from mmoe_rec.report.terminal import to_terminal
     from mmoe_rec.tracking.registry import CHALLENGER
+    from mmoe_rec.training.train import train_model
     from mmoe_rec.training.training_report import make_report
 
     trained = train_model(configuration.settings, start, resume)

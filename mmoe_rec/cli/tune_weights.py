@@ -50,8 +50,8 @@ def tune_weights(
     from rich.table import Table
 
     from mmoe_rec.atomic import write_text
+    from mmoe_rec.evaluation.prediction_files import columns_of_settings, open_predictions
     from mmoe_rec.evaluation.tradeoffs import Sweep, make_grid
-    from mmoe_rec.jobs.prediction_files import columns_of_settings, open_predictions
 
     weights, columns = make_grid([task.score_weight for task in settings.tasks.values()]), columns_of_settings(settings)
     folders = [str(work / name / "predictions.parquet") for name in ("evaluation_validation", "evaluation")]

@@ -1,6 +1,6 @@
-"""Evaluation: predictions of many tasks -> sums per user -> metrics with intervals -> comparisons with a verdict.
+"""Measure models: predictions and labels go in; metrics with intervals, comparisons and reports come out.
 
-Results are dataclasses, which decide; the room `report` words them. `sums.measure` adds up rows, and
-`summary.summarise` makes metrics of the sums. `metrics/` has a class for each metric, `intervals.py` says how sure a
-number is, and `comparison.decide` which of two models is better.
+`evaluate` measures a registered model and `measure_files` predictions in files. Both give `sums` of each user, which
+`summary` turns into metrics and `comparison` into a verdict. `metrics/` has a class for each metric. `promotion` decides
+whether a model takes over the alias.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,6 +11,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mmoe_rec.evaluation.summary import Summary
 from mmoe_rec.report.charts import COLORS, SERIES, blank, plain
+
+if TYPE_CHECKING:
+    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.utilisation import Utilisation
+    from mmoe_rec.tracking.runs import Run
 
 _INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
@@ -89,3 +94,10 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
     axes.set_title("Mean gate weight", loc="left", **_TITLE, pad=10)
     figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05).outline.set_visible(False)
     return figure
+
+
+def log_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:
+    """Log the figure of the mean gate weights to a run. Ranks other than the first log nothing."""
+    if run.run_id is not None:
+        weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+        run.log_figure(gate_weights_figure(weights), name)

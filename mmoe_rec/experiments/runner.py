@@ -23,8 +23,8 @@ from mmoe_rec.atomic import digest
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.experiments.processes import run_side_by_side, share_threads
 from mmoe_rec.experiments.variants import Variant
-from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.places import log_and_place
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -352,12 +352,12 @@ def _train_network(task: Task, run: runs.Run) -> tuple[Network | None, Predictio
     """Train as `train_model` does, without keeping anything."""
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.experiments.predictions import predict
-    from mmoe_rec.jobs.stacking import grow_trees
-    from mmoe_rec.jobs.train import calibrate
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import load_plain
+    from mmoe_rec.training.stacking import grow_trees
+    from mmoe_rec.training.train import calibrate
     from mmoe_rec.training.validation import find_early_end
 
     settings, prepared = task.settings, task.prepared
@@ -392,7 +392,7 @@ def _grow_trees(task: Task, run: runs.Run) -> tuple[Network | None, Predictions,
 
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.experiments.predictions import Predictions
-    from mmoe_rec.jobs.baselines import boost_tasks, predict_calibrated, read_inputs
+    from mmoe_rec.training.baselines import boost_tasks, predict_calibrated, read_inputs
 
     settings, layout = task.settings, task.prepared.layout
     learnt, held_out, last = read_inputs(settings, task.prepared, layout)

@@ -1,1 +1,4 @@
-"""The kinds of features: what they learn from a log, and the inputs that they make of rows."""
+"""Features: columns of a log go in; ids and numbers that the model reads come out.
+
+Begin in `pipeline`, which holds all features of a schema. `kinds/` has a file for each kind of feature.
+"""

@@ -1,1 +1,4 @@
-"""From a trained model to ranked candidates: the artifact folder, the Ranker that reads it, and its MLflow model."""
+"""Rank candidates: a trained model and requests go in, scores and predictions come out.
+
+Begin in `ranker`, which reads an `artifact` folder and answers requests. `batch_scoring` scores the rows of a log.
+"""

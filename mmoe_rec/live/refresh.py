@@ -33,9 +33,6 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
-from mmoe_rec.jobs.places import extend_features, log_and_place, logs_for
-from mmoe_rec.jobs.run_page import as_code, command
-from mmoe_rec.jobs.train import train_model
 from mmoe_rec.live import journal_files as files
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.locks import writing
@@ -46,12 +43,15 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend_tables, remake_tables
 from mmoe_rec.preprocessing.logs import HeldFiles, Logs, read_held_files, read_journal_name
+from mmoe_rec.preprocessing.places import extend_features, log_and_place, logs_for
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, existing
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, Split, differences
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.outbox import UnreachableError, list_waiting_runs
 from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
+from mmoe_rec.tracking.run_page import as_code, command
+from mmoe_rec.training.train import train_model
 
 _KEPT = "before_training"
 _FROM_TAG = "refreshed.from"  # of a version that a refresh made

@@ -1,1 +1,4 @@
-"""A log: where it lies, how it is read and checked, and what its columns hold."""
+"""Interaction logs: addresses of Parquet files go in, checked rows in canonical types come out.
+
+Begin in `reader`, which reads the files in batches. `files` finds them, and `rows` holds a batch.
+"""

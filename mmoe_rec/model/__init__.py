@@ -1,1 +1,5 @@
-"""The multi-gate mixture of experts: tables, bottom, experts, gates, towers and the fused score."""
+"""The network: batches go in, logits of each task come out.
+
+Begin in `mmoe`: embedding tables, experts, gates and towers. `layout` says which inputs the network reads, and `score`
+combines predictions into one score.
+"""

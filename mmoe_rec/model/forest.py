@@ -56,7 +56,7 @@ class Ensemble(NamedTuple):
 
 def read_ensemble(text: str) -> Ensemble:
     """The trees in LightGBM's text. Raises ValueError or LookupError for a text that is damaged, and for trees of a
-    kind that `mmoe_rec.jobs.stacking` does not grow."""
+    kind that `mmoe_rec.training.stacking` does not grow."""
     header, *blocks = text.partition("\nend of trees")[0].split("\nTree=")
     about = _entries(header)
     if "tree_sizes" not in about or len(about["tree_sizes"].split()) != len(blocks):

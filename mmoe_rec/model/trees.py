@@ -2,7 +2,7 @@
 
 Trees and networks err in different ways, so their sum ranks above both. The trees (LightGBM's) read the numbers that
 the network reads, and some of them the rows that single ids have in their tables, where frequent ones come first;
-`mmoe_rec.jobs.stacking` grows them and fits the weights.
+`mmoe_rec.training.stacking` grows them and fits the weights.
 
 In an artifact they are a folder `trees`: the trees of each task as LightGBM writes them, text that
 `mmoe_rec.model.forest` and every version of LightGBM read, and `blends.json`, the weights.

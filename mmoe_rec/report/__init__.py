@@ -1,7 +1,4 @@
-"""The report: every sentence, table, figure, page and file about what was measured.
+"""Reports: results of a command go in; terminal output, a page and JSON come out.
 
-`sentences.py` and `findings.py` put an evaluation into words, `tables.py` onto a terminal, `evaluation.py` onto a page
-and into files; `trainings.py` is of several trainings, `health.py` of a data set. Pages are Jinja2 templates
-(`templates/`: one form, one style sheet), rendered by `pages.py`; figures are matplotlib's in one style. No other stage
-imports either.
+Begin in `parts`: a `Report` has a headline, figures, tables and sentences. `terminal` and `pages` show it.
 """

@@ -1,1 +1,4 @@
-"""The model server: `/invocations` as MLflow's, with limits, batches of waiting calls, metrics, reload and workers."""
+"""The model server: HTTP requests go in, ranked candidates come out.
+
+Begin in `app`, which answers requests like MLflow's server. `ranking_queue` joins concurrent requests to batches.
+"""

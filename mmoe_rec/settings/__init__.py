@@ -1,1 +1,4 @@
-"""Strict, documented settings: one YAML file per data set plus command-line overrides, see `load.load_settings`."""
+"""Settings: a YAML file and overrides go in, checked settings come out.
+
+Begin in `load` for reading, and in `sections` for the keys.
+"""

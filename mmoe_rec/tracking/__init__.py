@@ -1,1 +1,4 @@
-"""Runs, metrics and the model registry: the only room that talks to MLflow."""
+"""MLflow: metrics, files and models go in; runs and registered versions come out.
+
+Begin in `runs` for runs, and in `registry` for models. Together with `inference`, this room alone imports MLflow.
+"""

@@ -1,1 +1,5 @@
-"""From encoded rows to the best state of a model, on one process or many."""
+"""Train: encoded rows go in, a registered model comes out, on one process or many.
+
+Begin in `train`, the whole command. `loop` takes the steps, `stacking` adds trees, `baselines` trains what a model has to
+beat.
+"""

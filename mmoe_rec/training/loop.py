@@ -25,6 +25,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Mixture, build_model
 from mmoe_rec.model.products import choose_products, set_products
+from mmoe_rec.model.warm_start import WarmStart, base_rates, set_base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
@@ -39,7 +40,6 @@ from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training
 from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.tables import choose_way
 from mmoe_rec.training.validation import Validation, validate
-from mmoe_rec.training.warm_start import WarmStart, base_rates, set_base_rates
 
 STEPS_BETWEEN_LOGS = 25
 WARM_UP = 10  # steps before those that a forecast is made from

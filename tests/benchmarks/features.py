@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from mmoe_rec.jobs.places import build_features, build_options
 from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.places import build_features, build_options
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from tests.benchmarks.memory import measure

@@ -44,23 +44,23 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import Part
+from mmoe_rec.evaluation import promotion
 from mmoe_rec.evaluation.calibration import fit_calibration
 from mmoe_rec.evaluation.comparison import BETTER, Verdict, compare
+from mmoe_rec.evaluation.evaluate import scored_rows
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.jobs import promotion
-from mmoe_rec.jobs.evaluate import scored_rows
-from mmoe_rec.jobs.stacking import fit_task
-from mmoe_rec.jobs.train import train_model
-from mmoe_rec.jobs.trees import Inputs
 from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Blend
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Trees
 from mmoe_rec.settings.sections import Evaluation, Settings
 from mmoe_rec.tracking.registry import find_model
+from mmoe_rec.training.boosting import Inputs
+from mmoe_rec.training.stacking import fit_task
+from mmoe_rec.training.train import train_model
 from tests.evaluation.judged_models import NAMES, NOISE, TASKS, World, noise_of_gain, verdicts
 
 USERS, RESAMPLES, COLUMNS = 250, 200, 12

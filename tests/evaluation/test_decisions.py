@@ -14,11 +14,11 @@ from simulated_log import simulate
 
 from mmoe_rec.evaluation.comparison import Comparison, Guard, Results, Verdict, Versus, decide, guard_slices
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval, level_after
+from mmoe_rec.evaluation.promotion import _find_objections, _read_verdict
 from mmoe_rec.evaluation.results_report import differences_table
 from mmoe_rec.evaluation.sentences import describe_guard, describe_verdict
 from mmoe_rec.evaluation.slices import SliceRecord
 from mmoe_rec.evaluation.summary import GroupSummary, MeasuredModel, Objective, Summary, summarise
-from mmoe_rec.jobs.promotion import _find_objections, _read_verdict
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.sections import Evaluation
 

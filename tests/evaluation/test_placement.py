@@ -7,8 +7,8 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.evaluation.evaluate import describe_placement
 from mmoe_rec.evaluation.scoring import score_rows
-from mmoe_rec.jobs.evaluate import describe_placement
 from mmoe_rec.log.reader import Log
 from tests.inference.small_model import SmallModel
 

@@ -17,6 +17,7 @@ import yaml
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
+from mmoe_rec.evaluation.evaluate import scored_rows
 from mmoe_rec.evaluation.intervals import draw_users
 from mmoe_rec.experiments import processes, runner
 from mmoe_rec.experiments.compare import BASE, compare_settings
@@ -25,14 +26,13 @@ from mmoe_rec.experiments.predictions import JudgedRows, Predictions
 from mmoe_rec.experiments.runner import Runner, Task, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.jobs.evaluate import scored_rows
-from mmoe_rec.jobs.train import train_model
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Mixture
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training import loop
 from mmoe_rec.training.choices import Choices
+from mmoe_rec.training.train import train_model
 from tests.commands import refuse, run_and_read, told_by
 from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.learnable_log import settings_tree

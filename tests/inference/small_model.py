@@ -14,8 +14,6 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_example
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
-from mmoe_rec.jobs.places import build_options
-from mmoe_rec.jobs.stacking import grow_trees
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import ModelLayout
@@ -23,8 +21,10 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
+from mmoe_rec.preprocessing.places import build_options
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.training.stacking import grow_trees
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
 
 USER = 5

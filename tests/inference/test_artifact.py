@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference import batch_scoring as score
 from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference.artifact import (
     FORMAT,
@@ -28,7 +29,6 @@ from mmoe_rec.inference.artifact import (
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import rewrite_artifact, seal, write_artifact
-from mmoe_rec.jobs import score
 from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 from mmoe_rec.settings.load import load_settings

@@ -14,7 +14,7 @@ from mmoe_rec.inference.export import Dense, answers_of, find_differences, write
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact
 from mmoe_rec.model.tables import Int8Bag, in_float32
-from mmoe_rec.training.warm_start import WarmStart
+from mmoe_rec.model.warm_start import WarmStart
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 REQUEST = {

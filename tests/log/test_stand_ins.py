@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.places import build_features, extend_features
 from mmoe_rec.log.reader import Log
+from mmoe_rec.preprocessing.places import build_features, extend_features
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.schema import Schema

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from mmoe_rec import locks
-from mmoe_rec.jobs import train as steps
-from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.jobs.promotion import Decision
+from mmoe_rec.evaluation.evaluate import evaluate_model
+from mmoe_rec.evaluation.promotion import Decision
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.preprocessing import prepare as building
+from mmoe_rec.preprocessing.places import log_and_place
 from mmoe_rec.settings.load import load_settings
+from mmoe_rec.training import train as steps
 from tests.commands import refuse, run
 from tests.pipelines.short_trainings import World
 

@@ -14,9 +14,9 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.train import calibrate
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
+from mmoe_rec.training.train import calibrate
 from tests.commands import read_metrics, run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 

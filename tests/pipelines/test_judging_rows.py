@@ -16,13 +16,13 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.atomic import checksum
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.evaluate import score_by
+from mmoe_rec.evaluation.promotion import _open_judging_rows
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.evaluate import score_by
-from mmoe_rec.jobs.promotion import _open_judging_rows
-from mmoe_rec.jobs.train import train_model
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import FinishedTraining
+from mmoe_rec.training.train import train_model
 from tests.pipelines.learnable_log import write_files
 
 OPTIONS = ("--training.calibration", "temperature", "--model.trees.number", "20", "--model.trees.leaves", "8")

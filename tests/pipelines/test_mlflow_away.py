@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mmoe_rec.evaluation import evaluate as evaluation
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs import evaluate as evaluation
 from mmoe_rec.training.loop import Trainer
 from tests import commands
 from tests.inference.running_server import free_port, running_program
@@ -197,7 +197,7 @@ def test_a_server_that_stays_away_is_told_afterwards(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mmoe_rec.jobs.train.PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr("mmoe_rec.training.train.PATIENCE_SECONDS", 1.5)
     training = Training(tmp_path, log, server, "afterwards")
     assert training.run(at_validation={0: server.door.shut}) == 75
     said = capsys.readouterr().err

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation import promotion
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.inference.ranker import OtherScoresError, Ranker
-from mmoe_rec.jobs import promotion
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.registry import fetch_model
 from tests import commands

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.evaluation import promotion
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.artifact import write_manifest
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs import promotion
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
 from tests.pipelines.short_trainings import NAME, SLOW, World

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mmoe_rec.evaluation.promotion import Decision
 from mmoe_rec.inference.writing import seal
-from mmoe_rec.jobs import train as steps
-from mmoe_rec.jobs.promotion import Decision
+from mmoe_rec.training import train as steps
 from tests.pipelines.short_trainings import World, dying_after, refused
 
 pytestmark = pytest.mark.thorough

@@ -9,11 +9,10 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.jobs import run_page
-from mmoe_rec.jobs.run_page import command, data_sets, name_training
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.tracking import runs
+from mmoe_rec.tracking import run_page, runs
 from mmoe_rec.tracking.outbox import list_waiting_runs
+from mmoe_rec.tracking.run_page import command, data_sets, name_training
 from mmoe_rec.tracking.runs import Run
 from tests import commands
 from tests.pipelines.short_trainings import World

@@ -15,12 +15,11 @@ from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import IdsFeature
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
-from mmoe_rec.jobs.places import build_features
-from mmoe_rec.jobs.stacking import grow_trees
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.preprocessing.places import build_features
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.schema import Schema
@@ -28,6 +27,7 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.stacking import grow_trees
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 CPU = torch.device("cpu")

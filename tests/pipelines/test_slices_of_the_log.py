@@ -14,9 +14,9 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.evaluate import evaluate_model, scored_rows
 from mmoe_rec.evaluation.slices import MISSING
-from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
-from mmoe_rec.jobs.slicing import LogColumns
+from mmoe_rec.evaluation.slicing import LogColumns
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import find_model
 from tests.commands import read_metrics, run

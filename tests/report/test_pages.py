@@ -10,11 +10,11 @@ import pytest
 from jinja2 import UndefinedError
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.overview import Part, to_page
 from mmoe_rec.report.charts import blank, svg
 from mmoe_rec.report.files import read_report, to_json, write_report
 from mmoe_rec.report.pages import render, to_html
 from mmoe_rec.report.parts import Cell, Figure, Report, Sentence, Table
+from mmoe_rec.training.overview import Part, to_page
 from tests.report.parsed import Page
 
 EVIL = "</title></style><script>alert('x')</script>\"'&amp; {{ 7 * 7 }} $x$ "

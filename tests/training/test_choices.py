@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.train import train_model
 from mmoe_rec.model import products as products_module
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables
@@ -19,6 +18,7 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.training import choices as choices_module
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.choices import RUNS_AT_LEAST, Choices, choose_precision, time_options
+from mmoe_rec.training.train import train_model
 from tests.model.examples import LAYOUT
 from tests.pipelines.learnable_log import write_files
 from tests.training.learnable import MODEL, write_prepared

@@ -16,12 +16,12 @@ from scipy.special import logit
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.layout import ModelLayout, ModelTask
+from mmoe_rec.model.warm_start import base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.warm_start import base_rates
 from tests.reference.model import loss as reference_loss
 from tests.training.learnable import (
     CPU,

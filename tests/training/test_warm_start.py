@@ -20,13 +20,13 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
+from mmoe_rec.model.warm_start import WarmStart
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.warm_start import WarmStart
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, remember
 from tests.training.ranks import join, save_weights, spawn

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmoe_rec.atomic import checksum, write_text
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.evaluation.promotion import Decision, promote_trained
 from mmoe_rec.evaluation.summary import find_objective
-from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.jobs.promotion import Decision, promote_trained
-from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.places import log_and_place
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use, fingerprint_of, prepare
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError, list_waiting_runs
+from mmoe_rec.tracking.run_page import MachineMonitor, as_code, command, data_sets, name_training, quoted
 from mmoe_rec.tracking.runs import Run, check_server
 from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
+    from mmoe_rec.model.warm_start import WarmStart
     from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.validation import Validation
-    from mmoe_rec.training.warm_start import WarmStart
 
 
 def train_model(
@@ -92,7 +92,9 @@ def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
     settings = workspace.settings
 
     def draw(validation: Validation, step: int) -> None:
-        draw_gates(run, workspace.layout, validation.experts, f"plots/gates/step_{step:07}.png")
+        from mmoe_rec.evaluation.curves import log_gates
+
+        log_gates(run, workspace.layout, validation.experts, f"plots/gates/step_{step:07}.png")
 
     return Trainer(
         workspace.prepared,
@@ -141,11 +143,12 @@ def _log_start(run: Run, workspace: Workspace) -> None:
 def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.batches.encoded_rows import Part
+    from mmoe_rec.evaluation.curves import log_gates
     from mmoe_rec.inference.writing import write_artifact
-    from mmoe_rec.jobs.stacking import grow_trees
     from mmoe_rec.model.score import UNCALIBRATED
     from mmoe_rec.training import training_report
     from mmoe_rec.training.checkpoint import FinishedTraining
+    from mmoe_rec.training.stacking import grow_trees
     from mmoe_rec.training.validation import find_early_end
 
     settings, prepared, layout = workspace.settings, workspace.prepared, workspace.layout
@@ -163,7 +166,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         run.log_text(calibration.to_dict(), "calibration.json")
     served = measure_served(settings, prepared, model, calibration, Part.JUDGING)
     run.log_metrics(served.flat("best"), result.best_step)
-    draw_gates(run, layout, served.experts, "plots/gate_weights.png")
+    log_gates(run, layout, served.experts, "plots/gate_weights.png")
     findings = served.experts.findings([task.name for task in layout.tasks])
     run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     write_artifact(
@@ -447,8 +450,8 @@ class Workspace:
 
     def _read_weights(self, start: Start) -> WarmStart:
         from mmoe_rec.inference.artifact import read_artifact
+        from mmoe_rec.model.warm_start import WarmStart
         from mmoe_rec.settings.model import Model
-        from mmoe_rec.training.warm_start import WarmStart
 
         # The first rank has checked its files; the others may be on other machines.
         address = self.settings.tracking.address

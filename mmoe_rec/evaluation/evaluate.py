@@ -16,16 +16,15 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
+from mmoe_rec.evaluation.slicing import Slicing, overlap, users_in_both
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary, find_objective
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
-from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
-from mmoe_rec.jobs.slicing import Slicing, overlap, users_in_both
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.places import build_options, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Columns
@@ -34,6 +33,7 @@ from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import describe_version, find_model, get_version
+from mmoe_rec.tracking.run_page import as_code, command, data_sets, quoted
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import EncodedRows
@@ -124,6 +124,7 @@ def log_evaluation(
     scored, results: of the model and those it is compared with; out: where the files are; place: folder of the run's
     files; split: of the rows. Raises UnreachableError where MLflow does not answer.
     """
+    from mmoe_rec.evaluation.curves import log_gates
     from mmoe_rec.evaluation.findings import find_all
     from mmoe_rec.evaluation.results_report import comparison_tree
     from mmoe_rec.evaluation.sentences import describe_verdicts
@@ -162,7 +163,7 @@ def log_evaluation(
             if plot.exists():
                 run.log_artifact(plot, place)
         assert scored.experts is not None, "a model scored the rows"
-        draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
+        log_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
     if split != "test" or first.seen:  # what it has learnt says nothing of it
         return
     if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", model.address)) is not None:

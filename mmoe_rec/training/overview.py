@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
-from mmoe_rec.jobs.places import log_and_place
+from mmoe_rec.preprocessing.places import log_and_place
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.report.files import JSON, read_report
 from mmoe_rec.report.pages import render

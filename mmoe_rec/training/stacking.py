@@ -16,11 +16,11 @@ from scipy.special import expit
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows, cross_entropy
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Blend, Trees
 from mmoe_rec.progress import bar, say
+from mmoe_rec.training.boosting import Inputs, grow_lightgbm
 
 if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout

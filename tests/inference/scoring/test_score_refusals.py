@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.score import score_log
+from mmoe_rec.inference.batch_scoring import score_log
 from tests.commands import run
+from tests.inference.scoring.scored import write_finely
 from tests.inference.small_model import SmallModel
-from tests.jobs.scored import write_finely
 from tests.log.small_logs import at_times, random_log, times_of, with_requests
 
 

@@ -31,7 +31,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, prediction_columns
-from mmoe_rec.jobs.places import build_options, key_types
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
@@ -40,6 +39,7 @@ from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.places import build_options, key_types
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema

@@ -16,16 +16,16 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation import evaluate
 from mmoe_rec.evaluation.comparison import Results
+from mmoe_rec.evaluation.evaluate import evaluate_model
 from mmoe_rec.evaluation.findings import find_all
-from mmoe_rec.jobs import evaluate
-from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.metrics import measure_predictions
-from mmoe_rec.jobs.prediction_files import columns_of_tasks
-from mmoe_rec.jobs.promotion import _find_objections
-from mmoe_rec.jobs.slicing import TrainingRows, overlap
-from mmoe_rec.jobs.trees import rate_candidates
+from mmoe_rec.evaluation.measure_files import measure_predictions
+from mmoe_rec.evaluation.prediction_files import columns_of_tasks
+from mmoe_rec.evaluation.promotion import _find_objections
+from mmoe_rec.evaluation.slicing import TrainingRows, overlap
 from mmoe_rec.settings.sections import Evaluation, Split
+from mmoe_rec.training.boosting import rate_candidates
 from tests.inference.small_model import SmallModel
 from tests.log.plain_tables import plain_settings
 from tests.report.parsed import Page

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import StoppedError
+from mmoe_rec.inference import batch_scoring as score
+from mmoe_rec.inference.batch_scoring import score_log
 from mmoe_rec.inference.writing import seal
-from mmoe_rec.jobs import score
-from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing import engines, steps
+from tests.inference.scoring.scored import killed_run, write_finely
 from tests.inference.small_model import SmallModel
-from tests.jobs.scored import killed_run, write_finely
 from tests.log.small_logs import files_of, random_log, with_requests
 
 pytestmark = pytest.mark.thorough

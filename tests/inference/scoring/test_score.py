@@ -15,16 +15,16 @@ import pytest
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
+from mmoe_rec.inference.batch_scoring import microseconds, rank_rows
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.score import microseconds, rank_rows
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
 from mmoe_rec.model.score import add_outcomes
+from mmoe_rec.preprocessing.places import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
+from tests.inference.scoring.scored import read, scored, write_finely
 from tests.inference.small_model import SmallModel, as_request
-from tests.jobs.scored import read, scored, write_finely
 from tests.log.small_logs import DAY, START, random_log, with_requests
 
 PREDICTED = ["predicted_click", "predicted_liked", "predicted_spent", "predicted_click_and_liked"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
+from mmoe_rec.evaluation.prediction_files import PredictionColumns, PredictionFile, match_columns, read_predictions
 from mmoe_rec.evaluation.summary import MeasuredModel, find_objective
-from mmoe_rec.jobs.places import check_out, short_names
-from mmoe_rec.jobs.prediction_files import PredictionColumns, PredictionFile, match_columns, read_predictions
-from mmoe_rec.jobs.score_files import learnt_from
+from mmoe_rec.inference.scored_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
+from mmoe_rec.preprocessing.places import check_out, short_names
 from mmoe_rec.settings.sections import Evaluation
 
 

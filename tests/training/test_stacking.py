@@ -24,14 +24,14 @@ from mmoe_rec.inference.artifact import MANIFEST, write_manifest
 from mmoe_rec.inference.export import answers_of
 from mmoe_rec.inference.onnx import add_trees, as_arrays, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs import stacking
-from mmoe_rec.jobs.stacking import fit_blend, fit_task, is_clearly_less, join_trees
-from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Blend, Trees
 from mmoe_rec.settings.columns import NO_TIME
 from mmoe_rec.settings.model import Trees as Settings
 from mmoe_rec.tracking import registry
+from mmoe_rec.training import stacking
+from mmoe_rec.training.boosting import Inputs, grow_lightgbm
+from mmoe_rec.training.stacking import fit_blend, fit_task, is_clearly_less, join_trees
 from tests.inference.small_model import ITEMS, SmallModel, as_request, draw_requests, random_inputs
 from tests.inference.test_ranker import in_request_order, offline
 from tests.log.small_logs import ALL_KINDS

@@ -16,21 +16,21 @@ from sklearn.metrics import average_precision_score, log_loss, mean_absolute_err
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation import measure_files as metrics
 from mmoe_rec.evaluation.findings import find_all
+from mmoe_rec.evaluation.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
 from mmoe_rec.evaluation.results_report import summary_tree
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.sums import measure
+from mmoe_rec.inference.batch_scoring import score_log
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
-from mmoe_rec.jobs.score import score_log
+from mmoe_rec.preprocessing.places import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.settings.sections import Evaluation
 from tests.commands import read_metrics, run
 from tests.evaluation.trees import summarise
+from tests.inference.scoring.scored import write_finely
 from tests.inference.small_model import SmallModel
-from tests.jobs.scored import write_finely
 from tests.log.small_logs import DAY, START, random_log, with_requests
 
 TASKS = ["bought", "stars:regression=0.2"]
@@ -94,7 +94,7 @@ def intervals(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple
 
 @pytest.mark.parametrize("text", [False, True])
 def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mmoe_rec.jobs.prediction_files.ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.ROWS_AT_A_TIME", 100)
     frame = predicted(1, text=text)
     asked, source = columns_of_tasks(TASKS), written(frame, tmp_path / "in")
     found = measured(asked, source, tmp_path / "out", Evaluation(resamples=50))

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
+from mmoe_rec.evaluation.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
+from mmoe_rec.evaluation.slicing import Slicing, TrainingRows, overlap
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.inference.artifact import Source, read_example
-from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
-from mmoe_rec.jobs.slicing import Slicing, TrainingRows, overlap
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -208,8 +208,8 @@ def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[Rankin
     """A model and its layout on features that were extended from its own, with the same outputs; None for others."""
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables
+    from mmoe_rec.model.warm_start import WarmStart
     from mmoe_rec.settings.model import Model
-    from mmoe_rec.training.warm_start import WarmStart
 
     structure = Model.model_validate(ranker.about.model)
     rows = {table.name: table.rows for table in prepared.layout.tables}

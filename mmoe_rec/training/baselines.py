@@ -14,16 +14,16 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.jobs.places import check_out, log_and_place
-from mmoe_rec.jobs.trees import Inputs, Predict, boost_trees, rate_candidates
 from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.places import check_out, log_and_place
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.training.boosting import Inputs, Predict, boost_trees, rate_candidates
 
 if TYPE_CHECKING:
+    from mmoe_rec.evaluation.evaluate import EvaluationResult
     from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.jobs.evaluate import EvaluationResult
 
 
 TREES, POPULARITY = "gradient boosting", "popularity"

@@ -12,15 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.runs import Run
-
-if TYPE_CHECKING:
-    from mmoe_rec.features.layout import Layout
-    from mmoe_rec.model.utilisation import Utilisation
 
 SECONDS_BETWEEN_SAMPLES = 10.0
 _CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
@@ -107,13 +103,3 @@ def sample_machine() -> dict[str, float]:
         with suppress(Exception):  # no training ends for want of a chart
             values[f"system/{name}"] = float(read())
     return values
-
-
-def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:
-    """Logs a figure of the gates' mean weights."""
-    if run.run_id is None:
-        return  # another rank than the first draws nothing
-    from mmoe_rec.evaluation.curves import gate_weights_figure
-
-    weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
-    run.log_figure(gate_weights_figure(weights), name)

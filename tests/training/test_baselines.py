@@ -14,9 +14,11 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs import baselines, evaluate, trees
-from mmoe_rec.jobs.baselines import measure_baselines
-from mmoe_rec.jobs.trees import Inputs, Predict, boost_trees, rate_candidates
+from mmoe_rec.evaluation import evaluate
+from mmoe_rec.training import baselines
+from mmoe_rec.training import boosting as trees
+from mmoe_rec.training.baselines import measure_baselines
+from mmoe_rec.training.boosting import Inputs, Predict, boost_trees, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.jobs.score import ScoredLog, score_log
+from mmoe_rec.inference.batch_scoring import ScoredLog, score_log
 from tests.fork_server import run_command
 
 
@@ -33,7 +33,8 @@ def scored(*arguments: Any, **options: Any) -> tuple[pd.DataFrame, ScoredLog]:
 
 _KILLED = """
 import os, signal, sys
-from mmoe_rec.jobs import score, score_files
+from mmoe_rec.inference import scored_files as score_files
+from mmoe_rec.inference import batch_scoring as score
 from mmoe_rec.preprocessing import steps
 if __name__ == "__main__":
     model, log, output, place, calls = sys.argv[1:]

@@ -25,12 +25,12 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.predicted_rows import RowsBySlice
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.jobs.places import adapt_schema, build_options, log_and_place
-from mmoe_rec.jobs.score_files import text_of
+from mmoe_rec.inference.scored_files import text_of
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses, combine, hash_column
 from mmoe_rec.log.reader import Log, find_fault
 from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.preprocessing.places import adapt_schema, build_options, log_and_place
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.columns import Use

@@ -29,7 +29,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness, scored_table
-from mmoe_rec.jobs.score_files import FORMAT, AsOf, LearntRows, Output, finished_name, known_rows, open_logs
+from mmoe_rec.inference.scored_files import FORMAT, AsOf, LearntRows, Output, finished_name, known_rows, open_logs
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.database import Database, open_database
