@@ -52,14 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(argv)
     out = Path(options.out or ("data/complete_journey_full" if options.full else "data/complete_journey"))
     settings = quickstart_settings(options.full, out, overrides)
-    from mmoe_rec.cli.main import show
+    from mmoe_rec.cli.main import show, show_report
     from mmoe_rec.evaluation.evaluate import evaluate_model
     from mmoe_rec.evaluation.results_report import make_report
     from mmoe_rec.inference.artifact import EXAMPLE, read_example
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.locks import reading
     from mmoe_rec.progress import open_console
-    from mmoe_rec.report.terminal import to_terminal
     from mmoe_rec.training import training_report
     from mmoe_rec.training.baselines import measure_baselines
     from mmoe_rec.training.train import train_model
@@ -71,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.rule("features, training, registration")
     trained = train_model(settings)
     assert trained is not None, "the quickstart runs in one process"
-    show(to_terminal(training_report.make_report(trained, settings)))
+    show_report(training_report.make_report(trained, settings))
     console.rule("evaluation on later weeks")
     work = Path(settings.data.work)
     with reading(work / "features", "a quickstart"):
         evaluated = evaluate_model(settings, trained.address, work / "evaluation")
         if options.full:
             results = measure_baselines(settings, work / "baselines", evaluated, "MMoE")
-            show(to_terminal(make_report(results)))
+            show_report(make_report(results))
         else:
             show(_describe(evaluated.results.first.summary))
     console.rule("one candidate list")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.main import MODEL, Configuration, out_option, settings_command, show
+from mmoe_rec.cli.main import MODEL, Configuration, out_option, settings_command, show_report
 
 
 @settings_command(__doc__)
@@ -25,9 +25,7 @@ from mmoe_rec.cli.main import MODEL, Configuration, out_option, settings_command
 @out_option("data.work/baselines")
 def baselines(configuration: Configuration, model: str | None, out: Path | None) -> None:
     from mmoe_rec.evaluation.evaluate import evaluate_model
-    from mmoe_rec.evaluation.results_report import make_report
     from mmoe_rec.preprocessing.places import check_out, short_names
-    from mmoe_rec.report.terminal import to_terminal
     from mmoe_rec.training.baselines import measure_baselines
 
     settings = configuration.settings
@@ -38,6 +36,8 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     if model is not None:
         name = short_names([model])[model]
         evaluated = evaluate_model(settings, model, work / "evaluation")
-    show(to_terminal(make_report(measure_baselines(settings, out, evaluated, name))))
+    from mmoe_rec.evaluation.results_report import make_report
+
+    show_report(make_report(measure_baselines(settings, out, evaluated, name)))
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_report
 from mmoe_rec.errors import UserError
 
 
@@ -62,7 +62,6 @@ def compare(
     from mmoe_rec.experiments.importance import compare_features
     from mmoe_rec.experiments.variants import parse_variants
     from mmoe_rec.report.files import PAGE
-    from mmoe_rec.report.terminal import to_terminal
 
     if architectures:
         report = compare_architectures(settings, seeds, jobs)
@@ -70,7 +69,7 @@ def compare(
         report = compare_features(settings, only, 0.001 if margin is None else margin, seeds, jobs)
     else:
         report = compare_settings(settings, parse_variants(words), seeds, jobs)
-    show(to_terminal(make_report(report, {})))
+    show_report(make_report(report, {}))
     folder = Path(settings.data.work) / FOLDER
     print(f"all values: {folder / FILE}")
     print(f"report: {folder / PAGE}")

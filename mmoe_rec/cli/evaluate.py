@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mmoe_rec.cli.main import FOLDER, MODEL, Configuration, settings_command, show, slices_option
+from mmoe_rec.cli.main import FOLDER, MODEL, Configuration, settings_command, show_report, slices_option
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
@@ -85,9 +85,8 @@ def evaluate(
         out = out or Path(settings.data.work) / place_of(split)
         results = evaluate_model(settings, model, out, against, split).results
     from mmoe_rec.evaluation.results_report import make_report
-    from mmoe_rec.report.terminal import to_terminal
 
-    show(to_terminal(make_report(results)))
+    show_report(make_report(results))
     if model is not None:
         print(f"predictions: {out / PREDICTIONS}")
     print(f"metrics: {out / 'metrics.json'}")

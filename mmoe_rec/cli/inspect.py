@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmoe_rec.cli.main import Configuration, out_option, settings_command, show
+from mmoe_rec.cli.main import Configuration, out_option, settings_command, show_report
 
 
 @settings_command(__doc__)
@@ -38,10 +38,9 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
         )
         from mmoe_rec.profiling.health_report import FILE, make_report, write
         from mmoe_rec.report.files import PAGE
-        from mmoe_rec.report.terminal import to_terminal
 
         write(health, out)
-    show(to_terminal(make_report(health)))
+    show_report(make_report(health))
     print(f"report: {out / PAGE}")
     print(f"numbers: {out / FILE}")
     print(f"next: mmoe-rec train {configuration.options()}")

@@ -20,6 +20,7 @@ import click
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
 
 if TYPE_CHECKING:
+    from mmoe_rec.report.parts import Report
     from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
@@ -163,7 +164,9 @@ class NumberBetween(click.FloatRange):
 
 
 def show(parts: Iterable[Any]) -> None:
-    """Prints sentences, one a line however long, and tables of rich."""
+    """Print sentences, one a line however long, and tables of rich."""
+    from rich.text import Text
+
     from mmoe_rec.progress import open_console
 
     console = open_console()
@@ -171,7 +174,14 @@ def show(parts: Iterable[Any]) -> None:
         if isinstance(part, str):
             print(part)
         else:
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def show_report(report: Report) -> None:
+    """Print the tables and sentences of a report."""
+    from mmoe_rec.report.terminal import to_terminal
+
+    show(to_terminal(report))
 
 
 class Commands(click.Group):

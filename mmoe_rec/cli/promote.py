@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.main import Configuration, NumberBetween, out_option, settings_command, show
+from mmoe_rec.cli.main import Configuration, NumberBetween, out_option, settings_command, show, show_report
 from mmoe_rec.errors import UserError
 
 REFUSED = 1
@@ -32,8 +32,6 @@ def promote(
     if (challenger is None) != rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
     from mmoe_rec.evaluation.promotion import promote_version, roll_back
-    from mmoe_rec.evaluation.results_report import make_report
-    from mmoe_rec.report.terminal import to_terminal
 
     settings = configuration.settings
     if challenger is None:
@@ -42,7 +40,9 @@ def promote(
     out = out or Path(settings.data.work) / "promotion"
     decision = promote_version(settings, challenger, slower_at_most, out)
     if decision.results is not None:
-        show(to_terminal(make_report(decision.results)))
+        from mmoe_rec.evaluation.results_report import make_report
+
+        show_report(make_report(decision.results))
         print(f"report: {out / 'report.html'}")
     show(decision.reasons)
     if not decision.promoted:

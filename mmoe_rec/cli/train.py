@@ -23,24 +23,24 @@ from __future__ import annotations
 
 import click
 
-from mmoe_rec.cli.main import Configuration, settings_command, show
+from mmoe_rec.cli.main import Configuration, settings_command, show_report
 
 
 @settings_command(__doc__)
 @click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
 def train(configuration: Configuration, resume: bool, start: str | None) -> None:
-    from mmoe_rec.report.terminal import to_terminal
     from mmoe_rec.tracking.registry import CHALLENGER
     from mmoe_rec.training.train import train_model
-    from mmoe_rec.training.training_report import make_report
 
     trained = train_model(configuration.settings, start, resume)
     if trained is None:
         return
+    from mmoe_rec.training.training_report import make_report
+
     if trained.before:
         print("this training has already ended, with the results below; without --resume a new one begins")
-    show(to_terminal(make_report(trained, configuration.settings)))
+    show_report(make_report(trained, configuration.settings))
     print(f"model: {trained.artifact}, registered as {trained.address}")
     if trained.address.endswith(f"@{CHALLENGER}"):
         options = configuration.options("--challenger", CHALLENGER)

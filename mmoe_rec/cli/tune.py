@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_report
 
 
 @settings_command(__doc__)
@@ -36,10 +36,9 @@ def tune(configuration: Configuration, minutes: float | None, trials: int | None
     from mmoe_rec.experiments.experiment_report import make_report
     from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
     from mmoe_rec.report.files import PAGE
-    from mmoe_rec.report.terminal import to_terminal
 
     trials = 20 if trials is None and minutes is None else trials
-    show(to_terminal(make_report(tune_settings(settings, minutes, trials, seeds, jobs), {})))
+    show_report(make_report(tune_settings(settings, minutes, trials, seeds, jobs), {}))
     folder = Path(settings.data.work) / FOLDER
     print(f"report: {folder / PAGE}")
     print(f"next: mmoe-rec train --config {folder / BEST}")

@@ -34,7 +34,7 @@ def _lines(sentence: Sentence) -> Iterator[Text]:
         yield Text.assemble((f"{sentence.mark}: ", STYLES.get(sentence.mark, "")), sentence.text)
     else:
         yield Text(sentence.text)
-    yield from (Text(f"  {each}") for each in sentence.details)
+    yield from (Text(f"  {each.replace('`', '')}") for each in sentence.details)  # So that a command can be copied.
 
 
 def to_rich(table: Table) -> RichTable:

@@ -1,5 +1,4 @@
 """Train: encoded rows go in, a registered model comes out, on one process or many.
 
-Begin in `train`, the whole command. `loop` takes the steps, `stacking` adds trees, `baselines` trains what a model has to
-beat.
+Begin in `train`, the whole command. `loop` takes the steps, and `stacking` adds trees.
 """

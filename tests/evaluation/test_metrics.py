@@ -14,24 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score, log_loss, mean_absolute_error, roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import measure_files as metrics
 from mmoe_rec.evaluation.findings import find_all
-from mmoe_rec.evaluation.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
+from mmoe_rec.evaluation.prediction_files import PredictionColumns, columns_of_tasks
 from mmoe_rec.evaluation.results_report import summary_tree
-from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.sums import measure
-from mmoe_rec.inference.batch_scoring import score_log
-from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.preprocessing.places import logs_for
-from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.settings.sections import Evaluation
 from tests.commands import read_metrics, run
 from tests.evaluation.trees import summarise
-from tests.inference.scoring.scored import write_finely
-from tests.inference.small_model import SmallModel
-from tests.log.small_logs import DAY, START, random_log, with_requests
 
 TASKS = ["bought", "stars:regression=0.2"]
 
@@ -129,7 +120,7 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
     read = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {name: read.pop(name) for name in found} == found
-    assert sorted(read) == ["facts", "sentences"]
+    assert sorted(read) == ["against", "facts"]
     assert read["facts"]["predictions"] == str(tmp_path / "in")
     assert sorted(each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")) == ["in", "out"]
 
@@ -348,31 +339,6 @@ def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, ca
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_path: Path) -> None:
-    """Labels as they had matured at the log's end, and an outcome over all rows of a satisfaction of engaged ones."""
-    log = with_requests(random_log(3, rows=1000), seed=3)
-    source = write_finely(tmp_path / "log", log.slice(0, 500), log.slice(500))
-    settings = small.settings.model_copy(update={"data": small.settings.data.model_copy(update={"log": str(source)})})
-    ranker, windows = Ranker.load(small.folder), {"test": (START + 4 * DAY, None)}  # before labels have all matured
-    encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
-    rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
-    relevance = {name: task.score_weight for name, task in settings.tasks.items()}
-    model, calibration = ranker.model, ranker.calibration
-    offline = score_rows(model, ranker.layout, rows, 256, calibration=calibration, relevance=relevance)
-    expected = summarise(offline.measure(), 20)
-    score_log(small.folder, source, tmp_path / "scores", window=windows["test"], labels=True)
-    found = measured(columns_of_settings(settings), tmp_path / "scores", tmp_path / "out")
-    assert found["tasks"].keys() == expected["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
-    assert found["tasks"]["liked"]["rows"] < found["tasks"]["click_and_liked"]["rows"] < found["rows"]
-    assert {name: each["rows"] for name, each in found["tasks"].items()} == {
-        name: each["rows"] for name, each in expected["tasks"].items()
-    }
-    for name, value, other in intervals(found, expected):
-        assert value == pytest.approx(other, abs=1e-4), name
-    with pytest.raises(UserError, match="--labels writes what the log says of its rows"):
-        score_log(small.folder, source, tmp_path / "now", "tables", labels=True)
-
-
 def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     frame = predicted(20)
     other = frame.sample(frac=1, random_state=0).reset_index(drop=True)  # in another order, in other files
@@ -431,8 +397,6 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     written(frame, mine)
     with pytest.raises(UserError, match=r"lies in '.*against', where the predictions are, or holds them; name another"):
         measured(TASKS, ours, tmp_path / "out", against=[str(mine)])
-    with pytest.raises(UserError, match="lies where results go, and belongs to no evaluation"):
-        measured(TASKS, ours, tmp_path / "out")
     assert (mine / "0.parquet").is_file()
     assert not (tmp_path / "out" / "metrics.json").exists()
     frame.to_parquet(tmp_path / "metrics.parquet")
