@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part, Rows, weights_of
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.predicted_rows import PredictedRows
@@ -139,16 +139,20 @@ class ScoredRows:
         return replace(self, predictions=values, score=score)
 
 
-def read_labels(settings: Settings, prepared: FeatureFolder, split: str) -> ScoredRows:
-    """The rows of a split as they are measured, without their inputs, and with zeros for predictions and score."""
+def read_labels(settings: Settings, prepared: FeatureFolder, split: str, part: Part | None = None) -> ScoredRows:
+    """Read the rows of a split, or of one part of its users, without inputs. Predictions and scores are zeros."""
     weighted, layout = settings.training.sampling_correction == "weights", ModelLayout.of(prepared.layout, settings)
-    rows = EncodedRows(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()))
+    rows = EncodedRows(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()), part=part)
     columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted))
-    parts, tables = zip(*rows.stream(ROWS_AT_A_TIME, columns), strict=True)
-    labels = np.concatenate([part.labels for part in parts])
+    return join_labels(settings, layout, list(rows.stream(ROWS_AT_A_TIME, columns)))
+
+
+def join_labels(settings: Settings, layout: ModelLayout, parts: Sequence[tuple[Rows, pa.Table]]) -> ScoredRows:
+    """Join parts of rows, with the columns beside them. Predictions and scores are zeros."""
+    labels = np.concatenate([rows.labels for rows, _ in parts])
     unknown = {"predictions": np.zeros(labels.shape), "score": np.zeros(len(labels)), "experts": None}
     relevance = {name: task.score_weight for name, task in settings.tasks.items()}
-    scored = _put_together(layout, tables, labels=labels, relevance=relevance, **unknown)
+    scored = _put_together(layout, [table for _, table in parts], labels=labels, relevance=relevance, **unknown)
     return scored if settings.columns.has_candidate else replace(scored, candidates=None)
 
 

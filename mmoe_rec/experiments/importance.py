@@ -25,11 +25,12 @@ from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import RESAMPLES_OF_SLICES, find_differences
 from mmoe_rec.evaluation.intervals import Difference, correct_all
+from mmoe_rec.evaluation.scoring import COLUMNS, ROWS_AT_A_TIME, join_labels
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
 from mmoe_rec.experiments.compare import BASE, FOLDER, check, judge, keep
 from mmoe_rec.experiments.experiment_report import ExperimentResult
-from mmoe_rec.experiments.predictions import ROWS_AT_A_TIME, JudgedRows, predict
+from mmoe_rec.experiments.predictions import predict
 from mmoe_rec.experiments.runner import Network, Runner, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.features.layout import Encoded, Layout
@@ -166,12 +167,12 @@ def permute(runner: Runner, network: Network, groups: Sequence[Group], margin: f
     schema = settings.schema_
     held = hold_rows(settings, prepared.split("validation"), network.layout, MAX_ROWS)
     repeats = int(np.clip(-(-EXCHANGED_ROWS // len(held.rows)), 2, MAX_REPEATS))
-    measured = JudgedRows.join(settings, network.layout, [(held.rows, held.beside)])
+    labeled = join_labels(settings, network.layout, [(held.rows, held.beside)]).predicted
 
     def score(rows: Rows) -> EvaluationSums:
         size = settings.evaluation.batch_size
         parts = (rows.slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
-        return measured.measure(predict(network.model, network.layout, network.calibration, parts))
+        return predict(network.model, network.layout, network.calibration, parts).measure(labeled)
 
     base = score(held.rows)
     objective = Objective.of(settings.evaluation.decide_by, base, list(settings.tasks))
@@ -286,7 +287,8 @@ def hold_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows: i
     for _, table in no_inputs.stream(ROWS_AT_A_TIME, ("user",)):
         counts += np.bincount(groups_of(table), minlength=MOST_UNITS)
     taken = np.cumsum(counts) <= max(max_rows, counts[np.flatnonzero(counts)[0]])
-    columns = ["user", "request", "candidate", *rows.weighing(settings.training.sampling_correction == "weights")]
+    weighted, outcomes = settings.training.sampling_correction == "weights", [f"label.{n}" for n in layout.outcomes]
+    columns = [*COLUMNS, *outcomes, *rows.weighing(weighted)]
     parts, tables = list[Rows](), list[pa.Table]()
     for part, table in rows.stream(ROWS_AT_A_TIME, columns):
         places = np.flatnonzero(taken[groups_of(table)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,15 @@ import torch
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part, Rows, weights_of
+from mmoe_rec.batches.encoded_rows import Rows
 from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.predicted_rows import PredictedRows
+from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import Calibration, fuse, predictions
-from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.settings.sections import Settings
 
-ROWS_AT_A_TIME = 65_536
 _FACTS = b"mmoe_rec"  # The key of a file's metadata.
 
 
@@ -63,6 +61,13 @@ class Predictions:
         facts = json.loads(table.schema.metadata[_FACTS])
         return Predictions(tuple(table.column_names[:-1]), np.column_stack(values), score), facts
 
+    def measure(self, rows: PredictedRows) -> EvaluationSums:
+        """Measure the predicted tasks by the labels of rows."""
+        values = {name: self.values[:, place] for place, name in enumerate(self.tasks)}
+        tasks = tuple(task for task in rows.tasks if task.name in values)
+        labels = {name: rows.labels[name] for name in values}
+        return replace(rows, tasks=tasks, predictions=values, labels=labels, score=self.score).sum()
+
 
 @torch.inference_mode()
 def predict(model: RankingModel, layout: ModelLayout, calibration: Calibration, parts: Iterable[Rows]) -> Predictions:
@@ -82,58 +87,3 @@ def predict(model: RankingModel, layout: ModelLayout, calibration: Calibration, 
         found.append((predictions(logits, kinds).numpy(), fuse(logits, kinds, weights).numpy()))
     values, score = (np.concatenate(each) for each in zip(*found, strict=True))
     return Predictions(tuple(names), values, score)
-
-
-@dataclass(frozen=True)
-class JudgedRows:
-    """N rows with their labels, by which predictions are measured.
-
-    Attributes:
-        tasks: The tasks, with what their labels are worth in a ranking.
-        columns: Columns user and request, and candidate if the log has candidates.
-        labels: Task -> labels, NaN where unobserved. Shape (N,).
-        weights: Weights of the rows, None if all count alike. Shape (N,).
-    """
-
-    tasks: tuple[MeasuredTask, ...]
-    columns: pa.Table
-    labels: dict[str, np.ndarray]
-    weights: np.ndarray | None
-
-    @staticmethod
-    def read(settings: Settings, prepared: FeatureFolder, split: str, part: Part | None = None) -> JudgedRows:
-        """Read the rows of a split, or of one part of its users."""
-        layout = ModelLayout.of(prepared.layout, settings)
-        weighted = settings.training.sampling_correction == "weights"
-        no_inputs = replace(layout, tables=(), ids=(), dense=(), attention=())
-        rows = EncodedRows(prepared.split(split), no_inputs, part=part)
-        columns = ["user", "request", "candidate", *rows.weighing(weighted)]
-        return JudgedRows.join(settings, layout, list(rows.stream(ROWS_AT_A_TIME, columns)))
-
-    @staticmethod
-    def join(settings: Settings, layout: ModelLayout, parts: Sequence[tuple[Rows, pa.Table]]) -> JudgedRows:
-        """Join parts of rows, as `EncodedRows.stream` yields them."""
-        tasks = tuple(
-            MeasuredTask(task.name, task.kind, settings.tasks[task.name].score_weight)  # type: ignore[arg-type]
-            for task in layout.tasks
-        )
-        labels = np.concatenate([rows.labels for rows, _ in parts])
-        table = pa.concat_tables([table for _, table in parts])
-        names = ["user", "request", *(["candidate"] if settings.columns.has_candidate else [])]
-        by_task = {task.name: labels[:, place] for place, task in enumerate(tasks)}
-        return JudgedRows(tasks, table.select(names).combine_chunks(), by_task, weights_of(table))
-
-    def measure(self, predicted: Predictions) -> EvaluationSums:
-        """Measure the tasks that the predictions have."""
-        columns = {name: self.columns.column(name).combine_chunks() for name in self.columns.column_names}
-        values = {name: predicted.values[:, place] for place, name in enumerate(predicted.tasks)}
-        return measure(
-            [task for task in self.tasks if task.name in values],
-            columns["user"],
-            columns["request"],
-            values,
-            {name: self.labels[name] for name in values},
-            score=predicted.score,
-            weight=self.weights,
-            candidates=columns.get("candidate"),
-        )

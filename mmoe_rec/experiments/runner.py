@@ -34,8 +34,9 @@ from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import Part
+    from mmoe_rec.evaluation.predicted_rows import PredictedRows
     from mmoe_rec.evaluation.sums import EvaluationSums
-    from mmoe_rec.experiments.predictions import JudgedRows, Predictions
+    from mmoe_rec.experiments.predictions import Predictions
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
@@ -69,7 +70,7 @@ class TrainedVariant:
 
     variant: Variant
     seeds: tuple[int, ...]
-    rows: JudgedRows
+    rows: PredictedRows
     files: tuple[Path, ...]
     facts: tuple[dict[str, Any], ...]
 
@@ -77,7 +78,7 @@ class TrainedVariant:
         """Measure each run. The sums aren't kept, because those of many runs would fill the memory."""
         from mmoe_rec.experiments.predictions import Predictions
 
-        return [self.rows.measure(Predictions.read(file)[0]) for file in self.files]
+        return [Predictions.read(file)[0].measure(self.rows) for file in self.files]
 
 
 @contextmanager
@@ -141,7 +142,7 @@ class Runner:
             if other.is_dir() and other not in (self._kept, folder / "features"):
                 shutil.rmtree(other, ignore_errors=True)
         self._features = {self._identify(settings): prepared}
-        self._rows = dict[Path, "JudgedRows"]()
+        self._rows = dict[Path, "PredictedRows"]()
 
     def train(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[TrainedVariant]:
         """Train all variants with all seeds, but those whose predictions are complete.
@@ -228,12 +229,13 @@ class Runner:
             say(f"{done + 1} of {len(tasks)} runs are complete: {tasks[number].name}")
 
     def _read(self, variant: Variant, seeds: Sequence[int], tasks: Sequence[Task]) -> TrainedVariant:
-        from mmoe_rec.experiments.predictions import JudgedRows, Predictions
+        from mmoe_rec.evaluation.scoring import read_labels
+        from mmoe_rec.experiments.predictions import Predictions
 
         files, folder = tuple(task.file for task in tasks), tasks[0].prepared.folder
         if folder not in self._rows:
             whole = replace(tasks[0].prepared, left_out=((), ()))
-            self._rows[folder] = JudgedRows.read(self.settings, whole, self.split, self.part)
+            self._rows[folder] = read_labels(self.settings, whole, self.split, self.part).predicted
         facts = tuple(Predictions.read(file)[1] for file in files)
         return TrainedVariant(variant, tuple(seeds), self._rows[folder], files, facts)
 

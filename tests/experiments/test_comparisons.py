@@ -19,10 +19,11 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.evaluate import scored_rows
 from mmoe_rec.evaluation.intervals import draw_users
+from mmoe_rec.evaluation.scoring import read_labels
 from mmoe_rec.experiments import processes, runner
 from mmoe_rec.experiments.compare import BASE, compare_settings
 from mmoe_rec.experiments.experiment_report import Call
-from mmoe_rec.experiments.predictions import JudgedRows, Predictions
+from mmoe_rec.experiments.predictions import Predictions
 from mmoe_rec.experiments.runner import Runner, Task, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.inference.artifact import Source
@@ -112,11 +113,17 @@ def test_runs_that_are_complete_stay(world: World) -> None:
 def plant(task: Task) -> None:
     """In the place of training: predictions that follow the labels, with 4 experts more than with others."""
     random = np.random.default_rng([task.settings.training.seed, zlib.crc32(task.variant.name.encode())])
-    rows = JudgedRows.read(task.base, task.prepared, task.split, task.part)
+    rows = read_labels(task.base, task.prepared, task.split, task.part).predicted
     gain = (2.0 if task.settings.model.experts.count == 4 else 1.0) + random.normal(0, 0.05)
-    noise = np.random.default_rng(0).normal(size=(2, rows.columns.num_rows))  # the same for all runs
+    noise = np.random.default_rng(0).normal(size=(2, len(rows.score)))  # the same for all runs
     noise += random.normal(0, 0.3, noise.shape)
-    values = 1 / (1 + np.exp(-gain * np.nan_to_num(np.stack(list(rows.labels.values())) - 0.5) - noise)).T
+    values = (
+        1
+        / (
+            1
+            + np.exp(-gain * np.nan_to_num(np.stack([rows.labels[name] for name in ("click", "liked")]) - 0.5) - noise)
+        ).T
+    )
     facts = {"seconds": 1.0, "precision": "fp32", "selecting": gain}
     Predictions(("click", "liked"), values, values[:, 0]).write(task.file, facts)
 
