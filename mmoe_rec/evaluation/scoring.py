@@ -101,8 +101,8 @@ class ScoredRows:
         An outcome's prediction is the product of both tasks'. It has no weight in the score, which multiplies already.
         """
         names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
-        specs = [MeasuredTask(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]  # type: ignore[arg-type]
-        specs += [MeasuredTask(name, "binary", 0.0) for name in self.layout.outcomes]
+        specs = [MeasuredTask(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]
+        specs += [MeasuredTask(name, weight=0.0) for name in self.layout.outcomes]
         return PredictedRows(
             tuple(specs),
             self.users,

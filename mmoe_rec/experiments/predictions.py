@@ -114,8 +114,7 @@ class JudgedRows:
     def join(settings: Settings, layout: ModelLayout, parts: Sequence[tuple[Rows, pa.Table]]) -> JudgedRows:
         """Join parts of rows, as `EncodedRows.stream` yields them."""
         tasks = tuple(
-            MeasuredTask(task.name, task.kind, settings.tasks[task.name].score_weight)  # type: ignore[arg-type]
-            for task in layout.tasks
+            MeasuredTask(task.name, task.kind, settings.tasks[task.name].score_weight) for task in layout.tasks
         )
         labels = np.concatenate([rows.labels for rows, _ in parts])
         table = pa.concat_tables([table for _, table in parts])

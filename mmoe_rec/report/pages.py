@@ -22,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mmoe_rec.report.formatting import day, fixed, percent, rate, signed, size, thousands
+from mmoe_rec.task_kinds import KINDS
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = {
@@ -58,6 +59,7 @@ def _environment() -> Environment:
     )
     for each in (day, fixed, percent, rate, size, thousands):
         environment.filters[each.__name__] = each
+    environment.filters["mean_name"] = lambda kind: KINDS[kind].mean_name
     environment.filters["signed"] = lambda values: signed(*values)
     environment.filters["sentence"] = lambda words: words[:1].upper() + words[1:]
     return environment
