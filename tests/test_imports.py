@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path("mmoe_rec")
 ORDER = [
     {"errors", "auc", "atomic", "progress", "devices", "locks"},
+    {"task_kinds"},
     {"settings"},
     {"point_in_time"},
     {"log"},

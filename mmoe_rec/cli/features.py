@@ -54,13 +54,14 @@ def features(configuration: Configuration, extend: bool) -> None:
 def _print(features: FeatureFolder, settings: Settings) -> None:
     from mmoe_rec.features.pipeline import remembered_bytes
     from mmoe_rec.log.checks import format_time
-    from mmoe_rec.report.formatting import describe_labels, describe_request_times, describe_unmatured
+    from mmoe_rec.report.formatting import describe_request_times, describe_unmatured
+    from mmoe_rec.task_kinds import DEFAULT
 
     print(f"features: {features.folder}")
     requests, kinds = features.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in features.manifest["splits"].items():
-        labels = "; ".join(  # a name that is not a task's is the outcome of two, which is binary
-            describe_labels(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
+        labels = "; ".join(  # a name that is not a task's is the outcome of two
+            f"{task} {kinds.get(task, DEFAULT).describe_labels(split['label_sum'][task], observed)}"
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")

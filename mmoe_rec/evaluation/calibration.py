@@ -30,6 +30,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.progress import bar
+from mmoe_rec.task_kinds import DEFAULT
 
 Method = Literal["temperature", "isotonic"]
 # Observed rows of the rarer label that a fit needs: their rate then has a standard error of about a tenth, or of 3%.
@@ -59,12 +60,12 @@ def fit_calibration(
         raise UserError("validation predictions hold NaN or infinity: training diverged; lower the learning rates")
     calibrated, left = {}, []
     for index, task in enumerate(tasks):
-        if task.kind != "binary":
+        if not task.kind.is_binary:
             continue
         observed = ~np.isnan(labels[:, index])
         x, y = logits[observed, index].astype(np.float64), labels[observed, index].astype(np.float64)
         w = np.ones(len(y)) if weights is None else weights[observed].astype(np.float64)
-        rarer = int(min(y.sum(), (1 - y).sum()))
+        rarer = task.kind.count_rarer(y)
         if rarer < FEWEST[method]:
             why = f"{rarer:,} observed selecting rows have its rarer label, {method} needs {FEWEST[method]:,}"
         elif (fitted := _FITS[method](x, y, w)) is None:
@@ -78,11 +79,6 @@ def fit_calibration(
     return Calibration(calibrated), left
 
 
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N,) logits and labels (0 or 1) -> (N,) losses in nats."""
-    return np.logaddexp(0, logits) - labels * logits
-
-
 def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, times: np.ndarray) -> str | None:
     """What a fit on the earlier half of rows does to the later half, if it makes them worse by two standard errors."""
     early, late = np.array_split(np.argsort(times, kind="stable"), 2)
@@ -90,7 +86,8 @@ def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, tim
         return None
     share, before = w[late] / w[late].sum(), x[late]
     after = fitted.apply(torch.from_numpy(before)).numpy()
-    losses = [cross_entropy(each, y[late]) for each in (after, before)]
+    # A kind's own loss, such as a focal one, need not be least for the true probabilities.
+    losses = [DEFAULT.losses(each, y[late]) for each in (after, before)]
     apart = losses[0] - losses[1]
     if share @ apart <= 2 * math.sqrt(share**2 @ (apart - share @ apart) ** 2):
         return None

@@ -49,10 +49,9 @@ from mmoe_rec.evaluation.summary import (
 )
 from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows, count_rarer_label
 from mmoe_rec.settings.sections import Evaluation
+from mmoe_rec.task_kinds import KINDS
 
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
-GUARDED = {"binary": "auc", "regression": "r2"}
-"""Kind of a task -> the metric of which it may not lose more than the margin."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -
     mine, its = summaries[compared.model], summaries[other]
     guards = []
     for task in compared.judged:
-        metric, margin = GUARDED[mine.tasks[task].kind], compared.rules.margin
+        metric, margin = mine.tasks[task].guarded, compared.rules.margin
         loss = versus.groups.get(task, {}).get(metric, Difference(None))
         passed = loss.low is not None and loss.low >= -margin  # the interval rules a larger loss out
         guards.append(Guard(task, metric, passed, loss.high is not None and loss.high < -margin, loss))
@@ -301,7 +300,7 @@ def guard_slices(compared: Comparison, other: str) -> Guard | None:
         (each, each.test_loss(compared.rules.margin))
         for each in compared.slices
         if each.beside == other
-        and each.metric in GUARDED.values()
+        and each.metric in {kind.guarded for kind in KINDS.values()}
         and each.group in compared.judged
         and each.effective_users
     ]
@@ -320,7 +319,7 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
     assert compared.objective is not None, "without an objective there is no gain"
     guarded = []
     for task in compared.judged:
-        metric = GUARDED[summary.tasks[task].kind]
+        metric = summary.tasks[task].guarded
         apart = versus.groups.get(task, {}).get(metric, Difference(None))
         if metric == compared.objective.metric and apart.error and apart.effective_users is not None:
             guarded.append((apart.error, apart.effective_users))

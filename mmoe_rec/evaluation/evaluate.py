@@ -394,7 +394,7 @@ def describe_placement(scored: ScoredRows, features: Path) -> list[PlacementReco
         for number, count, effect in zip(values, rows[most], effects[most], strict=True):
             other = "missing" if meaning.missing and number == 0 else "unknown"
             of_tasks = {
-                task.name: float(np.exp(each) if task.kind == "binary" else each)
+                task.name: float(each if task.kind.is_linear else np.exp(each))
                 for task, each in zip(scored.layout.tasks, effect, strict=True)
             }
             records.append(PlacementRecord(name, names.get(number, other), int(count), of_tasks))

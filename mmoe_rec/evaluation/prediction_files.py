@@ -18,7 +18,7 @@ import pyarrow.types as pt
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.predicted_rows import PredictedRows, RowsBySlice
 from mmoe_rec.evaluation.slices import SliceBy
-from mmoe_rec.evaluation.sums import LABELS, PREDICTIONS, SCORES, WEIGHTS, Check, MeasuredTask
+from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.columns import canonical_type, combine, hash_column
@@ -28,6 +28,8 @@ from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_va
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.settings.columns import Use, outcome_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Settings
+from mmoe_rec.task_kinds import DEFAULT, find_kind
+from mmoe_rec.task_kinds.task_kind import Check
 
 JOINED, WEIGHT = "+", "weight"
 _OWN = ("user", "request", "candidate", WEIGHT)
@@ -112,7 +114,7 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
     """The tasks of settings, their outcomes, and the log's names of users, requests and candidates."""
     tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
     outcomes = [outcome_name(task.given, name) for name, task in settings.tasks.items() if task.given is not None]
-    columns = PredictionColumns.of([*tasks, *(MeasuredTask(name, "binary", 0.0) for name in outcomes)])
+    columns = PredictionColumns.of([*tasks, *(MeasuredTask(name, weight=0.0) for name in outcomes)])
     log = settings.schema_.columns
     user = log.user if log.has_user else log.request or ROW
     if log.request is None:
@@ -139,9 +141,10 @@ def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
     tasks = []
     for word in words:
         named, equals, weight = word.partition("=")
-        name, colon, kind = named.partition(":")
+        name, colon, named_kind = named.partition(":")
         try:
-            tasks.append(MeasuredTask(name, kind if colon else "binary", float(weight) if equals else 1.0))  # type: ignore[arg-type]
+            kind = find_kind(named_kind) if colon else DEFAULT
+            tasks.append(MeasuredTask(name, kind, float(weight) if equals else 1.0))
         except ValueError as error:
             raise UserError(
                 f"--tasks takes NAME, NAME:regression and NAME=WEIGHT, such as bought or stars:regression=0.2; "
@@ -233,7 +236,7 @@ def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> n
     """(N,) what ranks rows without a score: one task's prediction, or sum of weight x log(prediction) as in a model."""
     if len(tasks) == 1:
         return predictions[0]
-    least = [1e-12 if task.kind == "binary" else 1e-6 for task in tasks]
+    least = [max(1e-12, task.kind.smallest) for task in tasks]
     return np.log(np.maximum(np.stack(predictions, axis=1), least)) @ np.array([task.weight for task in tasks])
 
 
@@ -278,9 +281,9 @@ def _read_file(columns: PredictionColumns, address: str) -> pa.Table:
     if "candidate" in names:
         parts["candidate"] = file.read_ids(names["candidate"])
     for task in columns.tasks:
-        for kind, checks in (("predicted", PREDICTIONS), ("label", LABELS)):
-            part = f"{kind}_{task.name}"
-            parts[part] = file.read_numbers(names[part], checks[task.kind])
+        for part, check in (("predicted", task.kind.predictions), ("label", task.kind.labels)):
+            name = f"{part}_{task.name}"
+            parts[name] = file.read_numbers(names[name], check)
     for part, check in (("score", SCORES), (WEIGHT, WEIGHTS)):
         if part in names:
             parts[part] = file.read_numbers(names[part], check)

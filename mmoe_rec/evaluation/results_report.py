@@ -35,6 +35,7 @@ from mmoe_rec.report.charts import svg
 from mmoe_rec.report.files import write_report
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
+from mmoe_rec.task_kinds import KINDS
 
 _DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")
 _SLICES = 12  # rows of slices that are not folded
@@ -256,7 +257,7 @@ def _placement(results: Results) -> Iterator[Table]:
     tasks = results.first.summary.tasks
     for feature, records in groupby(results.first.placement, lambda each: each.feature):
         values = list(records)
-        heads = [f"{'odds' if tasks[task].kind == 'binary' else 'added'} of {task}" for task in values[0].effects]
+        heads = [f"{KINDS[tasks[task].kind].effect} of {task}" for task in values[0].effects]
         rows = [(each.value, thousands(each.rows), *(f"{x:.3g}" for x in each.effects.values())) for each in values]
         yield Table(f"Placement: {feature}", ("value", "rows", *heads), rows, note, page_only=True)
 

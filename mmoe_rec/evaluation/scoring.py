@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from mmoe_rec.batches.batch import make_batch
@@ -96,19 +95,14 @@ class ScoredRows:
     row: pa.Array | None = None
 
     @property
-    def ranks(self) -> bool:
-        """Whether any request has several rows."""
-        return bool(pc.count_distinct(self.requests).as_py() < len(self.requests))
-
-    @property
     def predicted(self) -> PredictedRows:
         """The rows as they are measured: each task over the rows of its own label, each outcome over all rows.
 
         An outcome's prediction is the product of both tasks'. It has no weight in the score, which multiplies already.
         """
         names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
-        specs = [MeasuredTask(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]  # type: ignore[arg-type]
-        specs += [MeasuredTask(name, "binary", 0.0) for name in self.layout.outcomes]
+        specs = [MeasuredTask(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]
+        specs += [MeasuredTask(name, weight=0.0) for name in self.layout.outcomes]
         return PredictedRows(
             tuple(specs),
             self.users,
@@ -123,14 +117,6 @@ class ScoredRows:
     def measure(self) -> EvaluationSums:
         """Sum what all metrics need, by user or group of users."""
         return self.predicted.sum()
-
-    def of_tasks(self, layout: ModelLayout) -> ScoredRows:
-        """The same rows as a model with some of the tasks sees them."""
-        places = {task.name: place for place, task in enumerate(self.layout.tasks)}
-        taken = [places[task.name] for task in layout.tasks]
-        outcomes = {name: self.outcomes[name] for name in layout.outcomes}
-        labels, predictions = self.labels[:, taken], self.predictions[:, taken]
-        return replace(self, layout=layout, labels=labels, predictions=predictions, outcomes=outcomes)
 
     def with_predictions(self, values: np.ndarray) -> ScoredRows:
         """The same rows with another model's predictions (N, T), fused by the relevance weights."""

@@ -9,7 +9,6 @@ import numpy as np
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation.comparison import (
-    GUARDED,
     HELD_BACK,
     NOT_SHOWN,
     UNDECIDED,
@@ -41,8 +40,7 @@ def describe_verdicts(results: Results) -> list[str]:
 
 def describe_metrics(summary: Summary) -> list[str]:
     """How well each task is predicted, and the score ranks."""
-    shown = {name: "auc" if task.kind == "binary" else "r2" for name, task in summary.tasks.items()}
-    shown[SCORE] = "ndcg_at_10"
+    shown = {name: task.guarded for name, task in summary.tasks.items()} | {SCORE: "ndcg_at_10"}
     values = {name: (metric, summary.groups[name].get(metric)) for name, metric in shown.items()}
     return [f"{name}: {metric} {at.shown()}" for name, (metric, at) in values.items() if at.value is not None]
 
@@ -90,7 +88,7 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
     if verdict.kind == NOT_SHOWN and apart.low == apart.high == 0:
         return f"{both} do not differ{_name_other_differences(versus)}: {what} is the same"
     if verdict.kind == NOT_SHOWN:
-        metrics = {GUARDED[summary.tasks[task].kind] for task in compared.judged} - {objective.metric}
+        metrics = {summary.tasks[task].guarded for task in compared.judged} - {objective.metric}
         besides = f", if guardrails of {' and '.join(sorted(metrics))} allow it" if metrics else ""
         (gain,) = signed(verdict.detectable or 0.0, sign=False)
         return (

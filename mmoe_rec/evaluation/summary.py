@@ -14,6 +14,7 @@ from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample, rounding_of
 from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
+from mmoe_rec.task_kinds import KINDS
 
 SCORE, CATALOGUE = "score", "catalogue"
 LEFT_OUT = ("requests_of_one_row", "requests_without_relevant_row", "requests_of_equal_relevance")
@@ -44,8 +45,8 @@ class Objective:
         if decide_by.startswith(f"{SCORE}."):
             return Objective(metric.name, (SCORE,), metric.better)
         for each in (metric, find_objective("r2")):
-            kinds = {task.name: task.kind for task in sums.tasks if task.kind in each.kinds}
-            if judged := tuple(task for task in tasks if task in kinds and count_rarer_label(sums, task) >= FEWEST):
+            having = {task.name for task in sums.tasks if each.is_of(task.kind)}
+            if judged := tuple(task for task in tasks if task in having and count_rarer_label(sums, task) >= FEWEST):
                 return Objective(each.name, judged, each.better)
         return None
 
@@ -61,7 +62,7 @@ def find_objective(decide_by: str) -> Metric[Any]:
     """The metric of a setting. Raises UserError where models can't be told apart by it."""
     group, _, name = decide_by.rpartition(".")
     for metric in every.METRICS:
-        is_of = SCORE in metric.kinds if group == SCORE else {"binary", "regression"} & set(metric.kinds)
+        is_of = SCORE in metric.kinds if group == SCORE else {*metric.kinds} - {SCORE}
         if metric.name == name and group in ("", SCORE) and is_of and metric.has_interval and metric.better != "one":
             return metric
     raise UserError(
@@ -134,6 +135,11 @@ class GroupSummary:
     details: dict[str, Any]
     effective_users: float | None = None
     least_ndcg: float | None = None
+
+    @property
+    def guarded(self) -> str:
+        """The metric of which the task may not lose more than the margin."""
+        return KINDS[self.kind].guarded
 
     def get(self, metric: str) -> Interval:
         """A metric, undefined where it was not measured."""
@@ -229,8 +235,8 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
         task = None if name == SCORE else name
         return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few, least)
 
-    counted = {"binary": ["rows", "positives", "requests"], "regression": ["rows"]}
-    tasks = {task.name: summary_of(task.name, task.kind, counted[task.kind]) for task in sums.tasks}
+    counted = {True: ["rows", "positives", "requests"], False: ["rows"]}
+    tasks = {task.name: summary_of(task.name, task.kind, counted[task.kind.is_binary]) for task in sums.tasks}
     least, random, requests, catalogue = None, dict[str, float](), sums.total("requests"), None
     if ranked := sums.total("ranked_requests"):
         least, at_random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))

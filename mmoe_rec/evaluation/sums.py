@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ranks_nothing, shown_rows
 from mmoe_rec.evaluation.metrics.tasks import bin_edges, counts_by_value
 from mmoe_rec.log.columns import combine, hash_column
+from mmoe_rec.task_kinds import DEFAULT, find_kind
+from mmoe_rec.task_kinds.task_kind import Check, TaskKind
 
 MOST_UNITS = 4_096
 """At most so many users, or groups of users, are kept apart; a power of two."""
@@ -32,17 +34,7 @@ NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 _KEYS = ("user", "bin")
 
 
-Check = tuple[str, Callable[[np.ndarray], np.ndarray]]
-"""What a column must hold, in words, and for each of its values whether it is so."""
-PREDICTIONS: dict[str, Check] = {
-    "binary": ("a probability", lambda values: (values >= 0) & (values <= 1)),
-    "regression": ("a finite number", np.isfinite),
-}
 SCORES: Check = ("a number", lambda values: ~np.isnan(values))
-LABELS: dict[str, Check] = {
-    "binary": ("0, 1 or null where it is unobserved", lambda values: np.isnan(values) | (values == 0) | (values == 1)),
-    "regression": ("a number or null where it is unobserved", lambda values: ~np.isinf(values)),
-}
 # Products of sums of larger weights would overflow, and of smaller ones vanish.
 _LEAST, _LARGEST = np.float64(1e-50), np.float64(1e50)
 WEIGHTS: Check = ("a positive number, 1e-50 to 1e50", lambda values: (values > _LEAST) & (values < _LARGEST))
@@ -52,13 +44,12 @@ WEIGHTS: Check = ("a positive number, 1e-50 to 1e50", lambda values: (values > _
 class MeasuredTask:
     """One predicted behaviour, as the metrics see it.
 
-    name: letters, digits, `_` and `-`, as it becomes a part of metric and file names; kind: `binary` (labels 0 or 1,
-    predictions are probabilities) or `regression` (both are real); weight: in the fused score, and so in the relevance
-    of a row for NDCG and MRR.
+    name: letters, digits, `_` and `-`, as it becomes a part of metric and file names; kind: a kind, or its name;
+    weight: in the fused score, and so in the relevance of a row for NDCG and MRR.
     """
 
     name: str
-    kind: Literal["binary", "regression"]
+    kind: TaskKind = DEFAULT
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -67,8 +58,7 @@ class MeasuredTask:
                 f"task name {self.name!r} cannot be used in metric names: expected letters, digits, '_' and '-', "
                 "and neither 'score' nor 'ranking' nor 'catalogue'"
             )
-        if self.kind not in ("binary", "regression"):
-            raise ValueError(f"task {self.name!r} has kind {self.kind!r}; expected 'binary' or 'regression'")
+        object.__setattr__(self, "kind", find_kind(self.kind))
         if not np.isfinite(self.weight):
             raise ValueError(f"task {self.name!r} has weight {self.weight}; expected a finite number")
 
@@ -264,7 +254,7 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
     lists = RankedLists.of(known.request, prediction, np.maximum(label, 0.0), requests)
     units = rows.units.take(pa.array(unit))
     sums = {"rows": np.ones(len(label), dtype=np.int64)}
-    sums |= {"positives": label.astype(np.int64)} if task.kind == "binary" else {}
+    sums |= {"positives": label.astype(np.int64)} if task.kind.is_binary else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
     # Fractions are the same that single precision has the same; whole numbers, such as moments, are not. -0 is 0.
     known_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
@@ -273,7 +263,7 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
     of_requests = {"requests": np.ones(requests, np.int64)} | _sums_of_lists(task.kind, lists, {*sums, *own})
     own |= known.at_first_rows(known.request, of_requests)
     tables = {f"{task.name}.users": _sum_by({"user": units, **sums, **own})}
-    if task.kind == "binary":
+    if task.kind.is_binary:
         edges = bin_edges(*counts_by_value(prediction, label, 1 - label))
         bins = {"user": units, "bin": np.searchsorted(edges, prediction, side="right")}
         # Not the weight but that of negative rows: one less the other would round small ones by large ones.
@@ -347,7 +337,7 @@ def _check_tasks(
     columns = {}
     for task in tasks:
         of_task = []
-        checks = PREDICTIONS[task.kind], LABELS[task.kind]
+        checks = task.kind.predictions, task.kind.labels
         for (what, each), check in zip(given.items(), checks, strict=True):
             if task.name not in each:
                 raise ValueError(f"task {task.name!r} has no {what}; found {sorted(each)}")

@@ -20,7 +20,7 @@ from mmoe_rec.evaluation.summary import SCORE, UserMetrics
 NDCG = "ndcg_at_10"
 _STEPS = {2: 20, 3: 8, 4: 5}
 """Number of tasks -> steps of the grid from no weight to all of it; of more tasks, 2."""
-_LEAST = {"binary": 1e-38, "regression": 1e-6}  # predictions that enter a product, as in a model's score
+_LEAST = 1e-38  # of the probabilities that enter a product, as in a model's score
 Weights = tuple[float, ...]
 
 
@@ -47,7 +47,8 @@ class Sweep:
 
     def __init__(self, rows: PredictedRows, tasks: Sequence[str], weights: Sequence[Weights], resamples: int) -> None:
         self.tasks, specs = list(tasks), {task.name: replace(task, weight=1.0) for task in rows.tasks}
-        logs = np.log([np.maximum(rows.predictions[task].astype(float), _LEAST[specs[task].kind]) for task in tasks])
+        least = {task: max(_LEAST, specs[task].kind.smallest) for task in tasks}
+        logs = np.log([np.maximum(rows.predictions[task].astype(float), least[task]) for task in tasks])
         rankings = {
             (number, task): UserMetrics(replace(rows, tasks=(specs[task],), score=each @ logs).sum(), names=(NDCG,))
             for number, each in enumerate(np.array(weights))

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import GUARDED, Differences, find_differences
+from mmoe_rec.evaluation.comparison import Differences, find_differences
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
@@ -162,7 +162,7 @@ def _choose_metrics(settings: Settings, sums: EvaluationSums) -> dict[str, Metri
     decide_by = settings.evaluation.decide_by
     decides, of_score = find_objective(decide_by), decide_by.startswith(f"{SCORE}.")
     return {
-        task.name: decides if task.kind in decides.kinds and not of_score else find_objective(GUARDED[task.kind])
+        task.name: decides if decides.is_of(task.kind) and not of_score else find_objective(task.kind.guarded)
         for task in sums.tasks
         if count_rarer_label(sums, task.name) >= FEWEST
     }

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.arrays import Ragged, one_array
 from mmoe_rec.settings.columns import outcome_name
+from mmoe_rec.task_kinds import NamedKind, find_kind
 
 
 class _AsJson:
@@ -72,10 +73,13 @@ class TaskOutput(_AsJson):
     """
 
     name: str
-    kind: str
+    kind: NamedKind
     mean: float = field(default=0.0, kw_only=True)
     deviation: float = field(default=1.0, kw_only=True)
     given: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", find_kind(self.kind))
 
     @property
     def learnt_from(self) -> str:
@@ -189,8 +193,8 @@ def label_types(layout: Layout) -> dict[str, pa.DataType]:
 
     A regression's are float64: float32 numbers near 1.7e9, such as times in seconds, are 128 apart.
     """
-    kinds = {task.name: task.kind for task in layout.tasks} | dict.fromkeys(layout.outcomes, "binary")
-    return {name: pa.float64() if kind == "regression" else pa.float32() for name, kind in kinds.items()}
+    types = {task.name: pa.float64() if task.kind.is_linear else pa.float32() for task in layout.tasks}
+    return types | dict.fromkeys(layout.outcomes, pa.float32())
 
 
 # Lists of ids in an encoded file.

@@ -132,7 +132,7 @@ class FeaturePipeline:
         self.booleans: set[str] = set()
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
-        self._labels = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind == "regression"}
+        self._labels = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind.is_linear}
         self.live = Live(self.memory_encoders)
         """What has been learnt besides the memories."""
         self._check_names()

@@ -215,17 +215,14 @@ class ExampleScores:
         deviation where that is larger. A calibration may be steep, which multiplies what rounding does to logits. A
         score may be whatever such predictions make of it.
         """
-        from mmoe_rec.model.score import SMALLEST_VALUE  # which imports torch
-
         checks = []
         least_score, most_score = np.full((2, len(self.scores)), [[1 - TOLERANCE], [1 + TOLERANCE]])
         for task in tasks:
-            values, regression = np.array(self.predictions[task.name]), task.kind == "regression"
-            scale = max(np.abs(values).max(), task.deviation if regression else 0.0)
+            values, floor = np.array(self.predictions[task.name]), task.kind.smallest
+            scale = max(np.abs(values).max(), task.deviation if task.kind.is_linear else 0.0)
             steepest = calibration.tasks[task.name].steepest if task.name in calibration.tasks else 1.0
             off = TOLERANCE * scale * max(1.0, steepest) + _NOTHING
             checks.append((f"'{task.name}'", values, now.predictions[task.name], values - off, values + off))
-            floor = SMALLEST_VALUE if regression else 0.0
             with np.errstate(over="ignore"):
                 least_score *= np.maximum(values - off, floor) ** task.score_weight
                 most_score *= np.maximum(values + off, floor) ** task.score_weight

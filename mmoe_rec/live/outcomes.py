@@ -349,7 +349,7 @@ class _Run:
             )
             self.counts[f"rows with {name}"] += rows
             for task, about in self.settings.tasks.items():
-                if wrong is not None and about.label == name and about.kind == "binary":
+                if wrong is not None and about.label == name and about.kind.is_binary:
                     raise UserError(
                         f"outcomes.labels.{name} gives {wrong:g}, but the label of the binary task '{task}' is 0 or 1: "
                         "name another column of values, leave `value` out, or make the task a regression"

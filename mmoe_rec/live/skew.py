@@ -27,13 +27,14 @@ from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.model.score import SMALLEST_VALUE, add_outcomes, scores_from_logs
+from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.places import logs_for
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE
 from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def check_skew(
     require_all(settings.schema_, "a skew check")
     model = find_model(address, settings.tracking.address).folder
     window, folder = {"version": version_of(model), "start": start, "end": end}, Path(settings.data.work) / "skew"
-    weights = {task.name: task.score_weight for task in read_artifact(model).tasks if task.kind != "binary"}
+    weights = {task.name: task.score_weight for task in read_artifact(model).tasks if task.kind.is_linear}
     with writing(folder, "a skew check", "set `data.work` to another folder"):
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed check
         try:

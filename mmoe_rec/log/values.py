@@ -21,6 +21,7 @@ from mmoe_rec.log.files import path_values
 from mmoe_rec.log.rows import LogRows, places_of
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
+from mmoe_rec.task_kinds.task_kind import TaskKind
 
 
 def columns_of(address: str) -> set[str]:
@@ -194,20 +195,12 @@ def _positive(column: str, least: float, most: float, setting: str) -> ValueChec
     return ValueCheck(column, wrong, says)
 
 
-def _label_check(task: str, label: str, kind: str) -> ValueCheck:
-    if kind == "regression":
-        says = f"label column '{label}' of task '{task}' holds {_VALUE}, too large for 32 bits; make it null"
-        return ValueCheck(label, lambda rows: np.abs(rows.numbers(label)) > LARGEST, says)
-
+def _label_check(task: str, label: str, kind: TaskKind) -> ValueCheck:
     def wrong(rows: LogRows) -> np.ndarray:
         values = rows.numbers(label)
-        return ~np.isnan(values) & (values != 0) & (values != 1)
+        return ~kind.labels[1](values) | (np.abs(values) > LARGEST)
 
-    says = (
-        f"label column '{label}' of binary task '{task}' holds {_VALUE}, neither 0 nor 1; fix the data or set the "
-        "task's kind to regression"
-    )
-    return ValueCheck(label, wrong, says)
+    return ValueCheck(label, wrong, f"label column '{label}' of {kind.wrong_label.format(task, _VALUE)}")
 
 
 def _vector_checks(feature: str, column: str, size: int) -> list[ValueCheck]:

@@ -68,7 +68,7 @@ class RankingModel(nn.Module):
         is_placement = torch.tensor([each.placement for each in layout.dense], dtype=torch.bool)
         self.dense_columns = nn.Buffer((~is_placement).nonzero()[:, 0], persistent=False)
         self.placement_columns = nn.Buffer(is_placement.nonzero()[:, 0], persistent=False)
-        units = torch.float64 if any(task.kind == "regression" for task in layout.tasks) else torch.float32
+        units = torch.float64 if any(task.kind.is_linear for task in layout.tasks) else torch.float32
         deviations, means = zip(*((task.deviation, task.mean) for task in layout.tasks), strict=True)
         self.scale = nn.Buffer(torch.tensor(deviations, dtype=units), persistent=False)
         self.mean = nn.Buffer(torch.tensor(means, dtype=units), persistent=False)

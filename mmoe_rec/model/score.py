@@ -12,26 +12,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.task_kinds.task_kind import TaskKind
 
-# The smallest regression value that enters a product: zero or less would make the score 0 whatever the other tasks say.
-SMALLEST_VALUE = 1e-6
 _LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
 
 
-def predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
-    """(B, T) logits -> (B, T) predictions: a probability for a binary task, the value itself for a regression."""
-    return _by_kind(logits, kinds, logits.sigmoid(), lambda: logits)
+def predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
+    """(B, T) logits -> (B, T) predictions, by the kind of each task."""
+    return _by_kind(logits, kinds, lambda kind: kind.prediction(logits))
 
 
-def log_predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
-    """(B, T) logits -> (B, T) log predictions.
+def log_predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
+    """(B, T) logits -> (B, T) log predictions, by the kind of each task."""
+    return _by_kind(logits, kinds, lambda kind: kind.log_prediction(logits))
 
-    Binary: log sigmoid, exact for any logit. Regression: the log of the value, or of SMALLEST_VALUE if that is larger.
-    """
-    return _by_kind(logits, kinds, functional.logsigmoid(logits), lambda: logits.clamp(min=SMALLEST_VALUE).log())
+
+def logits_of(values: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
+    """(B, T) predictions -> (B, T) finite logits, by the kind of each task."""
+    return _by_kind(values, kinds, lambda kind: kind.logits(values))
 
 
 def joint_logit(given: Tensor, conditional: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def add_outcomes(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in layout.outcomes.items()}
 
 
-def fuse(logits: Tensor, kinds: Sequence[str], score_weights: Sequence[float]) -> Tensor:
+def fuse(logits: Tensor, kinds: Sequence[TaskKind], score_weights: Sequence[float]) -> Tensor:
     """(B, T) logits -> (B,) log score: sum over tasks of weight x log prediction.
 
     Rank by the log score: its exponential, the score, may be too small for float32 where the log is not.
@@ -58,11 +58,12 @@ def fuse(logits: Tensor, kinds: Sequence[str], score_weights: Sequence[float]) -
     return log_predictions(logits, kinds) @ weights
 
 
-def _by_kind(logits: Tensor, kinds: Sequence[str], binary: Tensor, regression: Callable[[], Tensor]) -> Tensor:
+def _by_kind(logits: Tensor, kinds: Sequence[TaskKind], values_of: Callable[[TaskKind], Tensor]) -> Tensor:
     if len(kinds) != logits.shape[-1]:
         raise ValueError(f"expected one logit for each of {len(kinds)} tasks, found {logits.shape[-1]}")
-    is_binary = [kind == "binary" for kind in kinds]
-    return binary if all(is_binary) else torch.where(logits.new_tensor(is_binary).bool(), binary, regression())
+    values = {kind: values_of(kind) for kind in dict.fromkeys(kinds)}
+    first, *others = values.values()
+    return torch.stack([values[kind][..., task] for task, kind in enumerate(kinds)], dim=-1) if others else first
 
 
 def scores_from_logs(log_scores: np.ndarray) -> np.ndarray:

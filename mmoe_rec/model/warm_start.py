@@ -6,7 +6,6 @@ the other model. Optimizers start afresh, so the first steps are as large as in 
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -171,14 +170,14 @@ def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighte
     rates = []
     for task in tasks:
         observed, positive = counts[rows].get(task.name, 0), counts[positives].get(task.name, 0)
-        known = task.kind == "binary" and observed > 0
+        known = observed > 0 and not task.kind.is_linear
         row = observed / counts["observed"][task.name] if known else 1.0
         rates.append((positive + 0.5 * row) / (observed + row) if known else None)
     return rates
 
 
 @torch.no_grad()
-def set_base_rates(towers: Towers, rates: Sequence[float | None]) -> None:
-    """Sets the towers' last biases to the logits of the rates; 0 where there is none, a regression's mean label."""
-    logits = [0.0 if rate is None else math.log(rate) - math.log1p(-rate) for rate in rates]
-    towers.output_bias.copy_(torch.tensor(logits)[:, None])
+def set_base_rates(towers: Towers, tasks: Sequence[TaskOutput], rates: Sequence[float | None]) -> None:
+    """Sets the towers' last biases to the logits of the rates; 0 where there is none, a linear kind's mean label."""
+    for bias, task, rate in zip(towers.output_bias[:, 0], tasks, rates, strict=True):
+        bias.fill_(0.0 if rate is None else task.kind.logits(torch.tensor(rate, dtype=torch.float64)))

@@ -154,7 +154,7 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
                 f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
                 "give it labels, train on a longer period, or remove the task"
             )
-        if task.kind == "binary" and positive in (0, observed):
+        if task.kind.is_binary and positive in (0, observed):
             raise UserError(
                 f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
                 f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer period or remove it"

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+from mmoe_rec.task_kinds import KINDS
+
 NOTE = "`mmoe-rec compare --variant NAME KEY=VALUE` tells what a change gains"
 SELDOM_ROWS = 5
 """Training rows below which little is learnt of an id."""
@@ -62,7 +64,8 @@ def know_more(feature: Health, health: Health) -> Iterator[Advice]:
     """A larger vocabulary where ids were left out of it, counters that learn of new ids, later rows."""
     settings, vocabulary = feature["settings"], feature["vocabulary"] or {"distinct": 0, "known": 0}
     owner, columns = f"features.{settings.get('table') or feature['name']}", feature["columns"]
-    tasks = [name for name, task in health["overview"]["splits"]["train"]["tasks"].items() if task["kind"] == "binary"]
+    labels = health["overview"]["splits"]["train"]["tasks"]
+    tasks = [name for name, task in labels.items() if KINDS[task["kind"]].is_binary]
     counters = [each["name"] for each in health["features"] if each["kind"] == "counter" and each["columns"] == columns]
     if feature["kind"] == "id" and counters:
         why = f", as `{counters[0]}` counts by the same column, and goes on learning while a model serves"

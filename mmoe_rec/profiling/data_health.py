@@ -58,7 +58,7 @@ def inspect(
         UserError: Encoded rows are missing or can't be read.
     """
     counts, manifest = collect(prepared, schema, scratch, memory_gib, workers), prepared.manifest
-    tasks = {task.name: place for place, task in enumerate(counts.layout.tasks) if task.kind == "binary"}
+    tasks = {task.name: place for place, task in enumerate(counts.layout.tasks) if task.kind.is_binary}
     health = {
         "name": name,
         "fingerprint": manifest.get("fingerprint"),

@@ -218,8 +218,8 @@ def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
     for place, task in enumerate(layout.tasks):
         label = places[f"label.{task.name}"]
         columns[f"l{place}"] = label = f"CASE WHEN NOT isnan({label}) THEN {label}::DOUBLE END"
-        # A regression's label above its mean is positive.
-        columns[f"p{place}"] = f"{label} > {0.5 if task.kind == 'binary' else task.mean:.17e}"
+        # A linear kind's label above its mean is positive.
+        columns[f"p{place}"] = f"{label} > {task.mean if task.kind.is_linear else 0.5:.17e}"
     paths = ", ".join("'" + escape(str(file)).replace("'", "''") + "'" for file in files)
     source = f"read_parquet([{paths}], hive_partitioning = false) AS file({', '.join(places.values())})"
     wanted = ", ".join(f"{column} AS {name}" for name, column in columns.items())

@@ -27,6 +27,7 @@ from typing import Any
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.profiling.advice import SELDOM_ROWS, Advice, change, know_more, leave_out, lengthen_split, make_steady
+from mmoe_rec.task_kinds import KINDS
 
 LEAST = 0.3
 _SELDOM = 2.0  # times as often as in training
@@ -148,7 +149,7 @@ def _rare(health: Health) -> Iterator[Finding]:
     for name, task in splits["test"]["tasks"].items():
         for split in ("test", "validation"):
             observed, rate = (splits[split]["tasks"][name][key] for key in ("observed", "rate"))
-            if task["kind"] != "binary" or not observed:
+            if not KINDS[task["kind"]].is_binary or not observed:
                 continue
             rarer = round(min(rate, 1 - rate) * observed)
             needed = FEWEST if split == "test" else 2 * FEWEST  # half of the validation users select, half judge
@@ -217,7 +218,7 @@ def _differ(one: Health, other: Health, kind: str) -> bool:
     if low[0] < 0 or high[0] <= RATE_CHANGE * low[0]:
         return False
     share = (low[0] * low[1] + high[0] * high[1]) / (low[1] + high[1])
-    error = (share * (1 - share) * (1 / low[1] + 1 / high[1])) ** 0.5 if kind == "binary" else 0.0
+    error = (share * (1 - share) * (1 / low[1] + 1 / high[1])) ** 0.5 if KINDS[kind].is_binary else 0.0
     return bool(high[0] - low[0] > _ERRORS * error)
 
 
@@ -236,7 +237,7 @@ def _leaks(feature: Health, health: Health) -> Iterator[Finding]:
 
 
 def _enough(task: Health) -> bool:
-    if task["kind"] != "binary":
+    if not KINDS[task["kind"]].is_binary:
         return bool(task["observed"] >= 2 * _FEWEST)
     positives = task["rate"] * task["observed"]
     return bool(min(positives, task["observed"] - positives) >= _FEWEST)

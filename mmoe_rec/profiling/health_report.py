@@ -37,6 +37,7 @@ from mmoe_rec.report.formatting import (
     thousands,
 )
 from mmoe_rec.report.parts import Cell, Figure, Mark, Report, Row, Sentence, Table
+from mmoe_rec.task_kinds import KINDS
 
 FILE = "health.json"
 _DRAWN = 12  # features whose drift is drawn
@@ -239,7 +240,7 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
     middle, span = (low + high) / 2, max(high - low, 0.1 * abs(low + high), 1e-9)
     line.set_ylim(middle - 0.6 * span if low < 0 else max(middle - 0.6 * span, 0.0), middle + 0.7 * span)
     line.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    shown = (lambda rate, _: f"{100 * rate:.3g}%") if kind == "binary" else (lambda rate, _: f"{rate:.4g}")
+    shown = (lambda rate, _: f"{100 * rate:.3g}%") if KINDS[kind].is_binary else (lambda rate, _: f"{rate:.4g}")
     line.yaxis.set_major_formatter(FuncFormatter(shown))
     line.legend(loc="upper left", ncols=3, frameon=False, fontsize=9, labelcolor="linecolor")
     most = max([*below.values(), 1])

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mmoe_rec.task_kinds import KINDS
+
 NONE = "-"
 _DAY = 86_400_000_000
 _DECIMALS = 4
@@ -34,19 +36,8 @@ def thousands(value: int | None) -> str:
 
 
 def rate(value: float | None, kind: str) -> str:
-    """A rate as a share, the mean of a regression's labels as a number: of large ones, such as times, every unit."""
-    if value is None:
-        return NONE
-    if kind == "binary":
-        return f"{value:.2%}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-
-
-def describe_labels(task: str, kind: str, label_sum: float, observed: int) -> str:
-    """The observed labels of a task: how many are positive, or the mean of a regression's."""
-    if kind == "binary":
-        return f"{task} {label_sum:,.0f} positive of {observed:,} observed"
-    return f"{task} {observed:,} observed" + (f", mean {rate(label_sum / observed, kind)}" if observed else "")
+    """The mean label of a task of a kind."""
+    return NONE if value is None else KINDS[kind].show_mean(value)
 
 
 def size(value: float) -> str:

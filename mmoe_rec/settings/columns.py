@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from mmoe_rec.task_kinds import DEFAULT, NamedKind
+
 Scalar = bool | int | float | str
 Role = Literal["user", "candidate", "context", "placement"]
 Use = Literal["key", "keys", "number", "vector", "time", "any"]
@@ -168,14 +170,14 @@ class Task(Section):
     """One predicted behaviour. A null label is always unobserved."""
 
     label: str = Field(description="column with the label; null means unobserved")
-    kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
+    kind: NamedKind = Field(DEFAULT, description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     given: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
     matures_after_days: float = Field(0.0, ge=0, le=36_500, description="days until its label is final; unknown before")
 
 
 # A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
-EVENT = Task(label="\0event", kind="binary")
+EVENT = Task(label="\0event")
 
 
 class TaskSettings(Task):

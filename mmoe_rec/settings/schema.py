@@ -171,10 +171,10 @@ class Schema(Section):
         for name, task in self.tasks.items():
             if task.given is None:
                 continue
-            if task.kind != "binary":
+            if not task.kind.is_binary:
                 raise ValueError(f"task '{name}' has `given`, which only a binary task can have")
             others = {each: other for each, other in self.tasks.items() if each != name}
-            plain = [each for each, other in others.items() if other.kind == "binary" and other.given is None]
+            plain = [each for each, other in others.items() if other.kind.is_binary and other.given is None]
             if task.given not in plain:
                 raise ValueError(
                     f"task '{name}' is given '{task.given}', which is not another binary task without `given`; such "

@@ -134,15 +134,15 @@ def predict_calibrated(
 def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Predictions (M, T), calibrated by those of the validation rows, `own` (N, T), as a model's are."""
     import torch
-    from scipy.special import expit, logit
 
     from mmoe_rec.evaluation.calibration import fit_calibration
+    from mmoe_rec.model.score import logits_of, predictions
 
     if settings.training.calibration == "none":
         return values
-    binary, names = np.array([task.kind == "binary" for task in layout.tasks]), [task.name for task in layout.tasks]
-    own, logits = (np.where(binary, logit(each.clip(1e-12, 1 - 1e-12)), each) for each in (own, values))
+    kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
+    own_logits, logits = (logits_of(torch.from_numpy(each), kinds) for each in (own, values))
     times = held_out.column("time").cast(pa.int64()).to_numpy()
     known = held_out.labels, held_out.weights, times
-    found, _ = fit_calibration(settings.training.calibration, layout.tasks, own, *known)
-    return np.where(binary, expit(found.apply(torch.from_numpy(logits), names).numpy()), values)
+    found, _ = fit_calibration(settings.training.calibration, layout.tasks, own_logits.numpy(), *known)
+    return predictions(found.apply(logits, names), kinds).numpy()

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from sklearn.metrics import log_loss, mean_squared_error
+import torch
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.log.columns import hash_column
+from mmoe_rec.task_kinds.task_kind import TaskKind
 
 if TYPE_CHECKING:
     from lightgbm import Booster
@@ -41,7 +42,7 @@ Predict = Callable[["Inputs"], np.ndarray]  # rows -> (N,) float64, probabilitie
 View = Callable[["Inputs"], np.ndarray]  # rows -> (N, F), what trees see of them
 
 
-def _fit(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> tuple[Booster, int]:
+def _fit(kind: TaskKind, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> tuple[Booster, int]:
     """Grow trees, and return them with the number of them that count when they predict."""
     rate = 0.05 if len(train.labels) <= FEW_ROWS else 0.1
     most = TREES_UNCHOSEN if held_out is None else MOST_TREES
@@ -50,7 +51,7 @@ def _fit(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: i
 
 
 def grow_lightgbm(
-    kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int, rate: float, most: int
+    kind: TaskKind, train: Inputs, held_out: Inputs | None, leaves: int, seed: int, rate: float, most: int
 ) -> Booster:
     """Trees of LightGBM; `best_iteration` of them lose least on the rows that are held out, if any are. rate: of
     learning. It holds labels in float32, so those of a regression should have a mean of about 0. Each tree looks at
@@ -59,7 +60,7 @@ def grow_lightgbm(
 
     width = train.x.shape[1]
     settings = {
-        "objective": kind,
+        "objective": kind.objective,
         "learning_rate": rate,
         "num_leaves": leaves,
         "min_data_in_leaf": 50,
@@ -79,7 +80,7 @@ def grow_lightgbm(
     return lightgbm.train(settings, rows, most, **own)
 
 
-def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:
+def boost_trees(kind: TaskKind, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:
     """The trees with the lowest validation loss, or the mean of those of the two best views; and what was
     chosen, in words.
 
@@ -92,19 +93,19 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     classes = np.unique(train.labels)
     if len(classes) == 0:
         raise UserError("no training row has an observed label; expected at least one")
-    if kind == "binary" and not np.array_equal(classes, [0, 1]):
+    if kind.is_binary and not np.array_equal(classes, [0, 1]):
         raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
-    held_out = validation if len(np.unique(validation.labels)) >= (2 if kind == "binary" else 1) else None
+    held_out = validation if len(np.unique(validation.labels)) >= 1 + kind.is_binary else None
     if not train.x.shape[1]:
         raise UserError("trees have no input: all features describe placement, or are lists of ids")
-    name, measure = ("logloss", log_loss) if kind == "binary" else ("squared error", mean_squared_error)
-    middle, scale = (0.0, 1.0) if kind == "binary" else (train.labels.mean(), train.labels.std() or 1.0)
+    middle, scale = kind.standard(train.labels)
     # Labels in float32, as LightGBM holds them, would lose small differences beside a large mean.
     train = replace(train, labels=(train.labels - middle) / scale)
     choices, losses = dict[str, Predict](), dict[str, float]()
 
     def measure_loss(predict: Predict) -> float:
-        return measure(validation.labels, predict(validation), sample_weight=validation.weights)
+        logits = kind.logits(torch.from_numpy(predict(validation))).numpy()
+        return float(np.average(kind.losses(logits, validation.labels), weights=validation.weights))
 
     def show(view: View, predict: Callable[[np.ndarray], np.ndarray]) -> Predict:
         return lambda rows: predict(view(rows)) * scale + middle
@@ -130,7 +131,7 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
         losses[mean] = measure_loss(choices[mean])
     best = min(losses, key=losses.__getitem__)
     others = (f"; {loss:.4g} of {told}" for told, loss in losses.items() if told != best)
-    return choices[best], f"{best}, {name} of validation rows {losses[best]:.4g}{''.join(others)}"
+    return choices[best], f"{best}, {kind.loss_name} of validation rows {losses[best]:.4g}{''.join(others)}"
 
 
 def _views(train: Inputs) -> Iterator[tuple[str, np.ndarray, View]]:

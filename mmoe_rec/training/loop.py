@@ -216,7 +216,7 @@ class Trainer:
         else:
             weighted = self.settings.sampling_correction == "weights"
             rates = base_rates(prepared.manifest, self.layout.tasks, weighted)
-            set_base_rates(model.mixture.towers, rates)
+            set_base_rates(model.mixture.towers, self.layout.tasks, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
         set_products(model, self.products)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mmoe_rec.devices import constant
 from mmoe_rec.features.layout import TaskOutput
@@ -53,7 +52,7 @@ def masked_loss(
 
 
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """(B, T) loss of every row and task: binary cross-entropy, or the squared error of the standardised label.
+    """(B, T) loss of every row and task.
 
     labels: of each task's `learnt_from`. That of a task with `given` is its outcome over all rows, predicted by the
     product of both tasks' probabilities, through which both learn (ESMM: Ma et al., SIGIR 2018).
@@ -64,10 +63,7 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
         logit, label = logits[:, index], labels[:, index]
         if task.given is not None:
             logit = joint_logit(logits[:, places[task.given]], logit)
-        if task.kind == "binary":
-            columns.append(functional.binary_cross_entropy_with_logits(logit, label, reduction="none"))
-        else:
-            columns.append(((logit - label) / task.deviation).square())
+        columns.append(task.kind.loss(logit, label, task.deviation))
     return torch.stack(columns, dim=1)
 
 
@@ -93,5 +89,4 @@ def log_variances(model: nn.Module) -> nn.Parameter | None:
 
 def loss_factors(logs: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
     """(T,) log variances -> (T,) what each task's mean loss is multiplied by, besides its `loss_weight`."""
-    halves = constant(tuple(1.0 if task.kind == "binary" else 0.5 for task in tasks), logs.dtype, logs.device)
-    return halves * torch.exp(-logs)
+    return constant(tuple(task.kind.loss_factor for task in tasks), logs.dtype, logs.device) * torch.exp(-logs)

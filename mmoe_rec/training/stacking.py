@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.special import expit
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
-from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows, cross_entropy
+from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Blend, Trees
 from mmoe_rec.progress import bar, say
+from mmoe_rec.task_kinds.task_kind import TaskKind
 from mmoe_rec.training.boosting import Inputs, grow_lightgbm
 
 if TYPE_CHECKING:
@@ -122,18 +122,19 @@ def fit_task(
     if 1 < len(ways) <= section.number:
         ways.append(("in all, without ids and with them", join_trees(halves), 0.0))
     labels, weights, taken = held_out.labels, held_out.weights, None
+    _, deviation = task.kind.standard(labels)
     for name, text, needed in ways:
         ensemble = read_ensemble(text)
         trees = task.mean + task.deviation * Forest([ensemble]).sums(held_out.x, torch.get_num_threads())[:, 0]
         blend = fit_blend(task.kind, network, trees, labels, weights)
-        losses = _losses_of(task.kind, blend.apply(network, trees), labels)
+        losses = task.kind.losses(blend.apply(network, trees), labels, deviation)
         if taken is not None and not is_clearly_less(losses, taken.losses, weights, users, needed):
             continue
         taken = _Taken(text, f"{len(ensemble.trees)} trees {name}", trees, blend, losses)
         if name == "with ids":
             break
     assert taken is not None, "the first way is taken where no other one is"
-    of_network, of_trees = (_losses_of(task.kind, side, labels) for side in (network, taken.trees))
+    of_network, of_trees = (task.kind.losses(side, labels, deviation) for side in (network, taken.trees))
     blended, *alone = (np.average(each, weights=weights) for each in (taken.losses, of_network, of_trees))
     told = f"loss of selecting rows {alone[0]:.4g} by the network, {alone[1]:.4g} by the trees, {blended:.4g} by both"
     is_better = is_clearly_less(taken.losses, of_network, weights, users, LEAD)
@@ -171,13 +172,6 @@ def join_trees(texts: Sequence[str]) -> str:
     return f"{head}\n\n{''.join(blocks)}end of trees\n"
 
 
-def _losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N,) the loss of each row: cross-entropy of a logit, or squared error of a value in deviations of the labels."""
-    if kind == "binary":
-        return cross_entropy(logits, labels)
-    return ((logits - labels) / (labels.std() or 1.0)) ** 2
-
-
 def is_clearly_less(
     losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None, users: np.ndarray, certainty: float = CERTAINTY
 ) -> bool:
@@ -189,7 +183,7 @@ def is_clearly_less(
 
 
 def fit_blend(
-    kind: str,
+    kind: TaskKind,
     network: np.ndarray,
     trees: np.ndarray,
     labels: np.ndarray,
@@ -202,7 +196,7 @@ def fit_blend(
     mean prediction near that of the sides, so that few labels, or labels of an unusual month, move none of them far.
 
     Args:
-        kind: Kind of the task, `binary` or `regression`.
+        kind: Kind of the task.
         network: Logits or values of the network. Shape (N,).
         trees: Logits or values of the trees. Shape (N,).
         labels: Labels. Shape (N,).
@@ -211,34 +205,24 @@ def fit_blend(
     Returns:
         The blend, half of each without enough labels.
     """
-    if (min(labels.sum(), (1 - labels).sum()) if kind == "binary" else len(labels)) < FEWEST["temperature"]:
+    if kind.count_rarer(labels) < FEWEST["temperature"]:
         return EVEN
-    weight = np.full(len(labels), 1 / len(labels)) if weights is None else weights / weights.sum()
-    # A regression is fitted in standard deviations from its labels' mean.
-    middle, unit = (0.0, 1.0) if kind == "binary" else (labels.mean(), labels.std() or 1.0)
-    one, other, y = ((each - middle) / unit for each in (network, trees, labels))
-    levels = [float(weight @ (expit(each) if kind == "binary" else each)) + 1e-300 for each in (one, other)]
+    middle, unit = kind.standard(labels)
+    one, other, y = ((torch.from_numpy(each).double() - middle) / unit for each in (network, trees, labels))
+    weight = torch.full_like(y, 1 / len(y)) if weights is None else torch.from_numpy(weights / weights.sum())
+    levels = [weight @ kind.prediction(side) + 1e-300 for side in (one, other)]
 
     def objective(at: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the mean loss and the priors' part in it for a scale, w and an offset, and the slopes of both."""
-        scale, w, offset = at
-        mean = w * one + (1 - w) * other
-        logit, expected = scale * mean + offset, w * levels[0] + (1 - w) * levels[1]
-        inputs = np.column_stack([mean, scale * (one - other), np.ones(len(y))])
-        slope_of_expected = np.array([0.0, levels[0] - levels[1], 0.0])
-        if kind == "binary":
-            predicted = expit(logit)
-            losses, slopes, level = cross_entropy(logit, y), predicted - y, float(weight @ predicted) + 1e-300
-            far = np.log(level / expected)
-            slope_of_far = (weight * predicted * (1 - predicted)) @ inputs / level - slope_of_expected / expected
-        else:
-            losses, slopes = (logit - y) ** 2, 2 * (logit - y)
-            far, slope_of_far = float(weight @ logit) - expected, weight @ inputs - slope_of_expected
+        scale, w, offset = parameters = torch.tensor(at, requires_grad=True)
+        logits = scale * (w * one + (1 - w) * other) + offset
+        level, expected = weight @ kind.prediction(logits) + 1e-300, w * levels[0] + (1 - w) * levels[1]
+        far = level - expected if kind.is_linear else (level / expected).log()
         uneven, steep = (2 * w - 1) / SPREAD, (scale - 1) / SCALE_SPREAD
         priors = (uneven**2 + steep**2 + (far / LEVEL_SPREAD) ** 2) / 2
-        of_priors = far / LEVEL_SPREAD**2 * slope_of_far
-        of_priors += np.array([steep / SCALE_SPREAD, 2 * uneven / SPREAD, 0.0])
-        return float(weight @ losses) + priors / len(y), (weight * slopes) @ inputs + of_priors / len(y)
+        loss = weight @ kind.loss(logits, y) + priors / len(y)
+        (slopes,) = torch.autograd.grad(loss, parameters)
+        return loss.item(), slopes.numpy()
 
     bounds, most = [(LEAST_SCALE, None), (0, 1), (None, None)], {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
     scale, w, offset = minimize(objective, [1.0, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options=most).x

@@ -75,7 +75,7 @@ class ValidationSums:
 
     def __init__(self, layout: Layout, experts: Tensor, rows: int) -> None:
         self.layout, tasks = layout, len(layout.tasks)
-        self.binary = {task.name: index for index, task in enumerate(layout.tasks) if task.kind == "binary"}
+        self.binary = {task.name: index for index, task in enumerate(layout.tasks) if task.kind.is_binary}
         self.counts = torch.zeros(tasks, 2, BINS, dtype=torch.float64)
         self.rows = torch.zeros(tasks, 2, dtype=torch.float64)
         self.loss = torch.zeros(tasks, 2, dtype=torch.float64)

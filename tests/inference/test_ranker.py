@@ -20,10 +20,11 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions
 from mmoe_rec.point_in_time.arrays import SharedRagged
+from mmoe_rec.task_kinds import find_kind
 from tests.batches.encoded_files import columns_of
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
-KINDS = ["binary", "binary", "regression"]
+KINDS = [find_kind(name) for name in ("binary", "binary", "regression")]
 
 
 def offline(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:

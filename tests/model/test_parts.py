@@ -17,7 +17,6 @@ from mmoe_rec.model.mmoe import Outputs, PiecewiseLinear, PlacementTower
 from mmoe_rec.model.products import StackedLinear
 from mmoe_rec.model.routing import Routing, rule_named
 from mmoe_rec.model.score import (
-    SMALLEST_VALUE,
     UNCALIBRATED,
     Calibration,
     TaskCalibration,
@@ -28,6 +27,8 @@ from mmoe_rec.model.score import (
 from mmoe_rec.model.tables import SCALES, Int8Bag, dequantised, in_float32, quantised, rows_a_scale, take_table
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.settings import model as section
+from mmoe_rec.task_kinds import KINDS
+from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -79,7 +80,7 @@ def test_placement_dropout_hides_whole_rows() -> None:
 
 def test_log_score_is_finite_for_extreme_logits() -> None:
     logits = torch.tensor([[-500.0, -3.0], [500.0, 0.0]])
-    log_score = fuse(logits, ["binary", "regression"], [1.0, 1.0])
+    log_score = fuse(logits, [*KINDS.values()], [1.0, 1.0])
     tiny = math.log(SMALLEST_VALUE)
     np.testing.assert_allclose(log_score.numpy(), [-500.0 + tiny, tiny], rtol=1e-6)
 
@@ -112,7 +113,7 @@ def test_the_gradient_of_the_logit_of_both_is_finite_and_right() -> None:
 
 def test_a_wrong_number_of_tasks_is_refused() -> None:
     with pytest.raises(ValueError, match="each of 2 tasks, found 3"):
-        predictions(torch.zeros(4, 3), ["binary", "binary"])
+        predictions(torch.zeros(4, 3), [KINDS["binary"]] * 2)
 
 
 def test_edges_may_lie_near_to_each_other_far_from_zero() -> None:

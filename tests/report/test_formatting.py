@@ -2,7 +2,8 @@
 
 import pytest
 
-from mmoe_rec.report.formatting import describe_labels, rate
+from mmoe_rec.report.formatting import rate
+from mmoe_rec.task_kinds import KINDS
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,8 @@ def test_a_mean_is_told_to_the_unit(value: float | None, kind: str, told: str) -
 
 
 def test_a_regression_has_a_mean_and_no_positives() -> None:
-    assert describe_labels("clicked", "binary", 1103.0, 2218) == "clicked 1,103 positive of 2,218 observed"
-    assert describe_labels("clicked", "binary", 0.0, 0) == "clicked 0 positive of 0 observed"
-    assert describe_labels("done", "regression", 3_770_599_999_065.0, 2218) == "done 2,218 observed, mean 1,700,000,000"
-    assert describe_labels("done", "regression", 0.0, 0) == "done 0 observed"
+    binary, regression = KINDS["binary"], KINDS["regression"]
+    assert binary.describe_labels(1103.0, 2218) == "1,103 positive of 2,218 observed"
+    assert binary.describe_labels(0.0, 0) == "0 positive of 0 observed"
+    assert regression.describe_labels(3_770_599_999_065.0, 2218) == "2,218 observed, mean 1,700,000,000"
+    assert regression.describe_labels(0.0, 0) == "0 observed"

@@ -15,6 +15,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import evaluate
+from mmoe_rec.task_kinds import KINDS
 from mmoe_rec.training import baselines
 from mmoe_rec.training import boosting as trees
 from mmoe_rec.training.baselines import measure_baselines
@@ -55,7 +56,7 @@ def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
 
 
 def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> tuple[Predict, str]:
-    return boost_trees(kind, train.of_task(0), validation.of_task(0))
+    return boost_trees(KINDS[kind], train.of_task(0), validation.of_task(0))
 
 
 @pytest.mark.parametrize(("by", "later", "stands"), [(3, 3, "with"), (1, -1, "without"), (0.2, 0.2, "both")])
@@ -169,16 +170,16 @@ def test_odd_inputs_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     many = replace(rows, x=np.column_stack([rows.x[:, 0], np.arange(len(rows.x)) * 100]).astype(np.float32))
     two = replace(rows, x=rows.x[:2], labels=np.array([0.0, 1.0]))
     for train, validation in ((whole, rows), (lacking, lacking), (many, many), (two, rows)):
-        predicted = boost_trees("binary", train, validation)[0](validation)
+        predicted = boost_trees(KINDS["binary"], train, validation)[0](validation)
         assert ((predicted > 0) & (predicted < 1)).all()
         assert roc_auc_score(validation.labels, predicted) > 0.55 or train is two
     alike = replace(rows, x=np.ones_like(rows.x))
     for weights in (np.ones(len(rows.x)), np.where(rows.labels > 0, 1.5, 0.5)):
         weighted = replace(alike, weights=weights / weights.mean())
-        predicted = boost_trees("binary", weighted, weighted)[0](weighted)
+        predicted = boost_trees(KINDS["binary"], weighted, weighted)[0](weighted)
         np.testing.assert_allclose(predicted, np.average(rows.labels, weights=weights), atol=1e-6)
     constant = replace(rows, labels=np.full(len(rows.x), 7.0))
-    np.testing.assert_allclose(boost_trees("regression", constant, constant)[0](rows), 7.0)
+    np.testing.assert_allclose(boost_trees(KINDS["regression"], constant, constant)[0](rows), 7.0)
 
 
 def test_what_can_not_be_learnt_is_told() -> None:

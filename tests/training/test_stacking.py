@@ -28,6 +28,7 @@ from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Blend, Trees
 from mmoe_rec.settings.columns import NO_TIME
 from mmoe_rec.settings.model import Trees as Settings
+from mmoe_rec.task_kinds import KINDS
 from mmoe_rec.tracking import registry
 from mmoe_rec.training import stacking
 from mmoe_rec.training.boosting import Inputs, grow_lightgbm
@@ -133,7 +134,7 @@ def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x = np.column_stack([random.normal(size=5000), random.integers(0, 40, 5000)]).astype(np.float32)
     labels = (random.random(5000) < np.where((x[:, 1] % 7 < 3) ^ (x[:, 0] > 0), 0.8, 0.2)).astype(float)
-    text = grow_lightgbm("binary", Inputs(x, 1, labels, categories=(1,)), None, 8, 0, 0.3, 20).model_to_string()
+    text = grow_lightgbm(KINDS["binary"], Inputs(x, 1, labels, categories=(1,)), None, 8, 0, 0.3, 20).model_to_string()
     roots = roots_of(text)
     assert {"==", "<="} == set(re.findall(r"'decision_type': '(..)'", str(roots)))
     rows = np.column_stack([random.normal(size=400), random.integers(0, 60, 400)]).astype(np.float32)
@@ -185,7 +186,7 @@ def test_a_blend_loses_least_on_the_rows(kind: str, rows: int) -> None:
     if kind == "regression":
         labels = 500 + 40 * (truth[0] + truth[1]) + random.normal(size=rows)
         network, trees, unit = 480 + 30 * truth[0], 510 + 20 * truth[1], labels.std()
-    blend = fit_blend(kind, network, trees, labels)
+    blend = fit_blend(KINDS[kind], network, trees, labels)
     middle = 0.0 if kind == "binary" else labels.mean()
     own = [network - middle, trees - middle, labels - middle]
     found = np.array([blend.network, blend.trees, blend.offset - middle * (1 - blend.network - blend.trees)])
@@ -193,7 +194,7 @@ def test_a_blend_loses_least_on_the_rows(kind: str, rows: int) -> None:
     for step in 1e-3 * random.normal(size=(100, 3)) * [1, 1, unit]:
         assert penalized_loss(kind, *own, *(found + step)) > least
     noise = network + 3 * unit * truth[2]
-    assert fit_blend(kind, network, noise, labels).trees < (0.05 if rows == 4000 else 0.2)
+    assert fit_blend(KINDS[kind], network, noise, labels).trees < (0.05 if rows == 4000 else 0.2)
 
 
 def test_regressions_are_fitted_to_the_optimum() -> None:
@@ -204,7 +205,7 @@ def test_regressions_are_fitted_to_the_optimum() -> None:
         labels = scale * (random.normal() * 10 + truth[0] + random.uniform(0, 2) * truth[2])
         slopes = random.uniform(0.2, 2, 2)
         network, trees = (labels.mean() + scale * (slopes[i] * truth[0] + truth[i + 1]) for i in (0, 1))
-        blend = fit_blend("regression", network, trees, labels)
+        blend = fit_blend(KINDS["regression"], network, trees, labels)
         own = [(each - labels.mean()) / labels.std() for each in (network, trees, labels)]
         offset = (blend.offset - labels.mean() * (1 - blend.network - blend.trees)) / labels.std()
         found = np.array([blend.network, blend.trees, offset])
@@ -222,15 +223,15 @@ def test_weights_of_rows_count_as_copies() -> None:
     network, trees = random.normal(size=(2, 5000))
     labels = (random.random(5000) < 1 / (1 + np.exp(-network - trees))).astype(float)
     copies = random.integers(1, 4, 5000)
-    weighted = fit_blend("binary", network, trees, labels, 0.1 * copies)
-    copied = fit_blend("binary", *(np.repeat(each, copies) for each in (network, trees, labels)))
+    weighted = fit_blend(KINDS["binary"], network, trees, labels, 0.1 * copies)
+    copied = fit_blend(KINDS["binary"], *(np.repeat(each, copies) for each in (network, trees, labels)))
     for one, other in zip(astuple(weighted), astuple(copied), strict=True):  # the priors weigh less beside more rows
         assert one == pytest.approx(other, abs=0.02)
 
 
 def test_of_few_labels_half_of_each_is_taken() -> None:
     labels = np.array([0.0] * 500 + [1.0] * 99)
-    assert fit_blend("binary", labels - 0.5, labels, labels) == Blend(0.5, 0.5, 0.0)
+    assert fit_blend(KINDS["binary"], labels - 0.5, labels, labels) == Blend(0.5, 0.5, 0.0)
 
 
 def test_a_blend_of_weak_signal_ranks_no_worse_than_the_network_alone() -> None:
@@ -241,7 +242,7 @@ def test_a_blend_of_weak_signal_ranks_no_worse_than_the_network_alone() -> None:
         signal, *noise = random.normal(size=(3, 41_500))
         labels = (random.random(41_500) < 1 / (1 + np.exp(1.5 - 0.1 * signal))).astype(float)
         network, trees = -1.5 + 0.1 * signal + 0.2 * noise[0], -1.5 + 0.03 * signal + 0.12 * noise[1]
-        blend = fit_blend("binary", network[:1500], trees[:1500], labels[:1500])
+        blend = fit_blend(KINDS["binary"], network[:1500], trees[:1500], labels[:1500])
         areas = [roc_auc_score(labels[1500:], each[1500:]) for each in (network, blend.apply(network, trees))]
         lost.append(areas[0] - areas[1])
     assert np.mean(lost) < 0.0015
@@ -253,7 +254,7 @@ def test_an_unusual_month_moves_the_level_of_a_blend_little() -> None:
     truth = random.normal(size=(2, 9000))
     network, trees = (-2.8 + 0.6 * each for each in truth)
     labels = (random.random(9000) < 1 / (1 + np.exp(-0.6 * (network + trees) - 0.9))).astype(float)
-    blend = fit_blend("binary", network, trees, labels)
+    blend = fit_blend(KINDS["binary"], network, trees, labels)
     predicted, *sides = (1 / (1 + np.exp(-each)) for each in (blend.apply(network, trees), network, trees))
     too_high, taken_over = labels.mean() / np.mean(sides), predicted.mean() / np.mean(sides)
     assert too_high > 1.3

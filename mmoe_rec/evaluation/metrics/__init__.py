@@ -38,5 +38,5 @@ CATALOGUE_METRICS = tuple(
 
 def metrics_of(kind: str) -> list[Metric[Any]]:
     """Those of tasks of this kind, or of the `score`, in a summary's order: losses first, what has no interval last."""
-    found = [metric for metric in METRICS if kind in metric.kinds]
+    found = [metric for metric in METRICS if metric.is_of(kind)]
     return sorted(found, key=lambda metric: (not metric.has_interval, metric.better != "lower"))

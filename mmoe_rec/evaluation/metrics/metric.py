@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.evaluation.intervals import effective_sample_size
+from mmoe_rec.task_kinds import KINDS
 
 Measured = TypeVar("Measured")
 Made = TypeVar("Made")
@@ -50,7 +51,7 @@ class Metric(Named, Generic[Measured]):
     """One metric of the rows of tasks (`Metric[TaskRows]`), or of ranked lists (`Metric[RankedLists]`)."""
 
     kinds: Sequence[str]
-    """What it is a metric of: `binary` and `regression` tasks, or the `score`."""
+    """What it is a metric of: kinds of tasks, also those that are measured as such a kind, or the `score`."""
     totals: Sequence[str] = ()
     """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
     of_lists: bool = False
@@ -61,6 +62,10 @@ class Metric(Named, Generic[Measured]):
     has_interval: bool = True
     is_share: bool = False
     """Whether it is a mean of what lies between 0 and 1."""
+
+    def is_of(self, kind: str) -> bool:
+        """Whether it is a metric of tasks of this kind, or of the `score`."""
+        return kind in self.kinds or (kind in KINDS and KINDS[kind].measured_as in self.kinds)
 
     def is_shown(self, of_score: bool) -> bool:
         """Whether a table shows it of the score, or of tasks: of how these rank each request's rows, only GAUC."""

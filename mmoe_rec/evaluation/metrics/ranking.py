@@ -67,7 +67,7 @@ class ListMetric(Ratio[RankedLists]):
         return {self.name: self._of_list(lists)}
 
     def why_undefined(self, group: Mapping[str, Any]) -> str:
-        if group.get("kind") == "binary":
+        if "positives" in group:
             return NO_REQUEST
         return "No request has rows of different relevance: metrics by request are undefined."
 

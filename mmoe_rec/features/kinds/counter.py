@@ -114,7 +114,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
     @property
     def has_fractions(self) -> bool:
         """Whether labels may be other than whole numbers."""
-        return self.source is None and self.task.kind == "regression"
+        return self.source is None and not self.task.kind.is_binary
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Adds the training rows' labels to the overall mean."""

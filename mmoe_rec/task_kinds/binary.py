@@ -1,0 +1,48 @@
+"""The kind `binary`: whether something happens. A model predicts its probability."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmoe_rec.task_kinds.task_kind import TaskKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Binary(TaskKind):
+    """Labels are 0 and 1, predictions are probabilities, and the loss is the cross-entropy in nats."""
+
+    labels = ("0, 1 or null where it is unobserved", lambda values: np.isnan(values) | (values == 0) | (values == 1))
+    predictions = ("a probability", lambda values: (values >= 0) & (values <= 1))
+    wrong_label = "binary task '{}' holds {}, neither 0 nor 1; fix the data or set the task's kind to regression"
+    is_binary = True
+    guarded, loss_name, objective, effect = "auc", "logloss", "binary", "odds"
+    mean_name = "share of positive labels"
+
+    def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:
+        from torch.nn import functional
+
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+    def prediction(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def log_prediction(self, logits: Tensor) -> Tensor:
+        from torch.nn import functional
+
+        return functional.logsigmoid(logits)
+
+    def logits(self, predictions: Tensor) -> Tensor:
+        return predictions.double().logit(1e-12)
+
+    def show_mean(self, mean: float) -> str:
+        return f"{mean:.2%}"
+
+    def describe_labels(self, total: float, observed: int) -> str:
+        return f"{total:,.0f} positive of {observed:,} observed"
+
+
+KIND = Binary("binary")

@@ -1,0 +1,47 @@
+"""What holds for every kind of task."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from mmoe_rec.task_kinds import KINDS, find_kind
+
+LOGITS = torch.linspace(-8, 8, 33, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_is_its_name(name: str) -> None:
+    """Layouts are copied, sent to other processes and written as JSON."""
+    kind = KINDS[name]
+    for each in (kind, copy.deepcopy(kind), pickle.loads(pickle.dumps(kind))):
+        assert (each, type(each)) == (name, type(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_logits_and_predictions_fit(kind) -> None:
+    """Predictions are valid, and logits, log predictions and losses follow from them."""
+    predictions = kind.prediction(LOGITS)
+    assert kind.predictions[1](predictions.numpy()).all()
+    torch.testing.assert_close(kind.logits(predictions), LOGITS)
+    torch.testing.assert_close(kind.log_prediction(LOGITS), predictions.clamp(min=kind.smallest).log())
+    assert kind.log_prediction(LOGITS * 1e3).isfinite().all()
+    assert kind.logits(torch.tensor([0.0, 1.0])).isfinite().all()
+    assert kind.labels[1](np.array([0.0, 1.0, np.nan])).all()
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_a_loss_is_least_for_the_mean_label(kind) -> None:
+    labels = torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    best = kind.logits(labels.mean().expand(4)).requires_grad_()
+    kind.loss(best, labels).sum().backward()
+    assert best.grad.sum().item() == pytest.approx(0, abs=1e-12)
+    apart = [kind.losses((best + step).detach().numpy(), labels.numpy()).mean() for step in (0, 0.1, -0.1)]
+    assert min(apart) == apart[0]
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no task kind 'binery' \(did you mean 'binary'\?\); expected 'binary' or"):
+        find_kind("binery")
