@@ -25,7 +25,7 @@ ORDER = [
     {"training", "evaluation", "inference", "profiling"},
     {
         "report",
-        *(f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files")),
+        *(f"live.{name}" for name in ("request_log", "learning", "outcomes")),
     },
     {"server"},
     {"tracking"},
