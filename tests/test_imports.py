@@ -19,7 +19,7 @@ ORDER = [
     {"batches"},
     {"model"},
     {
-        *(f"live.{name}" for name in ("__init__", "journal", "journal_tables", "journal_rows", "journal_files")),
+        *(f"live.{name}" for name in ("__init__", "journal", "journal_rows", "journal_files")),
         *(f"live.{name}" for name in ("event_rows", "row_keys")),
     },
     {"training", "evaluation", "inference", "profiling"},

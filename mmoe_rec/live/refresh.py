@@ -20,8 +20,8 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.run_page import as_code, command
-from mmoe_rec.live import journal_files as files
 from mmoe_rec.live.journal import Journal
+from mmoe_rec.live.journal_files import write_files
 from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
@@ -170,19 +170,18 @@ def write_journal(
                 "takes its place, add --other-journal"
             )
         known = None
-    held = 0 if known is None else int(known["through"])
-    if files.find_removed_logs(journal, schema, held):
+    held, removed = 0 if known is None else int(known["through"]), journal.removed()
+    if held < removed:
         raise UserError(
-            f"the journal '{journal.name}' begins after position {journal.removed()}, and the model's tables know "
-            f"it up to {held} only: what was removed is in the log's files, so run refresh without --journal first,"
-            " and then with it"
+            f"the journal '{journal.name}' begins after position {removed}, and the model's tables know it up to "
+            f"{held} only: what was removed is in the log's files, so run refresh without --journal first, and then "
+            "with it"
         )
     _check_one_way(settings, taken)
-    through = files.cut_journal(journal)
-    after = max(held, journal.removed())
+    journal.forget()
     # Else the tables may hold what is no later than they are, by files that another program wrote.
     later_than = None if known is not None else as_of(served.about)
-    written = files.write_files(journal, schema, through, settings.data.log, after, later_than)
+    written = write_files(journal, schema, settings.data.log, held, later_than)
     for log, rows in written.unknown.items():
         say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
     for source, counts in written.counts.items():
@@ -196,9 +195,9 @@ def write_journal(
             "server, and are in no file"
         )
     if remove and held:
-        files.remove_batches(journal, held)
+        journal.remove(held)
     journal.close()
-    return {"id": journal.id, "through": through}
+    return {"id": journal.id, "through": written.through}
 
 
 def _check_one_way(settings: Settings, taken: HeldFiles | None) -> None:
