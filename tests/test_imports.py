@@ -21,11 +21,11 @@ ORDER = [
     {"model"},
     {"report"},
     {
-        *(f"live.{name}" for name in ("__init__", "journal", "journal_tables", "journal_rows", "journal_files")),
+        *(f"live.{name}" for name in ("__init__", "journal", "journal_rows", "journal_files")),
         *(f"live.{name}" for name in ("event_rows", "row_keys")),
     },
     {"inference", "profiling"},
-    {f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files")},
+    {f"live.{name}" for name in ("request_log", "learning", "outcomes")},
     {"server"},
     {"tracking"},
     {"inference.scored_files", "inference.batch_scoring"},

@@ -23,7 +23,6 @@ MISTAKES = {
     "evaluate --config C --model no/model": "no/model",
     "score --model no/model --input configs --output out": "'no/model' holds no model",
     "score --model no/model --output out": "missing option '--input'",
-    "refresh --config C --validation-days 3": "--validation-days belongs to --train-every-days N, which is missing",
     "refresh --config C --remove-events": "--remove-events belongs to --journal A, which is missing",
     "check-skew --config C --from 2024-01-01 --to 2024-01-02": "missing option '--requests'",
     "train --config no.yaml": "settings file 'no.yaml' does not exist",

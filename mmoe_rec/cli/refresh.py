@@ -1,6 +1,5 @@
 """mmoe-rec refresh --config configs/complete_journey.yaml
 mmoe-rec refresh --config configs/complete_journey.yaml --model models:/complete_journey@champion
-mmoe-rec refresh --config configs/complete_journey.yaml --train-every-days 7
 
 Takes new files of the log, and of logs of events, into what a model's counters, histories and latest values know, and
 registers the result as a new version: the same weights, calibration and vocabularies, new tables. The alias moves to
@@ -13,11 +12,6 @@ the versions that refreshes made, `tracking.keep_versions` stay besides those th
 events, which the features for the next training then take as well.
 
 --anew makes the tables of all files that the log has now, as where an old file was put right.
-
---train-every-days N then trains where the newest training lies N days or more behind the log: it adds the files since
-to the features, trains on their rows but the newest days, starting from the model that holds the alias, judges both on
-the rows of these days, and leaves the alias to the better one. So one line for a scheduler does it all; it may be
-started again at any time, and a part that fails ends it with a sentence and leaves the alias where it was.
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ from typing import Any
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command
+from mmoe_rec.cli.main import Configuration, settings_command
 from mmoe_rec.errors import UserError
 
 
@@ -36,32 +30,21 @@ from mmoe_rec.errors import UserError
 @click.option("--journal", metavar="A", help="address of a server's journal, whose events come into the logs first")
 @click.option("--remove-events", is_flag=True, help="remove from the journal what the tables held already")
 @click.option("--other-journal", is_flag=True, help="go over to this journal: the one that the tables hold is gone")
-@click.option("--train-every-days", type=COUNT, metavar="N", help="then train, if a training is due")
-@click.option("--validation-days", type=COUNT, metavar="V", help="newest days that judge it (default: 1 + to mature)")
 def refresh(
     configuration: Configuration,
     model: str | None,
     anew: bool,
     journal: str | None,
-    train_every_days: int | None,
-    validation_days: int | None,
     **options: Any,
 ) -> None:
     settings = configuration.settings
-    for option, is_given, other, is_there in (
-        ("--remove-events", options["remove_events"], "--journal A", journal),
-        ("--other-journal", options["other_journal"], "--journal A", journal),
-        ("--validation-days", validation_days is not None, "--train-every-days N", train_every_days),
-    ):
-        if is_given and is_there is None:
-            raise UserError(f"{option} belongs to {other}, which is missing")
+    for name, is_given in options.items():
+        if is_given and journal is None:
+            raise UserError(f"--{name.replace('_', '-')} belongs to --journal A, which is missing")
     from mmoe_rec.live import refresh as tables
     from mmoe_rec.log.checks import format_time
 
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    every, days = train_every_days, 0
-    if every is not None:
-        days = tables.choose_validation_days(settings, address, every, validation_days)
     refreshed = tables.refresh(settings, address, anew=anew, journal=journal, **options)
     before, made, now = refreshed.before, refreshed.tables, refreshed.after
     holder = f"'{before.alias}' of '{before.version.name}'"
@@ -82,6 +65,3 @@ def refresh(
                 f"{holder} has moved to {'no version' if now is None else f'version {now.number}'} meanwhile, so "
                 f"the alias stays there: version {refreshed.number} is registered without it"
             )
-    if every is not None:
-        for sentence in tables.train_when_due(settings, address, every, days):
-            print(sentence)

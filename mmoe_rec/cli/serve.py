@@ -65,7 +65,6 @@ _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consi
 @click.option("--log-requests", type=FOLDER, metavar="DIR", help="log requests and replies there (default: not)")
 @click.option("--log-share", type=NumberBetween(0, 1), metavar="S", help="share of requests that are logged (0.1)")
 @click.option("--log-seconds", type=NumberBetween(1, 86_400), metavar="S", help="seconds between files (default: 300)")
-@click.option("--log-gib", type=NumberBetween(0.001, 1e6), metavar="G", help="most GiB of files (default: keep all)")
 @overrides_argument
 def serve(
     model: str,
@@ -82,7 +81,6 @@ def serve(
     log_requests: Path | None,
     log_share: float | None,
     log_seconds: float | None,
-    log_gib: float | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Runs the command. Its exit code is 0 if all that was accepted was answered."""
@@ -94,14 +92,10 @@ def serve(
     from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr
     from mmoe_rec.settings.sections import Tracking
 
-    given: dict[str, Any] = {
-        "share": log_share,
-        "seconds": log_seconds,
-        "most_bytes": log_gib and round(log_gib * 2**30),
-    }
+    given: dict[str, Any] = {"share": log_share, "seconds": log_seconds}
     given = {name: value for name, value in given.items() if value is not None}
     if given and log_requests is None:
-        raise UserError("--log-share, --log-seconds and --log-gib need --log-requests DIR, which is missing")
+        raise UserError("--log-share and --log-seconds need --log-requests DIR, which is missing")
     token = read_token(token_file)
     log = None if log_requests is None else LogOptions(log_requests.resolve(), **given)
     finder = AtAddress(model, Tracking(uri=tracking_uri).address)

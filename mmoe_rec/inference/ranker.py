@@ -184,7 +184,7 @@ class Ranker:
         from mmoe_rec.live.event_rows import RowChecks
 
         table, schema = as_table(events), self.pipeline.schema
-        checked = RowChecks(self.pipeline, max(len(table), 1)).read_table(log, table)
+        checked = RowChecks(self.pipeline, max(len(table), 1)).read_json(log, table.to_pylist())
         with self._learning:
             self.take(self.prepare({log: as_logged(schema, self.reader, log, checked)}))
 

@@ -1,18 +1,13 @@
 """Rows that callers send, checked as a build checks a log's files, before anything of them is written.
 
 A batch is refused whole, with one sentence that names the first wrong row, counted from 0, and its column.
-
-Rows may come as an Arrow IPC stream: bytes of unknown origin, which may not take any amount of memory. Arrow itself
-reads compressed buffers into as much memory as they ask for, so these are refused, as are dictionaries, whose long
-words many rows may share; and it takes offsets that point anywhere for granted until they are validated.
 """
 
 from __future__ import annotations
 
 import difflib
-import struct
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +20,10 @@ from mmoe_rec.errors import RequestError, UserError, first_line, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.journal_rows import find_uses
 from mmoe_rec.live.row_keys import EVENT_ID
-from mmoe_rec.log.columns import canonical, element_type, list_label_columns
-from mmoe_rec.log.given import check_finite, find_twice, microseconds, to_arrow
+from mmoe_rec.log.columns import element_type, list_label_columns
+from mmoe_rec.log.given import to_arrow
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.values import event_value_checks, find_first_fault, log_value_checks, take_part
-from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.log.values import event_value_checks, find_first_fault, log_value_checks
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Remembering, Schema
 
@@ -41,8 +35,6 @@ LONGEST_STRING = 4_096
 bound for it."""
 _FOREVER = np.iinfo(np.int64).max
 _LONGEST_SENTENCE = 400
-_RECORD_BATCH = 3  # the kind of a message, in Arrow's Message.fbs
-_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True)
@@ -91,60 +83,16 @@ class RowChecks:
         columns = self._of(source)
         if not isinstance(rows, list) or not rows:
             raise RequestError("the rows must be a list of at least one object of columns and values")
-        self._check_count(len(rows))
+        if len(rows) > self.most_rows:
+            raise RequestError(f"there are more than {self.most_rows:,} rows; send them in several calls")
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise RequestError(f"row {number} must be an object of columns and values, found {type(row).__name__}")
             if (wrong := self._wrong_names(source, row)) is not None:
                 raise _in_row(number, wrong)
         given = [name for name in columns if any(name in row for row in rows)]
-        arrays = {name: self._json_column(name, columns[name], [row.get(name) for row in rows]) for name in given}
+        arrays = {name: self._read_column(name, columns[name], [row.get(name) for row in rows]) for name in given}
         return self._check(source, arrays, now)
-
-    def read_stream(self, source: str | None, data: bytes, now: int | None = None) -> pa.Table:
-        """The same of an Arrow IPC stream."""
-        try:
-            _check_uncompressed(data)
-            batches, rows, stream = [], 0, pa.BufferReader(data)
-            with pa.ipc.open_stream(stream) as reader:
-                for field in reader.schema:
-                    if not _is_plain(field.type):
-                        kind = str(field.type)[:60]
-                        raise RequestError(f"column {quoted(field.name)} is of Arrow's type {kind}, which is not taken")
-                for batch in reader:
-                    rows += batch.num_rows
-                    self._check_count(rows)
-                    batches.append(batch)
-                table = pa.Table.from_batches(batches, reader.schema)
-                end = stream.tell()
-            table.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError, struct.error, IndexError, MemoryError) as error:
-            raise RequestError(f"the body is no Arrow IPC stream that can be read: {first_line(error)[:200]}") from None
-        if not data[:end].endswith(_END):
-            raise RequestError(
-                "the Arrow stream has no end marker, so it may be cut off; close its writer before sending"
-            )
-        if more := len(data) - end:
-            raise RequestError(f"{more:,} bytes follow the end of the Arrow stream; send one stream in a call")
-        return self.read_table(source, table, now)
-
-    def read_table(self, source: str | None, table: pa.Table, now: int | None = None) -> pa.Table:
-        """The same of an Arrow table."""
-        columns = self._of(source)
-        if not table.num_rows:
-            raise RequestError("the table must have at least one row")
-        self._check_count(table.num_rows)
-        if (twice := find_twice(table.column_names)) is not None:
-            raise RequestError(f"column {quoted(twice)} is given twice")
-        given = dict(zip(table.column_names, table.columns, strict=True))
-        if (wrong := self._wrong_names(source, given)) is not None:
-            raise RequestError(wrong)
-        arrays = {name: self._arrow_column(name, each, given[name]) for name, each in columns.items() if name in given}
-        return self._check(source, arrays, now)
-
-    def _check_count(self, rows: int) -> None:
-        if rows > self.most_rows:
-            raise RequestError(f"there are more than {self.most_rows:,} rows; send them in several calls")
 
     def _of(self, source: str | None) -> dict[str, _EventColumn]:
         if source not in self._columns:
@@ -166,33 +114,23 @@ class RowChecks:
             wrong.append(f"there is no column '{missing[0]}'")
         return "; and ".join(wrong) or None
 
-    def _json_column(self, name: str, column: _EventColumn, values: Sequence[Any]) -> pa.Array:
+    def _read_column(self, name: str, column: _EventColumn, values: Sequence[Any]) -> pa.Array:
+        """Read a column of rows. An error names the first row that can't be read."""
+
         def read(some: Sequence[Any]) -> pa.Array:
             unit = self.schema.columns.time_unit
             return to_arrow(name, some, column.use, column.expected, unit, column.booleans)
 
-        return _read(read, values)
-
-    def _arrow_column(self, name: str, column: _EventColumn, values: pa.ChunkedArray) -> pa.Array:
-        whole = one_array(values)
-        if column.use == "time" and _is_text(whole.type):
-            return self._json_column(name, column, whole.to_pylist())
-
-        def read(some: pa.Array) -> pa.Array:
-            if not column.booleans and pt.is_boolean(element_type(some.type)):
-                raise RequestError(f"column '{name}' holds true or false, and not so in the log")
-            array = canonical(name, column.use, some, self.schema.columns.time_unit)
-            if column.use == "time":
-                for end in pc.min_max(array.cast(pa.int64())).as_py().values():
-                    if end is not None:
-                        microseconds(name, end, "us")
-            check_finite(name, array)
-            kinds = [element_type(kind) for kind in (array.type, column.expected or array.type)]
-            if kinds[0] != kinds[1] and not pt.is_null(array.type):
-                raise RequestError(f"column '{name}' must hold {column.expected}, as in the log; found {array.type}")
-            return array
-
-        return _read(read, whole)
+        try:
+            return read(values)
+        except UserError as error:
+            reason = error
+        row = find_first_fault(read, values)
+        try:
+            read(values[row : row + 1])
+        except UserError as error:
+            reason = error
+        raise _in_row(row, _short(reason))
 
     def _check(self, source: str | None, arrays: dict[str, pa.Array], now: int | None) -> pa.Table:
         size = len(next(iter(arrays.values())))
@@ -269,24 +207,6 @@ def _check_lengths(name: str, array: pa.Array) -> None:
         raise _in_row(row, f"column '{name}' holds a string of {length}")
 
 
-def _read(read: Callable[[Any], pa.Array], values: Any) -> pa.Array:
-    """What `read` makes of all values; an error names the first row that it can't read, unless it could read none."""
-    try:
-        return read(values)
-    except UserError as error:
-        reason = _short(error)
-    try:
-        read(take_part(values, 0, 0))
-    except UserError as error:
-        raise RequestError(_short(error)) from None
-    row = find_first_fault(read, values)
-    try:
-        read(take_part(values, row, row + 1))
-    except UserError as error:
-        reason = _short(error)
-    raise _in_row(row, reason)
-
-
 def _in_row(number: int, sentence: str) -> RequestError:
     return RequestError(f"row {number}: {sentence}")
 
@@ -294,34 +214,3 @@ def _in_row(number: int, sentence: str) -> RequestError:
 def _short(error: Exception) -> str:
     text = first_line(error)
     return text if len(text) <= _LONGEST_SENTENCE else f"{text[:_LONGEST_SENTENCE]}..."
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    """Whether values of a type take no more memory once they are read than they do in the stream."""
-    kind = kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) else kind
-    numbers = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind)
-    return numbers or pt.is_timestamp(kind) or pt.is_date(kind) or pt.is_null(kind) or _is_text(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pt.is_string(kind) or pt.is_large_string(kind))
-
-
-def _check_uncompressed(data: bytes) -> None:
-    """Raises RequestError where a batch of the stream is compressed, before anything of it is read."""
-    for message in pa.ipc.MessageReader.open_stream(data):
-        flat = message.metadata.to_pybytes()
-        table = struct.unpack_from("<I", flat, 0)[0]
-        if (kind := _find_field(flat, table, 1)) and flat[kind] == _RECORD_BATCH:
-            header = _find_field(flat, table, 2)
-            if _find_field(flat, header + struct.unpack_from("<I", flat, header)[0], 3):
-                raise RequestError("the Arrow stream is compressed; send it without compression")
-
-
-def _find_field(flat: bytes, table: int, number: int) -> int:
-    """Place of a field of a table in a flatbuffer, 0 where it is not given."""
-    entries = table - struct.unpack_from("<i", flat, table)[0]
-    if 4 + 2 * number >= struct.unpack_from("<H", flat, entries)[0]:
-        return 0
-    offset = struct.unpack_from("<H", flat, entries + 4 + 2 * number)[0]
-    return table + offset if offset else 0

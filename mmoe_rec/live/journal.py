@@ -4,19 +4,16 @@
     journal_batches   position -> rows that were accepted together, as an Arrow IPC stream with a checksum
     journal_columns   log and column -> the column's type, from the first row on that has a value
     journal_keys, journal_requests    keys of rows and requests that came before, see `mmoe_rec.live.row_keys`
-    journal_logs      log -> the latest time of its rows; up to where files hold it, and batches of it were removed
-    journal_cuts      see `mmoe_rec.live.journal_files`
 
 The position of a batch is its number: 1, 2, 3 and so on, without a gap. Whoever appends has the database to itself, so
-that a position is never visible before an earlier one. An embedded SQLite database has a file beside it, `FILE-end`,
-that says where the journal ends: SQLite drops transactions, without a word, after a flipped bit in its write-ahead log.
+that a position is never visible before an earlier one. The tables are the same in SQLite and in PostgreSQL.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 import threading
+import time
 import uuid
 import weakref
 import zlib
@@ -26,7 +23,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,10 +33,8 @@ import sqlalchemy as sql
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from mmoe_rec.atomic import flush
 from mmoe_rec.errors import RequestError, UserError, first_line, quoted
-from mmoe_rec.live.journal_tables import ABOUT, BATCHES, COLUMNS, METADATA
-from mmoe_rec.live.row_keys import RowKeys, judge
+from mmoe_rec.live.row_keys import BIG, METADATA, RowKeys, define_table, forget_keys, judge
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 
 ROWS_AT_A_TIME = 65_536
@@ -47,9 +42,19 @@ MOST_BATCH_BYTES = 2**28
 LOCK_SECONDS = 60
 """How long to wait for a process that appends."""
 _ADVISORY_LOCK = 0x6D6D6F65
-_sync = getattr(os, "fdatasync", os.fsync)
-
-_COUNTED = {"duplicate": "duplicates", "conflict": "conflicts", "out_of_order": "out_of_order"}
+_COUNTS = ("accepted", "duplicate", "conflict")
+_ABOUT = define_table("about", "id", id=sql.String(32), removed=BIG)
+_BATCHES = define_table(
+    "batches",
+    "position",
+    position=BIG,
+    log=sql.Text,
+    accepted_at=BIG,
+    **dict.fromkeys(_COUNTS, sql.Integer),
+    checksum=BIG,
+    payload=sql.LargeBinary,
+)
+_COLUMNS = define_table("columns", "log name", log=sql.Text, name=sql.Text, type=sql.Text)
 Types = dict[tuple[str, str], str]
 """Log of events, "" for the interaction log, and column -> the column's type."""
 
@@ -74,13 +79,6 @@ class Batch:
         return self.table.num_rows
 
 
-class Appended(NamedTuple):
-    """The position of the last batch of a call, and how many rows of the call are earlier than a row before."""
-
-    position: int
-    out_of_order: int = 0
-
-
 def parse_position(text: object) -> int:
     """The position in a text. Raises RequestError for anything else."""
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 18:
@@ -100,22 +98,20 @@ class Journal:
         self._url = _parse_address(str(address))
         self.name = self._url.render_as_string(hide_password=True)
         self._file = Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
+        self._last = 0  # position of the last batch that this process has appended
         self._start()
         if self._file is not None:
             _check_file(self._file, create)
         with self.appending() if create else self.reading() as connection:  # appending fails where nothing can be
             if create:
                 METADATA.create_all(connection)
-                if connection.execute(sql.select(ABOUT.c.id)).first() is None:
-                    connection.execute(sql.insert(ABOUT).values(id=uuid.uuid4().hex, removed=0))
-            elif not sql.inspect(connection).has_table(ABOUT.name):
+                if connection.execute(sql.select(_ABOUT.c.id)).first() is None:
+                    connection.execute(sql.insert(_ABOUT).values(id=uuid.uuid4().hex, removed=0))
+            elif not sql.inspect(connection).has_table(_ABOUT.name):
                 raise UserError(f"'{self.name}' holds no journal")
-            self.id: str = connection.execute(sql.select(ABOUT.c.id)).scalar_one()
-            self._mark = None if self._file is None else _EndMark(self._file, self.id)
-            if create:
-                self._note_end(self._find_end(connection))
+            self.id: str = connection.execute(sql.select(_ABOUT.c.id)).scalar_one()
 
-    def append(self, *batches: Batch, position: Future[Appended] | None = None) -> Appended:
+    def append(self, *batches: Batch, position: Future[int] | None = None) -> int:
         """Append batches, all or none, and return the position of the last one once they are durable.
 
         Threads that append meanwhile share a transaction. Batches without rows are left out. Duplicate rows are left
@@ -146,16 +142,14 @@ class Journal:
         return position.result(0)  # whoever had the lock before has set it
 
     def end(self) -> int:
-        """The position of the last batch, 0 for none. It costs little where SQLite's mark says so."""
-        if self._mark is not None and (marked := self._mark.read()) is not None:
-            return marked[0]
+        """The position of the last batch, 0 for none."""
         with self.reading() as connection:
-            return self._find_end(connection)[0]
+            return _find_ends(connection)[1]
 
     def removed(self) -> int:
         """The position up to which batches were removed once the logs' files held them, 0 for none."""
         with self.reading() as connection:
-            return _removed(connection)
+            return _find_ends(connection)[0]
 
     def check(self, position: int) -> None:
         """Raises RequestError for a position beyond the end."""
@@ -163,57 +157,56 @@ class Journal:
             raise RequestError(f"position {position} lies beyond the journal's end, {end}; is it of another journal?")
 
     def read(self, after: int, most_rows: int = ROWS_AT_A_TIME, through: int | None = None) -> list[Batch]:
-        """The next batches after a position, until there are so many rows; none where nothing is new.
+        """Read the next batches after a position, until there are so many rows.
 
-        through: the last position to read. Raises UserError where batches are damaged, lost or were removed; what lies
-        before these is given first.
+        Args:
+            after: The position.
+            most_rows: Batches are read until they have so many rows.
+            through: The last position to read. By default the journal's end.
+
+        Returns:
+            The batches, none if nothing is new.
+
+        Raises:
+            UserError: The next batch is damaged, lost or was removed.
         """
-        end = self.end() if through is None else through
-        if end < after and through is None:
-            raise self._lost(end, after)
-        if end <= after:
-            return []
-        batches, rows = list[Batch](), 0
+        batches, rows, place = list[Batch](), 0, _BATCHES.c.position
         with self.reading() as connection:
-            removed = _removed(connection)
+            removed, end = _find_ends(connection)
+            if end < after:
+                raise self._lost(end, after)
             if after < removed:
                 raise UserError(
                     f"batches {after + 1} to {removed} of the journal '{self.name}' were removed: go on with a model "
                     "whose tables hold them"
                 )
-            place, expected = BATCHES.c.position, after + 1
-            query = sql.select(BATCHES).where(place > after, place <= end).order_by(place)
-            for row in connection.execution_options(yield_per=16).execute(query):
-                if row.position > expected or (batch := self._decode(row)) is None:
+            query = sql.select(_BATCHES).where(place > after, place <= (end if through is None else through))
+            for row in connection.execution_options(yield_per=16).execute(query.order_by(place)):
+                expected = after + len(batches) + 1
+                if row.position != expected or row.checksum != _checksum(self.id, dict(row._mapping), row.payload):
                     if batches:
                         break  # the next read says so
-                    raise self._damaged(min(row.position, expected))
-                batches.append(batch)
-                rows, expected = rows + row.rows, row.position + 1
+                    raise UserError(
+                        f"the journal '{self.name}' is damaged at batch {expected}: restore its files from a copy"
+                    )
+                table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
+                counts = {name: row._mapping[name] for name in _COUNTS}
+                batches.append(Batch(row.log or None, row.accepted_at, table, row.position, counts))
+                rows += row.accepted
                 if rows >= most_rows:
                     break
-        if not batches and expected <= end:
-            raise self._lost(after, end)
         return batches
 
-    def read_log(self, source: str | None, after: int, through: int) -> list[Batch]:
-        """Read the batches of one log after a position up to another one, without those that were removed.
+    def remove(self, position: int) -> None:
+        """Remove the batches up to a position, once the logs' files hold their rows."""
+        with self.appending() as connection:
+            connection.execute(sql.delete(_BATCHES).where(_BATCHES.c.position <= position))
+            connection.execute(sql.update(_ABOUT).where(_ABOUT.c.removed < position).values(removed=position))
 
-        Raises:
-            UserError: Batches are damaged or lost.
-        """
-        place, batches = BATCHES.c.position, list[Batch]()
-        with self.reading() as connection:
-            first = max(after, _removed(connection))
-            there = sql.select(sql.func.count()).where(place > first, place <= through)
-            if connection.execute(there).scalar_one() < through - first:
-                raise self._lost(first, through)
-            query = sql.select(BATCHES).where(place > after, place <= through, BATCHES.c.log == (source or ""))
-            for row in connection.execution_options(yield_per=16).execute(query.order_by(place)):
-                if (batch := self._decode(row)) is None:
-                    raise self._damaged(row.position)
-                batches.append(batch)
-        return batches
+    def forget(self) -> None:
+        """Forget the keys of rows that were accepted long ago."""
+        with self.appending() as connection:
+            forget_keys(connection, time.time_ns() // 1_000)
 
     def column_types(self) -> Types:
         """The types of the columns that rows have so far."""
@@ -247,7 +240,7 @@ class Journal:
     def _start(self) -> None:
         """Begins without connections and threads: those that a forked child finds are its parent's."""
         self._engine = _create_engine(self._url)
-        self._waiting, self._writer = dict[Future[Appended], list[tuple[Batch, bytes]]](), threading.Lock()
+        self._waiting, self._writer = dict[Future[int], list[tuple[Batch, bytes]]](), threading.Lock()
         _journals.add(self)
 
     @contextmanager
@@ -258,131 +251,58 @@ class Journal:
             reason = first_line(getattr(error, "orig", None) or error)
             raise UserError(f"the journal '{self.name}' {what}: {reason}") from None
 
-    def _find_end(self, connection: Connection) -> tuple[int, int]:
-        """Position and checksum of the last batch. Raises UserError where it is not the one that was marked."""
-        last = connection.execute(
-            sql.select(BATCHES.c.position, BATCHES.c.checksum).order_by(BATCHES.c.position.desc()).limit(1)
-        ).first()
-        removed = _removed(connection)
-        end = (last.position, last.checksum) if last is not None and last.position >= removed else (removed, 0)
-        if self._mark is None or (marked := self._mark.read()) is None:
-            return end
-        if marked[0] > end[0] or (marked[0] == end[0] > removed and marked[1] != end[1]):
-            raise self._lost(end[0], marked[0])
-        return end
-
-    def _decode(self, row: Any) -> Batch | None:
-        """Return the batch of a row of the table, None if it is damaged."""
-        if row.checksum != _checksum(self.id, row._mapping, row.payload):
-            return None
-        table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
-        counts = {key: getattr(row, name) for key, name in _COUNTED.items()}
-        return Batch(row.log or None, row.accepted_at, table, row.position, {"accepted": row.rows, **counts})
-
-    def _damaged(self, position: int) -> UserError:
-        return UserError(f"the journal '{self.name}' is damaged at batch {position}: restore its files from a copy")
-
-    def _lost(self, end: int, marked: int) -> UserError:
-        files = "" if self._file is None else f", or remove '{self._file}-end' to go on without what is lost"
+    def _lost(self, end: int, acknowledged: int) -> UserError:
         return UserError(
-            f"the journal '{self.name}' is damaged: it ends with batch {end}, and {marked} were acknowledged; restore "
-            f"its files from a copy{files}"
+            f"the journal '{self.name}' is damaged: it ends with batch {end}, and {acknowledged} were acknowledged; "
+            "restore its files from a copy"
         )
 
     def _append_together(self) -> None:
         """Append the batches of all calls that still wait when the journal is free."""
-        ends, calls = list[tuple[Future[Appended], Appended]](), list[Future[Appended]]()
+        ends = dict[Future[int], int]()
+        calls = list[Future[int]]()
         try:
             with self.appending() as connection:
-                end, types = self._find_end(connection), _read_types(connection)
+                end, types = _find_ends(connection)[1], _read_types(connection)
+                if end < self._last:
+                    raise self._lost(end, self._last)
                 for position in list(self._waiting):
                     batches = self._waiting.pop(position)
                     if not position.set_running_or_notify_cancel():
                         continue  # The caller has given up, and from here on no caller can.
                     calls.append(position)
                     try:
-                        end, out_of_order = self._insert(connection, batches, end, types)
-                        ends.append((position, Appended(end[0], out_of_order)))
+                        ends[position] = end = self._insert(connection, batches, end, types)
                     except RequestError as error:
                         position.set_exception(error)
-            self._note_end(end)
-            for position, appended in ends:
-                position.set_result(appended)
+            self._last = end
+            for position, last in ends.items():
+                position.set_result(last)
         except BaseException as error:
             for position in calls:
                 if not position.done():
                     position.set_exception(error)
             raise
 
-    def _insert(
-        self, connection: Connection, batches: list[tuple[Batch, bytes]], end: tuple[int, int], types: Types
-    ) -> tuple[tuple[int, int], int]:
-        """Insert batches. Returns position and checksum of the new last one, and the number of rows out of order."""
-        out_of_order = 0
+    def _insert(self, connection: Connection, batches: list[tuple[Batch, bytes]], end: int, types: Types) -> int:
+        """Insert batches, and return the position of the last one."""
         if new := _find_new_types(types, batches):
             types |= new
             columns = [{"log": log, "name": name, "type": kind} for (log, name), kind in new.items()]
-            connection.execute(sql.insert(COLUMNS), columns)
+            connection.execute(sql.insert(_COLUMNS), columns)
         for batch, payload in batches:
-            log, table, counts = batch.source or "", batch.table, Counter[str]()
+            log, table, counts = batch.source or "", batch.table, Counter(accepted=len(batch))
             if batch.keys is not None:
-                judged = judge(connection, log, batch.keys, batch.accepted_at)
+                judged = judge(connection, batch.keys, batch.accepted_at)
                 table, counts = _keep(table, batch.keys.time, judged.accepted, judged.times), judged.counts
             if table is not batch.table:
                 payload = _encode(table)  # noqa: PLW2901
-            row = {"position": end[0] + 1, "log": log, "accepted_at": batch.accepted_at, "rows": len(table)}
-            row |= {name: counts[key] for key, name in _COUNTED.items()}
-            end = end[0] + 1, _checksum(self.id, row, payload)
-            connection.execute(sql.insert(BATCHES).values(**row, checksum=end[1], payload=payload))
-            out_of_order += counts["out_of_order"]
-        return end, out_of_order
-
-    def _note_end(self, end: tuple[int, int]) -> None:
-        """Marks the end, before anybody is told of it. A mark may lag behind by what a killed process appended."""
-        if self._mark is not None and ((marked := self._mark.read()) is None or marked[0] < end[0]):
-            with self._failing("could not be marked, so it is not known whether rows were kept"):
-                self._mark.write(*end)
-
-
-class _EndMark:
-    """Where a journal ends, in `FILE-end`: the position and checksum of each of the last batches.
-
-    Each batch has its own of 64 places in turn, so that processes need no lock, and a torn write loses one place.
-    """
-
-    _BYTES, _COUNT = 32, 64
-
-    def __init__(self, file: Path, journal_id: str) -> None:
-        self._path, self._id = Path(f"{file}-end"), bytes.fromhex(journal_id)
-
-    def read(self) -> tuple[int, int] | None:
-        """Position and checksum of the last batch that was acknowledged; None where the file does not say."""
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            return None
-        marks = []
-        for begin in range(0, len(data) - self._BYTES + 1, self._BYTES):
-            position, checksum = struct.unpack_from("<QI", data, begin + len(self._id))
-            if data[begin : begin + self._BYTES] == self._place(position, checksum):
-                marks.append((position, checksum))
-        return max(marks, default=None)
-
-    def write(self, position: int, checksum: int) -> None:
-        """Marks a batch as the last one, on disk."""
-        is_new = not self._path.exists()
-        file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
-            os.pwrite(file, self._place(position, checksum), position % self._COUNT * self._BYTES)
-            _sync(file)
-        finally:
-            os.close(file)
-        if is_new:
-            flush(self._path.parent)
-
-    def _place(self, position: int, checksum: int) -> bytes:
-        content = struct.pack("<16sQI", self._id, position, checksum)
-        return content + struct.pack("<I", zlib.crc32(content))
+            end += 1
+            row = {"position": end, "log": log, "accepted_at": batch.accepted_at}
+            row |= {name: counts[name] for name in _COUNTS}
+            checksum = _checksum(self.id, row, payload)
+            connection.execute(sql.insert(_BATCHES).values(**row, checksum=checksum, payload=payload))
+        return end
 
 
 def _parse_address(text: str) -> URL:
@@ -464,16 +384,19 @@ def _keep(table: pa.Table, time: str, rows: list[int], times: np.ndarray) -> pa.
 
 def _checksum(journal_id: str, row: Mapping[str, Any], payload: bytes) -> int:
     """Checksum a batch, given the values of its row in the table."""
-    about = " ".join(str(row[name]) for name in ("position", "accepted_at", "rows", *_COUNTED.values(), "log"))
+    about = " ".join(str(row[name]) for name in ("position", "accepted_at", *_COUNTS, "log"))
     return zlib.crc32(payload, zlib.crc32(f"{journal_id} {about}".encode()))
 
 
-def _removed(connection: Connection) -> int:
-    return int(connection.execute(sql.select(ABOUT.c.removed)).scalar_one())
+def _find_ends(connection: Connection) -> tuple[int, int]:
+    """Find the position up to which batches were removed, and the one of the last batch."""
+    removed = int(connection.execute(sql.select(_ABOUT.c.removed)).scalar_one())
+    last = connection.execute(sql.select(sql.func.max(_BATCHES.c.position))).scalar()
+    return removed, max(removed, last or 0)
 
 
 def _read_types(connection: Connection) -> Types:
-    return {(log, name): kind for log, name, kind in connection.execute(sql.select(COLUMNS))}
+    return {(log, name): kind for log, name, kind in connection.execute(sql.select(_COLUMNS))}
 
 
 def _find_new_types(types: Types, batches: list[tuple[Batch, bytes]]) -> Types:

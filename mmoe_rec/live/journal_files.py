@@ -1,29 +1,24 @@
 """What a journal holds as files of the logs: what counts of its rows, for `build`, `--extend` and training to read.
 
-The rows between two cuts give at most one file a log, `journal-ID-POSITION.parquet` (see README.md). Several models may
-share a journal: the journal says of each log up to where files hold it, whichever model's refresh wrote them.
+A refresh writes at most one file a log for a million rows, `journal-ID-POSITION.parquet` (see README.md). The files
+themselves say up to where a log has them, so a refresh that was killed is simply repeated.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
-import sqlalchemy as sql
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.journal_rows import JournalRows, find_uses
-from mmoe_rec.live.journal_tables import ABOUT, BATCHES, CUTS, LOGS, add_log
-from mmoe_rec.live.row_keys import forget_keys
+from mmoe_rec.live.journal_rows import JournalRows, find_uses, group_by_log
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import find_local, is_remote, local_path, split_glob, takes_in
 from mmoe_rec.settings.columns import Use
@@ -34,122 +29,78 @@ ROWS_OF_A_FILE = 2**20
 
 @dataclass
 class WrittenFiles:
-    """files: those of the cuts, also those that were there; counts: log -> rows by outcome; unknown: log of events that
-    the schema does not have -> rows, which are in no file; early: rows left out by `later_than`."""
+    """New files of a journal's rows.
 
+    Attributes:
+        through: The position up to which files hold the journal.
+        files: The files.
+        counts: Rows by outcome of each log, None for the interaction log.
+        unknown: Rows of logs of events that the schema does not have, which are in no file.
+        early: Rows that `later_than` left out.
+    """
+
+    through: int
     files: list[Path] = field(default_factory=list)
     counts: dict[str | None, Counter[str]] = field(default_factory=dict)
-    unknown: Mapping[str, int] = field(default_factory=dict)
+    unknown: Counter[str] = field(default_factory=Counter)
     early: int = 0
 
 
-def cut_journal(journal: Journal) -> int:
-    """Cuts the journal after the last batch, and before that where a file would get too many rows; returns the last
-    cut, 0 for none. Keys of rows of long ago are forgotten. Raises UserError where nothing can be appended."""
-    place = BATCHES.c.position
-    with journal.appending() as connection:
-        forget_keys(connection, time.time_ns() // 1_000)
-        last = connection.execute(sql.select(sql.func.max(CUTS.c.position))).scalar() or 0
-        sizes = sql.select(place, BATCHES.c.rows).where(place > last).order_by(place)
-        position, rows, cuts, is_new = last, 0, list[int](), False
-        for position, size in connection.execute(sizes):
-            rows, is_new = rows + size, True
-            if rows >= ROWS_OF_A_FILE:
-                cuts.append(position)
-                rows, is_new = 0, False
-        if is_new:
-            cuts.append(position)
-        if cuts:
-            connection.execute(sql.insert(CUTS), [{"position": each} for each in cuts])
-        return int(position)
-
-
 def write_files(
-    journal: Journal, schema: Schema, through: int, log: str, after: int = 0, later_than: int | None = None
+    journal: Journal, schema: Schema, log: str, after: int = 0, later_than: int | None = None
 ) -> WrittenFiles:
-    """Write the files of the cuts later than `after` up to `through`.
+    """Write the rows of a journal into files of the logs. Files that are there stay as they are.
 
     Args:
         journal: The journal.
         schema: Schema of the model that is refreshed.
-        through: The last cut.
         log: Where the interaction log is (`data.log`). Other logs are where the schema has them (`events.NAME.path`).
-        after: The last position whose rows the model's tables hold, 0 for none. A log whose rows no refresh has written
-            up to there is written from its own last position on. Files that are there stay as they are.
+        after: The last position whose rows the model's tables hold, 0 for none.
         later_than: Leave out rows of this time (microseconds) and before, as a server does whose tables know nothing of
             the journal.
 
     Raises:
-        UserError: A place can't take files, or the journal is damaged.
+        UserError: A folder can't take files, or the journal is damaged.
     """
-    written, uses, place = WrittenFiles(), find_uses(schema), BATCHES.c.position
-    with journal.reading() as connection:
-        held = {each.log: each.written for each in connection.execute(sql.select(LOGS))}
-        cuts = list(connection.execute(sql.select(CUTS.c.position).order_by(CUTS.c.position)).scalars())
-        new = sql.select(BATCHES.c.log, sql.func.sum(BATCHES.c.rows)).where(place > after, place <= through)
-        rows_of = {row[0]: int(row[1]) for row in connection.execute(new.group_by(BATCHES.c.log))}
-    written.unknown = {name: rows for name, rows in rows_of.items() if name and name not in uses}
-    for source in uses:
-        begin = min(after, held.get(source or "", 0))
-        for start, cut in pairwise([begin, *(each for each in cuts if begin < each < through), through]):
-            if batches := journal.read_log(source, start, cut):
-                _write_cut(journal, JournalRows.join(batches, schema), schema, cut, log, later_than, written)
-    with journal.appending() as connection:
-        for name in (source or "" for source in uses):
-            add_log(connection, name)
-            mine = LOGS.c.log == name, LOGS.c.written < through
-            connection.execute(sql.update(LOGS).where(*mine).values(written=through))
+    written, position = WrittenFiles(journal.end()), after
+    folders, held = dict[str | None, Path](), dict[str | None, int]()
+    places: dict[str | None, tuple[str, str]] = {None: (log, "data.log")}
+    for name, events in schema.events.items():
+        places[name] = events.path, f"data.events.{name}.path"
+    while batches := journal.read(position, ROWS_OF_A_FILE, written.through):
+        position = batches[-1].position
+        for source, new in group_by_log(batches).items():
+            if source not in places:
+                written.unknown[str(source)] += sum(map(len, new))
+                continue
+            if source not in folders:
+                folders[source] = _find_folder(*places[source], _name(journal, position))
+                names = (path.stem for path in folders[source].glob(_name(journal)))
+                held[source] = max((int(name.rpartition("-")[2]) for name in names), default=0)
+            if not (new := [batch for batch in new if batch.position > held[source]]):
+                continue
+            rows = JournalRows.join(new, schema)
+            table = rows.table
+            if later_than is not None:
+                table = table.filter(pa.array(rows.rows(schema).times() > later_than))
+            written.early += len(rows.table) - len(table)
+            written.counts.setdefault(source, Counter()).update(rows.counts)
+            if len(table):
+                path = folders[source] / _name(journal, position)
+                _write(
+                    path, table, find_uses(schema)[source], _find_pattern(places[source][0]), schema.columns.time_unit
+                )
+                written.files.append(path)
     return written
 
 
-def _write_cut(
-    journal: Journal,
-    rows: JournalRows,
-    schema: Schema,
-    cut: int,
-    log: str,
-    later_than: int | None,
-    written: WrittenFiles,
-) -> None:
-    """Write the file of a log's rows up to a cut, unless it is there or would be empty."""
-    source, table, name = rows.source, rows.table, f"journal-{journal.id}-{cut:012d}.parquet"
-    if later_than is not None:
-        table = table.filter(pa.array(rows.rows(schema).times() > later_than))
-    written.early += len(rows.table) - len(table)
-    written.counts.setdefault(source, Counter()).update(rows.counts)
-    if not table.num_rows:
-        return
-    place = log if source is None else schema.events[source].path
-    path = _find_folder(place, "data.log" if source is None else f"data.events.{source}.path", name) / name
-    uses = find_uses(schema)[source]
-    if not path.exists():
-        _write(path, table, uses, _find_pattern(place), schema.columns.time_unit)
-    written.files.append(path)
-
-
-def find_removed_logs(journal: Journal, schema: Schema, position: int) -> list[str | None]:
-    """Return the schema's logs of which rows were removed from the journal after a position. Tables that know the
-    journal up to there lack these rows, but the logs' files hold them."""
-    with journal.reading() as connection:
-        removed = {each.log: each.removed for each in connection.execute(sql.select(LOGS))}
-    return [source for source in (None, *schema.events) if removed.get(source or "", 0) > position]
-
-
-def remove_batches(journal: Journal, position: int) -> None:
-    """Remove the batches up to a position whose rows files hold. Those of a log that no refreshed model has stay."""
-    with journal.appending() as connection:
-        for log, written in connection.execute(sql.select(LOGS.c.log, LOGS.c.written)).all():
-            gone = BATCHES.c.log == log, BATCHES.c.position <= min(written, position)
-            last = sql.select(sql.func.max(BATCHES.c.position)).where(*gone, BATCHES.c.rows > 0)
-            if (removed := connection.execute(last).scalar()) is not None:
-                connection.execute(sql.update(LOGS).where(LOGS.c.log == log).values(removed=removed))
-            connection.execute(sql.delete(BATCHES).where(*gone))
-        # Positions up to here may be missing, though batches of a log that no refreshed model has are still there.
-        connection.execute(sql.update(ABOUT).where(ABOUT.c.removed < position).values(removed=position))
+def _name(journal: Journal, position: int | None = None) -> str:
+    """Name the file of the rows up to a position. Without one, return the pattern of all names."""
+    return f"journal-{journal.id}-{'*' if position is None else f'{position:012d}'}.parquet"
 
 
 def _find_folder(source: str, setting: str, name: str) -> Path:
-    """The folder whose file of that name belongs to a log."""
+    """Find the folder whose file of that name belongs to a log."""
     if is_remote(source):
         raise UserError(
             f"`{setting}` '{source}' is remote, where no journal's files can be written; use a local folder"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,13 +88,18 @@ class JournalRows:
         return int(late.sum())
 
 
-def join_by_log(batches: Sequence[Batch], schema: Schema) -> dict[str | None, JournalRows]:
-    """Join the batches of each log that the schema has."""
+def group_by_log(batches: Iterable[Batch]) -> dict[str | None, list[Batch]]:
+    """Group batches by their log, None for the interaction log."""
     logs: dict[str | None, list[Batch]] = {}
     for batch in batches:
-        if batch.source is None or batch.source in schema.events:
-            logs.setdefault(batch.source, []).append(batch)
-    return {source: JournalRows.join(some, schema) for source, some in logs.items()}
+        logs.setdefault(batch.source, []).append(batch)
+    return logs
+
+
+def join_by_log(batches: Iterable[Batch], schema: Schema) -> dict[str | None, JournalRows]:
+    """Join the batches of each log that the schema has."""
+    logs = group_by_log(batches).items()
+    return {source: JournalRows.join(some, schema) for source, some in logs if source in (None, *schema.events)}
 
 
 def _completed(table: pa.Table, columns: dict[str, Use]) -> pa.Table:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +20,8 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.event_rows import MOST_ROWS, RowChecks
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
-from mmoe_rec.live.journal_files import find_removed_logs
 from mmoe_rec.live.journal_rows import JournalRows, join_by_log
 from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.preprocessing.logs import read_held_files
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
@@ -52,8 +49,8 @@ class Learning:
     Raises UserError for an address that holds no journal.
     """
 
-    def __init__(self, ranker: Ranker, address: str, features: Path, most_rows: int = MOST_ROWS) -> None:
-        """address: of the journal; features: the folder with the model's tables; most_rows: of a batch to come."""
+    def __init__(self, ranker: Ranker, address: str, most_rows: int = MOST_ROWS) -> None:
+        """address: of the journal; most_rows: of a batch to come."""
         self.ranker, self.journal = ranker, Journal(address, create=False)
         self.schema = ranker.pipeline.schema
         require_all(self.schema, "a journal of events")
@@ -61,10 +58,15 @@ class Learning:
         self._waiting: ModelUpdate | None = None
         self._has_ended = False
         self._lock = threading.Lock()
-        self._told_of = set[str]()
         types = self.journal.column_types()
         _check_same_log(self.journal.name, types, self.schema)
-        self._tell_of(log for log, _ in types)
+        if others := sorted({log for log, _ in types} - {"", *self.schema.events}):
+            _log.warning(
+                "the journal '%s' holds rows of logs of events that the model's settings do not have, so it learns "
+                "nothing of them: %s",
+                self.journal.name,
+                ", ".join(map(repr, others)),
+            )
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == self.journal.id
         if about is not None and not self._is_known:
@@ -76,44 +78,14 @@ class Learning:
             )
         through = int(about["through"]) if about is not None and self._is_known else 0
         self.position = max(through, self.journal.removed())
-        taken = read_held_files(features)
-        self._begin(through, None if taken is None else taken.last_segments(self.journal.id, self.schema.events))
         self.gap: str | None = None
-        if find_removed_logs(self.journal, self.schema, through):
+        if through < self.position:
             self.gap = (
-                f"the journal begins after position {self.journal.removed()}, and the model's tables know it up to "
+                f"the journal begins after position {self.position}, and the model's tables know it up to "
                 f"{through} only: what was removed is in the logs' files, and mmoe-rec refresh --config FILE --model "
                 "models:/NAME@ALIAS, without --journal, makes a version that knows it"
             )
             _log.warning("%s", self.gap)
-
-    def _begin(self, through: int, held: Mapping[str | None, int] | None) -> None:
-        """Learn the events that the tables lack before the position from which the model goes on.
-
-        Those are of logs that no refreshed model has, so that no file of the model's logs holds them.
-
-        Args:
-            through: The position up to which the tables know the journal.
-            held: For each log the last cut whose file the tables hold, None if that is unknown.
-        """
-        lacking = dict[str | None, JournalRows]()
-        for source in self.schema.events:
-            after = through if held is None else held[source]
-            if after < self.position and (batches := self.journal.read_log(source, after, self.position)):
-                lacking[source] = JournalRows.join(batches, self.schema)
-        if lacking:
-            self._waiting = ModelUpdate(lacking, self.position, [])
-
-    def _tell_of(self, logs: Iterable[str]) -> None:
-        """Says once which logs of events the journal has that the model does not read; other models may."""
-        if others := sorted({log for log in logs if log} - set(self.schema.events) - self._told_of):
-            self._told_of.update(others)
-            _log.warning(
-                "the journal '%s' holds rows of logs of events that the model's settings do not have, so it learns "
-                "nothing of them: %s",
-                self.journal.name,
-                ", ".join(map(repr, others)),
-            )
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -142,7 +114,6 @@ class Learning:
             if self._waiting is None:
                 if not (batches := self.journal.read(self.position, most_rows)):
                     return None
-                self._tell_of(batch.source for batch in batches if batch.source is not None)
                 new = join_by_log(batches, self.schema)
                 self._waiting = ModelUpdate(new, batches[-1].position, [each.accepted_at for each in batches])
             counts, rows = Counter[str](), dict[str | None, LogRows]()

@@ -1,48 +1,77 @@
-"""Joins logged requests with events into rows of the interaction log, in a database that holds a bounded part of them:
+"""Join logged requests with events into rows of the interaction log, in a DuckDB database of bounded memory.
 
-    requests    candidates as they were logged     -> candidates: each once, of requests that are not written yet
-    events_N    the events of each log, each once  -> the candidate that each belongs to
-    labelled    candidates with their labels       -> Parquet files, by time
+README.md says which event belongs to which candidate, and when a request is written. The output is a folder with one
+folder of files for each run, which appears whole or not at all:
 
-README.md says which event belongs to which candidate, and when a request is written.
+    OUT/run-000001/part-00000.parquet      rows, by time
+    OUT/run-000001/_state.json             up to when requests are written, and from which files
+    OUT/.database/, OUT/.run-000002.*.tmp/ of a run that has not ended, or was killed; removed by the next one
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
 import time as clock
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import request_log as names
-from mmoe_rec.live.outcome_files import BEGIN, JoinState, OutcomeSource, Runs, open_runs
 from mmoe_rec.live.row_keys import EVENT_ID
-from mmoe_rec.log.checks import BadFile, format_time
+from mmoe_rec.locks import writing
+from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, format_time, words_of
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
-from mmoe_rec.log.database import open_database
-from mmoe_rec.log.files import find_files, is_remote
+from mmoe_rec.log.database import Database, open_database
+from mmoe_rec.log.files import find_files, is_remote, takes_in
+from mmoe_rec.log.reader import Piece, read_piece
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
 from mmoe_rec.log.values import columns_of
-from mmoe_rec.progress import bar, say
+from mmoe_rec.progress import bar
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.outcomes import LabelSource, label_columns
-from mmoe_rec.settings.sections import Settings, differences
+from mmoe_rec.settings.sections import Settings
 
 ROWS_PER_FILE = 262_144
+_BEGIN = -(2**62)  # before all times
 _LONGEST_REQUEST = MICROSECONDS_PER_DAY  # between the parts of a request that are logged apart
 _LONGEST_REPEAT = 30 * MICROSECONDS_PER_DAY  # between an event and the same one sent again
+_RUN, _LEFT = re.compile(r"run-\d{6}"), re.compile(r"\.database|\.run-\d{6}\..*\.tmp")
+_STATE = "_state.json"
+_CANDIDATES = """
+CREATE TABLE candidates AS
+    SELECT number, key, who, item, rank, own, start AS time FROM (
+        SELECT number, row(who, request) AS key, who, item, rank, time AS own,
+            min(time) OVER (PARTITION BY who, request) AS start,
+            row_number() OVER (PARTITION BY who, request, item ORDER BY served DESC, rank, number DESC) AS place
+        FROM requests)
+    WHERE place = 1
+"""
+"""The candidates with their request's first time. A candidate that was logged again is taken from the last reply."""
 
 
 @dataclass(frozen=True)
 class JoinResult:
-    """What a run did. folder: of the new files, None where there is nothing to add; rows: in them; until: time up to
-    which requests are written, microseconds; counts: what there was -> how many."""
+    """The outcome of a run.
+
+    Attributes:
+        folder: Folder of the new files, None if there is nothing to add.
+        rows: Number of rows in the new files.
+        until: Time up to which requests are written, microseconds.
+        counts: Number of rows, requests and events by what became of them.
+        left_out: Reasons why files were left out.
+    """
 
     folder: Path | None
     rows: int
@@ -60,28 +89,135 @@ def join_outcomes(
     until: int | None = None,
     now: int | None = None,
 ) -> JoinResult:
-    """Adds the requests whose outcomes are known to an interaction log.
+    """Add the requests whose outcomes are known to an interaction log.
 
-    requests: folder that `serve --log-requests` writes; events: folder with a folder for each of `outcomes.events`;
-    others are at `data.events.NAME.path`; out: folder of the log; new, empty, or of runs before; until: time up to
-    which all events are there, microseconds; None: the last event's of each log; now: later events are mistakes; None
-    is the clock's time. Raises UserError where these don't fit each other; nothing is added then.
+    Args:
+        settings: Settings of the log.
+        requests: Folder that `serve --log-requests` writes.
+        events: Folder with a folder for each of `outcomes.events`. Others are at `data.events.NAME.path`.
+        out: Folder of the log, which is new, empty, or has joined outcomes.
+        until: Time up to which all events are there, microseconds. By default the last event's of each log.
+        now: Later events are mistakes. By default the clock's time.
+
+    Raises:
+        UserError: The arguments or files don't fit each other. Nothing is added.
     """
     require_all(settings.schema_, "joining outcomes")
-    sources = {"--requests": requests} | ({} if events is None else {"--events": events})
-    with open_runs(out, sources) as runs:
-        moment = int(clock.time() * 1e6) if now is None else now
-        return _Run(settings, requests, events, runs, until, moment).run()
+    with _open_out(out, {"--requests": requests} | ({} if events is None else {"--events": events})) as folder:
+        join = _Join(settings, requests, events, folder, int(clock.time() * 1e6) if now is None else now)
+        data = settings.data
+        with bar() as progress, open_database(folder / ".database", data.memory_gib, data.workers) as database:
+            progress.add_task("joining", total=None)
+            return join.run(database, until)
 
 
-class _Run:
-    """One run. requests, events: what is read; inputs: columns that features read; placement: of them, those that
-    events or ranks say."""
+@dataclass(frozen=True)
+class _State:
+    """What the last run left.
 
-    def __init__(
-        self, settings: Settings, requests: str, events: str | None, runs: Runs, until: int | None, now: int
-    ) -> None:
-        self.settings, self.runs, self.given, self.now = settings, runs, until, now
+    Attributes:
+        through: Time of the latest requests that may have been written, microseconds.
+        files: Size of each file that was there, and the latest time of its rows.
+    """
+
+    through: int = _BEGIN
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@contextmanager
+def _open_out(folder: str | Path, sources: dict[str, str]) -> Iterator[Path]:
+    """Lock an output folder and remove what a killed join has left there.
+
+    Args:
+        folder: The output folder.
+        sources: Settings and the addresses that they give the join to read.
+
+    Raises:
+        UserError: The folder holds something else, lies within a source, or is in use.
+    """
+    if is_remote(str(folder)):
+        raise UserError(f"--out '{folder}' must be a folder of this machine, or one mounted like one")
+    real = Path(os.path.realpath(folder))
+    for setting, source in sources.items():
+        if takes_in(source, [real / "run-000001" / "part-00000.parquet"]):
+            raise UserError(f"{setting} '{source}' takes in the files of --out '{folder}'; give a folder outside it")
+    there = sorted(path.name for path in real.iterdir()) if real.is_dir() else [real.name] if real.exists() else []
+    if other := [name for name in there if not _RUN.fullmatch(name) and not _LEFT.fullmatch(name)]:
+        raise UserError(
+            f"--out '{folder}' holds something else, such as '{other[0]}'; give a new or empty folder, or one with "
+            "joined outcomes"
+        )
+    with writing(real, "a join of outcomes", "give another folder with --out"):
+        real.mkdir(parents=True, exist_ok=True)
+        for path in real.iterdir():
+            if _LEFT.fullmatch(path.name):
+                shutil.rmtree(path)
+        yield real
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Files of logged requests, or of one log of events.
+
+    Attributes:
+        columns: Name in the database -> column of the files.
+        uses: Columns of the files and the uses that they are read as.
+        unit: Unit of integer times.
+        types: Columns and their types. A column that is null everywhere has none.
+    """
+
+    columns: dict[str, str]
+    uses: dict[str, Use]
+    unit: str | None
+    files: list[LogFile]
+    types: dict[str, pa.DataType]
+    left_out: list[LeftOut]
+
+    @staticmethod
+    def open(settings: Settings, address: str, setting: str, columns: dict[str, tuple[str, Use]]) -> _Source:
+        """Check the footers of all files. Raises UserError, as `Log` does."""
+        unit, skip, uses = settings.columns.time_unit, settings.data.skip_bad_files, dict[str, Use]()
+        for column, use in columns.values():
+            if uses.setdefault(column, use) != use:
+                raise UserError(
+                    f"column '{column}' of '{address}' is needed as {uses[column]} and as {use}: add a column"
+                )
+        files, types, left_out = check_files(find_files(address, setting), uses, unit, skip, {})
+        if not files:
+            raise UserError(f"none of the files of '{address}' can be used; the first: {left_out[0].reason}")
+        return _Source({name: column for name, (column, _) in columns.items()}, uses, unit, files, types, left_out)
+
+    def type_of(self, name: str) -> pa.DataType:
+        """Return the type of a column, given its name in the database."""
+        return self.types.get(self.columns[name], pa.null())
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns in the database, with times as microseconds, and any type where all values are null."""
+        kinds = {
+            name: pa.int64() if self.uses[column] == "time" else self.types.get(column, pa.int8())
+            for name, column in self.columns.items()
+        }
+        return pa.schema(kinds | {"number": pa.int64(), "is_new": pa.bool_()})
+
+    def read(self, file: LogFile) -> Iterator[pa.Table]:
+        """Read a file under the database's names. Raises BadFile."""
+        piece = Piece(file.address, tuple(range(len(file.group_rows))), file.in_path, file.rows)
+        for _, table in read_piece(piece, self.uses, self.unit, words_of(self.types)) if file.rows else ():
+            yield pa.table({name: table[column] for name, column in self.columns.items()})
+
+
+class _Join:
+    """One run. In the database, `who`, `item`, `time` and `request` are the columns that tell to which candidate an
+    event belongs, `i0`, `i1` inputs of the model, `p0`, `p1` columns of placement and `v0`, `v1` values of labels.
+
+    Raises UserError where settings and files don't fit each other.
+    """
+
+    database: Database
+
+    def __init__(self, settings: Settings, requests: str, events: str | None, folder: Path, now: int) -> None:
+        self.settings, self.folder, self.now = settings, folder, now
         self.columns, self.outcomes, schema = settings.columns, settings.outcomes, settings.schema_
         for column, tasks in label_columns(schema).items():
             if column not in self.outcomes.labels:
@@ -89,32 +225,34 @@ class _Run:
                     f"outcomes.labels does not say where column '{column}' comes from, which task '{tasks[0]}' reads; "
                     f"add outcomes.labels.{column} with the log of events and within_days"
                 )
-        self.inputs, uses = schema.input_columns(), column_uses(schema)
-        self.placement = [name for name, role in self.inputs.items() if role == "placement"]
+        roles, self.uses = schema.input_columns(), column_uses(schema)
+        self.inputs = [name for name, role in roles.items() if role != "placement"]
+        self.placement = [name for name, role in roles.items() if role == "placement"]
         if self.outcomes.shown is None and (unknown := [name for name in self.placement if name != self.outcomes.rank]):
             raise UserError(
                 f"features read column '{unknown[0]}' of role placement, but nothing says where candidates were shown: "
                 "set outcomes.shown to a log of events with that column, or outcomes.rank to its name if it holds the "
                 "rank in the reply"
             )
-        self.requests = self._open_requests(
-            requests, {name: uses[name] for name in self.inputs if name not in self.placement}
-        )
-        self.events = dict[str, OutcomeSource]()
-        for name in dict.fromkeys(each.events for each in self.outcomes.windows):
-            self.events[name] = self._open_events(name, events, {column: uses[column] for column in self.placement})
-            self._check_types(name)
-        self.before = runs.state()
-        self.after = self.before.through
-        self.counts: Counter[str] = Counter()
-        self.tables = {name: f"events_{number}" for number, name in enumerate(self.events)}
-        self.sources = [self.requests, *self.events.values()]
-        self.by_user = [name for name in self.events if self.outcomes.events[name].request is None]
+        self.requests = self._open_requests(requests)
+        logs = dict.fromkeys(window.events for window in self.outcomes.windows)
+        self.events = {name: self._open_events(name, events) for name in logs}
+        self.tables = {name: f"events_{number}" for number, name in enumerate(logs)}
+        self.by_user = [name for name in logs if self.outcomes.events[name].request is None]
+        self.last_run = max((path.name for path in folder.iterdir() if _RUN.fullmatch(path.name)), default="run-000000")
+        self.before = self._read_state()
+        self.after, self.files, self.counts = self.before.through, dict[str, tuple[int, int]](), Counter[str]()
 
-    def _open_requests(self, address: str, columns: dict[str, Use]) -> OutcomeSource:
-        uses: dict[str, Use] = {names.REQUEST: "key", names.AT: "time", names.RANK: "number", names.SHARE: "number"}
+    def _open_requests(self, address: str) -> _Source:
+        columns = self.columns
+        read: dict[str, tuple[str, Use]] = {
+            "who": (columns.user, "key"), "item": (columns.candidate, "key"), "time": (columns.time, "time"),
+            "request": (names.REQUEST, "key"), "served": (names.AT, "time"), "rank": (names.RANK, "number"),
+            "share": (names.SHARE, "number"),
+        }  # fmt: skip
+        read |= {f"i{number}": (name, self.uses[name]) for number, name in enumerate(self.inputs)}
         try:
-            return OutcomeSource.open(self.settings, address, "--requests", columns | uses, self.columns.time)
+            return _Source.open(self.settings, address, "--requests", read)
         except BadFile as problem:
             raise BadFile(
                 f"{problem}. Requests are as `serve --log-requests` wrote them, with the columns that the features of "
@@ -123,7 +261,7 @@ class _Run:
                 problem.address,
             ) from None
 
-    def _open_events(self, name: str, folder: str | None, placement: dict[str, Use]) -> OutcomeSource:
+    def _open_events(self, name: str, folder: str | None) -> _Source:
         section, given = self.outcomes.events[name], self.settings.data.events
         if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
             address, setting = f"{folder.rstrip('/')}/{name}", "--events"
@@ -134,154 +272,133 @@ class _Run:
             raise UserError(
                 f"{where} folder '{name}' of Parquet files; or say where they are in data.events.{name}.path"
             )
-        uses: dict[str, Use] = dict.fromkeys(self._keys(name), "key")
-        values = (each.value for each in self.outcomes.labels.values() if each.events == name)
-        uses |= dict.fromkeys(filter(None, values), "number")
+        read: dict[str, tuple[str, Use]] = {"who": (self.columns.user, "key"), "item": (self.columns.candidate, "key")}
+        if section.request is not None:
+            read["request"] = section.request, "key"
+        keys, read["time"] = [*read], (section.time, "time")
+        for place, label in enumerate(self.outcomes.labels.values()):
+            if label.events == name and label.value is not None:
+                read[f"v{place}"] = label.value, "number"
         if self.outcomes.shown is not None and self.outcomes.shown.events == name:
-            uses |= placement
-        if section.time in uses:
-            raise UserError(f"column '{section.time}' of events '{name}' is the time and something else; add a column")
+            read |= {f"p{place}": (column, self.uses[column]) for place, column in enumerate(self.placement)}
         if any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting)):
-            uses[EVENT_ID] = "key"
-        return OutcomeSource.open(self.settings, address, setting, {**uses, section.time: "time"}, section.time)
-
-    def _keys(self, name: str) -> dict[str, str]:
-        """Columns by which events of a log are joined -> those of the requests."""
-        keys = {self.columns.user: self.columns.user, self.columns.candidate: self.columns.candidate}
-        request = self.outcomes.events[name].request
-        return keys if request is None else {**keys, request: names.REQUEST}
-
-    def _check_types(self, name: str) -> None:
-        """Raises UserError where a column by which events are joined has another type than in the requests; one that is
-        null everywhere gets the other's."""
-        for mine, theirs in self._keys(name).items():
-            one = self.events[name].types.setdefault(mine, self.requests.types.get(theirs, pa.int8()))
-            other = self.requests.types.setdefault(theirs, one)
-            if one != other:
+            read["event_id"] = EVENT_ID, "key"
+        source = _Source.open(self.settings, address, setting, read)
+        for key in keys:  # A key that is null everywhere gets the type that the other side has.
+            mine, theirs = source.columns[key], self.requests.columns[key]
+            one = source.types.setdefault(mine, self.requests.types.get(theirs, pa.int8()))
+            if one != (other := self.requests.types.setdefault(theirs, one)):
                 raise UserError(
                     f"column '{mine}' of events '{name}' holds {one}, and column '{theirs}' of the requests {other}: "
                     "no event would belong to any request; write both with one type"
                 )
+        return source
 
-    def run(self) -> JoinResult:
-        settings = self.outcomes.model_dump(mode="json")
-        if self.before.settings and self.before.settings != settings:
-            changes = (f"{name}: {old}, now {new}" for name, old, new in differences(self.before.settings, settings))
-            say(f"note: earlier rows were joined by other settings of section outcomes ({'; '.join(changes)})")
-        data, rows = self.settings.data, 0
-        with (
-            bar() as progress,
-            open_database(self.runs.folder / ".database", data.memory_gib, data.workers) as database,
-        ):
-            self.database = database
-            progress.add_task("joining", total=None)
-            until = self._read_events()
-            if until > self.after:
-                self._find_candidates(until)
-                self._find_labels(until)
-                (rows,) = database.row(f"SELECT count(*) FROM labelled WHERE time <= {until}")
-            if rows:
-                files = {file.address: file.bytes for each in self.sources for file in each.files}
-                with self.runs.add(JoinState(until, settings, files)) as made:
-                    self._write(until, made)
-        left_out = [each.reason for source in self.sources for each in source.left_out]
-        folder = self.runs.next if rows else None
-        return JoinResult(folder, rows, until if rows else self.after, dict(+self.counts), left_out)
+    def _read_state(self) -> _State:
+        path = self.folder / self.last_run / _STATE
+        if not path.parent.exists():
+            return _State()
+        try:
+            return _State(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise UserError(
+                f"'{path}' is missing or damaged, so it is not known which requests are written: restore it, or join "
+                "into another folder"
+            ) from None
 
-    def _fill(self, table: str, source: OutcomeSource, start: int, late: str) -> None:
-        """Makes a table of rows, of all that are later than `start`; counts those of new files that are no later than
-        what is written as `late`."""
+    def run(self, database: Database, given: int | None) -> JoinResult:
+        """Add a folder of rows. given: see `join_outcomes.until`."""
+        self.database, rows, folder = database, 0, self.folder / f"run-{int(self.last_run[-6:]) + 1:06d}"
+        until = min(self._read_events(name, given) for name in self.events)
+        until -= round(self.outcomes.wait_days * MICROSECONDS_PER_DAY)
+        if until > self.after:
+            self._find_candidates(until)
+            self._find_labels(until)
+            (rows,) = database.row(f"SELECT count(*) FROM labelled WHERE time <= {until}")
+        if rows:
+            with atomic_folder(folder) as made:
+                self._write(until, made)
+                state = json.dumps(asdict(_State(until, self.files)), indent=1)
+                (made / _STATE).write_text(state, encoding="utf-8")
+        left_out = [file.reason for source in (self.requests, *self.events.values()) for file in source.left_out]
+        return JoinResult(folder if rows else None, rows, until if rows else self.after, dict(+self.counts), left_out)
+
+    def _fill(self, table: str, source: _Source, start: int, late: str) -> None:
+        """Make a table of rows later than `start`, and count rows of new files whose time was written as `late`."""
 
         def read() -> Iterator[pa.Table]:
             number = 0
-            for file, rows in source.read(start):
-                is_new = self.before.files.get(file.address) != file.bytes
-                if isinstance(rows, int):
-                    self.counts[late] += rows * is_new
-                    continue
-                numbers = pa.array(np.arange(number, number + len(rows)))
-                more = [numbers, pa.array(np.full(len(rows), is_new))]
-                yield pa.table([*rows.select(list(source.uses)).columns, *more], source.schema.names)
-                number += len(rows)
+            for file in source.files:
+                size, last = self.before.files.get(file.address, (None, _BEGIN))
+                is_new = size != file.bytes
+                if is_new or last > start:
+                    for rows in source.read(file):
+                        numbers = pa.array(np.arange(number, number + len(rows)))
+                        number += len(rows)
+                        last = max(last, pc.max(rows["time"].cast(pa.int64())).as_py() or _BEGIN)
+                        yield rows.append_column("number", numbers).append_column(
+                            "is_new", pa.array(np.full(len(rows), is_new))
+                        )
+                self.files[file.address] = file.bytes, max(last, self.files.get(file.address, (0, _BEGIN))[1])
 
         self.database.fill(table, source.schema, read())
-        time = source.name(source.time)
-        (rows,) = self.database.row(f"SELECT count(*) FROM {table} WHERE is_new AND {time} <= {self.after}")
-        self.counts[late] += rows
-        self.database.run(f"DELETE FROM {table} WHERE {time} IS NOT NULL AND {time} <= {start}")
+        (self.counts[late],) = self.database.row(f"SELECT count(*) FROM {table} WHERE is_new AND time <= {self.after}")
+        self.database.run(f"DELETE FROM {table} WHERE time <= {start}")
 
-    def _request(self, source: OutcomeSource, column: str) -> str:
-        """The request in SQL: its user and its id."""
-        return f"row({source.name(self.columns.user)}, {source.name(column)})"
-
-    def _read_events(self) -> int:
-        """Reads the events later than all that is written; gives the time up to which requests can be written."""
-        ends = []
-        for name, source in self.events.items():
-            table, section = self.tables[name], self.outcomes.events[name]
-            # An event that is sent again may lie in the time of a later request, if it does not name its own.
-            looks_back = name in self.by_user and EVENT_ID in source.uses
-            start = self.after - _LONGEST_REPEAT * looks_back
-            self._fill("given", source, start, f"new events '{name}' of requests that were written before")
-            keys = list(self._keys(name))
-            lacking = " OR ".join(f"{source.name(each)} IS NULL" for each in (*keys, section.time))
-            user, time, item = map(source.name, (self.columns.user, section.time, self.columns.candidate))
-            first = user if section.request is None else self._request(source, section.request)
-            event = source.name(EVENT_ID) if EVENT_ID in source.uses else "NULL"
-            self.database.run(
-                f"CREATE TABLE {table} AS SELECT *, {first} AS first, {item} AS item, {time} AS time FROM given "
-                f"WHERE NOT ({lacking}) AND {time} <= {self.now} QUALIFY {time} > {self.after} AND ({event} IS NULL "
-                f"OR row_number() OVER (PARTITION BY {user}, {event} ORDER BY {time}, number) = 1)"
-            )
-            null, future, rows = self.database.row(
-                f"SELECT count(*) FILTER ({lacking}), "
-                f"count(*) FILTER (NOT ({lacking}) AND {time} > {self.now}), count(*) FROM given "
-                f"WHERE {time} IS NULL OR {time} > {self.after}"
-            )
-            count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
-            self.database.run("DROP TABLE given")
-            self.counts[f"events '{name}' without {' or '.join(keys)}, or a time"] += null
-            self.counts[f"events '{name}' in the future"] += future
-            self.counts[f"events '{name}' that came again"] += rows - null - future - count
-            complete = (BEGIN if last is None else last) if self.given is None else self.given
-            window = max(each.microseconds for each in self.outcomes.windows if each.events == name)
-            ends.append(complete - window)
-        return min(ends) - round(self.outcomes.wait_days * MICROSECONDS_PER_DAY)
+    def _read_events(self, name: str, given: int | None) -> int:
+        """Read the events of a log later than all that is written. Return the time up to which its windows ended."""
+        source, table = self.events[name], self.tables[name]
+        is_by_user, has_id = name in self.by_user, "event_id" in source.columns
+        # An event that is sent again may lie in the time of a later request, if it does not name its own.
+        start = self.after - _LONGEST_REPEAT * (is_by_user and has_id)
+        self._fill("given", source, start, f"new events '{name}' of requests that were written before")
+        keys = ["who", "item", *([] if is_by_user else ["request"])]
+        lacking = " OR ".join(f"{column} IS NULL" for column in (*keys, "time"))
+        is_new = f"AND time > {self.after}"
+        if has_id:
+            is_first = "row_number() OVER (PARTITION BY who, event_id ORDER BY time, number) = 1"
+            is_new = f"QUALIFY time > {self.after} AND (event_id IS NULL OR {is_first})"
+        self.database.run(
+            f"CREATE TABLE {table} AS SELECT *, {'who' if is_by_user else 'row(who, request)'} AS key FROM given "
+            f"WHERE NOT ({lacking}) AND time <= {self.now} {is_new}"
+        )
+        null, future, rows = self.database.row(
+            f"SELECT count(*) FILTER ({lacking}), count(*) FILTER (NOT ({lacking}) AND time > {self.now}), count(*) "
+            f"FROM given WHERE time IS NULL OR time > {self.after}"
+        )
+        count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
+        self.database.run("DROP TABLE given")
+        columns = " or ".join(source.columns[key] for key in keys)
+        self.counts[f"events '{name}' without {columns}, or a time"] = null
+        self.counts[f"events '{name}' in the future"] = future
+        self.counts[f"events '{name}' that came again"] = rows - null - future - count
+        complete = (_BEGIN if last is None else last) if given is None else given
+        return complete - max(window.microseconds for window in self.outcomes.windows if window.events == name)
 
     def _find_candidates(self, until: int) -> None:
-        """The candidates that were shown, with their request's first time; one that was logged again counts as it was
-        in the last reply."""
-        source, columns = self.requests, self.columns
-        self._fill("requests", source, self.after - _LONGEST_REQUEST, "rows of requests that came too late")
-        (share,) = self.database.row(f"SELECT min({source.name(names.SHARE)}) FROM requests")
+        """Make the table of candidates that were shown."""
+        self._fill("requests", self.requests, self.after - _LONGEST_REQUEST, "rows of requests that came too late")
+        (share,) = self.database.row("SELECT min(share) FROM requests")
         if self.by_user and share is not None and share < 1:
             raise UserError(
                 f"a share of {share:g} of all requests was logged, so an event '{self.by_user[0]}' may come from one "
                 f"that was not: name the column with the request's id in outcomes.events.{self.by_user[0]}.request, or "
                 "log all requests with --log-share 1"
             )
-        aliases = {"who": columns.user, "item": columns.candidate, "own": columns.time}
-        aliases |= {"served": names.AT, "rank": names.RANK}
-        chosen = ", ".join(f"{source.name(column)} AS {alias}" for alias, column in aliases.items())
-        self.database.run(
-            "CREATE TABLE candidates AS SELECT number, who, request, item, rank, own, start AS time FROM (SELECT *, "
-            "min(own) OVER (PARTITION BY request) AS start, lead(item) OVER (PARTITION BY request ORDER BY item, "
-            "served, rank DESC, number) AS later FROM "
-            f"(SELECT number, {self._request(source, names.REQUEST)} AS request, {chosen} FROM requests)) "
-            "WHERE later IS DISTINCT FROM item"
-        )
-        again, late = self.database.row(
+        self.database.run(_CANDIDATES)
+        again, late, before = self.database.row(
             "SELECT (SELECT count(*) FROM requests) - count(*), "
-            f"count(*) FILTER (time <= {self.after} AND own > {self.after}) FROM candidates"
+            f"count(*) FILTER (time <= {self.after} AND own > {self.after}), "
+            f"count(*) FILTER (time > {self.after} AND time <= {until}) FROM candidates"
         )
-        self.counts["rows that were logged again"] += again
-        self.counts["rows of requests that were written before"] += late
+        self.counts["rows that were logged again"] = again
+        self.counts["rows of requests that were written before"] = late
         self.database.run(f"DELETE FROM candidates WHERE time <= {self.after}")
-        (before,) = self.database.row(f"SELECT count(*) FROM candidates WHERE time <= {until}")
+        for name in self.events:
+            self._count_strangers(name)
         if (shown := self.outcomes.shown) is not None:
-            placed = "".join(f", {self.events[shown.events].name(name)}" for name in self.placement)
             self.database.run(
-                f"CREATE TABLE shown AS SELECT owner{placed} FROM ({self._query_owned(shown.events)}) "
+                f"CREATE TABLE shown AS SELECT * FROM ({self._query_owned(shown.events)}) "
                 f"WHERE delay <= {shown.microseconds} "
                 "QUALIFY row_number() OVER (PARTITION BY owner ORDER BY time, number) = 1",
                 "DELETE FROM candidates WHERE number NOT IN (SELECT owner FROM shown)",
@@ -289,65 +406,60 @@ class _Run:
         elif self.outcomes.top is not None:
             self.database.run(f"DELETE FROM candidates WHERE NOT coalesce(rank <= {self.outcomes.top}, false)")
         rows, requests, waiting = self.database.row(
-            f"SELECT count(*) FILTER (time <= {until}), count(DISTINCT request) FILTER (time <= {until}), "
-            f"count(DISTINCT request) FILTER (time > {until}) FROM candidates"
+            f"SELECT count(*) FILTER (time <= {until}), count(DISTINCT key) FILTER (time <= {until}), "
+            f"count(DISTINCT key) FILTER (time > {until}) FROM candidates"
         )
-        self.counts["rows that were not shown"] += before - rows
+        self.counts["rows that were not shown"] = before - rows
         self.counts["requests"], self.counts["requests that wait"] = requests, waiting
 
-    def _query_owned(self, name: str) -> str:
-        """A query for the events of a log that belong to a candidate, `owner`, with their `delay` after its request."""
-        # Of candidates of one user, item and time the last one, whatever the order of the files.
-        owners = (
-            "(SELECT who, item, time, arg_max(number, row(request, rank, number)) AS number FROM candidates "
-            "GROUP BY ALL)"
+    def _count_strangers(self, name: str) -> None:
+        """Count events that name a request, but are earlier than it, or of another user."""
+        if name in self.by_user:
+            return
+        early, others = self.database.row(
+            "SELECT count(*) FILTER (e.key = c.key AND e.time < c.time), "
+            "count(DISTINCT e.number) FILTER (e.who <> c.who) "
+            f"FROM {self.tables[name]} e JOIN candidates c ON e.key[2] = c.key[2] AND e.item = c.item"
         )
-        join, key = "ASOF JOIN", "who"
-        if name not in self.by_user:
-            join, key, owners = "JOIN", "request", "candidates"
-            (early,) = self.database.row(
-                f"SELECT count(*) FROM {self.tables[name]} e JOIN candidates c ON e.first = c.request "
-                "AND e.item = c.item WHERE e.time < c.time"
+        self.counts[f"events '{name}' earlier than their request"] = early
+        if self.columns.request_scope == "log":
+            self.counts[f"events '{name}' of another user than their request's"] = others
+
+    def _query_owned(self, name: str) -> str:
+        """Return a query for the events that belong to a candidate, `owner`, with their `delay` after its request."""
+        join, owners = "JOIN", "candidates"
+        if name in self.by_user:  # Of candidates of one user, item and time the last one, in any order of the files.
+            join = "ASOF JOIN"
+            owners = (
+                "(SELECT who AS key, item, time, arg_max(number, row(candidates.key, rank, number)) AS number "
+                "FROM candidates GROUP BY who, item, time)"
             )
-            self.counts.setdefault(f"events '{name}' earlier than their request", early)
-            if self.columns.request_scope == "log":
-                (others,) = self.database.row(
-                    f"SELECT count(*) FROM {self.tables[name]} e "
-                    "SEMI JOIN candidates c ON e.first[2] = c.request[2] AND e.item = c.item "
-                    "ANTI JOIN candidates o ON e.first = o.request AND e.item = o.item"
-                )
-                self.counts.setdefault(f"events '{name}' of another user than their request's", others)
         return (
             f"SELECT e.*, c.number AS owner, e.time - c.time AS delay FROM {self.tables[name]} e {join} {owners} c "
-            f"ON e.first = c.{key} AND e.item = c.item AND e.time >= c.time"
+            "ON e.key = c.key AND e.item = c.item AND e.time >= c.time"
         )
 
     def _find_labels(self, until: int) -> None:
-        """Labels of candidates, null where nothing is known."""
-        labels = list(self.outcomes.labels.items())
-        joins, values = [], []
-        for name in dict.fromkeys(source.events for _, source in labels):
-            mine = [(place, source) for place, (_, source) in enumerate(labels) if source.events == name]
-            sums = ", ".join(self._combine(place, source) for place, source in mine)
-            table = f"of_{self.tables[name]}"
-            self.database.run(
-                f"CREATE TABLE {table} AS SELECT owner, {sums} FROM ({self._query_owned(name)}) GROUP BY owner",
-                f"DROP TABLE {self.tables[name]}",
-            )
-            joins.append(f"LEFT JOIN {table} ON {table}.owner = candidates.number")
-        for place, (_, source) in enumerate(labels):
-            otherwise = "NULL" if source.otherwise is None else f"'{source.otherwise!r}'"
+        """Make the table of candidates with labels `l0`, `l1`, and the numbers `n0`, `n1` of events in the windows."""
+        labels, values = list(enumerate(self.outcomes.labels.items())), list[str]()
+        query = "candidates"
+        for name, table in self.tables.items():
+            mine = ", ".join(_combine(place, label) for place, (_, label) in labels if label.events == name)
+            if mine:
+                owned = f"SELECT owner, {mine} FROM ({self._query_owned(name)}) GROUP BY owner"
+                query += f" LEFT JOIN ({owned}) of_{table} ON of_{table}.owner = candidates.number"
+        for place, (_, label) in labels:
+            otherwise = "NULL" if label.otherwise is None else f"'{label.otherwise!r}'"
             values.append(f"coalesce(l{place}, {otherwise}::DOUBLE) AS l{place}, coalesce(n{place}, 0) AS n{place}")
         self.database.run(
-            f"CREATE TABLE labelled AS SELECT number, request, time, rank, {', '.join(values)} "
-            f"FROM candidates {' '.join(joins)}"
+            "CREATE TABLE labelled AS SELECT candidates.number, candidates.key, candidates.time, candidates.rank, "
+            f"{', '.join(values)} FROM {query}"
         )
-        for place, (name, _) in enumerate(labels):
-            rows, wrong = self.database.row(
+        for place, (name, _) in labels:
+            self.counts[f"rows with {name}"], wrong = self.database.row(
                 f"SELECT count(*) FILTER (n{place} > 0 AND time <= {until}), "
                 f"min(l{place}) FILTER (l{place} NOT IN (0, 1)) FROM labelled"
             )
-            self.counts[f"rows with {name}"] += rows
             for task, about in self.settings.tasks.items():
                 if wrong is not None and about.label == name and about.kind.is_binary:
                     raise UserError(
@@ -355,64 +467,60 @@ class _Run:
                         "name another column of values, leave `value` out, or make the task a regression"
                     )
 
-    def _combine(self, place: int, source: LabelSource) -> str:
-        """The label of a candidate, and the number of its events in the window; of events of one time, the one with the
-        least value is the first."""
-        inside = f"delay <= {source.microseconds}"
-        label = f"{'sum' if source.combine == 'sum' else 'max'}(1.0::DOUBLE) FILTER ({inside})"
-        if source.value is not None:
-            value = self.events[source.events].name(source.value)
-            label = {
-                "first": f"arg_min({value}, row(time, {value}))",
-                "last": f"arg_max({value}, row(time, {value}))",
-                "sum": f"sum({value} ORDER BY time, {value})",
-                "max": f"max({value})",
-            }[source.combine]
-            label += f" FILTER ({inside} AND NOT isnan({value}))"
-        return f"{label} AS l{place}, count(*) FILTER ({inside}) AS n{place}"
-
     def _write(self, until: int, folder: Path) -> None:
-        """Writes the rows of requests up to a time. A column of which no value is known is null, of any type."""
-        columns, source, shown = self.columns, self.requests, self.outcomes.shown
-
-        def logged(name: str) -> tuple[str, pa.DataType]:
-            return f"r.{source.name(name)}", source.types.get(name, pa.null())
-
-        chosen: dict[str, tuple[str, pa.DataType]] = {}  # column -> what it is
+        """Write the rows of requests up to a time. A column of which no value is known is null, of any type."""
+        columns, shown = self.columns, self.outcomes.shown
+        chosen: dict[str, tuple[str, pa.DataType]] = {}  # SQL and type of each column
         if columns.request is not None:
-            chosen[columns.request] = logged(names.REQUEST)
-        for name in self.inputs:
-            if name not in self.placement:
-                chosen.setdefault(name, logged(name))
-            elif shown is None:
-                chosen[name] = "l.rank::BIGINT", pa.int64()
-            else:
-                events = self.events[shown.events]
-                chosen[name] = f"s.{events.name(name)}", events.types.get(name, pa.null())
+            chosen[columns.request] = "r.request", self.requests.type_of("request")
+        for number, name in enumerate(self.inputs):
+            chosen.setdefault(name, (f"r.i{number}", self.requests.type_of(f"i{number}")))
+        for place, name in enumerate(self.placement):
+            chosen[name] = "l.rank::BIGINT", pa.int64()
+            if shown is not None:
+                chosen[name] = f"s.p{place}", self.events[shown.events].type_of(f"p{place}")
         chosen[columns.time] = "l.time", UTC_MICROSECONDS
         of_tasks = {task.label for task in self.settings.tasks.values()}
         for place, (name, label) in enumerate(self.outcomes.labels.items()):
             chosen[name] = f"l.l{place}", pa.float64() if label.value or name in of_tasks else pa.int64()
         if columns.sampling_rate is not None:
-            chosen[columns.sampling_rate] = logged(names.SHARE)
-        selected = ", ".join(f"{what} AS o{place}" for place, (what, _) in enumerate(chosen.values()))
+            chosen[columns.sampling_rate] = "r.share", pa.float64()
         query = (
-            f"SELECT {selected} FROM labelled l JOIN requests r ON r.number = l.number "
+            f"SELECT {', '.join(f'{value} AS o{place}' for place, (value, _) in enumerate(chosen.values()))} "
+            "FROM labelled l JOIN requests r ON r.number = l.number "
             f"{'JOIN shown s ON s.owner = l.number ' if shown else ''}WHERE l.time <= {until} "
-            "ORDER BY l.time, l.request, l.rank, l.number"
+            "ORDER BY l.time, l.key, l.rank, l.number"
         )
         schema = pa.schema({name: kind for name, (_, kind) in chosen.items()})
         for number, table in enumerate(self.database.read(query, ROWS_PER_FILE)):
             arrays = [
-                pa.nulls(len(table)) if pa.types.is_null(field.type) else column.cast(field.type)
-                for field, column in zip(schema, table.columns, strict=True)
+                pa.nulls(len(table)) if pa.types.is_null(kind) else column.cast(kind)
+                for kind, column in zip(schema.types, table.columns, strict=True)
             ]
             file = folder / f"part-{number:05d}.parquet"
             pq.write_table(pa.table(arrays, schema=schema), file, compression="zstd")
 
 
+def _combine(place: int, label: LabelSource) -> str:
+    """Return SQL for a candidate's label, and for the number of its events in the window.
+
+    Of events of one time, the one with the least value is the first.
+    """
+    inside, value = f"delay <= {label.microseconds}", "1.0::DOUBLE"
+    if label.value is not None:
+        value = f"v{place}"
+        inside += f" AND NOT isnan({value})"
+    combined = {
+        "first": f"arg_min({value}, row(time, {value}))",
+        "last": f"arg_max({value}, row(time, {value}))",
+        "sum": f"sum({value} ORDER BY time, {value})",
+        "max": f"max({value})",
+    }[label.combine]
+    return f"{combined} FILTER ({inside}) AS l{place}, count(*) FILTER (delay <= {label.microseconds}) AS n{place}"
+
+
 def describe(joined: JoinResult) -> Iterator[str]:
-    """Lines for people."""
+    """Yield the lines of a result for the terminal."""
     if joined.folder is None:
         yield "nothing to add: no further request's outcomes are known yet"
     else:
@@ -420,7 +528,7 @@ def describe(joined: JoinResult) -> Iterator[str]:
     for what, count in sorted(joined.counts.items()):
         if what != "requests":
             yield f"  {what}: {count:,}"
-    for each in joined.left_out:
-        yield f"left out: {each}"
+    for reason in joined.left_out:
+        yield f"left out: {reason}"
     if joined.folder is not None:
         yield f"added: {joined.folder}"

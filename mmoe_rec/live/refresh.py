@@ -1,59 +1,40 @@
-"""A new version of the model that holds an alias, with tables that know the newest files of the log; and a training
-when one is due, for a scheduler.
+"""A new version of the model that holds an alias, with tables that know the newest files of the log.
 
 A kill between any two steps leaves something whole: the artifact is written beside the features, registered, and only
 then the alias moves, if the version that was refreshed still holds it. The run in MLflow is found again by the version
 and the files that it is made of, so the same command, started again, registers nothing twice.
-
-A training is due by the log's own time: the features in `data.work` end where the newest training ended, and the tables
-of the model that holds the alias end where the log does. The settings' split is that of the first training; here the
-newest days validate, and all rows since the newest training before them train.
-
-Adding days replaces the rows that features hold encoded, so these are kept as they were in `data.work`/before_training
-until the training on the new ones has ended, whatever became of its model. While that folder is there, a training is
-under way: the same command goes on with it, or begins it anew from there where files have come meanwhile, since a
-training needs features that hold all files of the log.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
-from mmoe_rec.live import journal_files as files
 from mmoe_rec.live.journal import Journal
+from mmoe_rec.live.journal_files import write_files
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
+from mmoe_rec.log.rows import require_all
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend_tables, remake_tables
 from mmoe_rec.preprocessing.logs import HeldFiles, Logs, read_held_files, read_journal_name
-from mmoe_rec.preprocessing.places import extend_features, log_and_place, logs_for
-from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, existing
+from mmoe_rec.preprocessing.places import logs_for
 from mmoe_rec.progress import say
-from mmoe_rec.settings.sections import Settings, Split, differences
+from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.outbox import UnreachableError, list_waiting_runs
+from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
 from mmoe_rec.tracking.run_page import as_code, command
-from mmoe_rec.training.train import train_model
 
-_KEPT = "before_training"
 _FROM_TAG = "refreshed.from"  # of a version that a refresh made
 
 
@@ -189,19 +170,18 @@ def write_journal(
                 "takes its place, add --other-journal"
             )
         known = None
-    held = 0 if known is None else int(known["through"])
-    if files.find_removed_logs(journal, schema, held):
+    held, removed = 0 if known is None else int(known["through"]), journal.removed()
+    if held < removed:
         raise UserError(
-            f"the journal '{journal.name}' begins after position {journal.removed()}, and the model's tables know "
-            f"it up to {held} only: what was removed is in the log's files, so run refresh without --journal first,"
-            " and then with it"
+            f"the journal '{journal.name}' begins after position {removed}, and the model's tables know it up to "
+            f"{held} only: what was removed is in the log's files, so run refresh without --journal first, and then "
+            "with it"
         )
     _check_one_way(settings, taken)
-    through = files.cut_journal(journal)
-    after = max(held, journal.removed())
+    journal.forget()
     # Else the tables may hold what is no later than they are, by files that another program wrote.
     later_than = None if known is not None else as_of(served.about)
-    written = files.write_files(journal, schema, through, settings.data.log, after, later_than)
+    written = write_files(journal, schema, settings.data.log, held, later_than)
     for log, rows in written.unknown.items():
         say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
     for source, counts in written.counts.items():
@@ -215,9 +195,9 @@ def write_journal(
             "server, and are in no file"
         )
     if remove and held:
-        files.remove_batches(journal, held)
+        journal.remove(held)
     journal.close()
-    return {"id": journal.id, "through": through}
+    return {"id": journal.id, "through": written.through}
 
 
 def _check_one_way(settings: Settings, taken: HeldFiles | None) -> None:
@@ -309,144 +289,3 @@ def _logs(features: Path, settings: Settings, taken: HeldFiles | None) -> Logs:
             "hold something else: restore the setting, or train a model with it"
         )
     return logs
-
-
-def choose_validation_days(settings: Settings, address: str, every: int, days: int | None) -> int:
-    """How many of the newest days validate. days: as asked for, None for one more than labels take to mature.
-
-    Raises UserError for what can't be: another model than that of the settings, or no day to train on.
-    """
-    own = f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    if address != own:
-        raise UserError(
-            f"--train-every-days trains the settings' own model, {own}, and --model is {address}: leave that out, or "
-            "set tracking.registered_model and tracking.alias"
-        )
-    mature = max((task.matures_after_days for task in settings.tasks.values()), default=0)
-    newest = 1 + math.ceil(mature) if days is None else days
-    if newest >= every:
-        why = f" (a label takes {mature:g} to mature)" if days is None and mature else ""
-        raise UserError(
-            f"--train-every-days {every} leaves no day to train on, as the newest {newest:,} validate{why}: train less "
-            "often, or set --validation-days"
-        )
-    return newest
-
-
-def train_when_due(settings: Settings, address: str, every: int, days: int) -> Iterator[str]:
-    """Goes on with a training that is under way, or begins one if it is due; gives sentences on what was done.
-
-    every: days between the last requests of two trainings' features; days: newest ones that validate. Raises UserError
-    where a part of it fails, which leaves the alias as it was.
-    """
-    work = Path(settings.data.work)
-    kept, prepared = work / _KEPT, FeatureFolder(work / "features")
-    with writing(kept, "a scheduled training", "set `data.work` to another folder", queue=True):
-        served = AliasHolder.at(address, settings.tracking.address)
-        newest = as_of(served.about)
-        if not kept.is_dir():
-            if not (prepared.folder / "manifest.json").is_file():
-                raise UserError(f"'{prepared.folder}' holds no features to which days could be added: train once first")
-            last = prepared.manifest["request_microseconds"][1]
-            behind = (newest - last) / MICROSECONDS_PER_DAY
-            if behind < every:
-                yield (
-                    f"no training is due: the newest one knows requests up to {format_time(last)}, "
-                    f"{max(0, behind):.1f} days behind the tables of '{served.alias}', and one is due after {every}"
-                )
-                return
-            with writing(prepared.folder, *BUILD, queue=True), atomic_folder(kept) as folder:
-                _link(prepared.folder, folder / "features")
-        elif _has_ended(prepared, kept, work):
-            _forget(kept)
-            yield "the training that was under way has ended"
-            return
-        end = datetime.fromtimestamp(newest // 1_000_000 + 1, UTC)
-        split = Split.model_validate({"train_end": end - timedelta(days=days), "validation_end": end})
-        now = settings.model_copy(update={"split": split})
-        if existing(*log_and_place(now)) is None:
-            _add_days(now, served, kept, prepared)
-        yield from _train(now, address, prepared, work)
-        _forget(kept)
-
-
-def _train(settings: Settings, address: str, prepared: FeatureFolder, work: Path) -> Iterator[str]:
-    rows, end = prepared.manifest["splits"], settings.split.train_end
-    assert end is not None, "days were added, so the log has times"
-    yield (
-        f"training on {rows['train']['rows']:,} rows before {end.isoformat()}, judged by "
-        f"{rows['validation']['rows']:,} since"
-    )
-    trained = train_model(settings, address, resume=True)
-    assert trained is not None, "one process has the first rank"
-    yield from trained.compared
-    yield f"model: {trained.artifact}, registered as {trained.address}"
-    if list_waiting_runs(work / "unsent"):
-        raise UserError("the training has ended, but MLflow has not got all of it: start the same command again")
-
-
-def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: FeatureFolder) -> None:
-    """Makes features that hold all files of the log.
-
-    The features of before come back first: others, to which days were added, may lack rows of the first of these.
-    """
-    from mmoe_rec.training.checkpoint import FinishedTraining, forget_training
-
-    with writing(prepared.folder, *BUILD, queue=True), atomic_folder(prepared.folder) as folder:
-        _link(kept / "features", folder)
-    if FinishedTraining.read(Path(settings.data.work)) is None:
-        forget_training(Path(settings.data.work) / "checkpoints")  # of features that are gone
-    if extend_features(settings) is None:
-        raise UserError(
-            f"'{settings.data.log}' has no files that the features in '{prepared.folder}' do not hold, but the tables "
-            f"of '{served.version.address}' know later requests: put back the files that these come from"
-        )
-    _check_all_there(served, prepared)
-
-
-def _check_all_there(served: AliasHolder, prepared: FeatureFolder) -> None:
-    """Raises UserError where the tables of the model that serves hold files that the features could not take in."""
-    its = read_held_files(served.folder / "features")
-    if its is None:
-        return
-    lacking = [
-        file.address
-        for mine, others in zip(HeldFiles.read(prepared.folder).logs, its.logs, strict=True)
-        for file in others.files.values()
-        if file.address not in mine.files
-        and file.checksum not in {each.checksum for each in mine.files.values() if each.checksum is not None}
-    ]
-    if lacking:
-        raise UserError(
-            f"files are gone that the tables of '{served.alias}' hold and the features in '{prepared.folder}' do not "
-            f"({len(lacking):,}, such as '{lacking[0]}'), so a model trained on these would know less: put them back, "
-            "and keep files until a training has taken them in"
-        )
-
-
-def _has_ended(prepared: FeatureFolder, kept: Path, work: Path) -> bool:
-    """Whether the training on features to which days were added since they were kept has ended."""
-    from mmoe_rec.training.checkpoint import FinishedTraining
-
-    finished, now = FinishedTraining.read(work), prepared.manifest["fingerprint"]
-    added = now != FeatureFolder(kept / "features").manifest["fingerprint"]
-    return added and finished is not None and finished.origin.features == now
-
-
-def _forget(kept: Path) -> None:
-    gone = kept.with_name(f".{kept.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    kept.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Copies a folder whose files are replaced and never changed: as links, where the file system has them."""
-
-    def link(one: str, other: str) -> None:
-        with suppress(OSError):
-            os.link(one, other)
-            return
-        shutil.copy2(one, other)
-
-    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)

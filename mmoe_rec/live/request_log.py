@@ -18,13 +18,12 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from time import monotonic, time, time_ns
+from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,24 +54,18 @@ SHARE = "served_share"
 MOST_WAITING = 100_000
 """Candidates of replies that wait to be made rows of."""
 ROWS_PER_FILE = 262_144
-_TABLES_AT_ONCE = 64  # of a few hundred rows each: rows of many small tables take long to write
 
 _log = logging.getLogger(__name__)
 Count = Callable[[str, int], None]
-_OURS = re.compile(r"requests-\d{8}T\d{6}\.\d{6}Z-.+\.parquet")
-_LEFT = re.compile(r"\.requests-.+\.parquet\.[0-9a-f]{12}\.tmp")
-_SECONDS_LEFT = 86_400
 
 
 @dataclass(frozen=True)
 class LogOptions:
-    """How requests are logged. share: of requests, 0 to 1; seconds: between files; most_bytes: of the folder's files,
-    beyond which the oldest are removed, None keeps all."""
+    """How requests are logged. share: of requests, 0 to 1; seconds: between files."""
 
     folder: Path
     share: float = 0.1
     seconds: float = 300.0
-    most_bytes: int | None = None
 
 
 class RequestLog:
@@ -123,7 +116,7 @@ class RequestLog:
 
     def _run(self) -> None:
         while True:
-            left = None if not self._records else max(self._since + self.options.seconds - monotonic(), 0.0)
+            left = None if not self._tables else max(self._since + self.options.seconds - monotonic(), 0.0)
             try:
                 record = self._queue.get(timeout=left)
             except Empty:
@@ -135,17 +128,14 @@ class RequestLog:
             with self._lock:
                 self._candidates -= len(record)
             self._add(record)
-            if self._rows >= ROWS_PER_FILE or (self._records and monotonic() >= self._since + self.options.seconds):
+            if self._rows >= ROWS_PER_FILE or (self._tables and monotonic() >= self._since + self.options.seconds):
                 self._write()
 
     def _begin_file(self) -> None:
-        """Rows of the next file, which are of one model. schema: of all of them; small: tables of a reply each."""
-        self._rows = self._records = 0
-        self._since = 0.0
+        """Rows of the next file, which are of one model."""
+        self._rows, self._since = 0, 0.0
         self._artifact: str | None = None
-        self._schema: pa.Schema | None = None
         self._tables: list[pa.Table] = []
-        self._small: list[pa.Table] = []
 
     def _add(self, record: Record) -> None:
         artifact = record.reply.model["version"]
@@ -154,44 +144,25 @@ class RequestLog:
         except Exception as error:
             self._fail(1, "a reply", error)
             return
-        try:  # a column without a value has no type yet
-            schema = pa.unify_schemas([self._schema or table.schema, table.schema])
-            fits = artifact == self._artifact
-        except pa.ArrowException:
-            fits = False
-        if self._records and not fits:
+        if self._tables and artifact != self._artifact:
             self._write()
-        self._schema = schema if fits else table.schema
-        if not self._records:
+        if not self._tables:
             self._since, self._artifact = monotonic(), artifact
-        self._rows, self._records = self._rows + len(table), self._records + 1
-        self._small.append(table)
-        if len(self._small) >= _TABLES_AT_ONCE:
-            self._tables.append(_concat(self._small))
-            self._small = []
+        self._rows += len(table)
+        self._tables.append(table)
 
     def _write(self) -> None:
-        tables, records = [*self._tables, *self._small], self._records
+        tables, folder = self._tables, self.options.folder
         self._begin_file()
-        if not records:
+        if not tables:
             return
-        folder, most = self.options.folder, self.options.most_bytes
-        try:
-            write_file(folder, _concat(tables))
+        try:  # a column without a value has no type yet
+            write_file(folder, pa.concat_tables(tables, promote_options="default").combine_chunks())
         except Exception as error:
-            self._fail(records, f"{records:,} replies", error)
+            self._fail(len(tables), f"{len(tables):,} replies", error)
             return
-        self._count("written", records)
+        self._count("written", len(tables))
         self._told.discard("failed")
-        if most is not None:
-            try:
-                removed = make_room(folder, most)
-            except OSError as error:
-                self._tell("size", f"the size of '{folder}' can't be limited: {error.strerror}")
-            else:
-                if removed:
-                    first = removed[0].name
-                    self._tell("removed", f"'{folder}' is full: its oldest files are removed, the first is '{first}'")
 
     def _fail(self, records: int, what: str, error: Exception) -> None:
         self._count("failed", records)
@@ -203,10 +174,6 @@ class RequestLog:
         if what not in self._told:
             self._told.add(what)
             _log.warning("%s", sentence)
-
-
-def _concat(tables: list[pa.Table]) -> pa.Table:
-    return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
 def is_logged(request: int | str, share: float) -> bool:
@@ -240,30 +207,6 @@ def write_file(folder: Path, rows: pa.Table) -> Path:
     with atomic_file(path) as temporary:
         pq.write_table(rows, temporary, compression="zstd", row_group_size=131_072)
     return path
-
-
-def make_room(folder: Path, most_bytes: int) -> list[Path]:
-    """Removes the oldest files of logged requests, so that all of them have at most so many bytes; gives those removed.
-
-    The newest stays. What writers have left that were killed more than a day ago is removed as well.
-    """
-    sizes: dict[Path, int] = {}
-    with os.scandir(folder) as entries:
-        for each in entries:
-            with suppress(FileNotFoundError):  # another server has just removed it
-                if _OURS.fullmatch(each.name):
-                    sizes[Path(each.path)] = each.stat().st_size
-                elif _LEFT.fullmatch(each.name) and time() - each.stat().st_mtime > _SECONDS_LEFT:
-                    os.unlink(each.path)
-    total, removed = sum(sizes.values()), []
-    for path in sorted(sizes)[:-1]:
-        if total <= most_bytes:
-            break
-        total -= sizes[path]
-        with suppress(FileNotFoundError):
-            path.unlink()
-            removed.append(path)
-    return removed
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,6 @@ import numpy as np
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
-from mmoe_rec.live.journal_tables import KEYS, LOGS, REQUESTS, add_log
 from mmoe_rec.log.columns import combine, hash_column, list_label_columns
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.schema import Schema
@@ -25,6 +24,22 @@ EVENT_ID = "event_id"
 REMEMBERED_DAYS = 30
 """A refresh forgets keys of rows that were accepted earlier than this before it."""
 _AT_A_TIME = 1_000  # keys of a query; SQLite takes at most 32,766
+
+METADATA = sql.MetaData()
+BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
+
+
+def define_table(name: str, keys: str, /, **columns: Any) -> sql.Table:
+    """Define a table of a journal whose primary key has the columns that `keys` lists, divided by spaces."""
+    made = [
+        sql.Column(column, kind, primary_key=column in keys.split(), autoincrement=False, nullable=False)
+        for column, kind in columns.items()
+    ]
+    return sql.Table(f"journal_{name}", METADATA, *made)
+
+
+KEYS = define_table("keys", "key", key=BIG, content=BIG, day=sql.Integer)
+REQUESTS = define_table("requests", "request", request=BIG, user=BIG, time=BIG, day=sql.Integer)
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class Judged:
     Attributes:
         accepted: Numbers of the rows that count.
         times: Times of these rows, microseconds. All rows of a request get one time.
-        counts: Rows by outcome: accepted, duplicate, conflict, out_of_order.
+        counts: Rows by outcome: accepted, duplicate, conflict.
     """
 
     accepted: list[int]
@@ -98,7 +113,7 @@ def _signed(*hashes: np.ndarray) -> list[int]:
     return signed
 
 
-def judge(connection: Connection, log: str, keys: RowKeys, accepted_at: int) -> Judged:
+def judge(connection: Connection, keys: RowKeys, accepted_at: int) -> Judged:
     """Tell the rows of a batch that count from duplicates and conflicts, and remember their keys.
 
     A row with a known key is a duplicate if its content is equal, else a conflict. A row whose request came before with
@@ -135,9 +150,7 @@ def judge(connection: Connection, log: str, keys: RowKeys, accepted_at: int) -> 
         _insert(connection, REQUESTS, values)
         of = [keys.requests[row][0] for row in accepted]
         settled = np.array([began[each] if each in new else owners[each][1] for each in of], np.int64)
-    newest = _advance(connection, log, int(keys.times.max()))
-    earlier = np.maximum.accumulate(np.append(newest, keys.times))[:-1]
-    counts.update(accepted=len(accepted), out_of_order=int((keys.times < earlier)[accepted].sum()))
+    counts["accepted"] = len(accepted)
     return Judged(accepted, settled, counts)
 
 
@@ -161,12 +174,3 @@ def _find(
 def _insert(connection: Connection, table: sql.Table, values: list[dict[str, int]]) -> None:
     if values:
         connection.execute(sql.insert(table), values)
-
-
-def _advance(connection: Connection, log: str, newest: int) -> int:
-    """Note the latest time of a log's rows, and return the one of the rows before."""
-    add_log(connection, log)
-    before = int(connection.execute(sql.select(LOGS.c.newest).where(LOGS.c.log == log)).scalar_one())
-    if newest > before:
-        connection.execute(sql.update(LOGS).where(LOGS.c.log == log).values(newest=newest))
-    return before

@@ -29,7 +29,7 @@ from mmoe_rec.settings.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
 # One of each kind of Parquet file that is written to `data.work`.
-_SERVED = ("features/serving", "before_training/features/serving", "model/features", "refreshed/model/features")
+_SERVED = ("features/serving", "model/features", "refreshed/model/features")
 _WRITTEN = (
     *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
     "features/counts/x.parquet",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -262,15 +262,6 @@ class HeldFiles:
             return None
         newest = max(found, key=lambda each: found[each])
         return {"id": newest, "through": found[newest][1]}
-
-    def last_segments(self, journal: str, events: Iterable[str]) -> dict[str | None, int]:
-        """Log, None for the interaction log, -> the last segment of a journal, by its id, of which a file was taken in;
-        0 for none. events: names of the logs of events, in their order."""
-        found: dict[str | None, int] = {}
-        for source, log in zip((None, *events), self.logs, strict=False):
-            names = filter(None, map(read_journal_name, log.files))
-            found[source] = max((cut for of, cut in names if of == journal), default=0)
-        return found
 
     @property
     def left_out(self) -> list[LeftOut]:

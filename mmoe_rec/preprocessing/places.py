@@ -95,7 +95,7 @@ def check_out(out: Path, settings: Settings | None = None) -> None:
     real, work = Path(os.path.realpath(out)), Path(settings.data.work)
     sources = [settings.data.log, *(each.path for each in settings.data.events.values())]
     taken = [Path(each) for each in sources if not is_remote(each) and Path(each).is_dir()]
-    ours = ("features", "checkpoints", "model", "comparison", "tuning", "unsent", "before_training")
+    ours = ("features", "checkpoints", "model", "comparison", "tuning", "unsent")
     taken += [work / name for name in ours]
     inside = next((each for each in taken if real.is_relative_to(os.path.realpath(each))), None)
     if inside is not None or real == Path(os.path.realpath(work)):

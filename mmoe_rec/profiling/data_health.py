@@ -4,7 +4,7 @@ overview       the log and its splits
 features       each feature with its inputs: coverage, different values, unknown ids, drift, AUC alone
 tables         rows, bytes, and how many rows training never looks up
 weeks          labels by week
-quick_models   how well a quick model ranks each binary task (`quick_model.py`)
+quick_models   how well a quick model ranks each binary task (`health_counts.py`)
 findings       suspicious properties, in words, with advice (`health_findings.py`)
 sentences      the same in short
 """
@@ -24,9 +24,16 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.profiling.advice import SELDOM_ROWS
-from mmoe_rec.profiling.health_counts import FREQUENT, Counts, FeatureInputs, NumberInput, collect, psi
+from mmoe_rec.profiling.health_counts import (
+    FREQUENT,
+    Counts,
+    FeatureInputs,
+    NumberInput,
+    collect,
+    measure_quick_model,
+    psi,
+)
 from mmoe_rec.profiling.health_findings import describe, find
-from mmoe_rec.profiling.quick_model import measure_quick_model
 from mmoe_rec.settings.schema import Meaning, Schema
 
 SPLITS = ("train", "test")
@@ -92,8 +99,6 @@ def _overview(manifest: Mapping[str, Any], counts: Counts, schema: Schema) -> di
         "split_column": None if schema.split is None else schema.split.column,
         # Where times split rows, users are in both by right.
         "users_in_both": counts.users_in_both if schema.split is not None and schema.columns.has_user else None,
-        "has_sampling_rate": schema.columns.sampling_rate is not None,
-        "same_share": dict(zip((task.name for task in counts.layout.tasks), counts.same_fraction, strict=True)),
         "splits": splits,
     }
 

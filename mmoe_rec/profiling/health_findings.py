@@ -58,13 +58,11 @@ LEAST_COVERAGE = 0.05
 RATE_CHANGE = 2.0
 NEVER_SEEN = 0.90
 WITHIN_USERS = 0.5  # GAUC - .5, as a share of AUC - .5, below which a task's AUC says little of ranking
-SAME_SHARE = 0.95  # of the requests, whose share of positives is the same: candidates that were drawn
 FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "seldom", "drift")
 _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _NAMED = 5  # names in a list, more are counted
 _ERRORS = 3.0  # how many standard errors rates must differ by
 _SHOWN = 5  # warnings before the rest is folded
-_FEWEST_REQUESTS = 100
 
 Health = Mapping[str, Any]
 Finding = dict[str, Any]
@@ -73,7 +71,7 @@ Finding = dict[str, Any]
 def find(health: Health) -> list[Finding]:
     """All findings, problems first, the costliest of each first, with what it is about and which check found it."""
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
-    found += [*_files(health), *_labels(health), *_users(health), *_rare(health), *_within(health), *_drawn(health)]
+    found += [*_files(health), *_labels(health), *_users(health), *_rare(health), *_within(health)]
     for feature in health["features"]:
         for check in (_constants, _coverage, _unknown, _seldom):
             found += check(feature, health)
@@ -175,21 +173,6 @@ def _within(health: Health) -> Iterator[Finding]:
                 change("add features of the user and the candidate together, such as counters by both"),
             ]
             yield _finding("warning", "within users", name, message, most - quick["gauc_user"], advice)
-
-
-def _drawn(health: Health) -> Iterator[Finding]:
-    for name, found in health["overview"]["same_share"].items():
-        share, in_share, requests = found or (0.0, 0.0, 0)
-        if 0 < share < 1 and in_share >= SAME_SHARE and requests >= _FEWEST_REQUESTS:
-            message = (
-                f"{share:.3g} of the candidates are positive for '{name}' in {in_share:.0%} of the requests: they look "
-                "as if they had been drawn beside the positive ones, so what the list tells, such as its length, or "
-                "the place in it, would not hold for lists that are served"
-            )
-            advice = [change("let no feature tell the length of a list, a place in it or a rank within it")]
-            if not health["overview"]["has_sampling_rate"]:
-                advice.append(change("name the column that holds the rate at which rows were kept: sampling_rate"))
-            yield _finding("warning", "drawn", name, message, 0.0, advice)
 
 
 def _labels(health: Health) -> Iterator[Finding]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.profiling.labels import find_seen
 from mmoe_rec.profiling.meaning import Meaning, TaskGuess
 from mmoe_rec.profiling.profile import Column, Profile, days
 from mmoe_rec.profiling.words import CODES, TIME, has, words_of
@@ -27,8 +26,6 @@ _MOST_PAIRS, _ROWS_OF_CELL = 4, 20
 """Pairs of what describes users and candidates that are counted together, and rows that each of their values has."""
 _TEST, _VALIDATION = 0.2, 0.1
 _HOUR = MICROSECONDS_PER_DAY // 24
-_FEWEST = 100
-"""Rows of the rarer label that validation and test rows should have of each task."""
 
 
 @dataclass
@@ -112,7 +109,6 @@ class Proposal:
         if mature:
             split["test_end"] = Entry(_as_time(end), f"labels are final {mature:g} days later, when the log ends")
         self.train_days = days(ends[0] - first)
-        self._check_labels(t, first, ends, end)
 
     def _cut(self, t: str, first: int, end: int) -> tuple[int, int]:
         """Return the first times of validation and test rows: midnights, hours or minutes (UTC) if these cut the rows
@@ -145,22 +141,6 @@ class Proposal:
         parts, goals = (train, both - train, 1 - both), (1 - _TEST - _VALIDATION, _VALIDATION, _TEST)
         is_fair = all(0.5 < part / goal < 2 for part, goal in zip(parts, goals, strict=True))
         return "" if is_fair else ", ".join(f"{part:.0%}" for part in parts)
-
-    def _check_labels(self, t: str, first: int, ends: Sequence[int], end: int) -> None:
-        parts = {"training": (first, ends[0]), "validation": (ends[0], ends[1]), "test": (ends[1], end)}
-        for task in self.meaning.tasks:
-            if task.kind != "binary":
-                continue
-            happened, seen = self.columns[task.column].is_one, find_seen(task, self.columns)
-            for name, (start, stop) in parts.items():
-                inside = f"{t} >= {start} AND {t} < {stop} AND {seen}"
-                ones = self.profile.count(f"{inside} AND {happened}")
-                zeros = self.profile.count(f"{inside} AND NOT ({happened})")
-                if min(ones, zeros) < _FEWEST:
-                    self.warnings.append(
-                        f"{name} rows have {ones:,} positive and {zeros:,} negative labels of {task.column}: "
-                        + ("nothing can be learnt of it" if not min(ones, zeros) else "its AUC says little")
-                    )
 
     # Columns as they are
 

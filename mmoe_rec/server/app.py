@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mmoe_rec.errors import UserError, quoted
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.live.request_log import RequestLog
-from mmoe_rec.server.calls import ARROW, Calls, refusal, require_json
+from mmoe_rec.server.calls import Calls, refusal, require_json
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
@@ -267,7 +267,11 @@ def _describe(routes: Sequence[Any], served: ServedModel, limits: Serving, event
         }
     }
     if events is not None:
-        content: dict[str, Any] = {kind: {"schema": {}} for kind in ("application/json", ARROW)}
-        accepting = {"summary": "Take events, all rows or none", "requestBody": {"content": content}}
-        tree["paths"]["/events"] = {"post": {**accepting, "responses": {"200": {"description": "accepted"}}}}
+        tree["paths"]["/events"] = {
+            "post": {
+                "summary": "Take events, all rows or none",
+                "requestBody": {"content": {"application/json": {"schema": {}}}},
+                "responses": {"200": {"description": "accepted"}},
+            }
+        }
     return tree

@@ -49,7 +49,6 @@ COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
 MOST_IGNORED = 5
 _KEY = re.compile(rb'"[ \t\n\r]*:')
-ARROW = "application/vnd.apache.arrow.stream"
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from starlette.responses import Response
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.event_rows import RowChecks
-from mmoe_rec.live.journal import Appended, Journal
+from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import JournalRows, make_batch
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.server.calls import ARROW, is_json, parse_json, read_body, reply_to, type_of, wait_until_gone
+from mmoe_rec.server.calls import parse_json, read_body, reply_to, require_json, wait_until_gone
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
 from mmoe_rec.server.ranking_queue import Following, Passes, step_back
@@ -58,7 +58,7 @@ class Accepting:
 
     async def _accept(self, request: Request) -> bytes:
         """Append the rows of a call, unless its time is over or its caller leaves before they are being written."""
-        loop, limit, position = asyncio.get_running_loop(), self._limits.answer_seconds, Future[Appended]()
+        loop, limit, position = asyncio.get_running_loop(), self._limits.answer_seconds, Future[int]()
         sentence = f"/events: no row was appended within {limit:g} seconds (setting `serving.answer_seconds`)"
         late = Refused(503, f"{sentence}. Send the call again.", "too_long", "TEMPORARILY_UNAVAILABLE", 1)
         try:
@@ -85,16 +85,14 @@ class Accepting:
         """Read and check a call. Its scope stands still while the body comes, which has a limit of its own."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._let_passes_end)  # before more is done for the call
-        kind, log = type_of(request), request.query_params.get("log")
-        if strange := request.query_params.keys() - {"log"}:
-            raise Refused(400, f"/events has no query parameter {quoted(min(strange))}; there is 'log'", "body")
-        if not is_json(kind) and kind != ARROW:
-            raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
+        require_json(request)
+        if strange := request.query_params.keys():
+            raise Refused(400, f"/events has no query parameter {quoted(min(strange))}", "body")
         left = scope.when() - loop.time()  # type: ignore[operator]
         scope.reschedule(None)
         body = await read_body(request, self._limits, self.places)
         scope.reschedule(loop.time() + left)
-        source, table, lacking = await loop.run_in_executor(self._threads, self._check, body, kind == ARROW, log)
+        source, table, lacking = await loop.run_in_executor(self._threads, self._check, body)
         if lacking:
             await self._following.reach_end()  # what was acknowledged before may say what it lacks
         return source, table, lacking
@@ -105,23 +103,17 @@ class Accepting:
             end = time.monotonic()
             self._next_wait = end + _PAUSE_PER_WAIT * (end - begin)
 
-    def _check(self, body: bytes, is_arrow: bool, log: str | None) -> tuple[str | None, pa.Table, Lacking]:
+    def _check(self, body: bytes) -> tuple[str | None, pa.Table, Lacking]:
         """The log of events that rows are of, the rows, and what they lack."""
         checks = self._following.learning.checks
         try:
-            if is_arrow:
-                rows: Sequence[Mapping[str, Any]] = ()
-                table = checks.read_stream(log, body)
-            else:
-                log, rows = _rows_in(parse_json(body, self._limits), log)
-                table = checks.read_json(log, rows)
+            log, rows = _rows_in(parse_json(body, self._limits))
+            table = checks.read_json(log, rows)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         return log, table, _lacking(log, checks, table, rows)
 
-    def _append(
-        self, source: str | None, table: pa.Table, lacking: Lacking, appended: Future[Appended]
-    ) -> dict[str, Any]:
+    def _append(self, source: str | None, table: pa.Table, lacking: Lacking, appended: Future[int]) -> dict[str, Any]:
         learning = self._following.learning
         try:
             if lacking:
@@ -129,7 +121,7 @@ class Accepting:
             rows = JournalRows(source, table, Counter())
             late = rows.count_late(learning.schema, learning.ranker.tables_known)
             ignored = learning.count_known(rows.rows(learning.schema).times())
-            position, out_of_order = self._journal.append(make_batch(source, table, learning.schema), position=appended)
+            position = self._journal.append(make_batch(source, table, learning.schema), position=appended)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk
@@ -137,12 +129,12 @@ class Accepting:
             raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
         self._metrics.events.labels(source or "").inc(len(table))
         self._following.look_at_once()
-        reply = {"accepted": len(table), "late": late, "out_of_order": out_of_order}
+        reply = {"accepted": len(table), "late": late}
         return reply | ({"ignored": ignored} if ignored else {}) | {"position": str(position)}
 
 
-def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:
-    """The log and the rows that a body names. log: which the query names."""
+def _rows_in(tree: Any) -> tuple[str | None, Any]:
+    """The log and the rows that a body names."""
     problem, named = None, tree.get("log") if isinstance(tree, dict) else None
     if not isinstance(tree, dict) or "events" not in tree:
         problem = f"the body must be an object such as {SHAPE}"
@@ -150,11 +142,9 @@ def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:
         problem = f"a call has no key {quoted(min(unknown))}; valid are events and log"
     elif not isinstance(named, str | None):
         problem = "'log' must be the name of one log of events; leave it out for the interaction log"
-    elif named is not None and log not in (None, named):
-        problem = f"the query names the log {quoted(log)}, and the body {quoted(named)}"
     if problem is not None:
         raise Refused(400, problem, "body")
-    return log if named is None else named, tree["events"]
+    return named, tree["events"]
 
 
 def _lacking(source: str | None, checks: RowChecks, table: pa.Table, rows: Sequence[Mapping[str, Any]]) -> Lacking:
@@ -163,7 +153,7 @@ def _lacking(source: str | None, checks: RowChecks, table: pa.Table, rows: Seque
     for name in checks.attributes if source is None else ():
         if name not in table.column_names:
             lacking[name] = np.ones(len(table), bool)
-        elif rows and (left := np.array([name not in row for row in rows])).any():
+        elif (left := np.array([name not in row for row in rows])).any():
             lacking[name] = left
     return lacking
 

@@ -118,7 +118,7 @@ class Models:
                 from mmoe_rec.live.learning import Learning
 
                 most_rows = self.options.limits.max_events
-                learning = Learning(ranker, self.options.journal, source.folder / "features", most_rows)
+                learning = Learning(ranker, self.options.journal, most_rows)
                 learning.catch_up()
             ranker.rank(**example)
         except RequestError as error:

@@ -81,6 +81,12 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
 
+def to_json(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows as a caller sends them."""
+    rows: list[dict[str, Any]] = json.loads(json.dumps(table.to_pylist(), default=str))
+    return rows
+
+
 class FedModel:
     """A model in this process. model: an artifact folder; folder: gets the journal, and the logged requests in
     `requests`. fed: (log, events), and (None, request), in their order."""
@@ -91,14 +97,14 @@ class FedModel:
         self.requests.mkdir()
         address = f"sqlite:///{folder / 'journal.db'}"
         Journal(address).close()
-        self._learning = Learning(self.ranker, address, model / "features")
+        self._learning = Learning(self.ranker, address)
         self.logged: list[pa.Table] = []
         self.fed = list[tuple[Any, Any]]()
 
     def send(self, table: pa.Table, log: str | None) -> None:
         """Accepts events of the interaction log (None), or of a named log, and learns them."""
         self.fed.append((log, table))
-        checked = self._learning.checks.read_table(log, table)
+        checked = self._learning.checks.read_json(log, to_json(table))
         self._learning.journal.append(make_batch(log, checked, self._learning.schema))
         self._learning.catch_up()
 

@@ -109,7 +109,7 @@ def append_and_tell(address: str, writer: int, count: int, threads: int) -> None
 
     def append(number: int) -> None:
         first = writer * THOUSANDS + 2 * number
-        position, _ = journal.append(batch(first, first + 1, text="y" * (number % 50)))
+        position = journal.append(batch(first, first + 1, text="y" * (number % 50)))
         sys.stdout.write(f"{first} {position}\n")
         sys.stdout.flush()
 

@@ -1,12 +1,10 @@
 """What a journal holds as files of the logs: the rows that readers hold, in the logs' own types, for builds to read."""
 
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import sqlalchemy as sql
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
@@ -14,14 +12,13 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live import journal_files
 from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_files import cut_journal, find_removed_logs, remove_batches, write_files
+from mmoe_rec.live.journal_files import WrittenFiles, write_files
 from mmoe_rec.live.journal_rows import join_by_log, make_batch
-from mmoe_rec.live.journal_tables import BATCHES, LOGS
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.settings.schema import Schema
-from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, schema_of, times_of
+from tests.live.fed_model import to_json
+from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.preprocessing.growing_log import Growing
 
 _UTC = pa.timestamp("us", tz="UTC")
@@ -48,19 +45,17 @@ def _post(journal: Journal, growing: Growing, start: float, end: float, size: in
     for first in range(0, max(len(rows), len(events)), size):
         batches = []
         if len(part := rows.slice(first, size)):
-            batches.append(make_batch(None, checks.read_table(None, part), pipeline.schema))
+            batches.append(make_batch(None, checks.read_json(None, to_json(part)), pipeline.schema))
         if len(part := events.slice(first, size)):
             numbers = pa.array(range(int(1000 * start) + first, int(1000 * start) + first + len(part)))
             part = part.append_column("event_id", numbers)
-            batches.append(make_batch("purchases", checks.read_table("purchases", part), pipeline.schema))
+            batches.append(make_batch("purchases", checks.read_json("purchases", to_json(part)), pipeline.schema))
         for _ in range(1 + (first // size % 3 == 0)):
             journal.append(*batches)
 
 
-def _write(
-    growing: Growing, journal: Journal, through: int | None = None, after: int = 0
-) -> journal_files.WrittenFiles:
-    return write_files(journal, growing.schema, through or cut_journal(journal), growing.source, after)
+def _write(growing: Growing, journal: Journal, after: int = 0) -> WrittenFiles:
+    return write_files(journal, growing.schema, growing.source, after)
 
 
 def _live(growing: Growing, journal: Journal, most_rows: int = 1000) -> dict[str | None, list[pa.Table]]:
@@ -140,39 +135,34 @@ def test_files_hold_what_readers_hold(growing, journal, most_rows):
 
 @pytest.mark.usefixtures("small_files")
 def test_files_are_written_once_and_alike(growing, journal):
-    """After a crash before the end is noted, what is there stays as it is, and what lacks is written alike."""
+    """After a crash the files that are there stay as they are, and the others are written alike."""
     _post(journal, growing, 8, 9)
-    through = cut_journal(journal)
     written = _write(growing, journal)
     assert len({path.name for path in written.files}) > 1
     assert all(path.name.startswith(f"journal-{journal.id}-00000000") for path in written.files)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in written.files}
-    with journal.appending() as connection:
-        connection.execute(sql.update(LOGS).values(written=0))
-    again = _write(growing, journal, through)
-    assert (again.files, again.counts) == (written.files, written.counts)
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in again.files}
-    for path in written.files[1::2]:
-        path.unlink()
-    _write(growing, journal, through)
-    assert {path: path.read_bytes() for path in written.files} == {path: each for path, (each, _) in before.items()}
+    assert (_write(growing, journal).files, written.through) == ([], journal.end())
+    for killed_after in (1, 2, len(before) - 1):
+        for path in written.files[killed_after:]:
+            path.unlink()
+        assert _write(growing, journal).files == written.files[killed_after:]
+        assert {path: path.read_bytes() for path in before} == {path: each for path, (each, _) in before.items()}
+    assert written.files[0].stat().st_mtime_ns == before[written.files[0]][1]
     _post(journal, growing, 9, 10)
-    one = _write(growing, journal, after=through)
-    assert one.files
-    assert not {path.name for path in one.files} & {path.name for path in written.files}
+    more = _write(growing, journal, after=written.through)
+    assert more.files
+    assert not {path.name for path in more.files} & {path.name for path in written.files}
 
 
-def test_what_has_no_row_that_counts_gives_no_file(growing, journal):
+def test_rows_that_do_not_count_give_no_file(growing, journal):
     table = pa.table(
         {"user": [5], "item": [3], "brand": ["a"], "bought_at": pa.array([START]).cast(_UTC), "event_id": [1]}
     )
-    for _ in range(2):
-        journal.append(make_batch("purchases", table, growing.schema))
-        cut_journal(journal)
-    written = _write(growing, journal)
-    assert [path.parent.name for path in written.files] == ["events"], "what the second cut holds came before"
-    journal.append(Batch("gone", 0, table))
-    assert _write(growing, journal, after=2).unknown == {"gone": 1}
+    journal.append(make_batch("purchases", table, growing.schema))
+    assert [path.parent.name for path in _write(growing, journal).files] == ["events"]
+    journal.append(make_batch("purchases", table, growing.schema), Batch("gone", 0, table), Batch("gone", 0, table))
+    written = _write(growing, journal, after=1)
+    assert (written.files, written.unknown, written.through) == ([], {"gone": 2}, 4)
 
 
 def test_columns_have_the_types_of_the_logs_files(growing, journal, tmp_path):
@@ -211,11 +201,11 @@ def test_integer_times_stay_integers(journal, tmp_path):
     pq.write_table(rows, tmp_path / "log" / "0.parquet")
     row = {"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}
     journal.append(Batch(None, 0, RowChecks(FeaturePipeline(schema)).read_json(None, [row])))
-    (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log")).files
+    (path,) = write_files(journal, schema, str(tmp_path / "log")).files
     assert pq.read_table(path).to_pylist() == [row]
     finer = pa.array([START + 7]).cast(_UTC)
     journal.append(Batch(None, 0, pa.table({"user": [1], "item": [3], "at": finer, "click": [0.0]})))
-    (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log"), 1).files
+    (path,) = write_files(journal, schema, str(tmp_path / "log"), 1).files
     assert pq.read_table(path)["at"].type == _UTC, "milliseconds could not hold it"
     assert [rows.times().tolist() for rows in Log(str(tmp_path / "log"), schema).stream()] == [
         [START // 1000 * 1000, START // 1000 * 1000 + 5000, START + 7]
@@ -236,159 +226,51 @@ def test_places_that_take_no_files(growing, journal, tmp_path, source, sentence)
     _post(journal, growing, 8, 9)
     before = files_of(tmp_path / "log")
     with pytest.raises(UserError, match=sentence) as error:
-        write_files(journal, growing.schema, cut_journal(journal), source.format(tmp_path))
+        write_files(journal, growing.schema, source.format(tmp_path))
     assert "`data.log`" in str(error.value)
     assert files_of(tmp_path / "log") == before
-    with journal.reading() as connection:
-        assert not any(each.written for each in connection.execute(sql.select(LOGS))), "nothing says they were written"
 
 
 def test_patterns_that_take_files(growing, tmp_path):
     for number, source in enumerate(("{}/log/*.parquet", "file://{}/log", "{}/log/**", "{}/log/**/*.parquet")):
         journal = Journal(tmp_path / f"{number}.db")
         _post(journal, growing, 8, 9)
-        written = write_files(journal, growing.schema, cut_journal(journal), source.format(tmp_path)).files
+        written = write_files(journal, growing.schema, source.format(tmp_path)).files
         own = [path for path in written if path.parent == tmp_path / "log"]
         assert len(own) == 1
         assert str(own[0]) in {file.address for file in Log(source.format(tmp_path), growing.schema).files}
         own[0].unlink()
 
 
-def _batches(journal: Journal) -> list[int]:
-    with journal.reading() as connection:
-        return list(connection.execute(sql.select(BATCHES.c.position).order_by(BATCHES.c.position)).scalars())
-
-
 def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     _post(journal, growing, 8, 9)
-    first = cut_journal(journal)
-    assert cut_journal(journal) == first, "nothing is new"
-    remove_batches(journal, first)
-    assert len(_batches(journal)) == first, "no file holds them"
-    journal = Journal(journal.name.replace("journal.db", "other.db"))
-    _post(journal, growing, 8, 9)
-    _write(growing, journal)
+    first = _write(growing, journal).through
     _post(journal, growing, 9, 10)
-    second = cut_journal(journal)
-    counts = _write(growing, journal, second, after=first).counts
+    written = _write(growing, journal, after=first)
+    assert written.counts["purchases"]["accepted"] > 0
     _post(journal, growing, 8, 10, size=11)  # all of it once more, in other batches
-    third = cut_journal(journal)
-    assert _write(growing, journal, third, after=second).counts[None]["accepted"] == 0
-    remove_batches(journal, first)
-    remove_batches(journal, first)
-    assert (journal.removed(), journal.end(), _batches(journal)[0]) == (first, third, first + 1)
+    third = _write(growing, journal, after=written.through)
+    assert third.counts[None]["accepted"] == 0
+    journal.remove(first)
+    journal.remove(first)
+    assert (journal.removed(), journal.end(), journal.read(first)[0].position) == (first, third.through, first + 1)
     with pytest.raises(UserError, match="were removed: go on with a model whose tables hold them"):
         journal.read(first - 1)
-    assert counts["purchases"]["accepted"] > 0
-    remove_batches(journal, second)
-    again = join_by_log(journal.read(second), growing.schema)[None].counts
+    journal.remove(written.through)
+    again = join_by_log(journal.read(written.through), growing.schema)[None].counts
     assert (again["accepted"], again["duplicate"] > 20) == (0, True), "all of these came in batches that are gone"
-    assert find_removed_logs(journal, growing.schema, first) == [None, "purchases"]
-    assert find_removed_logs(journal, growing.schema, second) == []
-    remove_batches(journal, third)
-    remove_batches(journal, first)  # by the refresh of a model that is behind
-    assert (_batches(journal), journal.end(), Journal(journal.name).end()) == ([], third, third)
-    assert find_removed_logs(journal, growing.schema, first) == [None, "purchases"]
-    assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))).position == third + 1
-    assert [each.position for each in journal.read(third)] == [third + 1]
+    journal.remove(third.through)
+    journal.remove(first)  # by the refresh of a model that is behind
+    assert (journal.removed(), journal.end(), Journal(journal.name).end()) == (third.through,) * 3
+    assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))) == third.through + 1
+    assert [batch.position for batch in journal.read(third.through)] == [third.through + 1]
 
 
-EVENTS = ("purchases", "returns")
-
-
-def _schema(folder: Path, *logs: str) -> Schema:
-    """Of a model that has these logs of events."""
-    for name in ("log", *logs):
-        (folder / name).mkdir(exist_ok=True)
-    histories = {f"of_{log}": {"kind": "history", "events": log, "of": "item", "length": 3} for log in logs}
-    events = {log: {"path": str(folder / log), "time": "bought_at"} for log in logs}
-    return schema_of({**ALL_KINDS, **histories}, events=events)
-
-
-def _events(log: str, *numbers: int) -> Batch:
-    times, ids = pa.array([START + number for number in numbers]).cast(_UTC), pa.array(numbers, pa.int64())
-    table = pa.table({"user": ids, "item": ids, "bought_at": times, "event_id": ids})
-    histories = {"of": {"kind": "history", "events": log, "of": "item", "length": 3}}
-    schema = schema_of({**ALL_KINDS, **histories}, events={log: {"path": log, "time": "bought_at"}})
-    return make_batch(log, table, schema)
-
-
-def _known(journal: Journal, batch: Batch) -> Counter[str]:
-    """The outcomes of a batch's rows that are sent now."""
-    position, _ = journal.append(batch)
-    (found,) = journal.read(position - 1)
-    return Counter(found.counts)
-
-
-def _refresh(folder: Path, journal: Journal, schema: Schema, held: int) -> tuple[int, dict[str | None, Counter[str]]]:
-    """As one model's refresh does; gives the position up to which its tables then know the journal."""
-    through, after = cut_journal(journal), max(held, journal.removed())
-    return through, dict(write_files(journal, schema, through, str(folder / "log"), after).counts)
-
-
-def _events_in(folder: Path, log: str) -> list[int]:
-    """The items of all events in a log's files."""
-    return sorted(pq.read_table(folder / log)["item"].to_pylist())
-
-
-@pytest.mark.parametrize("remove", [False, True])
-def test_each_model_remembers_the_events_of_its_own_logs(journal: Journal, tmp_path: Path, remove: bool) -> None:
-    schemas, known = [_schema(tmp_path, log) for log in EVENTS], [0, 0]
-    for turn in range(3):
-        numbers = range(10 * turn, 10 * turn + 10)
-        for log in EVENTS:
-            journal.append(_events(log, *numbers))
-        for model in (0, 1) if turn % 2 else (1, 0):
-            journal.append(_events("of nobody", turn))  # so that each model's refresh cuts the journal
-            known[model], counts = _refresh(tmp_path, journal, schemas[model], known[model])
-            assert counts[EVENTS[model]] == Counter(accepted=10, duplicate=10 * turn)
-        if remove and turn == 1:
-            remove_batches(journal, min(known))
-        for model in (0, 1):
-            again = _events(EVENTS[model], *range(10 * turn + 10))
-            assert _known(journal, again) == Counter(duplicate=10 * turn + 10)
-    for log in EVENTS:
-        assert _events_in(tmp_path, log) == list(range(30))
-
-
-@pytest.mark.parametrize("more", [False, True])
-@pytest.mark.parametrize("remove", [False, True])
-def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
-    journal: Journal, tmp_path: Path, more: bool, remove: bool
-) -> None:
-    """Also where a model was trained since, and takes them for known by the names of other logs' files."""
-    one, other = (_schema(tmp_path, log) for log in EVENTS)
-    journal.append(_events("purchases", 1, 2), _events("returns", 1, 2))
-    first, _ = _refresh(tmp_path, journal, one, 0)
-    (file,) = (tmp_path / "purchases").iterdir()
-    before = file.stat()
-    if remove:
-        remove_batches(journal, first)
-    if more:
-        journal.append(_events("returns", 2, 3))
-    assert find_removed_logs(journal, other, 0) == []
-    through, counts = _refresh(tmp_path, journal, other, first)
-    assert counts == {"returns": Counter(accepted=2 + more, duplicate=int(more))}
-    assert _events_in(tmp_path, "returns") == [1, 2, 3][: 2 + more]
-    assert file.stat() == before
-    assert _refresh(tmp_path, journal, other, through) == (through, {})
-    remove_batches(journal, through)
-    assert _batches(journal) == []
-    assert _known(journal, _events("returns", 1, 2)) == Counter(duplicate=2)
-    assert find_removed_logs(journal, one, 0) == ["purchases"]
-    assert find_removed_logs(journal, other, 0) == ["returns"]
-
-
-def test_rows_that_a_checkpoint_holds_do_not_come_again(journal: Journal, tmp_path: Path) -> None:
-    """Where another log of the same model has none, and so is read from the beginning."""
-    journal.append(_events("purchases", 1), _events("returns", 1), _events("purchases", 2))
-    first, _ = _refresh(tmp_path, journal, _schema(tmp_path, "purchases"), 0)
-    assert _refresh(tmp_path, journal, _schema(tmp_path, *EVENTS), first) == (first, {"returns": Counter(accepted=1)})
-
-
-def test_rows_that_tables_know_already_are_left_out(journal: Journal, tmp_path: Path) -> None:
-    """Those of the moment up to which they know the log are among them."""
-    journal.append(_events("purchases", 1, 2, 3))
-    schema = _schema(tmp_path, "purchases")
-    written = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log"), later_than=START + 2)
-    assert (_events_in(tmp_path, "purchases"), written.early) == ([3], 2)
+def test_rows_that_tables_know_already_are_left_out(growing: Growing, journal: Journal) -> None:
+    """Rows of the moment up to which the tables know the log are among them."""
+    times = pa.array([START + number for number in (1, 2, 3)]).cast(_UTC)
+    table = pa.table({"user": [5] * 3, "item": [1, 2, 3], "brand": ["a"] * 3, "bought_at": times})
+    journal.append(make_batch("purchases", table, growing.schema))
+    written = write_files(journal, growing.schema, growing.source, later_than=START + 2)
+    (path,) = written.files
+    assert (pq.read_table(path)["item"].to_pylist(), written.early) == ([3], 2)

@@ -188,7 +188,7 @@ def join_and_stop(moment: str, marker: Path, words: list[str]) -> None:
     """Joins up to a moment, and waits there to be killed. It is called in a process of its own."""
     module: Any
     module, name = {
-        "joining": (outcomes._Run, "_find_candidates"),
+        "joining": (outcomes._Join, "_find_candidates"),
         "writing": (outcomes.pq, "write_table"),
         "rename": (atomic, "_put_folder"),
     }[moment]

@@ -222,10 +222,3 @@ def test_a_state_that_is_damaged_is_not_guessed(world: World, tmp_path: Path) ->
     state.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="it is not known which requests are written"):
         joined(tmp_path, settings(BY_REQUEST))
-
-
-def test_other_settings_than_before_are_told(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    joined(tmp_path, settings(BY_REQUEST))
-    capsys.readouterr()
-    joined(tmp_path, settings({**BY_REQUEST, "wait_days": 0.5}))
-    assert "outcomes (wait_days: 0.0, now 0.5)" in capsys.readouterr().err.replace("\n", " ")

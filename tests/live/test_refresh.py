@@ -146,10 +146,6 @@ def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, caps
     assert "no version of the model 'small' holds the alias 'best'" in model.refused(
         capsys, "--model", f"models:/{NAME}@best"
     )
-    told = model.refused(capsys, "--train-every-days", "2")
-    assert "leaves no day to train on, as the newest 4 validate (a label takes 2.5 to mature)" in told
-    told = model.refused(capsys, "--train-every-days", "9", "--model", f"models:/{NAME}@other")
-    assert "--train-every-days trains the settings' own model" in told
 
 
 def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -3,21 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_files import cut_journal
-from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.live.journal import Journal
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
-from tests.inference.small_model import ITEMS
 from tests.live.refreshed_model import RefreshedModel
-from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, files_of
+from tests.log.small_logs import DAY, START
 from tests.preprocessing.test_tables_of_models import assert_same_tables
 from tests.server.asking import ask
 from tests.server.test_events import as_json, asked
@@ -229,136 +225,6 @@ def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, c
     assert not (tmp_path / "nothing").exists()
 
 
-def _returns(first: int, last: int) -> pa.Table:
-    """Events of user 5, numbered, each an hour after the one before from day 9 on."""
-    numbers = range(first, last)
-    times = pa.array([START + 9 * DAY + each * DAY // 24 for each in numbers]).cast(UTC_MICROSECONDS)
-    items = pa.array([ITEMS[each % 3] for each in numbers])
-    return pa.table({"user": pa.array([5] * len(numbers)), "item": items, "bought_at": times})
-
-
-def _sent_returns(journal: Path, first: int, last: int) -> str:
-    numbers = pa.array(range(first, last), pa.int64())
-    writer = Journal(journal)
-    appended = writer.append(Batch("returns", 0, _returns(first, last).append_column("event_id", numbers)))
-    writer.close()
-    return str(appended.position)
-
-
-def _other(model: RefreshedModel) -> RefreshedModel:
-    """A model that is trained now from the log of another one, and knows returns, too."""
-    folder = model.journal.parent / "other"
-    (folder / "returns").mkdir(parents=True)
-    pq.write_table(_returns(-48, 0), folder / "returns" / "0.parquet")
-    events = {"returns": {"path": str(folder / "returns"), "time": "bought_at"}}
-    data = {"log": str(model.log), "work": str(folder / "work"), "events": events}
-    features = {**ALL_KINDS, "returned": {"kind": "history", "events": "returns", "of": "item", "length": 3}}
-    other = RefreshedModel(folder, data=data, features=features)
-    other.journal = model.journal
-    return other
-
-
-@pytest.mark.parametrize("more", [False, True])
-def test_a_model_that_is_trained_after_anothers_refresh_knows_its_events(model: RefreshedModel, more: bool) -> None:
-    _sent(_served(model, "1"), as_json(model._days(9, 11)))
-    position = _sent_returns(model.journal, 0, 30)
-    model.take_in()
-    other = _other(model)
-    assert _through(other) == int(position)
-    if more:
-        position = _sent_returns(model.journal, 30, 40)
-    app = _served(other, "1")
-    assert _learnt(app) == 30 + 10 * more
-    before = _answers(app, position)
-    assert before[5][2][0]["histories"]["returned"] == [
-        ITEMS[each % 3] for each in range(27 + 10 * more, 30 + 10 * more)
-    ]
-    other.take_in()
-    app = _served(other, "2")
-    assert _learnt(app) == 0
-    _check(_answers(app, position), before)
-
-
-@pytest.mark.parametrize("anew", [False, True])
-def test_segments_of_another_models_events_alone_lock_no_model_out(
-    model: RefreshedModel, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, anew: bool
-) -> None:
-    _sent(_served(model, "1"), as_json(model._days(9, 10)))
-    model.take_in()
-    first, other = _through(model), _other(model)
-    _sent_returns(model.journal, 0, 30)
-    model.take_in()
-    assert "no new files" in capsys.readouterr().out
-    assert _through(model) == first
-    other.take_in()
-    for number in (30, 40):
-        _sent_returns(model.journal, number, number + 10)
-        other.take_in("--remove-events")
-    assert Journal(model.journal).removed() > first
-    caplog.clear()
-    app = _served(model, "2")
-    assert _failure(app) is None
-    assert "removed" not in caplog.text
-    position = _sent(app, as_json(model._days(10, 11)))
-    before = _answers(app, position)
-    model.take_in(*(["--anew"] if anew else []))
-    assert model.holder().number == "3"
-    assert _through(model) == int(position)
-    _check(_answers(_served(model, "3"), position), before)
-
-
-def test_a_model_that_knows_another_journal_or_none_joins_one_whose_first_segments_are_gone(
-    model: RefreshedModel,
-) -> None:
-    Journal(model.journal).close()
-    other = _other(model)
-    for number in (0, 10):
-        _sent_returns(model.journal, number, number + 10)
-        other.take_in("--remove-events")
-    assert Journal(model.journal).removed() > 0
-    app = _served(model, "1")
-    assert _failure(app) is None
-    position = _sent(app, as_json(model._days(9, 10)))
-    before = _answers(app, position)
-    model.take_in()
-    assert _through(model) == int(position)
-    _check(_answers(_served(model, "2"), position), before)
-
-
-@pytest.mark.parametrize("words", [(), ("--anew",)])
-def test_what_is_known_of_a_journal_never_becomes_less(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """Batches that leave no file are known all the same, and so they stay without the journal."""
-    model = RefreshedModel(tmp_path, requests=True)
-    Journal(model.journal).close()
-    for number in (0, 10):
-        _sent_returns(model.journal, number, number + 10)
-        through = cut_journal(Journal(model.journal))
-    model.add(9, 10)
-    model.take_in()
-    assert _through(model) == through
-    model.add(10, 11)
-    model.refresh(*words)
-    assert model.holder().number == "3"
-    assert _through(model) == through
-
-
-def test_files_hold_columns_that_only_another_model_reads(model: RefreshedModel, tmp_path: Path) -> None:
-    features = {name: each for name, each in ALL_KINDS.items() if name != "brand_spent"}
-    tasks = {name: each for name, each in BASE["tasks"].items() if name != "spent"}
-    data = {"log": str(model.log), "work": str(tmp_path / "fewer" / "work")}
-    fewer = RefreshedModel(tmp_path / "fewer", data=data, features=features, tasks=tasks)
-    fewer.journal = model.journal
-    app = _served(model, "1")
-    position = _sent(app, as_json(model._days(9, 11)))
-    before = _answers(app, position)
-    fewer.take_in()
-    files = files_of(model.log)
-    model.take_in()
-    assert fewer.holder().number == model.holder().number == "2"
-    assert files_of(model.log) == files
-    _check(_answers(_served(model, "2"), position), before)
-
-
 def _of_journal(model: RefreshedModel) -> list[dict[str, Any]]:
     """The rows that came into the log from journals."""
     files = sorted(model.log.glob("journal-*.parquet"))
@@ -411,3 +277,17 @@ def test_without_requests_ids_new_files_of_another_program_are_refused(
     model.refresh()
     model.take_in()
     assert model.holder().number == "4"
+
+
+@pytest.mark.parametrize("words", [(), ("--anew",)])
+def test_the_known_position_of_a_journal_never_falls(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Duplicates leave no file, and a refresh without the journal knows them all the same."""
+    model = RefreshedModel(tmp_path, requests=True)
+    position = int(_sent(_refreshed_once(model), as_json(model._days(9, 10))))
+    model.add(10, 11)
+    model.take_in()
+    assert _through(model) == position
+    model.add(11, 12)
+    model.refresh(*words)
+    assert model.holder().number == "4"
+    assert _through(model) == position

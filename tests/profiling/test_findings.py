@@ -144,19 +144,6 @@ def test_what_tells_only_users_apart_is_found(tmp_path):
     assert 0.45 < health["quick_models"]["click"]["gauc_user"] < 0.55 < health["quick_models"]["click"]["auc"]
 
 
-def test_candidates_that_are_drawn_beside_the_positive_one_are_found(tmp_path):
-    def draw(split: str, frame: pd.DataFrame) -> None:
-        click = (np.arange(len(frame)) % 4 == 0).astype(float)
-        frame["label.click"] = np.where(frame["request"] < 0.96 * len(frame) / 4, click, 0.0)
-
-    health = health_of_frames(tmp_path, changed(18, draw))
-    assert found(health, "drawn") == ["click"]
-    same = health["overview"]["same_share"]
-    assert same["click"] == [0.25, 0.96, 1500]
-    same["click"] = [0.25, 0.94, 1500]
-    assert [each for each in find(health) if each["check"] == "drawn"] == []
-
-
 def test_ids_that_training_does_not_know_are_found(tmp_path):
     def shift(split: str, frame: pd.DataFrame) -> None:
         if split == "test":

@@ -10,8 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.profiling import health_counts
-from mmoe_rec.profiling.health_counts import RATE_SMOOTHING, collect
-from mmoe_rec.profiling.quick_model import Drawn, measure_quick_model
+from mmoe_rec.profiling.health_counts import RATE_SMOOTHING, Drawn, collect, measure_quick_model
 from tests.profiling import encoded_data
 from tests.profiling.encoded_data import SCHEMA, random_frames, write
 

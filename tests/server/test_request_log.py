@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import stat
 import threading
@@ -19,7 +18,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import new_id
 from mmoe_rec.live import request_log
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.request_log import LogOptions, check_folder, hash_features, is_logged, make_room
+from mmoe_rec.live.request_log import LogOptions, check_folder, hash_features, is_logged
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -283,25 +282,6 @@ def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallMod
         {each["model"]["version"]} for each in (one, two)
     ]
     assert [set(each["served_version"].to_pylist()) for each in files] == [{"7"}, {"8"}]
-
-
-def test_the_oldest_files_make_room_and_nothing_else_is_removed(small: SmallModel, tmp_path: Path) -> None:
-    with logging_app(small.folder, LogOptions(tmp_path / "one", share=1.0)) as app:
-        ask(app, {"inputs": [element()]})
-    (file,) = (tmp_path / "one").iterdir()
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for day in range(1, 6):
-        shutil.copy(file, folder / f"requests-2024010{day}T000000.000000Z-host-1-abcd.parquet")
-    (folder / "requests.parquet").write_bytes(b"x" * 10**6)
-    (folder / "notes.txt").touch()
-    removed = make_room(folder, 2 * file.stat().st_size + 1)
-    assert [each.name[9:17] for each in removed] == ["20240101", "20240102", "20240103"]
-    assert len([*folder.iterdir()]) == 4
-    assert make_room(folder, 0) == [folder / "requests-20240104T000000.000000Z-host-1-abcd.parquet"]  # the newest stays
-    with logging_app(small.folder, LogOptions(folder, share=1.0, most_bytes=1)) as app:
-        ask(app, {"inputs": [element()]})
-    assert len([*folder.glob("requests-2*")]) == 1
 
 
 # Several workers, signals and kills: what is logged appears whole, and nothing of it twice
