@@ -309,6 +309,15 @@ def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(small: Sma
     assert one.count(b"HTTP/1.1 ") == one.count(b"HTTP/1.1 200 OK") == one.count(b"connection: close") == 1
 
 
+def test_a_connection_stays_open_after_a_refusal_whose_body_is_there(impatient: Running) -> None:
+    with impatient.connect() as connection:
+        for page, status in ((b"elsewhere", b"404"), (b"invocations", b"200"), (b"elsewhere", b"404")):
+            connection.sendall(call().replace(b"invocations", page))
+            reply = connection.recv(2**16)
+            assert reply.startswith(b"HTTP/1.1 " + status)
+            assert b"connection: close" not in reply
+
+
 def send_for_ever(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
     """Sends and takes nothing. Raises ConnectionError once the server has cut it off."""
     while True:
