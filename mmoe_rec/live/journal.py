@@ -115,6 +115,9 @@ class Journal:
             if create:
                 self._note_end(self._find_end(connection))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Journal, (self._url.render_as_string(hide_password=False), False)
+
     def append(self, *batches: Batch, position: Future[Appended] | None = None) -> Appended:
         """Append batches, all or none, and return the position of the last one once they are durable.
 
