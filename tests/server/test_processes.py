@@ -163,13 +163,6 @@ def test_health_fails_before_the_port_closes(small: SmallModel, tmp_path: Path, 
         running.process.kill()  # sooner than the drain ends
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
-def test_a_drain_ends_by_itself(small: SmallModel, tmp_path: Path, workers: str) -> None:
-    with served(small.folder, tmp_path, "--drain-seconds", "0.5", "--workers", workers) as running:
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-
-
 @contextmanager
 def half_sent(running: Running) -> Iterator[socket.socket]:
     """A call under way, whose last byte is to come."""
