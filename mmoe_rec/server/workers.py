@@ -29,10 +29,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from mmoe_rec.errors import STOP_SIGNALS, UserError, catch_stop_signals
+from mmoe_rec.errors import UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
-from mmoe_rec.server.models import Finder, Models, Reloads, sentence_of
+from mmoe_rec.server.models import Finder, Models, Reloads, ServedModel, sentence_of
 from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr
 
 TICK_SECONDS = 0.2
@@ -300,26 +300,30 @@ def run_worker(path: str, bound: socket.socket, options: Options, marks: Any, nu
         number: Number of this worker. A later worker of this number continues its metric files.
         pipe: Pipe to the parent.
     """
-    for each in STOP_SIGNALS:  # Any may reach all processes of a service. The parent passes it on.
-        signal.signal(each, signal.SIG_IGN)
     log_to_stderr()
     from mmoe_rec.server.app import Application
-    from mmoe_rec.server.ranking_queue import Passes, take_one_thread
+    from mmoe_rec.server.ranking_queue import Passes
     from mmoe_rec.server.running import Server
+
+    models, metrics = Models(options, _open_shared(path)), Metrics(str(number))
+    metrics.show_model(models.current.about())
+    orders = _Orders(pipe, models, metrics)
+    server = Server(Application(models, metrics, orders.reload, Passes(marks, number)))
+    server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), orders.obey, server))
+    if orders.is_orphan:  # the parent was killed, and removes no folder
+        shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
+    end_process(0)
+
+
+def _open_shared(path: str) -> ServedModel:
+    """Map a model, and have it prepare for the first request."""
+    from mmoe_rec.server.ranking_queue import take_one_thread
     from mmoe_rec.server.shared import map_shared
 
     take_one_thread()
     served = map_shared(path)
-    served.ranker.rank(**served.example)  # what the first request prepares
-    models, metrics = Models(options, served), Metrics(str(number))
-    metrics.show_model(served.about())
-    orders = _Orders(pipe, models, metrics)
-    server = Server(Application(models, metrics, orders.reload, Passes(marks, number)))
-    del served
-    server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), orders.obey, server))
-    if orders.is_orphan:  # the parent was killed, and removes no folder
-        shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
-    end_process(orders.exit_code)
+    served.ranker.rank(**served.example)
+    return served
 
 
 class _Orders:
@@ -329,7 +333,8 @@ class _Orders:
         self._pipe, self._models, self._metrics = pipe, models, metrics
         self._reloads = list[asyncio.Future[str | None]]()  # replies come in this order
         self._thread = ThreadPoolExecutor(1, "loading")
-        self.is_orphan, self.exit_code = False, 0
+        self._taking: asyncio.Task[None] | None = None
+        self.is_orphan = False
 
     async def reload(self) -> dict[str, str | None]:
         """Ask for the model that the address names now. Returns its description once it is served."""
@@ -351,9 +356,7 @@ class _Orders:
             loop.remove_reader(self._pipe.fileno())
             what, rest = "stop", []
         if what == "take":
-            loop.run_in_executor(self._thread, self._take, *rest).add_done_callback(
-                lambda done: self._reply(server, done)
-            )
+            self._taking = loop.create_task(self._take(server, *rest))
         elif what == "failed":
             (self._models.failure,) = rest
         elif what == "reloaded":
@@ -364,24 +367,20 @@ class _Orders:
         else:
             server.stop()
 
-    def _take(self, path: str) -> None:
-        from mmoe_rec.server.ranking_queue import take_one_thread
-        from mmoe_rec.server.shared import map_shared
+    async def _take(self, server: Any, path: str) -> None:
+        """Exchange the model. A worker that can't ends, and the next one begins with the new model."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, path)
+            self._send("taken")
+        except Exception:
+            _log.exception("this worker can't take the model and ends")
+            server.stop()
 
-        take_one_thread()
-        served = map_shared(path)
-        served.ranker.rank(**served.example)
+    def _exchange(self, path: str) -> None:
+        served = _open_shared(path)
         self._models.exchange(served)
         self._metrics.show_model(served.about())
         gc.collect()  # the model before goes at once
-
-    def _reply(self, server: Any, taken: asyncio.Future[None]) -> None:
-        if (error := taken.exception()) is None:
-            self._send("taken")
-        else:  # the worker that takes its place begins with the new model
-            _log.error("this worker can't take the model and ends: %s", sentence_of(error), exc_info=error)
-            self.exit_code = 1
-            server.stop()
 
     def _send(self, message: str) -> None:
         with suppress(OSError):
