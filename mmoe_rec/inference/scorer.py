@@ -84,6 +84,13 @@ class Scorer:
             check_fused(model)
         self._none_left = self._warn([], None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "fused"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.fused = fused_logits(self.model.mixture, self.products)
+
     def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
         if top_k is not None and top_k > self.experts:

@@ -111,6 +111,9 @@ class Journal:
                 raise UserError(f"'{self.name}' holds no journal")
             self.id: str = connection.execute(sql.select(_ABOUT.c.id)).scalar_one()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Journal, (self._url.render_as_string(hide_password=False), False)
+
     def append(self, *batches: Batch, position: Future[int] | None = None) -> int:
         """Append batches, all or none, and return the position of the last one once they are durable.
 

@@ -167,8 +167,6 @@ def refusal(refused: Refused) -> Response:
     headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
     if refused.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if refused.status == 408:
-        headers["Connection"] = "close"
     return Response(orjson.dumps(refused.body()), refused.status, headers, "application/json")
 
 

@@ -70,23 +70,21 @@ class ServedModel:
 class Models:
     """The current model. failure: why the last other one did not take its place, None if it did."""
 
-    def __init__(self, options: Options, source: Source) -> None:
-        """Opens the first model. Raises UserError as `open` does."""
+    def __init__(self, options: Options, first: Source | ServedModel) -> None:
+        """Opens the first model, unless it is open. Raises UserError as `open` does."""
         self.options = options
         self.failure: str | None = None
-        self._loading = threading.Lock()
-        self.current = self.open(source)
+        self.current = self.open(first) if isinstance(first, Source) else first
 
     def load(self, source: Source) -> ServedModel:
         """Opens a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
-        with self._loading:
-            try:
-                served = self.open(source)
-                self.exchange(served)
-            except UserError as error:
-                self.failure = str(error)
-                raise
-            return served
+        try:
+            served = self.open(source)
+            self.exchange(served)
+        except UserError as error:
+            self.failure = str(error)
+            raise
+        return served
 
     def exchange(self, served: ServedModel) -> None:
         """Serve a model that was opened, once it has learnt all that the one before has, so that callers who saw events

@@ -11,7 +11,7 @@ from mmoe_rec.server import app, running
 
 __all__ = ["app", "ranker", "running"]
 
-for each in STOP_SIGNALS:  # any may reach all processes of a service
+for each in STOP_SIGNALS:  # Any may reach all processes of a service. The parent passes it on.
     signal.signal(each, signal.SIG_IGN)
 torch.set_num_threads(1)  # threads of OpenMP would not be there after a fork
 gc.collect()

@@ -24,14 +24,10 @@ _log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends within a time whatever a call does, and with exit code 0 if all were answered.
+    """uvicorn's server, which ends within a time whatever a call does, and with exit code 0 if all were answered."""
 
-    A worker gets no signals: its parent catches them, and calls `drain` and `stop`.
-    """
-
-    def __init__(self, app: Application, is_worker: bool = False) -> None:
-        self._app, self._options, self._is_worker = app, app.models.options, is_worker
-        self._last: threading.Timer | None = None
+    def __init__(self, app: Application) -> None:
+        self._app, self._options = app, app.models.options
         limits, seconds = self._options.limits, max(self._options.grace - _LAST_STEPS_SECONDS, 0.0)
         bounds = Bounds(limits.read_seconds, 2 * limits.max_body_mib * MEBIBYTE, lambda: self.should_exit)
         super().__init__(
@@ -40,16 +36,14 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Catch the signals that ask to stop, as uvicorn does, and SIGHUP."""
-        if not self._is_worker:
-            catch_stop_signals(self.handle_exit)
+        """Leave signals alone: a server of one process calls `handle_exit`, and the parent of a worker `stop`."""
         yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain, and then stop. A signal may come twice, to the process and to its group, so later ones do nothing."""
         if not self._app.calls.is_draining:
             self.drain()
-            self._call_later(self._options.drain, self.stop)
+            _call_later(self._options.drain, self.stop)
 
     def drain(self) -> None:
         """Report at `/health` that the server is about to stop."""
@@ -59,12 +53,7 @@ class Server(uvicorn.Server):
         """Answer what was accepted, take no more, and end."""
         if not self.should_exit:
             self.should_exit = True
-            self._call_later(self._options.grace, self._end_now)
-
-    def _call_later(self, seconds: float, function: Callable[[], None]) -> None:
-        self._last = threading.Timer(seconds, function)
-        self._last.daemon = True
-        self._last.start()
+            _call_later(self._options.grace, _end_now)
 
     def serve_on(self, bound: socket.socket, started: Callable[[], None]) -> None:
         """Serve until the server is stopped.
@@ -86,15 +75,19 @@ class Server(uvicorn.Server):
         with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
             runner.run(serve())
         self._app.close()
-        if self._last is not None:
-            self._last.cancel()
         if self._app.calls.queue.is_busy:
-            self._end_now()
+            _end_now()
 
-    @staticmethod
-    def _end_now() -> None:
-        _log.warning("ended while a call or the log of requests was under way: it took longer than --grace")
-        end_process(1)
+
+def _call_later(seconds: float, function: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_now() -> None:
+    _log.warning("ended while a call or the log of requests was under way: it took longer than --grace")
+    end_process(1)
 
 
 def serve(
@@ -138,4 +131,5 @@ def serve(
         reloads.watch(state, poll)
         _log.info("serving %s at %s/invocations", source.address, address_of(bound))
 
+    catch_stop_signals(server.handle_exit)
     server.serve_on(bound, started)

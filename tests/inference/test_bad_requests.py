@@ -120,13 +120,6 @@ def test_a_logs_own_booleans_are_taken_in_requests_and_events(tmp_path: Path) ->
         RowChecks(ranker.pipeline).read_json(None, [row | {"liked": True}])
 
 
-def test_ids_are_required(ranker: Ranker) -> None:
-    with pytest.raises(RequestError, match="'candidates' needs a column 'item'"):
-        ranker.rank({"user": USER}, {}, {"brand": ["a"]})
-    with pytest.raises(RequestError, match="'user' needs a column 'user'"):
-        ranker.rank({"age": 1}, {}, {"item": ITEMS})
-
-
 @pytest.mark.parametrize(
     "changes",
     [

