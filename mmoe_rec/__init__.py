@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.evaluate import evaluate_model as evaluate
-    from mmoe_rec.jobs.places import build_features
     from mmoe_rec.jobs.score import score_log as score
     from mmoe_rec.jobs.train import train_model as train
+    from mmoe_rec.preprocessing.prepare import build_features
     from mmoe_rec.settings.load import load_settings
     from mmoe_rec.tracking.registry import load_ranker
 
@@ -28,7 +28,7 @@ __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_ranker",
 
 _PLACES = {
     "Ranker": ("mmoe_rec.inference.ranker", "Ranker"),
-    "build_features": ("mmoe_rec.jobs.places", "build_features"),
+    "build_features": ("mmoe_rec.preprocessing.prepare", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
     "load_ranker": ("mmoe_rec.tracking.registry", "load_ranker"),
     "load_settings": ("mmoe_rec.settings.load", "load_settings"),

@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 @click.option("--extend", is_flag=True, help="add new files of the log to existing features")
 def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
-    from mmoe_rec.jobs.places import build_features, extend_features
     from mmoe_rec.preprocessing.checks import empty_split
+    from mmoe_rec.preprocessing.extend import extend as add_days
+    from mmoe_rec.preprocessing.logs import BuildInputs
+    from mmoe_rec.preprocessing.prepare import prepare
 
-    extended = extend_features(settings) if extend else None
+    inputs = BuildInputs.of(settings)
+    extended = add_days(inputs) if extend else None
     if extend and extended is None:
         print(f"no new files in '{settings.data.log}': the features stay as they are")
         return
-    features = build_features(settings) if extended is None else extended.features
+    features = prepare(inputs) if extended is None else extended.features
     _print(features, settings)
     if extended is not None:
         counts = ((extended.rows, "row"), (extended.files, "new file"))

@@ -21,11 +21,11 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
+from mmoe_rec.jobs.places import check_out, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
 from mmoe_rec.jobs.slicing import Slicing, overlap, users_in_both
 from mmoe_rec.locks import reading, writing
-from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.logs import BuildInputs, logs_for
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Columns
@@ -53,7 +53,7 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
     check_tasks(settings, ranker.pipeline.schema)
     work, what = Path(settings.data.work), "an evaluation"
     with reading(work / "features", what):
-        prepared = existing(*log_and_place(settings))
+        prepared = existing(BuildInputs.of(settings))
         if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
             prepared.require_rows(split)
             yield prepared.split(split)
@@ -129,15 +129,16 @@ def log_evaluation(
     from mmoe_rec.report.findings import find_all
     from mmoe_rec.report.sentences import describe_verdicts
 
-    layout, summary, first, windows = scored.layout, results.first.summary, results.first, settings.split.windows()
+    layout, summary, first = scored.layout, results.first.summary, results.first
     uri, name = settings.tracking.address, f"evaluate {model.address}"
     with runs.open_run(uri, settings.experiment, run_name=name, run_id=model.run_id) as run:
-        prepared = existing(*log_and_place(settings))
+        inputs = BuildInputs.of(settings)
+        prepared = existing(inputs)
         if prepared is not None:
             run.log_inputs(data_sets(settings, prepared.manifest, split))
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
         section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
-        fingerprints = {fingerprint_of(Logs(settings.data.log, settings.schema_, build_options(settings)), windows)}
+        fingerprints = {fingerprint_of(inputs.logs, inputs.windows)}
         fingerprints |= set() if prepared is None else {prepared.manifest["fingerprint"]}
         if read_artifact(model.folder, verify=False).fingerprint not in fingerprints:  # not of its training's rows
             heading, section = f"{heading} of another log or split", f"other_{split}_rows"

@@ -31,7 +31,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, prediction_columns
-from mmoe_rec.jobs.places import build_options, key_types
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
@@ -39,7 +38,7 @@ from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader
-from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema
@@ -78,7 +77,7 @@ def open_logs(
     read = _read_schema(schema, settings, as_of, lacking, labels)
     if as_of == "log" and not labels:
         _check_labels(*next(iter(files.items())), read)
-    options = replace(build_options(settings), skip_bad_files=False)
+    options = replace(BuildOptions.of(settings.data), skip_bad_files=False)
     if as_of == "tables":  # requests that are yet to come may be scored by what is known now
         options = replace(options, future_times="keep")
     split_column = None if learnt is None else learnt.column

@@ -33,7 +33,6 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
-from mmoe_rec.jobs.places import extend_features, log_and_place, logs_for
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.live import journal_files as files
@@ -44,8 +43,8 @@ from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
 from mmoe_rec.preprocessing.checks import check_apart
-from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend_tables, remake_tables
-from mmoe_rec.preprocessing.logs import HeldFiles, Logs, read_held_files, read_journal_name
+from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend, extend_tables, remake_tables
+from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, logs_for, read_held_files, read_journal_name
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, existing
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, Split, differences
@@ -364,7 +363,7 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
         end = datetime.fromtimestamp(newest // 1_000_000 + 1, UTC)
         split = Split.model_validate({"train_end": end - timedelta(days=days), "validation_end": end})
         now = settings.model_copy(update={"split": split})
-        if existing(*log_and_place(now)) is None:
+        if existing(BuildInputs.of(now)) is None:
             _add_days(now, served, kept, prepared)
         yield from _train(now, address, prepared, work)
         _forget(kept)
@@ -396,7 +395,7 @@ def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: Fea
         _link(kept / "features", folder)
     if FinishedTraining.read(Path(settings.data.work)) is None:
         forget_training(Path(settings.data.work) / "checkpoints")  # of features that are gone
-    if extend_features(settings) is None:
+    if extend(BuildInputs.of(settings)) is None:
         raise UserError(
             f"'{settings.data.log}' has no files that the features in '{prepared.folder}' do not hold, but the tables "
             f"of '{served.version.address}' know later requests: put back the files that these come from"

@@ -19,7 +19,6 @@ from mmoe_rec.atomic import write_text
 from mmoe_rec.errors import RequestError, UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score_files import known_rows
 from mmoe_rec.live import request_log as names
 from mmoe_rec.locks import writing
@@ -30,7 +29,7 @@ from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.model.score import SMALLEST_VALUE, add_outcomes, scores_from_logs
 from mmoe_rec.preprocessing.exchange import ResultReader
-from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.logs import Logs, logs_for
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings

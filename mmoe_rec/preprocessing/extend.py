@@ -30,7 +30,7 @@ from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, HeldFiles, Logs, read_journal_name, say_copies
+from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, read_journal_name, say_copies
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
 from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.preprocessing.steps import Steps
@@ -173,32 +173,31 @@ class Extension:
     gone: Sequence[str]
 
 
-def extend(
-    log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
-) -> Extension | None:
+def extend(inputs: BuildInputs) -> Extension | None:
     """Adds new files to the features in `work`; None where there are none. After an error they are the old ones.
 
-    windows: request times [start, end) in microseconds of each split of the new rows.
+    inputs: with the splits of the new rows.
 
     Raises UserError where there are no features to extend, or they are of another schema; an old file has changed; late
     requests may be old ones; no new request is later than these, or in a split; new events may be those of a file that
     is gone; no new file can be used, or the log can't be read.
     """
+    schema = inputs.schema
     require_all(schema, "adding days to features")
-    check_apart(log_source, schema, work)
-    features = FeatureFolder(work / "features")
+    check_apart(inputs.source, schema, inputs.work)
+    features = FeatureFolder(inputs.work / "features")
     if not (features.folder / "manifest.json").is_file():
         raise UserError(f"'{features.folder}' holds no features that could be extended; build them without --extend")
     with writing(features.folder, *BUILD, queue=True):
         _check_schema(features, schema)
         taken = HeldFiles.read(features.folder)
-        logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
+        logs = Logs(inputs.source, schema, inputs.options, [log.types for log in taken.logs])
         last = features.manifest["request_microseconds"][1]
         files = NewFiles(logs, taken, f"the features in '{features.folder}'", last, ANEW)
         if not files.any:
             return None
         with atomic_folder(features.folder) as folder:
-            extended = _extend(features, files, windows, folder)
+            extended = _extend(features, files, inputs.windows, folder)
     return extended
 
 

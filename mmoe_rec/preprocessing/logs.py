@@ -12,21 +12,24 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums
 from mmoe_rec.log.reader import EventRows, Log, none_usable
+from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
-from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
+from mmoe_rec.settings.sections import Data, EngineName, ErrorOrKeep, FirstOrError, Settings
 
 _NEVER = int(np.iinfo(np.int64).max)
 
@@ -44,6 +47,11 @@ class BuildOptions:
     future_times: ErrorOrKeep = "error"
     several_times: FirstOrError = "first"
 
+    @staticmethod
+    def of(data: Data) -> BuildOptions:
+        """Return the options in a section of settings."""
+        return BuildOptions(**{each.name: getattr(data, each.name) for each in fields(BuildOptions)})
+
     @property
     def unchecked(self) -> list[str]:
         """Settings by which a build does not look for rows that most logs hold only by mistake."""
@@ -56,6 +64,36 @@ class BuildOptions:
 
 
 DEFAULTS = BuildOptions()
+
+
+@dataclass(frozen=True)
+class BuildInputs:
+    """The log, schema and splits of a build of features, opened once, and the folder that gets the features.
+
+    Attributes:
+        source: URI of the interaction log.
+        schema: Schema of the log.
+        windows: Request times [start, end) of each split, in microseconds.
+        work: Folder of the features.
+        options: How to build.
+    """
+
+    source: str
+    schema: Schema
+    windows: dict[str, Window]
+    work: Path
+    options: BuildOptions = DEFAULTS
+
+    @staticmethod
+    def of(settings: Settings) -> BuildInputs:
+        """Return the inputs that settings name."""
+        data = settings.data
+        return BuildInputs(data.log, settings.schema_, settings.split.windows(), Path(data.work), BuildOptions.of(data))
+
+    @cached_property
+    def logs(self) -> Logs:
+        """The logs with the files that they have when they are first asked for."""
+        return Logs(self.source, self.schema, self.options)
 
 
 class Logs:
@@ -123,6 +161,39 @@ class Logs:
         if not (rest.rows if events_alone else rest.log.rows):
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
         return rest
+
+
+def adapt_schema(settings: Settings, schema: Schema) -> Schema:
+    """The schema of a model, as it reads the settings' logs."""
+    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
+    of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
+    columns = schema.columns.model_copy(update=of_rows)
+    return schema.model_copy(update={"events": events, "columns": columns, "split": settings.split.by_column})
+
+
+def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapping[str, str]] | None = None) -> Logs:
+    """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, with
+    other rates, weights and splits of rows.
+
+    types: of the columns of each log, None for those of the model's keys.
+    """
+    schema = pipeline.schema
+    if schema.columns.has_time != settings.columns.has_time:
+        ways = ("has no times (a plain table)", f"has times (in column '{schema.columns.time}')")
+        raise UserError(
+            f"the model was trained on a log that {ways[schema.columns.has_time]}, but the log of the settings has "
+            f"{'times' if settings.columns.has_time else 'none'} (columns.time): the model's features can't read it"
+        )
+    schema = adapt_schema(settings, schema)
+    types = key_types(pipeline, schema) if types is None else types
+    return Logs(settings.data.log, schema, BuildOptions.of(settings.data), types)
+
+
+def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]:
+    """Types of the columns of a log and of each log of events, those of the model's keys."""
+    kinds = pipeline.key_types
+    # The time column of events may be named like a key of the log.
+    return [kinds, *({n: kind for n, kind in kinds.items() if n != each.time} for each in schema.events.values())]
 
 
 def find_copies(files: Sequence[LogFile], held: Mapping[str, HeldFile]) -> dict[str, str]:

@@ -14,7 +14,6 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_example
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
-from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.stacking import grow_trees
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
@@ -23,6 +22,7 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.sections import Settings
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
@@ -63,11 +63,7 @@ class SmallModel:
     def __init__(self, work: Path, strings: bool = False, log: Sequence[pa.Table] = (), **sections: Any) -> None:
         self.settings = small_settings(work, **sections)
         write_log(work / "log", *(log or [random_log(1, rows=600, strings=strings)]))
-        schema = self.settings.schema_
-        options = build_options(self.settings)
-        self.prepared: FeatureFolder = prepare(
-            self.settings.data.log, schema, self.settings.split.windows(), work, options
-        )
+        self.prepared: FeatureFolder = prepare(BuildInputs.of(self.settings))
         self.model_layout = layout = ModelLayout.of(self.prepared.layout, self.settings)
         self.model: RankingModel = build_model(layout, self.settings.model, PlainTables(layout))
         generator = torch.Generator().manual_seed(1)  # not the global one, whose state depends on what ran before

@@ -20,9 +20,9 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
 from mmoe_rec.jobs.score import score_log
+from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.report.evaluation import summary_tree
 from mmoe_rec.report.findings import find_all

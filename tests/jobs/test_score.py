@@ -16,11 +16,11 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import microseconds, rank_rows
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
 from mmoe_rec.model.score import add_outcomes
+from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
 from tests.inference.small_model import SmallModel, as_request

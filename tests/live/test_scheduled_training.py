@@ -156,7 +156,7 @@ def test_a_training_that_was_killed_is_ended_by_the_next(days: Days, more: bool,
     assert "no training is due" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", ["_link", "extend_features", "train_model", "_forget"])
+@pytest.mark.parametrize("place", ["_link", "extend", "train_model", "_forget"])
 def test_a_kill_between_any_two_steps(days: Days, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     class Killed(BaseException):
         pass

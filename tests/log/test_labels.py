@@ -11,6 +11,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.rows import LogRows, labels_of
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import BASE, DAY, LATE_DAYS, START, log_rows, random_log, schema_of, times_of, write_log
 
@@ -51,7 +52,7 @@ def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
     table, schema = random_log(3, rows=600), schema_of(FEATURES, tasks=tasks())
     edges = [START + days * DAY for days in (6, 8)]
     windows = {"train": (None, edges[0]), "validation": (edges[0], edges[1]), "test": (edges[1], None)}
-    prepared = prepare(str(write_log(tmp_path / "log", table)), schema, windows, tmp_path / "work")
+    prepared = prepare(BuildInputs(str(write_log(tmp_path / "log", table)), schema, windows, tmp_path / "work"))
     assert prepared.layout.outcomes == {"click_and_liked": (0, 1)}
     assert [task.learnt_from for task in prepared.layout.tasks] == ["click", "click_and_liked", "spent"]
     train, last = pq.read_table(prepared.split("train")), int(times_of(table).max())

@@ -9,8 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.places import build_features, extend_features
 from mmoe_rec.log.reader import Log
+from mmoe_rec.preprocessing.extend import extend
+from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.schema import Schema
@@ -188,4 +190,4 @@ def test_days_can_not_be_added(tmp_path: Path) -> None:
     settings = plain_settings(tmp_path)
     build_features(settings)
     with pytest.raises(UserError, match=r"adding days to features needs columns.user and columns.candidate and colu"):
-        extend_features(settings)
+        extend(BuildInputs.of(settings))

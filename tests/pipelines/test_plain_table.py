@@ -14,10 +14,10 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.batches.encoded_rows import Part
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.places import build_features
 from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.live.skew import check_skew
 from mmoe_rec.log.rows import describe_stand_ins
+from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates

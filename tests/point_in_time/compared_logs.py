@@ -30,7 +30,7 @@ from mmoe_rec.preprocessing import count, requests, splits, steps
 from mmoe_rec.preprocessing import exchange as answers
 from mmoe_rec.preprocessing import prepare as build
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from tests.log.small_logs import raw_results
 from tests.point_in_time.drawn_logs import DrawnLog, draw
@@ -77,8 +77,8 @@ def compare(seed: int, folder: Path) -> int:
             place = str(folder / "log"), schema, drawn.windows, folder / "work", options
             try:
                 if stage == 0:
-                    prepared = prepare(*place)
-                elif (extended := extend(*place)) is None:
+                    prepared = prepare(BuildInputs(*place))
+                elif (extended := extend(BuildInputs(*place))) is None:
                     continue
                 else:
                     assert not repeats, f"log {seed}: events count twice"

@@ -13,7 +13,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.counters import MOST, UNITS, CounterMemory, SeenTotals, round_labels
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
     DAY,
@@ -93,7 +93,7 @@ def test_a_build_and_a_server_refuse_sums_beyond_the_range(tmp_path) -> None:
     table = random_log(0, 300)
     spent = np.full(300, 1e10)
     build = str(write_log(tmp_path / "log", with_column(table, "spent", pa.array(spent))))
-    prepared = prepare(build, SCHEMA, windows_of(3, 4), tmp_path / "work")
+    prepared = prepare(BuildInputs(build, SCHEMA, windows_of(3, 4), tmp_path / "work"))
     pipeline = FeaturePipeline.load(prepared.serving)
     largest = max(np.bincount(pa.compute.dictionary_encode(table["brand"].combine_chunks()).indices.drop_null()))
     assert largest * 1e10 < MOST / 2
@@ -115,7 +115,7 @@ def test_a_build_and_a_server_refuse_sums_beyond_the_range(tmp_path) -> None:
         spent[:] = too_much
         source = str(write_log(tmp_path / f"{too_much:g}", with_column(table, "spent", pa.array(spent))))
         with pytest.raises(UserError, match=TOLD):
-            prepare(source, SCHEMA, windows_of(3, 4), tmp_path / "refused")
+            prepare(BuildInputs(source, SCHEMA, windows_of(3, 4), tmp_path / "refused"))
 
 
 @pytest.mark.parametrize("rows_in_memory", [30, 10**6])
@@ -130,9 +130,12 @@ def test_neither_order_nor_chunks_nor_added_days_change_sums(tmp_path, rows_in_m
     shuffled = first.take(pa.array(rng.permutation(len(first))))
     options, log = BuildOptions(rows_in_memory=rows_in_memory), tmp_path / "log"
     write_log(log, shuffled.slice(0, 90), shuffled.slice(90))
-    grown = prepare(str(log), SCHEMA, windows, tmp_path / "grown", options).folder / "serving/spent_of_brand.memory"
+    grown = (
+        prepare(BuildInputs(str(log), SCHEMA, windows, tmp_path / "grown", options)).folder
+        / "serving/spent_of_brand.memory"
+    )
     for number, part in enumerate(added, 5):
         pq.write_table(part, log / f"{number}.parquet")
-        assert extend(str(log), SCHEMA, windows, tmp_path / "grown", options) is not None
-    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, windows, tmp_path / "at_once")
+        assert extend(BuildInputs(str(log), SCHEMA, windows, tmp_path / "grown", options)) is not None
+    whole = prepare(BuildInputs(str(write_log(tmp_path / "whole", table)), SCHEMA, windows, tmp_path / "at_once"))
     assert remembered(grown) == remembered(whole.serving / "spent_of_brand.memory")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mmoe_rec.preprocessing import engines, steps
-from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.fork_server import Command, call
 from tests.log.small_logs import ALL_KINDS, files_of, random_log, schema_of, windows_of, write_log
@@ -23,7 +23,7 @@ def build(source: str, work: Path, workers: int, threads: int) -> None:
     steps.ROWS_FOR_PROCESSES = 0
     engines.THREADS_AT_MOST = threads
     print("begin", flush=True)
-    prepare(source, SCHEMA, WINDOWS, work, BuildOptions(workers=workers, rows_in_memory=2000))
+    prepare(BuildInputs(source, SCHEMA, WINDOWS, work, BuildOptions(workers=workers, rows_in_memory=2000)))
 
 
 def killed_builds(folder: Path, kills: int) -> int:

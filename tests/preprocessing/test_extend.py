@@ -14,6 +14,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing import extend as extend_module
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
 from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.profiling.health_counts import collect
@@ -80,7 +81,7 @@ def test_the_manifest_and_what_is_at_hand(growing):
     assert after["files"] == 2
     assert after["first_request"] == before["first_request"]
     assert after["request_microseconds"] == [times_of(growing.table).min(), times_of(growing.table).max()]
-    taken = existing(growing.source, growing.schema, windows, growing.work)
+    taken = existing(BuildInputs(growing.source, growing.schema, windows, growing.work))
     assert taken is not None
     assert taken.manifest == after
     built = growing.prepare("whole", windows)

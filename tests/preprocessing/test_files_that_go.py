@@ -12,7 +12,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, prepare
 from mmoe_rec.preprocessing.steps import Steps
 from tests.log.small_logs import DAY, START, at_times, files_of, times_of, windows_of, with_column
@@ -43,7 +43,7 @@ def _remove(log: Growing, number: int) -> None:
 
 
 def _existing(log: Growing, windows: dict, **options: object) -> FeatureFolder | None:
-    return existing(log.source, log.schema, windows, log.work, BuildOptions(**options))
+    return existing(BuildInputs(log.source, log.schema, windows, log.work, BuildOptions(**options)))
 
 
 def _memories(prepared: FeatureFolder) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def _check_at_hand(log: Growing, windows: dict) -> None:
     content = oldest.read_bytes()
     oldest.unlink()
     found = _existing(log, windows)
-    assert prepare(log.source, log.schema, windows, log.work).manifest == found.manifest
+    assert prepare(BuildInputs(log.source, log.schema, windows, log.work)).manifest == found.manifest
     assert log.extend(windows) is None
     oldest.write_bytes(content)  # put back, at another time
     assert _existing(log, windows) is not None
@@ -89,7 +89,7 @@ def test_features_that_were_not_extended_are_built_anew_unless_a_model_goes_on_f
     _remove(growing, 100)
     found = _existing(growing, WINDOWS)
     assert found.manifest == before
-    assert prepare(growing.source, growing.schema, WINDOWS, growing.work, going_on=True).manifest == before
+    assert prepare(BuildInputs(growing.source, growing.schema, WINDOWS, growing.work), going_on=True).manifest == before
     shorter = growing.prepare().manifest
     assert shorter["rows"] < before["rows"]
     assert shorter["files"] == 2
@@ -107,14 +107,14 @@ def test_extended_features_are_not_replaced_by_those_of_a_shorter_log(growing, w
         windows = windows_of(9, 9.5)
     if what == "other log":
         source = str(growing.folder / "log" / "9*.parquet")
-    assert existing(source, growing.schema, windows, growing.work) is None
+    assert existing(BuildInputs(source, growing.schema, windows, growing.work)) is None
     before = files_of(growing.work)
     with pytest.raises(UserError, match=r"rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"):
-        prepare(source, growing.schema, windows, growing.work)
+        prepare(BuildInputs(source, growing.schema, windows, growing.work))
     assert files_of(growing.work) == before
     (growing.work / "features").rename(growing.work / "aside")
     if what == "new file":
-        assert prepare(source, growing.schema, windows, growing.work).manifest["files"] == 4
+        assert prepare(BuildInputs(source, growing.schema, windows, growing.work)).manifest["files"] == 4
 
 
 def test_a_file_that_was_written_again_is_refused_also_when_others_are_gone(growing):
@@ -212,7 +212,7 @@ def test_files_with_the_same_bytes_count_once_in_a_build(growing, capsys):
     found = growing.prepare("other")
     assert capsys.readouterr().err.count("left out: 2 files with the bytes of another one, such as ") == 1
     assert (files_of(found.folder / "encoded"), _memories(found)) == expected
-    assert existing(growing.source, growing.schema, WINDOWS, growing.folder / "other") is not None
+    assert existing(BuildInputs(growing.source, growing.schema, WINDOWS, growing.folder / "other")) is not None
 
 
 def test_new_files_have_the_types_of_those_that_are_gone(growing):
