@@ -55,7 +55,6 @@ def features(configuration: Configuration, extend: bool) -> None:
 
 
 def _print(features: FeatureFolder, settings: Settings) -> None:
-    from mmoe_rec.features.pipeline import remembered_bytes
     from mmoe_rec.log.checks import format_time
     from mmoe_rec.report.formatting import describe_labels, describe_request_times, describe_unmatured
 
@@ -77,12 +76,6 @@ def _print(features: FeatureFolder, settings: Settings) -> None:
         print(
             f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
             "the files before: counters and histories take such labels, but the rows are not encoded"
-        )
-    if sizes := remembered_bytes(features.serving):  # which the server will hold
-        largest = sorted(sizes.items(), key=lambda each: -each[1])[:3]
-        print(
-            f"counters and histories remember {sum(sizes.values()) / 1e6:,.1f} MB for requests to come; most: "
-            + ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in largest)
         )
     for each in features.manifest["left_out"]:
         print(f"left out: {each['reason']}")

@@ -25,7 +25,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
 from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
-from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
+from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
 
@@ -152,7 +152,7 @@ class Chunk:
         columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
         none = np.empty(0, np.int64)
         key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
-        order = sorted_order(key, time)
+        order = np.lexsort((time, key))
         self._key, self._time = key[order], time[order]
         self._labels = {task: columns[label_of(task)][order] for task in labelled} if columns else {}
         wanted = in_any(time, splits) & in_window(time, received.window)
