@@ -160,7 +160,7 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
     kept.mkdir()
     with steps:
         counted = steps.count(statistics=False)
-        first, last = counted.first[0], counted.last[0]
+        first, last = counted.first, counted.last
         if not counted.rows["served"] or window[0] <= first:
             raise UserError(
                 "--from, --to: the period needs rows of the log in it and before it. The log has requests from "

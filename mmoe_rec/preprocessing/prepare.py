@@ -32,7 +32,6 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
@@ -216,7 +215,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
         check_splits(counted, windows, logs.log.source, logs.schema.split)
         memories = encoded / "scratch" / "compacted"
         memories.mkdir(parents=True)
-        last = counted.last[0]
+        last = counted.last
         steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None)
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
         for each in (left for log in steps.logs.all for left in log.left_out):
@@ -226,8 +225,8 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
 
 def fingerprint_of(logs: Logs, windows: object) -> str:
     """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
-    the schema, with splits (`windows`, or what else rows depend on, as JSON), or with the rules of a time zone; not
-    with what a model makes of features."""
+    the schema, or with splits (`windows`, or what else rows depend on, as JSON); not with what a model makes of
+    features."""
     found = [
         [
             [(file.address, file.bytes, file.version, file.in_path) for file in each.files],
@@ -236,12 +235,12 @@ def fingerprint_of(logs: Logs, windows: object) -> str:
         for each in logs.all
     ]
     # Keys in the order of the settings: that of features and tasks is the order of the layout.
-    return _digest(FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows)
+    return _digest(FORMAT, found, logs.schema.identity(), windows)
 
 
 def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
     """A fingerprint of all that features depend on besides the logs."""
-    return _digest(FORMAT, zone_rules(schema), schema.identity(), windows)
+    return _digest(FORMAT, schema.identity(), windows)
 
 
 def _digest(*parts: object) -> str:
@@ -279,7 +278,7 @@ def write_features(
     for name, its in pipeline.counts.items():
         pq.write_table(its.to_table(), counts / f"{name}.parquet", compression="zstd")
     counted.save_latest(serving)
-    first, last = counted.first[0], counted.last[0]
+    first, last = counted.first, counted.last
     steps.look_up(pipeline, serving, end=last + 1, training=train if before is None else None, before=before)
     if before is None:
         pipeline.finish_results()

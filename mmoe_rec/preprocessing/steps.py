@@ -22,7 +22,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_fault
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_duplicates, check_readings, check_requests, check_times
+from mmoe_rec.preprocessing.checks import check_duplicates, check_requests
 from mmoe_rec.preprocessing.count import CountJob, LogCounts, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, ResultExchange, events_of, look_ups_of
@@ -88,7 +88,6 @@ class Steps:
         Raises UserError for a bad file, unless such files are skipped, for rows that occur twice, and for requests of
         several users, or times where that is wanted.
         """
-        check_readings(self.logs.log)
         if self.logs.options.skip_bad_files:
             pieces = [each for log in self.logs.all for each in log.pieces()]
             faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
@@ -100,7 +99,6 @@ class Steps:
 
     def _find_repeats(self, counted: LogCounts, kept: Path | None, before: Path | None) -> bool:
         """As `check_duplicates`, after other checks."""
-        check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
         sent, kept = self._events.folder / DUPLICATES, None if kept is None else kept / "rows"
         before = None if before is None else before / "rows"

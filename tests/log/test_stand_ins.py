@@ -15,7 +15,6 @@ from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import SPLIT_VALUES, plain_settings, plain_table
 from tests.log.small_logs import with_column, with_values
@@ -160,16 +159,6 @@ def test_settings_of_a_plain_table_stay_as_they_are(tmp_path: Path) -> None:
     again = settings.schema_.identity()
     assert again["split"]["column"] == "fold"
     assert again["columns"]["user"] is None
-
-
-def test_logs_with_times_are_identified_as_before(tmp_path: Path) -> None:
-    """No key of a plain table changes what features of other logs were built from."""
-    columns = {"user": "u", "candidate": "i", "time": "t"}
-    feature = plain_settings(tmp_path).schema_.features["code"].model_copy(update={"column": "i"})
-    schema = Schema.model_validate({"columns": columns, "tasks": {"a": {"label": "a"}}, "features": {"i": feature}})
-    found = schema.identity()
-    assert "split" not in found
-    assert "weight" not in found["columns"]
 
 
 def test_a_log_of_times_without_users_is_split_by_time(tmp_path: Path) -> None:
