@@ -126,7 +126,7 @@ def test_no_stretch_holds_more_rows_than_memory_has_room_for(tmp_path, spread):
         if encoder.name == "clicked":
             encoder.parts["clicked"].grow()  # type: ignore[attr-defined]
     memories = {encoder.name: encoder.memory for encoder in whole.group}
-    for chunk in chunks(whole, [(None, None)], 100, tmp_path / "scratch", lambda: 0):
+    for chunk in chunks(whole, [(None, None)], 100, tmp_path / "scratch"):
         for encoder in whole.group:
             memories[encoder.name] = chunk.extended(encoder, memories[encoder.name])
         held.append(len(chunk.rows))
