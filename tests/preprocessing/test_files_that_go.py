@@ -5,19 +5,16 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, Logs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, prepare
-from mmoe_rec.preprocessing.steps import Steps
-from tests.log.small_logs import DAY, START, at_times, files_of, times_of, windows_of, with_column
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
+from tests.log.small_logs import files_of, remembered, windows_of, with_column
 from tests.preprocessing.growing_log import FEATURES, WINDOWS, Growing, schema_with_purchases
-from tests.preprocessing.test_tables_of_models import ServedModel, assert_same_tables
 
 LATER = windows_of(10, 11)
 SKIP = {"skip_bad_files": True}
@@ -287,56 +284,28 @@ def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(
     assert one.equals(two)
 
 
-@pytest.mark.parametrize("has_ids", [True, pytest.param(False, marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("ahead", [7, *(pytest.param(day, marks=pytest.mark.thorough) for day in (4, 10))])
-def test_a_row_ahead_of_its_day_and_a_file_that_is_mended_late_stop_no_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has_ids: bool, ahead: int
-) -> None:
-    """The row lies in the files before, within the week, or in its last file but one; each day is killed once. Tables
-    are those of all files, and rows those that a build of all files gives."""
-    log, skipping = Growing(tmp_path, ahead, 600), BuildOptions(**SKIP)
-    frame = pd.DataFrame({"user": log.table["user"].to_pylist(), "time": times_of(log.table)})
-    days, ids = ((frame["time"] - START) // DAY).to_numpy(), frame.groupby(["user", "time"]).ngroup().to_numpy()
-    user, time = frame[days == ahead].iloc[-1]
-    moved = ((frame["user"] == user) & (frame["time"] == time)).to_numpy()
-    table = at_times(log.table, times_of(log.table) + moved * (DAY // 2)).append_column("request", pa.array(ids))
-    if has_ids:
-        log.schema = log.schema.model_copy(
-            update={"columns": log.schema.columns.model_copy(update={"request": "request"})}
-        )
-    for day in range(4, 12):
-        log.add(day * (day > 4), day + 1)
-        rows = table.filter(pa.array((days == day) | ((day == 4) & (days < 4))))
-        pq.write_table(rows.slice(5), log.folder / "log" / f"{101 - log.count}.parquet")
-        if day == 4:
-            pq.write_table(rows.slice(0, 5), log.folder / "log" / "first.parquet")
-            last = log.prepare(windows=windows_of(3, 4)).manifest["request_microseconds"][1]
-            served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, skipping)
-            continue
-        early = log.folder / "log" / f"early{day}.parquet"
-        pq.write_table(rows.slice(0, 5), early)
-        if day == 6:
-            bad, whole = early, _spoil(early, "label")
-        if day == 9:
-            bad.write_bytes(whole)
-        with monkeypatch.context() as patch:
-            patch.setattr(Steps, "look_up", lambda *_, **__: 1 / 0)
-            for go_on in (served.go_on, lambda: log.extend(windows_of(3, 4), **SKIP)):
-                with pytest.raises(ZeroDivisionError):
-                    go_on()
-        served.go_on()
-        assert_same_tables(served.features, served.anew()[0], but=("files.json",))
-        capsys.readouterr()
-        found = log.extend(windows_of(3, 4), **SKIP).features
-        is_late = day == 9 or day == ahead + 1
-        said = " ".join(capsys.readouterr().err.split())
-        assert ("came late, with requests from" in said) == is_late, (day, said)
-        logs = Logs(log.source, log.schema, skipping)
-        encode_with(found.serving, logs, {"test": (last + 1, None)}, tmp_path / f"encoded {day}")
-        mine, its = (pq.read_table(each) for each in (found.split("test"), tmp_path / f"encoded {day}" / "test"))
-        assert mine.equals(its)
-        assert len(mine) > 5
-        last = found.manifest["request_microseconds"][1]
+def test_requests_that_come_late_count_and_are_reported(growing, tmp_path, capsys):
+    """Memories are those of a log whose rows came in time, and only later rows are encoded."""
+    whole = _of_three_files(tmp_path / "whole")
+    for log in (growing, whole):
+        log.add(8, 10)
+    path = growing.folder / "log" / "97.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.slice(5), path)
+    for log in (growing, whole):
+        log.extend(windows_of(9, 9.5))
+        log.add(10, 12.1)
+    pq.write_table(rows.slice(0, 5), growing.folder / "log" / "late.parquet")
+    capsys.readouterr()
+    found, expected = growing.extend(LATER), whole.extend(LATER)
+    assert "late.parquet' came late, with requests from 2023-11-22" in " ".join(capsys.readouterr().err.split())
+    assert found.rows == expected.rows + 5
+    for name in ("item_click", "n"):
+        mine, theirs = (each.features.serving / f"{name}.memory" for each in (found, expected))
+        assert remembered(mine).equals(remembered(theirs))
+    mine, theirs = (pq.read_table(each.features.split("test")) for each in (found, expected))
+    assert mine["time"].equals(theirs["time"])
+    assert len(mine) > 5
 
 
 def test_new_files_that_are_all_bad_end_in_one_sentence(growing):
