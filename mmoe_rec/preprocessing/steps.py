@@ -92,10 +92,12 @@ class Steps:
             pieces = [each for log in self.logs.all for each in log.pieces()]
             faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
             self.logs = self.logs.without(list(faults))
-        while self._find_repeats(counted := self._read_all(statistics, kept, before), kept, before):
+        while True:
+            self.requests = self._find_requests(before, kept)
+            self._counted = self._count(statistics, kept is not None)
+            if not self._find_repeats(self._counted, kept, before):
+                return self._counted
             shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
-        self._counted = counted
-        return counted
 
     def _find_repeats(self, counted: LogCounts, kept: Path | None, before: Path | None) -> bool:
         """As `check_duplicates`, after other checks."""
@@ -120,10 +122,6 @@ class Steps:
         for name in (_FIRST_TIMES, _RESULTS):
             if (self.scratch / name).exists():
                 (self.scratch / name).rename(folder / name)
-
-    def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> LogCounts:
-        self.requests = self._find_requests(before, kept)
-        return self._count(statistics, kept is not None)
 
     def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
