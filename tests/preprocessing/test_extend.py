@@ -114,22 +114,6 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     collect(growing.extend(windows_of(11, 11.5)).features, growing.schema, scratch)
 
 
-def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
-    growing.add(8, 9)
-    place = growing.table.column_names.index("click")
-    wrong = growing.table.slice(0, 50).set_column(place, "click", pa.array([7.0] * 50))
-    pq.write_table(wrong, growing.folder / "log" / "bad.parquet")
-    before = files_of(growing.work)
-    with pytest.raises(UserError, match=r"bad.parquet': label column 'click' of binary task 'click' holds 7"):
-        growing.extend()
-    assert files_of(growing.work) == before
-    extended = growing.extend(skip_bad_files=True)
-    assert extended.rows == len(training_items(growing, {"train": (None, None)}, 8, 9))
-    assert [Path(each["file"]).name for each in extended.features.manifest["left_out"]] == ["bad.parquet"]
-    assert extended.features.manifest["files"] == 2
-    assert growing.extend(skip_bad_files=True) is None
-
-
 # Refusals
 
 

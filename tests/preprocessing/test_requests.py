@@ -78,15 +78,21 @@ def test_all_is_that_of_a_log_with_the_first_times(
     )
 
 
-def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_path: Path) -> None:
+def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     table = with_requests(random_log(3))
     state = _build(tmp_path / "other", _with_first_times(with_requests(random_log(5)))).serving
     encoded = []
     for name, rows in (("found", table), ("expected", _with_first_times(table))):
-        logs = Logs(str(write_log(tmp_path / name, *_cut(rows, 100))), SCHEMA, BuildOptions())
+        log = write_log(tmp_path / name, *_cut(rows, 100))
+        if name == "found":
+            (log / "bad.parquet").write_bytes(b"not Parquet")
+        logs = Logs(str(log), SCHEMA, BuildOptions(skip_bad_files=True))
         encode_with(state, logs, {"test": WINDOWS["test"]}, tmp_path / f"{name}.encoded")
         encoded.append(files_of(tmp_path / f"{name}.encoded"))
     assert encoded[0] == encoded[1]
+    assert capsys.readouterr().err.replace("\n", "").count("left out: '") == 1
 
 
 def test_a_split_without_rows_is_not_encoded(tmp_path: Path) -> None:
