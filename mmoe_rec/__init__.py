@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.evaluate import evaluate_model as evaluate
     from mmoe_rec.inference.batch_scoring import score_log as score
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.preprocessing.places import build_features
+    from mmoe_rec.preprocessing.prepare import build_features
     from mmoe_rec.settings.load import load_settings
     from mmoe_rec.tracking.registry import load_ranker
     from mmoe_rec.training.train import train_model as train
@@ -36,7 +36,7 @@ __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_ranker",
 
 _PLACES = {
     "Ranker": ("mmoe_rec.inference.ranker", "Ranker"),
-    "build_features": ("mmoe_rec.preprocessing.places", "build_features"),
+    "build_features": ("mmoe_rec.preprocessing.prepare", "build_features"),
     "evaluate": ("mmoe_rec.evaluation.evaluate", "evaluate_model"),
     "load_ranker": ("mmoe_rec.tracking.registry", "load_ranker"),
     "load_settings": ("mmoe_rec.settings.load", "load_settings"),

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from mmoe_rec import progress
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
@@ -20,7 +21,7 @@ def test_a_build_without_counters_and_histories_shows_no_bar_for_them(
     schema = schema_of({"item": ALL_KINDS["item"]})
     edges = [START, START + 5 * DAY, START + 7 * DAY, None]
     windows = dict(zip(("train", "validation", "test"), pairwise(edges), strict=True))
-    prepare(str(write_log(tmp_path / "log", random_log(0))), schema, windows, tmp_path)
+    prepare(BuildInputs(str(write_log(tmp_path / "log", random_log(0))), schema, windows, tmp_path))
     assert "encoding" in shown.getvalue()
     assert "counters and histories" not in shown.getvalue()
     assert "\n\n" not in shown.getvalue().replace("\r", "")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import IDS, Encoded, Layout, label_types
 from mmoe_rec.log.columns import hash_column, mix
-from mmoe_rec.point_in_time.arrays import Ragged, join, one_array
+from mmoe_rec.point_in_time.arrays import Ragged, join, one_array, rebatch
 
 ADVICE = "run mmoe-rec features again"
 
@@ -193,7 +193,7 @@ class EncodedRows:
         """
         list(self._schemas(columns))
         wanted = list(dict.fromkeys([*self._columns, *columns]))
-        for table in _rebatch(self._tables(batch_size, wanted), batch_size):
+        for table in rebatch(self._tables(batch_size, wanted), batch_size):
             yield self._convert(table), table.select(list(columns))
 
     def _tables(self, batch_size: int, columns: list[str]) -> Iterator[pa.Table]:
@@ -265,15 +265,3 @@ def _naming(file: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         what = f"'{file}' cannot be read, it may be truncated or corrupt: {first_line(error)}"
         raise UserError(f"{what}; {ADVICE}") from error
-
-
-def _rebatch(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
-    """Tables of exactly `size` rows, the last one fewer."""
-    waiting: pa.Table | None = None
-    for table in tables:
-        waiting = table if waiting is None else pa.concat_tables([waiting, table])
-        while waiting.num_rows >= size:
-            yield waiting.slice(0, size)
-            waiting = waiting.slice(size)
-    if waiting is not None and waiting.num_rows:
-        yield waiting

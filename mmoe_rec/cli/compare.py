@@ -53,10 +53,10 @@ def compare(
     if (only or margin is not None) and not features:
         raise UserError("--only and --margin belong to --features. Add --features.")
     settings = configuration.settings
-    from mmoe_rec.preprocessing.places import log_and_place
+    from mmoe_rec.preprocessing.logs import BuildInputs
     from mmoe_rec.preprocessing.prepare import existing
 
-    existing(*log_and_place(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
+    existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
     from mmoe_rec.experiments.compare import FOLDER, compare_architectures, compare_settings
     from mmoe_rec.experiments.experiment_report import FILE, make_report
     from mmoe_rec.experiments.importance import compare_features

@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
     from mmoe_rec.preprocessing.checks import empty_split
-    from mmoe_rec.preprocessing.places import build_features, extend_features
+    from mmoe_rec.preprocessing.extend import extend as add_days
+    from mmoe_rec.preprocessing.logs import BuildInputs
+    from mmoe_rec.preprocessing.prepare import prepare
 
-    extended = extend_features(settings) if extend else None
+    inputs = BuildInputs.of(settings)
+    extended = add_days(inputs) if extend else None
     if extend and extended is None:
         print(f"no new files in '{settings.data.log}': the features stay as they are")
         return
-    features = build_features(settings) if extended is None else extended.features
+    features = prepare(inputs) if extended is None else extended.features
     _print(features, settings)
     if extended is not None:
         counts = ((extended.rows, "row"), (extended.files, "new file"))
@@ -52,7 +55,6 @@ def features(configuration: Configuration, extend: bool) -> None:
 
 
 def _print(features: FeatureFolder, settings: Settings) -> None:
-    from mmoe_rec.features.pipeline import remembered_bytes
     from mmoe_rec.log.checks import format_time
     from mmoe_rec.report.formatting import describe_request_times, describe_unmatured
     from mmoe_rec.task_kinds import DEFAULT
@@ -75,12 +77,6 @@ def _print(features: FeatureFolder, settings: Settings) -> None:
         print(
             f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
             "the files before: counters and histories take such labels, but the rows are not encoded"
-        )
-    if sizes := remembered_bytes(features.serving):  # which the server will hold
-        largest = sorted(sizes.items(), key=lambda each: -each[1])[:3]
-        print(
-            f"counters and histories remember {sum(sizes.values()) / 1e6:,.1f} MB for requests to come; most: "
-            + ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in largest)
         )
     for each in features.manifest["left_out"]:
         print(f"left out: {each['reason']}")

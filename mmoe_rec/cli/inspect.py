@@ -20,7 +20,8 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
     from mmoe_rec.locks import writing
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.preprocessing.places import check_out, log_and_place
+    from mmoe_rec.preprocessing.logs import BuildInputs
+    from mmoe_rec.preprocessing.places import check_out
     from mmoe_rec.preprocessing.prepare import features_in_use
     from mmoe_rec.profiling.data_health import inspect as inspect_features
 
@@ -28,7 +29,7 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
     check_out(out, settings)
     # matplotlib and Jinja2 are for what there is to be shown.
     with (
-        features_in_use(*log_and_place(settings), "an inspection") as prepared,
+        features_in_use(BuildInputs.of(settings), "an inspection") as prepared,
         writing(out, "an inspection", "give another --out"),
     ):
         dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}

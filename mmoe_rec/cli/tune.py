@@ -29,10 +29,10 @@ from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_repor
 @click.option("--jobs", type=COUNT, default=1, metavar="N", help="runs side by side (default: 1)")
 def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int, jobs: int) -> None:
     settings = configuration.settings
-    from mmoe_rec.preprocessing.places import log_and_place
+    from mmoe_rec.preprocessing.logs import BuildInputs
     from mmoe_rec.preprocessing.prepare import existing
 
-    existing(*log_and_place(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
+    existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
     from mmoe_rec.experiments.experiment_report import make_report
     from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
     from mmoe_rec.report.files import PAGE

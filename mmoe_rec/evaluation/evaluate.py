@@ -23,8 +23,8 @@ from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.locks import reading, writing
-from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.places import build_options, check_out, log_and_place, logs_for, short_names
+from mmoe_rec.preprocessing.logs import BuildInputs, logs_for
+from mmoe_rec.preprocessing.places import check_out, short_names
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Columns
@@ -53,7 +53,7 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
     check_tasks(settings, ranker.pipeline.schema)
     work, what = Path(settings.data.work), "an evaluation"
     with reading(work / "features", what):
-        prepared = existing(*log_and_place(settings))
+        prepared = existing(BuildInputs.of(settings))
         if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
             prepared.require_rows(split)
             yield prepared.split(split)
@@ -130,15 +130,16 @@ def log_evaluation(
     from mmoe_rec.evaluation.sentences import describe_verdicts
     from mmoe_rec.evaluation.summary import flatten
 
-    layout, summary, first, windows = scored.layout, results.first.summary, results.first, settings.split.windows()
+    layout, summary, first = scored.layout, results.first.summary, results.first
     uri, name = settings.tracking.address, f"evaluate {model.address}"
     with runs.open_run(uri, settings.experiment, run_name=name, run_id=model.run_id) as run:
-        prepared = existing(*log_and_place(settings))
+        inputs = BuildInputs.of(settings)
+        prepared = existing(inputs)
         if prepared is not None:
             run.log_inputs(data_sets(settings, prepared.manifest, split))
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
         section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
-        fingerprints = {fingerprint_of(Logs(settings.data.log, settings.schema_, build_options(settings)), windows)}
+        fingerprints = {fingerprint_of(inputs.logs, inputs.windows)}
         fingerprints |= set() if prepared is None else {prepared.manifest["fingerprint"]}
         if read_artifact(model.folder, verify=False).fingerprint not in fingerprints:  # not of its training's rows
             heading, section = f"{heading} of another log or split", f"other_{split}_rows"

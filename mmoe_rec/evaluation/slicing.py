@@ -30,7 +30,7 @@ from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses, combine, hash_column
 from mmoe_rec.log.reader import Log, find_fault
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.preprocessing.places import adapt_schema, build_options, log_and_place
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, adapt_schema
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.columns import Use
@@ -65,7 +65,7 @@ class LogColumns:
         artifact: folder of the model, by whose keys rows are known. Raises UserError for columns that the log does not
         have, or can't be sliced by.
         """
-        wanted, options = settings.evaluation.slices, build_options(settings)
+        wanted, options = settings.evaluation.slices, BuildOptions.of(settings.data)
         source, skip = settings.data.log, options.skip_bad_files
         pipeline = FeaturePipeline.load(artifact / "features", memories=False)
         schema = adapt_schema(settings, pipeline.schema)
@@ -195,7 +195,7 @@ class TrainingRows:
     @staticmethod
     def of(settings: Settings) -> TrainingRows | None:
         """Those of the settings' log and split, where features were built of them."""
-        prepared = existing(*log_and_place(settings))
+        prepared = existing(BuildInputs.of(settings))
         if prepared is None:
             return None
         columns, folder = settings.columns, prepared.split("train")

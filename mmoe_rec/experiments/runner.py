@@ -24,7 +24,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.experiments.processes import run_side_by_side, share_threads
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.places import log_and_place
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -104,7 +104,7 @@ def open_runner(
     runs.check_server(tracking, settings.experiment, unsent=work / "unsent")
     needs, own = ("train", "validation", split), work / (folder or name)
     with ExitStack() as held:
-        prepared = held.enter_context(features_in_use(*log_and_place(settings), f"the command {name}", needs))
+        prepared = held.enter_context(features_in_use(BuildInputs.of(settings), f"the command {name}", needs))
         held.enter_context(writing(own, f"the command {name}", "set `data.work` to another folder"))
         key = f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'])}"
         unsent, patience = work / "unsent", PATIENCE_SECONDS
@@ -243,10 +243,9 @@ class Runner:
         """Return features of a variant, which are built first if they differ from the others."""
         key = self._identify(settings)
         if key not in self._features:
-            data = settings.data.model_copy(update={"work": str(self.folder / "features" / key)})
-            place = log_and_place(settings.model_copy(update={"data": data}))
+            inputs = replace(BuildInputs.of(settings), work=self.folder / "features" / key)
             needs = ("train", "validation", self.split)
-            self._features[key] = self._held.enter_context(features_in_use(*place, "a comparison", needs))
+            self._features[key] = self._held.enter_context(features_in_use(inputs, "a comparison", needs))
         return self._features[key]
 
     def _identify(self, settings: Settings) -> str:

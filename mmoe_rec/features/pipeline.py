@@ -30,7 +30,7 @@ from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.point_in_time.counters import CounterLevels, salt_of
+from mmoe_rec.point_in_time.counters import MOST, CounterLevels, salt_of
 from mmoe_rec.point_in_time.memory import Memory, grown
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema
@@ -70,7 +70,6 @@ class Live:
             if encoder.source not in rows or not len(events := encoder.events(rows[encoder.source])):
                 continue
             if isinstance(encoder, CounterEncoder):
-                encoder.check_sums(self.encoder_of(name).memory, events)
                 # An event without a label counts as a positive one.
                 label = np.ones(len(events), np.int8) if encoder.label is None else events["label"].to_numpy()
                 together.append((events["key"].to_numpy() ^ self._salt(name), events["known"].to_numpy(), label))
@@ -79,7 +78,10 @@ class Live:
                 own[name] = grown(own.get(name, ()), new, HistoryMemory.merged)
         shared = self.shared
         if together:
-            shared = shared.extended(*map(np.concatenate, zip(*together, strict=True)))
+            try:
+                shared = shared.extended(*map(np.concatenate, zip(*together, strict=True)))
+            except OverflowError:
+                raise UserError(f"events have labels whose sums are beyond {MOST:.1e}: send a larger unit") from None
         return replace(self, rows=self.rows + sum(map(len, rows.values())), shared=shared, own=own)
 
     def encoder_of(self, name: str) -> MemoryEncoder[Any]:
@@ -433,14 +435,3 @@ def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression |
             columns[name][start : start + len(table)] = table[name].to_numpy()
         start += len(table)
     return encoder.empty().with_columns(columns, _floor(schema))
-
-
-def remembered_bytes(folder: Path) -> dict[str, int]:
-    """Bytes that the events of each counter and history in a folder of state take in memory, without indexes."""
-    sizes = {}
-    for memory in sorted(folder.glob("*.memory")):
-        feature = memory.name.removesuffix(".memory")
-        parts = [pq.ParquetFile(part) for part in memory_parts(folder, feature)]
-        widths = [field.type.bit_width // 8 for field in parts[0].schema_arrow]
-        sizes[feature] = sum(widths) * sum(part.metadata.num_rows for part in parts)
-    return sizes

@@ -202,8 +202,8 @@ class _Scoring:
             if not counted.rows["scored"]:
                 raise self._no_rows()
             memories.mkdir(parents=True)
-            steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
-            facts |= {"first": counted.first[0], "last": counted.last[0]}
+            steps.look_up(self.pipeline, memories, end=counted.last + 1, training=None)
+            facts |= {"first": counted.first, "last": counted.last}
         return facts
 
     def _no_rows(self) -> UserError:
@@ -233,7 +233,7 @@ class _Scoring:
         function, total = partial(score_part, job), self.logs.log.rows
         with bar() as progress:
             task = progress.add_task("scoring", total=total, completed=total - sum(part.rows for _, part in left))
-            for (_, part), _ in zip(left, engine.map(function, left, lasting=True), strict=True):
+            for (_, part), _ in zip(left, engine.map(function, left), strict=True):
                 progress.advance(task, part.rows)
         rows = {number: pq.read_metadata(file).num_rows for number, file in enumerate(files)}
         if not any(rows.values()):

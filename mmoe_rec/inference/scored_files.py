@@ -38,8 +38,7 @@ from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader
-from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.places import build_options, key_types
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema
@@ -78,7 +77,7 @@ def open_logs(
     read = _read_schema(schema, settings, as_of, lacking, labels)
     if as_of == "log" and not labels:
         _check_labels(*next(iter(files.items())), read)
-    options = replace(build_options(settings), skip_bad_files=False)
+    options = replace(BuildOptions.of(settings.data), skip_bad_files=False)
     if as_of == "tables":  # requests that are yet to come may be scored by what is known now
         options = replace(options, future_times="keep")
     split_column = None if learnt is None else learnt.column

@@ -29,8 +29,7 @@ from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.preprocessing.exchange import ResultReader
-from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.places import logs_for
+from mmoe_rec.preprocessing.logs import Logs, logs_for
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
@@ -162,7 +161,7 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
     kept.mkdir()
     with steps:
         counted = steps.count(statistics=False)
-        first, last = counted.first[0], counted.last[0]
+        first, last = counted.first, counted.last
         if not counted.rows["served"] or window[0] <= first:
             raise UserError(
                 "--from, --to: the period needs rows of the log in it and before it. The log has requests from "

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -56,15 +56,6 @@ class LeftOut(FoundFile):
     """A file of a log that is not read, as it was then, and why."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class _Footer:
-    """What is read of a file: kinds of the columns that are used, and the text of those that stand in its path."""
-
-    file: LogFile
-    kinds: dict[str, pa.DataType]
-    in_path: dict[str, str | None]
 
 
 def format_time(microseconds: int) -> str:
@@ -121,77 +112,66 @@ def check_files(
     BadFile for the first bad file, unless those are skipped.
     """
 
-    def read(file: FoundFile) -> _Footer | BadFile:
+    integers = _find_integers(found, fitted)
+
+    def read(file: FoundFile) -> tuple[LogFile, dict[str, pa.DataType]] | BadFile:
         try:
-            return _read_footer(file, uses, time_unit)
+            return _read_footer(file, uses, time_unit, integers)
         except BadFile as problem:
             return problem
 
     with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
-        read_files = list(pool.map(read, found))
-    footers = [each for each in read_files if isinstance(each, _Footer)]
-    problems = {each.address: each for each in read_files if isinstance(each, BadFile)}
-    integers = _find_integers(footers, fitted)
-    for each in footers:
-        if (problem := _add_path_kinds(each, uses, integers, time_unit)) is not None:
-            problems[problem.address] = problem
-    footers = [each for each in footers if each.file.address not in problems]
-    types, deviating = _common_types(footers, uses, fitted)
-    problems |= deviating
+        footers = list(pool.map(read, found))
+    good = [each for each in footers if not isinstance(each, BadFile)]
+    types, problems = _common_types(good, uses, fitted)
+    problems |= {each.address: each for each in footers if isinstance(each, BadFile)}
     bad = [file for file in found if file.address in problems]
     if bad and not skip_bad_files:
         raise problems[bad[0].address]
     left_out = [LeftOut(file.address, file.bytes, file.version, str(problems[file.address])) for file in bad]
-    files = []
-    for each in footers:
-        if each.file.address not in problems:
-            in_path = tuple((c, int(v) if v is not None and c in integers else v) for c, v in each.in_path.items())
-            files.append(replace(each.file, in_path=in_path))
-    return files, types, left_out
+    return [file for file, _ in good if file.address not in problems], types, left_out
 
 
-def _find_integers(footers: Sequence[_Footer], fitted: Mapping[str, str]) -> set[str]:
+def _find_integers(found: Sequence[FoundFile], fitted: Mapping[str, str]) -> set[str]:
     """The columns in paths that hold integers: those of such a fitted type, or whose values are 64-bit integers in all
     files."""
-    values = [(column, value) for each in footers for column, value in each.in_path.items() if value is not None]
+    pairs = (pair for file in found for pair in path_values(file.address).items())
+    values = [(column, value) for column, value in pairs if value is not None]
     integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
     integers -= {column for column, word in fitted.items() if word == "string"}
     return integers | {column for column, word in fitted.items() if word == "int64"}
 
 
-def _add_path_kinds(footer: _Footer, uses: dict[str, Use], integers: set[str], time_unit: str | None) -> BadFile | None:
-    """Adds the kinds of columns in a file's path, if it has rows. Returns what is wrong with one."""
-    address = footer.file.address
-    for column, value in footer.in_path.items() if footer.file.rows else ():
-        kind = pa.null() if value is None else pa.string()
-        if column in integers and value is not None and _is_integer(value):
-            kind = pa.int64()
-        try:
-            footer.kinds[column] = canonical_type(column, uses[column], kind, time_unit)
-        except UserError as error:
-            return BadFile(f"'{address}': {error}, in the file's path", address)
-    return None
-
-
-def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _Footer:
+def _read_footer(
+    found: FoundFile, uses: dict[str, Use], time_unit: str | None, integers: set[str]
+) -> tuple[LogFile, dict[str, pa.DataType]]:
+    """The file, and the kinds of the columns that are used, none where it has no rows, so that none could be wrong."""
     address = found.address
     with open_parquet(address) as parquet:
         arrow, metadata = parquet.schema_arrow, parquet.metadata
         group_rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     paths = path_values(address)
-    in_path = {column: paths[column] for column in uses if column not in arrow.names and column in paths}
-    kinds = {}
+    kinds, in_path, booleans = dict[str, pa.DataType](), list[tuple[str, int | str | None]](), set[str]()
     for column, use in uses.items():
         if (wrong := _find_wrong_column(column, use, arrow.names, paths)) is not None:
             raise BadFile(f"'{address}' {wrong}", address)
-        if column not in in_path and any(group_rows):  # without rows, there are no values whose type could be wrong
+        if column in arrow.names:
+            kind, place = arrow.field(column).type, ""
+            if pa.types.is_boolean(element_type(kind)):
+                booleans.add(column)
+        else:
+            value, place = paths[column], ", in the file's path"
+            kind = pa.null() if value is None else pa.string()
+            if value is not None and column in integers and _is_integer(value):
+                kind = pa.int64()
+            in_path.append((column, int(value) if value is not None and kind == pa.int64() else value))
+        if any(group_rows):
             try:
-                kinds[column] = canonical_type(column, use, arrow.field(column).type, time_unit)
+                kinds[column] = canonical_type(column, use, kind, time_unit)
             except UserError as error:
-                raise BadFile(f"'{address}': {error}", address) from None
-    elements = {column: element_type(arrow.field(column).type) for column in kinds}
-    booleans = frozenset(column for column, kind in elements.items() if pa.types.is_boolean(kind))
-    return _Footer(LogFile(address, found.bytes, found.version, group_rows, (), booleans), kinds, in_path)
+                raise BadFile(f"'{address}': {error}{place}", address) from None
+    file = LogFile(address, found.bytes, found.version, group_rows, tuple(in_path), frozenset(booleans))
+    return file, kinds
 
 
 def _find_wrong_column(column: str, use: Use, names: Sequence[str], paths: Mapping[str, str | None]) -> str | None:
@@ -218,14 +198,14 @@ def _is_integer(text: str) -> bool:
 
 
 def _common_types(
-    footers: Sequence[_Footer], uses: dict[str, Use], fitted: Mapping[str, str]
+    footers: Sequence[tuple[LogFile, dict[str, pa.DataType]]], uses: dict[str, Use], fitted: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
     """The fitted type of each column, or that of most files (the first of equals), and the files with another."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
-        having = [(each.kinds[column], each.file.address) for each in footers if column in each.kinds]
-        having = [(kind, address) for kind, address in having if not pa.types.is_null(kind)]
+        kinds = [(kinds.get(column, pa.null()), file.address) for file, kinds in footers]
+        having = [(kind, address) for kind, address in kinds if not pa.types.is_null(kind)]
         if not having:
             continue
         common, count = Counter(kind for kind, _ in having).most_common(1)[0]

@@ -13,10 +13,8 @@ Hashes of columns are stable: the same on every machine and in every process.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -175,25 +173,6 @@ def canonical(
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None
     return array.dictionary_encode() if coded and target == pa.string() else array
-
-
-def zone_rules(schema: Schema) -> dict[str, str]:
-    """Time zone -> digest of the rules that give hours and weekdays, for each zone of a schema but UTC."""
-    zones = {zone for feature in schema.features.values() for zone in feature.time_zones} - {"UTC"}
-    return {zone: _digest(zone) for zone in sorted(zones)}
-
-
-@cache
-def _digest(zone: str) -> str:
-    """The same wherever the zone's offsets from UTC are the same in every hour."""
-    import pandas as pd
-
-    # In which a time of any log is likely to lie; all databases of zones have rules up to the latter.
-    hours = pd.date_range("1970-01-01", "2037-12-31", freq="h", unit="s")
-    local = hours.tz_localize("UTC").tz_convert(zone).tz_localize(None)
-    offsets = (local.asi8 - hours.asi8).astype(np.int32)
-    changes = np.flatnonzero(np.diff(offsets, prepend=offsets[0] + 1))
-    return hashlib.sha256(np.stack([changes, offsets[changes]]).tobytes()).hexdigest()[:16]
 
 
 _MISSING = np.uint64(0x9AE16A3B2F90404F)

@@ -9,17 +9,14 @@ Local folders are walked here, through links, so that no file is left out silent
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
@@ -101,17 +98,14 @@ def find_local(source: str) -> list[Path]:
 
 
 def _advise_on_csv(tables: Sequence[Path], setting: str) -> str:
-    """Return the sentences about CSV files: the first one's conversion reads columns with dates as times."""
-    first, dated, sign = tables[0], dict[str, None](), ","
-    with suppress(OSError, ValueError, csv.Error), first.open(encoding="utf-8", newline="") as file:
-        lines = list(islice(file, 100))
-        sign = max(",;\t|", key="".join(lines[:1]).count)
-        for row in csv.DictReader(lines, delimiter=sign):
-            dated |= {name: None for name, text in row.items() if re.match(r"\d{4}-\d\d-\d\d", str(text))}
-    options = f", sep={sign!r}" * (sign != ",") + f", parse_dates={[*dated]}" * bool(dated)
-    line = f"pandas.read_csv({str(first)!r}{options}).to_parquet({str(first.with_suffix('.parquet'))!r})"
+    """Return the sentences about CSV files, with the conversion of the first one."""
+    first = tables[0]
+    line = f"parquet.write_table(csv.read_csv({str(first)!r}), {str(first.with_suffix('.parquet'))!r})"
     others = f" Convert the others ({len(tables) - 1}) the same way." if len(tables) > 1 else ""
-    return f"'{first}' is CSV, and `{setting}` takes Parquet. Convert it in Python by `import pandas; {line}`.{others}"
+    return (
+        f"'{first}' is CSV, and `{setting}` takes Parquet. "
+        f"Convert it in Python by `from pyarrow import csv, parquet; {line}`.{others}"
+    )
 
 
 def takes_in(source: str, files: Sequence[Path]) -> bool:

@@ -79,9 +79,9 @@ class LogReader:
 
     uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
     types: of the columns in all files, as words; events: name of the log of events, None for the interaction log;
-    first_times: Parquet file of `row`, by which it rises, `rows` from there on, and the `time` of their requests, which
-    these rows get (see `mmoe_rec.preprocessing.requests`); None: rows have their own times; repeats: Parquet file of
-    each `row` that does not count, None for none.
+    first_times: Parquet file of each `row` that gets the `time` of its request, rising by row (see
+    `mmoe_rec.preprocessing.requests`); None: rows have their own times; repeats: Parquet file of each `row` that does
+    not count, None for none.
     """
 
     schema: Schema
@@ -114,9 +114,7 @@ class LogReader:
         """
         row, (repeats,) = part.start, _read_columns(self.repeats, part, "row")
         # Rows of the part, rising, and the time that each has instead of its own.
-        start, count, time = _read_columns(self.first_times, part, "row", "rows", "time")
-        moved = np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        time = np.repeat(time, count)
+        moved, time = _read_columns(self.first_times, part, "row", "time")
         # Those of small files are joined, so that a batch is worth its overhead.
         tables = (table for piece in part.pieces for table in self._checked(piece, spans))
         for table in rebatch(tables, ROWS_AT_A_TIME):
@@ -283,15 +281,6 @@ class EventRows(Log):
                     f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
                     "write both with one type"
                 )
-
-    def find_events(self, file: LogFile, first: int, last: int) -> np.ndarray:
-        """(N,) uint64 hash of all columns of each event of one file that is of a time from `first` to `last`, both in
-        microseconds."""
-        found = [np.empty(0, np.uint64)]
-        for rows in (rows for part in cut([file], file.rows) for rows in self.reader.read(part)):
-            inside = (rows.times() >= first) & (rows.times() <= last)
-            found.append(rows.content_hashes(rows.table.column_names)[inside])
-        return np.concatenate(found)
 
 
 def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:

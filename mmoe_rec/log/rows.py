@@ -351,38 +351,15 @@ def maturity(task: Task, schema: Schema) -> int:
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
     if pt.is_null(column.type):
         return np.zeros(len(column), bool)
-    wanted: object = value
-    if pt.is_string(column.type):
-        if isinstance(value, bool | float):
-            said = str(value).lower()
-            raise UserError(
-                f"an `observed_when` compares column '{name}', which holds text, with {said}; write `equals` in quotes"
-            )
-        wanted = str(value)
-    elif isinstance(value, str):
+    is_text = pt.is_string(column.type)
+    if is_text != isinstance(value, str):
+        held, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
         raise UserError(
-            f"an `observed_when` compares column '{name}', which holds numbers, with the string '{value}'; "
-            "write `equals` without quotes"
+            f"an `observed_when` compares column '{name}', which holds {held}, with {value!r}; write `equals` {write}"
         )
-    else:
-        wanted = _as_number(value, column.type)
-        if wanted is None:
-            held = "64-bit integers" if pt.is_integer(column.type) else "64-bit floating-point numbers"
-            raise UserError(
-                f"an `observed_when` compares column '{name}', which holds {held}, with {value}, which is not one; "
-                "give `equals` a value that the column can hold"
-            )
-    return pc.fill_null(pc.equal(column, pa.scalar(wanted, column.type)), False).to_numpy(zero_copy_only=False)
-
-
-def _as_number(value: float, kind: pa.DataType) -> int | float | None:
-    """The value in a column's type; None where no value of that type equals it."""
-    if pt.is_integer(kind):
-        return int(value) if value == int(value) and -(2**63) <= value < 2**63 else None
-    try:
-        return float(value) if float(value) == value else None
-    except OverflowError:
-        return None
+    if not is_text:
+        return _numbers(column) == float(value)
+    return pc.fill_null(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
 
 
 _FOREVER = np.iinfo(np.int64).max

@@ -21,15 +21,15 @@ def join_tables(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def rebatch(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The rows of all tables, in order, as few tables of at most `rows` rows."""
-    waiting: list[pa.Table] = []
+    """The rows of all tables, in order, as tables of exactly `rows` rows, the last one fewer."""
+    waiting, wanted = list[pa.Table](), rows
     for table in tables:
-        for start in range(0, table.num_rows, rows):
-            piece = table.slice(start, rows)
-            if sum(map(len, waiting)) + len(piece) > rows:
-                yield join_tables(waiting)
-                waiting = []
-            waiting.append(piece)
+        while len(table) >= wanted:
+            yield join_tables([*waiting, table.slice(0, wanted)])
+            table, waiting, wanted = table.slice(wanted), [], rows  # noqa: PLW2901 - the rest of it
+        if len(table):
+            waiting.append(table)
+            wanted -= len(table)
     if waiting:
         yield join_tables(waiting)
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps, key_at, last_known, sorted_order
+from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps, key_at, last_known
 from mmoe_rec.point_in_time.memory import NEVER, Memory, at, grown
 
 UNITS = 2.0**20
 """Units of a label of 1. Labels are whole numbers of units, so their int64 sums depend on no order."""
-MOST = 2.0**63 / UNITS
-"""Labels and sums of labels lie between this and its negative."""
+_MOST_UNITS = 2.0**62
+MOST = _MOST_UNITS / UNITS
+"""Labels and sums of labels lie between this and its negative, so the difference of two sums fits into 64 bits."""
 
 
 def round_labels(labels: np.ndarray) -> np.ndarray:
@@ -30,9 +31,13 @@ def round_labels(labels: np.ndarray) -> np.ndarray:
 def to_units(labels: np.ndarray) -> np.ndarray:
     """Round (N,) numbers to int64 units. Raises OverflowError for one out of range."""
     units = np.rint(labels * UNITS)
-    if len(units) and np.abs(units).max() >= 2.0**63:
-        raise OverflowError
+    _check_range(units)
     return units.astype(np.int64)
+
+
+def _check_range(units: np.ndarray) -> None:
+    if len(units) and np.abs(units).max() >= _MOST_UNITS:
+        raise OverflowError
 
 
 @dataclass(eq=False)
@@ -79,16 +84,15 @@ class CounterMemory(Memory):
             labels = to_units(label)
             if self.last_positive is not None:
                 positive = np.where(labels > 0, known, NEVER)
-        return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order, checked=True)
+        return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order)
 
     def merged(self, other: CounterMemory) -> CounterMemory:
-        """The events of both, of the same kind; as of this one's `floor`. A sum out of range wraps around: sums of a
-        memory and its levels may still be within it."""
+        """The events of both, of the same kind; as of this one's `floor`. Raises OverflowError as `extended`."""
         if not len(other):
             return self
         key, known, rows = other.events.key, other.events.known, other._steps(other.rows)
         labels, positive = _map(other._steps, other.label_sum), other.last_positive
-        return self._with_steps(key, known, rows, labels, positive, in_order=True, checked=False)
+        return self._with_steps(key, known, rows, labels, positive, in_order=True)
 
     def _with_steps(
         self,
@@ -98,17 +102,15 @@ class CounterMemory(Memory):
         labels: np.ndarray | None,
         positive: np.ndarray | None,
         in_order: bool,
-        checked: bool,
     ) -> CounterMemory:
-        """These events and (E,) further ones by what each adds: rows, labels, and the last positive. checked: whether a
-        sum out of range raises OverflowError."""
+        """These events and (E,) further ones by what each adds: rows, labels, and the last positive."""
         if len(self):
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
             rows = np.append(self._steps(self.rows), rows)
             labels = _map(np.append, _map(self._steps, self.label_sum), labels)
             positive, in_order = _map(np.append, self.last_positive, positive), False
         if not in_order:
-            order = sorted_order(key, known)
+            order = np.lexsort((known, key))
             key, known = key[order], known[order]
             rows, labels, positive = (_map(lambda steps: steps[order], each) for each in (rows, labels, positive))
         groups = KeyGroups(key)
@@ -120,9 +122,9 @@ class CounterMemory(Memory):
             np.cumsum(steps, dtype=dtype, out=total[1:])
             return total[1:][kept] - total[first]
 
-        sums, near = (_map(partial(running, dtype=dtype), labels) for dtype in (np.int64, np.float64))
-        if checked and labels is not None and (np.abs(near - sums) > 2.0**62).any():
-            raise OverflowError  # a sum out of range has wrapped around, far away from the sum of floats
+        if labels is not None:
+            _check_range(running(labels, np.float64))  # Sums of integers would wrap around.
+        sums = _map(partial(running, dtype=np.int64), labels)
         if positive is not None:
             import pandas as pd
 
@@ -205,14 +207,11 @@ class SeenTotals:
 
         Args:
             window: Microseconds to look back, None for all of the past.
-
-        Raises:
-            OverflowError: A sum is out of range.
         """
         rows, labels = self._totals(0)
         if window is not None:
             rows_before, labels_before = self._totals(window)
-            rows, labels = rows - rows_before, _subtract(labels, labels_before)
+            rows, labels = rows - rows_before, labels - labels_before
         return rows, labels / UNITS
 
     def _totals(self, earlier: int) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +219,7 @@ class SeenTotals:
         rows, labels = self._memory.sums(self._join.last(earlier))
         if self._memory.levels is not None:
             later_rows, later_labels, _ = self._memory.levels.totals(self._key, self.time - earlier)
-            rows, labels = rows + later_rows, _subtract(labels, -later_labels)
+            rows, labels = rows + later_rows, labels + later_labels
         return rows, labels
 
     def last_positive(self) -> np.ndarray:
@@ -379,15 +378,6 @@ class _Column:
         """(L, M) values at (L, M) places among all events, of (L,) memories; `otherwise` where a memory has none."""
         found = self._values.take(event + self._to[memories], mode="clip")
         return np.where(self._has[memories], found, otherwise)
-
-
-def _subtract(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(N,) int64 differences. Raises OverflowError for one out of range: the operands' signs differ, and it has the
-    sign of the second."""
-    result = one - other
-    if (((one ^ other) & (one ^ result)) < 0).any():
-        raise OverflowError
-    return result
 
 
 def salt_of(place: int) -> np.uint64:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import takes_in
 from mmoe_rec.log.reader import ROWS_PER_PART, Log
-from mmoe_rec.log.rows import LogRows, with_ids, with_times
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.logs import Logs
@@ -27,7 +24,6 @@ from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 
-_YEAR = 365 * 86_400_000_000
 # One of each kind of Parquet file that is written to `data.work`.
 _SERVED = ("features/serving", "model/features", "refreshed/model/features")
 _WRITTEN = (
@@ -49,33 +45,6 @@ def check_apart(log_source: str, schema: Schema, work: Path) -> None:
                 f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
                 "the log; set `data.work` to a folder that lies outside"
             )
-
-
-def check_readings(log: Log) -> None:
-    """Raises UserError where a feature or a task can't read columns of such types: tried on no rows, before all are
-    read."""
-    columns = {column: pa.array([], log.types.get(column, pa.null())) for column in log.uses}
-    rows = LogRows(with_ids(with_times(pa.table(columns), log.schema), log.schema, 0), log.schema)
-    readers: dict[str, Callable[[], object]] = {
-        f"feature '{name}'": partial(encoder.learn, rows, 0)
-        for name, encoder in FeaturePipeline(log.schema).encoders.items()
-    }
-    readers |= {f"task '{name}'": partial(rows.labels, task, 0) for name, task in log.schema.tasks.items()}
-    for name, read in readers.items():
-        try:
-            read()
-        except UserError as error:
-            raise UserError(f"{name} can't be read from the log '{log.source}': {error}") from None
-
-
-def check_times(log: Log, counted: LogCounts) -> None:
-    """Raises UserError where some times are of 1970 and others are not: they were written in different units."""
-    (first, first_row), (last, last_row) = counted.first, counted.last
-    if first < _YEAR and last > 20 * _YEAR:
-        raise UserError(
-            f"column '{log.schema.columns.time}' goes from {format_time(first)} ({place(log, first_row)}) to "
-            f"{format_time(last)} ({place(log, last_row)}); write all times in one unit, that of columns.time_unit"
-        )
 
 
 def check_requests(log: Log, requests: Requests) -> None:
@@ -123,8 +92,8 @@ def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, sp
             )
         if counted.rows[name] == 0:
             raise UserError(
-                f"the {name} split is empty: the log '{log}' has requests from {format_time(counted.first[0])} to "
-                f"{format_time(counted.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
+                f"the {name} split is empty: the log '{log}' has requests from {format_time(counted.first)} to "
+                f"{format_time(counted.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` "
                 "inside that span (and `columns.time_unit`, if these times are wrong)"
             )
 

@@ -51,16 +51,16 @@ class CountJob:
 class LogCounts:
     """What was counted of parts of the log; parts are merged in any order.
 
-    counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of
-    each; rows: of each split; seen: rows of the interaction log (None) and of each log of events; latest: attributes of
-    users and candidates; sent: channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or
-    None, file) -> first and last time of its rows.
+    counts, key_types: as in `FeaturePipeline`; first, last: request times, microseconds; rows: of each split; seen:
+    rows of the interaction log (None) and of each log of events; latest: attributes of users and candidates; sent:
+    channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or None, file) -> first and last
+    time of its rows.
     """
 
     counts: dict[str, Any] = field(default_factory=dict)
     key_types: dict[str, str] = field(default_factory=dict)
-    first: tuple[int, int] = (np.iinfo(np.int64).max, 0)
-    last: tuple[int, int] = (np.iinfo(np.int64).min, 0)
+    first: int = np.iinfo(np.int64).max
+    last: int = np.iinfo(np.int64).min
     rows: Counter[str] = field(default_factory=Counter)
     seen: Counter[str | None] = field(default_factory=Counter)
     latest: dict[LatestRole, tuple[LatestValues, ...]] = field(default_factory=dict)
@@ -114,9 +114,8 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
             continue
         counted.seen[source] += len(rows)
         if source is None:
-            times, number = rows.times(), rows.row_numbers
-            counted.first = min(counted.first, (int(times.min()), int(number[times.argmin()])))
-            counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
+            times = rows.times()
+            counted.first, counted.last = min(counted.first, int(times.min())), max(counted.last, int(times.max()))
             for split, window in job.windows.items():
                 counted.rows[split] += int(in_window(times, window).sum())
             counted.add_latest({role: (LatestValues.of(rows, role),) for role in _ROLES})

@@ -1,4 +1,4 @@
-"""Where a job's tasks run: `local`, a thread or process for each core, or `ray`, a Ray cluster through Ray Data.
+"""Where a job's tasks run: `local`, a thread or process for each core, or `ray`, actors of a Ray cluster.
 
 A job is a function of this package and a list of tasks that are independent of each other. An engine gives the results
 in the order of the tasks, so that nothing depends on the engine or on the number of workers. A `UserError` of a task
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -62,9 +61,8 @@ class _LocalEngine:
     def __init__(self, pool: Executor | None) -> None:
         self._pool = pool
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
-        """Results of a picklable function, in the order of the tasks. lasting: whether a process holds something large
-        in memory for the tasks that follow, so that it should be an actor where processes come and go."""
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """Results of a picklable function, in the order of the tasks."""
         try:
             yield from map(function, tasks) if self._pool is None else self._pool.map(function, tasks)
         except BrokenProcessPool:
@@ -89,7 +87,7 @@ def _start_worker() -> None:
 
 
 class _RayEngine:
-    """Tasks as rows of a Ray data set, on the cluster at RAY_ADDRESS if that variable is set, else on this machine."""
+    """Tasks of actors, on the cluster at RAY_ADDRESS if that variable is set, else on this machine."""
 
     def __init__(self, workers: int) -> None:
         if not os.environ.get("RAY_ADDRESS"):
@@ -98,7 +96,6 @@ class _RayEngine:
             os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         try:
             import ray
-            import ray.data
         except ImportError:
             raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
         self._ray, self._workers = ray, workers
@@ -112,54 +109,33 @@ class _RayEngine:
                 "object_store_memory": 256 * 2**20,
             }
             ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else here))
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and timings of each step
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
+        if os.environ.get("RAY_ADDRESS"):
+            self._workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def close(self) -> None:
         """Ends what was started here."""
         if self._mine:
             self._ray.shutdown()
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """Does what `map` of the other engine does."""
-        if not tasks:
-            return
-        table = pa.table({"task": pa.array([pickle.dumps(task) for task in tasks], pa.large_binary())})
-        dataset = self._ray.data.from_arrow([table.slice(index, 1) for index in range(len(tasks))])
-        options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": 1}
-        if lasting:
-            options |= {"fn_constructor_kwargs": {"function": function}, "concurrency": (1, self._workers)}
-            dataset = dataset.map_batches(_Tasks, **options)
-        else:
-            dataset = dataset.map_batches(_run_tasks, fn_kwargs={"function": function}, **options)
-        for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
-            for packed in batch["result"]:
-                result = pickle.loads(packed.as_py())
-                if isinstance(result, UserError):
-                    raise result
-                yield result
+        from ray.util import ActorPool
 
-
-def _run_tasks(table: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
-    results = []
-    for packed in table["task"]:
+        worker, shared = self._ray.remote(num_cpus=1)(_Worker), self._ray.put(function)
+        pool = ActorPool([worker.remote() for _ in range(min(self._workers, len(tasks)))])
         try:
-            results.append(function(pickle.loads(packed.as_py())))
-        except UserError as error:
-            results.append(error)
-    return pa.table({"result": pa.array([pickle.dumps(result) for result in results], pa.large_binary())})
+            yield from pool.map(lambda actor, task: actor.run.remote(shared, task), tasks)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
 
 
-class _Tasks:
-    """An actor that runs tasks."""
+class _Worker:
+    """A process that runs tasks one after the other, and so keeps what they load."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return _run_tasks(table, self._function)
+    def run(self, function: Callable[[Any], Any], task: Any) -> Any:
+        return function(task)
 
 
 Engine = _LocalEngine | _RayEngine

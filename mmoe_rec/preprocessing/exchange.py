@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.features.encoder import Results
-from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, join_tables, one_array
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, one_array
 
 Sender = tuple[int, int]
 DUPLICATES = "duplicates"  # the channel of each row's request and candidate, with its labels
@@ -93,11 +93,6 @@ class Exchange:
                     batch = reader.get_batch(number)
                     if batch.num_rows:
                         yield pa.Table.from_batches([batch])
-
-    def receive_all(self, channel: str, receiver: int) -> pa.Table | None:
-        """The rows for a receiver as one table; None if there are none."""
-        tables = list(self.receive(channel, receiver))
-        return join_tables(tables) if tables else None
 
     def remove(self) -> None:
         """Removes all that was sent, once no other thread receives any more."""

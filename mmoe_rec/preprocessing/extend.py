@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,12 +24,12 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import LogFile, format_time
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, HeldFiles, Logs, read_journal_name, say_copies
+from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, read_journal_name, say_copies
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
 from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.preprocessing.steps import Steps
@@ -79,7 +78,7 @@ class NewFiles:
 
     def begin(self, counted: LogCounts, requests: Requests) -> int:
         """Microseconds of the first new request."""
-        return requests.begin if self.logs.schema.columns.request is not None else counted.first[0]
+        return requests.begin if self.logs.schema.columns.request is not None else counted.first
 
     def _check_unchanged(self) -> None:
         reasons = {each.address: each.reason for log in self.logs.all for each in log.left_out}
@@ -115,45 +114,17 @@ class NewFiles:
         return f"as {self.holder} know requests up to {format_time(self.last)} already (of '{latest.address}')"
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Raises UserError where new files hold all events of an old one, or as many of its time if it is gone; or all
-        events of a new one stand in old ones."""
-        looks = self.logs.options.duplicates == "error"
-        for log, whole, before in zip(new.events, self.logs.events, self.taken.logs[1:], strict=True):
-            there, spans = {file.address: file for file in whole.files}, counted.spans
-            known: dict[LogFile, tuple[np.ndarray, np.ndarray]] = {}  # events of new files, and which are old ones
-            for old in before.files.values():
-                if old.first is None or old.last is None:
-                    continue
-                found = ((file, spans.get((log.name, file.address))) for file in log.files)  # None without rows
-                near = [file for file, span in found if span and span[0] <= old.last and span[1] >= old.first]
-                what = f"of events '{log.name}' are of the time of '{old.address}'"
-                if near and old.address not in whole.found:
-                    inside = {file.address: len(log.find_events(file, old.first, old.last)) for file in near}
-                    if sum(inside.values()) >= old.rows:
-                        raise UserError(
-                            f"rows of '{max(inside, key=lambda file: inside[file])}' {what}, which is gone, and there "
-                            f"are as many as that file held ({old.rows:,}): if they are the same, they would count "
-                            f"twice; put that file back, or {self.anew}"
-                        )
-                # A journal tells for itself which of its rows count.
-                near = [file for file in near if read_journal_name(file.address) is None and looks]
-                if not near or old.address not in there:
-                    continue
-                for file in (file for file in near if file not in known):
-                    events = log.find_events(file, *spans[log.name, file.address])
-                    known[file] = events, np.zeros(len(events), bool)
-                of_near = [spans[log.name, file.address] for file in near]
-                its = log.find_events(there[old.address], min(of_near)[0], max(last for _, last in of_near))
-                for file in near:
-                    known[file][1][np.isin(known[file][0], its)] = True
-                repeated = [file for file in near if known[file][1].all()]
-                whole_old = (
-                    len(its) == old.rows and np.isin(its, np.concatenate([known[file][0] for file in near])).all()
-                )
-                if repeated or whole_old:
+        """Raises UserError where a new file of events seems to be an old one that was written again."""
+        if self.logs.options.duplicates == "keep":
+            return
+        for log, before in zip(new.events, self.taken.logs[1:], strict=True):
+            held = {(file.rows, file.first, file.last): file.address for file in before.files.values() if file.rows}
+            for file in log.files:
+                old = held.get((file.rows, *counted.spans.get((log.name, file.address), (None, None))))
+                if old is not None and read_journal_name(file.address) is None:
                     raise UserError(
-                        f"rows of '{(repeated or near)[0].address}' {what}, and all rows of one of the two came before "
-                        "or come again: they would count twice; remove the new file, or set data.duplicates to keep if "
+                        f"'{file.address}' holds as many events of '{log.name}' as '{old}', with the same first and "
+                        "last time: they would count twice; remove the new file, or set data.duplicates to keep if "
                         "they are meant"
                     )
 
@@ -173,32 +144,31 @@ class Extension:
     gone: Sequence[str]
 
 
-def extend(
-    log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
-) -> Extension | None:
+def extend(inputs: BuildInputs) -> Extension | None:
     """Adds new files to the features in `work`; None where there are none. After an error they are the old ones.
 
-    windows: request times [start, end) in microseconds of each split of the new rows.
+    inputs: with the splits of the new rows.
 
     Raises UserError where there are no features to extend, or they are of another schema; an old file has changed; late
     requests may be old ones; no new request is later than these, or in a split; new events may be those of a file that
     is gone; no new file can be used, or the log can't be read.
     """
+    schema = inputs.schema
     require_all(schema, "adding days to features")
-    check_apart(log_source, schema, work)
-    features = FeatureFolder(work / "features")
+    check_apart(inputs.source, schema, inputs.work)
+    features = FeatureFolder(inputs.work / "features")
     if not (features.folder / "manifest.json").is_file():
         raise UserError(f"'{features.folder}' holds no features that could be extended; build them without --extend")
     with writing(features.folder, *BUILD, queue=True):
         _check_schema(features, schema)
         taken = HeldFiles.read(features.folder)
-        logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
+        logs = Logs(inputs.source, schema, inputs.options, [log.types for log in taken.logs])
         last = features.manifest["request_microseconds"][1]
         files = NewFiles(logs, taken, f"the features in '{features.folder}'", last, ANEW)
         if not files.any:
             return None
         with atomic_folder(features.folder) as folder:
-            extended = _extend(features, files, windows, folder)
+            extended = _extend(features, files, inputs.windows, folder)
     return extended
 
 
@@ -237,7 +207,7 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
         counted.add_latest_of(before.serving, logs.schema)
-        counted.first = (min(first, counted.first[0]), 0)
+        counted.first = min(first, counted.first)
         manifest = write_features(steps, pipeline, counted, taken, windows, folder, before.serving.resolve())
     whole = fingerprint_of(logs, windows)
     # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
@@ -254,20 +224,20 @@ def _check_splits(files: NewFiles, counted: LogCounts, steps: Steps) -> None:
     first, rows = files.begin(counted, steps.requests), steps.logs.log.rows
     if not counted.seen[None]:
         raise UserError(f"all {rows:,} rows of new files came before: add them together with those of new requests")
-    if first > counted.last[0]:  # no request is new
+    if first > counted.last:  # no request is new
         raise UserError(
             f"all {rows:,} new rows belong to requests of the files before, by column "
             f"'{steps.logs.schema.columns.request}', so none of them would be encoded: give each request an id of "
             "its own if ids were used again, or add these rows together with those of new requests"
         )
-    if counted.last[0] <= files.last:
+    if counted.last <= files.last:
         raise UserError(
             f"all {rows:,} new rows came late, {files.describe_known()}, so none of them would be encoded: add them "
             f"together with those of later requests, or {files.anew}"
         )
     raise UserError(
         f"none of the {rows:,} new rows lies in a split: they were requested from {format_time(first)} to "
-        f"{format_time(counted.last[0])}; set `split.train_start`, `split.train_end`, `split.validation_end` and "
+        f"{format_time(counted.last)}; set `split.train_start`, `split.train_end`, `split.validation_end` and "
         "`split.test_end` around them"
     )
 
@@ -308,7 +278,7 @@ def extend_tables(features: Path, last: int, logs: Logs, taken: HeldFiles, out: 
         if not any(counted.seen.values()):  # all came before
             return None
         counted.add_latest_of(features, logs.schema)
-        as_of = max(last, counted.last[0])
+        as_of = max(last, counted.last)
         taken = files.taken.with_new(steps.logs, counted.spans)
         return _write_tables(steps, counted, features, out, as_of, taken, files.gone, before=features.resolve())
 
@@ -324,10 +294,10 @@ def remake_tables(features: Path, logs: Logs, out: Path, until: int | None = Non
     with Steps(logs.without_copies(), {}, out / "scratch", until) as steps:
         kept = out / "requests" if until is None else None
         counted = steps.count(statistics=False, kept=kept)
-        if until is not None and counted.last[0] < counted.first[0]:
+        if until is not None and counted.last < counted.first:
             raise UserError(f"the log '{logs.log.source}' has no request before {format_time(until)}")
         taken = None if until is not None else HeldFiles.of(steps.logs, counted.spans)
-        return _write_tables(steps, counted, features, out, counted.last[0], taken)
+        return _write_tables(steps, counted, features, out, counted.last, taken)
 
 
 def _write_tables(

@@ -10,23 +10,25 @@ import copy
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums
 from mmoe_rec.log.reader import EventRows, Log, none_usable
+from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
-from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
+from mmoe_rec.settings.sections import Data, EngineName, ErrorOrKeep, FirstOrError, Settings
 
 _NEVER = int(np.iinfo(np.int64).max)
 
@@ -44,6 +46,11 @@ class BuildOptions:
     future_times: ErrorOrKeep = "error"
     several_times: FirstOrError = "first"
 
+    @staticmethod
+    def of(data: Data) -> BuildOptions:
+        """Return the options in a section of settings."""
+        return BuildOptions(**{each.name: getattr(data, each.name) for each in fields(BuildOptions)})
+
     @property
     def unchecked(self) -> list[str]:
         """Settings by which a build does not look for rows that most logs hold only by mistake."""
@@ -56,6 +63,36 @@ class BuildOptions:
 
 
 DEFAULTS = BuildOptions()
+
+
+@dataclass(frozen=True)
+class BuildInputs:
+    """The log, schema and splits of a build of features, opened once, and the folder that gets the features.
+
+    Attributes:
+        source: URI of the interaction log.
+        schema: Schema of the log.
+        windows: Request times [start, end) of each split, in microseconds.
+        work: Folder of the features.
+        options: How to build.
+    """
+
+    source: str
+    schema: Schema
+    windows: dict[str, Window]
+    work: Path
+    options: BuildOptions = DEFAULTS
+
+    @staticmethod
+    def of(settings: Settings) -> BuildInputs:
+        """Return the inputs that settings name."""
+        data = settings.data
+        return BuildInputs(data.log, settings.schema_, settings.split.windows(), Path(data.work), BuildOptions.of(data))
+
+    @cached_property
+    def logs(self) -> Logs:
+        """The logs with the files that they have when they are first asked for."""
+        return Logs(self.source, self.schema, self.options)
 
 
 class Logs:
@@ -106,7 +143,7 @@ class Logs:
 
     def without_copies(self) -> Logs:
         """The same logs with one of the files whose bytes are the same; says which others are left out."""
-        copies = [find_copies(log.files, {}) for log in self.all]
+        copies = [_find_copies(log.files) for log in self.all]
         say_copies(copies)
         return self._with([log.skip(each) for log, each in zip(self.all, copies, strict=True)])
 
@@ -125,16 +162,50 @@ class Logs:
         return rest
 
 
-def find_copies(files: Sequence[LogFile], held: Mapping[str, HeldFile]) -> dict[str, str]:
-    """Addresses of files with rows -> that of another one with the same bytes, and columns in its path: one of these
-    files or of those held."""
-    first = {(each.bytes, each.checksum, each.partition): at for at, each in held.items() if each.checksum is not None}
-    sizes = Counter([size for size, *_ in first] + [file.bytes for file in files if file.rows])
-    alike, copies = [file for file in files if file.rows and sizes[file.bytes] > 1], dict[str, str]()
-    for file, checksum in find_checksums(alike).items():
-        other = first.setdefault((file.bytes, checksum or file.address, file.in_path), file.address)
-        copies |= {file.address: other} if other != file.address else {}
-    return copies
+def adapt_schema(settings: Settings, schema: Schema) -> Schema:
+    """The schema of a model, as it reads the settings' logs."""
+    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
+    of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
+    columns = schema.columns.model_copy(update=of_rows)
+    return schema.model_copy(update={"events": events, "columns": columns, "split": settings.split.by_column})
+
+
+def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapping[str, str]] | None = None) -> Logs:
+    """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, with
+    other rates, weights and splits of rows.
+
+    types: of the columns of each log, None for those of the model's keys.
+    """
+    schema = pipeline.schema
+    if schema.columns.has_time != settings.columns.has_time:
+        ways = ("has no times (a plain table)", f"has times (in column '{schema.columns.time}')")
+        raise UserError(
+            f"the model was trained on a log that {ways[schema.columns.has_time]}, but the log of the settings has "
+            f"{'times' if settings.columns.has_time else 'none'} (columns.time): the model's features can't read it"
+        )
+    schema = adapt_schema(settings, schema)
+    types = key_types(pipeline, schema) if types is None else types
+    return Logs(settings.data.log, schema, BuildOptions.of(settings.data), types)
+
+
+def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]:
+    """Types of the columns of a log and of each log of events, those of the model's keys."""
+    kinds = pipeline.key_types
+    # The time column of events may be named like a key of the log.
+    return [kinds, *({n: kind for n, kind in kinds.items() if n != each.time} for each in schema.events.values())]
+
+
+def _find_identities(files: Sequence[LogFile]) -> dict[str, tuple[Any, ...]]:
+    """Address of each file with rows -> its bytes and the columns in its path, by which it is known."""
+    sums = find_checksums([file for file in files if file.rows])
+    return {file.address: (file.bytes, checksum or file.address, file.in_path) for file, checksum in sums.items()}
+
+
+def _find_copies(files: Sequence[LogFile]) -> dict[str, str]:
+    """Addresses of files -> that of an earlier one with the same bytes, and columns in its path."""
+    first = dict[tuple[Any, ...], str]()
+    found = {address: first.setdefault(each, address) for address, each in _find_identities(files).items()}
+    return {address: other for address, other in found.items() if other != address}
 
 
 def say_copies(copies: Sequence[Mapping[str, str]]) -> None:
@@ -289,33 +360,34 @@ def _log_from(tree: Mapping[str, Any]) -> HeldLog:
 
 
 def _changes(taken: HeldLog, log: Log) -> Changes:
-    usable, files = {file.address: file for file in log.files}, dict(taken.files)
-    for at, file in taken.files.items():
-        now = log.found.get(at, file)
-        if now.version != file.version and now.bytes == file.bytes and file.checksum is not None:
-            files[at] = replace(file, version=now.version if find_checksum(now) == file.checksum else file.version)
-    lost = {at for at, file in files.items() if at not in log.found or not _same(file, log.found[at])}
-    copies = find_copies([file for at, file in usable.items() if at not in files or at in lost], files)
-    # A journal tells by its files' names what they hold.
-    moved = {of: at for at, of in copies.items() if of in lost and read_journal_name(at) == read_journal_name(of)}
-    while taken_up := [of for of, at in moved.items() if at in files.keys() - moved.keys()]:
-        moved = {of: at for of, at in moved.items() if of not in taken_up}  # a name of rows that are nowhere else
-    there = {at: replace(files[of], address=at, version=usable[at].version) for of, at in moved.items()}
-    files = {at: file for at, file in files.items() if at not in moved} | there
-    changes = Changes(HeldLog(files, taken.left_out, taken.types), copies)
-    for at, file in files.items():
-        if at not in log.found:
-            changes.gone.append(at)
-        elif not _same(file, log.found[at]) or (at in usable and usable[at].in_path != file.partition):
-            changes.changed.append(at)
-    for at, before in taken.left_out.items():
-        if at in log.found and _same(before, log.found[at]):
+    usable = {file.address: file for file in log.files}
+    held, lost = dict[str, HeldFile](), dict[str, HeldFile]()
+    for at, before in taken.files.items():
+        file, now = before, log.found.get(at)
+        if now is not None and now.version != file.version and now.bytes == file.bytes and file.checksum is not None:
+            file = replace(file, version=now.version if find_checksum(now) == file.checksum else file.version)
+        is_here = now is not None and _same(file, now) and (at not in usable or usable[at].in_path == file.partition)
+        (held if is_here else lost)[at] = file
+    known = {(file.bytes, file.checksum, file.partition): at for at, file in taken.files.items() if file.checksum}
+    copies, seen = dict[str, str](), dict[tuple[Any, ...], str]()
+    for at, identity in _find_identities([file for at, file in usable.items() if at not in held]).items():
+        of = known.get(identity) or seen.setdefault(identity, at)
+        if of != at:
+            copies[at] = of
+        # A journal tells by its files' names what they hold.
+        if identity in known and of in lost and read_journal_name(at) == read_journal_name(of):
+            held[at] = replace(lost.pop(of), address=at, version=usable[at].version)
+    changes = Changes(HeldLog(held | lost, taken.left_out, taken.types), copies)
+    for at in lost:
+        (changes.changed if at in log.found else changes.gone).append(at)
+    for at, bad in taken.left_out.items():
+        if at in log.found and _same(bad, log.found[at]):
             changes.left_out.append(at)
-        elif at in usable:
+        elif at in usable and at not in copies:
             changes.mended.add(at)
-    changes.mended -= copies.keys()
-    changes.new = (usable.keys() - files.keys() - copies.keys() - taken.left_out.keys()) | changes.mended
-    changes.bad = [each for each in log.left_out if each.address not in files.keys() | taken.left_out.keys()]
+    not_new = held.keys() | lost.keys() | copies.keys() | taken.left_out.keys()
+    changes.new = (usable.keys() - not_new) | changes.mended
+    changes.bad = [each for each in log.left_out if each.address not in not_new]
     return changes
 
 

@@ -9,9 +9,8 @@ the rows times the pieces. A single moment cannot be divided.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
 from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
-from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
+from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
 
@@ -152,7 +151,7 @@ class Chunk:
         columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
         none = np.empty(0, np.int64)
         key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
-        order = sorted_order(key, time)
+        order = np.lexsort((time, key))
         self._key, self._time = key[order], time[order]
         self._labels = {task: columns[label_of(task)][order] for task in labelled} if columns else {}
         wanted = in_any(time, splits) & in_window(time, received.window)
@@ -172,57 +171,13 @@ class Chunk:
         return encoder.extended(memory, events if inside.all() else events.filter(pa.array(inside)), in_order=True)
 
 
-def chunks(
-    received: ReceivedRows, splits: Sequence[Window], rows_in_memory: int, scratch: Path, held: Callable[[], int]
-) -> Iterator[Chunk]:
-    """All that was received, in the order of time, at most `rows_in_memory` rows at a time.
-
-    held: earlier events that a memory holds. Where these are more, as within a long window of a counter, a chunk is as
-    large: each chunk goes through the memories once, which then costs no more than its own rows.
-    """
-    waiting: _Pieces | None = None
+def chunks(received: ReceivedRows, splits: Sequence[Window], rows_in_memory: int, scratch: Path) -> Iterator[Chunk]:
+    """All that was received, in the order of time, at most `rows_in_memory` rows at a time."""
     for piece in received.divide(rows_in_memory, scratch):
-        if not piece.rows and piece.window[1] is not None:
-            continue
-        if waiting is not None and (piece.rows > rows_in_memory or waiting.rows + piece.rows > held()):
-            yield waiting.together(splits)
-            waiting = None
         if piece.rows > rows_in_memory:
-            yield from _of_a_moment(piece, splits, max(rows_in_memory, held()))
-        elif waiting is None and held() < 2 * piece.rows:
+            yield from _of_a_moment(piece, splits, rows_in_memory)
+        elif piece.rows or piece.window[1] is None:
             yield Chunk(piece, splits, list(piece.look_ups()), None, piece.window[1])
-        else:
-            waiting = waiting or _Pieces(piece)
-            waiting.add(piece)
-    if waiting is not None:
-        yield waiting.together(splits)
-
-
-class _Pieces:
-    """Pieces that follow each other, in memory."""
-
-    def __init__(self, first: ReceivedRows) -> None:
-        self.rows = 0
-        self._last, self._start = first, first.window[0]
-        self._look_ups: list[pa.Table] = []
-        self._events: dict[str, list[pa.Table]] = defaultdict(list)
-
-    def add(self, piece: ReceivedRows) -> None:
-        """Takes the next piece."""
-        for table in piece.look_ups():
-            # What asks in one piece and is known in a later one is in both.
-            before = (self._start, piece.window[0])
-            seen = np.logical_or.reduce([in_window(each, before) for each in piece.moments(table)])
-            self._look_ups.append(table.filter(pa.array(~seen)) if self.rows and seen.any() else table)
-        self._last = piece
-        self.rows += piece.rows
-        for encoder in piece.unlabelled:
-            self._events[encoder.name] += piece.events(encoder)
-
-    def together(self, splits: Sequence[Window]) -> Chunk:
-        """One chunk of all of them."""
-        end = self._last.window[1]
-        return Chunk(replace(self._last, window=(self._start, end)), splits, self._look_ups, self._events, end)
 
 
 def _of_a_moment(piece: ReceivedRows, splits: Sequence[Window], rows: int) -> Iterator[Chunk]:
@@ -277,10 +232,7 @@ def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[st
     scratch = job.scratch / partition.group / f"{partition.number}"
     splits = list(job.windows.values())
 
-    def held() -> int:
-        return max((len(memory.events) for memory in memories.values()), default=0)
-
-    for turn, chunk in enumerate(chunks(received, splits, job.rows_in_memory, scratch, held)):
+    for turn, chunk in enumerate(chunks(received, splits, job.rows_in_memory, scratch)):
         inside = None if job.training is None else np.flatnonzero(in_window(chunk.times, job.training))
         found: dict[str, np.ndarray | SharedRagged] = {}
         for encoder in group:

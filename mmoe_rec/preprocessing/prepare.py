@@ -32,16 +32,16 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Changes, HeldFiles, Logs
+from mmoe_rec.preprocessing.logs import BuildInputs, Changes, HeldFiles, Logs
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 
 # For those that come while features are built, and for those who would build them while they are read.
 BUILD = ("a build of features", "set `data.work` to another folder")
@@ -128,30 +128,25 @@ class FeatureFolder:
         return manifest if isinstance(manifest, dict) else {}
 
 
-def prepare(
-    log_source: str,
-    schema: Schema,
-    windows: dict[str, Window],
-    work: Path,
-    options: BuildOptions = DEFAULTS,
-    *,
-    going_on: bool = False,
-) -> FeatureFolder:
+def build_features(settings: Settings) -> FeatureFolder:
+    """Fitted features and encoded rows; existing ones are taken if they are still right."""
+    return prepare(BuildInputs.of(settings))
+
+
+def prepare(inputs: BuildInputs, *, going_on: bool = False) -> FeatureFolder:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
     Features to which days were added stay where files have gone since, as `existing` says; others are built anew.
 
-    windows: request times [start, end) in microseconds of each split; going_on: whether a model goes on from the
-    existing features, so that these stay although files are gone.
+    going_on: whether a model goes on from the existing features, so that these stay although files are gone.
 
     Raises UserError where the log can't be read or would take in what is built, a split is empty, a binary task has one
     class in training, or features would be replaced that hold rows of files that are gone.
     """
-    check_apart(log_source, schema, work)
-    logs = Logs(log_source, schema, options)
-    if (told := describe_stand_ins(schema)) is not None:
+    check_apart(inputs.source, inputs.schema, inputs.work)
+    features, logs, windows = FeatureFolder(inputs.work / "features"), inputs.logs, inputs.windows
+    if (told := describe_stand_ins(inputs.schema)) is not None:
         say(told)
-    features = FeatureFolder(work / "features")
 
     def stand() -> bool:
         return features.stands(logs, windows, may_lack_files=going_on or features.is_extended)
@@ -181,38 +176,29 @@ def _check_replaceable(features: FeatureFolder, logs: Logs) -> None:
         )
 
 
-def existing(
-    log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
-) -> FeatureFolder | None:
+def existing(inputs: BuildInputs) -> FeatureFolder | None:
     """Features of this schema and these splits that hold all files of the log as they are, or None.
 
     They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
     """
-    check_apart(log_source, schema, work)
-    features = FeatureFolder(work / "features")
-    return features if features.stands(Logs(log_source, schema, options), windows, may_lack_files=True) else None
+    check_apart(inputs.source, inputs.schema, inputs.work)
+    features = FeatureFolder(inputs.work / "features")
+    return features if features.stands(inputs.logs, inputs.windows, may_lack_files=True) else None
 
 
 @contextmanager
 def features_in_use(
-    log_source: str,
-    schema: Schema,
-    windows: dict[str, Window],
-    work: Path,
-    options: BuildOptions,
-    what: str,
-    splits: Sequence[str] = (),
-    going_on: bool = False,
+    inputs: BuildInputs, what: str, splits: Sequence[str] = (), going_on: bool = False
 ) -> Iterator[FeatureFolder]:
     """Features, newly built or existing (see `prepare`), that nobody replaces meanwhile.
 
     what: uses them, such as "a training"; splits: that must have rows.
     """
     while True:
-        features = prepare(log_source, schema, windows, work, options, going_on=going_on)
+        features = prepare(inputs, going_on=going_on)
         with reading(features.folder, what):
             # Before the lock was taken, another process may have built others.
-            if existing(log_source, schema, windows, work, options) is not None:
+            if existing(inputs) is not None:
                 features.require_rows(*splits)
                 yield features
                 return
@@ -229,7 +215,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
         check_splits(counted, windows, logs.log.source, logs.schema.split)
         memories = encoded / "scratch" / "compacted"
         memories.mkdir(parents=True)
-        last = counted.last[0]
+        last = counted.last
         steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None)
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
         for each in (left for log in steps.logs.all for left in log.left_out):
@@ -239,8 +225,8 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
 
 def fingerprint_of(logs: Logs, windows: object) -> str:
     """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
-    the schema, with splits (`windows`, or what else rows depend on, as JSON), or with the rules of a time zone; not
-    with what a model makes of features."""
+    the schema, or with splits (`windows`, or what else rows depend on, as JSON); not with what a model makes of
+    features."""
     found = [
         [
             [(file.address, file.bytes, file.version, file.in_path) for file in each.files],
@@ -249,12 +235,12 @@ def fingerprint_of(logs: Logs, windows: object) -> str:
         for each in logs.all
     ]
     # Keys in the order of the settings: that of features and tasks is the order of the layout.
-    return _digest(FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows)
+    return _digest(FORMAT, found, logs.schema.identity(), windows)
 
 
 def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
     """A fingerprint of all that features depend on besides the logs."""
-    return _digest(FORMAT, zone_rules(schema), schema.identity(), windows)
+    return _digest(FORMAT, schema.identity(), windows)
 
 
 def _digest(*parts: object) -> str:
@@ -292,7 +278,7 @@ def write_features(
     for name, its in pipeline.counts.items():
         pq.write_table(its.to_table(), counts / f"{name}.parquet", compression="zstd")
     counted.save_latest(serving)
-    first, last = counted.first[0], counted.last[0]
+    first, last = counted.first, counted.last
     steps.look_up(pipeline, serving, end=last + 1, training=train if before is None else None, before=before)
     if before is None:
         pipeline.finish_results()

@@ -160,9 +160,10 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
 
 def _find_first_times(database: Database, requests: Requests, path: Path, want_clash: bool) -> None:
     one_time = "FROM runs JOIN (SELECT request, first AS agreed FROM every WHERE last > first) USING (request)"
-    rows = f"SELECT row, rows, agreed {one_time} WHERE time <> agreed ORDER BY row"
+    moved = f"SELECT unnest(range(row, row + rows)) AS row, agreed {one_time} WHERE time <> agreed"
+    rows = f"FROM ({moved}) ORDER BY row"
     path.parent.mkdir(exist_ok=True)
-    schema = pa.schema({"row": pa.int64(), "rows": pa.int64(), "time": pa.int64()})
+    schema = pa.schema({"row": pa.int64(), "time": pa.int64()})
     with pq.ParquetWriter(path, schema) as writer:
         for table in database.read(rows, ROWS_PER_PART):
             writer.write_table(pa.table(table.columns, schema=schema))

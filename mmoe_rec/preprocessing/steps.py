@@ -22,7 +22,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_fault
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_duplicates, check_readings, check_requests, check_times
+from mmoe_rec.preprocessing.checks import check_duplicates, check_requests
 from mmoe_rec.preprocessing.count import CountJob, LogCounts, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, ResultExchange, events_of, look_ups_of
@@ -88,19 +88,19 @@ class Steps:
         Raises UserError for a bad file, unless such files are skipped, for rows that occur twice, and for requests of
         several users, or times where that is wanted.
         """
-        check_readings(self.logs.log)
         if self.logs.options.skip_bad_files:
             pieces = [each for log in self.logs.all for each in log.pieces()]
             faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
             self.logs = self.logs.without(list(faults))
-        while self._find_repeats(counted := self._read_all(statistics, kept, before), kept, before):
+        while True:
+            self.requests = self._find_requests(before, kept)
+            self._counted = self._count(statistics, kept is not None)
+            if not self._find_repeats(self._counted, kept, before):
+                return self._counted
             shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
-        self._counted = counted
-        return counted
 
     def _find_repeats(self, counted: LogCounts, kept: Path | None, before: Path | None) -> bool:
         """As `check_duplicates`, after other checks."""
-        check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
         sent, kept = self._events.folder / DUPLICATES, None if kept is None else kept / "rows"
         before = None if before is None else before / "rows"
@@ -122,10 +122,6 @@ class Steps:
         for name in (_FIRST_TIMES, _RESULTS):
             if (self.scratch / name).exists():
                 (self.scratch / name).rename(folder / name)
-
-    def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> LogCounts:
-        self.requests = self._find_requests(before, kept)
-        return self._count(statistics, kept is not None)
 
     def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES

@@ -66,11 +66,6 @@ class Feature(Section, ABC):
         return {}
 
     @property
-    def time_zones(self) -> tuple[str, ...]:
-        """Time zones that the encoding depends on; their rules belong to the machine."""
-        return ()
-
-    @property
     def shares(self) -> str | None:
         """Name of the feature whose vocabulary and table this one uses, None for its own or none."""
         return None

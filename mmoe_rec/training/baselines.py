@@ -15,7 +15,8 @@ from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.places import check_out, log_and_place
+from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.places import check_out
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
@@ -45,7 +46,7 @@ def measure_baselines(
 
     check_out(out, settings)
     with (
-        features_in_use(*log_and_place(settings), "baselines", ("train", "validation", "test")) as prepared,
+        features_in_use(BuildInputs.of(settings), "baselines", ("train", "validation", "test")) as prepared,
         writing(out, "an evaluation", "give another folder with --out"),
     ):
         scored, trees = _predict(settings, prepared)

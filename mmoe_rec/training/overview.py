@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
-from mmoe_rec.preprocessing.places import log_and_place
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.report.files import JSON, read_report
 from mmoe_rec.report.pages import render
@@ -115,7 +115,7 @@ def find_cautions(settings: Settings) -> Iterator[str]:
     if not features.is_dir():
         return
     try:
-        if existing(*log_and_place(settings)) is None:
+        if existing(BuildInputs.of(settings)) is None:
             yield f"the features in '{features}' are of other settings, or files of the log, than these"
     except UserError as error:
         yield f"whether the features in '{features}' are of this log can't be told: {error}"

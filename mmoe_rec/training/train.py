@@ -1,7 +1,8 @@
 """A training, from settings to a registered model: `train_model` reads from top to bottom.
 
-What it works on, log, features, checkpoints and the model that it starts from, is opened once and held (`Workspace`):
-settings, log, MLflow and start are checked before torch is loaded, and no other process replaces what is in use.
+Log, features, checkpoints and the model that it starts from are opened once and held (`Workspace`). Settings, log,
+MLflow and start are checked before torch is loaded, and no other process replaces what is in use. `Ready` has all that
+the run needs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,8 +23,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.evaluation.promotion import Decision, promote_trained
 from mmoe_rec.evaluation.summary import find_objective
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.places import log_and_place
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use, fingerprint_of, prepare
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -60,53 +60,53 @@ def train_model(
     features go on to a later day. register: whether the model goes into the registry. Raises UserError where another
     process trains in `data.work`.
     """
-    with open_workspace(settings, start, resume) as workspace:
-        if workspace.course == "has ended":
-            return workspace.ended
-        with _open_run(workspace) as run:
-            _log_start(run, workspace)
-            trainer = _make_trainer(run, workspace)
+    with open_workspace(settings, start, resume) as (ready, ended):
+        if ready is None:
+            return ended
+        with _open_run(ready) as run:
+            _log_start(run, ready)
+            trainer = _make_trainer(run, ready)
             _log_choices(run, trainer)
             result = trainer.run()
-            return _finish(run, workspace, result, register) if workspace.first else None
+            return _finish(run, ready, result, register) if ready.first else None
 
 
-def _open_run(workspace: Workspace) -> AbstractContextManager[Run]:
+def _open_run(ready: Ready) -> AbstractContextManager[Run]:
     """The run of the training, which a resumed or killed one finds again."""
-    settings, start, before = workspace.settings, workspace.origin.start, workspace.checkpoint
+    settings, start, before = ready.settings, ready.origin.start, ready.checkpoint
     address, experiment = settings.tracking.address, settings.experiment
     return runs.open_run(
         address,
         experiment,
         run_id=None if before is None else before.state.origin.run_id,
-        key=workspace.key,
+        key=ready.key,
         run_name=name_training(settings, None if start is None else start.exact),
-        active=workspace.first,
-        unsent=workspace.folder / "unsent",
+        active=ready.first,
+        unsent=ready.folder / "unsent",
     )
 
 
-def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
+def _make_trainer(run: Run, ready: Ready) -> Trainer:
     from mmoe_rec.training.loop import Trainer
 
-    settings = workspace.settings
+    settings = ready.settings
 
     def draw(validation: Validation, step: int) -> None:
         from mmoe_rec.evaluation.curves import log_gates
 
-        log_gates(run, workspace.layout, validation.experts, f"plots/gates/step_{step:07}.png")
+        log_gates(run, ready.layout, validation.experts, f"plots/gates/step_{step:07}.png")
 
     return Trainer(
-        workspace.prepared,
-        workspace.layout,
+        ready.prepared,
+        ready.layout,
         settings.model,
         settings.training,
-        workspace.device,
-        workspace.checkpoints,
+        ready.device,
+        ready.folder / "checkpoints",
         MachineMonitor(run, settings.tracking.system_metrics),
-        workspace.weights,
-        workspace.checkpoint,
-        replace(workspace.origin, run_id=run.run_id),
+        ready.weights,
+        ready.checkpoint,
+        replace(ready.origin, run_id=run.run_id),
         watch=draw,
     )
 
@@ -118,10 +118,10 @@ def _log_choices(run: Run, trainer: Trainer) -> None:
     run.record(tags=tags, files={"choices.json": values})
 
 
-def _log_start(run: Run, workspace: Workspace) -> None:
+def _log_start(run: Run, ready: Ready) -> None:
     """What the run's page says before the first step."""
-    settings, manifest, start = workspace.settings, workspace.manifest, workspace.origin.start
-    if workspace.first:
+    settings, manifest, start = ready.settings, ready.manifest, ready.origin.start
+    if ready.first:
         say(f"MLflow run: {run.address}")
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     tags = {"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]}
@@ -140,7 +140,7 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     run.describe("Resumed" if "### Training\n" in run.note else "Training", command_and_rows)
 
 
-def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
+def _finish(run: Run, ready: Ready, result: TrainingResult, register: bool) -> FinishedTraining:
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.evaluation.curves import log_gates
@@ -151,8 +151,8 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     from mmoe_rec.training.stacking import grow_trees
     from mmoe_rec.training.validation import find_early_end
 
-    settings, prepared, layout = workspace.settings, workspace.prepared, workspace.layout
-    artifact = workspace.folder / "model"
+    settings, prepared, layout = ready.settings, ready.prepared, ready.layout
+    artifact = ready.folder / "model"
     model = best_network(settings, prepared, result)
     run.log_text(result.plan, "sharding_plan.txt")
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
@@ -185,7 +185,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         f"as it is served, on the judging rows:\n\n{quoted(values)}"
     )
     if register:
-        about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
+        about = f"{as_code(command())}\n\n{_describe_rows(ready.manifest)}\n\n{chosen}"
         with _wait_to_register(run, artifact):
             decision = promote_trained(run, settings, prepared, model, artifact, about)
     run.describe("Result", f"{quoted(decision.reasons)}\n\n{chosen}\n\nModel: `{decision.address}`")
@@ -197,7 +197,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         result.rows_per_s,
         result.waiting,
         decision.reasons,
-        replace(workspace.origin, run_id=run.run_id, settings=result_settings(settings)),
+        replace(ready.origin, run_id=run.run_id, settings=result_settings(settings)),
         checksum(artifact / "weights.safetensors"),
         dict(result.history).get(0),
         network,
@@ -287,10 +287,13 @@ Course = Literal["begins", "goes on", "has ended"]
 
 
 @contextmanager
-def open_workspace(settings: Settings, start: str | None = None, resume: bool = False) -> Iterator[Workspace]:
-    """The workspace of a training on this rank.
+def open_workspace(
+    settings: Settings, start: str | None = None, resume: bool = False
+) -> Iterator[tuple[Ready | None, FinishedTraining | None]]:
+    """Open all that a run needs on this rank.
 
-    start, resume: as in `train_model`. Raises UserError for a wrong setting, log or address, or a process in the way.
+    start, resume: as in `train_model`. Gives None for the first where the run has ended before, and for the second
+    otherwise and on other ranks. Raises UserError for a wrong setting, log or address, or a process in the way.
     """
     workspace = Workspace(settings, start, resume)
     if workspace.first:
@@ -300,30 +303,50 @@ def open_workspace(settings: Settings, start: str | None = None, resume: bool = 
 
     with training_ranks(settings.training) as (device, ranks), contextlib.ExitStack() as held:
         decided = ranks.after_first(lambda: json.dumps(workspace.decide(held), default=asdict))
-        workspace.course, begun = json.loads(decided)
-        if workspace.course != "has ended":
-            workspace.read(device, begun and Start(**begun))
-        yield workspace
+        course, begun = json.loads(decided)
+        if course == "has ended":
+            yield None, workspace.ended
+        else:
+            yield workspace.read(device, course, begun and Start(**begun)), None
 
 
-class Workspace:
-    """What a training has at hand on one rank.
+@dataclass(frozen=True)
+class Ready:
+    """All that a run needs on one rank.
 
-    first: whether this rank writes down what is common to all; ended: the training that has ended before, on the first
-    rank. Unless it has ended: device; manifest: of the features; layout: of the model on them; origin: what the
-    training begins with; checkpoint: to go on from; weights: to start from instead of random ones; key: of the run of a
-    training that begins, on the first rank.
+    Attributes:
+        folder: Folder of the run, `data.work`.
+        first: Whether this rank writes down results that all ranks share.
+        prepared: Features.
+        manifest: Manifest of the features.
+        layout: Layout of the model on the features.
+        origin: What the run begins with.
+        checkpoint: Checkpoint to resume from.
+        weights: Weights to start from instead of random ones.
+        key: Key of a new run, on the first rank.
     """
 
-    course: Course
+    settings: Settings
+    folder: Path
+    first: bool
     device: torch.device
+    prepared: FeatureFolder
     manifest: Mapping[str, Any]
     layout: ModelLayout
     origin: Origin
+    checkpoint: Checkpoint | None
+    weights: WarmStart | None
+    key: str | None
+
+
+class Workspace:
+    """The folder of a run, and what the run is to do there, on one rank.
+
+    first: whether this rank writes down what is common to all; ended: the training that has ended before, on the first
+    rank.
+    """
+
     ended: FinishedTraining | None = None
-    checkpoint: Checkpoint | None = None
-    weights: WarmStart | None = None
-    key: str | None = None
 
     def __init__(self, settings: Settings, start: str | None, resume: bool) -> None:
         self.settings, self.start, self.resume = settings, start, resume
@@ -331,14 +354,14 @@ class Workspace:
         self.folder = Path(settings.data.work)
         self.checkpoints = self.folder / "checkpoints"
         self.prepared = FeatureFolder(self.folder / "features")
-        self._place = log_and_place(settings)
+        self._inputs = BuildInputs.of(settings)
         self._has_features = False
         self._model: tuple[Start, Path] | None = None
 
     def check(self) -> None:
         """Raises UserError for a wrong setting, log or address, and where MLflow is away or would refuse a name."""
         find_objective(self.settings.evaluation.decide_by)
-        self._has_features = existing(*self._place) is not None
+        self._has_features = existing(self._inputs) is not None
         ended = self.resume and (self.checkpoints / "finished.json").is_file()
         if not ended and not (self.resume and (self.checkpoints / "latest.json").is_file()):
             self._require_features()
@@ -360,7 +383,7 @@ class Workspace:
         if course != "has ended":
             going_on = self.start is not None or course == "goes on"
             needs = ("train", "validation")
-            held.enter_context(features_in_use(*self._place, "a training", needs, going_on))
+            held.enter_context(features_in_use(self._inputs, "a training", needs, going_on))
         return course, start
 
     def _decide(self) -> tuple[Course, Start | None]:
@@ -391,11 +414,10 @@ class Workspace:
         ended = self.ended
         tree = fixed_settings(self.settings) if ended is None else result_settings(self.settings)
         if not self._has_features:
-            log, schema, windows, _, options = self._place
-            fingerprint, until = fingerprint_of(Logs(log, schema, options), windows), before.until
+            fingerprint, until = fingerprint_of(self._inputs.logs, self._inputs.windows), before.until
             if ended is not None and fingerprint != before.features:
                 self._require_features()
-                prepare(*self._place)
+                prepare(self._inputs)
                 self._has_features = True
         if self._has_features:
             fingerprint, until = _what_is_known(self.prepared.manifest)
@@ -408,22 +430,23 @@ class Workspace:
                 now = start
         return Origin(tree, fingerprint, until, before.run_id, now)
 
-    def read(self, device: torch.device, start: Start | None) -> None:
-        """Takes up what a training that begins or goes on needs. start: as `decide` gave it."""
+    def read(self, device: torch.device, course: Course, start: Start | None) -> Ready:
+        """Read what a new or resumed run needs. start: as `decide` gave it."""
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.checkpoint import latest_checkpoint
 
-        self.device, self.manifest, layout = device, self.prepared.manifest, self.prepared.layout
-        self.layout = ModelLayout.of(layout, self.settings)
-        self.origin = Origin(fixed_settings(self.settings), *_what_is_known(self.manifest), start=start)
-        if self.course == "goes on":
-            self.checkpoint = latest_checkpoint(self.checkpoints)
-            assert self.checkpoint is not None, "the first rank has read it"
-            self.checkpoint.state.origin.check(self.origin, self.checkpoint.folder)
-        if start is not None and self.checkpoint is None:
-            self.weights = self._read_weights(start)
-        if self.first and self.checkpoint is None:
-            self.key = training_key(self.checkpoints, self.origin, new=not self.resume)
+        settings, manifest, checkpoint = self.settings, self.prepared.manifest, None
+        layout = ModelLayout.of(self.prepared.layout, settings)
+        origin = Origin(fixed_settings(settings), *_what_is_known(manifest), start=start)
+        if course == "goes on":
+            checkpoint = latest_checkpoint(self.checkpoints)
+            assert checkpoint is not None, "the first rank has read it"
+            checkpoint.state.origin.check(origin, checkpoint.folder)
+        is_new = checkpoint is None
+        weights = self._read_weights(start, layout) if start is not None and is_new else None
+        key = training_key(self.checkpoints, origin, new=not self.resume) if self.first and is_new else None
+        common = (settings, self.folder, self.first, device, self.prepared, manifest, layout, origin)
+        return Ready(*common, checkpoint, weights, key)
 
     def _require_features(self) -> None:
         """Raises UserError where a training has nothing to go on from."""
@@ -448,7 +471,7 @@ class Workspace:
             self._model = Start(self.start, model.address, checksum(weights), model.run_id), model.folder
         return self._model[0]
 
-    def _read_weights(self, start: Start) -> WarmStart:
+    def _read_weights(self, start: Start, layout: ModelLayout) -> WarmStart:
         from mmoe_rec.inference.artifact import read_artifact
         from mmoe_rec.model.warm_start import WarmStart
         from mmoe_rec.settings.model import Model
@@ -457,7 +480,7 @@ class Workspace:
         address = self.settings.tracking.address
         folder = registry.fetch_model(start.exact, address) if self._model is None else self._model[1]
         structure = Model.model_validate(read_artifact(folder, verify=False).model)
-        return WarmStart(folder, structure, self.prepared, self.layout, self.settings.model)
+        return WarmStart(folder, structure, self.prepared, layout, self.settings.model)
 
 
 def _what_is_known(manifest: Mapping[str, Any]) -> tuple[str, int]:

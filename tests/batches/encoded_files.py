@@ -1,18 +1,14 @@
 """Small folders of encoded rows whose values name their row; their order and its split over ranks, a row at a time."""
 
-import json
 import threading
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.batches.reader import GOLDEN, EpochOrder, Position, TrainingReader, Window
+from mmoe_rec.batches.encoded_rows import Rows
+from mmoe_rec.batches.reader import GOLDEN, EpochOrder, Window
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput, arrow_columns
 from mmoe_rec.point_in_time.arrays import Ragged
 
@@ -151,16 +147,3 @@ def slots(batch: list[Row], rank: int, world_size: int, rank_rows: int) -> list[
 def background_threads() -> list[threading.Thread]:
     """The threads of `Prefetch` and of readers that are alive."""
     return [thread for thread in threading.enumerate() if thread.name.startswith(("prefetch", "reader"))]
-
-
-def consume(
-    encoded: Path, written: Path, position: dict[str, Any] | None, epochs: int, pause: float, **options: int
-) -> None:
-    """Appends one line of JSON a batch: its real rows and the position after it; `options` are the reader's."""
-    reader = TrainingReader(EncodedRows(encoded, LAYOUT), **options)
-    begin = reader.position(0) if position is None else Position(**position)
-    with written.open("a", encoding="utf-8") as file:
-        for rows, after in reader.resume(begin, epochs):
-            file.write(json.dumps({"rows": real(rows), "position": asdict(after)}) + "\n")
-            file.flush()
-            time.sleep(pause)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.places import build_features, build_options
+from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from tests.benchmarks.memory import measure
@@ -29,7 +29,7 @@ COMPLETE_JOURNEY, SYNTHETIC = "configs/complete_journey.yaml", "configs/syntheti
 
 def time_stage(stage: str, settings: Settings) -> dict[str, float]:
     """Rows of the log, and seconds of a stage in this process."""
-    logs = Logs(settings.data.log, settings.schema_, build_options(settings))
+    logs = BuildInputs.of(settings).logs
     read = [(file.address, list(log.uses)) for log in logs.all for file in log.files]
     started = time.perf_counter()
     if stage == "ours":

@@ -119,7 +119,6 @@ def test_what_a_kind_may_leave_out_is_there_where_it_is_needed(kind: str) -> Non
     feature, encoder = schema.features["f"], pipeline.encoders["f"]
     reads, outline, meaning = feature.reads(), encoder.outline(), feature.meaning(schema)
     assert set(feature.list_lengths) == {column for column, use in reads.items() if use == "vector"}
-    assert feature.time_zones == ((feature.timezone,) if "timezone" in type(feature).model_fields else ())
     others = {table for _, table, _ in outline.ids} - {table.name for table in outline.tables}
     assert others == ({feature.shares} if feature.shares else set())
     assert bool(encoder.column_types()) == isinstance(feature, VocabularyFeature)

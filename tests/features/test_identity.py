@@ -1,15 +1,15 @@
 """What identifies features: what rows mean does, what a model makes of them does not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.preprocessing import prepare as build
 from mmoe_rec.preprocessing.extend import extend
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
 from mmoe_rec.settings.sections import Settings
 from tests.inference.small_model import small_settings
@@ -38,12 +38,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("identity")
     write_log(folder / "log", random_log(1, rows=600))
     settings = settings_of(folder)
-    prepare(settings.data.log, settings.schema_, settings.split.windows(), folder)
+    prepare(replace(BuildInputs.of(settings), work=folder))
     return folder
 
 
 def found(work: Path, settings: Settings) -> FeatureFolder | None:
-    return existing(settings.data.log, settings.schema_, settings.split.windows(), work)
+    return existing(replace(BuildInputs.of(settings), work=work))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def found(work: Path, settings: Settings) -> FeatureFolder | None:
 def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sections: dict[str, Any]) -> None:
     settings = settings_of(work, **sections)
     assert found(work, settings) is not None
-    assert extend(settings.data.log, settings.schema_, settings.split.windows(), work) is None, "nothing is new"
+    assert extend(replace(BuildInputs.of(settings), work=work)) is None, "nothing is new"
 
 
 @pytest.mark.parametrize(
@@ -78,25 +78,6 @@ def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sec
 )
 def test_another_meaning_of_rows_takes_other_features(work: Path, sections: dict[str, Any]) -> None:
     assert found(work, settings_of(work, **sections)) is None
-
-
-def test_other_rules_of_a_time_zone_take_other_features(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after an update of the machine's time zone database."""
-    settings = settings_of(work)
-    assert zone_rules(settings.schema_).keys() == {"Europe/Berlin"}, "UTC has no rules"
-    assert found(work, settings) is not None
-    monkeypatch.setattr(build, "zone_rules", lambda _: {"Europe/Berlin": "others"})
-    assert found(work, settings) is None
-
-
-def test_rules_of_a_time_zone_go_by_its_hours(work: Path) -> None:
-    zones = ("Europe/Berlin", "Europe/Moscow", "America/New_York", "US/Eastern", "Asia/Kolkata")
-    rules: dict[str, str] = {}
-    for zone in zones:
-        rules |= zone_rules(settings_of(work, **changed("features", "when", timezone=zone)).schema_)
-    assert set(rules) == set(zones)
-    assert rules["America/New_York"] == rules["US/Eastern"], "two names of one zone"
-    assert len(set(rules.values())) == len(zones) - 1
 
 
 def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
@@ -121,7 +102,7 @@ def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
 def test_features_in_another_order_of_tasks_are_not_extended(work: Path) -> None:
     settings = settings_of(work, tasks=dict(reversed(BASE["tasks"].items())))
     with pytest.raises(UserError, match=r"'tasks' is in the order click, liked, spent .* in the order spent, liked"):
-        extend(settings.data.log, settings.schema_, settings.split.windows(), work)
+        extend(replace(BuildInputs.of(settings), work=work))
 
 
 def test_settings_of_other_features_are_told_of(work: Path) -> None:

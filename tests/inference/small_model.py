@@ -21,7 +21,7 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.preprocessing.places import build_options
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.stacking import grow_trees
@@ -63,11 +63,7 @@ class SmallModel:
     def __init__(self, work: Path, strings: bool = False, log: Sequence[pa.Table] = (), **sections: Any) -> None:
         self.settings = small_settings(work, **sections)
         write_log(work / "log", *(log or [random_log(1, rows=600, strings=strings)]))
-        schema = self.settings.schema_
-        options = build_options(self.settings)
-        self.prepared: FeatureFolder = prepare(
-            self.settings.data.log, schema, self.settings.split.windows(), work, options
-        )
+        self.prepared: FeatureFolder = prepare(BuildInputs.of(self.settings))
         self.model_layout = layout = ModelLayout.of(self.prepared.layout, self.settings)
         self.model: RankingModel = build_model(layout, self.settings.model, PlainTables(layout))
         generator = torch.Generator().manual_seed(1)  # not the global one, whose state depends on what ran before

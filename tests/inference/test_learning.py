@@ -21,6 +21,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time import memory as levels
 from mmoe_rec.preprocessing.extend import extend
+from mmoe_rec.preprocessing.logs import BuildInputs
 from tests.inference.small_model import ITEMS, USER, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log, write_log
 
@@ -53,7 +54,7 @@ class Extension:
         for file in (work / "more").glob("*.parquet"):
             shutil.copyfile(file, work / "after" / "log" / f"later-{file.name}")
         windows = other.settings.split.windows()
-        extended = extend(other.settings.data.log, other.settings.schema_, windows, work / "after")
+        extended = extend(BuildInputs(other.settings.data.log, other.settings.schema_, windows, work / "after"))
         assert not any(extended.new_ids.values())  # else the model would have to be trained again
         write_artifact(
             work / "after" / "model",

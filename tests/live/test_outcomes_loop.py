@@ -1,7 +1,7 @@
 """The loop as a user closes it: a server logs what it ranks, a simulated user acts, the join's rows are trained on."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.settings.load import load_settings
 from tests import commands
@@ -123,7 +124,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     folder = tmp_path_factory.mktemp("loop")
     path = write_files(folder, tasks=TASKS, outcomes=OUTCOMES)
     settings = load_settings(path)
-    prepared = prepare(settings.data.log, settings.schema_, settings.split.windows(), folder / "work")
+    prepared = prepare(replace(BuildInputs.of(settings), work=folder / "work"))
     layout = ModelLayout.of(prepared.layout, settings)
     model = build_model(layout, settings.model, PlainTables(layout))
     write_artifact(folder / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())

@@ -13,6 +13,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
@@ -37,7 +38,7 @@ ITEM = {"item": ALL_KINDS["item"]}
 
 
 def _prepare(log: Path | str, tmp_path: Path, schema: Schema = SCHEMA, windows: Any = WINDOWS) -> FeatureFolder:
-    return prepare(str(log), schema, windows, tmp_path / "work")
+    return prepare(BuildInputs(str(log), schema, windows, tmp_path / "work"))
 
 
 def _refuses(message: str, log: Path | str, tmp_path: Path, schema: Schema = SCHEMA, windows: Any = WINDOWS) -> None:
@@ -94,7 +95,7 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([with_column(TABLE, "liked", [1] * 300)], _task(), "task 't' has one class .*'liked' are 1;"),
     ([TABLE], _task(matures_after_days=30), "task 't' has no observed label in training: .*split.train_end, 30 days"),
     ([TABLE], OF_NO_BRAND, "task 't' has no observed label in training: .*column 'brand' never equals 'z'"),
-    ([TABLE], _task(observed_when={"column": "age", "equals": "1"}), "compares column 'age', .* the string '1'"),
+    ([TABLE], _task(observed_when={"column": "age", "equals": "1"}), "compares column 'age', .* with '1'"),
 ]
 
 

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.reader import Log
-from mmoe_rec.preprocessing.places import build_features, extend_features
+from mmoe_rec.preprocessing.extend import extend
+from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import SPLIT_VALUES, plain_settings, plain_table
 from tests.log.small_logs import with_column, with_values
@@ -160,16 +161,6 @@ def test_settings_of_a_plain_table_stay_as_they_are(tmp_path: Path) -> None:
     assert again["columns"]["user"] is None
 
 
-def test_logs_with_times_are_identified_as_before(tmp_path: Path) -> None:
-    """No key of a plain table changes what features of other logs were built from."""
-    columns = {"user": "u", "candidate": "i", "time": "t"}
-    feature = plain_settings(tmp_path).schema_.features["code"].model_copy(update={"column": "i"})
-    schema = Schema.model_validate({"columns": columns, "tasks": {"a": {"label": "a"}}, "features": {"i": feature}})
-    found = schema.identity()
-    assert "split" not in found
-    assert "weight" not in found["columns"]
-
-
 def test_a_log_of_times_without_users_is_split_by_time(tmp_path: Path) -> None:
     """Each row is then a request of its own."""
     table = plain_table(0)
@@ -188,4 +179,4 @@ def test_days_can_not_be_added(tmp_path: Path) -> None:
     settings = plain_settings(tmp_path)
     build_features(settings)
     with pytest.raises(UserError, match=r"adding days to features needs columns.user and columns.candidate and colu"):
-        extend_features(settings)
+        extend(BuildInputs.of(settings))

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import mlflow
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -49,29 +48,3 @@ def test_bad_files_end_the_command_unless_they_are_to_be_skipped(config: Path, c
     assert run.data.tags["data.files_left_out"] == "2"
     manifest = json.loads(Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/data.json")).read_text())
     assert manifest["left_out"] == listed
-
-
-@pytest.mark.thorough
-def test_an_evaluation_says_what_it_leaves_out(config: Path, capsys: pytest.CaptureFixture) -> None:
-    """Its rows are encoded anew, for want of features in another folder; the training's metrics stay."""
-    second = config.parent / "log" / "b.parquet"
-    log = pq.read_table(second)
-    odd = pc.equal(pc.bit_wise_and(log["request"], 1), 1)
-    pq.write_table(log.filter(odd), second.with_name("c.parquet"))
-    pq.write_table(log.filter(pc.invert(odd)), second)
-    options = ["--config", str(config), "--skip-bad-files"]
-    commands.run("train", *options, "--training.epochs", "1", "--training.batch_size", "2048")
-    words = ["--model", "models:/learnable@champion"]
-    commands.run("evaluate", *options, *words)
-    uri = f"sqlite:///{config.parent / 'mlflow.db'}"
-    run_id = registry.find_run("models:/learnable@champion", uri)
-    before = mlflow.get_run(run_id).data.metrics
-    second.with_name("c.parquet").write_bytes(second.read_bytes()[:-40])
-    capsys.readouterr()
-    commands.run("evaluate", *options, *words, "--data.work", str(config.parent / "other"))
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.count("left out: '") == 3
-    assert "c.parquet" in said
-    after = mlflow.get_run(run_id).data.metrics
-    assert {name: value for name, value in after.items() if name in before} == before
-    assert 0 < after["other_test_rows/rows"] < before["test/rows"]

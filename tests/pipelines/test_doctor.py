@@ -41,15 +41,6 @@ def test_without_torchrec_and_fbgemm_tables_are_plain() -> None:
     assert (found.fix, found.text.endswith("plain PyTorch tables, one process")) == ("", True)
 
 
-@pytest.mark.parametrize("release", TOGETHER)
-def test_minor_numbers_go_together(release: str) -> None:
-    """torch 2.N needs torchrec and fbgemm 1.(N - 5)."""
-    torchrec, fbgemm = TOGETHER[release]
-    minor = int(release.split(".")[1]) - 5
-    assert torchrec.startswith(f"1.{minor}.")
-    assert fbgemm == f"1.{minor}.0"
-
-
 def test_pyproject_asks_for_the_newest_trio_and_takes_every_torch_of_the_table() -> None:
     """So that `uv sync` in a new environment gives three that go together."""
     torchrec, fbgemm = TOGETHER[[*TOGETHER][-1]]

@@ -11,7 +11,7 @@ from mmoe_rec.evaluation.evaluate import evaluate_model
 from mmoe_rec.evaluation.promotion import Decision
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.preprocessing import prepare as building
-from mmoe_rec.preprocessing.places import log_and_place
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.training import train as steps
 from tests.commands import refuse, run
@@ -150,9 +150,9 @@ def test_features_that_another_process_builds_meanwhile_are_not_taken(
         built.append(prepared.manifest["fingerprint"])
         if len(built) == 1:
             other = load_settings(world.folder / "first.yaml", ["--split.validation_end", "2024-03-07"])
-            prepare(*log_and_place(other))
+            prepare(BuildInputs.of(other))
         return prepared
 
     monkeypatch.setattr(building, "prepare", replaced_once)
-    with building.features_in_use(*log_and_place(settings), "a test") as prepared:
+    with building.features_in_use(BuildInputs.of(settings), "a test") as prepared:
         assert prepared.manifest["fingerprint"] == built[0] == built[1]

@@ -126,14 +126,6 @@ def test_rebought(tmp_path, again, expected):
     ]
 
 
-def test_the_earliest_later_day_is_found_behind_another_purchase_of_the_same_day(tmp_path):
-    days = [REQUEST, REQUEST + timedelta(hours=1), REQUEST + timedelta(days=50), REQUEST + timedelta(days=120)]
-    transactions = [purchase(1, 100 + i, 10, moment) for i, moment in enumerate(days)]
-    transactions.append(purchase(9, 900, 50, LONG_AFTER))
-    table = ingested(write_source(tmp_path, transactions, [promotion(10)]))
-    assert table["rebought"].to_pylist() == [1, 1, 0, 0]
-
-
 @pytest.mark.parametrize(
     ("end", "expected"),
     [(REQUEST + WINDOW, 1), (REQUEST + WINDOW - timedelta(seconds=1), None)],
@@ -179,18 +171,6 @@ def test_a_row_joins_what_is_known_of_request_product_and_household(tmp_path):
     assert unknown_household["package_size"] is unknown_product["brand"] is None
     assert unknown_product["mailer_location"] == "D"
     assert (bought["household_id"], bought["store_id"], bought["week"]) == (1, 1, 1)
-
-
-def test_a_basket_without_a_promoted_purchase_gives_no_rows(tmp_path):
-    transactions = [
-        purchase(1, 100, 10, REQUEST),
-        purchase(1, 101, 11, REQUEST),
-        purchase(1, 102, 10, REQUEST, store=2),
-        purchase(1, 103, 10, REQUEST, week=2),
-        purchase(1, 104, 10, REQUEST, quantity=0),
-    ]
-    table = ingested(write_source(tmp_path, transactions, [promotion(10)]))
-    assert table["request_id"].to_pylist() == [100]
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -250,17 +230,6 @@ def test_a_sample_is_distinct_free_and_complete(count, taken, wanted, basket):
     free = set(range(count)) - set(occupied.tolist())
     assert len(drawn) == len(set(drawn.tolist())) == min(wanted, len(free))
     assert set(drawn.tolist()) <= free
-
-
-def test_a_sample_is_uniform():
-    taken = np.array([0, 3, 4, 9])
-    hits = np.zeros(10)
-    for basket in range(6_000):
-        hits[sample_others(10, taken, 2, (17, basket))] += 1
-    free = np.delete(hits, taken)
-    # 2,000 expected each, standard deviation about 37.
-    assert hits[taken].sum() == 0
-    assert np.abs(free - 2_000).max() < 5 * 37
 
 
 def test_rows_depend_neither_on_the_slice_nor_on_the_order_of_the_source(tmp_path):

@@ -16,13 +16,15 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.atomic import checksum
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.evaluate import score_by
+from mmoe_rec.evaluation.evaluate import evaluate_model, score_by
 from mmoe_rec.evaluation.promotion import _open_judging_rows
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.model.score import UNCALIBRATED
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.train import train_model
+from tests.commands import read_metrics
 from tests.pipelines.learnable_log import write_files
 
 OPTIONS = ("--training.calibration", "temperature", "--model.trees.number", "20", "--model.trees.leaves", "8")
@@ -72,6 +74,22 @@ def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settin
         assert ended.best.loss[name] == pytest.approx(log_loss(label, predicted), rel=1e-4)
         assert ended.best.calibration[name] == pytest.approx(predicted.sum() / label.sum(), rel=1e-4)
         assert ended.network.loss[name] != pytest.approx(ended.best.loss[name], rel=1e-3)
+
+
+def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_path: Path) -> None:
+    work = Path(settings.data.work)
+    evaluate_model(settings, str(work / "model"), tmp_path)
+    found, ranker = read_metrics(tmp_path)["tasks"], Ranker.load(work / "model")
+    rows = EncodedRows(work / "features" / "encoded" / "test", ranker.layout)
+    scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+    plain = score_by(settings, ranker.model, ranker.layout, rows, UNCALIBRATED)
+    known = ~np.isnan(scored.labels)
+    sums, others, labels = (
+        np.where(known, each, 0).sum(0) for each in (scored.predictions, plain.predictions, scored.labels)
+    )
+    for place, name in enumerate(NAMES):
+        assert found[name]["calibration"]["value"] == pytest.approx(sums[place] / labels[place], rel=1e-5)
+        assert sums[place] != pytest.approx(others[place], rel=1e-4)
 
 
 def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.errors import UserError
 from pipelines.data_sets import synthetic_rows
 from pipelines.data_sets.synthetic_rows import LOG, MATURES_AFTER_DAYS, START, Plan, position_bias
 from pipelines.make_synthetic_log import generate, main, make_log, next_command
@@ -77,18 +76,6 @@ def test_requests(log):
     assert hours[19:22].sum() > 3 * hours[2:5].sum()
 
 
-def test_popularity_is_skewed_and_some_come_late(log):
-    for name, count in (("user_id", 5_000), ("candidate_id", 1_000)):
-        ids = column(log, name)
-        assert ids.min() >= 0
-        assert ids.max() < count
-        often = np.sort(np.bincount(ids, minlength=count))[::-1]
-        assert often[: count // 10].sum() > 0.25 * often.sum(), name
-        half = log.num_rows // 2
-        assert len(np.setdiff1d(ids[half:], ids[:half])) > 0.05 * count, name
-    assert 0.02 < log["price"].null_count / log.num_rows < 0.04
-
-
 def test_labels_follow_the_truth(log):
     position, true_click, true_like = (column(log, name) for name in ("position", "true_click", "true_like"))
     odds = true_click / (1 - true_click) * np.exp(position_bias(position))
@@ -147,12 +134,6 @@ def test_wrong_arguments_are_named(tmp_path, capsys, arguments, message):
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "log").exists()
-
-
-def test_a_file_in_the_way_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file, but a folder is to be written there"):
-        make_log(Plan(rows=100), tmp_path / "file")
 
 
 @pytest.mark.parametrize("days", [30, 60])

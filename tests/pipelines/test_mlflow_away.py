@@ -176,19 +176,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, log: Path, server: TrackingS
 
 
 @pytest.mark.timeout(300)
-def test_a_server_that_comes_back_misses_nothing(
-    tmp_path: Path, log: Path, server: TrackingServer, whole: Training, capsys: pytest.CaptureFixture
-) -> None:
-    training = Training(tmp_path, log, server, "back")
-    assert training.run(at_validation={0: server.door.shut, 2: server.door.open}) == 0
-    training.misses_nothing(whole)
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    assert said.err.count("does not answer (Connection refused). The command goes on") == 1
-    assert f"MLflow run: {server.uri}/#/experiments/" in said.err
-
-
-@pytest.mark.timeout(300)
 def test_a_server_that_stays_away_is_told_afterwards(
     tmp_path: Path,
     log: Path,

@@ -18,7 +18,7 @@ from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.live.skew import check_skew
 from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.model.warm_start import base_rates
-from mmoe_rec.preprocessing.places import build_features
+from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from tests.commands import read_metrics, refuse, run
@@ -396,27 +396,3 @@ def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsy
     said = refuse(capsys, "evaluate", "--config", tmp_path / "timed.yaml", "--model", world.model)
     told = "trained on a log that has no times (a plain table), but the log of the settings has times (columns.time)"
     assert told in said
-
-
-def test_weights_by_another_name_are_found(tmp_path: Path) -> None:
-    """As files of this project call them, whatever the log does; a log's own name comes first."""
-    table = plain_table(3, 1_000).rename_columns({"weight": "how much"})
-    settings = plain_settings(tmp_path / "work", table, columns={"weight": "how much"})
-    (tmp_path / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-    frame = table.to_pandas().assign(row=range(1_000), predicted_label=0.5, predicted_other=0.5, score=0.25)
-    frame["predicted_label"] = np.random.default_rng(0).random(1_000)
-    frame = frame.rename(columns={"label": "label_label", "other": "label_other"})
-    areas = []
-    for number, given in enumerate(
-        (
-            frame,
-            frame.rename(columns={"how much": "weight"}),
-            frame.assign(weight=1.0),
-            frame.assign(**{"how much": 1.0}),
-        )
-    ):
-        found = measure(tmp_path / "settings.yaml", given, tmp_path / f"{number}")
-        areas.append(found["tasks"]["label"]["auc"]["value"])
-    assert areas[0] == areas[1] == areas[2] != areas[3]
-    expected = roc_auc_score(frame["label_label"], frame["predicted_label"], sample_weight=frame["how much"])
-    assert areas[0] == pytest.approx(expected, abs=1e-12)

@@ -190,16 +190,6 @@ def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, m
     assert said(world.work)[0] == "'this model' gives predictions that are not finite numbers"
 
 
-def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(address: str, uri: str) -> Path:
-        raise promotion.UserError(f"'{address}' can't be loaded")
-
-    monkeypatch.setattr(registry, "fetch_model", away)
-    world.train()
-    assert world.holder() == "2"
-    assert "can't be compared here: 'models:/learnable/2' can't be loaded" in said(world.work)[0]
-
-
 def test_an_outage_during_the_comparison_decides_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -75,17 +75,6 @@ def test_another_start_is_refused_and_the_same_goes_on(world: World, capsys: pyt
     assert "it was begun with --from" in refused(capsys, world, "--from", str(other), RESUME)
 
 
-def test_a_start_where_there_was_none_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
-    with dying_after(12):
-        world.train()
-    told = refused(capsys, world, "--from", "models:/learnable@champion", RESUME)
-    assert (
-        "can't go on: it was begun without --from, now it is --from models:/learnable@champion (models:/learnable/1); "
-        "leave that out, or train from the start, without --resume" in told
-    )
-    world.train(RESUME)
-
-
 def test_an_alias_is_what_it_stood_for_when_the_training_began(
     world: World, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,14 +88,6 @@ def test_an_alias_is_what_it_stood_for_when_the_training_began(
     monkeypatch.undo()
     world.train("--from", "models:/learnable/1", RESUME)  # what it stood for
     assert "this training has already ended" in capsys.readouterr().out
-
-
-def test_other_settings_on_the_way_are_named(world: World, capsys: pytest.CaptureFixture) -> None:
-    with dying_after(12):
-        world.train()
-    told = refused(capsys, world, RESUME, "--training.learning_rate", "0.5")
-    assert "can't go on: it was begun with training.learning_rate 0.01, now it is 0.5" in told
-    assert latest_step(world) == 10
 
 
 def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -124,11 +105,17 @@ def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.Cap
     assert "has already ended" in capsys.readouterr().out
 
 
-def test_other_features_are_not_built_for_a_training_that_cannot_go_on(
-    world: World, capsys: pytest.CaptureFixture
-) -> None:
+def test_another_training_than_the_one_that_died_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
+    """No features are built for a training that can't go on."""
     with dying_after(12):
         world.train()
+    told = refused(capsys, world, "--from", "models:/learnable@champion", RESUME)
+    assert (
+        "can't go on: it was begun without --from, now it is --from models:/learnable@champion (models:/learnable/1); "
+        "leave that out, or train from the start, without --resume" in told
+    )
+    told = refused(capsys, world, RESUME, "--training.learning_rate", "0.5")
+    assert "can't go on: it was begun with training.learning_rate 0.01, now it is 0.5" in told
     manifest = world.folder / "work" / "features" / "manifest.json"
     before = manifest.read_bytes()
     told = refused(capsys, world, RESUME, "--split.validation_end", "2024-03-07T12:00")
@@ -141,6 +128,8 @@ def test_other_features_are_not_built_for_a_training_that_cannot_go_on(
     finally:
         log.unlink()
     assert manifest.read_bytes() == before
+    assert latest_step(world) == 10
+    world.train(RESUME)
 
 
 def test_a_new_training_forgets_the_one_before(world: World, capsys: pytest.CaptureFixture) -> None:

@@ -19,7 +19,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.preprocessing.places import build_features
+from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.schema import Schema

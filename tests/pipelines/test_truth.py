@@ -12,7 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import rows_to_measure
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.preprocessing.places import logs_for
+from mmoe_rec.preprocessing.logs import logs_for
 from tests.inference.small_model import SmallModel, small_settings
 from tests.log.small_logs import BASE, log_rows, random_log, write_log
 

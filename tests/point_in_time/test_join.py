@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.join import Join, KeyIndex, KnownEvents, LookUps, Search, key_at, sorted_order
+from mmoe_rec.point_in_time.join import Join, KeyIndex, KnownEvents, LookUps, Search, key_at
 
 WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, LookUps.of_each))
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
@@ -21,27 +21,6 @@ def _events(data, size: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return random.choice(KEYS, number), known, random.integers(0, 3, number).astype(np.float64)
 
 
-@given(
-    rows=st.integers(0, 300),
-    distinct=st.integers(1, 40),
-    spread=st.integers(0, 63),
-    in_time=st.booleans(),
-    fractions=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_the_order_of_events_is_that_of_a_sort(rows, distinct, spread, in_time, fractions, seed):
-    random = np.random.default_rng(seed)
-    # Neighbours differ in their last bits alone, so that they share those that are sorted first.
-    key = random.integers(0, 2**63, distinct, np.uint64)[random.integers(0, distinct, rows)] >> np.uint64(spread)
-    key += random.integers(0, 4, rows).astype(np.uint64)
-    known, value = random.integers(-9, 9, rows), random.integers(-1, 2, rows) / (2 if fractions else 1)
-    value = value if fractions else value.astype(np.int64)
-    if in_time:
-        known.sort()
-    assert sorted_order(key, known).tolist() == np.lexsort((known, key)).tolist()
-    assert sorted_order(key, known, value).tolist() == np.lexsort((value, known, key)).tolist()
-
-
 @given(data=st.data(), rows=st.integers(0, 60), way=st.sampled_from(WAYS))
 @pytest.mark.parametrize(("unit", "start"), [(1, 0), (1, 2**62 - 10**3), (1_000, 77_000), (1_000_000, -3_000_000)])
 def test_the_last_known_event_is_that_of_a_loop(data, rows, way, unit, start):
@@ -51,7 +30,7 @@ def test_the_last_known_event_is_that_of_a_loop(data, rows, way, unit, start):
     known = start + known * unit + random.integers(-1, 2, len(known))
     if start > 2**61 and len(known):
         known[random.integers(len(known))] = -(2**62)
-    order = sorted_order(key, known)
+    order = np.lexsort((known, key))
     events = KnownEvents(key[order], known[order])
     keys, times = random.choice(KEYS, rows), start + unit * random.integers(-7, 17, rows)
     kind, ask = way

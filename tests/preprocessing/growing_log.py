@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, windows_of, with_column
@@ -70,10 +70,10 @@ class Growing:
         return log
 
     def prepare(self, work: str = "work", windows: dict = WINDOWS, **options: object) -> FeatureFolder:
-        return prepare(self.source, self.schema, windows, self.folder / work, BuildOptions(**options))
+        return prepare(BuildInputs(self.source, self.schema, windows, self.folder / work, BuildOptions(**options)))
 
     def extend(self, windows: dict = WINDOWS, **options: object):
-        return extend(self.source, self.schema, windows, self.work, BuildOptions(**options))
+        return extend(BuildInputs(self.source, self.schema, windows, self.work, BuildOptions(**options)))
 
 
 def training_items(log: Growing, windows: dict, start: float, end: float) -> list:

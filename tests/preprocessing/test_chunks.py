@@ -10,7 +10,7 @@ import pytest
 
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
-from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.look_up import ReceivedRows, chunks
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import DAY, START, files_of, random_log, schema_of, times_of, windows_of, write_log
@@ -82,8 +82,8 @@ def test_what_is_read_of_one_key_grows_with_its_rows_and_gives_what_one_piece_gi
     def read(rows: int) -> int:
         source = str(write_log(tmp_path / f"{rows}", skewed_log(0, rows, spread)))
         place, options = (source, schema, WINDOWS), BuildOptions(rows_in_memory=50)
-        count = rows_read(monkeypatch, lambda: prepare(*place, tmp_path / f"work {rows}", options))
-        divided, whole = (prepare(*place, tmp_path / f"{name} {rows}") for name in ("work", "whole"))
+        count = rows_read(monkeypatch, lambda: prepare(BuildInputs(*place, tmp_path / f"work {rows}", options)))
+        divided, whole = (prepare(BuildInputs(*place, tmp_path / f"{name} {rows}")) for name in ("work", "whole"))
         assert files_of(divided.folder / "encoded") == files_of(whole.folder / "encoded")
         return count
 
@@ -126,7 +126,7 @@ def test_no_stretch_holds_more_rows_than_memory_has_room_for(tmp_path, spread):
         if encoder.name == "clicked":
             encoder.parts["clicked"].grow()  # type: ignore[attr-defined]
     memories = {encoder.name: encoder.memory for encoder in whole.group}
-    for chunk in chunks(whole, [(None, None)], 100, tmp_path / "scratch", lambda: 0):
+    for chunk in chunks(whole, [(None, None)], 100, tmp_path / "scratch"):
         for encoder in whole.group:
             memories[encoder.name] = chunk.extended(encoder, memories[encoder.name])
         held.append(len(chunk.rows))

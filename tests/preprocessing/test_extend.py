@@ -14,6 +14,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing import extend as extend_module
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
 from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.profiling.health_counts import collect
@@ -80,7 +81,7 @@ def test_the_manifest_and_what_is_at_hand(growing):
     assert after["files"] == 2
     assert after["first_request"] == before["first_request"]
     assert after["request_microseconds"] == [times_of(growing.table).min(), times_of(growing.table).max()]
-    taken = existing(growing.source, growing.schema, windows, growing.work)
+    taken = existing(BuildInputs(growing.source, growing.schema, windows, growing.work))
     assert taken is not None
     assert taken.manifest == after
     built = growing.prepare("whole", windows)
@@ -111,22 +112,6 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     collect(growing.prepare("another"), growing.schema, scratch)
     growing.add(10, 12.1)
     collect(growing.extend(windows_of(11, 11.5)).features, growing.schema, scratch)
-
-
-def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
-    growing.add(8, 9)
-    place = growing.table.column_names.index("click")
-    wrong = growing.table.slice(0, 50).set_column(place, "click", pa.array([7.0] * 50))
-    pq.write_table(wrong, growing.folder / "log" / "bad.parquet")
-    before = files_of(growing.work)
-    with pytest.raises(UserError, match=r"bad.parquet': label column 'click' of binary task 'click' holds 7"):
-        growing.extend()
-    assert files_of(growing.work) == before
-    extended = growing.extend(skip_bad_files=True)
-    assert extended.rows == len(training_items(growing, {"train": (None, None)}, 8, 9))
-    assert [Path(each["file"]).name for each in extended.features.manifest["left_out"]] == ["bad.parquet"]
-    assert extended.features.manifest["files"] == 2
-    assert growing.extend(skip_bad_files=True) is None
 
 
 # Refusals

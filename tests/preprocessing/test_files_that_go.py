@@ -5,19 +5,16 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.logs import BuildOptions, Logs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, prepare
-from mmoe_rec.preprocessing.steps import Steps
-from tests.log.small_logs import DAY, START, at_times, files_of, times_of, windows_of, with_column
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
+from tests.log.small_logs import files_of, remembered, windows_of, with_column
 from tests.preprocessing.growing_log import FEATURES, WINDOWS, Growing, schema_with_purchases
-from tests.preprocessing.test_tables_of_models import ServedModel, assert_same_tables
 
 LATER = windows_of(10, 11)
 SKIP = {"skip_bad_files": True}
@@ -43,7 +40,7 @@ def _remove(log: Growing, number: int) -> None:
 
 
 def _existing(log: Growing, windows: dict, **options: object) -> FeatureFolder | None:
-    return existing(log.source, log.schema, windows, log.work, BuildOptions(**options))
+    return existing(BuildInputs(log.source, log.schema, windows, log.work, BuildOptions(**options)))
 
 
 def _memories(prepared: FeatureFolder) -> dict[str, bytes]:
@@ -77,7 +74,7 @@ def _check_at_hand(log: Growing, windows: dict) -> None:
     content = oldest.read_bytes()
     oldest.unlink()
     found = _existing(log, windows)
-    assert prepare(log.source, log.schema, windows, log.work).manifest == found.manifest
+    assert prepare(BuildInputs(log.source, log.schema, windows, log.work)).manifest == found.manifest
     assert log.extend(windows) is None
     oldest.write_bytes(content)  # put back, at another time
     assert _existing(log, windows) is not None
@@ -89,7 +86,7 @@ def test_features_that_were_not_extended_are_built_anew_unless_a_model_goes_on_f
     _remove(growing, 100)
     found = _existing(growing, WINDOWS)
     assert found.manifest == before
-    assert prepare(growing.source, growing.schema, WINDOWS, growing.work, going_on=True).manifest == before
+    assert prepare(BuildInputs(growing.source, growing.schema, WINDOWS, growing.work), going_on=True).manifest == before
     shorter = growing.prepare().manifest
     assert shorter["rows"] < before["rows"]
     assert shorter["files"] == 2
@@ -107,14 +104,14 @@ def test_extended_features_are_not_replaced_by_those_of_a_shorter_log(growing, w
         windows = windows_of(9, 9.5)
     if what == "other log":
         source = str(growing.folder / "log" / "9*.parquet")
-    assert existing(source, growing.schema, windows, growing.work) is None
+    assert existing(BuildInputs(source, growing.schema, windows, growing.work)) is None
     before = files_of(growing.work)
     with pytest.raises(UserError, match=r"rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"):
-        prepare(source, growing.schema, windows, growing.work)
+        prepare(BuildInputs(source, growing.schema, windows, growing.work))
     assert files_of(growing.work) == before
     (growing.work / "features").rename(growing.work / "aside")
     if what == "new file":
-        assert prepare(source, growing.schema, windows, growing.work).manifest["files"] == 4
+        assert prepare(BuildInputs(source, growing.schema, windows, growing.work)).manifest["files"] == 4
 
 
 def test_a_file_that_was_written_again_is_refused_also_when_others_are_gone(growing):
@@ -131,30 +128,16 @@ def test_a_file_that_was_written_again_is_refused_also_when_others_are_gone(grow
     assert files_of(growing.work) == before
 
 
-@pytest.mark.parametrize("how", ["gone", "there", "compacted", "halves"])
-def test_events_that_come_again_in_another_file_do_not_count_twice(growing, how):
-    growing.add(8, 10)
-    old, new = (growing.folder / "events" / f"{number}.parquet" for number in (98, 97))
-    again, table = pq.read_table(old), pq.read_table(new)
-    if how == "there":
-        pq.write_table(again, old.with_name("0.parquet"), compression="zstd")
-    elif how == "halves":
-        early = pq.read_table(old.with_name("99.parquet"))
-        parts = [again.slice(0, 9), early.slice(7)], [early.slice(0, 7), again.slice(9), table]
-        for number, part in enumerate(parts):
-            pq.write_table(pa.concat_tables(part), old.with_name(f"{number}.parquet"))
-        new.unlink()
-    else:
-        pq.write_table(pa.concat_tables([again, table]), new)
-    message = "and all rows of one of the two came before or come again"
-    if how == "gone":
+@pytest.mark.parametrize("gone", [False, True])
+def test_events_that_are_written_again_do_not_count_twice(growing, gone):
+    old = growing.folder / "events" / "99.parquet"
+    pq.write_table(pq.read_table(old), old.with_name("0.parquet"), compression="zstd")
+    if gone:
         old.unlink()
-        message = "which is gone, and there are as many as that file held"
-    name = {"gone": "97", "compacted": "97", "there": "0", "halves": "[01]"}[how]
-    with pytest.raises(UserError, match=rf"{name}.parquet' of events .* of the time of '.*9\d.parquet', {message}"):
+    growing.add(8, 10)
+    with pytest.raises(UserError, match=r"0.parquet' holds as many events of 'purchases' as '.*99.parquet', with the"):
         growing.extend(LATER)
-    if how != "gone":
-        assert growing.extend(LATER, duplicates="keep") is not None
+    assert growing.extend(LATER, duplicates="keep") is not None
 
 
 def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +195,7 @@ def test_files_with_the_same_bytes_count_once_in_a_build(growing, capsys):
     found = growing.prepare("other")
     assert capsys.readouterr().err.count("left out: 2 files with the bytes of another one, such as ") == 1
     assert (files_of(found.folder / "encoded"), _memories(found)) == expected
-    assert existing(growing.source, growing.schema, WINDOWS, growing.folder / "other") is not None
+    assert existing(BuildInputs(growing.source, growing.schema, WINDOWS, growing.folder / "other")) is not None
 
 
 def test_new_files_have_the_types_of_those_that_are_gone(growing):
@@ -301,56 +284,28 @@ def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(
     assert one.equals(two)
 
 
-@pytest.mark.parametrize("has_ids", [True, pytest.param(False, marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("ahead", [7, *(pytest.param(day, marks=pytest.mark.thorough) for day in (4, 10))])
-def test_a_row_ahead_of_its_day_and_a_file_that_is_mended_late_stop_no_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has_ids: bool, ahead: int
-) -> None:
-    """The row lies in the files before, within the week, or in its last file but one; each day is killed once. Tables
-    are those of all files, and rows those that a build of all files gives."""
-    log, skipping = Growing(tmp_path, ahead, 600), BuildOptions(**SKIP)
-    frame = pd.DataFrame({"user": log.table["user"].to_pylist(), "time": times_of(log.table)})
-    days, ids = ((frame["time"] - START) // DAY).to_numpy(), frame.groupby(["user", "time"]).ngroup().to_numpy()
-    user, time = frame[days == ahead].iloc[-1]
-    moved = ((frame["user"] == user) & (frame["time"] == time)).to_numpy()
-    table = at_times(log.table, times_of(log.table) + moved * (DAY // 2)).append_column("request", pa.array(ids))
-    if has_ids:
-        log.schema = log.schema.model_copy(
-            update={"columns": log.schema.columns.model_copy(update={"request": "request"})}
-        )
-    for day in range(4, 12):
-        log.add(day * (day > 4), day + 1)
-        rows = table.filter(pa.array((days == day) | ((day == 4) & (days < 4))))
-        pq.write_table(rows.slice(5), log.folder / "log" / f"{101 - log.count}.parquet")
-        if day == 4:
-            pq.write_table(rows.slice(0, 5), log.folder / "log" / "first.parquet")
-            last = log.prepare(windows=windows_of(3, 4)).manifest["request_microseconds"][1]
-            served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, skipping)
-            continue
-        early = log.folder / "log" / f"early{day}.parquet"
-        pq.write_table(rows.slice(0, 5), early)
-        if day == 6:
-            bad, whole = early, _spoil(early, "label")
-        if day == 9:
-            bad.write_bytes(whole)
-        with monkeypatch.context() as patch:
-            patch.setattr(Steps, "look_up", lambda *_, **__: 1 / 0)
-            for go_on in (served.go_on, lambda: log.extend(windows_of(3, 4), **SKIP)):
-                with pytest.raises(ZeroDivisionError):
-                    go_on()
-        served.go_on()
-        assert_same_tables(served.features, served.anew()[0], but=("files.json",))
-        capsys.readouterr()
-        found = log.extend(windows_of(3, 4), **SKIP).features
-        is_late = day == 9 or day == ahead + 1
-        said = " ".join(capsys.readouterr().err.split())
-        assert ("came late, with requests from" in said) == is_late, (day, said)
-        logs = Logs(log.source, log.schema, skipping)
-        encode_with(found.serving, logs, {"test": (last + 1, None)}, tmp_path / f"encoded {day}")
-        mine, its = (pq.read_table(each) for each in (found.split("test"), tmp_path / f"encoded {day}" / "test"))
-        assert mine.equals(its)
-        assert len(mine) > 5
-        last = found.manifest["request_microseconds"][1]
+def test_requests_that_come_late_count_and_are_reported(growing, tmp_path, capsys):
+    """Memories are those of a log whose rows came in time, and only later rows are encoded."""
+    whole = _of_three_files(tmp_path / "whole")
+    for log in (growing, whole):
+        log.add(8, 10)
+    path = growing.folder / "log" / "97.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.slice(5), path)
+    for log in (growing, whole):
+        log.extend(windows_of(9, 9.5))
+        log.add(10, 12.1)
+    pq.write_table(rows.slice(0, 5), growing.folder / "log" / "late.parquet")
+    capsys.readouterr()
+    found, expected = growing.extend(LATER), whole.extend(LATER)
+    assert "late.parquet' came late, with requests from 2023-11-22" in " ".join(capsys.readouterr().err.split())
+    assert found.rows == expected.rows + 5
+    for name in ("item_click", "n"):
+        mine, theirs = (each.features.serving / f"{name}.memory" for each in (found, expected))
+        assert remembered(mine).equals(remembered(theirs))
+    mine, theirs = (pq.read_table(each.features.split("test")) for each in (found, expected))
+    assert mine["time"].equals(theirs["time"])
+    assert len(mine) > 5
 
 
 def test_new_files_that_are_all_bad_end_in_one_sentence(growing):

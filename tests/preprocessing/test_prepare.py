@@ -19,7 +19,7 @@ from mmoe_rec.preprocessing import engines, steps
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.engines import open_engine
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
@@ -40,7 +40,6 @@ from tests.log.small_logs import (
     write_log,
 )
 from tests.preprocessing.growing_log import OF_PURCHASES, schema_with_purchases
-from tests.preprocessing.killed_builds import killed_builds
 
 SCHEMA = schema_of(ALL_KINDS)
 WINDOWS = windows_of(6, 8, start=1)
@@ -61,7 +60,7 @@ def _encoded(prepared: FeatureFolder, split: str) -> tuple[Encoded, pa.Table]:
 def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, strings, rows_in_memory):
     table = random_log(5, rows=500, strings=strings)
     source = str(write_log(tmp_path / "log", *_cut(table, 13, 240, 240, 400)))
-    prepared = prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=rows_in_memory))
+    prepared = prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=rows_in_memory)))
     pipeline = fit_in_memory(SCHEMA, [log_rows(table, SCHEMA)], WINDOWS["train"])
     assert prepared.layout == pipeline.layout
     for split, window in WINDOWS.items():
@@ -100,17 +99,21 @@ def test_two_workers_change_no_byte(tmp_path, two_workers):
     source = str(write_log(tmp_path / "log", *_cut(with_requests(random_log(7, rows=400)), 100, 150)))
     columns = SCHEMA.columns.model_copy(update={"request": "request"})
     schema = SCHEMA.model_copy(update={"columns": columns})
-    alone = prepare(source, schema, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    alone = prepare(
+        BuildInputs(source, schema, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    )
     assert alone.manifest["requests"]["several_times"] > 10
     options = BuildOptions(**two_workers, rows_in_memory=300)
-    assert files_of(prepare(source, schema, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
+    assert files_of(prepare(BuildInputs(source, schema, WINDOWS, tmp_path / "many", options)).folder) == files_of(
+        alone.folder
+    )
 
 
 def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, two_workers):
     table = random_log(8)
     source = str(write_log(tmp_path / "log", table, with_column(table, "click", [2.0] * table.num_rows)))
     with pytest.raises(UserError, match=r"1\.parquet': label column 'click' of binary task 'click' holds 2"):
-        prepare(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(**two_workers))
+        prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(**two_workers)))
     assert not (tmp_path / "work").exists()
 
 
@@ -122,8 +125,10 @@ def test_rows_that_occur_twice(tmp_path, small_pieces):
         match=r"row 0 of '.*1\.parquet' repeats request and candidate \(columns 'user', 'time' and 'item'\) "
         r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.duplicates",
     ):
-        prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50))
-    prepared = prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50, duplicates="keep"))
+        prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50)))
+    prepared = prepare(
+        BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50, duplicates="keep"))
+    )
     assert prepared.manifest["rows"] == 202
 
 
@@ -139,21 +144,12 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
     }
     for setting, (source, windows, message) in cases.items():
         place, keep = (source, SCHEMA, windows, tmp_path / setting), BuildOptions(**{setting: "keep"})
-        prepared = prepare(*place, keep)
-        assert existing(*place, keep) == prepared
-        assert existing(*place) is None
+        prepared = prepare(BuildInputs(*place, keep))
+        assert existing(BuildInputs(*place, keep)) == prepared
+        assert existing(BuildInputs(*place)) is None
         with pytest.raises(UserError, match=message):
-            prepare(*place)
-        assert existing(*place, keep) == prepared
-
-
-def test_times_of_two_units(tmp_path):
-    table = random_log(10, rows=200)
-    seconds = pa.array(times_of(table) // 1_000_000).cast(pa.timestamp("us", tz="UTC"))
-    wrong = with_column(table, "time", seconds)
-    source = str(write_log(tmp_path / "log", table, wrong))
-    with pytest.raises(UserError, match=r"column 'time' goes from 1970-01-.*1\.parquet'\) to 20.*in one unit"):
-        prepare(source, SCHEMA, WINDOWS, tmp_path)
+            prepare(BuildInputs(*place))
+        assert existing(BuildInputs(*place, keep)) == prepared
 
 
 def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
@@ -162,29 +158,25 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
     folder = write_log(tmp_path / "log", table.slice(0, 150), wrong, table.slice(150))
     (folder / "9.parquet").write_bytes(b"not Parquet")
     place, skipping = (str(folder), SCHEMA, WINDOWS, tmp_path / "some"), BuildOptions(skip_bad_files=True)
-    prepared = prepare(*place, skipping)
+    prepared = prepare(BuildInputs(*place, skipping))
     left_out = prepared.manifest["left_out"]
     assert [Path(each["file"]).name for each in left_out] == ["1.parquet", "9.parquet"]
     assert "holds 7" in left_out[0]["reason"]
     good = write_log(tmp_path / "good", table.slice(0, 150), table.slice(150))
-    whole = prepare(str(good), SCHEMA, WINDOWS, tmp_path / "whole")
+    whole = prepare(BuildInputs(str(good), SCHEMA, WINDOWS, tmp_path / "whole"))
     assert files_of(prepared.folder / "encoded") == files_of(whole.folder / "encoded")
     assert files_of(prepared.serving) == files_of(whole.serving)
     # They do not stand where none may be skipped, also where one can be opened.
     (folder / "9.parquet").unlink()
-    assert existing(*place) is None
+    assert existing(BuildInputs(*place)) is None
     with pytest.raises(UserError, match=r"1\.parquet': label column 'click' .* holds 7"):
-        prepare(*place)
+        prepare(BuildInputs(*place))
     # What was built stays, and stands where bad files may be skipped, however the log is addressed.
     for source in (str(folder), f"{folder}/", f"{folder}/*.parquet"):
-        assert existing(source, *place[1:], skipping) == prepared
+        assert existing(BuildInputs(source, *place[1:], skipping)) == prepared
     # Without these files, they are what a build would give.
     (folder / "1.parquet").unlink()
-    assert existing(*place) == prepare(*place) == prepared
-
-
-def test_builds_killed_at_random_moments_leave_nothing_that_is_read(tmp_path):
-    assert killed_builds(tmp_path, kills=3) >= 3
+    assert existing(BuildInputs(*place)) == prepare(BuildInputs(*place)) == prepared
 
 
 def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_path):
@@ -196,7 +188,7 @@ def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_pat
     for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), apart, theirs)):
         for built in (prepare, existing, extend):
             with pytest.raises(UserError, match=message):
-                built(str(source), schema, WINDOWS, work)
+                built(BuildInputs(str(source), schema, WINDOWS, work))
         assert not work.exists()
 
 
@@ -205,7 +197,7 @@ def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
     columns = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
     schema = schema_of(ALL_KINDS, columns=columns)
     table = with_requests(random_log(0, 300), spread=1)
-    built = prepare(str(write_log(tmp_path / "log", table)), schema, WINDOWS, tmp_path / "work")
+    built = prepare(BuildInputs(str(write_log(tmp_path / "log", table)), schema, WINDOWS, tmp_path / "work"))
     files = [file.relative_to(tmp_path / "work") for file in built.folder.rglob("*.parquet")]
     assert {file.parts[1] for file in files} == {"counts", "encoded", "requests", "serving"}
     shutil.rmtree(tmp_path / "work")
@@ -243,7 +235,7 @@ def test_names_of_columns_change_nothing(tmp_path, names):
         bought = write_log(folder / "bought", _renamed(events, renamed))
         tree = schema_of(features, events={"bought": {"path": str(bought), "time": "at"}}).model_dump(mode="json")
         schema = kinds.schema_of(_with_columns(tree, renamed))
-        prepared.append(prepare(str(source), schema, WINDOWS, folder / "work"))
+        prepared.append(prepare(BuildInputs(str(source), schema, WINDOWS, folder / "work")))
     plain, odd = prepared
     for split in WINDOWS:
         assert_same(_encoded(plain, split)[0], _encoded(odd, split)[0])
@@ -303,14 +295,15 @@ def _schema(path: Path) -> Schema:
 def test_bad_events(tmp_path, events, message):
     path = tmp_path / "purchases" if events is None else write_log(tmp_path / "purchases", events)
     with pytest.raises(UserError, match=message):
-        prepare(str(write_log(tmp_path / "log", LOG)), _schema(path), WINDOWS, tmp_path / "work")
+        prepare(BuildInputs(str(write_log(tmp_path / "log", LOG)), _schema(path), WINDOWS, tmp_path / "work"))
     assert not list(tmp_path.glob("work/*"))
 
 
 def test_changed_events_are_built_again(tmp_path):
     path = write_log(tmp_path / "purchases", _events(0))
     log = str(write_log(tmp_path / "log", LOG))
-    first = prepare(log, _schema(path), WINDOWS, tmp_path / "work").manifest
+    first = prepare(BuildInputs(log, _schema(path), WINDOWS, tmp_path / "work")).manifest
     assert first["events"] == {"purchases": {"files": 1, "rows": 200}}
     write_log(path, _events(1, rows=150))
-    assert prepare(log, _schema(path), WINDOWS, tmp_path / "work").manifest["events"]["purchases"]["rows"] == 150
+    second = prepare(BuildInputs(log, _schema(path), WINDOWS, tmp_path / "work")).manifest
+    assert second["events"]["purchases"]["rows"] == 150

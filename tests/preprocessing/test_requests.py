@@ -13,7 +13,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.preprocessing.extend import Extension, extend
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildInputs, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, prepare
 from mmoe_rec.report.formatting import describe_request_times
 from mmoe_rec.settings.schema import Schema
@@ -49,7 +49,7 @@ def _cut(table: pa.Table, rows: int) -> list[pa.Table]:
 
 def _build(folder: Path, *tables: pa.Table, schema: Schema = SCHEMA, **options: Any) -> FeatureFolder:
     source = str(write_log(folder / "log", *tables))
-    return prepare(source, schema, WINDOWS, folder / "work", BuildOptions(**options))
+    return prepare(BuildInputs(source, schema, WINDOWS, folder / "work", BuildOptions(**options)))
 
 
 def _encoded_and_state(prepared: FeatureFolder) -> dict[str, bytes]:
@@ -78,15 +78,21 @@ def test_all_is_that_of_a_log_with_the_first_times(
     )
 
 
-def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_path: Path) -> None:
+def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     table = with_requests(random_log(3))
     state = _build(tmp_path / "other", _with_first_times(with_requests(random_log(5)))).serving
     encoded = []
     for name, rows in (("found", table), ("expected", _with_first_times(table))):
-        logs = Logs(str(write_log(tmp_path / name, *_cut(rows, 100))), SCHEMA, BuildOptions())
+        log = write_log(tmp_path / name, *_cut(rows, 100))
+        if name == "found":
+            (log / "bad.parquet").write_bytes(b"not Parquet")
+        logs = Logs(str(log), SCHEMA, BuildOptions(skip_bad_files=True))
         encode_with(state, logs, {"test": WINDOWS["test"]}, tmp_path / f"{name}.encoded")
         encoded.append(files_of(tmp_path / f"{name}.encoded"))
     assert encoded[0] == encoded[1]
+    assert capsys.readouterr().err.replace("\n", "").count("left out: '") == 1
 
 
 def test_a_split_without_rows_is_not_encoded(tmp_path: Path) -> None:
@@ -117,17 +123,17 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     place = str(log_folder), SCHEMA, WINDOWS, tmp_path / "work"
     keep = BuildOptions(duplicates="keep")
     refused = BuildOptions(duplicates="keep", several_times="error")
-    prepare(*place, keep)
-    assert existing(*place, keep) is not None
-    assert existing(*place, refused) is None
+    prepare(BuildInputs(*place, keep))
+    assert existing(BuildInputs(*place, keep)) is not None
+    assert existing(BuildInputs(*place, refused)) is None
     with pytest.raises(UserError) as caught:
-        prepare(*place, refused)
+        prepare(BuildInputs(*place, refused))
     assert str(caught.value) == (
         f"row 4 of '{log_folder}/0.parquet' and row 1 of '{log_folder}/1.parquet' are of one request (column "
         "'request') and differ in column 'time', as do rows of 1 request: write the request's time into all its "
         "rows, or set data.several_times to first"
     )
-    assert existing(*place, keep) is not None
+    assert existing(BuildInputs(*place, keep)) is not None
 
 
 def _of_several_users() -> pa.Table:
@@ -193,7 +199,7 @@ class _Days:
 
     def add(self, new: pa.Table, options: BuildOptions = DEFAULTS) -> Extension:
         pq.write_table(new, self.folder / "log" / "new.parquet")
-        extended = extend(str(self.folder / "log"), SCHEMA, WINDOWS, self.folder / "work", options)
+        extended = extend(BuildInputs(str(self.folder / "log"), SCHEMA, WINDOWS, self.folder / "work", options))
         assert extended is not None
         return extended
 
@@ -243,7 +249,7 @@ def test_rows_that_came_before_count_once(
     repeated = _deliver_again(days, how, np.random.default_rng(7))
     capsys.readouterr()
     place = str(days.folder / "log"), SCHEMA, WINDOWS, days.folder / "work"
-    extended = extend(*place)
+    extended = extend(BuildInputs(*place))
     assert f"left out: {repeated:,} rows of new files that came before, such as row " in capsys.readouterr().err
     assert extended.rows == days.new.num_rows
     found = extended.features
@@ -257,7 +263,7 @@ def test_rows_that_came_before_count_once(
     # Nothing is new on the day after, when rows of the day before come again.
     pq.write_table(days.new.slice(5, 9), days.folder / "log" / "zz.parquet")
     with pytest.raises(UserError, match=r"^all 9 rows of new files came before"):
-        extend(*place)
+        extend(BuildInputs(*place))
     assert "left out: 9 rows of new files that came before, such as row 0 of " in capsys.readouterr().err
 
 

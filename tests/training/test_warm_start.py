@@ -1,7 +1,7 @@
 """A model started from another one, on features that grew, gives at first what that one gave, for all rows."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.model.warm_start import WarmStart
 from mmoe_rec.preprocessing.extend import extend
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import load_plain
@@ -89,7 +90,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Grown:
     end = START + 12 * DAY
     windows = {"train": (None, end), "validation": (end, end + DAY // 2), "test": (end + DAY // 2, None)}
     schema = small.settings.schema_
-    extended = extend(str(work / "log"), schema, windows, work)
+    extended = extend(BuildInputs(str(work / "log"), schema, windows, work))
     assert extended.new_ids["item"] > 2
     assert extended.new_ids["brand"] == 1
     tables = [rows.table for rows in Log(str(work / "log"), schema).stream()]
@@ -212,7 +213,7 @@ def test_other_features_are_refused(
     if log != 1:
         pq.write_table(random_log(log, rows=600), tmp_path / "log" / "0.parquet")
         schema, windows = other.settings.schema_, other.settings.split.windows()
-        other.prepared = prepare(other.settings.data.log, schema, windows, tmp_path)
+        other.prepared = prepare(BuildInputs(other.settings.data.log, schema, windows, tmp_path))
     with pytest.raises(UserError, match=message):
         grown.warm_start(other=other)
 
@@ -223,7 +224,7 @@ def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     one = SmallModel(tmp_path / "one", **sections)
     pq.write_table(random_log(3, rows=600), tmp_path / "one" / "log" / "0.parquet")
     settings = one.settings
-    prepared = prepare(settings.data.log, settings.schema_, settings.split.windows(), tmp_path / "other")
+    prepared = prepare(replace(BuildInputs.of(settings), work=tmp_path / "other"))
     with pytest.raises(UserError, match=r"its feature 'price' was fitted to other rows"):
         WarmStart(one.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 

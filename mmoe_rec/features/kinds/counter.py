@@ -1,7 +1,6 @@
 """The kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +22,6 @@ from mmoe_rec.point_in_time.counters import (
     CounterTable,
     SeenTotals,
     round_labels,
-    to_units,
 )
 from mmoe_rec.point_in_time.join import LookUps, known_at
 from mmoe_rec.point_in_time.memory import NEVER
@@ -31,7 +29,6 @@ from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Days, Meaning, Once, Remembering, Schema
 
 _FOREVER = np.iinfo(np.int64).max
-_LAST = 2**62  # microseconds: no time is as late
 _ROUNDING = 1e-12
 
 
@@ -150,23 +147,8 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
     def extended(self, memory: CounterMemory, events: pa.Table, in_order: bool = False) -> CounterMemory:
         """Raises UserError where a label or a sum of labels is out of range."""
         label = None if self.label is None else events["label"].to_numpy()
-        with self._in_range():
-            return memory.extended(*_key_and_known(events), label, in_order)
-
-    def check_sums(self, memory: CounterMemory, events: pa.Table) -> None:
-        """Raises UserError where labels of further events, or their sums with those of a memory, are out of range."""
-        if self.has_fractions:
-            new, (key, known) = self.extended(self.empty(), events), _key_and_known(events)
-            # An event that comes late adds to later totals too.
-            asked = LookUps.sort(np.tile(key, 2), np.append(known, np.full(len(key), _LAST)))
-            before, added = (SeenTotals(each, asked).totals(None)[1] for each in (memory, new))
-            with self._in_range():
-                to_units(before + added)
-
-    @contextmanager
-    def _in_range(self) -> Iterator[None]:
         try:
-            yield
+            return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), label, in_order)
         except OverflowError:
             raise UserError(
                 f"counter '{self.name}' sums labels of column '{self.task.label}' beyond {MOST:.1e}: write that "
@@ -186,8 +168,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
     def distinct_results(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray]:
         found, result = SeenTotals(memory, asked), dict[str, np.ndarray]()
         for suffix, window in self._windows.items() if self._totals else ():
-            with self._in_range():
-                count, label_sum = found.totals(window)
+            count, label_sum = found.totals(window)
             for output in self._totals:
                 value = _statistic(output, count, label_sum, self.feature.smoothing, self.prior)
                 result[f"{self.name}_{output}{suffix}"] = value
@@ -318,10 +299,6 @@ def _distances(rates: np.ndarray, offset: Any) -> np.ndarray:
     """Rates less an offset, exactly 0 where only rounding tells them apart."""
     distances = rates - offset
     return np.where(np.abs(distances) <= _ROUNDING * np.abs(offset), 0.0, distances)
-
-
-def _key_and_known(events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    return events["key"].to_numpy(), events["known"].to_numpy()
 
 
 def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive, one_array
-from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at, sorted_order
+from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Meaning, Once, Remembering, Schema
@@ -122,10 +122,7 @@ class HistoryMemory(Memory):
             return self
         before = (self.events.key, self.events.known, self.items, *self.attributes)
         columns = [np.append(*each) for each in zip(before, (key, known, *rows), strict=True)]
-        if self.attributes:  # which decide where all else is the same
-            order = np.lexsort(columns[:2:-1])
-            columns = [each[order] for each in columns]
-        order = sorted_order(*columns[:3])
+        order = np.lexsort(columns[::-1])  # of one moment, by item and attributes
         key, known, items, *attributes = (each[order] for each in columns)
         return replace(self, events=KnownEvents(key, known), items=items, attributes=tuple(attributes))
 

@@ -61,18 +61,12 @@ def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int32)
     values = lists.flatten()
     row = np.repeat(np.arange(len(lengths)), lengths)
-    keep = values.is_valid().to_numpy(zero_copy_only=False)
-    # Position of each kept element among the kept ones of its row.
-    before = np.cumsum(keep) - keep
-    first = np.zeros(len(lengths), np.int64)
-    starts = np.cumsum(lengths) - lengths
-    filled = lengths > 0
-    first[filled] = before[starts[filled]]
-    place = before - first[row]
+    row = row[values.is_valid().to_numpy(zero_copy_only=False)]
+    lengths = np.bincount(row, minlength=len(lists))
+    place = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
     if last:
-        place = np.bincount(row[keep], minlength=len(lengths))[row] - 1 - place
-    keep &= place < max_length
-    return values.filter(pa.array(keep)), np.bincount(row[keep], minlength=len(lengths)).astype(np.int32)
+        place = lengths[row] - 1 - place
+    return values.drop_null().filter(pa.array(place < max_length)), np.minimum(lengths, max_length).astype(np.int32)
 
 
 KIND = Kind(IdsFeature, EmbeddedIds, IdsEncoder)

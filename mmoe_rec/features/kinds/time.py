@@ -16,7 +16,6 @@ from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Feature, Meaning, Once, Schema
 
 _MISSING = np.iinfo(np.int64).min
-_CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years
 _FEW_TIMES = 256  # up to which Python's calendar, of .6 microseconds a time, is faster than pandas's
 _FIRST_DAY, _LAST_DAY = np.array(["0001-01-02", "9999-12-30"], "datetime64[us]").astype(np.int64)
 
@@ -59,10 +58,6 @@ class TimeFeature(Feature):
             self.require(name, schema, "time", "it has no `column` of its own")
         if "age" in self.parts:
             self.require(name, schema, "time", "its part `age` ends at the request")
-
-    @property
-    def time_zones(self) -> tuple[str, ...]:
-        return (self.timezone,)
 
     def meaning(self, schema: Schema) -> Meaning:
         """Row 0 is a missing time, hours and weekdays follow."""
@@ -109,9 +104,7 @@ class TimeEncoder(NumberEncoder):
     def _read(self, times: np.ndarray) -> np.ndarray:
         """(2, T) int64 hour and weekday of (T,) times, as rows of their tables. (Arrow's are wrong from 2038 on.)"""
         zone = ZoneInfo(self.feature.timezone)
-        # Python's calendar ends with the years 1 and 9999; it repeats, days of the week included.
-        known = np.where(times < _FIRST_DAY, _FIRST_DAY + (times - _FIRST_DAY) % _CALENDAR_CYCLE, times)
-        known = np.where(times > _LAST_DAY, _LAST_DAY - (_LAST_DAY - times) % _CALENDAR_CYCLE, known)
+        known = np.clip(times, _FIRST_DAY, _LAST_DAY)  # Python's calendar ends with the years 1 and 9999.
         if len(times) > _FEW_TIMES:
             import pandas as pd
 

@@ -20,7 +20,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
 from mmoe_rec.model.score import add_outcomes
-from mmoe_rec.preprocessing.places import logs_for
+from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
 from tests.inference.scoring.scored import read, scored, write_finely
