@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.cli.main import main
-from mmoe_rec.report.files import read_report
+from mmoe_rec.report.report_files import read_report
 
 
 def run(*words: object) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe_rec.batches.reader import Position
+from mmoe_rec.batches.row_reader import Position
 from mmoe_rec.features.layout import Encoded, Layout, input_of_place
 from mmoe_rec.point_in_time.arrays import Ragged
 

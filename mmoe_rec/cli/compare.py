@@ -61,7 +61,7 @@ def compare(
     from mmoe_rec.experiments.experiment_report import FILE, make_report
     from mmoe_rec.experiments.importance import compare_features
     from mmoe_rec.experiments.variants import parse_variants
-    from mmoe_rec.report.files import PAGE
+    from mmoe_rec.report.report_files import PAGE
 
     if architectures:
         report = compare_architectures(settings, seeds, jobs)

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 @click.option("--extend", is_flag=True, help="add new files of the log to existing features")
 def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
-    from mmoe_rec.preprocessing.checks import empty_split
     from mmoe_rec.preprocessing.extend import extend as add_days
     from mmoe_rec.preprocessing.logs import BuildInputs
     from mmoe_rec.preprocessing.prepare import prepare
+    from mmoe_rec.preprocessing.split_checks import empty_split
 
     inputs = BuildInputs.of(settings)
     extended = add_days(inputs) if extend else None

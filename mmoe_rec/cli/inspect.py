@@ -19,7 +19,7 @@ from mmoe_rec.cli.main import Configuration, out_option, settings_command, show_
 def inspect(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
     from mmoe_rec.locks import writing
-    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.preprocessing.logs import BuildInputs
     from mmoe_rec.preprocessing.places import check_out
     from mmoe_rec.preprocessing.prepare import features_in_use
@@ -38,7 +38,7 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
             settings.name, prepared, settings.schema_, dims, scratch, data.memory_gib, data.workers
         )
         from mmoe_rec.profiling.health_report import FILE, make_report, write
-        from mmoe_rec.report.files import PAGE
+        from mmoe_rec.report.report_files import PAGE
 
         write(health, out)
     show_report(make_report(health))

@@ -31,7 +31,7 @@ from mmoe_rec.locks import reading
 
 if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
-    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.settings.sections import Settings
     from mmoe_rec.training.planning import Machines, RankPlan
 
@@ -76,8 +76,8 @@ def plan(
 
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.features.pipeline import largest_layout
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.tables import torchrec_tables, used_tables
     from mmoe_rec.training.planning import Machines, Planning, Sharding, merge_neighbours, table_bytes
 
@@ -141,7 +141,7 @@ def measure_reading(folder: Path, layout: Layout, rows: int, window: int, machin
     """
     from mmoe_rec.batches.batch import make_batch
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.batches.reader import TrainingReader
+    from mmoe_rec.batches.row_reader import TrainingReader
     from mmoe_rec.devices import freed_memory_kept
     from mmoe_rec.progress import quiet_loggers
     from mmoe_rec.training.ranks import NOISY_LOGGERS

@@ -35,7 +35,7 @@ def tune(configuration: Configuration, minutes: float | None, trials: int | None
     existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
     from mmoe_rec.experiments.experiment_report import make_report
     from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
-    from mmoe_rec.report.files import PAGE
+    from mmoe_rec.report.report_files import PAGE
 
     trials = 20 if trials is None and minutes is None else trials
     show_report(make_report(tune_settings(settings, minutes, trials, seeds, jobs), {}))

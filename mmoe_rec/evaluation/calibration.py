@@ -26,8 +26,8 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.progress import bar
 from mmoe_rec.task_kinds import DEFAULT

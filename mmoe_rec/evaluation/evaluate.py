@@ -27,7 +27,7 @@ from mmoe_rec.preprocessing.logs import BuildInputs, logs_for
 from mmoe_rec.preprocessing.places import check_out, short_names
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
-from mmoe_rec.settings.columns import Columns
+from mmoe_rec.settings.log_columns import Columns
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import runs
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.score import Calibration
 
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.model_layout import ModelLayout
 
 _RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
 _CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round counts
@@ -108,7 +108,7 @@ def compare_with_holder(
     """
     from mmoe_rec.evaluation.scoring import NotFiniteError
     from mmoe_rec.inference.artifact import read_calibration
-    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.model_layout import ModelLayout
 
     alias, mine_name = settings.tracking.alias, "this model"
     if holder is None:

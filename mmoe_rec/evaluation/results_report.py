@@ -32,9 +32,9 @@ from mmoe_rec.evaluation.sentences import (
 from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
 from mmoe_rec.report.charts import svg
-from mmoe_rec.report.files import write_report
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
+from mmoe_rec.report.report_files import write_report
 from mmoe_rec.task_kinds import KINDS
 
 _DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")

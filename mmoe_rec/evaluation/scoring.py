@@ -16,8 +16,8 @@ from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.predicted_rows import PredictedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, add_outcomes, fuse, predictions
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.preprocessing.prepare import FeatureFolder

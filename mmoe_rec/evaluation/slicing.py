@@ -33,7 +33,7 @@ from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, adapt_schema
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.sections import Settings, Split
 
 if TYPE_CHECKING:

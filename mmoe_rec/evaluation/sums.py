@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
+from mmoe_rec.evaluation.metrics.lists import RankedLists, least_and_random_ndcg, ranks_nothing, shown_rows
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
-from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ranks_nothing, shown_rows
 from mmoe_rec.evaluation.metrics.tasks import bin_edges, counts_by_value
 from mmoe_rec.log.columns import combine, hash_column
 from mmoe_rec.task_kinds import DEFAULT, find_kind

@@ -16,9 +16,9 @@ from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.sentences import once_corrected
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.trainings import TrainingsMean
-from mmoe_rec.report.files import write_report
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
+from mmoe_rec.report.report_files import write_report
 
 FILE = "comparison.json"
 """File of an experiment that holds all values."""

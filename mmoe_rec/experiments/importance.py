@@ -35,7 +35,7 @@ from mmoe_rec.experiments.runner import Network, Runner, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.features.layout import Encoded, Layout
 from mmoe_rec.log.columns import hash_column
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.progress import bar
 from mmoe_rec.report.parts import Table

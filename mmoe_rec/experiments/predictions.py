@@ -20,8 +20,8 @@ from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.predicted_rows import PredictedRows
 from mmoe_rec.evaluation.sums import EvaluationSums
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration, fuse, predictions
 
 _FACTS = b"mmoe_rec"  # The key of a file's metadata.

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.predicted_rows import PredictedRows
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.experiments.predictions import Predictions
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.score import Calibration
     from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
@@ -307,7 +307,7 @@ class Task:
 
     def judge(self, best: Validation) -> float:
         """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
-        from mmoe_rec.model.layout import ModelLayout
+        from mmoe_rec.model.model_layout import ModelLayout
 
         return best.objective(self.base.training.select_by, ModelLayout.of(self.prepared.layout, self.base))
 
@@ -316,7 +316,7 @@ class Task:
 def _open_trainer(
     task: Task, choices: Choices | None, run: runs.Run | None = None, watch: Watch | None = None
 ) -> Iterator[Trainer]:
-    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import training_ranks
 
@@ -353,8 +353,8 @@ def _train_network(task: Task, run: runs.Run) -> tuple[Network | None, Predictio
     """Train as `train_model` does, without keeping anything."""
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.experiments.predictions import predict
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import load_plain
     from mmoe_rec.training.stacking import grow_trees

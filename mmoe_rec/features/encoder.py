@@ -15,7 +15,7 @@ from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.settings.columns import CHOICES, EVENT, Use
+from mmoe_rec.settings.log_columns import CHOICES, EVENT, Use
 from mmoe_rec.settings.schema import Feature, Schema
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)

@@ -1,7 +1,7 @@
 """The shape of encoded rows: which id inputs, dense inputs, tables and tasks there are, in one fixed order.
 
 Features write rows in this layout and batches carry them; it is saved as JSON beside encoded rows. What a model makes
-of it, widths and weights, is not part of it: see `mmoe_rec.model.layout`.
+of it, widths and weights, is not part of it: see `mmoe_rec.model.model_layout`.
 """
 
 import json
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.arrays import Ragged, one_array
-from mmoe_rec.settings.columns import outcome_name
+from mmoe_rec.settings.log_columns import outcome_name
 from mmoe_rec.task_kinds import NamedKind, find_kind
 
 
@@ -66,7 +66,7 @@ class DenseInput(_OfFeature):
 
 @dataclass(frozen=True)
 class TaskOutput(_AsJson):
-    """One logit a row; `kind` and `given` as in `mmoe_rec.settings.columns.Task`.
+    """One logit a row; `kind` and `given` as in `mmoe_rec.settings.log_columns.Task`.
 
     mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
     decide how much a task counts, and predicts in the label's own unit.

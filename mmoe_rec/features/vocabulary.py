@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.point_in_time.arrays import filled
-from mmoe_rec.settings.columns import Role
+from mmoe_rec.settings.log_columns import Role
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 
 if TYPE_CHECKING:

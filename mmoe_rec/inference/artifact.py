@@ -35,7 +35,7 @@ from pydantic import TypeAdapter
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import ModelLayout, ModelTask
+from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -37,10 +37,10 @@ from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import labels_of
 from mmoe_rec.point_in_time.join import Window
+from mmoe_rec.preprocessing.build_steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.prepare import fingerprint_of
-from mmoe_rec.preprocessing.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.sections import Settings, Tracking

@@ -19,7 +19,14 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mmoe_rec.errors import RequestError, quoted
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.reader import EMPTY, Request, name_element, read_requests, rows_of_candidates, split_rows
+from mmoe_rec.inference.request_reader import (
+    EMPTY,
+    Request,
+    name_element,
+    read_requests,
+    rows_of_candidates,
+    split_rows,
+)
 from mmoe_rec.log.given import plain
 
 ARTIFACT = "model"

@@ -35,8 +35,8 @@ from mmoe_rec.inference.artifact import (
     version_of,
 )
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, explain, new_id, scored_table
-from mmoe_rec.inference.reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
 from mmoe_rec.inference.request_inputs import RequestInputs
+from mmoe_rec.inference.request_reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
@@ -231,7 +231,7 @@ class Ranker:
                 where the log has such.
             candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
                 the candidates' ids are required.
-            task_weights: task or objective -> weight, see `mmoe_rec.inference.reader.fused_weights`.
+            task_weights: task or objective -> weight, see `mmoe_rec.inference.request_reader.fused_weights`.
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
             mask_experts: numbers of experts to score without.

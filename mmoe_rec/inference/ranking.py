@@ -17,7 +17,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, RequestRows
-from mmoe_rec.settings.columns import NO_CANDIDATE
+from mmoe_rec.settings.log_columns import NO_CANDIDATE
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.scorer import Scored

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmoe_rec.batches.batch import same_ids
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.model.attention import Histories
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import Int8Bag, PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged, consecutive
 

@@ -40,7 +40,7 @@ from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types
 from mmoe_rec.progress import say
-from mmoe_rec.settings.columns import Scalar, Use
+from mmoe_rec.settings.log_columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema
 from mmoe_rec.settings.sections import Settings, Split
 

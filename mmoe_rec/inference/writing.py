@@ -32,8 +32,8 @@ from mmoe_rec.inference.artifact import (
 )
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.given import iso_time
-from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.settings.columns import Role
+from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.settings.log_columns import Role
 
 if TYPE_CHECKING:
     from torch import Tensor

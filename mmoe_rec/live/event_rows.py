@@ -24,7 +24,7 @@ from mmoe_rec.log.columns import element_type, list_label_columns
 from mmoe_rec.log.given import to_arrow
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import event_value_checks, find_first_fault, log_value_checks
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Remembering, Schema
 
 MOST_ROWS = 10_000

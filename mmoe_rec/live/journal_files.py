@@ -21,7 +21,7 @@ from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import JournalRows, find_uses, group_by_log
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import find_local, is_remote, local_path, split_glob, takes_in
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Schema
 
 ROWS_OF_A_FILE = 2**20

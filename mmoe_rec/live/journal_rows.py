@@ -17,7 +17,7 @@ from mmoe_rec.log.columns import column_uses, event_uses
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.join import known_at
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Schema
 
 _FOREVER = np.iinfo(np.int64).max

@@ -39,8 +39,8 @@ from mmoe_rec.log.reader import Piece, read_piece
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.progress import bar
-from mmoe_rec.settings.columns import Use
-from mmoe_rec.settings.outcomes import LabelSource, label_columns
+from mmoe_rec.settings.log_columns import Use
+from mmoe_rec.settings.outcome_rules import LabelSource, label_columns
 from mmoe_rec.settings.sections import Settings
 
 ROWS_PER_FILE = 262_144

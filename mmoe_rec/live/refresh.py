@@ -24,9 +24,9 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import require_all
-from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend_tables, remake_tables
 from mmoe_rec.preprocessing.logs import HeldFiles, Logs, logs_for, read_held_files, read_journal_name
+from mmoe_rec.preprocessing.split_checks import check_apart
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs

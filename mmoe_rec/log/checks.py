@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.columns import canonical_type, element_type
 from mmoe_rec.log.files import OPEN_AT_ONCE, FoundFile, is_remote, open_file, path_values
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 
 PathColumns = tuple[tuple[str, int | str | None], ...]
 

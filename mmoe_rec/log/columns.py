@@ -23,7 +23,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.arrays import filled, one_array
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Remembering, Schema
 
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")

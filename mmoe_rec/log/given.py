@@ -18,7 +18,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonical, element_type
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _INT64 = range(-(2**63), 2**63)

@@ -24,7 +24,7 @@ from mmoe_rec.log.files import find_files
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, with_ids, with_times
 from mmoe_rec.log.values import ValueCheck, event_value_checks, file_column, first_row, log_value_checks, next_batch
 from mmoe_rec.point_in_time.arrays import rebatch
-from mmoe_rec.settings.columns import EVENT, Use
+from mmoe_rec.settings.log_columns import EVENT, Use
 from mmoe_rec.settings.schema import Schema
 
 

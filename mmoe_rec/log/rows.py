@@ -26,7 +26,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column, mix
 from mmoe_rec.point_in_time.arrays import SharedRagged, filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.settings.columns import SplitColumn, Task, outcome_name
+from mmoe_rec.settings.log_columns import SplitColumn, Task, outcome_name
 from mmoe_rec.settings.schema import Schema
 
 MICROSECONDS_PER_DAY = 86_400_000_000

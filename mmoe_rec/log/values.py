@@ -19,7 +19,7 @@ from mmoe_rec.log.checks import BadFile, format_time, open_parquet
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import path_values
 from mmoe_rec.log.rows import LogRows, places_of
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.task_kinds.task_kind import TaskKind
 

@@ -25,8 +25,8 @@ from torch.nn import functional
 from mmoe_rec.batches.batch import Batch, Events, draw_uniform
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.attention import Histories
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import by_name, look_at_events

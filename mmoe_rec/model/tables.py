@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from mmoe_rec.batches.batch import Events, KeyedIds
 from mmoe_rec.features.layout import input_of_place
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 
 # New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
 INITIAL_DEVIATION = 0.01

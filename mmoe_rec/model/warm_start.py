@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Towers
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import some_in_int8, used_tables
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Model

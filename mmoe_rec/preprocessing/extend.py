@@ -27,12 +27,12 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_apart, place
+from mmoe_rec.preprocessing.build_steps import Steps
 from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, read_journal_name, say_copies
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
 from mmoe_rec.preprocessing.requests import Requests
-from mmoe_rec.preprocessing.steps import Steps
+from mmoe_rec.preprocessing.split_checks import check_apart, place
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import differences

@@ -26,7 +26,7 @@ from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.progress import say
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Data, EngineName, ErrorOrKeep, FirstOrError, Settings
 

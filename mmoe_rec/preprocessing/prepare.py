@@ -34,11 +34,11 @@ from mmoe_rec.locks import reading, writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
+from mmoe_rec.preprocessing.build_steps import Steps
 from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.logs import BuildInputs, Changes, HeldFiles, Logs
+from mmoe_rec.preprocessing.split_checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.preprocessing.splits import SplitCounts
-from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings

@@ -12,7 +12,7 @@ from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Corrections, Meaning
 from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.profiling.roles import find_roles
 from mmoe_rec.profiling.words import SAMPLING, WEIGHED, WEIGHT, has, words_of
-from mmoe_rec.settings.columns import SPLITS
+from mmoe_rec.settings.log_columns import SPLITS
 
 _SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "holdout": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")

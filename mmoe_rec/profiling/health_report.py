@@ -24,7 +24,6 @@ from mmoe_rec.profiling.health_findings import (
     split_findings,
 )
 from mmoe_rec.report.charts import COLORS, blank, plain, svg
-from mmoe_rec.report.files import write_report
 from mmoe_rec.report.formatting import (
     NONE,
     day,
@@ -37,6 +36,7 @@ from mmoe_rec.report.formatting import (
     thousands,
 )
 from mmoe_rec.report.parts import Cell, Figure, Mark, Report, Row, Sentence, Table
+from mmoe_rec.report.report_files import write_report
 from mmoe_rec.task_kinds import KINDS
 
 FILE = "health.json"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmoe_rec.profiling.profile import Column, Profile
-from mmoe_rec.settings.columns import Role
+from mmoe_rec.settings.log_columns import Role
 
 Purpose = Literal["user", "candidate", "request", "time"]
 PURPOSES = ("user", "candidate", "request", "time")

@@ -27,7 +27,7 @@ from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files, is_remote, path_values
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.profiling.words import names_a_thing
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 
 Kind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
 SAMPLE = 300_000

@@ -13,7 +13,7 @@ import pyarrow as pa
 from mmoe_rec.profiling.meaning import STEADY, Meaning, Purpose
 from mmoe_rec.profiling.profile import HALF, Column, auc_alone, codes_of, keys_of, tells_it
 from mmoe_rec.profiling.words import BEFORE, LABELS, OUTCOMES, PLACEMENT, TIME, begins, has
-from mmoe_rec.settings.columns import Role
+from mmoe_rec.settings.log_columns import Role
 
 LEAK, SUSPECT = 0.93, 0.8
 """AUC of a column alone from which it is taken for what became known later, or may be."""

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mmoe_rec.errors import UserError, quoted
-from mmoe_rec.inference.reader import Request
+from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.calls import Calls, refusal, require_json
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.reader import (
+from mmoe_rec.inference.request_reader import (
     EMPTY,
     OPTIONS,
     Request,

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds import KINDS
-from mmoe_rec.settings.columns import TaskSettings
+from mmoe_rec.settings.log_columns import TaskSettings
 from mmoe_rec.settings.sections import Settings, load_yaml
 
 _INSTALLED = Path(__file__).parent / "template.yaml"

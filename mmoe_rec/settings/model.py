@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmoe_rec.model.routing import RULES, RoutingRule, rule_named
-from mmoe_rec.settings.columns import Section
+from mmoe_rec.settings.log_columns import Section
 
 if TYPE_CHECKING:
     RoutingName = str

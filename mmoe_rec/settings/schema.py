@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
-from mmoe_rec.settings.columns import Columns, EventLog, Role, Roles, Section, SplitColumn, Task, Use, outcome_name
+from mmoe_rec.settings.log_columns import Columns, EventLog, Role, Roles, Section, SplitColumn, Task, Use, outcome_name
 
 MAX_TABLE_ROWS = 2**31
 """Rows of the largest table: its ids are 32-bit numbers in encoded rows."""

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmoe_rec.features.kinds import FeatureSettings, schema_of
-from mmoe_rec.settings.columns import (
+from mmoe_rec.settings.log_columns import (
     CHOICES,
     SPLITS,
     Columns,
@@ -32,7 +32,7 @@ from mmoe_rec.settings.columns import (
     TaskSettings,
 )
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.outcomes import Outcomes
+from mmoe_rec.settings.outcome_rules import Outcomes
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.training import Training
 

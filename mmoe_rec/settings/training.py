@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mmoe_rec.settings.columns import Section
+from mmoe_rec.settings.log_columns import Section
 
 
 def _as_batch(value: Any) -> Any:

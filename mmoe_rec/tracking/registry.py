@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source, read_artifact, read_example
-from mmoe_rec.model.layout import ModelTask
+from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
     FOR_MODELS,
@@ -427,7 +427,7 @@ def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _signature(tasks: Sequence[ModelTask]) -> Any:
-    """The signature: the optional parameters of `mmoe_rec.inference.reader.OPTIONS`, and inputs of any kind.
+    """The signature: the optional parameters of `mmoe_rec.inference.request_reader.OPTIONS`, and inputs of any kind.
 
     MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
     """

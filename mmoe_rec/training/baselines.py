@@ -67,7 +67,7 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
     """The baselines' predictions of the test rows, and what trees of each task selecting rows chose; without
     candidates, none is more popular than another."""
     from mmoe_rec.evaluation.scoring import read_labels
-    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.model_layout import ModelLayout
 
     layout = ModelLayout.of(prepared.layout, settings)
     learnt, held_out, last = read_inputs(settings, prepared, layout)

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from mmoe_rec.atomic import atomic_file, put_folder, write_text
-from mmoe_rec.batches.reader import Position
+from mmoe_rec.batches.row_reader import Position
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.tables import from_stored, stored_width
 from mmoe_rec.training.choices import Choices

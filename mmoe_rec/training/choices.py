@@ -22,8 +22,8 @@ from torch import Tensor
 from mmoe_rec.atomic import write_text
 from mmoe_rec.devices import freed_memory_kept
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Mixture
+from mmoe_rec.model.model_layout import ModelLayout
 
 SECONDS = 0.025  # to time steps for, besides the first step of each precision
 RUNS_AT_LEAST = 3

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
-from mmoe_rec.batches.reader import Position, Prefetch, TrainingReader
+from mmoe_rec.batches.row_reader import Position, Prefetch, TrainingReader
 from mmoe_rec.devices import freed_memory_kept, limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Mixture, build_model
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.products import choose_products, set_products
 from mmoe_rec.model.warm_start import WarmStart, base_rates, set_base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -36,9 +36,9 @@ from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.planning import Sharding
+from mmoe_rec.training.sharded_tables import choose_way
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
-from mmoe_rec.training.tables import choose_way
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25

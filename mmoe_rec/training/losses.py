@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmoe_rec.devices import constant
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.model.layout import ModelTask
+from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.model.score import joint_logit
 
 

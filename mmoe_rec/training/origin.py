@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.settings.columns import SPLITS
+from mmoe_rec.settings.log_columns import SPLITS
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.settings.training import SPLIT_COLUMNS
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.fbgemm import require_torchrec

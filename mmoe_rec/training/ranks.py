@@ -74,7 +74,7 @@ def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     if ranks > 1 or {settings.sharding, settings.tables, settings.products} != {"auto"}:
         from mmoe_rec.model.products import choose_products
         from mmoe_rec.training.planning import Sharding
-        from mmoe_rec.training.tables import choose_way
+        from mmoe_rec.training.sharded_tables import choose_way
 
         Sharding.of(settings).check(device.type)
         choose_way(settings.tables, device.type, ranks)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
 from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
 from mmoe_rec.training.fbgemm import torchrec_installed
@@ -28,7 +28,7 @@ from mmoe_rec.training.planning import (
     describe_plan,
     update_in_backward,
 )
-from mmoe_rec.training.tables import (
+from mmoe_rec.training.sharded_tables import (
     OneProcess,
     OneProcessTables,
     RowWiseAdagrad,

@@ -23,8 +23,8 @@ from mmoe_rec.task_kinds.task_kind import TaskKind
 from mmoe_rec.training.boosting import Inputs, grow_lightgbm
 
 if TYPE_CHECKING:
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.settings.model import Trees as TreesSection
     from mmoe_rec.settings.sections import Settings

@@ -30,8 +30,8 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.batches.batch import Batch, draws_of
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.errors import StopRequest, UserError
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Mixture, Outputs
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import log_variances, masked_loss

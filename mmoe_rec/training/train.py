@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import torch
 
     from mmoe_rec.batches.encoded_rows import Part
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.score import Calibration
     from mmoe_rec.model.warm_start import WarmStart
     from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining
@@ -209,8 +209,8 @@ def _finish(run: Run, ready: Ready, result: TrainingResult, register: bool) -> F
 
 def best_network(settings: Settings, prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
     """The network in the best state of a training."""
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import load_plain
 
@@ -228,7 +228,7 @@ def measure_served(
     Prints a note where too few users have labels for two parts, so that all rows are in both.
     """
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.training.validation import validate_alone
 
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
@@ -269,7 +269,7 @@ def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) 
         return UNCALIBRATED
     from mmoe_rec.batches.encoded_rows import EncodedRows, Part
     from mmoe_rec.evaluation.calibration import calibration_rows, fit_calibration
-    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.model_layout import ModelLayout
 
     layout = ModelLayout.of(prepared.layout, settings)
     # Without the weights that training had, it would undo what they correct.
@@ -432,7 +432,7 @@ class Workspace:
 
     def read(self, device: torch.device, course: Course, start: Start | None) -> Ready:
         """Read what a new or resumed run needs. start: as `decide` gave it."""
-        from mmoe_rec.model.layout import ModelLayout
+        from mmoe_rec.model.model_layout import ModelLayout
         from mmoe_rec.training.checkpoint import latest_checkpoint
 
         settings, manifest, checkpoint = self.settings, self.prepared.manifest, None

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.report.files import write_report
 from mmoe_rec.report.formatting import NONE
 from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
+from mmoe_rec.report.report_files import write_report
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
 from mmoe_rec.training.origin import fixed_settings

@@ -15,8 +15,8 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs, RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.settings.training import Training

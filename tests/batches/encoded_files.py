@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.batches.encoded_rows import Rows
-from mmoe_rec.batches.reader import GOLDEN, EpochOrder, Window
+from mmoe_rec.batches.row_reader import GOLDEN, EpochOrder, Window
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput, arrow_columns
 from mmoe_rec.point_in_time.arrays import Ragged
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.batches import reader as reader_module
+from mmoe_rec.batches import row_reader as reader_module
 from mmoe_rec.batches.batch import Batch, draw_uniform, draws_of
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.batches.reader import EpochOrder, Position, Prefetch, Share, TrainingReader, take_share
+from mmoe_rec.batches.row_reader import EpochOrder, Position, Prefetch, Share, TrainingReader, take_share
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import (
     LAYOUT,

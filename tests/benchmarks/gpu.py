@@ -31,8 +31,8 @@ import torch
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.devices import pick_device
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import build_model
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import predictions
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import FeatureFolder

@@ -11,8 +11,8 @@ from simulated_log import Log
 from sklearn.metrics import brier_score_loss
 
 from mmoe_rec.evaluation import metrics as registered
+from mmoe_rec.evaluation.metrics.lists import RankedLists
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows
-from mmoe_rec.evaluation.metrics.ranking import RankedLists
 from mmoe_rec.evaluation.results_report import metrics_of_models, summary_tree
 from mmoe_rec.evaluation.summary import flatten, summarise
 from mmoe_rec.report.terminal import to_rich

@@ -13,7 +13,7 @@ from ir_measures import AP, RR, R, Success, nDCG
 from simulated_log import simulate
 from sklearn.metrics import ndcg_score
 
-from mmoe_rec.evaluation.metrics.ranking import (
+from mmoe_rec.evaluation.metrics.lists import (
     RankedLists,
     average_precision,
     hit_rate,

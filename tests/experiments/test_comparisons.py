@@ -27,8 +27,8 @@ from mmoe_rec.experiments.predictions import Predictions
 from mmoe_rec.experiments.runner import Runner, Task, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Mixture
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training import loop

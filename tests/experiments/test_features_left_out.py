@@ -19,7 +19,7 @@ from mmoe_rec.experiments import runner
 from mmoe_rec.experiments.importance import Group, Loss, choose_joint, find_sources, hold_rows, permute
 from mmoe_rec.experiments.predictions import predict
 from mmoe_rec.experiments.runner import Network
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import UNCALIBRATED
 from tests.batches import encoded_files
 from tests.commands import run_and_read

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare

@@ -16,8 +16,8 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged

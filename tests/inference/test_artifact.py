@@ -29,7 +29,7 @@ from mmoe_rec.inference.artifact import (
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import rewrite_artifact, seal, write_artifact
-from mmoe_rec.model.layout import ModelTask
+from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 from mmoe_rec.settings.load import load_settings
 from tests.inference.other_weights import other_weights

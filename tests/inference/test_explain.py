@@ -15,7 +15,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Explanation, Ranking
-from mmoe_rec.inference.reader import Request
+from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request

@@ -14,7 +14,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.reader import RequestReader
+from mmoe_rec.inference.request_reader import RequestReader
 from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.columns import UTC_MICROSECONDS

@@ -13,7 +13,7 @@ from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.inference.export import Answers, answers_of, write_int8
 from mmoe_rec.inference.onnx import Graph, as_arrays, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.reader import Request
+from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
@@ -60,8 +60,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> Ranker:
     """The small model's features under other settings of the model, whose weights are drawn, calibrated."""
-    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.tables import PlainTables
 
     settings = Model.model_validate({"towers": TOWERS, **section})

@@ -14,7 +14,7 @@ from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference import scorer
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.reader import Request
+from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model import attention
 from mmoe_rec.model.products import Products, has_onednn

@@ -15,7 +15,7 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.reader import Request
+from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions

@@ -134,7 +134,7 @@ def noting(name, globals=None, locals=None, fromlist=(), level=0):
 
 builtins.__import__ = noting
 import pyarrow.parquet
-from mmoe_rec.inference.reader import read_requests
+from mmoe_rec.inference.request_reader import read_requests
 from mmoe_rec.inference.ranker import Ranker
 
 ranker = Ranker.load(sys.argv[1])

@@ -17,8 +17,8 @@ from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.live import outcomes
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import prepare

@@ -15,7 +15,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile, LeftOut, format_time
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.preprocessing import steps
+from mmoe_rec.preprocessing import build_steps as steps
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.settings.schema import Schema

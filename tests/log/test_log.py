@@ -28,7 +28,7 @@ from mmoe_rec.log.database import open_database
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import DEFAULTS, HeldFiles, Logs
-from mmoe_rec.settings.columns import EVENT
+from mmoe_rec.settings.log_columns import EVENT
 from tests.log.small_logs import ALL_KINDS, CLICKS, log_rows, random_log, schema_of, two_ids, with_column, write_log
 
 TABLE = random_log(0)

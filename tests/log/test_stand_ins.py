@@ -13,8 +13,8 @@ from mmoe_rec.log.reader import Log
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import build_features
-from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.log_columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import SPLIT_VALUES, plain_settings, plain_table
 from tests.log.small_logs import with_column, with_values

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.features.layout import Attention, DenseInput, Encoded, IdInput
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.model import Model
 from tests.reference import model as reference

@@ -16,8 +16,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Attention, Encoded
 from mmoe_rec.model import tables as tables_module
 from mmoe_rec.model.fused import fused_logits
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Outputs, RankingModel, build_model
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.products import has_onednn
 from mmoe_rec.model.tables import INITIAL_DEVIATION, PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.point_in_time.arrays import Ragged

@@ -16,12 +16,12 @@ from mmoe_rec.features.kinds.ids import IdsFeature
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import build_features
-from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import load_plain

@@ -25,7 +25,8 @@ from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.preprocessing import count, requests, splits, steps
+from mmoe_rec.preprocessing import build_steps as steps
+from mmoe_rec.preprocessing import count, requests, splits
 from mmoe_rec.preprocessing import exchange as answers
 from mmoe_rec.preprocessing import prepare as build
 from mmoe_rec.preprocessing.extend import extend

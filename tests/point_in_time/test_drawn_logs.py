@@ -13,7 +13,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline, Live, read_memory, write
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows
 from mmoe_rec.point_in_time import memory as levels
-from mmoe_rec.settings.columns import EVENT
+from mmoe_rec.settings.log_columns import EVENT
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import assert_same, assert_same_inputs
 from tests.point_in_time.compared_logs import compare

@@ -1,7 +1,8 @@
 import pytest
 
 from mmoe_rec.log import reader
-from mmoe_rec.preprocessing import count, exchange, look_up, requests, splits, steps
+from mmoe_rec.preprocessing import build_steps as steps
+from mmoe_rec.preprocessing import count, exchange, look_up, requests, splits
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing import extend as extend_module
+from mmoe_rec.preprocessing.build_steps import Steps
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
-from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.profiling.health_counts import collect
 from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, times_of, windows_of
 from tests.preprocessing.growing_log import WINDOWS, Growing, training_items

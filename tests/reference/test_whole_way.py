@@ -10,7 +10,7 @@ from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.features import kinds
 from mmoe_rec.log.rows import labels_of
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import fuse, predictions, scores_from_logs
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged

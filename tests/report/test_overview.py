@@ -12,8 +12,8 @@ import pytest
 from mmoe_rec.evaluation.results_report import write_results
 from mmoe_rec.inference.artifact import version_of, write_manifest
 from mmoe_rec.profiling.health_report import write
-from mmoe_rec.report.files import write_report
 from mmoe_rec.report.parts import Report, Sentence
+from mmoe_rec.report.report_files import write_report
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.training.origin import fixed_settings
 from mmoe_rec.training.overview import JOBS, Part, read_parts, to_page

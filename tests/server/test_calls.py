@@ -15,7 +15,7 @@ import pytest
 
 from mmoe_rec.errors import LONGEST_QUOTE
 from mmoe_rec.inference.artifact import version_of
-from mmoe_rec.inference.reader import OPTIONS, PARTS
+from mmoe_rec.inference.request_reader import OPTIONS, PARTS
 from mmoe_rec.server import options
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.calls import MOST_IGNORED

@@ -20,7 +20,7 @@ import sqlalchemy as sql
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.inference.reader import Request, RequestReader
+from mmoe_rec.inference.request_reader import Request, RequestReader
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.journal_files import write_files
 from mmoe_rec.log.columns import UTC_MICROSECONDS

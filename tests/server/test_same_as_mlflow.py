@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.mlflow_model import ARTIFACT, RankingPythonModel
-from mmoe_rec.inference.reader import PARTS, split_rows
+from mmoe_rec.inference.request_reader import PARTS, split_rows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options

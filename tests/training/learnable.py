@@ -14,8 +14,8 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.features.layout import Attention, Encoded, label_types
-from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import FeatureFolder

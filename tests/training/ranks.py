@@ -15,8 +15,8 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import by_name, torchrec_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
+from mmoe_rec.training.sharded_tables import Way
 from mmoe_rec.training.sharding import ShardedModel, shard
-from mmoe_rec.training.tables import Way
 from tests.fork_server import call
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.processes import until

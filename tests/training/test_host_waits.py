@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
-from mmoe_rec.batches.reader import Position
+from mmoe_rec.batches.row_reader import Position
 from mmoe_rec.errors import StopRequest
 from mmoe_rec.model import levels
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, Towers
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.routing import RULES
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.training.losses import add_log_variances

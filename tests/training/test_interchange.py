@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.training import loop, sharding
-from mmoe_rec.training import tables as tables_module
+from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT

@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Gates, Model

@@ -15,7 +15,7 @@ from scipy.special import logit
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.model.layout import ModelLayout, ModelTask
+from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 from mmoe_rec.model.warm_start import base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts

@@ -11,8 +11,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.training import tables as tables_module
-from mmoe_rec.training.tables import Place, RowWise, Storage, set_way
+from mmoe_rec.training import sharded_tables as tables_module
+from mmoe_rec.training.sharded_tables import Place, RowWise, Storage, set_way
 from tests.reference.model import adagrad
 
 ROWS = [7, 90, 30, 1]

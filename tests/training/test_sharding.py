@@ -19,9 +19,9 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.planning import Machines, Planning, Sharding, table_bytes
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.sharded_tables import list_ways
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard
 from mmoe_rec.training.steps import Steps
-from mmoe_rec.training.tables import list_ways
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
 from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, save_weights, spawn, train_one_step

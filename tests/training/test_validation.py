@@ -9,8 +9,8 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.log.columns import mix
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training import validation

@@ -17,8 +17,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.model.warm_start import WarmStart
 from mmoe_rec.preprocessing.extend import extend

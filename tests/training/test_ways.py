@@ -12,15 +12,15 @@ from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, by_name, initial_rows, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training import fbgemm
-from mmoe_rec.training import tables as tables_module
+from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.sharded_tables import Way, choose_way, list_ways, look_up_directly, set_way, table_batches
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.tables import Way, choose_way, list_ways, look_up_directly, set_way, table_batches
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.reference.model import adagrad
 from tests.training.ranks import CPU, save_weights

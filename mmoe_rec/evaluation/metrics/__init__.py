@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmoe_rec.evaluation.metrics import ranking, tasks
+from mmoe_rec.evaluation.metrics import lists as ranking
+from mmoe_rec.evaluation.metrics import tasks
 from mmoe_rec.evaluation.metrics.metric import Metric
 
 CUTOFFS = (5, 10)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from mmoe_rec.features.encoder import Kind
-from mmoe_rec.settings.columns import without_choices
+from mmoe_rec.settings.log_columns import without_choices
 from mmoe_rec.settings.schema import Feature, Schema
 
 NAMES = (

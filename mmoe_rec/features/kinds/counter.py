@@ -25,7 +25,7 @@ from mmoe_rec.point_in_time.counters import (
 )
 from mmoe_rec.point_in_time.join import LookUps, known_at
 from mmoe_rec.point_in_time.memory import NEVER
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Days, Meaning, Once, Remembering, Schema
 
 _FOREVER = np.iinfo(np.int64).max

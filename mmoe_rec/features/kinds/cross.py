@@ -9,7 +9,7 @@ from pydantic import Field
 from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Once, Schema
 
 

@@ -10,7 +10,7 @@ from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, St
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Embedded
 
 

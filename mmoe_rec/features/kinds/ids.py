@@ -13,7 +13,7 @@ from mmoe_rec.features.kinds.id import IdEncoder
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Embedded
 
 

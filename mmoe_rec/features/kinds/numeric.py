@@ -11,7 +11,7 @@ from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline, Shar
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.numbers import VALUES_KEPT, FrequentValues
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Feature, Meaning, Once, Schema
 
 _MISSING = np.iinfo(np.int64).min

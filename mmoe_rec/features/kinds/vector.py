@@ -11,7 +11,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline
 from mmoe_rec.features.layout import DenseInput
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Feature, Meaning, Schema
 
 

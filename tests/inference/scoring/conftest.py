@@ -1,7 +1,7 @@
 import pytest
 
 from mmoe_rec.model.score import Calibration, TaskCalibration
-from mmoe_rec.preprocessing import steps
+from mmoe_rec.preprocessing import build_steps as steps
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, random_log, with_requests
 

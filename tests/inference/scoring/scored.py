@@ -35,7 +35,7 @@ _KILLED = """
 import os, signal, sys
 from mmoe_rec.inference import scored_files as score_files
 from mmoe_rec.inference import batch_scoring as score
-from mmoe_rec.preprocessing import steps
+from mmoe_rec.preprocessing import build_steps as steps
 if __name__ == "__main__":
     model, log, output, place, calls = sys.argv[1:]
     steps.ROWS_PER_PART = 40

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmoe_rec.settings.columns import Section
+from mmoe_rec.settings.log_columns import Section
 from mmoe_rec.settings.schema import Schema
 
 _MICROSECONDS_PER_DAY = 86_400_000_000

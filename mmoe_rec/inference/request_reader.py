@@ -23,9 +23,9 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event
 from mmoe_rec.log.given import find_twice, plain, plain_option, to_arrow
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
-from mmoe_rec.model.layout import ModelTask
+from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.point_in_time.arrays import filled
-from mmoe_rec.settings.columns import Role, Use
+from mmoe_rec.settings.log_columns import Role, Use
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:

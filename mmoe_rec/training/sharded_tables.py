@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from mmoe_rec.batches.batch import KeyedIds, by_place
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import Pooled, stored_width, used_tables
 from mmoe_rec.training.fbgemm import require_torchrec, share_cpuinfo, torchrec_installed
 

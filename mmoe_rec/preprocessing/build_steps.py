@@ -22,13 +22,13 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_fault
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_duplicates, check_requests
 from mmoe_rec.preprocessing.count import CountJob, LogCounts, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, ResultExchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, load_pipeline, look_up_partition
 from mmoe_rec.preprocessing.requests import Requests, find_requests
+from mmoe_rec.preprocessing.split_checks import check_duplicates, check_requests
 from mmoe_rec.preprocessing.splits import SplitCounts, encode_part
 from mmoe_rec.progress import bar
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Attention, IdInput, Layout, Table, TaskOutput, input_of_place
-from mmoe_rec.settings.columns import CHOICES
+from mmoe_rec.settings.log_columns import CHOICES
 
 if TYPE_CHECKING:
     from mmoe_rec.settings.sections import Settings
@@ -26,8 +26,9 @@ class EmbeddingTable(Table):
 
 @dataclass(frozen=True)
 class ModelTask(TaskOutput):
-    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.settings.columns.TaskSettings`. No
-    encoded row depends on these choices.
+    """One logit a row. `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.settings.log_columns.TaskSettings`.
+
+    No encoded row depends on these choices.
     """
 
     objective: str

@@ -21,7 +21,7 @@ from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.requests import KEPT_ROWS, Clash, Requests, read_kept
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.progress import say
-from mmoe_rec.settings.columns import SplitColumn
+from mmoe_rec.settings.log_columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 
 # One of each kind of Parquet file that is written to `data.work`.
