@@ -27,7 +27,7 @@ from mmoe_rec.errors import UserError, quoted
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.calls import Calls, refusal, require_json
-from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
+from mmoe_rec.server.measurements import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
 from mmoe_rec.server.ranking_queue import Passes

@@ -32,7 +32,7 @@ from mmoe_rec.inference.request_reader import (
 )
 from mmoe_rec.inference.scorer import LostExpert
 from mmoe_rec.live.request_log import RequestLog
-from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import MEBIBYTE, Places, Refused, shortened
 from mmoe_rec.server.ranking_queue import Answers, Following, Passes, RankingQueue

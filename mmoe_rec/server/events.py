@@ -23,7 +23,7 @@ from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import JournalRows, make_batch
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.calls import parse_json, read_body, reply_to, require_json, wait_until_gone
-from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
 from mmoe_rec.server.ranking_queue import Following, Passes, step_back
 from mmoe_rec.settings.sections import Serving

@@ -36,7 +36,7 @@ from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.journal import parse_position
-from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.models import Models, sentence_of
 from mmoe_rec.server.options import INTERNAL, Refused
 

@@ -14,7 +14,7 @@ from mmoe_rec.errors import UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.connections import BoundedConfig, Bounds
-from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.models import Finder, Models, Reloads
 from mmoe_rec.server.options import BACKLOG, MEBIBYTE, Options, address_of, end_process, listen
 

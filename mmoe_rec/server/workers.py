@@ -31,7 +31,7 @@ from typing import Any
 
 from mmoe_rec.errors import UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
+from mmoe_rec.server.measurements import FOLDER_VARIABLE, Metrics
 from mmoe_rec.server.models import Finder, Models, Reloads, ServedModel, sentence_of
 from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr
 
