@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mmoe_rec.errors import UserError
@@ -247,7 +247,8 @@ def find_maturity(meaning: Meaning) -> None:
                 if late is not None and late > 0:
                     task.matures_after_days = _rounded_up(days(late))
                     task.notes.append(f"{each.name} is at most so much later than the request")
-        seen = find_seen(task, meaning.columns)
+        # A label means something only in the rows of its condition.
+        seen = "true" if task.observed_when is None else meaning.columns[task.observed_when[0]].is_one
         if not task.matures_after_days and (late_by := _null_at_end(meaning, label, seen)) is not None:
             task.matures_after_days = late_by
             task.notes.append("its label is null in all later rows")
@@ -272,11 +273,6 @@ def _null_at_end(meaning: Meaning, label: Column, condition: str) -> float | Non
         return None
     whole = math.floor(gap + 1e-6)
     return float(whole) if whole >= days(last - unknown) - 0.05 else _rounded_up(gap)
-
-
-def find_seen(task: TaskGuess, columns: Mapping[str, Column]) -> str:
-    """SQL of the rows in which a task's label means something."""
-    return "true" if task.observed_when is None else columns[task.observed_when[0]].is_one
 
 
 def _rounded_up(value: float) -> float:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tests.inference.running_server import free_port
 from tests.processes import PATIENCE
+from tests.server.test_events import as_json
 
 
 class Client:
@@ -32,16 +33,12 @@ class Client:
 
     def send(self, table: pa.Table) -> int:
         """Sends events of the interaction log until they are there; gives their position."""
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        body, kind = sink.getvalue().to_pybytes(), "application/vnd.apache.arrow.stream"
-        return int(self._ask("POST", "/events", body, kind)["position"])
+        body = json.dumps({"events": as_json(table)}).encode()
+        return int(self._ask("POST", "/events", body)["position"])
 
-    def _ask(self, method: str, page: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
-        call = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{page}", body, {"Content-Type": kind}, method=method
-        )
+    def _ask(self, method: str, page: str, body: bytes | None = None) -> dict[str, Any]:
+        address, headers = f"http://127.0.0.1:{self.port}{page}", {"Content-Type": "application/json"}
+        call = urllib.request.Request(address, body, headers, method=method)
         give_up = time.monotonic() + PATIENCE
         while True:
             try:

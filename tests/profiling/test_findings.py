@@ -103,32 +103,23 @@ def test_ids_that_are_seen_too_seldom_are_found(tmp_path):
     assert finding["cost"] == pytest.approx(max(importance(feature(health, "item")), LEAST))
 
 
-def rare_clicks(of_split: str, number: int):
-    """A change that leaves so many clicks in the rows of a split."""
+@pytest.mark.parametrize(("split", "number", "needed"), [("test", 40, 50), ("validation", 80, 100)])
+def test_labels_that_are_too_rare_are_found_with_a_split_that_has_more(tmp_path, split, number, needed):
+    """So few rows of a split are positive. Half of the validation users must have enough. Of 3,000 test rows, which
+    begin on the 27th and take ten days, more come from an earlier start."""
 
-    def change(split: str, frame: pd.DataFrame) -> None:
-        if split == of_split:
+    def rare(of_split: str, frame: pd.DataFrame) -> None:
+        if of_split == split:
             frame["label.click"] = (np.arange(len(frame)) < number).astype(float)
 
-    return change
-
-
-def test_labels_that_are_too_rare_are_found_with_a_split_that_has_more(tmp_path):
-    """40 of 3,000 test rows, which begin on the 27th and take ten days, are positive."""
-
-    health = health_of_frames(tmp_path, changed(16, rare_clicks("test", 40)))
+    health = health_of_frames(tmp_path, changed(16, rare))
     assert found(health, "rare") == ["click"]
-    assert "task 'click' has 40 rows of its rarer label in test rows, and 50 are needed" in message(health, "rare")
-    assert overrides(health["findings"], "click") == ["--split.validation_end 2024-01-22"]
-    assert health["quick_models"] == {"click": None}
-    assert health["sentences"][1] == "quick model of click: the rows have too few labels"
-
-
-def test_half_of_the_validation_users_must_have_labels_enough(tmp_path):
-    health = health_of_frames(tmp_path, changed(18, rare_clicks("validation", 80)))
-    assert found(health, "rare") == ["click"]
-    expected = "task 'click' has 80 rows of its rarer label in validation rows, and 100 are needed"
+    expected = f"task 'click' has {number} rows of its rarer label in {split} rows, and {needed} are needed"
     assert expected in message(health, "rare")
+    if split == "test":
+        assert overrides(health["findings"], "click") == ["--split.validation_end 2024-01-22"]
+        assert health["quick_models"] == {"click": None}
+        assert health["sentences"][1] == "quick model of click: the rows have too few labels"
 
 
 def test_what_tells_only_users_apart_is_found(tmp_path):

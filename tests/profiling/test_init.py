@@ -49,28 +49,19 @@ def test_init_says_how_many_guesses_are_marked(shop: Path, capsys: pytest.Captur
     assert int(told[1]) == settings.count("# check")
 
 
-def visits() -> pa.Table:
-    """A row for each visit: there are no lists."""
+def test_a_log_without_lists_may_repeat_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A repeated row stops no training. The context is counted alone and with candidates."""
     random = np.random.default_rng(0)
     user, item, clicked, page = (random.integers(0, most, 12_000) for most in (200, 90, 2, 8))
     time = pa.array(1_700_000_000 + 60 * np.arange(12_000)).cast(pa.timestamp("s"))
     pages = [f"page {each}" for each in page]
-    return pa.table({"user_id": user, "item_id": item, "time": time, "page": pages, "clicked": clicked})
-
-
-def test_one_row_that_repeats_another_stops_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = visits()
+    log = pa.table({"user_id": user, "item_id": item, "time": time, "page": pages, "clicked": clicked})
     pq.write_table(pa.concat_tables([log, log.slice(7, 1)]), tmp_path / "shop.parquet")
     run("init", tmp_path / "shop.parquet", "--out", tmp_path / "shop.yaml")
     assert "1 of 12,001 rows repeat a candidate of their request" in "".join(capsys.readouterr())
-    assert yaml.safe_load((tmp_path / "shop.yaml").read_text())["data"]["duplicates"] == "keep"
-
-
-def test_without_lists_the_context_is_counted_alone_and_with_candidates(tmp_path: Path) -> None:
-    pq.write_table(visits(), tmp_path / "shop.parquet")
-    run("init", tmp_path / "shop.parquet", "--out", tmp_path / "shop.yaml")
-    features = yaml.safe_load((tmp_path / "shop.yaml").read_text())["features"].values()
-    counted = [each["by"] for each in features if each["kind"] == "counter"]
+    settings = yaml.safe_load((tmp_path / "shop.yaml").read_text())
+    assert settings["data"]["duplicates"] == "keep"
+    counted = [each["by"] for each in settings["features"].values() if each["kind"] == "counter"]
     assert ["page"] in counted
     assert ["item_id", "page"] in counted
 
