@@ -26,7 +26,7 @@ class EmbeddingTable(Table):
 
 @dataclass(frozen=True)
 class ModelTask(TaskOutput):
-    """One logit a row. `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.settings.log_columns.TaskSettings`.
+    """One logit a row. `objective` and weights as in `mmoe_rec.settings.log_columns.TaskSettings`.
 
     No encoded row depends on these choices.
     """
