@@ -1,4 +1,8 @@
-"""The kinds of tasks, one file each: a new kind is its file, and its line in `NAMES`."""
+"""The kinds of tasks, one file each: a new kind is its file, and its line in `NAMES`.
+
+In: a kind's name in settings or a layout. Out: a `TaskKind`, with labels, loss, link function and words of the kind.
+Begin with `task_kind.py`, which describes every attribute, then read `regression.py`.
+"""
 
 from difflib import get_close_matches
 from importlib import import_module
