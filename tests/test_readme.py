@@ -71,7 +71,7 @@ ELSEWHERE = {
     ),
     "serve --workers --poll": "server/test_workers.py::test_workers_are_replaced_reloaded_and_counted_together",
     "serve --log-requests --log-share": (
-        "server/test_request_log.py::test_workers_write_one_folder_and_all_of_it_at_sigterm"
+        "server/test_request_log.py::test_a_worker_that_is_killed_loses_what_it_has_not_written"
     ),
     "curl events": "server/test_events.py::test_replies_know_what_was_acknowledged",
     "evaluate --against": "evaluation/test_planted_bugs.py::test_models_are_compared_on_the_test_rows",
