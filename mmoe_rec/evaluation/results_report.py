@@ -96,9 +96,10 @@ def make_report(results: Results) -> Report:
         for each in findings
     ]
     sentences += [Sentence(each) for each in describe_slices(results.slices)]
-    verdicts, guards = describe_metrics(first.summary), list[Sentence]()
+    headline, guards = "; ".join(describe_metrics(first.summary)), list[Sentence]()
     if comparison is not None:
-        verdicts = [describe_verdict(comparison, other, first.summary) for other in comparison.against]
+        headline, *others = [describe_verdict(comparison, other, first.summary) for other in comparison.against]
+        sentences = [*map(Sentence, others), *sentences]
         guards = list(_guards(comparison))
         sentences += [Sentence(each) for each in describe_limits(comparison)]
     sentences += [Sentence(each, "note") for each in describe_cautions(results)]
@@ -116,7 +117,7 @@ def make_report(results: Results) -> Report:
     )
     return Report(
         title=results.title,
-        headline="; ".join(verdicts),
+        headline=headline,
         mark=_mark(results, "problem" in {each.severity for each in findings if each.model == results.name}),
         about=_about(results),
         figures=list(_curves(results.summaries)),
