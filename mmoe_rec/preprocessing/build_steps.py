@@ -28,7 +28,7 @@ from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, ResultExchange
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, load_pipeline, look_up_partition
 from mmoe_rec.preprocessing.requests import Requests, find_requests
-from mmoe_rec.preprocessing.split_checks import check_duplicates, check_requests
+from mmoe_rec.preprocessing.split_checks import check_duplicates, check_requests, check_times
 from mmoe_rec.preprocessing.splits import SplitCounts, encode_part
 from mmoe_rec.progress import bar
 
@@ -101,6 +101,7 @@ class Steps:
 
     def _find_repeats(self, counted: LogCounts, kept: Path | None, before: Path | None) -> bool:
         """As `check_duplicates`, after other checks."""
+        check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
         sent, kept = self._events.folder / DUPLICATES, None if kept is None else kept / "rows"
         before = None if before is None else before / "rows"

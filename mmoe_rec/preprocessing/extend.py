@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +25,7 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.checks import LogFile, format_time
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import Steps
@@ -114,17 +115,45 @@ class NewFiles:
         return f"as {self.holder} know requests up to {format_time(self.last)} already (of '{latest.address}')"
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Raises UserError where a new file of events seems to be an old one that was written again."""
-        if self.logs.options.duplicates == "keep":
-            return
-        for log, before in zip(new.events, self.taken.logs[1:], strict=True):
-            held = {(file.rows, file.first, file.last): file.address for file in before.files.values() if file.rows}
-            for file in log.files:
-                old = held.get((file.rows, *counted.spans.get((log.name, file.address), (None, None))))
-                if old is not None and read_journal_name(file.address) is None:
+        """Raises UserError where new files hold all events of an old one, or as many of its time if it is gone; or all
+        events of a new one stand in old ones."""
+        looks = self.logs.options.duplicates == "error"
+        for log, whole, before in zip(new.events, self.logs.events, self.taken.logs[1:], strict=True):
+            there, spans = {file.address: file for file in whole.files}, counted.spans
+            known: dict[LogFile, tuple[np.ndarray, np.ndarray]] = {}  # events of new files, and which are old ones
+            for old in before.files.values():
+                if old.first is None or old.last is None:
+                    continue
+                found = ((file, spans.get((log.name, file.address))) for file in log.files)  # None without rows
+                near = [file for file, span in found if span and span[0] <= old.last and span[1] >= old.first]
+                what = f"of events '{log.name}' are of the time of '{old.address}'"
+                if near and old.address not in whole.found:
+                    inside = {file.address: len(log.find_events(file, old.first, old.last)) for file in near}
+                    if sum(inside.values()) >= old.rows:
+                        raise UserError(
+                            f"rows of '{max(inside, key=lambda file: inside[file])}' {what}, which is gone, and there "
+                            f"are as many as that file held ({old.rows:,}): if they are the same, they would count "
+                            f"twice; put that file back, or {self.anew}"
+                        )
+                # A journal tells for itself which of its rows count.
+                near = [file for file in near if read_journal_name(file.address) is None and looks]
+                if not near or old.address not in there:
+                    continue
+                for file in (file for file in near if file not in known):
+                    events = log.find_events(file, *spans[log.name, file.address])
+                    known[file] = events, np.zeros(len(events), bool)
+                of_near = [spans[log.name, file.address] for file in near]
+                its = log.find_events(there[old.address], min(of_near)[0], max(last for _, last in of_near))
+                for file in near:
+                    known[file][1][np.isin(known[file][0], its)] = True
+                repeated = [file for file in near if known[file][1].all()]
+                whole_old = (
+                    len(its) == old.rows and np.isin(its, np.concatenate([known[file][0] for file in near])).all()
+                )
+                if repeated or whole_old:
                     raise UserError(
-                        f"'{file.address}' holds as many events of '{log.name}' as '{old}', with the same first and "
-                        "last time: they would count twice; remove the new file, or set data.duplicates to keep if "
+                        f"rows of '{(repeated or near)[0].address}' {what}, and all rows of one of the two came before "
+                        "or come again: they would count twice; remove the new file, or set data.duplicates to keep if "
                         "they are meant"
                     )
 

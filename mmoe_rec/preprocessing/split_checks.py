@@ -35,6 +35,8 @@ _WRITTEN = (
     "champion/validation/part-00000.parquet",
 )
 
+_YEAR = 365 * 86_400_000_000
+
 
 def check_apart(log_source: str, schema: Schema, work: Path) -> None:
     """Raises UserError where a log would read what is written to the folder `work`."""
@@ -45,6 +47,15 @@ def check_apart(log_source: str, schema: Schema, work: Path) -> None:
                 f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
                 "the log; set `data.work` to a folder that lies outside"
             )
+
+
+def check_times(log: Log, counted: LogCounts) -> None:
+    """Raise UserError if some times are in 1970 and others are not, as they have different units."""
+    if counted.first < _YEAR and counted.last > 20 * _YEAR:
+        raise UserError(
+            f"column '{log.schema.columns.time}' of the log '{log.source}' goes from {format_time(counted.first)} to "
+            f"{format_time(counted.last)}. Write all times in one unit, the one in columns.time_unit."
+        )
 
 
 def check_requests(log: Log, requests: Requests) -> None:

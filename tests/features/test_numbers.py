@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.features.numbers import NumberHistogram, Standardiser
+from mmoe_rec.features.numbers import EDGES, NumberHistogram, Standardiser
 
 
 def _histogram(*parts: np.ndarray) -> NumberHistogram:
@@ -31,6 +31,28 @@ def test_any_partition_and_order_gives_the_same_statistics(values, cuts, seed):
     assert one.bucket_edges(7).tolist() == other.bucket_edges(7).tolist()
     assert np.isfinite([one.standardiser().mean, one.standardiser().deviation]).all()
     assert one.standardiser().has_missing == (not np.isfinite(whole).all())
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.7e9, -1.7e9, 1.7e15, 1.7e18])
+def test_a_small_spread_around_a_large_offset_is_kept(offset):
+    values = offset + np.random.default_rng(0).integers(-500, 500, 3000) * max(1.0, np.spacing(offset))
+    found = _histogram(values).standardiser()
+    distance = values - offset
+    assert found.mean - offset == pytest.approx(distance.mean(), abs=distance.std() * 0.01)
+    assert found.deviation == pytest.approx(distance.std(), rel=1e-5)
+    expected = (distance - distance.mean()) / distance.std()
+    np.testing.assert_allclose(found.apply(values), expected, atol=0.01)
+    assert len(found.edges) == EDGES
+
+
+def test_the_spread_of_more_values_than_are_kept_is_theirs():
+    values = 1.7e9 + np.random.default_rng(0).uniform(0, 86_400, 200_000)
+    histogram = _histogram(*np.split(values, 5))
+    assert len(histogram.bins[0]) <= 2**16
+    assert histogram.bins[2].sum() == 200_000
+    found = histogram.standardiser()
+    assert found.mean == pytest.approx(values.mean(), abs=1.0)
+    assert found.deviation == pytest.approx(values.std(), rel=1e-4)
 
 
 def test_rounding_noise_is_no_spread():

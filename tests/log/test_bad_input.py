@@ -121,6 +121,14 @@ def test_times_in_the_wrong_unit_point_to_the_unit(tmp_path):
         _refuses(f"(a request in the future, |requests from ){year}-.*columns.time_unit", log, tmp_path, schema)
 
 
+def test_times_of_two_units_are_refused(tmp_path):
+    times = TABLE["time"].cast(pa.int64()).to_numpy() // 1000
+    mixed = np.where(np.arange(len(times)) % 2, times, times // 1000)
+    schema = schema_of(ALL_KINDS, columns={**COLUMNS, "time_unit": "ms"})
+    log = write_log(tmp_path / "log", with_column(TABLE, "time", mixed))
+    _refuses("column 'time' of the log .* goes from 1970-.* to 20.* Write all times in one unit", log, tmp_path, schema)
+
+
 # What looks different but is the same
 
 

@@ -128,16 +128,30 @@ def test_a_file_that_was_written_again_is_refused_also_when_others_are_gone(grow
     assert files_of(growing.work) == before
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_events_that_are_written_again_do_not_count_twice(growing, gone):
-    old = growing.folder / "events" / "99.parquet"
-    pq.write_table(pq.read_table(old), old.with_name("0.parquet"), compression="zstd")
-    if gone:
-        old.unlink()
+@pytest.mark.parametrize("how", ["gone", "there", "compacted", "halves"])
+def test_events_that_come_again_in_another_file_do_not_count_twice(growing, how):
     growing.add(8, 10)
-    with pytest.raises(UserError, match=r"0.parquet' holds as many events of 'purchases' as '.*99.parquet', with the"):
+    old, new = (growing.folder / "events" / f"{number}.parquet" for number in (98, 97))
+    again, table = pq.read_table(old), pq.read_table(new)
+    if how == "there":
+        pq.write_table(again, old.with_name("0.parquet"), compression="zstd")
+    elif how == "halves":
+        early = pq.read_table(old.with_name("99.parquet"))
+        parts = [again.slice(0, 9), early.slice(7)], [early.slice(0, 7), again.slice(9), table]
+        for number, part in enumerate(parts):
+            pq.write_table(pa.concat_tables(part), old.with_name(f"{number}.parquet"))
+        new.unlink()
+    else:
+        pq.write_table(pa.concat_tables([again, table]), new)
+    message = "and all rows of one of the two came before or come again"
+    if how == "gone":
+        old.unlink()
+        message = "which is gone, and there are as many as that file held"
+    name = {"gone": "97", "compacted": "97", "there": "0", "halves": "[01]"}[how]
+    with pytest.raises(UserError, match=rf"{name}.parquet' of events .* of the time of '.*9\d.parquet', {message}"):
         growing.extend(LATER)
-    assert growing.extend(LATER, duplicates="keep") is not None
+    if how != "gone":
+        assert growing.extend(LATER, duplicates="keep") is not None
 
 
 def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
