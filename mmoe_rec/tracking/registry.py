@@ -74,6 +74,7 @@ SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetens
 SERVED_CODE = (
     "__init__.py",
     "errors.py",
+    "task_kinds",
     "settings",
     "atomic.py",
     "devices.py",
