@@ -95,6 +95,7 @@ def make_report(results: Results) -> Report:
         Sentence(f"'{each.model}': {each.message}" if several else each.message, each.severity, each.check)
         for each in findings
     ]
+    sentences = sentences or [Sentence("nothing suspicious found", "good")]
     sentences += [Sentence(each) for each in describe_slices(results.slices)]
     headline, guards = "; ".join(describe_metrics(first.summary)), list[Sentence]()
     if comparison is not None:

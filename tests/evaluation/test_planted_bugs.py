@@ -257,8 +257,8 @@ def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytes
     by_user = clicks[clicks["by"] == "user"]
     assert by_user["rows"].sum() == found.first.summary.tasks["click"].counts["rows"]
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
-    assert "a/model" in words
-    assert "minus b/model" in words
+    assert "Differences: a/model minus" in words
+    assert "b/model" in words
 
 
 def test_what_an_evaluation_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
