@@ -75,12 +75,11 @@ def score_by(
     rows: Path | EncodedRows,
     calibration: Calibration,
     name: str = "the model",
-    shown: bool = True,
 ) -> ScoredRows:
     """Encoded rows as a model scores them, to be measured against what the settings say that labels are worth.
 
     layout: the model's; rows: or their folder; name: what it is called where it gives predictions that are not finite
-    (NotFiniteError); shown: whether a bar shows how far it is.
+    (NotFiniteError).
     """
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
@@ -94,7 +93,6 @@ def score_by(
         relevance={each: task.score_weight for each, task in settings.tasks.items()},
         weighted=settings.training.sampling_correction == "weights",
         name=name,
-        shown=shown,
     )
     return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
 
@@ -265,21 +263,6 @@ def evaluate_found(
             all_of_it = "" if isinstance(error, UnreachableError) else "all of it "
             say(f"{error}: the evaluation is in '{out}', but not {all_of_it}in MLflow")
     return EvaluationResult(scored_by_first, results)
-
-
-def measured_on_test_rows(settings: Settings, models: Sequence[Source]) -> list[MeasuredModel]:
-    """Metrics on the test rows, encoded once, without slices, of models that have the same features."""
-    from mmoe_rec.inference.ranker import Ranker
-
-    measured, (first, *_) = [], models
-    with rows_to_measure(settings, first.folder, one := Ranker.load(first.folder)) as rows:
-        for each in models:
-            ranker = one if each is first else Ranker.load(each.folder)
-            if ranker.about.fingerprint != one.about.fingerprint:
-                raise UserError(f"'{each.address}' and '{first.address}' have different features")
-            scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration, each.address)
-            measured.append(_measure(settings, scored, each, Slicing()))
-    return measured
 
 
 def scored_rows(settings: Settings, model: Source, name: str, split: str = "test") -> ScoredRows:

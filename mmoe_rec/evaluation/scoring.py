@@ -162,9 +162,8 @@ def score_rows(
     relevance: Mapping[str, float] | None = None,
     weighted: bool = False,
     name: str = "the model",
-    shown: bool = True,
 ) -> ScoredRows:
-    """Scores all rows without placement, in fp32, on the model's device, under a progress bar, if it is shown.
+    """Scores all rows without placement, in fp32, on the model's device.
 
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
     is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
@@ -180,7 +179,7 @@ def score_rows(
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
     experts, effects = UtilisationSums(model.experts_in_use), PlacementSums(layout)
-    with bar(shown=shown) as progress, freed_memory_kept():
+    with bar() as progress, freed_memory_kept():
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))

@@ -212,9 +212,9 @@ def _tables(tables: Sequence[Mapping[str, Any]]) -> Table:
 
 def _weeks(health: Mapping[str, Any]) -> Iterator[Figure]:
     if health["weeks"]:
-        note = "rate among observed labels, and observed rows; weeks start on Monday, 00:00 UTC"
-        for task in next(iter(health["overview"]["splits"].values()))["tasks"]:
-            yield Figure(f"{task} by week", weeks_figure(health["weeks"], task), note)
+        for name, task in next(iter(health["overview"]["splits"].values()))["tasks"].items():
+            note = f"{KINDS[task['kind']].mean_name}, and observed rows; weeks start on Monday, 00:00 UTC"
+            yield Figure(f"{name} by week", weeks_figure(health["weeks"], name), note)
 
 
 def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
