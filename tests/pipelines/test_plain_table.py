@@ -173,7 +173,7 @@ def test_rows_that_the_model_has_learnt_from_are_told(
             if sentence is None:
                 assert "flatter" not in printed
             else:
-                assert printed.count("warning: the model was trained") == printed.count(sentence) == 1
+                assert printed.count("the model was trained") == printed.count(sentence) == 1
 
 
 def _write(folder: Path, table: pa.Table) -> None:

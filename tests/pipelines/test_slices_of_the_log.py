@@ -214,7 +214,7 @@ def test_the_rows_of_a_split_with_their_predictions(
 
 def test_validation_rows_have_charts_of_their_own(world: World) -> None:
     words = described(world)
-    assert "What the model has learnt of where candidates are shown" in words
+    assert "The model leaves placement out when it serves" in words
     assert "odds of click" in words
     before = world_metrics(world)
     words = described(world, "--split", "validation")
