@@ -10,7 +10,7 @@ from mmoe_rec.evaluation.prediction_files import columns_of_settings
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.batch_scoring import score_log
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.preprocessing.places import logs_for
+from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.evaluation.test_metrics import intervals, measured
 from tests.evaluation.trees import summarise
