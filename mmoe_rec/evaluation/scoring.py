@@ -71,13 +71,22 @@ class NotFiniteError(UserError):
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """N scored rows, together because a request's rows may lie anywhere in a log.
+    """N scored rows in any order, because the rows of a request may lie anywhere in a log.
 
-    users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
-    (N,) log score; experts: how the tasks used them, None where there are none; candidates are None where the log has
-    none; outcomes: each of `layout.outcomes` -> (N,) labels, NaN where unobserved; relevance: weight of each task's
-    label in what a row is worth; weights: (N,) of the rows, None where all count alike; placement: what the model adds
-    for it, None where it does not know any; row: (N,) numbers of rows in their log, where it has no candidates.
+    Attributes:
+        layout: Layout of the model.
+        users: IDs, int64 or string. Shape (N,).
+        requests: IDs, int64 or string. Shape (N,).
+        candidates: IDs, int64 or string, None if the log has no candidates. Shape (N,).
+        predictions: Predictions of the tasks. Shape (N, T).
+        labels: Labels of the tasks, NaN where unobserved. Shape (N, T).
+        score: Log scores. Shape (N,).
+        experts: How the tasks used the experts, None if there are none.
+        outcomes: Outcome of `layout.outcomes` -> labels, NaN where unobserved. Shape (N,).
+        relevance: Task -> weight of its label in the relevance of a row.
+        weights: Weights of the rows, None if all rows count alike. Shape (N,).
+        placement: Effects of placement, None if the model has no placement tower.
+        row: Numbers of the rows in their log, if the log has no candidates. Shape (N,).
     """
 
     layout: ModelLayout

@@ -311,13 +311,19 @@ class _Scoring:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What the tasks of scoring share.
+    """Arguments that all tasks of a scoring share.
 
-    model: artifact folder, and version, its checksum; way: what multiplies; reader: of the log; results: what
-    counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
-    score; labels_known_by: the moment as of which labels are written, microseconds, None for no labels; kept: further
-    columns of the log that are written; learnt: how rows are told that the model has learnt from, None where nobody
-    asks; out: where the files go.
+    Attributes:
+        model: Artifact folder.
+        version: Checksum of the artifact.
+        products: Value of `serving.products`.
+        reader: Reads the log.
+        results: Values of counters and histories for the rows, None if the model's own tables are asked.
+        window: Request times to score, microseconds.
+        labels_known_by: Time as of which labels are written, microseconds, None for no labels.
+        kept: Further columns of the log to write.
+        learnt: Tells which rows the model has learned from, None if nobody asks.
+        out: Folder for the files.
     """
 
     model: Path

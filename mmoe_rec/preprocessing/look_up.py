@@ -194,12 +194,19 @@ def _of_a_moment(piece: ReceivedRows, splits: Sequence[Window], rows: int) -> It
 
 @dataclass(frozen=True)
 class LookUpJob:
-    """What the tasks of this step share.
+    """Arguments that all tasks of this step share.
 
-    state: folder of the fitted vocabularies; before: folder with the memories to go on from, or None; windows: of the
-    splits; training: request times whose results make statistics, None where these are known; memories: folder that
-    gets what requests at `end` or later can ask for; events, results: where events and look-ups come from, and where
-    results go; rows_in_memory: of a partition at a time; scratch: folder for those of partitions that have more.
+    Attributes:
+        state: Folder of the fitted vocabularies.
+        before: Folder with the memories to continue from, None to begin with empty ones.
+        windows: Request times of the splits, microseconds.
+        training: Request times whose results make statistics, None if these are known.
+        memories: Folder for the memories that requests at `end` or later can ask for.
+        end: Time of the first later request, microseconds.
+        events: Where events and look-ups come from.
+        results: Where results go.
+        rows_in_memory: Rows of a partition that are held at a time.
+        scratch: Folder for partitions that have more rows.
     """
 
     state: Path
