@@ -1,8 +1,7 @@
 """From the features of requests to the matrix that the model's dense part reads."""
 
-from collections.abc import Collection, Mapping, Sequence
-from copy import copy
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,15 +37,6 @@ class RequestInputs:
         width += len(self._numbers)
         self._ids = list(enumerate(layout.single_ids() if with_ids else [], width))
         self.width = width + len(self._ids)
-
-    def without(self, names: Collection[str]) -> Self:
-        """The same, as wide, but that what these inputs give is not written."""
-        left = copy(self)
-        left._columns = [each for each in self._columns if each[0] not in names]
-        left._numbers = [each for each in self._numbers if each[1] not in names]
-        left._ids = [each for each in self._ids if each[1] not in names]
-        left._parts = {name: parts for name, parts in self._parts.items() if name not in names}
-        return left
 
     def matrix(self, shared: Inputs, own: Inputs, of: np.ndarray) -> Tensor:
         """(N, width) float32 of N candidates. shared: inputs of R requests; own: of the candidates; of: (N,) int64 the

@@ -7,7 +7,6 @@ sees rows of strictly earlier requests whose label had matured, never itself and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,53 +32,17 @@ def in_any(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
     return np.any([np.zeros(len(times), bool), *(in_window(times, window) for window in windows)], axis=0)
 
 
-_STEPS = 8  # from the first key of a bucket on; among hashes, hardly any bucket has more keys
+def find_keys(keys: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find (N,) uint64 keys among (G,) distinct rising ones.
 
-
-def key_at(keys: np.ndarray, asked: np.ndarray, number: np.ndarray, ends: np.ndarray | int) -> np.ndarray:
-    """Moves (N,) `number` on in place, from the first of a bucket's rising `keys` to one that is not less than what is
-    asked for, or to `ends`; gives the keys that are there, (N,) uint64."""
-    there = keys.take(number, mode="clip")
-    less = ((there < asked) & (number < ends)).nonzero()[0]
-    for _ in range(_STEPS):
-        if not len(less):
-            return there
-        number[less] += 1
-        there[less] = keys.take(number[less], mode="clip")
-        less = less[(there[less] < asked[less]) & (number[less] < (ends if isinstance(ends, int) else ends[less]))]
-    for place in less.tolist():  # of ids that somebody chose to meet in a bucket
-        until = ends if isinstance(ends, int) else ends[place]
-        number[place] += np.searchsorted(keys[number[place] : until], asked[place])
-        there[place] = keys.take(number[place], mode="clip")
-    return there
-
-
-class KeyIndex:
-    """Finds keys among (G,) distinct rising uint64 ones.
-
-    These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
-    shift: what leaves of a key its bucket's number; starts: (B + 1,) where each bucket begins, and the last one ends.
+    Returns:
+        Rising places of the K asked keys that are there, and the number of each such key, both (K,) int64.
     """
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self.keys = keys
-        bits = max(1, (len(keys) - 1).bit_length())
-        self.shift = np.uint64(64 - bits)
-        counts = np.bincount((keys >> self.shift).view(np.int64), minlength=2**bits)
-        self.starts = np.zeros(len(counts) + 1, np.int32 if len(keys) < 2**31 else np.int64)
-        np.cumsum(counts, out=self.starts[1:])
-
-    def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) int64 rising places of those among (N,) uint64 keys that are there, and the number of each key."""
-        if not len(self.keys):
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        number: np.ndarray = self.starts.take((asked >> self.shift).view(np.int64))
-        there = key_at(self.keys, asked, number, len(self.keys))
-        found = (there == asked).nonzero()[0]
-        return found, number[found].astype(np.int64, copy=False)
-
-
-_UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
+    if not len(keys):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    number = np.searchsorted(keys, asked)
+    found = (keys.take(number, mode="clip") == asked).nonzero()[0]
+    return found, number[found]
 
 
 class KeyGroups:
@@ -102,11 +65,6 @@ class KeyGroups:
     def number(self) -> np.ndarray:
         """(N,) int64 group of each key."""
         return np.cumsum(self._begins) - 1  # `np.repeat` would keep other threads waiting
-
-    @cached_property
-    def index(self) -> KeyIndex:
-        """Finds groups by their keys."""
-        return KeyIndex(self.distinct)
 
     @cached_property
     def _begins(self) -> np.ndarray:
@@ -177,16 +135,6 @@ class LookUps:
             return self
         return replace(self, time=np.maximum(self.time, floor))
 
-    @cached_property
-    def groups(self) -> KeyGroups:
-        """The keys, rising, of sorted look-ups."""
-        return KeyGroups(self.key)
-
-    @cached_property
-    def unit(self) -> int:
-        """Microseconds that all times are whole multiples of, so that less room is needed to tell them apart."""
-        return next((unit for unit in _UNITS if not (self.time % unit).any()), 1)
-
 
 class Search:
     """Events and look-ups, each of which is searched by its key, then by its time: a request's few, at a cost that does
@@ -198,7 +146,7 @@ class Search:
     @cached_property
     def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
         """The look-ups whose keys have events: (K,) int64 their numbers, rising, and the groups of these events."""
-        return self.events.index.find(self.asked.key)
+        return find_keys(self.events.distinct, self.asked.key)
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -214,10 +162,10 @@ class Search:
         last = np.full(len(self.asked), -1, np.int64)
         rows, group = self._remembered
         if len(rows):
-            last[rows] = self._last(group, self.asked.time[rows] - earlier, earlier)
+            last[rows] = self._last(group, self.asked.time[rows] - earlier)
         return last
 
-    def _last(self, group: np.ndarray, times: np.ndarray, earlier: int) -> np.ndarray:
+    def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
         starts = self.events.starts
         return last_known(self.events.known, starts[group], starts[group + 1], times)
 
@@ -225,21 +173,11 @@ class Search:
 class Join(Search):
     """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
 
-    _ticks: _Ticks | None = None
-
     @cached_property
-    def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
-        # Keys of a partition share their first bits, so an index would put them into few buckets.
-        keys, asked = self.events.distinct, self.asked.groups
-        group = np.searchsorted(keys, asked.distinct)
-        there = keys.take(group, mode="clip") == asked.distinct if len(keys) else group < 0
-        rows = np.flatnonzero(there[asked.number])
-        return rows, group[asked.number[rows]]
+    def _ticks(self) -> _Ticks:
+        return _Ticks(self.events)
 
-    def _last(self, group: np.ndarray, times: np.ndarray, earlier: int) -> np.ndarray:
-        unit = math.gcd(self.asked.unit, earlier)
-        if self._ticks is None or self._ticks.unit != unit:  # windows mostly share one
-            self._ticks = _Ticks(self.events, unit)
+    def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
         known, moments = self._ticks.known, self._ticks.numbers(times)
         moments += group * self._ticks.count
         # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
@@ -252,18 +190,16 @@ class Join(Search):
 class _Ticks:
     """Events (at least one) as single numbers that rise with key, then time, and moments as numbers of any key.
 
-    unit: microseconds that all moments asked for are whole multiples of; known: (E,) int64 number of each event; count:
-    numbers of a key.
+    known: (E,) int64 number of each event; count: numbers of a key.
     """
 
-    def __init__(self, events: KnownEvents, unit: int) -> None:
-        known, self.unit = events.known, unit
-        self._origin = int(known.min()) // unit * unit
-        self.count = -(-(int(known.max()) - self._origin) // unit) + 2
-        # Rising known times, which are counted where there are too many units to tell apart.
+    def __init__(self, events: KnownEvents) -> None:
+        known = events.known
+        self._origin, self.count = int(known.min()) - 1, int(known.max()) - int(known.min()) + 2
+        # Rising known times, which are counted where there are too many microseconds to tell apart.
         self._moments = None
         if self.count * len(events.distinct) < 2**63:
-            ticks = (known - (self._origin - 2 * unit + 1)) // unit
+            ticks = known - self._origin
         else:
             self._moments = np.unique(known)
             ticks, self.count = np.searchsorted(self._moments, known) + 1, len(self._moments) + 1
@@ -274,8 +210,7 @@ class _Ticks:
         greater."""
         if self._moments is not None:
             return np.searchsorted(self._moments, times, side="right")
-        asked = (times - (self._origin - self.unit)) // self.unit
-        return np.clip(asked, 0, self.count - 1, out=asked)
+        return np.clip(times - self._origin, 0, self.count - 1)
 
 
 def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ of all of them is, to the bit, what they would see of a memory that was extended
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
@@ -28,11 +29,13 @@ class Memory(ABC):
     """Events per key.
 
     floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
-    look-up at an earlier moment is answered as of `floor`.
+    look-up at an earlier moment is answered as of `floor`. levels: memories of events that came later, the largest
+    first.
     """
 
     events: KnownEvents
     floor: int | None = field(default=None, kw_only=True)
+    levels: tuple[Self, ...] = field(default=(), init=False)
 
     def __len__(self) -> int:
         return len(self.events)
@@ -41,6 +44,14 @@ class Memory(ABC):
         """The events beside look-ups of them."""
         few = len(asked) * _EVENTS_OF_A_SEARCH < len(self.events)
         return Search(self.events, asked) if few or not asked.is_sorted else Join(self.events, asked)
+
+    def with_levels(self, levels: Sequence[Self]) -> Self:
+        """Return the same memory with other levels, all of which share the arrays that look-ups search."""
+        for each in (self, *levels):
+            _ = each.events.distinct
+        memory = copy(self)
+        memory.levels = tuple(levels)
+        return memory
 
     @abstractmethod
     def merged(self, other: Self) -> Self:

@@ -1,8 +1,7 @@
 """The kind `history`: the user's last engaged candidates before the request, point in time."""
 
-from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, Self
@@ -103,12 +102,10 @@ class PooledHistory(HistoryFeature):
 
 @dataclass(eq=False)
 class HistoryMemory(Memory):
-    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables, of
-    each of those; levels: memories of events that came later, the largest first."""
+    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables."""
 
     items: np.ndarray
     attributes: tuple[np.ndarray, ...] = ()
-    levels: tuple[Self, ...] = field(default=(), init=False)
 
     @staticmethod
     def empty(attributes: int = 0) -> "HistoryMemory":
@@ -125,15 +122,6 @@ class HistoryMemory(Memory):
         order = np.lexsort(columns[::-1])  # of one moment, by item and attributes
         key, known, items, *attributes = (each[order] for each in columns)
         return replace(self, events=KnownEvents(key, known), items=items, attributes=tuple(attributes))
-
-    def with_levels(self, levels: Sequence[Self]) -> Self:
-        """The same memory with other levels. No request has to wait for their indexes, nor for this one's, which all
-        memories with other levels share."""
-        for each in (self, *levels):
-            _ = each.events.index
-        memory = copy(self)
-        memory.levels = tuple(levels)
-        return memory
 
     def merged(self, other: Self) -> Self:
         return self.extended(other.events.key, other.events.known, other.items, *other.attributes)
