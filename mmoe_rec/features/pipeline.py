@@ -7,7 +7,7 @@ Parquet files for what each counter and history remembers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -360,36 +360,12 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
 
 
-def _floor(schema: pa.Schema) -> int | None:
-    floor = (schema.metadata or {}).get(b"floor")
-    return None if floor is None else int(floor)
-
-
-def memory_parts(folder: Path, feature: str) -> list[Path]:
-    """The files of a memory that `write_memory` wrote, in order. Raises FileNotFoundError where there are none."""
-    parts = sorted((folder / f"{feature}.memory").glob("part-*.parquet"))
-    if not parts:
-        raise FileNotFoundError(f"there is nothing that feature '{feature}' remembers")
-    return parts
-
-
 def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:
-    """The memory of a feature that was written into a folder of state, or the events of some keys of it.
-
-    A part is read at a time, so that no more memory is taken than the events need.
-    """
-    parts = memory_parts(folder, encoder.name)
-    schema = pq.read_schema(parts[0])
-    tables: Iterable[pa.Table] = (pq.read_table(part, filters=keys, use_threads=False) for part in parts)
-    if keys is None:
-        rows = sum(pq.read_metadata(part).num_rows for part in parts)
-    else:
-        tables = list(tables)
-        rows = sum(map(len, tables))
-    columns = {field.name: np.zeros(rows, field.type.to_pandas_dtype()) for field in schema}
-    start = 0
-    for table in tables:
-        for name in table.column_names:
-            columns[name][start : start + len(table)] = table[name].to_numpy()
-        start += len(table)
-    return encoder.empty().with_columns(columns, _floor(schema))
+    """The memory of a feature that was written into a folder of state, or the events of some keys of it."""
+    parts = sorted((folder / f"{encoder.name}.memory").glob("part-*.parquet"))
+    if not parts:
+        raise FileNotFoundError(f"there is nothing that feature '{encoder.name}' remembers")
+    table = pa.concat_tables([pq.read_table(part, filters=keys, use_threads=False) for part in parts])
+    floor = (pq.read_schema(parts[0]).metadata or {}).get(b"floor")
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    return encoder.empty().with_columns(columns, None if floor is None else int(floor))

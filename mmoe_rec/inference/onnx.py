@@ -62,29 +62,19 @@ class Graph(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor], grown: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Arrays of N candidates, with trees also their logits, (N, T) float32 -> what `dense` gives."""
-        tables, layout, embedded = self.model.tables, self._layout, dict[str, Tensor]()
+        tables, layout, embedded = self.model.tables, self._layout, list[Tensor]()
         assert isinstance(tables, PlainTables)
         ids = {name.removeprefix("ids."): each for name, each in inputs.items() if name.startswith("ids.")}
         if "ids" in inputs:
             ids |= dict(zip(single_names(layout), inputs["ids"].unbind(1), strict=True))
-        rows = {name: tables.rows(tables.table_of[name], each.clamp(min=0)) for name, each in ids.items()}
         for name in layout.id_names(placement=False):
-            if rows[name].dim() == 2:
-                embedded[name] = rows[name]
-            else:
+            rows = tables.rows(tables.table_of[name], ids[name].clamp(min=0))
+            if rows.dim() == 3:
                 there = (ids[name] >= 0).unsqueeze(2)
-                embedded[name] = (rows[name] * there).sum(1) / there.sum(1).clamp(min=1)
-        for each in layout.attention:
-            pool: Any = self.model.mixture.histories[each.history]  # type: ignore[index]
-            parts = layout.parts(each)
-            pairs = [(name, partner) for name, partner in parts if partner is not None]
-            same = [(ids[name] == ids[partner][:, None]) & (ids[name] != 0) for name, partner in pairs]
-            vectors = torch.cat([rows[name] for name, _ in parts], dim=2)
-            candidates = torch.cat([rows[partner] for _, partner in pairs], dim=1)
-            said = pool.of_lists(vectors, ids[each.history] >= 0, candidates, torch.stack(same, dim=2).float())
-            embedded[each.history] = embedded[each.history] + said
+                rows = (rows * there).sum(1) / there.sum(1).clamp(min=1)
+            embedded.append(rows)
         numbers = [inputs["numbers"]] if "numbers" in inputs else []
-        return self.dense(torch.cat([*embedded.values(), *numbers], dim=1), grown)
+        return self.dense(torch.cat([*embedded, *numbers], dim=1), grown)
 
     def dense(self, inputs: Tensor, grown: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, W) float32 -> predictions (N, P) of tasks, then outcomes; log scores and scores, (N,) float64."""
@@ -111,8 +101,13 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> dict[str, float]:
         The largest difference of each prediction and of the score, as `find_differences` gives them.
 
     Raises:
-        UserError: The exporter can't follow the model, or the file gives other predictions.
+        UserError: The model has attention, the exporter can't follow it, or the file gives other predictions.
     """
+    if ranker.layout.attention:
+        history = ranker.layout.attention[0].history
+        raise UserError(
+            f"feature '{history}' is pooled by attention, which ONNX export lacks. Train with pooling: mean."
+        )
     request, layout, trees = read_example(folder), ranker.layout, ranker.model.trees
     example, answers = encode(ranker, request), answers_of(ranker.rank(**request))
     grows = trees is not None and bool(trees.texts)  # or of no task

@@ -233,8 +233,7 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
     # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
     fingerprint = hashlib.sha256(f"{was['fingerprint']} {whole}".encode()).hexdigest()[:16]
     manifest["unchecked"] = sorted({*was["unchecked"], *logs.options.unchecked})
-    extends = {"fingerprint": was["fingerprint"], "stands_for": whole, "rows_before": was["rows"], "new_ids": new_ids}
-    write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": extends})
+    write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": was["fingerprint"]})
     return Extension(before, sum(len(each.files) for each in new.all), counted.seen[None], new_ids, files.gone)
 
 
