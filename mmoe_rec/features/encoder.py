@@ -13,8 +13,7 @@ from mmoe_rec.features.numbers import DenseNumber, DenseNumbers, Standardiser
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.join import LookUps, Memory
 from mmoe_rec.settings.log_columns import CHOICES, EVENT, Use
 from mmoe_rec.settings.schema import Feature, Schema
 

@@ -22,8 +22,7 @@ import pyarrow.types as pt
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.log.rows import LogRows, Stored, StoredColumn
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.point_in_time.join import find_keys
-from mmoe_rec.point_in_time.memory import grown
+from mmoe_rec.point_in_time.join import find_keys, grown
 
 LatestRole = Literal["user", "candidate"]
 

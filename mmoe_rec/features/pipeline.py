@@ -29,7 +29,7 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.counters import MOST
-from mmoe_rec.point_in_time.memory import Memory, grown
+from mmoe_rec.point_in_time.join import Memory, grown
 from mmoe_rec.settings.log_columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema
 

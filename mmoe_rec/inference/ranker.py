@@ -35,9 +35,8 @@ from mmoe_rec.inference.artifact import (
     version_of,
 )
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, explain, new_id, scored_table
-from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.request_reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
-from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
+from mmoe_rec.inference.scorer import ExpertOptions, RequestInputs, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
 from mmoe_rec.model.products import serving_products

@@ -1,4 +1,4 @@
-"""What counters remember of a log: running totals per key (see `mmoe_rec.point_in_time.memory`).
+"""What counters remember of a log: running totals per key (see `mmoe_rec.point_in_time.join`).
 
 A window's count is the total at the request's time less the total at the window's start: `SeenTotals.totals`.
 """
@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps
-from mmoe_rec.point_in_time.memory import NEVER, Memory, at
+from mmoe_rec.point_in_time.join import NEVER, KeyGroups, KnownEvents, LookUps, Memory, at
 
 UNITS = 2.0**20
 """Units of a label of 1. Labels are whole numbers of units, so their int64 sums depend on no order."""

@@ -24,8 +24,7 @@ from mmoe_rec.log.columns import list_label_columns
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import join_tables
-from mmoe_rec.point_in_time.join import Window, in_any, in_window
-from mmoe_rec.point_in_time.memory import grown
+from mmoe_rec.point_in_time.join import Window, grown, in_any, in_window
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
 from mmoe_rec.settings.schema import Schema
 

@@ -23,8 +23,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
 from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
-from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at
-from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.join import LookUps, Memory, Window, in_any, in_window, known_at
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
 
 Group = Sequence[MemoryEncoder[Any]]

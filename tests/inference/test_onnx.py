@@ -10,8 +10,7 @@ import torch
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.inference.export import Answers, answers_of, write_int8
-from mmoe_rec.inference.onnx import Graph, as_arrays, encode, load_onnx, write_onnx
+from mmoe_rec.inference.export import Answers, Graph, answers_of, as_arrays, encode, load_onnx, write_int8, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal

@@ -13,8 +13,7 @@ from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shar
 from mmoe_rec.features.numbers import DenseNumber, NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.point_in_time.counters import MOST, CounterMemory, SeenTotals, round_labels
-from mmoe_rec.point_in_time.join import LookUps, known_at
-from mmoe_rec.point_in_time.memory import NEVER
+from mmoe_rec.point_in_time.join import NEVER, LookUps, known_at
 from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Days, Meaning, Once, Remembering, Schema
 

@@ -18,8 +18,7 @@ from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive, one_array
-from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at
-from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.join import KnownEvents, LookUps, Memory, known_at
 from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Meaning, Once, Remembering, Schema
 
