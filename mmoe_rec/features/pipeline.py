@@ -244,16 +244,6 @@ class FeaturePipeline:
         ids = {name: Ragged(none, one.astype(np.int32)) if many else one for name, _, many in outline.ids}
         return Inputs(ids, {each.name: np.zeros(len(rows), np.float32) for each in outline.dense})
 
-    def memories_read(self, rows: RequestRows) -> dict[str, int | None]:
-        """The counters and histories that are read from a memory, as the rows do not give all of their results, each
-        with the memory's `floor`: the moment (microseconds) from which on it is exact, None for any."""
-        given = rows.among(self._results)
-        return {
-            name: encoder.memory.floor
-            for name, encoder in self.memory_encoders.items()
-            if not given or not encoder.result_columns().keys() <= given
-        }
-
     def explain(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What counters, and histories, say of N candidates, see `MemoryEncoder.explain`: by result, (N,) each."""
         numbers: dict[str, np.ndarray] = {}
@@ -283,10 +273,6 @@ class FeaturePipeline:
         for index, each in enumerate(layout.dense):
             matrix[:, index] = inputs.dense[each.name]
         return Encoded({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
-
-    @cached_property
-    def _results(self) -> frozenset[str]:
-        return frozenset(each for encoder in self.memory_encoders.values() for each in encoder.result_columns())
 
     def save(self, folder: Path) -> None:
         """Writes what was fitted into an existing folder; memories are written by `write_memory`."""
