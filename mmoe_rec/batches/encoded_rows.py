@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError, first_line
-from mmoe_rec.features.layout import IDS, Encoded, Layout, label_types
+from mmoe_rec.features.layout import Encoded, Layout, label_types
 from mmoe_rec.log.columns import hash_column, mix
 from mmoe_rec.point_in_time.arrays import Ragged, join, one_array, rebatch
 
@@ -111,10 +111,9 @@ class EncodedRows:
     ) -> None:
         self.layout = layout
         self._weighted, self._with_users = weighted, with_users
-        learnt = [task.learnt_from if outcomes else task.name for task in layout.tasks]
-        labels = {f"label.{name}": label_types(layout)[name] for name in learnt}
-        self._labels = list(labels)
-        self._label_type = np.result_type(*(each.to_pandas_dtype() for each in labels.values()))
+        learnt, types = [task.learnt_from if outcomes else task.name for task in layout.tasks], label_types(layout)
+        self._labels = [f"label.{name}" for name in learnt]
+        self._label_type = np.result_type(*(types[name].to_pandas_dtype() for name in learnt))
         self._files = sorted(folder.glob("*.parquet"), key=lambda file: file.name)
         if not self._files:
             raise UserError(f"there is no .parquet file of encoded rows in '{folder}'; {ADVICE}")
@@ -123,15 +122,11 @@ class EncodedRows:
             with _naming(file):
                 self._metadata.append(pq.read_metadata(file))
         self.fingerprint = _fingerprint(self._files)
-        types = {f"id.{each.name}": IDS if each.many else pa.int32() for each in layout.ids} | labels
-        types |= dict.fromkeys([f"dense.{each.name}" for each in layout.dense], pa.float32())
         self.weighs = "weight" in self._metadata[0].schema.to_arrow_schema().names
-        types |= {name: _WEIGHTS[name] for name in self.weighing(weighted)}
-        self._columns = [*types, *(["user"] if with_users or part is not None else [])]
-        for file, schema in self._schemas(self._columns):
-            for name, expected in types.items():
-                if (found := schema.field(name).type) != expected:
-                    raise UserError(f"'{file}' has the column '{name}' as {found}, expected {expected}; {ADVICE}")
+        inputs = [*(f"id.{each.name}" for each in layout.ids), *(f"dense.{each.name}" for each in layout.dense)]
+        users = ["user"] if with_users or part is not None else []
+        self._columns = [*inputs, *self._labels, *self.weighing(weighted), *users]
+        self._require(self._columns)
         groups = [(each, group) for each, file in enumerate(self._metadata) for group in range(file.num_row_groups)]
         counts = {(file, group): self._metadata[file].row_group(group).num_rows for file, group in groups}
         self._part = part
@@ -161,13 +156,12 @@ class EncodedRows:
         few.rows = int(few.group_rows.sum())
         return few
 
-    def _schemas(self, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Schema]]:
-        """The schema of every file. Raises UserError where one of the columns is missing."""
+    def _require(self, columns: Sequence[str]) -> None:
+        """Raises UserError where a file lacks one of the columns."""
         for file, metadata in zip(self._files, self._metadata, strict=True):
-            schema = metadata.schema.to_arrow_schema()
-            if missing := [name for name in columns if name not in schema.names]:
+            names = metadata.schema.to_arrow_schema().names
+            if missing := [name for name in columns if name not in names]:
                 raise UserError(f"'{file}' lacks the column '{missing[0]}'; {ADVICE}")
-            yield file, schema
 
     def weighing(self, weighted: bool) -> list[str]:
         """The columns that say what rows count, as `weights_of` reads them; weighted: by their rate of sampling too."""
@@ -180,7 +174,6 @@ class EncodedRows:
         that cannot be read.
         """
         table = self._read(group, self._columns)
-        self._forbid_nulls(table, self._files[group[0]])
         if self._part is not None:
             table = table.filter(pa.array(self._is_kept(table)))
         rows = self._convert(table, self._starts[group] + np.arange(len(table)))
@@ -191,7 +184,7 @@ class EncodedRows:
 
         Raises UserError for a file that cannot be read or lacks one of the columns.
         """
-        list(self._schemas(columns))
+        self._require(columns)
         wanted = list(dict.fromkeys([*self._columns, *columns]))
         for table in rebatch(self._tables(batch_size, wanted), batch_size):
             yield self._convert(table), table.select(list(columns))
@@ -201,7 +194,6 @@ class EncodedRows:
             with _naming(file), self._open(index) as parquet:
                 for batch in parquet.iter_batches(batch_size, columns=columns):
                     table = pa.Table.from_batches([batch])
-                    self._forbid_nulls(table, file)
                     yield table if self._part is None else table.filter(pa.array(self._is_kept(table)))
 
     def _read(self, group: tuple[int, int], columns: list[str]) -> pa.Table:
@@ -217,11 +209,6 @@ class EncodedRows:
     def _open(self, file: int) -> pq.ParquetFile:
         return pq.ParquetFile(self._files[file], metadata=self._metadata[file])
 
-    def _forbid_nulls(self, table: pa.Table, file: Path) -> None:
-        for name in self._columns:
-            if table.column(name).null_count and not name.startswith("label."):
-                raise UserError(f"'{file}' has nulls in the column '{name}', which must have none; {ADVICE}")
-
     def _convert(self, table: pa.Table, numbers: np.ndarray | None = None) -> Rows:
         labels = np.empty((table.num_rows, len(self.layout.tasks)), self._label_type)
         for index, name in enumerate(self._labels):
@@ -230,9 +217,6 @@ class EncodedRows:
         weights = None if weights is None else weights.astype(np.float64)
         users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
         return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users, numbers)
-
-
-_WEIGHTS = {"weight": pa.float64(), "sampling_rate": pa.float32()}
 
 
 def weights_of(table: pa.Table) -> np.ndarray | None:

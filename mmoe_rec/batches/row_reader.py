@@ -141,12 +141,12 @@ class Share:
 
     pieces: where they are, a row group and rows start to stop (exclusive) of it, permuted; index: (n,) int64, each
     row's place in the joined pieces, None where they are in order; copies: (n,) bool, whether a row is a copy of the
-    one before it, which may be another rank's, None where none is.
+    one before it, which may be another rank's.
     """
 
     pieces: list[tuple[int, int, int]]
     index: np.ndarray | None
-    copies: np.ndarray | None
+    copies: np.ndarray
 
 
 def take_share(parts: list[Part], *, rank: int, world_size: int, rank_rows: int) -> Share:
@@ -159,20 +159,15 @@ def take_share(parts: list[Part], *, rank: int, world_size: int, rank_rows: int)
     assert size <= all_slots
     slots = rank * rank_rows + np.arange(rank_rows)
     within = slots * size // all_slots  # places in the batch, never falling
-    copies = None if size == all_slots else within == (slots - 1) * size // all_slots
+    copies = within == (slots - 1) * size // all_slots
     first, stop = int(within[0]), int(within[-1]) + 1
-    if len(parts) == 1:
-        begins = np.cumsum(counts) - counts
-        low, high = np.clip(first - begins, 0, counts), np.clip(stop - begins, 0, counts)
-        index = within - first
-    else:
-        arranged = np.argsort(np.concatenate([part.keys() for part in parts]), kind="stable")
-        chosen = arranged[first:stop]
-        # A segment is the rows of one group. Its rows are arranged in order, so those chosen follow each other.
-        segments = np.repeat(np.arange(len(counts)), counts)
-        low = np.bincount(segments[arranged[:first]], minlength=len(counts))
-        high = low + np.bincount(segments[chosen], minlength=len(counts))
-        index = np.argsort(np.argsort(chosen))[within - first]
+    arranged = np.argsort(np.concatenate([part.keys() for part in parts]), kind="stable")
+    chosen = arranged[first:stop]
+    # A segment is the rows of one group. Its rows are arranged in order, so those chosen follow each other.
+    segments = np.repeat(np.arange(len(counts)), counts)
+    low = np.bincount(segments[arranged[:first]], minlength=len(counts))
+    high = low + np.bincount(segments[chosen], minlength=len(counts))
+    index = np.argsort(np.argsort(chosen))[within - first]
     groups = np.concatenate([part.window.groups for part in parts])
     starts = np.concatenate([part.starts for part in parts])
     pieces = [(int(groups[i]), int(starts[i] + low[i]), int(starts[i] + high[i])) for i in np.flatnonzero(high > low)]
@@ -267,8 +262,7 @@ class TrainingReader:
                     pieces = [decoded[order.epoch, group].result().slice(*ends) for group, *ends in share.pieces]
                     rows = Rows.concatenate(pieces)
                     rows = rows if share.index is None else rows.take(share.index)
-                    if share.copies is not None:
-                        rows.labels[share.copies] = np.nan
+                    rows.labels[share.copies] = np.nan
                     yield rows, after
                 current = ahead
         finally:

@@ -25,7 +25,7 @@ from mmoe_rec.cli.main import MODEL, Configuration, out_option, settings_command
 @out_option("data.work/baselines")
 def baselines(configuration: Configuration, model: str | None, out: Path | None) -> None:
     from mmoe_rec.evaluation.evaluate import evaluate_model
-    from mmoe_rec.preprocessing.places import check_out, short_names
+    from mmoe_rec.preprocessing.logs import check_out, short_names
     from mmoe_rec.training.baselines import measure_baselines
 
     settings = configuration.settings

@@ -78,9 +78,9 @@ def _write_int8(folder: Path, made: Path, dense: Any) -> dict[str, Any]:
 
 
 def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
-    """Writes the ONNX file, see `inference.onnx`. Raises UserError where a package is missing, or results differ."""
+    """Writes the ONNX file, see `inference.export`. Raises UserError where a package is missing, or results differ."""
     require_packages("ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
-    from mmoe_rec.inference.onnx import write_onnx
+    from mmoe_rec.inference.export import write_onnx
     from mmoe_rec.inference.ranker import Ranker
 
     return {"max_difference": write_onnx(folder, Ranker.load(folder), made)}

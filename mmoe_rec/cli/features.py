@@ -29,7 +29,7 @@ def features(configuration: Configuration, extend: bool) -> None:
     from mmoe_rec.preprocessing.extend import extend as add_days
     from mmoe_rec.preprocessing.logs import BuildInputs
     from mmoe_rec.preprocessing.prepare import prepare
-    from mmoe_rec.preprocessing.split_checks import empty_split
+    from mmoe_rec.preprocessing.splits import empty_split
 
     inputs = BuildInputs.of(settings)
     extended = add_days(inputs) if extend else None

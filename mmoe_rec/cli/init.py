@@ -49,7 +49,7 @@ _NO_NAME = frozenset({"log", "logs", "data", "parquet", "part", "interactions", 
 @click.option("--leave-out", multiple=True, metavar="C...", help="columns that are no inputs")
 @click.option("--timezone", metavar="Z", help="in which users live, such as Europe/Berlin")
 def init(log: str, out: str | None, **given: Any) -> None:
-    from mmoe_rec.preprocessing.split_checks import check_apart
+    from mmoe_rec.preprocessing.logs import check_apart
     from mmoe_rec.profiling.settings_file import CHECK, words_before
 
     path = Path(out or f"{_name_of(log)}.yaml")

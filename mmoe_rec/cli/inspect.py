@@ -20,8 +20,7 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
     from mmoe_rec.locks import writing
     from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.preprocessing.logs import BuildInputs
-    from mmoe_rec.preprocessing.places import check_out
+    from mmoe_rec.preprocessing.logs import BuildInputs, check_out
     from mmoe_rec.preprocessing.prepare import features_in_use
     from mmoe_rec.profiling.data_health import inspect as inspect_features
 

@@ -19,7 +19,7 @@ from mmoe_rec.cli.main import COMMANDS, Configuration, out_option, settings_comm
 def report(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
     from mmoe_rec.atomic import write_text
-    from mmoe_rec.preprocessing.places import check_out
+    from mmoe_rec.preprocessing.logs import check_out
     from mmoe_rec.training.overview import find_cautions, read_parts, to_page
 
     work = Path(settings.data.work)

@@ -23,8 +23,7 @@ from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.locks import reading, writing
-from mmoe_rec.preprocessing.logs import BuildInputs, logs_for
-from mmoe_rec.preprocessing.places import check_out, short_names
+from mmoe_rec.preprocessing.logs import BuildInputs, check_out, logs_for, short_names
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
 from mmoe_rec.settings.log_columns import Columns

@@ -14,7 +14,7 @@ from mmoe_rec.inference.scored_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
-from mmoe_rec.preprocessing.places import check_out, short_names
+from mmoe_rec.preprocessing.logs import check_out, short_names
 from mmoe_rec.settings.sections import Evaluation
 
 

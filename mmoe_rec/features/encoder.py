@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import DenseInput, Table
-from mmoe_rec.features.numbers import DenseNumber, DenseNumbers, Standardiser
+from mmoe_rec.features.numbers import DenseNumber, Standardiser, standardise
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.join import LookUps, Memory
 from mmoe_rec.settings.log_columns import CHOICES, EVENT, Use
 from mmoe_rec.settings.schema import Feature, Schema
 
@@ -44,8 +43,7 @@ class Inputs:
         """The same with all numbers among the dense inputs."""
         if not self.numbers:
             return self
-        values = np.array([each for each, _ in self.numbers], np.float64)
-        return Inputs(self.ids, self.dense | DenseNumbers([number for _, number in self.numbers]).inputs(values))
+        return Inputs(self.ids, self.dense | standardise(self.numbers))
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ import pyarrow.types as pt
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.log.rows import LogRows, Stored, StoredColumn
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.point_in_time.join import KeyIndex
-from mmoe_rec.point_in_time.memory import grown
+from mmoe_rec.point_in_time.join import find_keys, grown
 
 LatestRole = Literal["user", "candidate"]
 
@@ -118,14 +117,14 @@ class LatestValues:
         return hash_column(one_array(self.table.column(self.key)))
 
     @cached_property
-    def _index(self) -> tuple[KeyIndex, np.ndarray]:
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(self.hashes)
-        return KeyIndex(self.hashes[order]), order.astype(np.int32)
+        return self.hashes[order], order.astype(np.int32)
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """(N,) int64 row of each key's hash, -1 for an unknown one; levels are not asked."""
-        index, order = self._index
-        found, place = index.find(hashes)
+        keys, order = self._index
+        found, place = find_keys(keys, hashes)
         rows = np.full(len(hashes), -1)
         rows[found] = order[place]
         return rows

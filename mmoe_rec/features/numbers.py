@@ -279,22 +279,15 @@ class DenseNumber:
         return (number, DenseInput(f"{self.name}_missing")) if self.standardiser.has_missing else (number,)
 
 
-class DenseNumbers:
-    """Several numbers, standardised together."""
-
-    def __init__(self, numbers: Sequence[DenseNumber]) -> None:
-        self._names = [each.name for each in numbers]
-        scales = [each.standardiser for each in numbers]
-        self._mean = np.array([[each.mean] for each in scales])
-        self._deviation = np.array([[each.deviation] for each in scales])
-        self._missing = [
-            (place, f"{name}_missing") for place, name in enumerate(self._names) if scales[place].has_missing
-        ]
-
-    def inputs(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Dense inputs of (numbers, N) float64 values, all in one matrix."""
-        finite = np.isfinite(values)
-        scaled = _standardise(values, self._mean, self._deviation, finite)
-        inputs = dict(zip(self._names, scaled, strict=True))
-        missing = (~finite).astype(np.float32)
-        return inputs | {name: missing[place] for place, name in self._missing}
+def standardise(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
+    """Return the dense inputs of values of several numbers, (N,) each, by name: (N,) float32 in one matrix."""
+    values, scales = np.array([each for each, _ in numbers], np.float64), [each.standardiser for _, each in numbers]
+    mean, deviation = (np.array([[getattr(each, name)] for each in scales]) for name in ("mean", "deviation"))
+    finite = np.isfinite(values)
+    inputs = {}
+    rows = zip(numbers, _standardise(values, mean, deviation, finite), ~finite, strict=True)
+    for (_, number), scaled, is_missing in rows:
+        inputs[number.name] = scaled
+        if number.standardiser.has_missing:
+            inputs[f"{number.name}_missing"] = is_missing.astype(np.float32)
+    return inputs

@@ -7,7 +7,7 @@ Parquet files for what each counter and history remembers.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,16 +22,14 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.encoder import Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
-from mmoe_rec.features.kinds.counter import CounterEncoder, CounterGroup
-from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.point_in_time.counters import MOST, CounterLevels, salt_of
-from mmoe_rec.point_in_time.memory import Memory, grown
+from mmoe_rec.point_in_time.counters import MOST
+from mmoe_rec.point_in_time.join import Memory, grown
 from mmoe_rec.settings.log_columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema
 
@@ -40,70 +38,47 @@ FORMAT = 10
 
 @dataclass(frozen=True)
 class Live:
-    """What a pipeline has learnt since its memories were made: levels of further events of counters and histories.
+    """Events that a pipeline has learnt since its memories were made, as levels beside the memories.
 
-    It never changes: one with more events is made beside it (`extended`), with all of its indexes, while requests are
-    answered with the one before, and then takes its place at once (`FeaturePipeline.with_live`). What is found in
-    memories and levels is, to the bit, what the memories would give if they had been extended by all of these events,
-    for all times that are no earlier than what the memories were compacted for.
+    It never changes. A further one is made beside it (`extended`) while requests are answered, and then takes its place
+    at once (`FeaturePipeline.with_live`). Look-ups in memories and levels give, to the bit, what the memories would
+    give if they had been extended by these events, at all times that are no earlier than the memories' `floor`.
 
-    encoders: `memory_encoders` of a pipeline; rows: of all logs that were learnt; shared: levels of all counters; own:
-    levels of each history, by its name; groups: of the counters, see `FeaturePipeline.request_inputs`, once a request
-    has asked.
+    Attributes:
+        encoders: `memory_encoders` of a pipeline.
+        rows: Number of rows learnt, of all logs.
+        levels: Levels of each counter and history by name, the largest first.
     """
 
     encoders: Mapping[str, MemoryEncoder[Any]]
     rows: int = 0
-    shared: CounterLevels = field(default_factory=CounterLevels)
-    own: Mapping[str, tuple[HistoryMemory, ...]] = field(default_factory=dict)
-    groups: dict[bool, CounterGroup] = field(default_factory=dict)
-
-    def _salt(self, name: str) -> np.uint64:
-        return salt_of(list(self.encoders).index(name))
+    levels: Mapping[str, tuple[Memory, ...]] = field(default_factory=dict)
 
     def extended(self, rows: Mapping[str | None, LogRows]) -> Live:
-        """What is known with further rows of the interaction log (None) and of logs of events, which have only the
-        columns that counters and histories read of events. Raises UserError for ids of another type than those of the
-        vocabulary, and for sums of labels that are out of range."""
-        own, together = dict(self.own), []
+        """Return a copy that knows further rows of the interaction log (None) and of logs of events.
+
+        Args:
+            rows: Rows by log, with only the columns that counters and histories read of events.
+
+        Raises:
+            UserError: Ids have another type than those of the vocabulary, or sums of labels are out of range.
+        """
+        levels = dict(self.levels)
         for name, encoder in self.encoders.items():
-            if encoder.source not in rows or not len(events := encoder.events(rows[encoder.source])):
-                continue
-            if isinstance(encoder, CounterEncoder):
-                # An event without a label counts as a positive one.
-                label = np.ones(len(events), np.int8) if encoder.label is None else events["label"].to_numpy()
-                together.append((events["key"].to_numpy() ^ self._salt(name), events["known"].to_numpy(), label))
-            else:
+            if encoder.source in rows and len(events := encoder.events(rows[encoder.source])):
                 new = encoder.extended(encoder.empty(), events)
-                own[name] = grown(own.get(name, ()), new, HistoryMemory.merged)
-        shared = self.shared
-        if together:
-            try:
-                shared = shared.extended(*map(np.concatenate, zip(*together, strict=True)))
-            except OverflowError:
-                raise UserError(f"events have labels whose sums are beyond {MOST:.1e}: send a larger unit") from None
-        return replace(self, rows=self.rows + sum(map(len, rows.values())), shared=shared, own=own)
+                try:
+                    levels[name] = grown(levels.get(name, ()), new, type(new).merged)
+                except OverflowError:
+                    what = f"counter '{name}' sums labels beyond {MOST:.1e}"
+                    raise UserError(f"{what}: send events in a larger unit") from None
+        return replace(self, rows=self.rows + sum(map(len, rows.values())), levels=levels)
 
     def encoder_of(self, name: str) -> MemoryEncoder[Any]:
-        """A counter or history that knows these events besides those in its memory."""
+        """Return a counter or history that knows these events besides those in its memory."""
         encoder = copy(self.encoders[name])
-        if name in self.own:
-            encoder.memory = encoder.memory.with_levels(self.own[name])
-        elif self.shared.levels and isinstance(encoder, CounterEncoder):
-            encoder.memory = encoder.memory.with_levels(self.shared, self._salt(name))
+        encoder.memory = encoder.memory.with_levels(self.levels.get(name, ()))
         return encoder
-
-    def group(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
-        """The counters but for `left_out`. Under True lie those that ask once a request, under False
-        those that ask for each candidate. Made once, for whom asks first."""
-        if not self.groups:
-            own: dict[bool, dict[str, CounterEncoder]] = {}
-            for name, each in self.encoders.items():
-                if isinstance(each, CounterEncoder) and name not in left_out:
-                    own.setdefault(name in of_requests, {})[name] = each
-            salts = {name: self._salt(name) for name in self.encoders}
-            self.groups.update({once: CounterGroup(each, salts) for once, each in own.items()})
-        return self.groups
 
 
 class FeaturePipeline:
@@ -255,17 +230,10 @@ class FeaturePipeline:
 
         Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
         """
-        shared, own, done = Inputs(), Inputs(), set[str]()
-        for once, group in self.live.group(self._of_requests, self._placement).items():
-            part, asked = (shared, rows.shared) if once else (own, rows)
-            given = asked.among(group.names)
-            its = group.without([name for name, each in group.encoders.items() if given & each.numbers.keys()])
-            part.dense.update(its.dense(asked, self.live.shared))
-            done |= its.encoders.keys()
+        shared, own = Inputs(), Inputs()
         for name, encoder in self.encoders.items():
-            if name not in done:
-                part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
-                part.add(self._encode(encoder, asked))
+            part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
+            part.add(self._encode(encoder, asked))
         return shared.standardised(), own.standardised()
 
     def _encode(self, encoder: Encoder, rows: LogRows) -> Inputs:
@@ -275,16 +243,6 @@ class FeaturePipeline:
         one, none = np.zeros(len(rows), np.int64), np.empty(0, np.int64)
         ids = {name: Ragged(none, one.astype(np.int32)) if many else one for name, _, many in outline.ids}
         return Inputs(ids, {each.name: np.zeros(len(rows), np.float32) for each in outline.dense})
-
-    def memories_read(self, rows: RequestRows) -> dict[str, int | None]:
-        """The counters and histories that are read from a memory, as the rows do not give all of their results, each
-        with the memory's `floor`: the moment (microseconds) from which on it is exact, None for any."""
-        given = rows.among(self._results)
-        return {
-            name: encoder.memory.floor
-            for name, encoder in self.memory_encoders.items()
-            if not given or not encoder.result_columns().keys() <= given
-        }
 
     def explain(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What counters, and histories, say of N candidates, see `MemoryEncoder.explain`: by result, (N,) each."""
@@ -308,16 +266,6 @@ class FeaturePipeline:
         pipeline.encoders = self.encoders | {name: live.encoder_of(name) for name in self.memory_encoders}
         return pipeline
 
-    def without(self, features: Collection[str]) -> FeaturePipeline:
-        """A pipeline that gives the inputs of all other features."""
-        pipeline = copy(self)
-        for made in ("memory_encoders", "layout"):
-            pipeline.__dict__.pop(made, None)
-        pipeline.encoders = {name: each for name, each in self.encoders.items() if name not in features}
-        groups = self.live.group(self._of_requests, self._placement)
-        pipeline.live = replace(self.live, groups={once: each.without(features) for once, each in groups.items()})
-        return pipeline
-
     def encode(self, rows: LogRows) -> Encoded:
         """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
         inputs, layout = self.inputs(rows), self.layout
@@ -325,10 +273,6 @@ class FeaturePipeline:
         for index, each in enumerate(layout.dense):
             matrix[:, index] = inputs.dense[each.name]
         return Encoded({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
-
-    @cached_property
-    def _results(self) -> frozenset[str]:
-        return frozenset(each for encoder in self.memory_encoders.values() for each in encoder.result_columns())
 
     def save(self, folder: Path) -> None:
         """Writes what was fitted into an existing folder; memories are written by `write_memory`."""
@@ -402,36 +346,12 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
 
 
-def _floor(schema: pa.Schema) -> int | None:
-    floor = (schema.metadata or {}).get(b"floor")
-    return None if floor is None else int(floor)
-
-
-def memory_parts(folder: Path, feature: str) -> list[Path]:
-    """The files of a memory that `write_memory` wrote, in order. Raises FileNotFoundError where there are none."""
-    parts = sorted((folder / f"{feature}.memory").glob("part-*.parquet"))
-    if not parts:
-        raise FileNotFoundError(f"there is nothing that feature '{feature}' remembers")
-    return parts
-
-
 def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:
-    """The memory of a feature that was written into a folder of state, or the events of some keys of it.
-
-    A part is read at a time, so that no more memory is taken than the events need.
-    """
-    parts = memory_parts(folder, encoder.name)
-    schema = pq.read_schema(parts[0])
-    tables: Iterable[pa.Table] = (pq.read_table(part, filters=keys, use_threads=False) for part in parts)
-    if keys is None:
-        rows = sum(pq.read_metadata(part).num_rows for part in parts)
-    else:
-        tables = list(tables)
-        rows = sum(map(len, tables))
-    columns = {field.name: np.zeros(rows, field.type.to_pandas_dtype()) for field in schema}
-    start = 0
-    for table in tables:
-        for name in table.column_names:
-            columns[name][start : start + len(table)] = table[name].to_numpy()
-        start += len(table)
-    return encoder.empty().with_columns(columns, _floor(schema))
+    """The memory of a feature that was written into a folder of state, or the events of some keys of it."""
+    parts = sorted((folder / f"{encoder.name}.memory").glob("part-*.parquet"))
+    if not parts:
+        raise FileNotFoundError(f"there is nothing that feature '{encoder.name}' remembers")
+    table = pa.concat_tables([pq.read_table(part, filters=keys, use_threads=False) for part in parts])
+    floor = (pq.read_schema(parts[0]).metadata or {}).get(b"floor")
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    return encoder.empty().with_columns(columns, None if floor is None else int(floor))

@@ -49,7 +49,7 @@ EXAMPLE = "example_request.json"
 SCORES = "example_scores.json"
 # Libraries and processors round otherwise: fp32 logits then differ by some 1e-6, half precision by 1e-2.
 TOLERANCE = 1e-4
-_NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or all there is, as rounding has it
+_NOTHING = 1e-30  # Probabilities below are 0, as rounding has it.
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,9 @@ def read_calibration(folder: Path) -> Calibration:
 class ExampleScores:
     """What a model gives for its example, in the request's order.
 
-    scores: (N,); predictions: task -> (N,); computed_with: package, or "processor" -> version of it.
+    predictions: task -> (N,), which scores follow from; computed_with: package, or "processor" -> version of it.
     """
 
-    scores: Sequence[float]
     predictions: Mapping[str, Sequence[float]]
     computed_with: Mapping[str, str]
 
@@ -199,7 +198,6 @@ class ExampleScores:
         """The scores of a `Ranking` of all candidates, computed in this process."""
         back = np.argsort(ranking.order)
         return ExampleScores(
-            np.array(ranking.scores)[back].tolist(),
             {task.name: np.array(ranking.predictions[task.name])[back].tolist() for task in tasks},
             {name: version(name) for name in ("torch", "numpy", "pyarrow")} | {"processor": platform.machine()},
         )
@@ -209,30 +207,19 @@ class ExampleScores:
         return ExampleScores(**json.loads((folder / SCORES).read_text(encoding="utf-8")))
 
     def difference(self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
-        """What `now`, computed elsewhere or later, has that rounding does not explain, as a part of a sentence.
+        """Return a part of a sentence on a prediction of `now` that rounding does not explain, None without one.
 
         A prediction may be off by TOLERANCE of its task's scale: the largest one in the example, or a regression's
-        deviation where that is larger. A calibration may be steep, which multiplies what rounding does to logits. A
-        score may be whatever such predictions make of it.
+        deviation where that is larger. A calibration may be steep, which multiplies what rounding does to logits.
         """
-        checks = []
-        least_score, most_score = np.full((2, len(self.scores)), [[1 - TOLERANCE], [1 + TOLERANCE]])
         for task in tasks:
-            values, floor = np.array(self.predictions[task.name]), task.kind.smallest
-            scale = max(np.abs(values).max(), task.deviation if task.kind.is_linear else 0.0)
+            before, after = np.array(self.predictions[task.name]), np.array(now.predictions[task.name])
+            scale = max(np.abs(before).max(), task.deviation if task.kind.is_linear else 0.0)
             steepest = calibration.tasks[task.name].steepest if task.name in calibration.tasks else 1.0
-            off = TOLERANCE * scale * max(1.0, steepest) + _NOTHING
-            checks.append((f"'{task.name}'", values, now.predictions[task.name], values - off, values + off))
-            with np.errstate(over="ignore"):
-                least_score *= np.maximum(values - off, floor) ** task.score_weight
-                most_score *= np.maximum(values + off, floor) ** task.score_weight
-        scores = np.array(self.scores)
-        checks.append(("the score", scores, now.scores, np.minimum(least_score, _LARGEST), most_score))
-        for what, before, after, low, high in checks:
-            fits = [(low <= each) & (each <= high) for each in (before, np.array(after))]
-            if not np.all(fits):
-                place = int(np.argmin(fits[0] & fits[1]))
-                return f"{what} of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
+            fits = np.abs(after - before) <= TOLERANCE * scale * max(1.0, steepest) + _NOTHING
+            if not fits.all():
+                place = int(np.argmin(fits))
+                return f"'{task.name}' of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
         return None
 
     def other_versions(self, now: ExampleScores) -> list[str]:

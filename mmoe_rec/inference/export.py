@@ -1,21 +1,49 @@
-"""A smaller form of a model, in int8, and how near another form is to the model itself.
+"""Other forms of a model, and how near they are to the model itself.
 
-In int8 it is an artifact folder like any other: tables stay int8 in memory, matrices are computed with in float32.
+In int8 it is an artifact folder like any other: tables stay int8 in memory, matrices are computed with in float32. An
+ONNX file holds all that comes after the features, for other servers:
+
+    <folder>/
+        model.onnx      table rows and numbers of N candidates -> predictions (N, P), log_score (N,), score (N,);
+                        weights of more than 1.5 GB lie beside it, in model.onnx.data
+        inputs.json     names of the columns of the inputs, and their tables
+        example.npz     inputs of the model's example request, and what the model gives for them
+        README.md       how to use these
+
+torch's own exporter makes the graph from the code that serves, so that it holds whatever a model's settings ask for:
+levels of experts, routing rules, crosses, calibration, regressions, int8 tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import read_manifest, read_stored, write_tensors
+from mmoe_rec.errors import UserError, one_line
+from mmoe_rec.features.encoder import Inputs
+from mmoe_rec.inference.artifact import read_example, read_manifest, read_stored, write_tensors
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.inference.writing import copy_files, seal
-from mmoe_rec.model.tables import SCALES, quantised, some_in_int8
+from mmoe_rec.model.forest import Tree, read_ensemble
+from mmoe_rec.model.levels import set_compute
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.model.products import set_products
+from mmoe_rec.model.score import log_predictions, predictions
+from mmoe_rec.model.tables import SCALES, PlainTables, quantised, some_in_int8
+from mmoe_rec.model.trees import Trees
 
 WEIGHTS = "weights.safetensors"
 Dense = Literal["bfloat16", "int8", "float32"]
@@ -66,3 +94,231 @@ def find_differences(one: Answers, other: Answers) -> dict[str, float]:
     """Return the largest difference of each prediction and of the score, relative to values over 1."""
     apart = {name: np.abs(other[name] - values) / np.maximum(1.0, np.abs(values)) for name, values in one.items()}
     return {name: float(each.max()) for name, each in apart.items()}
+
+
+MODEL, INPUTS = "model.onnx", "inputs.json"
+OUTPUTS = ("predictions", "log_score", "score")
+TOLERANCE = 1e-5
+_LARGEST = float(np.log(np.finfo(np.float64).max))
+
+
+class Graph(nn.Module):
+    """What a ranker computes from `encode`'s arrays on, in one module without choices: all experts run on all rows."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        mixture = copy.deepcopy(ranker.model.mixture)
+        mixture.placement = None
+        self.model = RankingModel(ranker.model.tables, ranker.layout, mixture).eval()
+        set_products(self.model, "blas")
+        set_compute(self.model, "dense")
+        self._layout, self._names = ranker.layout, ranker.names
+        self._calibration, self._trees = ranker.calibration, ranker.model.trees
+
+    def forward(self, inputs: Mapping[str, Tensor], grown: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Arrays of N candidates, with trees also their logits, (N, T) float32 -> what `dense` gives."""
+        tables, layout, embedded = self.model.tables, self._layout, list[Tensor]()
+        assert isinstance(tables, PlainTables)
+        ids = {name.removeprefix("ids."): each for name, each in inputs.items() if name.startswith("ids.")}
+        if "ids" in inputs:
+            ids |= dict(zip(single_names(layout), inputs["ids"].unbind(1), strict=True))
+        for name in layout.id_names(placement=False):
+            rows = tables.rows(tables.table_of[name], ids[name].clamp(min=0))
+            if rows.dim() == 3:
+                there = (ids[name] >= 0).unsqueeze(2)
+                rows = (rows * there).sum(1) / there.sum(1).clamp(min=1)
+            embedded.append(rows)
+        numbers = [inputs["numbers"]] if "numbers" in inputs else []
+        return self.dense(torch.cat([*embedded, *numbers], dim=1), grown)
+
+    def dense(self, inputs: Tensor, grown: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, W) float32 -> predictions (N, P) of tasks, then outcomes; log scores and scores, (N,) float64."""
+        model, tasks = self.model, self._layout.tasks
+        logits = model.of_inputs(inputs[:, : model.width], None).logits
+        if self._trees is not None and grown is not None:
+            logits = self._trees.blend(logits, model.in_units(grown.to(logits)), self._names)
+        logits, kinds = self._calibration.apply(logits, self._names), [task.kind for task in tasks]
+        values, logs = predictions(logits, kinds), log_predictions(logits.double(), kinds)
+        both = [(values[:, given] * values[:, task]).unsqueeze(1) for given, task in self._layout.outcomes.values()]
+        log_score = (logs * logs.new_tensor([task.score_weight for task in tasks])).sum(1)
+        return torch.cat([values, *both], dim=1), log_score, log_score.clamp(max=_LARGEST).exp()
+
+
+def write_onnx(folder: Path, ranker: Ranker, made: Path) -> dict[str, float]:
+    """Write the model of an artifact folder as an ONNX file, and compare both on the model's example request.
+
+    Args:
+        folder: The artifact folder.
+        ranker: The ranker that was loaded from it.
+        made: An empty folder.
+
+    Returns:
+        The largest difference of each prediction and of the score, as `find_differences` gives them.
+
+    Raises:
+        UserError: The model has attention, the exporter can't follow it, or the file gives other predictions.
+    """
+    if ranker.layout.attention:
+        history = ranker.layout.attention[0].history
+        raise UserError(
+            f"feature '{history}' is pooled by attention, which ONNX export lacks. Train with pooling: mean."
+        )
+    request, layout, trees = read_example(folder), ranker.layout, ranker.model.trees
+    example, answers = encode(ranker, request), answers_of(ranker.rank(**request))
+    grows = trees is not None and bool(trees.texts)  # or of no task
+    _export(Graph(ranker), example, len(ranker.names) if grows else 0).save(made / MODEL)
+    if trees is not None and grows:
+        add_trees(made / MODEL, trees, ranker.names)
+    names = [name for name in answers if name != "score"]
+    values = np.stack([answers[name] for name in names], axis=1)
+    arrays: dict[str, Any] = {**example, "predictions": values, "score": answers["score"]}
+    np.savez(made / "example.npz", **arrays)
+    used = [each for each in layout.ids if not each.placement]
+    about = {
+        "model": ranker.about.name,
+        "fingerprint": ranker.about.fingerprint,
+        "ids": single_names(layout),
+        "numbers": layout.dense_names(placement=False),
+        "predictions": names,
+        "weights": {task.name: task.score_weight for task in layout.tasks},
+        "tables": {each.name: each.table for each in used},
+        "rows": {each.table: layout.table(each.table).rows for each in used},
+    }
+    (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name("onnx.md"), made / "README.md")
+    differences = find_differences(answers, load_onnx(made)(example))
+    for name, difference in differences.items():
+        if not difference <= TOLERANCE:  # nor NaN
+            raise UserError(
+                f"the ONNX file of '{folder}' does not compute what the model does: for the model's example, '{name}' "
+                f"is off by {difference:.2g}. Use the model itself, and report this error."
+            )
+    return differences
+
+
+def _export(graph: Graph, example: Mapping[str, np.ndarray], grown: int) -> torch.onnx.ONNXProgram:
+    """The graph of a module for inputs like an example. grown: tasks, of a model with trees."""
+    given, sizes, candidates = dict[str, Tensor](), dict[str, Any](), torch.export.Dim("candidates")
+    for name, each in example.items():
+        any_number = {1: torch.export.Dim.DYNAMIC} if name.startswith("ids.") else {}
+        # The exporter would take a size of 1 for fixed.
+        given[name] = torch.from_numpy(np.resize(each, (7, 3 if any_number else each.shape[1])))
+        sizes[name] = {0: candidates, **any_number}
+    more = {"grown": torch.zeros(7, grown)} if grown else {}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            program = torch.onnx.export(
+                graph,
+                kwargs={"inputs": given, **more},
+                dynamo=True,
+                verbose=False,
+                opset_version=18,
+                input_names=[*given, *more],
+                output_names=list(OUTPUTS),
+                dynamic_shapes={"inputs": sizes, **{name: {0: candidates} for name in more}},
+            )
+        except Exception as error:  # the exporter's, which has causes of many kinds
+            raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
+    assert program is not None
+    return program
+
+
+def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
+    """Puts the trees of a model's tasks into its file, in the place of its input `grown`.
+
+    They read numbers and then ids, the first of which are those that they know. A task without trees gets another
+    one's, which its blend does not read.
+    """
+    import onnx
+
+    helper, model, domain = onnx.helper, onnx.load(path, load_external_data=False), "ai.onnx.ml"
+    read = sorted((each.name for each in model.graph.input if each.name in ("numbers", "ids")), reverse=True)
+    nodes = [helper.make_node("Cast", [name], [f"read.{name}"], to=onnx.TensorProto.FLOAT) for name in read]
+    nodes.append(helper.make_node("Concat", [f"read.{name}" for name in read], ["read"], axis=1))
+    for name, text in trees.texts.items():
+        own: dict[str, Any] = {"domain": domain, "n_targets": 1, **_as_attributes(read_ensemble(text).trees)}
+        nodes.append(helper.make_node("TreeEnsembleRegressor", ["read"], [f"grown.{name}"], **own))
+    grown = [f"grown.{name if name in trees.texts else next(iter(trees.texts))}" for name in names]
+    nodes.append(helper.make_node("Concat", grown, ["grown"], axis=1))
+    for place, node in enumerate(nodes):
+        model.graph.node.insert(place, node)
+    del model.graph.input[-1]
+    model.opset_import.append(helper.make_opsetid(domain, 3))
+    onnx.save(model, path)
+
+
+def _as_attributes(trees: Sequence[Tree]) -> dict[str, list[Any]]:
+    """Trees as attributes of a TreeEnsembleRegressor."""
+    nodes, leaves = list[dict[str, Any]](), list[dict[str, Any]]()
+    for number, tree in enumerate(trees):
+        # The root has number 0: splits come first, then leaves, then what sets of ids need.
+        splits, count = len(tree.features), 2 * len(tree.features) + 1
+        left, right = (np.where(each >= 0, each, splits + ~each).tolist() for each in (tree.left, tree.right))
+        for split, feature in enumerate(tree.features.tolist()):
+            by_set = tree.by_set[split]
+            values = [float(each) for each in (tree.members(split) if by_set else tree.edges[split : split + 1])]
+            chain = [split, *range(count, count + len(values) - 1)]  # all of which go on with the same node
+            count += len(values) - 1
+            own = {"treeids": number, "featureids": feature, "truenodeids": left[split]}
+            own["modes"] = "BRANCH_EQ" if by_set else "BRANCH_LEQ"
+            for node, value, otherwise in zip(chain, values, [*chain[1:], right[split]], strict=True):
+                nodes.append({**own, "nodeids": node, "values": value, "falsenodeids": otherwise})
+        for leaf, value in enumerate(tree.values.tolist(), splits):
+            own = {"treeids": number, "nodeids": leaf}
+            nodes.append({**own, "featureids": 0, "truenodeids": 0, "modes": "LEAF", "values": 0.0, "falsenodeids": 0})
+            leaves.append({**own, "ids": 0, "weights": value})
+    attributes = {f"nodes_{name}": [each[name] for each in nodes] for name in nodes[0]}
+    return attributes | {f"target_{name}": [each[name] for each in leaves] for name in leaves[0]}
+
+
+def single_names(layout: ModelLayout) -> list[str]:
+    """The columns of the input `ids`: inputs with one id a row, those that trees read first."""
+    first = layout.single_ids()
+    single = [each.name for each in layout.ids if not each.many and not each.placement]
+    return [*first, *(name for name in single if name not in first)]
+
+
+def encode(ranker: Ranker, request: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the graph takes for the N candidates of a request, given as arguments of `rank`, see `as_arrays`.
+
+    Raises RequestError as `rank` does.
+    """
+    rows = ranker.reader.rows([Request.of(request)])
+    return as_arrays(ranker.layout, *ranker.pipeline.request_inputs(rows), rows.of)
+
+
+def as_arrays(layout: ModelLayout, shared: Inputs, own: Inputs, of: np.ndarray) -> dict[str, np.ndarray]:
+    """The inputs of N candidates by name; none without columns.
+
+    `ids` (N, S) int64: table rows of inputs with one id; `ids.NAME` (N, L) int64: of an input with any number of ids,
+    with -1 after a candidate's last one; `numbers` (N, D) float32. shared: inputs of R requests; own: of the
+    candidates; of: (N,) int64 the request of each.
+    """
+    ids: dict[str, Any] = {name: each.take(of) for name, each in shared.ids.items()} | own.ids
+    dense = {name: each.take(of) for name, each in shared.dense.items()} | own.dense
+    single, numbers, arrays = single_names(layout), layout.dense_names(placement=False), dict[str, np.ndarray]()
+    if single:
+        arrays["ids"] = np.stack([ids[name] for name in single], axis=1)
+    for each in (each for each in layout.ids if each.many and not each.placement):
+        lists = ids[each.name]
+        there = np.arange(lists.lengths.max(initial=1)) < lists.lengths[:, None]
+        arrays[f"ids.{each.name}"] = np.full(there.shape, -1)
+        arrays[f"ids.{each.name}"][there] = lists.values
+    if numbers:
+        arrays["numbers"] = np.stack([dense[name] for name in numbers], axis=1)
+    return arrays
+
+
+def load_onnx(folder: Path) -> Callable[[Mapping[str, np.ndarray]], Answers]:
+    """What the written file answers for what `encode` gives, run as another server would."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / MODEL), providers=["CPUExecutionProvider"])
+    names = json.loads((folder / INPUTS).read_text(encoding="utf-8"))["predictions"]
+
+    def answer(inputs: Mapping[str, np.ndarray]) -> Answers:
+        values, _, scores = session.run(list(OUTPUTS), inputs)
+        return {**dict(zip(names, values.T.astype(np.float64), strict=True)), "score": scores}
+
+    return answer

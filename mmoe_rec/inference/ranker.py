@@ -35,9 +35,8 @@ from mmoe_rec.inference.artifact import (
     version_of,
 )
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, explain, new_id, scored_table
-from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.request_reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
-from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
+from mmoe_rec.inference.scorer import ExpertOptions, RequestInputs, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
 from mmoe_rec.model.products import serving_products
@@ -319,7 +318,7 @@ class Ranker:
         logs, scores = log_scores[order].tolist(), scores_from_logs(log_scores[order]).tolist()
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
-        floors = pipeline.memories_read(rows)
+        floors = [encoder.memory.floor for encoder in pipeline.memory_encoders.values()]
         read = pipeline.explain(rows) if scored.gates is not None else None
         name, request_ids = names.request, [None] * len(part)
         if name is not None and rows.shared.has(name):
@@ -344,7 +343,7 @@ class Ranker:
                     order=positions[start:end],
                     request_time=iso_time(times[number]),
                     tables_as_of=self.about.tables_as_of,
-                    warnings=[*scored.warnings, *freshness.warnings(times[number], floors.values())],
+                    warnings=[*scored.warnings, *freshness.warnings(times[number], floors)],
                     model={"name": self.about.name, "version": self.version},
                     explanations=explanations,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -152,18 +152,17 @@ class Freshness:
         """Whether a request at this time (microseconds) is so much later."""
         return self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY
 
-    def warnings(self, time: int, floors: Iterable[int | None]) -> list[str]:
-        """No sentence, or one, about a request at this time. floors: from when on the memories that it reads are exact,
-        None for any time."""
-        read = list(floors)
-        exact = max((each for each in read if each is not None), default=None)
+    def warnings(self, time: int, floors: Sequence[int | None]) -> list[str]:
+        """No sentence, or one, about a request at this time. floors: from when on the model's memories are exact, None
+        for any time."""
+        exact = max((each for each in floors if each is not None), default=None)
         if exact is not None and time < exact:
             return [
                 f"the request's time {iso_time(time)} is before {iso_time(exact)}, from when on counters and histories "
                 "are exact: they are answered as of then, so they know its future, and predictions look better than "
                 "they are"
             ]
-        if read and self.is_stale(time):
+        if floors and self.is_stale(time):
             return [
                 f"the request's time {iso_time(time)} is more than {self.days:g} days after {iso_time(self.known)}, up "
                 "to which counters and histories count what happened: they are stale (setting "

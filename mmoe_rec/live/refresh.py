@@ -24,9 +24,8 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import require_all
-from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend_tables, remake_tables
-from mmoe_rec.preprocessing.logs import HeldFiles, Logs, logs_for, read_held_files, read_journal_name
-from mmoe_rec.preprocessing.split_checks import check_apart
+from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
+from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for, read_journal_name
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
@@ -160,7 +159,7 @@ def write_journal(
     or the logs' places take no files.
     """
     schema, known = settings.schema_, served.about.journal
-    taken, journal = read_held_files(served.folder / "features"), Journal(address, create=False)
+    taken, journal = HeldFiles.read(served.folder / "features"), Journal(address, create=False)
     if known is not None and known["id"] != journal.id:
         if not other:
             raise UserError(
@@ -199,12 +198,12 @@ def write_journal(
     return {"id": journal.id, "through": written.through}
 
 
-def _check_one_way(settings: Settings, taken: HeldFiles | None) -> None:
+def _check_one_way(settings: Settings, taken: HeldFiles) -> None:
     """Raises UserError for new files of another program where rows that came both ways could not be told.
 
     Where requests have ids, the tables tell such rows.
     """
-    if settings.schema_.columns.request is not None or taken is None:
+    if settings.schema_.columns.request is not None:
         return
     held = taken.logs[0]
     recorded, known = held.files.keys() | held.left_out.keys(), {each.checksum for each in held.files.values()} - {None}
@@ -225,38 +224,32 @@ def renew_tables(
     out: Path,
     *,
     anew: bool = False,
-    until: int | None = None,
     journal: Mapping[str, Any] | None = None,
 ) -> Tables | None:
     """Writes the artifact of a folder to `out` with tables that go on with new files of the settings' log; gives None,
     and writes nothing, where there are none.
 
-    anew: make the tables of all rows of the log instead; until: make them anew as of this moment (microseconds):
-    requests and events then or later don't count. Such tables don't know their files, so they can't go on; journal:
-    what of a journal the files of the log hold, see `Artifact`; None for what their names say, or what the model knew
-    before, as segments without a row that counts leave no file. Raises UserError as `extend_tables` or `remake_tables`,
-    and where the features are not those of the settings, or it is not known which files the tables hold.
+    anew: make the tables of all rows of the log instead; journal: what of a journal the files of the log hold, see
+    `Artifact`; None for what their names say, or what the model knew before, as segments without a row that counts
+    leave no file. Raises UserError as `extend_tables` or `remake_tables`, and where the features are not those of the
+    settings.
     """
     about, features = read_artifact(artifact), artifact / "features"
-    taken, anew = read_held_files(features), anew or until is not None
-    if taken is None and not anew:
-        raise UserError(
-            f"the model in '{artifact}' does not say which files its tables hold, as they are of a moment: {REMAKE}"
-        )
+    taken = HeldFiles.read(features)
     logs = _logs(features, settings, None if anew else taken)
-    changes = taken.changes(logs) if anew and until is None and taken is not None else []
+    changes = taken.changes(logs) if anew else []
     if gone := [address for each in changes for address in each.gone]:
         such_as = f"({len(gone):,}, such as '{gone[0]}')"
         say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as scratch:
         (tables := Path(scratch, "tables")).mkdir()
-        if anew or taken is None:
-            made: Tables | None = remake_tables(features, logs, tables, until)
+        if anew:
+            made: Tables | None = remake_tables(features, logs, tables)
         else:
             made = extend_tables(features, as_of(about), logs, taken, tables)
         if made is not None:
-            if journal is None and until is None:
+            if journal is None:
                 journal = _carry_on(about.journal, made.journal)
             from mmoe_rec.inference.writing import write_with_tables  # which imports torch
 

@@ -12,7 +12,7 @@ has to know about it. Features can't read these columns (see `Schema`), and no o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -259,10 +259,6 @@ class FewRows(LogRows):
         column = self._columns[name]
         return column.unknown if isinstance(column, Stored) else np.zeros(self._rows, bool)
 
-    def among(self, names: Collection[str]) -> set[str]:
-        """Which of these columns the rows have."""
-        return self._columns.keys() & names
-
     @cached_property
     def table(self) -> pa.Table:
         """All columns as Arrow."""
@@ -291,9 +287,6 @@ class RequestRows(FewRows):
         super().__init__(columns, len(of), shared.schema)
         self.shared, self.of = shared, of
         self._spread: dict[str, pa.Array] = {}
-
-    def among(self, names: Collection[str]) -> set[str]:
-        return super().among(names) | self.shared.among(names)
 
     @cached_property
     def table(self) -> pa.Table:

@@ -75,18 +75,6 @@ class TargetAttention(nn.Module):
             added = added.index_add(0, row, functional.silu(hidden))
         return self.output(added * self._scale).float()
 
-    def of_lists(self, vectors: Tensor, there: Tensor, candidates: Tensor, same: Tensor) -> Tensor:
-        """The same of N candidates with lists of L places, without a shape that depends on values, for exporters.
-
-        vectors: (N, L, W); there: (N, L) bool, whether a place has an event, as the first ones of a list have;
-        candidates: (N, C); same: (N, L, number of `shared`) float32.
-        """
-        later = there.sum(1, keepdim=True) - 1 - torch.arange(there.shape[1])
-        hidden = self.event(vectors) + functional.embedding(later.clamp(min=0), self.later) + self.same(same)
-        hidden = hidden + self.product(vectors[..., : self._shared] * candidates[:, None])
-        said = functional.silu(hidden + self.candidate(candidates)[:, None]) * there[..., None]
-        return self.output(said.sum(1) * self._scale)
-
 
 class Histories(nn.ModuleDict):
     """All histories of a model that attention pools, by name: what they add to the inputs that hold their means."""

@@ -3,14 +3,21 @@
 This is the one mechanism behind counters and histories. A label of a row requested at time r that matures after m
 becomes known at max(r + 1 microsecond, r + m); a request at time t sees the events known at t or before. So a request
 sees rows of strictly earlier requests whose label had matured, never itself and never the future.
+
+A memory holds such events. It goes to columns and back, is cut down to what requests from some moment on can ask for
+(`compacted`), and takes in further events (`extended`). So the state of one day and the next day's events give the next
+day's state, and events that do not fit into memory are taken in one chunk of time after the other. Processes may share
+a memory. Events that a server learns lie in levels beside it (log-structured merge trees, O'Neil et al., 1996).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -33,53 +40,17 @@ def in_any(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
     return np.any([np.zeros(len(times), bool), *(in_window(times, window) for window in windows)], axis=0)
 
 
-_STEPS = 8  # from the first key of a bucket on; among hashes, hardly any bucket has more keys
+def find_keys(keys: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find (N,) uint64 keys among (G,) distinct rising ones.
 
-
-def key_at(keys: np.ndarray, asked: np.ndarray, number: np.ndarray, ends: np.ndarray | int) -> np.ndarray:
-    """Moves (N,) `number` on in place, from the first of a bucket's rising `keys` to one that is not less than what is
-    asked for, or to `ends`; gives the keys that are there, (N,) uint64."""
-    there = keys.take(number, mode="clip")
-    less = ((there < asked) & (number < ends)).nonzero()[0]
-    for _ in range(_STEPS):
-        if not len(less):
-            return there
-        number[less] += 1
-        there[less] = keys.take(number[less], mode="clip")
-        less = less[(there[less] < asked[less]) & (number[less] < (ends if isinstance(ends, int) else ends[less]))]
-    for place in less.tolist():  # of ids that somebody chose to meet in a bucket
-        until = ends if isinstance(ends, int) else ends[place]
-        number[place] += np.searchsorted(keys[number[place] : until], asked[place])
-        there[place] = keys.take(number[place], mode="clip")
-    return there
-
-
-class KeyIndex:
-    """Finds keys among (G,) distinct rising uint64 ones.
-
-    These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
-    shift: what leaves of a key its bucket's number; starts: (B + 1,) where each bucket begins, and the last one ends.
+    Returns:
+        Rising places of the K asked keys that are there, and the number of each such key, both (K,) int64.
     """
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self.keys = keys
-        bits = max(1, (len(keys) - 1).bit_length())
-        self.shift = np.uint64(64 - bits)
-        counts = np.bincount((keys >> self.shift).view(np.int64), minlength=2**bits)
-        self.starts = np.zeros(len(counts) + 1, np.int32 if len(keys) < 2**31 else np.int64)
-        np.cumsum(counts, out=self.starts[1:])
-
-    def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) int64 rising places of those among (N,) uint64 keys that are there, and the number of each key."""
-        if not len(self.keys):
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        number: np.ndarray = self.starts.take((asked >> self.shift).view(np.int64))
-        there = key_at(self.keys, asked, number, len(self.keys))
-        found = (there == asked).nonzero()[0]
-        return found, number[found].astype(np.int64, copy=False)
-
-
-_UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
+    if not len(keys):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    number = np.searchsorted(keys, asked)
+    found = (keys.take(number, mode="clip") == asked).nonzero()[0]
+    return found, number[found]
 
 
 class KeyGroups:
@@ -102,11 +73,6 @@ class KeyGroups:
     def number(self) -> np.ndarray:
         """(N,) int64 group of each key."""
         return np.cumsum(self._begins) - 1  # `np.repeat` would keep other threads waiting
-
-    @cached_property
-    def index(self) -> KeyIndex:
-        """Finds groups by their keys."""
-        return KeyIndex(self.distinct)
 
     @cached_property
     def _begins(self) -> np.ndarray:
@@ -177,16 +143,6 @@ class LookUps:
             return self
         return replace(self, time=np.maximum(self.time, floor))
 
-    @cached_property
-    def groups(self) -> KeyGroups:
-        """The keys, rising, of sorted look-ups."""
-        return KeyGroups(self.key)
-
-    @cached_property
-    def unit(self) -> int:
-        """Microseconds that all times are whole multiples of, so that less room is needed to tell them apart."""
-        return next((unit for unit in _UNITS if not (self.time % unit).any()), 1)
-
 
 class Search:
     """Events and look-ups, each of which is searched by its key, then by its time: a request's few, at a cost that does
@@ -198,7 +154,7 @@ class Search:
     @cached_property
     def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
         """The look-ups whose keys have events: (K,) int64 their numbers, rising, and the groups of these events."""
-        return self.events.index.find(self.asked.key)
+        return find_keys(self.events.distinct, self.asked.key)
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -214,10 +170,10 @@ class Search:
         last = np.full(len(self.asked), -1, np.int64)
         rows, group = self._remembered
         if len(rows):
-            last[rows] = self._last(group, self.asked.time[rows] - earlier, earlier)
+            last[rows] = self._last(group, self.asked.time[rows] - earlier)
         return last
 
-    def _last(self, group: np.ndarray, times: np.ndarray, earlier: int) -> np.ndarray:
+    def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
         starts = self.events.starts
         return last_known(self.events.known, starts[group], starts[group + 1], times)
 
@@ -225,21 +181,11 @@ class Search:
 class Join(Search):
     """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
 
-    _ticks: _Ticks | None = None
-
     @cached_property
-    def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
-        # Keys of a partition share their first bits, so an index would put them into few buckets.
-        keys, asked = self.events.distinct, self.asked.groups
-        group = np.searchsorted(keys, asked.distinct)
-        there = keys.take(group, mode="clip") == asked.distinct if len(keys) else group < 0
-        rows = np.flatnonzero(there[asked.number])
-        return rows, group[asked.number[rows]]
+    def _ticks(self) -> _Ticks:
+        return _Ticks(self.events)
 
-    def _last(self, group: np.ndarray, times: np.ndarray, earlier: int) -> np.ndarray:
-        unit = math.gcd(self.asked.unit, earlier)
-        if self._ticks is None or self._ticks.unit != unit:  # windows mostly share one
-            self._ticks = _Ticks(self.events, unit)
+    def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
         known, moments = self._ticks.known, self._ticks.numbers(times)
         moments += group * self._ticks.count
         # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
@@ -252,18 +198,16 @@ class Join(Search):
 class _Ticks:
     """Events (at least one) as single numbers that rise with key, then time, and moments as numbers of any key.
 
-    unit: microseconds that all moments asked for are whole multiples of; known: (E,) int64 number of each event; count:
-    numbers of a key.
+    known: (E,) int64 number of each event; count: numbers of a key.
     """
 
-    def __init__(self, events: KnownEvents, unit: int) -> None:
-        known, self.unit = events.known, unit
-        self._origin = int(known.min()) // unit * unit
-        self.count = -(-(int(known.max()) - self._origin) // unit) + 2
-        # Rising known times, which are counted where there are too many units to tell apart.
+    def __init__(self, events: KnownEvents) -> None:
+        known = events.known
+        self._origin, self.count = int(known.min()) - 1, int(known.max()) - int(known.min()) + 2
+        # Rising known times, which are counted where there are too many microseconds to tell apart.
         self._moments = None
         if self.count * len(events.distinct) < 2**63:
-            ticks = (known - (self._origin - 2 * unit + 1)) // unit
+            ticks = known - self._origin
         else:
             self._moments = np.unique(known)
             ticks, self.count = np.searchsorted(self._moments, known) + 1, len(self._moments) + 1
@@ -274,8 +218,7 @@ class _Ticks:
         greater."""
         if self._moments is not None:
             return np.searchsorted(self._moments, times, side="right")
-        asked = (times - (self._origin - self.unit)) // self.unit
-        return np.clip(asked, 0, self.count - 1, out=asked)
+        return np.clip(times - self._origin, 0, self.count - 1)
 
 
 def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -299,3 +242,89 @@ def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.
 def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:
     """(N,) int64 microseconds at which the labels of rows requested at `times` become known."""
     return times + max(1, matures_after)
+
+
+# With this many times more events than look-ups, nothing is computed for all events.
+_EVENTS_OF_A_SEARCH = 16
+NEVER = np.iinfo(np.int64).min
+
+
+@dataclass(eq=False)
+class Memory(ABC):
+    """Events per key.
+
+    floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
+    look-up at an earlier moment is answered as of `floor`. levels: memories of events that came later, the largest
+    first.
+    """
+
+    events: KnownEvents
+    floor: int | None = field(default=None, kw_only=True)
+    levels: tuple[Self, ...] = field(default=(), init=False)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def join(self, asked: LookUps) -> Search:
+        """The events beside look-ups of them."""
+        few = len(asked) * _EVENTS_OF_A_SEARCH < len(self.events)
+        return Search(self.events, asked) if few or not asked.is_sorted else Join(self.events, asked)
+
+    def with_levels(self, levels: Sequence[Self]) -> Self:
+        """Return the same memory with other levels, all of which share the arrays that look-ups search."""
+        for each in (self, *levels):
+            _ = each.events.distinct
+        memory = copy(self)
+        memory.levels = tuple(levels)
+        return memory
+
+    @abstractmethod
+    def merged(self, other: Self) -> Self:
+        """The events of both, of the same kind; as of this one's `floor`."""
+
+    @abstractmethod
+    def to_columns(self) -> dict[str, np.ndarray]:
+        """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""
+
+    @abstractmethod
+    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> Self:
+        """A memory of this one's kind, which `to_columns` gave."""
+
+    def _later_floor(self, moment: int) -> int:
+        return moment if self.floor is None else max(moment, self.floor)
+
+
+def at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
+    """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
+    if not len(values):
+        return np.full(len(index), nothing, values.dtype)
+    found = values[np.maximum(index, 0)]
+    if nothing:
+        found[index < 0] = nothing
+    else:
+        found *= index >= 0  # no branches, which a processor would often guess wrongly
+    return found
+
+
+LEVELS = 3
+SMALLEST = 32_768  # events up to which a level grows, whatever the size of the next larger one
+_GROWTH = 16
+_MANY = 32 * SMALLEST  # from which on a level takes in more than `SMALLEST` events at a time
+_Level = TypeVar("_Level", bound=Sized)
+
+
+def grown(levels: Sequence[_Level], new: _Level, merged: Callable[[_Level, _Level], _Level]) -> tuple[_Level, ...]:
+    """Levels, the largest first, after a further one was taken in; `merged` makes one of a larger and a smaller one."""
+    after = [*levels, new]
+    while len(after) > 1 and _has_outgrown(list(map(len, after))):
+        small = after.pop()
+        after[-1] = merged(after[-1], small)
+    return tuple(after)
+
+
+def _has_outgrown(sizes: Sequence[int]) -> bool:
+    """True if the last level, of as many events, belongs into the one before it."""
+    largest, larger, small = sizes[0], *sizes[-2:]
+    levels = LEVELS if largest >= _MANY else LEVELS - 1
+    most = SMALLEST if len(sizes) == levels else SMALLEST * _GROWTH
+    return len(sizes) > levels or small >= min(larger, max(most, larger // _GROWTH))

@@ -22,13 +22,12 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_fault
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.count import CountJob, LogCounts, count_part
+from mmoe_rec.preprocessing.count import CountJob, LogCounts, check_times, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, ResultExchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, load_pipeline, look_up_partition
-from mmoe_rec.preprocessing.requests import Requests, find_requests
-from mmoe_rec.preprocessing.split_checks import check_duplicates, check_requests, check_times
+from mmoe_rec.preprocessing.requests import Requests, check_duplicates, check_requests, find_requests
 from mmoe_rec.preprocessing.splits import SplitCounts, encode_part
 from mmoe_rec.progress import bar
 
@@ -51,10 +50,10 @@ def kept_results(folder: Path, log: Log) -> ResultExchange:
 
 class Steps:
     """The steps of one build, in a scratch folder that is removed at the end. Use it as a context. logs: as they are
-    read, without files that turned out to be bad; until: as in `CountJob`; requests: what was found out about them."""
+    read, without files that turned out to be bad; requests: what was found out about them."""
 
-    def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path, until: int | None = None) -> None:
-        self.logs, self.windows, self.scratch, self.until = logs, windows, scratch, until
+    def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path) -> None:
+        self.logs, self.windows, self.scratch = logs, windows, scratch
         self._stack = ExitStack()
         self._counted = LogCounts()
         self.requests = Requests()
@@ -131,7 +130,7 @@ class Steps:
     def _count(self, statistics: bool, keep: bool) -> LogCounts:
         options = self.logs.options
         look = (options.duplicates == "error" or keep) and self.logs.schema.columns.has_candidate
-        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
+        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look)
         readers: dict[str | None, LogReader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
         for events in self.logs.events:

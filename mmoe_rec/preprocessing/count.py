@@ -16,18 +16,20 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestRole, LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import list_label_columns
-from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import join_tables
-from mmoe_rec.point_in_time.join import Window, in_any, in_window
-from mmoe_rec.point_in_time.memory import grown
+from mmoe_rec.point_in_time.join import Window, grown, in_any, in_window
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
 from mmoe_rec.settings.schema import Schema
 
 _ROLES: tuple[LatestRole, ...] = get_args(LatestRole)
+_YEAR = 365 * 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class CountJob:
 
     windows: request times of each split, microseconds; exchange: where events and look-ups go; statistics: whether
     vocabularies and statistics are counted (or are known already); duplicates: whether requests and candidates are
-    sent; until: microseconds of a moment from which on requests and events are read but do not count, None for none.
+    sent.
     """
 
     schema: Schema
@@ -44,7 +46,6 @@ class CountJob:
     exchange: Exchange
     statistics: bool
     duplicates: bool
-    until: int | None = None
 
 
 @dataclass
@@ -102,16 +103,22 @@ class LogCounts:
             LatestValues.together(parts).save(folder, role)
 
 
+def check_times(log: Log, counted: LogCounts) -> None:
+    """Raise UserError if some times are in 1970 and others are not, as they have different units."""
+    if counted.first < _YEAR and counted.last > 20 * _YEAR:
+        raise UserError(
+            f"column '{log.schema.columns.time}' of the log '{log.source}' goes from {format_time(counted.first)} to "
+            f"{format_time(counted.last)}. Write all times in one unit, the one in columns.time_unit."
+        )
+
+
 def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> LogCounts:
     """Counts a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     pipeline, counted, spans = FeaturePipeline(job.schema), LogCounts(), dict[str, tuple[int, int]]()
     sender = _Sender(job, part, source)
     start, train_end = job.windows["train"] if job.statistics else (None, 0)
-    for read in readers[source].read(part, spans):
-        rows = read if job.until is None else read.filter(read.times() < job.until)
-        if not len(rows):
-            continue
+    for rows in readers[source].read(part, spans):
         counted.seen[source] += len(rows)
         if source is None:
             times = rows.times()

@@ -3,9 +3,9 @@
 README.md says what stays as it was, and what becomes of rows that come late or again.
 
 The tables of a model (`<artifact>/features`) move on by themselves, by the model's own features: `extend_tables` adds
-new files to them; `remake_tables` makes them of all files, or of all rows before a moment. From the same rows both give
-the same files to the last byte, but for a history that remembers an item in the hashed bucket where it was before its
-id got a row: one that is made anew has that row.
+new files to them; `remake_tables` makes them of all files. From the same rows both give the same files to the last
+byte, but for a history that remembers an item in the hashed bucket where it was before its id got a row: one that is
+made anew has that row.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import LogFile, format_time
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import Steps
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, read_journal_name, say_copies
+from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, check_apart, read_journal_name, say_copies
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
-from mmoe_rec.preprocessing.requests import Requests
-from mmoe_rec.preprocessing.split_checks import check_apart, place
+from mmoe_rec.preprocessing.requests import Requests, place
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import differences
@@ -115,46 +114,38 @@ class NewFiles:
         return f"as {self.holder} know requests up to {format_time(self.last)} already (of '{latest.address}')"
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Raises UserError where new files hold all events of an old one, or as many of its time if it is gone; or all
-        events of a new one stand in old ones."""
+        """Raises UserError where new files hold all events of an old one, or as many of its time if it is gone; or an
+        old one holds all events of a new one."""
         looks = self.logs.options.duplicates == "error"
         for log, whole, before in zip(new.events, self.logs.events, self.taken.logs[1:], strict=True):
-            there, spans = {file.address: file for file in whole.files}, counted.spans
-            known: dict[LogFile, tuple[np.ndarray, np.ndarray]] = {}  # events of new files, and which are old ones
+            there = {file.address: file for file in whole.files}
+            # A journal tells for itself which of its rows count.
+            fresh = {
+                file: counted.spans[log.name, file.address]
+                for file in log.files
+                if (log.name, file.address) in counted.spans and read_journal_name(file.address) is None
+            }
             for old in before.files.values():
                 if old.first is None or old.last is None:
                     continue
-                found = ((file, spans.get((log.name, file.address))) for file in log.files)  # None without rows
-                near = [file for file, span in found if span and span[0] <= old.last and span[1] >= old.first]
-                what = f"of events '{log.name}' are of the time of '{old.address}'"
-                if near and old.address not in whole.found:
-                    inside = {file.address: len(log.find_events(file, old.first, old.last)) for file in near}
-                    if sum(inside.values()) >= old.rows:
-                        raise UserError(
-                            f"rows of '{max(inside, key=lambda file: inside[file])}' {what}, which is gone, and there "
-                            f"are as many as that file held ({old.rows:,}): if they are the same, they would count "
-                            f"twice; put that file back, or {self.anew}"
-                        )
-                # A journal tells for itself which of its rows count.
-                near = [file for file in near if read_journal_name(file.address) is None and looks]
-                if not near or old.address not in there:
-                    continue
-                for file in (file for file in near if file not in known):
-                    events = log.find_events(file, *spans[log.name, file.address])
-                    known[file] = events, np.zeros(len(events), bool)
-                of_near = [spans[log.name, file.address] for file in near]
-                its = log.find_events(there[old.address], min(of_near)[0], max(last for _, last in of_near))
-                for file in near:
-                    known[file][1][np.isin(known[file][0], its)] = True
-                repeated = [file for file in near if known[file][1].all()]
-                whole_old = (
-                    len(its) == old.rows and np.isin(its, np.concatenate([known[file][0] for file in near])).all()
-                )
-                if repeated or whole_old:
+                near = [file for file, span in fresh.items() if span[0] <= old.last and span[1] >= old.first]
+                events = [log.find_events(file, old.first, old.last) for file in near]
+                if near and old.address in there and looks:
+                    its, what = log.find_events(there[old.address], old.first, old.last), "is still there"
+                    again = bool(np.isin(its, np.concatenate(events)).all()) or any(
+                        len(each) == file.rows and np.isin(each, its).all()
+                        for file, each in zip(near, events, strict=True)
+                    )
+                else:
+                    what = f"is gone, and they are at least as many as that file held ({old.rows:,})"
+                    is_gone = bool(near) and old.address not in whole.found
+                    again = is_gone and sum(map(len, events)) >= old.rows
+                if again:
                     raise UserError(
-                        f"rows of '{(repeated or near)[0].address}' {what}, and all rows of one of the two came before "
-                        "or come again: they would count twice; remove the new file, or set data.duplicates to keep if "
-                        "they are meant"
+                        f"rows of '{near[0].address}' of events '{log.name}' are of the time of '{old.address}', which "
+                        f"{what}: all rows of one of the two came before or come again, so they would count twice. "
+                        f"Remove the new file or put the old one back, or {self.anew}; if both are there and meant, "
+                        "set data.duplicates to keep"
                     )
 
 
@@ -242,8 +233,7 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
     # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
     fingerprint = hashlib.sha256(f"{was['fingerprint']} {whole}".encode()).hexdigest()[:16]
     manifest["unchecked"] = sorted({*was["unchecked"], *logs.options.unchecked})
-    extends = {"fingerprint": was["fingerprint"], "stands_for": whole, "rows_before": was["rows"], "new_ids": new_ids}
-    write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": extends})
+    write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": was["fingerprint"]})
     return Extension(before, sum(len(each.files) for each in new.all), counted.seen[None], new_ids, files.gone)
 
 
@@ -278,14 +268,14 @@ REMAKE = "make the tables anew with --anew, which reads all files of the log"
 class Tables:
     """What was made. files: that were read; rows: of the interaction log, events: of its logs of events, that were
     added; as_of: microseconds of the last request that the tables know; digest: tells the files that they hold from any
-    others, None where these are not known; journal: what of a journal they hold, see `HeldFiles.journal`; gone: files
-    that the tables before hold and the log does not."""
+    others; journal: what of a journal they hold, see `HeldFiles.journal`; gone: files that the tables before hold and
+    the log does not."""
 
     files: int
     rows: int
     events: int
     as_of: int
-    digest: str | None
+    digest: str
     journal: Mapping[str, Any] | None
     gone: Sequence[str] = ()
 
@@ -312,20 +302,14 @@ def extend_tables(features: Path, last: int, logs: Logs, taken: HeldFiles, out: 
         return _write_tables(steps, counted, features, out, as_of, taken, files.gone, before=features.resolve())
 
 
-def remake_tables(features: Path, logs: Logs, out: Path, until: int | None = None) -> Tables:
+def remake_tables(features: Path, logs: Logs, out: Path) -> Tables:
     """Writes features with tables of all rows of logs into an empty folder.
 
-    features: of the model, without a need for its tables; until: requests and events at or after that moment
-    (microseconds) don't count, None for none. Tables as of a moment don't know their files, so they don't go on.
-
-    Raises UserError where the log can't be used, or has no request before that moment.
+    features: of the model, without a need for its tables. Raises UserError where the log can't be used.
     """
-    with Steps(logs.without_copies(), {}, out / "scratch", until) as steps:
-        kept = out / "requests" if until is None else None
-        counted = steps.count(statistics=False, kept=kept)
-        if until is not None and counted.last < counted.first:
-            raise UserError(f"the log '{logs.log.source}' has no request before {format_time(until)}")
-        taken = None if until is not None else HeldFiles.of(steps.logs, counted.spans)
+    with Steps(logs.without_copies(), {}, out / "scratch") as steps:
+        counted = steps.count(statistics=False, kept=out / "requests")
+        taken = HeldFiles.of(steps.logs, counted.spans)
         return _write_tables(steps, counted, features, out, counted.last, taken)
 
 
@@ -335,7 +319,7 @@ def _write_tables(
     features: Path,
     out: Path,
     as_of: int,
-    taken: HeldFiles | None,
+    taken: HeldFiles,
     gone: Sequence[str] = (),
     before: Path | None = None,
 ) -> Tables:
@@ -347,10 +331,8 @@ def _write_tables(
     for log in steps.logs.all:
         log.check_unchanged()
     shutil.rmtree(out / "scratch", ignore_errors=True)
-    if taken is not None:
-        taken.write(out)
-        for each in taken.left_out:
-            say(f"left out, until it is written again: {each.reason}")
+    taken.write(out)
+    for each in taken.left_out:
+        say(f"left out, until it is written again: {each.reason}")
     files, rows = sum(len(log.files) for log in steps.logs.all), counted.seen[None]
-    digest, journal = (None, None) if taken is None else (taken.digest, taken.journal)
-    return Tables(files, rows, sum(counted.seen.values()) - rows, as_of, digest, journal, gone)
+    return Tables(files, rows, sum(counted.seen.values()) - rows, as_of, taken.digest, taken.journal, gone)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,7 +23,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
-from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums
+from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums, is_remote, takes_in
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.progress import say
@@ -93,6 +94,29 @@ class BuildInputs:
     def logs(self) -> Logs:
         """The logs with the files that they have when they are first asked for."""
         return Logs(self.source, self.schema, self.options)
+
+
+# One of each kind of Parquet file that is written to `data.work`.
+_SERVED = ("features/serving", "model/features", "refreshed/model/features")
+_WRITTEN = (
+    *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
+    "features/counts/x.parquet",
+    "features/encoded/train/part-00000.parquet",
+    "features/requests/part-00000.parquet",
+    "evaluation/encoded/test/part-00000.parquet",
+    "champion/validation/part-00000.parquet",
+)
+
+
+def check_apart(log_source: str, schema: Schema, work: Path) -> None:
+    """Raises UserError where a log would read what is written to the folder `work`."""
+    sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
+    for setting, source in sources.items():
+        if takes_in(source, [work / each for each in _WRITTEN]):
+            raise UserError(
+                f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
+                "the log; set `data.work` to a folder that lies outside"
+            )
 
 
 class Logs:
@@ -257,8 +281,8 @@ class HeldLog:
 @dataclass
 class Changes:
     """What has become of one log's files. held: those taken in before, under the names and times that they have now;
-    gone, changed: some of these; copies: files that lie beside one of these, its copy; new: to be read, and mended:
-    those of them that were left out before; left_out: before, and as they were then; bad: new files that can't be used.
+    gone, changed: some of these; copies: files that lie beside one of these, its copy; new: to be read;
+    left_out: before, and as they were then; bad: new files that can't be used.
     """
 
     held: HeldLog
@@ -266,7 +290,6 @@ class Changes:
     gone: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     new: set[str] = field(default_factory=set)
-    mended: set[str] = field(default_factory=set)
     left_out: list[str] = field(default_factory=list)
     bad: list[LeftOut] = field(default_factory=list)
 
@@ -341,12 +364,6 @@ class HeldFiles:
         return [found[address] for address in sorted(found)]
 
 
-def read_held_files(features: Path) -> HeldFiles | None:
-    """The files that the tables in a folder hold; None where they are as of a moment. Raises UserError for a damaged
-    record."""
-    return HeldFiles.read(features) if (features / "files.json").is_file() else None
-
-
 def read_journal_name(address: str) -> tuple[str, int] | None:
     """The id of the journal whose rows a file holds, and the cut up to which, by its name; None for another file."""
     name = _OF_A_JOURNAL.fullmatch(PurePath(address).name)
@@ -383,11 +400,9 @@ def _changes(taken: HeldLog, log: Log) -> Changes:
     for at, bad in taken.left_out.items():
         if at in log.found and _same(bad, log.found[at]):
             changes.left_out.append(at)
-        elif at in usable and at not in copies:
-            changes.mended.add(at)
-    not_new = held.keys() | lost.keys() | copies.keys() | taken.left_out.keys()
-    changes.new = (usable.keys() - not_new) | changes.mended
-    changes.bad = [each for each in log.left_out if each.address not in not_new]
+    known_files = held.keys() | lost.keys() | copies.keys() | set(changes.left_out)
+    changes.new = usable.keys() - known_files
+    changes.bad = [each for each in log.left_out if each.address not in known_files | taken.left_out.keys()]
     return changes
 
 
@@ -405,3 +420,32 @@ def _with_new(taken: HeldLog, log: Log, spans: Spans) -> HeldLog:
     left_out |= {file.address: file for file in log.left_out}
     left_out = {address: file for address, file in left_out.items() if address not in files}
     return HeldLog(files, left_out, taken.types | words_of(log.types))
+
+
+def short_names(addresses: Sequence[str]) -> dict[str, str]:
+    """Addresses with names for files and folders, by the ends of their paths that tell them apart; other addresses are
+    names. Raises UserError where one comes twice."""
+    if twice := next((each for each in addresses if addresses.count(each) > 1), None):
+        raise UserError(f"'{twice}' is given twice, and would be compared with itself; give --against another one")
+    parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(addresses, names, strict=True))
+    return {each: each for each in addresses}
+
+
+def check_out(out: Path, settings: Settings | None = None) -> None:
+    """Raises UserError for a folder of results that is a file, or lies where the log or what is made of it lies."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out '{out}' is a file; name a folder")
+    if settings is None:
+        return
+    real, work = Path(os.path.realpath(out)), Path(settings.data.work)
+    sources = [settings.data.log, *(each.path for each in settings.data.events.values())]
+    taken = [Path(each) for each in sources if not is_remote(each) and Path(each).is_dir()]
+    ours = ("features", "checkpoints", "model", "comparison", "tuning", "unsent")
+    taken += [work / name for name in ours]
+    inside = next((each for each in taken if real.is_relative_to(os.path.realpath(each))), None)
+    if inside is not None or real == Path(os.path.realpath(work)):
+        raise UserError(f"--out '{out}' lies in '{inside or work}', which holds other things; name another folder")

@@ -1,10 +1,9 @@
 """Second step of a feature build: in each partition of keys, what counters and histories knew at the time of each row.
 
-A partition holds all events of its keys and all look-ups of them, so no partition needs another one. One that is too
-large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to what
-later requests can ask for, is carried from one to the next. It is read twice, to sample its times and to write each row
-to the pieces that need it; what is still too large is divided again. So what is read grows with the rows, and not with
-the rows times the pieces. A single moment cannot be divided.
+A partition holds all events of its keys and all look-ups of them, so no partition needs another one. A partition that
+is too large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to
+what later requests can ask for, is carried from one to the next. It is read twice, to sample its times and to write
+each row to the pieces that need it. Rows of a single moment are not divided.
 """
 
 from __future__ import annotations
@@ -24,25 +23,21 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
 from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
-from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at
-from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.join import LookUps, Memory, Window, in_any, in_window, known_at
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
 
 Group = Sequence[MemoryEncoder[Any]]
-_PIECES_AT_MOST = 1024  # of one division: what is held at a time is written as a batch a piece
-_ROOM = 1.1  # for pieces that are larger than the sample says
+_ROOM = 1.2  # for pieces that are larger than the sample says
 
 
 @dataclass(frozen=True)
 class ReceivedRows:
-    """What was sent to a partition of the keys of a group of counters and histories, or to a piece of one. rows:
-    look-ups, and the events of one counter or history, which are held in memory at a time."""
+    """Rows that were sent to a partition of the keys of a group of counters and histories, or to a piece of one."""
 
     exchange: Exchange
     number: int
     group: Group
-    window: Window
-    rows: int
+    window: Window = (None, None)
 
     def look_ups(self) -> Iterator[pa.Table]:
         """key, time, row, and labels by which rows are events; the rows that ask within the window rise."""
@@ -52,74 +47,53 @@ class ReceivedRows:
         """Events of a counter or history that are not look-ups too."""
         return self.exchange.receive(events_of(encoder.name), self.number)
 
-    @property
-    def unlabelled(self) -> list[MemoryEncoder[Any]]:
-        """Those of the group whose events are not look-ups too."""
-        return [encoder for encoder in self.group if encoder.label is None]
+    def divide(self, rows: int, rows_in_memory: int, scratch: Path) -> Iterator[ReceivedRows]:
+        """Divide the rows by time into pieces of about `rows_in_memory`, which are yielded in the order of time.
 
-    def divide(self, rows_in_memory: int, scratch: Path) -> Iterator[ReceivedRows]:
-        """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`,
-        which last until the next one is asked for."""
-        start, end = self.window
-        is_a_moment = start is not None and end is not None and end - start <= 1
-        if self.rows <= rows_in_memory or is_a_moment:
+        Args:
+            rows: Number of look-ups, and events of one counter or history, which are held in memory at a time.
+            rows_in_memory: Wanted number of such rows in a piece.
+            scratch: Folder for the pieces, which last until the iterator ends.
+        """
+        if rows <= rows_in_memory:
             yield self
             return
-        edges = self._edges(rows_in_memory)
-        windows = list(pairwise([start, *edges, end]))
-        exchange = Exchange(scratch / "pieces", len(windows))
+        edges = self._edges(rows, rows_in_memory)
+        exchange = Exchange(scratch, len(edges) + 1)
         try:
-            rows = self._send(exchange, np.array(edges), rows_in_memory)
-            for number, window in enumerate(windows):
-                piece = ReceivedRows(exchange, number, self.group, window, int(rows[number]))
-                yield from piece.divide(rows_in_memory, scratch / f"{number}")
+            self._send(exchange, edges, rows_in_memory)
+            for number, window in enumerate(pairwise([None, *edges.tolist(), None])):
+                yield ReceivedRows(exchange, number, self.group, window)
         finally:
             exchange.remove()
 
-    def _edges(self, rows_in_memory: int) -> list[int]:
-        """Moments that divide the window into about equal pieces, from a sample of its times."""
+    @property
+    def _unlabelled(self) -> list[MemoryEncoder[Any]]:
+        """Those of the group whose events are not look-ups too."""
+        return [encoder for encoder in self.group if encoder.label is None]
+
+    def _edges(self, rows: int, rows_in_memory: int) -> np.ndarray:
+        """Moments that divide the rows into about equal pieces, from a sample of their times."""
         # An event that becomes known late is in two pieces: that of its look-up and that of when it is known.
         copies = 1 + sum(each > 1 for each in self._matures_after)
-        pieces = min(int(_ROOM * copies * self.rows / rows_in_memory) + 1, _PIECES_AT_MOST)
-        step = 1 + pieces
-        samples = [moments[::step] for table in self.look_ups() for moments in self.moments(table)]
-        samples += [t["known"].to_numpy()[::step] for encoder in self.unlabelled for t in self.events(encoder)]
-        times = np.concatenate(samples)
-        times = np.sort(times[in_window(times, self.window)])
-        edges = times[np.arange(1, pieces) * len(times) // pieces]
-        # A moment that would fill a piece becomes one of its own.
-        many = np.searchsorted(times, edges, "right") - np.searchsorted(times, edges) >= len(times) // pieces
-        edges = np.unique(np.append(edges, edges[many] + 1))
-        start, end = self.window
-        return [edge for edge in edges.tolist() if (start is None or edge > start) and (end is None or edge < end)]
+        pieces = int(_ROOM * copies * rows / rows_in_memory) + 1
+        step = 1 + pieces // 8  # more samples than pieces, so that pieces differ little in size
+        samples = [moments[::step] for table in self.look_ups() for moments in self._moments(table)]
+        samples += [t["known"].to_numpy()[::step] for encoder in self._unlabelled for t in self.events(encoder)]
+        times = np.sort(np.concatenate(samples))
+        return np.unique(times[np.arange(1, pieces) * len(times) // pieces])
 
-    def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> np.ndarray:
-        """Writes each row to the pieces that need it; gives the rows of each piece, (pieces,) int64."""
+    def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> None:
+        """Writes each row to the pieces that need it."""
         tables = rebatch(self.look_ups(), rows_in_memory)
-        turns = (self._spread(table, self.moments(table), edges) for table in tables)
-        look_ups = exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
-        most = np.zeros(exchange.receivers, np.int64)
-        for encoder in self.unlabelled:
+        turns = (_spread(table, self._moments(table), edges) for table in tables)
+        exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
+        for encoder in self._unlabelled:
             tables = rebatch(self.events(encoder), rows_in_memory)
-            turns = (self._spread(table, [table["known"].to_numpy()], edges) for table in tables)
-            most = np.maximum(most, exchange.send_in_turns(events_of(encoder.name), (0, 0), turns))
-        return look_ups + most
+            turns = (_spread(table, [table["known"].to_numpy()], edges) for table in tables)
+            exchange.send_in_turns(events_of(encoder.name), (0, 0), turns)
 
-    def _spread(self, table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-        """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
-        rows, pieces = [], []
-        places: list[np.ndarray] = []
-        for each in moments:
-            place = np.where(in_window(each, self.window), np.searchsorted(edges, each, "right"), -1)
-            needed = np.flatnonzero(np.logical_and.reduce([place >= 0, *(place != other for other in places)]))
-            places.append(place)
-            rows.append(needed)
-            pieces.append(place[needed])
-        if len(moments) == 1 and len(rows[0]) == table.num_rows:
-            return table, pieces[0]
-        return table.take(pa.array(np.concatenate(rows))), np.concatenate(pieces)
-
-    def moments(self, look_ups: pa.Table) -> list[np.ndarray]:
+    def _moments(self, look_ups: pa.Table) -> list[np.ndarray]:
         """(N,) int64 each: when N look-ups ask, and when they are known as events."""
         time = look_ups["time"].to_numpy()
         return [time, *(known_at(time, each) for each in self._matures_after)]
@@ -129,6 +103,18 @@ class ReceivedRows:
         return sorted({encoder.matures_after for encoder in self.group if encoder.label is not None})
 
 
+def _spread(table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+    """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
+    places, rows, pieces = [np.searchsorted(edges, each, "right") for each in moments], [], []
+    for number, place in enumerate(places):
+        needed = np.ones(len(table), bool)
+        for earlier in places[:number]:
+            needed &= place != earlier
+        rows.append(np.flatnonzero(needed))
+        pieces.append(place[needed])
+    return table.take(pa.array(np.concatenate(rows))), np.concatenate(pieces)
+
+
 class Chunk:
     """Look-ups that are made, and events that become known, in a window of time.
 
@@ -136,18 +122,11 @@ class Chunk:
     their times, (N,) int64; until: no later chunk asks for an earlier moment, None for the last one.
     """
 
-    def __init__(
-        self,
-        received: ReceivedRows,
-        splits: Sequence[Window],
-        look_ups: Sequence[pa.Table],
-        events: Mapping[str, Sequence[pa.Table]] | None,
-        until: int | None,
-    ) -> None:
-        """events: of counters and histories, None for all that was received, which is then read one by one."""
-        self._received, self._events, self.until = received, events, until
+    def __init__(self, received: ReceivedRows, splits: Sequence[Window]) -> None:
+        self._received, self.until = received, received.window[1]
         labelled = {encoder.label for encoder in received.group if encoder.label is not None}
-        found = join_tables(look_ups) if look_ups else None
+        tables = list(received.look_ups())
+        found = join_tables(tables) if tables else None
         columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
         none = np.empty(0, np.int64)
         key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
@@ -161,35 +140,13 @@ class Chunk:
     def extended(self, encoder: MemoryEncoder[Any], memory: Any) -> Any:
         """A memory of a counter or history of the group with the chunk's events."""
         if encoder.label is None:
-            events = self._received.events(encoder) if self._events is None else self._events.get(encoder.name, ())
-            tables = list(events)
+            tables = list(self._received.events(encoder))
             return encoder.extended(memory, join_tables(tables)) if tables else memory
         if not self._labels:
             return memory
         events = encoder.labelled(self._key, self._time, self._labels[encoder.label])
         inside = in_window(events["known"].to_numpy(), self._received.window)
         return encoder.extended(memory, events if inside.all() else events.filter(pa.array(inside)), in_order=True)
-
-
-def chunks(received: ReceivedRows, splits: Sequence[Window], rows_in_memory: int, scratch: Path) -> Iterator[Chunk]:
-    """All that was received, in the order of time, at most `rows_in_memory` rows at a time."""
-    for piece in received.divide(rows_in_memory, scratch):
-        if piece.rows > rows_in_memory:
-            yield from _of_a_moment(piece, splits, rows_in_memory)
-        elif piece.rows or piece.window[1] is None:
-            yield Chunk(piece, splits, list(piece.look_ups()), None, piece.window[1])
-
-
-def _of_a_moment(piece: ReceivedRows, splits: Sequence[Window], rows: int) -> Iterator[Chunk]:
-    """First its events, of which some are earlier look-ups, then its look-ups."""
-    start = piece.window[0]
-    for encoder in piece.unlabelled:
-        for table in rebatch(piece.events(encoder), rows):
-            yield Chunk(piece, splits, [], {encoder.name: [table]}, start)
-    for asks in (False, True):
-        tables = (table.filter(pa.array((table["time"].to_numpy() == start) == asks)) for table in piece.look_ups())
-        for table in rebatch(tables, rows):
-            yield Chunk(piece, splits, [table], {}, start)
 
 
 @dataclass(frozen=True)
@@ -235,11 +192,12 @@ def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[st
     group = load_pipeline(job.state).key_groups[partition.group]
     counting = FeaturePipeline(load_pipeline(job.state).schema).memory_encoders
     memories: dict[str, Memory] = {encoder.name: _memory_before(job, encoder, partition) for encoder in group}
-    received = ReceivedRows(job.events, partition.number, group, (None, None), partition.rows)
+    received = ReceivedRows(job.events, partition.number, group)
     scratch = job.scratch / partition.group / f"{partition.number}"
     splits = list(job.windows.values())
 
-    for turn, chunk in enumerate(chunks(received, splits, job.rows_in_memory, scratch)):
+    for turn, piece in enumerate(received.divide(partition.rows, job.rows_in_memory, scratch)):
+        chunk = Chunk(piece, splits)
         inside = None if job.training is None else np.flatnonzero(in_window(chunk.times, job.training))
         found: dict[str, np.ndarray | SharedRagged] = {}
         for encoder in group:

@@ -36,9 +36,8 @@ from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import Steps
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.logs import BuildInputs, Changes, HeldFiles, Logs
-from mmoe_rec.preprocessing.split_checks import check_apart, check_classes, check_splits, empty_split
-from mmoe_rec.preprocessing.splits import SplitCounts
+from mmoe_rec.preprocessing.logs import BuildInputs, Changes, HeldFiles, Logs, check_apart
+from mmoe_rec.preprocessing.splits import SplitCounts, check_classes, check_splits, empty_split
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
@@ -83,16 +82,15 @@ class FeatureFolder:
         """Whether these are features of the log by this schema and these splits, with all its files as they are and all
         the checks that are asked for.
 
-        may_lack_files: whether files may be gone that they hold, or have been mended that they left out, if the log has
-        the same address.
+        may_lack_files: whether files may be gone that they hold, if the log has the same address.
         """
         manifest, options, changes = self._manifest_or_none, logs.options, self._changes(logs)
         if not changes or manifest.get("settings") != settings_of(logs.schema, windows):
             return False
-        if any(each.changed or each.new - each.mended for each in changes):
+        if any(each.changed or each.new for each in changes):
             return False
         may_lack_files = may_lack_files and manifest["log"] == logs.log.source
-        if not may_lack_files and any(each.gone or each.mended or each.bad for each in changes):
+        if not may_lack_files and any(each.gone or each.bad for each in changes):
             return False
         if options.several_times == "error" and (manifest["requests"] or {}).get("several_times"):
             return False

@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.database import Database, open_database
-from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.progress import say
 
 _RUNS = pa.schema(
     {"request": pa.uint64(), "time": pa.int64(), "who": pa.uint64(), "row": pa.int64(), "rows": pa.int64()}
@@ -191,3 +192,94 @@ def read_kept(folder: Path | None, columns: pa.Schema) -> Iterator[pa.Table]:
                     yield file.read_row_group(group, columns.names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"'{folder}' is damaged: {first_line(error)}; build the features anew") from None
+
+
+def check_requests(log: Log, requests: Requests) -> None:
+    """Raises UserError where a request has several users, or several times where an example of that was looked for."""
+    columns, split = log.schema.columns, log.schema.split
+    if requests.users_clash is not None:
+        advice = (
+            "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
+            "are a user's own"
+        )
+        raise _clash(log, requests.users_clash, columns.user, requests.several_users, advice)
+    if requests.times_clash is not None and split is not None:
+        advice = "a request is ranked as a whole: give all its rows one split"
+        raise _clash(log, requests.times_clash, split.column, requests.several_times, advice)
+    if requests.times_clash is not None:
+        advice = "write the request's time into all its rows, or set data.several_times to first"
+        raise _clash(log, requests.times_clash, columns.time, requests.several_times, advice)
+
+
+def _clash(log: Log, clash: Clash, column: str, count: int, advice: str) -> UserError:
+    first = "a row of the files before" if clash[0] is None else place(log, clash[0])
+    return UserError(
+        f"{first} and {place(log, clash[1])} are of one request (column '{log.schema.columns.request}') and differ "
+        f"in column '{column}', as do rows of {count:,} request{'s' * (count > 1)}: {advice}"
+    )
+
+
+def place(log: Log, row: int) -> str:
+    """Where a row of a log stands, for messages."""
+    for file in log.files:
+        if row < file.rows:
+            return f"row {row} of '{file.address}'"
+        row -= file.rows
+    raise AssertionError("a row beyond the log")
+
+
+def check_duplicates(
+    logs: Logs, sent: Path, scratch: Path, repeats: Path, before: Path | None, kept: Path | None
+) -> bool:
+    """Whether rows came before, in the same request with the same labels: their numbers are then written to a file
+    `repeats` (see `LogReader`), and all others have to be counted again. Else rows are kept.
+
+    sent: folder of Arrow files with the `key` and the number of each `row`, and a hash of its `labels`; scratch: folder
+    for a database; before: folder with the rows of the days before; kept: folder that gets all rows.
+
+    Raises UserError where a row repeats an earlier one of these files, or one of before with other labels.
+    """
+    options, log, columns = logs.options, logs.log, logs.schema.columns
+    with open_database(scratch, options.memory_gib, options.workers) as database:
+        database.copy("sent", ds.dataset(sent, format="ipc"))
+        database.fill("before", KEPT_ROWS, read_kept(before, KEPT_ROWS))
+        database.run(
+            "CREATE TABLE known AS SELECT row, bool_or(sent.labels = before.labels) AS same FROM sent "
+            "JOIN before USING (key) GROUP BY row",
+            "CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1",
+        )
+        count, row, others, other = database.row(
+            "SELECT count(*), min(row), count(*) FILTER (NOT same), min(row) FILTER (NOT same) FROM known"
+        )
+        repeated, pair = database.row(
+            "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
+            "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
+        )
+        if count and options.duplicates == "error":
+            if others:
+                raise UserError(
+                    f"{place(log, other)} repeats request and candidate of a row that came before, with other labels; "
+                    f"{others:,} rows of new files do so: remove them, or set data.duplicates to keep if they are meant"
+                )
+            say(f"left out: {count:,} rows of new files that came before, such as {place(log, row)}; they count once")
+            with pq.ParquetWriter(repeats, pa.schema({"row": pa.int64()})) as writer:
+                for table in database.read("SELECT row FROM known ORDER BY row", ROWS_PER_PART):
+                    writer.write_table(table)
+            return True
+        if repeated is not None and options.duplicates == "error":
+            names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
+            if not columns.has_time and not columns.request:
+                names = f"'{columns.user}', within a split,"
+            raise UserError(
+                f"{place(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
+                f"{place(log, pair[1])}; {repeated:,} rows of the log do so: remove them, or set data.duplicates to "
+                "keep if they are meant"
+            )
+        if kept is not None:
+            kept.mkdir(parents=True)
+            every = "SELECT key, labels FROM sent UNION ALL FROM before ORDER BY key"
+            # Of rising numbers the differences are stored: some 5 bytes a row.
+            packed: dict[str, Any] = {"use_dictionary": ["labels"], "column_encoding": {"key": "DELTA_BINARY_PACKED"}}
+            for number, table in enumerate(database.read(every, ROWS_PER_PART)):
+                pq.write_table(table, kept / f"part-{number:05d}.parquet", compression="zstd", **packed)
+    return False

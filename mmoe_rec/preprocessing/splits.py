@@ -10,13 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, arrow_columns, label_types
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.join import Window, in_window
+from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.look_up import load_pipeline
+from mmoe_rec.settings.log_columns import SplitColumn
+from mmoe_rec.settings.schema import Schema
 
 ROWS_PER_GROUP = 32_768
 
@@ -66,6 +71,55 @@ class SplitCounts:
             mine = getattr(self, name)
             for task, each in getattr(other, name).items():
                 mine[task] = mine.get(task, 0) + each
+
+
+def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, split: SplitColumn | None = None) -> None:
+    """Raises UserError where a split has no rows. split: the column that says it, None where times do."""
+    for name in windows:
+        if counted.rows[name] == 0 and split is not None:
+            listed = ", ".join(map(repr, split.values[name]))
+            raise UserError(
+                f"the {name} split is empty: no row of the log '{log}' has {listed} in column '{split.column}'; "
+                f"list its values under split.{name}"
+            )
+        if counted.rows[name] == 0:
+            raise UserError(
+                f"the {name} split is empty: the log '{log}' has requests from {format_time(counted.first)} to "
+                f"{format_time(counted.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` "
+                "inside that span (and `columns.time_unit`, if these times are wrong)"
+            )
+
+
+def empty_split(split: str, folder: Path) -> str:
+    """The sentence on features that have no rows of a split, which only an extension leaves behind."""
+    return (
+        f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
+        "and none of these lies in that split. Set `split` around the requests of the next new files before you add "
+        "them with --extend, or set another `data.work`, where features are built anew from all files of the log"
+    )
+
+
+def check_classes(schema: Schema, counts: SplitCounts) -> None:
+    """Raises UserError where a task has nothing to learn from in the training rows."""
+    for name, task in schema.tasks.items():
+        observed, positive = counts.observed[name], counts.label_sum[name]
+        if observed == 0:
+            reasons = [f"column '{task.label}' is null in all training rows"]
+            if task.observed_when is not None:
+                reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.given is not None:
+                reasons.append(f"task '{task.given}' never happened where it has a value")
+            if task.matures_after_days:
+                reasons.append(f"no label had matured by split.train_end, {task.matures_after_days:g} days after it")
+            raise UserError(
+                f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
+                "give it labels, train on a longer period, or remove the task"
+            )
+        if task.kind.is_binary and positive in (0, observed):
+            raise UserError(
+                f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
+                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer period or remove it"
+            )
 
 
 def encode_part(

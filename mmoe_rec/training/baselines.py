@@ -15,8 +15,7 @@ from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.logs import BuildInputs
-from mmoe_rec.preprocessing.places import check_out
+from mmoe_rec.preprocessing.logs import BuildInputs, check_out
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings

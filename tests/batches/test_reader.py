@@ -207,8 +207,7 @@ def read_share(order: EpochOrder, share: Share) -> list[tuple[Row, bool]]:
         (group, row) for group, start, stop in share.pieces for row in order.permutation(group)[start:stop].tolist()
     ]
     index = range(len(joined)) if share.index is None else share.index.tolist()
-    copies = [False] * len(index) if share.copies is None else share.copies.tolist()
-    return [(joined[i], copy) for i, copy in zip(index, copies, strict=True)]
+    return [(joined[i], copy) for i, copy in zip(index, share.copies.tolist(), strict=True)]
 
 
 @given(

@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -252,7 +251,7 @@ def test_a_rewritten_model_is_whole_and_has_scores_of_its_own(small: SmallModel,
     rewrite_artifact(folder, tmp_path / "new", small.settings.model, state)
     assert files_of(tmp_path / "new").keys() == files_of(folder).keys() - {".DS_Store"}
     one, other = ExampleScores.read(folder), ExampleScores.read(tmp_path / "new")
-    assert one.scores != other.scores
+    assert one.predictions != other.predictions
     assert one.computed_with == other.computed_with
     assert Ranker.load(tmp_path / "new").calibration == CALIBRATION
 
@@ -297,7 +296,6 @@ def times(factor: float, *where: Any) -> Callable[[dict[str, Any]], None]:
     [
         (("predictions", "click", 2), "'click' of candidate 3 is "),
         (("predictions", "spent", 0), "'spent' of candidate 1 is "),
-        (("scores", 7), "the score of candidate 8 is "),
     ],
 )
 def test_other_scores_than_expected_are_told(folder: Path, where: tuple[Any, ...], what: str) -> None:
@@ -311,7 +309,7 @@ def test_other_scores_than_expected_are_told(folder: Path, where: tuple[Any, ...
 
 def test_other_versions_are_named(folder: Path) -> None:
     def older(tree: dict[str, Any]) -> None:
-        times(1.01, "scores", 0)(tree)
+        times(1.01, "predictions", "click", 0)(tree)
         tree["computed_with"]["torch"] = "2.0.0"
 
     changed_scores(folder, older)
@@ -349,42 +347,33 @@ def test_a_model_whose_predictions_are_not_finite_is_not_written(small: SmallMod
     assert not (tmp_path / "new").exists()
 
 
-def task(name: str, kind: str, weight: float = 1.0, deviation: float = 1.0) -> ModelTask:
-    return ModelTask(name, kind, deviation=deviation, objective="engagement", score_weight=weight)  # type: ignore[arg-type]
+def task(name: str, kind: str, deviation: float = 1.0) -> ModelTask:
+    return ModelTask(name, kind, deviation=deviation, objective="engagement", score_weight=1.0)  # type: ignore[arg-type]
 
 
-def scores_of(predictions: dict[str, np.ndarray], tasks: list[ModelTask]) -> ExampleScores:
-    """Scores by their definition."""
-    with np.errstate(over="ignore"):
-        values = [
-            np.maximum(predictions[each.name], 1e-6 if each.kind == "regression" else 0) ** each.score_weight
-            for each in tasks
-        ]
-        scores = np.minimum(np.prod(values, axis=0), np.finfo(float).max)
-    return ExampleScores(tuple(scores), {name: tuple(each) for name, each in predictions.items()}, {})
+def scores_of(predictions: dict[str, np.ndarray]) -> ExampleScores:
+    return ExampleScores({name: tuple(each) for name, each in predictions.items()}, {})
 
 
 BINARY = np.array([0.02, 0.3, 0.9])
 CASES = {
     "probabilities": ([task("a", "binary")], {"a": BINARY}, {"a": 0.9}),
     "rare": ([task("a", "binary")], {"a": BINARY * 1e-6}, {"a": 0.9e-6}),
-    "all but impossible": ([task("a", "binary", 3.0)], {"a": np.array([0.0, 1e-40, 1e-38])}, {"a": 1e-38}),
+    "all but impossible": ([task("a", "binary")], {"a": np.array([0.0, 1e-40, 1e-38])}, {"a": 1e-38}),
     "a large amount": ([task("a", "regression", deviation=3e6)], {"a": np.array([2e6, 4e6, 9e6])}, {"a": 9e6}),
     "around 0": ([task("a", "regression", deviation=3e6)], {"a": np.array([-1.0, 0.0, 2.0])}, {"a": 3e6}),
-    "large weights": (
-        [task("a", "binary", 40.0), task("b", "regression", 2.0)],
+    "two tasks": (
+        [task("a", "binary"), task("b", "regression")],
         {"a": BINARY, "b": np.array([1.0, 3.0, 2e3])},
         {"a": 0.9, "b": 2e3},
     ),
-    "beyond the largest number": ([task("a", "regression", 1e6)], {"a": np.array([1e-3, 2.0, 3.0])}, {"a": 3.0}),
-    "no weight": ([task("a", "binary", 0.0), task("b", "binary")], {"a": np.zeros(3), "b": BINARY}, {"b": 0.9}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_tolerance_goes_with_the_scale(name: str) -> None:
     tasks, predictions, scales = CASES[name]
-    expected = scores_of(predictions, tasks)
+    expected = scores_of(predictions)
     assert expected.difference(expected, tasks, UNCALIBRATED) is None
     for task_name, scale in scales.items():
         for sign in (-1, 1):
@@ -392,21 +381,16 @@ def test_the_tolerance_goes_with_the_scale(name: str) -> None:
                 part: predictions | {task_name: predictions[task_name] + sign * part * TOLERANCE * scale}
                 for part in (0.9, 1.5)
             }
-            near, far = (scores_of(off[part], tasks) for part in (0.9, 1.5))
+            near, far = (scores_of(off[part]) for part in (0.9, 1.5))
             assert expected.difference(near, tasks, UNCALIBRATED) is None
             told = expected.difference(far, tasks, UNCALIBRATED)
             # What is all but 0 is as good as 0.
             assert told is None if scale < 1e-30 else told is not None and told.startswith(f"'{task_name}' of ")
 
 
-def test_a_score_alone_may_be_wrong() -> None:
-    tasks, predictions, _ = CASES["large weights"]
-    expected = scores_of(predictions, tasks)
-    wrong = replace(expected, scores=tuple(np.array(expected.scores) * [1, 1, 1.1]))
-    for one, other in ((expected, wrong), (wrong, expected)):
-        told = one.difference(other, tasks, UNCALIBRATED)
-        assert told.startswith("the score of candidate 3 is ")
-    nothing = replace(expected, scores=(float("nan"),) * 3)
+def test_predictions_that_are_no_numbers_are_told() -> None:
+    tasks, predictions, _ = CASES["two tasks"]
+    expected, nothing = scores_of(predictions), scores_of(predictions | {"b": np.full(3, np.nan)})
     assert expected.difference(nothing, tasks, UNCALIBRATED) is not None
     assert nothing.difference(expected, tasks, UNCALIBRATED) is not None
 
@@ -416,7 +400,7 @@ def test_a_steep_calibration_multiplies_what_rounding_does() -> None:
     steep = Calibration({"a": TaskCalibration((0.0, 0.001, 5.0), (0.0, 0.1, 6.0), 0.5)})
     assert steep.tasks["a"].steepest == pytest.approx(100)
     assert TaskCalibration.line(2.5, -1).steepest == 2.5
-    expected, found = (scores_of({"a": np.array([0.1, each])}, tasks) for each in (0.4, 0.4 + 20 * TOLERANCE))
+    expected, found = (scores_of({"a": np.array([0.1, each])}) for each in (0.4, 0.4 + 20 * TOLERANCE))
     assert expected.difference(found, tasks, steep) is None
     assert expected.difference(found, tasks, UNCALIBRATED) is not None
 

@@ -36,9 +36,8 @@ def ranker(dated: SmallModel) -> Ranker:
     return Ranker.load(dated.folder)
 
 
-def at(ranker: Ranker, moment: int, **given: Any) -> Any:
-    candidates = {"item": ITEMS, **given.pop("candidates", {})}
-    return ranker.rank({"user": USER, **given}, {"time": iso_time(moment)}, candidates, explain=True)
+def at(ranker: Ranker, moment: int) -> Any:
+    return ranker.rank({"user": USER}, {"time": iso_time(moment)}, {"item": ITEMS}, explain=True)
 
 
 def test_replies_warn_before_the_first_exact_moment_only(ranker: Ranker) -> None:
@@ -65,31 +64,6 @@ def _by_place(ranking: Any) -> list[Any]:
     return [each for _, each in sorted(zip(ranking.order, ranking.explanations, strict=True), key=lambda pair: pair[0])]
 
 
-def test_what_is_given_needs_no_warning(dated: SmallModel) -> None:
-    ranker = Ranker.load(dated.folder)
-    encoders = ranker.pipeline.memory_encoders
-    brand, liked = encoders["brand_spent"], encoders["liked_items"]
-    # Memories of other ages, as live ones may be.
-    brand.memory = brand.compacted(brand.memory, LAST + 3 * DAY)
-    liked.memory = liked.compacted(liked.memory, LAST + 2 * DAY)
-    moment = LAST + int(2.5 * DAY)
-    all_of_brand = {name: [0.5] * len(ITEMS) for name in brand.result_columns()}
-    one_of_brand = {name: all_of_brand[name] for name in [*brand.result_columns()][:1]}
-    for given, warned in ({}, True), (one_of_brand, True), (all_of_brand, False):
-        found = at(ranker, moment, candidates=given)
-        assert bool(found.warnings) == warned
-    (told,) = at(ranker, LAST + int(1.5 * DAY), candidates=all_of_brand).warnings
-    assert f"before {iso_time(LAST + 2 * DAY)}, from" in told
-    empty: dict[str, Any] = {name: [] for name in liked.result_columns()}
-    assert at(ranker, LAST + int(1.5 * DAY), candidates=all_of_brand, **empty).warnings == []
-    every = {
-        name: [0.5] * len(ITEMS) for each in encoders.values() for name in each.result_columns() if each is not liked
-    }
-    every.pop("clicked")
-    found = at(ranker, START, candidates=every, clicked=[], **empty)
-    assert found.warnings == []
-
-
 def test_what_is_known_may_move_on(ranker: Ranker) -> None:
     about: Artifact = ranker.about
     fresh = Freshness.of(about)
@@ -103,11 +77,10 @@ def test_what_is_known_may_move_on(ranker: Ranker) -> None:
     assert moved.warnings(START, [None]) == []
 
 
-def asked(ranker: Ranker, later: timedelta, **given: Any) -> list[str]:
+def asked(ranker: Ranker, later: timedelta) -> list[str]:
     """Warnings for a request so much later than `tables_as_of`."""
     moment = datetime.fromisoformat(ranker.about.tables_as_of) + later
-    candidates = {"item": ITEMS, **given.pop("candidates", {})}
-    return ranker.rank({"user": USER, **given}, {"time": moment.isoformat()}, candidates).warnings
+    return ranker.rank({"user": USER}, {"time": moment.isoformat()}, {"item": ITEMS}).warnings
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time import memory as levels
+from mmoe_rec.point_in_time import join as levels
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs
 from tests.inference.small_model import ITEMS, USER, SmallModel

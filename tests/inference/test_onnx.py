@@ -10,14 +10,13 @@ import torch
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.inference.export import Answers, answers_of, write_int8
-from mmoe_rec.inference.onnx import Graph, as_arrays, encode, load_onnx, write_onnx
+from mmoe_rec.inference.export import Answers, Graph, answers_of, as_arrays, encode, load_onnx, write_int8, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
-from tests.inference.small_model import ATTENTION, SmallModel, draw_requests, random_inputs
+from tests.inference.small_model import SmallModel, draw_requests, random_inputs
 from tests.log.small_logs import ALL_KINDS
 
 pytestmark = pytest.mark.thorough
@@ -107,16 +106,9 @@ def assert_computes_the_same(ranker: Ranker, made: Path) -> None:
             np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
 
 
-def test_attention_looks_at_candidates(tmp_path: Path) -> None:
-    features = {name: ALL_KINDS[name] for name in ("item", "brand", "price")} | ATTENTION
-    model = SmallModel(tmp_path / "work", features=features)
-    ranker = Ranker.load(model.folder)
-    assert {each.history for each in ranker.layout.attention} == {"clicked", "liked_items"}
-    write_onnx(model.folder, ranker, tmp_path)
-    assert_computes_the_same(ranker, tmp_path)
-    for one, other in pairs(model.folder, ranker, tmp_path):
-        for task, values in one.items():
-            np.testing.assert_allclose(other[task], values, rtol=1e-5, atol=1e-5)
+def test_attention_is_refused(small: SmallModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'clicked' is pooled by attention, .* Train with pooling: mean\."):
+        write_onnx(small.folder, Ranker.load(small.folder), tmp_path)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

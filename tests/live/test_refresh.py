@@ -1,7 +1,5 @@
 """New versions of the model that is served, with tables that know the newest files of the log."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker
@@ -95,20 +92,6 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     assert len(counters) == 2
     assert counters[0] != counters[1]
     assert files_of(Path(model.settings.data.work) / "features") == features, "days are added for a training alone"
-
-
-def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
-    model.add(9, 14)
-    until = START + int(10.3 * DAY)
-    made = renew_tables(model.folder_of("1"), model.settings, tmp_path / "frozen", until=until)
-    assert made.as_of < until
-    assert made.digest is None
-    assert Ranker.load(tmp_path / "frozen").about.tables_as_of == iso_time(made.as_of)
-    with pytest.raises(UserError, match=r"does not say which files its tables hold.* --anew"):
-        renew_tables(tmp_path / "frozen", model.settings, tmp_path / "on")
-    with pytest.raises(UserError, match="has no request before"):
-        renew_tables(model.folder_of("1"), model.settings, tmp_path / "never", until=START - DAY)
-    assert not (tmp_path / "never").exists()
 
 
 def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
@@ -268,29 +251,6 @@ def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
     assert len(model.versions()) == 2
     assert "no new files" in said[1] or "no new files" in said[0]
     assert model.holder().number == "2"
-
-
-def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
-    from mmoe_rec.inference.writing import seal
-
-    folder = model.folder / "old"
-    shutil.copytree(model.folder_of("1"), folder)
-    (folder / "features" / "files.json").unlink()
-    tree = json.loads((folder / "model.json").read_text())
-    for name in ("trained_as_of", "files", "journal"):
-        del tree[name]
-    (folder / "model.json").write_text(json.dumps(tree))
-    seal(folder)
-    with runs.open_run(model.uri, NAME) as run:
-        registry.register_model(run, folder, NAME, "champion")
-    model.add(9, 10)
-    assert "does not say which files its tables hold" in model.refused(capsys)
-    model.refresh("--anew")
-    model.add(10, 11)
-    model.refresh()
-    renew_tables(model.folder_of("1"), model.settings, model.folder / "anew", anew=True)
-    features = model.folder_of(model.holder().number) / "features"
-    assert_same_tables(features, model.folder / "anew" / "features")
 
 
 def test_files_without_rows_are_nothing_new(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:

@@ -97,6 +97,22 @@ def model_of(work: Path, ids: bool) -> SmallModel:
     )
 
 
+def freeze(small: SmallModel, out: Path) -> None:
+    """Writes the model with tables as if its log and its logs of events had ended before `FROM`."""
+    data, before = small.settings.data, out.with_name("before")
+    times = {"log": "time", **{name: each.time for name, each in data.events.items()}}
+    for name, column in times.items():
+        (before / name).mkdir(parents=True)
+        for path in (Path(data.work) / name).glob("*.parquet"):
+            table = pq.read_table(path)
+            early = table[column].cast(pa.int64()).to_numpy() < FROM
+            pq.write_table(table.filter(pa.array(early)), before / name / path.name)
+    events = {name: each.model_copy(update={"path": str(before / name)}) for name, each in data.events.items()}
+    data = data.model_copy(update={"log": str(before / "log"), "events": events})
+    settings = small.settings.model_copy(update={"data": data})
+    renew_tables(small.folder, settings, out, anew=True)
+
+
 PREDICTED = ("click", "liked", "spent", "score")
 
 
@@ -108,7 +124,7 @@ class World:
 
     def __init__(self, folder: Path, ids: bool = False) -> None:
         self.small, self.frozen = model_of(folder / "small", ids), folder / "frozen"
-        renew_tables(self.small.folder, self.small.settings, self.frozen, until=FROM)
+        freeze(self.small, self.frozen)
         self.log = Log(self.small.settings.data.log, self.small.settings.schema_)
         self.period, self.short = (read_period(self.log, (FROM, end)) for end in (FROM + DAY, SHORT))
 

@@ -55,7 +55,7 @@ class DrawnLog:
 
     def deliver_again(self, folder: Path, stage: int, columns: list[str]) -> bool:
         """Delivers files of the stages before again, beside those of this stage; gives whether a new file of events
-        holds only events of old ones by some columns, or new ones hold all of an old one."""
+        holds only events of an old one by some columns, or new ones hold all of an old one."""
         rng = np.random.default_rng([self.seed, 3, stage])
         for name, table in (("log", self.log), ("events", self.events)):
             way, place = self.again.get(stage, {}).get(name), folder / name
@@ -68,7 +68,8 @@ class DrawnLog:
         fresh = [path for path in place.iterdir() if path.read_bytes() not in known]
         ours = [set(map(str, pq.read_table(path, columns=columns).to_pylist())) for path in fresh]
         theirs = [set(map(str, each.select(columns).to_pylist())) for each in before]
-        return any(each <= set().union(*theirs) for each in ours) or any(each <= set().union(*ours) for each in theirs)
+        new = set[str]().union(*ours)
+        return any(each <= other for each in ours for other in theirs) or any(each <= new for each in theirs)
 
     def _deliver(
         self, rng: np.random.Generator, way: str, old: list[Path], new: list[Path], before: list[pa.Table]

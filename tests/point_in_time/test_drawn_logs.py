@@ -12,7 +12,7 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline, Live, read_memory, write_memory
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows
-from mmoe_rec.point_in_time import memory as levels
+from mmoe_rec.point_in_time import join as levels
 from mmoe_rec.settings.log_columns import EVENT
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import assert_same, assert_same_inputs

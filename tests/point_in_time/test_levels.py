@@ -9,22 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.features.kinds.history import HistoryMemory
-from mmoe_rec.point_in_time import memory as module
-from mmoe_rec.point_in_time.counters import (
-    UNITS,
-    Asked,
-    CounterLevels,
-    CounterMemory,
-    CounterTable,
-    SeenTotals,
-    salt_of,
-)
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.memory import LEVELS, grown
+from mmoe_rec.point_in_time import join as module
+from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
+from mmoe_rec.point_in_time.join import LEVELS, LookUps, grown
 from tests.point_in_time.test_memories import (
     ASKING,
     KEYS,
-    WINDOW,
     Event,
     attribute_of,
     columns_of,
@@ -35,7 +25,6 @@ from tests.point_in_time.test_memories import (
     lists_of,
 )
 
-WINDOWS = (None, 0, 1, WINDOW)
 UNTIL = 60
 LATE = 6  # the most that an event may come late, and count as if it had come on time
 
@@ -61,15 +50,14 @@ def all_at(floor: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(KEYS, len(moments)), np.tile(moments, len(KEYS))
 
 
-def assert_agree(one: Any, two: Any, windows: Sequence[int | None] = WINDOWS, recency: bool = True) -> None:
+def assert_agree(one: Any, two: Any, windows: Sequence[int | None]) -> None:
     assert one.time.tolist() == two.time.tolist()
     for window in windows:
         for a, b in zip(one.totals(window), two.totals(window), strict=True):
             assert a.dtype == b.dtype
             assert a.tolist() == b.tolist()
             assert np.signbit(a).tolist() == np.signbit(b).tolist()
-    if recency:
-        assert one.last_positive().tolist() == two.last_positive().tolist()
+    assert one.last_positive().tolist() == two.last_positive().tolist()
 
 
 def in_parts(random: np.random.Generator, events: list[Event], late: int, cuts: list[int]) -> list[list[Event]]:
@@ -108,73 +96,31 @@ def test_a_history_with_levels_is_one_that_was_extended(seed, size, cuts, late, 
             assert lists_of(memory.with_levels(several), look_ups, length) == lists_of(expected, look_ups, length)
 
 
-@pytest.mark.parametrize("seed", range(15))
-def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int) -> None:
-    """One table holds the events of all counters, and answers all of them at once or one by one."""
+@pytest.mark.parametrize("seed", range(30))
+def test_a_counter_with_levels_is_one_that_was_extended(seed: int) -> None:
     random = np.random.default_rng(seed)
-    kinds = random.choice(["none", "whole", "fractions"], 4).tolist()
-    memories, salts, levels = [], [salt_of(place) for place in range(4)], CounterLevels()
-    for labels in kinds:
-        memory = counter_of(drawn(int(random.integers(10**6)), 20, labels)[1], labels)
-        memories.append(memory.compacted(int(random.integers(20, 40)), 40, True) if random.random() < 0.5 else memory)
-        read_only(memories[-1])
-    expected = list(memories)
-    for turn in range(int(random.integers(2, 8))):
-        added = []
-        for place, labels in enumerate(kinds):
-            some = drawn(int(random.integers(10**6)), int(random.choice([0, 1, 2, 7])) if turn else 60, labels)[1]
-            expected[place] = extended(expected[place], some)
-            key, known, label = columns_of(some)
-            added.append((key ^ salts[place], known, label))
-        levels = levels.extended(*map(np.concatenate, zip(*added, strict=True)))
-    assert len(levels.levels) > 1
-    windows = [[each for each in (0, 5, 40) if random.random() < 0.6] for _ in kinds]
-    knowing = [memory.with_levels(levels, salt) for memory, salt in zip(memories, salts, strict=True)]
-    rows = [int(random.choice([0, 1, 30])) for _ in kinds]
-    look_ups = [LookUps.of_each(random.choice(KEYS, each), random.integers(-5, 90, each)) for each in rows]
-    for memory, asked, one, own in zip(knowing, look_ups, expected, windows, strict=True):
-        assert_agree(SeenTotals(one, asked), SeenTotals(memory, asked), (None, *own))
-    before = [{name: column.copy() for name, column in memory.to_columns().items()} for memory in memories]
-    table, some = CounterTable(memories), random.permutation(4)[: random.integers(1, 5)]
-    keys, times = random.choice(KEYS, (len(some), 30)), random.integers(-5, 90, 30)
-    later = [(number, window) for number, place in enumerate(some) for window in windows[place]]
-    of, earlier = np.array([*((number, 0) for number in range(len(some))), *later]).T
-    asked = Asked(some, keys, np.array(salts)[some][:, None], times, of, earlier)
-    rows, sums, positive, moments = table.find(asked, levels)
-    for number, place in enumerate(some):
-        seen = SeenTotals(expected[place], LookUps.of_each(keys[number], times))
-        assert moments[number].tolist() == seen.time.tolist()
-        assert positive[number].tolist() == seen.last_positive().tolist()
-        assert [rows[number].tolist(), (sums[number] / UNITS).tolist()] == [each.tolist() for each in seen.totals(None)]
-    for look, (number, window) in enumerate(later, len(some)):
-        seen = SeenTotals(expected[some[number]], LookUps.of_each(keys[number], times))
-        found = rows[number] - rows[look], (sums[number] - sums[look]) / UNITS
-        assert [each.tolist() for each in found] == [each.tolist() for each in seen.totals(window)]
-    for memory, view, columns in zip(memories, table.memories, before, strict=True):
-        for each in (memory, view):
-            assert {name: column.tolist() for name, column in each.to_columns().items()} == {
-                name: column.tolist() for name, column in columns.items()
-            }
-        key, known, label = columns_of(drawn(seed, 9, "whole")[1])
-        more = [each.extended(key, known, None if each.label_sum is None else label) for each in (memory, view)]
-        assert more[0].to_columns().keys() == more[1].to_columns().keys()
-        for name, column in more[0].to_columns().items():
-            np.testing.assert_array_equal(column, more[1].to_columns()[name])
-
-
-def test_shared_levels_still_find_their_first_keys_once_they_have_many() -> None:
-    keys, levels = np.random.default_rng(0).integers(2**64, size=64, dtype=np.uint64), CounterLevels()
-    for some in np.split(keys, 16):
-        levels = levels.extended(some, np.zeros(4, np.int64), np.ones(4, np.int8))
-    memory = CounterMemory.empty().with_levels(levels, np.uint64(0))
-    assert SeenTotals(memory, LookUps.of_each(keys, np.zeros(64, np.int64))).totals(None)[0].tolist() == [1] * 64
+    labels = ["none", "whole", "fractions"][seed % 3]
+    memory = counter_of(drawn(int(random.integers(10**6)), 20, labels)[1], labels)
+    memory = memory.compacted(int(random.integers(20, 40)), 40, True) if random.random() < 0.5 else memory
+    read_only(memory)
+    before = {name: column.copy() for name, column in memory.to_columns().items()}
+    expected, levels = memory, tuple[CounterMemory, ...]()
+    for _ in range(int(random.integers(2, 8))):
+        some = drawn(int(random.integers(10**6)), int(random.choice([1, 2, 7, 60])), labels)[1]
+        expected = extended(expected, some)
+        levels = grown(levels, counter_of(some, labels), CounterMemory.merged)
+    asked = LookUps.of_each(random.choice(KEYS, 30), random.integers(-5, 90, 30))
+    windows = [None, *(each for each in (0, 5, 40) if random.random() < 0.6)]
+    assert_agree(SeenTotals(expected, asked), SeenTotals(memory.with_levels(levels), asked), windows)
+    for name, column in memory.to_columns().items():
+        assert column.tolist() == before[name].tolist()
 
 
 def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
     memory, level = (history_of(drawn(seed, 30)[1]) for seed in (0, 1))
     one, two = memory.with_levels([level]), memory.with_levels([level, level])
     assert one.events is two.events
-    assert "index" in vars(one.events), "no request has to wait for it"
+    assert "distinct" in vars(one.events), "no request has to wait for it"
 
 
 def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals, round_labels
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.memory import NEVER
+from mmoe_rec.point_in_time.join import NEVER, LookUps
 from tests.reference.features import Event, last_positive, totals, visible_events
 
 KEYS = np.array([0, 5, 2**40, 2**64 - 1], np.uint64)

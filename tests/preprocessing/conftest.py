@@ -2,7 +2,7 @@ import pytest
 
 from mmoe_rec.log import reader
 from mmoe_rec.preprocessing import build_steps as steps
-from mmoe_rec.preprocessing import count, exchange, look_up, requests, splits
+from mmoe_rec.preprocessing import count, exchange, requests, splits
 
 
 @pytest.fixture
@@ -11,6 +11,5 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (steps, count, requests):
         monkeypatch.setattr(module, "ROWS_PER_PART", 60)
     monkeypatch.setattr(exchange, "ROWS_PER_BLOCK", 64)
-    monkeypatch.setattr(look_up, "_PIECES_AT_MOST", 3)
     monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
     monkeypatch.setattr(reader, "ROWS_AT_A_TIME", 50)

@@ -19,9 +19,8 @@ from mmoe_rec.preprocessing import build_steps as steps
 from mmoe_rec.preprocessing import engines
 from mmoe_rec.preprocessing.engines import open_engine
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, check_apart
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
-from mmoe_rec.preprocessing.split_checks import check_apart
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,

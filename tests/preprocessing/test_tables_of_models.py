@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
@@ -12,9 +11,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, HeldFiles, Logs, read_held_files
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, HeldFiles, Logs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
-from tests.log.small_logs import DAY, START, remembered, windows_of
+from tests.log.small_logs import remembered, windows_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.preprocessing.growing_log import Growing
@@ -39,8 +38,7 @@ class ServedModel:
         )
 
     def go_on(self) -> Tables | None:
-        taken = read_held_files(self.features)
-        assert taken is not None
+        taken = HeldFiles.read(self.features)
         self.number += 1
         out = self.folder / f"{self.number}"
         out.mkdir()
@@ -49,21 +47,21 @@ class ServedModel:
             self.features, self.last = out, made.as_of
         return made
 
-    def anew(self, until: int | None = None) -> tuple[Path, Tables]:
-        out = self.folder / f"anew {until}"
+    def anew(self) -> tuple[Path, Tables]:
+        out = self.folder / "anew"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        return out, remake_tables(self.folder / "0", self.logs(), out, until)
+        return out, remake_tables(self.folder / "0", self.logs(), out)
 
 
-def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int:
+def assert_same_tables(one: Path, other: Path) -> int:
     """All that lies in both folders is the same; gives the rows of memories that were compared.
 
     How a memory or the requests are divided into files does not matter.
     """
     names = {path.name for path in one.iterdir()} | {path.name for path in other.iterdir()}
     compared = 0
-    for name in sorted(names - set(but)):
+    for name in sorted(names):
         mine, its = one / name, other / name
         if mine.suffix == ".json":
             assert mine.read_bytes() == its.read_bytes() or name == "files.json", name
@@ -79,13 +77,12 @@ def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int
         assert tables[0].schema.equals(tables[1].schema, check_metadata=True), name
         assert tables[0].equals(tables[1]), name
         compared += len(tables[0]) * name.endswith(".memory")
-    if "files.json" in names - set(but):
-        mine, its = (
-            [{each.address: each for each in log.files.values()} for log in HeldFiles.read(each).logs]
-            for each in (one, other)
-        )
-        assert mine == its
-        assert HeldFiles.read(one).digest == HeldFiles.read(other).digest
+    mine, its = (
+        [{each.address: each for each in log.files.values()} for log in HeldFiles.read(each).logs]
+        for each in (one, other)
+    )
+    assert mine == its
+    assert HeldFiles.read(one).digest == HeldFiles.read(other).digest
     return compared
 
 
@@ -163,24 +160,6 @@ def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
     served.go_on()
     assert_same_tables(served.features, served.anew()[0])
     assert served.go_on() is None
-
-
-@pytest.mark.parametrize("until", [6.1, 8.0, 9.7, 99])
-def test_rows_and_events_from_a_moment_on_do_not_count(tmp_path: Path, until: float) -> None:
-    """As if the log had ended then; requests of a moment that is the edge itself don't count."""
-    log = Growing.of_eight_days(tmp_path)
-    served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
-    log.add(8, 12)
-    moment = START + int(until * DAY)
-    frozen, made = served.anew(moment)
-    assert not (frozen / "files.json").exists()
-    for folder, column in (("log", "time"), ("events", "bought_at")):
-        for path in (log.folder / folder).glob("*.parquet"):
-            table = pq.read_table(path)
-            pq.write_table(table.filter(pa.array(table[column].cast(pa.int64()).to_numpy() < moment)), path)
-    whole, its = served.anew()
-    assert (made.rows, made.events, made.as_of) == (its.rows, its.events, its.as_of)
-    assert assert_same_tables(frozen, whole, but=("files.json", "requests")) > 50
 
 
 def test_files_of_a_journal_are_known_by_their_names(tmp_path: Path) -> None:

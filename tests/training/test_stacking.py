@@ -21,8 +21,7 @@ from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.features.encoder import Inputs as ModelInputs
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
-from mmoe_rec.inference.export import answers_of
-from mmoe_rec.inference.onnx import add_trees, as_arrays, encode, load_onnx, write_onnx
+from mmoe_rec.inference.export import add_trees, answers_of, as_arrays, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Blend, Trees

@@ -1,7 +1,6 @@
 """The kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
 
-from collections.abc import Collection, Mapping
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
@@ -11,20 +10,10 @@ from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, State
-from mmoe_rec.features.numbers import DenseNumber, DenseNumbers, NumberHistogram, Standardiser
+from mmoe_rec.features.numbers import DenseNumber, NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.point_in_time.counters import (
-    MOST,
-    UNITS,
-    Asked,
-    CounterLevels,
-    CounterMemory,
-    CounterTable,
-    SeenTotals,
-    round_labels,
-)
-from mmoe_rec.point_in_time.join import LookUps, known_at
-from mmoe_rec.point_in_time.memory import NEVER
+from mmoe_rec.point_in_time.counters import MOST, CounterMemory, SeenTotals, round_labels
+from mmoe_rec.point_in_time.join import NEVER, LookUps, known_at
 from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Days, Meaning, Once, Remembering, Schema
 
@@ -216,75 +205,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             self.numbers[name].standardiser = Standardiser(**values)
 
 
-class CounterGroup:
-    """Counters that requests ask together: what they give is, to the bit, what each of them encodes."""
-
-    def __init__(self, encoders: Mapping[str, CounterEncoder], salts: Mapping[str, np.uint64]) -> None:
-        """Build the table, and let the encoders' memories share its arrays. salts: of the counters in levels that they
-        share."""
-        self._table = CounterTable([each.memory for each in encoders.values()])
-        for encoder, memory in zip(encoders.values(), self._table.memories, strict=True):
-            encoder.memory = memory
-        self._salts, self._every = salts, list(encoders)
-        self._plan(encoders)
-
-    def without(self, features: Collection[str]) -> Self:
-        if not features:
-            return self
-        group = copy(self)
-        group._plan({name: each for name, each in self.encoders.items() if name not in features})
-        return group
-
-    def _plan(self, encoders: Mapping[str, CounterEncoder]) -> None:
-        self.encoders = encoders
-        self.names = frozenset(name for each in encoders.values() for name in each.numbers)
-        """Of the results."""
-        self._counters = np.array([self._every.index(name) for name in encoders], np.int64)
-        self._own_salts = np.array([[self._salts[name]] for name in encoders], np.uint64)
-        of, earlier, row = [*range(len(encoders))], [0] * len(encoders), 0
-        # For each output, which rows of the matrix of results it gives, the look-ups of its totals at the request and
-        # at its window's start, and its counter.
-        plan: dict[str, list[tuple[int, int, int, int]]] = {}
-        for place, encoder in enumerate(encoders.values()):
-            for window in encoder._windows.values() if encoder._totals else ():
-                start = -1 if window is None else len(of)
-                if window is not None:
-                    of.append(place)
-                    earlier.append(window)
-                for output in encoder._totals:
-                    plan.setdefault(output, []).append((row, place, start, place))
-                    row += 1
-            if "recency" in encoder.feature.outputs:
-                plan.setdefault("recency", []).append((row, place, -1, place))
-                row += 1
-        self._of, self._earlier, self._rows = np.array(of), np.array(earlier), row
-        self._outputs = {output: np.array(each).T for output, each in plan.items()}
-        self._smoothing = np.array([[each.feature.smoothing] for each in encoders.values()])
-        self._prior = np.array([[each.prior] for each in encoders.values()])
-        self._offset = np.array([[each.offset] for each in encoders.values()])
-        self._numbers = DenseNumbers([each for encoder in encoders.values() for each in encoder.numbers.values()])
-
-    def dense(self, rows: LogRows, levels: CounterLevels) -> dict[str, np.ndarray]:
-        """The dense inputs of N rows, (N,) float32 each. levels: of what was learnt."""
-        if not self.names:
-            return {}
-        keys = np.array([rows.hashes(each.by) for each in self.encoders.values()])
-        asked = Asked(self._counters, keys, self._own_salts, rows.times(), self._of, self._earlier)
-        counted, labels, positive, times = self._table.find(asked, levels)
-        # Nothing is subtracted from all of the past.
-        counted, labels = (np.concatenate([each, np.zeros_like(each[:1])]) for each in (counted, labels))
-        values = np.empty((self._rows, len(rows)))
-        for output, (row, now, start, counter) in self._outputs.items():
-            if output == "recency":
-                values[row] = _recency(times[counter], positive[counter])
-            else:
-                totals = counted[now] - counted[start], (labels[now] - labels[start]) / UNITS
-                found = _statistic(output, *totals, self._smoothing[counter], self._prior[counter])
-                values[row] = _distances(found, self._offset[counter]) if output == "rate" else found
-        return self._numbers.inputs(values.astype(np.float32).astype(np.float64))
-
-
-def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: Any, prior: Any) -> np.ndarray:
+def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: float, prior: float) -> np.ndarray:
     """An output of totals: numbers of rows and sums of labels."""
     match output:
         case "positives":

@@ -1,8 +1,7 @@
 """The kind `history`: the user's last engaged candidates before the request, point in time."""
 
-from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, Self
@@ -19,8 +18,7 @@ from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive, one_array
-from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at
-from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.join import KnownEvents, LookUps, Memory, known_at
 from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Meaning, Once, Remembering, Schema
 
@@ -103,12 +101,10 @@ class PooledHistory(HistoryFeature):
 
 @dataclass(eq=False)
 class HistoryMemory(Memory):
-    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables, of
-    each of those; levels: memories of events that came later, the largest first."""
+    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables."""
 
     items: np.ndarray
     attributes: tuple[np.ndarray, ...] = ()
-    levels: tuple[Self, ...] = field(default=(), init=False)
 
     @staticmethod
     def empty(attributes: int = 0) -> "HistoryMemory":
@@ -125,15 +121,6 @@ class HistoryMemory(Memory):
         order = np.lexsort(columns[::-1])  # of one moment, by item and attributes
         key, known, items, *attributes = (each[order] for each in columns)
         return replace(self, events=KnownEvents(key, known), items=items, attributes=tuple(attributes))
-
-    def with_levels(self, levels: Sequence[Self]) -> Self:
-        """The same memory with other levels. No request has to wait for their indexes, nor for this one's, which all
-        memories with other levels share."""
-        for each in (self, *levels):
-            _ = each.events.index
-        memory = copy(self)
-        memory.levels = tuple(levels)
-        return memory
 
     def merged(self, other: Self) -> Self:
         return self.extended(other.events.key, other.events.known, other.items, *other.attributes)
