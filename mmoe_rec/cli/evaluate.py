@@ -117,16 +117,14 @@ def measure_files(
     from mmoe_rec.evaluation.slices import SliceBy
     from mmoe_rec.settings.sections import Evaluation
 
-    placement = tuple[str, ...]()
     if settings is None:
         rows, rules = columns_of_tasks(tasks), Evaluation().model_copy(update=changes)
     else:
-        rows, placement = columns_of_settings(settings), settings.roles.placement
-        rules = _guard_slices(settings.evaluation, slices, bool(against))
+        rows, rules = columns_of_settings(settings), _guard_slices(settings.evaluation, slices, bool(against))
         _check_weights(settings, columns)
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    results = measure_predictions(rows, predictions, out, rules, against, placement, against_columns)
+    results = measure_predictions(rows, predictions, out, rules, against, against_columns)
     for name, summary in results.summaries.items():
         if summary.facts["columns"]["score"] is None:
             what = "the prediction" if len(summary.tasks) == 1 else "the sum of each task's weight x log(prediction)"

@@ -36,7 +36,7 @@ from mmoe_rec.evaluation.intervals import (
 )
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
-from mmoe_rec.evaluation.slices import SliceBy, SliceRecord, compare_slices
+from mmoe_rec.evaluation.slices import SliceRecord, compare_slices
 from mmoe_rec.evaluation.summary import (
     OBJECTIVE,
     SCORE,
@@ -366,15 +366,13 @@ RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
 @dataclass(frozen=True)
 class Results:
     """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
-    title, facts: what a report says of the rows; placement: columns by which slices are not guarded unless named;
-    tried: see `Comparison`."""
+    title, facts: what a report says of the rows; tried: see `Comparison`."""
 
     models: dict[str, MeasuredModel]
     tasks: tuple[str, ...]
     rules: Evaluation
     title: str
     facts: dict[str, str]
-    placement: Collection[str] = ()
     tried: int = 0
 
     @property
@@ -409,13 +407,11 @@ class Results:
         if unknown := [each for each in wanted or () if each not in there]:
             sliced = f"rows are sliced by: {', '.join(there) or 'nothing'}"
             raise UserError(f"evaluation.guarded_slices names '{unknown[0]}', and {sliced}")
-        if wanted is None:
-            wanted = tuple(by for by in there if SliceBy.of(by).column not in self.placement)
-        slices = [each for each in self.slices if each.by in wanted]
+        slices = [each for each in self.slices if wanted is None or each.by in wanted]
         return compare(self.models, self.name, self.tasks, self.rules, slices, self.tried)
 
     @cached_property
     def slices(self) -> list[SliceRecord]:
         """All slices of the first model, beside all rows and other models."""
         resamples = min(self.rules.resamples, RESAMPLES_OF_SLICES)
-        return compare_slices(self.models, self.name, resamples, self.placement)
+        return compare_slices(self.models, self.name, resamples)

@@ -1,4 +1,4 @@
-"""Metrics of models on the test rows, and their predictions and effects of placement for people."""
+"""Metrics of models on the test rows, and their predictions for people."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.slicing import Slicing, overlap, users_in_both
-from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary, find_objective
-from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.vocabulary import row_names
+from mmoe_rec.evaluation.slicing import Slicing, overlap
+from mmoe_rec.evaluation.summary import MeasuredModel, Summary, find_objective
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.locks import reading, writing
@@ -234,7 +232,7 @@ def evaluate_found(
     from mmoe_rec.evaluation.curves import calibration_figure
     from mmoe_rec.evaluation.results_report import write_results
 
-    rules, placement = settings.evaluation, settings.roles.placement
+    rules = settings.evaluation
     check_out(out, settings)
     find_objective(rules.decide_by)
     measured: dict[str, MeasuredModel] = {}
@@ -251,7 +249,7 @@ def evaluate_found(
         title += "" if split == "test" else f" on {split} rows"
         facts = _facts(settings, scored_by_first, split) | {"artifact": version_of(first.folder)}
         tried = note_decision(measured[next(iter(models))].sums.digest)
-        results = Results(measured, tuple(settings.tasks), rules, title, facts, placement, tried)
+        results = Results(measured, tuple(settings.tasks), rules, title, facts, tried)
         write_results(results, out)
         for task, group in results.first.summary.tasks.items():
             # Without a label that is known by now there is nothing to draw; the summary says so.
@@ -282,8 +280,6 @@ def _measure(settings: Settings, scored: ScoredRows, model: Source, slicing: Sli
     }
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
-    told = users_in_both(settings, model.folder, scored, slicing.training)
-    told += filter(None, [read_artifact(model.folder, verify=False).early_end])
     return scored.predicted.measure(
         settings.evaluation.resamples,
         slicing.find(scored),
@@ -291,8 +287,7 @@ def _measure(settings: Settings, scored: ScoredRows, model: Source, slicing: Sli
         address=model.address,
         gates={task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)},
         seen=overlap(settings, model.folder),
-        training=told,
-        placement=describe_placement(scored, model.folder / "features"),
+        early_end=read_artifact(model.folder, verify=False).early_end,
     )
 
 
@@ -353,33 +348,3 @@ def write_predictions(scored: ScoredRows, columns: Columns, out: Path) -> None:
         written["weight"] = rows.weight
     with atomic_file(out / PREDICTIONS) as path:
         pq.write_table(pa.table(written), path, compression="zstd")
-
-
-MOST_VALUES = 50
-"""Values of a feature that are told: those that most rows have."""
-
-
-def describe_placement(scored: ScoredRows, features: Path) -> list[PlacementRecord]:
-    """What a model has learnt of each value of placement; none of a model that knows no placement.
-
-    features: folder of the model's features, which say what values are called.
-    """
-    if scored.placement is None:
-        return []
-    schema, records = FeaturePipeline.load(features, memories=False).schema, []
-    tables = {each.name: (each.feature, each.table) for each in scored.layout.ids}
-    for name, (numbers, rows, effects) in scored.placement.items():
-        most = np.sort(np.argsort(-rows, kind="stable")[:MOST_VALUES])
-        feature, table = tables[name]
-        meaning = schema.features[feature].meaning(schema)
-        values = numbers[most].tolist()
-        known = [number for number in values if number >= meaning.first_known or meaning.row_name is not None]
-        names = dict(zip(known, row_names(meaning, table, list(known), features), strict=True))
-        for number, count, effect in zip(values, rows[most], effects[most], strict=True):
-            other = "missing" if meaning.missing and number == 0 else "unknown"
-            of_tasks = {
-                task.name: float(each if task.kind.is_linear else np.exp(each))
-                for task, each in zip(scored.layout.tasks, effect, strict=True)
-            }
-            records.append(PlacementRecord(name, names.get(number, other), int(count), of_tasks))
-    return records

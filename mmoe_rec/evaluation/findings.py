@@ -43,8 +43,8 @@ def find_all(results: Results) -> list[Finding]:
     """What is suspicious of all models, and of how they have seen the rows before."""
     found = []
     for name, each in results.models.items():
-        for check, sentences in (("seen", each.seen), ("training", each.training)):
-            found += [Finding(name, check, None, f"the model {sentence}") for sentence in sentences]
+        told = [*(("seen", sentence) for sentence in each.seen), ("training", each.early_end)]
+        found += [Finding(name, check, None, f"the model {sentence}") for check, sentence in told if sentence]
         found += find_in_summary(each.summary, name)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmoe_rec.errors import UserError
@@ -24,7 +24,6 @@ def measure_predictions(
     out: str | Path,
     rules: Evaluation,
     against: Sequence[str] = (),
-    placement: Collection[str] = (),
     against_columns: Sequence[str] = (),
 ) -> Results:
     """Measure rows of Parquet files and write `metrics.json` and other files to a folder.
@@ -35,7 +34,6 @@ def measure_predictions(
         out: Folder for the results.
         rules: Rules of intervals and comparisons.
         against: Other predictions of the same rows, to compare with.
-        placement: Columns of placement.
         against_columns: PART=COLUMN for columns that have other names in `against`.
 
     Raises:
@@ -66,7 +64,7 @@ def measure_predictions(
         judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
         facts = {"predictions": source, "files": f"{len(files[source]):,}"}
         facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
-        results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts, placement)
+        results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts)
         write_results(results, out)
     return results
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.evaluation.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
-from mmoe_rec.evaluation.slicing import Slicing, TrainingRows, overlap
+from mmoe_rec.evaluation.slicing import Slicing, overlap
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.inference.artifact import Source, read_example
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -151,13 +151,10 @@ def _judge_rows(
 ) -> tuple[bool, str]:
     """Whether the first of two models, that of the artifact, is better on the rows that both have scored."""
     rules, name = settings.evaluation, next(iter(scored))
-    if rules.slices is None and rules.guarded_slices is None:
-        slicing = Slicing(TrainingRows.of(settings))  # columns of placement are guarded only where they are named
-    else:
-        slicing = Slicing() if rules.guarded_slices == () else Slicing.of(settings, artifact)
+    slicing = Slicing() if rules.guarded_slices == () else Slicing.of(settings, artifact)
     models = {each: rows.predicted.measure(_RESAMPLES, slicing.find(rows)) for each, rows in scored.items()}
     tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
-    results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement, tried)
+    results = Results(models, tuple(settings.tasks), rules, "", {}, tried)
     better, sentence = _read_verdict(results)
     return better, f"{sentence} ({len(scored[name].score):,} judging rows of the validation split)"
 

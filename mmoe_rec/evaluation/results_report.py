@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from mmoe_rec.report.charts import svg
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
-from mmoe_rec.task_kinds import KINDS
 
 _DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")
 _SLICES = 12  # rows of slices that are not folded
@@ -110,7 +108,7 @@ def make_report(results: Results) -> Report:
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
         tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
-    tables += [*_gates(results), *_placement(results)]
+    tables += _gates(results)
     redrawn = "rows" if results.each_row_is_a_user else "users"
     intervals = (
         f"95%, by redrawing {redrawn}. Of a share, such as AUC, they are Jeffreys'; of other metrics percentiles, or "
@@ -248,20 +246,6 @@ def _gates(results: Results) -> Iterator[Table]:
             experts = range(len(next(iter(model.gates.values()))))
             rows = [(task, *(fixed(weight, 2) for weight in weights)) for task, weights in model.gates.items()]
             yield Table(f"Gates of {name}", ("task", *map(str, experts)), rows, note, page_only=True)
-
-
-def _placement(results: Results) -> Iterator[Table]:
-    """Yield what the first model has learned of placement, a table for each feature."""
-    note = (
-        "times the odds of the mean row (for a regression, added to it). The model leaves placement out when it "
-        "serves. This is no experiment: candidates that were shown first may have been better"
-    )
-    tasks = results.first.summary.tasks
-    for feature, records in groupby(results.first.placement, lambda each: each.feature):
-        values = list(records)
-        heads = [f"{KINDS[tasks[task].kind].effect} of {task}" for task in values[0].effects]
-        rows = [(each.value, thousands(each.rows), *(f"{x:.3g}" for x in each.effects.values())) for each in values]
-        yield Table(f"Placement: {feature}", ("value", "rows", *heads), rows, note, page_only=True)
 
 
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:

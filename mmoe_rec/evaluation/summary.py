@@ -177,23 +177,12 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class PlacementRecord:
-    """What a model has learnt of a value of placement. effects: task -> how many times the odds of a binary task are
-    those of the mean row, or what is added to a regression."""
-
-    feature: str
-    value: str
-    rows: int
-    effects: dict[str, float]
-
-
-@dataclass(frozen=True)
 class MeasuredModel:
     """A model's sums, and the summary of its metrics.
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; training: on how it was trained, also on their users;
-    slices: its sums in each, by (what rows are sliced by, value), in the same units; placement: what was learnt of it.
+    unknown; seen: sentences on how it has seen these rows before; early_end: that its training ended too early, if it
+    did; slices: its sums in each, by (what rows are sliced by, value), in the same units.
     """
 
     sums: EvaluationSums
@@ -201,9 +190,8 @@ class MeasuredModel:
     address: str = ""
     gates: dict[str, list[float]] | None = None
     seen: Sequence[str] = ()
-    training: Sequence[str] = ()
+    early_end: str | None = None
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
-    placement: Sequence[PlacementRecord] = ()
 
 
 def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:

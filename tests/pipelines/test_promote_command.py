@@ -29,7 +29,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world with two versions: one that has learnt nothing, and one that has."""
     world = World.of(tmp_path_factory.mktemp("template"))
     world.train(*SLOW)
-    world.train("--evaluation.guarded_slices", '["slot"]')  # which only slices where nothing else is named
+    world.train("--evaluation.slices", '["slot"]', "--evaluation.guarded_slices", '["slot"]')
     assert world.holder() == "2"
     return world
 
