@@ -3,6 +3,11 @@
 README.md has the rule (Is a model better?), which `decide` is in code. p-values of the metrics in tables are corrected
 for how many they are by Holm's method (1979); those of what decides, `evaluation.decide_by`, for the number of models
 alone, as it was named before anything was measured.
+
+Another training, and other users, would have given other metrics, so a mean over S trainings errs by both. Its variance
+is the variance of the trainings / S plus the variance by the users, from the bootstrap of the mean of all S on the same
+redrawn users. The interval is Student's, with degrees of freedom by Welch and Satterthwaite. The difference of two
+settings' means is computed alike.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
     FEW_CHANGES,
     FEW_USERS,
+    LEAST_FREEDOM,
     LEVEL,
     POWER,
     ROUNDING,
@@ -28,6 +34,7 @@ from mmoe_rec.evaluation.intervals import (
     Key,
     Resampled,
     Values,
+    add_errors,
     correct_all,
     find_difference,
     level_after,
@@ -358,6 +365,43 @@ def correct(base: EvaluationSums, differences: Differences, others: Iterable[str
 def _weights_of_tasks(sums: EvaluationSums) -> dict[str, float]:
     """What labels of tasks are worth in the relevance of a row, which rankings are measured by."""
     return {task.name: task.weight for task in sums.tasks if task.weight}
+
+
+@dataclass(frozen=True)
+class TrainingsMean:
+    """A metric over trainings: their mean with its 95% interval; between_trainings: their standard deviation;
+    between_users: the standard error of the mean from the choice of users; values: of each training."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    between_trainings: float | None
+    between_users: float | None
+    values: tuple[float | None, ...]
+
+
+def average_trainings(
+    sums: Sequence[EvaluationSums], resamples: int, objective: Objective | None = None
+) -> dict[str, dict[str, TrainingsMean]]:
+    """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows.
+
+    objective: what decides, whose mean is under `OBJECTIVE`, if all of its tasks are measured.
+    """
+    means, effective = resample_mean(sums, resamples, objective)
+    return nest({key: _mean_of(*each, effective[key]) for key, each in means.items()})
+
+
+def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> TrainingsMean:
+    each = tuple(float(value) if np.isfinite(value) else None for value in values)
+    if None in each:
+        return TrainingsMean(None, None, None, None, None, each)
+    mean, spread = float(values.mean()), float(values.std(ddof=1))
+    of_users, effective = redrawn.error(effective)
+    if of_users is None or effective - 1 < LEAST_FREEDOM:
+        return TrainingsMean(mean, None, None, spread, None, each)
+    error, freedom = add_errors([(spread**2 / len(values), len(values) - 1), (of_users**2, effective - 1)])
+    reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
+    return TrainingsMean(mean, mean - reach, mean + reach, spread, of_users, each)
 
 
 RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%

@@ -280,7 +280,7 @@ def _judge_versions(
 
 def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
-    from mmoe_rec.evaluation.findings import find_all
+    from mmoe_rec.evaluation.sentences import find_all
 
     assert results.comparison is not None
     (better, sentence), findings = _read_verdict(results), find_all(results)

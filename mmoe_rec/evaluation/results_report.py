@@ -15,7 +15,6 @@ from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison, Results
 from mmoe_rec.evaluation.curves import calibration_figure
-from mmoe_rec.evaluation.findings import find_all
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.sentences import (
@@ -25,6 +24,7 @@ from mmoe_rec.evaluation.sentences import (
     describe_metrics,
     describe_slices,
     describe_verdict,
+    find_all,
     note_of,
     note_of_group,
 )
@@ -35,7 +35,6 @@ from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
 
-_DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")
 _SLICES = 12  # rows of slices that are not folded
 _MEASURES = {
     "Verdict": "A model is better if the interval of `evaluation.decide_by` lies above that of the other model, no "
@@ -60,28 +59,23 @@ _MEASURES = {
 def write_results(results: Results, out: Path) -> None:
     """Write the files of an evaluation, and replace the files of an earlier one.
 
-        OUT/metrics.json                    metrics of the first model, and below `against` of the other models
-        OUT/metrics.parquet                 metrics of all models, and the differences
+        OUT/metrics.json                    metrics of the first model, below `against` of the other models, and below
+                                            `comparison` differences and verdicts, if there are other models
         OUT/slices.parquet                  slices, if there are any
-        OUT/comparison.json                 differences and verdicts, if there are other models
         OUT/report.json, report.html        the report
 
     Raises:
         UserError: The models were not measured on the same rows. Nothing is written then.
     """
-    report, comparison, summary = make_report(results), results.comparison, results.first.summary
-    for name in ("comparison.json", "slices.parquet", *(f"calibration_{task}.png" for task in results.tasks)):
-        (out / name).unlink(missing_ok=True)
+    report = make_report(results)
     trees = {name: summary_tree(each) for name, each in results.summaries.items()}
     tree = trees.pop(results.name) | {"facts": results.facts, "against": trees}
+    tree |= {} if results.comparison is None else {"comparison": comparison_tree(results.comparison)}
     write_text(out / "metrics.json", json.dumps(tree, indent=1))
-    if comparison is not None:
-        write_text(out / "comparison.json", json.dumps(comparison_tree(comparison, summary), indent=1))
-    tables = {"metrics": metrics_table(results)}
-    tables |= {"slices": pa.Table.from_pylist([asdict(each) for each in results.slices])} if results.slices else {}
-    for name, table in tables.items():
-        with atomic_file(out / f"{name}.parquet") as file:
-            pq.write_table(table, file)
+    (out / "slices.parquet").unlink(missing_ok=True)
+    if results.slices:
+        with atomic_file(out / "slices.parquet") as file:
+            pq.write_table(pa.Table.from_pylist([asdict(each) for each in results.slices]), file)
     write_report(report, out)
 
 
@@ -274,41 +268,16 @@ def _noted(note: str | None) -> dict[str, str]:
     return {} if note is None else {"note": note}
 
 
-def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
-    """`comparison.json`. summary: of the model."""
+def comparison_tree(compared: Comparison) -> dict[str, Any]:
+    """The differences and verdicts of `metrics.json`."""
     objective, against = compared.objective, dict[str, Any]()
     for other, verdict in compared.verdicts.items():
-        guards = [
-            {"task": each.task, "metric": each.metric, "passed": each.passed}
-            | {"sentence": describe_guard(each, other, compared.rules)}
-            for each in verdict.guards
-        ]
-        told = {"kind": verdict.kind, "sentence": describe_verdict(compared, other, summary), "guards": guards}
-        against[other] = asdict(compared.against[other]) | {"verdict": told | {"detectable": verdict.detectable}}
+        guards = [{name: getattr(guard, name) for name in ("task", "metric", "passed")} for guard in verdict.guards]
+        told = {"kind": verdict.kind, "guards": guards, "detectable": verdict.detectable}
+        against[other] = asdict(compared.against[other]) | {"verdict": told}
     names = ("model", "units", "effective_users", "judged", "left_out")
     return {name: getattr(compared, name) for name in names} | {
         "resamples": compared.rules.resamples,
         "objective": None if objective is None else asdict(objective) | {"name": objective.name},
         "against": against,
     }
-
-
-def metrics_table(results: Results) -> pa.Table:
-    """`metrics.parquet`: a row for each model, task (`score`, `catalogue`) and metric, with its interval; and for each
-    difference from another model, whose name stands in `less`."""
-    rows: list[dict[str, Any]] = []
-    for name, summary in results.summaries.items():
-        tree = summary_tree(summary)
-        for group, metrics in {**tree["tasks"], SCORE: tree[SCORE], "catalogue": tree.get("catalogue", {})}.items():
-            for metric, value in metrics.items():
-                ends = value if isinstance(value, dict) and "low" in value else {"value": value}
-                if isinstance(ends["value"], (int, float)) or ends is value:
-                    rows.append({"model": name, "less": None, "group": group, "metric": metric, **ends})
-    comparison = results.comparison
-    for other, versus in ({} if comparison is None else comparison.against).items():
-        for group, differences in {"objective": {"objective": versus.objective}, **versus.groups}.items():
-            for metric, apart in differences.items():
-                keys = {"model": results.name, "less": other, "group": group, "metric": metric}
-                rows.append(keys | {end: getattr(apart, end) for end in _DIFFERENCE})
-    kinds = [(name, pa.string()) for name in ("model", "less", "group", "metric")]
-    return pa.Table.from_pylist(rows, pa.schema([*kinds, *((name, pa.float64()) for name in _DIFFERENCE)]))

@@ -14,7 +14,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part, Rows, weights_of
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.predicted_rows import PredictedRows
+from mmoe_rec.evaluation.summary import PredictedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout

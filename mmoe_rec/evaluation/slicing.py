@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.predicted_rows import RowsBySlice
 from mmoe_rec.evaluation.slices import SliceBy
+from mmoe_rec.evaluation.summary import RowsBySlice
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.scored_files import text_of
 from mmoe_rec.log.checks import BadFile

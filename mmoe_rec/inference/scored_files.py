@@ -234,17 +234,15 @@ class LearntRows:
         if not learnt:
             return None
         if self.column is not None:
-            return (
-                f"was trained, or its best state chosen, on rows with {', '.join(self.values)} in column "
-                f"'{self.column}', as {learnt:,} of the {rows:,} rows are that were scored: metrics of them flatter "
-                "it; score a file without them"
-            )
-        start, end = self.split.train_start, self.split.validation_end
-        assert end is not None, "times split the rows"
-        period = f"before {end.isoformat()}" if start is None else f"from {start.isoformat()} to {end.isoformat()}"
+            rows_told, fix = f"rows with {', '.join(self.values)} in column '{self.column}'", "a file without them"
+        else:
+            start, end = self.split.train_start, self.split.validation_end
+            assert end is not None, "times split the rows"
+            since = "" if start is None else f" from {start.isoformat()}"
+            rows_told, fix = f"requests{since} before {end.isoformat()}", f"with --start {end.isoformat()}"
         return (
-            f"was trained, or its best state chosen, on requests {period}, when {learnt:,} of the {rows:,} rows were "
-            f"requested that were scored: metrics of them flatter it; score with --start {end.isoformat()}"
+            f"was trained, or its best state chosen, on {rows_told}, as {learnt:,} of the {rows:,} rows are that were "
+            f"scored: metrics of them flatter it; score {fix}"
         )
 
 

@@ -124,7 +124,7 @@ def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_
     times = found["time"].to_numpy().astype("datetime64[us]").astype(np.int64)
     learnt = int((times < begin).sum())
     assert 100 < learnt < len(found) - 100
-    assert f"when {learnt:,} of the {len(found):,} rows were requested" in done.manifest["learnt"]
+    assert f"as {learnt:,} of the {len(found):,} rows are that were scored" in done.manifest["learnt"]
     said = done.manifest["learnt"].partition("score with --start ")[2]
     _, done = scored(small.folder, source, tmp_path / "test", labels=True, window=(microseconds(said), None))
     assert done.manifest["learnt"] is None
