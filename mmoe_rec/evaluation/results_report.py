@@ -38,19 +38,14 @@ from mmoe_rec.report.report_files import write_report
 _SLICES = 12  # rows of slices that are not folded
 _MEASURES = {
     "Verdict": "A model is better if the interval of `evaluation.decide_by` lies above that of the other model, no "
-    "task "
-    "lost more than `evaluation.margin`, no slice of `evaluation.guarded_slices` is shown to have lost more, and "
+    "task lost more than `evaluation.margin`, no slice of `evaluation.guarded_slices` is shown to have lost more, and "
     "probabilities are not off by more than `evaluation.calibration`.",
     "Many differences": "Of twenty differences by chance alone, one is outside of its interval. So p-values are "
-    "corrected "
-    "by Holm's method: the chance that any of the colored differences is none is below 5%.",
-    "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` "
-    "is the "
-    "sum of the predictions over the sum of the labels, `ece` the mean distance of observed rates from predictions "
-    "in ten "
-    "bins of equal mass, `normalised_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, recall "
-    "and "
-    "hit rate are means over requests whose rows differ in relevance.",
+    "corrected by Holm's method: the chance that any of the colored differences is none is below 5%.",
+    "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` is "
+    "the sum of the predictions over the sum of the labels, `ece` the mean distance of observed rates from predictions "
+    "in ten bins of equal mass, `normalised_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, "
+    "recall and hit rate are means over requests whose rows differ in relevance.",
     "Slices": "The AUC of a slice may be low because its rows are alike, not because the model is worse there. Between "
     "models, the difference on the same slice tells more. A range (1, 2] holds values above 1 and up to 2.",
 }

@@ -62,20 +62,16 @@ def describe_limits(compared: Comparison) -> list[str]:
         f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
         for task, rows in compared.left_out.items()
     ]
-    few = {name: users for name, users in compared.effective_users.items() if is_small_sample(users, compared.units)}
-    lines += [
-        f"few users have most rows of {name}: the effective number of users is {users:.1f}, so intervals of "
-        "differences are wide"
-        for name, users in few.items()
+    few = {f"have most rows of {name}": users for name, users in compared.effective_users.items()}
+    if compared.objective is not None:
+        decide = f"decide on {compared.objective.name}, by their rows, weight, positive labels or influence"
+        few[decide] = min(each.objective.effective_users or np.inf for each in compared.against.values())
+    wide = "so intervals of differences are wide"
+    return lines + [
+        f"few users {do}: the effective number of users is {users:.1f}, {wide}"
+        for do, users in few.items()
+        if is_small_sample(users, compared.units)
     ]
-    if compared.objective is not None and not few:
-        fewest = min((each.objective.effective_users or np.inf for each in compared.against.values()), default=np.inf)
-        if is_small_sample(fewest, compared.units):
-            lines.append(
-                f"few users decide on {compared.objective.name}, by their rows, weight, positive labels or influence: "
-                f"the effective number of users is {fewest:.1f}, so intervals of differences are wide"
-            )
-    return lines
 
 
 def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
