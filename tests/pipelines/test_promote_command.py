@@ -20,9 +20,6 @@ from tests.report.parsed import Page
 pytestmark = pytest.mark.thorough
 
 
-SLOWER = promotion._slower
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world with two versions: one that has learnt nothing, and one that has."""
@@ -34,9 +31,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The first version holds the alias; how fast versions answer depends on nothing else that the machine does."""
-    monkeypatch.setattr(promotion, "_slower", lambda *_: 1.0)
+def world(template: World) -> World:
+    """The first version holds the alias."""
     registry.move_alias(NAME, "champion", "1", template.uri)
     return template
 
@@ -124,33 +120,6 @@ def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.C
         assert f"version {version} was trained, or its best state chosen, on requests before 2024-03-08 " in printed
 
 
-def test_a_slower_version_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promotion, "_slower", lambda *_: 2.0)
-    assert run(world, "--challenger", "2") == 1
-    told = "version 2 answers 2.0 times as slowly as version 1, and 1.5 times is allowed"
-    assert told in tags(world, "2")["compared"]
-    assert run(world, "--challenger", "2", "--slower-at-most", "2.5") == 0
-    assert world.holder() == "2"
-
-
-def test_the_time_of_an_answer_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the fastest round, as a machine may be busy in the first rounds or in the last."""
-    folder = fetch_model(f"models:/{NAME}/1", world.uri)
-    now = [0.0]
-    monkeypatch.setattr(promotion.time, "perf_counter", lambda: now[0])
-
-    class Answers:
-        def __init__(self, seconds: float, busy: range) -> None:
-            self.seconds, self.busy, self.calls = seconds, busy, 0
-
-        def rank(self, *_: Any) -> None:
-            self.calls += 1
-            now[0] += self.seconds * (len(self.busy) if self.calls in self.busy else 1)
-
-    sides = Answers(3.0, range(50)), Answers(2.0, range(90, 101))
-    assert SLOWER(*sides, folder) == pytest.approx(1.5)  # type: ignore[arg-type]
-
-
 def test_a_version_that_cannot_be_served_is_refused_and_a_holder_that_cannot_gives_way(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -186,13 +155,13 @@ def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureF
 
 
 def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def meanwhile(*_: Any) -> float:
+    def meanwhile(*_: Any) -> list[str]:
         world.client.create_model_version(NAME, world.client.get_model_version(NAME, "1").source)
         newest = max(int(each.version) for each in world.client.search_model_versions(f"name='{NAME}'"))
         registry.move_alias(NAME, "champion", str(newest), world.uri)
-        return 1.0
+        return []
 
-    monkeypatch.setattr(promotion, "_slower", meanwhile)
+    monkeypatch.setattr(promotion, "_find_objections", meanwhile)
     assert run(world, "--challenger", "2") == 1
     assert world.holder() not in ("1", "2")
     assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
