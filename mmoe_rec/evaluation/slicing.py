@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slices import SliceBy
@@ -31,8 +30,9 @@ from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, adapt_schema
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say
+from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.sections import Settings, Split
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
@@ -65,14 +65,12 @@ class LogColumns:
         artifact: folder of the model, by whose keys rows are known. Raises UserError for columns that the log does not
         have, or can't be sliced by.
         """
-        by = tuple(SliceBy.of(word, OPTION) for word in settings.evaluation.slices)
+        by = tuple(SliceBy.of(word, OPTION) for word in dict.fromkeys(settings.evaluation.slices))
         source, options = settings.data.log, BuildOptions.of(settings.data)
         skip = options.skip_bad_files
         pipeline = FeaturePipeline.load(artifact / "features", memories=False)
         schema = adapt_schema(settings, pipeline.schema)
         uses = column_uses(schema)
-        if twice := next((each.name for each in by if [one.name for one in by].count(each.name) > 1), None):
-            raise UserError(f"{OPTION} names '{twice}' twice")
         if not schema.columns.has_candidate and skip:
             raise UserError(
                 "slices by columns of the log need columns.candidate where files may be left out "
@@ -258,11 +256,7 @@ def overlap(settings: Settings, artifact: Path, split: str = "test") -> list[str
         Sentences without their subject, none if it has not seen these rows.
     """
     of_test = split == "test"
-    try:
-        tree = yaml.safe_load((artifact / "settings.yaml").read_text(encoding="utf-8"))
-        its, now = Split.model_validate(tree["split"]), settings.split
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return ["does not say on which rows it was trained, so it may have seen labels that it is measured by"]
+    its, now = load_settings(artifact / "settings.yaml").split, settings.split
     if now.column != its.column:
         ways = ["times" if each is None else f"column '{each}'" for each in (its.column, now.column)]
         rows = f"rows that {ways[0]} split, and those that it is measured on {ways[1]}"
