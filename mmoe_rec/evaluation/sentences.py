@@ -181,20 +181,6 @@ def _describe_slice(each: SliceRecord) -> str:
     return f"{which}: {each.metric} of {each.group} is {value:.3f}, where {beside} is {value - apart:.3f}"
 
 
-def describe_other_slices(results: Results) -> Iterator[str]:
-    """What is not compared, as slices hold other rows for other models, as those of a rank do."""
-    told = {(each.by, each.slice, each.beside) for each in results.slices}
-    others = dict.fromkeys(
-        by
-        for by, name in results.first.slices
-        for other, model in results.models.items()
-        # Of a model that is not sliced by it, nothing is compared.
-        if other != results.name and any(by == its for its, _ in model.slices) and (by, name, other) not in told
-    )
-    if others:
-        yield f"slices by {', '.join(others)} hold other rows for other models, so these are not compared there"
-
-
 def describe_notes(summaries: Sequence[Summary]) -> list[str]:
     """The notes of summaries of the same rows, each once, with its subject; then what is left out."""
     notes = [note for each in summaries if (note := note_of(each)) is not None]
@@ -278,7 +264,6 @@ def describe_cautions(results: Results) -> Iterator[str]:
     yield from describe_notes(list(summaries.values()))
     if caution := results.facts.get("caution"):
         yield caution
-    yield from describe_other_slices(results)
 
 
 # Suspicious metrics: a mistake gives them rather than a model
