@@ -42,7 +42,7 @@ OWN_SECTIONS = {"mmoe_rec.features.kinds", "mmoe_rec.model.routing"}
 ONLY_IN = {
     "mlflow": {"mmoe_rec/tracking", "mmoe_rec/inference"},
     "jinja2": {"mmoe_rec/report"},
-    "matplotlib": {"mmoe_rec/report", "mmoe_rec/evaluation/curves.py", "mmoe_rec/profiling/health_report.py"},
+    "matplotlib": {"mmoe_rec/report", "mmoe_rec/evaluation/results_report.py", "mmoe_rec/profiling/health_report.py"},
     "torchrec": {"mmoe_rec/batches", "mmoe_rec/model", "mmoe_rec/training"},
     **{name: {"mmoe_rec/server"} for name in ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client")},
 }

@@ -17,7 +17,8 @@ what a row is worth, such as `--tasks bought stars:regression=0.2`.
 
 `--against` compares with other models, or with other predictions of the same rows. It prints the differences of all
 metrics with intervals, and says which is better: by `evaluation.decide_by`, with no loss for any task
-(`evaluation.margin`). `--slices` measures parts of the rows too, by columns of the log or of the files.
+(`evaluation.margin`). `--slices` (default: `evaluation.slices`) measures parts of the rows too, by columns of the
+log or of the files.
 """
 
 from __future__ import annotations
@@ -62,18 +63,16 @@ def evaluate(
 ) -> None:
     if (model is None) == (predictions is None):
         raise UserError(f"give {'one' if model else 'either'} of --model and --predictions; --help says how")
-    settings, changes = None, dict[str, Any]()
-    if resamples is not None:
-        changes["resamples"] = resamples
-    if configuration is not None:
-        changes |= {"slices": slices} if slices and model else {}
-        rules = configuration.settings.evaluation.model_copy(update=changes)
-        settings = configuration.settings.model_copy(update={"evaluation": rules})
+    from mmoe_rec.settings.sections import Evaluation
+
+    changes = {name: value for name, value in (("resamples", resamples), ("slices", slices)) if value}
+    settings = None if configuration is None else configuration.settings
+    rules = (Evaluation() if settings is None else settings.evaluation).model_copy(update=changes)
     if predictions is not None:
         if split is not None:
             raise UserError("--split chooses rows of the log for --model; name files with --predictions")
         out = out or Path("metrics")
-        results = measure_files(settings, predictions, out, against, slices, changes, **of_files)
+        results = measure_files(settings, rules, predictions, out, against, **of_files)
     else:
         if given := next((name for name, value in of_files.items() if value), None):
             raise UserError(f"--{given.replace('_', '-')} is an option of --predictions; leave it out with --model")
@@ -83,6 +82,7 @@ def evaluate(
 
         split = split or "test"
         out = out or Path(settings.data.work) / place_of(split)
+        settings = settings.model_copy(update={"evaluation": rules})
         results = evaluate_model(settings, model, out, against, split).results
     from mmoe_rec.evaluation.results_report import make_report
 
@@ -95,11 +95,10 @@ def evaluate(
 
 def measure_files(
     settings: Settings | None,
+    rules: Evaluation,
     predictions: str,
     out: Path,
     against: tuple[str, ...],
-    slices: tuple[str, ...],
-    changes: dict[str, Any],
     *,
     tasks: tuple[str, ...],
     columns: tuple[str, ...],
@@ -112,21 +111,21 @@ def measure_files(
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     if against_columns and not against:
         raise UserError("--against-columns names columns of the files of --against, which is not given")
-    from mmoe_rec.evaluation.measure_files import measure_predictions
-    from mmoe_rec.evaluation.prediction_files import columns_of_settings, columns_of_tasks
+    from mmoe_rec.evaluation.prediction_files import columns_of_settings, columns_of_tasks, measure_predictions
     from mmoe_rec.evaluation.slices import SliceBy
-    from mmoe_rec.settings.sections import Evaluation
 
-    placement = tuple[str, ...]()
-    if settings is None:
-        rows, rules = columns_of_tasks(tasks), Evaluation().model_copy(update=changes)
-    else:
-        rows, placement = columns_of_settings(settings), settings.roles.placement
-        rules = _guard_slices(settings.evaluation, slices, bool(against))
+    if settings is not None:
         _check_weights(settings, columns)
-    rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
+    if rules.guarded_slices is not None:  # users and candidates of training are unknown
+        guarded = tuple(each for each in rules.guarded_slices if each in rules.slices)
+        if against and guarded != rules.guarded_slices:
+            told = ", ".join(guarded) or "nothing"
+            say(f"evaluation.guarded_slices guards {told} here, as files are sliced by --slices alone")
+        rules = rules.model_copy(update={"guarded_slices": guarded})
+    rows = columns_of_tasks(tasks) if settings is None else columns_of_settings(settings)
+    rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in rules.slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    results = measure_predictions(rows, predictions, out, rules, against, placement, against_columns)
+    results = measure_predictions(rows, predictions, out, rules, against, against_columns)
     for name, summary in results.summaries.items():
         if summary.facts["columns"]["score"] is None:
             what = "the prediction" if len(summary.tasks) == 1 else "the sum of each task's weight x log(prediction)"
@@ -134,17 +133,6 @@ def measure_files(
         if summary.facts["columns"]["candidate"] is None and summary.rows > summary.requests:
             say(f"note: without a column of candidates in '{name}', rows that come twice can't be told")
     return results
-
-
-def _guard_slices(rules: Evaluation, slices: tuple[str, ...], compares: bool) -> Evaluation:
-    """Guard those slices alone that files are sliced by."""
-    if rules.slices and not slices:
-        say("evaluation.slices names columns of the log; name columns of the files with --slices")
-    if rules.guarded_slices is None:
-        return rules
-    if compares and (left := [each for each in rules.guarded_slices if each not in slices]):
-        say(f"evaluation.guarded_slices names '{left[0]}', which guards nothing here unless --slices names it")
-    return rules.model_copy(update={"guarded_slices": tuple(each for each in rules.guarded_slices if each in slices)})
 
 
 def _check_weights(settings: Settings, columns: tuple[str, ...]) -> None:

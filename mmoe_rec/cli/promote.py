@@ -2,9 +2,8 @@
 
 Gives the alias (`tracking.alias`) to a version of the registered model, if that is shown to be better than the version
 that holds it: on the settings' test rows, which neither may have seen, by `evaluation.decide_by`, with no loss for any
-task (`evaluation.margin`), and taking at most --slower-at-most times as long to answer. Writes the report of both to
-`data.work`/promotion, and keeps the verdict with the version. The exit code is 0 where the version holds the alias, and
-1 where it was refused.
+task (`evaluation.margin`). Writes the report of both to `data.work`/promotion, and keeps the verdict with the version.
+The exit code is 0 where the version holds the alias, and 1 where it was refused.
 
 `--rollback` gives the alias back to the version that held it before.
 """
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.main import Configuration, NumberBetween, out_option, settings_command, show, show_report
+from mmoe_rec.cli.main import Configuration, out_option, settings_command, show, show_report
 from mmoe_rec.errors import UserError
 
 REFUSED = 1
@@ -24,11 +23,8 @@ REFUSED = 1
 @settings_command(__doc__)
 @click.option("--challenger", metavar="V", help="number of the version, or an alias that it holds")
 @click.option("--rollback", is_flag=True, help="give the alias back to the version before")
-@click.option("--slower-at-most", type=NumberBetween(0.1, 1000), default=1.5, metavar="X", help="times as slow (1.5)")
 @out_option("data.work/promotion")
-def promote(
-    configuration: Configuration, challenger: str | None, rollback: bool, slower_at_most: float, out: Path | None
-) -> None:
+def promote(configuration: Configuration, challenger: str | None, rollback: bool, out: Path | None) -> None:
     if (challenger is None) != rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
     from mmoe_rec.evaluation.promotion import promote_version, roll_back
@@ -38,7 +34,7 @@ def promote(
         show(roll_back(settings).reasons)
         return
     out = out or Path(settings.data.work) / "promotion"
-    decision = promote_version(settings, challenger, slower_at_most, out)
+    decision = promote_version(settings, challenger, out)
     if decision.results is not None:
         from mmoe_rec.evaluation.results_report import make_report
 

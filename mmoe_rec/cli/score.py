@@ -2,7 +2,8 @@
 
 Scores a log, or lists of candidates, in Parquet: writes each row's request, user, candidate and time, every task's
 prediction (predicted_TASK), the score, its rank within the request (1 is best) and the model's address and version, as
-Parquet files in the order of the input, with a _manifest.json. The same command again skips what it has scored.
+Parquet files in the order of the input, with a _manifest.json. The same command again scores nothing if the output is
+complete.
 
 --as-of says what counters and histories know. `log`: what is known before each request in the log that is given, as in
 an evaluation; it needs the columns of labels, null where nothing is known yet, and the past of the rows that matter.

@@ -3,6 +3,11 @@
 README.md has the rule (Is a model better?), which `decide` is in code. p-values of the metrics in tables are corrected
 for how many they are by Holm's method (1979); those of what decides, `evaluation.decide_by`, for the number of models
 alone, as it was named before anything was measured.
+
+Another training, and other users, would have given other metrics, so a mean over S trainings errs by both. Its variance
+is the variance of the trainings / S plus the variance by the users, from the bootstrap of the mean of all S on the same
+redrawn users. The interval is Student's, with degrees of freedom by Welch and Satterthwaite. The difference of two
+settings' means is computed alike.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
     FEW_CHANGES,
     FEW_USERS,
+    LEAST_FREEDOM,
     LEVEL,
     POWER,
     ROUNDING,
@@ -28,6 +34,7 @@ from mmoe_rec.evaluation.intervals import (
     Key,
     Resampled,
     Values,
+    add_errors,
     correct_all,
     find_difference,
     level_after,
@@ -36,7 +43,7 @@ from mmoe_rec.evaluation.intervals import (
 )
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
-from mmoe_rec.evaluation.slices import SliceBy, SliceRecord, compare_slices
+from mmoe_rec.evaluation.slices import SliceRecord, compare_slices
 from mmoe_rec.evaluation.summary import (
     OBJECTIVE,
     SCORE,
@@ -360,21 +367,56 @@ def _weights_of_tasks(sums: EvaluationSums) -> dict[str, float]:
     return {task.name: task.weight for task in sums.tasks if task.weight}
 
 
+@dataclass(frozen=True)
+class TrainingsMean:
+    """A metric over trainings: their mean with its 95% interval; between_trainings: their standard deviation;
+    between_users: the standard error of the mean from the choice of users; values: of each training."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    between_trainings: float | None
+    between_users: float | None
+    values: tuple[float | None, ...]
+
+
+def average_trainings(
+    sums: Sequence[EvaluationSums], resamples: int, objective: Objective | None = None
+) -> dict[str, dict[str, TrainingsMean]]:
+    """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows.
+
+    objective: what decides, whose mean is under `OBJECTIVE`, if all of its tasks are measured.
+    """
+    means, effective = resample_mean(sums, resamples, objective)
+    return nest({key: _mean_of(*each, effective[key]) for key, each in means.items()})
+
+
+def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> TrainingsMean:
+    each = tuple(float(value) if np.isfinite(value) else None for value in values)
+    if None in each:
+        return TrainingsMean(None, None, None, None, None, each)
+    mean, spread = float(values.mean()), float(values.std(ddof=1))
+    of_users, effective = redrawn.error(effective)
+    if of_users is None or effective - 1 < LEAST_FREEDOM:
+        return TrainingsMean(mean, None, None, spread, None, each)
+    error, freedom = add_errors([(spread**2 / len(values), len(values) - 1), (of_users**2, effective - 1)])
+    reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
+    return TrainingsMean(mean, mean - reach, mean + reach, spread, of_users, each)
+
+
 RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
 
 
 @dataclass(frozen=True)
 class Results:
     """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
-    title, facts: what a report says of the rows; placement: columns by which slices are not guarded unless named;
-    tried: see `Comparison`."""
+    title, facts: what a report says of the rows; tried: see `Comparison`."""
 
     models: dict[str, MeasuredModel]
     tasks: tuple[str, ...]
     rules: Evaluation
     title: str
     facts: dict[str, str]
-    placement: Collection[str] = ()
     tried: int = 0
 
     @property
@@ -409,13 +451,11 @@ class Results:
         if unknown := [each for each in wanted or () if each not in there]:
             sliced = f"rows are sliced by: {', '.join(there) or 'nothing'}"
             raise UserError(f"evaluation.guarded_slices names '{unknown[0]}', and {sliced}")
-        if wanted is None:
-            wanted = tuple(by for by in there if SliceBy.of(by).column not in self.placement)
-        slices = [each for each in self.slices if each.by in wanted]
+        slices = [each for each in self.slices if wanted is None or each.by in wanted]
         return compare(self.models, self.name, self.tasks, self.rules, slices, self.tried)
 
     @cached_property
     def slices(self) -> list[SliceRecord]:
         """All slices of the first model, beside all rows and other models."""
         resamples = min(self.rules.resamples, RESAMPLES_OF_SLICES)
-        return compare_slices(self.models, self.name, resamples, self.placement)
+        return compare_slices(self.models, self.name, resamples)

@@ -1,4 +1,4 @@
-"""Metrics of models on the test rows, and their predictions and effects of placement for people."""
+"""Metrics of models on the test rows, and their predictions for people."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.slicing import Slicing, overlap, users_in_both
-from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary, find_objective
-from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.vocabulary import row_names
+from mmoe_rec.evaluation.slicing import Slicing, overlap
+from mmoe_rec.evaluation.summary import MeasuredModel, Summary, find_objective
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.locks import reading, writing
@@ -112,35 +109,34 @@ PROMOTION = "promotion"
 """Folder of a run's files, of what `promote` measures."""
 
 
-def log_evaluation(
-    settings: Settings, model: Source, scored: ScoredRows, results: Results, out: Path, place: str, split: str
-) -> None:
-    """Logs to the run of a model, or to a new one where that is not known. Metrics of other rows than those of its
-    training's log and split get sections of their own, beside those of the training's.
+def log_evaluation(settings: Settings, model: Source, results: Results, out: Path, place: str, split: str) -> None:
+    """Log to the run of a model, or to a new one if that is unknown or the rows are not of its training's log.
 
-    scored, results: of the model and those it is compared with; out: where the files are; place: folder of the run's
-    files; split: of the rows. Raises UnreachableError where MLflow does not answer.
+    Args:
+        settings: Settings that name the rows.
+        model: The first of the measured models.
+        results: Results of the models.
+        out: Folder of the files.
+        place: Folder of the run's files.
+        split: Split of the rows.
+
+    Raises:
+        UnreachableError: MLflow does not answer.
     """
-    from mmoe_rec.evaluation.curves import log_gates
-    from mmoe_rec.evaluation.findings import find_all
-    from mmoe_rec.evaluation.results_report import comparison_tree
-    from mmoe_rec.evaluation.sentences import describe_verdicts
+    from mmoe_rec.evaluation.sentences import describe_verdicts, find_all
     from mmoe_rec.evaluation.summary import flatten
 
-    layout, summary, first = scored.layout, results.first.summary, results.first
+    summary, first, inputs = results.first.summary, results.first, BuildInputs.of(settings)
+    prepared = existing(inputs)
+    fingerprints = {fingerprint_of(inputs.logs, inputs.windows)}
+    fingerprints |= set() if prepared is None else {prepared.manifest["fingerprint"]}
+    run_id = model.run_id if read_artifact(model.folder, verify=False).fingerprint in fingerprints else None
     uri, name = settings.tracking.address, f"evaluate {model.address}"
-    with runs.open_run(uri, settings.experiment, run_name=name, run_id=model.run_id) as run:
-        inputs = BuildInputs.of(settings)
-        prepared = existing(inputs)
+    with runs.open_run(uri, settings.experiment, run_name=name, run_id=run_id) as run:
         if prepared is not None:
             run.log_inputs(data_sets(settings, prepared.manifest, split))
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
         section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
-        fingerprints = {fingerprint_of(inputs.logs, inputs.windows)}
-        fingerprints |= set() if prepared is None else {prepared.manifest["fingerprint"]}
-        if read_artifact(model.folder, verify=False).fingerprint not in fingerprints:  # not of its training's rows
-            heading, section = f"{heading} of another log or split", f"other_{split}_rows"
-            place = f"{place}_of_other_rows" if place != PROMOTION else place
         sentences = quoted([*describe_verdicts(results), *(each.message for each in find_all(results))])
         of_rows = ("log", "rows", "requests", "caution")
         facts = "\n".join(f"- {fact}: {results.facts[fact]}" for fact in of_rows if fact in results.facts)
@@ -151,17 +147,8 @@ def log_evaluation(
             for metric, value in flatten(summary).items()
         }
         run.log_metrics(numbers)
-        run.forget_metrics(f"{section}/", numbers)
         run.log_artifact(out / "metrics.json", place)
-        # Files of a run can't be taken away again: without other models there is a comparison with none.
-        tree = {"against": {}} if results.comparison is None else comparison_tree(results.comparison, summary)
-        run.log_text(tree, f"{place}/comparison.json")
         run.log_artifact(out / "report.html", place)
-        for plot in (out / f"calibration_{task.name}.png" for task in layout.tasks):
-            if plot.exists():
-                run.log_artifact(plot, place)
-        assert scored.experts is not None, "a model scored the rows"
-        log_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
     if split != "test" or first.seen:  # what it has learnt says nothing of it
         return
     if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", model.address)) is not None:
@@ -230,10 +217,9 @@ def evaluate_found(
 
     place: folder of the run's files; note_decision: tells how many decisions on rows of a digest promoted none before.
     """
-    from mmoe_rec.evaluation.curves import calibration_figure
     from mmoe_rec.evaluation.results_report import write_results
 
-    rules, placement = settings.evaluation, settings.roles.placement
+    rules = settings.evaluation
     check_out(out, settings)
     find_objective(rules.decide_by)
     measured: dict[str, MeasuredModel] = {}
@@ -248,16 +234,12 @@ def evaluate_found(
         assert scored_by_first is not None, "there is a model"
         title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
-        facts = _facts(settings, scored_by_first, split) | {"artifact": version_of(first.folder)}
+        facts = _facts(settings, split) | {"artifact": version_of(first.folder)}
         tried = note_decision(measured[next(iter(models))].sums.digest)
-        results = Results(measured, tuple(settings.tasks), rules, title, facts, placement, tried)
+        results = Results(measured, tuple(settings.tasks), rules, title, facts, tried)
         write_results(results, out)
-        for task, group in results.first.summary.tasks.items():
-            # Without a label that is known by now there is nothing to draw; the summary says so.
-            if task in settings.tasks and group.details.get("calibration_bins"):
-                calibration_figure(results.first.summary, task).savefig(out / f"calibration_{task}.png")
         try:
-            log_evaluation(settings, first, scored_by_first, results, out, place, split)
+            log_evaluation(settings, first, results, out, place, split)
         except UserError as error:
             all_of_it = "" if isinstance(error, UnreachableError) else "all of it "
             say(f"{error}: the evaluation is in '{out}', but not {all_of_it}in MLflow")
@@ -281,8 +263,6 @@ def _measure(settings: Settings, scored: ScoredRows, model: Source, slicing: Sli
     }
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
-    told = users_in_both(settings, model.folder, scored, slicing.training)
-    told += filter(None, [read_artifact(model.folder, verify=False).early_end])
     return scored.predicted.measure(
         settings.evaluation.resamples,
         slicing.find(scored),
@@ -290,12 +270,11 @@ def _measure(settings: Settings, scored: ScoredRows, model: Source, slicing: Sli
         address=model.address,
         gates={task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)},
         seen=overlap(settings, model.folder),
-        training=told,
-        placement=describe_placement(scored, model.folder / "features"),
+        early_end=read_artifact(model.folder, verify=False).early_end,
     )
 
 
-def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:
+def _facts(settings: Settings, split: str) -> dict[str, str]:
     """What a reader wants to know of the rows."""
     rows, facts = settings.split, {"log": settings.data.log}
     if rows.column is not None:
@@ -309,12 +288,6 @@ def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]
         facts["caution"] = "these rows chose the state of the model, so it looks better on them than on others"
     if settings.columns.weight is not None:
         facts["rows count"] = f"by column '{settings.columns.weight}'"
-    for task, label in zip(scored.layout.tasks, scored.labels.T, strict=True):
-        seen = ~np.isnan(label)
-        observed, weights = label[seen], None if scored.weights is None else scored.weights[seen]
-        of = "" if weights is None else " by weights"
-        mean = f", mean{of} {np.average(observed, weights=weights):.4g}" if len(observed) else ""
-        facts[f"labels of {task.name}"] = f"{len(observed):,} of {len(label):,} rows observed{mean}"
     of = "users" if settings.columns.has_user else "rows" if settings.columns.request is None else "requests"
     facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"
     facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
@@ -352,33 +325,3 @@ def write_predictions(scored: ScoredRows, columns: Columns, out: Path) -> None:
         written["weight"] = rows.weight
     with atomic_file(out / PREDICTIONS) as path:
         pq.write_table(pa.table(written), path, compression="zstd")
-
-
-MOST_VALUES = 50
-"""Values of a feature that are told: those that most rows have."""
-
-
-def describe_placement(scored: ScoredRows, features: Path) -> list[PlacementRecord]:
-    """What a model has learnt of each value of placement; none of a model that knows no placement.
-
-    features: folder of the model's features, which say what values are called.
-    """
-    if scored.placement is None:
-        return []
-    schema, records = FeaturePipeline.load(features, memories=False).schema, []
-    tables = {each.name: (each.feature, each.table) for each in scored.layout.ids}
-    for name, (numbers, rows, effects) in scored.placement.items():
-        most = np.sort(np.argsort(-rows, kind="stable")[:MOST_VALUES])
-        feature, table = tables[name]
-        meaning = schema.features[feature].meaning(schema)
-        values = numbers[most].tolist()
-        known = [number for number in values if number >= meaning.first_known or meaning.row_name is not None]
-        names = dict(zip(known, row_names(meaning, table, list(known), features), strict=True))
-        for number, count, effect in zip(values, rows[most], effects[most], strict=True):
-            other = "missing" if meaning.missing and number == 0 else "unknown"
-            of_tasks = {
-                task.name: float(each if task.kind.is_linear else np.exp(each))
-                for task, each in zip(scored.layout.tasks, effect, strict=True)
-            }
-            records.append(PlacementRecord(name, names.get(number, other), int(count), of_tasks))
-    return records

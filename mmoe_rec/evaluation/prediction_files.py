@@ -5,10 +5,11 @@ Rows are checked as they are read, and held in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +17,22 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.predicted_rows import PredictedRows, RowsBySlice
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.slices import SliceBy
+from mmoe_rec.evaluation.summary import MeasuredModel, PredictedRows, RowsBySlice, find_objective
 from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask
 from mmoe_rec.inference.ranking import ROW
+from mmoe_rec.inference.scored_files import learnt_from
+from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, open_parquet
-from mmoe_rec.log.columns import canonical_type, combine, hash_column
-from mmoe_rec.log.files import FoundFile, find_files, path_values
+from mmoe_rec.log.columns import combine, hash_column
+from mmoe_rec.log.files import FoundFile, find_files, is_remote, path_values
 from mmoe_rec.log.rows import ROWS_AT_A_TIME
 from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
 from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.preprocessing.places import check_out, short_names
 from mmoe_rec.settings.log_columns import Use, outcome_name
-from mmoe_rec.settings.sections import ErrorOrKeep, Settings
+from mmoe_rec.settings.sections import ErrorOrKeep, Evaluation, Settings
 from mmoe_rec.task_kinds import DEFAULT, find_kind
 from mmoe_rec.task_kinds.task_kind import Check
 
@@ -176,14 +181,15 @@ class PredictionFile:
 
 
 def match_columns(columns: PredictionColumns, files: Sequence[PredictionFile]) -> PredictionColumns:
-    """Match columns with files. Raises UserError if a file lacks a column, or types differ between files."""
+    """Match columns with files. Raises BadFile if a file lacks a column, or has several of one name."""
     columns = columns.match({name for file in files for name in file.schema.names})
-    types: dict[str, tuple[Any, str]] = {}
     for file in files:
-        for name, kind in _find_key_types(columns, file).items():
-            first, where = types.setdefault(name, (kind, file.address))
-            if first != kind:
-                raise UserError(f"column '{name}' holds {first} in '{where}', and {kind} in '{file.address}'")
+        for name in (*columns.find_uses(), *(by.column for by in columns.slices)):
+            number = file.schema.names.count(name)
+            if number > 1:
+                raise BadFile(f"'{file.address}' has several columns '{name}'", file.address)
+            if not number:
+                raise BadFile(f"'{file.address}' has no column '{name}'{_hint(columns, name)}", file.address)
     return columns
 
 
@@ -203,7 +209,11 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
     tables = [_read_file(columns, file.address) for file in files if file.rows]
     if not tables:
         raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
-    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    except pa.ArrowTypeError as error:
+        where = f"the {len(files):,} files such as '{files[0].address}'"
+        raise UserError(f"{where} hold columns of several types, which can't be compared: {error}") from None
     _check_requests(columns, table)
     slices = {}
     for by in columns.slices:
@@ -334,38 +344,87 @@ class _FileRows:
             raise BadFile(f"'{self.address}': {what}{first_row(row)}", self.address)
 
 
-def _find_key_types(columns: PredictionColumns, file: PredictionFile) -> dict[str, pa.DataType]:
-    """Canonical types of a file's columns that are keys. Raises BadFile where one is missing or of a wrong type."""
-    types = {}
-    address, schema = file.address, file.schema
-    for name, use in columns.find_uses().items():
-        if schema.names.count(name) > 1:
-            raise BadFile(f"'{address}' has several columns '{name}'", address)
-        if schema.get_field_index(name) < 0:
-            raise BadFile(f"'{address}' has no column '{name}'{_hint(columns, name)}", address)
-        kind = schema.field(name).type
-        kind = kind.value_type if pt.is_dictionary(kind) else kind
-        if not file.rows:
-            continue
-        if use == "any" and (pt.is_timestamp(kind) or pt.is_date(kind)):
-            types[name] = pa.timestamp("us", tz=getattr(kind, "tz", None))
-            continue
-        try:
-            canonical = canonical_type(name, "key" if use == "any" else use, kind)
-        except UserError as error:
-            raise BadFile(f"'{address}': {error}", address) from None
-        if use != "number" and not pt.is_null(canonical):
-            types[name] = canonical
-    for by in columns.slices:
-        if schema.get_field_index(by.column) < 0:
-            what = f"has no column '{by.column}', by which rows are to be sliced (--slices)"
-            raise BadFile(f"'{address}' {what}", address)
-    return types
-
-
 def _hint(columns: PredictionColumns, name: str) -> str:
+    if name not in columns.find_uses():
+        return ", by which rows are to be sliced (--slices, evaluation.slices)"
     part = next((part for part, column in columns.by_part().items() if column == name), "request")
     kind, _, task = part.partition("_")
     what = {"label": f", the labels of task '{task}': mmoe-rec score writes them with --labels"}
     what["predicted"] = f", the predictions of task '{task}'"
     return f"{what.get(kind, '')}; name another one with --columns {part}=COLUMN"
+
+
+# Measuring the rows of files
+
+
+def measure_predictions(
+    columns: PredictionColumns,
+    source: str,
+    out: str | Path,
+    rules: Evaluation,
+    against: Sequence[str] = (),
+    against_columns: Sequence[str] = (),
+) -> Results:
+    """Measure rows of Parquet files and write `metrics.json` and other files to a folder.
+
+    Args:
+        columns: Tasks and the names of columns.
+        source: A folder of Parquet files, one file or a glob.
+        out: Folder for the results.
+        rules: Rules of intervals and comparisons.
+        against: Other predictions of the same rows, to compare with.
+        against_columns: PART=COLUMN for columns that have other names in `against`.
+
+    Raises:
+        UserError: A file, a column or a value is wrong.
+    """
+    from mmoe_rec.evaluation.results_report import write_results
+
+    if is_remote(str(out)):
+        raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
+    out = Path(os.path.abspath(out))
+    check_out(out)
+    names = short_names([source, *against])
+    find_objective(rules.decide_by)
+    listed = {each: find_files(each, "--predictions" if each == source else "--against") for each in (source, *against)}
+    _check_places(listed, out)
+    files = {each: [PredictionFile.read(file) for file in those] for each, those in listed.items()}
+    mine = {source: match_columns(columns, files[source])}
+    for each in against:
+        try:
+            mine[each] = match_columns(columns.with_columns(against_columns, "--against-columns"), files[each])
+        except BadFile as error:
+            raise BadFile(str(error).replace("--columns", "--against-columns"), error.address) from None
+    with writing(out, "an evaluation", "give another folder with --out", queue=True):
+        measured = {
+            names[each]: _measure_files(mine[each], those, each, rules.resamples) for each, those in files.items()
+        }
+        judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
+        facts = {"predictions": source, "files": f"{len(files[source]):,}"}
+        facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
+        results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts)
+        write_results(results, out)
+    return results
+
+
+def _measure_files(
+    columns: PredictionColumns, files: Sequence[PredictionFile], source: str, resamples: int
+) -> MeasuredModel:
+    rows, slices = read_predictions(columns, files)
+    weights = {task.name: task.weight for task in columns.tasks}
+    facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
+    seen = learnt_from(file.address for file in files)
+    return rows.measure(resamples, slices, facts, address=source, seen=seen)
+
+
+def _check_places(listed: Mapping[str, list[FoundFile]], out: Path) -> None:
+    """Raises UserError where results would lie among predictions or over them, or predictions are given twice."""
+    real, sources = Path(os.path.realpath(out)), dict[frozenset[str], str]()
+    for each, files in listed.items():
+        places = frozenset(it.address if is_remote(it.address) else os.path.realpath(it.address) for it in files)
+        is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
+        if is_inside or any(Path(place).is_relative_to(real) for place in places):
+            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
+        if places in sources:
+            raise UserError(f"'{sources[places]}' and '{each}' are the same predictions; give others with --against")
+        sources[places] = each

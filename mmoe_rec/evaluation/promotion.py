@@ -11,7 +11,6 @@ than where it was written) keeps the alias. An outage of MLflow decides nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +20,9 @@ from typing import TYPE_CHECKING
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.evaluation.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
-from mmoe_rec.evaluation.slicing import Slicing, TrainingRows, overlap
+from mmoe_rec.evaluation.slicing import Slicing, overlap
 from mmoe_rec.evaluation.summary import SCORE
-from mmoe_rec.inference.artifact import Source, read_example
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from mmoe_rec.model.model_layout import ModelLayout
 
 _RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
-_CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round counts
 
 
 @dataclass(frozen=True)
@@ -151,13 +149,10 @@ def _judge_rows(
 ) -> tuple[bool, str]:
     """Whether the first of two models, that of the artifact, is better on the rows that both have scored."""
     rules, name = settings.evaluation, next(iter(scored))
-    if rules.slices is None and rules.guarded_slices is None:
-        slicing = Slicing(TrainingRows.of(settings))  # columns of placement are guarded only where they are named
-    else:
-        slicing = Slicing() if rules.guarded_slices == () else Slicing.of(settings, artifact)
+    slicing = Slicing() if rules.guarded_slices == () else Slicing.of(settings, artifact)
     models = {each: rows.predicted.measure(_RESAMPLES, slicing.find(rows)) for each, rows in scored.items()}
     tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
-    results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement, tried)
+    results = Results(models, tuple(settings.tasks), rules, "", {}, tried)
     better, sentence = _read_verdict(results)
     return better, f"{sentence} ({len(scored[name].score):,} judging rows of the validation split)"
 
@@ -225,17 +220,17 @@ def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[Rankin
     return model, layout
 
 
-def promote_version(settings: Settings, challenger: str, slower_at_most: float, out: Path) -> Decision:
+def promote_version(settings: Settings, challenger: str, out: Path) -> Decision:
     """Decides by the test rows, and moves the alias if the challenger is better; writes the report to a folder.
 
-    challenger: number of a version, or an alias; slower_at_most: largest ratio of the times in which both answer.
-    Raises UserError for a version that there is not, or where the two can't be compared.
+    challenger: number of a version, or an alias. Raises UserError for a version that there is not, or where the two
+    can't be compared.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     version, holder = _find_version(name, challenger, uri), registry.find_holder(name, alias, uri)
     if holder == version:
         return Decision(version.address, True, (f"version {version.number} holds '{alias}' already",))
-    better, reasons, results = _judge_versions(settings, version, holder, slower_at_most, out)
+    better, reasons, results = _judge_versions(settings, version, holder, out)
     if better and registry.find_holder(name, alias, uri) != holder:
         better, reasons = False, [f"'{alias}' has moved meanwhile: run the command again"]
     if better:
@@ -247,7 +242,7 @@ def promote_version(settings: Settings, challenger: str, slower_at_most: float, 
 
 
 def _judge_versions(
-    settings: Settings, version: Version, holder: Version | None, slower_at_most: float, out: Path
+    settings: Settings, version: Version, holder: Version | None, out: Path
 ) -> tuple[bool, list[str], Results | None]:
     """Whether a version is better than the holder, the reasons, and what was measured."""
     from mmoe_rec.evaluation.scoring import NotFiniteError
@@ -275,15 +270,12 @@ def _judge_versions(
     except NotFiniteError as error:
         return error.name == its_name, [str(error)], None
     against = _find_objections(results, name, its_name)
-    if (ratio := _slower(mine, its, folder)) > slower_at_most:
-        slow = f"{name} answers {ratio:.1f} times as slowly as {its_name}"
-        against.append(f"{slow}, and {slower_at_most:g} times is allowed (--slower-at-most)")
     return not against, against or [_read_verdict(results)[1]], results
 
 
 def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
-    from mmoe_rec.evaluation.findings import find_all
+    from mmoe_rec.evaluation.sentences import find_all
 
     assert results.comparison is not None
     (better, sentence), findings = _read_verdict(results), find_all(results)
@@ -295,22 +287,6 @@ def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     judged = (*results.comparison.judged, SCORE)
     mine = [each for each in findings if each.model == name and each.task in judged and each.check != "in sum"]
     return objections + [each.message for each in mine if (each.check, each.task) not in its]
-
-
-def _slower(mine: Ranker, its: Ranker, artifact: Path) -> float:
-    """How many times as long the first takes to answer an example as the second, the fastest of many calls of each."""
-    example = read_example(artifact)
-    # As many candidates as lists have in practice, of which the example has few.
-    times = max(1, _CANDIDATES // len(next(iter(example["candidates"].values()))))
-    candidates = {name: values * times for name, values in example["candidates"].items()}
-    fastest = [float("inf")] * 2
-    for _ in range(_ROUNDS):
-        for side, ranker in enumerate((mine, its)):
-            begun = time.perf_counter()
-            for _ in range(_CALLS):
-                ranker.rank(example["user"], example["context"], candidates)
-            fastest[side] = min(time.perf_counter() - begun, fastest[side])
-    return fastest[0] / fastest[1]
 
 
 def roll_back(settings: Settings) -> Decision:

@@ -1,22 +1,22 @@
-"""The report of an evaluation, and its numbers as files."""
+"""The report of an evaluation with its figures, and its numbers as files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison, Results
-from mmoe_rec.evaluation.curves import calibration_figure
-from mmoe_rec.evaluation.findings import find_all
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.sentences import (
@@ -26,34 +26,36 @@ from mmoe_rec.evaluation.sentences import (
     describe_metrics,
     describe_slices,
     describe_verdict,
+    find_all,
     note_of,
     note_of_group,
 )
 from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
-from mmoe_rec.report.charts import svg
+from mmoe_rec.report.charts import COLORS, SERIES, blank, plain, svg
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
-from mmoe_rec.task_kinds import KINDS
 
-_DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")
+if TYPE_CHECKING:
+    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.utilisation import Utilisation
+    from mmoe_rec.tracking.runs import Run
+
+_INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES[0]
+_TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
+_LOG_SPAN = 20  # Axes are logarithmic if the largest mean prediction is more than this many times the smallest.
 _SLICES = 12  # rows of slices that are not folded
 _MEASURES = {
     "Verdict": "A model is better if the interval of `evaluation.decide_by` lies above that of the other model, no "
-    "task "
-    "lost more than `evaluation.margin`, no slice of `evaluation.guarded_slices` is shown to have lost more, and "
+    "task lost more than `evaluation.margin`, no slice of `evaluation.guarded_slices` is shown to have lost more, and "
     "probabilities are not off by more than `evaluation.calibration`.",
     "Many differences": "Of twenty differences by chance alone, one is outside of its interval. So p-values are "
-    "corrected "
-    "by Holm's method: the chance that any of the colored differences is none is below 5%.",
-    "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` "
-    "is the "
-    "sum of the predictions over the sum of the labels, `ece` the mean distance of observed rates from predictions "
-    "in ten "
-    "bins of equal mass, `normalised_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, recall "
-    "and "
-    "hit rate are means over requests whose rows differ in relevance.",
+    "corrected by Holm's method: the chance that any of the colored differences is none is below 5%.",
+    "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` is "
+    "the sum of the predictions over the sum of the labels, `ece` the mean distance of observed rates from predictions "
+    "in ten bins of equal mass, `normalised_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, "
+    "recall and hit rate are means over requests whose rows differ in relevance.",
     "Slices": "The AUC of a slice may be low because its rows are alike, not because the model is worse there. Between "
     "models, the difference on the same slice tells more. A range (1, 2] holds values above 1 and up to 2.",
 }
@@ -62,28 +64,23 @@ _MEASURES = {
 def write_results(results: Results, out: Path) -> None:
     """Write the files of an evaluation, and replace the files of an earlier one.
 
-        OUT/metrics.json                    metrics of the first model, and below `against` of the other models
-        OUT/metrics.parquet                 metrics of all models, and the differences
+        OUT/metrics.json                    metrics of the first model, below `against` of the other models, and below
+                                            `comparison` differences and verdicts, if there are other models
         OUT/slices.parquet                  slices, if there are any
-        OUT/comparison.json                 differences and verdicts, if there are other models
         OUT/report.json, report.html        the report
 
     Raises:
         UserError: The models were not measured on the same rows. Nothing is written then.
     """
-    report, comparison, summary = make_report(results), results.comparison, results.first.summary
-    for name in ("comparison.json", "slices.parquet", *(f"calibration_{task}.png" for task in results.tasks)):
-        (out / name).unlink(missing_ok=True)
+    report = make_report(results)
     trees = {name: summary_tree(each) for name, each in results.summaries.items()}
     tree = trees.pop(results.name) | {"facts": results.facts, "against": trees}
+    tree |= {} if results.comparison is None else {"comparison": comparison_tree(results.comparison)}
     write_text(out / "metrics.json", json.dumps(tree, indent=1))
-    if comparison is not None:
-        write_text(out / "comparison.json", json.dumps(comparison_tree(comparison, summary), indent=1))
-    tables = {"metrics": metrics_table(results)}
-    tables |= {"slices": pa.Table.from_pylist([asdict(each) for each in results.slices])} if results.slices else {}
-    for name, table in tables.items():
-        with atomic_file(out / f"{name}.parquet") as file:
-            pq.write_table(table, file)
+    (out / "slices.parquet").unlink(missing_ok=True)
+    if results.slices:
+        with atomic_file(out / "slices.parquet") as file:
+            pq.write_table(pa.Table.from_pylist([asdict(each) for each in results.slices]), file)
     write_report(report, out)
 
 
@@ -110,7 +107,7 @@ def make_report(results: Results) -> Report:
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
         tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
-    tables += [*_gates(results), *_placement(results)]
+    tables += _gates(results)
     redrawn = "rows" if results.each_row_is_a_user else "users"
     intervals = (
         f"95%, by redrawing {redrawn}. Of a share, such as AUC, they are Jeffreys'; of other metrics percentiles, or "
@@ -250,20 +247,6 @@ def _gates(results: Results) -> Iterator[Table]:
             yield Table(f"Gates of {name}", ("task", *map(str, experts)), rows, note, page_only=True)
 
 
-def _placement(results: Results) -> Iterator[Table]:
-    """Yield what the first model has learned of placement, a table for each feature."""
-    note = (
-        "times the odds of the mean row (for a regression, added to it). The model leaves placement out when it "
-        "serves. This is no experiment: candidates that were shown first may have been better"
-    )
-    tasks = results.first.summary.tasks
-    for feature, records in groupby(results.first.placement, lambda each: each.feature):
-        values = list(records)
-        heads = [f"{KINDS[tasks[task].kind].effect} of {task}" for task in values[0].effects]
-        rows = [(each.value, thousands(each.rows), *(f"{x:.3g}" for x in each.effects.values())) for each in values]
-        yield Table(f"Placement: {feature}", ("value", "rows", *heads), rows, note, page_only=True)
-
-
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
     note = "observed rate against mean prediction in bins of equal mass; below, their ratio"
     for task in next(iter(summaries.values())).tasks:
@@ -290,17 +273,13 @@ def _noted(note: str | None) -> dict[str, str]:
     return {} if note is None else {"note": note}
 
 
-def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
-    """`comparison.json`. summary: of the model."""
+def comparison_tree(compared: Comparison) -> dict[str, Any]:
+    """The differences and verdicts of `metrics.json`."""
     objective, against = compared.objective, dict[str, Any]()
     for other, verdict in compared.verdicts.items():
-        guards = [
-            {"task": each.task, "metric": each.metric, "passed": each.passed}
-            | {"sentence": describe_guard(each, other, compared.rules)}
-            for each in verdict.guards
-        ]
-        told = {"kind": verdict.kind, "sentence": describe_verdict(compared, other, summary), "guards": guards}
-        against[other] = asdict(compared.against[other]) | {"verdict": told | {"detectable": verdict.detectable}}
+        guards = [{name: getattr(guard, name) for name in ("task", "metric", "passed")} for guard in verdict.guards]
+        told = {"kind": verdict.kind, "guards": guards, "detectable": verdict.detectable}
+        against[other] = asdict(compared.against[other]) | {"verdict": told}
     names = ("model", "units", "effective_users", "judged", "left_out")
     return {name: getattr(compared, name) for name in names} | {
         "resamples": compared.rules.resamples,
@@ -309,22 +288,82 @@ def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
     }
 
 
-def metrics_table(results: Results) -> pa.Table:
-    """`metrics.parquet`: a row for each model, task (`score`, `catalogue`) and metric, with its interval; and for each
-    difference from another model, whose name stands in `less`."""
-    rows: list[dict[str, Any]] = []
-    for name, summary in results.summaries.items():
-        tree = summary_tree(summary)
-        for group, metrics in {**tree["tasks"], SCORE: tree[SCORE], "catalogue": tree.get("catalogue", {})}.items():
-            for metric, value in metrics.items():
-                ends = value if isinstance(value, dict) and "low" in value else {"value": value}
-                if isinstance(ends["value"], (int, float)) or ends is value:
-                    rows.append({"model": name, "less": None, "group": group, "metric": metric, **ends})
-    comparison = results.comparison
-    for other, versus in ({} if comparison is None else comparison.against).items():
-        for group, differences in {"objective": {"objective": versus.objective}, **versus.groups}.items():
-            for metric, apart in differences.items():
-                keys = {"model": results.name, "less": other, "group": group, "metric": metric}
-                rows.append(keys | {end: getattr(apart, end) for end in _DIFFERENCE})
-    kinds = [(name, pa.string()) for name in ("model", "less", "group", "metric")]
-    return pa.Table.from_pylist(rows, pa.schema([*kinds, *((name, pa.float64()) for name in _DIFFERENCE)]))
+def calibration_figure(summary: Summary, task: str) -> Drawing:
+    """Observed rate against mean prediction in equal-mass bins, and below it their ratio, with 95% intervals.
+
+    task: a binary one with observed labels.
+    """
+    group = summary.tasks[task]
+    names = ("mean_predicted", "observed_rate", "low", "high")
+    bins = np.array([[row[name] for name in names] for row in group.details["calibration_bins"]], dtype=np.float64)
+    predicted = bins[:, 0]
+    figure = blank(5.6, 6.6)
+    axes, ratios = map(plain, figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]))
+    is_log = bool(predicted.min() > 0 and predicted.max() > _LOG_SPAN * predicted.min())
+    shown = (bins[:, 1] > 0) | (not is_log)
+    relative = bins / np.where(predicted > 0, predicted, np.nan)[:, None]  # a prediction of 0 has no ratio
+    for each, values, label in ((axes, bins[shown], "equal-mass bins, 95% interval"), (ratios, relative, None)):
+        _, middle, low, high = values.T
+        reach = np.nan_to_num(np.maximum([middle - low, high - middle], 0.0))
+        style: dict[str, Any] = {"color": _LINE, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 2.5}
+        each.errorbar(predicted[shown] if each is axes else predicted, middle, reach, **style, label=label, zorder=3)
+    dashed: dict[str, Any] = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
+    ends = predicted[[0, -1]]
+    axes.plot(ends, ends, **dashed, label="perfect")
+    if not shown.all():
+        floor = np.full(int((~shown).sum()), min(predicted.min(), bins[shown, 1].min(initial=1.0)))
+        hollow: dict[str, Any] = {"markerfacecolor": "white", "color": _LINE, "linestyle": "none"}
+        axes.plot(predicted[~shown], floor, "o", **hollow, clip_on=False, label="no positive row")
+    if is_log:
+        axes.set(xscale="log", yscale="log")
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        # So few that their labels do not overlap.
+        subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 10_000 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs) if is_log else MaxNLocator(6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("observed rate")
+    axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=_INK)
+    ratios.axhline(1, **dashed)
+    ratios.set(ylabel="observed /\npredicted", xlabel="mean predicted probability")
+    figure.suptitle(f"{task}: predicted against observed", x=0.03, ha="left", **_TITLE)
+    told, ratio = [f"{group.counts['rows']:,} rows, {group.counts['positives']:,} positive"], group.get("calibration")
+    if ratio.value is not None:
+        interval = f" [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio.low is not None else ""
+        told.append(f"predicted / observed {ratio.value:.3f}{interval}")
+    told.append(f"expected calibration error {group.details['ece']:.2g}")
+    axes.set_title("\n".join(told), loc="left", fontsize=9, color=_MUTED, pad=8)
+    return figure
+
+
+def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
+    """How much each task draws on each expert, as a heat map with a number in every cell.
+
+    mean_gate_weights: task -> (E,) mean gate weight of each expert, in [0, 1]; one or more tasks. NaN marks an expert
+    that the task's gate does not see, drawn as an empty cell.
+    """
+    weights = np.array(list(mean_gate_weights.values()), dtype=np.float64)
+    tasks, experts = weights.shape
+    figure = blank(2.6 + 0.72 * experts, 1.7 + 0.55 * tasks)
+    axes, top = figure.subplots(), float(np.nanmax(weights, initial=0.0)) or 1.0
+    image = axes.imshow(np.ma.masked_invalid(weights), cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    for task, expert in np.argwhere(np.isfinite(weights)):
+        value = weights[task, expert]
+        color = "white" if value > 0.6 * top else _INK
+        axes.text(expert, task, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
+    axes.set_xticks(range(experts))
+    axes.set_yticks(range(tasks), list(mean_gate_weights))
+    axes.set_xlabel("expert", color=_INK)
+    axes.tick_params(length=0, labelsize=9, labelcolor=_INK)
+    axes.set_facecolor(COLORS["soft"])
+    axes.set_frame_on(False)
+    axes.set_title("Mean gate weight", loc="left", **_TITLE, pad=10)
+    figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05).outline.set_visible(False)
+    return figure
+
+
+def log_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:
+    """Log the figure of the mean gate weights to a run. Ranks other than the first log nothing."""
+    if run.run_id is not None:
+        weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+        run.log_figure(gate_weights_figure(weights), name)

@@ -1,4 +1,4 @@
-"""Scores encoded rows with a model, measures them, and sums up what it has learnt of placement."""
+"""Scores encoded rows with a model, to be measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part, Rows, weights_of
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.predicted_rows import PredictedRows
+from mmoe_rec.evaluation.summary import PredictedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
@@ -23,39 +23,6 @@ from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import Settings
-
-PlacementEffects = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""What an input of placement adds where it has a value, beside what is added to the mean row: name of the input ->
-numbers of R rows of its table, (R,) int64, how many of the rows have each, (R,) int64, and the effect, (R, T) float64,
-on a binary task's logit, or on a regression in its label's unit."""
-
-
-class PlacementSums:
-    """Adds up what the tower gives, batch by batch."""
-
-    def __init__(self, layout: ModelLayout) -> None:
-        self._total = np.zeros(1 + len(layout.tasks))
-        self._sums = {
-            each.name: np.zeros((layout.table(each.table).rows, len(self._total)))
-            for each in layout.ids
-            if each.placement and not each.many
-        }
-
-    def add(self, added: np.ndarray, ids: Mapping[str, Any]) -> None:
-        """added: (B, T) what the tower gives rows; ids: their inputs, of which those with one id a row are read."""
-        counted = np.hstack([np.ones((len(added), 1)), added])
-        self._total += counted.sum(0)
-        for name, sums in self._sums.items():
-            np.add.at(sums, np.asarray(ids[name]), counted)
-
-    def effects(self) -> PlacementEffects:
-        """The effects of placement in all rows."""
-        found, mean = {}, self._total[1:] / max(self._total[0], 1)
-        for name, sums in self._sums.items():
-            seen = np.flatnonzero(sums[:, 0])
-            found[name] = seen, sums[seen, 0].astype(np.int64), sums[seen, 1:] / sums[seen, :1] - mean
-        return found
-
 
 COLUMNS = ("user", "request", "candidate")
 ROWS_AT_A_TIME = 65_536
@@ -85,7 +52,6 @@ class ScoredRows:
         outcomes: Outcome of `layout.outcomes` -> labels, NaN where unobserved. Shape (N,).
         relevance: Task -> weight of its label in the relevance of a row.
         weights: Weights of the rows, None if all rows count alike. Shape (N,).
-        placement: Effects of placement, None if the model has no placement tower.
         row: Numbers of the rows in their log, if the log has no candidates. Shape (N,).
     """
 
@@ -100,7 +66,6 @@ class ScoredRows:
     outcomes: dict[str, np.ndarray]
     relevance: Mapping[str, float]
     weights: np.ndarray | None = None
-    placement: PlacementEffects | None = None
     row: pa.Array | None = None
 
     @property
@@ -187,20 +152,17 @@ def score_rows(
     more = [*(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted)]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
-    experts, effects = UtilisationSums(model.experts_in_use), PlacementSums(layout)
+    experts = UtilisationSums(model.experts_in_use)
     with bar() as progress, freed_memory_kept():
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
-            inputs, placement = model.side_by_side(batch)
-            outputs = model.of_inputs(inputs, None)
+            outputs = model(batch)
             if not outputs.logits.isfinite().all():
                 raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name)
             logits = calibration.apply(outputs.logits.cpu(), names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)
-            if (effect := model.mixture.place(placement)) is not None:
-                effects.add((effect.float() * model.scale).cpu().numpy(), part.encoded.ids)
             tables.append(table)
             progress.advance(task, len(part))
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
@@ -212,5 +174,4 @@ def score_rows(
         score=score,
         experts=experts.result(),
         relevance=relevance,
-        placement=None if model.mixture.placement is None else effects.effects(),
     )

@@ -1,13 +1,16 @@
-"""What an evaluation found, in sentences: verdicts, differences, slices and notes."""
+"""Sentences on an evaluation: verdicts, differences, slices, notes, and suspicious metrics, as a mistake gives them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
+from typing import Literal
 
 import numpy as np
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD
 from mmoe_rec.evaluation.comparison import (
     HELD_BACK,
     NOT_SHOWN,
@@ -18,7 +21,7 @@ from mmoe_rec.evaluation.comparison import (
     Results,
     Versus,
 )
-from mmoe_rec.evaluation.intervals import LEVEL, Difference, is_small_sample, level_after
+from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval, is_small_sample, level_after
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.slices import ALL, SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
@@ -27,6 +30,9 @@ from mmoe_rec.settings.sections import Evaluation
 
 MOST_SLICES = 3
 """So many of the worst slices are told."""
+FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
+OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off
+_WARNINGS = ("calibration", "in sum", "training")
 _SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
 _LEFT_OUT = ("{} of one row", "{} without a relevant row", "{} whose rows are equally relevant")
 
@@ -56,20 +62,16 @@ def describe_limits(compared: Comparison) -> list[str]:
         f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
         for task, rows in compared.left_out.items()
     ]
-    few = {name: users for name, users in compared.effective_users.items() if is_small_sample(users, compared.units)}
-    lines += [
-        f"few users have most rows of {name}: the effective number of users is {users:.1f}, so intervals of "
-        "differences are wide"
-        for name, users in few.items()
+    few = {f"have most rows of {name}": users for name, users in compared.effective_users.items()}
+    if compared.objective is not None:
+        decide = f"decide on {compared.objective.name}, by their rows, weight, positive labels or influence"
+        few[decide] = min(each.objective.effective_users or np.inf for each in compared.against.values())
+    wide = "so intervals of differences are wide"
+    return lines + [
+        f"few users {do}: the effective number of users is {users:.1f}, {wide}"
+        for do, users in few.items()
+        if is_small_sample(users, compared.units)
     ]
-    if compared.objective is not None and not few:
-        fewest = min((each.objective.effective_users or np.inf for each in compared.against.values()), default=np.inf)
-        if is_small_sample(fewest, compared.units):
-            lines.append(
-                f"few users decide on {compared.objective.name}, by their rows, weight, positive labels or influence: "
-                f"the effective number of users is {fewest:.1f}, so intervals of differences are wide"
-            )
-    return lines
 
 
 def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
@@ -179,20 +181,6 @@ def _describe_slice(each: SliceRecord) -> str:
     return f"{which}: {each.metric} of {each.group} is {value:.3f}, where {beside} is {value - apart:.3f}"
 
 
-def describe_other_slices(results: Results) -> Iterator[str]:
-    """What is not compared, as slices hold other rows for other models, as those of a rank do."""
-    told = {(each.by, each.slice, each.beside) for each in results.slices}
-    others = dict.fromkeys(
-        by
-        for by, name in results.first.slices
-        for other, model in results.models.items()
-        # Of a model that is not sliced by it, nothing is compared.
-        if other != results.name and any(by == its for its, _ in model.slices) and (by, name, other) not in told
-    )
-    if others:
-        yield f"slices by {', '.join(others)} hold other rows for other models, so these are not compared there"
-
-
 def describe_notes(summaries: Sequence[Summary]) -> list[str]:
     """The notes of summaries of the same rows, each once, with its subject; then what is left out."""
     notes = [note for each in summaries if (note := note_of(each)) is not None]
@@ -241,10 +229,13 @@ def note_of_group(summary: Summary, name: str) -> str | None:
                 "size: set the score_weight of regressions with large labels, such as times, to 0."
             )
     shown = [each for each in metrics_of(group.kind) if not (summary.each_row_is_a_user and each.ranks_within)]
-    about = {"kind": group.kind, **group.counts}
-    reasons = (each.why_undefined(about) for each in shown if group.get(each.name).value is None)
-    sentences += [*dict.fromkeys(reasons), *_note_intervals(group, summary.users)]
-    return " ".join(sentences) or None
+    if undefined := [each.name for each in shown if group.get(each.name).value is None]:
+        rows, positives = group.counts.get("rows", 0), group.counts.get("positives")
+        why = "labels do not differ, or not within any user or request"
+        if positives in (0, rows):
+            why = f"all {rows:,} labels are {int(positives > 0)}"
+        sentences.append(f"{', '.join(undefined)} {'is' if len(undefined) == 1 else 'are'} undefined: {why}.")
+    return " ".join([*sentences, *_note_intervals(group, summary.users)]) or None
 
 
 def _note_intervals(group: GroupSummary, users: int) -> Iterator[str]:
@@ -273,4 +264,121 @@ def describe_cautions(results: Results) -> Iterator[str]:
     yield from describe_notes(list(summaries.values()))
     if caution := results.facts.get("caution"):
         yield caution
-    yield from describe_other_slices(results)
+
+
+# Suspicious metrics: a mistake gives them rather than a model
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is suspicious. model: its name; check: what found it; task: that it is about, `score`, or None where it is
+    about the rows; message: a sentence."""
+
+    model: str
+    check: str
+    task: str | None
+    message: str
+
+    @property
+    def severity(self) -> Literal["warning", "problem"]:
+        """`problem` or `warning`."""
+        return "warning" if self.check in _WARNINGS else "problem"
+
+
+def find_all(results: Results) -> list[Finding]:
+    """What is suspicious of all models, and of how they have seen the rows before."""
+    found = []
+    for name, each in results.models.items():
+        told = [*(("seen", sentence) for sentence in each.seen), ("training", each.early_end)]
+        found += [Finding(name, check, None, f"the model {sentence}") for check, sentence in told if sentence]
+        found += find_in_summary(each.summary, name)
+    return found
+
+
+def find_in_summary(summary: Summary, model: str = "") -> list[Finding]:
+    """What is suspicious of a model's metrics, task by task."""
+    mends = "set training.calibration if it is none, else look for drift with `mmoe-rec inspect`"
+    if "predictions" in summary.facts:  # in files, by any system
+        mends = "calibrate them on other rows than these"
+    found = [
+        Finding(model, check, name, message)
+        for name, task in summary.tasks.items()
+        for check, message in _in_task(name, task, mends)
+    ]
+    return found + [Finding(model, "score", SCORE, message) for message in _in_score(summary)]
+
+
+def _in_score(summary: Summary) -> Iterator[str]:
+    """Whether it ranks the wrong way round, although a task's predictions do not."""
+    ndcg, random = summary.score.get("ndcg_at_10"), summary.score.get("random_ndcg_at_10").value
+    tasks = [name for name, task in summary.tasks.items() if (task.get("gauc_request").low or 0.0) > 0.5]
+    if random is not None and ndcg.high is not None and ndcg.high < random and tasks:
+        yield (
+            f"the score ranks the rows of requests worse than chance (NDCG@10 {ndcg.shown(3)}, by chance "
+            f"{random:.3f}), and the predictions of {', '.join(tasks)} do not: larger scores have to be better, unlike "
+            "those of a rank"
+        )
+
+
+def _in_task(name: str, task: GroupSummary, mends: str) -> Iterator[tuple[str, str]]:
+    ratio, bins = task.get("calibration"), task.details.get("calibration_bins") or ()
+    outside = [
+        each for each in bins if each["low"] is not None and not each["low"] <= each["mean_predicted"] <= each["high"]
+    ]
+    most_are_outside = sum(each["weight"] for each in outside) >= sum(each["weight"] for each in bins) / 2 > 0
+    is_shown = ratio.low is not None and not ratio.low <= 1 <= (ratio.high or 0.0)
+    ranking, in_sum = _in_ranking(name, task), ""
+    if ratio.value is not None:
+        ends = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+        in_sum = f"too {'high' if ratio.value > 1 else 'low'}: {ratio.value:.2f} times what was observed{ends}; {mends}"
+    if ranking is not None:
+        yield ranking
+    if _is_far(ratio):
+        yield "calibration", f"the probabilities of '{name}' are {in_sum}"
+    elif ranking is not None:
+        return  # where more is wrong, that is the cause
+    elif most_are_outside and (task.details["ece"] or 0.0) >= OFF:
+        yield (
+            "calibration",
+            f"the probabilities of '{name}' are off by {task.details['ece']:.2g} on average (ece); {mends}",
+        )
+    elif is_shown and not _is_right_in_sum(task):
+        yield "in sum", f"the probabilities of '{name}' are {in_sum}"
+
+
+def _in_ranking(name: str, task: GroupSummary) -> tuple[str, str] | None:
+    auc, positives = task.get("auc"), task.counts.get("positives", 0)
+    if auc.value is None:
+        return None
+    if (auc.value if auc.low is None else auc.low) <= 0.5:
+        what = ", below .5: it ranks no better" if auc.value < 0.5 else ": it is not shown to rank better"
+        why = "; labels or predictions may have been joined to the wrong rows"
+        return (
+            "chance",
+            f"the AUC of '{name}' is {auc.shown(3)}{what} than chance{why if _is_right_in_sum(task) else ''}",
+        )
+    if min(positives, task.counts["rows"] - positives) < FEWEST:
+        return None  # of few labels nothing can be said
+    if auc.value > TOO_GOOD:
+        return "too good", f"the AUC of '{name}' is {auc.shown(4)}, {WHY_TOO_GOOD}"
+    for what in ("request", "user"):
+        within = task.get(f"gauc_{what}")
+        if within.high is not None and (within.low or 0.0) <= 0.5 and (auc.low or 0.0) > within.high:
+            return (
+                f"within {what}s",
+                f"'{name}' is ranked well over all rows (AUC {auc.shown(3)}), but the rows of a {what} "
+                f"{'worse' if within.high < 0.5 else 'no better'} than by chance (GAUC {within.shown(3)}): no "
+                "feature tells candidates apart, or predictions were joined to rows of other requests",
+            )
+    return None
+
+
+def _is_right_in_sum(task: GroupSummary) -> bool:
+    ratio = task.get("calibration").value
+    return ratio is not None and abs(math.log(max(ratio, 1e-9))) <= 0.1
+
+
+def _is_far(ratio: Interval) -> bool:
+    if ratio.value is None or 1 / FURTHEST <= ratio.value <= FURTHEST:
+        return False
+    return ratio.low is None or ratio.high is None or not ratio.low <= 1 <= ratio.high

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,13 +206,8 @@ class SliceRecord:
         return float(2 * student.cdf((self.apart + margin) / self.error, self.effective_users - 1))
 
 
-def compare_slices(
-    models: Mapping[str, MeasuredModel], model: str, resamples: int, placement: Collection[str] = ()
-) -> list[SliceRecord]:
-    """A record for each slice of a model, task or `score`, metric, and what the slice is compared with.
-
-    placement: columns that models leave out: in slices by these, probabilities are off by design and not told.
-    """
+def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int) -> list[SliceRecord]:
+    """A record for each slice of a model, task or `score`, metric, and what the slice is compared with."""
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
     measured, records = UserMetrics(whole, names=METRICS_OF_SLICES), list[SliceRecord]()
     # The same redraws as in each slice.
@@ -221,9 +216,7 @@ def compare_slices(
         requests[by] += sums.total("requests")
     for key in slices:
         is_cut = requests[key[0]] > whole.total("requests")
-        found = _compare_slice(key, models, model, of_all, resamples, is_cut)
-        is_placement = SliceBy.of(key[0]).column in placement
-        records += [each for each in found if not (is_placement and each.metric == "calibration")]
+        records += _compare_slice(key, models, model, of_all, resamples, is_cut)
     return correct_all(records)
 
 

@@ -2,7 +2,7 @@
 
 `LogColumns` are columns of the log. Encoded rows hold what a model reads, and slices are thought of afterwards: so the
 log is read once more, and its rows are found by request and candidate. `TrainingRows` say who is new and who comes
-often; `overlap` and `users_in_both` say whether the model has seen labels or users of these rows before.
+often; `overlap` says whether the model has seen labels of these rows before.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import pyarrow.types as pt
-import yaml
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.predicted_rows import RowsBySlice
-from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy
+from mmoe_rec.evaluation.slices import SliceBy
+from mmoe_rec.evaluation.summary import RowsBySlice
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.scored_files import text_of
 from mmoe_rec.log.checks import BadFile
@@ -33,8 +30,9 @@ from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, adapt_schema
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say
+from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.sections import Settings, Split
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
@@ -42,49 +40,44 @@ if TYPE_CHECKING:
 
 OPTION = "slices"
 _ADVICE = "leave out slices by columns of the log (--evaluation.slices '[]')"
-BUCKETS = 10
-"""Ranges of a number that describes placement and has too many values, where nothing was asked for."""
 
 
 @dataclass
 class LogColumns:
-    """Columns that rows are to be sliced by. log: that has them; by: what was asked for, or, if `usual`, taken because
-    nothing was; skips: whether files that can't be used are left out; read: once the log was read, the (N,) uint64
-    keys of the rows, rising, and the slices as numbers of these."""
+    """Columns that rows are to be sliced by.
+
+    Attributes:
+        log: The log that has the columns.
+        by: The slices that were asked for.
+        skips: Whether files that can't be used are left out.
+        read: Once the log was read, the rising keys of the rows, (N,) uint64, and the slices as numbers of these.
+    """
 
     log: Log
     by: tuple[SliceBy, ...]
-    usual: bool
     skips: bool
     read: tuple[np.ndarray, RowsBySlice] | None = None
 
     @staticmethod
-    def of(settings: Settings, artifact: Path) -> LogColumns | None:
-        """Those of `evaluation.slices`, in files that have them; None where there are none.
+    def of(settings: Settings, artifact: Path) -> LogColumns:
+        """Those of `evaluation.slices`, in files that have them.
 
         artifact: folder of the model, by whose keys rows are known. Raises UserError for columns that the log does not
         have, or can't be sliced by.
         """
-        wanted, options = settings.evaluation.slices, BuildOptions.of(settings.data)
-        source, skip = settings.data.log, options.skip_bad_files
+        by = tuple(SliceBy.of(word, OPTION) for word in dict.fromkeys(settings.evaluation.slices))
+        source, options = settings.data.log, BuildOptions.of(settings.data)
+        skip = options.skip_bad_files
         pipeline = FeaturePipeline.load(artifact / "features", memories=False)
         schema = adapt_schema(settings, pipeline.schema)
         uses = column_uses(schema)
-        usual = [name for name in schema.roles.placement if uses.get(name) in ("key", "number", "any")]
-        by = tuple(SliceBy.of(word, OPTION) for word in (usual if wanted is None else wanted))
-        if not by:
-            return None
-        if twice := next((each.name for each in by if [one.name for one in by].count(each.name) > 1), None):
-            raise UserError(f"{OPTION} names '{twice}' twice")
         if not schema.columns.has_candidate and skip:
-            why = (
+            raise UserError(
                 "slices by columns of the log need columns.candidate where files may be left out "
-                "(data.skip_bad_files): without it rows are told apart by their number in the log"
+                f"(data.skip_bad_files): without it rows are told apart by their number in the log; {_ADVICE}"
             )
-            _leave_out(why, wanted is None)
-            return None
         for each in by:
-            if wanted is not None and each.column in {task.label for task in schema.tasks.values()}:
+            if each.column in {task.label for task in schema.tasks.values()}:
                 say(f"'{each.column}' is a label: slices by it are by what happened, not by what was known before")
         more: dict[str, Use] = {each.column: "any" for each in by if each.column not in uses}
         try:
@@ -93,14 +86,13 @@ class LogColumns:
             raise UserError(f"{error} ({OPTION})" if more else str(error)) from None
         for each in by:  # before rows are scored
             _values_of(each, pa.nulls(0, log.types.get(each.column, pa.null())))
-        return LogColumns(log, by, wanted is None, skip)
+        return LogColumns(log, by, skip)
 
     def find(self, scored: ScoredRows) -> RowsBySlice:
         """Find the slices of rows. The log is read for the first rows alone; other models have the same rows.
 
         Returns:
-            What rows are sliced by -> name of the slice -> (n,) numbers of the rows; nothing where slices can't be told
-            and nobody asked for them.
+            What rows are sliced by -> name of the slice -> (n,) numbers of the rows.
 
         Raises:
             UserError: The log has other rows by now, a column has too many values, or models have other rows.
@@ -139,23 +131,13 @@ class LogColumns:
             skipped = log.left_out
             why = f" ({len(skipped):,} files are left out, such as: {skipped[0].reason})" if skipped else ""
             told = f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}{why}"
-            _leave_out(f"{told}, so it can't be told what slices they are in", self.usual)
-            return {}
+            raise UserError(f"{told}, so it can't be told what slices they are in; {_ADVICE}")
         table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
         places = {}
         for each in self.by:
-            given = one_array(table[each.column])
-            if (by := _usual(each, given) if self.usual else each) is not None:
-                values = _values_of(by, given)
-                places[by.name] = by.find_slices(values).rows(values)
+            values = _values_of(each, one_array(table[each.column]))
+            places[each.name] = each.find_slices(values).rows(values)
         return places
-
-
-def _leave_out(why: str, usual: bool) -> None:
-    """Says why rows are not sliced by columns, where nobody has asked for it. Raises UserError where somebody has."""
-    if not usual:
-        raise UserError(f"{why}; {_ADVICE}")
-    say(f"{why}: the report has no slices by placement")
 
 
 def _keys(scored: ScoredRows) -> np.ndarray:
@@ -171,14 +153,6 @@ def _values_of(by: SliceBy, values: pa.Array) -> pa.Array:
         return by.read(values)
     except (ValueError, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{by.column}' of the log {error} ({OPTION})") from None
-
-
-def _usual(by: SliceBy, values: pa.Array) -> SliceBy | None:
-    """How a column of placement is sliced where nothing was asked for: one of many values by ranges, if it has any."""
-    if pc.count_distinct(values).as_py() <= MOST_VALUES:
-        return by
-    is_number = pt.is_integer(values.type) or pt.is_floating(values.type)
-    return SliceBy(f"bucket({by.column}, {BUCKETS})", by.column, BUCKETS) if is_number else None
 
 
 ACTIVITY = 10  # groups of users of equal size, by how many training rows they have
@@ -233,7 +207,8 @@ class Slicing:
     @staticmethod
     def of(settings: Settings, artifact: Path) -> Slicing:
         """That of the settings, see `LogColumns.of`."""
-        return Slicing(TrainingRows.of(settings), LogColumns.of(settings, artifact))
+        columns = LogColumns.of(settings, artifact) if settings.evaluation.slices else None
+        return Slicing(TrainingRows.of(settings), columns)
 
     def find(self, scored: ScoredRows) -> RowsBySlice:
         """Find the slices of rows: what rows are sliced by -> name of the slice -> (n,) numbers of the rows."""
@@ -281,11 +256,7 @@ def overlap(settings: Settings, artifact: Path, split: str = "test") -> list[str
         Sentences without their subject, none if it has not seen these rows.
     """
     of_test = split == "test"
-    try:
-        tree = yaml.safe_load((artifact / "settings.yaml").read_text(encoding="utf-8"))
-        its, now = Split.model_validate(tree["split"]), settings.split
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return ["does not say on which rows it was trained, so it may have seen labels that it is measured by"]
+    its, now = load_settings(artifact / "settings.yaml").split, settings.split
     if now.column != its.column:
         ways = ["times" if each is None else f"column '{each}'" for each in (its.column, now.column)]
         rows = f"rows that {ways[0]} split, and those that it is measured on {ways[1]}"
@@ -298,27 +269,3 @@ def overlap(settings: Settings, artifact: Path, split: str = "test") -> list[str
     elif begin is not None and end is not None and end > begin:
         rows = f"on requests before {end:%Y-%m-%d %H:%M}, and is measured on those from {begin:%Y-%m-%d %H:%M} UTC on"
     return [f"was trained, or its best state chosen, {rows}: it has seen labels that it is measured by"] if rows else []
-
-
-def users_in_both(settings: Settings, artifact: Path, scored: ScoredRows, training: TrainingRows | None) -> list[str]:
-    """What is to be said, after a model's name, of users that a column splits into training and test rows alike. Times
-    do so too, and by right: what is asked then is how the same users go on.
-
-    training: rows of the settings' split, which only a model of the same features was trained on.
-    """
-    from mmoe_rec.inference.artifact import read_artifact
-
-    column = settings.split.column
-    if column is None or training is None or training.users is None:
-        return []
-    if read_artifact(artifact, verify=False).fingerprint != training.fingerprint:
-        return []
-    users = pc.unique(scored.users)
-    both = int((_count_rows(users, training.users) > 0).sum())
-    if not both:
-        return []
-    return [
-        f"was trained on rows of {both:,} of the {len(users):,} users that it is measured on, as column '{column}' "
-        "splits rows of the same users: it tells nothing of how users that it has not seen are predicted; give all "
-        "rows of a user one split"
-    ]

@@ -1,19 +1,20 @@
-"""Sums -> all metrics of a model with their intervals; and which of them decides."""
+"""Rows with predictions and labels -> sums -> metrics of a model with their intervals; and which of them decides."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample, rounding_of
 from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
-from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, count_rarer_label, measure
 from mmoe_rec.task_kinds import KINDS
 
 SCORE, CATALOGUE = "score", "catalogue"
@@ -177,23 +178,12 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class PlacementRecord:
-    """What a model has learnt of a value of placement. effects: task -> how many times the odds of a binary task are
-    those of the mean row, or what is added to a regression."""
-
-    feature: str
-    value: str
-    rows: int
-    effects: dict[str, float]
-
-
-@dataclass(frozen=True)
 class MeasuredModel:
     """A model's sums, and the summary of its metrics.
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; training: on how it was trained, also on their users;
-    slices: its sums in each, by (what rows are sliced by, value), in the same units; placement: what was learnt of it.
+    unknown; seen: sentences on how it has seen these rows before; early_end: that its training ended too early, if it
+    did; slices: its sums in each, by (what rows are sliced by, value), in the same units.
     """
 
     sums: EvaluationSums
@@ -201,9 +191,92 @@ class MeasuredModel:
     address: str = ""
     gates: dict[str, list[float]] | None = None
     seen: Sequence[str] = ()
-    training: Sequence[str] = ()
+    early_end: str | None = None
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
-    placement: Sequence[PlacementRecord] = ()
+
+
+RowsBySlice = Mapping[str, Mapping[str, np.ndarray]]
+"""What rows are sliced by -> name of the slice -> (n,) numbers of the rows in the slice"""
+
+
+@dataclass(frozen=True)
+class PredictedRows:
+    """N rows of any order, with the predictions of a model or of another system.
+
+    Attributes:
+        tasks: Predicted tasks; their weights say what a row is worth.
+        users: (N,) ids.
+        requests: (N,) ids.
+        candidates: (N,) ids, None if unknown.
+        predictions: Task name -> (N,) values.
+        labels: Task name -> (N,) values, NaN where unobserved.
+        score: (N,) ranking score, higher is better.
+        weight: (N,) weights of the rows, None if all rows count alike.
+    """
+
+    tasks: tuple[MeasuredTask, ...]
+    users: pa.Array
+    requests: pa.Array
+    candidates: pa.Array | None
+    predictions: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    score: np.ndarray
+    weight: np.ndarray | None = None
+
+    def sum(self, grouped: bool | None = None) -> EvaluationSums:
+        """Sum what all metrics need, by user or group of users; see `measure`."""
+        return measure(
+            self.tasks,
+            self.users,
+            self.requests,
+            self.predictions,
+            self.labels,
+            score=self.score,
+            weight=self.weight,
+            candidates=self.candidates,
+            grouped=grouped,
+        )
+
+    def take(self, rows: np.ndarray) -> PredictedRows:
+        """Select rows by their numbers."""
+        return replace(
+            self,
+            users=self.users.take(rows),
+            requests=self.requests.take(rows),
+            candidates=None if self.candidates is None else self.candidates.take(rows),
+            predictions={name: values[rows] for name, values in self.predictions.items()},
+            labels={name: values[rows] for name, values in self.labels.items()},
+            score=self.score[rows],
+            weight=None if self.weight is None else self.weight[rows],
+        )
+
+    def measure(
+        self,
+        resamples: int,
+        slices: RowsBySlice | None = None,
+        facts: Mapping[str, Any] | None = None,
+        **about: Any,
+    ) -> MeasuredModel:
+        """Compute all metrics with their intervals, and the sums of each slice.
+
+        Args:
+            resamples: Number of bootstrap resamples of users.
+            slices: Parts of the rows to measure too.
+            facts: Further entries of `metrics.json`.
+            about: Further attributes of the `MeasuredModel`.
+
+        Raises:
+            UserError: A value is wrong; see `measure`.
+        """
+        sums = self.sum()
+        grouped = sums.users > len(sums.tables["ranking"])
+        of_slices = {
+            (by, name): self.take(rows).sum(grouped)
+            for by, named in (slices or {}).items()
+            for name, rows in named.items()
+        }
+        summary = replace(summarise(sums, resamples), facts=dict(facts or {}))
+        return MeasuredModel(sums, summary, slices=of_slices, **about)
 
 
 def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
@@ -148,24 +147,20 @@ def measure(
     not in a request's ranking, such as NDCG, where requests count alike; grouped: whether units are groups of users;
     None: where there are more than `MOST_UNITS`.
 
-    Raises UserError for no row, a missing user, request, prediction or score, ids that are neither integers nor
-    strings, a request with rows of two users, a probability outside [0, 1], a binary label other than 0 and 1, an
-    infinite label, or a weight that is not a positive number, of which it names the column and the first row; and
-    ValueError for tasks without distinct names, without predictions or labels, or a column of another length.
+    Whoever reads the values has checked them. Raises UserError for no row.
     """
     if not (rows := len(users)):
         raise UserError("there is no row to evaluate; expected at least one")
-    columns = _check_tasks(tasks, predictions, labels, rows)
-    all_users, user = _index("users", users, rows)
-    all_requests, request = _index("requests", requests, rows)
-    _check_requests(user, request, all_requests)
-    score = _check_numbers("score", score, rows, SCORES)
-    weight = _check_numbers("weight", np.ones(rows) if weight is None else weight, rows, WEIGHTS).astype(np.float64)
-    gain = _gain([(task.weight, columns[task.name][1]) for task in tasks], rows)
+    all_users, user = _index(users)
+    all_requests, request = _index(requests)
+    score = np.asarray(score)
+    weight = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
+    known = {task.name: np.asarray(labels[task.name], np.float64) for task in tasks}
+    gain = _gain([(task.weight, known[task.name]) for task in tasks], rows)
     lists = RankedLists.of(request, score, gain, len(all_requests))
     keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
     if candidates is not None:
-        all_candidates, candidate = _index("candidates", candidates, rows)
+        all_candidates, candidate = _index(candidates)
         keys.append(hash_column(all_candidates)[candidate])
         shown = {"rows": np.ones(rows, dtype=np.int64), **shown_rows(lists, CUTOFFS)}
         tables["catalogue"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
@@ -173,7 +168,7 @@ def measure(
     given = _Rows(user, request, unit[user], units, weight, combine(keys))
     tables["ranking"] = _ranking_table(given, lists)
     for task in tasks:
-        tables |= _task_tables(task, given, *columns[task.name])
+        tables |= _task_tables(task, given, np.asarray(predictions[task.name]), known[task.name])
     return EvaluationSums(tuple(tasks), tables)
 
 
@@ -327,69 +322,8 @@ def _sum_by(columns: Mapping[str, Any], keys: Sequence[str] = ()) -> pa.Table:
     return grouped.sort_by([(key, "ascending") for key in keys]).combine_chunks()
 
 
-def _check_tasks(
-    tasks: Sequence[MeasuredTask], predictions: Mapping[str, Any], labels: Mapping[str, Any], rows: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Task -> its predictions, float32 or float64, and its labels, float64, NaN where unobserved."""
-    names, given = [task.name for task in tasks], {"predictions": predictions, "labels": labels}
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"expected one or more tasks with distinct names, found {names}")
-    columns = {}
-    for task in tasks:
-        of_task = []
-        checks = task.kind.predictions, task.kind.labels
-        for (what, each), check in zip(given.items(), checks, strict=True):
-            if task.name not in each:
-                raise ValueError(f"task {task.name!r} has no {what}; found {sorted(each)}")
-            of_task.append(_check_numbers(f"{what}[{task.name!r}]", each[task.name], rows, check))
-        columns[task.name] = of_task[0], of_task[1].astype(np.float64)
-    return columns
-
-
-def _check_requests(user: np.ndarray, request: np.ndarray, requests: pa.Array) -> None:
-    """Raises UserError where a request has rows of several users."""
-    users = np.zeros(len(requests), dtype=np.int64)
-    users[request] = user
-    if len(strangers := np.flatnonzero(users[request] != user)):
-        row = int(strangers[0])
-        raise UserError(
-            f"request {requests[int(request[row])].as_py()!r} has rows of more than one user, row {row} among them: a "
-            "request is one list shown to one user, so give each list its own request id"
-        )
-
-
-def _index(name: str, ids: Any, rows: int) -> tuple[pa.Array, np.ndarray]:
+def _index(ids: Any) -> tuple[pa.Array, np.ndarray]:
     """The distinct ids, and for each row an index into them."""
-    array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids)
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-    if not (pa.types.is_integer(array.type) or pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
-        raise UserError(f"column {name!r} has type {array.type}; expected integers or strings")
-    if array.null_count:
-        row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"column {name!r} has {array.null_count} missing values, the first at row {row}")
+    array = pa.array(ids)
     encoded = array.cast(pa.int64() if pa.types.is_integer(array.type) else pa.string()).dictionary_encode()
-    codes = encoded.indices.to_numpy().astype(np.int64)
-    _check_length(name, codes, rows)
-    return encoded.dictionary, codes
-
-
-def _check_numbers(name: str, values: Any, rows: int, check: Check) -> np.ndarray:
-    """(N,) float32 stays float32, everything else becomes float64; an Arrow null becomes NaN."""
-    if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        if not pa.types.is_float32(values.type):
-            values = pc.cast(values, pa.float64())
-        values = values.to_numpy() if isinstance(values, pa.ChunkedArray) else values.to_numpy(zero_copy_only=False)
-    array = np.asarray(values)
-    if array.dtype != np.float32:
-        array = array.astype(np.float64)
-    _check_length(name, array, rows)
-    if len(invalid := np.flatnonzero(~check[1](array))):
-        first = f"the first at row {invalid[0]}: {array[invalid[0]]}"
-        raise UserError(f"column {name} has {len(invalid)} bad values, {first}; expected {check[0]}")
-    return array
-
-
-def _check_length(name: str, array: np.ndarray, rows: int) -> None:
-    if array.shape != (rows,):
-        raise ValueError(f"column {name} has shape {array.shape}; expected ({rows},), as many as users")
+    return encoded.dictionary, encoded.indices.to_numpy().astype(np.int64)

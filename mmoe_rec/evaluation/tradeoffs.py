@@ -13,15 +13,70 @@ from dataclasses import replace
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.evaluate import PREDICTIONS, place_of
 from mmoe_rec.evaluation.intervals import Difference, Values, find_difference, resample
-from mmoe_rec.evaluation.predicted_rows import PredictedRows
-from mmoe_rec.evaluation.summary import SCORE, UserMetrics
+from mmoe_rec.evaluation.prediction_files import columns_of_settings, open_predictions
+from mmoe_rec.evaluation.summary import SCORE, PredictedRows, UserMetrics
+from mmoe_rec.report.parts import Report, Row, Sentence, Table
+from mmoe_rec.settings.sections import Settings
 
 NDCG = "ndcg_at_10"
 _STEPS = {2: 20, 3: 8, 4: 5}
 """Number of tasks -> steps of the grid from no weight to all of it; of more tasks, 2."""
 _LEAST = 1e-38  # of the probabilities that enter a product, as in a model's score
 Weights = tuple[float, ...]
+
+
+def choose_weights(
+    settings: Settings, goal: str, margins: Mapping[str, float], sources: Sequence[str] | None = None
+) -> Report:
+    """Choose weights of the tasks by validation rows, and report their rankings of the test rows.
+
+    Args:
+        settings: Settings with the tasks.
+        goal: The task to serve better.
+        margins: Other tasks -> NDCG@10 that they may lose, where it is not `evaluation.margin`.
+        sources: Predictions of validation and test rows, None for those in `data.work`.
+
+    Raises:
+        UserError: A task is unknown, or no weights can rank the rows.
+    """
+    tasks = list(settings.tasks)
+    if len(tasks) < 2:
+        raise UserError(f"the settings have one task, '{tasks[0]}': there is nothing to weigh")
+    if unknown := [name for name in (goal, *margins) if name not in tasks]:
+        raise UserError(f"there is no task '{unknown[0]}'; the settings have {', '.join(tasks)}")
+    if goal in margins:
+        raise UserError(f"'{goal}' is the goal, and can't be kept as well")
+    margins = {name: margins.get(name, settings.evaluation.margin) for name in tasks if name != goal}
+    weights = make_grid([task.score_weight for task in settings.tasks.values()])
+    sources = sources or [f"{settings.data.work}/{place_of(split)}/{PREDICTIONS}" for split in ("validation", "test")]
+    rows = [open_predictions(columns_of_settings(settings), source, "--predictions") for source in sources]
+    if any(len(each.requests.unique()) == len(each.requests) for each in rows):
+        raise UserError("every request of the validation or test rows has one row, which no weights can rank")
+    on_validation, on_test = (Sweep(each, tasks, weights, settings.evaluation.resamples) for each in rows)
+    chosen, front = on_validation.choose(goal, margins), on_test.find_front()
+    marks, main, more = {chosen: "chosen", 0: "the settings'"}, list[Row](), list[Row]()
+    for number, values in enumerate(on_test.values):
+        ratios = " : ".join(f"{weight:.3g}" for weight in weights[number])
+        row = (ratios, *(f"{value:.4f}" for value in values), marks.get(number, ""))
+        (main if front[number] or number in marks else more).append(row)
+    headline, sentences = f"no weights serve {goal} better within the losses allowed: keep those of the settings", []
+    if chosen:  # the first weights are those of the settings
+        named = zip(tasks, weights[chosen], strict=True)
+        headline = f"set {', '.join(f'tasks.{task}.score_weight to {weight:.4g}' for task, weight in named)}"
+        apart = on_test.compare_with_first(chosen)
+        told = {task: "nothing" if each.value is None else each.shown() for task, each in apart.items()}
+        sentences = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in told.items()]
+        if (apart[goal].low or 0.0) <= 0:
+            sentences.append(f"a gain of {goal} is not shown on the test rows: the settings' weights may be as good")
+    title, heads = "NDCG@10 of each task by weights in the score, test rows", (" : ".join(tasks), *tasks, "")
+    return Report(
+        title=f"Weights of the tasks: {settings.name}",
+        headline=headline,
+        tables=[Table(title, heads, main, more=more)],
+        sentences=list(map(Sentence, sentences)),
+    )
 
 
 def make_grid(deployed: Sequence[float]) -> list[Weights]:

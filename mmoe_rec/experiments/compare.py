@@ -14,11 +14,10 @@ import numpy as np
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Differences, find_differences
+from mmoe_rec.evaluation.comparison import Differences, average_trainings, find_differences
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
-from mmoe_rec.evaluation.trainings import average_trainings
 from mmoe_rec.experiments.experiment_report import (
     FILE,
     ExperimentResult,

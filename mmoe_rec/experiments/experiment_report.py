@@ -11,11 +11,11 @@ from typing import Any
 
 from mmoe_rec.atomic import write_text
 from mmoe_rec.evaluation import metrics as every
+from mmoe_rec.evaluation.comparison import TrainingsMean
 from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.sentences import once_corrected
 from mmoe_rec.evaluation.summary import SCORE
-from mmoe_rec.evaluation.trainings import TrainingsMean
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report

@@ -18,7 +18,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import Rows
 from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.predicted_rows import PredictedRows
+from mmoe_rec.evaluation.summary import PredictedRows
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout

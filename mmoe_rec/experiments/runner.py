@@ -34,7 +34,7 @@ from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import Part
-    from mmoe_rec.evaluation.predicted_rows import PredictedRows
+    from mmoe_rec.evaluation.summary import PredictedRows
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.experiments.predictions import Predictions
     from mmoe_rec.model.mmoe import RankingModel

@@ -1,7 +1,7 @@
 """Predictions, scores and ranks of a log's rows, as Parquet.
 
-    parts of the log -> their rows with predictions and scores, and what these are ranked by
-    all of these     -> rank within the request, in a database
+    parts of the log -> their rows with predictions and scores, and the keys that rank them
+    all keys         -> rank within the request, in a database
     parts            -> their rows with the ranks
 
 A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
@@ -10,9 +10,8 @@ each, so that no bit depends on the engine or the number of workers.
 
 from __future__ import annotations
 
-import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
@@ -21,27 +20,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_file
-from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness, scored_table
-from mmoe_rec.inference.scored_files import FORMAT, AsOf, LearntRows, Output, finished_name, known_rows, open_logs
+from mmoe_rec.inference.scored_files import (
+    FORMAT,
+    AsOf,
+    LearntRows,
+    check_output,
+    finished_name,
+    is_whole,
+    known_rows,
+    open_logs,
+    read_manifest,
+    write_manifest,
+)
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, format_time
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import labels_of
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
-from mmoe_rec.preprocessing.engines import Engine, open_engine
+from mmoe_rec.preprocessing.engines import open_engine
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.prepare import fingerprint_of
-from mmoe_rec.progress import bar, say
+from mmoe_rec.progress import bar
 from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.sections import Settings, Tracking
 from mmoe_rec.tracking.registry import find_model
@@ -73,10 +82,9 @@ def score_log(
     labels: bool = False,
     keep: Sequence[str] = (),
 ) -> ScoredLog:
-    """Scores each row of a log with the model at an address; writes keys, predictions, score and rank to a folder.
+    """Score each row of a log with a model, and write keys, predictions, score and rank to a folder.
 
-    A run that was cut short skips the parts of the log that it has scored where the same one is started again, with any
-    engine and number of workers.
+    If the folder already has these scores of the same input, model and settings, nothing is scored again.
 
     Args:
         model: An address as `find_model` takes it.
@@ -91,9 +99,8 @@ def score_log(
 
     Raises:
         UserError: The input, the model or a setting is wrong, or a folder holds something else.
-        StoppedError: Ctrl-C was pressed; what was scored is kept.
     """
-    model, source = str(model), str(source)
+    model, source, out = str(model), str(source), Path(output)
     given = list(parse_overrides(overrides))
     for key, _ in given:
         if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
@@ -112,11 +119,16 @@ def score_log(
     settings = load_settings(artifact.folder / "settings.yaml", [*_HERE, *overrides])
     if is_remote(str(output)):
         raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
-    out = Output(Path(output))
-    out.check(source)
-    with writing(out.folder, "a scoring", "give another folder with --output"):
-        out.check(source)
-        return _Scoring(artifact, settings, source, out, as_of, window, labels, keep).run()
+    check_output(out, source)
+    with writing(out, "a scoring", "give another folder with --output"):
+        check_output(out, source)
+        scoring = _Scoring(artifact, settings, source, as_of, window, labels, keep)
+        before = read_manifest(out)
+        if before is not None and before["fingerprint"] == scoring.fingerprint and is_whole(out, before):
+            return ScoredLog(out, before, before=True)
+        with atomic_folder(out) as folder:
+            manifest = scoring.write(folder)
+    return ScoredLog(out, manifest)
 
 
 class _Scoring:
@@ -127,13 +139,12 @@ class _Scoring:
         model: Source,
         settings: Settings,
         source: str,
-        out: Output,
         as_of: AsOf,
         window: Window,
         labels: bool,
         keep: Sequence[str],
     ) -> None:
-        self.settings, self.source, self.out = settings, source, out
+        self.settings, self.source = settings, source
         self.as_of, self.window, self.labels, self.artifact = as_of, window, labels, model.folder
         self.kept = tuple(keep)
         self.pipeline = FeaturePipeline.load(model.folder / "features", memories=False)
@@ -151,46 +162,27 @@ class _Scoring:
         how = [options, split, self.products, self.kept]
         self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how])
 
-    def run(self) -> ScoredLog:
-        """Scores, or goes on."""
-        before = self.out.manifest
-        if before is not None and before["fingerprint"] == self.fingerprint and self.out.is_whole(before):
-            return ScoredLog(self.out.folder, before, before=True)
-        if before is not None:
-            say(f"the {before['rows']:,} scores in '{self.out.folder}' will be replaced once new ones are whole")
-        self.out.begin(self.fingerprint)
-        try:
-            manifest = self._write_scores()
-        except UserError as error:
-            # Another try with the same input and nothing done would begin at the same place.
-            if isinstance(error, BadFile) or not any((self.out.work / "scored").iterdir()):
-                self.out.forget()
-            raise
-        except KeyboardInterrupt:
-            raise StoppedError(f"what was scored for '{self.out.folder}' is kept; the same command goes on") from None
-        self.out.end(manifest)
-        return ScoredLog(self.out.folder, manifest)
-
-    def _write_scores(self) -> dict[str, Any]:
-        """Write the files of the output and return the manifest."""
-        from mmoe_rec.devices import limit_threads
-
-        options, in_memory = self.logs.options, self.source.startswith("memory://")
-        processes = self.logs.log.rows >= ROWS_FOR_PROCESSES and not in_memory
-        scratch = self.out.work / "scratch"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a killed run
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the files of the output to a folder, and return the manifest."""
+        options, scratch = self.logs.options, folder / "scratch"
         with Steps(self.logs, {"scored": self.window}, scratch) as steps:
             facts = self._look_up(steps)
-            # What a product gives may depend on the number of threads that share it.
-            with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine:
-                try:
-                    rows = self._score_parts(engine, steps, facts)
-                finally:
-                    _load.cache_clear()  # which frees the memory of the model
+            with open_database(scratch / "database", options.memory_gib, options.workers) as database:
+                database.fill("rows", _RANKED, self._score_parts(steps, scratch, facts))
+                counts = database.row(
+                    f"SELECT count(*), count(*) FILTER (time <= {self.freshness.known}), count(*) FILTER (learnt), "
+                    "min(time), max(time) FROM rows"
+                )
+                names = ("rows", "early", "learnt", "first_request", "last_request")
+                facts |= dict(zip(names, counts, strict=True))
+                if not facts["rows"]:
+                    raise self._no_rows()
                 for log in self.logs.all:
                     log.check_unchanged()
-                facts |= self._rank(engine, list(rows))
-        return self._manifest(rows, facts)
+                parts = write_ranked(database, scratch, folder, self.constants)
+        manifest = self._manifest(parts, facts)
+        write_manifest(folder, manifest)
+        return manifest
 
     def _look_up(self, steps: Steps) -> dict[str, Any]:
         """Look up what counters and histories know of the rows, and return facts for the manifest."""
@@ -210,54 +202,35 @@ class _Scoring:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _score_parts(self, engine: Engine, steps: Steps, facts: Mapping[str, Any]) -> dict[int, int]:
-        """Scores the parts that no run before has scored; gives the number of each part with rows -> how many."""
-        parts = steps.parts
-        files = [self.out.part(number, "parquet") for number in range(len(parts))]
-        left = [(number, part) for number, part in enumerate(parts) if not files[number].exists()]
-        if len(left) < len(parts):
-            done = f"{len(parts) - len(left):,} of {len(parts):,} parts are scored"
-            say(f"going on with a run that was cut short: {done}")
+    def _score_parts(self, steps: Steps, scratch: Path, facts: Mapping[str, Any]) -> Iterator[pa.Table]:
+        """Score the parts of the log into files, and yield the keys that rank their rows, see `_RANKED`."""
+        from mmoe_rec.devices import limit_threads
+
+        options, total, tasks = self.logs.options, self.logs.log.rows, list(enumerate(steps.parts))
+        processes = total >= ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
         job = ScoreJob(
             model=self.artifact,
             version=self.constants["model_version"],
             products=self.products,
-            reader=kept_reader(steps.scratch, self.logs.log),
-            results=kept_results(steps.scratch, self.logs.log) if self.as_of == "log" else None,
+            reader=kept_reader(scratch, self.logs.log),
+            results=kept_results(scratch, self.logs.log) if self.as_of == "log" else None,
             window=self.window,
             labels_known_by=facts["last"] if self.labels else None,
             kept=self.kept,
             learnt=self.learnt,
-            out=self.out,
+            folder=scratch,
         )
-        function, total = partial(score_part, job), self.logs.log.rows
-        with bar() as progress:
-            task = progress.add_task("scoring", total=total, completed=total - sum(part.rows for _, part in left))
-            for (_, part), _ in zip(left, engine.map(function, left), strict=True):
-                progress.advance(task, part.rows)
-        rows = {number: pq.read_metadata(file).num_rows for number, file in enumerate(files)}
-        if not any(rows.values()):
-            raise self._no_rows()
-        return {number: each for number, each in rows.items() if each}
+        # What a product gives may depend on the number of threads that share it.
+        with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine, bar() as progress:
+            task = progress.add_task("scoring", total=total)
+            try:
+                for (_, part), ranked in zip(tasks, engine.map(partial(score_part, job), tasks), strict=True):
+                    progress.advance(task, part.rows)
+                    yield ranked
+            finally:
+                _load.cache_clear()  # which frees the memory of the model
 
-    def _rank(self, engine: Engine, numbers: Sequence[int]) -> dict[str, int]:
-        """Writes the files of the output, of the parts of these numbers; gives what the manifest says of their rows."""
-        options, out = self.logs.options, self.out
-        with bar() as progress:
-            task = progress.add_task("ranking and writing", total=len(numbers))
-            shutil.rmtree(out.work / "database", ignore_errors=True)  # of a killed run
-            with open_database(out.work / "database", options.memory_gib, options.workers) as database:
-                rank_rows(database, {out.part(each, "parquet"): out.part(each, "npy") for each in numbers})
-                counts = database.row(
-                    f"SELECT count(*), count(*) FILTER (time <= {self.freshness.known}), count(*) FILTER (learnt), "
-                    "min(time), max(time) FROM rows"
-                )
-            for _ in engine.map(partial(finish_part, out, self.constants), numbers):
-                progress.advance(task)
-        names = ("rows", "early", "learnt", "first_request", "last_request")
-        return dict(zip(names, counts, strict=True))
-
-    def _manifest(self, rows: Mapping[int, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    def _manifest(self, parts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
         from mmoe_rec.model.products import serving_products
 
         return {
@@ -277,7 +250,7 @@ class _Scoring:
             "first_request": format_time(facts["first_request"]) if self.has_time else None,
             "last_request": format_time(facts["last_request"]) if self.has_time else None,
             "rows_before_tables_as_of": facts["early"] if self.has_time else 0,
-            "parts": {finished_name(number): each for number, each in rows.items()},
+            "parts": dict(parts),
         }
 
     def _describe_past(self, facts: Mapping[str, Any]) -> str:
@@ -323,7 +296,7 @@ class ScoreJob:
         labels_known_by: Time as of which labels are written, microseconds, None for no labels.
         kept: Further columns of the log to write.
         learnt: Tells which rows the model has learned from, None if nobody asks.
-        out: Folder for the files.
+        folder: Folder that gets a file for each part.
     """
 
     model: Path
@@ -335,7 +308,7 @@ class ScoreJob:
     labels_known_by: int | None
     kept: tuple[str, ...]
     learnt: LearntRows | None
-    out: Output
+    folder: Path
 
 
 _LOADING = threading.Lock()
@@ -361,17 +334,21 @@ def _load(folder: Path, version: str) -> Ranker:
 
 
 _RANKED = pa.schema(
-    {"request": pa.uint64(), "score": pa.float64(), "number": pa.int64(), "time": pa.int64(), "learnt": pa.bool_()}
+    {
+        "part": pa.int32(),
+        "request": pa.uint64(),
+        "score": pa.float64(),
+        "number": pa.int64(),
+        "time": pa.int64(),
+        "learnt": pa.bool_(),
+    }
 )
-"""Of a scored row the hash of its request, its log score, its number in the log, the time of its request in
-microseconds, and whether the model has learnt from it."""
+"""Of a scored row the number of its part, the hash of its request, its log score, its number in the log, the time of
+its request in microseconds, and whether the model has learnt from it."""
 
 
-def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
-    """Scores part number `task[0]` of a log into a file, and writes what its rows are ranked by into another.
-
-    The part is done when that one is there; what a killed task has left is written again.
-    """
+def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
+    """Score part number `task[0]` of a log into a file, and return the keys that rank its rows, see `_RANKED`."""
     import torch
 
     from mmoe_rec.model.products import serving_products
@@ -382,7 +359,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
     ranker.scorer.multiply_by(serving_products(job.products))
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANKED.empty_table()]
-    with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:
+    with pa.OSFile(str(scored_file(job.folder, number)), "wb") as file:
         for rows in known_rows(job.reader, results, job.window, part):
             values, log_scores = ranker.score(ranker.reader.completed(rows))
             table = scored_table(rows, values, log_scores, ranker.layout)
@@ -397,47 +374,55 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
             learnt = np.zeros(len(rows), bool) if job.learnt is None else job.learnt.find(rows)
-            its = [rows.request_hashes(), log_scores, rows.row_numbers, rows.times(), learnt]
+            part_number = np.full(len(rows), number, np.int32)
+            its = [part_number, rows.request_hashes(), log_scores, rows.row_numbers, rows.times(), learnt]
             ranked.append(pa.table(its, schema=_RANKED))
         if writer is not None:
             writer.close()
-    with atomic_file(job.out.part(number, "parquet")) as path:
-        pq.write_table(pa.concat_tables(ranked), path)
+    return pa.concat_tables(ranked)
+
+
+def scored_file(folder: Path, number: int) -> Path:
+    """The file of a part's rows with their keys, predictions and scores, before they are ranked."""
+    return folder / f"{number}.arrow"
 
 
 ROWS_PER_GROUP = 131_072
 
 
-def rank_rows(database: Database, parts: Mapping[Path, Path]) -> None:
-    """Ranks the rows of all requests, best first from 1; equal scores keep the order of the rows.
+def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapping[str, str]) -> dict[str, int]:
+    """Rank the rows of all requests and write the files of the output.
 
-    parts: file of `_RANKED` of each part -> the file that gets the ranks of its rows, (N,) int32, as NumPy's.
+    The best row of a request has rank 1. Equal scores keep the order of the rows.
+
+    Args:
+        database: Its table `rows` has the columns of `_RANKED`.
+        scored: Folder of the scored parts.
+        folder: Folder that gets the files.
+        constants: Columns with one value in all rows.
+
+    Returns:
+        Name of each file -> its rows.
     """
-    database.copy("rows", ds.dataset(list(map(str, parts))))
     database.run(
-        "CREATE TABLE ranks AS SELECT number, "
+        "CREATE TABLE ranks AS SELECT part, number, "
         "row_number() OVER (PARTITION BY request ORDER BY score DESC, number)::INTEGER AS rank FROM rows"
     )
-    for rows, target in parts.items():
-        numbers = pq.read_table(rows, columns=["number"])["number"].to_numpy()
-        query = f"SELECT rank FROM ranks WHERE number BETWEEN {numbers[0]} AND {numbers[-1]} ORDER BY number"
-        ranks = pa.concat_tables(database.read(query, ROWS_PER_GROUP))["rank"].to_numpy()
-        assert len(ranks) == len(numbers), "ranks of other rows"
-        with target.open("wb") as file:
-            np.save(file, ranks)
-
-
-def finish_part(out: Output, constants: Mapping[str, str], number: int) -> None:
-    """Writes the file of a part that has rows, unless it is there. constants: columns with one value in all rows."""
-    target = out.finished / finished_name(number)
-    if target.is_file():
-        return
-    with atomic_file(target) as path, pa.memory_map(str(out.part(number, "arrow"))) as file:
-        rows = pa.ipc.open_file(file).read_all()
-        its = {"rank": pa.array(np.load(out.part(number, "npy")))}
-        its |= {name: pa.repeat(value, len(rows)) for name, value in constants.items()}
-        table = pa.table([*rows.columns, *its.values()], names=[*rows.column_names, *its])
-        pq.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd")
+    written = {}
+    with bar() as progress:
+        parts = [part for (part,) in database.rows("SELECT DISTINCT part FROM ranks ORDER BY part")]
+        for part in progress.track(parts, description="writing"):
+            ranks = database.table(f"SELECT rank FROM ranks WHERE part = {part} ORDER BY number")
+            with pa.memory_map(str(scored_file(scored, part))) as file:
+                rows = pa.ipc.open_file(file).read_all()
+                its = {
+                    "rank": ranks["rank"],
+                    **{name: pa.repeat(value, len(rows)) for name, value in constants.items()},
+                }
+                table = pa.table([*rows.columns, *its.values()], names=[*rows.column_names, *its])
+                pq.write_table(table, folder / finished_name(part), row_group_size=ROWS_PER_GROUP, compression="zstd")
+            written[finished_name(part)] = len(rows)
+    return written
 
 
 def microseconds(time: str) -> int:

@@ -1,11 +1,10 @@
 """What a scoring reads of a log, and the folder that gets the scores.
 
 It reads the columns of the model's features, and labels only where these are remembered (`open_logs`). The output
-(`Output`) appears whole; a hidden folder beside it holds what a run that was cut short goes on with:
+appears whole:
 
-<output>/_manifest.json            what was scored by which model; the folder is whole if it is there
+<output>/_manifest.json            what was scored by which model
 <output>/part-00000.parquet       the scored rows, in the input's order
-.<output>.scoring/                of a run that has not ended: its fingerprint, and what it has done so far
 
 `LearntRows` counts the rows that the model has learnt from, whose metrics flatter it.
 """
@@ -13,8 +12,6 @@ It reads the columns of the model's features, and labels only where these are re
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +23,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from mmoe_rec.atomic import put_folder, write_text
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
@@ -39,7 +35,6 @@ from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types
-from mmoe_rec.progress import say
 from mmoe_rec.settings.log_columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema
 from mmoe_rec.settings.sections import Settings, Split
@@ -137,6 +132,7 @@ def _check_labels(address: str, there: Collection[str], schema: Schema) -> None:
 
 
 FORMAT = 1
+_MANIFEST = "_manifest.json"
 
 
 def finished_name(number: int) -> str:
@@ -144,85 +140,47 @@ def finished_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-@dataclass(frozen=True)
-class Output:
-    """An output folder and the working folder beside it."""
+def check_output(folder: Path, source: str) -> None:
+    """Raise UserError if the output would be read as input, or the folder holds files that are no scores."""
+    if takes_in(source, [folder / finished_name(0)]):
+        raise UserError(f"--input '{source}' takes in the files of --output '{folder}'; give a folder outside it")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output '{folder}' is a file; give a new or empty folder")
+    ours = set[str]() if (manifest := read_manifest(folder)) is None else {_MANIFEST, *manifest["parts"]}
+    if others := {each.name for each in folder.iterdir()} - ours if folder.exists() else None:
+        raise UserError(
+            f"--output '{folder}' holds files that are no scores, such as '{min(others)}'; give a new or empty "
+            "folder, or one with scores that may be replaced"
+        )
 
-    folder: Path
 
-    @property
-    def work(self) -> Path:
-        """What a run that has not ended has done so far."""
-        target = Path(os.path.realpath(self.folder))
-        return target.with_name(f".{target.name}.scoring")
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest of a folder of scores. Returns None if there are no scores."""
+    try:
+        tree = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(tree, dict) and tree.get("format") == FORMAT and isinstance(tree.get("parts"), dict)
+    return tree if is_ours and "fingerprint" in tree else None
 
-    @property
-    def finished(self) -> Path:
-        """What becomes the output."""
-        return self.work / "finished"
 
-    def part(self, number: int, kind: str) -> Path:
-        """A file of a part of the log: its rows (`arrow`) with their keys, predictions and scores, what they are ranked
-        by (`parquet`), and their ranks (`npy`)."""
-        return self.work / "scored" / f"part-{number:05d}.{kind}"
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder of scores."""
+    (folder / _MANIFEST).write_text(json.dumps({"format": FORMAT, **manifest}, indent=1), encoding="utf-8")
 
-    def check(self, source: str) -> None:
-        """Raises UserError where the output would be read as input, or the folder holds files that are no scores."""
-        address = str(self.folder)
-        planted = [each / finished_name(0) for each in (self.folder, self.finished)]
-        if takes_in(source, planted):
-            raise UserError(f"--input '{source}' takes in the files of --output '{address}'; give a folder outside it")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--output '{address}' is a file; give a new or empty folder")
-        ours = set[str]() if (manifest := self.manifest) is None else {"_manifest.json", *manifest["parts"]}
-        if others := {each.name for each in self.folder.iterdir()} - ours if self.folder.exists() else None:
-            raise UserError(
-                f"--output '{address}' holds files that are no scores, such as '{min(others)}'; give a new or empty "
-                "folder, or one with scores that may be replaced"
-            )
 
-    @property
-    def manifest(self) -> dict[str, Any] | None:
-        """What the manifest of a whole folder says, None where there are no scores."""
-        try:
-            tree = json.loads((self.folder / "_manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        is_ours = isinstance(tree, dict) and tree.get("format") == FORMAT and isinstance(tree.get("parts"), dict)
-        return tree if is_ours and "fingerprint" in tree else None
-
-    def is_whole(self, manifest: Mapping[str, Any]) -> bool:
-        """Whether the files of a manifest are there, with as many rows as it says."""
-        try:
-            return all(pq.read_metadata(self.folder / name).num_rows == n for name, n in manifest["parts"].items())
-        except (OSError, pa.ArrowException):
-            return False
-
-    def begin(self, fingerprint: str) -> None:
-        """Makes the working folder, or takes that of a run of the same fingerprint; another one's is removed."""
-        begun = self.work / "begun"
-        if self.work.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == fingerprint):
-            say(f"the run for '{self.folder}' before was of another input, model or settings: scoring starts anew")
-            self.forget()
-        for each in (self.work / "scored", self.finished):
-            each.mkdir(parents=True, exist_ok=True)
-        write_text(begun, fingerprint)
-
-    def end(self, manifest: dict[str, Any]) -> None:
-        """Puts the finished files and their manifest in the output's place."""
-        write_text(self.finished / "_manifest.json", json.dumps({"format": FORMAT, **manifest}, indent=1))
-        put_folder(self.finished, Path(os.path.realpath(self.folder)))
-        self.forget()
-
-    def forget(self) -> None:
-        """Removes the working folder."""
-        shutil.rmtree(self.work, ignore_errors=True)
+def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the files of a manifest are there, with as many rows as it says."""
+    try:
+        return all(pq.read_metadata(folder / name).num_rows == rows for name, rows in manifest["parts"].items())
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def learnt_from(files: Iterable[str]) -> list[str]:
     """What is to be said, after a model's name, of rows that it has learnt from, where `score` wrote them to files."""
     folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
-    sentences = [(Output(each).manifest or {}).get("learnt") for each in sorted(folders)]
+    sentences = [(read_manifest(each) or {}).get("learnt") for each in sorted(folders)]
     return [each for each in sentences if each is not None]
 
 
@@ -276,17 +234,15 @@ class LearntRows:
         if not learnt:
             return None
         if self.column is not None:
-            return (
-                f"was trained, or its best state chosen, on rows with {', '.join(self.values)} in column "
-                f"'{self.column}', as {learnt:,} of the {rows:,} rows are that were scored: metrics of them flatter "
-                "it; score a file without them"
-            )
-        start, end = self.split.train_start, self.split.validation_end
-        assert end is not None, "times split the rows"
-        period = f"before {end.isoformat()}" if start is None else f"from {start.isoformat()} to {end.isoformat()}"
+            rows_told, fix = f"rows with {', '.join(self.values)} in column '{self.column}'", "a file without them"
+        else:
+            start, end = self.split.train_start, self.split.validation_end
+            assert end is not None, "times split the rows"
+            since = "" if start is None else f" from {start.isoformat()}"
+            rows_told, fix = f"requests{since} before {end.isoformat()}", f"with --start {end.isoformat()}"
         return (
-            f"was trained, or its best state chosen, on requests {period}, when {learnt:,} of the {rows:,} rows were "
-            f"requested that were scored: metrics of them flatter it; score with --start {end.isoformat()}"
+            f"was trained, or its best state chosen, on {rows_told}, as {learnt:,} of the {rows:,} rows are that were "
+            f"scored: metrics of them flatter it; score {fix}"
         )
 
 

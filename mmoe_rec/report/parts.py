@@ -1,4 +1,4 @@
-"""The parts of a report. Each command builds a `Report`, which `terminal`, `pages` and `files` show."""
+"""The parts of a report. Each command builds a `Report`, which `terminal` and `report_files` show."""
 
 from __future__ import annotations
 

@@ -228,15 +228,15 @@ class Evaluation(Section):
     )
     margin: float = Field(0.005, ge=0, description="AUC, or R2, that a model may lose for any task, with its interval")
     calibration: float = Field(1.25, gt=1, description="factor by which probabilities may be off, or the other's are")
-    slices: tuple[str, ...] | None = Field(
-        None,
+    slices: tuple[str, ...] = Field(
+        (),
         description="what reports slice rows by, besides new users and candidates and activity: columns of the log, or "
-        "bucket(COLUMN, N) of a number; null takes the columns of placement",
+        "bucket(COLUMN, N) of a number",
     )
     guarded_slices: tuple[str, ...] | None = Field(
         None,
         description="slices of which none may be shown to lose more than `margin`: by user, candidate, training rows "
-        "of the user, or what `slices` names; null takes all but those by columns of placement",
+        "of the user, or what `slices` names; null takes all of them",
     )
 
 

@@ -19,7 +19,7 @@ class Binary(TaskKind):
     predictions = ("a probability", lambda values: (values >= 0) & (values <= 1))
     wrong_label = "binary task '{}' holds {}, neither 0 nor 1; fix the data or set the task's kind to regression"
     is_binary = True
-    guarded, loss_name, objective, effect = "auc", "logloss", "binary", "odds"
+    guarded, loss_name, objective = "auc", "logloss", "binary"
     mean_name = "share of positive labels"
 
     def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:

@@ -20,7 +20,7 @@ class Regression(TaskKind):
     wrong_label = "task '{}' holds {}, too large for 32 bits; make it null"
     is_linear = True
     smallest, loss_factor = SMALLEST_VALUE, 0.5
-    loss_name, objective, effect = "squared error", "regression", "added"
+    loss_name, objective = "squared error", "regression"
 
     def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:
         return ((logits - labels) / deviation).square()

@@ -35,7 +35,6 @@ class TaskKind(str, ABC):
         loss_name: Words for the loss.
         loss_factor: Factor of the mean loss where task weights are learnt; see `mmoe_rec.training.losses`.
         objective: LightGBM's name of the loss.
-        effect: Word for the effect of an input on predictions: an addend if the kind is linear, else a factor.
         mean_name: Words for the mean label.
     """
 
@@ -49,7 +48,6 @@ class TaskKind(str, ABC):
     loss_name: str
     loss_factor = 1.0
     objective: str
-    effect: str
     mean_name = "mean label"
 
     @property

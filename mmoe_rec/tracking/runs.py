@@ -1,11 +1,10 @@
 """A run: what it logs becomes messages, which MLflow gets now or once it answers again."""
 
 import json
-import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,11 +77,6 @@ class Run:
         if new:
             # A number that is sent twice with one time and step counts once.
             self._put("metrics", {"time": _now(), "step": step or 0, "metrics": new})
-
-    def forget_metrics(self, prefix: str, kept: Collection[str]) -> None:
-        """Metrics of a resumed run with names that begin so, but for some, become NaN: they are undefined by now."""
-        gone = [name for name in self.steps if name.startswith(prefix) and name not in kept]
-        self._put("metrics", {"time": _now(), "step": 0, "metrics": dict.fromkeys(gone, math.nan)} if gone else {})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         self._put("tags", {name: str(value) for name, value in tags.items()})

@@ -18,9 +18,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import existing
-from mmoe_rec.report.pages import render
 from mmoe_rec.report.parts import Report
-from mmoe_rec.report.report_files import JSON, read_report
+from mmoe_rec.report.report_files import JSON, read_report, render
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.training.origin import fixed_settings
 

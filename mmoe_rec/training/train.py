@@ -92,7 +92,7 @@ def _make_trainer(run: Run, ready: Ready) -> Trainer:
     settings = ready.settings
 
     def draw(validation: Validation, step: int) -> None:
-        from mmoe_rec.evaluation.curves import log_gates
+        from mmoe_rec.evaluation.results_report import log_gates
 
         log_gates(run, ready.layout, validation.experts, f"plots/gates/step_{step:07}.png")
 
@@ -143,7 +143,7 @@ def _log_start(run: Run, ready: Ready) -> None:
 def _finish(run: Run, ready: Ready, result: TrainingResult, register: bool) -> FinishedTraining:
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.batches.encoded_rows import Part
-    from mmoe_rec.evaluation.curves import log_gates
+    from mmoe_rec.evaluation.results_report import log_gates
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.model.score import UNCALIBRATED
     from mmoe_rec.training import training_report

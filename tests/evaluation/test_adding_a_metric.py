@@ -101,7 +101,7 @@ def test_an_undefined_metric_has_a_note(log: Log, has_interval: bool, monkeypatc
     found = summarise(log.measure(), 5)
     bought = summary_tree(found)["tasks"]["bought"]
     assert (bought["brier"]["value"] if has_interval else bought["brier"]) is None
-    assert "brier is undefined." in bought["note"]
+    assert "brier is undefined: " in bought["note"]
     assert "bought.brier" not in flatten(found)
 
 

@@ -4,11 +4,9 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from simulated_log import Log, simulate
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.summary import flatten, summarise
 
 
@@ -64,9 +62,3 @@ def test_one_candidate_in_all_requests_is_no_news() -> None:
     found = summarise(log.measure(candidates=np.zeros(len(log.score), int)), 2).catalogue
     assert found["novelty_at_5"] == found["gini_at_5"] == 0
     assert found["coverage_at_5"] == found["candidates"] == 1
-
-
-def test_wrong_candidates_are_named(log: Log) -> None:
-    some = pa.array([None, *range(len(log.score) - 1)])
-    with pytest.raises(UserError, match="'candidates' has 1 missing values, the first at row 0"):
-        log.measure(candidates=some)

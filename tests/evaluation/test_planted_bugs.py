@@ -11,21 +11,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import yaml
 from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import evaluate
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.evaluate import evaluate_model
-from mmoe_rec.evaluation.findings import find_all
-from mmoe_rec.evaluation.measure_files import measure_predictions
-from mmoe_rec.evaluation.prediction_files import columns_of_tasks
+from mmoe_rec.evaluation.prediction_files import columns_of_tasks, measure_predictions
 from mmoe_rec.evaluation.promotion import _find_objections
+from mmoe_rec.evaluation.sentences import find_all
 from mmoe_rec.evaluation.slicing import TrainingRows, overlap
 from mmoe_rec.settings.sections import Evaluation, Split
-from mmoe_rec.training.boosting import rate_candidates
 from tests.inference.small_model import SmallModel
 from tests.log.plain_tables import plain_settings
 from tests.report.parsed import Page
@@ -100,26 +96,6 @@ def turn_users_round(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(predicted_bought=turned, request=np.arange(len(frame)))
 
 
-def fit_isotonic(frame: pd.DataFrame) -> pd.DataFrame:
-    given, label = frame["predicted_bought"].to_numpy() ** 1.5, frame["label_bought"].to_numpy()
-    return frame.assign(predicted_bought=IsotonicRegression(out_of_bounds="clip").fit(given, label).predict(given))
-
-
-def fit_two_points(frame: pd.DataFrame) -> pd.DataFrame:
-    given, label = frame["predicted_bought"].to_numpy() ** 1.5, frame["label_bought"].to_numpy()
-    logit = np.log(given / (1 - given))[:, None]
-    fitted = LogisticRegression(C=1e9, tol=1e-12).fit(logit, label)
-    return frame.assign(predicted_bought=fitted.predict_proba(logit)[:, 1])
-
-
-def rate_items(frame: pd.DataFrame) -> pd.DataFrame:
-    """Popularity, where the other candidates of a request were sampled by popularity: no candidate is above another."""
-    random, before = np.random.default_rng(3), len(frame) // 2
-    item = random.geometric(0.01, len(frame))
-    rate = rate_candidates(pa.array(item[:before]), frame["label_bought"][:before] * 1.0, None)
-    return frame[before:].assign(predicted_bought=rate(pa.array(item[before:])))
-
-
 @pytest.mark.parametrize(
     ("bug", "check", "told"),
     [
@@ -128,19 +104,12 @@ def rate_items(frame: pd.DataFrame) -> pd.DataFrame:
         (
             lambda frame: frame.assign(predicted_bought=0.8 * frame["predicted_bought"]),
             "calibration",
-            "too low in all ranges that tell",
+            r"are off by 0\.[01]\d* on average",
         ),
         (overstate_rare_labels, "in sum", "too high: 1.3"),
-        (shuffle_labels, "chance", "as where labels or predictions were joined to the wrong rows"),
-        (
-            rate_items,
-            "chance",
-            r"hardly differ \(an AUC of 0.5. if each were right\), as is usual of popularity where",
-        ),
+        (shuffle_labels, "chance", "labels or predictions may have been joined to the wrong rows"),
         (join_other_requests, "within requests", "joined to rows of other requests"),
         (turn_users_round, "within users", "but the rows of a user worse than by chance"),
-        (fit_isotonic, "fitted", "their calibration was fitted on these rows"),
-        (fit_two_points, "fitted", "their calibration was fitted on these rows"),
     ],
 )
 def test_a_bug_is_seen(bug: Callable[[pd.DataFrame], pd.DataFrame], check: str, told: str, tmp_path: Path) -> None:
@@ -148,7 +117,6 @@ def test_a_bug_is_seen(bug: Callable[[pd.DataFrame], pd.DataFrame], check: str, 
     assert check in checks(results)
     assert len(checks(results)) == 1 or check == "too good"
     assert re.search(told, words)
-    assert "wrong rows" not in words or bug is shuffle_labels
 
 
 def fit_on_other_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -213,19 +181,16 @@ def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
-    """Values are compared as text; what can't be told is said."""
-    settings, file = plain_settings(tmp_path), tmp_path / "settings.yaml"
-    split, unknown = settings.split.model_dump(mode="json"), "does not say on which rows it was trained"
+    """Values are compared as text."""
+    settings = plain_settings(tmp_path)
+    split = settings.split.model_dump(mode="json")
     learnt = {"train": ["1", "4"], "validation": ["2"], "test": ["3"]}
-    for text, told in (
-        (None, unknown),
-        ("split: {column: fold, from: 3}", unknown),
-        ("split", unknown),
-        (yaml.safe_dump({"split": split | learnt}), "chosen, on rows with 4 in column 'fold', which are those that"),
-        (yaml.safe_dump({"split": split | {"column": "person"}}), "column 'person' split, .* it may have seen"),
+    for changes, told in (
+        (learnt, "chosen, on rows with 4 in column 'fold', which are those that"),
+        ({"column": "person"}, "column 'person' split, .* it may have seen"),
     ):
-        if text is not None:
-            file.write_text(text, encoding="utf-8")
+        trained = settings.model_copy(update={"split": Split.model_validate(split | changes)})
+        (tmp_path / "settings.yaml").write_text(trained.to_yaml(), encoding="utf-8")
         (said,) = overlap(settings, tmp_path)
         assert re.search(told, said), said
 
@@ -243,15 +208,11 @@ def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytes
     model, other = SmallModel(tmp_path / "a"), SmallModel(tmp_path / "b", model={"experts": {"count": 2, "units": [4]}})
     out = tmp_path / "out"
     found = evaluate_model(model.settings, str(model.folder), out, [str(other.folder)]).results
-    comparison = json.loads((out / "comparison.json").read_text())
+    comparison = json.loads((out / "metrics.json").read_text())["comparison"]
     assert (comparison["model"], list(comparison["against"])) == ("a/model", ["b/model"])
     apart: dict[str, Any] = comparison["against"]["b/model"]["groups"]["click"]["auc"]
     areas = [each.tasks["click"].get("auc").value for each in found.summaries.values()]
     assert apart["value"] == pytest.approx(areas[0] - areas[1])
-    figures = pd.read_parquet(out / "metrics.parquet")
-    of_click = figures[(figures["group"] == "click") & (figures["metric"] == "auc")]
-    assert of_click["value"].tolist() == pytest.approx([*areas, areas[0] - areas[1]])
-    assert of_click["less"].fillna("").tolist() == ["", "", "b/model"]
     slices = pd.read_parquet(out / "slices.parquet")
     clicks = slices[(slices["group"] == "click") & (slices["metric"] == "auc") & (slices["beside"] == "all rows")]
     by_user = clicks[clicks["by"] == "user"]

@@ -78,7 +78,7 @@ def compare(folder: Path, mine: pd.DataFrame, theirs: pd.DataFrame, *words: str)
     run("evaluate", *sides, "--tasks", "bought", "--out", str(folder / "out"), *words)
 
 
-def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path) -> None:
     """A rank is each model's own: what a model shows first is better by construction than what another one shows."""
     sides = [frame(), frame()]
     for seed, found in enumerate(sides):
@@ -89,8 +89,6 @@ def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: 
     table = pd.read_parquet(tmp_path / "out" / "slices.parquet")
     assert set(table[table["by"] == "rank"]["beside"]) == {"all rows"}
     assert set(table[table["by"] == "device"]["beside"]) == {"all rows", "theirs"}
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "note: slices by rank hold other rows for other models, so these are not compared there" in printed
 
 
 def test_another_score_of_the_same_predictions_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -121,7 +119,7 @@ def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.Cap
     found["tags"] = [["a"]] * len(found)
     for word, told in (
         ("id", r"column 'id' has more than 1,000 values, such as '0': too many to .* slice by 'bucket\(id, 10\)'"),
-        ("nowhere", r"in/0.parquet' has no column 'nowhere', by which rows are to be sliced \(--slices\)"),
+        ("nowhere", r"in/0.parquet' has no column 'nowhere', by which rows are to be sliced \(--slices, "),
         ("tags", r"in/0.parquet': column 'tags' holds list<.*>, which rows can't be sliced by \(--slices\)"),
         ("bucket(device, 3)", r"column 'device' holds .*string, and buckets are of numbers"),
         ("bucket(price)", r"--slices bucket\(price\): expected 'bucket\(COLUMN, N\)', such as 'bucket\(price, 10\)'"),

@@ -6,10 +6,9 @@ from scipy.stats import ttest_1samp, ttest_ind
 from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import find_differences
+from mmoe_rec.evaluation.comparison import average_trainings, find_differences
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
-from mmoe_rec.evaluation.trainings import average_trainings
 
 SPENT = MeasuredTask("spent", "regression")
 

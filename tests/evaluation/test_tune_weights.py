@@ -1,12 +1,15 @@
 """Weights of tasks: chosen on validation rows, told of on test rows."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
+from mmoe_rec.evaluation.prediction_files import columns_of_settings, open_predictions
+from mmoe_rec.evaluation.summary import UserMetrics
+from mmoe_rec.evaluation.tradeoffs import Sweep, make_grid
+from mmoe_rec.report.report_files import read_report
 from tests.commands import exit_code
 from tests.inference.small_model import SmallModel
 
@@ -27,26 +30,38 @@ def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.Captu
         assert exit_code("evaluate", *words) == 0
     assert run(model, "--goal", "click", "--keep", "liked=100", "spent=100") == 0  # few users rule out little
     printed = capsys.readouterr().out
-    found = json.loads((work / "tradeoffs" / "tradeoffs.json").read_text())
-    assert found["goal"] == "click"
-    assert found["margins"] == {"liked": 100.0, "spent": 100.0}
-    assert found["tasks"] == ["click", "liked", "spent"]
-    before, after = (found["values"][number][0] for number in (0, found["chosen"]))
-    assert found["apart"]["click"]["value"] == pytest.approx(after - before)
-    assert "the settings'" in printed
-    if found["chosen"]:
-        assert "click: NDCG@10 changes by " in printed
-        assert f"tasks.click.score_weight: {found['weights'][found['chosen']][0]:.4g}" in printed
-    # By the weights of the settings, rows rank as the model ranks them; one of the tasks is a regression.
-    rows = pd.read_parquet(work / "evaluation" / "predictions.parquet")
-    least = {"click": 1e-38, "liked": 1e-38, "spent": 1e-6}
-    weights = dict(zip(found["tasks"], found["weights"][0], strict=True))
-    logs = sum(weight * np.log(rows[f"predicted_{task}"].clip(least[task])) for task, weight in weights.items())
-    total = sum(task.score_weight for task in model.settings.tasks.values())
-    np.testing.assert_allclose(total * logs, np.log(rows["score"]), rtol=1e-4, atol=1e-4)
+    report = read_report(work / "tradeoffs")
+    assert report is not None
+    (table,) = report.tables
+    assert table.heads == ["click : liked : spent", "click", "liked", "spent", ""]
+    rows = {row[-1]: row for row in table.rows}
+    before, after = (
+        float(rows[mark][1]) for mark in ("the settings'", "chosen" if "chosen" in rows else "the settings'")
+    )
+    assert (after > before) == ("chosen" in rows) == report.headline.startswith("set tasks.click.score_weight to ")
+    if "chosen" in rows:
+        (changed,) = (each.text for each in report.sentences if each.text.startswith("click: NDCG@10 changes by "))
+        assert float(changed.split()[4]) == pytest.approx(after - before, abs=1e-4)
+    assert report.headline in " ".join(printed.split())
+    assert len(table.rows) + len(table.more) == len(make_grid([1.0, 0.5, 0.2]))
     # None gains without a loss, so the weights of the settings stay.
     assert run(model, "--goal", "click", "--keep", "liked=0", "spent=0") == 0
-    assert "no weights serve click better within the losses allowed" in capsys.readouterr().out
+    assert "no weights serve click better within the losses allowed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_weights_of_the_settings_rank_as_the_model(model: SmallModel) -> None:
+    """One of the tasks is a regression."""
+    words = ("--config", model.config(), "--model", model.folder)
+    assert exit_code("evaluate", *words) == 0
+    file, settings = Path(model.settings.data.work) / "evaluation" / "predictions.parquet", model.settings
+    rows, tasks = open_predictions(columns_of_settings(settings), str(file), "--predictions"), list(settings.tasks)
+    weights = make_grid([task.score_weight for task in settings.tasks.values()])[:1]
+    (found,) = Sweep(rows, tasks, weights, 1).values
+    assert np.isfinite(found).sum() >= 2
+    for task, value in zip(tasks, found, strict=True):
+        alone = replace(rows, tasks=tuple(replace(each, weight=float(each.name == task)) for each in rows.tasks))
+        expected = UserMetrics(alone.sum()).once["score", "ndcg_at_10"]  # of the model's own scores
+        assert value == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
 def test_what_is_asked_for_wrongly_is_told(model: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -19,4 +19,4 @@ def compare(
     """tasks: those that decide, by their AUC."""
     models = {name: summary.MeasuredModel(each, summary.summarise(each, 1)) for name, each in sums.items()}
     compared = comparison.compare(models, model, tasks, Evaluation().model_copy(update={"resamples": resamples}))
-    return comparison_tree(compared, models[model].summary)
+    return comparison_tree(compared)

@@ -450,7 +450,7 @@ def test_rows_are_not_scored_by_a_model_that_came_later(
     """The version that stands beside each row is that of the model that scored it."""
     score_parts = score._Scoring._score_parts
 
-    def replaced(self: score._Scoring, *arguments: Any) -> dict[int, int]:
+    def replaced(self: score._Scoring, *arguments: Any) -> Any:
         shutil.rmtree(folder)
         shutil.copytree(other, folder)
         score._load.cache_clear()

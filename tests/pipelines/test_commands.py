@@ -192,8 +192,7 @@ def test_metrics_have_intervals_and_are_those_of_the_test_rows(
     logged = world.run()
     assert logged.data.metrics["test/click.auc"] == pytest.approx(area)
     names = {each.path for each in mlflow.MlflowClient().list_artifacts(logged.info.run_id, "evaluation")}
-    expected = {"metrics.json", "comparison.json", "report.html", "gate_weights.png"}
-    assert names == {f"evaluation/{name}" for name in expected | {f"calibration_{task}.png" for task in TASKS}}
+    assert names == {"evaluation/metrics.json", "evaluation/report.html"}
     work = world.folder / "work"
     shutil.copytree(evaluated, work / "evaluation")
     run("report", "--config", world.config)
@@ -239,7 +238,7 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
 def test_a_task_without_a_known_label_is_evaluated_without_a_figure(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """As where labels mature late; what an evaluation before drew is not left beside these metrics."""
+    """As where labels mature late."""
     log = learnable_log()
     (tmp_path / "log").mkdir()
     early = pc.less(log["time"], pa.scalar(START + np.timedelta64(8, "D")).cast(log["time"].type))
@@ -247,11 +246,10 @@ def test_a_task_without_a_known_label_is_evaluated_without_a_figure(
     place = log.column_names.index("liked")
     pq.write_table(log.set_column(place, "liked", liked), tmp_path / "log" / "0.parquet")
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "calibration_liked.png").touch()
     words = ["--config", world.config, "--model", world.artifact, "--out", out]
     run("evaluate", *words, "--data.log", tmp_path / "log")
-    assert {each.name for each in out.glob("*.png")} == {"calibration_click.png"}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert [f"probabilities of {task} by" in page for task in ("click", "liked")] == [True, False]
     assert read_metrics(out)["tasks"]["liked"]["rows"] == 0
     assert "liked: No row has an observed label" in capsys.readouterr().out
 

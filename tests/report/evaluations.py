@@ -3,7 +3,7 @@
 import numpy as np
 
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, summarise
+from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.settings.sections import Evaluation
 
@@ -17,12 +17,6 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
     label = (random.random(len(user)) < 1 / (1 + np.exp(-logit))).astype(float)
     measured = [MeasuredTask(tasks[0], "binary"), MeasuredTask(tasks[1], "regression", 0.1)]
     kind = np.where(user < 60, "few & far", "many")
-    more = {
-        "placement": [
-            PlacementRecord("position", value, 100, {"bought": odds, "spent": odds - 1})
-            for value, odds in (("1", 1.5), ("<2>", 0.5))
-        ]
-    }
     models = {}
     for name, noise in ((first, np.where(user < 60, 3.0, 0.1)), (second, 0.5)):
         predicted = 1 / (1 + np.exp(-logit - noise * random.normal(size=len(user))))
@@ -41,7 +35,6 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
             {task: [0.25, 0.75] for task in tasks},
             seen=[f"was trained on rows of '{name}'"] if name == second else [],
             slices={("kind", each): of(np.flatnonzero(kind == each)) for each in ("few & far", "many")},
-            **(more if name == first else {}),
         )
     facts = {f"log of {tasks[0]}": "somewhere"}
     return Results(models, tasks, Evaluation(decide_by="auc"), f"Evaluation of {tasks[0]}", facts)

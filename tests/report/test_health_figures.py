@@ -8,7 +8,7 @@ import pytest
 
 from mmoe_rec.profiling.health_report import weeks_figure
 from mmoe_rec.report.charts import COLORS
-from mmoe_rec.report.pages import TEMPLATES
+from mmoe_rec.report.report_files import TEMPLATES
 
 RATES = {"train": [0.2, 0.3, None], "validation": [0.25], "test": [0.5, 0.1]}
 ROWS = {"train": [10, 40, 5], "validation": [20], "test": [30, 40]}

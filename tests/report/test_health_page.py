@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mmoe_rec.profiling.health_report import make_report, write
-from mmoe_rec.report.pages import to_html
+from mmoe_rec.report.report_files import to_html
 from mmoe_rec.report.terminal import to_terminal
 from tests.profiling.encoded_data import changed, drifting, health_of_frames, random_frames, spoiling
 from tests.report.parsed import Page

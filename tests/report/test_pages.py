@@ -11,9 +11,8 @@ from jinja2 import UndefinedError
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.report.charts import blank, svg
-from mmoe_rec.report.pages import render, to_html
 from mmoe_rec.report.parts import Cell, Figure, Report, Sentence, Table
-from mmoe_rec.report.report_files import read_report, to_json, write_report
+from mmoe_rec.report.report_files import read_report, render, to_html, to_json, write_report
 from mmoe_rec.training.overview import Part, to_page
 from tests.report.parsed import Page
 

@@ -28,7 +28,7 @@ class Count(TaskKind):
     labels = ("0, 1, 2 or so, or null", lambda values: np.isnan(values) | ((values >= 0) & (values % 1 == 0)))
     predictions = ("a rate", lambda values: (values >= 0) & np.isfinite(values))
     wrong_label = "task '{}' holds {}, which is no count; write a whole number from 0 on"
-    loss_name, objective, effect = "Poisson loss", "poisson", "rate"
+    loss_name, objective = "Poisson loss", "poisson"
 
     def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:
         return logits.exp() - labels * logits

@@ -7,10 +7,10 @@ have no order of their own, so each metric is its expected value over a random o
 What is computed of ranked lists is (Q,) float64 in [0, 1], and NaN for a request without a relevant row.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,6 @@ from scipy.special import gammaln
 
 from mmoe_rec.auc import exclusive_sum, runs, starts
 from mmoe_rec.evaluation.metrics.metric import Named, Ratio, ratio
-from mmoe_rec.evaluation.metrics.tasks import NO_REQUEST
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,6 @@ class ListMetric(Ratio[RankedLists]):
 
     def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
         return {self.name: self._of_list(lists)}
-
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        if "positives" in group:
-            return NO_REQUEST
-        return "No request has rows of different relevance: metrics by request are undefined."
 
 
 def list_metrics(cutoffs: Sequence[int]) -> Iterator[ListMetric]:

@@ -79,10 +79,6 @@ class Metric(Named, Generic[Measured]):
     def summarise(self, drawn: "Resamples") -> np.ndarray:
         """(R,) float64, the value in each resample; NaN where it is undefined."""
 
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        """A sentence for people; group: what the summary says of the task or the score."""
-        return f"{self.name} is undefined."
-
     def details(self, sums: "UserSums", resamples: int) -> dict[str, Any]:
         """What else the summary says."""
         return {}

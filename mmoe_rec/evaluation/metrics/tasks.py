@@ -9,7 +9,7 @@ what that changes for the rows themselves (`Bins`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,12 @@ from mmoe_rec.evaluation.intervals import Values, resample
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, Resamples, TaskRows, UserSums, ratio
 
 MOST_BINS = 4_096
-FINE_BINS = 50
 Area = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Takes numbers of positive and of negative rows by rising value, (B, ...) each, and gives (...) areas."""
 _ROUNDING = 1e-12  # as a share of the mean square: what is left of equal labels
 _LEAST_CHANCE = float(np.finfo(np.float32).eps)
 _TINY = np.finfo(float).tiny
 _DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
-NO_REQUEST = "No request has rows of both labels: metrics by request are undefined."
 
 
 class Bins:
@@ -94,18 +92,10 @@ def equal_mass(values: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
     return np.unique(found, return_inverse=True)[1][place]
 
 
-def one_class(_: Metric[Any], group: Mapping[str, Any]) -> str:
-    """Why metrics of a binary task are undefined where its observed labels are all alike."""
-    label = int(group["positives"] > 0)
-    also = "" if label else " So is calibration."
-    return f"All {group['rows']:,} labels are {label}: AUC, GAUC and normalised entropy are undefined.{also}"
-
-
 class Auc(Metric[TaskRows]):
     """Area under the ROC curve over all observed rows."""
 
     name, kinds, better, is_share = "auc", ("binary",), "higher", True
-    why_undefined = one_class
 
     def sizes(self, sums: UserSums) -> list[np.ndarray]:
         positive = sums.column("label")
@@ -123,29 +113,21 @@ class AveragePrecision(Auc):
     def summarise(self, drawn: Resamples) -> np.ndarray:
         return drawn.sums.once(Bins).resampled(average_precision_of_counts, drawn)
 
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        return "Without a positive label, average precision is undefined."
-
 
 class Gauc(Ratio[TaskRows]):
-    """Mean AUC within users, or within requests, weighted by their rows; unweighted, each of them counts alike.
+    """Mean AUC within users, or within requests, weighted by their rows.
 
     by: `user` or `request`.
     """
 
     kinds, better, ranks_within, is_share = ("binary",), "higher", True, True
 
-    def __init__(self, by: str, weighted: bool = True) -> None:
-        self.by = by
-        self.weighted = self.is_headline = weighted
-        self.name = f"gauc_{by}" if weighted else f"gauc_{by}_unweighted"
-        self.totals = (f"{by}_auc", f"{by}_auc_weight") if weighted else (f"{by}_auc_unweighted", f"{by}s_with_auc")
+    def __init__(self, by: str) -> None:
+        self.by, self.name = by, f"gauc_{by}"
+        self.totals = (f"{by}_auc", f"{by}_auc_weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """The groups of a single class, and their rows; of the others, their rows by weight, each one's AUC x that, how
-        many there are, and the sum of AUC. Those of the unweighted mean are the same."""
-        if not self.weighted:
-            return {}
+        """The groups of a single class and their rows; of the others, their rows by weight, and AUC x that."""
         group = getattr(rows, self.by)
         positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
         count = int(group.max(initial=-1)) + 1
@@ -156,24 +138,15 @@ class Gauc(Ratio[TaskRows]):
             f"single_class_{self.by}_rows": np.where(both, 0, np.bincount(group, minlength=count)),
             f"{self.by}_auc_weight": np.where(both, weight, 0.0),
             f"{self.by}_auc": weight * np.nan_to_num(auc),
-            f"{self.by}s_with_auc": both.astype(np.int64),
-            f"{self.by}_auc_unweighted": np.nan_to_num(auc),
         }
         return rows.at_first_rows(group, sums)
 
     def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
         """The users or requests that are left out."""
-        if not self.weighted:
-            return {}
         single, rows = (int(sums.column(f"single_class_{self.by}{each}").sum()) for each in ("s", "_rows"))
         observed = sums.column("rows").sum()
         share = float(rows / observed) if observed else None
         return {f"single_class_{self.by}s": {"count": single, "share_of_rows": share}}
-
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        if group["positives"] in (0, group["rows"]):
-            return one_class(self, group)
-        return NO_REQUEST if self.by == "request" else "No user has rows of both labels: GAUC by user is undefined."
 
 
 class Logloss(Ratio[TaskRows]):
@@ -199,7 +172,6 @@ class NormalisedEntropy(Metric[TaskRows]):
         "lower",
         ("logloss", "label", "weight", "positives", "rows"),
     )
-    why_undefined = one_class
 
     def summarise(self, drawn: Resamples) -> np.ndarray:
         rate = ratio(drawn["label"], drawn["weight"])
@@ -214,7 +186,6 @@ class CalibrationRatio(Ratio[TaskRows]):
     """The sum of the predictions over the sum of the labels."""
 
     name, kinds, better, totals = "calibration", ("binary",), "one", ("prediction", "label")
-    why_undefined = one_class
 
 
 class ExpectedCalibrationError(Metric[TaskRows]):
@@ -226,42 +197,29 @@ class ExpectedCalibrationError(Metric[TaskRows]):
     name, kinds, better, has_interval = "ece", ("binary",), "lower", False
 
     def summarise(self, drawn: Resamples) -> np.ndarray:
-        place, columns = _equal_bins(drawn.sums, "weight", 10)
+        place, columns = _equal_bins(drawn.sums)
         bins = {name: np.bincount(place, each)[:, None] for name, each in columns.items()}
         return ratio(np.abs(bins["prediction"] - bins["label"]).sum(axis=0), bins["weight"].sum(axis=0))
 
     def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
-        """The bins, for a plot; and how far rates deviate from probabilities, in finer ones."""
-        return {"calibration_bins": _calibration_bins(sums, resamples), "calibration_deviation": _deviation(sums)}
+        """The bins, for a plot."""
+        return {"calibration_bins": _calibration_bins(sums, resamples)}
 
 
-def _equal_bins(sums: UserSums, mass: str, most: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The bin of rising prediction and equal mass of each row of the table of bins, and that table's columns."""
+def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The bin of rising prediction and equal weight of each row of the table of bins, and that table's columns."""
     assert sums.bins is not None  # of a binary task
     names = ("rows", "positives", "label", "negative", "prediction")
     columns = {name: sums.bins[name].to_numpy().astype(np.float64) for name in names}
     columns["weight"] = columns["label"] + columns["negative"]
-    return equal_mass(sums.bins["bin"].to_numpy(), columns[mass], most), columns
-
-
-def _deviation(sums: UserSums) -> dict[str, float]:
-    """`squares`, the sum over `bins` of (positive rows - their expected number)^2 / its variance, which is about their
-    number where the probabilities are right and rows independent; and `in_sum`, the deviation of the sum of all over
-    its standard error. Rows count alike."""
-    place, columns = _equal_bins(sums, "rows", FINE_BINS)
-    rows, mean = columns["rows"], columns["prediction"] / columns["weight"]
-    expected, variance = np.bincount(place, rows * mean), np.bincount(place, rows * mean * (1 - mean))
-    apart, some = np.bincount(place, columns["positives"]) - expected, variance > 0
-    squares = float((apart[some] ** 2 / variance[some]).sum())
-    in_sum = float(abs(apart.sum()) / np.sqrt(variance.sum())) if some.any() else 0.0
-    return {"bins": int(some.sum()), "squares": squares, "in_sum": in_sum}
+    return equal_mass(sums.bins["bin"].to_numpy(), columns["weight"], 10), columns
 
 
 def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
     """One dict a bin: `rows`, `weight`, `mean_predicted`, and `observed_rate` with its 95% interval `low` and `high`
     (None for a single user), which redraws users and leaves the bins where they are. Means are weighted.
     """
-    place, columns = _equal_bins(sums, "weight", 10)
+    place, columns = _equal_bins(sums)
     if not len(place):
         return []
     assert sums.bins is not None
@@ -327,9 +285,6 @@ class RSquared(Metric[TaskRows]):
     def summarise(self, drawn: Resamples) -> np.ndarray:
         mean_squared_error = ratio(drawn["squared_error"], drawn["weight"])
         return 1 - ratio(mean_squared_error, drawn.sums.once(_Spread).variance(drawn.counts))
-
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        return f"All {group['rows']:,} labels are equal: R2 is undefined."
 
 
 class _Spread:

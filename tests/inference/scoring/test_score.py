@@ -1,6 +1,5 @@
 """ScoredRows rows against the offline evaluation, and against the ranker that the server asks."""
 
-import itertools
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -9,13 +8,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
-from mmoe_rec.inference.batch_scoring import microseconds, rank_rows
+from mmoe_rec.inference.batch_scoring import microseconds, scored_file, write_ranked
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
@@ -126,7 +124,7 @@ def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_
     times = found["time"].to_numpy().astype("datetime64[us]").astype(np.int64)
     learnt = int((times < begin).sum())
     assert 100 < learnt < len(found) - 100
-    assert f"when {learnt:,} of the {len(found):,} rows were requested" in done.manifest["learnt"]
+    assert f"as {learnt:,} of the {len(found):,} rows are that were scored" in done.manifest["learnt"]
     said = done.manifest["learnt"].partition("score with --start ")[2]
     _, done = scored(small.folder, source, tmp_path / "test", labels=True, window=(microseconds(said), None))
     assert done.manifest["learnt"] is None
@@ -175,17 +173,23 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
 
 
 def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path) -> None:
-    """Many equal scores, of requests that lie in several parts, against pandas."""
-    rng, starts = np.random.default_rng(0), [0, 30, 31, 200, 300]
+    """Many equal scores, of requests that lie in several parts, against pandas; one part has no row."""
+    rng, starts = np.random.default_rng(0), {0: 0, 1: 30, 2: 31, 5: 200}
     request, score = rng.integers(0, 2**64, 20, np.uint64)[rng.integers(0, 20, 300)], rng.integers(-2, 2, 300) * 1.5
-    rows, parts = pa.table({"request": request, "score": score, "number": np.arange(300)}), {}
-    for start, end in itertools.pairwise(starts):
-        parts[tmp_path / f"{start}.parquet"] = tmp_path / f"{start}.npy"
-        pq.write_table(rows.slice(start, end - start), tmp_path / f"{start}.parquet")
+    rows = pa.table({"request": request, "score": score, "number": np.arange(300)})
+    parts = rows.append_column("part", pa.array(np.repeat(list(starts), np.diff([*starts.values(), 300]))))
+    (tmp_path / "out").mkdir()
+    for part in starts:
+        own = rows.filter(pc.equal(parts["part"], part))
+        with pa.ipc.new_file(str(scored_file(tmp_path, part)), own.schema) as file:
+            file.write_table(own)
     with open_database(tmp_path / "database") as database:
-        rank_rows(database, parts)
-    expected = best_first(pd.DataFrame({"request": request, "score": score}))
-    np.testing.assert_array_equal(np.concatenate([np.load(each) for each in parts.values()]), expected)
+        database.fill("rows", parts.schema, [parts.take(pa.array(rng.permutation(300)))])
+        written = write_ranked(database, tmp_path, tmp_path / "out", {"model": "mine"})
+    assert written == {f"part-0000{part}.parquet": size for part, size in zip(starts, (30, 1, 169, 100), strict=True)}
+    found = read(tmp_path / "out")
+    np.testing.assert_array_equal(found["number"], np.arange(300))
+    np.testing.assert_array_equal(found["rank"], best_first(pd.DataFrame({"request": request, "score": score})))
 
 
 def test_without_a_request_column_rows_of_a_user_and_time_are_ranked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The same bytes however rows are scored, and after whatever kill; a run goes on only with what is the same."""
+"""The same bytes however rows are scored; a scoring that ends too early leaves the scores that were there."""
 
 import shutil
 from pathlib import Path
@@ -7,13 +7,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.errors import StoppedError
 from mmoe_rec.inference import batch_scoring as score
 from mmoe_rec.inference.batch_scoring import score_log
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.preprocessing import build_steps as steps
 from mmoe_rec.preprocessing import engines
-from tests.inference.scoring.scored import killed_run, write_finely
+from tests.inference.scoring.scored import write_finely
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import files_of, random_log, with_requests
 
@@ -45,7 +44,7 @@ def whole(written: Path, fine: None) -> dict[str, bytes]:
 
 def alone(tmp_path: Path) -> bool:
     """Whether nothing but outputs is left in the folder."""
-    return {each.name for each in tmp_path.iterdir()} <= {"out", "killed.py"}
+    return {each.name for each in tmp_path.iterdir()} == {"out"}
 
 
 @pytest.mark.parametrize("way", ["threads", "processes", "ray"])
@@ -63,62 +62,13 @@ def test_the_same_bytes_on_any_engine(
     assert alone(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("place", "calls", "done"),
-    [("look_up", 0, 0), ("score", 2, 2), ("rank", 0, None), ("finish", 1, None), ("put", 0, None)],
-)
-def test_a_killed_run_goes_on(
-    small: SmallModel,
-    source: Path,
-    tmp_path: Path,
-    whole: dict[str, bytes],
-    place: str,
-    calls: int,
-    done: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    killed_run(tmp_path, small.folder, source, tmp_path / "out", place, calls)
-    assert not (tmp_path / "out").exists()
-    scored: list[int] = []
-
-    def counted(job: Any, task: Any) -> Any:
-        scored.append(task[0])
-        return before(job, task)
-
-    before = score.score_part
-    monkeypatch.setattr(score, "score_part", counted)
-    # What is the same may be scored with other workers.
-    score_log(small.folder, source, tmp_path / "out", overrides=["--data.workers", "2"])
-    count = len(whole) - 1
-    assert sorted(scored) == list(range(count if done is None else done, count))
-    assert files_of(tmp_path / "out") == whole
-    assert alone(tmp_path)
-
-
-def test_ctrl_c_keeps_what_was_scored(
-    small: SmallModel, source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(score, "scored_table", interrupted)
-        with pytest.raises(StoppedError, match="the same command goes on"):
-            score_log(small.folder, source, tmp_path / "out", overrides=["--data.workers", "1"])
-    assert not (tmp_path / "out").exists()
-    score_log(small.folder, source, tmp_path / "out")
-    assert files_of(tmp_path / "out") == whole
-
-
 @pytest.mark.parametrize("changed", ["input", "model", "option", "setting"])
-def test_with_something_else_a_killed_run_starts_anew(
-    small: SmallModel, source: Path, tmp_path: Path, changed: str, fine: None, capsys: pytest.CaptureFixture[str]
+def test_other_scores_take_the_place_of_those_that_were_there(
+    small: SmallModel, source: Path, tmp_path: Path, changed: str, fine: None
 ) -> None:
-    log, model = tmp_path / "log", tmp_path / "model"
-    shutil.copytree(source, log)
-    shutil.copytree(small.folder, model)
-    killed_run(tmp_path, model, log, tmp_path / "out", "score", 2)
-    as_of: Any = "log"
+    log, model = (shutil.copytree(each, tmp_path / each.name) for each in (source, small.folder))
+    out = score_log(model, log, tmp_path / "out").folder
+    as_of: Any = "tables" if changed == "option" else "log"
     overrides = ["--serving.products", "onednn"] if changed == "setting" else []
     if changed == "input":
         shutil.rmtree(log)
@@ -126,12 +76,9 @@ def test_with_something_else_a_killed_run_starts_anew(
     elif changed == "model":
         (model / "calibration.json").unlink()
         seal(model)
-    elif changed == "option":
-        as_of = "tables"
-    score_log(model, log, tmp_path / "out", as_of, overrides=overrides)
-    assert "scoring starts anew" in capsys.readouterr().err.replace("\n", " ")
+    assert not score_log(model, log, out, as_of, overrides=overrides).before
     score_log(model, log, tmp_path / "expected", as_of, overrides=overrides)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert files_of(out) == files_of(tmp_path / "expected")
 
 
 def test_scores_are_replaced_once_new_ones_are_whole(
@@ -142,14 +89,16 @@ def test_scores_are_replaced_once_new_ones_are_whole(
     assert score_log(small.folder, source, tmp_path / "out").before
     old = files_of(tmp_path / "out")
 
-    def fails(*_: Any) -> None:
-        raise OSError("no space left")
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(score.Output, "end", fails)
-        with pytest.raises(OSError, match="no space"):
-            score_log(small.folder, source, tmp_path / "out", "tables")
-    assert files_of(tmp_path / "out") == old
+    for place in ("scored_table", "write_ranked", "write_manifest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(score, place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                score_log(small.folder, source, tmp_path / "out", "tables", overrides=["--data.workers", "1"])
+        assert files_of(tmp_path / "out") == old
+        assert alone(tmp_path)
     score_log(small.folder, source, tmp_path / "out", "tables")
     assert files_of(tmp_path / "out").keys() == old.keys()
     assert files_of(tmp_path / "out") != old
