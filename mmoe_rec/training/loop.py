@@ -38,7 +38,7 @@ from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.planning import Sharding
 from mmoe_rec.training.sharded_tables import choose_way
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
-from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
+from mmoe_rec.training.steps import Steps, check_finite, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25
@@ -51,8 +51,7 @@ LogMetrics = Callable[[dict[str, float], int], None]
 class TrainingResult:
     """The result of a training. rows_per_s counts all ranks, without validation; waiting is the share of that time.
 
-    history: (step, validation) of each; step 0 is that of the model that was started from. best_checkpoint: its folder;
-    skipped: steps left out because their loss was not finite.
+    history: (step, validation) of each; step 0 is that of the model that was started from. best_checkpoint: its folder.
     """
 
     plan: str
@@ -63,7 +62,6 @@ class TrainingResult:
     best_checkpoint: Path = Path()
     history: list[tuple[int, Validation]] = field(default_factory=list)
     stopped_early: bool = False
-    skipped: int = 0
 
     @property
     def best(self) -> Validation | None:
@@ -183,13 +181,12 @@ class Trainer:
             clip_gradient=settings.clip_gradient,
             stop=self.stop,
         )
-        self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
         if resume is not None:
             self.optimizer.init_state()
             restore(resume.folder, self.sharded.model, self.optimizer)
             state, result = resume.state, self.result
-            self.position, self.bad_batches.skipped = state.position, state.skipped
+            self.position = state.position
             result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
             result.stopped_early = self._out_of_patience()
 
@@ -283,7 +280,6 @@ class Trainer:
         finally:
             self.checkpoints.close()
         result.rows_per_s, result.waiting = meter.rows_per_s, meter.waiting
-        result.skipped = self.bad_batches.skipped
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
 
@@ -357,8 +353,8 @@ class Trainer:
         if step is None:
             return None
         assert step.batch.position is not None
-        if self.bad_batches.check(step, self.result.steps + 1):
-            meter.add(len(step.batch), step.losses, step.observed)
+        check_finite(step, self.result.steps + 1, self.checkpoints.folder)
+        meter.add(len(step.batch), step.losses, step.observed)
         self.position = step.batch.position
         self.result.steps += 1
         if self.result.steps % STEPS_BETWEEN_LOGS == 0:
@@ -371,8 +367,6 @@ class Trainer:
         if (logs := log_variances(self.sharded.model.module)) is not None:
             factors = zip(self.layout.tasks, loss_factors(logs.detach(), self.layout.tasks).tolist(), strict=True)
             metrics |= {f"train/{task.name}.weight": task.loss_weight * factor for task, factor in factors}
-        if self.bad_batches.skipped:
-            metrics["train/skipped_steps"] = self.bad_batches.skipped
         self.log_metrics(metrics, self.result.steps)
 
     def _validate(self, meter: Meter) -> None:
@@ -397,11 +391,9 @@ class Trainer:
         return since >= self.settings.patience and self.result.steps < self.total_steps
 
     def _save(self) -> None:
-        result, skipped = self.result, self.bad_batches.skipped
+        result = self.result
         history = tuple(result.history)
-        state = TrainingState(
-            result.steps, self.position, history, result.best_step, skipped, self.origin, self.choices
-        )
+        state = TrainingState(result.steps, self.position, history, result.best_step, self.origin, self.choices)
         tensors = {"model": self.sharded.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(tensors, state)
 

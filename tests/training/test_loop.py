@@ -14,6 +14,7 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -161,7 +162,7 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder
         assert rate > 2 * TRAINING.table_learning_rate * learning_rate_share(0, STEPS, 0.5)
 
 
-# Tables are updated after the dense part's gradient is known, by the same gradient, and not at all by a bad one.
+# A step is one of the plain gradient, and a bad one ends the training.
 
 
 def batch_of(one: Trainer, seed: int, torchrec: bool = True) -> Batch:
@@ -198,43 +199,32 @@ def test_a_step_is_that_of_the_plain_gradient(prepared: FeatureFolder, tmp_path:
     assert compared > 300
 
 
-def _weights_hook(one: Trainer) -> Callable[[], None]:
+def _weights_hook(one: Trainer) -> None:
     """Only a dense weight's own gradient is bad; what goes on to the tables is finite."""
     parameter = next(each for name, each in one.sharded.dense_parameters().items() if "towers" in name)
-    return parameter.register_hook(lambda gradient: gradient * float("nan")).remove
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
 
 
-def _inputs_hook(one: Trainer) -> Callable[[], None]:
-    """The gradient that arrives at the tables is bad."""
+def _inputs_hook(one: Trainer) -> None:
+    """Only the gradient that arrives at the tables is bad."""
 
-    def spoil(module: torch.nn.Module, inputs: object, output: Tensor) -> None:
-        output.register_hook(lambda gradient: gradient * float("inf"))
+    def spoil(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].register_hook(lambda gradient: gradient * float("inf"))
 
-    return one.sharded.model.module.mixture.bottom.register_forward_hook(spoil).remove
+    one.sharded.model.module.mixture.register_forward_pre_hook(spoil, prepend=True)
 
 
 @pytest.mark.parametrize("spoil", [_weights_hook, _inputs_hook])
-def test_a_step_whose_gradient_is_not_finite_changes_nothing(
-    prepared: FeatureFolder, tmp_path: Path, spoil: Callable[[Trainer], Callable[[], None]]
+def test_a_gradient_that_is_not_finite_ends_the_training(
+    prepared: FeatureFolder, tmp_path: Path, spoil: Callable[[Trainer], None]
 ) -> None:
-    """Nor does it change what optimizers remember: the steps after it are those of a training without it."""
-    found = {}
-    for bad in (True, False):
-        with trainer(prepared, tmp_path / f"{bad}", on_bad_loss="skip", warmup_share=0.0) as one:
-            one._step(iter([batch_of(one, 1)]), meter(one))
-            before = weights(one, tmp_path / "now")
-            if bad:
-                restore = spoil(one)
-                one._step(iter([batch_of(one, 2)]), meter(one))
-                restore()
-                assert one.bad_batches.skipped == 1
-                after = weights(one, tmp_path / "now")
-                assert all(torch.equal(after[name], weight) for name, weight in before.items())
-                one.result.steps = 1  # the learning rate goes by it
-            one._step(iter([batch_of(one, 3)]), meter(one))
-            found[bad] = weights(one, tmp_path / "now")
-            assert any(not torch.equal(found[bad][name], weight) for name, weight in before.items())
-    assert all(torch.equal(weight, found[False][name]) for name, weight in found[True].items())
+    with trainer(prepared, tmp_path / "best") as one:
+        one._step(iter([batch_of(one, 1)]), meter(one))
+        before = {name: each.detach().clone() for name, each in one.sharded.dense_parameters().items()}
+        spoil(one)
+        with pytest.raises(UserError, match="the gradient of step 2 is not finite; the batch is saved"):
+            one._step(iter([batch_of(one, 2)]), meter(one))
+        assert all(torch.equal(before[name], each) for name, each in one.sharded.dense_parameters().items())
 
 
 def test_rows_without_labels_do_not_count_in_balance(prepared: FeatureFolder, tmp_path: Path) -> None:
