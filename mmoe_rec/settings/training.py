@@ -53,7 +53,7 @@ class Training(Section):
     shard_columns: int = Field(
         32, ge=4, multiple_of=4, description="fewest columns of a part under column_wise and grid_shard"
     )
-    communication: Literal["fp32", "fp16", "bf16"] = Field(
+    communication: Literal["fp32", "bf16"] = Field(
         "fp32", description="numbers in which processes send each other embeddings and their gradients"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")

@@ -7,9 +7,6 @@ import ctypes
 import functools
 import importlib
 import sys
-import warnings
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmoe_rec.errors import UserError
@@ -48,34 +45,22 @@ def require_torchrec(what: str, instead: str = "") -> None:
 # loops: updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0). Torch 2.11,
 # 2.12 and 2.13 with fbgemm 1.6, 1.7 and 1.8 have one copy, and nothing to do.
 #
-# As the code below writes into another library's memory, it does so only with the versions that it was tried with. It
-# can go when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to copy.
+# This can go when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to
+# copy.
 
-
-TRIED = {"torch": "2.14.", "fbgemm": "1.9."}  # how the versions that the copy was tried with begin
 
 _ANSWER = "cpuinfo_isa"
 
 
 def share_cpuinfo() -> bool:
-    """Copies what torch knows of the processor to where fbgemm looks, if that is empty; whether anything was copied.
+    """Copy torch's knowledge of the processor to the place where fbgemm looks, if that is empty.
 
-    Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux. With other
-    versions than those tried, it only warns that training will be slow.
+    Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux.
+
+    Returns:
+        Whether anything was copied.
     """
     if (found := _to_copy()) is None:
-        return False
-    versions = {"torch": version("torch"), "fbgemm": "of unknown version"}
-    for build in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
-        with suppress(PackageNotFoundError):
-            versions["fbgemm"] = version(build)
-    if not all(versions[name].startswith(begin) for name, begin in TRIED.items()):
-        named = " and ".join(f"{name} {each}" for name, each in versions.items())
-        warnings.warn(
-            f"with {named}, fbgemm does not know the processor's vector instructions, so tables may be trained ten "
-            f"times as slowly: install {' and '.join(f'{name} {tried}*' for name, tried in TRIED.items())}",
-            stacklevel=2,
-        )
         return False
     ctypes.memmove(*found)
     return True

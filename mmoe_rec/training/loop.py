@@ -42,8 +42,6 @@ from mmoe_rec.training.steps import Steps, check_finite, learning_rate_share, va
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25
-WARM_UP = 10  # steps before those that a forecast is made from
-BATCHES_SCORED = 4  # of the validation rows, for a forecast
 LogMetrics = Callable[[dict[str, float], int], None]
 
 
@@ -67,17 +65,6 @@ class TrainingResult:
     def best(self) -> Validation | None:
         """The validation of the best step, None before the first."""
         return dict(self.history).get(self.best_step)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a training will take. rows_per_s as in `TrainingResult`; seconds: of all epochs, with checkpoints and
-    validations.
-    """
-
-    rows_per_s: float
-    seconds: float
-    validation_seconds: float
 
 
 class Meter:
@@ -207,7 +194,7 @@ class Trainer:
     def _shard(
         self, model_settings: Model, warm_start: WarmStart | None, before: Choices | None, prepared: FeatureFolder
     ) -> tuple[ShardedModel, Choices]:
-        model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
+        model = build_model(self.layout, model_settings, training_tables(self.layout, self.tables), self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
@@ -226,7 +213,6 @@ class Trainer:
             table_learning_rate=self.settings.table_learning_rate,
             seed=self.settings.seed,
             first_rows=None if warm_start is None else warm_start.rows,
-            way=self.tables,
             sharding=Sharding.of(self.settings),
         )
         return sharded, choices
@@ -283,35 +269,6 @@ class Trainer:
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
 
-    def measure(self, steps: int) -> Forecast:
-        """Trains so many steps, saves a checkpoint, scores some validation rows, and says from that what `run` of a new
-        trainer would take. A collective call.
-        """
-        rows_per_s, reader, settings = 0.0, self.validation_reader, self.settings
-        source = self._batches(self.reader, self.position, 2 + (WARM_UP + steps) // self.reader.batches_per_epoch)
-        with freed_memory_kept(), limit_threads(self.threads):
-            with contextlib.closing(iter(source)) as batches:
-                for count in (WARM_UP, steps):
-                    meter, part = Meter(self.layout, self.world_size), itertools.islice(batches, count)
-                    while self._step(part, meter) is not None:
-                        pass
-                    rows_per_s = meter.rows_per_s
-            self.steps.release()
-            begun, rows = time.perf_counter(), min(reader.rows.rows, BATCHES_SCORED * reader.batch_size)
-            with contextlib.closing(iter(self._batches(reader, reader.position(0), 1))) as batches:
-                some = itertools.islice(batches, BATCHES_SCORED)
-                validate(self.sharded.model.module, some, self.layout, self.device, rows)
-            scored = time.perf_counter()
-            self._save()
-            self.checkpoints.wait()
-            saved = time.perf_counter()
-            self.checkpoints.close()
-        validation = len(self.validate_at) * (scored - begun) * reader.rows.rows / rows
-        saves = self.validate_at.union(range(settings.checkpoint_steps, self.total_steps, settings.checkpoint_steps))
-        all_rows = settings.epochs * self.reader.rows.rows
-        seconds = all_rows / rows_per_s + len(saves) * (saved - scored)
-        return Forecast(all_rows / seconds, seconds + validation, validation)
-
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         last = self.result.history[-1][0] if self.result.history else -1
         if self.result.steps in self.validate_at and last < self.result.steps:
@@ -338,7 +295,7 @@ class Trainer:
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch]:
         def make() -> Generator[Batch, None, None]:
-            keyed_jagged = torchrec_installed()
+            keyed_jagged = self.tables == "fbgemm"
             for rows, position in reader.resume(start, epochs):
                 own = (rows.weights, rows.users, rows.numbers)
                 batch = make_batch(rows.encoded, self.layout, rows.labels, position, *own, torchrec=keyed_jagged)

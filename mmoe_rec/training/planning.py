@@ -8,7 +8,7 @@ from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
@@ -33,7 +33,7 @@ class Sharding:
 
     kind: str = "auto"
     columns: int = 32
-    communication: Literal["fp32", "fp16", "bf16"] = "fp32"
+    communication: Literal["fp32", "bf16"] = "fp32"
 
     @staticmethod
     def of(settings: Training) -> "Sharding":
@@ -114,24 +114,10 @@ class Planning:
 
         if self.sharding.communication == "fp32":
             return [EmbeddingBagCollectionSharder()]
-        from fbgemm_gpu.quantize_comm import QuantizedCommCodec
         from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
         from torchrec.distributed.types import CommOp
 
-        # A gradient is that of a mean over the rows, so small that fp16 would round it to few bits, or to 0. fbgemm's
-        # own scale does not help, as it is taken off while numbers are still in fp16.
-        scale = 2 ** self.batch_size.bit_length()
-
-        class Scaled(QuantizedCommCodec):
-            def encode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-                return super().encode(numbers * scale, ctx)
-
-            def decode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-                return super().decode(numbers, ctx) / scale
-
-        kind = CommType(self.sharding.communication)
-        codecs = get_qcomm_codecs(QCommsConfig(kind, kind))
-        codecs.backward = Scaled(codecs.backward._comm_precision)
+        codecs = get_qcomm_codecs(QCommsConfig(CommType.BF16, CommType.BF16))
         # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
         return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
 

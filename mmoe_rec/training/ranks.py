@@ -77,7 +77,11 @@ def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
         from mmoe_rec.training.sharded_tables import choose_way
 
         Sharding.of(settings).check(device.type)
-        choose_way(settings.tables, device.type, ranks)
+        if choose_way(settings.tables, device.type, ranks) == "torch" and settings.sharding != "auto":
+            raise UserError(
+                f"training.sharding is {settings.sharding}, and training.tables is torch, which spreads no tables. Set "
+                "one of them to auto."
+            )
         choose_products(settings.products, device.type)
     with process_group(device, settings.timeout_minutes) as group:
         yield device, group

@@ -105,7 +105,6 @@ def test_half_of_the_bits_take_less_of_a_step(capsys: pytest.CaptureFixture) -> 
     ("arguments", "message"),
     [
         (["--world-size", "16", "--features.video.max_size=null"], "nothing bounds the number of ids of video: give"),
-        (["--world-size", "8", "--measure", "5"], "--measure trains on the features in '"),
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
         (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
         (
