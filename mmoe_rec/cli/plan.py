@@ -1,8 +1,8 @@
 """mmoe-rec plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80
 
 Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long a step
-would take, for machines that need not exist: it needs no GPU, no log and no other process. What does not fit is
-refused, with the reason and with the settings that would make it fit. Where features are built, some of their rows are
+would take, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do not fit are
+refused, with their sizes. Where features are built, some of their rows are
 read, to say how many cores of a machine its GPUs would keep busy with reading.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
@@ -57,7 +57,7 @@ def plan(
         raise UserError(f"--world-size {world_size} is not a multiple of --local-world-size {local_world_size}")
     if world_size > MOST_RANKS:
         raise UserError(f"--world-size {world_size} is more than a plan is made for, {MOST_RANKS:,}")
-    from mmoe_rec.training.fbgemm import require_torchrec
+    from mmoe_rec.training.sharded_tables import require_torchrec
 
     require_torchrec("a plan")
     import torch

@@ -29,14 +29,13 @@ from mmoe_rec.model.warm_start import WarmStart, base_rates, set_base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.training import STEPS, Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.choices import Choices, choose_precision
-from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.planning import Sharding
-from mmoe_rec.training.sharded_tables import choose_way
+from mmoe_rec.training.sharded_tables import choose_way, torchrec_installed
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import Steps, check_finite, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
@@ -222,23 +221,12 @@ class Trainer:
         steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(f"computing in {self.choices}, products by {self.products}, tables by {self.tables}{threads}")
-        say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_more(steps)}")
+        say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
         if not torchrec_installed():
             say(
                 "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
                 "`mmoe-rec doctor` says what to type for sharded tables"
             )
-
-    def _advise_more(self, steps: int) -> str:
-        """What follows the number of steps, where a smaller batch, or more epochs, would make more of too few."""
-        own = self.settings.model_copy(update={"batch_size": "auto"}).rows_of_step(self.reader.rows.rows)
-        if steps < STEPS and 2 * own < self.batch_size:
-            more = steps * self.batch_size // own
-            return f", which are few: training.batch_size {own} (or auto) makes {more:,} of them"
-        if steps < STEPS / 2:
-            epochs = math.ceil(self.settings.epochs * STEPS / steps)
-            return f", which are few: training.epochs {epochs:,} makes {STEPS:,} of them, if so many help"
-        return ""
 
     def _choose(self, mixture: Mixture, before: Choices | None) -> Choices:
         """Return the precision of the settings, of the run that goes on, or the measured one."""

@@ -18,7 +18,6 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
 from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
-from mmoe_rec.training.fbgemm import share_cpuinfo
 from mmoe_rec.training.losses import LOG_VARIANCES
 from mmoe_rec.training.planning import (
     BY_DEFAULT,
@@ -34,6 +33,7 @@ from mmoe_rec.training.sharded_tables import (
     RowWiseAdagrad,
     Way,
     look_up_directly,
+    share_cpuinfo,
 )
 
 FirstRows = Callable[[EmbeddingTable, int, int], Tensor]

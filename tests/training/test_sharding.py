@@ -123,10 +123,12 @@ def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
         (folder / f"said{rank}").write_text(str(error))
 
 
-def test_a_lost_rank_is_named(tmp_path: Path) -> None:
+def test_a_lost_rank_ends_the_others_in_a_sentence(tmp_path: Path) -> None:
     spawn(_leave_rank_0_alone, tmp_path)
     said = (tmp_path / "said").read_text()
-    assert said.startswith("rank 1 of 2 ended or gave no answer; rank 0 can't go on alone: go on with --resume (")
+    assert said.startswith(
+        "another of 2 ranks ended or gave no answer, so rank 0 can't go on. Read its own output, then "
+    )
 
 
 def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:

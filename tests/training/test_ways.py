@@ -15,7 +15,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, by_name, initial_rows, torchrec_tables
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training import fbgemm
 from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group, training_ranks
@@ -43,8 +42,7 @@ def test_plain_tables_are_not_spread() -> None:
 
 
 def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fbgemm, tables_module):
-        monkeypatch.setattr(module, "torchrec_installed", lambda: False)
+    monkeypatch.setattr(tables_module, "torchrec_installed", lambda: False)
     assert choose_way("auto", "cpu") == "torch"
     with pytest.raises(UserError, match=r"tables is fbgemm, but torchrec and fbgemm are not installed: .* torch$"):
         choose_way("fbgemm", "cpu")
@@ -71,8 +69,8 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
     def failing(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr(fbgemm.importlib, "import_module", failing)
-    asked = fbgemm.torchrec_installed.__wrapped__
+    monkeypatch.setattr(tables_module.importlib, "import_module", failing)
+    asked = tables_module.torchrec_installed.__wrapped__
     if found is None:
         with pytest.raises(UserError, match="are installed, but do not load"):
             asked()
@@ -200,9 +198,9 @@ def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout
 
 CODE = """
 import ctypes, pathlib, sys
-from mmoe_rec.training import fbgemm
+from mmoe_rec.training import sharded_tables
 if sys.argv[1] == "share":
-    print(fbgemm.share_cpuinfo(), fbgemm.share_cpuinfo())
+    print(sharded_tables.share_cpuinfo(), sharded_tables.share_cpuinfo())
 import fbgemm_gpu
 # What fbgemm's kernels ask before they choose.
 ask = ctypes.CDLL(str(pathlib.Path(fbgemm_gpu.__file__).with_name("fbgemm.so")))._ZN6fbgemm20fbgemmHasAvx2SupportEv
