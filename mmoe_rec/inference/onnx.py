@@ -32,14 +32,13 @@ from mmoe_rec.inference.artifact import read_example
 from mmoe_rec.inference.export import Answers, answers_of, find_differences
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
-from mmoe_rec.model.forest import Tree, read_ensemble
 from mmoe_rec.model.levels import set_compute
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.products import set_products
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.model.trees import Trees
+from mmoe_rec.model.trees import Tree, Trees, read_ensemble
 
 MODEL, INPUTS = "model.onnx", "inputs.json"
 OUTPUTS = ("predictions", "log_score", "score")
