@@ -22,9 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import process
 from pathlib import Path
-from types import SimpleNamespace
 
 from tests.mlflow_stores import copy_new_stores
 
@@ -89,10 +87,6 @@ class Command:
         data = self._socket.recv(64)
         self.returncode = int(data) if data else -signal.SIGKILL
 
-    def fileno(self) -> int:
-        """Of what can be read once it has ended."""
-        return self._socket.fileno()
-
     def send_signal(self, number: int) -> None:
         """To the command alone, if it has not ended."""
         if self.poll() is None:
@@ -126,41 +120,6 @@ def call(function: Callable[..., None], *arguments: object, env: Mapping[str, st
     """Calls a function of a module in a process of its own."""
     text = base64.b64encode(pickle.dumps((function, arguments))).decode()
     return Command(["tests.fork_server", "--call", text], env)
-
-
-class _Process:
-    """As one of `multiprocessing` that is spawned, as far as trainings side by side use it."""
-
-    def __init__(self, target: Callable[..., None], args: tuple[object, ...]) -> None:
-        self._arguments = (target, *args)
-
-    def start(self) -> None:
-        self._command = call(_run_with_parent, os.getpid(), *self._arguments)
-        self.sentinel = self._command.fileno()
-
-    @property
-    def exitcode(self) -> int | None:
-        return self._command.poll()
-
-    def is_alive(self) -> bool:
-        return self.exitcode is None
-
-    def terminate(self) -> None:
-        self._command.send_signal(signal.SIGTERM)
-
-    def join(self, timeout: float) -> None:
-        with suppress(TimeoutError):
-            self._command.wait(timeout)
-
-
-MULTIPROCESSING = SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=_Process))
-"""In the place of `multiprocessing` in a module that spawns trainings: each would import everything anew."""
-
-
-def _run_with_parent(parent: int, target: Callable[..., None], *arguments: object) -> None:
-    own = process._ParentProcess("parent", parent, os.pidfd_open(parent))  # type: ignore[attr-defined]
-    process._parent_process = own  # type: ignore[attr-defined]
-    target(*arguments)
 
 
 def _connect(folder: Path) -> socket.socket:

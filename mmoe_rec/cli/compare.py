@@ -37,7 +37,6 @@ from mmoe_rec.errors import UserError
     "--margin", type=click.FloatRange(0, 1), help="with --features, loss that counts as none (default: 0.001)"
 )
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs of each variant (default: 5)")
-@click.option("--jobs", type=COUNT, default=1, metavar="N", help="runs side by side (default: 1)")
 def compare(
     configuration: Configuration,
     words: tuple[str, ...],
@@ -46,7 +45,6 @@ def compare(
     only: tuple[str, ...],
     margin: float | None,
     seeds: int,
-    jobs: int,
 ) -> None:
     if bool(words) + architectures + features > 1:
         raise UserError("--variant, --architectures and --features are comparisons of their own. Give one of them.")
@@ -57,18 +55,17 @@ def compare(
     from mmoe_rec.preprocessing.prepare import existing
 
     existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
-    from mmoe_rec.experiments.compare import FOLDER, compare_architectures, compare_settings
+    from mmoe_rec.experiments.compare import BASE, FOLDER, compare_variants
     from mmoe_rec.experiments.experiment_report import FILE, make_report
     from mmoe_rec.experiments.importance import compare_features
-    from mmoe_rec.experiments.variants import parse_variants
+    from mmoe_rec.experiments.variants import list_architectures, parse_variants
     from mmoe_rec.report.report_files import PAGE
 
-    if architectures:
-        report = compare_architectures(settings, seeds, jobs)
-    elif features:
-        report = compare_features(settings, only, 0.001 if margin is None else margin, seeds, jobs)
+    if features:
+        report = compare_features(settings, only, 0.001 if margin is None else margin, seeds)
     else:
-        report = compare_settings(settings, parse_variants(words), seeds, jobs)
+        variants = list_architectures(settings) if architectures else [BASE, *parse_variants(words)]
+        report = compare_variants(settings, variants, seeds)
     show_report(make_report(report, {}))
     folder = Path(settings.data.work) / FOLDER
     print(f"all values: {folder / FILE}")

@@ -1,25 +1,19 @@
 """mmoe-rec plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80
 
 Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long a step
-would take, for machines that need not exist: it needs no GPU, no log and no other process. What does not fit is
-refused, with the reason and with the settings that would make it fit. Where features are built, some of their rows are
+would take, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do not fit are
+refused, with their sizes. Where features are built, some of their rows are
 read, to say how many cores of a machine its GPUs would keep busy with reading.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
-and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise. --measure
-trains so many steps in this process, on the features in `data.work`, keeps nothing, and tells from them the rows a
-second, the memory and the time of the network's training here, with tables whole; trees and judging come on top. A
-hundred steps are enough.
+and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise.
 """
 
 from __future__ import annotations
 
 import logging
-import resource
-import tempfile
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,8 +25,6 @@ from mmoe_rec.locks import reading
 
 if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.settings.sections import Settings
     from mmoe_rec.training.planning import Machines, RankPlan
 
 GIB = 2**30
@@ -52,9 +44,6 @@ MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 @click.option("--device", type=click.Choice(list(TFLOPS)), default="cuda", help="default: cuda")
 @click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU (default: 80)")
 @click.option("--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine (default: 512)")
-@click.option(
-    "--measure", type=COUNT, metavar="N", help="steps to train here, to tell the time of the network's training"
-)
 def plan(
     configuration: Configuration,
     world_size: int,
@@ -62,14 +51,13 @@ def plan(
     device: Literal["cuda", "cpu"],
     hbm_gib: float,
     host_gib: float,
-    measure: int | None,
 ) -> None:
     settings = configuration.settings
     if world_size % local_world_size:
         raise UserError(f"--world-size {world_size} is not a multiple of --local-world-size {local_world_size}")
     if world_size > MOST_RANKS:
         raise UserError(f"--world-size {world_size} is more than a plan is made for, {MOST_RANKS:,}")
-    from mmoe_rec.training.fbgemm import require_torchrec
+    from mmoe_rec.training.sharded_tables import require_torchrec
 
     require_torchrec("a plan")
     import torch
@@ -82,10 +70,6 @@ def plan(
     from mmoe_rec.training.planning import Machines, Planning, Sharding, merge_neighbours, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
-    if measure and not (built.parent / "manifest.json").is_file():
-        raise UserError(
-            f"--measure trains on the features in '{built.parent}', which are not built: run mmoe-rec features"
-        )
     if (built / "layout.json").is_file():
         layout, where = Layout.read(built), f"of the features in '{built.parent}'"
     else:
@@ -108,11 +92,9 @@ def plan(
     weights = sum(each.numel() for each in model.mixture.parameters())
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
     print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
-    if measure or (built / "train").is_dir():
+    if (built / "train").is_dir():
         with reading(built.parent, "a plan"):
             print_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)
-            if measure:
-                print_forecast(settings, layout, measure)
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
@@ -163,28 +145,3 @@ def measure_reading(folder: Path, layout: Layout, rows: int, window: int, machin
                     before = position.row
             rate = count / (time.process_time() - start)
     return rate
-
-
-def print_forecast(settings: Settings, layout: ModelLayout, steps: int) -> None:
-    """Trains so many steps on the features in `data.work`, and prints what the whole training would take."""
-    from mmoe_rec.preprocessing.prepare import FeatureFolder
-    from mmoe_rec.training.loop import Trainer
-    from mmoe_rec.training.ranks import training_ranks
-
-    features = FeatureFolder(Path(settings.data.work) / "features")
-    # One process spreads nothing, and this machine may not have what the settings are for.
-    alone = settings.training.model_copy(update={"sharding": "auto"})
-    with (
-        tempfile.TemporaryDirectory(dir=settings.data.work) as folder,
-        training_ranks(alone) as (device, _),
-    ):
-        trainer = Trainer(features, layout, settings.model, alone, device, Path(folder), lambda *_: None)
-        trainer.announce()
-        found = trainer.measure(steps)
-    seconds, validation = (timedelta(seconds=round(each)) for each in (found.seconds, found.validation_seconds))
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"measured here: {found.rows_per_s:,.0f} rows/s on {device.type}, {memory / GIB:.2f} GiB of main memory")
-    print(
-        f"the network's training here: {seconds} (hours:minutes:seconds) at most, of which validations {validation}; "
-        "trees and judging come on top"
-    )

@@ -26,8 +26,7 @@ from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_repor
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="M", help="time (default: no limit)")
 @click.option("--trials", type=COUNT, metavar="N", help="number of trials (default: 20, with --minutes no limit)")
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs that confirm the result (default: 5)")
-@click.option("--jobs", type=COUNT, default=1, metavar="N", help="runs side by side (default: 1)")
-def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int, jobs: int) -> None:
+def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int) -> None:
     settings = configuration.settings
     from mmoe_rec.preprocessing.logs import BuildInputs
     from mmoe_rec.preprocessing.prepare import existing
@@ -38,7 +37,7 @@ def tune(configuration: Configuration, minutes: float | None, trials: int | None
     from mmoe_rec.report.report_files import PAGE
 
     trials = 20 if trials is None and minutes is None else trials
-    show_report(make_report(tune_settings(settings, minutes, trials, seeds, jobs), {}))
+    show_report(make_report(tune_settings(settings, minutes, trials, seeds), {}))
     folder = Path(settings.data.work) / FOLDER
     print(f"report: {folder / PAGE}")
     print(f"next: mmoe-rec train --config {folder / BEST}")

@@ -30,7 +30,7 @@ from mmoe_rec.log.files import FoundFile, find_files, is_remote, path_values
 from mmoe_rec.log.rows import ROWS_AT_A_TIME
 from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.preprocessing.places import check_out, short_names
+from mmoe_rec.preprocessing.logs import check_out, short_names
 from mmoe_rec.settings.log_columns import Use, outcome_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Evaluation, Settings
 from mmoe_rec.task_kinds import DEFAULT, find_kind

@@ -1,4 +1,4 @@
-"""Compares variants of settings over several runs: `compare_settings`, `compare_architectures`, `judge`.
+"""Compares variants of settings over several runs: `compare_variants`, `judge`.
 
 data.work/comparison/comparison.json, report.html    what was found
 """
@@ -27,7 +27,7 @@ from mmoe_rec.experiments.experiment_report import (
     write,
 )
 from mmoe_rec.experiments.runner import Runner, TrainedVariant, open_runner
-from mmoe_rec.experiments.variants import Variant, list_architectures
+from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.report.report_files import PAGE
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.run_page import as_code, command, quoted
@@ -42,31 +42,21 @@ Columns = dict[tuple[str, str], tuple[str, str]]
 BASE = Variant("these settings")
 
 
-def compare_settings(settings: Settings, variants: Sequence[Variant], seeds: int, jobs: int = 1) -> ExperimentResult:
-    """Train the settings and their variants, and compare them on the test rows.
+def compare_variants(settings: Settings, variants: Sequence[Variant], seeds: int) -> ExperimentResult:
+    """Train variants of settings, and compare them on the test rows.
 
     Args:
-        settings: The base settings.
-        variants: Variants, none to measure the settings alone.
+        settings: The settings.
+        variants: The base variant and those that are compared with it, if any.
         seeds: Number of runs of each, with `training.seed` and the seeds after it.
-        jobs: Number of runs side by side.
 
     Raises:
         UserError: A variant has an unknown key or can't be trained, there are fewer than two seeds, or the split has
             no test rows.
         StoppedError: A signal came. Complete runs stay.
     """
-    return _compare(settings, [BASE, *variants], seeds, jobs)
-
-
-def compare_architectures(settings: Settings, seeds: int, jobs: int = 1) -> ExperimentResult:
-    """Compare architectures of one budget, tasks alone or left out, and trees alone. See `compare_settings`."""
-    return _compare(settings, list_architectures(settings), seeds, jobs)
-
-
-def _compare(settings: Settings, variants: Sequence[Variant], seeds: int, jobs: int) -> ExperimentResult:
     check(settings, variants, seeds)
-    with open_runner(settings, "compare", "test", jobs=jobs, folder=FOLDER) as runner:
+    with open_runner(settings, "compare", "test", folder=FOLDER) as runner:
         report = judge(runner, variants, seeds, settings.evaluation.margin)
         keep(runner, report)
     return report

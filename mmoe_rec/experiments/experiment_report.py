@@ -152,7 +152,7 @@ class ExperimentResult:
         found = [*self.notes, *(_describe(self.base, each, name) for each in self.variants[1:] for name in each.judged)]
         for task, rows in self.few.items():
             found.append(f"`{task}` is not judged: {rows:,} rows have its rarer label, which are too few")
-        return [*found, *self._describe_power(), *describe_uncertainty(self.means, self.units)]
+        return [*found, *self._describe_power()]
 
     @property
     def headline(self) -> str:
@@ -205,21 +205,6 @@ def _describe(base: str, variant: VariantResult, name: str) -> str:
     if cell.call == Call.NOT_SHOWN:
         return f"`{variant.name}` is not shown to differ from `{base}`{once_corrected(cell.apart)}: {told}"
     return f"`{variant.name}` is {cell.call} than `{base}`: {told}"
-
-
-def describe_uncertainty(means: Mapping[str, Mapping[str, TrainingsMean]], units: str) -> Iterator[str]:
-    """Yield for each task whether another seed or other users would change one run more."""
-    for group, metrics in means.items():
-        metric = "auc" if "auc" in metrics else "r2"
-        each = metrics.get(metric)
-        if each is None or each.between_users is None or each.between_trainings is None:
-            continue
-        seeds, users = each.between_trainings, each.between_users
-        which = f"another seed changes it more than other {units}" if seeds > users else f"other {units} change it more"
-        yield (
-            f"{group}: the {metric} of one run has a standard deviation of {seeds:.2g} over seeds, and one of "
-            f"{users:.2g} over the choice of {units}: {which}"
-        )
 
 
 def make_report(experiment: ExperimentResult, identity: Mapping[str, Any]) -> Report:

@@ -30,14 +30,13 @@ from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
 from mmoe_rec.experiments.compare import BASE, FOLDER, check, judge, keep
 from mmoe_rec.experiments.experiment_report import ExperimentResult
-from mmoe_rec.experiments.predictions import predict
 from mmoe_rec.experiments.runner import Network, Runner, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.features.layout import Encoded, Layout
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.progress import bar
+from mmoe_rec.progress import bar, say
 from mmoe_rec.report.parts import Table
 from mmoe_rec.settings.schema import Remembering, Schema
 from mmoe_rec.settings.sections import Settings
@@ -80,9 +79,7 @@ class Loss:
         return self.apart.high is not None and self.apart.high <= (margin / 2 if self.is_shown else margin)
 
 
-def compare_features(
-    settings: Settings, only: Sequence[str], margin: float, seeds: int, jobs: int = 1
-) -> ExperimentResult:
+def compare_features(settings: Settings, only: Sequence[str], margin: float, seeds: int) -> ExperimentResult:
     """Permute features on validation rows, then train without the candidates and judge them on the test rows.
 
     Args:
@@ -90,7 +87,6 @@ def compare_features(
         only: Features to compare, none for all and for groups by their source.
         margin: Loss of the objective that counts as none.
         seeds: Number of runs of each variant.
-        jobs: Number of runs side by side.
 
     Raises:
         UserError: There is no such feature, or too few labels to judge.
@@ -99,7 +95,7 @@ def compare_features(
     _check_features(only, schema)
     check(settings, [BASE], seeds)
     alone = [Group(name, (name,)) for name in only or schema.features if schema.role_of(name) != "placement"]
-    with open_runner(settings, "compare features", "test", jobs=jobs, folder=FOLDER) as runner:
+    with open_runner(settings, "compare features", "test", folder=FOLDER) as runner:
         found = _permute_once(runner, alone, margin)
         order = {row[0]: place for place, row in enumerate(found["rows"])}
         groups = [Group(name, (name,)) for name in only] or find_sources(schema)
@@ -147,7 +143,9 @@ def _permute_once(runner: Runner, groups: Sequence[Group], margin: float) -> dic
     task = runner.make_task(BASE, seed)
     file = task.file.with_name(f"{task.file.stem}-{digest([group.name for group in groups], margin)}.json")
     if not file.exists():
-        network = runner.train_network(BASE, seed)
+        say(f"run: {task.name}")
+        network = runner.train_task(task)
+        assert network is not None, "only trees alone have no network"
         write_text(file, json.dumps(permute(runner, network, groups, margin)))
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
@@ -172,7 +170,7 @@ def permute(runner: Runner, network: Network, groups: Sequence[Group], margin: f
     def score(rows: Rows) -> EvaluationSums:
         size = settings.evaluation.batch_size
         parts = (rows.slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
-        return predict(network.model, network.layout, network.calibration, parts).measure(labeled)
+        return network.predict(parts).measure(labeled)
 
     base = score(held.rows)
     objective = Objective.of(settings.evaluation.decide_by, base, list(settings.tasks))

@@ -9,19 +9,23 @@ A run whose predictions are complete isn't repeated. No model is registered, and
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mmoe_rec import __version__
-from mmoe_rec.atomic import digest
+from mmoe_rec.atomic import atomic_file, digest
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.experiments.processes import run_side_by_side, share_threads
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.logs import BuildInputs
@@ -33,18 +37,17 @@ from mmoe_rec.tracking.outbox import PATIENCE_SECONDS
 from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:
-    from mmoe_rec.batches.encoded_rows import Part
+    from mmoe_rec.batches.encoded_rows import Part, Rows
     from mmoe_rec.evaluation.summary import PredictedRows
     from mmoe_rec.evaluation.sums import EvaluationSums
-    from mmoe_rec.experiments.predictions import Predictions
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.score import Calibration
-    from mmoe_rec.training.choices import Choices
-    from mmoe_rec.training.loop import Trainer, TrainingResult
+    from mmoe_rec.training.loop import TrainingResult
     from mmoe_rec.training.validation import Validation
 
 Watch = Callable[["Validation", int], None]
+_FACTS = b"mmoe_rec"  # The key of a file's metadata.
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,97 @@ class Network:
     model: RankingModel
     layout: ModelLayout
     calibration: Calibration
+
+    def predict(self, parts: Iterable[Rows]) -> Predictions:
+        """Predict rows as the model is served: without placement, in fp32.
+
+        Raises:
+            UserError: A prediction is not a finite number.
+        """
+        import torch
+
+        from mmoe_rec.batches.batch import make_batch
+        from mmoe_rec.devices import device_of
+        from mmoe_rec.model.score import fuse, predictions
+
+        model, layout, tasks = self.model.eval(), self.layout, self.layout.tasks
+        names, kinds = [task.name for task in tasks], [task.kind for task in tasks]
+        weights, found = [task.score_weight for task in tasks], list[tuple[np.ndarray, np.ndarray]]()
+        with torch.inference_mode():
+            for rows in parts:
+                inputs, _ = model.side_by_side(make_batch(rows.encoded, layout, torchrec=False).to(device_of(model)))
+                logits = self.calibration.apply(model.of_inputs(inputs, None).logits.cpu(), names)
+                if not logits.isfinite().all():
+                    raise UserError(
+                        "the model gives predictions that are not finite numbers. Lower the learning rates."
+                    )
+                found.append((predictions(logits, kinds).numpy(), fuse(logits, kinds, weights).numpy()))
+        values, score = (np.concatenate(each) for each in zip(*found, strict=True))
+        return Predictions(tuple(names), values, score)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of N rows.
+
+    Attributes:
+        tasks: Names of the T predicted tasks.
+        values: Probabilities, or values of a regression. Shape (N, T).
+        score: Ranking scores. Shape (N,).
+    """
+
+    tasks: tuple[str, ...]
+    values: np.ndarray
+    score: np.ndarray
+
+    def write(self, file: Path, facts: dict[str, Any]) -> None:
+        """Write the predictions, and facts about the run as metadata."""
+        table = pa.table({name: self.values[:, place] for place, name in enumerate(self.tasks)} | {"score": self.score})
+        try:
+            with atomic_file(file) as path:
+                pq.write_table(table.replace_schema_metadata({_FACTS: json.dumps(facts)}), path, compression="zstd")
+        except OSError as error:
+            raise UserError(f"'{file}' can't be written: {error.strerror or error}") from None
+
+    @staticmethod
+    def read(file: Path) -> tuple[Predictions, dict[str, Any]]:
+        """Read what `write` wrote. Raises UserError for a damaged file."""
+        try:
+            table = pq.read_table(file)
+        except (OSError, pa.ArrowException):
+            raise UserError(f"'{file}' is damaged. Remove it and repeat the command.") from None
+        *values, score = (table.column(name).to_numpy() for name in table.column_names)
+        facts = json.loads(table.schema.metadata[_FACTS])
+        return Predictions(tuple(table.column_names[:-1]), np.column_stack(values), score), facts
+
+    def measure(self, rows: PredictedRows) -> EvaluationSums:
+        """Measure the predicted tasks by the labels of rows."""
+        values = {name: self.values[:, place] for place, name in enumerate(self.tasks)}
+        tasks = tuple(task for task in rows.tasks if task.name in values)
+        labels = {name: rows.labels[name] for name in values}
+        return replace(rows, tasks=tasks, predictions=values, labels=labels, score=self.score).sum()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run.
+
+    Attributes:
+        variant: The variant.
+        settings: Settings of the run, with its seed.
+        prepared: Features of the run.
+        file: File for the predictions.
+    """
+
+    variant: Variant
+    settings: Settings
+    prepared: FeatureFolder
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """Name in words."""
+        return f"{self.variant.name}, seed {self.settings.training.seed}"
 
 
 @dataclass(frozen=True)
@@ -76,14 +170,12 @@ class TrainedVariant:
 
     def measure(self) -> list[EvaluationSums]:
         """Measure each run. The sums aren't kept, because those of many runs would fill the memory."""
-        from mmoe_rec.experiments.predictions import Predictions
-
         return [Predictions.read(file)[0].measure(self.rows) for file in self.files]
 
 
 @contextmanager
 def open_runner(
-    settings: Settings, name: str, split: str, part: Part | None = None, jobs: int = 1, folder: str | None = None
+    settings: Settings, name: str, split: str, part: Part | None = None, folder: str | None = None
 ) -> Iterator[Runner]:
     """Prepare features and hold everything that the runs of a command need.
 
@@ -92,26 +184,33 @@ def open_runner(
         name: Name of the command and of its run in MLflow.
         split: Split whose rows judge the variants.
         part: Part of the split's users that judges, None for all.
-        jobs: Number of runs side by side.
         folder: Folder in `data.work`, None for the name.
 
     Raises:
         UserError: Features can't be built, a split has no rows, or MLflow can't be used.
+        StoppedError: A signal came. Complete runs stay.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} trains in one process. Start it without torchrun.")
     work, tracking = Path(settings.data.work), settings.tracking.address
-    runs.check_server(tracking, settings.experiment, unsent=work / "unsent")
-    needs, own = ("train", "validation", split), work / (folder or name)
+    unsent, own = work / "unsent", work / (folder or name)
+    runs.check_server(tracking, settings.experiment, unsent=unsent)
     with ExitStack() as held:
+        needs = ("train", "validation", split)
         prepared = held.enter_context(features_in_use(BuildInputs.of(settings), f"the command {name}", needs))
         held.enter_context(writing(own, f"the command {name}", "set `data.work` to another folder"))
-        key = f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'])}"
-        unsent, patience = work / "unsent", PATIENCE_SECONDS
+        key, patience = f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'])}", PATIENCE_SECONDS
         run = held.enter_context(
             runs.open_run(tracking, settings.experiment, run_name=name, key=key, unsent=unsent, patience=patience)
         )
-        yield Runner(settings, prepared, own, split, part, jobs, run, held)
+        runner = Runner(settings, prepared, own, split, part, run, held)
+        try:
+            yield runner
+        except StoppedError as stopped:
+            reason = str(stopped).partition(";")[0]
+            raise StoppedError(f"{reason}; complete runs stay: repeat the command to go on") from None
+        finally:
+            shutil.rmtree(runner.checkpoints, ignore_errors=True)
 
 
 class Runner:
@@ -120,6 +219,7 @@ class Runner:
     Attributes:
         prepared: Features of the settings.
         folder: Folder of the command.
+        checkpoints: Folder for the weights of one run.
         run: Run in MLflow, which holds a run for each variant and seed.
     """
 
@@ -130,12 +230,11 @@ class Runner:
         folder: Path,
         split: str,
         part: Part | None,
-        jobs: int,
         run: runs.Run,
         held: ExitStack,
     ) -> None:
         self.settings, self.prepared, self.folder, self.split, self.part = settings, prepared, folder, split, part
-        self.jobs, self.run, self._held = jobs, run, held
+        self.run, self._held, self.checkpoints = run, held, folder / "checkpoints"
         self._kept = folder / str(prepared.manifest["fingerprint"])
         self._kept.mkdir(parents=True, exist_ok=True)
         for other in folder.iterdir():  # Runs on other features, and weights that a killed command left.
@@ -154,83 +253,142 @@ class Runner:
         wanted = {variant.name: [self.make_task(variant, seed) for seed in seeds] for variant in variants}
         by_seed = [task for same_seed in zip(*wanted.values(), strict=True) for task in same_seed]
         tasks = list({task.file: task for task in by_seed if not task.file.exists()}.values())
-        with self.keeping_runs():
-            self.share_choices(tasks)
-            self._run(tasks)
+        begun = time.monotonic()
+        for done, task in enumerate(tasks):
+            minutes = (time.monotonic() - begun) / max(1, done) * (len(tasks) - done) / 60
+            left = f" (about {max(1, round(minutes))} minutes left)" if done else ""
+            say(f"run {done + 1} of {len(tasks)}: {task.name}{left}")
+            self.train_task(task)
         return [self._read(variant, seeds, wanted[variant.name]) for variant in variants]
 
-    def train_network(self, variant: Variant, seed: int) -> Network:
-        """Train one variant, keep its predictions and return the network."""
-        task = self.make_task(variant, seed)
-        with self.keeping_runs():
-            self.share_choices([task])
-            say(f"run: {task.name}")
-            network = _train(task)
-        assert network is not None, "only trees alone have no network"
-        return network
-
     def make_task(self, variant: Variant, seed: int) -> Task:
-        """Return what a process needs to train a variant with a seed."""
+        """Return the run of a variant with a seed."""
         changed = variant.apply(self.settings)
         prepared = replace(self._find_features(changed), left_out=(variant.without_features, variant.without_tasks))
         training = changed.training.model_copy(update={"seed": seed})
-        changed = share_threads(changed.model_copy(update={"training": training}), self.jobs)
+        changed = changed.model_copy(update={"training": training})
         depends = [__version__, fixed_settings(changed), changed.training.calibration, variant.trees_alone]
         depends += [sorted(variant.without_features), sorted(variant.without_tasks), self.split, self.part]
         key = digest(*depends, prepared.manifest["fingerprint"])
-        return Task(
-            name=f"{variant.name}, seed {seed}",
-            variant=variant,
-            settings=changed,
-            base=self.settings,
-            prepared=prepared,
-            split=self.split,
-            part=self.part,
-            file=self._kept / f"{key}.parquet",
-            checkpoints=self.folder / "checkpoints",
-            parent=self.run.run_id,
-            unsent=Path(self.settings.data.work) / "unsent" if self.jobs == 1 else None,
-        )
+        return Task(variant, changed, prepared, self._kept / f"{key}.parquet")
 
-    def share_choices(self, tasks: Sequence[Task]) -> None:
-        """Measure the precision by the first network, for all runs, unless an earlier command did."""
-        networks = [task for task in tasks if not task.variant.trees_alone]
-        if networks and not networks[0].choices.exists():
-            from mmoe_rec.training.choices import write_choices
+    def train_task(self, task: Task) -> Network | None:
+        """Train, predict the rows that judge and write the predictions. Returns the network, None for trees alone."""
+        from mmoe_rec.batches.encoded_rows import EncodedRows
 
-            with _open_trainer(networks[0], None) as trainer:
-                trainer.checkpoints.close()
-                write_choices(networks[0].choices, trainer.choices)
+        with self.open_run(task.name, task) as run:
+            begun, network = time.perf_counter(), None
+            if task.variant.trees_alone:
+                predicted, facts = self._grow_trees(task)
+            else:
+                network, facts = self._train_network(task, run)
+                rows = EncodedRows(task.prepared.split(self.split), network.layout, part=self.part)
+                predicted = network.predict(part for part, _ in rows.stream(task.settings.evaluation.batch_size))
+            facts["seconds"] = time.perf_counter() - begun
+            predicted.write(task.file, facts)
+            run.log_text(facts, "facts.json")
+        return network
 
     @contextmanager
-    def keeping_runs(self) -> Iterator[None]:
-        """Leave no weights behind, and report that complete runs stay if a signal comes."""
-        try:
-            yield
-        except StoppedError as stopped:
-            reason = str(stopped).partition(";")[0]
-            raise StoppedError(f"{reason}; complete runs stay: repeat the command to go on") from None
-        finally:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+    def open_run(self, name: str, task: Task) -> Iterator[runs.Run]:
+        """Open the run of a task in MLflow, with its settings as parameters."""
+        settings, tracking = task.settings, self.settings.tracking
+        with runs.open_run(
+            tracking.address,
+            self.settings.experiment,
+            run_name=name,
+            key=f"{self.run.run_id}-{task.file.stem}",
+            parent=self.run.run_id,
+            unsent=Path(self.settings.data.work) / "unsent",
+            patience=PATIENCE_SECONDS,
+        ) as run:
+            run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
+            run.set_tags({"variant": task.variant.name})
+            yield run
 
-    def _run(self, tasks: Sequence[Task]) -> None:
-        if self.jobs == 1:
-            begun = time.monotonic()
-            for done, task in enumerate(tasks):
-                minutes = (time.monotonic() - begun) / max(1, done) * (len(tasks) - done) / 60
-                left = f" (about {max(1, round(minutes))} minutes left)" if done else ""
-                say(f"run {done + 1} of {len(tasks)}: {task.name}{left}")
-                _train(task)
-            return
-        logs = [self.folder / f"run_{number + 1}.log" for number in range(len(tasks))]
-        for log in logs:
-            log.unlink(missing_ok=True)
-        for done, number in enumerate(run_side_by_side(_train, tasks, logs, self.jobs)):
-            say(f"{done + 1} of {len(tasks)} runs are complete: {tasks[number].name}")
+    def fit(self, task: Task, run: runs.Run, watch: Watch | None = None) -> tuple[TrainingResult, str]:
+        """Train the network of a task.
+
+        Args:
+            task: The task.
+            run: Its run in MLflow.
+            watch: Function that is called with each validation and its step.
+
+        Returns:
+            The result, whose checkpoints stay until the next run, and the precision.
+        """
+        from mmoe_rec.model.model_layout import ModelLayout
+        from mmoe_rec.training.choices import read_choices, write_choices
+        from mmoe_rec.training.loop import Trainer
+        from mmoe_rec.training.ranks import training_ranks
+
+        settings, shared = task.settings, self._kept / "choices.json"
+        training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})
+        layout = ModelLayout.of(task.prepared.layout, settings)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        with training_ranks(training) as (device, _):
+            trainer = Trainer(
+                task.prepared,
+                layout,
+                settings.model,
+                training,
+                device,
+                self.checkpoints,
+                run.log_metrics,
+                watch=watch,
+                choices=read_choices(shared),
+            )
+            if training.precision == "auto" and not shared.exists():
+                write_choices(shared, trainer.choices)
+            return trainer.run(), trainer.choices.precision
+
+    def judge(self, best: Validation) -> float:
+        """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
+        from mmoe_rec.model.model_layout import ModelLayout
+
+        return best.objective(self.settings.training.select_by, ModelLayout.of(self.prepared.layout, self.settings))
+
+    def _train_network(self, task: Task, run: runs.Run) -> tuple[Network, dict[str, Any]]:
+        """Train as `train_model` does, without keeping anything. Returns the network and facts about the run."""
+        from mmoe_rec.model.model_layout import ModelLayout
+        from mmoe_rec.training.stacking import grow_trees
+        from mmoe_rec.training.train import best_network, calibrate
+        from mmoe_rec.training.validation import find_early_end
+
+        settings, prepared = task.settings, task.prepared
+        layout = ModelLayout.of(prepared.layout, settings)
+        result, precision = self.fit(task, run)
+        model = best_network(settings, prepared, result)
+        assert result.best is not None, "every training is validated at its end"
+        run.log_metrics(result.best.flat("best"), result.best_step)
+        if settings.model.trees is not None:
+            model.trees = grow_trees(settings, prepared, layout, model)
+        facts = {
+            "selecting": self.judge(result.best),
+            "best_step": result.best_step,
+            "steps": result.steps,
+            "precision": precision,
+            "early_end": find_early_end(result.history, result.best_step, layout, settings.training),
+            "parameters": sum(each.numel() for each in model.parameters()),
+        }
+        return Network(model, layout, calibrate(settings, prepared, model)), facts
+
+    def _grow_trees(self, task: Task) -> tuple[Predictions, dict[str, Any]]:
+        """Grow the trees of `baselines` in place of a network."""
+        from mmoe_rec.batches.encoded_rows import EncodedRows
+        from mmoe_rec.training.baselines import boost_tasks, predict_calibrated, read_inputs
+
+        settings, layout = task.settings, task.prepared.layout
+        learnt, held_out, last = read_inputs(settings, task.prepared, layout)
+        boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
+        rows = EncodedRows(task.prepared.split(self.split), layout, part=self.part)
+        values = predict_calibrated(settings, layout, boosted, held_out, rows)
+        weights = np.array([settings.tasks[each.name].score_weight for each in layout.tasks])
+        score = np.log(np.clip(values, 1e-12, None)) @ weights
+        return Predictions(tuple(each.name for each in layout.tasks), values, score), {"trees": facts}
 
     def _read(self, variant: Variant, seeds: Sequence[int], tasks: Sequence[Task]) -> TrainedVariant:
         from mmoe_rec.evaluation.scoring import read_labels
-        from mmoe_rec.experiments.predictions import Predictions
 
         files, folder = tuple(task.file for task in tasks), tasks[0].prepared.folder
         if folder not in self._rows:
@@ -251,155 +409,3 @@ class Runner:
     def _identify(self, settings: Settings) -> str:
         data = settings.data.model_dump(mode="json", exclude={"work"})
         return digest(settings.schema_.identity(), settings.split.windows(), data)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run.
-
-    Attributes:
-        name: Name in words.
-        variant: The variant.
-        settings: Settings of the run, with its seed.
-        base: Settings that the variant changes.
-        prepared: Features of the run.
-        split: Split whose rows are predicted.
-        part: Part of its users that is predicted, None for all.
-        file: File for the predictions.
-        checkpoints: Folder for weights, which is removed.
-        parent: ID of the run in MLflow that holds this one.
-        unsent: Folder for messages that MLflow can't take, see `runs.open_run`.
-    """
-
-    name: str
-    variant: Variant
-    settings: Settings
-    base: Settings
-    prepared: FeatureFolder
-    split: str
-    part: Part | None
-    file: Path
-    checkpoints: Path
-    parent: str | None
-    unsent: Path | None
-
-    @property
-    def choices(self) -> Path:
-        """The file of the choices that all runs share."""
-        return self.file.with_name("choices.json")
-
-    @contextmanager
-    def open_run(self) -> Iterator[runs.Run]:
-        """Open the run in MLflow, with its settings as parameters."""
-        settings, tracking = self.settings, self.settings.tracking
-        with runs.open_run(
-            tracking.address,
-            settings.experiment,
-            run_name=self.name,
-            key=f"{self.parent}-{self.file.stem}",
-            parent=self.parent,
-            unsent=self.unsent,
-            patience=PATIENCE_SECONDS,
-        ) as run:
-            run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
-            run.set_tags({"variant": self.variant.name})
-            yield run
-
-    def judge(self, best: Validation) -> float:
-        """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
-        from mmoe_rec.model.model_layout import ModelLayout
-
-        return best.objective(self.base.training.select_by, ModelLayout.of(self.prepared.layout, self.base))
-
-
-@contextmanager
-def _open_trainer(
-    task: Task, choices: Choices | None, run: runs.Run | None = None, watch: Watch | None = None
-) -> Iterator[Trainer]:
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.training.loop import Trainer
-    from mmoe_rec.training.ranks import training_ranks
-
-    settings, folder = task.settings, task.checkpoints / task.file.stem
-    training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})
-    log = (lambda metrics, step: None) if run is None else run.log_metrics
-    layout = ModelLayout.of(task.prepared.layout, settings)
-    with training_ranks(settings.training) as (device, _):
-        yield Trainer(
-            task.prepared, layout, settings.model, training, device, folder, log, watch=watch, choices=choices
-        )
-
-
-def fit(task: Task, run: runs.Run, watch: Watch | None = None) -> tuple[TrainingResult, Choices]:
-    """Train the network of a task. Returns the result, whose checkpoints the caller removes, and the choices."""
-    from mmoe_rec.training.choices import read_choices
-
-    with _open_trainer(task, read_choices(task.choices), run, watch) as trainer:
-        return trainer.run(), trainer.choices
-
-
-def _train(task: Task) -> Network | None:
-    """Train, predict the rows that judge and write the predictions. Returns the network, None for trees alone."""
-    with task.open_run() as run:
-        begun = time.perf_counter()
-        network, predicted, facts = (_grow_trees if task.variant.trees_alone else _train_network)(task, run)
-        facts |= {"seconds": time.perf_counter() - begun}
-        predicted.write(task.file, facts)
-        run.log_text(facts, "facts.json")
-    return network
-
-
-def _train_network(task: Task, run: runs.Run) -> tuple[Network | None, Predictions, dict[str, Any]]:
-    """Train as `train_model` does, without keeping anything."""
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.experiments.predictions import predict
-    from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.model.tables import PlainTables
-    from mmoe_rec.training.checkpoint import load_plain
-    from mmoe_rec.training.stacking import grow_trees
-    from mmoe_rec.training.train import calibrate
-    from mmoe_rec.training.validation import find_early_end
-
-    settings, prepared = task.settings, task.prepared
-    layout = ModelLayout.of(prepared.layout, settings)
-    try:
-        result, choices = fit(task, run)
-        model = build_model(layout, settings.model, PlainTables(layout))
-        load_plain(model, result.best_checkpoint)
-    finally:
-        shutil.rmtree(task.checkpoints / task.file.stem, ignore_errors=True)
-    assert result.best is not None, "every training is validated at its end"
-    run.log_metrics(result.best.flat("best"), result.best_step)
-    if settings.model.trees is not None:
-        model.trees = grow_trees(settings, prepared, layout, model)
-    calibration = calibrate(settings, prepared, model)
-    rows = EncodedRows(prepared.split(task.split), layout, part=task.part)
-    parts = (part for part, _ in rows.stream(settings.evaluation.batch_size))
-    facts = {
-        "selecting": task.judge(result.best),
-        "best_step": result.best_step,
-        "steps": result.steps,
-        "precision": choices.precision,
-        "early_end": find_early_end(result.history, result.best_step, layout, settings.training),
-        "parameters": sum(each.numel() for each in model.parameters()),
-    }
-    return Network(model, layout, calibration), predict(model, layout, calibration, parts), facts
-
-
-def _grow_trees(task: Task, run: runs.Run) -> tuple[Network | None, Predictions, dict[str, Any]]:
-    """Grow the trees of `baselines` in place of a network."""
-    import numpy as np
-
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.experiments.predictions import Predictions
-    from mmoe_rec.training.baselines import boost_tasks, predict_calibrated, read_inputs
-
-    settings, layout = task.settings, task.prepared.layout
-    learnt, held_out, last = read_inputs(settings, task.prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
-    rows = EncodedRows(task.prepared.split(task.split), layout, part=task.part)
-    values = predict_calibrated(settings, layout, boosted, held_out, rows)
-    weights = np.array([settings.tasks[each.name].score_weight for each in layout.tasks])
-    score = np.log(np.clip(values, 1e-12, None)) @ weights
-    return None, Predictions(tuple(each.name for each in layout.tasks), values, score), {"trees": facts}

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,7 @@ from mmoe_rec.atomic import digest, write_text
 from mmoe_rec.errors import StoppedError, UserError, first_line, require_packages
 from mmoe_rec.experiments.compare import BASE, check, judge, keep
 from mmoe_rec.experiments.experiment_report import ExperimentResult
-from mmoe_rec.experiments.processes import run_side_by_side
-from mmoe_rec.experiments.runner import Runner, Task, fit, open_runner
+from mmoe_rec.experiments.runner import Runner, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.progress import say
 from mmoe_rec.report.formatting import signed
@@ -48,9 +46,7 @@ Values = dict[str, Any]
 _REASON, _SECONDS, _RUN = "reason", "seconds", "run_id"  # attributes of trials
 
 
-def tune_settings(
-    settings: Settings, minutes: float | None, trials: int | None, seeds: int, jobs: int = 1
-) -> ExperimentResult:
+def tune_settings(settings: Settings, minutes: float | None, trials: int | None, seeds: int) -> ExperimentResult:
     """Search for better settings and write `best.yaml`.
 
     Args:
@@ -58,7 +54,6 @@ def tune_settings(
         minutes: Time for trials and confirmation, None for no limit.
         trials: Number of trials, None for as many as the time allows.
         seeds: Runs that confirm the candidate, and as many of the settings.
-        jobs: Number of runs side by side.
 
     Raises:
         UserError: No value can be tried, or no trial ended well.
@@ -70,10 +65,10 @@ def tune_settings(
     check_space(settings, settings.tuning.search)
     from mmoe_rec.batches.encoded_rows import Part
 
-    with open_runner(settings, "tune", "validation", Part.JUDGING, jobs, FOLDER) as runner:
+    with open_runner(settings, "tune", "validation", Part.JUDGING, FOLDER) as runner:
         space = settings.tuning.search or list_space(settings, runner.prepared.manifest["splits"]["train"]["rows"])
-        study = Study(runner, space, end, trials, CHOOSING_SEEDS * 2 + 2 * seeds)
-        study.run()
+        study = Study(runner, space)
+        study.run(end, trials, CHOOSING_SEEDS * 2 + 2 * seeds)
         found = study.read()
         effects = estimate_effects(space, found)
         candidates = _list_candidates(settings, space, found, effects)
@@ -138,199 +133,137 @@ def make_variant(name: str, values: Values) -> Variant:
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that ended with a result: its values, the result on the selecting rows, and its seconds."""
+    """A trial that ended with a result: its values, and the result on the selecting rows."""
 
     values: Values
     result: float
-    seconds: float
 
 
-@dataclass(frozen=True)
-class Worker:
-    """A process that runs trials.
+class Study:
+    """The trials of a search, which a later command finds again by settings, features and search space.
 
     Attributes:
-        task: A task with the base settings.
-        storage: URL of the study's database.
-        key: Name of the study.
+        runner: Trains the trials.
+        study: Optuna's study.
         space: Setting -> values to try.
-        end: Time at which the confirmation has to be complete, in seconds since 1970.
-        trials: Number of trials, None for no limit.
-        confirming: Number of runs that choose and confirm the candidate, as multiples of a trial's time.
-        seed: Seed of the sampler.
     """
 
-    task: Task
-    storage: str
-    key: str
-    space: Mapping[str, Search]
-    end: float
-    trials: int | None
-    confirming: float
-    seed: int
+    def __init__(self, runner: Runner, space: Mapping[str, Search]) -> None:
+        """Open the study, close trials that a kill left open, and try the settings' own values first.
 
-    def open(self) -> Any:
-        """Open the study. Raises UserError if the database is damaged."""
+        Raises:
+            UserError: The database is damaged.
+        """
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        startup = self.task.base.tuning.startup_trials
+        settings, self.runner, self.space = runner.settings, runner, space
+        self._base = runner.make_task(BASE, settings.training.seed)
+        key = digest(self._base.file.stem, settings.choices, {name: each.model_dump() for name, each in space.items()})
+        file, startup = runner.folder / "study.db", settings.tuning.startup_trials
         try:
-            return optuna.create_study(
-                storage=self.storage,
-                study_name=self.key,
+            self.study = optuna.create_study(
+                storage=f"sqlite:///{file}",
+                study_name=key,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(n_startup_trials=startup, seed=self.seed, constant_liar=True),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=startup),
             )
+            before = self.study.get_trials(deepcopy=False)
         except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
             reason = first_line(error.__cause__ or error)
-            raise UserError(f"the search in '{self.storage}' is damaged: {reason}. Remove the file.") from None
+            raise UserError(f"the search in '{file}' is damaged: {reason}. Remove the file.") from None
+        # Another seed than before, or the sampler would draw the same values again.
+        seed = settings.training.seed + len(before)
+        self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
+        for trial in (trial for trial in before if trial.state == optuna.trial.TrialState.RUNNING):
+            if _RUN in trial.user_attrs:
+                mark_killed(settings.tracking.address, trial.user_attrs[_RUN])
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if not before and (own := own_values(settings, space)) is not None:
+            choices = {name: json.dumps(own[name]) for name, search in space.items() if search.choices is not None}
+            self.study.enqueue_trial({**own, **choices})
 
-    def run(self) -> None:
+    def run(self, end: float, trials: int | None, confirming: int) -> None:
         """Run trials until there are enough, or until the rest of the time is needed to confirm.
+
+        Args:
+            end: Time at which the confirmation has to be complete, in seconds since 1970.
+            trials: Number of trials, None for no limit.
+            confirming: Number of runs that choose and confirm the candidate.
 
         Raises:
             UserError: Many trials in a row had no result.
         """
-        study, spaces = self.open(), {name: make_distribution(search) for name, search in self.space.items()}
+        distributions = {name: make_distribution(search) for name, search in self.space.items()}
         failures = 0
-        while self.may_start(study):
-            trial = study.ask(spaces)
-            reason = self._try(study, trial)
+        while may_start(find_ended(self.study), end, trials, confirming):
+            reason = self._try(self.study.ask(distributions))
             failures = failures + 1 if reason else 0
             if failures == MAX_FAILURES:
                 raise UserError(f"{failures} trials in a row had no result. Narrow tuning.search. The last: {reason}")
 
-    def may_start(self, study: Any) -> bool:
-        """Return whether there is time for another trial, and one is wanted."""
-        ended = find_ended(study)
-        seconds = [trial.user_attrs[_SECONDS] for trial in ended if _SECONDS in trial.user_attrs]
-        needed = (1 + self.confirming) * float(np.mean(seconds)) if seconds else 0.0
-        return time.time() + needed < self.end and (self.trials is None or len(ended) < self.trials)
-
-    def _try(self, study: Any, trial: Any) -> str | None:
+    def _try(self, trial: Any) -> str | None:
         """Run one trial. Returns why it has no result, None if it has one or fell behind."""
         import optuna
 
-        values, begun = read_values(trial.params), time.monotonic()
-        variant = make_variant(f"trial {trial.number + 1}", values)
+        variant, begun = make_variant(f"trial {trial.number + 1}", read_values(trial.params)), time.monotonic()
         state, result, reason = optuna.trial.TrialState.FAIL, None, None
         try:
-            result = self._train(trial, variant)
+            result = self.train(trial, variant)
             state = optuna.trial.TrialState.COMPLETE
         except optuna.TrialPruned:
             state = optuna.trial.TrialState.PRUNED
         except (StoppedError, UnreachableError):  # Another trial takes its place later.
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             raise
         except UserError as error:
             reason = str(error)
-            trial.set_user_attr(_REASON, reason)
         trial.set_user_attr(_SECONDS, time.monotonic() - begun)
-        study.tell(trial, result, state)
+        if reason:
+            trial.set_user_attr(_REASON, reason)
+        self.study.tell(trial, result, state)
         told = reason or ("it fell behind" if result is None else f"{result:.4f}")
         say(f"{variant.name}: {told} ({', '.join(variant.overrides)})")
         return reason
 
-    def _train(self, trial: Any, variant: Variant) -> float:
+    def train(self, trial: Any, variant: Variant) -> float:
+        """Train the network of a trial, and return its objective on the selecting rows.
+
+        Raises:
+            TrialPruned: The trial fell behind the median of the others.
+        """
         import optuna
 
-        settings = variant.apply(self.task.base)
-        training = settings.training.model_copy(
-            update={
-                "seed": settings.training.seed + TRIAL_SEEDS + trial.number,
-                "threads": self.task.settings.training.threads,
-            }
-        )
-        file = self.task.file.with_name(f"{self.key}-{trial.number}")
-        task = replace(
-            self.task,
-            name=variant.name,
-            variant=variant,
-            settings=settings.model_copy(update={"training": training}),
-            file=file,
-        )
-        validations = itertools.count()
+        runner, settings = self.runner, variant.apply(self.runner.settings)
+        seed = settings.training.seed + TRIAL_SEEDS + trial.number
+        settings = settings.model_copy(update={"training": settings.training.model_copy(update={"seed": seed})})
+        file = self._base.file.with_name(f"{self.study.study_name}-{trial.number}")
+        task, validations = replace(self._base, variant=variant, settings=settings, file=file), itertools.count()
 
         def watch(validation: Any, _: int) -> None:
-            trial.report(task.judge(validation), next(validations))
+            trial.report(runner.judge(validation), next(validations))
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        try:
-            with task.open_run() as run:
-                trial.set_user_attr(_RUN, run.run_id)
-                try:
-                    best = fit(task, run, watch)[0].best
-                except optuna.TrialPruned:
-                    run.set_tags({"cut_short": "it fell behind"})
-                    raise
-                assert best is not None, "every training is validated at its end"
-                run.log_metrics(best.flat("network"))
-        finally:
-            shutil.rmtree(task.checkpoints / file.stem, ignore_errors=True)
-        return task.judge(best)
-
-
-def _run_worker(worker: Worker) -> None:
-    worker.run()
-
-
-class Study:
-    """The trials of a search, which a later command finds again by settings, features and search space."""
-
-    def __init__(
-        self, runner: Runner, space: Mapping[str, Search], end: float, trials: int | None, confirming: int
-    ) -> None:
-        settings, self.runner, self.space = runner.settings, runner, space
-        task = runner.make_task(BASE, settings.training.seed)
-        key = digest(task.file.stem, settings.choices, {name: each.model_dump() for name, each in space.items()})
-        storage = f"sqlite:///{runner.folder / 'study.db'}"
-        self.worker = Worker(task, storage, key, space, end, trials, confirming / runner.jobs, settings.training.seed)
-        self.study = self.worker.open()
-        self._resume()
-
-    def _resume(self) -> None:
-        """Close trials that a kill left open, and try the settings' own values first in a new search."""
-        from optuna.trial import TrialState
-
-        before = self.study.get_trials(deepcopy=False)
-        for trial in before:
-            if trial.state == TrialState.RUNNING:
-                if _RUN in trial.user_attrs:
-                    mark_killed(self.runner.settings.tracking.address, trial.user_attrs[_RUN])
-                self.study.tell(trial.number, state=TrialState.FAIL)
-        # Another seed than before, or the sampler would draw the same values again.
-        self.worker = replace(self.worker, seed=self.worker.seed + len(before))
-        if not before and (own := own_values(self.runner.settings, self.space)) is not None:
-            choices = [name for name, search in self.space.items() if search.choices is not None]
-            self.study.enqueue_trial({**own, **{name: json.dumps(own[name]) for name in choices}})
-
-    def run(self) -> None:
-        """Run the trials."""
-        runner = self.runner
-        with runner.keeping_runs():
-            runner.share_choices([self.worker.task])
-            if runner.jobs == 1:
-                self.worker.run()
-                return
-            workers = [replace(self.worker, seed=self.worker.seed + 1_000 * n) for n in range(runner.jobs)]
-            logs = [runner.folder / f"trials_{number + 1}.log" for number in range(runner.jobs)]
-            for log in logs:
-                log.unlink(missing_ok=True)
-            say(f"trials run in {runner.jobs} processes, which print to files such as '{logs[0]}'")
-            for _ in run_side_by_side(_run_worker, workers, logs, runner.jobs):
-                pass
+        with runner.open_run(variant.name, task) as run:
+            trial.set_user_attr(_RUN, run.run_id)
+            try:
+                best = runner.fit(task, run, watch)[0].best
+            except optuna.TrialPruned:
+                run.set_tags({"cut_short": "it fell behind"})
+                raise
+            assert best is not None, "every training is validated at its end"
+            run.log_metrics(best.flat("network"))
+        return runner.judge(best)
 
     def read(self) -> list[Trial]:
         """Return the trials with a result. Raises UserError if there are none."""
         trials = [
-            Trial(read_values(trial.params), float(trial.value), trial.user_attrs[_SECONDS])
+            Trial(read_values(trial.params), float(trial.value))
             for trial in find_ended(self.study)
-            if trial.value is not None and _REASON not in trial.user_attrs and trial.state.name == "COMPLETE"
+            if trial.state.name == "COMPLETE"
         ]
         if not trials:
             reasons = [trial.user_attrs[_REASON] for trial in find_ended(self.study) if _REASON in trial.user_attrs]
@@ -347,6 +280,20 @@ class Study:
             f"{len(ended)} trials: {states['PRUNED']} fell behind, {states['failed']} had no result; the best one "
             f"reached {best:.4f} on the selecting rows"
         )
+
+
+def may_start(ended: Sequence[Any], end: float, trials: int | None, confirming: int) -> bool:
+    """Return whether another trial is wanted, and the time suffices for it and for `confirming` runs after it.
+
+    Args:
+        ended: Trials that ended.
+        end: Time at which all has to be complete, in seconds since 1970.
+        trials: Number of trials, None for no limit.
+        confirming: Number of runs after the trials.
+    """
+    seconds = [trial.user_attrs[_SECONDS] for trial in ended]
+    needed = (1 + confirming) * float(np.mean(seconds)) if seconds else 0.0
+    return time.time() + needed < end and (trials is None or len(ended) < trials)
 
 
 def find_ended(study: Any) -> list[Any]:

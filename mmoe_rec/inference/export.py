@@ -36,14 +36,13 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.inference.writing import copy_files, seal
-from mmoe_rec.model.forest import Tree, read_ensemble
 from mmoe_rec.model.levels import set_compute
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.products import set_products
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.model.tables import SCALES, PlainTables, quantised, some_in_int8
-from mmoe_rec.model.trees import Trees
+from mmoe_rec.model.trees import Tree, Trees, read_ensemble
 
 WEIGHTS = "weights.safetensors"
 Dense = Literal["bfloat16", "int8", "float32"]

@@ -53,7 +53,7 @@ class Training(Section):
     shard_columns: int = Field(
         32, ge=4, multiple_of=4, description="fewest columns of a part under column_wise and grid_shard"
     )
-    communication: Literal["fp32", "fp16", "bf16"] = Field(
+    communication: Literal["fp32", "bf16"] = Field(
         "fp32", description="numbers in which processes send each other embeddings and their gradients"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")
@@ -86,7 +86,6 @@ class Training(Section):
         description="predict the log as it is, or as it was before sampling: rows weigh 1 / `columns.sampling_rate`",
     )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
-    on_bad_loss: Literal["stop", "skip"] = Field("stop", description="what to do if a loss or gradient is not finite")
     checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")
     checkpoints_kept: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")

@@ -39,7 +39,7 @@ class TrainingState:
     """Where a training stands, apart from the tensors.
 
     step: steps done; position: the rows they took; history: (step, result) of every validation; best_step: of the best
-    one, 0 before the first; skipped: steps left out because their loss was not finite; choices: what it computes in.
+    one, 0 before the first; choices: what it computes in.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -47,7 +47,6 @@ class TrainingState:
     position: Position
     history: tuple[tuple[int, Validation], ...]
     best_step: int
-    skipped: int
     origin: Origin
     choices: Choices | None = None
 

@@ -29,21 +29,18 @@ from mmoe_rec.model.warm_start import WarmStart, base_rates, set_base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.training import STEPS, Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.choices import Choices, choose_precision
-from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.planning import Sharding
-from mmoe_rec.training.sharded_tables import choose_way
+from mmoe_rec.training.sharded_tables import choose_way, torchrec_installed
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
-from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
+from mmoe_rec.training.steps import Steps, check_finite, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25
-WARM_UP = 10  # steps before those that a forecast is made from
-BATCHES_SCORED = 4  # of the validation rows, for a forecast
 LogMetrics = Callable[[dict[str, float], int], None]
 
 
@@ -51,8 +48,7 @@ LogMetrics = Callable[[dict[str, float], int], None]
 class TrainingResult:
     """The result of a training. rows_per_s counts all ranks, without validation; waiting is the share of that time.
 
-    history: (step, validation) of each; step 0 is that of the model that was started from. best_checkpoint: its folder;
-    skipped: steps left out because their loss was not finite.
+    history: (step, validation) of each; step 0 is that of the model that was started from. best_checkpoint: its folder.
     """
 
     plan: str
@@ -63,23 +59,11 @@ class TrainingResult:
     best_checkpoint: Path = Path()
     history: list[tuple[int, Validation]] = field(default_factory=list)
     stopped_early: bool = False
-    skipped: int = 0
 
     @property
     def best(self) -> Validation | None:
         """The validation of the best step, None before the first."""
         return dict(self.history).get(self.best_step)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a training will take. rows_per_s as in `TrainingResult`; seconds: of all epochs, with checkpoints and
-    validations.
-    """
-
-    rows_per_s: float
-    seconds: float
-    validation_seconds: float
 
 
 class Meter:
@@ -183,13 +167,12 @@ class Trainer:
             clip_gradient=settings.clip_gradient,
             stop=self.stop,
         )
-        self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
         if resume is not None:
             self.optimizer.init_state()
             restore(resume.folder, self.sharded.model, self.optimizer)
             state, result = resume.state, self.result
-            self.position, self.bad_batches.skipped = state.position, state.skipped
+            self.position = state.position
             result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
             result.stopped_early = self._out_of_patience()
 
@@ -210,7 +193,7 @@ class Trainer:
     def _shard(
         self, model_settings: Model, warm_start: WarmStart | None, before: Choices | None, prepared: FeatureFolder
     ) -> tuple[ShardedModel, Choices]:
-        model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
+        model = build_model(self.layout, model_settings, training_tables(self.layout, self.tables), self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
@@ -229,7 +212,6 @@ class Trainer:
             table_learning_rate=self.settings.table_learning_rate,
             seed=self.settings.seed,
             first_rows=None if warm_start is None else warm_start.rows,
-            way=self.tables,
             sharding=Sharding.of(self.settings),
         )
         return sharded, choices
@@ -239,23 +221,12 @@ class Trainer:
         steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(f"computing in {self.choices}, products by {self.products}, tables by {self.tables}{threads}")
-        say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_more(steps)}")
+        say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
         if not torchrec_installed():
             say(
                 "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
                 "`mmoe-rec doctor` says what to type for sharded tables"
             )
-
-    def _advise_more(self, steps: int) -> str:
-        """What follows the number of steps, where a smaller batch, or more epochs, would make more of too few."""
-        own = self.settings.model_copy(update={"batch_size": "auto"}).rows_of_step(self.reader.rows.rows)
-        if steps < STEPS and 2 * own < self.batch_size:
-            more = steps * self.batch_size // own
-            return f", which are few: training.batch_size {own} (or auto) makes {more:,} of them"
-        if steps < STEPS / 2:
-            epochs = math.ceil(self.settings.epochs * STEPS / steps)
-            return f", which are few: training.epochs {epochs:,} makes {STEPS:,} of them, if so many help"
-        return ""
 
     def _choose(self, mixture: Mixture, before: Choices | None) -> Choices:
         """Return the precision of the settings, of the run that goes on, or the measured one."""
@@ -283,38 +254,8 @@ class Trainer:
         finally:
             self.checkpoints.close()
         result.rows_per_s, result.waiting = meter.rows_per_s, meter.waiting
-        result.skipped = self.bad_batches.skipped
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
-
-    def measure(self, steps: int) -> Forecast:
-        """Trains so many steps, saves a checkpoint, scores some validation rows, and says from that what `run` of a new
-        trainer would take. A collective call.
-        """
-        rows_per_s, reader, settings = 0.0, self.validation_reader, self.settings
-        source = self._batches(self.reader, self.position, 2 + (WARM_UP + steps) // self.reader.batches_per_epoch)
-        with freed_memory_kept(), limit_threads(self.threads):
-            with contextlib.closing(iter(source)) as batches:
-                for count in (WARM_UP, steps):
-                    meter, part = Meter(self.layout, self.world_size), itertools.islice(batches, count)
-                    while self._step(part, meter) is not None:
-                        pass
-                    rows_per_s = meter.rows_per_s
-            self.steps.release()
-            begun, rows = time.perf_counter(), min(reader.rows.rows, BATCHES_SCORED * reader.batch_size)
-            with contextlib.closing(iter(self._batches(reader, reader.position(0), 1))) as batches:
-                some = itertools.islice(batches, BATCHES_SCORED)
-                validate(self.sharded.model.module, some, self.layout, self.device, rows)
-            scored = time.perf_counter()
-            self._save()
-            self.checkpoints.wait()
-            saved = time.perf_counter()
-            self.checkpoints.close()
-        validation = len(self.validate_at) * (scored - begun) * reader.rows.rows / rows
-        saves = self.validate_at.union(range(settings.checkpoint_steps, self.total_steps, settings.checkpoint_steps))
-        all_rows = settings.epochs * self.reader.rows.rows
-        seconds = all_rows / rows_per_s + len(saves) * (saved - scored)
-        return Forecast(all_rows / seconds, seconds + validation, validation)
 
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         last = self.result.history[-1][0] if self.result.history else -1
@@ -342,7 +283,7 @@ class Trainer:
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch]:
         def make() -> Generator[Batch, None, None]:
-            keyed_jagged = torchrec_installed()
+            keyed_jagged = self.tables == "fbgemm"
             for rows, position in reader.resume(start, epochs):
                 own = (rows.weights, rows.users, rows.numbers)
                 batch = make_batch(rows.encoded, self.layout, rows.labels, position, *own, torchrec=keyed_jagged)
@@ -357,8 +298,8 @@ class Trainer:
         if step is None:
             return None
         assert step.batch.position is not None
-        if self.bad_batches.check(step, self.result.steps + 1):
-            meter.add(len(step.batch), step.losses, step.observed)
+        check_finite(step, self.result.steps + 1, self.checkpoints.folder)
+        meter.add(len(step.batch), step.losses, step.observed)
         self.position = step.batch.position
         self.result.steps += 1
         if self.result.steps % STEPS_BETWEEN_LOGS == 0:
@@ -371,8 +312,6 @@ class Trainer:
         if (logs := log_variances(self.sharded.model.module)) is not None:
             factors = zip(self.layout.tasks, loss_factors(logs.detach(), self.layout.tasks).tolist(), strict=True)
             metrics |= {f"train/{task.name}.weight": task.loss_weight * factor for task, factor in factors}
-        if self.bad_batches.skipped:
-            metrics["train/skipped_steps"] = self.bad_batches.skipped
         self.log_metrics(metrics, self.result.steps)
 
     def _validate(self, meter: Meter) -> None:
@@ -397,11 +336,9 @@ class Trainer:
         return since >= self.settings.patience and self.result.steps < self.total_steps
 
     def _save(self) -> None:
-        result, skipped = self.result, self.bad_batches.skipped
+        result = self.result
         history = tuple(result.history)
-        state = TrainingState(
-            result.steps, self.position, history, result.best_step, skipped, self.origin, self.choices
-        )
+        state = TrainingState(result.steps, self.position, history, result.best_step, self.origin, self.choices)
         tensors = {"model": self.sharded.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(tensors, state)
 

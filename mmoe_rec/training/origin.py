@@ -16,7 +16,6 @@ _FREE = {
     "checkpoint_steps",
     "checkpoints_kept",
     "device",
-    "on_bad_loss",
     "products",
     "tables",
     "threads",

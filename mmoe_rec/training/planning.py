@@ -8,13 +8,13 @@ from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
+from mmoe_rec.model.tables import stored_width, used_tables
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training.fbgemm import require_torchrec
+from mmoe_rec.training.sharded_tables import require_torchrec
 
 # The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that
 # it starts from the best way of each table and goes on to the next.
@@ -33,7 +33,7 @@ class Sharding:
 
     kind: str = "auto"
     columns: int = 32
-    communication: Literal["fp32", "fp16", "bf16"] = "fp32"
+    communication: Literal["fp32", "bf16"] = "fp32"
 
     @staticmethod
     def of(settings: Training) -> "Sharding":
@@ -114,24 +114,10 @@ class Planning:
 
         if self.sharding.communication == "fp32":
             return [EmbeddingBagCollectionSharder()]
-        from fbgemm_gpu.quantize_comm import QuantizedCommCodec
         from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
         from torchrec.distributed.types import CommOp
 
-        # A gradient is that of a mean over the rows, so small that fp16 would round it to few bits, or to 0. fbgemm's
-        # own scale does not help, as it is taken off while numbers are still in fp16.
-        scale = 2 ** self.batch_size.bit_length()
-
-        class Scaled(QuantizedCommCodec):
-            def encode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-                return super().encode(numbers * scale, ctx)
-
-            def decode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-                return super().decode(numbers, ctx) / scale
-
-        kind = CommType(self.sharding.communication)
-        codecs = get_qcomm_codecs(QCommsConfig(kind, kind))
-        codecs.backward = Scaled(codecs.backward._comm_precision)
+        codecs = get_qcomm_codecs(QCommsConfig(CommType.BF16, CommType.BF16))
         # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
         return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
 
@@ -259,26 +245,13 @@ def table_bytes(table: EmbeddingTable) -> int:
 
 def _explain_tables(layout: ModelLayout, machines: Machines, sharding: Sharding) -> UserError:
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
-    needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
+    needed, offered = sum(map(table_bytes, tables)) / GIB, machines.world_size * machines.rank_bytes / GIB
     largest = tables[0]
-    where = f"{machines.world_size} rank(s), each with {machines.rank_bytes / GIB:.2f} GiB for them"
-    ways = []
-    what = f"the embedding tables take {needed / GIB:.1f} GiB with their optimizer and do not fit into {where}"
-    most = f"the largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers"
     by_rows = bool(set(sharding.types(machines.device)) - {"table_wise", "column_wise"})
-    width = stored_width(largest.dim)
-    if sharding.kind == "column_wise":  # torchrec takes the narrowest parts that are equally wide
-        width = next((each for each in range(sharding.columns, width, COLUMNS) if width % each == 0), width)
-    part = largest.rows * (width + 1) * _FLOAT  # the most of it that one rank has to take
-    room = offered - (needed - table_bytes(largest)) if by_rows else machines.rank_bytes
-    if by_rows or part <= machines.rank_bytes:
-        machines_needed = math.ceil(needed * 1.1 / machines.rank_bytes / machines.local_world_size)
-        ranks = max(machines_needed * machines.local_world_size, machines.world_size + machines.local_world_size)
-        ways.append(f"use {ranks} ranks")
-    if room > 0 and (rows := int(room * 0.9) // ((width + 1) * _FLOAT)) < largest.rows:
-        ways.append(f"set `max_size` (or `buckets`) of '{largest.name}' to {rows:,} at most")
-    share = offered / needed if by_rows else min(offered / needed, machines.rank_bytes / part)
-    narrower = int(largest.dim * 0.9 * share) // COLUMNS * COLUMNS  # other widths take no less
-    if 0 < narrower < largest.dim and sharding.kind != "column_wise":
-        ways.append(f"make `dim` smaller everywhere, {narrower} instead of {largest.dim}")
-    return UserError(f"{what}; {most}: {', or '.join(ways) or 'give each rank more memory'}")
+    whole = "" if by_rows else ", and the rows of a table are not divided"
+    return UserError(
+        f"the embedding tables take {needed:,.1f} GiB with their optimizer and do not fit into {machines.world_size} "
+        f"rank(s) with {offered:,.1f} GiB for them in all{whole}. The largest, '{largest.name}', has {largest.rows:,} "
+        f"rows of {largest.dim} numbers and takes {table_bytes(largest) / GIB:.1f} GiB. Use more ranks, or lower its "
+        "`max_size`, `buckets` or `dim`."
+    )

@@ -26,7 +26,6 @@ NOISY_WARNINGS = (
     "`_get_pg_default_device` will be deprecated",
     "Multiple backends are registered with this ProcessGroup",
 )
-SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_LET_GO = 0.05
 _DAYS_FOR_FEATURES = timedelta(days=7)
 _SIGNS_OF_LOSS = ("gloo", "connection", "timed out", "timeout", "nccl", "socket")
@@ -77,7 +76,11 @@ def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
         from mmoe_rec.training.sharded_tables import choose_way
 
         Sharding.of(settings).check(device.type)
-        choose_way(settings.tables, device.type, ranks)
+        if choose_way(settings.tables, device.type, ranks) == "torch" and settings.sharding != "auto":
+            raise UserError(
+                f"training.sharding is {settings.sharding}, and training.tables is torch, which spreads no tables. Set "
+                "one of them to auto."
+            )
         choose_products(settings.products, device.type)
     with process_group(device, settings.timeout_minutes) as group:
         yield device, group
@@ -103,7 +106,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         quiet = quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL))
-        with quiet, warnings.catch_warnings(), _naming_lost(ranks):
+        with quiet, warnings.catch_warnings(), _explain_loss(ranks):
             for start in NOISY_WARNINGS:
                 warnings.filterwarnings("ignore", message=start, category=UserWarning)
             yield ranks
@@ -115,7 +118,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
 
 
 @contextlib.contextmanager
-def _naming_lost(ranks: Ranks) -> Iterator[None]:
+def _explain_loss(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -123,23 +126,7 @@ def _naming_lost(ranks: Ranks) -> Iterator[None]:
         if ranks.world_size == 1 or not any(sign in text for sign in _SIGNS_OF_LOSS):
             raise
         reason = first_line(error)
-        message = f"{_lost(ranks)}; rank {ranks.rank} can't go on alone: go on with --resume ({reason})"
-        raise UserError(message) from error
-
-
-def _lost(ranks: Ranks) -> str:
-    """Calls the roll: whoever does not answer in time is lost."""
-    others = {rank: f"answer.{rank}" for rank in range(ranks.world_size) if rank != ranks.rank}
-    try:
-        ranks.store.set(f"answer.{ranks.rank}", "here")
-        end = time.monotonic() + SECONDS_TO_ANSWER
-        while (lost := [rank for rank, key in others.items() if not ranks.store.check([key])]) and (
-            time.monotonic() < end
-        ):
-            time.sleep(0.1)
-    except RuntimeError:  # whoever holds the store
-        lost = [0]
-    if not lost:
-        return f"the {ranks.world_size} ranks have lost their connections to each other"
-    names = ", ".join(map(str, lost))
-    return f"rank{'s' * (len(lost) > 1)} {names} of {ranks.world_size} ended or gave no answer"
+        raise UserError(
+            f"another of {ranks.world_size} ranks ended or gave no answer, so rank {ranks.rank} can't go on. Read its "
+            f"own output, then go on with --resume ({reason})."
+        ) from error

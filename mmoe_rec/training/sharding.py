@@ -18,7 +18,6 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
 from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
-from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import LOG_VARIANCES
 from mmoe_rec.training.planning import (
     BY_DEFAULT,
@@ -33,10 +32,8 @@ from mmoe_rec.training.sharded_tables import (
     OneProcessTables,
     RowWiseAdagrad,
     Way,
-    choose_way,
     look_up_directly,
-    set_way,
-    table_batches,
+    share_cpuinfo,
 )
 
 FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
@@ -70,9 +67,9 @@ class ShardedModel:
         return {name: parameter for name, parameter in named if not name.startswith("tables.")}
 
 
-def training_tables(layout: ModelLayout) -> nn.Module:
-    """What `shard` takes as tables of a model: those of torchrec where it is installed."""
-    return torchrec_tables(layout, torch.device("meta")) if torchrec_installed() else OneProcessTables(layout)
+def training_tables(layout: ModelLayout, way: Way) -> nn.Module:
+    """Return the tables of a backend, which `shard` takes as those of a model."""
+    return torchrec_tables(layout, torch.device("meta")) if way == "fbgemm" else OneProcessTables(layout)
 
 
 def shard(
@@ -84,21 +81,18 @@ def shard(
     table_learning_rate: float,
     seed: int = 0,
     first_rows: FirstRows | None = None,
-    way: Literal["auto"] | Way = "auto",
     sharding: Sharding = BY_DEFAULT,
 ) -> ShardedModel:
     """Spreads a model over `training_tables` over the ranks of the current process group.
 
     batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`. A
     layout without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory, or the
-    way or sharding is not on offer.
+    sharding is not on offer.
     """
     first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
-    way = choose_way(way, device.type, dist.get_world_size())
     sharding.check(device.type)
-    if not torchrec_installed():
-        tables = model.get_submodule("tables")
-        assert isinstance(tables, OneProcessTables), "a model over `training_tables`"
+    tables = model.get_submodule("tables")
+    if isinstance(tables, OneProcessTables):
         one = OneProcess(model)
         _fill_tables(one, layout, first_rows)
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
@@ -123,8 +117,7 @@ def shard(
             model, device=device, plan=plan, sharders=planning.sharders(), init_data_parallel=not alone
         )
     if device.type == "cpu":
-        for module in table_batches(parallel):
-            set_way(module, way)
+        share_cpuinfo()
     if alone and plan.plan and sharding.kind not in SPLIT_COLUMNS:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)

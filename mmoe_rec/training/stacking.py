@@ -16,8 +16,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.log.columns import hash_column
-from mmoe_rec.model.forest import Forest, read_ensemble
-from mmoe_rec.model.trees import Blend, Trees
+from mmoe_rec.model.trees import Blend, Forest, Trees, read_ensemble
 from mmoe_rec.progress import bar, say
 from mmoe_rec.task_kinds.task_kind import TaskKind
 from mmoe_rec.training.boosting import Inputs, grow_lightgbm

@@ -1,12 +1,12 @@
 """Training steps in torchrec's pipeline: while a batch is trained on, the ids of the next one are on their way already.
 
 The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after its backward pass, in which tables are
-updated. The dense part's backward pass is in `_forward`, so that a step whose gradient is not finite updates nothing.
+updated.
 
 A GPU works through what the host has queued, and stands still whenever the host first waits for it and then queues the
 next. So the host waits for the device in these places only:
 
-- once a step, `Steps._forward` reads whether loss and gradient are finite and whether a rank was asked to stop;
+- once a step, `Steps.step` reads whether loss and gradient are finite and whether a rank was asked to stop;
 - torchrec's pipeline, with several ranks: how many ids they send each other, on a stream of its own, a step ahead;
 - every `STEPS_BETWEEN_LOGS` steps `Meter.read` and the learnt task weights;
 - a validation reads the logits of each batch, with several ranks also whether one was asked to stop, and its sums;
@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,16 +42,22 @@ from mmoe_rec.training.sharding import ShardedModel
 class Step:
     """A batch that was trained on.
 
-    losses, observed: (T,) of this rank, the sum of a task's losses and the number (or weights) of labels that they
-    cover; stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" or "gradient";
-    then nothing was updated.
+    Attributes:
+        batch: The batch.
+        logits: Logits. Shape (B, T).
+        losses: Sums of the tasks' losses on this rank. Shape (T,).
+        observed: Labels that the losses cover, or their weights. Shape (T,).
+        signals: Above 0: a rank was asked to stop, a loss is not finite on some rank. Shape (2,).
+        stopping: Whether any rank was asked to stop.
+        bad: What is not finite on some rank, "loss" or "gradient". Then the dense part was not updated.
     """
 
     batch: Batch
     logits: Tensor
     losses: Tensor
     observed: Tensor
-    stopping: bool
+    signals: Tensor
+    stopping: bool = False
     bad: str | None = None
 
 
@@ -77,13 +83,13 @@ class Steps:
         self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
         self._mixture: Mixture = sharded.model.module.mixture
         self._gates = self._mixture.gates[0].settings  # those of all levels
-        self._has_tables = bool(layout.ids)
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._share = 1.0
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
-        self._tables = TablesLast(self._mixture)
+        self._to_tables: list[Tensor] = []
+        self._mixture.register_forward_pre_hook(self._watch_inputs)
         self._now: Step | None = None
         self._pipeline: Any = None
         if sharded.pipelined:
@@ -102,7 +108,8 @@ class Steps:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * share
         try:
-            step: Step = (self._pipeline or self).progress(batches)
+            with fp32_products("tf32", self._device):
+                step: Step = (self._pipeline or self).progress(batches)
         except StopIteration:
             return None
         return step
@@ -136,7 +143,7 @@ class Steps:
         shared = torch.cat([observed, counted.sum()[None].to(observed), signalled])
         added = self._add_up(shared)  # beside the forward pass
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
-        with autocast, fp32_products("tf32", self._device), draws_of(batch):
+        with autocast, draws_of(batch):
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
         bad = (~logits.isfinite().all()).float()
@@ -161,38 +168,40 @@ class Steps:
             log_variances=log_variances(self._model.module),
         )
         total = total + self._balance_loss(outputs.routings, counted * (self._ranks / rows))
-        with fp32_products("tf32", self._device):
-            total.backward()
-        # Read only now, when a device has the backward pass to work on; a bad loss has cost one for nothing.
-        told = torch.stack([shared[-1].float(), bad, self._gradient_is_bad()])
-        stopping, bad_loss, bad_gradient = (told > 0).tolist()
-        wrong = "loss" if bad_loss else "gradient" if bad_gradient else None
-        self._now = Step(batch, logits, losses, observed, stopping, wrong)
-        return self._tables.remaining_loss(skipped=wrong is not None), self._now
+        self._now = Step(batch, logits, losses, observed, torch.stack([shared[-1].float(), bad]))
+        return total, self._now
 
-    def _gradient_is_bad(self) -> Tensor:
-        """() float32, above 0 where it is not finite on some rank, once the dense part's backward pass is done; clips
-        its gradient.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        finite = norm.isfinite()
-        if self._has_tables:
-            finite = finite & self._tables.finite.to(norm.device)
-        bad = (~finite).float()
-        if self._ranks > 1:  # the norm is the same on all of them, what goes to the tables is not
-            dist.all_reduce(bad)
-        return bad
+    def _watch_inputs(self, mixture: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Note the sums of the gradients that go on to the tables: an infinity or NaN never leaves a sum."""
+        self._to_tables = []
+        # torchrec's pipeline traces the model by symbols, which are not tensors.
+        if mixture.training and torch.is_grad_enabled():
+            for each in arguments:
+                if isinstance(each, Tensor) and each.requires_grad:
+                    each.register_hook(lambda gradient: self._to_tables.append(gradient.sum()))
 
     def step(self) -> None:
-        """Steps the dense part; the pipeline calls it after the backward pass of the tables, which has updated them."""
-        assert self._now is not None
-        if self._now.bad is None:
-            self._optimizer.step()
-            for level, gates in enumerate(self._mixture.gates):
-                gates.let_in(self._gates.ramp_steps)
-                if self._gates.balance == "bias":
-                    # It comes to rest with the learning rate, as the loads of one step are noisy.
-                    gates.even_out(self._loads[level], self._gates.bias_rate * self._share)
+        """Step the dense part, unless a loss or gradient is not finite on some rank.
+
+        The pipeline calls it after the backward pass, in which the tables were updated.
+        """
+        step = self._now
+        assert step is not None
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        bad = (~torch.stack([norm, *self._to_tables]).isfinite().all()).float()
+        if self._ranks > 1:  # the norm is the same on all of them, what goes to the tables is not
+            dist.all_reduce(bad)
+        told = torch.cat([step.signals, bad[None]])
+        step.stopping, bad_loss, bad_gradient = (told > 0).tolist()
+        step.bad = "loss" if bad_loss else "gradient" if bad_gradient else None
+        if step.bad is not None:
+            return
+        self._optimizer.step()
+        for level, gates in enumerate(self._mixture.gates):
+            gates.let_in(self._gates.ramp_steps)
+            if self._gates.balance == "bias":
+                # It comes to rest with the learning rate, as the loads of one step are noisy.
+                gates.even_out(self._loads[level], self._gates.bias_rate * self._share)
 
     def _balance_loss(self, routings: Sequence[Routing], shares: Tensor) -> Tensor | float:
         """What keeps experts in use: the mean over levels of the weighted balance loss and z-loss.
@@ -234,39 +243,23 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     }
 
 
-# Steps whose loss is not finite: training stops and keeps the batch for inspection, or goes on without them.
+def check_finite(step: Step, number: int, folder: Path) -> None:
+    """Raise UserError for a loss or gradient that is not finite, as every rank does at the same step.
 
-
-# This many in a row come from broken weights rather than single batches.
-IN_A_ROW_AT_MOST = 20
-
-
-class BadBatches:
-    """Counts bad batches, all ranks alike. folder: where one is saved; policy: what to do; skipped: steps so far."""
-
-    def __init__(self, folder: Path, policy: Literal["stop", "skip"]) -> None:
-        self.folder, self.policy = folder, policy
-        self.skipped = 0
-        self._in_a_row = 0
-
-    def check(self, step: Step, number: int) -> bool:
-        """Whether a step counts; raises UserError where training is to stop, as every rank does at the same step."""
-        if step.bad is None:
-            self._in_a_row = 0
-            return True
-        self.skipped += 1
-        self._in_a_row += 1
-        if self.policy == "skip" and self._in_a_row <= IN_A_ROW_AT_MOST:
-            return False
-        file = self.folder / f"bad_batch.step{number}.rank{dist.get_rank()}.pt"
-        with atomic_file(file) as path:
-            torch.save(_content(step.batch, step.logits), path)
-        tried = f" in {self._in_a_row} steps, one after the other," if self.policy == "skip" else ""
-        raise UserError(
-            f"the {step.bad} of step {number}{tried} is not finite; the batch is saved as '{file}' (torch.load): look "
-            "there for extreme inputs, lower training.learning_rate or training.table_learning_rate, or set "
-            "training.on_bad_loss to skip"
-        )
+    Args:
+        step: The step.
+        number: Its number.
+        folder: Folder in which the batch is saved.
+    """
+    if step.bad is None:
+        return
+    file = folder / f"bad_batch.step{number}.rank{dist.get_rank()}.pt"
+    with atomic_file(file) as path:
+        torch.save(_content(step.batch, step.logits), path)
+    raise UserError(
+        f"the {step.bad} of step {number} is not finite; the batch is saved as '{file}' (torch.load): look there for "
+        "extreme inputs, or lower training.learning_rate or training.table_learning_rate"
+    )
 
 
 def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
@@ -276,57 +269,3 @@ def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
     content |= {name: getattr(batch, name) for name in ("dense", "labels", "observed", "weights")}
     on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}
     return on_cpu | {"position": None if batch.position is None else asdict(batch.position)}
-
-
-# The backward pass in two parts: that of the dense part first, then that of the tables.
-#
-# Tables are updated within their backward pass, so whether the gradient is finite must be known by then. The graph is
-# cut where the tables' outputs enter the dense part; the gradient that arrives there is handed on later, unchanged.
-
-
-class TablesLast:
-    """Cuts the graph in front of a model's `mixture` in each training step."""
-
-    def __init__(self, mixture: nn.Module) -> None:
-        self._cuts: list[tuple[Tensor, Tensor]] = []
-        mixture.register_forward_pre_hook(self._cut)
-
-    def _cut(self, mixture: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        # torchrec's pipeline traces the model by symbols, which are not tensors.
-        if not (mixture.training and torch.is_grad_enabled() and isinstance(arguments[0], Tensor)):
-            return None
-        graphs = [each for each in arguments if isinstance(each, Tensor) and each.requires_grad]
-        self._cuts = [(each, each.detach().requires_grad_()) for each in graphs]
-        leaves = {id(each): leaf for each, leaf in self._cuts}
-        return tuple(leaves.get(id(each), each) for each in arguments)
-
-    @property
-    def finite(self) -> Tensor:
-        """() bool: whether the gradients that have arrived at the cut, and their sum, are finite, on this rank."""
-        # One pass: an infinity or NaN never leaves a sum.
-        found = [leaf.grad.sum() for _, leaf in self._cuts if leaf.grad is not None]
-        return torch.stack(found).isfinite().all() if found else torch.tensor(True)
-
-    def remaining_loss(self, skipped: bool = False) -> Tensor:
-        """What to call `backward` on for the tables' part: its gradient is what has arrived at the cut.
-
-        skipped: 0 instead, which changes no table.
-        """
-        found = [(output, leaf.grad) for output, leaf in self._cuts if leaf.grad is not None]
-        parts = [_HandOn.apply(output, torch.zeros_like(each) if skipped else each) for output, each in found]
-        self._cuts = []
-        return torch.stack(parts).sum() if parts else torch.zeros((), requires_grad=True)
-
-
-class _HandOn(torch.autograd.Function):
-    """A zero whose gradient, which has to be 1, becomes a given gradient of what went in."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return output.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient, None

@@ -8,17 +8,15 @@ the run needs.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmoe_rec.atomic import checksum, write_text
+from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.evaluation.promotion import Decision, promote_trained
 from mmoe_rec.evaluation.summary import find_objective
@@ -72,14 +70,13 @@ def train_model(
 
 
 def _open_run(ready: Ready) -> AbstractContextManager[Run]:
-    """The run of the training, which a resumed or killed one finds again."""
+    """The run of the training, which a resumed one goes on with."""
     settings, start, before = ready.settings, ready.origin.start, ready.checkpoint
     address, experiment = settings.tracking.address, settings.experiment
     return runs.open_run(
         address,
         experiment,
         run_id=None if before is None else before.state.origin.run_id,
-        key=ready.key,
         run_name=name_training(settings, None if start is None else start.exact),
         active=ready.first,
         unsent=ready.folder / "unsent",
@@ -323,7 +320,6 @@ class Ready:
         origin: What the run begins with.
         checkpoint: Checkpoint to resume from.
         weights: Weights to start from instead of random ones.
-        key: Key of a new run, on the first rank.
     """
 
     settings: Settings
@@ -336,7 +332,6 @@ class Ready:
     origin: Origin
     checkpoint: Checkpoint | None
     weights: WarmStart | None
-    key: str | None
 
 
 class Workspace:
@@ -442,11 +437,9 @@ class Workspace:
             checkpoint = latest_checkpoint(self.checkpoints)
             assert checkpoint is not None, "the first rank has read it"
             checkpoint.state.origin.check(origin, checkpoint.folder)
-        is_new = checkpoint is None
-        weights = self._read_weights(start, layout) if start is not None and is_new else None
-        key = training_key(self.checkpoints, origin, new=not self.resume) if self.first and is_new else None
+        weights = self._read_weights(start, layout) if start is not None and checkpoint is None else None
         common = (settings, self.folder, self.first, device, self.prepared, manifest, layout, origin)
-        return Ready(*common, checkpoint, weights, key)
+        return Ready(*common, checkpoint, weights)
 
     def _require_features(self) -> None:
         """Raises UserError where a training has nothing to go on from."""
@@ -486,22 +479,3 @@ class Workspace:
 def _what_is_known(manifest: Mapping[str, Any]) -> tuple[str, int]:
     """The fingerprint of features, and the time of the last request that they know."""
     return manifest["fingerprint"], manifest["request_microseconds"][1]
-
-
-def training_key(folder: Path, origin: Origin, new: bool) -> str:
-    """The key of a training's run, even before its first checkpoint; a killed training finds it again, unless `new`.
-
-    A training begun with something else gets another key.
-    """
-    file = folder / "key.json"
-    begun = hashlib.sha256(json.dumps(asdict(origin), sort_keys=True).encode()).hexdigest()
-    if not new:
-        try:
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            if tree.get("origin") == begun:
-                return str(tree["key"])
-        except (OSError, ValueError, KeyError, AttributeError):
-            pass  # none, or one that means nothing any more
-    key = uuid.uuid4().hex
-    write_text(file, json.dumps({"key": key, "origin": begun}))
-    return key

@@ -89,7 +89,7 @@ def judge(seed: int, folder: Path, seeds: int) -> Counter[str]:
     """How many features of a log are called right, wrong, or left open, by what they are."""
     settings = make_log(seed, folder)
     report = compare_features(settings, (), 0.001, seeds)
-    verdicts = {name: verdict for name, _, verdict in report.listings[0].rows}
+    verdicts = {name: verdict for name, _, verdict in report.tables[0].rows}
     found = Counter[str]()
     for name, verdict in verdicts.items():
         kind = "worthless" if name in NOISE else "copies" if seed % 2 and name in ("strong", "same") else "useful"

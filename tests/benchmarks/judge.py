@@ -52,8 +52,7 @@ from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.model.forest import Forest, read_ensemble
-from mmoe_rec.model.trees import Blend
+from mmoe_rec.model.trees import Blend, Forest, read_ensemble
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Trees
 from mmoe_rec.settings.sections import Evaluation, Settings

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.experiments.compare import compare_settings
+from mmoe_rec.experiments.compare import BASE, compare_variants
 from mmoe_rec.experiments.experiment_report import Call
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.settings.sections import Settings
@@ -104,7 +104,7 @@ def judge_log(kind: str, seed: int, seeds: int) -> list[dict[str, Any]]:
         pq.write_table(draw_log(kind, seed), Path(settings.data.log) / "rows.parquet")
         tasks = {"many": "few", "few": "many"}
         variants = [Variant(f"only {task}", without_tasks=(other,)) for task, other in tasks.items()]
-        report = compare_settings(settings, variants, seeds)
+        report = compare_variants(settings, [BASE, *variants], seeds)
     found = []
     for task, result in zip(tasks, report.variants[1:], strict=True):
         cell = result.cells[result.judged[0]]

@@ -20,11 +20,9 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.evaluation.evaluate import scored_rows
 from mmoe_rec.evaluation.intervals import draw_users
 from mmoe_rec.evaluation.scoring import read_labels
-from mmoe_rec.experiments import processes, runner
-from mmoe_rec.experiments.compare import BASE, compare_settings
+from mmoe_rec.experiments.compare import BASE, compare_variants
 from mmoe_rec.experiments.experiment_report import Call
-from mmoe_rec.experiments.predictions import Predictions
-from mmoe_rec.experiments.runner import Runner, Task, open_runner
+from mmoe_rec.experiments.runner import Predictions, Runner, Task, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.model.mmoe import Mixture
@@ -35,7 +33,6 @@ from mmoe_rec.training import loop
 from mmoe_rec.training.choices import Choices
 from mmoe_rec.training.train import train_model
 from tests.commands import refuse, run_and_read, told_by
-from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.learnable_log import settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World, dying_after
 from tests.report.parsed import Page
@@ -110,10 +107,10 @@ def test_runs_that_are_complete_stay(world: World) -> None:
     _check_runs(world.client)
 
 
-def plant(task: Task) -> None:
+def plant(runner: Runner, task: Task) -> None:
     """In the place of training: predictions that follow the labels, with 4 experts more than with others."""
     random = np.random.default_rng([task.settings.training.seed, zlib.crc32(task.variant.name.encode())])
-    rows = read_labels(task.base, task.prepared, task.split, task.part).predicted
+    rows = read_labels(runner.settings, task.prepared, runner.split, runner.part).predicted
     gain = (2.0 if task.settings.model.experts.count == 4 else 1.0) + random.normal(0, 0.05)
     noise = np.random.default_rng(0).normal(size=(2, len(rows.score)))  # the same for all runs
     noise += random.normal(0, 0.3, noise.shape)
@@ -130,8 +127,7 @@ def plant(task: Task) -> None:
 
 def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of a plain loop."""
-    monkeypatch.setattr(runner, "_train", plant)
-    monkeypatch.setattr(Runner, "share_choices", lambda *_: None)
+    monkeypatch.setattr(Runner, "train_task", plant)
     words = ["compare", "--config", world.folder / "first.yaml", "--seeds", "3", "--training.epochs", "3"]
     words += ["--variant", "better", "model.experts.count=4", "--variant", "equal", "model.experts.count=5"]
     printed = run_and_read(*words)
@@ -173,14 +169,14 @@ def _check_runs(client: mlflow.MlflowClient) -> None:
 @pytest.mark.thorough
 def test_a_variant_with_other_features_has_features_of_its_own(world: World, settings: Settings) -> None:
     """The settings' own features stay, and a further run takes those that were built."""
-    variants = [Variant("short", ("features.clicked.length=2",)), Variant("one task", without_tasks=("liked",))]
+    variants = [BASE, Variant("short", ("features.clicked.length=2",)), Variant("one task", without_tasks=("liked",))]
     manifest = world.work / "features" / "manifest.json"
-    compare_settings(settings, [], 2)
+    compare_variants(settings, [BASE], 2)
     before = manifest.stat().st_mtime_ns
-    report = compare_settings(settings, variants, 2)
+    report = compare_variants(settings, variants, 2)
     (own,) = (world.work / "comparison" / "features").glob("*/features/manifest.json")
     built = own.stat().st_mtime_ns
-    assert compare_settings(settings, variants, 2).sentences == report.sentences
+    assert compare_variants(settings, variants, 2).sentences == report.sentences
     assert (manifest.stat().st_mtime_ns, own.stat().st_mtime_ns) == (before, built)
     short, one_task = report.variants[1:]
     assert short.judged == ("mean auc of click, liked",)
@@ -255,17 +251,6 @@ def test_all_runs_compute_in_what_the_first_one_chose(
             (found,) = opened.train([Variant("x", (), without)], [17, 18])
         assert [facts["precision"] for facts in found.facts] == ["fp32", "fp32"]
     assert len(chosen) == 1
-
-
-@pytest.mark.thorough
-def test_runs_side_by_side_are_those_one_after_the_other(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "multiprocessing", MULTIPROCESSING)
-    variants, found = [BASE, Variant("smaller", (), ("price",), ("liked",))], []
-    for jobs in (2, 1):
-        with open_runner(settings, "compare", "validation", jobs=jobs, folder=f"jobs_{jobs}") as opened:
-            trained = opened.train(variants, [17])
-        found.append([pq.read_table(file).to_pydict() for each in trained for file in each.files])
-    assert found[0] == found[1]
 
 
 @pytest.mark.thorough

@@ -15,10 +15,8 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.intervals import Difference
-from mmoe_rec.experiments import runner
 from mmoe_rec.experiments.importance import Group, Loss, choose_joint, find_sources, hold_rows, permute
-from mmoe_rec.experiments.predictions import predict
-from mmoe_rec.experiments.runner import Network
+from mmoe_rec.experiments.runner import Network, Runner
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import UNCALIBRATED
 from tests.batches import encoded_files
@@ -63,7 +61,7 @@ def exchange(world: SmallModel, group: Group, repeat: int, folder: Path) -> Path
 def measure(world: SmallModel, folder: Path) -> float:
     """The AUC of click."""
     rows = [part for part, _ in EncodedRows(folder, world.model_layout).stream(100)]
-    predicted = predict(world.model, world.model_layout, UNCALIBRATED, rows).values[:, 0]
+    predicted = Network(world.model, world.model_layout, UNCALIBRATED).predict(rows).values[:, 0]
     label = np.concatenate([part.labels for part in rows])[:, 0]
     return float(roc_auc_score(label[~np.isnan(label)], predicted[~np.isnan(label)]))
 
@@ -159,5 +157,5 @@ def test_noise_is_left_out_and_copies_are_not(tmp_path: Path) -> None:
     assert "`without price` is not shown to differ from `these settings`" in printed
     assert "`without noise` is not shown to differ from `these settings`" in printed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_train", None)  # All runs are complete.
+        patch.setattr(Runner, "train_task", None)  # All runs are complete.
         assert run_and_read(*words) == printed

@@ -6,27 +6,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.experiments import runner, search
-from mmoe_rec.experiments.runner import Runner
+from mmoe_rec.experiments import search
+from mmoe_rec.experiments.runner import Runner, Task
 from mmoe_rec.experiments.search import (
     MAX_FAILURES,
+    Study,
     Trial,
-    Worker,
     estimate_effects,
     find_level,
     list_space,
+    may_start,
     own_values,
 )
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Search
+from mmoe_rec.tracking.runs import Run
 from tests import commands
 from tests.experiments.test_comparisons import plant
 from tests.pipelines.short_trainings import World
@@ -49,7 +51,7 @@ def test_effects_are_those_of_a_regression() -> None:
     for _ in range(200):
         values = {"a": int(random.integers(3)), "b": int(random.integers(3)), "c": float(100 ** random.random())}
         result = sum(true[name][values[name]] for name in true) + random.normal(0, 0.01)
-        trials.append(Trial(values, result, 1.0))
+        trials.append(Trial(values, result))
     found = estimate_effects(space, trials)
     for name, effects in true.items():
         levels = np.array([found[name, str(level)][1] for level in range(3)])
@@ -88,8 +90,8 @@ def test_the_built_in_space_holds_the_settings(world: World) -> None:
 def by_experts(values: dict[str, float] = VALUES) -> Callable[..., float]:
     """In the place of training: what a trial reaches, by its number of experts."""
 
-    def train(worker: Worker, trial: Any, variant: Variant) -> float:
-        return values[str(variant.apply(worker.task.base).model.experts.count)]
+    def train(study: Study, trial: Any, variant: Variant) -> float:
+        return values[str(variant.apply(study.runner.settings).model.experts.count)]
 
     return train
 
@@ -101,11 +103,10 @@ class Killed(BaseException):
 @pytest.fixture
 def tune(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
     """Runs the command without training; gives its exit code, and what it printed to both streams."""
-    monkeypatch.setattr(runner, "_train", plant)
-    monkeypatch.setattr(Runner, "share_choices", lambda *_: None)
+    monkeypatch.setattr(Runner, "train_task", plant)
 
     def run(space: dict[str, Any], train: Callable[..., Any], *words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(Worker, "_train", train)
+        monkeypatch.setattr(Study, "train", train)
         capsys.readouterr()
         given = ["--tuning.search", json.dumps(space), "--tuning.startup_trials", "2"]
         code = commands.exit_code("tune", "--config", world.folder / "first.yaml", "--seeds", 3, *given, *words)
@@ -121,11 +122,11 @@ def test_better_settings_are_found_and_confirmed(world: World, tune: Any, monkey
     monkeypatch.setattr(search, "mark_killed", lambda _, run_id: killed.append(run_id))
 
     def after(trials: int, error: BaseException) -> Callable[..., float]:
-        def train(worker: Worker, trial: Any, variant: Variant) -> float:
+        def train(study: Study, trial: Any, variant: Variant) -> float:
             if trial.number == trials:
                 trial.set_user_attr("run_id", f"run of trial {trial.number}")
                 raise error
-            return by_experts()(worker, trial, variant)
+            return by_experts()(study, trial, variant)
 
         return train
 
@@ -164,12 +165,10 @@ def test_settings_that_are_not_better_stay(world: World, tune: Any) -> None:
 
 def test_the_confirmation_has_its_part_of_the_time() -> None:
     """Trials of 10 seconds, and a confirmation that takes as long as 8 of them."""
-    state, task = SimpleNamespace(name="COMPLETE"), cast(Any, None)
-    ended = [SimpleNamespace(state=state, user_attrs={"seconds": 10.0}) for _ in range(3)]
-    study = SimpleNamespace(get_trials=lambda deepcopy: ended)
-    for seconds, trials, expected in ((100, None, True), (80, None, False), (100, 3, False), (100, 4, True)):
-        worker = Worker(task, "", "", {}, time.time() + seconds, trials, 8, 0)
-        assert worker.may_start(study) == expected
+    ended = [SimpleNamespace(user_attrs={"seconds": 10.0}) for _ in range(3)]
+    for seconds, trials, expected in ((100, None, True), (85, None, False), (100, 3, False), (100, 4, True)):
+        assert may_start(ended, time.time() + seconds, trials, 8) == expected
+    assert may_start([], time.time() + 1, None, 8)
 
 
 def test_a_search_without_any_result_ends(tune: Any) -> None:
@@ -192,6 +191,28 @@ def test_a_damaged_study_is_reported(world: World, tune: Any) -> None:
     file.unlink()
     assert code == 2
     assert re.search(r"error: the search in '.*study.db' is damaged: .*\. Remove the file\.", err)
+
+
+def test_trials_behind_the_median_are_cut_short(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fit(runner: Runner, task: Task, run: Run, watch: Callable[..., None]) -> tuple[Any, str]:
+        reached = VALUES[str(task.settings.model.experts.count)]
+        validation = SimpleNamespace(objective=lambda *_: reached, flat=lambda _: {})
+        watch(validation, 1)
+        return SimpleNamespace(best=validation), "fp32"
+
+    monkeypatch.setattr(Runner, "train_task", plant)
+    monkeypatch.setattr(Runner, "fit", fit)
+    words = ["--config", world.folder / "first.yaml", "--seeds", 2, "--training.seed", 43]
+    words += ["--tuning.search", json.dumps(EXPERTS), "--tuning.startup_trials", "2", "--trials", 6]
+    commands.run("tune", *words)
+    said = capsys.readouterr()
+    behind = len(re.findall(r"^trial \d+: it fell behind", said.err, re.MULTILINE))
+    assert behind > 0
+    assert f"6 trials: {behind} fell behind" in said.out
+    runs = world.client.search_runs([world.client.get_experiment_by_name("learnable").experiment_id])
+    assert sum("cut_short" in each.data.tags for each in runs) == behind
 
 
 @pytest.mark.thorough

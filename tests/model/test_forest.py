@@ -9,7 +9,7 @@ import lightgbm
 import numpy as np
 import pytest
 
-from mmoe_rec.model.forest import Ensemble, Forest, read_ensemble
+from mmoe_rec.model.trees import Ensemble, Forest, read_ensemble
 
 
 def grow(seed: int, number: int = 12, **settings: Any) -> str:

@@ -148,16 +148,10 @@ def test_features_are_built_once(world: World) -> None:
     assert sum(rows) == pq.read_table(world.folder / "log").num_rows
 
 
-def test_a_plan_reads_and_trains_on_built_features_and_leaves_them_as_they_are(world: World) -> None:
+def test_a_plan_reads_built_features_and_leaves_them_as_they_are(world: World) -> None:
     before = files(world.folder)
-    words = ["--config", world.config, "--world-size", 8, "--local-world-size", 8, "--measure", 3]
-    said = run_and_read("plan", *words)
-    for line in (
-        r"reading: [\d,]+ rows/s of a core here: [\d.]+ cores a machine for 1,200,000 rows/s",
-        r"measured here: [\d,]+ rows/s on cpu, [\d.]+ GiB of main memory",
-        r"training here: [\d:]+ \(hours:minutes:seconds\) at most, of which validations [\d:]+; trees and",
-    ):
-        assert re.search(line, said), said
+    said = run_and_read("plan", "--config", world.config, "--world-size", 8, "--local-world-size", 8)
+    assert re.search(r"reading: [\d,]+ rows/s of a core here: [\d.]+ cores a machine for 1,200,000 rows/s", said), said
     assert files(world.folder) == before
 
 

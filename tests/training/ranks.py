@@ -15,7 +15,6 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import by_name, torchrec_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
-from mmoe_rec.training.sharded_tables import Way
 from mmoe_rec.training.sharding import ShardedModel, shard
 from tests.fork_server import call
 from tests.model.examples import LAYOUT, random_rows, small_model
@@ -56,13 +55,13 @@ def spawn(work: Callable[..., None], *arguments: object, ranks: int = 2) -> None
             each.kill()
 
 
-def join_and_train(rank: int, world: int, port: int, folder: Path, way: Way = "fbgemm") -> None:
+def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:
     """One step on one of several ranks."""
     with join(rank, world, port):
-        train_one_step(folder, way)
+        train_one_step(folder)
 
 
-def train_one_step(folder: Path, way: Way = "fbgemm") -> None:
+def train_one_step(folder: Path) -> None:
     """Shards the model, scores this rank's rows, takes one step, and saves everything to compare."""
     rank, world = dist.get_rank(), dist.get_world_size()
     share = ROWS // world
@@ -73,7 +72,6 @@ def train_one_step(folder: Path, way: Way = "fbgemm") -> None:
         batch_size=share,
         table_learning_rate=0.05,
         seed=SEED,
-        way=way,
     )
     encoded, labels = random_rows(ROWS)
     mine = torch.arange(rank * share, (rank + 1) * share).numpy()

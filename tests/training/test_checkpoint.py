@@ -174,27 +174,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: FeatureF
     assert state_in(tmp_path).step == 40
 
 
-def test_steps_that_are_not_finite_can_be_skipped(prepared: FeatureFolder, tmp_path: Path) -> None:
-    kept: dict[str, torch.Tensor] = {}
-
-    def at(trainer: Trainer) -> None:
-        parameters = trainer.sharded.dense_parameters()
-        if trainer.result.steps == 50:
-            kept.update({name: each.detach().clone() for name, each in parameters.items()})
-            _spoil(trainer)
-        if trainer.result.steps == 53:
-            with torch.no_grad():
-                for name, each in parameters.items():
-                    each.copy_(kept[name])
-
-    result = train(prepared, tmp_path, at, on_bad_loss="skip")
-    assert result.skipped == 3
-    assert result.steps == STEPS
-    weights = best(prepared, result).state_dict()
-    assert all(weight.isfinite().all() for weight in weights.values())
-    assert state_in(tmp_path).skipped == 3
-
-
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [

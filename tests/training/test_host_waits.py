@@ -31,7 +31,7 @@ from tests.training.learnable import CPU, LAYOUTS
 pytestmark = pytest.mark.thorough
 
 ROWS = 32
-ONCE_A_STEP = [("training/steps.py _forward", "tolist")]
+ONCE_A_STEP = [("training/steps.py step", "tolist")]
 EXPERTS = {"count": 16, "units": (16, 8)}
 WHOLE_BLOCKS = {"bottom": {"units": (16,)}, "experts": EXPERTS}
 # Each rule, as all of its options are, and what a layout adds to a step.

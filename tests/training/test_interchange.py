@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.training import loop, sharding
+from mmoe_rec.training import loop
 from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
@@ -28,7 +28,7 @@ Place = Callable[[], Any]
 def without_torchrec() -> Iterator[None]:
     """As on a machine that has neither torchrec nor fbgemm."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, sharding, tables_module):
+        for module in (loop, tables_module):
             patch.setattr(module, "torchrec_installed", lambda: False)
         yield
 

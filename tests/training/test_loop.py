@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -75,53 +75,13 @@ def weights(one: Trainer, folder: Path) -> dict[str, torch.Tensor]:
 # Batches
 
 
-def test_an_automatic_batch_is_that_of_the_training_rows_and_few_steps_are_told(
+def test_an_automatic_batch_follows_from_the_training_rows(
     prepared: FeatureFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with trainer(prepared, tmp_path / "auto", batch_size="auto") as one:
         one.announce()
         assert (one.batch_size, one.reader.batch_size, one.total_steps) == (64, 64, math.ceil(ROWS["train"] / 64))
-    told = "188 steps of 64 rows, which are few: training.epochs 6 makes 1,000 of them, if so many help\n"
-    assert told in capsys.readouterr().err
-    with trainer(prepared, tmp_path / "few", batch_size=4_000) as one:
-        one.announce()
-        told = "3 steps of 4,000 rows, which are few: training.batch_size 64 (or auto) makes 187 of them\n"
-        assert told in capsys.readouterr().err
-    with trainer(prepared, tmp_path / "enough", batch_size=128, epochs=6) as one:
-        one.announce()
-        assert "564 steps of 128 rows\n" in capsys.readouterr().err
-
-
-def test_a_forecast_is_made_of_the_times_of_steps_and_of_validation_rows(
-    prepared: FeatureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a clock that only steps, scored batches and a checkpoint advance, the first steps by much more."""
-    now, seconds = 0.0, iter([*[100.0] * loop.WARM_UP, *[0.5] * 20])
-
-    def step(one: Trainer, batches: Iterator[Batch], own: Meter) -> bool | None:
-        nonlocal now
-        stopping = take_step(one, batches, own)
-        now += 0 if stopping is None else next(seconds)
-        return stopping
-
-    def validate(model: nn.Module, batches: Iterator[Batch], *_: object) -> None:
-        nonlocal now
-        now += sum(3.0 for _ in batches)
-
-    def save(one: Trainer) -> None:
-        nonlocal now
-        now += 7
-
-    take_step, changes = Trainer._step, {"epochs": 2, "batch_size": 600, "validations_per_epoch": 2}
-    with trainer(prepared, tmp_path, **changes, checkpoint_steps=5) as one:
-        monkeypatch.setattr(Trainer, "_save", save)
-        monkeypatch.setattr(Trainer, "_step", step)
-        monkeypatch.setattr(loop, "validate", validate)
-        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
-        found = one.measure(20)
-    training = 40 * 0.5 + 8 * 7
-    assert found == loop.Forecast(40 * 600 / training, training + 4 * 3, 4 * 3)
-    assert next(seconds, None) is None
+    assert "188 steps of 64 rows\n" in capsys.readouterr().err
 
 
 # Learning rates
@@ -161,7 +121,7 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder
         assert rate > 2 * TRAINING.table_learning_rate * learning_rate_share(0, STEPS, 0.5)
 
 
-# Tables are updated after the dense part's gradient is known, by the same gradient, and not at all by a bad one.
+# A step is one of the plain gradient, and a bad one ends the training.
 
 
 def batch_of(one: Trainer, seed: int, torchrec: bool = True) -> Batch:
@@ -198,43 +158,32 @@ def test_a_step_is_that_of_the_plain_gradient(prepared: FeatureFolder, tmp_path:
     assert compared > 300
 
 
-def _weights_hook(one: Trainer) -> Callable[[], None]:
+def _weights_hook(one: Trainer) -> None:
     """Only a dense weight's own gradient is bad; what goes on to the tables is finite."""
     parameter = next(each for name, each in one.sharded.dense_parameters().items() if "towers" in name)
-    return parameter.register_hook(lambda gradient: gradient * float("nan")).remove
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
 
 
-def _inputs_hook(one: Trainer) -> Callable[[], None]:
-    """The gradient that arrives at the tables is bad."""
+def _inputs_hook(one: Trainer) -> None:
+    """Only the gradient that arrives at the tables is bad."""
 
-    def spoil(module: torch.nn.Module, inputs: object, output: Tensor) -> None:
-        output.register_hook(lambda gradient: gradient * float("inf"))
+    def spoil(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].register_hook(lambda gradient: gradient * float("inf"))
 
-    return one.sharded.model.module.mixture.bottom.register_forward_hook(spoil).remove
+    one.sharded.model.module.mixture.register_forward_pre_hook(spoil, prepend=True)
 
 
 @pytest.mark.parametrize("spoil", [_weights_hook, _inputs_hook])
-def test_a_step_whose_gradient_is_not_finite_changes_nothing(
-    prepared: FeatureFolder, tmp_path: Path, spoil: Callable[[Trainer], Callable[[], None]]
+def test_a_gradient_that_is_not_finite_ends_the_training(
+    prepared: FeatureFolder, tmp_path: Path, spoil: Callable[[Trainer], None]
 ) -> None:
-    """Nor does it change what optimizers remember: the steps after it are those of a training without it."""
-    found = {}
-    for bad in (True, False):
-        with trainer(prepared, tmp_path / f"{bad}", on_bad_loss="skip", warmup_share=0.0) as one:
-            one._step(iter([batch_of(one, 1)]), meter(one))
-            before = weights(one, tmp_path / "now")
-            if bad:
-                restore = spoil(one)
-                one._step(iter([batch_of(one, 2)]), meter(one))
-                restore()
-                assert one.bad_batches.skipped == 1
-                after = weights(one, tmp_path / "now")
-                assert all(torch.equal(after[name], weight) for name, weight in before.items())
-                one.result.steps = 1  # the learning rate goes by it
-            one._step(iter([batch_of(one, 3)]), meter(one))
-            found[bad] = weights(one, tmp_path / "now")
-            assert any(not torch.equal(found[bad][name], weight) for name, weight in before.items())
-    assert all(torch.equal(weight, found[False][name]) for name, weight in found[True].items())
+    with trainer(prepared, tmp_path / "best") as one:
+        one._step(iter([batch_of(one, 1)]), meter(one))
+        before = {name: each.detach().clone() for name, each in one.sharded.dense_parameters().items()}
+        spoil(one)
+        with pytest.raises(UserError, match="the gradient of step 2 is not finite; the batch is saved"):
+            one._step(iter([batch_of(one, 2)]), meter(one))
+        assert all(torch.equal(before[name], each) for name, each in one.sharded.dense_parameters().items())
 
 
 def test_rows_without_labels_do_not_count_in_balance(prepared: FeatureFolder, tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import IdInput
+from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.training import sharded_tables as tables_module
-from mmoe_rec.training.sharded_tables import Place, RowWise, Storage, set_way
+from mmoe_rec.training.sharded_tables import OneProcessTables
 from tests.reference.model import adagrad
 
 ROWS = [7, 90, 30, 1]
 TABLE_OF = [0, 1, 2, 1, 3]  # one table is shared by two inputs
+SORTED = sorted(TABLE_OF)  # fbgemm wants inputs of one table side by side
 WIDTHS = {"equal": [8, 8, 8, 8], "mixed": [4, 12, 16, 12], "all different": [4, 8, 16, 20]}
 RATES = [0.05, 0.5, 0.01]
 
@@ -38,35 +41,29 @@ def flat(bags: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Tables:
-    """A storage with random weights, and the same as a reference. Its order of momentum is another one."""
+    """Tables with random weights, and the same as a reference."""
 
-    def __init__(self, widths: list[int], seed: int) -> None:
+    def __init__(self, widths: list[int], seed: int, table_of: Sequence[int] = TABLE_OF) -> None:
         random = np.random.default_rng(seed)
-        first = np.cumsum([0, *(rows * width for rows, width in zip(ROWS, widths, strict=True))])
-        row = len(ROWS) - 1 - np.arange(len(ROWS))
-        ends = np.cumsum([0, *(ROWS[table] for table in row)])
-        self.momentum_of = {int(table): int(ends[place]) for place, table in enumerate(row)}
-        weights = torch.from_numpy(random.normal(size=first[-1]).astype(np.float32))
-        self.storage = Storage(weights, torch.zeros(sum(ROWS)), torch.tensor(0.0), 1e-8)
-        self.first, self.widths = first, widths
+        tables = tuple(EmbeddingTable(f"t{t}", ROWS[t], dim=width) for t, width in enumerate(widths))
+        ids = tuple(IdInput(f"input{number}", f"t{t}", many=True) for number, t in enumerate(table_of))
+        self.tables = OneProcessTables(ModelLayout(tables, ids, (), ()))
+        for weight in self.weights():
+            weight.copy_(torch.from_numpy(random.normal(size=weight.shape)))
         self.reference = [each.double().clone().requires_grad_() for each in self.weights()]
         self.reference_momentum = [torch.zeros(rows, dtype=torch.float64) for rows in ROWS]
-        self.row_wise = RowWise(
-            [Place(f"t{t}", ROWS[t], widths[t], int(first[t]), self.momentum_of[t]) for t in TABLE_OF]
-        )
 
     def weights(self) -> list[torch.Tensor]:
         """Of each table."""
-        parts = zip(self.first, ROWS, self.widths, strict=False)
-        return [self.storage.weights[a : a + rows * width].view(rows, width) for a, rows, width in parts]
+        return [self.tables.state_dict()[f"embedding_bags.t{t}.weight"] for t in range(len(ROWS))]
 
     def momentum(self) -> list[torch.Tensor]:
         """Of each table."""
-        return [self.storage.momentum[self.momentum_of[t] : self.momentum_of[t] + ROWS[t]] for t in range(len(ROWS))]
+        return [self.tables.momentum[f"t{t}"] for t in range(len(ROWS))]
 
     def look_up(self, bags: Any) -> torch.Tensor:
         """By the code that is tested."""
-        return self.row_wise.look_up(self.storage, *flat(bags), torch.zeros(0, requires_grad=True))
+        return self.tables.look_up(*flat(bags))
 
     def expected(self, bags: Any) -> torch.Tensor:
         """By the reference: sums of rows."""
@@ -77,7 +74,7 @@ class Tables:
         """A step of row-wise Adagrad."""
         for table, momentum in zip(self.reference, self.reference_momentum, strict=True):
             assert table.grad is not None
-            adagrad(table.data, momentum, table.grad, self.storage.rate.item())
+            adagrad(table.data, momentum, table.grad, self.tables.rate.item())
             table.grad = None
 
 
@@ -97,7 +94,7 @@ def test_many_steps_equal_a_loop_over_rows(
         expected = tables.expected(bags)
         torch.testing.assert_close(pooled.double(), expected, atol=1e-4, rtol=1e-4)
         gradient = torch.randn(pooled.shape)
-        tables.storage.rate.fill_(RATES[step % 3])
+        tables.tables.rate.fill_(RATES[step % 3])
         pooled.backward(gradient)
         expected.backward(gradient.double())
         tables.update_reference()
@@ -109,7 +106,7 @@ def test_many_steps_equal_a_loop_over_rows(
 def test_rows_that_were_not_looked_up_keep_every_bit() -> None:
     tables = Tables([8, 8, 8, 8], seed=0)
     before = [each.clone() for each in tables.weights()]
-    tables.storage.rate.fill_(0.1)
+    tables.tables.rate.fill_(0.1)
     tables.look_up([[[1, 1]], [[3]], [[]], [[3, 5]], [[]]]).sum().backward()
     changed = [
         (one != other).any(1).nonzero().view(-1).tolist() for one, other in zip(tables.weights(), before, strict=True)
@@ -120,32 +117,32 @@ def test_rows_that_were_not_looked_up_keep_every_bit() -> None:
 @pytest.mark.parametrize("bags", [[[], [], [], [], []], [[[], []]] * 5], ids=["no rows", "no ids"])
 def test_nothing_to_look_up(bags: Any) -> None:
     tables = Tables([4, 12, 16, 12], seed=0)
-    before = tables.storage.weights.clone()
+    before = [each.clone() for each in tables.weights()]
     pooled = tables.look_up(bags)
     assert pooled.shape == (len(bags[0]), 4 + 12 + 16 + 12 + 12)
     assert not pooled.any()
     pooled.sum().backward()
-    assert torch.equal(tables.storage.weights, before)
+    assert all(map(torch.equal, tables.weights(), before))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_step_is_the_same_to_the_last_bit_whatever_the_threads(threads: int) -> None:
-    def trained(used: int) -> torch.Tensor:
+    def trained(used: int) -> list[torch.Tensor]:
         before = torch.get_num_threads()
         torch.set_num_threads(used)
         try:
             tables = Tables([8, 8, 8, 8], seed=1)
             random = np.random.default_rng(1)
             generator = torch.Generator().manual_seed(1)
-            tables.storage.rate.fill_(0.1)
+            tables.tables.rate.fill_(0.1)
             for _ in range(3):
                 pooled = tables.look_up(random_bags(random, [ROWS[table] for table in TABLE_OF], 3000, 3))
                 pooled.backward(torch.randn(pooled.shape, generator=generator))
-            return tables.storage.weights
+            return tables.weights()
         finally:
             torch.set_num_threads(before)
 
-    assert torch.equal(trained(threads), trained(1))
+    assert all(map(torch.equal, trained(threads), trained(1)))
 
 
 @pytest.mark.parametrize("wrong", [-1, 30])
@@ -158,37 +155,34 @@ def test_a_row_that_a_table_does_not_have_is_named(wrong: int, longest: int) -> 
         tables.look_up(bags)
 
 
-def fbgemm_module(widths: list[int]) -> Any:
+def fbgemm_module(tables: Tables) -> Any:
     module: Any = SplitTableBatchedEmbeddingBagsCodegen(
-        [(rows, width, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, width in zip(ROWS, widths, strict=True)],
-        feature_table_map=[0, 1, 1, 2, 3],
+        [(*each.shape, EmbeddingLocation.HOST, ComputeDevice.CPU) for each in tables.weights()],
+        feature_table_map=SORTED,
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=0.05,
         eps=1e-8,
         pooling_mode=PoolingMode.SUM,
-        table_names=[f"t{number}" for number in range(len(ROWS))],
     )
-    generator = torch.Generator().manual_seed(0)
-    module.weights_host.detach().normal_(generator=generator)
+    for own, weight in zip(module.split_embedding_weights(), tables.weights(), strict=True):
+        own.copy_(weight)
     return module
 
 
 @pytest.mark.parametrize("longest", [0, 6])
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_both_ways_take_the_same_steps_in_the_same_storage(longest: int, widths: str) -> None:
-    modules = [fbgemm_module(WIDTHS[widths]) for _ in range(2)]
-    set_way(modules[0], "torch")
-    random = np.random.default_rng(longest)
+def test_the_same_steps_as_by_fbgemm(longest: int, widths: str) -> None:
+    tables = Tables(WIDTHS[widths], longest, SORTED)
+    module, random = fbgemm_module(tables), np.random.default_rng(longest)
     for step in range(12):
-        bags = random_bags(random, [ROWS[table] for table in (0, 1, 1, 2, 3)], batch=40, longest=longest)
-        ids, offsets = flat(bags)
-        gradient = torch.randn(40, sum(WIDTHS[widths][table] for table in (0, 1, 1, 2, 3)))
-        found = []
-        for module in modules:
-            found.append(module(indices=ids, offsets=offsets))
-            found[-1].backward(gradient)
-            module.set_learning_rate(RATES[step % 3])
+        bags = random_bags(random, [ROWS[table] for table in SORTED], batch=40, longest=longest)
+        tables.tables.rate.fill_(RATES[step % 3])
+        module.set_learning_rate(RATES[step % 3])
+        found = [tables.look_up(bags), module(*flat(bags))]
         torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(modules[0].weights_host, modules[1].weights_host, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(modules[0].momentum1_host, modules[1].momentum1_host, atol=1e-4, rtol=1e-4)
-    assert modules[0].momentum1_host.any()
+        gradient = torch.randn(found[0].shape)
+        for each in found:
+            each.backward(gradient)
+    for own, weight in zip(module.split_embedding_weights(), tables.weights(), strict=True):
+        torch.testing.assert_close(own, weight, atol=1e-4, rtol=1e-4)
+    assert all(each.any() for each in tables.momentum())

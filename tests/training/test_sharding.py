@@ -19,7 +19,6 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.planning import Machines, Planning, Sharding, table_bytes
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharded_tables import list_ways
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard
 from mmoe_rec.training.steps import Steps
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
@@ -124,10 +123,12 @@ def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
         (folder / f"said{rank}").write_text(str(error))
 
 
-def test_a_lost_rank_is_named(tmp_path: Path) -> None:
+def test_a_lost_rank_ends_the_others_in_a_sentence(tmp_path: Path) -> None:
     spawn(_leave_rank_0_alone, tmp_path)
     said = (tmp_path / "said").read_text()
-    assert said.startswith("rank 1 of 2 ended or gave no answer; rank 0 can't go on alone: go on with --resume (")
+    assert said.startswith(
+        "another of 2 ranks ended or gave no answer, so rank 0 can't go on. Read its own output, then "
+    )
 
 
 def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:
@@ -136,34 +137,31 @@ def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:
 
 
 def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:
-    """In what is looked up, and in what is served; both ways of training tables update them alike."""
+    """In the sums that are looked up, and in the model that is served."""
     encoded, labels = random_rows(ROWS)
     batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
     plain = small_model(PlainTables(LAYOUT, SEED)).eval()
-    before, after = plain(plain_batch()).logits, []
-    for way in list_ways():
-        with process_group(CPU):
-            sharded = shard(
-                small_model(torchrec_tables(LAYOUT)),
-                LAYOUT,
-                CPU,
-                batch_size=ROWS,
-                table_learning_rate=0.1,
-                seed=SEED,
-                way=way,
-                sharding=Sharding("column_wise", 4),
-            )
-            assert "item: column_wise (rank 0: 60 rows of 4 columns)" in sharded.plan
-            model = sharded.model.eval()
-            logits = model(batch).logits
-            torch.testing.assert_close(logits, before, atol=1e-6, rtol=0)
-            logits.square().sum().backward()
-            after.append(model(batch).logits.detach())
-            save_weights(model, tmp_path / way)
-        load_plain(plain, tmp_path / way)
-        torch.testing.assert_close(plain(plain_batch()).logits, after[-1], atol=1e-6, rtol=0)
-    torch.testing.assert_close(*after, atol=1e-6, rtol=0)
-    assert (after[0] - before).abs().max() > 1e-3
+    before, spread = plain(plain_batch()).logits, Sharding("column_wise", 4)
+    with process_group(CPU):
+        sharded = shard(
+            small_model(torchrec_tables(LAYOUT)),
+            LAYOUT,
+            CPU,
+            batch_size=ROWS,
+            table_learning_rate=0.1,
+            seed=SEED,
+            sharding=spread,
+        )
+        assert "item: column_wise (rank 0: 60 rows of 4 columns)" in sharded.plan
+        model = sharded.model.eval()
+        logits = model(batch).logits
+        torch.testing.assert_close(logits, before, atol=1e-6, rtol=0)
+        logits.square().sum().backward()
+        after = model(batch).logits.detach()
+        save_weights(model, tmp_path / "after")
+    load_plain(plain, tmp_path / "after")
+    torch.testing.assert_close(plain(plain_batch()).logits, after, atol=1e-6, rtol=0)
+    assert (after - before).abs().max() > 1e-3
 
 
 def test_a_step_that_is_too_large_is_told_from_tables_that_are() -> None:
@@ -224,7 +222,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
             shutil.copytree(folder / f"{before}", folder / f"{before}-{ranks}")
         jobs = [(folder / f"{before}-{ranks}", None if before == ranks else 120, COLUMNS) for before in RANKS]
         if ranks == 2:
-            jobs += [(folder / kind, None, COLUMNS | {"communication": kind}) for kind in ("fp16", "bf16")]
+            jobs.append((folder / "bf16", None, COLUMNS | {"communication": "bf16"}))
         spawn(record_losses, prepared, jobs, ranks=ranks)
     found = {}
     for file in folder.glob("*/losses.json"):
@@ -243,7 +241,6 @@ def test_any_number_of_ranks_has_the_same_losses(losses: dict[str, torch.Tensor]
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("kind", "most"), [("fp16", 1e-3), ("bf16", 5e-3)])
-def test_half_of_the_bits_change_losses_by_little(losses: dict[str, torch.Tensor], kind: str, most: float) -> None:
-    error = (losses[kind] - losses["1-1"]).abs().max()
-    assert 1e-5 < error < most, error
+def test_half_of_the_bits_change_losses_by_little(losses: dict[str, torch.Tensor]) -> None:
+    error = (losses["bf16"] - losses["1-1"]).abs().max()
+    assert 1e-5 < error < 5e-3, error

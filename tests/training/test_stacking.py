@@ -23,8 +23,7 @@ from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
 from mmoe_rec.inference.export import add_trees, answers_of, as_arrays, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.model.forest import Forest, read_ensemble
-from mmoe_rec.model.trees import Blend, Trees
+from mmoe_rec.model.trees import Blend, Forest, Trees, read_ensemble
 from mmoe_rec.settings.log_columns import NO_TIME
 from mmoe_rec.settings.model import Trees as Settings
 from mmoe_rec.task_kinds import KINDS

@@ -15,11 +15,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, by_name, initial_rows, torchrec_tables
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training import fbgemm
 from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
-from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharded_tables import Way, choose_way, list_ways, look_up_directly, set_way, table_batches
+from mmoe_rec.training.ranks import process_group, training_ranks
+from mmoe_rec.training.sharded_tables import Way, choose_way, look_up_directly, table_batches
 from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.reference.model import adagrad
@@ -29,14 +28,21 @@ from tests.training.ranks import CPU, save_weights
 def test_the_setting_takes_what_there_is() -> None:
     choices = get_args(Training.model_fields["tables"].annotation)
     assert choices == ("auto", *get_args(Way))
-    assert list_ways()[0] == choose_way("auto", "cpu") == "fbgemm"
-    assert list_ways()[-1] == "torch"
+    assert [choose_way(choice, "cpu") for choice in choices] == ["fbgemm", "fbgemm", "torch"]
+    for device, ranks in (("cpu", 2), ("cuda", 1)):
+        assert choose_way("auto", device, ranks) == "fbgemm"
+        with pytest.raises(UserError, match=r"^training\.tables is torch, which trains in one process on a CPU"):
+            choose_way("torch", device, ranks)
+
+
+def test_plain_tables_are_not_spread() -> None:
+    settings = Training(device="cpu", tables="torch", sharding="column_wise")
+    with pytest.raises(UserError, match=r"sharding is column_wise, and .* Set one of them"), training_ranks(settings):
+        pass
 
 
 def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fbgemm, tables_module):
-        monkeypatch.setattr(module, "torchrec_installed", lambda: False)
-    assert list_ways() == ("torch",)
+    monkeypatch.setattr(tables_module, "torchrec_installed", lambda: False)
     assert choose_way("auto", "cpu") == "torch"
     with pytest.raises(UserError, match=r"tables is fbgemm, but torchrec and fbgemm are not installed: .* torch$"):
         choose_way("fbgemm", "cpu")
@@ -63,8 +69,8 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
     def failing(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr(fbgemm.importlib, "import_module", failing)
-    asked = fbgemm.torchrec_installed.__wrapped__
+    monkeypatch.setattr(tables_module.importlib, "import_module", failing)
+    asked = tables_module.torchrec_installed.__wrapped__
     if found is None:
         with pytest.raises(UserError, match="are installed, but do not load"):
             asked()
@@ -80,13 +86,13 @@ MIXED = replace(
 )
 
 
-def steps(layout: ModelLayout, batch: Batch, way: Any, direct: bool) -> list[Tensor]:
+def steps(layout: ModelLayout, batch: Batch, direct: bool) -> list[Tensor]:
     """Means of each input before and after two updates, in the layout's order, and what is stored then."""
     with process_group(CPU):
         model = (
             small_model(torchrec_tables(layout)) if layout is LAYOUT else small_model(torchrec_tables(layout), layout)
         )
-        sharded = shard(model, layout, CPU, batch_size=64, table_learning_rate=0.1, way=way)
+        sharded = shard(model, layout, CPU, batch_size=64, table_learning_rate=0.1)
         tables = sharded.model.module.tables
         assert ("forward" in vars(tables)) is True
         if not direct:
@@ -105,12 +111,11 @@ def steps(layout: ModelLayout, batch: Batch, way: Any, direct: bool) -> list[Ten
         return [*found, module.weights_host.detach().clone(), module.momentum1_host.clone()]
 
 
-@pytest.mark.parametrize("way", list_ways())
 @pytest.mark.parametrize("layout", [LAYOUT, MIXED], ids=["layout", "mixed"])
-def test_the_same_as_by_torchrec(layout: ModelLayout, way: Any) -> None:
+def test_the_same_as_by_torchrec(layout: ModelLayout) -> None:
     encoded, labels = random_rows(64)
     batch = make_batch(encoded, layout, labels, torchrec=True)
-    for direct, other in zip(*(steps(layout, batch, way, each) for each in (True, False)), strict=True):
+    for direct, other in zip(*(steps(layout, batch, each) for each in (True, False)), strict=True):
         assert direct.any()
         assert torch.equal(direct, other)
 
@@ -131,7 +136,7 @@ def test_ids_in_another_order_are_found_by_name() -> None:
     batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
     turned = replace(batch, ids=batch.ids.permute(list(reversed(range(len(batch.ids.keys()))))))
     assert turned.ids.keys() == batch.ids.keys()[::-1]
-    one, other = steps(LAYOUT, batch, "fbgemm", True), steps(LAYOUT, turned, "fbgemm", True)
+    one, other = steps(LAYOUT, batch, True), steps(LAYOUT, turned, True)
     assert all(map(torch.equal, one[:-2], other[:-2]))
 
 
@@ -143,8 +148,6 @@ def test_tables_that_lie_apart_are_left_to_torchrec(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(tables, "_lookups", [*tables._lookups] * 2)
         look_up_directly(sharded.model)
         assert "forward" not in vars(tables)
-        for module in table_batches(sharded.model):
-            set_way(module, "fbgemm")
 
 
 RATE = 0.05
@@ -195,9 +198,9 @@ def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout
 
 CODE = """
 import ctypes, pathlib, sys
-from mmoe_rec.training import fbgemm
+from mmoe_rec.training import sharded_tables
 if sys.argv[1] == "share":
-    print(fbgemm.share_cpuinfo(), fbgemm.share_cpuinfo())
+    print(sharded_tables.share_cpuinfo(), sharded_tables.share_cpuinfo())
 import fbgemm_gpu
 # What fbgemm's kernels ask before they choose.
 ask = ctypes.CDLL(str(pathlib.Path(fbgemm_gpu.__file__).with_name("fbgemm.so")))._ZN6fbgemm20fbgemmHasAvx2SupportEv
