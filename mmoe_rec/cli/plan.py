@@ -2,24 +2,15 @@
 
 Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long a step
 would take, for machines that need not exist: it needs no GPU, no log and no other process. What does not fit is
-refused, with the reason and with the settings that would make it fit. Where features are built, some of their rows are
-read, to say how many cores of a machine its GPUs would keep busy with reading.
+refused, with the reason and with the settings that would make it fit.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
-and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise. --measure
-trains so many steps in this process, on the features in `data.work`, keeps nothing, and tells from them the rows a
-second, the memory and the time of the network's training here, with tables whole; trees and judging come on top. A
-hundred steps are enough.
+and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise.
 """
 
 from __future__ import annotations
 
-import logging
-import resource
-import tempfile
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,22 +18,15 @@ import click
 
 from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command
 from mmoe_rec.errors import UserError
-from mmoe_rec.locks import reading
 
 if TYPE_CHECKING:
-    from mmoe_rec.features.layout import Layout
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.settings.sections import Settings
-    from mmoe_rec.training.planning import Machines, RankPlan
+    from mmoe_rec.training.planning import RankPlan
 
 GIB = 2**30
 MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
-ROWS_READ = 2**20  # at most, to measure how fast they are read
-RANKS_READ = 8  # likewise
-ROWS_OF_GPU = 150_000  # a second, of eight that train TorchRec's DLRM at 1.2 million in batches of 131,072
 MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 
 
@@ -52,9 +36,6 @@ MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 @click.option("--device", type=click.Choice(list(TFLOPS)), default="cuda", help="default: cuda")
 @click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU (default: 80)")
 @click.option("--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine (default: 512)")
-@click.option(
-    "--measure", type=COUNT, metavar="N", help="steps to train here, to tell the time of the network's training"
-)
 def plan(
     configuration: Configuration,
     world_size: int,
@@ -62,7 +43,6 @@ def plan(
     device: Literal["cuda", "cpu"],
     hbm_gib: float,
     host_gib: float,
-    measure: int | None,
 ) -> None:
     settings = configuration.settings
     if world_size % local_world_size:
@@ -82,10 +62,6 @@ def plan(
     from mmoe_rec.training.planning import Machines, Planning, Sharding, merge_neighbours, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
-    if measure and not (built.parent / "manifest.json").is_file():
-        raise UserError(
-            f"--measure trains on the features in '{built.parent}', which are not built: run mmoe-rec features"
-        )
     if (built / "layout.json").is_file():
         layout, where = Layout.read(built), f"of the features in '{built.parent}'"
     else:
@@ -108,11 +84,6 @@ def plan(
     weights = sum(each.numel() for each in model.mixture.parameters())
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
     print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
-    if measure or (built / "train").is_dir():
-        with reading(built.parent, "a plan"):
-            print_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)
-            if measure:
-                print_forecast(settings, layout, measure)
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
@@ -121,70 +92,3 @@ def describe_rank(rank: RankPlan, most: int) -> str:
     """What a rank takes of so many bytes, and of a step's time."""
     share = f"{rank.bytes / GIB:.2f} of {most / GIB:.2f} GiB ({rank.bytes / most:.0%})"
     return f"{share} for tables ({rank.tables / GIB:.2f}) and their activations, {rank.milliseconds:.2f} ms a step"
-
-
-def print_reading(folder: Path, layout: Layout, rows: int, window: int, machines: Machines) -> None:
-    """Prints what `measure_reading` finds, and the cores that read for a machine's GPUs."""
-    try:
-        rate = measure_reading(folder, layout, rows, window, machines)
-    except UserError as error:  # the plan holds without
-        print(f"reading was not measured: {error}")
-        return
-    taken = ROWS_OF_GPU * machines.local_world_size
-    cores = f": {taken / rate:.1f} cores a machine for {taken:,} rows/s, as GPUs take in TorchRec's DLRM"
-    print(f"reading: {rate:,.0f} rows/s of a core here{cores if machines.device == 'cuda' else ''}")
-
-
-def measure_reading(folder: Path, layout: Layout, rows: int, window: int, machines: Machines) -> float:
-    """Rows a second of a core, from files to batches of so many rows for each of the ranks of a machine, one after the
-    other: in the second pass over a window of the order. Ranks that need rows of the same row group each decode it.
-    """
-    from mmoe_rec.batches.batch import make_batch
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.batches.row_reader import TrainingReader
-    from mmoe_rec.devices import freed_memory_kept
-    from mmoe_rec.progress import quiet_loggers
-    from mmoe_rec.training.ranks import NOISY_LOGGERS
-
-    window = min(window, ROWS_READ)
-    some, rate = EncodedRows(folder, layout, outcomes=True).head(window), 0.0
-    ranks, size = machines.world_size, min(rows * machines.world_size, some.rows)
-    with freed_memory_kept(), quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL)):
-        for epoch in range(2):
-            start, count = time.process_time(), 0.0
-            for rank in range(min(machines.local_world_size, RANKS_READ)):
-                reader = TrainingReader(
-                    some, batch_size=size, shuffle_window=window, seed=0, rank=rank, world_size=ranks
-                )
-                before = 0
-                for read, position in reader.resume(reader.position(epoch), epoch + 1):
-                    make_batch(read.encoded, layout, read.labels, position, numbers=read.numbers, torchrec=True)
-                    count += (position.row - before) / ranks  # without the copies that stretch a batch
-                    before = position.row
-            rate = count / (time.process_time() - start)
-    return rate
-
-
-def print_forecast(settings: Settings, layout: ModelLayout, steps: int) -> None:
-    """Trains so many steps on the features in `data.work`, and prints what the whole training would take."""
-    from mmoe_rec.preprocessing.prepare import FeatureFolder
-    from mmoe_rec.training.loop import Trainer
-    from mmoe_rec.training.ranks import training_ranks
-
-    features = FeatureFolder(Path(settings.data.work) / "features")
-    # One process spreads nothing, and this machine may not have what the settings are for.
-    alone = settings.training.model_copy(update={"sharding": "auto"})
-    with (
-        tempfile.TemporaryDirectory(dir=settings.data.work) as folder,
-        training_ranks(alone) as (device, _),
-    ):
-        trainer = Trainer(features, layout, settings.model, alone, device, Path(folder), lambda *_: None)
-        trainer.announce()
-        found = trainer.measure(steps)
-    seconds, validation = (timedelta(seconds=round(each)) for each in (found.seconds, found.validation_seconds))
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"measured here: {found.rows_per_s:,.0f} rows/s on {device.type}, {memory / GIB:.2f} GiB of main memory")
-    print(
-        f"the network's training here: {seconds} (hours:minutes:seconds) at most, of which validations {validation}; "
-        "trees and judging come on top"
-    )

@@ -42,8 +42,6 @@ from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, vali
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25
-WARM_UP = 10  # steps before those that a forecast is made from
-BATCHES_SCORED = 4  # of the validation rows, for a forecast
 LogMetrics = Callable[[dict[str, float], int], None]
 
 
@@ -69,17 +67,6 @@ class TrainingResult:
     def best(self) -> Validation | None:
         """The validation of the best step, None before the first."""
         return dict(self.history).get(self.best_step)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a training will take. rows_per_s as in `TrainingResult`; seconds: of all epochs, with checkpoints and
-    validations.
-    """
-
-    rows_per_s: float
-    seconds: float
-    validation_seconds: float
 
 
 class Meter:
@@ -286,35 +273,6 @@ class Trainer:
         result.skipped = self.bad_batches.skipped
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
-
-    def measure(self, steps: int) -> Forecast:
-        """Trains so many steps, saves a checkpoint, scores some validation rows, and says from that what `run` of a new
-        trainer would take. A collective call.
-        """
-        rows_per_s, reader, settings = 0.0, self.validation_reader, self.settings
-        source = self._batches(self.reader, self.position, 2 + (WARM_UP + steps) // self.reader.batches_per_epoch)
-        with freed_memory_kept(), limit_threads(self.threads):
-            with contextlib.closing(iter(source)) as batches:
-                for count in (WARM_UP, steps):
-                    meter, part = Meter(self.layout, self.world_size), itertools.islice(batches, count)
-                    while self._step(part, meter) is not None:
-                        pass
-                    rows_per_s = meter.rows_per_s
-            self.steps.release()
-            begun, rows = time.perf_counter(), min(reader.rows.rows, BATCHES_SCORED * reader.batch_size)
-            with contextlib.closing(iter(self._batches(reader, reader.position(0), 1))) as batches:
-                some = itertools.islice(batches, BATCHES_SCORED)
-                validate(self.sharded.model.module, some, self.layout, self.device, rows)
-            scored = time.perf_counter()
-            self._save()
-            self.checkpoints.wait()
-            saved = time.perf_counter()
-            self.checkpoints.close()
-        validation = len(self.validate_at) * (scored - begun) * reader.rows.rows / rows
-        saves = self.validate_at.union(range(settings.checkpoint_steps, self.total_steps, settings.checkpoint_steps))
-        all_rows = settings.epochs * self.reader.rows.rows
-        seconds = all_rows / rows_per_s + len(saves) * (saved - scored)
-        return Forecast(all_rows / seconds, seconds + validation, validation)
 
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         last = self.result.history[-1][0] if self.result.history else -1

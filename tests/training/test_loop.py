@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.model.model_layout import ModelLayout
@@ -90,38 +89,6 @@ def test_an_automatic_batch_is_that_of_the_training_rows_and_few_steps_are_told(
     with trainer(prepared, tmp_path / "enough", batch_size=128, epochs=6) as one:
         one.announce()
         assert "564 steps of 128 rows\n" in capsys.readouterr().err
-
-
-def test_a_forecast_is_made_of_the_times_of_steps_and_of_validation_rows(
-    prepared: FeatureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a clock that only steps, scored batches and a checkpoint advance, the first steps by much more."""
-    now, seconds = 0.0, iter([*[100.0] * loop.WARM_UP, *[0.5] * 20])
-
-    def step(one: Trainer, batches: Iterator[Batch], own: Meter) -> bool | None:
-        nonlocal now
-        stopping = take_step(one, batches, own)
-        now += 0 if stopping is None else next(seconds)
-        return stopping
-
-    def validate(model: nn.Module, batches: Iterator[Batch], *_: object) -> None:
-        nonlocal now
-        now += sum(3.0 for _ in batches)
-
-    def save(one: Trainer) -> None:
-        nonlocal now
-        now += 7
-
-    take_step, changes = Trainer._step, {"epochs": 2, "batch_size": 600, "validations_per_epoch": 2}
-    with trainer(prepared, tmp_path, **changes, checkpoint_steps=5) as one:
-        monkeypatch.setattr(Trainer, "_save", save)
-        monkeypatch.setattr(Trainer, "_step", step)
-        monkeypatch.setattr(loop, "validate", validate)
-        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
-        found = one.measure(20)
-    training = 40 * 0.5 + 8 * 7
-    assert found == loop.Forecast(40 * 600 / training, training + 4 * 3, 4 * 3)
-    assert next(seconds, None) is None
 
 
 # Learning rates
