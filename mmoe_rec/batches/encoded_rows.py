@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -147,14 +146,6 @@ class EncodedRows:
         self._starts = dict(zip(self.groups, np.cumsum(self.group_rows) - self.group_rows, strict=True))
         if not self.rows:
             raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
-
-    def head(self, rows: int) -> EncodedRows:
-        """The first row groups, of so many rows together at most, but at least one."""
-        few = copy.copy(self)
-        few.groups = self.groups[: max(1, int(np.searchsorted(np.cumsum(self.group_rows), rows, side="right")))]
-        few.group_rows = self.group_rows[: len(few.groups)]
-        few.rows = int(few.group_rows.sum())
-        return few
 
     def _require(self, columns: Sequence[str]) -> None:
         """Raises UserError where a file lacks one of the columns."""

@@ -2,7 +2,7 @@
 
 The health of a data set before one trains on it: rows, labels by split and week, and for each feature its coverage, ids
 that training does not know, drift, and how well it alone predicts each task, which finds leaks. What is suspicious has
-advice, with the override that takes it. A quick model says how well the features rank each task.
+advice, with the override that takes it.
 Prepares the features as training would, or takes existing ones; writes `report.html` and `health.json` to
 `data.work`/inspection.
 """

@@ -79,7 +79,7 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
 
 def find_local(source: str) -> list[Path]:
     """What `find_files` finds at a local path; none where nothing is there. Raises UserError where a folder can't be
-    read, a link leads nowhere or back to a folder that it lies in, or two paths lead to the same file."""
+    read, a link leads back to a folder that it lies in, or two paths lead to the same file."""
     if os.path.isfile(source):
         return [Path(source)]
     folder, parts = split_glob(source)
@@ -149,9 +149,9 @@ def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     """Files below a folder that the parts of a glob match, and the Parquet files of folders that they match."""
     for entry in list(os.scandir(folder)):
         path, is_folder = folder / entry.name, entry.is_dir()
-        # A link that leads nowhere may have led to a folder.
-        if entry.is_symlink() and any(_below(entry.name, is_folder or not entry.name.startswith("_"), parts)):
-            _check_link(folder, path)
+        is_circle = is_folder and entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(path.resolve())
+        if is_circle and any(_below(entry.name, is_folder, parts)):
+            raise UserError(f"'{path}' is a link back to a folder that it lies in; remove the link")
         for rest in _below(entry.name, is_folder, parts):
             yield from _walk(path, rest) if is_folder else (path,)
 
@@ -159,21 +159,6 @@ def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
     """Whether `_walk` would find a file by the names of its path below the folder; one that is the folder matches."""
     return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
-
-
-def _check_link(folder: Path, link: Path) -> None:
-    target = os.path.realpath(link)
-    # Whoever reads the file tells of a link that is named as one.
-    if not os.path.exists(target) and link.suffix != ".parquet":
-        raise UserError(
-            f"'{link}' is a link to '{os.readlink(link)}', which is not there: files may be missing; restore what it "
-            "leads to, or remove the link"
-        )
-    if Path(os.path.realpath(folder)).is_relative_to(target):
-        raise UserError(
-            f"'{link}' is a link back to a folder that it lies in, '{target}': there is no end to its files; remove "
-            "the link"
-        )
 
 
 def _stat(path: Path) -> FoundFile:
@@ -338,16 +323,6 @@ def _reaching(address: str) -> Iterator[None]:
 
 
 def _raise_unreachable(address: str, error: Exception) -> NoReturn:
-    name, reason = type(error).__name__, first_line(error)
-    if "Credential" in name:
-        what = f"cannot be read without credentials ({reason})"
-        to_do = {
-            "s3fs": "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for "
-            "public data",
-            "gcsfs": "run `gcloud auth application-default login`, or set FSSPEC_GS_TOKEN=anon for public data",
-        }.get(_PACKAGES.get(_protocol(address), ("", ""))[0], "provide them")
-    elif isinstance(error, PermissionError):
-        what, to_do = f"may not be read ({reason})", "check the bucket's name, its permissions and the credentials"
-    else:
-        what, to_do = f"cannot be reached ({name}: {reason})", "check the address, the network and the endpoint"
+    what = f"cannot be reached ({type(error).__name__}: {first_line(error)})"
+    to_do = "check the address, the credentials, the network and the endpoint"
     raise UserError(f"'{address}' {what}; {to_do}") from None

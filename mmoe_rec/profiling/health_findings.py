@@ -14,19 +14,21 @@ training had less than half as many count. A label rate that changes is in all r
 
 It puts the findings in order; it does not measure what a model would gain.
 
-A finding that can be acted on carries advice (`advice.py`).
+A finding that can be acted on carries advice: what to do, and the override of the command line that does it, if there
+is one. `mmoe-rec compare` measures what a change gains.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 from mmoe_rec.auc import FEWEST
-from mmoe_rec.profiling.advice import SELDOM_ROWS, Advice, change, know_more, leave_out, lengthen_split, make_steady
 from mmoe_rec.task_kinds import KINDS
 
 LEAST = 0.3
@@ -57,21 +59,28 @@ DRIFT, STRONG_DRIFT = 0.10, 0.25
 LEAST_COVERAGE = 0.05
 RATE_CHANGE = 2.0
 NEVER_SEEN = 0.90
-WITHIN_USERS = 0.5  # GAUC - .5, as a share of AUC - .5, below which a task's AUC says little of ranking
 FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "seldom", "drift")
 _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _NAMED = 5  # names in a list, more are counted
 _ERRORS = 3.0  # how many standard errors rates must differ by
 _SHOWN = 5  # warnings before the rest is folded
 
+SELDOM_ROWS = 5
+"""Training rows below which little is learnt of an id."""
+_LEFT_OUT = 0.01  # of training lookups, which a vocabulary leaves out
+_WINDOWS = (7, 28, 91)  # days
+_PERIODS = 3  # windows that the training rows should hold
+_LATER = "train on later rows, and more often (`mmoe-rec refresh`)"
+
 Health = Mapping[str, Any]
 Finding = dict[str, Any]
+Advice = dict[str, str | None]
 
 
 def find(health: Health) -> list[Finding]:
     """All findings, problems first, the costliest of each first, with what it is about and which check found it."""
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
-    found += [*_files(health), *_labels(health), *_users(health), *_rare(health), *_within(health)]
+    found += [*_files(health), *_labels(health), *_users(health), *_rare(health)]
     for feature in health["features"]:
         for check in (_constants, _coverage, _unknown, _seldom):
             found += check(feature, health)
@@ -98,23 +107,15 @@ def drift_beyond_noise(each: Mapping[str, Any]) -> float:
     return 0.0 if each["psi"] is None else float(each["psi"] - each["psi_noise"])
 
 
-def describe(health: Health) -> list[str]:
-    """Say how many findings there are and which costs most, then how well a quick model ranks each task."""
-    findings = health["findings"]
+def describe(findings: Sequence[Finding]) -> str:
+    """Say how many findings there are and which costs most."""
     kinds = Counter(each["severity"] for each in findings)
     told = [f"{kinds[word]} {word}{'s' * (kinds[word] > 1)}" for word in ("problem", "warning") if kinds[word]]
-    sentences = ["nothing suspicious found"]
-    if told:
-        lines = [each["override"] for each in findings[0]["advice"] if each["override"]]
-        advice = f" (`{lines[0]}`)" if lines else ""
-        sentences = [f"{' and '.join(told)} found; above all: {findings[0]['message']}{advice}"]
-    for name, quick in health["quick_models"].items():
-        if quick is None:
-            sentences.append(f"quick model of {name}: the rows have too few labels")
-        else:
-            within = "" if quick["gauc_user"] is None else f", and {quick['gauc_user']:.3f} within users"
-            sentences.append(f"quick model of {name}: an AUC of {quick['auc']:.3f}{within}")
-    return sentences
+    if not told:
+        return "nothing suspicious found"
+    lines = [each["override"] for each in findings[0]["advice"] if each["override"]]
+    advice = f" (`{lines[0]}`)" if lines else ""
+    return f"{' and '.join(told)} found; above all: {findings[0]['message']}{advice}"
 
 
 def _finding(
@@ -138,7 +139,7 @@ def _users(health: Health) -> Iterator[Finding]:
     if share:
         why = f"as column '{column}' splits rows of the same users"
         message = f"{share:.1%} of the users of test rows have training rows as well, {why}"
-        advice = [change(f"give all rows of a user the same value of column '{column}'")]
+        advice = [_change(f"give all rows of a user the same value of column '{column}'")]
         yield _finding("warning", "users", "users in training and test", message, share, advice)
 
 
@@ -154,25 +155,8 @@ def _rare(health: Health) -> Iterator[Finding]:
             if rarer < needed:
                 message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {needed} are needed"
                 told = {"test": "no verdict rests on it", "validation": "no state or calibration is chosen well by it"}
-                advice = [lengthen_split(health, split, rarer, needed)]
+                advice = [_change(f"begin the {split} rows earlier, or take a log of more rows")]
                 yield _finding("warning", "rare", name, f"{message}: {told[split]}", 1 - rarer / needed, advice)
-
-
-def _within(health: Health) -> Iterator[Finding]:
-    for name, quick in health["quick_models"].items():
-        if quick is None or quick["gauc_user"] is None:
-            continue
-        most = 0.5 + WITHIN_USERS * (quick["auc"] - 0.5)
-        if quick["gauc_user"] + 2 * quick["gauc_error"] < most:
-            message = (
-                f"a quick model of '{name}' has an AUC of {quick['auc']:.3f}, but one of {quick['gauc_user']:.3f} "
-                "within users: it tells users apart, and hardly what to show to one"
-            )
-            advice = [
-                change("judge by what ranks within users", "evaluation.decide_by", "gauc_user"),
-                change("add features of the user and the candidate together, such as counters by both"),
-            ]
-            yield _finding("warning", "within users", name, message, most - quick["gauc_user"], advice)
 
 
 def _labels(health: Health) -> Iterator[Finding]:
@@ -182,7 +166,7 @@ def _labels(health: Health) -> Iterator[Finding]:
         for split, each in splits.items():
             if not each["tasks"][name]["observed"]:
                 message = f"task '{name}' has no observed label in the {split} split: it can't be judged there"
-                advice = [change("move the ends of the splits back, so that labels have matured by then")]
+                advice = [_change("move the ends of the splits back, so that labels have matured by then")]
                 yield _finding("problem", "labels", name, message, advice=advice)
         rated = {split: each["tasks"][name] for split, each in splits.items()}
         pairs = [(one, other) for one, other in combinations(rated, 2) if _differ(rated[one], rated[other], kind)]
@@ -215,7 +199,7 @@ def _leaks(feature: Health, health: Health) -> Iterator[Finding]:
                     f"feature '{feature['name']}' ({columns}) alone predicts task '{task}' with an AUC of {auc:.3f}"
                     f"{_by(feature, each)}: does it know what happens after the request?"
                 )
-                advice = [leave_out(feature, health, ", unless its column is filled before the request")]
+                advice = [_leave_out(feature, health, ", unless its column is filled before the request")]
                 yield _finding("problem", "leak", feature["name"], message, advice=advice)
 
 
@@ -231,7 +215,7 @@ def _constants(feature: Health, health: Health) -> Iterator[Finding]:
     if constant:
         inputs = "" if constant == [feature["name"]] else f" ({_listed('input', constant)})"
         message = f"feature '{feature['name']}'{inputs} is the same in all training rows: nothing can be learnt from it"
-        yield _finding("warning", "constant", feature["name"], message, advice=[leave_out(feature, health)])
+        yield _finding("warning", "constant", feature["name"], message, advice=[_leave_out(feature, health)])
 
 
 def _coverage(feature: Health, health: Health) -> Iterator[Finding]:
@@ -245,7 +229,7 @@ def _coverage(feature: Health, health: Health) -> Iterator[Finding]:
             message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}{_by(feature, each)}"
             train, test = (each["coverage"][split] for split in ("train", "test"))
             lost = 0.0 if train is None or test is None else max(0.0, train - test)
-            advice = [leave_out(feature, health, ", where `mmoe-rec compare --features` shows no loss")]
+            advice = [_leave_out(feature, health, ", where `mmoe-rec compare --features` shows no loss")]
             yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature), advice)
             return
 
@@ -258,7 +242,7 @@ def _unknown(feature: Health, health: Health) -> Iterator[Finding]:
         message = (
             f"{share:.1%} of the ids of feature '{feature['name']}' in test rows have no table row of their own{known}"
         )
-        advice = [*know_more(feature, health)]
+        advice = list(_know_more(feature))
         yield _finding("warning", "unknown", feature["name"], message, cost_of_unknown(feature), advice)
 
 
@@ -269,10 +253,10 @@ def _seldom(feature: Health, health: Health) -> Iterator[Finding]:
                 f"a known id of feature '{feature['name']}' has {each['rows_per_id']:.1f} training rows on average"
                 f"{_by(feature, each)}: hardly anything is learnt of most"
             )
-            advice = [leave_out(feature, health, ", and count by its column instead")]
+            advice = [_leave_out(feature, health, ", and count by its column instead")]
             if "min_count" in feature["settings"] and feature["settings"]["table"] is None:
                 what = "let seldom ids share rows"
-                advice.insert(0, change(what, f"features.{feature['name']}.min_count", SELDOM_ROWS))
+                advice.insert(0, _change(what, f"features.{feature['name']}.min_count", SELDOM_ROWS))
             cost = (each["seldom"] or 0.0) * max(importance(feature), LEAST)
             yield _finding("warning", "seldom", feature["name"], message, cost, advice)
             return
@@ -287,7 +271,9 @@ def _drifts(health: Health) -> Iterator[Finding]:
         how += "; a count of all of the past grows with any log" if _is_total(feature, each) else ""
         message = f"feature '{feature['name']}' drifts strongly, {how}"
         grows = any(_is_total(feature, part) and drift_beyond_noise(part) > STRONG_DRIFT for part in feature["inputs"])
-        advice = list(make_steady(feature, health, grows, _moved_most(each)["bin"] == "unknown"))
+        advice = [
+            _count_over_windows(feature, health) if grows else _change(f"see whether its column changed, or {_LATER}")
+        ]
         yield _finding("warning", "drift", feature["name"], message, cost_of_drift(feature, each), advice)
 
 
@@ -323,7 +309,7 @@ def _empty_tables(health: Health) -> Iterator[Finding]:
                 f"{table['never_seen']:.1%} are never seen; fewer `{key}` would do"
             )
             fewer = max(2, 2 * table["rows_seen"]) if table["hashed"] else 1
-            advice = [change("take fewer", f"features.{table['name']}.{key}", fewer)]
+            advice = [_change("take fewer", f"features.{table['name']}.{key}", fewer)]
             yield _finding("warning", "empty table", table["name"], message, advice=advice)
 
 
@@ -334,3 +320,45 @@ def _by(feature: Health, each: Mapping[str, Any]) -> str:
 def _listed(word: str, names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{word}{'s' * (len(names) > 1)} {', '.join(map(repr, names[:_NAMED]))}{more}"
+
+
+def _change(what: str, key: str | None = None, value: object = None) -> Advice:
+    """Advise a change, with the override that sets `key` to `value`, if there is one."""
+    text = "null" if value is None else str(value)
+    return {"do": what, "override": None if key is None else f"--{key} {shlex.quote(text)}"}
+
+
+def _leave_out(feature: Health, health: Health, unless: str = "") -> Advice:
+    """Advise to go without a feature, and the features that read its table. unless: how the sentence ends."""
+    name = feature["name"]
+    readers = [
+        each["name"]
+        for each in health["features"]
+        if each["name"] != name and any(its["table"] == name for its in each["inputs"])
+    ]
+    of_table = f", and {', '.join(f'`{each}`' for each in readers)}, which read its table" if readers else ""
+    override = " ".join(f"--features.{each} null" for each in (name, *readers))
+    return {"do": f"leave out `{name}`{of_table}{unless}", "override": override}
+
+
+def _know_more(feature: Health) -> Iterator[Advice]:
+    """Advise a larger vocabulary if ids were left out of it, and later rows."""
+    settings, vocabulary = feature["settings"], feature["vocabulary"]
+    left_out = vocabulary is not None and vocabulary["distinct"] > vocabulary["known"]
+    if left_out and (feature["unknown"]["train"] or 0.0) > _LEFT_OUT:
+        is_full = settings.get("max_size") is not None and vocabulary["known"] >= settings["max_size"]
+        key, value = ("max_size", None) if is_full else ("min_count", 1)
+        owner = settings.get("table") or feature["name"]
+        yield _change("give more ids a row of their own", f"features.{owner}.{key}", value)
+    yield _change(_LATER)
+
+
+def _count_over_windows(feature: Health, health: Health) -> Advice:
+    """Advise windows for counts of all of the past, which grow."""
+    train = health["overview"]["splits"]["train"]
+    if train["first_request"] is None:
+        return _change(_LATER)
+    first, last = (datetime.fromisoformat(train[name]) for name in ("first_request", "last_request"))
+    most = (last - first) / timedelta(days=1) / _PERIODS
+    windows = ", ".join(f"{each}" for each in _WINDOWS if each <= most) or max(1, int(most))
+    return _change("count over windows", f"features.{feature['name']}.window_days", f"[{windows}]")

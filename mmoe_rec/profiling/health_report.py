@@ -12,7 +12,6 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.profiling.advice import NOTE
 from mmoe_rec.profiling.health_findings import (
     DRIFT,
     LEAK_AUC,
@@ -40,23 +39,17 @@ from mmoe_rec.report.report_files import write_report
 from mmoe_rec.task_kinds import KINDS
 
 FILE = "health.json"
+_NOTE = "`mmoe-rec compare --variant NAME KEY=VALUE` tells what a change gains"
 _DRAWN = 12  # features whose drift is drawn
 _TABLES = 8  # embedding tables that are not folded
-_INPUTS = 40  # inputs of features that are not folded
 _MEASURES = {
     "PSI": "Population stability index between training and test rows: below .1 stable, above .25 strong drift. "
-    "Numbers "
-    "have about 20 bins of equal training mass. Ids have bins for the most frequent ids, unknown, missing, and all "
-    "others. "
-    "A finding subtracts the PSI that rows have by chance.",
+    "Numbers have about 20 bins of equal training mass. Ids have bins for the most frequent ids, unknown, missing, and "
+    "all others. A finding subtracts the PSI that rows have by chance.",
     "AUC": "How well the feature alone ranks the validation rows of a task: .5 is chance. An id ranks by the rate of "
-    "its "
-    "table row in training rows. A regression's label counts as positive above its mean in training.",
+    "its table row in training rows. A regression's label counts as positive above its mean in training.",
     "Order of findings": "Problems first. Warnings by their rough cost: the share of the test rows that they spoil "
-    "times "
-    "how well the feature alone ranks validation rows (2 AUC - 1).",
-    "Quick models": "A logistic regression of all numbers and of the training rate of each id. Validation rows fit it, "
-    "and test rows measure it.",
+    "times how well the feature alone ranks validation rows (2 AUC - 1).",
 }
 
 
@@ -75,18 +68,17 @@ def make_report(health: Mapping[str, Any]) -> Report:
         Sentence(f"left out: {each['file']}: {each['reason']}", "problem", "file") for each in overview["left_out"]
     ]
     sentences += [_sentence(each) for each in _without_repeated_advice(shown)]
-    sentences += [Sentence(NOTE)] if any(each["advice"] for each in shown) else []
+    sentences += [Sentence(_NOTE)] if any(each["advice"] for each in shown) else []
     sentences += [Sentence(each, "note") for each in describe_rows(overview)]
-    sentences += [Sentence(each) for each in health["sentences"][1:]]
     severities = [each["severity"] for each in shown]
     mark: Mark = "problem" if "problem" in severities else "warning" if severities else "good"
     return Report(
         title=f"Data set health: {health['name']}",
-        headline=health["sentences"][0],
+        headline=health["headline"],
         mark=mark,
         about=_about(overview),
         figures=[*_weeks(health), *_drift(health["features"])],
-        tables=[*_splits(overview), _features(health), _inputs(health), _tables(health["tables"])],
+        tables=[*_splits(overview), _features(health), _tables(health["tables"])],
         sentences=sentences,
         more=[_sentence(each) for each in folded],
         measures=_MEASURES,
@@ -169,27 +161,6 @@ def _features(health: Mapping[str, Any]) -> Table:
 def _psi_cell(psi: float | None) -> Cell:
     mark: Mark = "problem" if (psi or 0) > STRONG_DRIFT else "warning" if (psi or 0) > DRIFT else ""
     return Cell(fixed(psi, 2), "", mark)
-
-
-def _inputs(health: Mapping[str, Any]) -> Table:
-    tasks = list(next(iter(health["overview"]["splits"].values()))["tasks"])
-    names = ("input", "feature", "role", "has value", "in test", "distinct", "unknown", "in test", "PSI")
-    rows = [
-        (
-            each["name"],
-            f"{feature['kind']} of {', '.join(feature['columns'])}",
-            feature["role"],
-            *(percent(each["coverage"][split]) for split in ("train", "test")),
-            thousands(each["distinct"]),
-            *(percent(each["unknown"][split]) for split in ("train", "test")),
-            _psi_cell(each["psi"]),
-            *(fixed(each["auc"][task]) for task in tasks),
-        )
-        for feature in health["features"]
-        for each in feature["inputs"]
-    ]
-    heads = (*names, *(f"AUC {task}" for task in tasks))
-    return Table("Inputs", heads, rows[:_INPUTS], left=3, more=rows[_INPUTS:], page_only=True)
 
 
 def _tables(tables: Sequence[Mapping[str, Any]]) -> Table:

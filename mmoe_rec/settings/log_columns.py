@@ -6,7 +6,7 @@ encoded row depends on the latter, so to change one takes a new training, not ne
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -14,8 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -53,13 +51,6 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-    younger: ClassVar[frozenset[str]] = frozenset()
-    """Keys that are not written where they have their defaults: what was made without them is identified as before."""
-
-    @model_serializer(mode="wrap")
-    def _without_younger(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {name: type(self).model_fields[name].default for name in self.younger}
-        return {name: each for name, each in values_of(self).items() if name not in defaults or each != defaults[name]}
 
     @model_validator(mode="before")
     @classmethod
@@ -76,8 +67,6 @@ class Columns(Section):
     A plain table, say one row a person, may lack users, candidates and times: then these names are those of columns
     that `mmoe_rec.log.rows` adds to its rows as they are read, and features can't read them.
     """
-
-    younger = frozenset({"weight"})
 
     user: _User = Field(None, validate_default=True, description="column of users' ids; null: each request is a user")
     candidate: _Candidate = Field(None, validate_default=True, description="candidates' ids; null: each row is its own")

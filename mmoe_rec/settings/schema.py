@@ -123,8 +123,6 @@ class Schema(Section):
     features and tasks (see `columns`) are not part of it, so that nothing built from rows can depend on them.
     """
 
-    younger = frozenset({"split"})
-
     columns: Columns
     roles: Roles = Roles()
     tasks: dict[str, Task] = Field(min_length=1)

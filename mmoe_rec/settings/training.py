@@ -25,8 +25,6 @@ SPLIT_COLUMNS = ("column_wise", "grid_shard")
 class Training(Section):
     """How the model is trained."""
 
-    younger = frozenset({"sharding", "shard_columns", "communication"})
-
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",

@@ -17,7 +17,7 @@ from mmoe_rec.preprocessing import extend as extend_module
 from mmoe_rec.preprocessing.build_steps import Steps
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
-from mmoe_rec.profiling.health_counts import collect
+from mmoe_rec.profiling.data_health import inspect
 from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, times_of, windows_of
 from tests.preprocessing.growing_log import WINDOWS, Growing, training_items
 
@@ -99,17 +99,21 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     prepared = growing.extend().features
     assert prepared.manifest["splits"]["train"]["rows"] == 0
     message = r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data"
-    scratch = growing.folder / "scratch"
+
+    def count(features: FeatureFolder) -> None:
+        dims = {table.name: 1 for table in features.layout.tables}
+        inspect("log", features, growing.schema, dims, growing.folder / "scratch")
+
     for needs_rows in (
         lambda: prepared.require_rows("train", "validation"),
-        lambda: collect(prepared, growing.schema, scratch),
+        lambda: count(prepared),
     ):
         with pytest.raises(UserError, match=message):
             needs_rows()
     prepared.require_rows("test")
-    collect(growing.prepare("another"), growing.schema, scratch)
+    count(growing.prepare("another"))
     growing.add(10, 12.1)
-    collect(growing.extend(windows_of(11, 11.5)).features, growing.schema, scratch)
+    count(growing.extend(windows_of(11, 11.5)).features)
 
 
 # Refusals

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.profiling.health_counts import SPLITS, collect, psi
+from mmoe_rec.profiling.data_health import SPLITS, inspect, psi
+from mmoe_rec.settings.log_columns import SplitColumn
 from tests.profiling.encoded_data import (
+    DIMS,
     EDGES,
     ITEMS,
     SCHEMA,
@@ -67,8 +69,12 @@ def test_users_of_test_rows_that_training_has_too(tmp_path):
     both = set(frames["test"]["user"]) & set(frames["train"]["user"])
     folder = tmp_path / "it's [1]" / "user=1" / "time=2020-01-01"
     folder.parent.mkdir(parents=True)
-    found = collect(write(folder, frames), SCHEMA, folder / "database").users_in_both
+    split = SplitColumn(column="part", **{name: (name,) for name in SPLITS})
+    schema = SCHEMA.model_copy(update={"split": split})
+    health = inspect("made up", write(folder, frames), schema, DIMS, folder / "database")
+    found = health["overview"]["users_in_both"]
     assert 0 < found < 1
+    assert ("users", "users in training and test") in {(each["check"], each["about"]) for each in health["findings"]}
     assert found == pytest.approx(len(both) / frames["test"]["user"].nunique())
 
 

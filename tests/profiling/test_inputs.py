@@ -5,7 +5,7 @@ import pytest
 from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import DenseInput, Layout, TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.profiling.health_counts import feature_inputs
+from mmoe_rec.profiling.data_health import number_places
 
 SCHEMA = kinds.schema_of(
     {
@@ -31,11 +31,11 @@ SCHEMA = kinds.schema_of(
 )
 
 
-def test_inputs_of_a_pipeline_find_their_features():
+def test_numbers_of_a_pipeline_find_their_features():
     """The counter 'item' has an input 'item_rate', which is also the name of another counter."""
-    features = {each.name: each for each in feature_inputs(SCHEMA, FeaturePipeline(SCHEMA).layout)}
-    assert list(features) == list(SCHEMA.features)
-    numbers = {name: [each.name for each in feature.numbers] for name, feature in features.items() if feature.numbers}
+    layout = FeaturePipeline(SCHEMA).layout
+    places = {name: number_places(layout, name) for name in SCHEMA.features}
+    numbers = {name: [layout.dense[place].name for place in its] for name, its in places.items() if its}
     assert numbers == {
         "a_b": ["a_b_positives", "a_b_rate", "a_b_positives_0p5d", "a_b_rate_0p5d", "a_b_recency"],
         "item": ["item_positives", "item_rate", "item_recency"],
@@ -45,26 +45,24 @@ def test_inputs_of_a_pipeline_find_their_features():
         "years": ["years"],
         "when_old": ["when_old_age"],
     }
-    ids = {name: [each.name for each in feature.ids] for name, feature in features.items() if feature.ids}
-    single = ("a", "a_b_rows", "coarse", "seen", "both")
-    several = {"when": ["when_hour", "when_weekday"], "years": ["years_value"]}
-    assert ids == {**{name: [name] for name in single}, **several}
-    others = features["years"].meaning
-    assert (others.first_known, others.unknown) == (0, 0), "a number that is not frequent is no unknown id"
-    assert others.row_name is not None
-    assert [others.row_name("years_value", row) for row in range(2)] == ["others", "frequent value 1"]
-    assert features["seen"].meaning.columns == ("u", "c")
-    assert features["when"].meaning.columns == ("t",)
 
 
 def test_an_indicator_belongs_to_the_number_of_its_feature():
-    schema = SCHEMA.model_copy(update={"features": dict.fromkeys(("price", "price_missing"), SCHEMA.features["price"])})
     names = ("price", "price_missing", "price_missing_missing")
     dense = (*map(DenseInput, names[:2]), DenseInput(names[2], feature="price_missing"))
     layout = Layout((), (), dense, (TaskOutput("click", "binary"),))
-    (price,), (other,) = (each.numbers for each in feature_inputs(schema, layout))
-    assert (price.place, price.indicator) == (0, None)
-    assert (other.place, other.indicator) == (1, 2)
+    assert number_places(layout, "price") == {0: None}
+    assert number_places(layout, "price_missing") == {1: 2}
+
+
+def test_rows_of_tables_have_names_and_features_have_columns():
+    meanings = {name: feature.meaning(SCHEMA) for name, feature in SCHEMA.features.items()}
+    others = meanings["years"]
+    assert (others.first_known, others.unknown) == (0, 0), "a number that is not frequent is no unknown id"
+    assert others.row_name is not None
+    assert [others.row_name("years_value", row) for row in range(2)] == ["others", "frequent value 1"]
+    assert meanings["seen"].columns == ("u", "c")
+    assert meanings["when"].columns == ("t",)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,6 @@ class HistoryFeature(Remembering):
     """The user's last engaged candidates before the request, point in time, embedded and averaged."""
 
     fixed_role = "user"
-    younger = frozenset({"attributes"})
-
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
     length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
@@ -81,8 +79,6 @@ class HistoryFeature(Remembering):
 
 class PooledHistory(HistoryFeature):
     """A history, and how a model makes one vector of it."""
-
-    younger = HistoryFeature.younger | {"pooling"}
 
     pooling: Literal["mean", "attention"] = Field(
         "mean",

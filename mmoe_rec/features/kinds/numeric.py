@@ -18,8 +18,6 @@ from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
 class NumericFeature(Feature):
     """A number, standardised or as its quantile bucket; missing values get an indicator."""
 
-    younger = frozenset({"values"})
-
     kind: Literal["numeric"]
     column: str = Field(description="column that the feature reads")
     transform: Literal["standard", "log", "buckets"] = Field(
