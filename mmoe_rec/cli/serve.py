@@ -116,11 +116,6 @@ def serve(
     known, source = finder.state(), finder.find()
     limits, instead = read_limits(source.folder, list(overrides))
     options = Options(limits, instead, grace, token, journal, log, hosts, drain_seconds)
-    if workers == 1:
-        from mmoe_rec.server.running import serve as serve_alone
-
-        serve_alone(source, known, finder, bound, options, poll)
-        end_process(0)
     from mmoe_rec.server.workers import serve_by_workers
 
     end_process(serve_by_workers(source, known, finder, bound, options, poll, workers))

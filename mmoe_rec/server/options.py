@@ -167,7 +167,7 @@ def address_of(bound: socket.socket) -> str:
 
 def log_to_stderr() -> None:
     """What the server says goes to stderr, a line each."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s [%(process)d] %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s [%(process)d] %(message)s", force=True)
     # uvicorn's lines about its own start and end say nothing that ours do not; its warnings are one line for each
     # request that is no HTTP, so that a caller could fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

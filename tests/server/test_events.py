@@ -35,7 +35,7 @@ from tests.inference.small_model import ITEMS, SmallModel
 from tests.live.journals import postgresql
 from tests.log.small_logs import DAY, START, log_rows, random_log
 from tests.processes import PATIENCE, until
-from tests.server.asking import Answer, ask, element, numbers, reply
+from tests.server.asking import Answer, ask, element, numbers, reply, take_up
 from tests.server.test_calls import Watched
 
 USERS = [-7, 0, 5]
@@ -202,7 +202,7 @@ def test_what_was_learnt_is_known_afterwards(small, tmp_path, app, models, how):
     if how == "the server starts again":
         app = Application(_models(small, tmp_path))
     else:
-        models.load(Source(small.folder, "models:/small/8", "a_run"))
+        take_up(models, Source(small.folder, "models:/small/8", "a_run"))
     assert ask(app, b"", page="/version", method="GET").tree["position"] == position
     assert explained(app, position, time, 5) == before
 
@@ -356,10 +356,10 @@ def test_models_that_are_replaced_keep_no_file_open(small, app, models):
                 found += "journal" in os.readlink(f"/proc/self/fd/{each}")
         return found
 
-    models.load(Source(small.folder, "models:/small/8"))
+    take_up(models, Source(small.folder, "models:/small/8"))
     before = journals()
     for _ in range(4):
-        models.load(Source(small.folder, "models:/small/8"))
+        take_up(models, Source(small.folder, "models:/small/8"))
     assert journals() <= before + 1
 
 
