@@ -30,7 +30,6 @@ from mmoe_rec.server.calls import Calls, refusal, require_json
 from mmoe_rec.server.measurements import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
-from mmoe_rec.server.ranking_queue import Passes
 from mmoe_rec.settings.sections import Serving
 
 if TYPE_CHECKING:
@@ -50,10 +49,7 @@ _log = logging.getLogger(__name__)
 class Application:
     """The ASGI application of a worker, and the parts that others ask about it."""
 
-    def __init__(
-        self, models: Models, metrics: Metrics | None = None, reload: Reload | None = None, passes: Passes | None = None
-    ) -> None:
-        """passes: of all workers, None where it is the only one."""
+    def __init__(self, models: Models, metrics: Metrics | None = None, reload: Reload | None = None) -> None:
         options = models.options
         self.models, self.token = models, options.token
         self.metrics = metrics or Metrics()
@@ -61,12 +57,12 @@ class Application:
         self._log = None
         if options.log is not None:
             self._log = RequestLog(options.log, lambda outcome, many: count(outcome).inc(many))
-        self.calls = Calls(models, self.metrics, passes or Passes(), self._log)
+        self.calls = Calls(models, self.metrics, self._log)
         self.events: Accepting | None = None
         if options.journal is not None and (following := self.calls.following) is not None:
             from mmoe_rec.server.events import Accepting
 
-            self.events = Accepting(options.limits, options.journal, self.metrics, following, self.calls.passes)
+            self.events = Accepting(options.limits, options.journal, self.metrics, following)
         # FastAPI's caches keep pages for ever, and what these hold: each application, and its threads, without `proxy`.
         self._pages: ASGIApp = _pages(weakref.proxy(self.calls), self.events, reload)
 
