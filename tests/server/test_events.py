@@ -21,7 +21,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.request_reader import Request, RequestReader
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_files import write_files
+from mmoe_rec.live.journal_rows import write_files
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
