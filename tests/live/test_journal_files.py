@@ -79,34 +79,6 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_rows, "ROWS_OF_A_FILE", 20)
 
 
-@pytest.mark.usefixtures("small_files")
-def test_extending_by_them_gives_the_features_of_the_days_files(growing, journal, tmp_path):
-    """The same days once from files as they always came, once through a journal and its duplicates."""
-    (tmp_path / "other").mkdir()
-    other = Growing.of_eight_days(tmp_path / "other")
-    other.add(8, 10)
-    other.extend()
-    _post(journal, growing, 8, 10)
-    written = _write(growing, journal)
-    assert len(written.files) > 3
-    assert written.counts[None]["duplicate"] > 5
-    assert written.counts["purchases"]["duplicate"] > 5
-    extended = growing.extend()
-    assert extended.files == len(written.files)
-    found, expected = _serving(growing.work), _serving(other.work)
-    assert found.keys() == expected.keys()
-    for name, table in expected.items():
-        assert table.equals(found[name]), name
-
-
-def _serving(work: Path) -> dict[str, pa.Table]:
-    folder = work / "features" / "serving"
-    return {
-        path.relative_to(folder).as_posix(): pq.read_table(path)
-        for path in [*sorted(folder.glob("*.memory/*.parquet")), *sorted(folder.glob("*.parquet"))]
-    }
-
-
 @pytest.mark.parametrize("most_rows", [1, 50, 10**6])
 @pytest.mark.usefixtures("small_files")
 def test_files_hold_what_readers_hold(growing, journal, most_rows):

@@ -75,19 +75,6 @@ def model(kept: RefreshedModel, tmp_path: Path) -> RefreshedModel:
     return kept.restore()
 
 
-def test_a_server_goes_on_by_refreshed_versions_with_the_journal(model: RefreshedModel) -> None:
-    app, days = _served(model, "1"), [(9, 10), (10, 12), (12, 14)]
-    position = _sent(app, as_json(model._days(*days[0])))
-    for number, more in zip("23", days[1:], strict=True):
-        model.take_in()
-        take_up(app.models, Source(model.folder_of(number), f"models:/small/{number}"))
-        whole = _served(model, number)
-        assert app.models.current.about() == whole.models.current.about()
-        assert _answers(app, position) == _answers(whole, position)
-        position = _sent(app, as_json(model._days(*more)))  # is learnt beside tables that hold what came before
-        assert _answers(app, position) == _answers(whole, position)
-
-
 def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     app = _served(model, "1")
     first = as_json(model._days(9, 11))

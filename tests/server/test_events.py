@@ -286,24 +286,6 @@ def test_rows_that_are_being_written_are_acknowledged(
     assert (answer.status, answer.tree["position"]) == (200, "1")
 
 
-def test_calls_at_the_same_time_are_each_taken_once(small, app):
-    table = later_log(13, rows=60)
-    rows = as_json(table)
-
-    async def together() -> list[Answer]:
-        calls = (reply(app, {"events": rows[start : start + 3]}, page="/events") for start in range(0, 60, 3))
-        return await asyncio.gather(*calls)
-
-    answers = asyncio.run(together())
-    assert [each.tree for each in answers if each.status != 200] == []
-    assert sum(each.tree["accepted"] for each in answers) == 60
-    position = max((each.tree["position"] for each in answers), key=int)
-    time = START + 20 * DAY
-    want = expected(small, log_rows(table, small.settings.schema_), time, 5)
-    for found, each in zip(explained(app, position, time, 5), want, strict=True):
-        assert found["counters"]["item_click_rows"] == each["counters"]["item_click_rows"]
-
-
 def test_what_a_row_leaves_out_is_what_was_acknowledged_before(small, app):
     """However soon it comes, and whatever other rows of the call give."""
     rows = as_json(later_log(14, rows=40))
