@@ -87,7 +87,7 @@ def serve(
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "serving":
             raise UserError(f"'--{'.'.join(keys)}' is no option of serve, nor a setting of section serving; see --help")
-    require_packages("mmoe-rec serve", "serve", "uvicorn", "fastapi", "orjson", "httptools", "prometheus_client")
+    require_packages("mmoe-rec serve", "serve", "uvicorn", "starlette", "orjson", "httptools", "prometheus_client")
     from mmoe_rec.live.request_log import LogOptions, check_folder
     from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr
     from mmoe_rec.settings.sections import Tracking

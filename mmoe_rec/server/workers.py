@@ -385,14 +385,13 @@ class _Orders:
         self._reloads = list[asyncio.Future[str | None]]()  # replies come in this order
         self._thread = ThreadPoolExecutor(1, "loading")
 
-    async def reload(self) -> dict[str, str | None]:
-        """Ask for the model that the address names now. Returns its description once it is served."""
+    async def reload(self) -> None:
+        """Ask for the model that the address names now, and wait until it is served. Raises UserError."""
         done = asyncio.get_running_loop().create_future()
         self._reloads.append(done)
         self._send("reload")
         if (failure := await done) is not None:
             raise UserError(failure)
-        return self._models.current.about()
 
     def obey(self) -> None:
         """Do what the next message says."""

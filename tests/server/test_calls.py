@@ -302,7 +302,7 @@ def test_calls_of_other_origins_are_refused(models: Models, headers: dict[str, s
 
 def test_a_link_from_another_site_may_be_followed(app: Application) -> None:
     headers = {"Host": "localhost", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
-    assert ask(app, b"", page="/docs", method="GET", headers=headers).status == 200
+    assert ask(app, b"", page="/version", method="GET", headers=headers).status == 200
     assert ask(app, GOOD, headers=headers).status == 403, "a form is none"
     assert ask(app, b"", page="/model", method="GET", headers={**headers, "Sec-Fetch-Mode": "no-cors"}).status == 403
 
@@ -315,9 +315,8 @@ def test_a_server_that_all_may_reach_has_any_name(app: Application) -> None:
 def test_a_reload_says_that_it_is_json(models: Models) -> None:
     reloads = list[int]()
 
-    async def reload() -> dict[str, str | None]:
+    async def reload() -> None:
         reloads.append(1)
-        return {}
 
     app = Application(models, reload=reload)
     for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
@@ -365,7 +364,7 @@ def test_the_schema_has_the_models_own_example_and_columns(app: Application) -> 
     assert {"item", "brand", "item_click_rate"} <= set(parts["candidates"]["properties"])
     assert [each["name"] for each in operation["parameters"]] == ["partial"]
     assert "/events" not in tree["paths"]
-    assert [*tree["paths"]["/metrics"]["get"]["responses"]["200"]["content"]] == ["text/plain"]
+    assert {"/metrics", "/version", "/health"} < tree["paths"].keys()
 
 
 def test_any_value_in_any_place_is_answered_or_refused(models: Models) -> None:

@@ -107,7 +107,7 @@ def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[d
 def test_the_schema_of_a_server_with_a_journal_has_events(app):
     tree = ask(app, b"", page="/openapi.json", method="GET").tree
     assert [each["name"] for each in tree["paths"]["/invocations"]["post"]["parameters"]] == ["partial", "after"]
-    assert set(tree["paths"]["/events"]["post"]["requestBody"]["content"]) == {"application/json"}
+    assert tree["paths"]["/events"].keys() == {"post"}
 
 
 def test_replies_know_what_was_acknowledged(small, app):
