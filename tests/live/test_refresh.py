@@ -1,7 +1,5 @@
 """New versions of the model that is served, with tables that know the newest files of the log."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,29 +266,6 @@ def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
     assert len(model.versions()) == 2
     assert "no new files" in said[1] or "no new files" in said[0]
     assert model.holder().number == "2"
-
-
-def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
-    from mmoe_rec.inference.writing import seal
-
-    folder = model.folder / "old"
-    shutil.copytree(model.folder_of("1"), folder)
-    (folder / "features" / "files.json").unlink()
-    tree = json.loads((folder / "model.json").read_text())
-    for name in ("trained_as_of", "files", "journal"):
-        del tree[name]
-    (folder / "model.json").write_text(json.dumps(tree))
-    seal(folder)
-    with runs.open_run(model.uri, NAME) as run:
-        registry.register_model(run, folder, NAME, "champion")
-    model.add(9, 10)
-    assert "does not say which files its tables hold" in model.refused(capsys)
-    model.refresh("--anew")
-    model.add(10, 11)
-    model.refresh()
-    renew_tables(model.folder_of("1"), model.settings, model.folder / "anew", anew=True)
-    features = model.folder_of(model.holder().number) / "features"
-    assert_same_tables(features, model.folder / "anew" / "features")
 
 
 def test_files_without_rows_are_nothing_new(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
