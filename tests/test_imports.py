@@ -21,7 +21,7 @@ ORDER = [
     {"model"},
     {"report"},
     {
-        *(f"live.{name}" for name in ("__init__", "journal", "journal_rows", "journal_files")),
+        *(f"live.{name}" for name in ("__init__", "journal", "journal_rows")),
         *(f"live.{name}" for name in ("event_rows", "row_keys")),
     },
     {"inference", "profiling"},

@@ -87,7 +87,7 @@ def serve(
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "serving":
             raise UserError(f"'--{'.'.join(keys)}' is no option of serve, nor a setting of section serving; see --help")
-    require_packages("mmoe-rec serve", "serve", "uvicorn", "fastapi", "orjson", "httptools", "prometheus_client")
+    require_packages("mmoe-rec serve", "serve", "uvicorn", "starlette", "orjson", "httptools", "prometheus_client")
     from mmoe_rec.live.request_log import LogOptions, check_folder
     from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr
     from mmoe_rec.settings.sections import Tracking
@@ -116,11 +116,6 @@ def serve(
     known, source = finder.state(), finder.find()
     limits, instead = read_limits(source.folder, list(overrides))
     options = Options(limits, instead, grace, token, journal, log, hosts, drain_seconds)
-    if workers == 1:
-        from mmoe_rec.server.running import serve as serve_alone
-
-        serve_alone(source, known, finder, bound, options, poll)
-        end_process(0)
     from mmoe_rec.server.workers import serve_by_workers
 
     end_process(serve_by_workers(source, known, finder, bound, options, poll, workers))

@@ -15,7 +15,6 @@ import os
 import threading
 import time
 import uuid
-import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -87,7 +86,7 @@ def parse_position(text: object) -> int:
 
 
 class Journal:
-    """A journal. Threads may share it; a process that is forked goes on with connections of its own.
+    """A journal. Threads may share it, and processes to which it is sent open it again.
 
     address: sqlite:///FILE, FILE, or postgresql://USER@HOST/DATABASE; create: make the journal if it is not there.
 
@@ -99,7 +98,8 @@ class Journal:
         self.name = self._url.render_as_string(hide_password=True)
         self._file = Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
         self._last = 0  # position of the last batch that this process has appended
-        self._start()
+        self._engine = _create_engine(self._url)
+        self._waiting, self._writer = dict[Future[int], list[tuple[Batch, bytes]]](), threading.Lock()
         if self._file is not None:
             _check_file(self._file, create)
         with self.appending() if create else self.reading() as connection:  # appending fails where nothing can be
@@ -240,12 +240,6 @@ class Journal:
                     connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
                 yield connection
 
-    def _start(self) -> None:
-        """Begins without connections and threads: those that a forked child finds are its parent's."""
-        self._engine = _create_engine(self._url)
-        self._waiting, self._writer = dict[Future[int], list[tuple[Batch, bytes]]](), threading.Lock()
-        _journals.add(self)
-
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
         try:
@@ -355,17 +349,6 @@ def _create_engine(url: URL) -> Engine:
         connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
     return engine
-
-
-_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
-
-
-def _begin_in_child() -> None:
-    for journal in list(_journals):
-        journal._start()
-
-
-os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def _encode(table: pa.Table) -> bytes:

@@ -19,7 +19,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.journal_files import write_files
+from mmoe_rec.live.journal_rows import write_files
 from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds

@@ -7,20 +7,19 @@ import hashlib
 import hmac
 import logging
 import re
-import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from fastapi import FastAPI
-from fastapi import Request as HttpRequest
-from fastapi.openapi.utils import get_openapi
-from fastapi.responses import PlainTextResponse, Response
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mmoe_rec.errors import UserError, quoted
@@ -28,16 +27,15 @@ from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.calls import Calls, refusal, require_json
 from mmoe_rec.server.measurements import CONTENT_TYPE, Metrics
-from mmoe_rec.server.models import Models, ServedModel
+from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
-from mmoe_rec.server.ranking_queue import Passes
-from mmoe_rec.settings.sections import Serving
 
 if TYPE_CHECKING:
     from mmoe_rec.server.events import Accepting
 
-Reload = Callable[[], Awaitable[dict[str, str | None]]]
-"""Takes up the model that the server's address names now, and gives what it is. Raises UserError for one that can't."""
+Reload = Callable[[], Awaitable[None]]
+"""Takes up the model that the server's address names now. Raises UserError for one that can't be loaded."""
+Page = Callable[[HttpRequest], Awaitable[Response]]
 
 ALIVE = "/ping"  # Stays 200 while the server drains, so that no liveness probe ends it early.
 OPEN_PATHS = ("/health", ALIVE)
@@ -50,25 +48,34 @@ _log = logging.getLogger(__name__)
 class Application:
     """The ASGI application of a worker, and the parts that others ask about it."""
 
-    def __init__(
-        self, models: Models, metrics: Metrics | None = None, reload: Reload | None = None, passes: Passes | None = None
-    ) -> None:
-        """passes: of all workers, None where it is the only one."""
+    def __init__(self, models: Models, metrics: Metrics | None = None, reload: Reload | None = None) -> None:
         options = models.options
-        self.models, self.token = models, options.token
+        self.models, self.token, self._reload = models, options.token, reload
         self.metrics = metrics or Metrics()
         count = self.metrics.logged.labels
         self._log = None
         if options.log is not None:
             self._log = RequestLog(options.log, lambda outcome, many: count(outcome).inc(many))
-        self.calls = Calls(models, self.metrics, passes or Passes(), self._log)
+        self.calls = Calls(models, self.metrics, self._log)
         self.events: Accepting | None = None
         if options.journal is not None and (following := self.calls.following) is not None:
             from mmoe_rec.server.events import Accepting
 
-            self.events = Accepting(options.limits, options.journal, self.metrics, following, self.calls.passes)
-        # FastAPI's caches keep pages for ever, and what these hold: each application, and its threads, without `proxy`.
-        self._pages: ASGIApp = _pages(weakref.proxy(self.calls), self.events, reload)
+            self.events = Accepting(options.limits, options.journal, self.metrics, following)
+        self._pages: list[tuple[str, str, Page]] = [
+            *(("GET", path, self._health) for path in OPEN_PATHS),
+            ("GET", PAGE, self._page),
+            ("GET", "/version", self._version),
+            ("GET", "/model", self._model),
+            ("GET", "/metrics", self._metrics),
+            ("GET", "/openapi.json", self._describe),
+            ("POST", "/invocations", self._rank),
+            ("POST", "/events", self._take),
+            *([] if reload is None else [("POST", "/reload", self._take_up)]),
+        ]
+        routes = [Route(path, answer, methods=[method]) for method, path, answer in self._pages]
+        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _no_page, Exception: _failed})
+        self._app.router.redirect_slashes = False  # Redirects have the caller's own header Host for an address.
 
     def close(self) -> None:
         """Writes what is still to be logged, once the last call is answered."""
@@ -77,7 +84,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, as ASGI has it. Without the token nothing of it is read."""
-        page = self._pages
+        page: ASGIApp = self._app
         if scope["type"] == "http" and (refused := self._refuse(scope)) is not None:
             self.metrics.refusals.labels(refused.reason).inc()
             page = refusal(refused)
@@ -97,6 +104,85 @@ class Application:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             return large_headers()
         return None
+
+    async def _health(self, request: HttpRequest) -> Response:
+        """200 once the model has answered its own example. 503 if it does not answer; /health also while it drains."""
+        if self.calls.queue.is_stuck:
+            return _json({"status": "stuck"}, 503)
+        is_draining = self.calls.is_draining and request.scope["path"] != ALIVE
+        return _json({"status": "draining"}, 503) if is_draining else _json({"status": "ok"})
+
+    async def _page(self, request: HttpRequest) -> Response:
+        """The page for people."""
+        return page()
+
+    async def _version(self, request: HttpRequest) -> Response:
+        """The model that is served, the version of this package, and why a newer model is not served, if so."""
+        tree: dict[str, Any] = {**self.models.current.about(), "mmoe_rec": VERSION}
+        tree["reload_failure"] = self.models.failure
+        if (following := self.calls.following) is not None:
+            tree |= {"position": str(following.learning.position), "events_failure": following.gap}
+        return _json(tree)
+
+    async def _model(self, request: HttpRequest) -> Response:
+        """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
+        served, names = self.models.current, ("name", "kind", "objective", "score_weight")
+        tasks = [{name: getattr(task, name) for name in names} for task in served.ranker.about.tasks]
+        return _json({**served.about(), "tasks": tasks, "example": served.example})
+
+    async def _metrics(self, request: HttpRequest) -> Response:
+        """What the server counts, in Prometheus' text format."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _rank(self, request: HttpRequest) -> Response:
+        """Rank the candidates of each element."""
+        return await self.calls.answer(request)
+
+    async def _take(self, request: HttpRequest) -> Response:
+        """Take events, all rows or none."""
+        if self.events is None:
+            sentence = "this server takes no events: start it with --journal ADDRESS"
+            return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
+        return await self.events.answer(request)
+
+    async def _take_up(self, request: HttpRequest) -> Response:
+        """Load the model that the server's address names now, if it is another one, and serve it."""
+        assert self._reload is not None, "else there is no such page"
+        try:
+            require_json(request)
+            await self._reload()
+            return await self._version(request)
+        except Refused as refused:
+            return refusal(refused)
+        except UserError as error:
+            return refusal(Refused(503, f"the previous model goes on serving: {error}", "reload", INTERNAL))
+
+    async def _describe(self, request: HttpRequest) -> Response:
+        """The OpenAPI description of all pages, with the columns and the example of the served model."""
+        served, limits, paths = self.models.current, self.models.options.limits, dict[str, Any]()
+        for method, path, answer in self._pages:
+            paths[path] = {method.lower(): {"summary": answer.__doc__, "responses": {"default": {"description": ""}}}}
+        if self.events is None:
+            del paths["/events"]
+        element = Request.model_json_schema()
+        for part, columns in served.ranker.reader.describe_parts().items():
+            fields = {name: {"description": kind} for name, kind in columns.items()}
+            element["properties"][part] = {"type": "object", "properties": fields}
+        inputs = {"type": "array", "items": element, "maxItems": limits.max_elements}
+        call = {
+            "type": "object",
+            "properties": {"inputs": inputs, "params": {"type": "object", "description": "options for all elements"}},
+            "description": "Instead of inputs, dataframe_records or dataframe_split may hold a row for each candidate.",
+        }
+        queries = {"partial": "true: an element that is wrong gets an error in its place"}
+        if self.events is not None:
+            queries["after"] = "position of the journal: answer once all events up to it are known"
+        example = {"inputs": [served.example], "params": {"top_k": 5}}
+        paths["/invocations"]["post"] |= {
+            "parameters": [{"name": name, "in": "query", "description": text} for name, text in queries.items()],
+            "requestBody": {"content": {"application/json": {"schema": call, "example": example}}},
+        }
+        return _json({"openapi": "3.1.0", "info": {"title": "mmoe-rec serve", "version": VERSION}, "paths": paths})
 
 
 def _find_foreign(scope: Scope, hosts: frozenset[str] | None) -> str | None:
@@ -121,89 +207,11 @@ def _find_foreign(scope: Scope, hosts: frozenset[str] | None) -> str | None:
     return None
 
 
-def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> FastAPI:
-    # Without redirects, as those have the caller's own header Host for an address.
-    app = FastAPI(title="mmoe-rec serve", version=VERSION, redoc_url=None, redirect_slashes=False)
-
-    async def health(request: HttpRequest) -> Response:
-        """200 once the model has answered its own example. 503 if it does not answer; /health also while it drains."""
-        if calls.queue.is_stuck:
-            return _json({"status": "stuck"}, 503)
-        is_draining = calls.is_draining and request.scope["path"] != ALIVE
-        return _json({"status": "draining"}, 503) if is_draining else _json({"status": "ok"})
-
-    for path in OPEN_PATHS:
-        app.get(path, response_model=None)(health)
-        app.head(path, response_model=None, include_in_schema=False)(health)
-
-    @app.get("/version", response_model=None)
-    async def show_version() -> Response:
-        """The model that is served, the version of this package, and why a newer model is not served, if so."""
-        return versions(calls.models.current.about())
-
-    def versions(about: dict[str, str | None]) -> Response:
-        tree: dict[str, Any] = {**about, "mmoe_rec": VERSION, "reload_failure": calls.models.failure}
-        if calls.following is not None:
-            position = str(calls.following.learning.position)
-            tree |= {"position": position, "events_failure": calls.following.gap}
-        return _json(tree)
-
-    @app.get("/model", response_model=None)
-    async def model() -> Response:
-        """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
-        served, names = calls.models.current, ("name", "kind", "objective", "score_weight")
-        tasks = [{name: getattr(task, name) for name in names} for task in served.ranker.about.tasks]
-        return _json({**served.about(), "tasks": tasks, "example": served.example})
-
-    app.get(PAGE, response_model=None, include_in_schema=False)(page)
-
-    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """What the server counts, in Prometheus' text format."""
-        return Response(calls.metrics.text(), media_type=CONTENT_TYPE)
-
-    async def invocations(request: HttpRequest) -> Response:
-        return await calls.answer(request)
-
-    # As Starlette has it: FastAPI would look for parameters in each of many calls, and `_describe` tells of them.
-    app.add_route("/invocations", invocations, methods=["POST"], include_in_schema=False)
-
-    async def take(request: HttpRequest) -> Response:
-        if events is None:
-            sentence = "this server takes no events: start it with --journal ADDRESS"
-            return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
-        return await events.answer(request)
-
-    app.add_route("/events", take, methods=["POST"], include_in_schema=False)
-
-    if reload is not None:
-
-        @app.post("/reload", response_model=None)
-        async def take_up(request: HttpRequest) -> Response:
-            """Load the model that the server's address names now, if it is another one, and serve it."""
-            try:
-                require_json(request)
-                return versions(await reload())
-            except Refused as refused:
-                return refusal(refused)
-            except UserError as error:
-                return refusal(Refused(503, f"the previous model goes on serving: {error}", "reload", INTERNAL))
-
-    app.exception_handler(HTTPException)(_no_page)
-    app.exception_handler(Exception)(_failed)
-
-    def schema() -> dict[str, Any]:
-        return _describe(app.routes, calls.models.current, calls.limits, events)
-
-    app.openapi = schema  # type: ignore[method-assign]
-    return app
-
-
 def _json(tree: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(tree), status, media_type="application/json")
 
 
-async def _no_page(request: HttpRequest, error: HTTPException) -> Response:
+async def _no_page(request: HttpRequest, error: Any) -> Response:
     sentences = {404: "there is no such page; POST /invocations ranks", 405: "this page has another method"}
     sentence = sentences.get(error.status_code, "this request can't be answered")
     code = "RESOURCE_DOES_NOT_EXIST" if error.status_code == 404 else "BAD_REQUEST"
@@ -238,40 +246,3 @@ def page() -> Response:
         "Cache-Control": "no-cache",
     }
     return Response(text, headers=headers, media_type="text/html")
-
-
-def _describe(routes: Sequence[Any], served: ServedModel, limits: Serving, events: Accepting | None) -> dict[str, Any]:
-    """Return the OpenAPI description of all pages, with the columns and the example of the served model."""
-    request = Request.model_json_schema()
-    for part, columns in served.ranker.reader.describe_parts().items():
-        fields = {name: {"description": kind} for name, kind in columns.items()}
-        request["properties"][part] = {"type": "object", "properties": fields}
-    inputs = {"type": "array", "items": request, "maxItems": limits.max_elements}
-    call = {
-        "type": "object",
-        "properties": {"inputs": inputs, "params": {"type": "object", "description": "options for all elements"}},
-        "description": "Instead of inputs, dataframe_records or dataframe_split may hold a row for each candidate.",
-    }
-    example = {"inputs": [served.example], "params": {"top_k": 5}}
-    queries = {"partial": "true: an element that is wrong gets an error in its place"}
-    if events is not None:
-        queries["after"] = "position of the journal: answer once all events up to it are known"
-    replies = {"200": {"description": "a ranking for each element, in order"}, "default": {"description": "a refusal"}}
-    tree = get_openapi(title="mmoe-rec serve", version=VERSION, routes=routes)
-    tree["paths"]["/invocations"] = {
-        "post": {
-            "summary": "Rank the candidates of each element",
-            "parameters": [{"name": name, "in": "query", "description": text} for name, text in queries.items()],
-            "requestBody": {"content": {"application/json": {"schema": call, "example": example}}},
-            "responses": replies,
-        }
-    }
-    if events is not None:
-        tree["paths"]["/events"] = {
-            "post": {
-                "summary": "Take events, all rows or none",
-                "requestBody": {"content": {"application/json": {"schema": {}}}},
-                "responses": {"200": {"description": "accepted"}},
-            }
-        }
-    return tree

@@ -1,13 +1,10 @@
 """`POST /invocations`: read within limits, parse, rank, write. A reply is rankings or one sentence.
 
 orjson refuses what JSON does not have (NaN, numbers beyond a double, half of a surrogate pair, UTF-8 that is none) and
-nesting beyond 1,024. It lets through a key that is given twice, of which one value would be lost, so keys are counted
-here.
+nesting beyond 1,024.
 """
 
 import asyncio
-import json
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +32,7 @@ from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import MEBIBYTE, Places, Refused, shortened
-from mmoe_rec.server.ranking_queue import Answers, Following, Passes, RankingQueue
+from mmoe_rec.server.ranking_queue import Answers, Following, RankingQueue
 from mmoe_rec.settings.sections import Serving
 
 if TYPE_CHECKING:
@@ -44,11 +41,9 @@ if TYPE_CHECKING:
 PARSED_AT_ONCE = 256 * 2**10  # larger bodies are parsed in a thread, so that the event loop answers others in between
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 _KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
-LONGEST_KEY = 256
 COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
 MOST_IGNORED = 5
-_KEY = re.compile(rb'"[ \t\n\r]*:')
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,13 @@ class Call:
 class Calls:
     """Answers calls with the current model."""
 
-    def __init__(self, models: Models, metrics: Metrics, passes: Passes, log: RequestLog | None = None) -> None:
-        """passes: of this worker, and of others where there are some."""
-        self.models, self.limits, self.metrics, self.passes = models, models.options.limits, metrics, passes
+    def __init__(self, models: Models, metrics: Metrics, log: RequestLog | None = None) -> None:
+        self.models, self.limits, self.metrics = models, models.options.limits, metrics
         self._log = log
-        self.queue = RankingQueue(models, metrics, passes)
+        self.queue = RankingQueue(models, metrics)
         self.following: Following | None = None
         if models.options.journal is not None:
-            self.following = Following(models, self.queue, passes, metrics)
+            self.following = Following(models, self.queue, metrics)
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")
         self.places = Places(self.limits, "calls", metrics.calls.set)
@@ -98,7 +92,7 @@ class Calls:
         partial, after = _query(request.query_params)
         require_json(request)
         with self.metrics.timed("read"):
-            body = await read_body(request, self.limits, self.places)
+            body = await read_body(request, self.limits)
         ranker = self.models.current.ranker
         with self.metrics.timed("parse"):
             if len(body) <= PARSED_AT_ONCE:
@@ -196,9 +190,8 @@ def require_json(request: HttpRequest) -> None:
         raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
 
 
-async def read_body(request: HttpRequest, limits: Serving, places: Places) -> bytes:
-    """The body of a call that has a place. Raises Refused for one that is too large, as soon as that is known, or too
-    slow."""
+async def read_body(request: HttpRequest, limits: Serving) -> bytes:
+    """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
     for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         if request.headers.get(name, plain).strip().lower() != plain:
             raise Refused(415, f"the body must not be compressed: leave the header {name} out", "no_json")
@@ -212,32 +205,25 @@ async def read_body(request: HttpRequest, limits: Serving, places: Places) -> by
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(limits.read_seconds) as scope:
-            with places.read(scope) as reading:
-                async for part in request.stream():
-                    reading.take(len(part))
-                    size += len(part)
-                    if size > most:
-                        raise too_large
-                    parts.append(part)
+        async with asyncio.timeout(limits.read_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise too_large
+                parts.append(part)
     except TimeoutError:
         slow = f"did not arrive within {limits.read_seconds:g} seconds (setting `serving.read_seconds`)"
-        if reading.is_slow:
-            slow = "came so slowly that another call took its place (setting `serving.max_waiting`); come again"
         raise Refused(408, f"the body {slow}", "too_slow", "REQUEST_TIMEOUT") from None
     return b"".join(parts)
 
 
 def parse_json(body: bytes, limits: Serving) -> Any:
-    """The JSON values of a body. Raises Refused where they are none by the standard, too deep, or ambiguous."""
+    """The JSON values of a body. Raises Refused where they are none by the standard, or too deep."""
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise _wrong(f"the body is not valid JSON: {error}") from None
-    keys = _checked(tree, limits)
-    # A string that begins with a colon looks like a key, so that more may be found than there are, never fewer.
-    if sum(1 for _ in _KEY.finditer(body)) != keys:
-        json.loads(body, object_pairs_hook=_without_repeats)
+    _check_depth(tree, limits)
     return tree
 
 
@@ -327,34 +313,14 @@ def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored)
 
 
-def _checked(tree: Any, limits: Serving) -> int:
-    """How many keys a tree has in all its objects. Raises Refused for one too deep, or with too long a key."""
-    keys, depth, level = 0, 0, [tree] if isinstance(tree, dict | list) else []
-    while level:
-        depth += 1
-        if depth > limits.max_depth:
-            raise _wrong(
-                f"the body nests lists and objects more than {limits.max_depth} deep (setting `serving.max_depth`)"
-            )
-        inner: list[Any] = []
-        for each in level:
-            values: Iterable[Any] = each
-            if type(each) is dict:
-                keys += len(each)
-                if each and max(map(len, each)) > LONGEST_KEY:
-                    raise _wrong(f"the body has a key of more than {LONGEST_KEY} characters")
-                values = each.values()
-            inner += [value for value in values if type(value) is dict or type(value) is list]
-        level = inner
-    return keys
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> None:
-    names = set()
-    for name, _ in pairs:
-        if name in names:
-            raise _wrong(f"the body gives the key {quoted(name)} twice in one object")
-        names.add(name)
+def _check_depth(tree: Any, limits: Serving) -> None:
+    """Raise Refused for values that nest too many lists and objects."""
+    level: list[Any] = [[tree]]
+    for _ in range(limits.max_depth + 1):
+        values = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
+        if not (level := [value for value in values if isinstance(value, dict | list)]):
+            return
+    raise _wrong(f"the body nests lists and objects more than {limits.max_depth} deep (setting `serving.max_depth`)")
 
 
 def _wrong(sentence: str) -> Refused:

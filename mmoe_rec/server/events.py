@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,14 +24,11 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.calls import parse_json, read_body, reply_to, require_json, wait_until_gone
 from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
-from mmoe_rec.server.ranking_queue import Following, Passes, step_back
+from mmoe_rec.server.ranking_queue import Following, step_back
 from mmoe_rec.settings.sections import Serving
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
 _THREADS = 4  # batches that wait for the disk at a time; they share a flush
-_PAUSE_PER_WAIT = 6
-"""After a call has waited for passes, calls do not wait for so many times as long: where many workers rank there is
-hardly a moment without a pass. So a caller who sends one call after the other loses a seventh of the time at most."""
 
 Lacking = dict[str, np.ndarray]
 """Attributes of users and candidates that rows leave out, each with (N,) bool in which rows."""
@@ -43,10 +39,9 @@ _log = logging.getLogger(__name__)
 class Accepting:
     """Takes events into a journal: all rows of a call, or none."""
 
-    def __init__(self, limits: Serving, journal: str, metrics: Metrics, following: Following, passes: Passes) -> None:
-        self._limits, self._metrics, self._following, self._passes = limits, metrics, following, passes
+    def __init__(self, limits: Serving, journal: str, metrics: Metrics, following: Following) -> None:
+        self._limits, self._metrics, self._following = limits, metrics, following
         self._journal = Journal(journal)
-        self._next_wait = 0.0
         self.places = Places(self._limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
 
@@ -84,24 +79,17 @@ class Accepting:
     async def _read(self, request: Request, scope: asyncio.Timeout) -> tuple[str | None, pa.Table, Lacking]:
         """Read and check a call. Its scope stands still while the body comes, which has a limit of its own."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, self._let_passes_end)  # before more is done for the call
         require_json(request)
         if strange := request.query_params.keys():
             raise Refused(400, f"/events has no query parameter {quoted(min(strange))}", "body")
         left = scope.when() - loop.time()  # type: ignore[operator]
         scope.reschedule(None)
-        body = await read_body(request, self._limits, self.places)
+        body = await read_body(request, self._limits)
         scope.reschedule(loop.time() + left)
         source, table, lacking = await loop.run_in_executor(self._threads, self._check, body)
         if lacking:
             await self._following.reach_end()  # what was acknowledged before may say what it lacks
         return source, table, lacking
-
-    def _let_passes_end(self) -> None:
-        if (begin := time.monotonic()) >= self._next_wait:
-            self._passes.wait()
-            end = time.monotonic()
-            self._next_wait = end + _PAUSE_PER_WAIT * (end - begin)
 
     def _check(self, body: bytes) -> tuple[str | None, pa.Table, Lacking]:
         """The log of events that rows are of, the rows, and what they lack."""

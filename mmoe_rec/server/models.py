@@ -68,7 +68,7 @@ class ServedModel:
 
 
 class Models:
-    """The current model. failure: why the last other one did not take its place, None if it did."""
+    """The current model. failure: why a newer model does not take its place, None if there is none."""
 
     def __init__(self, options: Options, first: Source | ServedModel) -> None:
         """Opens the first model, unless it is open. Raises UserError as `open` does."""
@@ -76,20 +76,9 @@ class Models:
         self.failure: str | None = None
         self.current = self.open(first) if isinstance(first, Source) else first
 
-    def load(self, source: Source) -> ServedModel:
-        """Opens a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
-        try:
-            served = self.open(source)
-            self.exchange(served)
-        except UserError as error:
-            self.failure = str(error)
-            raise
-        return served
-
     def exchange(self, served: ServedModel) -> None:
         """Serve a model that was opened, once it has learnt all that the one before has, so that callers who saw events
         counted will still see that."""
-        self.failure = None
         before, learning = self.current.learning, served.learning
         if before is None or learning is None:
             self.current = served
@@ -102,7 +91,7 @@ class Models:
                     before.close()
 
     def open(self, source: Source) -> ServedModel:
-        """Loads a model; the current one goes on. Raises UserError as `load` does."""
+        """Load a model; the current one goes on. Raises UserError for one that can't be loaded or can't answer."""
         from mmoe_rec.inference.ranker import Ranker
 
         try:

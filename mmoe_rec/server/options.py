@@ -1,6 +1,5 @@
 """How to serve, and how a call is refused: what is common to a server of one process and of several."""
 
-import asyncio
 import logging
 import os
 import socket
@@ -15,9 +14,6 @@ from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.settings.sections import Serving
 
 MOST_CHARACTERS = 400
-LEAST_RATE = 64 * 2**10  # bytes a second. A call whose body comes more slowly may lose its place
-GRACE_SECONDS, PAUSE_SECONDS = 0.25, 1.0
-"""In which nothing need have come: at first, and at most, however much came before."""
 MEBIBYTE = 2**20
 MOST_HEADER_BYTES = 64 * 2**10
 BACKLOG = 1_024
@@ -63,33 +59,18 @@ class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
         return {"error_code": self.error_code, "message": shortened(self.sentence)}
 
 
-@dataclass(eq=False)
-class Reading:
-    """A body that is being read. scope: its time; until: moment of the event loop up to which its call keeps its place;
-    is_slow: whether another call has taken it."""
-
-    scope: asyncio.Timeout
-    until: float
-    is_slow: bool = False
-
-    def take(self, size: int) -> None:
-        self.until = min(self.until + size / LEAST_RATE, asyncio.get_running_loop().time() + PAUSE_SECONDS)
-
-
 class Places:
-    """So many calls of a page are let in at a time as a worker takes (`max_waiting`); each page has its own. Where all
-    are taken, the call whose body comes most slowly leaves, if that is slower than `LEAST_RATE`."""
+    """So many calls of a page are let in at a time as a worker takes (`max_waiting`); each page has its own."""
 
     def __init__(self, limits: Serving, calls: str, show: Callable[[int], object] = lambda taken: None) -> None:
         """calls: what they are, for people; show: is told whenever another number of places is taken."""
         self._limits, self._calls, self._show = limits, calls, show
         self.taken = 0
-        self._reading: set[Reading] = set()
 
     @contextmanager
     def take(self) -> Iterator[None]:
         """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
-        if self.taken >= self._limits.max_waiting and not self._drop_slowest():
+        if self.taken >= self._limits.max_waiting:
             sentence = f"{self.taken} {self._calls} are under way, as many as this server takes at a time"
             hint = "(setting `serving.max_waiting`); come again"
             raise Refused(503, f"{sentence} {hint}", "busy", "RESOURCE_EXHAUSTED", 1)
@@ -100,26 +81,6 @@ class Places:
         finally:
             self.taken -= 1
             self._show(self.taken)
-
-    @contextmanager
-    def read(self, scope: asyncio.Timeout) -> Iterator[Reading]:
-        """The body of a call that has a place; `scope` ends where another call takes it."""
-        reading = Reading(scope, asyncio.get_running_loop().time() + GRACE_SECONDS)
-        self._reading.add(reading)
-        try:
-            yield reading
-        finally:
-            self._reading.discard(reading)
-
-    def _drop_slowest(self) -> bool:
-        now, slowest = asyncio.get_running_loop().time(), min(self._reading, key=lambda each: each.until, default=None)
-        if slowest is None or slowest.until > now:
-            return False
-        self._reading.remove(slowest)
-        slowest.is_slow = True
-        if not slowest.scope.expired():
-            slowest.scope.reschedule(now)
-        return True
 
 
 def large_headers() -> Refused:
@@ -167,7 +128,7 @@ def address_of(bound: socket.socket) -> str:
 
 def log_to_stderr() -> None:
     """What the server says goes to stderr, a line each."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s [%(process)d] %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s [%(process)d] %(message)s", force=True)
     # uvicorn's lines about its own start and end say nothing that ours do not; its warnings are one line for each
     # request that is no HTTP, so that a caller could fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

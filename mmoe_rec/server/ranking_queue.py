@@ -4,9 +4,6 @@ One thread, as torch has one thread and Python's own work holds the interpreter'
 would only slow the first. A pass of several calls that fails is done again call by call, so that each caller gets an
 answer to what they sent and never another one's error.
 
-Work on events lets passes end first (`Passes`). Done beside a pass, it makes the requests in it wait longer: in one
-process it shares the interpreter's lock with it, and in another one the machine's caches and memory.
-
 A worker's model learns what comes into the journal, whichever worker has accepted it. A thread of its own (`Following`)
 reads the journal and prepares what the model is to know next; the model takes it between two passes, so that a pass
 sees one state of all counters, histories and latest values.
@@ -48,9 +45,6 @@ Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096
 """Calls share a pass up to so many candidates: beyond, a call would wait longer for the others than it saves."""
 
-LONGEST_WAIT_SECONDS = 0.03  # where one pass follows the other, work on events waits no longer than this
-_LOOK_SECONDS = 0.003  # between looks at whether passes have ended; a pass takes several times as long
-
 PAUSE_SECONDS = 0.05
 """Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
 _REST_SECONDS = 0.3
@@ -77,10 +71,10 @@ class _Queued:
 
 
 class RankingQueue:
-    """Ranks calls with the current model. Used from one event loop alone. passes: are told when one is under way."""
+    """Ranks calls with the current model. Used from one event loop alone."""
 
-    def __init__(self, models: Models, metrics: Metrics, passes: Passes) -> None:
-        self._models, self._limits, self._metrics, self._passes = models, models.options.limits, metrics, passes
+    def __init__(self, models: Models, metrics: Metrics) -> None:
+        self._models, self._limits, self._metrics = models, models.options.limits, metrics
         self._queue: deque[_Queued] = deque()
         self._busy_since: float | None = None
         self.thread = ThreadPoolExecutor(1, "ranking")
@@ -136,7 +130,6 @@ class RankingQueue:
             return
         served = self._models.current
         self._busy_since = monotonic()
-        self._passes.begin()
         self._metrics.passes.observe(len(calls))
         for call in calls:
             self._metrics.stages.labels("wait").observe(perf_counter() - call.since)
@@ -163,11 +156,6 @@ class RankingQueue:
             else:
                 call.answers.set_result(each)
         self._start_pass()
-        asyncio.get_running_loop().call_soon(self._let_others_work)  # after the replies of these calls are written
-
-    def _let_others_work(self) -> None:
-        if self._busy_since is None:
-            self._passes.end()
 
 
 def take_one_thread() -> None:
@@ -198,39 +186,14 @@ def rank_together(ranker: Ranker, calls: Sequence[Sequence[Request | RequestErro
         return [Refused(500, sentence, "model", INTERNAL)]
 
 
-class Passes:
-    """Which workers of a server rank now, as work on events sees them.
-
-    marks: of each worker, 0 or 1, in memory that they share; number: which is this worker's.
-    """
-
-    def __init__(self, marks: bytearray | memoryview | None = None, number: int = 0) -> None:
-        self._marks, self.number = bytearray(1) if marks is None else marks, number
-
-    def begin(self) -> None:
-        """A pass of this worker begins."""
-        self._marks[self.number] = 1
-
-    def end(self) -> None:
-        """It has ended, and its replies are written."""
-        self._marks[self.number] = 0
-
-    def wait(self) -> None:
-        """Ends once no worker ranks, or after `LONGEST_WAIT_SECONDS`; for threads."""
-        until = time.monotonic() + LONGEST_WAIT_SECONDS
-        while any(self._marks) and time.monotonic() < until:
-            time.sleep(_LOOK_SECONDS)
-
-
 class Following:
     """Keeps the current model at the journal's end, in a thread of its own, until nobody holds it any more.
 
     failure: why it has not been able to since, None if it has.
     """
 
-    def __init__(self, models: Models, queue: RankingQueue, passes: Passes, metrics: Metrics) -> None:
-        self._models, self._queue, self._passes = models, queue, passes
-        self._limits, self._metrics = models.options.limits, metrics
+    def __init__(self, models: Models, queue: RankingQueue, metrics: Metrics) -> None:
+        self._models, self._queue, self._limits, self._metrics = models, queue, models.options.limits, metrics
         self.failure: str | None = None
         self._look, self._asked = threading.Event(), threading.Event()
         self._callers = 0  # who wait for a position
@@ -307,8 +270,6 @@ class Following:
         return rest
 
     def _step(self) -> bool:
-        if not self._callers:  # a caller would wait, too
-            self._passes.wait()
         learning = self.learning
         if (learnt := learning.read()) is None:
             return False

@@ -5,7 +5,6 @@ their order stays. If MLflow is away at the end of the run, too, the next comman
 command that is killed while it sends leaves the file whole: MLflow takes a message twice without an effect.
 """
 
-import base64
 import json
 import tempfile
 import time
@@ -38,7 +37,7 @@ class Message:
 
 
 class Outbox:
-    """The messages of one run."""
+    """The messages of one run. trouble: why the last one could not be sent, None if it was."""
 
     def __init__(self, file: Path | None, send: Callable[[Message], None]) -> None:
         """Take messages for a run.
@@ -48,87 +47,77 @@ class Outbox:
             send: Delivers one message. Raises UnreachableError if nobody answers, UserError if it is refused.
         """
         self.file, self._send = file, send
-        self._told: set[str] = set()
         self.trouble: UserError | None = None
+        self._told = ""
 
     def put(self, message: Message) -> None:
         """Send a message, or keep it. Raises UserError if it can't be kept."""
-        if not isinstance(self.trouble, UnreachableError):
+        if self.file is None:
+            self._send(message)
+        elif not self._deliver(message):
             try:
-                self._send(message)
-                return
-            except UserError as error:
-                if self.file is None:
-                    raise
-                self._note(error)
-        self._keep(message)
+                file = None if message.file is None else (message.file.name, message.file.read_bytes().hex())
+                tree = {"kind": message.kind, "values": message.values, "file": file}
+                with self._locked(self.file), self.file.open("a", encoding="utf-8") as kept:
+                    kept.write(f"\n{json.dumps(tree)}")  # A line that a kill cut off harms no other.
+            except OSError as error:
+                raise UserError(f"{self.trouble}, nor can it be kept in '{self.file}': {error.strerror}") from None
 
     def flush(self, seconds: float = 0.0) -> None:
         """Send the kept messages, trying for some seconds while nobody answers. The rest stays: see `trouble`."""
         until, pause = time.monotonic() + seconds, _FIRST_PAUSE
-        self._send_kept()
-        while isinstance(self.trouble, UnreachableError) and (left := until - time.monotonic()) > 0:
+        while self.file is not None and self.file.exists():
+            with self._locked(self.file):
+                self._send_kept(self.file)
+            left = until - time.monotonic()
+            if not isinstance(self.trouble, UnreachableError) or left <= 0:
+                return
             time.sleep(min(left, pause))
             pause = min(2 * pause, _LONGEST_PAUSE)
-            self._send_kept()
 
-    def _send_kept(self) -> None:
+    def _send_kept(self, file: Path) -> None:
         """Send until nobody answers. A refused message stays, and the next ones are sent."""
-        if self.file is None or not self.file.exists():
-            return
-        with self._locked():
-            kept, left, self.trouble = _read(self.file), list[str](), None
-            for line, tree in kept:
-                if not isinstance(self.trouble, UnreachableError):
-                    try:
-                        self._deliver(tree)
-                        continue
-                    except UserError as error:
-                        self._note(error)
-                left.append(line)
-            if not left:
-                self.file.unlink(missing_ok=True)
-                self._told.clear()
-                say(f"MLflow has received the messages that were kept in '{self.file}'")
-            elif len(left) < len(kept):
-                write_text(self.file, "\n".join(left))
-
-    def _deliver(self, tree: dict[str, Any]) -> None:
+        left, self.trouble = list[str](), None
         with tempfile.TemporaryDirectory() as scratch:
-            file = None
-            if "name" in tree:
-                file = Path(scratch, tree["name"])
-                file.write_bytes(base64.b64decode(tree["content"]))
-            self._send(Message(tree["kind"], tree["values"], file))
+            for line, tree in _read(file):
+                path = None
+                if tree["file"] is not None:
+                    name, content = tree["file"]
+                    path = Path(scratch, name)
+                    path.write_bytes(bytes.fromhex(content))
+                if not self._deliver(Message(tree["kind"], tree["values"], path)):
+                    left.append(line)
+        if left:
+            write_text(file, "\n".join(left))
+        else:
+            file.unlink(missing_ok=True)
+            self._told = ""
+            say(f"MLflow has received the messages that were kept in '{file}'")
 
-    def _note(self, error: UserError) -> None:
-        self.trouble = error
-        if str(error) not in self._told:
-            self._told.add(str(error))
-            say(f"{error}. The command goes on: messages for MLflow are kept in '{self.file}'")
-
-    def _keep(self, message: Message) -> None:
-        assert self.file is not None
-        tree: dict[str, Any] = {"kind": message.kind, "values": message.values}
+    def _deliver(self, message: Message) -> bool:
+        """Send a message, unless nobody answers. Returns whether it was sent."""
+        if isinstance(self.trouble, UnreachableError):
+            return False
         try:
-            if message.file is not None:
-                content = base64.b64encode(message.file.read_bytes()).decode()
-                tree |= {"name": message.file.name, "content": content}
-            with self._locked(), self.file.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(tree)}")  # A line that a kill cut off harms no other.
-        except OSError as error:
-            raise UserError(f"{self.trouble}, nor can it be kept in '{self.file}': {error.strerror}") from None
+            self._send(message)
+            return True
+        except UserError as error:
+            self.trouble = error
+            if str(error) != self._told:
+                self._told = str(error)
+                say(f"{error}. The command goes on: messages for MLflow are kept in '{self.file}'")
+            return False
 
-    def _locked(self) -> AbstractContextManager[None]:
-        assert self.file is not None
-        return writing(self.file, "messages for MLflow", "wait for the other command", queue=True)
+    @staticmethod
+    def _locked(file: Path) -> AbstractContextManager[None]:
+        return writing(file, "messages for MLflow", "wait for the other command", queue=True)
 
 
 def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Read the whole lines of a file of messages, if it is still there."""
     found = []
     for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
-        with suppress(ValueError):
+        with suppress(ValueError):  # of a line that a kill cut off
             found.append((line, json.loads(line)))
     return found
 

@@ -7,7 +7,6 @@ import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
@@ -168,26 +167,6 @@ def test_a_batch_has_a_largest_size(file: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RequestError, match="a batch has at most 5,000"):
         journal.append(batch(1, text="v" * 5000))
     assert journal.end() == 0
-
-
-def _append_in_child(journal: Journal, first: int) -> None:
-    for number in range(first, first + 30):
-        journal.append(batch(number))
-
-
-def test_a_journal_is_used_on_both_sides_of_a_fork(address: str) -> None:
-    journal = Journal(address)
-    journal.append(batch(9999))
-    context = get_context("fork")
-    children = [context.Process(target=_append_in_child, args=(journal, 100 * child)) for child in (1, 2, 3)]
-    for child in children:
-        child.start()
-    _append_in_child(journal, 0)
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-    expected = [9999, *(first + number for first in (0, 100, 200, 300) for number in range(30))]
-    assert sorted(all_numbers(journal)) == sorted(expected)
 
 
 def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:

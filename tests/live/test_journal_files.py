@@ -9,11 +9,10 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live import journal_files
+from mmoe_rec.live import journal_rows
 from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_files import WrittenFiles, write_files
-from mmoe_rec.live.journal_rows import join_by_log, make_batch
+from mmoe_rec.live.journal_rows import WrittenFiles, join_by_log, make_batch, write_files
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
@@ -77,35 +76,7 @@ def journal(tmp_path: Path) -> Journal:
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one refresh cuts a journal several times."""
-    monkeypatch.setattr(journal_files, "ROWS_OF_A_FILE", 20)
-
-
-@pytest.mark.usefixtures("small_files")
-def test_extending_by_them_gives_the_features_of_the_days_files(growing, journal, tmp_path):
-    """The same days once from files as they always came, once through a journal and its duplicates."""
-    (tmp_path / "other").mkdir()
-    other = Growing.of_eight_days(tmp_path / "other")
-    other.add(8, 10)
-    other.extend()
-    _post(journal, growing, 8, 10)
-    written = _write(growing, journal)
-    assert len(written.files) > 3
-    assert written.counts[None]["duplicate"] > 5
-    assert written.counts["purchases"]["duplicate"] > 5
-    extended = growing.extend()
-    assert extended.files == len(written.files)
-    found, expected = _serving(growing.work), _serving(other.work)
-    assert found.keys() == expected.keys()
-    for name, table in expected.items():
-        assert table.equals(found[name]), name
-
-
-def _serving(work: Path) -> dict[str, pa.Table]:
-    folder = work / "features" / "serving"
-    return {
-        path.relative_to(folder).as_posix(): pq.read_table(path)
-        for path in [*sorted(folder.glob("*.memory/*.parquet")), *sorted(folder.glob("*.parquet"))]
-    }
+    monkeypatch.setattr(journal_rows, "ROWS_OF_A_FILE", 20)
 
 
 @pytest.mark.parametrize("most_rows", [1, 50, 10**6])
@@ -165,51 +136,20 @@ def test_rows_that_do_not_count_give_no_file(growing, journal):
     assert (written.files, written.unknown, written.through) == ([], {"gone": 2}, 4)
 
 
-def test_columns_have_the_types_of_the_logs_files(growing, journal, tmp_path):
-    for path in (tmp_path / "log").iterdir():
-        path.unlink()
-    rows, _ = _rows_of(growing, 0, 8)
-    types = {
-        "user": pa.int64(), "item": pa.int64(), "time": pa.timestamp("ns"), "click": pa.bool_(), "liked": pa.int8(),
-        "spent": pa.decimal128(20, 3), "brand": pa.dictionary(pa.int32(), pa.string()), "price": pa.float32(),
-        "tags": pa.large_list(pa.large_string()), "born": pa.date32(), "slot": pa.int8(), "age": pa.int8(),
-    }  # fmt: skip
-    fields = [pa.field(name, types[name], nullable=name != "user") for name in rows.column_names]
-    empty = pa.schema([*fields, pa.field("colour", pa.string())], {"written": "by somebody"}).empty_table()
-    pq.write_table(empty, tmp_path / "log" / "0.parquet")
-    _post(journal, growing, 8, 9)
-    (path,) = (each for each in _write(growing, journal).files if each.parent.name == "log")
-    schema, table = pq.read_schema(path), pq.read_table(path)
-    expected = pq.read_schema(tmp_path / "log" / "0.parquet")
-    assert schema.names == expected.names
-    # Fractions, instants and numbers of these rows do not fit: both types are read alike.
-    wide = {"spent": pa.float64(), "price": pa.float64(), "born": _UTC}
-    for name in schema.names:
-        assert schema.field(name).type == wide.get(name, expected.field(name).type), name
-    assert table["colour"].null_count == table["age"].null_count == len(table)
-    live = pa.concat_tables(_live(growing, journal)[None], promote_options="default")
-    for name, use in column_uses(growing.schema).items():
-        assert canonical(name, use, table[name]).equals(canonical(name, use, live[name])), name
-
-
-def test_integer_times_stay_integers(journal, tmp_path):
+def test_rows_are_read_beside_files_of_other_types(journal: Journal, tmp_path: Path) -> None:
+    """Such as times that are integers."""
     columns = {"user": "user", "candidate": "item", "time": "at", "time_unit": "ms"}
     features = {"item": {"kind": "id", "column": "item"}}
     schema = kinds.schema_of({"columns": columns, "tasks": {"click": {"label": "click"}}, "features": features})
-    rows = pa.table({"user": [1], "item": [2], "at": [START // 1000], "click": [1]})
+    rows = pa.table({"user": [1], "item": pa.array([2], pa.int8()), "at": [START // 1000], "click": [True]})
     (tmp_path / "log").mkdir()
-    pq.write_table(rows, tmp_path / "log" / "0.parquet")
+    pq.write_table(rows.append_column("colour", pa.array(["red"])), tmp_path / "log" / "0.parquet")
     row = {"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}
     journal.append(Batch(None, 0, RowChecks(FeaturePipeline(schema)).read_json(None, [row])))
-    (path,) = write_files(journal, schema, str(tmp_path / "log")).files
-    assert pq.read_table(path).to_pylist() == [row]
-    finer = pa.array([START + 7]).cast(_UTC)
-    journal.append(Batch(None, 0, pa.table({"user": [1], "item": [3], "at": finer, "click": [0.0]})))
-    (path,) = write_files(journal, schema, str(tmp_path / "log"), 1).files
-    assert pq.read_table(path)["at"].type == _UTC, "milliseconds could not hold it"
-    assert [rows.times().tolist() for rows in Log(str(tmp_path / "log"), schema).stream()] == [
-        [START // 1000 * 1000, START // 1000 * 1000 + 5000, START + 7]
-    ]
+    write_files(journal, schema, str(tmp_path / "log"))
+    (rows,) = Log(str(tmp_path / "log"), schema).stream()
+    assert rows.times().tolist() == [START // 1000 * 1000, START // 1000 * 1000 + 5000]
+    assert (rows.column("item").to_pylist(), rows.column("click").to_pylist()) == ([2, 3], [1, 0])
 
 
 @pytest.mark.parametrize(

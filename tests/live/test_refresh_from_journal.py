@@ -15,7 +15,7 @@ from mmoe_rec.server.options import Options
 from tests.live.refreshed_model import RefreshedModel
 from tests.log.small_logs import DAY, START
 from tests.preprocessing.test_tables_of_models import assert_same_tables
-from tests.server.asking import ask
+from tests.server.asking import ask, take_up
 from tests.server.test_events import as_json, asked
 
 pytestmark = pytest.mark.thorough
@@ -73,19 +73,6 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> RefreshedModel:
 def model(kept: RefreshedModel, tmp_path: Path) -> RefreshedModel:
     kept.journal = tmp_path / "journal.db"
     return kept.restore()
-
-
-def test_a_server_goes_on_by_refreshed_versions_with_the_journal(model: RefreshedModel) -> None:
-    app, days = _served(model, "1"), [(9, 10), (10, 12), (12, 14)]
-    position = _sent(app, as_json(model._days(*days[0])))
-    for number, more in zip("23", days[1:], strict=True):
-        model.take_in()
-        app.models.load(Source(model.folder_of(number), f"models:/small/{number}"))
-        whole = _served(model, number)
-        assert app.models.current.about() == whole.models.current.about()
-        assert _answers(app, position) == _answers(whole, position)
-        position = _sent(app, as_json(model._days(*more)))  # is learnt beside tables that hold what came before
-        assert _answers(app, position) == _answers(whole, position)
 
 
 def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
@@ -187,7 +174,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     position = _rolled_back(model)
     app = _served(model, "4")
     assert _failure(app) is None
-    app.models.load(Source(model.folder_of("2"), "models:/small/2"))
+    take_up(app.models, Source(model.folder_of("2"), "models:/small/2"))
     assert ask(app, b"", page="/version", method="GET").tree["address"] == "models:/small/2"
     told = _told(app)
     assert "begins after position 4, and the model's tables know it up to 2 only: what was removed is in the" in told
@@ -196,7 +183,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     # All that came after the removed batches it does know.
     assert ask(app, {"inputs": [asked(TIMES[0], 5)]}, page=f"/invocations?after={position}").status == 200
     assert _learnt(app) == len(model._days(9, 14)) - 40
-    app.models.load(Source(model.folder_of("4"), "models:/small/4"))
+    take_up(app.models, Source(model.folder_of("4"), "models:/small/4"))
     assert _failure(app) is None
 
 

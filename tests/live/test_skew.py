@@ -20,10 +20,9 @@ from mmoe_rec.live import request_log as names
 from mmoe_rec.live import skew as job
 from mmoe_rec.live.refresh import renew_tables
 from mmoe_rec.live.skew import check_skew, describe
-from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.log.reader import Log
 from tests.commands import run
 from tests.inference.small_model import SmallModel
-from tests.live import fed_model
 from tests.live.fed_model import FedModel, Period, feed, read_period
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, random_log, times_of, write_log
 
@@ -172,28 +171,6 @@ def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: P
     assert len(period.rows) > len(period.times) > 20
 
 
-def test_requests_come_after_all_that_happened_before_and_before_all_else(world: World, tmp_path: Path) -> None:
-    period, small = world.period, world.small
-    schema, happened, ties = small.settings.schema_, dict[str | None, list[int]](), 0
-    left = {name: times.tolist() for name, times, _ in period.logs}
-    for log, fed in world.fed(tmp_path).fed:
-        if isinstance(fed, pa.Table):
-            name = schema.columns.time if log is None else schema.events[log].time
-            for each in fed[name].cast(pa.int64()).to_pylist():
-                left[log].remove(each)
-                happened.setdefault(log, []).append(each)
-        else:
-            now = np.datetime64(fed["context"]["time"].removesuffix("+00:00"), "us").astype(np.int64)
-            assert all(each >= now for times in left.values() for each in times)
-            ties += sum(times.count(now) for times in left.values())
-    assert ties > len(period.rows) / 2  # of requests' own rows, and of events at the same instant
-    for name in ("views", "carts"):
-        there = np.concatenate([rows.times() for rows in EventRows(name, world.log).stream()])
-        there = there[(there >= FROM) & (there < FROM + DAY)]
-        assert sorted(happened[name]) == sorted(there[there < period.times[-1]].tolist())
-        assert min(len(happened[name]), len(happened[None])) > 10
-
-
 def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_path: Path) -> None:
     early = {"user_brand_liked", "liked_items"}
 
@@ -300,13 +277,6 @@ def test_ids_alone_show_attributes_that_differ(world: World, tmp_path: Path) -> 
 def test_a_column_with_a_name_of_the_request_log_is_refused() -> None:
     with pytest.raises(UserError, match="column 'served_score' has a name that logged requests use for their own"):
         names.refuse_own(["item", "served_score"], [names.SCORE])
-
-
-def test_batches_are_cut(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fed_model, "EVENTS_AT_A_TIME", 2)
-    server = world.fed(tmp_path, period=world.short)
-    assert wrong(world.check(server.requests, SHORT)) == {}
-    assert max(len(fed) for _, fed in server.fed if isinstance(fed, pa.Table)) == 2
 
 
 def test_ctrl_c_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

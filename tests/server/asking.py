@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import Options
 from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import CONTEXT, ITEMS, USER
@@ -130,6 +130,13 @@ def application(
     own = copy(models)
     own.options = Options(Serving(**limits), token=token, hosts=hosts)
     return Application(own)
+
+
+def take_up(models: Models, source: Source) -> ServedModel:
+    """Open another model and serve it, as a worker does."""
+    served = models.open(source)
+    models.exchange(served)
+    return served
 
 
 def element(**changes: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import pytest
 from mmoe_rec.errors import LONGEST_QUOTE
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.request_reader import OPTIONS, PARTS
-from mmoe_rec.server import options
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.calls import MOST_IGNORED
 from mmoe_rec.server.models import Models
@@ -25,7 +24,7 @@ from tests.inference.small_model import ITEMS, USER, SmallModel
 from tests.server.asking import PROBES, Answer, application, ask, element, numbers, reply
 
 GOOD = json.dumps({"inputs": [element()]}).encode()
-LONG = "never seen again" * 12
+LONG = "never seen again" * 9_999
 
 
 @pytest.mark.parametrize(
@@ -49,13 +48,10 @@ LONG = "never seen again" * 12
         (GOOD.replace(b"5", b"9" * 5000, 1), "not valid JSON: number is infinity"),
         (GOOD.replace(b"5", b"1e999", 1), "not valid JSON: number is infinity"),
         (GOOD.replace(b"5", b'"\\ud800"', 1), "not valid JSON: no low surrogate"),
-        (GOOD.replace(b'"user": 5', b'"user": 5, "user": 5', 1), "gives the key 'user' twice"),
-        (GOOD.replace(b'"user": 5', b'"user" \n: 5, "us\\u0065r": 5', 1), "gives the key 'user' twice"),
-        (b'{"inputs": [], "inputs": []}', "gives the key 'inputs' twice"),
+        (b"[" * 16 + b"]" * 16, "must be an object such as"),
         (b"[" * 17 + b"]" * 17, "more than 16 deep"),
         (b'{"inputs": ' * 17 + b"1" + b"}" * 17, "more than 16 deep"),
         (b"[" * 100_000 + b"]" * 100_000, "not valid JSON: depth limit"),
-        (b'{"inputs": [{"%s": 1}]}' % (b"k" * 100_000), "a key of more than 256 characters"),
         (b'{"inputs": [%s]}' % b",".join([b"{}"] * 10), "has 10 elements; this server takes at most 9"),
     ],
     ids=lambda value: str(value[:40]),
@@ -67,11 +63,6 @@ def test_malformed_bodies(app: Application, body: bytes, sentence: str) -> None:
     assert answer.tree["error_code"] == "INVALID_PARAMETER_VALUE"
     assert len(answer.body) < 500
     assert "\n" not in answer.message
-
-
-def test_a_string_that_looks_like_a_key_is_none(app: Application) -> None:
-    answer = ask(app, {"inputs": [element(context={"time": ":a"})]})
-    assert "holds ':a', which is not an ISO 8601 time" in answer.message
 
 
 @pytest.mark.parametrize(
@@ -237,43 +228,6 @@ def test_calls_beyond_the_limit_are_told_to_come_again(models: Models) -> None:
     assert ask(app, GOOD).status == 200
 
 
-def test_the_slowest_body_leaves_its_place_to_a_call_that_needs_one(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(options, "PAUSE_SECONDS", 1e9)
-    monkeypatch.setattr(options, "LEAST_RATE", 1.0)
-    app = application(models, max_waiting=3, read_seconds=600)
-
-    async def scenario() -> list[Answer]:
-        end = asyncio.Event()
-
-        async def stalled(first: bytes) -> AsyncIterator[bytes]:
-            yield first
-            await end.wait()
-            yield GOOD[len(first) :]
-
-        async def held(first: bytes, grace: float) -> asyncio.Task[Answer]:
-            monkeypatch.setattr(options, "GRACE_SECONDS", grace)
-            before, task = app.calls.places.taken, asyncio.ensure_future(reply(app, parts=stalled(first)))
-            while app.calls.places.taken == before:
-                await asyncio.sleep(0)
-            return task
-
-        # By their bytes two have come too slowly, the second one less so.
-        calls = [await held(GOOD[:9], -99.0), await held(GOOD[:5], -99.0), await held(GOOD[:5], 1e9)]
-        found = [await reply(app, GOOD) for _ in range(3)]
-        calls += [await held(GOOD[:5], 1e9) for _ in range(2)]
-        found += [await reply(app, GOOD)]
-        end.set()
-        return [*found, *await asyncio.gather(*calls)]
-
-    *found, first, second, third, fourth, fifth = asyncio.run(scenario())
-    assert [each.status for each in found] == [200, 200, 200, 503]
-    assert second.status == 408
-    assert "came so slowly that another call took its place" in second.message
-    assert [each.status for each in (first, third, fourth, fifth)] == [408, 200, 200, 200]
-
-
 def test_nothing_is_ranked_for_a_caller_who_has_left(models: Models) -> None:
     app, ranker = watched(models)
     ranker.go_on.clear()
@@ -348,7 +302,7 @@ def test_calls_of_other_origins_are_refused(models: Models, headers: dict[str, s
 
 def test_a_link_from_another_site_may_be_followed(app: Application) -> None:
     headers = {"Host": "localhost", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
-    assert ask(app, b"", page="/docs", method="GET", headers=headers).status == 200
+    assert ask(app, b"", page="/version", method="GET", headers=headers).status == 200
     assert ask(app, GOOD, headers=headers).status == 403, "a form is none"
     assert ask(app, b"", page="/model", method="GET", headers={**headers, "Sec-Fetch-Mode": "no-cors"}).status == 403
 
@@ -361,9 +315,8 @@ def test_a_server_that_all_may_reach_has_any_name(app: Application) -> None:
 def test_a_reload_says_that_it_is_json(models: Models) -> None:
     reloads = list[int]()
 
-    async def reload() -> dict[str, str | None]:
+    async def reload() -> None:
         reloads.append(1)
-        return {}
 
     app = Application(models, reload=reload)
     for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
@@ -411,7 +364,7 @@ def test_the_schema_has_the_models_own_example_and_columns(app: Application) -> 
     assert {"item", "brand", "item_click_rate"} <= set(parts["candidates"]["properties"])
     assert [each["name"] for each in operation["parameters"]] == ["partial"]
     assert "/events" not in tree["paths"]
-    assert [*tree["paths"]["/metrics"]["get"]["responses"]["200"]["content"]] == ["text/plain"]
+    assert {"/metrics", "/version", "/health"} < tree["paths"].keys()
 
 
 def test_any_value_in_any_place_is_answered_or_refused(models: Models) -> None:

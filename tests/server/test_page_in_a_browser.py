@@ -15,20 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
-from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp
 
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.live.journal import Journal
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
 from tests.inference.small_model import SmallModel
-from tests.processes import until
-from tests.server.asking import application, ask, numbers
+from tests.server.asking import application, ask
 from tests.server.browser import Browser, browser
-from tests.server.test_events import as_json, later_log
 
 TOKEN = "open sesame"
 HTML = "<img src=x onerror=\"document.title='taken'\"><b>7</b>"
@@ -271,67 +267,3 @@ def test_ids_that_hold_html_are_text(opened: Browser, tmp_path: Path) -> None:
         assert opened.run("return document.querySelectorAll('main img, main b').length") == 0
         assert opened.run("return document.title") != "taken"
         assert opened.complaints() == []
-
-
-# Pages of others, which a person has opened in the same browser
-
-
-ATTACK = """
-    const [server, events] = arguments, page = document;
-    const send = (path, type, body) => {
-        const headers = type ? {"Content-Type": type} : {};
-        fetch(server + path, {method: "POST", mode: "no-cors", headers, body: new Blob([body])});
-    };
-    for (const type of [null, "text/plain"]) { send("events", type, events); send("reload", type, "{}"); }
-    navigator.sendBeacon(server + "events", new Blob([events], {type: "text/plain"}));
-    navigator.sendBeacon(server + "reload");
-    const frames = [page.createElement("iframe"), page.createElement("iframe")];
-    frames[0].name = "reply";
-    frames[1].sandbox = "allow-scripts";  // so that its origin is null
-    frames[1].srcdoc = `<script>fetch("${server}reload", {method: "POST", mode: "no-cors", body: "{}"})</` + "script>";
-    const form = page.createElement("form");
-    Object.assign(form, {action: server + "reload", method: "POST", enctype: "text/plain", target: "reply"});
-    page.body.append(...frames, form);
-    form.submit();"""
-ATTACKS = 8
-
-
-@pytest.mark.parametrize("name", ["elsewhere.example", "127.0.0.1"], ids=["another site", "another port"])
-def test_pages_of_other_origins_change_nothing(opened: Browser, small: SmallModel, tmp_path: Path, name: str) -> None:
-    journal, reloads = str(tmp_path / "journal.db"), list[int]()
-    Journal(journal).close()
-
-    async def reload() -> dict[str, str | None]:
-        reloads.append(1)
-        return {}
-
-    options = Options(journal=journal, hosts=frozenset({"127.0.0.1"}))
-    app = Application(Models(options, Source(small.folder, "models:/small/7")), reload=reload)
-    with running(app) as address, running(HTMLResponse("<title>elsewhere</title>")) as foreign:
-        opened.open(foreign.replace("127.0.0.1", name))
-        events = json.dumps({"events": as_json(later_log(3, 2))})
-        opened.run(ATTACK, address, events)
-        until(lambda: numbers(app).get('refusals_total{reason="foreign"}') == ATTACKS)
-        assert Journal(journal).end() == 0
-        assert not reloads
-
-        opened.open(address)
-        opened.wait(ROWS)
-        send(opened, call_of([1, 2]))
-        assert opened.texts("#error") == []
-        posted = opened.run(
-            """return fetch("/events", {method: "POST", headers: {"Content-Type": "application/json"},
-                body: arguments[0]}).then(reply => reply.status)""",
-            events,
-        )
-        assert posted == 200, "from its own page"
-
-
-def test_a_page_that_gives_the_server_a_name_of_its_own_reads_nothing(opened: Browser, models: Models) -> None:
-    with running(application(models, hosts=frozenset({"127.0.0.1"}))) as address:
-        opened.open(address.replace("127.0.0.1", "elsewhere.example"))
-        opened.wait("return document.querySelector('#error').checkVisibility()")
-        (told,) = opened.texts("#error")
-        assert "is no name of this server" in told
-        status = "return fetch('/model').then(reply => reply.status)"
-        assert opened.run(status) == 403

@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
@@ -25,7 +24,7 @@ from uvicorn.server import ServerState
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.connections import BoundedConfig, BoundedProtocol, Bounds
+from mmoe_rec.server.connections import Server
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options, listen, listening_socket
 from tests.fork_server import Command, run_command
@@ -34,11 +33,9 @@ from tests.inference.running_server import free_port, serving
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, is_running, until, workers
 from tests.server.asking import element, logged
-from tests.server.slow_server import SLOW_USER
 
 GOOD = {"inputs": [element()]}
 BODY = json.dumps(GOOD).encode()
-SLOW = {"inputs": [element(user={"user": SLOW_USER})]}
 START = b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -87,77 +84,33 @@ class Running:
 
 @contextmanager
 def served(
-    folder: Path, scratch: Path, *arguments: str, program: str = "tests.server.slow_server", **variables: str
+    folder: Path, scratch: Path, *arguments: str, program: str = "mmoe_rec", **variables: str
 ) -> Iterator[Running]:
-    """A slow server of the model in a folder, with further variables in its environment."""
+    """A server of the model in a folder, with further variables in its environment."""
     port = free_port()
-    words = [program, str(scratch), "--model", str(folder), "--port", str(port), *arguments]
+    words = [program, "serve", "--model", str(folder), "--port", str(port), *arguments]
     log = scratch / "server.log"
     process = Command(words, variables, log=log)
     with serving(process, f"http://127.0.0.1:{port}/health", log):
         yield Running(port, process, log)
 
 
-@pytest.mark.thorough
-def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallModel, tmp_path: Path) -> None:
-    words = ("--grace", "200", "--serving.read_seconds", "200")
-    with ThreadPoolExecutor() as threads, served(small.folder, tmp_path, *words) as running:
-        expected = running.send(GOOD)
-        slow = threads.submit(running.send, SLOW)
-        until((tmp_path / "started").exists)
-        behind = threads.submit(running.send, GOOD)
-        until(lambda: "mmoe_rec_waiting 1.0" in running.send(None, "/metrics", "GET")[1])
-        with running.connect() as idle, running.connect() as refused:
-            refused.sendall(
-                START.replace(b"invocations", b"elsewhere") + b"Connection: close\r\nContent-Length: 900\r\n\r\n"
-            )
-            assert everything(refused).startswith(b"HTTP/1.1 404 "), "the server waits for no rest of its body"
-            running.process.send_signal(signal.SIGTERM)
-            until(running.refuses)
-            assert idle.recv(1) == b""
-        assert not slow.done()
-        assert not behind.done()
-        (tmp_path / "go_on").touch()
-        assert running.process.wait(PATIENCE) == 0
-        assert slow.result(PATIENCE)[0] == 200
-        assert behind.result(PATIENCE) == expected
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Path, workers: str) -> None:
-    if workers == "2":
-        tmp_path = tmp_path / "no wait in workers"  # they are other processes, which the test does not slow down
-        tmp_path.mkdir()
-    words = ("--grace", "1", "--workers", workers)
-    with ThreadPoolExecutor() as threads, served(small.folder, tmp_path, *words) as running, running.connect() as half:
-        half.sendall(START + b"Content-Length: 9\r\n\r\n{")
-        if workers == "1":
-            threads.submit(running.send, SLOW)
-            until((tmp_path / "started").exists)
-        started = running.workers()
-        assert len(started) == (2 if workers == "2" else 0)
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) in ((1,) if workers == "1" else (0, 1)), "1 where a machine is slow"
-        assert not any(map(is_running, started))
-
-
 # Signals
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_health_fails_before_the_port_closes(small: SmallModel, tmp_path: Path, workers: str) -> None:
-    words = ("--grace", "200", "--drain-seconds", "900", "--workers", workers)
+def test_health_fails_before_the_port_closes(small: SmallModel, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("  of its own\n", encoding="utf-8")
+    words = ("--grace", "200", "--drain-seconds", "900", "--workers", "2", "--token-file", str(tmp_path / "token"))
     with served(small.folder, tmp_path, *words) as running:
         first = running.workers()
         assert running.health() == 200
         running.process.send_signal(signal.SIGTERM)
         until(lambda: running.health() == 503)
-        if workers == "2":
-            os.kill(min(first), signal.SIGKILL)
-            until(lambda: len(running.workers()) == 2 and min(first) not in running.workers())
+        os.kill(min(first), signal.SIGKILL)
+        until(lambda: len(running.workers()) == 2 and min(first) not in running.workers())
         for _ in range(5):
-            assert running.send(GOOD)[0] == 200, "on a new connection"
+            assert running.send(GOOD, Authorization="Bearer of its own")[0] == 200, "on a new connection"
+            assert running.send(GOOD)[0] == 401
             assert running.health() == 503, "also of a new worker"
             assert running.send(None, "/ping", "GET")[0] == 200, "the process is well"
         running.process.kill()  # sooner than the drain ends
@@ -173,51 +126,55 @@ def half_sent(running: Running) -> Iterator[socket.socket]:
         yield connection
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
-def test_a_closing_terminal_loses_nothing(small: SmallModel, tmp_path: Path, workers: str) -> None:
-    """It sends SIGHUP to all processes, more than once, while a call is under way."""
-    temporary, log = tmp_path / "temporary", tmp_path / "requests"
-    temporary.mkdir()
-    logging = ("--log-requests", str(log), "--log-share", "1", "--log-seconds", "80000")
-    words = ("--workers", workers, "--grace", "200", "--serving.read_seconds", "200", *logging)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_signals_that_come_twice_lose_no_call(small: SmallModel, tmp_path: Path, workers: str) -> None:
+    """As where `uv run` passes on a signal that its group has had already, or a terminal closes."""
+    (temporary := tmp_path / "temporary").mkdir()
+    log = ("--log-requests", str(tmp_path / "log"), "--log-share", "1", "--log-seconds", "80000")
+    words = ("--workers", workers, "--grace", "200", "--drain-seconds", "1", "--serving.read_seconds", "200", *log)
     with served(small.folder, tmp_path, *words, TMPDIR=str(temporary)) as running:
         for _ in range(4):
             assert running.send(GOOD)[0] == 200
         processes = running.workers()
-        with half_sent(running) as caller:
+        with half_sent(running) as caller, running.connect() as idle, running.connect() as refused:
+            refused.sendall(
+                START.replace(b"invocations", b"elsewhere") + b"Connection: close\r\nContent-Length: 900\r\n\r\n"
+            )
+            assert everything(refused).startswith(b"HTTP/1.1 404 "), "the server waits for no rest of its body"
             os.killpg(running.process.pid, signal.SIGHUP)
+            until(lambda: running.health() == 503)
+            running.process.send_signal(signal.SIGTERM)
             until(running.refuses)
             os.killpg(running.process.pid, signal.SIGHUP)
+            running.process.send_signal(signal.SIGTERM)
+            assert idle.recv(1) == b""
             caller.sendall(BODY[-1:])
             assert everything(caller).startswith(b"HTTP/1.1 200 ")
         assert running.process.wait(PATIENCE) == 0
         assert not any(map(is_running, processes))
-    assert len(set(logged(log)["served_request"].to_pylist())) == 5
+    assert len(set(logged(tmp_path / "log")["served_request"].to_pylist())) == 5
     assert not list(temporary.iterdir())
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
-def test_sighup_stays_ignored_if_it_was(small: SmallModel, tmp_path: Path, workers: str) -> None:
-    with served(small.folder, tmp_path, "--workers", workers, program="tests.server.without_hangup") as running:
+@pytest.mark.thorough
+def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Path) -> None:
+    words = ("--grace", "1", "--workers", "2")
+    with served(small.folder, tmp_path, *words) as running, running.connect() as half:
+        half.sendall(START + b"Content-Length: 9\r\n\r\n{")
+        started = running.workers()
+        assert len(started) == 2
+        os.kill(min(started), signal.SIGSTOP)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 1
+        assert not any(map(is_running, started))
+
+
+def test_sighup_stays_ignored_if_it_was(small: SmallModel, tmp_path: Path) -> None:
+    with served(small.folder, tmp_path, program="tests.server.without_hangup") as running:
         os.killpg(running.process.pid, signal.SIGHUP)
         for _ in range(9):
             assert running.send(GOOD)[0] == 200
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-
-
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
-def test_a_signal_that_comes_twice_loses_no_call(small: SmallModel, tmp_path: Path, workers: str) -> None:
-    """As where `uv run` passes on a signal that its group has had already."""
-    words = ("--workers", workers, "--grace", "200", "--drain-seconds", "1", "--serving.read_seconds", "200")
-    with served(small.folder, tmp_path, *words) as running, half_sent(running) as caller:
-        running.process.send_signal(signal.SIGTERM)
-        until(lambda: running.health() == 503)
-        running.process.send_signal(signal.SIGTERM)
-        until(running.refuses)
-        running.process.send_signal(signal.SIGTERM)
-        caller.sendall(BODY[-1:])
-        assert everything(caller).startswith(b"HTTP/1.1 200 ")
         assert running.process.wait(PATIENCE) == 0
 
 
@@ -286,11 +243,13 @@ def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(small: Sma
     models = Models(Options(), Source(small.folder, "models:/small/7"))
 
     async def replies(data: bytes) -> bytes:
-        config, kind = BoundedConfig(Application(models), Bounds(60, 2**20, lambda: True)), BoundedProtocol
-        config.load()
-        made = {"config": config, "server_state": ServerState(), "app_state": {}}
-        async with await asyncio.get_running_loop().create_server(lambda: kind(**made), "127.0.0.1", 0) as server:
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        server = Server(Application(models), 60.0, 1.0)
+        server.should_exit = True
+        server.config.load()
+        made = {"config": server.config, "server_state": ServerState(), "app_state": {}}
+        kind: Any = server.config.http_protocol_class
+        async with await asyncio.get_running_loop().create_server(lambda: kind(**made), "127.0.0.1", 0) as listening:
+            reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
             writer.write(data)
             async with asyncio.timeout(PATIENCE):
                 found = await reader.read()
@@ -383,14 +342,6 @@ def test_whoever_lets_all_in_is_warned() -> None:
         assert told.count("as there is no token. Set MMOE_REC_TOKEN.") == warnings
 
 
-@pytest.mark.thorough
-def test_a_token_from_a_file(small: SmallModel, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("  of its own\n", encoding="utf-8")
-    with served(small.folder, tmp_path, "--token-file", str(tmp_path / "token")) as running:
-        assert running.send(GOOD)[0] == 401
-        assert running.send(GOOD, Authorization="Bearer of its own")[0] == 200
-
-
 # Another model
 
 
@@ -452,20 +403,6 @@ def test_a_new_model_takes_over_without_a_lost_call(small: SmallModel, tmp_path:
         after = caller.answers[-1]
         assert caller.answers == sorted(caller.answers, key=lambda answer: answer == after), "once changed, it stays so"
 
-        made = tmp_path / "damaged"
-        shutil.copytree(folder, made)
-        (made / "weights.safetensors").write_bytes(b"short")
-        replaced(made, folder)
-        failure = until(lambda: running.send(None, "/version", "GET")[1]["reload_failure"])
-        assert "weights.safetensors" in failure
-        assert running.send(GOOD)[1]["predictions"][0]["model"]["version"] == after
-        status, body = running.send(None, "/reload")
-        assert (status, "the previous model goes on serving" in body["message"]) == (503, True)
-        text = running.send(None, "/metrics", "GET")[1]
-        assert 'mmoe_rec_reloads_total{outcome="done"} 1.0' in text
-        assert 'mmoe_rec_reloads_total{outcome="failed"} 2.0' in text
-        assert "the previous model goes on serving" in running.log.read_text()
-
 
 def model_count(running: Running) -> float:
     """How many workers serve a model, as the metrics have it."""
@@ -519,15 +456,14 @@ def test_an_address_that_a_server_listens_at_is_taken(host: str) -> None:
     listening_socket(host, port).close()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_who_comes_second_is_told_in_one_sentence(small: SmallModel, tmp_path: Path, workers: str) -> None:
+def test_who_comes_second_is_told_in_one_sentence(small: SmallModel, tmp_path: Path) -> None:
     folder, port = tmp_path / "model", free_port()
     shutil.copytree(small.folder, folder)
     # The server reads the manifest between binding and loading, and gets it as soon as the test has listened.
     pipe = folder / "manifest.json"
     manifest = pipe.rename(tmp_path / "manifest.json")
     os.mkfifo(pipe)
-    process = Command(["mmoe_rec", "serve", "--model", str(folder), "--port", str(port), "--workers", workers])
+    process = Command(["mmoe_rec", "serve", "--model", str(folder), "--port", str(port)])
     try:
         writing = until(lambda: opened(pipe))
         with socket.socket() as first:

@@ -24,7 +24,7 @@ from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log
 from tests.processes import PATIENCE, until
-from tests.server.asking import ask, element, logged, logging_app, outcomes
+from tests.server.asking import ask, element, logged, logging_app, outcomes, take_up
 from tests.server.test_events import as_json, later_log
 from tests.server.test_processes import Running, served
 
@@ -275,7 +275,7 @@ def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallMod
 
     with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
         one = ask(app, {"inputs": [element()]}).tree["predictions"][0]
-        app.models.load(Source(with_ids.folder, "models:/small/8"))
+        take_up(app.models, Source(with_ids.folder, "models:/small/8"))
         two = ask(app, {"inputs": [element()]}).tree["predictions"][0]
     files = [pq.read_table(each) for each in sorted(tmp_path.iterdir())]
     assert [set(each["served_artifact"].to_pylist()) for each in files] == [

@@ -434,17 +434,6 @@ def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
     assert find_model("models:/small/1", store["uri"]).run_id is None
 
 
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [("models:/small@nobody", ALIASES), ("models:/smal@champion", "Registered models: .*another, .*small$")],
-)
-def test_a_ranker_that_is_not_there_is_told_with_those_that_are(
-    store: dict[str, str], address: str, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        mmoe_rec.load_ranker(address, store["uri"])
-
-
 def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_told(
     small: SmallModel, store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
