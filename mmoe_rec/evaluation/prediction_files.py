@@ -20,11 +20,10 @@ from mmoe_rec.evaluation.predicted_rows import PredictedRows, RowsBySlice
 from mmoe_rec.evaluation.slices import SliceBy
 from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask
 from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.log.checks import BadFile, open_parquet
+from mmoe_rec.log.checks import BadFile, file_column, first_row, next_batch, open_parquet, with_path_values
 from mmoe_rec.log.columns import canonical_type, combine, hash_column
 from mmoe_rec.log.files import FoundFile, find_files, path_values
 from mmoe_rec.log.rows import ROWS_AT_A_TIME
-from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.settings.log_columns import Use, outcome_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Settings
