@@ -24,11 +24,10 @@ from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.inference.scored_files import learnt_from
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, open_parquet
+from mmoe_rec.log.checks import BadFile, file_column, first_row, next_batch, open_parquet, with_path_values
 from mmoe_rec.log.columns import combine, hash_column
 from mmoe_rec.log.files import FoundFile, find_files, is_remote, path_values
 from mmoe_rec.log.rows import ROWS_AT_A_TIME
-from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.logs import check_out, short_names
 from mmoe_rec.settings.log_columns import Use, outcome_name

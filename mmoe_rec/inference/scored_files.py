@@ -27,11 +27,11 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, prediction_columns
+from mmoe_rec.log.checks import columns_of
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows
-from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types

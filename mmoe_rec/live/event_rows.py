@@ -20,10 +20,10 @@ from mmoe_rec.errors import RequestError, UserError, first_line, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.journal_rows import find_uses
 from mmoe_rec.live.row_keys import EVENT_ID
+from mmoe_rec.log.checks import event_value_checks, find_first_fault, log_value_checks
 from mmoe_rec.log.columns import element_type, list_label_columns
 from mmoe_rec.log.given import to_arrow
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.values import event_value_checks, find_first_fault, log_value_checks
 from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Remembering, Schema
 

@@ -31,13 +31,12 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.live import request_log as names
 from mmoe_rec.live.row_keys import EVENT_ID
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, format_time, words_of
+from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, columns_of, format_time, words_of
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files, is_remote, takes_in
 from mmoe_rec.log.reader import Piece, read_piece
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
-from mmoe_rec.log.values import columns_of
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.outcome_rules import LabelSource, label_columns

@@ -18,11 +18,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, check_files, open_parquet, word_of, words_of
+from mmoe_rec.log.checks import (
+    BadFile,
+    LeftOut,
+    LogFile,
+    PathColumns,
+    ValueCheck,
+    check_files,
+    event_value_checks,
+    file_column,
+    first_row,
+    log_value_checks,
+    next_batch,
+    open_parquet,
+    word_of,
+    words_of,
+)
 from mmoe_rec.log.columns import column_uses, event_uses
 from mmoe_rec.log.files import find_files
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, with_ids, with_times
-from mmoe_rec.log.values import ValueCheck, event_value_checks, file_column, first_row, log_value_checks, next_batch
 from mmoe_rec.point_in_time.arrays import rebatch
 from mmoe_rec.settings.log_columns import EVENT, Use
 from mmoe_rec.settings.schema import Schema

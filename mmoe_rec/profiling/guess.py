@@ -3,17 +3,45 @@ change from one of the user's requests to the next. Of each guess that a person 
 
 from __future__ import annotations
 
+import math
+import re
+import shlex
+from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.profiling.keys import find_keys
 from mmoe_rec.profiling.labels import find_maturity, find_tasks
 from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Corrections, Meaning
 from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.profiling.roles import find_roles
-from mmoe_rec.profiling.words import SAMPLING, WEIGHED, WEIGHT, has, words_of
+from mmoe_rec.profiling.words import (
+    BEFORE,
+    CLOCK,
+    IDS,
+    NUMBERS,
+    OUTCOMES,
+    SAMPLING,
+    SHARED,
+    TIME,
+    WEIGHED,
+    WEIGHT,
+    begins,
+    has,
+    rank_of,
+    words_of,
+)
 from mmoe_rec.settings.log_columns import SPLITS
 
+_FEWEST_USERS = 10
+_FEWEST_CANDIDATES = 20
+"""In a table without users and requests."""
+_ALMOST = 0.01
+"""What changes so seldom is the same but for errors."""
+_PARSE = "write them as timestamps, say with pandas.to_datetime, or as whole s, ms, us or ns since 1970"
+_AMOUNTS = BEFORE | {"price", "age", "length", "size", "year"}
+_SPAN = 1800
+"""Seconds in which the rows of a list are shown."""
 _SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "holdout": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 _TEXT = 40
@@ -25,7 +53,7 @@ def guess(profile: Profile, corrections: Corrections) -> Meaning:
     meaning = Meaning(profile, corrections)
     _check_corrections(meaning)
     _leave_out(meaning)
-    find_keys(meaning)
+    _find_keys(meaning)
     _find_weights(meaning)
     _find_split(meaning)
     find_tasks(meaning)
@@ -120,3 +148,295 @@ def _find_split(meaning: Meaning) -> None:
         f"validation and test: {said}add the latter with pandas: log['split'] = numpy.random.default_rng(1).choice("
         f"['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1]){of_request}"
     )
+
+
+# Keys: who, what, when and in which list
+
+
+def _find_keys(meaning: Meaning) -> None:
+    """Fills in `keys`, what belongs to them, and `list_keys`. Raises UserError for a given column that can't be one."""
+    keys, given = meaning.keys, meaning.corrections
+    for purpose in PURPOSES:
+        for name in given.get(purpose, ()):
+            _check_key(meaning, purpose, meaning.columns[name])
+            keys[purpose] = name
+    _find_by_name(meaning, "user")
+    _find_by_name(meaning, "candidate")
+    _find_time(meaning)
+    _find_request(meaning)
+    _find_by_structure(meaning)
+    if meaning.is_plain and "candidate" not in given and 0 < meaning.distinct("candidate") < _FEWEST_CANDIDATES:
+        del keys["candidate"]  # a column like the others, such as a person's job
+    for purpose in ("user", "candidate"):
+        free = purpose in keys and purpose not in given and "request" not in keys
+        if free and meaning.profile.is_unique(keys[purpose]):  # nothing is known of a row by it
+            meaning.key_checks.pop(purpose, None)
+            meaning.left_out[keys.pop(purpose)] = "it differs in each row"
+    _check_repeats(meaning)
+    if "user" not in keys:
+        names = ", ".join([each.name for each in _shared_ids(meaning) if _may_be_user(each)][:3])
+        why = "no user column was found, so no feature follows a user"
+        meaning.key_checks["user"] = f"{why}. If there is one{names and f' (perhaps {names})'}, name it with --user"
+
+
+def _check_key(meaning: Meaning, purpose: str, each: Column) -> None:
+    if purpose == "time":
+        if not each.is_time:
+            held = f", as {_shown(each.low)}" if each.low is not None else f" of type {each.type}"
+            raise UserError(f"--time '{each.name}' holds values that can't be read as times{held}: {_PARSE}")
+    elif each.kind not in ("integer", "text"):
+        raise UserError(f"--{purpose} '{each.name}' holds values of type {each.type}; ids are integers or text")
+    if each.nulls:
+        raise UserError(
+            f"--{purpose} '{each.name}' is null in {each.nulls:,} of {each.rows:,} rows: leave those rows out"
+        )
+    meaning.left_out.pop(each.name, None)
+
+
+def _find_by_name(meaning: Meaning, purpose: str) -> None:
+    keys = meaning.keys
+    if purpose in keys:
+        return
+    fitting: list[tuple[int, int, str]] = []
+    for each in meaning.free():
+        if each.kind not in ("integer", "text") or each.unit or each.binary:
+            continue
+        if each.distinct < (_FEWEST_USERS if purpose == "user" else 2):
+            continue
+        if rank := rank_of(each.name, purpose):
+            fitting.append((rank, min(each.distinct, int(0.9 * each.rows)), each.name))
+    if not fitting:
+        for each in meaning.columns.values():
+            if rank_of(each.name, purpose) == 2 and each.kind in ("number", "other"):
+                why = f"it looks like the {purpose}, but ids are integers or text, and these are {each.type}"
+                meaning.leave_out(each.name, why)
+                meaning.warnings.append(f"'{each.name}' is left out: {why}; cast them before writing")
+        return
+    usable = [each for each in fitting if not meaning.columns[each[2]].nulls]
+    if not usable:
+        name = max(fitting)[2]
+        why = f"it looks like the {purpose}, but is null in {meaning.columns[name].nulls:,} rows, so it can't be"
+        meaning.leave_out(name, why)
+        meaning.warnings.append(f"'{name}' is left out: {why}; leave those rows out of the log")
+        return
+    unique = int(0.9 * meaning.profile.rows)  # as of a message that the user was sent
+    rank, _, name = max(usable, key=lambda each: (each[0], each[1] < unique, each[1], [-ord(sign) for sign in each[2]]))
+    keys[purpose] = name
+    others = sorted(each[2] for each in usable if each[0] == rank and each[2] != name)
+    better = next((f"'{each[2]}' is null in some rows" for each in fitting if each[0] > rank), None)
+    why = f"'{name}' stands for the {purpose}, as {better or 'no column has a better name'}"
+    doubts = [why] if rank == 1 else []
+    doubts += [f"it could also be {', '.join(others)}"] if others else []
+    if doubts:
+        meaning.key_checks[purpose] = "; ".join(doubts)
+
+
+def _find_time(meaning: Meaning) -> None:
+    keys = meaning.keys
+    if "time" in keys:
+        meaning.time_unit = meaning.columns[keys["time"]].unit
+        return
+    found = [each for each in meaning.free() if each.is_time and not each.nulls and each.distinct > 1]
+    found = [each for each in found if each.name not in meaning.profile.in_path]
+    named = [each for each in found if each.kind == "time" or has(each.name, TIME)]
+    found = named or [each for each in found if each.distinct > 0.01 * each.rows]
+    found = _without_attributes(meaning, _without_times_of_keys(meaning, found))
+    if not found:
+        if unread := [each for each in meaning.free() if _looks_like_time(each)]:
+            column = max(unread, key=lambda each: (each.distinct, each.name))
+            meaning.warnings.append(
+                f"'{column.name}' seems to hold times that can't be read, as {_shown(column.low)}: {_PARSE}"
+            )
+        return
+
+    def lies_before(each: Column, other: Column) -> bool:
+        return meaning.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
+
+    def order(each: Column) -> tuple[int, bool, int, str]:
+        before = sum(lies_before(each, other) for other in found if other is not each)
+        return -before, not has(each.name, TIME), -each.distinct, each.name
+
+    best = min(found, key=order)
+    keys["time"] = best.name
+    meaning.time_unit = best.unit
+    if not named:
+        meaning.key_checks["time"] = f"no name says so, but its integers may count {best.unit} since 1970"
+    if others := ", ".join(sorted(each.name for each in found if each is not best)):
+        meaning.key_checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
+
+
+def _without_times_of_keys(meaning: Meaning, times: list[Column]) -> list[Column]:
+    """Return the times that change for a user and a candidate, unlike the days of a birth or of publication."""
+    for purpose in ("user", "candidate"):
+        key = meaning.keys.get(purpose)
+        if not times or key is None or rank_of(key, purpose) == 1:
+            continue
+        changes = meaning.profile.changes([key], [each.name for each in times])
+        own, times = times, [each for each in times if not changes[each.name] <= STEADY]
+        if not times:
+            name = max(own, key=lambda each: (each.distinct, each.name)).name
+            meaning.warnings.append(
+                f"'{name}' hardly changes for a {purpose}, so it is not taken for the request's time: if it is "
+                f"that, say --time {shlex.quote(name)}"
+            )
+    return times
+
+
+def _without_attributes(meaning: Meaning, times: list[Column]) -> list[Column]:
+    """Times without those of things: what a column determines that does not determine another time of more values, as
+    the start of a session, or the day when an article was new."""
+    pool = [each for each in meaning.free() if each.is_key and each.unit is None and 1 < each.distinct < each.rows / 2]
+    for key in sorted(pool, key=lambda each: (-each.distinct, each.name))[:12]:
+        if len(times) < 2:
+            break
+        changes = meaning.profile.changes([key.name], [each.name for each in times])
+        most = max((each.distinct for each in times if changes[each.name] > 10 * STEADY), default=0)
+        times = [each for each in times if not (changes[each.name] <= STEADY and each.distinct < most)]
+    return times
+
+
+def _find_request(meaning: Meaning) -> None:
+    keys = meaning.keys
+    if "request" in keys:
+        _find_scope(meaning, keys["request"], True)
+        return
+    named = [each for each in meaning.free() if each.is_key and each.unit is None and each.distinct > 1]
+    fitting = [(-rank, -each.distinct, each.name) for each in named if (rank := rank_of(each.name, "request"))]
+    for rank, _, name in sorted(fitting):
+        if _find_scope(meaning, name, False):
+            keys["request"] = name
+            return
+        if rank == -2 and _spans_minutes(meaning, name):
+            keys["request"] = name
+            meaning.key_checks["request"] = "the times of its rows differ by minutes: they take the first"
+            return
+    if "time" not in keys:
+        return
+    # Whatever it is called: its rows have one user and one time, so there are as many of it as of the latter, or more.
+    least = 0.9 * meaning.columns[keys["time"]].distinct
+    for each in sorted(meaning.free(), key=lambda each: (each.distinct, each.name)):
+        if not each.is_key or each.unit is not None or not max(20, least) <= each.distinct <= 0.9 * each.rows:
+            continue
+        of_list = [keys[purpose] for purpose in ("user", "time") if purpose in keys]
+        changes = meaning.profile.changes([each.name], of_list)
+        if meaning.profile.rows_per_key([each.name]) > 1.2 and all(change <= _ALMOST for change in changes.values()):
+            keys["request"] = each.name
+            meaning.key_checks["request"] = "no name says so, but its rows have one time"
+            return
+
+
+def _find_scope(meaning: Meaning, name: str, given: bool) -> bool:
+    """Whether a column says which rows were one list: rows with its value, or with it and the user's, have one
+    user and, in all but a few, one time."""
+    keys = meaning.keys
+    fixed = [keys[each] for each in ("user", "time") if each in keys and keys[each] != name]
+    if not fixed:
+        return True
+    if meaning.profile.rows_per_key([name]) < 1.02:
+        return given  # each row is its own anyway
+    changes = meaning.profile.changes([name], fixed)
+    if all(changes[each] <= _ALMOST for each in fixed):
+        return True
+    if "user" in keys and "time" in keys:
+        of_user = meaning.profile.changes([keys["user"], name], [keys["time"]])[keys["time"]]
+        if of_user <= _ALMOST or math.isnan(of_user):
+            meaning.request_scope = "user"
+            meaning.key_checks["request"] = "its ids are a user's own: several users share some of them"
+            return True
+    if given and "user" in keys and changes[keys["user"]] > _ALMOST:
+        meaning.request_scope = "user"
+    return given
+
+
+def _spans_minutes(meaning: Meaning, name: str) -> bool:
+    """Whether rows of a value have one user, and times that lie near each other."""
+    keys, profile = meaning.keys, meaning.profile
+    if "time" not in keys or profile.rows_per_key([name]) < 1.2:
+        return False
+    fixed = [keys["user"]] if "user" in keys else []
+    sql, t = meaning.columns[name].sql, meaning.columns[keys["time"]].microseconds
+    spans = f"SELECT quantile_disc(s, 0.95) FROM (SELECT max({t}) - min({t}) s FROM log GROUP BY {sql})"
+    same = all(change <= _ALMOST for change in profile.changes([name], fixed).values())
+    return same and int(profile.number(spans)) < _SPAN * 1_000_000
+
+
+def _find_by_structure(meaning: Meaning) -> None:
+    """Find a user and a candidate that no name tells: a request determines its user, and its candidates differ."""
+    keys, pool = meaning.keys, _shared_ids(meaning)[:12]
+    if not pool or ("user" in keys and "candidate" in keys):
+        return
+    finest = _without_determined(meaning, pool)
+    group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
+    within = meaning.profile.changes(group, [each.name for each in finest])
+    users = [each for each in finest if within[each.name] <= _ALMOST and _may_be_user(each)]
+    why = "rows of one list have one value of it"
+    if not users and "candidate" in keys:  # each row is a list
+        users, why = (
+            _mixed_with(meaning, keys["candidate"], finest),
+            "each of its values has several rows and candidates",
+        )
+    if "user" not in keys and users:
+        named = [each for each in users if has(each.name, IDS)] or users
+        keys["user"] = max(named, key=lambda each: (each.kind == "text", each.distinct, each.name)).name
+        meaning.key_checks["user"] = f"no name says so, but {why}"
+    candidates = [each for each in finest if within[each.name] > _ALMOST]
+    if "candidate" not in keys and candidates and not keys.keys().isdisjoint(("user", "request")):  # else no lists
+        keys["candidate"] = max(candidates, key=lambda each: (each.distinct, each.name)).name
+        meaning.key_checks["candidate"] = "no name says so, but it differs within lists"
+
+
+def _without_determined(meaning: Meaning, pool: Sequence[Column]) -> Sequence[Column]:
+    """Return the columns that no other column of the pool determines, all if each is determined by another."""
+    names = {each.name for each in pool}
+    determined = set[str]()
+    for each in pool:
+        changes = meaning.profile.changes([each.name], sorted(names - {each.name}))
+        determined |= {name for name, change in changes.items() if change <= _ALMOST}
+    return [each for each in pool if each.name not in determined] or pool
+
+
+def _mixed_with(meaning: Meaning, candidate: str, columns: Sequence[Column]) -> list[Column]:
+    """Return the columns that may be users of a log without lists: neither they nor the candidate say the other."""
+    of_candidate = meaning.profile.changes([candidate], [each.name for each in columns])
+    mixed = [each for each in columns if _may_be_user(each) and of_candidate[each.name] > 0.5]
+    return [each for each in mixed if meaning.profile.changes([each.name], [candidate])[candidate] > 0.5]
+
+
+def _shared_ids(meaning: Meaning) -> list[Column]:
+    """Return the columns of a log with times that may hold ids of what occurs in several rows, the finest first."""
+    pool = [each for each in meaning.free() if each.is_key and each.unit is None and not each.binary]
+    pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows]
+    pool = [each for each in pool if each.kind != "integer" or not has(each.name, _AMOUNTS)]
+    return sorted(pool, key=lambda each: (-each.distinct, each.name)) if "time" in meaning.keys else []
+
+
+def _may_be_user(each: Column) -> bool:
+    """Whether nothing in a column's name says that it holds amounts, times, or places of many users."""
+    return not has(each.name, SHARED | TIME) and (each.kind == "text" or not begins(each.name, OUTCOMES + NUMBERS))
+
+
+def _check_repeats(meaning: Meaning) -> None:
+    keys, profile = meaning.keys, meaning.profile
+    if "request" in keys:
+        group = [keys["request"]] + ([keys["user"]] if meaning.request_scope == "user" else [])
+    else:
+        group = [keys[each] for each in ("user", "time") if each in keys]
+    meaning.list_keys = group if "request" in keys or "user" in keys else []
+    meaning.rows_per_request = profile.rows_per_key(meaning.list_keys) if meaning.list_keys else 1.0
+    by = [*meaning.list_keys, keys["candidate"]] if meaning.list_keys and "candidate" in keys else []
+    if by and (repeats := profile.count_repeats(by)):  # a single one stops a training
+        why = f"{repeats:,} of {profile.rows:,} rows repeat a candidate of their request"
+        meaning.key_checks["duplicates"] = why
+        meaning.warnings.append(f"{why}: is each of them meant?")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else f"'{value:.40}'" if isinstance(value, str) else str(value)
+
+
+def _looks_like_time(each: Column) -> bool:
+    """Whether text, or numbers by their name, say a time in another way, such as 14102100 or from 0 on."""
+    if each.kind == "text":
+        return all(re.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d", str(end)) for end in (each.low, each.high))
+    is_number = each.kind in ("integer", "number") and (each.distinct > 31 or each.low > 100_000)
+    return is_number and has(each.name, CLOCK) and not has(each.name, BEFORE)

@@ -136,6 +136,9 @@ def test_ids_that_training_does_not_know_are_found(tmp_path):
     item = feature(health, "item")
     item["settings"] |= {"max_size": ITEMS - 1 - UNKNOWN}
     assert overrides(find(health), "item")[0] == "--features.item.max_size null"
+    item["unknown"]["train"] = 0.005
+    assert overrides(find(health), "item") == [], "the vocabulary left out hardly any id"
+    item["unknown"]["train"] = 0.2
     item["vocabulary"]["known"] = item["vocabulary"]["distinct"]
     assert overrides(find(health), "item") == []
 
