@@ -119,33 +119,31 @@ class NewFiles:
         looks = self.logs.options.duplicates == "error"
         for log, whole, before in zip(new.events, self.logs.events, self.taken.logs[1:], strict=True):
             there = {file.address: file for file in whole.files}
-            # A journal tells for itself which of its rows count.
-            fresh = {
-                file: counted.spans[log.name, file.address]
-                for file in log.files
-                if (log.name, file.address) in counted.spans and read_journal_name(file.address) is None
-            }
+            spans = {file: counted.spans.get((log.name, file.address)) for file in log.files}  # None without rows
             for old in before.files.values():
                 if old.first is None or old.last is None:
                     continue
-                near = [file for file, span in fresh.items() if span[0] <= old.last and span[1] >= old.first]
+                near = [file for file, span in spans.items() if span and span[0] <= old.last and span[1] >= old.first]
+                if is_there := old.address in whole.found:  # A journal tells for itself which of its rows count.
+                    near = [file for file in near if looks and read_journal_name(file.address) is None]
+                if not near or (is_there and old.address not in there):
+                    continue
                 events = [log.find_events(file, old.first, old.last) for file in near]
-                if near and old.address in there and looks:
-                    its, what = log.find_events(there[old.address], old.first, old.last), "is still there"
+                if is_there:
+                    its = log.find_events(there[old.address], old.first, old.last)
+                    what = "is still there: all rows of one of the two came before or come again"
                     again = bool(np.isin(its, np.concatenate(events)).all()) or any(
                         len(each) == file.rows and np.isin(each, its).all()
                         for file, each in zip(near, events, strict=True)
                     )
                 else:
                     what = f"is gone, and they are at least as many as that file held ({old.rows:,})"
-                    is_gone = bool(near) and old.address not in whole.found
-                    again = is_gone and sum(map(len, events)) >= old.rows
+                    again = sum(map(len, events)) >= old.rows
                 if again:
                     raise UserError(
                         f"rows of '{near[0].address}' of events '{log.name}' are of the time of '{old.address}', which "
-                        f"{what}: all rows of one of the two came before or come again, so they would count twice. "
-                        f"Remove the new file or put the old one back, or {self.anew}; if both are there and meant, "
-                        "set data.duplicates to keep"
+                        f"{what}. If they are the same, they would count twice: remove the new file or put the old one "
+                        f"back, or {self.anew}. If both are there and meant, set data.duplicates to keep"
                     )
 
 
