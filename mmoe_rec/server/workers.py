@@ -163,7 +163,7 @@ class _Parent:
         try:
             while not self._stopping.is_set():
                 self._step()
-            self._tell(replace(self._state, is_draining=True))
+            self._tell(is_draining=True)
             until = time.monotonic() + self._options.drain
             while time.monotonic() < until:
                 self._step()
@@ -258,11 +258,11 @@ class _Parent:
         try:
             model = self._load(source)
         except UserError as error:
-            self._tell(replace(self._state, failure=str(error)))
+            self._tell(failure=str(error))
             self._metrics.reloads.labels("failed").inc()
             raise
         before, self._model = self._model, model
-        workers = self._tell(replace(self._state, path=model.path, failure=None))
+        workers = self._tell(path=model.path, failure=None)
         until = time.monotonic() + _EXCHANGE_SECONDS
         for worker in workers:
             if not worker.taken.wait(max(until - time.monotonic(), 0.0)):
@@ -272,9 +272,10 @@ class _Parent:
         self._metrics.reloads.labels("done").inc()
         _log.info("serving %s", source.address)
 
-    def _tell(self, state: State) -> list[_Worker]:
-        """Tell all workers the new state, and return them."""
+    def _tell(self, **changes: Any) -> list[_Worker]:
+        """Change the state, tell it to all workers, and return them."""
         with self._lock:
+            state = replace(self._state, **changes)
             is_new = state.path != self._state.path
             self._state = state
             for worker in self._workers.values():
