@@ -44,7 +44,7 @@ ONLY_IN = {
     "jinja2": {"mmoe_rec/report"},
     "matplotlib": {"mmoe_rec/report", "mmoe_rec/evaluation/results_report.py", "mmoe_rec/profiling/health_report.py"},
     "torchrec": {"mmoe_rec/batches", "mmoe_rec/model", "mmoe_rec/training"},
-    **{name: {"mmoe_rec/server"} for name in ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client")},
+    **{name: {"mmoe_rec/server"} for name in ("starlette", "uvicorn", "orjson", "prometheus_client")},
 }
 FILES = {".".join(path.with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
