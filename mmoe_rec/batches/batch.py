@@ -103,16 +103,21 @@ class Events(_Tensors):
 
 @dataclass(eq=False)
 class Batch(_Tensors):
-    """B rows of a `Layout`.
+    """B rows of a `Layout` as tensors.
 
-    ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
-    `layout.dense`; labels: (B, T) float32, or float64 where a task is a regression, 0 where unobserved; observed:
-    (B, T) bool; position: where a reader continues after this batch; None for rows that are not read in a training
-    order; weights: (B,) float64 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
-    row's user, where metrics are by user; numbers: (B,) int64, of the rows in the files, for `draws_of`. ragged: names
-    of the R inputs of which not every row has exactly one id; shares: (R, B) float32, what one of a row's ids counts in
-    their mean, 1 / number of ids, and 0 where there is none; None where R is 0. events: of the histories that attention
-    pools, if there are any.
+    Attributes:
+        ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`.
+        dense: (B, D) float32 over all of `layout.dense`.
+        labels: (B, T) float32, or float64 if a task is a regression. Unobserved labels are 0.
+        observed: (B, T) bool, whether a label is known.
+        position: Position at which a reader continues after this batch, None outside a training.
+        weights: (B,) float64 weights of the rows in the loss, None if all rows count alike.
+        users: (B,) int64 hashes of the rows' users, for metrics by user.
+        numbers: (B,) int64 numbers of the rows in the files, for `draws_of`.
+        ragged: Names of the R inputs that don't have exactly one id in every row.
+        shares: (R, B) float32 weight of one id in the mean of its row: 1 / number of ids, or 0 without ids. None if
+            R is 0.
+        events: Events of the histories that attention pools.
     """
 
     ids: Any

@@ -64,29 +64,31 @@ class MeasuredTask:
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """Sums over rows by unit, a user or a group of users, which stands in the column `user`: int64 or string.
+    """Sums over rows by unit. A unit is a user or a group of users.
 
     Attributes:
-        tasks: what was measured.
-        tables: table name -> rows sorted by their keys; counts are int64, all else is float64:
+        tasks: The measured tasks.
+        tables: Tables by name. Their rows are sorted by key. The column `user` (int64 or string) holds the unit. Counts
+            are int64, all else is float64.
 
-            `ranking`, one row a unit: `rows`, `requests`, `users`; `digest`, which tells other requests, candidates and
-            weights apart; how many of the requests rank nothing, each counted under the first that holds:
-            `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`; the others,
-            `ranked_requests`, and over them the sums of the metrics of the score, and of `least_ndcg` and
-            `random_ndcg`, the NDCG@10 of their worst orders and the mean of that of all orders.
+            `ranking` has one row for each unit. `rows`, `requests` and `users` are counts. `digest` differs if
+            requests, candidates or weights differ. A request that ranks nothing counts in the first column that
+            applies: `requests_of_one_row`, `requests_without_relevant_row` or `requests_of_equal_relevance`. All others
+            count in `ranked_requests`. Over these it holds the sums of the score's metrics, of `least_ndcg` (NDCG@10 of
+            the worst order) and of `random_ndcg` (mean NDCG@10 of all orders).
 
-            `TASK.users`, one row a unit with an observed label: `rows`; `digest`, as above with the labels; the
-            weighted sums `weight`, `label` and `prediction`, of a binary task `positives`; of its requests, ranked by
-            the task's prediction, the same as in `ranking`; and the sums of the task's metrics.
+            `TASK.users` has one row for each unit with an observed label: `rows`, `digest` (with the labels), the
+            weighted sums `weight`, `label` and `prediction`, and `positives` of a binary task. It also holds the
+            columns of `ranking` for requests ranked by the task's prediction, and the sums of the task's metrics.
 
-            `TASK.bins`, one row a unit and `bin` of rising prediction, binary tasks only: `rows`, `positives`, and the
-            weighted sums `label`, `negative` (of rows whose label is 0) and `prediction`.
+            `TASK.bins` has one row for each unit and `bin` of rising prediction, for binary tasks: `rows`, `positives`,
+            and the weighted sums `label`, `negative` (rows with label 0) and `prediction`.
 
-            `TASK.counts`, binary tasks only: predicted `value`, and the weight of its `positive` and `negative` rows.
+            `TASK.counts` has the weights of `positive` and `negative` rows for each predicted `value`, for binary
+            tasks.
 
-            `catalogue`, one row a `candidate`, where candidates were given: `rows`, and of each cutoff how often it is
-            shown, and the logarithm of the probability that it never is (see `shown_rows`).
+            `catalogue` has one row for each `candidate`, if candidates were given: `rows`, and for each cutoff the
+            number of times that it is shown, and the logarithm of the probability that it never is (`shown_rows`).
     """
 
     tasks: tuple[MeasuredTask, ...]

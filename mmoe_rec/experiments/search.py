@@ -198,7 +198,7 @@ class Study:
         """
         distributions = {name: make_distribution(search) for name, search in self.space.items()}
         failures = 0
-        while may_start(find_ended(self.study), end, trials, confirming):
+        while may_start(find_ended(self.study), end - time.time(), trials, confirming):
             reason = self._try(self.study.ask(distributions))
             failures = failures + 1 if reason else 0
             if failures == MAX_FAILURES:
@@ -282,18 +282,18 @@ class Study:
         )
 
 
-def may_start(ended: Sequence[Any], end: float, trials: int | None, confirming: int) -> bool:
+def may_start(ended: Sequence[Any], seconds_left: float, trials: int | None, confirming: int) -> bool:
     """Return whether another trial is wanted, and the time suffices for it and for `confirming` runs after it.
 
     Args:
         ended: Trials that ended.
-        end: Time at which all has to be complete, in seconds since 1970.
+        seconds_left: Time until all has to be complete.
         trials: Number of trials, None for no limit.
         confirming: Number of runs after the trials.
     """
     seconds = [trial.user_attrs[_SECONDS] for trial in ended]
     needed = (1 + confirming) * float(np.mean(seconds)) if seconds else 0.0
-    return time.time() + needed < end and (trials is None or len(ended) < trials)
+    return needed < seconds_left and (trials is None or len(ended) < trials)
 
 
 def find_ended(study: Any) -> list[Any]:

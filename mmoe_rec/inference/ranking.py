@@ -75,16 +75,23 @@ _IF_THERE = ("explanations", "request_id")
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    candidates: ids; scores: exp(sum of weight x log prediction); log_scores: the sums, which tell candidates apart
-    where scores are too small or large for it; predictions: name -> values, as `add_outcomes` gives;
-    order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
-    the last logged request that the model's tables know, None where the log has no times; warnings: what went wrong
-    with experts, see `mmoe_rec.inference.scorer`, and what is wrong with the request's time, see `Freshness`; model:
-    the artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
-    unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
-    out; request_id: the caller's own or a new one, where requests are logged; seen: what features saw of the request
-    then, see `RankedRequest`, and journal_position: up to where of the server's journal the model knew events, which
-    replies leave out.
+    Replies leave out the attributes that `UNSENT` names.
+
+    Attributes:
+        candidates: Ids.
+        scores: exp(sum of weight x log prediction).
+        log_scores: The sums. They still differ if scores are too small or too large.
+        predictions: Values by the names that `add_outcomes` gives.
+        order: Positions of the candidates in the request.
+        request_time: ISO time of the request.
+        tables_as_of: ISO time of the last logged request that the model's tables know, None if the log has no times.
+        warnings: Failures of experts (`mmoe_rec.inference.scorer`) and doubts about the request's time (`Freshness`).
+        model: The artifact's `name` and `version` (`version_of`).
+        explanations: An explanation of each candidate, if the request asked for them.
+        unknown_ids: Number of unknown ids of `user` and `candidate`.
+        request_id: The caller's own or a new one, if requests are logged.
+        seen: The request as the features read it (`RankedRequest`).
+        journal_position: Position in the server's journal up to which the model knew events.
     """
 
     candidates: list[int] | list[str]

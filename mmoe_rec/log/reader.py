@@ -197,18 +197,14 @@ def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
 
 
 class Log:
-    """The files of an interaction log. Opening it reads every file's footer and checks columns and types.
+    """The files of an interaction log.
 
-    source: a folder of Parquet files, one file or a glob; a local path or an fsspec address; skip_bad_files: leave
-    files that can't be used out, see `left_out`, instead of an error; types: required types of columns, in words, by
-    default those of most files; more: further columns that all files must have, and what they are read as; now:
-    microseconds since 1970 UTC, by default a day from now; later requests are an error when read.
-
-    name: of a log of events, else None; found: all files that are there; files: those that can be used; types: of their
-    columns; reader: reads a part of them.
-
-    Raises BadFile for the first file that is unreadable, lacks a column or has another type than most, and UserError
-    where there is no log, it has no rows, or it can't be reached.
+    Attributes:
+        name: Name of a log of events, None for the interaction log.
+        found: All files that are there.
+        files: The files that can be used.
+        types: Types of their columns.
+        reader: Reads a part of them.
     """
 
     name: str | None = None
@@ -223,6 +219,20 @@ class Log:
         now: int | None = None,
         more: Mapping[str, Use] | None = None,
     ) -> None:
+        """Read every file's footer and check columns and types.
+
+        Args:
+            source: A folder of Parquet files, one file or a glob, as a local path or an fsspec address.
+            schema: Schema of the log.
+            skip_bad_files: Whether to list unusable files in `left_out` instead of raising an error.
+            types: Required types of columns, in words. By default the types of most files.
+            now: Microseconds since 1970 UTC. Reading a later request is an error. By default a day from now.
+            more: Further columns that all files must have, and how to read them.
+
+        Raises:
+            BadFile: A file is unreadable, lacks a column or has another type than most. The first such file is named.
+            UserError: There is no log, it has no rows, or it can't be reached.
+        """
         self.source, self.schema, self.uses = source, schema, column_uses(schema) | dict(more or {})
         self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
         self._open("data.log", skip_bad_files, types)

@@ -45,13 +45,19 @@ Clash = tuple[int | None, int]
 
 @dataclass
 class Requests:
-    """What is known of a log's requests.
+    """Counts and conflicts of a log's requests.
 
-    count: requests; several_times, several_users: those with rows of several times or users; longest_microseconds:
-    greatest difference of times within a request; continued, continued_rows: requests of days before that have rows
-    here; begin: time of the first request that is none of them; earlier: least time of a row that is earlier than all
-    of its request before, None for none; times_clash, users_clash: two rows that disagree, the second being the first
-    such row; bad: files that can't be read.
+    Attributes:
+        count: Number of requests.
+        several_times: Number of requests with rows of several times.
+        longest_microseconds: Greatest difference of times within a request.
+        several_users: Number of requests with rows of several users.
+        continued: Number of requests that began in files of earlier days.
+        continued_rows: Number of their rows here.
+        begin: Time of the first request that began here.
+        earlier: Least time of a row that precedes all earlier rows of its request, None if there is none.
+        times_clash: Two rows of one request with different times. The second is the first such row of the log.
+        users_clash: The same for different users.
     """
 
     count: int = 0

@@ -1,21 +1,19 @@
-"""What is suspicious in a data set, in words.
+"""Findings about a data set, in words.
 
-A finding is a `problem` if training would be wrong or meaningless, a `warning` if one should know of it. They come
-in order of what they cost; only the first of many warnings are shown at once.
+A finding is a `problem` if training would be wrong or meaningless, and a `warning` otherwise. Findings are ordered by
+cost. If there are many warnings, only the first ones are shown.
 
-What a finding costs: roughly the share of the test rows' predictions that it harms, from 0 to 1.
+The cost estimates the fraction of test predictions that a finding harms, from 0 to 1:
 
-    share of the rows that it spoils x how much the feature matters in them
+    fraction of the rows affected x weight of the feature in these rows
 
-A feature matters as much as it alone ranks validation rows (2 AUC - 1, of the task that it ranks best). The id of the
-user or the candidate matters fully where it is unknown, as all that was learnt of it is missing there; another id at
-least `LEAST`, since rows of unknown ids are among those that its AUC is measured on. Of a drift, only the rows where
-training had less than half as many count. A label rate that changes is in all rows. What only takes space costs 0.
+The weight of a feature is its own ranking power on validation rows: 2 AUC - 1, for the task that it ranks best. An
+unknown user or candidate has weight 1, because the model knows nothing of it. Other ids have at least weight `LEAST`,
+because unknown ids lower their own AUC. A drift affects the rows of values that were less than half as frequent in
+training. A change of a label's rate affects all rows. Wasted space costs 0. The order says nothing of a model's gain.
 
-It puts the findings in order; it does not measure what a model would gain.
-
-A finding that can be acted on carries advice: what to do, and the override of the command line that does it, if there
-is one. `mmoe-rec compare` measures what a change gains.
+Many findings carry advice, with the override of the command line that carries it out. `mmoe-rec compare` measures the
+gain.
 """
 
 from __future__ import annotations

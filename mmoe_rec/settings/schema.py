@@ -21,12 +21,16 @@ Days = Annotated[float, Field(gt=0, le=36_500)]
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the health report needs to know about a feature.
+    """A feature as the health report reads it.
 
-    columns: what its values come from; row_name: (table, row) -> what a reader calls a row of a table, None where rows
-    are the ids of a vocabulary; missing: row 0 stands for a missing value; unknown: rows after it that unknown ids
-    share; hashed: values share rows by their hashes; zeros_missing: dense inputs that are all 0 are a missing value;
-    parts: by table, that of inputs of other tables.
+    Attributes:
+        columns: Columns that its values come from.
+        row_name: Function of a table and a row that names the row, None if rows are the ids of a vocabulary.
+        missing: Whether row 0 stands for a missing value.
+        unknown: Number of rows after it that unknown ids share.
+        hashed: Whether values share rows by their hashes.
+        zeros_missing: Whether dense inputs that are all 0 stand for a missing value.
+        parts: Meaning of the inputs of other tables, by table.
     """
 
     columns: tuple[str, ...]

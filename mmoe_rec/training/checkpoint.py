@@ -55,11 +55,16 @@ class TrainingState:
 class FinishedTraining:
     """A training that has ended.
 
-    artifact: the model's folder; address: its place in the registry; best: validation of the model as it is served, on
-    the judging rows; network: the same without its trees and calibration, if it has trees; compared: sentences on how
-    it did beside the model that held the alias, and on which model holds it now; origin: what it was begun with, its
-    settings as `result_settings` gives them; weights: checksum of the model's weights; started_from: validation of the
-    network that it was started from; before: whether it had ended before this command.
+    Attributes:
+        artifact: The model's folder.
+        address: Address of the model in the registry.
+        best: Validation of the served model on the judging rows.
+        compared: Sentences that compare it with the alias's earlier model and name the one that holds the alias now.
+        origin: Settings and data that it began with, the settings as `result_settings` gives them.
+        weights: Checksum of the model's weights.
+        started_from: Validation of the network that it started from.
+        network: Validation without trees and calibration, if the model has trees.
+        before: Whether it had ended before this command.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
