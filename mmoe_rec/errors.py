@@ -2,8 +2,6 @@
 requests to stop, by a cluster's SIGTERM, by Ctrl-C or by a terminal that closes.
 """
 
-from __future__ import annotations
-
 import errno
 import signal
 import sys
@@ -126,7 +124,7 @@ class StopRequest:
         self.signal: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         self._before = catch_stop_signals(self._note)
         return self
 

@@ -6,8 +6,6 @@ way. Between machines they hold where their file system passes locks on, as NFS 
 Where it does not, only processes of one machine see each other; where there are no locks at all, a note says so.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """One progress bar with an estimate of the time left, for every long step; and quiet libraries beside it."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Mapping

@@ -6,8 +6,6 @@ says which days train; overrides of settings may follow. It stops at the first s
 exit code, and may be started again at any time: a training that was stopped goes on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from mmoe_rec.cli.main import main as run

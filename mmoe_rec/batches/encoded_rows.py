@@ -1,7 +1,5 @@
 """A folder of encoded Parquet rows: which row groups there are, and reading them into arrays."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -57,20 +55,20 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def slice(self, start: int, stop: int) -> Rows:
+    def slice(self, start: int, stop: int) -> "Rows":
         """Rows start to stop (exclusive, at most N), as views."""
         return self._with(self.encoded.slice(start, stop), lambda part: part[start:stop])
 
-    def take(self, rows: np.ndarray) -> Rows:
+    def take(self, rows: np.ndarray) -> "Rows":
         """The given rows, in the given order, as copies."""
         return self._with(self.encoded.take(rows), lambda part: part.take(rows, axis=0))
 
-    def _with(self, encoded: Encoded, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+    def _with(self, encoded: Encoded, change: Callable[[np.ndarray], np.ndarray]) -> "Rows":
         others = (None if each is None else change(each) for each in (self.weights, self.users, self.numbers))
         return Rows(encoded, change(self.labels), *others)
 
     @staticmethod
-    def concatenate(parts: Sequence[Rows]) -> Rows:
+    def concatenate(parts: "Sequence[Rows]") -> "Rows":
         """The rows of all parts (at least one), in order, as copies."""
         ids: dict[str, np.ndarray | Ragged] = {}
         for name, first in parts[0].encoded.ids.items():

@@ -11,8 +11,6 @@ two; and they calibrate all, as `training.calibration` says of a model. Trees le
 rows, or fewer of more than a hundred inputs, which takes some seven gigabytes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

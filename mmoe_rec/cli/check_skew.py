@@ -6,8 +6,6 @@ the log, point in time. It names each feature, prediction and score that differs
 The period begins with --from and ends before --to. mmoe_rec/server/README.md is the guide.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -18,8 +18,6 @@ All runs use the same precision. Nothing is registered. Complete runs stay in `d
 repeat the command.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

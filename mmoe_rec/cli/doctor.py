@@ -4,8 +4,6 @@ Checks the packages, the devices, MLflow and the work folder, and says what to d
 code is 1 if something has to be fixed, else 0. Without --config it looks at this folder, and at MLFLOW_TRACKING_URI.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

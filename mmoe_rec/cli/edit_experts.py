@@ -8,8 +8,6 @@ takes one away, --mask E puts one out of use. Writes the edited model to `data.w
 Training goes on from it with `mmoe-rec train --from` and the new number in `model.experts.count`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -7,8 +7,6 @@ Prepares the features as training would, or takes existing ones; writes `report.
 `data.work`/inspection.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mmoe_rec.cli.main import Configuration, out_option, settings_command, show_report

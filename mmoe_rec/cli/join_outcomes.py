@@ -9,8 +9,6 @@ ones wait for the next run, which adds files with later requests, as `mmoe-rec f
 A run that is killed leaves nothing; the next one does the same.
 """
 
-from __future__ import annotations
-
 import click
 
 from mmoe_rec.cli.main import Configuration, settings_command

@@ -8,8 +8,6 @@ The exit code is 0 where the version holds the alias, and 1 where it was refused
 `--rollback` gives the alias back to the version that held it before.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

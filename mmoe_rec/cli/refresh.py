@@ -14,8 +14,6 @@ events, which the features for the next training then take as well.
 --anew makes the tables of all files that the log has now, as where an old file was put right.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import click

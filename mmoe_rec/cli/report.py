@@ -7,8 +7,6 @@ changed. Nothing is computed: it reads what those commands have left, and writes
 nothing else, to `data.work`/report.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mmoe_rec.cli.main import COMMANDS, Configuration, out_option, settings_command, show

@@ -11,8 +11,6 @@ an evaluation; it needs the columns of labels, null where nothing is known yet, 
 was trained with; overrides may follow, such as --data.workers 2, --data.events.NAME.path P or --tracking.uri U.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import click

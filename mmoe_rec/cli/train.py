@@ -19,8 +19,6 @@ The model takes over the alias if it is shown to be better than the one that hol
 chose nothing about it; otherwise it is registered as challenger. One process trains in a `data.work` at a time.
 """
 
-from __future__ import annotations
-
 import click
 
 from mmoe_rec.cli.main import Configuration, settings_command, show_report

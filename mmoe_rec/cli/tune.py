@@ -13,8 +13,6 @@ best.yaml has the settings as they are. Test rows play no part.
 --minutes covers trials and confirmation. After a stop, repeat the command: complete trials and runs stay.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

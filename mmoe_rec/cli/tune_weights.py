@@ -7,8 +7,6 @@ choice gains and costs. Prints the front, weights that no others beat for all ta
 Put the weights into the settings as `score_weight`, or send them with a request as `task_weights`.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

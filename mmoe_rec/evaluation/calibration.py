@@ -8,8 +8,6 @@ rising form, and needs thousands of rows. Its steps are flat, so they would tie 
 Hence the middles of the steps are joined by straight lines, which rise by at least FLATTEST; see `isotonic`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal

@@ -10,8 +10,6 @@ redrawn users. The interval is Student's, with degrees of freedom by Welch and S
 settings' means is computed alike.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -11,8 +11,6 @@ the number of users). For U equal users of normal influence the mean of sum d^4 
 1)): the U that gives what is observed is the effective number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -3,8 +3,6 @@
 Rows are checked as they are read, and held in memory.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +57,7 @@ class PredictionColumns:
     slices: tuple[SliceBy, ...] = ()
 
     @staticmethod
-    def of(tasks: Sequence[MeasuredTask]) -> PredictionColumns:
+    def of(tasks: Sequence[MeasuredTask]) -> "PredictionColumns":
         """Columns with their usual names."""
         return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
@@ -72,7 +70,7 @@ class PredictionColumns:
         """Part -> column, None where rows have none."""
         return {part: self.names.get(part) for part in _list_parts(self.tasks)}
 
-    def with_columns(self, words: Sequence[str], option: str = "--columns") -> PredictionColumns:
+    def with_columns(self, words: Sequence[str], option: str = "--columns") -> "PredictionColumns":
         """The same with other columns, named by words such as `user=customer_id`. Raises UserError for another word."""
         given, parts = dict[str, str](), _list_parts(self.tasks)
         for word in words:
@@ -85,7 +83,7 @@ class PredictionColumns:
             by_log &= {WEIGHT}
         return replace(self, names={**self.names, **given}, optional=self.optional - given.keys(), by_log=by_log)
 
-    def match(self, there: Collection[str]) -> PredictionColumns:
+    def match(self, there: Collection[str]) -> "PredictionColumns":
         """Those that files with the columns `there` have. All need what one has, or a task would be of some rows."""
         there, names = set(there), dict(self.names)
         for part in self.by_log & there:
@@ -169,7 +167,7 @@ class PredictionFile:
     schema: pa.Schema
 
     @staticmethod
-    def read(found: FoundFile) -> PredictionFile:
+    def read(found: FoundFile) -> "PredictionFile":
         """Read the footer of a file. Raises BadFile if it is no Parquet file."""
         with open_parquet(found.address) as parquet:
             rows, schema = parquet.metadata.num_rows, parquet.schema_arrow

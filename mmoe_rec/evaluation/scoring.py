@@ -1,7 +1,5 @@
 """Scores encoded rows with a model, to be measured."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,7 +90,7 @@ class ScoredRows:
         """Sum what all metrics need, by user or group of users."""
         return self.predicted.sum()
 
-    def with_predictions(self, values: np.ndarray) -> ScoredRows:
+    def with_predictions(self, values: np.ndarray) -> "ScoredRows":
         """The same rows with another model's predictions (N, T), fused by the relevance weights."""
         weights = np.array([self.relevance[task.name] for task in self.layout.tasks])
         score = np.log(np.clip(values, 1e-12, None)) @ weights

@@ -1,7 +1,5 @@
 """Sentences on an evaluation: verdicts, differences, slices, notes, and suspicious metrics, as a mistake gives them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

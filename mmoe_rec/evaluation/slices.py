@@ -4,8 +4,6 @@ A slice is compared with all rows, by the same redraws of users, or with another
 README.md for which are judged (Slices and findings).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,7 +52,7 @@ class SliceBy:
     buckets: int | None = None
 
     @staticmethod
-    def of(word: str, option: str = "--slices") -> SliceBy:
+    def of(word: str, option: str = "--slices") -> "SliceBy":
         """What `COLUMN` or `bucket(COLUMN, N)` says; option: the one that named it.
 
         Raises UserError for a number of buckets that there can't be.
@@ -86,7 +84,7 @@ class SliceBy:
             raise ValueError(f"holds {values.type}, and buckets are of numbers")
         return values.cast(pa.float64(), safe=False)
 
-    def find_slices(self, values: pa.Array) -> Slices:
+    def find_slices(self, values: pa.Array) -> "Slices":
         """The slices of values that `read` gave. Raises UserError where there are too many."""
         known = values.drop_null()
         if self.buckets is None:
@@ -98,7 +96,7 @@ class SliceBy:
         edges = np.quantile(numbers, self.shares, method="inverted_cdf")
         return self.of_numbers(edges, numbers.min(), numbers.max())
 
-    def of_values(self, values: Sequence[str], rows: Sequence[int]) -> Slices:
+    def of_values(self, values: Sequence[str], rows: Sequence[int]) -> "Slices":
         """The slices of values by how many rows have each. Raises UserError for more than `MOST_VALUES`."""
         if len(values) > MOST_VALUES:
             raise UserError(
@@ -113,7 +111,7 @@ class SliceBy:
         """The share of the rows up to the end of each bucket but the last."""
         return [number / (self.buckets or 1) for number in range(1, self.buckets or 1)]
 
-    def of_numbers(self, edges: Iterable[float], least: float, largest: float) -> Slices:
+    def of_numbers(self, edges: Iterable[float], least: float, largest: float) -> "Slices":
         """The slices of a number. edges: the largest number of each of the `shares`."""
         return Slices(self, (), tuple(sorted({float(each) for each in edges})), (float(least), float(largest)))
 

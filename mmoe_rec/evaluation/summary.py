@@ -1,7 +1,5 @@
 """Rows with predictions and labels -> sums -> metrics of a model with their intervals; and which of them decides."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -36,7 +34,7 @@ class Objective:
     better: str
 
     @staticmethod
-    def of(decide_by: str, sums: EvaluationSums, tasks: Collection[str]) -> Objective | None:
+    def of(decide_by: str, sums: EvaluationSums, tasks: Collection[str]) -> "Objective | None":
         """The objective of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
 
         A metric of tasks is averaged over those `tasks` that have it and enough labels; where none has, it is R2 of
@@ -237,7 +235,7 @@ class PredictedRows:
             grouped=grouped,
         )
 
-    def take(self, rows: np.ndarray) -> PredictedRows:
+    def take(self, rows: np.ndarray) -> "PredictedRows":
         """Select rows by their numbers."""
         return replace(
             self,

@@ -6,8 +6,6 @@ independent of each other as users are, and differ as much as their users do.
 AUC and average precision need the order of all rows: so a binary task's rows are kept in bins of rising prediction.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -4,8 +4,6 @@ The score is the sum of weight x log prediction, so only the ratios of weights m
 ranking serves a task is the NDCG@10 of its rows, whose relevance is the label of that task alone.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Runs of variants, in sentences, tables and a page: which variant is better, and what to write into the settings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace

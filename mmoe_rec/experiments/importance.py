@@ -7,8 +7,6 @@ The pass shows what this model uses. Only a model that was trained without a fea
 confirm.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -9,8 +9,6 @@ least-squares fit over the trials estimates the effect of each value: every tria
 best trial alone tells about its own noise too.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

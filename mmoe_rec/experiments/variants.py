@@ -1,7 +1,5 @@
 """Variants of settings: those of the command line, and the architectures that `compare --architectures` tries."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator, Sequence

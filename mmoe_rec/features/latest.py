@@ -4,8 +4,6 @@ The latest row of each counts; of rows of one instant the one with the greatest 
 So parts of a log may be taken in any order: each is a `LatestValues`, and so is what is known of several (`merged`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, reduce
@@ -34,7 +32,7 @@ class LatestValues:
     (rows,) bool whether a row differs from what the table that it belongs to says of its key.
     """
 
-    levels: tuple[LatestValues, ...] = ()
+    levels: "tuple[LatestValues, ...]" = ()
 
     def __init__(self, key: str, table: pa.Table, times: np.ndarray, changed: np.ndarray | None = None) -> None:
         self.key, self.table, self.times = key, table, times
@@ -44,7 +42,7 @@ class LatestValues:
         return len(self.table)
 
     @staticmethod
-    def of(rows: LogRows, role: LatestRole) -> LatestValues:
+    def of(rows: LogRows, role: LatestRole) -> "LatestValues":
         """What rows of a log say last. Of a plain table, which has no such key, only the types of columns are kept."""
         schema = rows.schema
         key = schema.columns.user if role == "user" else schema.columns.candidate
@@ -54,21 +52,21 @@ class LatestValues:
             table, times = table.slice(0, 0), times[:0]
         return LatestValues(key, table, times)._latest()
 
-    def merged(self, other: LatestValues) -> LatestValues:
+    def merged(self, other: "LatestValues") -> "LatestValues":
         tables = pa.concat_tables([self.table, other.table], promote_options="permissive").combine_chunks()
         times, changed = np.append(self.times, other.times), np.append(self.changed, other.changed)
         return LatestValues(self.key, tables, times, changed)._latest()
 
     @staticmethod
-    def together(parts: Sequence[LatestValues]) -> LatestValues:
+    def together(parts: "Sequence[LatestValues]") -> "LatestValues":
         """What all parts (at least one) say, ordered by key."""
         whole = reduce(LatestValues.merged, reversed(parts))
         return whole.take(pc.sort_indices(whole.table[whole.key]).to_numpy())
 
-    def take(self, rows: np.ndarray) -> LatestValues:
+    def take(self, rows: np.ndarray) -> "LatestValues":
         return LatestValues(self.key, self.table.take(pa.array(rows)), self.times[rows], self.changed[rows])
 
-    def _latest(self) -> LatestValues:
+    def _latest(self) -> "LatestValues":
         """The last row of each key, with strings decoded."""
         values = self.take(_without_repeats(self.table, self.times))
         group, keys = pd.factorize(values.hashes)
@@ -86,7 +84,7 @@ class LatestValues:
         tied = tied[~pd.Series(group[tied]).duplicated(keep="last").to_numpy()]  # the greatest
         return values.take(np.append(np.flatnonzero(~is_tied), tied))
 
-    def extended(self, rows: LogRows, role: LatestRole) -> LatestValues:
+    def extended(self, rows: LogRows, role: LatestRole) -> "LatestValues":
         """These values and those of rows, which may be older. This object stays as it is, and shares most."""
         new = LatestValues.of(rows, role)
         for known in (self, *self.levels):
@@ -152,7 +150,7 @@ class LatestValues:
         pq.write_table(times, _times_of(folder, role), compression="zstd")
 
     @staticmethod
-    def load(folder: Path, role: LatestRole, key: str) -> LatestValues:
+    def load(folder: Path, role: LatestRole, key: str) -> "LatestValues":
         """What `save` wrote."""
         table, times = pq.read_table(folder / f"latest.{role}.parquet"), pq.read_table(_times_of(folder, role))
         # Parquet calls what lists hold `element`, canonical columns `item`.

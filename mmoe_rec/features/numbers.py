@@ -1,7 +1,5 @@
 """Statistics of numbers that do not depend on the order of rows: a histogram, exact until there are too many values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,13 +35,13 @@ class _Counted:
     counts: np.ndarray
     dropped: int
 
-    def coarser(self, dropped: int) -> _Counted:
+    def coarser(self, dropped: int) -> "_Counted":
         """The counts with at least so many bits dropped. Dropping some and then more equals dropping all at once."""
         if dropped <= self.dropped:
             return self
         return _sum_counts(self.keys >> (dropped - self.dropped), self.counts, dropped)
 
-    def bounded(self) -> _Counted:
+    def bounded(self) -> "_Counted":
         """The counts with as few bits dropped as leave no more than `VALUES_KEPT` keys."""
         fewest, enough = self.dropped, _MOST_DROPPED
         if len(self.keys) <= VALUES_KEPT:
@@ -81,7 +79,7 @@ class NumberHistogram:
         bits = (values[first] + np.float64(0)).view(np.int64)  # 0 and -0 are one
         self._add(_Counted(bits, np.diff(first, append=len(values)), 0))
 
-    def merge(self, other: NumberHistogram) -> None:
+    def merge(self, other: "NumberHistogram") -> None:
         self.missing += other.missing
         self._add(other._counted)
 
@@ -111,14 +109,14 @@ class NumberHistogram:
         return table.replace_schema_metadata({_DROPPED: str(sums.dropped)})
 
     @staticmethod
-    def from_table(table: pa.Table) -> NumberHistogram:
+    def from_table(table: pa.Table) -> "NumberHistogram":
         histogram = NumberHistogram()
         counts, keys = table["count"].to_numpy(), table["key"].combine_chunks().drop_null().to_numpy()
         histogram._counted = _Counted(keys, counts[:-1], int(table.schema.metadata[_DROPPED]))
         histogram.missing = int(counts[-1])
         return histogram
 
-    def standardiser(self) -> Standardiser:
+    def standardiser(self) -> "Standardiser":
         """Mean and deviation of the counted values; (0, 1) where there are none, deviation 1 where they are equal.
 
         Values beyond +-1e150 count as +-1e150.
@@ -138,7 +136,7 @@ class NumberHistogram:
         scaled = np.clip((_spread_quantiles(values, counts, EDGES) - mean) / deviation, -CLIP, CLIP)
         return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> NumberHistogram:
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "NumberHistogram":
         """The histogram of what a function makes of the values; of values counted together, of their middle."""
         least, largest, counts = self.bins
         bits = (function(least / 2 + largest / 2) + np.float64(0)).view(np.int64)
@@ -147,7 +145,7 @@ class NumberHistogram:
         histogram._counted = _sum_counts(bits, counts, 0)
         return histogram
 
-    def frequent_values(self) -> FrequentValues:
+    def frequent_values(self) -> "FrequentValues":
         """The values that many rows share.
 
         Many are `OFTEN`; where there are more different values than are kept, one row in `OFTEN_SHARE` too, which no

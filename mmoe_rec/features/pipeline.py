@@ -4,8 +4,6 @@ State is plain data: `pipeline.json`, a Parquet file for each table that an enco
 Parquet files for what each counter and history remembers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from copy import copy
@@ -54,7 +52,7 @@ class Live:
     rows: int = 0
     levels: Mapping[str, tuple[Memory, ...]] = field(default_factory=dict)
 
-    def extended(self, rows: Mapping[str | None, LogRows]) -> Live:
+    def extended(self, rows: Mapping[str | None, LogRows]) -> "Live":
         """Return a copy that knows further rows of the interaction log (None) and of logs of events.
 
         Args:
@@ -255,7 +253,7 @@ class FeaturePipeline:
                 part[each] = values[rows.of] if of_requests else values
         return numbers, lists
 
-    def with_live(self, live: Live) -> FeaturePipeline:
+    def with_live(self, live: Live) -> "FeaturePipeline":
         """A pipeline that answers everything by the memories together with `live`.
 
         This one, and passes that are under way with it, stay as they are.
@@ -292,7 +290,7 @@ class FeaturePipeline:
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
     @staticmethod
-    def load(folder: Path, memories: bool = True) -> FeaturePipeline:
+    def load(folder: Path, memories: bool = True) -> "FeaturePipeline":
         """Reads a saved state, with what counters and histories remember unless told otherwise.
 
         Raises UserError for a folder that holds none, or one that another version made.

@@ -14,8 +14,6 @@ torch's own exporter makes the graph from the code that serves, so that it holds
 levels of experts, routing rules, crosses, calibration, regressions, int8 tables.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

@@ -9,8 +9,6 @@ appears whole:
 `LearntRows` counts the rows that the model has learnt from, whose metrics flatter it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +48,7 @@ def open_logs(
     as_of: AsOf,
     labels: bool,
     keep: Sequence[str] = (),
-) -> tuple[Logs, list[str], LearntRows | None]:
+) -> "tuple[Logs, list[str], LearntRows | None]":
     """The log to score with the logs of events that its features remember, in the types of the fitted features.
 
     pipeline: the model's features; labels: whether those of all tasks are read; keep: further columns that are read.

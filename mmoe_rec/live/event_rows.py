@@ -3,8 +3,6 @@
 A batch is refused whole, with one sentence that names the first wrong row, counted from 0, and its column.
 """
 
-from __future__ import annotations
-
 import difflib
 import time
 from collections.abc import Collection, Sequence

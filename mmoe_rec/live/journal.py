@@ -9,8 +9,6 @@ The position of a batch is its number: 1, 2, 3 and so on, without a gap. Whoever
 that a position is never visible before an earlier one. The tables are the same in SQLite and in PostgreSQL.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -5,8 +5,6 @@ themselves say up to where a log has them, so a refresh that was killed is simpl
 types, which are read as the types of the log's other files are.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -69,7 +67,7 @@ class JournalRows:
     counts: Counter[str]
 
     @staticmethod
-    def join(batches: Sequence[Batch], schema: Schema) -> JournalRows:
+    def join(batches: Sequence[Batch], schema: Schema) -> "JournalRows":
         """Join batches of one log. Raises UserError where their columns do not fit together."""
         try:
             tables = [batch.table for batch in batches]

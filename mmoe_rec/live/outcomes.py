@@ -8,8 +8,6 @@ folder of files for each run, which appears whole or not at all:
     OUT/.database/, OUT/.run-000002.*.tmp/ of a run that has not ended, or was killed; removed by the next one
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -173,7 +171,7 @@ class _Source:
     left_out: list[LeftOut]
 
     @staticmethod
-    def open(settings: Settings, address: str, setting: str, columns: dict[str, tuple[str, Use]]) -> _Source:
+    def open(settings: Settings, address: str, setting: str, columns: dict[str, tuple[str, Use]]) -> "_Source":
         """Check the footers of all files. Raises UserError, as `Log` does."""
         unit, skip, uses = settings.columns.time_unit, settings.data.skip_bad_files, dict[str, Use]()
         for column, use in columns.values():

@@ -5,8 +5,6 @@ then the alias moves, if the version that was refreshed still holds it. The run 
 and the files that it is made of, so the same command, started again, registers nothing twice.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Mapping
@@ -46,7 +44,7 @@ class AliasHolder:
     about: Artifact
 
     @staticmethod
-    def at(address: str, uri: str) -> AliasHolder:
+    def at(address: str, uri: str) -> "AliasHolder":
         """Raises UserError for anything but models:/NAME@ALIAS with a version that can be served."""
         name, _, alias = address.removeprefix("models:/").rpartition("@")
         if not address.startswith("models:/") or not name or not alias or "/" in name:

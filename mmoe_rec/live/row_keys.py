@@ -4,8 +4,6 @@ Whoever appends has the database to itself, so every row is judged once, in the 
 only the rows that count. All processes that read a journal, and the files that are written of it, hold the same rows.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every problem of one file is a `BadFile` that names the file, the column and the
 what features and labels need in order to mean something.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +36,7 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
         super().__init__(message)
         self.address = address
 
-    def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
+    def __reduce__(self) -> "tuple[type[BadFile], tuple[Any, ...]]":
         return BadFile, (str(self), self.address)
 
 

@@ -11,8 +11,6 @@
 Hashes of columns are stable: the same on every machine and in every process.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@ Local folders are walked here, through links, so that no file is left out silent
 `Path.rglob` skip folders that can't be read, and the latter also links to folders.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Values are those that JSON has, and those that Python programs have for them (`plain`).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 A `Log` knows the files and cuts them into `LogPart`s; its `reader` reads any part, in this process or another.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -10,8 +10,6 @@ for a candidate, its number; for a time, the place of its split among `SPLITS`, 
 has to know about it. Features can't read these columns (see `Schema`), and no output holds them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,14 +70,14 @@ class LogRows:
         assert self._row_numbers is not None, "these rows were not read from a log"
         return self._row_numbers
 
-    def filter(self, mask: np.ndarray) -> LogRows:
+    def filter(self, mask: np.ndarray) -> "LogRows":
         """The rows where `mask` (N,) bool is true."""
         if mask.all():
             return self
         numbers = None if self._row_numbers is None else self._row_numbers[mask]
         return LogRows(self.table.filter(pa.array(mask)), self.schema, row_numbers=numbers)
 
-    def cut(self, rows: int) -> Iterator[LogRows]:
+    def cut(self, rows: int) -> "Iterator[LogRows]":
         """The rows with their results, at most so many at a time."""
         if 0 < len(self) <= rows:
             yield self
@@ -90,7 +88,7 @@ class LogRows:
             numbers = None if self._row_numbers is None else self._row_numbers[its]
             yield LogRows(self.table.slice(start, rows), self.schema, known, numbers)
 
-    def with_times(self, times: np.ndarray) -> LogRows:
+    def with_times(self, times: np.ndarray) -> "LogRows":
         """The same rows with (N,) int64 other times of their requests, microseconds."""
         name = self.schema.columns.time
         column = pa.array(times).cast(UTC_MICROSECONDS)
@@ -239,7 +237,7 @@ class Stored:
             made[unknown] = function(self.given.take(pa.array(unknown)))
         return made
 
-    def take(self, rows: np.ndarray) -> Stored:
+    def take(self, rows: np.ndarray) -> "Stored":
         """The values of the given rows, (M,) int64, in the given order."""
         given = None if self.given is None else self.given.take(pa.array(rows))
         return Stored(self.column, self.places[rows], given, None if self.known is None else self.known[rows])

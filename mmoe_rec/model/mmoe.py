@@ -12,8 +12,6 @@ The concatenated inputs are not normalised: dense inputs arrive standardised and
 unseen id adds next to nothing; a LayerNorm across them would let one outlying number rescale all others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -59,7 +57,7 @@ class RankingModel(nn.Module):
 
     trees: Trees | None = None
 
-    def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: Mixture) -> None:
+    def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: "Mixture") -> None:
         super().__init__()
         self.tables = tables
         self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.look_ups()]}
@@ -160,10 +158,10 @@ class Mixture(nn.Module):
 
     def __init__(
         self,
-        bottom: Bottom,
+        bottom: "Bottom",
         levels: Sequence[Level],
-        towers: Towers,
-        placement: PlacementTower | None,
+        towers: "Towers",
+        placement: "PlacementTower | None",
         raw_inputs: bool = False,
     ) -> None:
         super().__init__()

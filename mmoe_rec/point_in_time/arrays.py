@@ -1,7 +1,5 @@
 """Arrays of a table's columns, and lists of different lengths."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,11 +49,11 @@ class Ragged:
         """(N + 1,) int64: the values of row i are `values[offsets[i] : offsets[i + 1]]`."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
 
-    def slice(self, start: int, stop: int) -> Ragged:
+    def slice(self, start: int, stop: int) -> "Ragged":
         """Rows start to stop (exclusive, at most N), as views."""
         return Ragged(self.values[self.offsets[start] : self.offsets[stop]], self.lengths[start:stop])
 
-    def take(self, rows: np.ndarray) -> Ragged:
+    def take(self, rows: np.ndarray) -> "Ragged":
         lengths = self.lengths.take(rows)
         return Ragged(self.values.take(consecutive(self.offsets.take(rows), lengths)), lengths)
 
@@ -79,7 +77,7 @@ class SharedRagged:
     lists: Ragged
     number: np.ndarray
 
-    def take(self, rows: np.ndarray | slice) -> SharedRagged:
+    def take(self, rows: np.ndarray | slice) -> "SharedRagged":
         return SharedRagged(self.lists, self.number[rows])
 
     def expand(self) -> Ragged:
@@ -87,7 +85,7 @@ class SharedRagged:
         return self.lists.take(self.number)
 
     @staticmethod
-    def join(parts: Sequence[SharedRagged]) -> SharedRagged:
+    def join(parts: "Sequence[SharedRagged]") -> "SharedRagged":
         firsts = np.cumsum([0, *(len(part.lists.lengths) for part in parts)])[:-1]
         lists = join([part.lists for part in parts])
         return SharedRagged(lists, np.concatenate([p.number + first for p, first in zip(parts, firsts, strict=True)]))

@@ -3,8 +3,6 @@
 A window's count is the total at the request's time less the total at the window's start: `SeenTotals.totals`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +50,7 @@ class CounterMemory(Memory):
     last_positive: np.ndarray | None
 
     @staticmethod
-    def empty(labels: bool = True, recency: bool = True) -> CounterMemory:
+    def empty(labels: bool = True, recency: bool = True) -> "CounterMemory":
         """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for."""
         none = np.empty(0, np.int64)
         events, rows = KnownEvents(np.empty(0, np.uint64), none), none.astype(np.int32)
@@ -60,7 +58,7 @@ class CounterMemory(Memory):
 
     def extended(
         self, key: np.ndarray, known: np.ndarray, label: np.ndarray | None, in_order: bool = False
-    ) -> CounterMemory:
+    ) -> "CounterMemory":
         """Add (E,) events in any order.
 
         Args:
@@ -81,7 +79,7 @@ class CounterMemory(Memory):
                 positive = np.where(labels > 0, known, NEVER)
         return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order)
 
-    def merged(self, other: CounterMemory) -> CounterMemory:
+    def merged(self, other: "CounterMemory") -> "CounterMemory":
         """The events of both, of the same kind; as of this one's `floor`. Raises OverflowError as `extended`."""
         if not len(other):
             return self
@@ -97,7 +95,7 @@ class CounterMemory(Memory):
         labels: np.ndarray | None,
         positive: np.ndarray | None,
         in_order: bool,
-    ) -> CounterMemory:
+    ) -> "CounterMemory":
         """These events and (E,) further ones by what each adds: rows, labels, and the last positive."""
         if len(self):
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
@@ -146,7 +144,7 @@ class CounterMemory(Memory):
         assert last_positive is not None
         return at(last_positive, index, NEVER)
 
-    def compacted(self, moment: int, window: int, forever: bool) -> CounterMemory:
+    def compacted(self, moment: int, window: int, forever: bool) -> "CounterMemory":
         """What requests at `moment` or later, which look back `window` microseconds, can ask for.
 
         forever: whether they also ask for all of the past, or for the last positive event.
@@ -176,7 +174,7 @@ class CounterMemory(Memory):
         optional = {"label_sum": self.label_sum, "last_positive": self.last_positive}
         return columns | {name: column for name, column in optional.items() if column is not None}
 
-    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
+    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> "CounterMemory":
         events, labels = KnownEvents(columns["key"], columns["known"]), columns.get("label_sum")
         positive = columns.get("last_positive")
         return replace(self, events=events, rows=columns["rows"], label_sum=labels, last_positive=positive, floor=floor)

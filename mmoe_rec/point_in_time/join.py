@@ -10,8 +10,6 @@ day's state, and events that do not fit into memory are taken in one chunk of ti
 a memory. Events that a server learns lie in levels beside it (log-structured merge trees, O'Neil et al., 1996).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from copy import copy
@@ -89,7 +87,7 @@ class KnownEvents(KeyGroups):
     def __len__(self) -> int:
         return len(self.key)
 
-    def take(self, kept: np.ndarray) -> KnownEvents:
+    def take(self, kept: np.ndarray) -> "KnownEvents":
         """The events at (K,) rising indices, or where (E,) bool is true."""
         return KnownEvents(self.key[kept], self.known[kept])
 
@@ -110,18 +108,18 @@ class LookUps:
         return len(self.time)
 
     @staticmethod
-    def of_each(keys: np.ndarray, times: np.ndarray) -> LookUps:
+    def of_each(keys: np.ndarray, times: np.ndarray) -> "LookUps":
         """One for each of N rows, which is cheapest for few."""
         return LookUps(keys, times, np.arange(len(keys)), is_sorted=False)
 
     @staticmethod
-    def sort(keys: np.ndarray, times: np.ndarray) -> LookUps:
+    def sort(keys: np.ndarray, times: np.ndarray) -> "LookUps":
         """Look-ups of (N,) uint64 keys at (N,) int64 times, in any order."""
         order = np.lexsort((times, keys))
         return LookUps.in_order(keys[order], times[order], order)
 
     @staticmethod
-    def in_order(keys: np.ndarray, times: np.ndarray, order: np.ndarray) -> LookUps:
+    def in_order(keys: np.ndarray, times: np.ndarray, order: np.ndarray) -> "LookUps":
         """Look-ups that are sorted by key and time already; `order`: (N,) int64 the row of each."""
         first = np.append(len(keys) > 0, (keys[1:] != keys[:-1]) | (times[1:] != times[:-1]))
         number = np.empty(len(keys), np.int64)
@@ -129,7 +127,7 @@ class LookUps:
         kept = np.flatnonzero(first)
         return LookUps(keys[kept], times[kept], number)
 
-    def where(self, wanted: np.ndarray) -> LookUps:
+    def where(self, wanted: np.ndarray) -> "LookUps":
         """The sorted look-ups of those of the rows, (N,) bool."""
         number = self.number[wanted]
         asked = np.zeros(len(self), bool)
@@ -137,7 +135,7 @@ class LookUps:
         kept = np.flatnonzero(asked)
         return LookUps(self.key[kept], self.time[kept], (np.cumsum(asked) - 1)[number])
 
-    def as_of(self, floor: int | None) -> LookUps:
+    def as_of(self, floor: int | None) -> "LookUps":
         """The same look-ups, but none of an earlier time than `floor`."""
         if floor is None or not len(self) or self.time.min() >= floor:
             return self
@@ -182,7 +180,7 @@ class Join(Search):
     """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
 
     @cached_property
-    def _ticks(self) -> _Ticks:
+    def _ticks(self) -> "_Ticks":
         return _Ticks(self.events)
 
     def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:

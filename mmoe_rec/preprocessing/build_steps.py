@@ -8,8 +8,6 @@
 README.md says what is exchanged between them.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -59,7 +57,7 @@ class Steps:
         self.requests = Requests()
         self._repeats = scratch.with_name(_REPEATS)  # outlives what was read with them
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> "Steps":
         options = self.logs.options
         few = self.logs.rows < ROWS_FOR_PROCESSES
         in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see

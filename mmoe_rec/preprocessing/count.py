@@ -5,8 +5,6 @@ Counters and histories are not counted here: a row's events and its look-up go, 
 about, to one partition each, where the next step makes the look-ups.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +66,7 @@ class LogCounts:
     sent: dict[str, np.ndarray] = field(default_factory=dict)
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
 
-    def merge(self, other: LogCounts) -> None:
+    def merge(self, other: "LogCounts") -> None:
         """Adds what was counted of other parts."""
         for name, counts in other.counts.items():
             if name in self.counts:

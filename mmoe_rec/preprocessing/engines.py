@@ -5,8 +5,6 @@ in the order of the tasks, so that nothing depends on the engine or on the numbe
 ends the job and is raised as it is.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os
@@ -30,7 +28,7 @@ THREADS_AT_MOST = 4
 
 
 @contextmanager
-def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
+def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> "Iterator[Engine]":
     """The engine of that name, with so many tasks at a time, by default one for each core. processes: whether `local`
     may start processes, for more workers than threads suit."""
     workers = workers or usable_cores()

@@ -7,8 +7,6 @@ Results of counters and histories go to blocks of rows, in a table of each group
 share, as the candidates of a request share their user's history, is sent once: null stands for the list before.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence

@@ -8,8 +8,6 @@ byte, but for a history that remembers an item in the hashed bucket where it was
 made anew has that row.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence

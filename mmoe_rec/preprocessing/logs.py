@@ -4,8 +4,6 @@ No file is read again once its rows were counted, so one that is gone changes no
 file is told by its bytes, not by its name or time. One that was left out counts as new once it has been mended.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -48,7 +46,7 @@ class BuildOptions:
     several_times: FirstOrError = "first"
 
     @staticmethod
-    def of(data: Data) -> BuildOptions:
+    def of(data: Data) -> "BuildOptions":
         """Return the options in a section of settings."""
         return BuildOptions(**{each.name: getattr(data, each.name) for each in fields(BuildOptions)})
 
@@ -85,13 +83,13 @@ class BuildInputs:
     options: BuildOptions = DEFAULTS
 
     @staticmethod
-    def of(settings: Settings) -> BuildInputs:
+    def of(settings: Settings) -> "BuildInputs":
         """Return the inputs that settings name."""
         data = settings.data
         return BuildInputs(data.log, settings.schema_, settings.split.windows(), Path(data.work), BuildOptions.of(data))
 
     @cached_property
-    def logs(self) -> Logs:
+    def logs(self) -> "Logs":
         """The logs with the files that they have when they are first asked for."""
         return Logs(self.source, self.schema, self.options)
 
@@ -153,7 +151,7 @@ class Logs:
         """Rows of all of them."""
         return sum(each.rows for each in self.all)
 
-    def without(self, faults: Sequence[BadFile | None]) -> Logs:
+    def without(self, faults: Sequence[BadFile | None]) -> "Logs":
         """The same logs without the files that have these faults. Raises UserError where nothing is left to read of
         one."""
         fewer = self._with([each.without(faults) for each in self.all])
@@ -165,18 +163,18 @@ class Logs:
             raise UserError(f"the log '{self.log.source}' has no rows")
         return fewer
 
-    def without_copies(self) -> Logs:
+    def without_copies(self) -> "Logs":
         """The same logs with one of the files whose bytes are the same; says which others are left out."""
         copies = [_find_copies(log.files) for log in self.all]
         say_copies(copies)
         return self._with([log.skip(each) for log, each in zip(self.all, copies, strict=True)])
 
-    def _with(self, logs: Sequence[Any]) -> Logs:
+    def _with(self, logs: Sequence[Any]) -> "Logs":
         changed = copy.copy(self)
         changed.log, *changed.events = logs
         return changed
 
-    def rest(self, not_read: Sequence[Collection[str]], events_alone: bool = False) -> Logs:
+    def rest(self, not_read: Sequence[Collection[str]], events_alone: bool = False) -> "Logs":
         """The same logs without some of their files: addresses for each of `all`. Raises UserError where the others
         have no rows of the interaction log or, if `events_alone`, none at all."""
         rest = self._with([log.skip(done) for log, done in zip(self.all, not_read, strict=True)])
@@ -301,12 +299,12 @@ class HeldFiles:
     logs: list[HeldLog]
 
     @staticmethod
-    def of(logs: Logs, spans: Spans) -> HeldFiles:
+    def of(logs: Logs, spans: Spans) -> "HeldFiles":
         """All files of logs that were read, and those left out."""
         return HeldFiles([HeldLog() for _ in logs.all]).with_new(logs, spans)
 
     @staticmethod
-    def read(folder: Path) -> HeldFiles:
+    def read(folder: Path) -> "HeldFiles":
         """What `write` wrote. Raises UserError where it is missing or damaged."""
         try:
             found = json.loads((folder / "files.json").read_text(encoding="utf-8"))
@@ -333,7 +331,7 @@ class HeldFiles:
         """What has become of the files of each log; of those that are in both, should the settings have changed."""
         return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
 
-    def with_new(self, logs: Logs, spans: Spans) -> HeldFiles:
+    def with_new(self, logs: Logs, spans: Spans) -> "HeldFiles":
         """These files and those that `logs` reads; files that were left out stay as long as they are there."""
         return HeldFiles([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
 

@@ -6,8 +6,6 @@ what later requests can ask for, is carried from one to the next. It is read twi
 each row to the pieces that need it. Rows of a single moment are not divided.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,7 +45,7 @@ class ReceivedRows:
         """Events of a counter or history that are not look-ups too."""
         return self.exchange.receive(events_of(encoder.name), self.number)
 
-    def divide(self, rows: int, rows_in_memory: int, scratch: Path) -> Iterator[ReceivedRows]:
+    def divide(self, rows: int, rows_in_memory: int, scratch: Path) -> "Iterator[ReceivedRows]":
         """Divide the rows by time into pieces of about `rows_in_memory`, which are yielded in the order of time.
 
         Args:

@@ -7,8 +7,6 @@ What is known of requests is kept with the features, so that rows in a later day
 folder `rows`, hashes of all rows, as rows of a day before do not count when they come again.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Last step of a feature build: encodes the rows of each split into Parquet files that training and evaluation read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +62,7 @@ class SplitCounts:
             )
         self.merge(SplitCounts(rows=len(given), unmatured=dict(unmatured)))
 
-    def merge(self, other: SplitCounts) -> None:
+    def merge(self, other: "SplitCounts") -> None:
         """Adds what another one counted."""
         self.rows += other.rows
         for name in ("observed", "label_sum", "given_weight", "given_sum", "weight", "weighted_sum", "unmatured"):

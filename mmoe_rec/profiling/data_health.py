@@ -18,8 +18,6 @@ drift (Siddiqi, Credit Risk Scorecards, 2006). Without any drift it is still abo
 M rows, which matters where a split has few rows.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from glob import escape
@@ -190,7 +188,7 @@ def _overview(
     }
 
 
-def _feature(name: str, schema: Schema, counts: _Counts) -> dict[str, Any]:
+def _feature(name: str, schema: Schema, counts: "_Counts") -> dict[str, Any]:
     settings, keys = schema.features[name], schema.columns
     meaning = settings.meaning(schema)
     ids = [each for each in counts.layout.ids if each.feature == name]

@@ -1,8 +1,6 @@
 """What a log means, by the words of its columns' names and by what goes together in its rows: a user's country does not
 change from one of the user's requests to the next. Of each guess that a person should check, `checks` says why."""
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

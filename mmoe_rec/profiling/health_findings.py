@@ -16,8 +16,6 @@ Many findings carry advice, with the override of the command line that carries i
 gain.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The report of a data set's health."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

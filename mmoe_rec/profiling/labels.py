@@ -1,7 +1,5 @@
 """What happened after a request: the columns of labels, where these are known, and when they are final."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the columns of a log mean: who, what, when, in which list; what describes what; what happened then."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ it is the same for the same rows, in whatever order and files they lie: samples 
 numbers, and quantiles are exact.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +109,7 @@ def _kind_of(kind: str) -> Kind:
 
 
 @contextmanager
-def open_profile(source: str, folder: Path, setting: str = "the log") -> Iterator[Profile]:
+def open_profile(source: str, folder: Path, setting: str = "the log") -> "Iterator[Profile]":
     """Reads a log of Parquet files. folder: of what doesn't fit into memory, made and removed. Raises UserError where
     there is none, or where it holds no row."""
     import duckdb

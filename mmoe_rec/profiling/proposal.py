@@ -4,8 +4,6 @@ Counters and histories carry most: of the user, the candidate, both, and of what
 log of events. How many there are is bounded, so a log of 300 columns trains as well.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

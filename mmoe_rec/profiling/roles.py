@@ -1,7 +1,5 @@
 """What the other columns describe, and which of them can't have been known at the request."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -65,7 +63,7 @@ def find_roles(meaning: Meaning) -> None:
             meaning.checks.setdefault(each.name, why)
 
 
-def _role_of(meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: Aucs) -> Role | None:
+def _role_of(meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: "Aucs") -> Role | None:
     """Find the role of a column of a log with users or requests. Leaves the column out if it is nearly a label."""
     role = _role_in_log(meaning, each, changes, aucs)
     if role is None:
@@ -76,7 +74,7 @@ def _role_of(meaning: Meaning, each: Column, changes: tuple[float, float, float]
     return None if why else role
 
 
-def _role_in_table(meaning: Meaning, each: Column, of_candidate: float, aucs: Aucs) -> Role | None:
+def _role_in_table(meaning: Meaning, each: Column, of_candidate: float, aucs: "Aucs") -> Role | None:
     best, task = aucs.best(each)
     if each.kind == "time" and "time" not in meaning.keys:
         meaning.left_out[each.name] = "a time in a table that has no time of requests"
@@ -94,7 +92,7 @@ def _role_in_table(meaning: Meaning, each: Column, of_candidate: float, aucs: Au
 
 
 def _role_in_log(  # noqa: PLR0911 - as above
-    meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: Aucs
+    meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: "Aucs"
 ) -> Role | None:
     """What the column changes with, None where neither user nor candidate nor request determines it, or it may be an
     outcome."""
@@ -121,7 +119,7 @@ def _role_in_log(  # noqa: PLR0911 - as above
     return None
 
 
-def _role_in_doubt(meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: Aucs) -> Role | None:
+def _role_in_doubt(meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: "Aucs") -> Role | None:
     """Of a column that differs from row to row: known before the request, or what happened then?"""
     best, task = aucs.best(each)
     if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):

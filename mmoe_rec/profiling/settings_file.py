@@ -4,8 +4,6 @@ Its header holds the command and a checksum of the rest, so the command finds wh
 replaces what a person has written.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Words in the names of columns, in a few languages, by which one guesses what a column is."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 

@@ -4,8 +4,6 @@ The colors are those of the style sheet's light form (`templates/style.css`). In
 sheet, such as `var(--train)`, so that figures follow it from light to dark.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from html import escape

@@ -1,7 +1,5 @@
 """The parts of a report. Each command builds a `Report`, which `terminal` and `report_files` show."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Reports as files: `report.json`, and `report.html`, a page without scripts that needs no other file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import cache

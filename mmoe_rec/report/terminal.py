@@ -1,7 +1,5 @@
 """Reports on the terminal: tables, then the headline and the sentences, so that the verdict stands last."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 

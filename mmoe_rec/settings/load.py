@@ -1,8 +1,6 @@
 """Reads a settings file and command-line overrides, strictly, and says what is wrong in sentences for their author;
 all settings as text, for `--help`."""
 
-from __future__ import annotations
-
 import builtins
 import json
 import re

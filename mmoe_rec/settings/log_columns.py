@@ -4,8 +4,6 @@ What tasks mean stands apart from what a model makes of them, objectives and the
 encoded row depends on the latter, so to change one takes a new training, not new features.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import (

@@ -1,7 +1,5 @@
 """The `outcomes` section of a settings file: how logged requests and events become rows of the interaction log."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -62,7 +60,7 @@ class Outcomes(Section):
     wait_days: float = Field(0.05, ge=0, le=365, description="days for events to arrive after a request's last window")
 
     @model_validator(mode="after")
-    def _check_names(self) -> Outcomes:
+    def _check_names(self) -> "Outcomes":
         used = {**{f"labels.{name}": each for name, each in self.labels.items()}, "shown": self.shown}
         for place, each in used.items():
             if each is not None and each.events not in self.events:

@@ -4,8 +4,6 @@ YAML 1.1, which PyYAML reads, takes 1e-3 for text, 1:30 for ninety and 017 for f
 the others are text; no key is written twice.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -70,7 +68,7 @@ class Split(Section):
     test: _Values = Field(("test",), min_length=1, description="values of `column` in test rows")
 
     @model_validator(mode="after")
-    def _one_way(self) -> Split:
+    def _one_way(self) -> "Split":
         if self.column is None:
             lacking = [name for name in ("train_end", "validation_end") if getattr(self, name) is None]
             if lacking:
@@ -136,7 +134,7 @@ class Search(Section):
     log: bool = Field(False, description="try numbers evenly by their logarithm, as suits learning rates")
 
     @model_validator(mode="after")
-    def _check_one_kind(self) -> Search:
+    def _check_one_kind(self) -> "Search":
         ends = self.low is not None and self.high is not None
         if ends == (self.choices is not None) or ((self.low is None) != (self.high is None)):
             raise ValueError("give either `choices`, or both `low` and `high`")
@@ -303,7 +301,7 @@ class Settings(Section):
     outcomes: Outcomes = Outcomes()
 
     @model_validator(mode="after")
-    def _check_schema(self) -> Settings:
+    def _check_schema(self) -> "Settings":
         self.outcomes.check(self.schema_)
         self.split.check(self.columns)
         for name in self.tuning.search:

@@ -1,7 +1,5 @@
 """The `training` section of a settings file: in what, how long and on how many machines a model is trained."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Any, Literal
 

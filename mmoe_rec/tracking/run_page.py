@@ -1,7 +1,5 @@
 """What a run's page in MLflow says of it: its name, a description, the rows that it read, and the machine meanwhile."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -4,8 +4,6 @@ Each command leaves a folder with a report. The report says which features, mode
 module can tell whether it still holds.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress

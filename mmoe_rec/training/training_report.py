@@ -1,7 +1,5 @@
 """The report of a training that has ended."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

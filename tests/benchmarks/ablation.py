@@ -8,8 +8,6 @@ leave out, a useful one if its loss is significant and it is no candidate. A cop
 as the model has both. `adopted` counts the logs in which runs confirm that the candidates can go.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

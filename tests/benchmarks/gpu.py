@@ -10,8 +10,6 @@ Figures go to `gpu.json` in the folder of `--out`; the last line is the JSON. `-
 `--device cpu` everything runs without a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

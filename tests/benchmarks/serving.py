@@ -10,8 +10,6 @@ cpu_ms           processor time of an HTTP request with 500 candidates.
 noisy machine disturbs both alike. The last line is JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import json

@@ -1,7 +1,5 @@
 """The verdict on two models: what makes it, what holds a model back, and what it says."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What `explain` adds to a reply, against the trained model run by hand and loops over the log."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """A model that is fed a period of its log, and learns, ranks and logs as a server's worker does."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A skew check of a model that is right, and of models that are wrong in one way each."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

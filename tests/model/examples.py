@@ -1,7 +1,5 @@
 """A small layout with all kinds of inputs, and random rows in it, for tests of batches, model and training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

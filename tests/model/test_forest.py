@@ -1,7 +1,5 @@
 """Boosted trees as arrays of bits: LightGBM's own sums, for any rows beside a row, and texts that are refused."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

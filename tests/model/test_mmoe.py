@@ -1,7 +1,5 @@
 """The ranking model against the reference, one row, expert and task at a time; its tables and batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -299,7 +297,7 @@ class Spied:
     def __init__(self, name: str, asked: list[tuple[str, str]]) -> None:
         self.name, self.asked = name, asked
 
-    def __getattr__(self, method: str) -> Callable[..., Spied]:
+    def __getattr__(self, method: str) -> "Callable[..., Spied]":
         def call(*arguments: object, **named: object) -> Spied:
             self.asked.append((self.name, f"{method} {arguments[1:]} {named}"))
             return self

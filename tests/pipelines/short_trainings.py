@@ -1,7 +1,5 @@
 """Trainings by the command on a small log, in this process: whole ones, and ones that end in the middle."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ class World:
     folder: Path
 
     @staticmethod
-    def of(folder: Path) -> World:
+    def of(folder: Path) -> "World":
         """Writes the first days of the log, and a settings file for them and for the days after."""
         (folder / "log").mkdir(parents=True)
         log = learnable_log(rows=6_000)

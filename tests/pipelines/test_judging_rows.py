@@ -1,7 +1,5 @@
 """Validation users of one half select a model, and the other half judges it: what depends on which labels."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Trainings while MLflow's server is away: nothing of them is lost, and all is told in one sentence."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sqlite3
@@ -157,7 +155,7 @@ class Training:
         (run,) = self.server.query(runs, self.name)
         return run[0], run[1]
 
-    def misses_nothing(self, whole: Training) -> None:
+    def misses_nothing(self, whole: "Training") -> None:
         """The server holds what it holds of a training that it has always answered."""
         assert self.metrics() == whole.metrics()
         assert self.plots() == whole.plots()

@@ -1,7 +1,5 @@
 """Builds features of a drawn log, extends them, and compares what they are with the naive reference."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -3,8 +3,6 @@
 A log comes in stages: the files of the first build, then those of each extension by days.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass, field

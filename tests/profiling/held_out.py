@@ -5,8 +5,6 @@ clicks follow from what a user likes among categories and from how well an item 
 `best` is the AUC of the true probabilities over the last fifth of the time, which no model passes by more than chance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial

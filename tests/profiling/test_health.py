@@ -1,7 +1,5 @@
 """Numbers of the health against naive pandas and scikit-learn on random encoded rows."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

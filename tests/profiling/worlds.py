@@ -1,7 +1,5 @@
 """Drawn worlds for logs of firms, and what is right to say of such a log."""
 
-from __future__ import annotations
-
 import hashlib
 import uuid
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Features of rows: what was known of a key when a request was made, vocabularies, and standardised numbers."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence

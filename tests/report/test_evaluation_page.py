@@ -1,7 +1,5 @@
 """The page of an evaluation: what it says first, what it draws, and how it looks in a browser."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One page of the reports in a `data.work`: what is there, what is missing, and what no longer holds."""
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import pairwise

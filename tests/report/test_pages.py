@@ -1,7 +1,5 @@
 """A page stands alone, is well-formed, and escapes text from the data. JSON holds the same report."""
 
-from __future__ import annotations
-
 import re
 from html import unescape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What only sockets, signals and processes can show. No number of seconds decides; a server that hangs is ended."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import json

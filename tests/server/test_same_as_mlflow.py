@@ -1,7 +1,5 @@
 """The same requests to this server's application and to the MLflow model in process give the same replies."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -4,8 +4,6 @@ Operators on them check what they always check first, such as that all their ten
 host would wait for the GPU, there is nothing that it could be told, so that it can be counted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator
@@ -54,7 +52,7 @@ class Waits:
         self.found.append((places[-1] if places else "elsewhere", what))
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Waits]:
+    def watching(self) -> "Iterator[Waits]":
         """Within the block."""
         with _Functions(self), _Operators(self):
             yield self

@@ -1,7 +1,5 @@
 """Trainings that crash at a step and are resumed. A module of its own so that spawned processes can import it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from contextlib import suppress

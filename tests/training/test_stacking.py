@@ -1,7 +1,5 @@
 """Boosted trees beside the network: what they add to logits by plain loops, offline and served, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """All metrics of an evaluation: a new one is a class in `tasks` or `ranking`, and a line here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmoe_rec.evaluation.metrics import lists as ranking

@@ -7,8 +7,6 @@ from `MOST_BINS` bins where there are more predicted values than that, as if row
 what that changes for the rows themselves (`Bins`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
