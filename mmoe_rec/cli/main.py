@@ -37,7 +37,7 @@ COMMANDS = {
     "check-skew": "checks for training-serving skew",
     "features": "fits features and encodes rows, or adds new days",
     "refresh": "new tables for the model that is served, and a training when one is due",
-    "inspect": "the health of the log and its features, and what to change",
+    "inspect": "the health of the log and its features",
     "report": "all that is known of the data and the model, on one page",
     "tune": "searches for better settings",
     "plan": "which rank would hold which part of the tables",
@@ -179,7 +179,7 @@ def show(parts: Iterable[Any]) -> None:
 
 def show_report(report: Report) -> None:
     """Print the tables and sentences of a report."""
-    from mmoe_rec.report.terminal import to_terminal
+    from mmoe_rec.report.parts import to_terminal
 
     show(to_terminal(report))
 

@@ -4,18 +4,17 @@
 
 overview    the log and its splits
 features    each feature with its inputs: coverage, different values, unknown ids, drift, AUC alone
-tables      rows, bytes, and how many rows training never looks up
 weeks       labels by week
-findings    suspicious properties, in words, with advice (`health_findings.py`)
+findings    suspicious properties, in words (`health_findings.py`)
 headline    the same in one sentence
 
 Drift is the population stability index between training fractions p and test fractions q of the same bins:
 
     PSI = sum over bins of (q - p) ln(q / p),    p = (rows in bin + 1/2) / (all rows + bins / 2), q likewise
 
-The half row keeps empty bins finite. It is usually read as: below .1 stable, .1 to .25 some drift, above .25 strong
-drift (Siddiqi, Credit Risk Scorecards, 2006). Without any drift it is still about (bins - 1) (1 / N + 1 / M) for N and
-M rows, which matters where a split has few rows.
+The half row keeps empty bins finite. The index of N and M rows without drift, about (bins - 1) (1 / N + 1 / M), is
+subtracted. It is usually read as: below .1 stable, .1 to .25 some drift, above .25 strong drift (Siddiqi, Credit
+Risk Scorecards, 2006).
 """
 
 import json
@@ -36,7 +35,7 @@ from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.profiling.health_findings import SELDOM_ROWS, describe, find
+from mmoe_rec.profiling.health_findings import describe, find
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.schema import Meaning, Schema
 
@@ -46,14 +45,12 @@ WHOS = ("user", "candidate", "request")  # read beside the model's inputs, as is
 RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
 FREQUENT = 50  # most frequent table rows that drift is measured in
 PSI_BINS = 20
-_FLOAT_BYTES = 4  # Row-wise Adagrad keeps one more float for each row.
 
 
 def inspect(
     name: str,
     prepared: FeatureFolder,
     schema: Schema,
-    dims: Mapping[str, int],
     scratch: Path,
     memory_gib: float = MEMORY_GIB,
     workers: int | None = None,
@@ -64,7 +61,6 @@ def inspect(
         name: Name of the data set.
         prepared: Folder of the features.
         schema: Schema of the log.
-        dims: Table -> width that a model gives it.
         scratch: Folder for data that memory does not hold. It is made and removed.
         memory_gib: As for `open_database`.
         workers: As for `open_database`.
@@ -98,7 +94,6 @@ def inspect(
         "fingerprint": manifest.get("fingerprint"),
         "overview": _overview(manifest, splits, schema, users_in_both),
         "features": features,
-        "tables": _tables(layout, schema, dims, counts.seen),
         "weeks": [] if manifest.get("first_request") is None else weeks,
     }
     # Python's numbers for NumPy's, and None for what is not finite.
@@ -138,12 +133,11 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
     who = "".join(f", count(DISTINCT w{place})" for place in range(len(WHOS)))
     week = "epoch_us(date_trunc('week', make_timestamp(t)))"
 
-    def describe_tasks(rows: int, *its: float) -> dict[str, Any]:
+    def describe_tasks(*its: float) -> dict[str, Any]:
         return {
             task.name: {
                 "kind": task.kind,
                 "observed": observed,
-                "share_observed": observed / rows,
                 "rate": total / observed if observed else None,
             }
             for task, observed, total in zip(layout.tasks, its[::2], its[1::2], strict=True)
@@ -157,10 +151,10 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
             **{f"{name}s": count for name, count in zip(WHOS, different, strict=True)},
             "first_request": format_time(first),
             "last_request": format_time(last),
-            "tasks": describe_tasks(rows, *its),
+            "tasks": describe_tasks(*its),
         }
         for start, rows, *its in database.rows(f"SELECT {week} AS week, count(*){labels} FROM {split} GROUP BY week"):
-            weeks.setdefault(start, {})[split] = {"rows": rows, "tasks": describe_tasks(rows, *its)}
+            weeks.setdefault(start, {})[split] = {"rows": rows, "tasks": describe_tasks(*its)}
     return splits, [{"week": format_time(start)[:10], "splits": its} for start, its in sorted(weeks.items())]
 
 
@@ -199,12 +193,10 @@ def _feature(name: str, schema: Schema, counts: "_Counts") -> dict[str, Any]:
         "kind": settings.kind,
         "role": schema.role_of(name),
         "columns": meaning.columns,
-        "settings": settings.model_dump(mode="json"),
         "is_key": settings.kind == "id" and meaning.columns in ((keys.user,), (keys.candidate,)),
         "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in COMPARED},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in COMPARED},
         "distinct": inputs[0]["distinct"] if len(inputs) == 1 else None,
-        "vocabulary": counts.prepared.manifest.get("vocabularies", {}).get(name),
         "psi": _best(max, (each["psi"] for each in inputs)),
         "auc": {task.name: _best(max, (each["auc"][task.name] for each in inputs)) for task in counts.layout.tasks},
         "inputs": inputs,
@@ -224,15 +216,10 @@ def number_places(layout: Layout, feature: str) -> dict[int, int | None]:
 
 
 class _Counts:
-    """Counts of the inputs of a data set, as `health.json` holds them.
-
-    Attributes:
-        seen: Table -> (rows,) bool, whether training looks up a row.
-    """
+    """Counts of the inputs of a data set, as `health.json` holds them."""
 
     def __init__(self, database: Database, prepared: FeatureFolder, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self.prepared, self.layout = prepared, prepared.layout
-        self.seen = {table.name: np.zeros(table.rows, bool) for table in self.layout.tables}
         self._database, self._rows = database, {split: counted["rows"] for split, counted in splits.items()}
         self._tasks = range(len(self.layout.tasks))
 
@@ -251,10 +238,8 @@ class _Counts:
             for name, values in counted.items():
                 values[found["id"].to_numpy()] = found[name].to_numpy()
             lookups[split] = counted["rows"]
-        self.seen[each.table] |= lookups["train"] > 0
         missing, first = int(meaning.missing), meaning.first_known
-        known, known_in_test = (lookups[split][first:] for split in COMPARED)
-        seen, seldom = known > 0, known_in_test[known < SELDOM_ROWS].sum()
+        known = lookups["train"][first:]
         frequent = np.argsort(-known, kind="stable")[:FREQUENT] + first
         others = ["all others"] * (len(known) > FREQUENT) + ["unknown"] * bool(meaning.unknown) + ["missing"] * missing
         unknown, drift = dict[str, float | None](), list[np.ndarray]()
@@ -271,11 +256,9 @@ class _Counts:
             "columns": [f"id.{each.name}"],
             "table": each.table,
             "coverage": self._coverage(empty) if meaning.missing else dict.fromkeys(COMPARED),
-            "distinct": int(seen.sum()),  # known ids, or buckets, that occur in training rows
+            "distinct": int((known > 0).sum()),  # known ids, or buckets, that occur in training rows
             "constant": int((lookups["train"] > 0).sum()) <= 1,
             "unknown": unknown,
-            "rows_per_id": known.sum() / seen.sum() if meaning.unknown and seen.any() else None,
-            "seldom": seldom / max(lookups["test"].sum(), 1) if meaning.unknown else None,
             **_drift(names, *drift),
             "auc": self._areas_of_ids(column, id_, counted),
         }
@@ -354,8 +337,6 @@ class _Counts:
             # All training rows have one value, or all have none.
             "constant": distinct + bool(missing["train"]) <= 1,
             "unknown": dict.fromkeys(COMPARED),
-            "rows_per_id": None,
-            "seldom": None,
             **_drift(names[bins], counts["train"][bins], counts["test"][bins]),
             "auc": areas,
         }
@@ -402,38 +383,16 @@ def _labels(tasks: Sequence[int]) -> str:
     return "".join(f", count(*) FILTER (p{n}) AS k{n}, count(*) FILTER (NOT p{n}) AS n{n}" for n in tasks)
 
 
-def psi(train: np.ndarray, test: np.ndarray) -> tuple[float | None, float | None]:
-    """Population stability index of (B,) counts, and what it is on average if nothing has drifted; None where a split
-    has no rows."""
+def psi(train: np.ndarray, test: np.ndarray) -> float | None:
+    """Return the population stability index of (B,) counts beyond chance, None if a split has no rows."""
     if not train.sum() or not test.sum():
-        return None, None
+        return None
     p, q = ((each + 0.5) / (each.sum() + 0.5 * len(each)) for each in (train, test))
     noise = (len(train) - 1) * (1 / train.sum() + 1 / test.sum())
-    return float(((q - p) * np.log(q / p)).sum()), float(noise)
+    return max(0.0, float(((q - p) * np.log(q / p)).sum() - noise))
 
 
 def _drift(labels: Sequence[str], train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-    index, noise = psi(train, test)
     shares = (train / max(train.sum(), 1), test / max(test.sum(), 1))
     bins = [{"bin": label, "train": p, "test": q} for label, p, q in zip(labels, *shares, strict=True)]
-    return {"psi": index, "psi_noise": noise, "bins": bins}
-
-
-def _tables(
-    layout: Layout, schema: Schema, dims: Mapping[str, int], seen: Mapping[str, np.ndarray]
-) -> list[dict[str, Any]]:
-    hashed = {name for name, feature in schema.features.items() if feature.meaning(schema).hashed}
-    return [
-        {
-            "name": table.name,
-            "inputs": [each.name for each in layout.ids if each.table == table.name],
-            "hashed": table.name in hashed,
-            "rows": table.rows,
-            "dim": dims[table.name],
-            "bytes": table.rows * dims[table.name] * _FLOAT_BYTES,
-            "optimizer_bytes": table.rows * _FLOAT_BYTES,
-            "rows_seen": int(seen[table.name].sum()),
-            "never_seen": 1 - float(seen[table.name].mean()),
-        }
-        for table in layout.tables
-    ]
+    return {"psi": psi(train, test), "bins": bins}

@@ -28,7 +28,6 @@ class Meaning:
         row_name: Function of a table and a row that names the row, None if rows are the ids of a vocabulary.
         missing: Whether row 0 stands for a missing value.
         unknown: Number of rows after it that unknown ids share.
-        hashed: Whether values share rows by their hashes.
         zeros_missing: Whether dense inputs that are all 0 stand for a missing value.
         parts: Meaning of the inputs of other tables, by table.
     """
@@ -37,7 +36,6 @@ class Meaning:
     row_name: Callable[[str, int], str] | None = None
     missing: bool = True
     unknown: int = 0
-    hashed: bool = False
     zeros_missing: bool = False
     parts: Mapping[str, Meaning] = field(default_factory=dict)
 
