@@ -271,16 +271,6 @@ class Profile:
         by = ", ".join(self._sql[each] for each in keys)
         return self.rows - self.number(f"SELECT count(DISTINCT hash({by})) FROM log")
 
-    def numbers_rows(self, keys: Sequence[str], column: str) -> bool:
-        """Whether a column of integers numbers the rows of the same keys: it differs in them, without large gaps."""
-        by, sql = ", ".join(self._sql[each] for each in keys), self._sql[column]
-        rows = self._sample([self._sql[each] for each in keys])
-        told = f"count(*) n, count(DISTINCT {sql}) d, max({sql})::DOUBLE - min({sql}) + 1 w"
-        groups = f"SELECT {told} FROM {rows} GROUP BY {by}"
-        query = f"SELECT count(*) FILTER (d = n AND w <= 2 * n), count(*) FROM ({groups}) WHERE n > 1"
-        fine, some = self._database.row(query)
-        return bool(some) and fine > 0.9 * some
-
     def share(self, condition: str, of: str = "true") -> float:
         """Share of the rows of one condition that fulfil another; 0 where there is none."""
         both, some = self._database.row(
