@@ -231,7 +231,7 @@ def _find_time(meaning: Meaning) -> None:
     found = [each for each in found if each.name not in meaning.profile.in_path]
     named = [each for each in found if each.kind == "time" or has(each.name, TIME)]
     found = named or [each for each in found if each.distinct > 0.01 * each.rows]
-    found = _without_times_of_keys(meaning, found)
+    found = _without_attributes(meaning, _without_times_of_keys(meaning, found))
     if not found:
         if unread := [each for each in meaning.free() if _looks_like_time(each)]:
             column = max(unread, key=lambda each: (each.distinct, each.name))
@@ -270,6 +270,19 @@ def _without_times_of_keys(meaning: Meaning, times: list[Column]) -> list[Column
                 f"'{name}' hardly changes for a {purpose}, so it is not taken for the request's time: if it is "
                 f"that, say --time {shlex.quote(name)}"
             )
+    return times
+
+
+def _without_attributes(meaning: Meaning, times: list[Column]) -> list[Column]:
+    """Return the times without those of things, such as the start of a session.
+
+    A column determines such a time, and does not determine another time of more values.
+    """
+    pool = [each for each in meaning.free() if each.is_key and each.unit is None and 1 < each.distinct < each.rows / 2]
+    for key in sorted(pool, key=lambda each: (-each.distinct, each.name))[:12] if len(times) > 1 else ():
+        changes = meaning.profile.changes([key.name], [each.name for each in times])
+        most = max((each.distinct for each in times if changes[each.name] > 10 * STEADY), default=0)
+        times = [each for each in times if not (changes[each.name] <= STEADY and each.distinct < most)]
     return times
 
 

@@ -377,7 +377,7 @@ def _with_numbers(base: type) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, where YAML would silently take the last; an impossible date stays text."""
+    """Refuses a key that is written twice, where YAML would silently take the last."""
 
     yaml_implicit_resolvers = _with_numbers(yaml.SafeLoader)
 
@@ -389,14 +389,6 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(None, None, f"key '{key.value}' is written twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except ValueError:  # not a date, such as 2024-02-30, or too many digits: what expects one reports it
-            if not isinstance(node, yaml.ScalarNode):
-                raise
-            return node.value
 
 
 class _Dumper(yaml.SafeDumper):
