@@ -16,9 +16,8 @@ from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.settings.load import check_names, describe, load_settings, parse_overrides
 from mmoe_rec.settings.log_columns import Section
-from mmoe_rec.settings.model import Trees
+from mmoe_rec.settings.model import Training, Trees
 from mmoe_rec.settings.sections import Settings, dump_yaml
-from mmoe_rec.settings.training import Training
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SMALL = {

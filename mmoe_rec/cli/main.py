@@ -4,7 +4,6 @@ commands share: settings with overrides, options that take several values, and `
 from __future__ import annotations
 
 import functools
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -151,16 +150,6 @@ def settings_command(doc: str | None, needs_file: bool = True) -> Callable[[Call
         return command(doc, section="")(run)
 
     return decorate
-
-
-class NumberBetween(click.FloatRange):
-    """A number between two others, the ends included, for an option's `type`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"'{value}' is no number", param, ctx)
-        return float(number)
 
 
 def show(parts: Iterable[Any]) -> None:

@@ -29,10 +29,9 @@ from mmoe_rec.settings.log_columns import (
     SplitColumn,
     TaskSettings,
 )
-from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.model import Model, Training
 from mmoe_rec.settings.outcome_rules import Outcomes
 from mmoe_rec.settings.schema import Schema
-from mmoe_rec.settings.training import Training
 
 
 def _as_time(value: Any) -> datetime | None:
@@ -146,8 +145,8 @@ class Search(Section):
         return self
 
 
-# Keys of tasks and features that can be tried without building features anew.
-_SEARCHED = {"tasks": {"loss_weight"}, "features": {"dim"}}
+# Settings that can be tried without building features anew, and that trials are judged with.
+_SEARCHED = r"(model(?!\.trees)|training(?!\.calibration))\..+|tasks\.[^.]+\.loss_weight|features\.[^.]+\.dim"
 
 
 class Tuning(Section):
@@ -160,13 +159,10 @@ class Tuning(Section):
     @classmethod
     def _check_names(cls, search: dict[str, Search]) -> dict[str, Search]:
         for name in search:
-            section, _, rest = name.partition(".")
-            if name.startswith(("model.trees", "training.calibration")):
-                raise ValueError(f"'{name}' can't be tried: it is used after a training, and trials are judged before")
-            if section not in ("model", "training") and rest.rpartition(".")[2] not in _SEARCHED.get(section, ()):
+            if not re.fullmatch(_SEARCHED, name):
                 raise ValueError(
-                    f"'{name}' can't be tried; only settings of model and training can, such as "
-                    "training.learning_rate, and tasks.NAME.loss_weight and features.NAME.dim"
+                    f"'{name}' can't be tried; only settings of model and training can, without model.trees and "
+                    "training.calibration, and tasks.NAME.loss_weight and features.NAME.dim"
                 )
         return search
 
@@ -305,18 +301,12 @@ class Settings(Section):
         self.outcomes.check(self.schema_)
         self.split.check(self.columns)
         for name in self.tuning.search:
-            section, _, rest = name.partition(".")
-            known = getattr(self, section) if section in CHOICES else None
-            if known is not None and (asked := rest.rpartition(".")[0]) not in known:
-                raise ValueError(
-                    f"tuning.search names '{name}', but there is no {section[:-1]} '{asked}'; {section} are: "
-                    f"{', '.join(known)}"
-                )
-            if section == "features" and rest.endswith(".dim") and not self.features[asked].has_dim:
-                raise ValueError(
-                    f"tuning.search names '{name}', but feature '{asked}' has no embedding table of its own, so that "
-                    "means nothing"
-                )
+            section, asked, *_ = name.split(".")
+            if section == "tasks" and asked not in self.tasks:
+                raise ValueError(f"tuning.search names '{name}'; tasks are: {', '.join(self.tasks)}")
+            if section == "features" and (asked not in self.features or not self.features[asked].has_dim):
+                known = ", ".join(feature for feature, settings in self.features.items() if settings.has_dim)
+                raise ValueError(f"tuning.search names '{name}'; features with a table of their own are: {known}")
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")
         return self
