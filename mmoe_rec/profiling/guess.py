@@ -2,10 +2,8 @@
 change from one of the user's requests to the next. Of each guess that a person should check, `checks` says why."""
 
 import math
-import re
 import shlex
 from difflib import get_close_matches
-from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.labels import find_maturity, find_tasks
@@ -138,12 +136,11 @@ def _find_split(meaning: Meaning) -> None:
                     )
             meaning.split = each.name, parts
             return
-    said = next((f"{each}; or " for each in meaning.warnings if "--time" in each or "pandas.to_datetime" in each), "")
-    of_request = f"[log['{meaning.keys['request']}'].factorize()[0]]" if "request" in meaning.keys else ""
+    named = [name for name in meaning.columns if has(name, TIME | CLOCK) and not has(name, BEFORE | IDS)]
+    times = f" By name {', '.join(named)} may be the time, but has no times of requests: {_PARSE}." if named else ""
     raise UserError(
-        f"'{meaning.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
-        f"validation and test: {said}add the latter with pandas: log['split'] = numpy.random.default_rng(1).choice("
-        f"['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1]){of_request}"
+        f"'{meaning.profile.name}' has neither a column of times nor one that says which rows are train, validation "
+        f"and test.{times} Name the times with --time, or add a column 'split' of train, validation and test"
     )
 
 
@@ -177,16 +174,12 @@ def _find_keys(meaning: Meaning) -> None:
 
 
 def _check_key(meaning: Meaning, purpose: str, each: Column) -> None:
-    if purpose == "time":
-        if not each.is_time:
-            held = f", as {_shown(each.low)}" if each.low is not None else f" of type {each.type}"
-            raise UserError(f"--time '{each.name}' holds values that can't be read as times{held}: {_PARSE}")
-    elif each.kind not in ("integer", "text"):
+    if purpose == "time" and not each.is_time:
+        raise UserError(f"--time '{each.name}' holds no times that can be read ({each.type}): {_PARSE}")
+    if purpose != "time" and each.kind not in ("integer", "text"):
         raise UserError(f"--{purpose} '{each.name}' holds values of type {each.type}; ids are integers or text")
     if each.nulls:
-        raise UserError(
-            f"--{purpose} '{each.name}' is null in {each.nulls:,} of {each.rows:,} rows: leave those rows out"
-        )
+        raise UserError(f"--{purpose} '{each.name}' is null in {each.nulls:,} rows: leave those rows out")
     meaning.left_out.pop(each.name, None)
 
 
@@ -233,19 +226,11 @@ def _find_time(meaning: Meaning) -> None:
     found = named or [each for each in found if each.distinct > 0.01 * each.rows]
     found = _without_attributes(meaning, _without_times_of_keys(meaning, found))
     if not found:
-        if unread := [each for each in meaning.free() if _looks_like_time(each)]:
-            column = max(unread, key=lambda each: (each.distinct, each.name))
-            meaning.warnings.append(
-                f"'{column.name}' seems to hold times that can't be read, as {_shown(column.low)}: {_PARSE}"
-            )
         return
 
-    def lies_before(each: Column, other: Column) -> bool:
-        return meaning.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
-
     def order(each: Column) -> tuple[int, bool, int, str]:
-        before = sum(lies_before(each, other) for other in found if other is not each)
-        return -before, not has(each.name, TIME), -each.distinct, each.name
+        shares = [meaning.profile.share(f"{each.microseconds} <= {other.microseconds}") for other in found]
+        return -sum(share > 0.98 for share in shares), not has(each.name, TIME), -each.distinct, each.name
 
     best = min(found, key=order)
     keys["time"] = best.name
@@ -393,15 +378,3 @@ def _check_repeats(meaning: Meaning) -> None:
         why = f"{repeats:,} of {profile.rows:,} rows repeat a candidate of their request"
         meaning.key_checks["duplicates"] = why
         meaning.warnings.append(f"{why}: is each of them meant?")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.10g}" if isinstance(value, float) else f"'{value:.40}'" if isinstance(value, str) else str(value)
-
-
-def _looks_like_time(each: Column) -> bool:
-    """Whether text, or numbers by their name, say a time in another way, such as 14102100 or from 0 on."""
-    if each.kind == "text":
-        return all(re.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d", str(end)) for end in (each.low, each.high))
-    is_number = each.kind in ("integer", "number") and (each.distinct > 31 or each.low > 100_000)
-    return is_number and has(each.name, CLOCK) and not has(each.name, BEFORE)
