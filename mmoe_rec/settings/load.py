@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, suggest
 from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.settings.log_columns import TaskSettings
 from mmoe_rec.settings.sections import Settings, load_yaml
@@ -47,12 +48,13 @@ def _sentence(problem: Any) -> str:
     location = [str(part) for part in (place[:2] + place[3:] if place[:1] == ("features",) else place)]
     name = ".".join(location)
     if kind == "extra_forbidden":
-        keys = _valid_keys(place[:-1])
-        return f"unknown key '{name}'{_nearest(location[-1], keys)} (valid here: {', '.join(keys)})"
+        is_feature = place[0] == "features"
+        keys = [*KINDS[place[2]].settings.model_fields] if is_feature else _keys_at(location[:-1])
+        return f"unknown key '{name}'; {suggest(location[-1], keys)}"
     if kind == "missing":
-        return f"key '{name}' is missing ({_meaning(place)})"
+        return f"key '{name}' is missing; --help describes all settings"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"'{name}' must hold keys ({', '.join(_valid_keys(place)) or 'a name for each section'})"
+        return f"'{name}' must hold keys ({', '.join(_keys_at(location))})"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         given = str(value.get("kind", "nothing"))
         return f"'{name}.kind' must be one of {', '.join(KINDS)}, found '{given}'{_nearest(given, [*KINDS])}"
@@ -73,28 +75,21 @@ def _nearest(word: str, words: Sequence[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def _meaning(place: Sequence[Any]) -> str:
-    model = _model_at(place[:-1])
-    description = None if model is None else model.model_fields[place[-1]].description
-    return description or f"it holds {', '.join(_valid_keys(place))}"
+@cache
+def _all_settings() -> list[list[str]]:
+    """Return the keys that lead to each setting. NAME stands for the name of a task, a feature or a log."""
+    names = re.findall(r"^  --(\S+)", describe(), re.MULTILINE)
+    return [name.split(".") for name in (*names, "features.NAME.kind")]
 
 
-def _valid_keys(place: Sequence[Any]) -> list[str]:
-    model = _model_at(place)
-    return [] if model is None else list(model.model_fields)
+def _keys_at(place: Sequence[str]) -> list[str]:
+    """Return the keys that the section at a place may have."""
+    found = (own[len(place)] for own in _all_settings() if len(own) > len(place) and _leads_to(place, own))
+    return list(dict.fromkeys(found))
 
 
-def _model_at(place: Sequence[Any]) -> type[BaseModel] | None:
-    """The section at a place as pydantic tells it, which names the kinds of features."""
-    model: Any = Settings
-    for part in place:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = without_none(model.model_fields[part].annotation)
-        elif typing.get_origin(model) is dict:
-            model = typing.get_args(model)[1]
-        else:  # a feature, by its kind
-            model = KINDS[part].settings
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+def _leads_to(place: Sequence[str], setting: Sequence[str]) -> bool:
+    return all(own in ("NAME", key) for key, own in zip(place, setting, strict=False))
 
 
 def without_none(annotation: Any) -> Any:
@@ -215,14 +210,11 @@ def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str
         options: Names of the command's own options, such as `seeds`.
         given_by: The source of the words, for the error message.
     """
-    listed = re.findall(r"^  --(\S+)", describe(), re.MULTILINE)
-    settings = [name.split(".") for name in (*listed, "features.NAME.kind")]
-    valid = [*options, *(".".join(each[:depth]) for each in settings for depth in range(1, len(each) + 1))]
+    valid = [*options, *(".".join(each[:depth]) for each in _all_settings() for depth in range(1, len(each) + 1))]
     by_last = {each.rpartition(".")[2]: each for each in reversed(valid)}
     for name in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
         typed = name.split(".")
-        known = any(all(key in ("NAME", own) for key, own in zip(each, typed, strict=False)) for each in settings)
-        if known or name in ("", *options):
+        if name in ("", *options) or any(_leads_to(typed, each) for each in _all_settings()):
             continue
         last = [by_last[each] for each in get_close_matches(typed[-1], by_last, 1)]
         near = (last if typed[-1] in by_last else get_close_matches(name, valid, 1)) or last
