@@ -1,8 +1,6 @@
 """mmoe-rec COMMAND ...: finds the command, which is imported when it is called, and words what goes wrong; and what the
 commands share: settings with overrides, options that take several values, and `--help`."""
 
-from __future__ import annotations
-
 import functools
 import shlex
 import sys
@@ -12,15 +10,16 @@ from difflib import get_close_matches
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from rich.text import Text
 
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
-
-if TYPE_CHECKING:
-    from mmoe_rec.report.parts import Report
-    from mmoe_rec.settings.sections import Settings
+from mmoe_rec.progress import open_console
+from mmoe_rec.report.parts import Report, to_terminal
+from mmoe_rec.settings.load import TEMPLATE, check_names, describe, load_settings
+from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
     "init": "settings for a log, from its Parquet files",
@@ -67,8 +66,6 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.section is not None:  # click checks the options of a command without settings
-            from mmoe_rec.settings.load import check_names
-
             check_names(args, [name.lstrip("-") for each in self.get_params(ctx) for name in each.opts])
         return super().parse_args(ctx, list(self._repeat_options(args)))
 
@@ -90,8 +87,6 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.section is not None:
-            from mmoe_rec.settings.load import describe
-
             formatter.write(f"\nsettings (in the YAML file, or as overrides):\n{describe(self.section or None)}\n")
 
 
@@ -126,7 +121,6 @@ class Configuration:
 def settings_command(doc: str | None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
     """Makes a command of a function, whose first argument becomes the `Configuration` of `--config` and overrides; None
     without `--config`, where the command needs no settings file."""
-    from mmoe_rec.settings.load import TEMPLATE, load_settings
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
@@ -154,10 +148,6 @@ def settings_command(doc: str | None, needs_file: bool = True) -> Callable[[Call
 
 def show(parts: Iterable[Any]) -> None:
     """Print sentences, one a line however long, and tables of rich."""
-    from rich.text import Text
-
-    from mmoe_rec.progress import open_console
-
     console = open_console()
     for part in parts:
         if isinstance(part, str):
@@ -168,8 +158,6 @@ def show(parts: Iterable[Any]) -> None:
 
 def show_report(report: Report) -> None:
     """Print the tables and sentences of a report."""
-    from mmoe_rec.report.parts import to_terminal
-
     show(to_terminal(report))
 
 
