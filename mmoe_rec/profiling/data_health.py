@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,8 +74,6 @@ def inspect(
     Raises:
         UserError: A split has no rows, or rows can't be read.
     """
-    import duckdb
-
     prepared.require_rows(*SPLITS)
     layout, manifest = prepared.layout, prepared.manifest
     for split in SPLITS:

@@ -122,7 +122,8 @@ def _guess_tasks(meaning: Meaning) -> list[TaskGuess]:
     numbers = _that_vary(meaning, [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)])
     known_before = all(has(each.name, BEFORE | PLACEMENT) for each in flags)
     if not named and flags and not (numbers and known_before):
-        tasks = _guess_unnamed(meaning, flags)
+        why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
+        tasks = [TaskGuess(each.name, checks=[why]) for each in flags[: 3 if meaning.is_plain else 2]]
     if not tasks:
         why = "a number by whose name it may be what is to be predicted"
         tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in numbers[:2]]
@@ -139,17 +140,6 @@ def _why_label(meaning: Meaning, each: Column, named: Sequence[Column]) -> str |
         return f"{then.name} is 1 only where it is 1, so it comes before"
     is_late = _null_at_end(meaning, each, "true") is not None
     return "it is null in the latest rows, as what is known later" if is_late else None
-
-
-def _guess_unnamed(meaning: Meaning, flags: Sequence[Column]) -> list[TaskGuess]:
-    """Take the first flags of a log in which no flag has a label's name."""
-    if meaning.is_plain and len(flags) > 1:
-        meaning.warnings.append(
-            f"{', '.join(each.name for each in flags)} hold 0 and 1: name those that are to be predicted with "
-            "--task; --leave-out takes out those that are known only later"
-        )
-    why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
-    return [TaskGuess(each.name, checks=[why]) for each in flags[: 3 if meaning.is_plain else 2]]
 
 
 def _keep_most_frequent(meaning: Meaning, tasks: list[TaskGuess]) -> list[TaskGuess]:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -112,19 +113,12 @@ def _kind_of(kind: str) -> Kind:
 def open_profile(source: str, folder: Path, setting: str = "the log") -> "Iterator[Profile]":
     """Reads a log of Parquet files. folder: of what doesn't fit into memory, made and removed. Raises UserError where
     there is none, or where it holds no row."""
-    import duckdb
-
     files = find_files(source, setting)
-    empty = [file.address for file in files if not file.bytes]
-    if empty:
-        raise UserError(f"'{empty[0]}' is empty, so it is no Parquet file")
     with open_database(folder) as database:
         try:
             if is_remote(source):
                 database.reach(source)
             yield Profile(database, [file.address for file in files], source)
-        except duckdb.OutOfMemoryException:
-            raise
         except duckdb.Error as error:
             raise UserError(f"the log '{source}' can't be read as Parquet files: {first_line(error)}") from None
 

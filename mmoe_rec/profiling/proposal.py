@@ -27,12 +27,11 @@ _TEST, _VALIDATION = 0.2, 0.1
 
 @dataclass
 class Entry:
-    """A key of a section, with its value, a comment, why a person should check it, and what stands above it."""
+    """A key of a section, with its value, a comment, and why a person should check it."""
 
     value: Any
     note: str = ""
     check: str = ""
-    heading: str = ""
 
 
 @dataclass
@@ -59,7 +58,6 @@ class Proposal:
         self.features, self.split, self.training, self.model = (dict[str, Entry]() for _ in range(4))
         self.lists = meaning.rows_per_request > 1.05
         self.train_days = 0.0
-        self._heading = ""  # of the next feature
         self._propose_split()
         self._propose_columns()
         if "time" in self.keys:
@@ -73,8 +71,7 @@ class Proposal:
         unique, number = name, 2
         while unique.casefold() in taken:
             unique, number = f"{name}_{number}", number + 1
-        self.features[unique] = Entry(dict(value), note, check, self._heading)
-        self._heading = ""
+        self.features[unique] = Entry(dict(value), note, check)
 
     # The split
 
@@ -143,11 +140,9 @@ class Proposal:
             if purpose in self.keys:
                 self._propose_key(purpose)
         for role in ("user", "candidate", "context", "placement"):
-            self._heading = {"context": "Of the request.", "placement": "Of where a candidate was shown."}.get(role, "")
             for name in list(self.meaning.roles[role]):
                 if not self._propose_column(self.columns[name], role):
                     self.meaning.roles[role].remove(name)
-        self._heading = ""
         time = self.keys.get("time")
         parts = ["hour"] * (time is not None and self._tells_hours(time)) + ["weekday"] * (self.train_days >= 14)
         if parts:
@@ -312,7 +307,6 @@ class Proposal:
             if task.kind != "binary" and len(self.meaning.tasks) > 1:
                 continue
             later = task.observed_when is not None
-            self._heading = f"Of {task.name} before the request."
             for by, many in self._counter_keys(self.columns, later):
                 value: dict[str, Any] = {"kind": "counter", "task": task.name, "by": by}
                 windows = self._windows(many)
@@ -324,7 +318,6 @@ class Proposal:
                     value["window_days"] = windows
                 self._add("_".join((*by, task.name)), value)
         for log in self.events:
-            self._heading = f"Of {log.name} before the request."
             for by, many in self._counter_keys(log.profile.columns):
                 windows = self._windows(many, events=True)
                 value = {"kind": "counter", "events": log.name, "by": by, "outputs": ["positives", "recency"]}
@@ -337,7 +330,6 @@ class Proposal:
         if user is None or candidate is None:
             return
         of = next(name for name, each in self.features.items() if each.value.get("column") == candidate)
-        self._heading = "The user's last candidates."
         for task in self.meaning.tasks[:2]:
             if task.kind == "binary":
                 self._add(f"last_{task.name}", {"kind": "history", "task": task.name, "of": of})

@@ -170,8 +170,6 @@ def _section(name: str, entries: Mapping[str, Entry]) -> list[str]:
 def _lines(depth: int, key: str, entry: Entry) -> Iterable[str]:
     """A key with its value and comment, the comment above where the line would be long."""
     indent = "  " * depth
-    if entry.heading:
-        yield from ("", f"{indent}# {entry.heading}")
     comment = entry.note if not entry.check else f"check: {entry.check}" + (f"; {entry.note}" if entry.note else "")
     comment = _one_line(comment)
     line = f"{indent}{_flow(key)}: {_flow(entry.value)}"
