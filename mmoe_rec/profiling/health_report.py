@@ -163,10 +163,7 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
         below.update(rows)
         rates += known.values()
         kind = next(iter(labels.values()))["kind"]
-    # At least a fifth of the rates between the ends: noise must not look like news.
-    low, high = (min(rates), max(rates)) if rates else (0.0, 1.0)
-    middle, span = (low + high) / 2, max(high - low, 0.1 * abs(low + high), 1e-9)
-    line.set_ylim(middle - 0.6 * span if low < 0 else max(middle - 0.6 * span, 0.0), middle + 0.7 * span)
+    line.set_ylim(bottom=min([*rates, 0.0]))  # Noise must not look like news.
     line.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     shown = (lambda rate, _: f"{100 * rate:.3g}%") if KINDS[kind].is_binary else (lambda rate, _: f"{rate:.4g}")
     line.yaxis.set_major_formatter(FuncFormatter(shown))

@@ -304,12 +304,6 @@ def test_an_unnamed_flag_does_not_replace_a_label_of_three_values(
     assert "'bought' holds 0, 1, 2" in said
 
 
-def test_reasons_for_columns_that_are_left_out_are_printed(tmp_path: Path) -> None:
-    world = draw_world(14, 4_000, 200, 100, 60)
-    printed, _, _ = draft(tmp_path, {**keys_of(world), "clicked": world.clicked, "source": ["crm"] * world.rows})
-    assert re.search(r"left out +source +it has one value in all rows", printed)
-
-
 # Users
 
 
