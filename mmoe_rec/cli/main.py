@@ -43,7 +43,11 @@ COMMANDS = {
     "export": "a model in int8, or as an ONNX file",
     "doctor": "checks the packages, the devices, MLflow and the work folder",
 }
-"""Command -> what it does. Its file has its name, with underscores, and so has the function in it."""
+"""Command -> what it does. Its function and its file have its name, with underscores, unless `FILES` names the file."""
+FILES = {
+    **dict.fromkeys(("init", "features", "inspect"), "data"),
+    **dict.fromkeys(("baselines", "promote", "tune-weights", "report"), "results"),
+}
 MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
 FOLDER = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -90,8 +94,8 @@ class Command(click.Command):
             formatter.write(f"\nsettings (in the YAML file, or as overrides):\n{describe(self.section or None)}\n")
 
 
-def command(doc: str | None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a command of a function. doc: what `--help` prints; section: as for `Command`.
+def command(doc: str | None = None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a command of a function. doc: text of `--help` (default: the function's); section: as for `Command`.
 
     With a section, the command takes words that are no options of its own, as `overrides_argument`.
     """
@@ -118,7 +122,7 @@ class Configuration:
         return shlex.join(["--config", self.file, *words, *self.overrides])
 
 
-def settings_command(doc: str | None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+def settings_command(doc: str | None = None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
     """Makes a command of a function, whose first argument becomes the `Configuration` of `--config` and overrides; None
     without `--config`, where the command needs no settings file."""
 
@@ -173,7 +177,7 @@ class Commands(click.Group):
             meant = f"; did you mean '{near[0]}'?" if near else "; mmoe-rec --help lists them"
             raise UserError(f"there is no command '{cmd_name}'{meant}")
         name = cmd_name.replace("-", "_")
-        command: click.Command = getattr(import_module(f"mmoe_rec.cli.{name}"), name)
+        command: click.Command = getattr(import_module(f"mmoe_rec.cli.{FILES.get(cmd_name, name)}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
