@@ -9,16 +9,19 @@ other, and `mmoe-rec evaluate --model small --against models:/shop@champion` mea
 README.md beside it says how to use it. It needs the extra `onnx`.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from mmoe_rec.cli.main import FOLDER, command, model_option, show, tracking_option
 from mmoe_rec.errors import UserError, require_packages
-from mmoe_rec.settings.sections import Tracking
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 REPORT = "export.json"
 
@@ -44,6 +47,7 @@ def export(
         raise UserError("--dense is for --int8: ONNX takes the model as it is")
     from mmoe_rec.atomic import atomic_folder
     from mmoe_rec.locks import writing
+    from mmoe_rec.settings.sections import Tracking
     from mmoe_rec.tracking.registry import find_model
 
     found = find_model(model, Tracking(uri=tracking_uri).address)
@@ -56,7 +60,7 @@ def export(
             report = _write_onnx(found.folder, made) if onnx else _write_int8(found.folder, made, dense or "bfloat16")
             report = {"made": "onnx" if onnx else "int8", "of": found.address, **report}
             (made / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    show(_describe(report))
+    show([_make_table(report)])
     files = f"{out / 'model.onnx'}, described in {out / 'README.md'};" if onnx else f"{out},"
     print(f"model: {files} report: {out / REPORT}")
 
@@ -82,9 +86,15 @@ def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
     return {"max_difference": write_onnx(folder, Ranker.load(folder), made)}
 
 
-def _describe(report: dict[str, Any]) -> Iterator[str]:
+def _make_table(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(caption="differences on the model's example request")
+    for name in ("", "model", report["made"]):
+        table.add_column(name, justify="left" if not name else "right")
     for name, before in report.get("bytes", {}).get("model", {}).items():
         now = report["bytes"]["int8"][name]
-        yield f"{name}: {before:,} bytes, now {now:,} ({now / max(1, before):.3f})"
+        table.add_row(f"{name}, bytes", f"{before:,}", f"{now:,} ({now / max(1, before):.3f})")
     for name, off in report["max_difference"].items():
-        yield f"{name}: largest difference {off:.2g} on the model's example request"
+        table.add_row(f"{name}, largest difference", "", f"{off:.2g}")
+    return table

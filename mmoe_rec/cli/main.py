@@ -45,7 +45,7 @@ COMMANDS = {
 }
 """Command -> what it does. Its function and its file have its name, with underscores, unless `FILES` names the file."""
 FILES = {
-    **dict.fromkeys(("init", "features", "inspect"), "data"),
+    **dict.fromkeys(("init", "inspect"), "data"),
     **dict.fromkeys(("baselines", "promote", "tune-weights", "report"), "results"),
 }
 MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
