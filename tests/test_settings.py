@@ -16,8 +16,9 @@ from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.settings.load import check_names, describe, load_settings, parse_overrides
 from mmoe_rec.settings.log_columns import Section
-from mmoe_rec.settings.model import Training, Trees
+from mmoe_rec.settings.model import Trees
 from mmoe_rec.settings.sections import Settings, dump_yaml
+from mmoe_rec.settings.training import Training
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SMALL = {
@@ -332,25 +333,25 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.experts.count", "many", "{} must be a valid integer, found 'many'"),
-        ("model.experts.count", 1.5, "{} must be a valid integer, found 1.5"),
+        ("model.experts.count", "many", "{} must be a whole number, found 'many'"),
+        ("model.experts.count", 1.5, "{} must be a whole number, found 1.5"),
         ("model.experts.count", -1, "{} must be greater than or equal to 0, found -1"),
         ("model.experts.units", 64, "{} must be a list, found 64"),
         ("model.experts.units", [64, 0], "'model.experts.units.1' must be greater than or equal to 1, found 0"),
         ("model.experts.units", [], "{}: list should have at least 1 item"),
         ("model", None, "{} must hold keys (bottom, experts, gates, towers, placement, trees)"),
         ("tasks", ["click"], "{} must hold keys (NAME)"),
-        ("features", {1: {"kind": "id", "column": "c"}}, "'features.1' must be a valid string"),
+        ("features", {1: {"kind": "id", "column": "c"}}, "'features.1' must be text"),
         ("training.device", "gpu", "{} must be 'auto', 'cpu' or 'cuda', found 'gpu'; did you mean 'cpu'?"),
         ("training.learning_rate", float("nan"), "{} must be a finite number, found nan"),
-        ("training.learning_rate", True, "{} must be a valid number, found true"),
-        ("training.learning_rate", "1e-3", "{} must be a valid number, found '1e-3'"),
-        ("data.skip_bad_files", "true", "{} must be a valid boolean, found 'true'"),
+        ("training.learning_rate", True, "{} must be a number, found true"),
+        ("training.learning_rate", "1e-3", "{} must be a number, found '1e-3'"),
+        ("data.skip_bad_files", "true", "{} must be true or false, found 'true'"),
         ("features.item.kind", "idd", "{} must be one of " + ", ".join(KINDS) + ", found 'idd'; did you mean 'id'?"),
-        ("features.user_brand.window_days", ["week"], "'features.user_brand.window_days.0' must be a valid number, f"),
+        ("features.user_brand.window_days", ["week"], "'features.user_brand.window_days.0' must be a number, f"),
         ("features.user_brand.window_days", [7, 7], "{} lists 7.0 twice"),
-        ("tasks.liked.observed_when.equals", [1], "{} must be a valid boolean, found [1]"),
-        ("columns.user", 2024, "{} must be a valid string, found 2024"),
+        ("tasks.liked.observed_when.equals", [1], "{} must be true or false, found [1]"),
+        ("columns.user", 2024, "{} must be text, found 2024"),
         *(
             ("split.train_start", value, f"{{}} must be a time such as 2024-01-31 or 2024-01-31T18:00:00, {found}")
             for value, found in (
@@ -368,7 +369,7 @@ def test_an_ill_typed_value_says_what_is_expected_and_found(tmp_path, key, value
 @pytest.mark.parametrize("low", [True, "1", "many"])
 def test_the_ends_of_a_search_are_numbers(tmp_path, low):
     message = _message(tmp_path, tuning__search={"training.seed": {"low": low, "high": 9}})
-    assert message.startswith("'tuning.search.training.seed.low' must be a valid ")
+    assert message.startswith("'tuning.search.training.seed.low' must be ")
 
 
 def test_values_keep_their_type(tmp_path):
@@ -390,7 +391,7 @@ def test_numbers_of_yaml_are_those_that_people_write(tmp_path):
     assert (training.learning_rate, training.table_learning_rate, training.weight_decay) == (1e-3, 5e-2, 0.0)
     assert settings.features["item"].max_size == 1000
     for odd in ("017", "1:30"):  # fifteen and ninety in YAML 1.1
-        assert f"must be a valid integer, found '{odd}'" in _message(tmp_path, "--training.seed", odd)
+        assert f"must be a whole number, found '{odd}'" in _message(tmp_path, "--training.seed", odd)
     odd = ["1e-3", "017", "1:30", "1.5", "2024-01-02", "true", "null", "0x1f", "é: 1"]
     (tmp_path / "again.yaml").write_text(_load(tmp_path, roles__context=["store", *odd]).to_yaml(), encoding="utf-8")
     assert load_settings(tmp_path / "again.yaml").roles.context == ("store", *odd)

@@ -33,7 +33,7 @@ from click import FloatRange
 from mmoe_rec.cli.main import COUNT, FOLDER, command, model_option, overrides_argument, tracking_option
 from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.settings.load import load_settings, parse_overrides
-from mmoe_rec.settings.sections import Serving, Tracking
+from mmoe_rec.settings.sections import Serving
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.artifact import Source
@@ -95,6 +95,7 @@ def serve(
     require_packages("mmoe-rec serve", "serve", "uvicorn", "starlette", "orjson", "httptools", "prometheus_client")
     from mmoe_rec.live.request_log import LogOptions, check_folder
     from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr
+    from mmoe_rec.settings.sections import Tracking
 
     given: dict[str, Any] = {"share": log_share, "seconds": log_seconds}
     given = {name: value for name, value in given.items() if value is not None}

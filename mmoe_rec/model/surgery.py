@@ -136,4 +136,4 @@ def _with_count(model: Model, count: int) -> Model:
     try:
         return Model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, f"with {count} shared experts")) from None
+        raise UserError("; ".join(explain(error, lambda _: f"with {count} shared experts"))) from None

@@ -6,7 +6,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from difflib import get_close_matches
 from functools import cache
@@ -26,20 +26,24 @@ _INSTALLED = Path(__file__).parent / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
 """The settings file to start from: an installed package has it, the repository keeps it with its other ones."""
 
-_WORDS = {"Input should": "must", "Value error, ": "", "valid tuple": "list", "Tuple": "list", "Dictionary": "section"}
+_WORDS = {
+    **{"Input should": "must", "Value error, ": "", "valid tuple": "list", "Tuple": "list", "Dictionary": "section"},
+    **{"valid integer": "whole number", "valid number": "number"},
+    **{"a valid boolean": "true or false", "a valid string": "text"},
+}
 """Words of pydantic -> the words of settings."""
 
 
-def explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, where: Callable[[Any], str]) -> Iterator[str]:
     """Explain each problem in one sentence: its key, the expected and the given value, the nearest valid key.
 
     Args:
         error: The error that pydantic raised.
-        source: The source of the problems: a file, or an option.
+        where: Returns the source of a problem: a file, or an option.
     """
     # A list with an invalid entry is also too short.
     problems = [each for each in error.errors() if each["type"] != "too_short"] or error.errors()
-    return "; ".join(dict.fromkeys(f"{source}: {_sentence(problem)}" for problem in problems))
+    yield from dict.fromkeys(f"{where(problem)}: {_sentence(problem)}" for problem in problems)
 
 
 def _sentence(problem: Any) -> str:
@@ -133,14 +137,14 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
     if isinstance(found, Settings):
         return found
     if not given or not isinstance(_validate(own), Settings):
-        raise UserError(explain(found, str(path)))
+        raise UserError("; ".join(explain(found, lambda _: str(path))))
     new = {
         f". '{path}' has no '{'.'.join(key[:2])}'{_nearest(key[1], [*own[key[0]]])}"
         for key, _ in given
         if len(key) > 2 and isinstance(own.get(key[0]), dict) and key[1] not in own[key[0]]
     }
     words = ", ".join(dict.fromkeys(f"--{'.'.join(key)}" for key, _ in given))
-    raise UserError("".join([explain(found, f"{given_by} ({words})"), *sorted(new)]))
+    raise UserError("".join(["; ".join(explain(found, lambda _: f"{given_by} ({words})")), *sorted(new)]))
 
 
 def override_settings(settings: Settings, overrides: Sequence[str], given_by: str) -> Settings:
@@ -160,7 +164,7 @@ def override_settings(settings: Settings, overrides: Sequence[str], given_by: st
         _set(tree, key, value)
     if isinstance(found := _validate(tree), Settings):
         return found
-    raise UserError(explain(found, given_by))
+    raise UserError("; ".join(explain(found, lambda _: given_by)))
 
 
 def _validate(tree: Any) -> Settings | ValidationError:

@@ -29,9 +29,10 @@ from mmoe_rec.settings.log_columns import (
     SplitColumn,
     TaskSettings,
 )
-from mmoe_rec.settings.model import Model, Training
+from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.outcome_rules import Outcomes
 from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.training import Training
 
 
 def _as_time(value: Any) -> datetime | None:

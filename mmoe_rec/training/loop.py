@@ -28,7 +28,8 @@ from mmoe_rec.model.products import choose_products, set_products
 from mmoe_rec.model.warm_start import WarmStart, base_rates, set_base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
-from mmoe_rec.settings.model import Model, Training
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.choices import Choices, choose_precision
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.log_columns import SPLITS
-from mmoe_rec.settings.model import SPLIT_COLUMNS
 from mmoe_rec.settings.sections import Settings, differences
+from mmoe_rec.settings.training import SPLIT_COLUMNS
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {

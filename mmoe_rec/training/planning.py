@@ -13,7 +13,7 @@ from torch import nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import stored_width, used_tables
-from mmoe_rec.settings.model import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.sharded_tables import require_torchrec
 
 # The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mmoe_rec.devices import pick_device
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.progress import quiet_loggers
-from mmoe_rec.settings.model import Training
+from mmoe_rec.settings.training import Training
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")

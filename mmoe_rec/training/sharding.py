@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
-from mmoe_rec.settings.model import SPLIT_COLUMNS, Training
+from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
 from mmoe_rec.training.losses import LOG_VARIANCES
 from mmoe_rec.training.planning import (
     BY_DEFAULT,

@@ -33,7 +33,7 @@ from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.mmoe import Mixture, Outputs
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
-from mmoe_rec.settings.model import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import log_variances, masked_loss
 from mmoe_rec.training.sharding import ShardedModel
 

@@ -19,7 +19,7 @@ from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
-from mmoe_rec.settings.model import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import row_losses
 
 # Logits are counted in bins of 1/256 between -32 and 32: the AUC is exact up to ties within a bin.

@@ -35,7 +35,8 @@ from mmoe_rec.model.score import predictions
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
-from mmoe_rec.settings.model import Model, Training
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
 from mmoe_rec.training.ranks import process_group
 from tests.batches.encoded_files import columns_of

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.report.parts import to_rich
-from mmoe_rec.settings.model import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.training_report import make_report, validations_table

@@ -20,7 +20,8 @@ from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
-from mmoe_rec.settings.model import Model, Training
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group

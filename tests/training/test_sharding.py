@@ -15,7 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.tables import PlainTables, torchrec_tables
-from mmoe_rec.settings.model import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.planning import Machines, Planning, Sharding, table_bytes
 from mmoe_rec.training.ranks import process_group

@@ -14,7 +14,7 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, by_name, initial_rows, torchrec_tables
-from mmoe_rec.settings.model import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group, training_ranks
