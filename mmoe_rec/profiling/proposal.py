@@ -213,8 +213,6 @@ class Proposal:
             return True
         if each.unit is not None:  # moments, rather
             return False
-        if each.low < 0 and each.high > 2**40:
-            return True
         return each.distinct >= 20 and each.high - each.low > 10_000 * each.distinct and each.distinct < 100_000
 
     def _sizes(self, each: Column) -> dict[str, Any]:
@@ -270,37 +268,22 @@ class Proposal:
         of_context = self._groups("context", _MOST_CONTEXTS, 2, _MOST_SHARED)
         finer = self._groups("context", 1, _MOST_SHARED + 1, 0.2 * self.profile.rows)
         of_user = self._groups("user", _MOST_GROUPS, 2, 200)
-        found: list[tuple[list[str], bool]] = []
-
-        def add(many: bool, *keys: str | None) -> None:
-            there = [key for key in keys if key and key in columns]
-            if len(there) == len(keys):
-                found.append((there, many))
-
-        add(True, user)
-        add(True, candidate)
-        add(False, user, candidate)
+        keys: list[tuple[str | None, ...]] = [(user,), (candidate,), (user, candidate)]
         for each in of_candidate:
-            add(False, each)
-            add(False, user, each)
+            keys += [(each,), (user, each)]
         # What users of a country like: all that is known of a user who is new.
         pairs = [(group, each) for group in of_user for each in of_candidate]
         cells = {pair: self.columns[pair[0]].distinct * self.columns[pair[1]].distinct for pair in pairs}
         pairs = [pair for pair in pairs if cells[pair] * _ROWS_OF_CELL <= self.profile.rows]
-        for pair in sorted(pairs, key=lambda pair: (cells[pair], pair))[: 1 if few else _MOST_PAIRS]:
-            add(False, *pair)
-        if few:
-            return found
-        for each in finer:
-            add(False, user, each)
-        for each in of_context:
-            if not self.lists:  # within one it is the same for all
-                add(False, each)
-            add(False, candidate, each)
-            add(False, user, each)
-        for each in of_user:
-            add(False, candidate, each)
-        return found
+        keys += sorted(pairs, key=lambda pair: (cells[pair], pair))[: 1 if few else _MOST_PAIRS]
+        if not few:
+            keys += [(user, each) for each in finer]
+            for each in of_context:
+                own = [] if self.lists else [(each,)]  # within a list it is the same for all
+                keys += [*own, (candidate, each), (user, each)]
+            keys += [(candidate, each) for each in of_user]
+        there = [[name for name in key if name in columns and name] for key in keys if set(key) <= columns.keys()]
+        return [(key, key in ([user], [candidate])) for key in there]
 
     def _propose_counters(self) -> None:
         for task in self.meaning.tasks:
@@ -308,22 +291,20 @@ class Proposal:
                 continue
             later = task.observed_when is not None
             for by, many in self._counter_keys(self.columns, later):
-                value: dict[str, Any] = {"kind": "counter", "task": task.name, "by": by}
-                windows = self._windows(many)
+                windows, more = self._windows(many), dict[str, Any]()
                 if later:
-                    value["outputs"] = ["rows", "rate"]
-                    windows = windows[:2] if many else [None]
-                    value["smoothing"] = 5
-                if windows != [None]:
-                    value["window_days"] = windows
-                self._add("_".join((*by, task.name)), value)
+                    windows, more = windows[:2] if many else [None], {"outputs": ["rows", "rate"], "smoothing": 5}
+                self._add_counter("task", task.name, by, windows, more)
         for log in self.events:
             for by, many in self._counter_keys(log.profile.columns):
                 windows = self._windows(many, events=True)
-                value = {"kind": "counter", "events": log.name, "by": by, "outputs": ["positives", "recency"]}
-                if windows != [None]:
-                    value["window_days"] = windows
-                self._add("_".join((*by, log.name)), value)
+                self._add_counter("events", log.name, by, windows, {"outputs": ["positives", "recency"]})
+
+    def _add_counter(
+        self, source: str, name: str, by: list[str], windows: list[float | None], more: Mapping[str, Any]
+    ) -> None:
+        trailing = {"window_days": windows} if windows != [None] else {}
+        self._add("_".join((*by, name)), {"kind": "counter", source: name, "by": by, **more, **trailing})
 
     def _propose_histories(self) -> None:
         user, candidate = self.keys.get("user"), self.keys.get("candidate")

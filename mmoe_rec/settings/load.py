@@ -62,7 +62,7 @@ def _sentence(problem: Any) -> str:
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         given = str(value.get("kind", "nothing"))
         return f"'{name}.kind' must be one of {', '.join(KINDS)}, found '{given}'{_nearest(given, [*KINDS])}"
-    if location and location[-1] in ("bool", "int", "float", "str"):
+    if location and location[-1] in ("bool", "int", "constrained-int", "float", "str"):
         name = ".".join(location[:-1])
     for old, new in _WORDS.items():
         message = message.replace(old, new)
