@@ -2,8 +2,8 @@
 
 A partition holds all events of its keys and all look-ups of them, so no partition needs another one. A partition that
 is too large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to
-what later requests can ask for, is carried from one to the next. It is read twice, to sample its times and to write
-each row to the pieces that need it. Rows of a single moment are not divided.
+what later requests can ask for, is carried from one to the next, with labels that become known later. It is read
+twice, to sample its times and to write its pieces. Rows of a single moment are not divided.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
 from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
-from mmoe_rec.point_in_time.join import LookUps, Memory, Window, in_any, in_window, known_at
+from mmoe_rec.point_in_time.join import LookUps, Memory, Window, in_any, in_window
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
 
 Group = Sequence[MemoryEncoder[Any]]
@@ -37,13 +37,9 @@ class ReceivedRows:
     group: Group
     window: Window = (None, None)
 
-    def look_ups(self) -> Iterator[pa.Table]:
-        """key, time, row, and labels by which rows are events; the rows that ask within the window rise."""
-        return self.exchange.receive(look_ups_of(self.group[0].name), self.number)
-
-    def events(self, encoder: MemoryEncoder[Any]) -> Iterator[pa.Table]:
-        """Events of a counter or history that are not look-ups too."""
-        return self.exchange.receive(events_of(encoder.name), self.number)
+    def receive(self, channel: str) -> Iterator[pa.Table]:
+        """The rows that were sent through a channel."""
+        return self.exchange.receive(channel, self.number)
 
     def divide(self, rows: int, rows_in_memory: int, scratch: Path) -> "Iterator[ReceivedRows]":
         """Divide the rows by time into pieces of about `rows_in_memory`, which are yielded in the order of time.
@@ -56,65 +52,27 @@ class ReceivedRows:
         if rows <= rows_in_memory:
             yield self
             return
-        edges = self._edges(rows, rows_in_memory)
+        times = {look_ups_of(self.group[0].name): "time"}
+        times |= {events_of(encoder.name): "known" for encoder in self.group if encoder.label is None}
+        pieces = int(_ROOM * rows / rows_in_memory) + 1
+        step = 1 + pieces // 8  # more samples than pieces, so that pieces differ little in size
+        samples = [table[time].to_numpy()[::step] for channel, time in times.items() for table in self.receive(channel)]
+        moments = np.sort(np.concatenate(samples))
+        edges = np.unique(moments[np.arange(1, pieces) * len(moments) // pieces])
         exchange = Exchange(scratch, len(edges) + 1)
         try:
-            self._send(exchange, edges, rows_in_memory)
+            for channel, time in times.items():
+                tables = rebatch(self.receive(channel), rows_in_memory)
+                turns = ((table, np.searchsorted(edges, table[time].to_numpy(), "right")) for table in tables)
+                exchange.send_in_turns(channel, (0, 0), turns)
             for number, window in enumerate(pairwise([None, *edges.tolist(), None])):
                 yield ReceivedRows(exchange, number, self.group, window)
         finally:
             exchange.remove()
 
-    @property
-    def _unlabelled(self) -> list[MemoryEncoder[Any]]:
-        """Those of the group whose events are not look-ups too."""
-        return [encoder for encoder in self.group if encoder.label is None]
-
-    def _edges(self, rows: int, rows_in_memory: int) -> np.ndarray:
-        """Moments that divide the rows into about equal pieces, from a sample of their times."""
-        # An event that becomes known late is in two pieces: that of its look-up and that of when it is known.
-        copies = 1 + sum(each > 1 for each in self._matures_after)
-        pieces = int(_ROOM * copies * rows / rows_in_memory) + 1
-        step = 1 + pieces // 8  # more samples than pieces, so that pieces differ little in size
-        samples = [moments[::step] for table in self.look_ups() for moments in self._moments(table)]
-        samples += [t["known"].to_numpy()[::step] for encoder in self._unlabelled for t in self.events(encoder)]
-        times = np.sort(np.concatenate(samples))
-        return np.unique(times[np.arange(1, pieces) * len(times) // pieces])
-
-    def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> None:
-        """Writes each row to the pieces that need it."""
-        tables = rebatch(self.look_ups(), rows_in_memory)
-        turns = (_spread(table, self._moments(table), edges) for table in tables)
-        exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
-        for encoder in self._unlabelled:
-            tables = rebatch(self.events(encoder), rows_in_memory)
-            turns = (_spread(table, [table["known"].to_numpy()], edges) for table in tables)
-            exchange.send_in_turns(events_of(encoder.name), (0, 0), turns)
-
-    def _moments(self, look_ups: pa.Table) -> list[np.ndarray]:
-        """(N,) int64 each: when N look-ups ask, and when they are known as events."""
-        time = look_ups["time"].to_numpy()
-        return [time, *(known_at(time, each) for each in self._matures_after)]
-
-    @property
-    def _matures_after(self) -> list[int]:
-        return sorted({encoder.matures_after for encoder in self.group if encoder.label is not None})
-
-
-def _spread(table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-    """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
-    places, rows, pieces = [np.searchsorted(edges, each, "right") for each in moments], [], []
-    for number, place in enumerate(places):
-        needed = np.ones(len(table), bool)
-        for earlier in places[:number]:
-            needed &= place != earlier
-        rows.append(np.flatnonzero(needed))
-        pieces.append(place[needed])
-    return table.take(pa.array(np.concatenate(rows))), np.concatenate(pieces)
-
 
 class Chunk:
-    """Look-ups that are made, and events that become known, in a window of time.
+    """Look-ups that are made in a window of time, and their labels, which become known in it or later.
 
     asked, rows, times: the look-ups of N rows that lie in one of the splits' windows, the rows' numbers, rising, and
     their times, (N,) int64; until: no later chunk asks for an earlier moment, None for the last one.
@@ -122,29 +80,29 @@ class Chunk:
 
     def __init__(self, received: ReceivedRows, splits: Sequence[Window]) -> None:
         self._received, self.until = received, received.window[1]
-        labelled = {encoder.label for encoder in received.group if encoder.label is not None}
-        tables = list(received.look_ups())
-        found = join_tables(tables) if tables else None
-        columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
+        tables = list(received.receive(look_ups_of(received.group[0].name)))
         none = np.empty(0, np.int64)
-        key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
+        columns = {"key": none.view(np.uint64), "time": none, "row": none}
+        if tables:
+            found = join_tables(tables)
+            columns = {name: found[name].to_numpy() for name in found.column_names}
+        key, time = columns["key"], columns["time"]
         order = np.lexsort((time, key))
         self._key, self._time = key[order], time[order]
-        self._labels = {task: columns[label_of(task)][order] for task in labelled} if columns else {}
-        wanted = in_any(time, splits) & in_window(time, received.window)
+        self._labels = {name: values[order] for name, values in columns.items() if name not in ("key", "time", "row")}
+        wanted = in_any(time, splits)
         self.asked = LookUps.in_order(self._key, self._time, order).where(wanted)
-        self.rows, self.times = columns.get("row", none)[wanted], time[wanted]
+        self.rows, self.times = columns["row"][wanted], time[wanted]
 
     def extended(self, encoder: MemoryEncoder[Any], memory: Any) -> Any:
         """A memory of a counter or history of the group with the chunk's events."""
         if encoder.label is None:
-            tables = list(self._received.events(encoder))
+            tables = list(self._received.receive(events_of(encoder.name)))
             return encoder.extended(memory, join_tables(tables)) if tables else memory
         if not self._labels:
             return memory
-        events = encoder.labelled(self._key, self._time, self._labels[encoder.label])
-        inside = in_window(events["known"].to_numpy(), self._received.window)
-        return encoder.extended(memory, events if inside.all() else events.filter(pa.array(inside)), in_order=True)
+        events = encoder.labelled(self._key, self._time, self._labels[label_of(encoder.label)])
+        return encoder.extended(memory, events, in_order=True)
 
 
 @dataclass(frozen=True)
