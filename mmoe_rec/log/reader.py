@@ -304,15 +304,6 @@ class EventRows(Log):
                     "write both with one type"
                 )
 
-    def find_events(self, file: LogFile, first: int, last: int) -> np.ndarray:
-        """(N,) uint64 hash of all columns of each event of one file that is of a time from `first` to `last`, both in
-        microseconds."""
-        found = [np.empty(0, np.uint64)]
-        for rows in (rows for part in cut([file], file.rows) for rows in self.reader.read(part)):
-            inside = (rows.times() >= first) & (rows.times() <= last)
-            found.append(rows.content_hashes(rows.table.column_names)[inside])
-        return np.concatenate(found)
-
 
 def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
     """The error when all files of a log are left out."""

@@ -89,24 +89,16 @@ class Steps:
             pieces = [each for log in self.logs.all for each in log.pieces()]
             faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
             self.logs = self.logs.without(list(faults))
+        look = (self.logs.options.duplicates == "error" or kept is not None) and self.logs.schema.columns.has_candidate
         while True:
             self.requests = self._find_requests(before, kept)
-            self._counted = self._count(statistics, kept is not None)
-            if not self._find_repeats(self._counted, kept, before):
+            self._counted = self._count(statistics, look)
+            check_times(self.logs.log, self._counted)
+            check_requests(self.logs.log, self.requests)
+            sent, database = self._events.folder / DUPLICATES, self.scratch / "database"
+            if not look or not check_duplicates(self.logs, sent, database, self._repeats, before, kept):
                 return self._counted
             shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
-
-    def _find_repeats(self, counted: LogCounts, kept: Path | None, before: Path | None) -> bool:
-        """As `check_duplicates`, after other checks."""
-        check_times(self.logs.log, counted)
-        check_requests(self.logs.log, self.requests)
-        sent, kept = self._events.folder / DUPLICATES, None if kept is None else kept / "rows"
-        before = None if before is None else before / "rows"
-        if DUPLICATES in counted.sent:
-            return check_duplicates(self.logs, sent, self.scratch / "database", self._repeats, before, kept)
-        if before is not None and kept is not None:
-            shutil.copytree(before, kept)
-        return False
 
     def find_requests(self) -> None:
         """Only finds the times of requests, for rows whose counters and histories are known elsewhere. Raises UserError
@@ -125,9 +117,7 @@ class Steps:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
         return find_requests(self.logs, self._reader, self.parts, self._run, scratch, first_times, before, kept)
 
-    def _count(self, statistics: bool, keep: bool) -> LogCounts:
-        options = self.logs.options
-        look = (options.duplicates == "error" or keep) and self.logs.schema.columns.has_candidate
+    def _count(self, statistics: bool, look: bool) -> LogCounts:
         job = CountJob(self.logs.schema, self.windows, self._events, statistics, look)
         readers: dict[str | None, LogReader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]

@@ -18,7 +18,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestRole, LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.columns import list_label_columns
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import join_tables
@@ -162,8 +161,7 @@ class _Sender:
     def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
         times, number = rows.times(), rows.row_numbers
         if self.job.duplicates:
-            labels = (rows.content_hashes(list_label_columns(rows.schema)) >> np.uint64(32)).astype(np.uint32)
-            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number, "labels": labels}))
+            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         of_tasks: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():

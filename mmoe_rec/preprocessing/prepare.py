@@ -6,8 +6,8 @@
         files.json             the files of the logs that were taken in or left out (see `HeldFiles`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (`extend`)
-        requests/              times and users of requests, so that rows of one that come later are recognised,
-                               and in rows/ hashes of all rows, so that those that come again are
+        requests/              requests.parquet: times and users of requests, so that rows of one that come later
+                               are recognised; rows.parquet: hashes of all rows, so that those that come again are
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
 
