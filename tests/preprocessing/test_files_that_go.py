@@ -319,7 +319,7 @@ def test_new_files_that_are_all_bad_end_in_one_sentence(growing):
         growing.extend(LATER, **SKIP)
     path.write_bytes(whole)
     _spoil(path, "label")
-    with pytest.raises(UserError, match=r"none of the 1 files .* can be used; the first: '.*97.parquet': label column"):
+    with pytest.raises(UserError, match=r"none of the 1 files .* can be used; the first: '.*97.parquet': column"):
         growing.extend(LATER, **SKIP)
     assert files_of(growing.work) == before
     path.write_bytes(whole)
