@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column, mix
+from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column
 from mmoe_rec.point_in_time.arrays import SharedRagged, filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.settings.log_columns import SplitColumn, Task, outcome_name
@@ -164,20 +164,6 @@ class LogRows:
     def row_hashes(self) -> np.ndarray:
         """(N,) uint64 hash of request and candidate, by which two rows are known as the same one."""
         return combine([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
-
-    def content_hashes(self, columns: Sequence[str]) -> np.ndarray:
-        """(N,) uint64 hash of some columns' values, of any type but lists."""
-        hashes = []
-        for name in columns:
-            column = self.column(name)
-            if pt.is_floating(column.type):
-                numbers = self.numbers(name) + 0.0  # one zero
-                hashes.append(np.where(np.isnan(numbers), hash_column(pa.nulls(1))[0], mix(numbers.view(np.uint64))))
-            elif pt.is_timestamp(column.type):
-                hashes.append(mix(self.times(name).view(np.uint64)))
-            else:
-                hashes.append(hash_column(column))
-        return combine(hashes)
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
         """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a

@@ -204,9 +204,7 @@ def test_no_credentials(server, aws):
 def test_a_missing_package(monkeypatch, protocol, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
-    with pytest.raises(
-        UserError, match=rf"'{protocol}://bucket/log' needs a package that is missing: .*{package}"
-    ):
+    with pytest.raises(UserError, match=rf"'{protocol}://bucket/log' needs a package that is missing: .*{package}"):
         find_files(f"{protocol}://bucket/log")
 
 
