@@ -28,8 +28,7 @@ def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
     from mmoe_rec.preprocessing.extend import extend as add_days
     from mmoe_rec.preprocessing.logs import BuildInputs
-    from mmoe_rec.preprocessing.prepare import prepare
-    from mmoe_rec.preprocessing.splits import empty_split
+    from mmoe_rec.preprocessing.prepare import empty_split, prepare
 
     inputs = BuildInputs.of(settings)
     extended = add_days(inputs) if extend else None

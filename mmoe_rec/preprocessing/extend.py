@@ -25,7 +25,7 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import Steps
-from mmoe_rec.preprocessing.count import LogCounts
+from mmoe_rec.preprocessing.count_and_encode import LogCounts
 from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, check_apart, read_journal_name, say_copies
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
 from mmoe_rec.preprocessing.requests import Requests

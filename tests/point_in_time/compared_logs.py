@@ -24,8 +24,8 @@ from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing import build_steps as steps
-from mmoe_rec.preprocessing import count, splits
-from mmoe_rec.preprocessing import exchange as answers
+from mmoe_rec.preprocessing import count_and_encode
+from mmoe_rec.preprocessing import look_up as answers
 from mmoe_rec.preprocessing import prepare as build
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
@@ -44,11 +44,11 @@ _LACKS = ("split is empty", "lies in a split", "have no rows")
 @contextmanager
 def _small_pieces(drawn: DrawnLog) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (steps, count):
+        for module in (steps, count_and_encode):
             stack.enter_context(patch.object(module, "ROWS_PER_PART", drawn.small["part"]))
         stack.enter_context(patch.object(log, "ROWS_AT_A_TIME", drawn.small["batch"]))
         stack.enter_context(patch.object(answers, "ROWS_PER_BLOCK", drawn.small["block"]))
-        stack.enter_context(patch.object(splits, "ROWS_PER_GROUP", 16))
+        stack.enter_context(patch.object(count_and_encode, "ROWS_PER_GROUP", 16))
         # A task that nothing can be learnt of has labels to compare too.
         stack.enter_context(patch.object(build, "check_classes", lambda *_: None))
         # Thousands of small builds, of which nothing is to be seen and nothing has to last.

@@ -15,9 +15,9 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import Encoded
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
+from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import build_steps as steps
-from mmoe_rec.preprocessing import engines
-from mmoe_rec.preprocessing.engines import open_engine
+from mmoe_rec.preprocessing.build_steps import open_engine
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, check_apart
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
