@@ -12,7 +12,6 @@ has to know about it. Features can't read these columns (see `Schema`), and no o
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -243,11 +242,6 @@ class FewRows(LogRows):
         column = self._columns[name]
         return column.unknown if isinstance(column, Stored) else np.zeros(self._rows, bool)
 
-    @cached_property
-    def table(self) -> pa.Table:
-        """All columns as Arrow."""
-        return pa.table({name: self.coded(name) for name in self._columns})
-
     def __len__(self) -> int:
         return self._rows
 
@@ -271,11 +265,6 @@ class RequestRows(FewRows):
         super().__init__(columns, len(of), shared.schema)
         self.shared, self.of = shared, of
         self._spread: dict[str, pa.Array] = {}
-
-    @cached_property
-    def table(self) -> pa.Table:
-        """All columns, of requests too, as Arrow."""
-        return pa.table({name: self.coded(name) for name in (*self._columns, *self.shared._columns)})
 
     def has(self, name: str) -> bool:
         return name in self._columns or self.shared.has(name)
@@ -328,15 +317,17 @@ def maturity(task: Task, schema: Schema) -> int:
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
     if pt.is_null(column.type):
         return np.zeros(len(column), bool)
-    is_text = pt.is_string(column.type)
-    if is_text != isinstance(value, str):
-        held, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
-        raise UserError(
-            f"an `observed_when` compares column '{name}', which holds {held}, with {value!r}; write `equals` {write}"
-        )
-    if not is_text:
+    _check_written(column, name, "an `observed_when`", value)
+    if not pt.is_string(column.type):
         return _numbers(column) == float(value)
-    return pc.fill_null(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
+    return filled(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
+
+
+def _check_written(column: pa.Array, name: str, setting: str, value: bool | int | float | str) -> None:
+    """Raises UserError where a setting compares text with a number."""
+    if (is_text := pt.is_string(column.type)) != isinstance(value, str):
+        holds, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
+        raise UserError(f"column '{name}' holds {holds}, but {setting} compares it with {value!r}: write it {write}")
 
 
 _FOREVER = np.iinfo(np.int64).max
@@ -413,15 +404,12 @@ def places_of(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndar
     the settings list values of another type than the column's."""
     values = one_array(column) if isinstance(column, pa.ChunkedArray) else column
     values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
-    places, is_text = np.full(len(values), -1), pt.is_string(values.type)
+    places = np.full(len(values), -1)
     for place, (name, listed) in enumerate(split.values.items()):
         if pt.is_null(values.type):
             continue
-        if (other := next((each for each in listed if isinstance(each, str) != is_text), None)) is not None:
-            holds, write = ("text", "in quotes") if is_text else ("whole numbers", "without quotes")
-            raise UserError(
-                f"column '{split.column}' holds {holds}, but split.{name} lists {other!r}: write its values {write}"
-            )
+        for each in listed:
+            _check_written(values, split.column, f"split.{name}", each)
         wanted = pa.array([each if isinstance(each, str) else int(each) for each in listed], values.type)
         places[filled(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = place
     return places

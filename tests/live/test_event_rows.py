@@ -90,8 +90,8 @@ def test_only_what_a_row_could_not_count_without_is_needed():
         ({"item": None}, "column 'item' is null"),
         ({"request": None}, "column 'request' is null"),
         ({"time": None}, "column 'time' is null"),
-        ({"user": "5"}, """column 'user' must hold integers, as in the log; found strings: give 12, not "12\""""),
-        ({"click": True}, "column 'click' must hold numbers; found true/false: give 1 or 0"),
+        ({"user": "5"}, "column 'user' must hold integers, as in the log; found strings"),
+        ({"click": True}, "column 'click' must hold numbers; found true/false"),
         ({"tags": [True]}, "column 'tags' must hold lists of strings, as in the log; found lists of true/false"),
         ({"taste": []}, "column 'taste' holds []; feature 'taste' needs lists of 2 finite numbers"),
         ({"event_id": True}, "column 'event_id' must hold integers or strings; found true/false"),
@@ -225,7 +225,7 @@ def test_a_value_is_refused_for_itself_whatever_stands_beside_it(data):
 def test_true_and_false_are_taken_where_the_log_holds_them():
     rows = [{**ROW, "liked": liked} for liked in (True, 0, None, False, 1.0)]
     assert CHECKS.read_json(None, rows, NOW)["liked"].to_pylist() == [1.0, 0.0, None, 0.0, 1.0]
-    assert _told([{**ROW, "price": True}]) == "row 0: column 'price' must hold numbers; found true/false: give 1 or 0"
+    assert _told([{**ROW, "price": True}]) == "row 0: column 'price' must hold numbers; found true/false"
 
 
 @settings(max_examples=400, deadline=None)

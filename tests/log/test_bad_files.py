@@ -400,7 +400,7 @@ def _observed(value: Any) -> dict[str, Any]:
             _with_vectors(x={"kind": "id", "column": "x"}, y={"kind": "numeric", "column": "x"}),
             r"column 'x' must hold numbers, found strings",
         ),
-        ([1] * 300, _with_vectors(_observed("1")), r"an `observed_when` compares column 'x', which holds numbers"),
+        ([1] * 300, _with_vectors(_observed("1")), r"column 'x' holds numbers, but an `observed_when` comp"),
     ],
 )
 def test_columns_of_a_type_that_a_feature_or_task_cannot_read_are_told(tmp_path, values, schema, message):
