@@ -52,7 +52,7 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
         ({"candidates": {"item": [1.0, 2, 3, 4, 5]}}, "found numbers with a fraction and integers"),
         ({"candidates": {"item": [2**63, 2, 3, 4, 5]}}, "9223372036854775808, which does not fit into 64 bits"),
         ({"candidates": {"item": [-(2**70), 2, 3, 4, 5]}}, "does not fit into 64 bits"),
-        ({"candidates": {"brand": [1] * 5}}, "'brand' must hold strings, as in the log; found integers: give \"12\""),
+        ({"candidates": {"brand": [1] * 5}}, "'brand' must hold strings, as in the log; found integers"),
         ({"candidates": {"brand": ["\ud800"] * 5}}, "not valid Unicode"),
         ({"candidates": {"price": ["1"] * 5}}, "'price' must hold numbers; found strings"),
         ({"candidates": {"price": [NAN] * 5}}, "'price' holds NaN or infinity"),
