@@ -7,15 +7,14 @@ vocabulary can grow at its end without moving any row.
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import hash_column
@@ -75,15 +74,6 @@ class VocabularyFeature(Feature):
     table: str | None = Field(
         None, description="name of another id feature whose vocabulary and embedding table this one shares"
     )
-
-    @model_validator(mode="after")
-    def _fits_a_table(self) -> Self:
-        if (rows := 1 + self.oov_buckets + (self.max_size or 0)) > MAX_TABLE_ROWS:
-            raise ValueError(
-                f"max_size and oov_buckets together make a table of {rows:,} rows (one is for missing ids); a table "
-                f"has at most {MAX_TABLE_ROWS:,}"
-            )
-        return self
 
     @property
     def shares(self) -> str | None:
@@ -171,9 +161,11 @@ class Vocabulary:
         return self.ids.type if len(self.ids) else None
 
     @cached_property
-    def _index(self) -> pd.Index:
+    def _index(self) -> Any:
         """Of the ids, with its hash table, which pandas builds at the first question: a second thread would look into
         the unfinished table, and miss what is not there yet."""
+        import pandas as pd  # which --help does not need
+
         index = pd.Index(_as_numpy(self.ids))
         index.get_indexer(index[:1])
         return index
@@ -224,11 +216,12 @@ class Vocabulary:
             return np.full(len(values), -1)
         if len(values) <= _FEW:
             return np.array([self._place(each) for each in values.to_pylist()], np.int64)
-        return self._index.get_indexer(pd.Index(_as_numpy(values)))
+        places: np.ndarray = self._index.get_indexer(_as_numpy(values))
+        return places
 
     def _place(self, value: int | str) -> int:
         try:
-            return self._index.get_loc(value)
+            return int(self._index.get_loc(value))
         except KeyError:
             return -1
 

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
@@ -193,6 +192,8 @@ def hash_column(column: pa.Array) -> np.ndarray:
     if pt.is_string(column.type) or pt.is_dictionary(column.type):
         encoded = column.dictionary_encode()
         words = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
+        import pandas as pd  # which --help does not need
+
         table = np.append(pd.util.hash_array(words, categorize=False).astype(np.uint64), _MISSING)
         return table[filled(encoded.indices, len(words)).to_numpy()]
     hashes = mix(filled(column, 0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False).view(np.uint64))

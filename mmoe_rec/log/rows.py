@@ -379,18 +379,6 @@ def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
     return table if columns.has_candidate else table.append_column(columns.candidate, numbers)
 
 
-def describe_stand_ins(schema: Schema) -> str | None:
-    """What stands in for users, requests and candidates, as a sentence; None where the log has all."""
-    columns, told = schema.columns, []
-    if not columns.has_user:
-        told.append(f"columns.user: each {'row' if columns.request is None else 'request'} is a user of its own")
-    elif columns.request is None and not columns.has_time:
-        told.append("columns.request or columns.time: all rows of a user in a split are one request")
-    if not columns.has_candidate:
-        told.append("columns.candidate: each row is another one")
-    return f"the settings name no {'; and no '.join(told)}" if told else None
-
-
 def require_all(schema: Schema, what: str) -> None:
     """Raises UserError where a log is a plain table, which can't have what needs users, candidates and times."""
     columns = schema.columns

@@ -30,7 +30,6 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import Steps
 from mmoe_rec.preprocessing.count_and_encode import LogCounts, SplitCounts
@@ -141,8 +140,6 @@ def prepare(inputs: BuildInputs, *, going_on: bool = False) -> FeatureFolder:
     """
     check_apart(inputs.source, inputs.schema, inputs.work)
     features, logs, windows = FeatureFolder(inputs.work / "features"), inputs.logs, inputs.windows
-    if (told := describe_stand_ins(inputs.schema)) is not None:
-        say(told)
 
     def stand() -> bool:
         return features.stands(logs, windows, may_lack_files=going_on or features.is_extended)

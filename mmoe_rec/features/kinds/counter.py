@@ -6,9 +6,8 @@ from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, State
@@ -57,15 +56,6 @@ class CounterFeature(Remembering):
         if self.events is not None and "rate" in self.outputs:
             raise ValueError("events have no rate; set outputs, say, to [positives, recency]")
         return self
-
-    @field_validator("window_days")
-    @classmethod
-    def _each_named(cls, windows: tuple[float | None, ...]) -> tuple[float | None, ...]:
-        names: dict[str, float] = {}
-        for window in filter(None, windows):
-            if (other := names.setdefault(f"{window:g}", window)) != window:
-                raise ValueError(f"lists {other!r} and {window!r}, but windows are named by their first six digits")
-        return windows
 
     def reads(self) -> Mapping[str, Use]:
         return dict.fromkeys(self.by, "key")
@@ -177,6 +167,8 @@ class CounterMemory(Memory):
             _check_range(running(labels, np.float64))  # Sums of integers would wrap around.
         sums = _map(partial(running, dtype=np.int64), labels)
         if positive is not None:
+            import pandas as pd
+
             # An event that came late may be earlier than what came before.
             positive = pd.Series(positive).groupby(groups.number).cummax().to_numpy()[kept]
         events, totals = KnownEvents(key[kept], known[kept]), running(rows, np.int64).astype(np.int32)
@@ -429,7 +421,7 @@ def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
 def suffix_of(window: float | None) -> str:
     """End of an output's name: nothing for all of the past, `_7d`, `_0p5d`."""
-    return "" if window is None else f"_{window:g}d".replace(".", "p")
+    return "" if window is None else f"_{window:.15g}d".replace(".", "p")
 
 
 KIND = Kind(CounterFeature, CounterFeature, CounterEncoder)

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import pandas as pd
 from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline
@@ -107,6 +106,8 @@ class TimeEncoder(NumberEncoder):
         zone = ZoneInfo(self.feature.timezone)
         known = np.clip(times, _FIRST_DAY, _LAST_DAY)  # Python's calendar ends with the years 1 and 9999.
         if len(times) > _FEW_TIMES:
+            import pandas as pd
+
             index = pd.DatetimeIndex(known.view("datetime64[us]")).tz_localize("UTC").tz_convert(zone)
             read = np.array([index.hour, index.day_of_week], np.int64)
         else:
