@@ -280,7 +280,7 @@ def _read_file(columns: PredictionColumns, address: str) -> pa.Table:
         schema = parquet.schema_arrow
         held = [name for name in dict.fromkeys(wanted) if name in schema.names]
         batches = parquet.iter_batches(ROWS_AT_A_TIME, columns=held)
-        read = list(iter(partial(next_batch, batches, address, schema), None))
+        read = list(iter(partial(next_batch, batches, address), None))
     file = _FileRows(address, with_path_values(pa.Table.from_batches(read), address, wanted))
     request = [file.read_ids(name) for name in columns.request]
     joined = combine([hash_column(each) for each in request]).view(np.int64) if len(request) > 1 else request[0]
@@ -318,13 +318,13 @@ class _FileRows:
             except pa.ArrowInvalid:
                 what = f"column '{name}' tells requests apart by less than a microsecond; write it as integers"
                 raise BadFile(f"'{self.address}': {what}", self.address) from None
-        values = file_column(self.address, name, "key", values, None, 0)
+        values = file_column(self.address, name, "key", values, None)
         self._refuse(values.is_null().to_numpy(zero_copy_only=False), f"column '{name}' holds null")
         return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
 
     def read_numbers(self, name: str, check: Check) -> np.ndarray:
         """(N,) float64; NaN where null."""
-        values = file_column(self.address, name, "number", one_array(self.table[name]), None, 0)
+        values = file_column(self.address, name, "number", one_array(self.table[name]), None)
         numbers = np.full(len(values), np.nan)
         if not pt.is_null(values.type):
             numbers = np.asarray(values.to_numpy(zero_copy_only=False))

@@ -46,9 +46,8 @@ from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import labels_of
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.build_steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
-from mmoe_rec.preprocessing.engines import open_engine
-from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
+from mmoe_rec.preprocessing.build_steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results, open_engine
+from mmoe_rec.preprocessing.look_up import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.prepare import fingerprint_of
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.load import load_settings, parse_overrides

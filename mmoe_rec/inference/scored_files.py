@@ -31,8 +31,8 @@ from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows
 from mmoe_rec.point_in_time.join import Window, in_window
-from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types
+from mmoe_rec.preprocessing.look_up import ResultReader
 from mmoe_rec.settings.log_columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema
 from mmoe_rec.settings.sections import Settings, Split

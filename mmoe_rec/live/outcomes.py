@@ -29,7 +29,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.live import request_log as names
 from mmoe_rec.live.row_keys import EVENT_ID
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, columns_of, format_time, words_of
+from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, columns_of, format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files, is_remote, takes_in
@@ -200,7 +200,7 @@ class _Source:
     def read(self, file: LogFile) -> Iterator[pa.Table]:
         """Read a file under the database's names. Raises BadFile."""
         piece = Piece(file.address, tuple(range(len(file.group_rows))), file.in_path, file.rows)
-        for _, table in read_piece(piece, self.uses, self.unit, words_of(self.types)) if file.rows else ():
+        for _, table in read_piece(piece, self.uses, self.unit) if file.rows else ():
             yield pa.table({name: table[column] for name, column in self.columns.items()})
 
 

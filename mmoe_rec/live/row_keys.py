@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
-from mmoe_rec.log.columns import combine, hash_column, list_label_columns
+from mmoe_rec.log.columns import combine, hash_column, hash_rows, list_label_columns
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.schema import Schema
 
@@ -95,13 +96,12 @@ def find_keys(rows: LogRows, source: str | None, columns: Collection[str]) -> Ro
         if schema.columns.request is not None:
             users = _signed(rows.hashes([schema.columns.user]))
             requests = list(zip(_signed(rows.request_hashes()), users, strict=True))
-    content = rows.content_hashes(list_label_columns(schema) if source is None else list(columns))
+    names = list_label_columns(schema) if source is None else columns
+    content = hash_rows(pa.table({name: rows.column(name) for name in names}))
     return RowKeys(time, rows.times(time), keys, _signed(content), requests)
 
 
 def _hash_text(text: str) -> np.uint64:
-    import pyarrow as pa
-
     return np.uint64(hash_column(pa.array([text]))[0])
 
 

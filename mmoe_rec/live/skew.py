@@ -29,8 +29,8 @@ from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.preprocessing.build_steps import Steps, kept_reader, kept_results
-from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs, logs_for
+from mmoe_rec.preprocessing.look_up import ResultReader
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE

@@ -186,7 +186,7 @@ def test_rows_of_any_time_add_new_ids_and_what_they_leave_out_stays_as_it_is(ext
     ("row", "told"),
     [
         (one_row().drop_columns(["click"]), "there is no column 'click'"),
-        (one_row(click=0.5), "label column 'click' of binary task 'click' holds 0.5"),
+        (one_row(click=0.5), "column 'click' of binary task 'click' holds 0.5"),
     ],
 )
 def test_rows_that_a_build_would_refuse_are_not_learnt(extended: Extension, row: pa.Table, told: str) -> None:

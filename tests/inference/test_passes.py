@@ -9,6 +9,7 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import RequestError
+from mmoe_rec.features.kinds.counter import CounterMemory
 from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference import scorer
@@ -18,7 +19,6 @@ from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model import attention
 from mmoe_rec.model.products import Products, has_onednn
-from mmoe_rec.point_in_time.counters import CounterMemory
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 

@@ -90,18 +90,18 @@ def test_only_what_a_row_could_not_count_without_is_needed():
         ({"item": None}, "column 'item' is null"),
         ({"request": None}, "column 'request' is null"),
         ({"time": None}, "column 'time' is null"),
-        ({"user": "5"}, """column 'user' must hold integers, as in the log; found strings: give 12, not "12\""""),
-        ({"click": True}, "column 'click' must hold numbers; found true/false: give 1 or 0"),
+        ({"user": "5"}, "column 'user' must hold integers, as in the log; found strings"),
+        ({"click": True}, "column 'click' must hold numbers; found true/false"),
         ({"tags": [True]}, "column 'tags' must hold lists of strings, as in the log; found lists of true/false"),
-        ({"taste": []}, "column 'taste' of feature 'taste' holds a list of 0 numbers, but its `size` is 2"),
+        ({"taste": []}, "column 'taste' holds []; feature 'taste' needs lists of 2 finite numbers"),
         ({"event_id": True}, "column 'event_id' must hold integers or strings; found true/false"),
         ({"price": math.nan}, "column 'price' holds NaN or infinity; give null for a missing number"),
-        ({"click": 2}, "label column 'click' of binary task 'click' holds 2"),
-        ({"liked": 0.5}, "label column 'liked' of binary task 'liked' holds 0.5"),
-        ({"spent": 1e300}, "label column 'spent' of task 'spent' holds 1e+300, too large for 32 bits"),
+        ({"click": 2}, "column 'click' of binary task 'click' holds 2"),
+        ({"liked": 0.5}, "column 'liked' of binary task 'liked' holds 0.5"),
+        ({"spent": 1e300}, "column 'spent' of task 'spent' holds 1e+300, too large for 32 bits"),
         ({"rate": 0}, "column 'rate' holds 0"),
         ({"rate": 1.5}, "column 'rate' holds 1.5"),
-        ({"taste": [1.0]}, "column 'taste' of feature 'taste' holds a list of 1 numbers, but its `size` is 2"),
+        ({"taste": [1.0]}, "column 'taste' holds [1.0]; feature 'taste' needs lists of 2 finite numbers"),
         ({"taste": [1.0, None]}, "column 'taste' holds null within a list; give null instead of the whole list"),
         ({"time": "yesterday"}, "column 'time' holds 'yesterday', which is not an ISO 8601 time"),
         ({"time": "2199-01-01"}, "column 'time' holds a request in the future, 2199-01-01T00:00:00+00:00, later than"),
@@ -225,7 +225,7 @@ def test_a_value_is_refused_for_itself_whatever_stands_beside_it(data):
 def test_true_and_false_are_taken_where_the_log_holds_them():
     rows = [{**ROW, "liked": liked} for liked in (True, 0, None, False, 1.0)]
     assert CHECKS.read_json(None, rows, NOW)["liked"].to_pylist() == [1.0, 0.0, None, 0.0, 1.0]
-    assert _told([{**ROW, "price": True}]) == "row 0: column 'price' must hold numbers; found true/false: give 1 or 0"
+    assert _told([{**ROW, "price": True}]) == "row 0: column 'price' must hold numbers; found true/false"
 
 
 @settings(max_examples=400, deadline=None)
