@@ -282,8 +282,7 @@ class Ranker:
             explain = any(each.request.explain for each in part)
             matrix = self.request_inputs.matrix(*inputs, rows.of)
             scored = self.scorer.score(matrix, part[0].experts, explain)
-            if len(part) == 1 or not scored.failed:  # an expert's failure may be the fault of one request
-                return self._put_in_order(knowledge, part, rows, inputs, scored)
+            return self._put_in_order(knowledge, part, rows, inputs, scored)
         except UserError as error:
             if len(part) == 1:
                 return [error if isinstance(error, RequestError) else RequestError(str(error))]

@@ -27,7 +27,6 @@ from mmoe_rec.inference.request_reader import (
     rows_of_candidates,
     split_rows,
 )
-from mmoe_rec.inference.scorer import LostExpert
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.models import Models
@@ -132,8 +131,6 @@ class Calls:
 
     def _count(self, answers: Answers) -> None:
         rankings = [each for each in answers if isinstance(each, Ranking)]
-        lost = sum(isinstance(warning, LostExpert) for each in rankings for warning in each.warnings)
-        self.metrics.warnings.inc(lost)
         for role in ("user", "candidate"):
             self.metrics.unknown.labels(role).inc(sum(each.unknown_ids.get(role, 0) for each in rankings))
 
