@@ -517,6 +517,7 @@ def test_what_is_no_number_is_never_replied(
         outputs.logits[0, task] = number
         return outputs
 
+    monkeypatch.setattr(models.current.ranker.scorer, "fused", None)
     monkeypatch.setattr(model, "of_inputs", fails)
     answer = ask(application(models), {"inputs": [element()], "params": {"explain": True}})
     if number == math.inf and models.current.ranker.about.tasks[task].kind == "binary":
