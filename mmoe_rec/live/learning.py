@@ -5,27 +5,23 @@ name, what is no later than its tables. The rest it learns in the journal's orde
 that starts again, comes to the same.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.event_rows import MOST_ROWS, RowChecks
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
 from mmoe_rec.live.journal_rows import JournalRows, join_by_log
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.settings.schema import Schema
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect
@@ -17,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, quoted, suggest
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import (
     EMPTY,
@@ -33,9 +34,6 @@ from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import MEBIBYTE, Places, Refused, shortened
 from mmoe_rec.server.ranking_queue import Answers, Following, RankingQueue
 from mmoe_rec.settings.sections import Serving
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
 
 PARSED_AT_ONCE = 256 * 2**10  # larger bodies are parsed in a thread, so that the event loop answers others in between
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
@@ -188,29 +186,26 @@ def require_json(request: HttpRequest) -> None:
 
 
 async def read_body(request: HttpRequest, limits: Serving) -> bytes:
-    """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
+    """The body of a call. Raises Refused for one that is too large, once it was read and dropped, or too slow."""
     for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         if request.headers.get(name, plain).strip().lower() != plain:
             raise Refused(415, f"the body must not be compressed: leave the header {name} out", "no_json")
     if "upgrade" in request.headers:
         raise Refused(400, "this server speaks HTTP/1.1 alone: leave the header Upgrade out", "no_json")
-    sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
-    too_large = Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
-    length, most = request.headers.get("content-length", ""), limits.max_body_mib * MEBIBYTE
-    if length.isdecimal() and int(length[:20]) > most:
-        raise too_large
     parts: list[bytes] = []
-    size = 0
+    size, most = 0, limits.max_body_mib * MEBIBYTE
     try:
         async with asyncio.timeout(limits.read_seconds):
             async for part in request.stream():
                 size += len(part)
-                if size > most:
-                    raise too_large
-                parts.append(part)
+                if size <= most:
+                    parts.append(part)
     except TimeoutError:
         slow = f"did not arrive within {limits.read_seconds:g} seconds (setting `serving.read_seconds`)"
         raise Refused(408, f"the body {slow}", "too_slow", "REQUEST_TIMEOUT") from None
+    if size > most:
+        sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
+        raise Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
     return b"".join(parts)
 
 
@@ -224,7 +219,7 @@ def parse_json(body: bytes, limits: Serving) -> Any:
     return tree
 
 
-def parse(body: bytes, limits: Serving, ranker: "Ranker") -> Call:
+def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
     """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
     tree = parse_json(body, limits)
     if not isinstance(tree, dict):
@@ -263,7 +258,7 @@ def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
 
 
 def _elements_in(
-    tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: "Ranker"
+    tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: Ranker
 ) -> tuple[Any, list[list[int]]]:
     """The elements of a call, which may come in one of MLflow's forms of a data frame: then also the rows of each."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:

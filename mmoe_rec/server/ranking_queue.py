@@ -9,8 +9,6 @@ reads the journal and prepares what the model is to know next; the model takes i
 sees one state of all counters, histories and latest values.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -25,21 +23,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING
 
+import torch
 from starlette.requests import ClientDisconnect
 
 from mmoe_rec.errors import RequestError, UserError
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.journal import parse_position
+from mmoe_rec.live.learning import Learning
 from mmoe_rec.server.measurements import Metrics
-from mmoe_rec.server.models import Models, sentence_of
-from mmoe_rec.server.options import INTERNAL, Refused
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.live.learning import Learning
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import INTERNAL, Refused, sentence_of
 
 Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096
@@ -160,8 +156,6 @@ class RankingQueue:
 
 def take_one_thread() -> None:
     """Have torch compute with one thread."""
-    import torch
-
     torch.set_num_threads(1)  # of each thread that calls it. Why one: see `mmoe_rec.inference.mlflow_model`
 
 
@@ -282,7 +276,7 @@ class Following:
         return True
 
 
-def _follow(following: weakref.ref[Following], asked: threading.Event, look: threading.Event) -> None:
+def _follow(following: "weakref.ref[Following]", asked: threading.Event, look: threading.Event) -> None:
     """What the thread does: it holds what it follows for only while it works. asked, look: end its pauses."""
     step_back()
     while (it := following()) is not None:
