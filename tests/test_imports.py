@@ -22,7 +22,7 @@ ORDER = [
     {"report"},
     {
         *(f"live.{name}" for name in ("__init__", "journal", "journal_rows")),
-        *(f"live.{name}" for name in ("event_rows", "row_keys")),
+        "live.event_rows",
     },
     {"inference", "profiling"},
     {f"live.{name}" for name in ("request_log", "learning", "outcomes")},

@@ -16,8 +16,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, first_line, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.journal_rows import find_uses
-from mmoe_rec.live.row_keys import EVENT_ID
+from mmoe_rec.live.journal_rows import EVENT_ID, find_uses
 from mmoe_rec.log.checks import event_value_checks, find_first_fault, log_value_checks
 from mmoe_rec.log.columns import element_type, list_label_columns
 from mmoe_rec.log.given import to_arrow

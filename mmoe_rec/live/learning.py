@@ -29,11 +29,13 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ModelUpdate:
     """What was read of the journal and is to be learnt. new: rows by log; position: up to where; accepted_at: of the
-    batches, microseconds; prepared: what the model can take; counts: rows by outcome."""
+    batches, microseconds; duplicates: number of rows that were left out; prepared: what the model can take; counts:
+    rows by outcome."""
 
     new: Mapping[str | None, JournalRows]
     position: int
     accepted_at: list[int]
+    duplicates: int
     prepared: Any = None
     counts: Mapping[str, int] = field(default_factory=dict)
 
@@ -111,13 +113,13 @@ class Learning:
                 if not (batches := self.journal.read(self.position, most_rows)):
                     return None
                 new = join_by_log(batches, self.schema)
-                self._waiting = ModelUpdate(new, batches[-1].position, [each.accepted_at for each in batches])
-            counts, rows = Counter[str](), dict[str | None, LogRows]()
+                times, duplicates = [each.accepted_at for each in batches], sum(each.duplicates for each in batches)
+                self._waiting = ModelUpdate(new, batches[-1].position, times, duplicates)
+            counts, rows = Counter(duplicate=self._waiting.duplicates), dict[str | None, LogRows]()
             for source, each in self._waiting.new.items():
-                counts.update(each.counts, late=each.count_late(self.schema, self.ranker.tables_known))
                 known = each.rows(self.schema)
                 rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
-                counts["in_tables"] += len(known) - len(rows[source])
+                counts.update(accepted=len(known), in_tables=len(known) - len(rows[source]))
             return replace(self._waiting, prepared=self.ranker.prepare(rows), counts=+counts)
 
     def count_known(self, times: np.ndarray) -> int:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import request_log as names
-from mmoe_rec.live.row_keys import EVENT_ID
+from mmoe_rec.live.journal_rows import EVENT_ID
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, columns_of, format_time, words_of
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses

@@ -19,11 +19,10 @@ from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import write_files
 from mmoe_rec.locks import writing
-from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
-from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for, read_journal_name
+from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
@@ -157,7 +156,7 @@ def write_journal(
     or the logs' places take no files.
     """
     schema, known = settings.schema_, served.about.journal
-    taken, journal = HeldFiles.read(served.folder / "features"), Journal(address, create=False)
+    journal = Journal(address, create=False)
     if known is not None and known["id"] != journal.id:
         if not other:
             raise UserError(
@@ -173,47 +172,14 @@ def write_journal(
             f"{held} only: what was removed is in the log's files, so run refresh without --journal first, and then "
             "with it"
         )
-    _check_one_way(settings, taken)
     journal.forget()
     # Else the tables may hold what is no later than they are, by files that another program wrote.
     later_than = None if known is not None else as_of(served.about)
-    written = write_files(journal, schema, settings.data.log, held, later_than)
-    for log, rows in written.unknown.items():
-        say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
-    for source, counts in written.counts.items():
-        if counts["conflict"]:
-            name = "the interaction log" if source is None else f"log '{source}'"
-            say(f"{counts['conflict']:,} rows of {name} came again with other labels: the first ones count")
-    if written.early:
-        say(
-            f"{written.early:,} rows of the journal are no later than the model's tables "
-            f"({served.about.tables_as_of}), which know nothing of this journal: they are taken for known, as by a "
-            "server, and are in no file"
-        )
+    through = write_files(journal, schema, settings.data.log, held, later_than)
     if remove and held:
         journal.remove(held)
     journal.close()
-    return {"id": journal.id, "through": written.through}
-
-
-def _check_one_way(settings: Settings, taken: HeldFiles) -> None:
-    """Raises UserError for new files of another program where rows that came both ways could not be told.
-
-    Where requests have ids, the tables tell such rows.
-    """
-    if settings.schema_.columns.request is not None:
-        return
-    held = taken.logs[0]
-    recorded, known = held.files.keys() | held.left_out.keys(), {each.checksum for each in held.files.values()} - {None}
-    for file in find_files(settings.data.log):
-        if file.address in recorded or read_journal_name(file.address) is not None:
-            continue
-        if find_checksum(file) not in known:  # of another name, place or time
-            raise UserError(
-                f"'{file.address}' is new in the log, and no file of the journal: as requests have no ids, rows that "
-                "came both ways would count twice; if none did, run refresh without --journal once, which takes the "
-                "file in, else remove it"
-            )
+    return {"id": journal.id, "through": through}
 
 
 def renew_tables(
