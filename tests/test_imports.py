@@ -28,7 +28,7 @@ ORDER = [
     {f"live.{name}" for name in ("request_log", "learning", "outcomes")},
     {"server"},
     {"tracking"},
-    {"inference.scored_files", "inference.batch_scoring"},
+    {"inference.batch_scoring"},
     {"evaluation"},
     {"training"},
     {"experiments", *(f"live.{name}" for name in ("refresh", "skew"))},

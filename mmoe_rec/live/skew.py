@@ -19,7 +19,7 @@ from mmoe_rec.atomic import write_text
 from mmoe_rec.errors import RequestError, UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.inference.scored_files import known_rows
+from mmoe_rec.inference.batch_scoring import known_rows
 from mmoe_rec.live import request_log as names
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time, open_parquet
