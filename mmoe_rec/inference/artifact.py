@@ -35,6 +35,7 @@ from pydantic import TypeAdapter
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
+from mmoe_rec.log.given import microseconds
 from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
         raise UserError(f"'{folder}' holds no model (model.json)")
     del tree["format"]
     return Artifact(layout=ModelLayout.read(folder), **tree)
+
+
+def known_of(about: Artifact) -> int:
+    """Return the time of the last request that the tables of an artifact know, microseconds."""
+    return 0 if about.tables_as_of is None else microseconds("tables_as_of", about.tables_as_of)
 
 
 def read_example(folder: Path) -> dict[str, Any]:

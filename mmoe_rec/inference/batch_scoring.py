@@ -30,8 +30,8 @@ from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import Source, read_artifact, version_of
-from mmoe_rec.inference.ranking import ROW, Freshness, prediction_columns, scored_table
+from mmoe_rec.inference.artifact import Source, known_of, read_artifact, version_of
+from mmoe_rec.inference.ranking import ROW, prediction_columns, scored_table
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import columns_of, format_time
 from mmoe_rec.log.columns import column_uses
@@ -151,8 +151,8 @@ class _Scoring:
             raise UserError("--start and --end need times, which the model's table does not have: leave them out")
         self.logs = open_logs(source, self.pipeline, settings, as_of, labels, keep)
         self.split = settings.split if labels and _has_split(self.logs, settings.split) else None
-        about = read_artifact(model.folder, verify=False)
-        self.tables_as_of, self.known = about.tables_as_of, Freshness.of(about).known
+        self.tables_as_of = (about := read_artifact(model.folder, verify=False)).tables_as_of
+        self.known = known_of(about)
         self.constants = {"model": model.address, "model_version": version_of(model.folder)}
         built = self.logs.options
         options = [built.duplicates, built.several_times, built.rows_in_memory]
@@ -207,6 +207,7 @@ class _Scoring:
         processes = total >= ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
         job = ScoreJob(
             model=self.artifact,
+            version=self.constants["model_version"],
             products=self.products,
             reader=kept_reader(scratch, self.logs.log),
             results=kept_results(scratch, self.logs.log) if self.as_of == "log" else None,
@@ -267,6 +268,7 @@ class ScoreJob:
 
     Attributes:
         model: Artifact folder.
+        version: Checksum of the artifact.
         products: Value of `serving.products`.
         reader: Reads the log.
         results: Values of counters and histories for the rows, None if the model's own tables are asked.
@@ -278,6 +280,7 @@ class ScoreJob:
     """
 
     model: Path
+    version: str
     products: str
     reader: LogReader
     results: ResultExchange | None
@@ -322,6 +325,8 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
     torch.set_num_threads(1)
     with _LOADING:
         ranker = _load(job.model)
+    if ranker.version != job.version:
+        raise UserError(f"the model in '{job.model}' was replaced while rows were scored: start the command again")
     ranker.scorer.multiply_by(serving_products(job.products))
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANKED.empty_table()]
