@@ -228,12 +228,6 @@ class ExampleScores:
                 return f"'{task.name}' of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
         return None
 
-    def other_versions(self, now: ExampleScores) -> list[str]:
-        """What has another version in `now`, such as "torch 2.13.0 instead of 2.14.1"."""
-        versions = now.computed_with
-        others = {name: each for name, each in self.computed_with.items() if versions.get(name) != each}
-        return [f"{name} {versions.get(name)} instead of {each}" for name, each in others.items()]
-
 
 # The manifest. SHA-256, as everyone can compute it (`sha256sum`) and processors have instructions for it: the 132 MB of
 # the model for Complete Journey take 0.04 s on two cores, 0.1 s without those instructions.

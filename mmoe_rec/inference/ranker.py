@@ -140,12 +140,10 @@ class Ranker:
         """
         now, before = self.example_scores(folder), ExampleScores.read(folder)
         if difference := before.difference(now, self.about.tasks, self.calibration):
-            others = ", ".join(before.other_versions(now))
+            versions = ", ".join(f"{name} {version}" for name, version in before.computed_with.items())
             raise OtherScoresError(
                 f"the model in '{folder}' gives other predictions here than where it was written: for {EXAMPLE}, "
-                f"{difference} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
-                + ("install the versions that it was written with" if others else "use the code that wrote it")
-                + ", or train again here"
+                f"{difference}. It was written with {versions}: install these versions, or train again here"
             )
 
     def example_scores(self, folder: Path) -> ExampleScores:

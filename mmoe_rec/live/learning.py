@@ -58,13 +58,6 @@ class Learning:
         self._lock = threading.Lock()
         types = self.journal.column_types()
         _check_same_log(self.journal.name, types, self.schema)
-        if others := sorted({log for log, _ in types} - {"", *self.schema.events}):
-            _log.warning(
-                "the journal '%s' holds rows of logs of events that the model's settings do not have, so it learns "
-                "nothing of them: %s",
-                self.journal.name,
-                ", ".join(map(repr, others)),
-            )
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == self.journal.id
         if about is not None and not self._is_known:

@@ -1,11 +1,9 @@
 """A new version of the model that holds an alias, with tables that know the newest files of the log.
 
-A kill between any two steps leaves something whole: the artifact is written beside the features, registered, and only
-then the alias moves, if the version that was refreshed still holds it. The run in MLflow is found again by the version
-and the files that it is made of, so the same command, started again, registers nothing twice.
+The artifact is written beside the features, registered, and only then the alias moves, if the version that was
+refreshed still holds it. After a kill the same command starts over. It may then register a second version.
 """
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
+from mmoe_rec.inference.writing import write_with_tables
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import write_files
 from mmoe_rec.locks import writing
@@ -104,10 +103,7 @@ def refresh(
 
 
 def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: Path) -> RefreshResult:
-    uri, version = settings.tracking.address, served.version
-    text = f"{version.address} {version_of(served.folder)} {version_of(artifact)}"
-    key = f"refresh-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    after = iso_time(made.as_of)
+    uri, version, after = settings.tracking.address, served.version, iso_time(made.as_of)
     tags = {
         _FROM_TAG: version.address,
         "refreshed.run": version.run_id or "unknown",
@@ -115,12 +111,10 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
         "tables_as_of": after,
     }
     try:
-        with runs.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
+        with runs.open_run(uri, settings.experiment, run_name="refresh") as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.about.tables_as_of})
             run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
-            number = registry.find_registered(run, artifact, version.name)
-            if number is None:
-                number = registry.register_model(run, artifact, version.name, tags=tags)
+            number = registry.register_model(run, artifact, version.name, tags=tags)
             told = f"The tables of {version.address} as of {after}, with {made.rows:,} more rows, by\n\n"
             describe_version(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
             now = find_holder(version.name, served.alias, uri)
@@ -201,10 +195,6 @@ def renew_tables(
     about, features = read_artifact(artifact), artifact / "features"
     taken = HeldFiles.read(features)
     logs = _logs(features, settings, None if anew else taken)
-    changes = taken.changes(logs) if anew else []
-    if gone := [address for each in changes for address in each.gone]:
-        such_as = f"({len(gone):,}, such as '{gone[0]}')"
-        say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as scratch:
         (tables := Path(scratch, "tables")).mkdir()
@@ -215,8 +205,6 @@ def renew_tables(
         if made is not None:
             if journal is None:
                 journal = _carry_on(about.journal, made.journal)
-            from mmoe_rec.inference.writing import write_with_tables  # which imports torch
-
             write_with_tables(artifact, out, tables, tables_as_of=made.as_of, files=made.digest, journal=journal)
     return made
 

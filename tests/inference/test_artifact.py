@@ -304,17 +304,7 @@ def test_other_scores_than_expected_are_told(folder: Path, where: tuple[Any, ...
     changed_scores(folder, times(1.01, *where))
     told = refusal(folder)
     assert "gives other predictions here than where it was written: for example_request.json, " + what in told
-    assert "(by the same versions of torch, numpy and pyarrow); use the code that wrote it, or train again here" in told
-
-
-def test_other_versions_are_named(folder: Path) -> None:
-    def older(tree: dict[str, Any]) -> None:
-        times(1.01, "predictions", "click", 0)(tree)
-        tree["computed_with"]["torch"] = "2.0.0"
-
-    changed_scores(folder, older)
-    assert f"(torch {torch.__version__.split('+')[0]}" in refusal(folder)
-    assert "instead of 2.0.0); install the versions that it was written with, or" in refusal(folder)
+    assert f"It was written with torch {torch.__version__.split('+')[0]}" in told
 
 
 def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(

@@ -22,7 +22,6 @@ from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.request_reader import Request, RequestReader
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.journal_rows import write_files
-from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
@@ -287,15 +286,6 @@ def test_a_lost_journal_is_told_by_the_server_that_has_written_it(app, tmp_path)
         connection.execute(sql.text("DELETE FROM journal_batches"))
     answer = ask(app, {"events": as_json(later_log(19, rows=5))}, page="/events")
     assert (answer.status, "can't be kept" in answer.message) == (503, True)
-
-
-def test_logs_of_events_that_the_model_lacks_are_told(
-    small: SmallModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    event = pa.table({"user": [5], "at": pa.array([START]).cast(UTC_MICROSECONDS)})
-    Journal(tmp_path / "journal.db").append(Batch("returns", 0, event), Batch("clicks", 0, event))
-    _models(small, tmp_path)
-    assert "do not have, so it learns nothing of them: 'clicks', 'returns'" in caplog.text
 
 
 # How a worker's model follows the journal: callers may wait for a position, and the thread ends with its server
