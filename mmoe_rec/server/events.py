@@ -24,7 +24,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.calls import parse_json, read_body, reply_to, require_json
 from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
-from mmoe_rec.server.ranking_queue import Following, step_back
+from mmoe_rec.server.ranking_queue import Following
 from mmoe_rec.settings.sections import Serving
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
@@ -43,7 +43,7 @@ class Accepting:
         self._limits, self._metrics, self._following = limits, metrics, following
         self._journal = Journal(journal)
         self.places = Places(self._limits, "calls of /events")
-        self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
+        self._threads = ThreadPoolExecutor(_THREADS, "events")
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
@@ -92,7 +92,6 @@ class Accepting:
             _log.error("%s", error)
             raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
         self._metrics.events.labels(source or "").inc(len(table))
-        self._following.look_at_once()
         return {"accepted": len(table), "position": str(position)} | ({"ignored": ignored} if ignored else {})
 
 

@@ -63,18 +63,13 @@ class Models:
         self.current = self.open(first) if isinstance(first, Source) else first
 
     def exchange(self, served: ServedModel) -> None:
-        """Serve a model that was opened, once it has learnt all that the one before has, so that callers who saw events
-        counted will still see that."""
-        before, learning = self.current.learning, served.learning
-        if before is None or learning is None:
-            self.current = served
-            return
-        while self.current is not served:
-            learning.catch_up()
-            with before.pause():
-                if learning.position >= before.position:
-                    self.current = served
-                    before.close()
+        """Serve a model that was opened, once it has learnt what the journal holds."""
+        before = self.current.learning
+        if served.learning is not None:
+            served.learning.catch_up()
+        self.current = served
+        if before is not None:
+            before.journal.close()
 
     def open(self, source: Source) -> ServedModel:
         """Load a model; the current one goes on. Raises UserError for one that can't be loaded or can't answer."""

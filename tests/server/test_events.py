@@ -3,10 +3,8 @@
 import asyncio
 import gc
 import os
-import sys
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
-from mmoe_rec.server.ranking_queue import step_back
 from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import ITEMS, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log
@@ -364,18 +361,6 @@ def test_events_that_can_not_be_learnt_hold_up_only_who_waits_for_them(small, tm
     assert (status, is_over, late.status, late.headers["retry-after"]) == (200, False, 503, "1")
     assert "not learnt all events up to 1 in time (the disk is gone)" in late.message
     assert ask(app, body).tree["predictions"][0]["warnings"][-1].endswith("not counted: the disk is gone")
-
-
-def _priority() -> int:
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
-def test_a_thread_steps_back_alone() -> None:
-    before = _priority()
-    with ThreadPoolExecutor(1, initializer=step_back) as threads:
-        assert threads.submit(_priority).result() == min(before + 10, 19)
-    assert _priority() == before
 
 
 def test_threads_end_with_their_server(small: SmallModel, tmp_path: Path) -> None:
