@@ -351,7 +351,6 @@ class _Join:
                 "log all requests with --log-share 1"
             )
         self.database.run(_CANDIDATES, f"DELETE FROM candidates WHERE time <= {self.after}")
-        (ranked,) = self.database.row(f"SELECT count(*) FROM candidates WHERE time <= {until}")
         if (shown := self.outcomes.shown) is not None:
             self.database.run(
                 f"CREATE TABLE shown AS SELECT * FROM ({self._query_owned(shown.events)}) "
@@ -361,12 +360,10 @@ class _Join:
             )
         elif self.outcomes.top is not None:
             self.database.run(f"DELETE FROM candidates WHERE NOT coalesce(rank <= {self.outcomes.top}, false)")
-        rows, requests, waiting = self.database.row(
-            f"SELECT count(*) FILTER (time <= {until}), count(DISTINCT key) FILTER (time <= {until}), "
-            f"count(DISTINCT key) FILTER (time > {until}) FROM candidates"
+        self.counts["requests"], self.counts["requests that wait"] = self.database.row(
+            f"SELECT count(DISTINCT key) FILTER (time <= {until}), count(DISTINCT key) FILTER (time > {until}) "
+            "FROM candidates"
         )
-        self.counts["rows that were not shown"] = ranked - rows
-        self.counts["requests"], self.counts["requests that wait"] = requests, waiting
 
     def _query_owned(self, name: str) -> str:
         """Return a query for the events that belong to a candidate, `owner`, with their `delay` after its request."""

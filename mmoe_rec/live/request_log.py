@@ -6,8 +6,6 @@ written, UTC, `requests-TIME-HOST-PROCESS-RANDOM.parquet`, so that names in orde
 move or remove them at any time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -24,7 +22,7 @@ from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, time_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,11 +31,9 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.layout import IdInput, Layout
+from mmoe_rec.inference.ranking import RankedRequest, Ranking
 from mmoe_rec.log.columns import UTC_MICROSECONDS, mix
 from mmoe_rec.point_in_time.arrays import Ragged
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranking import RankedRequest, Ranking
 
 REQUEST = "served_request"
 AT = "served_at"
@@ -137,7 +133,7 @@ class RequestLog:
         self._artifact: str | None = None
         self._tables: list[pa.Table] = []
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: "Record") -> None:
         artifact = record.reply.model["version"]
         try:
             table = record.table()

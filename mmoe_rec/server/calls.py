@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import orjson
@@ -40,7 +40,6 @@ SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "p
 _KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
 COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
-MOST_IGNORED = 5
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,11 @@ class Call:
     """A call that may be ranked.
 
     requests: and in the place of one that is wrong, the sentence about it; rows: of each, in a table with a row for
-    each candidate; ignored: a warning for each of the params that there are not; candidates: of all requests together,
-    at least.
+    each candidate; candidates: of all requests together, at least.
     """
 
     requests: list[Request | RequestError]
     rows: list[list[int]]
-    ignored: tuple[str, ...]
     candidates: int
 
 
@@ -110,13 +107,11 @@ class Calls:
         finally:
             gone.cancel()
         self._count(answers)
-        log, ignored = self._log, call.ignored
-        if self.following is not None and (gap := self.following.gap) is not None:
-            ignored = (*ignored, f"some events are not counted: {gap}")
+        gap = None if self.following is None else self.following.gap
         with self.metrics.timed("write"):
-            body = reply(answers, ignored, partial, call.rows)
-        if log is not None:
-            self._offer(log, call, answers)
+            body = reply(answers, gap, partial, call.rows)
+        if self._log is not None:
+            self._offer(self._log, call, answers)
         return body
 
     def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
@@ -227,7 +222,7 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
     for name in tree:
         if name not in _KEYS:
             raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, _KEYS)}")
-    params, ignored = _params(tree)
+    params = _params(tree)
     elements, rows = _elements_in(tree, params, limits, ranker)
     if not isinstance(elements, list):
         raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
@@ -246,7 +241,7 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
             ranker.check_options(Request.of(EMPTY, params))
         except RequestError as error:
             raise _wrong(str(error)) from None
-    return Call(requests, rows, ignored, candidates)
+    return Call(requests, rows, candidates)
 
 
 def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
@@ -291,18 +286,16 @@ def _are(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(isinstance(each, kind) for each in values)
 
 
-def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The params that there are, and a warning for each of the others, which MLflow drops as well."""
+def _params(tree: Mapping[str, Any]) -> dict[str, Any]:
     given = tree.get("params")
     if given is None:
-        return {}, ()
+        return {}
     if not isinstance(given, dict):
         raise _wrong("'params' must be an object")
-    unknown = islice((name for name in given if name not in OPTIONS), MOST_IGNORED)
-    ignored = [
-        f"'params' has an unknown key {quoted(name)}, which was ignored; {suggest(name, OPTIONS)}" for name in unknown
-    ]
-    return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored)
+    for name in given:
+        if name not in OPTIONS:
+            raise _wrong(f"'params' has an unknown key {quoted(name)}; {suggest(name, OPTIONS)}")
+    return given
 
 
 def _check_depth(tree: Any, limits: Serving) -> None:
@@ -319,13 +312,18 @@ def _wrong(sentence: str) -> Refused:
     return Refused(400, sentence, "body")
 
 
-def reply(answers: Answers, ignored: Iterable[str], partial: bool, rows: list[list[int]]) -> bytes:
-    """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place."""
-    ignored = [shortened(each) for each in ignored]
+def reply(answers: Answers, gap: str | None, partial: bool, rows: list[list[int]]) -> bytes:
+    """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place.
+
+    gap: why the model does not know some events.
+    """
     replies: list[dict[str, Any]] = []
     for index, answer in enumerate(answers):
         if isinstance(answer, Ranking):
-            replies.append(answer.to_dict() | ({"warnings": [*answer.warnings, *ignored]} if ignored else {}))
+            replies.append(answer.to_dict())
+            if gap is not None:
+                told = shortened(f"some events are not counted: {gap}")
+                replies[-1]["warnings"] = [*answer.warnings, told]
         elif partial:
             replies.append({"error": shortened(str(answer))})
         else:

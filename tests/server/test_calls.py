@@ -17,7 +17,6 @@ from mmoe_rec.errors import LONGEST_QUOTE
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.request_reader import OPTIONS, PARTS
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.calls import MOST_IGNORED
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.ranking_queue import JOINT_CANDIDATES
 from tests.inference.small_model import ITEMS, USER, SmallModel
@@ -89,20 +88,12 @@ def test_malformed_bodies(app: Application, body: bytes, sentence: str) -> None:
 )
 def test_sentences_quote_little(app: Application, body: dict[str, Any]) -> None:
     answer = ask(app, body)
-    is_warning = any(name not in OPTIONS for name in body.get("params", {}))
-    assert answer.status == (200 if is_warning else 400)
-    if is_warning:
-        assert len(answer.tree["predictions"][0]["warnings"]) <= MOST_IGNORED
+    assert answer.status == 400
     told, parts = answer.body.decode(), (LONG, "1234567890" * 30)
     assert max(size for size in range(250) for part in parts if part[:size] in told) <= LONGEST_QUOTE
-    assert len(answer.body) < (3_000 if is_warning else 500)
-
-
-def test_unknown_params_are_warned_of_in_each_ranking(app: Application) -> None:
-    good, other = (ask(app, {"inputs": [element()] * 2, "params": params}).tree for params in ({}, {"topk": 1}))
-    for before, after in zip(good["predictions"], other["predictions"], strict=True):
-        assert after["warnings"] == ["'params' has an unknown key 'topk', which was ignored; did you mean 'top_k'?"]
-        assert {**after, "warnings": []} == before
+    assert len(answer.body) < 500
+    if (params := body.get("params")) and params.keys() - {*OPTIONS}:
+        assert "'params' has an unknown key" in answer.message
 
 
 def test_candidates_to_be_explained_count_more(app: Application) -> None:
