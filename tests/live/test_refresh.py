@@ -260,7 +260,7 @@ def test_files_without_rows_are_nothing_new(model: RefreshedModel, capsys: pytes
 def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
     small = model.folder / "int8"
     small.mkdir()
-    write_int8(model.folder_of("1"), small, "bfloat16")
+    write_int8(model.folder_of("1"), small)
     with runs.open_run(model.uri, NAME) as run:
         registry.register_model(run, small, NAME, "champion")
     model.add(9, 10)
