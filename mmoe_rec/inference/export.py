@@ -81,7 +81,7 @@ def count_bytes(folder: Path) -> dict[str, int]:
     sizes = {"tables": 0, "dense": 0}
     for name, weight in read_stored(folder / WEIGHTS).items():
         sizes["tables" if name.startswith("tables.") else "dense"] += weight.nbytes
-    return sizes | {"all files": sum(file.bytes for file in read_manifest(folder).values())}
+    return sizes | {"all files": sum((folder / name).stat().st_size for name in read_manifest(folder))}
 
 
 def answers_of(ranking: Ranking) -> Answers:

@@ -180,7 +180,7 @@ def test_a_copy_under_way_is_tried_again_when_more_of_it_is_there(small: SmallMo
     assert copied.look() == []
     copy(made, folder, "model.json", "manifest.json", "example_scores.json")
     (told,) = copied.look()
-    assert "'weights.safetensors' has changed" in told
+    assert "'weights.safetensors' is missing or has changed" in told
     assert copied.models.current.ranker.version == version_of(small.folder), "which goes on"
     assert copied.look() == [], "what stays broken is not loaded again"
     copy(made, folder, "weights.safetensors")

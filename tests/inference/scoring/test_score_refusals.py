@@ -105,7 +105,7 @@ def test_wrong_models(small: SmallModel, tmp_path: Path) -> None:
         score_log(tmp_path, source, tmp_path / "out")
     shutil.copytree(small.folder, tmp_path / "model")
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"'weights\.safetensors' has 1 bytes"):
+    with pytest.raises(UserError, match=r"'weights\.safetensors' is missing or has changed"):
         score_log(tmp_path / "model", source, tmp_path / "out")
     assert {each.name for each in tmp_path.iterdir()} == {"log", "model"}
     with pytest.raises(UserError, match=r"'.*nothing' does not exist; set `--input`"):
