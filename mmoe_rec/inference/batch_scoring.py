@@ -168,12 +168,9 @@ class _Scoring:
             facts = self._look_up(steps)
             with open_database(scratch / "database", options.memory_gib, options.workers) as database:
                 database.fill("rows", _RANKED, self._score_parts(steps, scratch, facts))
-                counts = database.row(
-                    f"SELECT count(*), count(*) FILTER (time <= {self.known}), count(*) FILTER (learnt), "
-                    "min(time), max(time) FROM rows"
+                facts["rows"], facts["early"], facts["learnt"] = database.row(
+                    f"SELECT count(*), count(*) FILTER (time <= {self.known}), count(*) FILTER (learnt) FROM rows"
                 )
-                names = ("rows", "early", "learnt", "first_request", "last_request")
-                facts |= dict(zip(names, counts, strict=True))
                 if not facts["rows"]:
                     raise self._no_rows()
                 for log in self.logs.all:
@@ -240,8 +237,6 @@ class _Scoring:
             "learnt": describe_learnt(self.split, facts["learnt"], facts["rows"]),
             "input": self.source,
             "rows": facts["rows"],
-            "first_request": format_time(facts["first_request"]) if self.has_time else None,
-            "last_request": format_time(facts["last_request"]) if self.has_time else None,
             "rows_before_tables_as_of": facts["early"] if self.has_time else 0,
             "parts": dict(parts),
         }
