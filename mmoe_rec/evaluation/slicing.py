@@ -22,7 +22,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slices import SliceBy
 from mmoe_rec.evaluation.summary import RowsBySlice
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.scored_files import text_of
+from mmoe_rec.inference.batch_scoring import text_of
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses, combine, hash_column
 from mmoe_rec.log.reader import Log, find_fault

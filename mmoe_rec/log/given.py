@@ -171,6 +171,14 @@ def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | No
     return None if value is None else microseconds(column, value, unit)
 
 
+def parse_time(text: str) -> int:
+    """Return an ISO time (UTC without an offset) in microseconds since 1970 UTC. Raises UserError for other text."""
+    try:
+        return microseconds("time", text)
+    except RequestError:
+        raise UserError(f"'{text}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
+
+
 def microseconds(column: str, value: Any, unit: str | None = None) -> int:
     """Microseconds since 1970 UTC of a datetime or ISO 8601 string (UTC unless it has an offset), or integer in `unit`.
 

@@ -358,7 +358,7 @@ def test_a_column_that_is_there_twice_or_has_several_types_is_refused(small: Sma
         ranker.rank({"user": USER}, CONTEXT, frame)  # type: ignore[arg-type]
     table, _ = small.later_rows()
     mixed = table.to_pandas().assign(brand=[1, "a"] * 10)
-    for take in (ranker.score, ranker.learn):
+    for take in (ranker.score, ranker.score_table):
         for rows in (table.append_column("price", table["price"]), frame):
             with pytest.raises(UserError, match="column 'price' is given twice"):
                 take(rows)

@@ -113,31 +113,6 @@ def test_requests_alike_share_one_pass(ranker: Ranker, monkeypatch: pytest.Monke
     assert runs == [20 * len(ITEMS)]
 
 
-def test_a_failing_expert_is_left_out_for_the_request_that_makes_it_fail(
-    ranker: Ranker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One request's numbers must not take an expert from its neighbours."""
-    alike = [request({"user": user}, {"item": ITEMS[:2], "price": [1.0, 2.0]}) for user in range(5)]
-    alone = [ranker.rank_many([each])[0] for each in alike]
-    poisoned = request({"user": 3}, {"item": ITEMS[:2], "price": [1e30, 2.0]})
-    model = ranker.model.of_inputs
-
-    def fails(inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        outputs = model(inputs, *rest, **options)
-        usable = options.get("usable")
-        if (inputs == 10).any() and (usable is None or usable[1]):  # the largest number that a standardised one can be
-            return outputs._replace(logits=outputs.logits * torch.nan)
-        return outputs
-
-    monkeypatch.setattr(ranker.scorer, "fused", None)
-    monkeypatch.setattr(ranker.model, "of_inputs", fails)
-    *others, last = ranker.rank_many([*alike, poisoned])
-    for answer, expected in zip(others, alone, strict=True):
-        assert_same(answer, expected)
-    assert isinstance(last, Ranking)
-    assert any("expert 1 was left out" in sentence for sentence in last.warnings)
-
-
 def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
     ranker: Ranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

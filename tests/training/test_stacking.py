@@ -101,7 +101,7 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
     small = SmallModel(tmp_path / "work", model=MODEL, features=ALL_KINDS)  # without attention
     ranker = Ranker.load(small.folder)
-    write_onnx(small.folder, ranker, tmp_path)
+    write_onnx(small.folder, tmp_path)
     onnx, random = load_onnx(tmp_path), np.random.default_rng(0)
     assert (tmp_path / "model.onnx.data").stat().st_size > (tmp_path / "model.onnx").stat().st_size / 10
     for request in draw_requests(small.folder, ranker, 5):
