@@ -1,7 +1,5 @@
 """A folder of encoded Parquet rows: which row groups there are, and reading them into arrays."""
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,8 +90,7 @@ class EncodedRows:
     `is_divided`: whether `part` was given and both parts have observed labels;
     `weighs`: whether the log has a column of weights, which rows count by besides; `rows`: number of rows; `groups`:
     (file index, row group index) of every row group that has rows, in file order; `group_rows`: (len(groups),) int64,
-    the rows of each; `fingerprint`: of all footers, so of the values' statistics too. Raises UserError where there are
-    no rows, or a file cannot be read or lacks a column.
+    the rows of each. Raises UserError where there are no rows, or a file cannot be read or lacks a column.
     """
 
     def __init__(
@@ -118,7 +115,6 @@ class EncodedRows:
         for file in self._files:
             with _naming(file):
                 self._metadata.append(pq.read_metadata(file))
-        self.fingerprint = _fingerprint(self._files)
         self.weighs = "weight" in self._metadata[0].schema.to_arrow_schema().names
         inputs = [*(f"id.{each.name}" for each in layout.ids), *(f"dense.{each.name}" for each in layout.dense)]
         users = ["user"] if with_users or part is not None else []
@@ -216,18 +212,6 @@ def weights_of(table: pa.Table) -> np.ndarray | None:
         by_rate = 1 / table.column("sampling_rate").to_numpy()
         weights = by_rate if weights is None else weights * by_rate
     return weights
-
-
-def _fingerprint(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with _naming(file), file.open("rb") as content:
-            # A Parquet file ends with its footer, 4 bytes for the footer's length, and 4 letters.
-            content.seek(-8, os.SEEK_END)
-            length = int.from_bytes(content.read(4), "little")
-            content.seek(-8 - length, os.SEEK_END)
-            digest.update(content.read())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

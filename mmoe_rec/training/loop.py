@@ -245,14 +245,10 @@ class Trainer:
             self.announce()
         result, meter = self.result, Meter(self.layout, self.world_size)
         progress = bar("{task.fields[note]}", shown=self.rank == 0)
-        try:
-            with progress, self.stop, freed_memory_kept(), limit_threads(self.threads):
-                task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
-                self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
-            self.checkpoints.wait()
-            dist.barrier()
-        finally:
-            self.checkpoints.close()
+        with progress, self.stop, freed_memory_kept(), limit_threads(self.threads):
+            task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
+            self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
+        dist.barrier()
         result.rows_per_s, result.waiting = meter.rows_per_s, meter.waiting
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
@@ -344,7 +340,6 @@ class Trainer:
 
     def _save_and_stop(self) -> NoReturn:
         self._save()
-        self.checkpoints.wait()
         signal = self.stop.signal or "another rank's signal"
         steps = f"step {self.result.steps} of {self.total_steps}"
         raise StoppedError(f"{signal} came; {steps} is saved, go on with --resume")

@@ -1,9 +1,8 @@
 """Which rank holds which part of which table: torchrec's planner, for the running ranks or for any, on paper."""
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -16,10 +15,6 @@ from mmoe_rec.model.tables import stored_width, used_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.sharded_tables import require_torchrec
 
-# The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that
-# it starts from the best way of each table and goes on to the next.
-_COMBINATIONS_BY_RANKS = 64_000
-_MOST_COMBINATIONS = 10_000
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
 GIB = 2**30
 _FLOAT = 4
@@ -121,26 +116,16 @@ class Planning:
         # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
         return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
 
-    def _planner(self, stats: Any) -> Any:
-        """torchrec's planner. stats: receives the plan."""
+    def make(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
+        """torchrec's plan for a model over `torchrec_tables`, which the ranks of a process group make together.
+
+        stats: receives the plan. Raises UserError, with what would help, when the tables don't fit.
+        """
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
         from torchrec.distributed.planner import EmbeddingShardingPlanner, types
-        from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-        from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
-        from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
         from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
-        machines, sharding = self.machines, self.sharding
-
-        class StorageEstimator(EmbeddingStorageEstimator):
-            # torchrec counts one number of row-wise Adagrad for a whole row, and each part of a row has one.
-            def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
-                super().estimate(sharding_options, sharder_data_map)
-                for option, part in ((each, part) for each in sharding_options for part in each.shards):
-                    missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
-                    own, host = (missing, 0) if machines.device == "cuda" else (0, missing)
-                    part.storage += types.Storage(hbm=own, ddr=host)
-
+        machines, sharding, sharders = self.machines, self.sharding, self.sharders()
         # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
         # the state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
         constraints = {
@@ -160,40 +145,29 @@ class Planning:
             ),
             kernel_config=types.KernelConfig(compute_device=machines.device),
         )
-        estimators = [EmbeddingPerfEstimator(topology, constraints), StorageEstimator(topology, constraints)]
-        return EmbeddingShardingPlanner(
+        planner = EmbeddingShardingPlanner(
             topology=topology,
             batch_size=self.batch_size,
-            enumerator=EmbeddingEnumerator(topology, self.batch_size, constraints, estimators),
             storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-            proposer=[
-                GridSearchProposer(min(_MOST_COMBINATIONS, _COMBINATIONS_BY_RANKS // machines.world_size)),
-                GreedyProposer(),
-                GreedyProposer(use_depth=False),
-                UniformProposer(),
-            ],
             constraints=constraints,
             stats=stats,
             debug=False,
         )
-
-    def make(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
-        """torchrec's plan for a model over `torchrec_tables`, which the ranks of a process group make together.
-
-        Raises UserError, with the reason and what would help, when the tables don't fit.
-        """
-        from torchrec.distributed.planner.types import PlannerError
-
-        planner, sharders = self._planner(stats), self.sharders()
         try:
             return planner.plan(model, sharders) if group is None else planner.collective_plan(model, sharders, group)
-        except PlannerError:
-            if self.batch_size == 1:
-                raise _explain_tables(self.layout, self.machines, self.sharding) from None
-        replace(self, batch_size=1).make(model)  # raises where even the tables don't fit
-        raise UserError(
-            f"the embedding tables fit, but not beside what a step of {self.batch_size:,} rows a rank takes: set "
-            "`training.batch_size` lower, or use more ranks"
+        except types.PlannerError:
+            raise self._explain() from None
+
+    def _explain(self) -> UserError:
+        tables, machines = used_tables(self.layout), self.machines
+        needed, offered = sum(map(table_bytes, tables)) / GIB, machines.world_size * machines.rank_bytes / GIB
+        largest = max(tables, key=table_bytes)
+        return UserError(
+            f"the embedding tables take {needed:,.1f} GiB with their optimizer and do not fit, beside a step of "
+            f"{self.batch_size:,} rows, into {machines.world_size} rank(s) with {offered:,.1f} GiB for them in all. "
+            f"The largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers and takes "
+            f"{table_bytes(largest) / GIB:.1f} GiB. Use more ranks, spread rows by `training.sharding`, or lower "
+            "`training.batch_size` or a table's `max_size`, `buckets` or `dim`."
         )
 
     def on_paper(self, model: nn.Module) -> tuple[str, list[RankPlan]]:
@@ -241,17 +215,3 @@ def merge_neighbours(ranks: Sequence[tuple[int, str]]) -> list[str]:
 def table_bytes(table: EmbeddingTable) -> int:
     """Bytes of a table's weights as they are stored, and of row-wise Adagrad's one number a row."""
     return table.rows * (stored_width(table.dim) + 1) * _FLOAT
-
-
-def _explain_tables(layout: ModelLayout, machines: Machines, sharding: Sharding) -> UserError:
-    tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
-    needed, offered = sum(map(table_bytes, tables)) / GIB, machines.world_size * machines.rank_bytes / GIB
-    largest = tables[0]
-    by_rows = bool(set(sharding.types(machines.device)) - {"table_wise", "column_wise"})
-    whole = "" if by_rows else ", and the rows of a table are not divided"
-    return UserError(
-        f"the embedding tables take {needed:,.1f} GiB with their optimizer and do not fit into {machines.world_size} "
-        f"rank(s) with {offered:,.1f} GiB for them in all{whole}. The largest, '{largest.name}', has {largest.rows:,} "
-        f"rows of {largest.dim} numbers and takes {table_bytes(largest) / GIB:.1f} GiB. Use more ranks, or lower its "
-        "`max_size`, `buckets` or `dim`."
-    )

@@ -1,4 +1,4 @@
-"""Embedding tables of one process on a CPU: in plain PyTorch, or by fbgemm without torchrec's exchange between ranks.
+"""Embedding tables of one process on a CPU, in plain PyTorch, and what fbgemm needs there.
 
 `OneProcessTables` is the plain backend. An update sorts the rows that were looked up, adds up the gradients of equal
 ones, in an order that no thread changes, and then touches each row once.
@@ -13,7 +13,7 @@ import ctypes
 import functools
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -262,40 +262,6 @@ class OneProcess:
 
     def __call__(self, batch: Any) -> Any:
         return self.module(batch)
-
-
-# One process on a CPU with fbgemm: its module is called directly, as torchrec's code that sends ids and embeddings
-# between ranks takes longer than looking up the ids of a thousand rows.
-
-
-def look_up_directly(model: Any) -> None:
-    """Changes the forward pass of a sharded model's tables, which gives the same sums; weights stay where they are.
-
-    model: torchrec's DistributedModelParallel on one process. Left as it is where fbgemm holds its tables apart.
-    """
-    modules, lookups = list(table_batches(model)), getattr(model.module.tables, "_lookups", ())
-    # Names of the inputs of each of fbgemm's modules, in their order there, unless torchrec hides them.
-    inputs = [config.feature_names() for each in lookups for config in getattr(each, "grouped_configs", ())]
-    if len(modules) == len(inputs) == 1:
-        widths = [modules[0].embedding_specs[table][1] for table in modules[0].feature_table_map]
-        model.module.tables.forward = functools.partial(_look_up_directly, modules[0], inputs[0], widths)
-
-
-def _look_up_directly(module: Any, names: list[str], widths: list[int], ids: Any) -> Pooled:
-    """Sums of the embeddings of each input of a KeyedJaggedTensor, to be read by `by_name`."""
-    keys = ids.keys()
-    if keys != names:
-        ids = ids.permute([keys.index(name) for name in names])
-    return names, widths, module(ids.values(), ids.offsets().long())
-
-
-def table_batches(model: nn.Module) -> Iterator[Any]:
-    """fbgemm's modules in a sharded model, each of which holds the tables that it looks up together."""
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-
-    for part in model.modules():
-        for lookup in getattr(part, "_lookups", ()):  # torchrec keeps them in a plain list
-            yield from (each for each in lookup.modules() if isinstance(each, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 # fbgemm asks the library cpuinfo what the processor can do: code in torch's libc10 finds out, and fbgemm reads the

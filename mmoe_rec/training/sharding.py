@@ -1,7 +1,7 @@
 """Sharded training: tables spread over the ranks, the optimizers of all parameters, and the plan of who holds what.
 
-One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs do, and leaves out only what sends ids and
-embeddings to other ranks (`look_up_directly`). Without torchrec, one process trains on tables in plain PyTorch.
+One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs do. Without torchrec, one process trains on
+tables in plain PyTorch.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
-from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import LOG_VARIANCES
 from mmoe_rec.training.planning import (
     BY_DEFAULT,
@@ -32,7 +32,6 @@ from mmoe_rec.training.sharded_tables import (
     OneProcessTables,
     RowWiseAdagrad,
     Way,
-    look_up_directly,
     share_cpuinfo,
 )
 
@@ -118,8 +117,6 @@ def shard(
         )
     if device.type == "cpu":
         share_cpuinfo()
-    if alone and plan.plan and sharding.kind not in SPLIT_COLUMNS:
-        look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
     return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan))
 

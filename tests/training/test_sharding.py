@@ -164,14 +164,6 @@ def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:
     assert (after - before).abs().max() > 1e-3
 
 
-def test_a_step_that_is_too_large_is_told_from_tables_that_are() -> None:
-    with (
-        process_group(CPU),
-        pytest.raises(UserError, match="tables fit, but not beside what a step of 10,000,000,000,"),
-    ):
-        shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=10**13, table_learning_rate=0.1)
-
-
 def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the pipeline that is made where there is a GPU."""
     monkeypatch.setattr(ShardedModel, "pipelined", True)
