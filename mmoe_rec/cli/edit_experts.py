@@ -40,7 +40,7 @@ def edit_experts(
     from mmoe_rec.settings.model import Model
     from mmoe_rec.tracking import registry, runs
     from mmoe_rec.tracking.registry import CHALLENGER
-    from mmoe_rec.tracking.run_page import as_code, command
+    from mmoe_rec.tracking.runs import as_code, command
 
     with writing(out, "an edit of experts", "name another folder with --out"):
         registry.check_names(uri, name, CHALLENGER)

@@ -27,7 +27,7 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import CHALLENGER, Version
 from mmoe_rec.tracking.runs import Run
 

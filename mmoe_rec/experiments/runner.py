@@ -33,7 +33,7 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.outbox import PATIENCE_SECONDS
+from mmoe_rec.tracking.runs import PATIENCE_SECONDS
 from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:

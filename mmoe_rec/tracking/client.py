@@ -18,7 +18,6 @@ from urllib.parse import urlparse
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import quiet_loggers
-from mmoe_rec.tracking.outbox import UnreachableError
 
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
@@ -40,6 +39,10 @@ BRIEF = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES":
 FOR_MODELS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # A server's request to retry in minutes would stop the command for that long; and we print the run's address ourselves.
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+
+
+class UnreachableError(UserError):
+    """Nobody answers, or not in time, which may pass by itself."""
 
 
 def read_sqlite_path(uri: str) -> Path | None:

@@ -35,9 +35,17 @@ from mmoe_rec.progress import say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
-from mmoe_rec.tracking.run_page import MachineMonitor, as_code, command, data_sets, name_training, quoted
-from mmoe_rec.tracking.runs import Run, check_server
+from mmoe_rec.tracking.client import UnreachableError
+from mmoe_rec.tracking.runs import (
+    PATIENCE_SECONDS,
+    Run,
+    as_code,
+    check_server,
+    command,
+    data_sets,
+    name_training,
+    quoted,
+)
 from mmoe_rec.training import training_report
 from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining, latest_checkpoint, load_plain
 from mmoe_rec.training.loop import Trainer, TrainingResult
@@ -95,6 +103,7 @@ def train_model(
             run_name=name_training(settings, None if origin.start is None else origin.start.exact),
             active=ready.first,
             unsent=ready.folder / "unsent",
+            watch_machine=settings.tracking.system_metrics,
         ) as run:
             _log_start(run, ready)
             trainer = Trainer(
@@ -104,7 +113,7 @@ def train_model(
                 settings.training,
                 ready.device,
                 ready.folder / "checkpoints",
-                MachineMonitor(run, settings.tracking.system_metrics),
+                run.log_metrics,
                 ready.weights,
                 ready.checkpoint,
                 replace(origin, run_id=run.run_id),
