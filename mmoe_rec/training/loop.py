@@ -178,11 +178,10 @@ class Trainer:
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
-        validates = split == "validation"
-        part = Part.SELECTING if validates else None  # the other part judges the model that these rows select
-        folder, options = prepared.split(split), {"weighted": weighted, "with_users": validates}
+        # The other part judges the model that these rows select.
+        part = Part.SELECTING if split == "validation" else None
         return TrainingReader(
-            EncodedRows(folder, self.layout, outcomes=True, part=part, **options),
+            EncodedRows(prepared.split(split), self.layout, outcomes=True, weighted=weighted, part=part),
             batch_size=batch_size,
             shuffle_window=self.settings.shuffle_window,
             seed=self.settings.seed,
@@ -281,8 +280,8 @@ class Trainer:
         def make() -> Generator[Batch, None, None]:
             keyed_jagged = self.tables == "fbgemm"
             for rows, position in reader.resume(start, epochs):
-                own = (rows.weights, rows.users, rows.numbers)
-                batch = make_batch(rows.encoded, self.layout, rows.labels, position, *own, torchrec=keyed_jagged)
+                own = (position, rows.weights, rows.numbers)
+                batch = make_batch(rows.encoded, self.layout, rows.labels, *own, torchrec=keyed_jagged)
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
 
         return Prefetch(make())
@@ -313,8 +312,7 @@ class Trainer:
     def _validate(self, meter: Meter) -> None:
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
-        rows, model = self.validation_reader.rows.rows, self.sharded.model.module
-        now = validate(model, batches, self.layout, self.device, rows, self.stop)
+        now = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
         meter.left_out += time.perf_counter() - start
         if now is None:  # a rank was asked to stop
             self._save_and_stop()

@@ -229,7 +229,7 @@ def measure_served(
     """
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
     validation = prepared.split("validation")
-    rows = EncodedRows(validation, layout, outcomes=True, weighted=weighted, with_users=True, part=Part.JUDGING)
+    rows = EncodedRows(validation, layout, outcomes=True, weighted=weighted, part=Part.JUDGING)
     if not rows.is_divided:
         say("note: too few validation users have labels to hold some out: all rows select the model and judge it")
     return validate_alone(model, rows, layout, settings.evaluation.batch_size, calibration)

@@ -14,7 +14,7 @@ from mmoe_rec.training.validation import Validation, explain_choice, warnings_of
 
 FOLDER = "training"
 """Folder of the report in `data.work`."""
-_METRICS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
+_METRICS = {"loss ↓": "loss", "auc ↑": "auc", "calibration → 1": "calibration"}
 
 
 def validations_table(
@@ -30,7 +30,7 @@ def validations_table(
     """
     note = (
         "steps: the network alone, on the selecting rows; below: the network alone and the model as it is served, on "
-        "the judging rows, those of the other validation users; gauc: by user; calibration: predicted / observed"
+        "the judging rows, those of the other validation users; calibration: predicted / observed"
     )
     steps = {f"{step:,}{' chosen' if step == best_step else ''}": found for step, found in history}
     judged = {"served": served} if network is None else {"network": network, "served": served}
