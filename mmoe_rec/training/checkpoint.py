@@ -26,8 +26,8 @@ from mmoe_rec.atomic import atomic_file, put_folder, write_text
 from mmoe_rec.batches.row_reader import Position
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.tables import from_stored, stored_width
-from mmoe_rec.training.choices import Choices
 from mmoe_rec.training.origin import Origin
+from mmoe_rec.training.steps import Choices
 from mmoe_rec.training.validation import Validation
 
 _DESCRIPTION = "training.json"

@@ -31,13 +31,18 @@ from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
-from mmoe_rec.training.choices import Choices, choose_precision
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.planning import Sharding
 from mmoe_rec.training.sharded_tables import choose_way, torchrec_installed
-from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
-from mmoe_rec.training.steps import Steps, check_finite, learning_rate_share, validation_steps
+from mmoe_rec.training.sharding import Optimizers, ShardedModel, Sharding, shard, training_tables
+from mmoe_rec.training.steps import (
+    Choices,
+    Steps,
+    check_finite,
+    choose_precision,
+    learning_rate_share,
+    validation_steps,
+)
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25

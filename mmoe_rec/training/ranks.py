@@ -72,8 +72,8 @@ def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 or {settings.sharding, settings.tables, settings.products} != {"auto"}:
         from mmoe_rec.model.products import choose_products
-        from mmoe_rec.training.planning import Sharding
         from mmoe_rec.training.sharded_tables import choose_way
+        from mmoe_rec.training.sharding import Sharding
 
         Sharding.of(settings).check(device.type)
         if choose_way(settings.tables, device.type, ranks) == "torch" and settings.sharding != "auto":

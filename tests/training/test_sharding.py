@@ -17,9 +17,8 @@ from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.tables import PlainTables, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
-from mmoe_rec.training.planning import Machines, Planning, Sharding, table_bytes
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard
+from mmoe_rec.training.sharding import Machines, Optimizers, Planning, ShardedModel, Sharding, shard, table_bytes
 from mmoe_rec.training.steps import Steps
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
