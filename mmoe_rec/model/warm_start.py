@@ -120,9 +120,8 @@ def _describe(pipeline: FeaturePipeline, layout: ModelLayout, model: Model) -> d
     for attention in layout.attention:
         features[attention.history]["pooling"] = "attention"
     inputs = [each.name for each in (*layout.ids, *layout.dense)]
-    labels = [[task.name, task.mean, task.deviation] for task in layout.tasks]
     model_tree = model.model_dump(mode="json", exclude={"trees"})
-    return {**tree, "model": model_tree, "inputs": inputs, "labels": labels}
+    return {**tree, "model": model_tree, "inputs": inputs, "outputs": [task.name for task in layout.tasks]}
 
 
 def _misfits(one: dict[str, Any], other: dict[str, Any], old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
@@ -133,9 +132,13 @@ def _misfits(one: dict[str, Any], other: dict[str, Any], old: FeaturePipeline, n
     for name, vocabulary in old.vocabularies.items():
         if not vocabulary.ids.equals(new.vocabularies[name].ids[: len(vocabulary.ids)]):
             yield f"the ids of its feature '{name}' have other rows than in the features"
-    for name, encoder in old.encoders.items():
-        if encoder.state().values != new.encoders[name].state().values:
-            yield f"its feature '{name}' was fitted to other rows (means, deviations or edges differ)"
+    fitted, now_fitted = (
+        {name: encoder.state().values for name, encoder in each.encoders.items()} | each.label_scales
+        for each in (old, new)
+    )
+    for name, values in fitted.items():
+        if values != now_fitted[name]:
+            yield f"its feature or task '{name}' was fitted to other rows (means, deviations or edges differ)"
 
 
 # Towers begin at the base rates: a new model predicts for every row what the training rows say on average. From a bias

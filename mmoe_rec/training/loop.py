@@ -20,7 +20,7 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.batches.row_reader import Position, Prefetch, TrainingReader
 from mmoe_rec.devices import freed_memory_kept, limit_threads
-from mmoe_rec.errors import StoppedError, StopRequest
+from mmoe_rec.errors import StoppedError, StopRequest, UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import Mixture, build_model
 from mmoe_rec.model.model_layout import ModelLayout
@@ -38,7 +38,6 @@ from mmoe_rec.training.sharding import Optimizers, ShardedModel, Sharding, shard
 from mmoe_rec.training.steps import (
     Choices,
     Steps,
-    check_finite,
     choose_precision,
     learning_rate_share,
     validation_steps,
@@ -298,7 +297,11 @@ class Trainer:
         if step is None:
             return None
         assert step.batch.position is not None
-        check_finite(step, self.result.steps + 1, self.checkpoints.folder)
+        if step.bad is not None:  # on every rank
+            raise UserError(
+                f"the {step.bad} of step {self.result.steps + 1} is not finite: look for extreme inputs, or lower "
+                "training.learning_rate or training.table_learning_rate"
+            )
         meter.add(len(step.batch), step.losses, step.observed)
         self.position = step.batch.position
         self.result.steps += 1

@@ -29,9 +29,9 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmoe_rec.atomic import atomic_file, write_text
+from mmoe_rec.atomic import write_text
 from mmoe_rec.batches.batch import Batch, draws_of
 from mmoe_rec.devices import fp32_products, freed_memory_kept
 from mmoe_rec.errors import StopRequest, UserError
@@ -93,8 +93,6 @@ class Steps:
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
-        self._to_tables: list[Tensor] = []
-        self._mixture.register_forward_pre_hook(self._watch_inputs)
         self._now: Step | None = None
         self._pipeline: Any = None
         if sharded.pipelined:
@@ -176,15 +174,6 @@ class Steps:
         self._now = Step(batch, logits, losses, observed, torch.stack([shared[-1].float(), bad]))
         return total, self._now
 
-    def _watch_inputs(self, mixture: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Note the sums of the gradients that go on to the tables: an infinity or NaN never leaves a sum."""
-        self._to_tables = []
-        # torchrec's pipeline traces the model by symbols, which are not tensors.
-        if mixture.training and torch.is_grad_enabled():
-            for each in arguments:
-                if isinstance(each, Tensor) and each.requires_grad:
-                    each.register_hook(lambda gradient: self._to_tables.append(gradient.sum()))
-
     def step(self) -> None:
         """Step the dense part, unless a loss or gradient is not finite on some rank.
 
@@ -192,11 +181,8 @@ class Steps:
         """
         step = self._now
         assert step is not None
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        bad = (~torch.stack([norm, *self._to_tables]).isfinite().all()).float()
-        if self._ranks > 1:  # the norm is the same on all of them, what goes to the tables is not
-            dist.all_reduce(bad)
-        told = torch.cat([step.signals, bad[None]])
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)  # the same on all ranks
+        told = torch.cat([step.signals, (~norm.isfinite()).float()[None]])
         step.stopping, bad_loss, bad_gradient = (told > 0).tolist()
         step.bad = "loss" if bad_loss else "gradient" if bad_gradient else None
         if step.bad is not None:
@@ -246,34 +232,6 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
         for epoch in range(settings.epochs)
         for part in range(1, parts + 1)
     }
-
-
-def check_finite(step: Step, number: int, folder: Path) -> None:
-    """Raise UserError for a loss or gradient that is not finite, as every rank does at the same step.
-
-    Args:
-        step: The step.
-        number: Its number.
-        folder: Folder in which the batch is saved.
-    """
-    if step.bad is None:
-        return
-    file = folder / f"bad_batch.step{number}.rank{dist.get_rank()}.pt"
-    with atomic_file(file) as path:
-        torch.save(_content(step.batch, step.logits), path)
-    raise UserError(
-        f"the {step.bad} of step {number} is not finite; the batch is saved as '{file}' (torch.load): look there for "
-        "extreme inputs, or lower training.learning_rate or training.table_learning_rate"
-    )
-
-
-def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
-    parts = (batch.ids.keys, batch.ids.values, batch.ids.lengths)  # torchrec's are methods
-    names, values, lengths = (each() if callable(each) else each for each in parts)
-    content = {"id_names": list(names), "id_values": values, "id_lengths": lengths, "logits": logits.detach()}
-    content |= {name: getattr(batch, name) for name in ("dense", "labels", "observed", "weights")}
-    on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}
-    return on_cpu | {"position": None if batch.position is None else asdict(batch.position)}
 
 
 # The precision that a run computes in: bf16 if steps of the model's own shapes are clearly faster with it.

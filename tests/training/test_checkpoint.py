@@ -163,19 +163,13 @@ def _spoil(trainer: Trainer) -> None:
             parameter.fill_(float("nan"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: FeatureFolder, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops(prepared: FeatureFolder, tmp_path: Path) -> None:
     def at(trainer: Trainer) -> None:
         if trainer.result.steps == 50:
             _spoil(trainer)
 
-    with pytest.raises(UserError, match=r"the loss of step 51 is not finite; the batch is saved as '(.*rank0.pt)'"):
+    with pytest.raises(UserError, match="the loss of step 51 is not finite: look for extreme inputs"):
         train(prepared, tmp_path, at)
-    saved = torch.load(tmp_path / "bad_batch.step51.rank0.pt")
-    assert saved["position"]["row"] == 5100
-    assert saved["labels"].shape == (100, len(LAYOUT.tasks))
-    assert saved["id_names"] == [each.name for each in LAYOUT.look_ups()]
-    assert len(saved["id_lengths"]) == 100 * len(LAYOUT.look_ups())
-    assert saved["logits"].isnan().any()
     assert state_in(tmp_path).step == 40
 
 

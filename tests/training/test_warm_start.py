@@ -225,7 +225,7 @@ def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     pq.write_table(random_log(3, rows=600), tmp_path / "one" / "log" / "0.parquet")
     settings = one.settings
     prepared = prepare(replace(BuildInputs.of(settings), work=tmp_path / "other"))
-    with pytest.raises(UserError, match=r"its feature 'price' was fitted to other rows"):
+    with pytest.raises(UserError, match=r"its feature or task 'price' was fitted to other rows"):
         WarmStart(one.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
