@@ -119,7 +119,7 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
         with runs.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.about.tables_as_of})
             run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
-            number = registry.find_registered(run, artifact, version.name)
+            number = registry.find_registered(run, version.name)
             if number is None:
                 number = registry.register_model(run, artifact, version.name, tags=tags)
             told = f"The tables of {version.address} as of {after}, with {made.rows:,} more rows, by\n\n"

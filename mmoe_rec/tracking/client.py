@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -103,7 +103,7 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         # 500 is also MLflow's code for whatever has no other one.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
             raise UnreachableError(f"{place} does not answer ({summarise(error)})") from None
-        raise UserError(f"{refusal}: {summarise(error).rstrip('.')}{list_known(address or '')}") from None
+        raise UserError(f"{refusal}: {summarise(error).rstrip('.')}") from None
     except (sqlalchemy.exc.OperationalError, OSError) as error:
         raise UnreachableError(f"{place} can't be used: {summarise(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
@@ -121,22 +121,6 @@ def open_client(uri: str, address: str | None = None, limits: dict[str, str] = B
     mlflow = connect(uri)
     with limit_waiting(limits), translate_errors(uri, address):
         yield mlflow.MlflowClient()
-
-
-def list_known(address: str) -> str:
-    """Return the aliases of the model that an address names, or all registered models, as the end of a sentence."""
-    from mlflow import MlflowClient, MlflowException
-
-    if (named := re.match(r"models:/+([^/@?#]+)", address, re.IGNORECASE)) is None:
-        return ""
-    with suppress(MlflowException):  # no model has this name
-        aliases = MlflowClient().get_registered_model(named[1]).aliases
-        listed = ", ".join(f"{alias} (version {number})" for alias, number in sorted(aliases.items()))
-        return f". Aliases of '{named[1]}': {listed or 'none'}"
-    with suppress(MlflowException):
-        names = [each.name for each in MlflowClient().search_registered_models()]
-        return f". Registered models: {', '.join(names) or 'none'}"
-    return ""
 
 
 # What matters in the long errors of requests, urllib3 and SQLAlchemy.
