@@ -11,7 +11,7 @@ other, and `blends.json`, the weights.
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -46,8 +46,6 @@ class Trees:
 
     texts: Mapping[str, str]
     blends: Mapping[str, Blend]
-    _weights: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Names of T tasks -> (3, T) float64 weights of network and trees, and offsets."""
 
     @cached_property
     def forest(self) -> "Forest":
@@ -65,10 +63,8 @@ class Trees:
 
     def blend(self, network: Tensor, trees: Tensor, names: Sequence[str]) -> Tensor:
         """(B, T) logits of both -> (B, T) of the same type; a task without trees keeps the network's."""
-        if (weights := self._weights.get(tuple(names))) is None:
-            found = [self.blends.get(name, Blend(1.0, 0.0, 0.0)) for name in names]
-            weights = self._weights[tuple(names)] = np.array([astuple(each) for each in found]).T
-        one, other, offset = torch.from_numpy(weights).to(network.device)
+        found = [astuple(self.blends.get(name, Blend(1.0, 0.0, 0.0))) for name in names]
+        one, other, offset = torch.tensor(found, dtype=torch.float64, device=network.device).T
         blended = one * network.double() + other * trees.double() + offset
         return torch.where(trees.isnan(), network.double(), blended).to(network)
 

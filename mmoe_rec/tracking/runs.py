@@ -331,9 +331,7 @@ def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int],
     if run.info.lifecycle_stage != "active":
         restore = f"restore it with `mlflow runs restore --run-id {run_id}`"
         raise UserError(f"MLflow run '{run_id}' was deleted: {restore}, or train from the start, without --resume")
-    client = mlflow.MlflowClient()
-    history = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
-    last = {name: max(each.step for each in steps) for name, steps in history.items() if steps}
+    last = {each.key: each.step for each in run.data._metric_objs}  # of the largest step
     return run.data.params, last, run.data.tags.get(_NOTE, "")
 
 
@@ -366,15 +364,8 @@ def mark_killed(uri: str, run_id: str) -> None:
 
 def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:
     def send(message: Message) -> None:
-        try:
-            with translate_errors(uri, anything=True):
-                _deliver(mlflow, run_id, message)
-        except UnreachableError:
-            raise
-        except UserError as error:
-            if message.kind != "inputs":
-                raise
-            say(f"{error}: the run goes on without data sets")  # an old server does not know them
+        with translate_errors(uri, anything=True):
+            _deliver(mlflow, run_id, message)
 
     return Outbox(None if unsent is None else unsent / f"{run_id}.jsonl", send)
 

@@ -33,7 +33,7 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.sharded_tables import choose_way, torchrec_installed
+from mmoe_rec.training.sharded_tables import choose_way
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, Sharding, shard, training_tables
 from mmoe_rec.training.steps import (
     Choices,
@@ -225,11 +225,6 @@ class Trainer:
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(f"computing in {self.choices}, products by {self.products}, tables by {self.tables}{threads}")
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
-        if not torchrec_installed():
-            say(
-                "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
-                "`mmoe-rec doctor` says what to type for sharded tables"
-            )
 
     def _choose(self, mixture: Mixture, before: Choices | None) -> Choices:
         """Return the precision of the settings, of the run that goes on, or the measured one."""

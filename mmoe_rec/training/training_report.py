@@ -61,8 +61,9 @@ def make_report(trained: FinishedTraining, settings: Settings) -> Report:
     warnings = [f"the model {about.early_end}"] if about.early_end else []
     warnings += warnings_of(trained.best, settings.training.calibration)
     sentences += [Sentence(each, "warning") for each in warnings]
-    if note := trained.best.experts.note(settings.model.gates.rule):
-        sentences.append(Sentence(note, "note"))
+    if not settings.model.gates.rule.mixes_all:  # else unused experts cost no accuracy
+        findings = trained.best.experts.findings([task.name for task in about.tasks])
+        sentences += [Sentence(each, "note") for each in findings]
     if trained.rows_per_s:  # A resumed training that had no step left has no speed.
         speed = (
             f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data"

@@ -11,7 +11,7 @@ import pytest
 
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.runs import command, data_sets, list_waiting_runs, name_training
+from mmoe_rec.tracking.runs import command, data_sets, name_training
 from tests import commands
 from tests.pipelines.short_trainings import World
 
@@ -137,24 +137,6 @@ def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> No
     assert len(said) < 8_000
     assert "verdict of Evaluation" in said
     assert said.count("```") == 8
-
-
-def test_a_server_that_refuses_data_sets_gets_all_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise mlflow.exceptions.MlflowException("no such endpoint", error_code=400)
-
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", refuse)
-    with runs.open_run(uri, "old server", unsent=tmp_path / "unsent") as run:
-        about = {"name": "log", "digest": "digest", "source": "folder", "context": "training"}
-        run.log_inputs([about | {"rows": 3, "split": "train"}])
-        run.log_metrics({"train/a.loss": 1.0}, 1)
-    assert "no such endpoint: the run goes on without data sets" in capsys.readouterr().err
-    assert not list_waiting_runs(tmp_path / "unsent")
-    found = mlflow.MlflowClient(uri, uri).get_run(run.run_id)
-    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/a.loss": 1.0})
 
 
 def test_who_may_not_write_to_the_registry_gets_the_evaluation(
