@@ -27,9 +27,9 @@ from mmoe_rec.settings.log_columns import Columns
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import describe_version, find_model, get_version
-from mmoe_rec.tracking.run_page import as_code, command, data_sets, quoted
+from mmoe_rec.tracking.runs import as_code, command, data_sets, quoted
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import EncodedRows

@@ -27,7 +27,7 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import CHALLENGER, Version
 from mmoe_rec.tracking.runs import Run
 
@@ -67,7 +67,7 @@ def promote_trained(
         return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
-    number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
+    number = registry.find_registered(run, name) or registry.register_model(run, artifact, name, tags=tags)
     version = Version(name, number, run.run_id)
     while True:
         better, reason = compare_with_holder(settings, prepared, model, artifact, version, holder)

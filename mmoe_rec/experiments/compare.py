@@ -30,7 +30,7 @@ from mmoe_rec.experiments.runner import Runner, TrainedVariant, open_runner
 from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.report.report_files import PAGE
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking.run_page import as_code, command, quoted
+from mmoe_rec.tracking.runs import as_code, command, quoted
 from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:

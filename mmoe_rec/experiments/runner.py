@@ -33,7 +33,7 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.outbox import PATIENCE_SECONDS
+from mmoe_rec.tracking.runs import PATIENCE_SECONDS
 from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:
@@ -318,9 +318,9 @@ class Runner:
             The result, whose checkpoints stay until the next run, and the precision.
         """
         from mmoe_rec.model.model_layout import ModelLayout
-        from mmoe_rec.training.choices import read_choices, write_choices
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import training_ranks
+        from mmoe_rec.training.steps import read_choices, write_choices
 
         settings, shared = task.settings, self._kept / "choices.json"
         training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})

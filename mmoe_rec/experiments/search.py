@@ -30,7 +30,7 @@ from mmoe_rec.progress import say
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.report.parts import Table
 from mmoe_rec.settings.sections import Search, Settings
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.runs import mark_killed
 
 FOLDER, BEST = "tuning", "best.yaml"

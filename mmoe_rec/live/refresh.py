@@ -25,9 +25,9 @@ from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
-from mmoe_rec.tracking.run_page import as_code, command
+from mmoe_rec.tracking.runs import as_code, command
 
 _FROM_TAG = "refreshed.from"  # of a version that a refresh made
 

@@ -30,7 +30,7 @@ from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training import loop
-from mmoe_rec.training.choices import Choices
+from mmoe_rec.training.steps import Choices
 from mmoe_rec.training.train import train_model
 from tests.commands import refuse, run_and_read, told_by
 from tests.pipelines.learnable_log import settings_tree

@@ -93,24 +93,16 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_run_has_registered_is_found_again(
-    uri: str, small: SmallModel, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    """After a kill or an outage, by its files: not those of another calibration, and not by another run."""
-    folder = tmp_path / "model"
-    small.write(folder)
+def test_what_a_run_has_registered_is_found_again(uri: str, small: SmallModel, capfd: pytest.CaptureFixture) -> None:
+    """After a kill or an outage."""
     with runs.open_run(uri, "found again") as run:
-        assert registry.find_registered(run, folder, "found") is None
-        version = registry.register_model(run, folder, "found")
+        assert registry.find_registered(run, "found") is None
+        version = registry.register_model(run, small.folder, "found")
         assert capfd.readouterr() == ("", "")
-        small.write(folder)
-        assert registry.find_registered(run, folder, "found") == version
-        assert registry.find_registered(run, folder, "another") is None
-        (folder / "calibration.json").write_text("{}")
-        assert registry.find_registered(run, folder, "found") is None
-    small.write(folder)
+        assert registry.find_registered(run, "found") == version
+        assert registry.find_registered(run, "another") is None
     with runs.open_run(uri, "found again") as other:
-        assert registry.find_registered(other, folder, "found") is None
+        assert registry.find_registered(other, "found") is None
 
 
 def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Path) -> None:
@@ -319,9 +311,6 @@ def test_an_address_is_told_with_its_source_and_without_its_password(
 # Every way to address a model leads to it, or to one sentence.
 
 
-ALIASES = r"Aliases of 'small': champion \(version 2\)"
-
-
 @pytest.fixture(scope="module")
 def store(uri: str, small: SmallModel) -> dict[str, str]:
     """Of a model that was registered twice: the store's address, and what identifies its last version."""
@@ -361,8 +350,6 @@ def test_a_registered_model_holds_its_files_and_no_pickle(store: dict[str, str],
         ("models:/small/latest", "run"),
         ("models:/small/LATEST", "run"),
         ("models:/{id}", "run"),
-        ("models:/small/2/artifacts/model", "run"),
-        ("models:/small@champion/artifacts/model", "run"),
         ("runs:/{run}/ranking_model", None),
         ("{files}", None),
         ("{path}", None),
@@ -382,16 +369,11 @@ def test_an_address_leads_to_the_model(
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("models:/small/3", rf"'models:/small/3' can't be loaded .*\. {ALIASES}"),
-        ("models:/small@nobody", rf"can't be loaded .*nobody not found\. {ALIASES}"),
-        ("models:/smal@champion", r"can't be loaded .*smal.* not found\. Registered models: .*another, .*small$"),
-        ("models:/smal/1", r"can't be loaded .*\. Registered models: .*another, .*small$"),
-        (
-            "models:/smal/latest",
-            r"is no registered model 'smal' with a version\. Registered models: .*another, .*small$",
-        ),
-        ("models:/another@champion", r"\. Aliases of 'another': none$"),
-        ("models:/small/Production", "can't be loaded: it names no version"),
+        ("models:/small/3", "'models:/small/3' can't be loaded .*version=3"),
+        ("models:/small@nobody", "can't be loaded .*nobody not found"),
+        ("models:/smal@champion", "can't be loaded .*smal.* not found"),
+        ("models:/smal/latest", "can't be loaded .*smal"),
+        ("models:/small/Production", "can't be loaded .*Production"),
         ("models:/m-0123", "can't be loaded .*m-0123"),
         ("models:/small", "can't be loaded"),
         ("models:/", "can't be loaded"),
