@@ -53,10 +53,9 @@ def compare(
     from mmoe_rec.preprocessing.prepare import existing
 
     existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
-    from mmoe_rec.experiments.compare import BASE, FOLDER, compare_variants
-    from mmoe_rec.experiments.experiment_report import FILE, make_report
+    from mmoe_rec.experiments.compare import FILE, FOLDER, compare_variants, make_report
     from mmoe_rec.experiments.importance import compare_features
-    from mmoe_rec.experiments.variants import list_architectures, parse_variants
+    from mmoe_rec.experiments.variants import BASE, list_architectures, parse_variants
     from mmoe_rec.report.report_files import PAGE
 
     if features:
@@ -64,7 +63,7 @@ def compare(
     else:
         variants = list_architectures(settings) if architectures else [BASE, *parse_variants(words)]
         report = compare_variants(settings, variants, seeds)
-    show_report(make_report(report, {}))
+    show_report(make_report(report))
     folder = Path(settings.data.work) / FOLDER
     print(f"all values: {folder / FILE}")
     print(f"report: {folder / PAGE}")

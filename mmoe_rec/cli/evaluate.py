@@ -83,7 +83,7 @@ def evaluate(
         split = split or "test"
         out = out or Path(settings.data.work) / place_of(split)
         settings = settings.model_copy(update={"evaluation": rules})
-        results = evaluate_model(settings, model, out, against, split).results
+        results = evaluate_model(settings, model, out, against, split)
     from mmoe_rec.evaluation.results_report import make_report
 
     show_report(make_report(results))

@@ -215,7 +215,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
     slices = {}
     for by in columns.slices:
         values = one_array(table[f"slice {by.name}"])
-        slices[by.name] = by.find_slices(values).rows(values)
+        slices[by.name] = by.find_slices(values)
     predictions, labels = (
         {task.name: table[f"{kind}_{task.name}"].to_numpy() for task in columns.tasks}
         for kind in ("predicted", "label")

@@ -21,11 +21,9 @@ from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.sentences import (
     describe_cautions,
-    describe_guard,
-    describe_limits,
+    describe_left_out,
     describe_metrics,
     describe_slices,
-    describe_verdict,
     find_all,
     note_of,
     note_of_group,
@@ -85,7 +83,7 @@ def write_results(results: Results, out: Path) -> None:
 
 
 def make_report(results: Results) -> Report:
-    """Build the report of an evaluation: verdicts, calibration curves, metrics, differences, slices, gates."""
+    """Build the report of an evaluation: verdicts, calibration curves, metrics, differences, slices."""
     comparison, findings, first = results.comparison, find_all(results), results.first
     several = len(results.models) > 1
     sentences = [
@@ -96,10 +94,10 @@ def make_report(results: Results) -> Report:
     sentences += [Sentence(each) for each in describe_slices(results.slices)]
     headline, guards = "; ".join(describe_metrics(first.summary)), list[Sentence]()
     if comparison is not None:
-        headline, *others = [describe_verdict(comparison, other, first.summary) for other in comparison.against]
+        headline, *others = [verdict.message for verdict in comparison.verdicts.values()]
         sentences = [*map(Sentence, others), *sentences]
         guards = list(_guards(comparison))
-        sentences += [Sentence(each) for each in describe_limits(comparison)]
+        sentences += [Sentence(each) for each in describe_left_out(comparison)]
     sentences += [Sentence(each, "note") for each in describe_cautions(results)]
     tables = [metrics_of_models(results.summaries)]
     tables += [] if comparison is None else [differences_table(comparison, first.summary)]
@@ -107,7 +105,6 @@ def make_report(results: Results) -> Report:
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
         tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
-    tables += _gates(results)
     redrawn = "rows" if results.each_row_is_a_user else "users"
     intervals = (
         f"95%, by redrawing {redrawn}. Of a share, such as AUC, they are Jeffreys'; of other metrics percentiles, or "
@@ -145,7 +142,7 @@ def _guards(compared: Comparison) -> Iterator[Sentence]:
     for other, verdict in compared.verdicts.items():
         for guard in verdict.guards:
             beside = f" (beside '{other}')" if len(compared.verdicts) > 1 else ""
-            told = f"{describe_guard(guard, other, compared.rules)}{beside}"
+            told = f"{guard.message}{beside}"
             yield Sentence(
                 told, "good" if guard.passed else "problem", "fine" if guard.passed else "no", page_only=True
             )
@@ -238,15 +235,6 @@ def _slice_cells(each: SliceRecord) -> Row:
     return (name, each.group, each.metric, beside, thousands(each.rows), fixed(each.value, 4), apart)
 
 
-def _gates(results: Results) -> Iterator[Table]:
-    note = "mean weight that each task's gate gives an expert; experts of a single task come after shared ones"
-    for name, model in results.models.items():
-        if model.gates:
-            experts = range(len(next(iter(model.gates.values()))))
-            rows = [(task, *(fixed(weight, 2) for weight in weights)) for task, weights in model.gates.items()]
-            yield Table(f"Gates of {name}", ("task", *map(str, experts)), rows, note, page_only=True)
-
-
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
     note = "observed rate against mean prediction in bins of equal mass; below, their ratio"
     for task in next(iter(summaries.values())).tasks:
@@ -277,12 +265,11 @@ def comparison_tree(compared: Comparison) -> dict[str, Any]:
     """The differences and verdicts of `metrics.json`."""
     objective, against = compared.objective, dict[str, Any]()
     for other, verdict in compared.verdicts.items():
-        guards = [{name: getattr(guard, name) for name in ("task", "metric", "passed")} for guard in verdict.guards]
-        told = {"kind": verdict.kind, "guards": guards, "detectable": verdict.detectable}
-        against[other] = asdict(compared.against[other]) | {"verdict": told}
-    names = ("model", "units", "effective_users", "judged", "left_out")
-    return {name: getattr(compared, name) for name in names} | {
-        "resamples": compared.rules.resamples,
+        against[other] = asdict(compared.against[other]) | {"verdict": asdict(verdict)}
+    return {
+        "model": compared.model,
+        "judged": compared.judged,
+        "left_out": compared.left_out,
         "objective": None if objective is None else asdict(objective) | {"name": objective.name},
         "against": against,
     }

@@ -1,6 +1,6 @@
 """Rows with predictions and labels -> sums -> metrics of a model with their intervals; and which of them decides."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
-from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample, rounding_of
+from mmoe_rec.evaluation.intervals import FEW_USERS, UNDEFINED, Interval, Key, Resampled, Values, resample, rounding_of
 from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, count_rarer_label, measure
 from mmoe_rec.task_kinds import KINDS
@@ -95,8 +95,9 @@ class UserMetrics:
     def at(self, counts: np.ndarray) -> Values:
         """All in R resamples, which draw the users `counts` (U, R) float64 times; no objective that lacks a part."""
         values = {(name, key): each for name, group in self.groups.items() for key, each in group.at(counts).items()}
-        if parts := self._parts_in(values):
-            values[OBJECTIVE] = np.mean(parts, axis=0)
+        parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
+        if parts and values.keys() >= {*parts}:
+            values[OBJECTIVE] = np.mean([values[part] for part in parts], axis=0)
         return values
 
     @property
@@ -104,18 +105,16 @@ class UserMetrics:
         """All of the users as they are."""
         return {key: float(each[0]) for key, each in self.at(np.ones((self.units, 1))).items()}
 
-    @property
-    def effective(self) -> dict[Key, float]:
-        """The effective number of users by their sizes, of each metric; of the objective, the least of its parts."""
-        found = {(name, key): of for name, group in self.groups.items() for key, of in group.effective_users.items()}
-        if parts := self._parts_in(found):
-            found[OBJECTIVE] = min(parts)
-        return found
+    def effective_users(self, key: Key) -> float:
+        """The effective number of users of a metric; of the objective, the least of its parts."""
+        if key == OBJECTIVE and self.objective is not None:
+            return min(self.groups[group].effective_users[self.objective.metric] for group in self.objective.groups)
+        return self.groups[key[0]].effective_users[key[1]]
 
-    def _parts_in(self, values: Mapping[Key, Each]) -> list[Each]:
-        """What the objective is made of; nothing where a part is not there, as where a model lacks a task."""
-        parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
-        return [values[part] for part in parts] if values.keys() >= {*parts} else []
+    def resample(self, resamples: int, at: Callable[[np.ndarray], Values] | None = None) -> dict[Key, Resampled]:
+        """All metrics, or other numbers by metric (`at`) of the same users, when users are redrawn."""
+        found = resample(at or self.at, self.units, resamples)
+        return {key: replace(each, users=self.effective_users(key)) for key, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ class GroupSummary:
 
     kind: of the task, or `score`; counts: a task's `rows` and, if it is binary, `positives` and `requests`; the score's
     requests `LEFT_OUT`; metrics: those that have intervals; details: those that have none, and what else metrics say;
-    effective_users: of the metric that rests on the fewest, None where all have enough; least_ndcg: of the score, the
-    NDCG@10 of the worst order of each request, on average.
+    effective_users: None if there are enough; least_ndcg: of the score, the NDCG@10 of the worst order of each request,
+    on average.
     """
 
     kind: str
@@ -179,15 +178,14 @@ class Summary:
 class MeasuredModel:
     """A model's sums, and the summary of its metrics.
 
-    address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; early_end: that its training ended too early, if it
-    did; slices: its sums in each, by (what rows are sliced by, value), in the same units.
+    address: where it, or its predictions, come from; seen: sentences on how it has seen these rows before; early_end:
+    that its training ended too early, if it did; slices: its sums in each, by (what rows are sliced by, value), in the
+    same units.
     """
 
     sums: EvaluationSums
     summary: Summary
     address: str = ""
-    gates: dict[str, list[float]] | None = None
     seen: Sequence[str] = ()
     early_end: str | None = None
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
@@ -210,6 +208,7 @@ class PredictedRows:
         labels: Task name -> (N,) values, NaN where unobserved.
         score: (N,) ranking score, higher is better.
         weight: (N,) weights of the rows, None if all rows count alike.
+        row: (N,) numbers of the rows in their log, if it has no candidates.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -220,6 +219,13 @@ class PredictedRows:
     labels: Mapping[str, np.ndarray]
     score: np.ndarray
     weight: np.ndarray | None = None
+    row: pa.Array | None = None
+
+    def with_predictions(self, predictions: Mapping[str, np.ndarray], score: np.ndarray) -> "PredictedRows":
+        """The same rows as another model predicts them, which may lack tasks."""
+        tasks = tuple(task for task in self.tasks if task.name in predictions)
+        labels = {task.name: self.labels[task.name] for task in tasks}
+        return replace(self, tasks=tasks, predictions=predictions, labels=labels, score=score)
 
     def sum(self, grouped: bool | None = None) -> EvaluationSums:
         """Sum what all metrics need, by user or group of users; see `measure`."""
@@ -283,10 +289,9 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
     resamples: how often users are redrawn, at least 1; 1,000 make ends steady. The same are drawn for all models.
     """
     measured, ranking = UserMetrics(sums), sums.tables["ranking"]
-    groups, units, effective = measured.groups, measured.units, measured.effective
-    resampled = resample(measured.at, units, resamples)
+    groups, units = measured.groups, measured.units
     shares = {metric.name for metric in every.METRICS if metric.is_share}
-    of_all = {key: each.interval(effective[key], key[1] in shares) for key, each in resampled.items()}
+    of_all = {key: each.interval(key[1] in shares) for key, each in measured.resample(resamples).items()}
     for key, at in of_all.items():  # what is the same for all users does not say how sure it is
         if at.low is not None and at.high is not None and at.high - at.low <= rounding_of(at.low):
             of_all[key] = Interval(at.value)
@@ -301,8 +306,8 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
                 value = float(metric.summarise(group.drawn(np.ones((units, 1))))[0])
                 details[metric.name] = value if np.isfinite(value) else None
             details |= metric.details(group, resamples)
-        fewest = min((effective[name, each] for each, at in its.items() if at.value is not None), default=np.inf)
-        few = fewest if is_small_sample(fewest, units) else None
+        fewest = min((group.effective_users[each] for each, at in its.items() if at.value is not None), default=np.inf)
+        few = fewest if fewest < min(FEW_USERS, units / 2) else None
         task = None if name == SCORE else name
         return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few, least)
 

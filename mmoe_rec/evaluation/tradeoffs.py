@@ -111,16 +111,14 @@ class Sweep:
         def at(counts: np.ndarray) -> Values:
             return {key: of.groups[SCORE].at(counts)[NDCG] for key, of in rankings.items()}
 
-        self._resampled = resample(at, rankings[0, tasks[0]].units, resamples)
-        self._effective = {task: rankings[0, task].effective[SCORE, NDCG] for task in tasks}
+        found = resample(at, rankings[0, tasks[0]].units, resamples)
+        users = {task: rankings[0, task].effective_users((SCORE, NDCG)) for task in tasks}
+        self._resampled = {key: replace(each, users=users[key[1]]) for key, each in found.items()}
         self.values = np.array([[self._resampled[n, task].value for task in tasks] for n in range(len(weights))])
 
     def compare_with_first(self, number: int) -> dict[str, Difference]:
         """Compute the difference of each task's NDCG@10 by some weights from that by the first ones."""
-        return {
-            task: find_difference(self._resampled[number, task], self._resampled[0, task], self._effective[task])
-            for task in self.tasks
-        }
+        return {task: find_difference(self._resampled[number, task], self._resampled[0, task]) for task in self.tasks}
 
     def choose(self, goal: str, margins: Mapping[str, float]) -> int:
         """Choose the number of the weights that serve a task best.

@@ -1,45 +1,175 @@
-"""Compares variants of settings over several runs: `compare_variants`, `judge`.
+"""Compares variants of settings over several runs: `compare_variants`, `judge`. Says which variant is better, and what
+to write into the settings.
 
 data.work/comparison/comparison.json, report.html    what was found
 """
 
-from __future__ import annotations
-
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from mmoe_rec.atomic import write_text
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Differences, average_trainings, find_differences
-from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.evaluation import metrics as every
+from mmoe_rec.evaluation.comparison import Differences, TrainingsMean, average_trainings, find_differences
+from mmoe_rec.evaluation.intervals import Difference, correct_all
+from mmoe_rec.evaluation.metrics.metric import Metric, Named
 from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
-from mmoe_rec.experiments.experiment_report import (
-    FILE,
-    ExperimentResult,
-    MetricMean,
-    VariantResult,
-    correct_cells,
-    write,
-)
 from mmoe_rec.experiments.runner import Runner, TrainedVariant, open_runner
 from mmoe_rec.experiments.variants import Variant
-from mmoe_rec.report.report_files import PAGE
+from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
+from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
+from mmoe_rec.report.report_files import PAGE, write_report
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.run_page import as_code, command, quoted
 from mmoe_rec.training.origin import fixed_settings
 
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.metrics.metric import Metric
-
-FOLDER = "comparison"
+FOLDER, FILE = "comparison", "comparison.json"
+BETTER, WORSE, NOT_SHOWN, UNKNOWN = "better", "worse", "not shown", "unknown"
+_MARKS: dict[str, Mark] = {BETTER: "good", WORSE: "problem"}
 Columns = dict[tuple[str, str], tuple[str, str]]
 """Task and metric -> the metric in words, and whether higher or lower values are better."""
-BASE = Variant("these settings")
+
+
+@dataclass(frozen=True)
+class MetricMean:
+    """A metric's mean over the runs of a variant.
+
+    Attributes:
+        better: Which values are better, `higher` or `lower`.
+        mean: The mean over runs.
+        apart: The difference from the base variant, None for the base.
+    """
+
+    better: str
+    mean: float | None
+    apart: Difference | None = None
+
+    @property
+    def call(self) -> str:
+        """How the variant compares with the base in this metric."""
+        apart = self.apart
+        if apart is None or apart.value is None or apart.low is None or apart.high is None:
+            return UNKNOWN
+        if not apart.is_significant:
+            return NOT_SHOWN
+        return BETTER if (apart.value > 0) == (self.better == "higher") else WORSE
+
+    @property
+    def gain(self) -> float:
+        """The difference, positive if the variant is better, 0 if undefined."""
+        value = 0.0 if self.apart is None else self.apart.value or 0.0
+        return value if self.better == "higher" else -value
+
+    @property
+    def max_loss(self) -> float | None:
+        """The largest loss that the interval allows."""
+        end = None if self.apart is None else self.apart.low if self.better == "higher" else self.apart.high
+        return None if end is None else max(0.0, -end if self.better == "higher" else end)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """A variant.
+
+    Attributes:
+        name: Its name.
+        change: The options that adopt it.
+        simpler: Whether it is worth adopting if it loses nothing.
+        cells: Metric, such as `auc of click` -> its mean over runs.
+        judged: The metrics that judge the variant.
+        parameters: Parameters of its network, None without one.
+        seconds: Mean seconds of a run.
+    """
+
+    name: str
+    change: str
+    simpler: bool
+    cells: Mapping[str, MetricMean]
+    judged: tuple[str, ...]
+    parameters: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """Variants of settings over several runs.
+
+    Attributes:
+        title: Title of the page.
+        seeds: Seeds of the runs.
+        rows: Rows that judged.
+        units: What was redrawn for intervals, `users` or `rows`.
+        means: Task or `score` -> metric -> its mean over the runs of the base variant.
+        variants: The base variant first.
+        margin: Largest loss at which a simpler variant is adopted.
+        few: Task that isn't judged -> rows of its rarer label.
+        notes: Further sentences, which come first.
+        tables: Further tables.
+        warnings: Reasons for distrust.
+        facts: Name -> text.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    rows: int
+    units: str
+    means: Mapping[str, Mapping[str, TrainingsMean]]
+    variants: Sequence[VariantResult]
+    margin: float
+    few: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    warnings: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The name of the base variant."""
+        return self.variants[0].name
+
+    @property
+    def adopted(self) -> VariantResult | None:
+        """The variant to adopt: the best one that is better, or the first simpler one that loses nothing."""
+        others = [each for each in self.variants[1:] if each.judged]
+        better = [
+            each for each in others if each.change and {each.cells[name].call for name in each.judged} == {BETTER}
+        ]
+        if better:
+            return max(better, key=lambda each: each.cells[each.judged[0]].gain)
+        for each in others:
+            losses = [each.cells[name].max_loss for name in each.judged]
+            if each.simpler and all(loss is not None and loss <= self.margin for loss in losses):
+                return each
+        return None
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdicts."""
+        found = [*self.notes, *(_describe(self.base, each, name) for each in self.variants[1:] for name in each.judged)]
+        for task, rows in self.few.items():
+            found.append(f"`{task}` is not judged: {rows:,} rows have its rarer label, which are too few")
+        return found
+
+    @property
+    def headline(self) -> str:
+        """The variant to adopt. Without variants, the number of runs."""
+        if not self.variants[1:]:
+            return f"{len(self.seeds)} runs of `{self.base}`"
+        adopted = self.adopted
+        if adopted is None:
+            return f"nothing to adopt: no variant is better than `{self.base}`, or simpler and as good"
+        cells = [adopted.cells[name] for name in adopted.judged]
+        if all(cell.call == BETTER for cell in cells):
+            return f"adopt `{adopted.change}`, since `{adopted.name}` is better"
+        (loss,) = signed(max(cell.max_loss or 0.0 for cell in cells), sign=False)
+        return f"adopt `{adopted.change}`, since `{adopted.name}` is simpler and loses at most {loss}"
 
 
 def compare_variants(settings: Settings, variants: Sequence[Variant], seeds: int) -> ExperimentResult:
@@ -133,7 +263,9 @@ def keep(runner: Runner, report: ExperimentResult) -> None:
     """Write the report and log it to MLflow."""
     settings, run = runner.settings, runner.run
     identity = {"features": runner.prepared.manifest["fingerprint"], "settings": fixed_settings(settings)}
-    write(report, runner.folder, identity)
+    adopted = None if report.adopted is None else report.adopted.name
+    write_text(runner.folder / FILE, json.dumps({"adopted": adopted, **asdict(report)}, indent=1))
+    write_report(make_report(report, identity), runner.folder)
     for name in (FILE, PAGE):
         run.log_artifact(runner.folder / name)
     means = {
@@ -170,7 +302,7 @@ def _summarize(
     for key, (label, better) in columns.items():
         mean, apart = means.get(key), None
         if trained is not base:
-            apart = _negate(differences.get((variant.name, *key), Difference(None)))
+            apart = differences.get((variant.name, *key), Difference(None)).negated
             mean = None if mean is None or apart.value is None else mean + apart.value
         cells[label] = MetricMean(better, mean, apart)
     judged = [] if decides is None else [decides]
@@ -186,12 +318,6 @@ def _summarize(
         parameters=trained.facts[0].get("parameters"),
         seconds=float(np.mean([facts["seconds"] for facts in trained.facts])),
     )
-
-
-def _negate(apart: Difference) -> Difference:
-    """Turn a difference of the base from a variant around."""
-    value, low, high = (None if each is None else 0.0 - each for each in (apart.value, apart.high, apart.low))
-    return replace(apart, value=value, low=low, high=high)
 
 
 def _warn(trained: Sequence[TrainedVariant]) -> Iterator[str]:
@@ -218,3 +344,97 @@ def _list_facts(runner: Runner, trained: Sequence[TrainedVariant]) -> dict[str, 
     if any(task.given is not None for task in settings.tasks.values()):
         facts["tasks with `given`"] = "without the given task, they are learned from their own labels alone"
     return facts
+
+
+def correct_cells(variants: Sequence[VariantResult]) -> list[VariantResult]:
+    """Correct the p-values of all judged cells by Holm's method for their number."""
+    places = [(number, name) for number, each in enumerate(variants) for name in each.judged]
+    cells = [dict(each.cells) for each in variants]
+    apart = correct_all([cells[number][name].apart or Difference(None) for number, name in places])
+    for (number, name), corrected in zip(places, apart, strict=True):
+        cells[number][name] = replace(cells[number][name], apart=corrected)
+    return [replace(each, cells=own) for each, own in zip(variants, cells, strict=True)]
+
+
+def _describe(base: str, variant: VariantResult, name: str) -> str:
+    cell = variant.cells[name]
+    if cell.apart is None or cell.call == UNKNOWN:
+        return f"how `{variant.name}` differs from `{base}` can't be told: too few labels, or users"
+    told = f"{name} differs by {cell.apart.shown()}"
+    if cell.call == NOT_SHOWN:
+        return f"`{variant.name}` is not shown to differ from `{base}`{cell.apart.once_corrected}: {told}"
+    return f"`{variant.name}` is {cell.call} than `{base}`: {told}"
+
+
+def make_report(experiment: ExperimentResult, identity: Mapping[str, Any] | None = None) -> Report:
+    """Build the report of an experiment.
+
+    Args:
+        experiment: The results.
+        identity: Features and settings of the runs, None on the terminal.
+    """
+    warnings = [Sentence(each, "warning") for each in experiment.warnings]
+    tables = [] if len(experiment.variants) == 1 else [_table_of_variants(experiment)]
+    tables += experiment.tables
+    heads = ("", "mean", "95% interval", "between runs", f"between {experiment.units}")
+    means = [
+        (f"{group} {metric.label}", *_mean_cells(metric, mean))
+        for group, metrics in experiment.means.items()
+        for metric in every.METRICS
+        if metric.is_shown(group == SCORE) and (mean := metrics.get(metric.name)) is not None and mean.mean is not None
+    ]
+    seeds = [f"seed {seed}" for seed in experiment.seeds]
+    title = f"Metrics of {experiment.base}: {len(seeds)} runs, {experiment.rows:,} rows"
+    tables.append(Table(title, (*heads, *seeds), means, page_only=len(experiment.variants) > 1))
+    return Report(
+        title=experiment.title,
+        headline=experiment.headline,
+        mark="warning" if warnings else "good",
+        about=f"seeds {', '.join(map(str, experiment.seeds))}; {experiment.rows:,} rows judged",
+        tables=tables,
+        sentences=[*map(Sentence, experiment.sentences), *warnings],
+        facts=experiment.facts,
+        measures={
+            "Differences": (
+                f"Differences of means over runs from {experiment.base}. They err by the seeds, with the variance of "
+                f"either side's runs / their number, and by the {experiment.units}, which are redrawn for both sides "
+                "alike. Intervals are 95% and Student's. A verdict rests on the p-value, corrected by Holm's method "
+                "for "
+                "all questions; intervals are not corrected."
+            ),
+            "Between runs": "The standard deviation over runs.",
+            f"Between {experiment.units}": f"The standard error of the mean from the choice of {experiment.units}.",
+        },
+        identity=identity or {},
+    )
+
+
+def _table_of_variants(experiment: ExperimentResult) -> Table:
+    names = list(experiment.variants[0].cells)
+    heads = ("", *names, "parameters", "seconds")
+    rows: list[Row] = [
+        (
+            each.name,
+            *(_cell(each.cells.get(name)) for name in names),
+            thousands(each.parameters),
+            fixed(each.seconds, 1),
+        )
+        for each in experiment.variants
+    ]
+    title = f"Variants: {len(experiment.seeds)} runs of each, {experiment.rows:,} rows"
+    return Table(title, heads, rows, f"means, and differences from {experiment.base}; colored: shown")
+
+
+def _cell(cell: MetricMean | None) -> Cell:
+    if cell is None or cell.mean is None:
+        return Cell(NONE)
+    apart = "" if cell.apart is None or cell.apart.value is None else cell.apart.shown()
+    return Cell(f"{cell.mean:.4f}", apart, _MARKS.get(cell.call, ""))
+
+
+def _mean_cells(metric: Named, mean: TrainingsMean) -> list[str]:
+    """Return a mean, its interval, the spread between runs, the error by users, and the value of each run."""
+    numbers = [mean.mean, mean.between_trainings, mean.between_users, *mean.values]
+    value, *others = (NONE if number is None else metric.shown(number) for number in numbers)
+    ends = [metric.shown(end) for end in (mean.low, mean.high) if end is not None]
+    return [value, " to ".join(ends) or NONE, *others]

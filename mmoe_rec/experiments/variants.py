@@ -46,6 +46,9 @@ class Variant:
         return " ".join(shlex.quote(f"--{word}") for word in words)
 
 
+BASE = Variant("these settings")
+
+
 def parse_variants(words: Sequence[str]) -> list[Variant]:
     """Read the variants of a command line.
 

@@ -18,7 +18,6 @@ from mmoe_rec.tracking.client import (
     hide_password,
     limit_waiting,
     make_store,
-    open_client,
     read_sqlite_path,
     shorten,
     translate_errors,
@@ -247,12 +246,6 @@ def _send_waiting(mlflow: Any, uri: str, unsent: Path) -> None:
         box.flush()
         if isinstance(box.trouble, UnreachableError):
             raise box.trouble
-
-
-def mark_killed(uri: str, run_id: str) -> None:
-    """Marks a run that was left open as killed."""
-    with open_client(uri) as client:
-        client.set_terminated(run_id, "KILLED")
 
 
 def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:

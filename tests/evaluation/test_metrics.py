@@ -192,7 +192,7 @@ def test_what_is_said_of_other_systems_names_no_setting_of_ours(tmp_path: Path) 
     results = metrics.measure_predictions(columns_of_tasks(["bought"]), source, tmp_path / "out", FEW)
     (told,) = (each.message for each in find_all(results) if each.check == "calibration")
     assert "too low: 0.30 times" in told
-    assert told.endswith("calibrate them on other rows than these")
+    assert "fit their calibration on other rows than these" in told
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,11 @@ import yaml
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.evaluate import scored_rows
+from mmoe_rec.evaluation.evaluate import read_labels, scored_rows
 from mmoe_rec.evaluation.intervals import draw_users
-from mmoe_rec.evaluation.scoring import read_labels
-from mmoe_rec.experiments.compare import BASE, compare_variants
-from mmoe_rec.experiments.experiment_report import Call
-from mmoe_rec.experiments.runner import Predictions, Runner, Task, open_runner
-from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.experiments.compare import UNKNOWN, compare_variants
+from mmoe_rec.experiments.runner import Runner, Task, open_runner, read_predictions, write_predictions
+from mmoe_rec.experiments.variants import BASE, Variant
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.model.mmoe import Mixture
 from mmoe_rec.model.model_layout import ModelLayout
@@ -110,19 +108,16 @@ def test_runs_that_are_complete_stay(world: World) -> None:
 def plant(runner: Runner, task: Task) -> None:
     """In the place of training: predictions that follow the labels, with 4 experts more than with others."""
     random = np.random.default_rng([task.settings.training.seed, zlib.crc32(task.variant.name.encode())])
-    rows = read_labels(runner.settings, task.prepared, runner.split, runner.part).predicted
+    rows = read_labels(runner.settings, task.prepared, runner.split, runner.part)
     gain = (2.0 if task.settings.model.experts.count == 4 else 1.0) + random.normal(0, 0.05)
     noise = np.random.default_rng(0).normal(size=(2, len(rows.score)))  # the same for all runs
     noise += random.normal(0, 0.3, noise.shape)
-    values = (
-        1
-        / (
-            1
-            + np.exp(-gain * np.nan_to_num(np.stack([rows.labels[name] for name in ("click", "liked")]) - 0.5) - noise)
-        ).T
-    )
+    tasks = {
+        name: 1 / (1 + np.exp(-gain * np.nan_to_num(rows.labels[name] - 0.5) - of))
+        for name, of in zip(("click", "liked"), noise, strict=True)
+    }
     facts = {"seconds": 1.0, "precision": "fp32", "selecting": gain}
-    Predictions(("click", "liked"), values, values[:, 0]).write(task.file, facts)
+    write_predictions(task.file, tasks, tasks["click"], facts)
 
 
 def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +177,7 @@ def test_a_variant_with_other_features_has_features_of_its_own(world: World, set
     assert short.judged == ("mean auc of click, liked",)
     assert short.cells["auc of click"].apart.value != 0
     assert one_task.judged == ("auc of click",)
-    assert one_task.cells["auc of liked"].call == Call.UNKNOWN
+    assert one_task.cells["auc of liked"].call == UNKNOWN
 
 
 def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequence[str] = ()) -> np.ndarray:
@@ -197,12 +192,13 @@ def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequen
     settings = load_settings(path)
     train_model(settings, register=False)
     artifact = Path(tree["data"]["work"]) / "model"
-    return scored_rows(settings, Source(artifact, str(artifact)), "model").predictions
+    scored = scored_rows(settings, Source(artifact, str(artifact)), "model")
+    return np.column_stack(list(scored.predictions.values()))
 
 
 def predictions_of(opened: Runner, variant: Variant) -> np.ndarray:
     (trained,) = opened.train([variant], [17])
-    return Predictions.read(trained.files[0])[0].values
+    return np.column_stack(list(read_predictions(trained.files[0])[0].values()))
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settin
     assert ended is not None
     assert ended.network is not None
     assert "click" in json.loads((artifact / "calibration.json").read_text())
-    for place, name in enumerate(NAMES):
-        known = ~np.isnan(scored.labels[:, place])
-        label, predicted = scored.labels[known, place], scored.predictions[known, place]
+    for name in NAMES:
+        known = ~np.isnan(scored.labels[name])
+        label, predicted = scored.labels[name][known], scored.predictions[name][known]
         assert ended.best.auc[name] == pytest.approx(roc_auc_score(label, predicted), abs=3e-4)
         assert ended.best.loss[name] == pytest.approx(log_loss(label, predicted), rel=1e-4)
         assert ended.best.calibration[name] == pytest.approx(predicted.sum() / label.sum(), rel=1e-4)
@@ -81,13 +81,12 @@ def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_p
     rows = EncodedRows(work / "features" / "encoded" / "test", ranker.layout)
     scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
     plain = score_by(settings, ranker.model, ranker.layout, rows, UNCALIBRATED)
-    known = ~np.isnan(scored.labels)
-    sums, others, labels = (
-        np.where(known, each, 0).sum(0) for each in (scored.predictions, plain.predictions, scored.labels)
-    )
-    for place, name in enumerate(NAMES):
-        assert found[name]["calibration"]["value"] == pytest.approx(sums[place] / labels[place], rel=1e-5)
-        assert sums[place] != pytest.approx(others[place], rel=1e-4)
+    for name in NAMES:
+        known = ~np.isnan(scored.labels[name])
+        sides = (scored.predictions, plain.predictions, scored.labels)
+        total, other, labels = (each[name][known].sum() for each in sides)
+        assert found[name]["calibration"]["value"] == pytest.approx(total / labels, rel=1e-5)
+        assert total != pytest.approx(other, rel=1e-4)
 
 
 def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation import promotion
-from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.evaluation.evaluate import score_rows
 from mmoe_rec.inference.artifact import write_manifest
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.tracking import registry, runs
@@ -60,7 +60,8 @@ def area(artifact: Path, work: Path) -> float:
     rows = EncodedRows(work / "features" / "encoded" / "validation", ranker.layout, part=Part.JUDGING)
     scored = score_rows(ranker.model, ranker.layout, rows, 512)
     found = []
-    for label, predicted in zip(scored.labels.T, scored.predictions.T, strict=True):
+    for name, label in scored.labels.items():
+        predicted = scored.predictions[name]
         known = ~np.isnan(label)
         found.append(roc_auc_score(label[known], predicted[known]))
     return float(np.mean(found))

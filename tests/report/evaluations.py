@@ -32,7 +32,6 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
             whole,
             summarise(whole, 50),
             f"models:/{name}",
-            {task: [0.25, 0.75] for task in tasks},
             seen=[f"was trained on rows of '{name}'"] if name == second else [],
             slices={("kind", each): of(np.flatnonzero(kind == each)) for each in ("few & far", "many")},
         )
