@@ -158,39 +158,24 @@ def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
     return PredictionColumns.of(tasks)
 
 
-@dataclass(frozen=True)
-class PredictionFile:
-    """A Parquet file of predictions: its address, number of rows and columns, also those that stand in its path."""
-
-    address: str
-    rows: int
-    schema: pa.Schema
-
-    @staticmethod
-    def read(found: FoundFile) -> "PredictionFile":
-        """Read the footer of a file. Raises BadFile if it is no Parquet file."""
-        with open_parquet(found.address) as parquet:
-            rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
-        for name in path_values(found.address):
-            if name not in schema.names:
-                schema = schema.append(pa.field(name, pa.string()))
-        return PredictionFile(found.address, rows, schema)
-
-
-def match_columns(columns: PredictionColumns, files: Sequence[PredictionFile]) -> PredictionColumns:
-    """Match columns with files. Raises BadFile if a file lacks a column, or has several of one name."""
-    columns = columns.match({name for file in files for name in file.schema.names})
+def match_columns(columns: PredictionColumns, files: Sequence[FoundFile]) -> PredictionColumns:
+    """Match columns with files. Raises BadFile if a file lacks a column, has several of one name, or is no Parquet."""
+    names = dict[str, list[str]]()
     for file in files:
+        with open_parquet(file.address) as parquet:
+            own = parquet.schema_arrow.names
+        names[file.address] = [*own, *(name for name in path_values(file.address) if name not in own)]
+    columns = columns.match({name for each in names.values() for name in each})
+    for address, its in names.items():
         for name in (*columns.find_uses(), *(by.column for by in columns.slices)):
-            number = file.schema.names.count(name)
-            if number > 1:
-                raise BadFile(f"'{file.address}' has several columns '{name}'", file.address)
-            if not number:
-                raise BadFile(f"'{file.address}' has no column '{name}'{_hint(columns, name)}", file.address)
+            if its.count(name) > 1:
+                raise BadFile(f"'{address}' has several columns '{name}'", address)
+            if name not in its:
+                raise BadFile(f"'{address}' has no column '{name}'{_hint(columns, name)}", address)
     return columns
 
 
-def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]) -> tuple[PredictedRows, RowsBySlice]:
+def read_predictions(columns: PredictionColumns, files: Sequence[FoundFile]) -> tuple[PredictedRows, RowsBySlice]:
     """Read and check the rows of files.
 
     Args:
@@ -203,7 +188,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
     Raises:
         UserError: A value is wrong, a request has rows of several users or a candidate twice, or there is no row.
     """
-    tables = [_read_file(columns, file.address) for file in files if file.rows]
+    tables = [table for file in files if (table := _read_file(columns, file.address)) is not None]
     if not tables:
         raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
     try:
@@ -212,10 +197,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
         where = f"the {len(files):,} files such as '{files[0].address}'"
         raise UserError(f"{where} hold columns of several types, which can't be compared: {error}") from None
     _check_requests(columns, table)
-    slices = {}
-    for by in columns.slices:
-        values = one_array(table[f"slice {by.name}"])
-        slices[by.name] = by.find_slices(values)
+    slices = {by.name: by.find_slices(one_array(table[f"slice {by.name}"])) for by in columns.slices}
     predictions, labels = (
         {task.name: table[f"{kind}_{task.name}"].to_numpy() for task in columns.tasks}
         for kind in ("predicted", "label")
@@ -235,7 +217,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
 
 def open_predictions(columns: PredictionColumns, source: str, option: str) -> PredictedRows:
     """Read the rows of a folder of Parquet files, one file or a glob, which an option names; see `read_predictions`."""
-    files = [PredictionFile.read(file) for file in find_files(source, option)]
+    files = find_files(source, option)
     return read_predictions(match_columns(columns, files), files)[0]
 
 
@@ -273,10 +255,13 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
             )
 
 
-def _read_file(columns: PredictionColumns, address: str) -> pa.Table:
-    """The rows of a file, by parts, and `slice NAME` for each slice. Raises BadFile for a wrong value."""
+def _read_file(columns: PredictionColumns, address: str) -> pa.Table | None:
+    """The rows of a file, by parts, and `slice NAME` for each slice; None without rows. Raises BadFile for a wrong
+    value."""
     wanted, names = [*columns.find_uses(), *(by.column for by in columns.slices)], columns.names
     with open_parquet(address) as parquet:
+        if not parquet.metadata.num_rows:
+            return None
         schema = parquet.schema_arrow
         held = [name for name in dict.fromkeys(wanted) if name in schema.names]
         batches = parquet.iter_batches(ROWS_AT_A_TIME, columns=held)
@@ -384,20 +369,23 @@ def measure_predictions(
     names = short_names([source, *against])
     find_objective(rules.decide_by)
     listed = {each: find_files(each, "--predictions" if each == source else "--against") for each in (source, *against)}
-    _check_places(listed, out)
-    files = {each: [PredictionFile.read(file) for file in those] for each, those in listed.items()}
-    mine = {source: match_columns(columns, files[source])}
+    real = Path(os.path.realpath(out))
+    for each, files in listed.items():
+        is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
+        if is_inside or any(Path(os.path.realpath(file.address)).is_relative_to(real) for file in files):
+            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
+    mine = {source: match_columns(columns, listed[source])}
     for each in against:
         try:
-            mine[each] = match_columns(columns.with_columns(against_columns, "--against-columns"), files[each])
+            mine[each] = match_columns(columns.with_columns(against_columns, "--against-columns"), listed[each])
         except BadFile as error:
             raise BadFile(str(error).replace("--columns", "--against-columns"), error.address) from None
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         measured = {
-            names[each]: _measure_files(mine[each], those, each, rules.resamples) for each, those in files.items()
+            names[each]: _measure_files(mine[each], files, each, rules.resamples) for each, files in listed.items()
         }
         judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
-        facts = {"predictions": source, "files": f"{len(files[source]):,}"}
+        facts = {"predictions": source, "files": f"{len(listed[source]):,}"}
         facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
         results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts)
         write_results(results, out)
@@ -405,23 +393,10 @@ def measure_predictions(
 
 
 def _measure_files(
-    columns: PredictionColumns, files: Sequence[PredictionFile], source: str, resamples: int
+    columns: PredictionColumns, files: Sequence[FoundFile], source: str, resamples: int
 ) -> MeasuredModel:
     rows, slices = read_predictions(columns, files)
     weights = {task.name: task.weight for task in columns.tasks}
     facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
     seen = learnt_from(file.address for file in files)
     return rows.measure(resamples, slices, facts, address=source, seen=seen)
-
-
-def _check_places(listed: Mapping[str, list[FoundFile]], out: Path) -> None:
-    """Raises UserError where results would lie among predictions or over them, or predictions are given twice."""
-    real, sources = Path(os.path.realpath(out)), dict[frozenset[str], str]()
-    for each, files in listed.items():
-        places = frozenset(it.address if is_remote(it.address) else os.path.realpath(it.address) for it in files)
-        is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
-        if is_inside or any(Path(place).is_relative_to(real) for place in places):
-            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
-        if places in sources:
-            raise UserError(f"'{sources[places]}' and '{each}' are the same predictions; give others with --against")
-        sources[places] = each

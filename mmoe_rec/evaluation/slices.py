@@ -253,8 +253,10 @@ def slice_by_training(rows: PredictedRows, training: Mapping[str, pd.Series]) ->
         ids = rows.candidates if name == "candidate" and rows.candidates is not None else rows.users
         known = counts.reindex(pd.Index(ids.to_pandas())).fillna(0).to_numpy(np.int64)
         slices[name] = {"new": np.flatnonzero(known == 0), "returning": np.flatnonzero(known)}
-        if name == "user" and known.any():
-            slices[f"training rows of the {name}"] = _group_by_size(known)
+        if name == "user":
+            rows_of_user = pa.array(known.astype(float), mask=known == 0)
+            activity = SliceBy("training rows of the user", name, ACTIVITY).find_slices(rows_of_user)
+            slices["training rows of the user"] = {each: of for each, of in activity.items() if each != MISSING}
     return {by: {name: places for name, places in each.items() if len(places)} for by, each in slices.items()}
 
 
@@ -262,18 +264,6 @@ def _count_by(folder: Path, name: str) -> pd.Series:
     """How many encoded rows have each value of a column."""
     counts = [pq.read_table(file, columns=[name])[name].to_pandas().value_counts() for file in folder.glob("*.parquet")]
     return pd.concat(counts).groupby(level=0).sum()
-
-
-def _group_by_size(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Ranges of numbers of rows, 1 or more, that about equally many have -> places of those that have so many."""
-    some = np.flatnonzero(rows)
-    edges = np.unique(np.quantile(rows[some], np.arange(1, ACTIVITY) / ACTIVITY, method="lower"))
-    group, groups = np.searchsorted(edges, rows[some], side="left"), dict[str, np.ndarray]()
-    for number in np.unique(group):
-        places = some[group == number]
-        low, high = rows[places].min(), rows[places].max()
-        groups[f"{low:,}" if low == high else f"{low:,} to {high:,}"] = places
-    return groups
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ independent of each other as users are, and differ as much as their users do.
 AUC and average precision need the order of all rows: so a binary task's rows are kept in bins of rising prediction.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,12 +99,6 @@ class EvaluationSums:
         """The sum of a column of counts over all users, of the table `ranking`, or of that of a task."""
         return int(self.tables["ranking" if task is None else f"{task}.users"][column].to_numpy().sum())
 
-    @property
-    def digest(self) -> str:
-        """Tells other rows apart: other requests, candidates or weights; not other labels."""
-        rows = self.tables["ranking"].select(["user", "rows", "requests", "digest"]).to_pylist()
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
 
 @dataclass(frozen=True)
 class _Rows:
@@ -192,22 +184,16 @@ def check_same_rows(name: str, sums: EvaluationSums, against: str, base: Evaluat
 
 def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | None:
     """What differs between the rows of two models, or their labels; None where they are the same."""
-    for table in ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]:
+    for task in [None, *(task.name for task in base.tasks if f"{task.name}.users" in sums.tables)]:
+        table, of = ("ranking", "") if task is None else (f"{task}.users", f" with a label of '{task}'")
         mine, its = (each.tables[table].select(["user", "rows", "requests", "digest"]) for each in (sums, base))
-        if mine.equals(its):
-            continue
-        task = table.removesuffix(".users")
-        rows = [int(each["rows"].to_numpy().sum()) for each in (mine, its)]
-        of = "" if table == "ranking" else f" with a label of '{task}'"
+        rows = [each.total("rows", task) for each in (sums, base)]
         if rows[0] != rows[1] or sums.users != base.users:
             return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
         if not mine["user"].equals(its["user"]):
-            kinds = list(dict.fromkeys(str(each["user"].type) for each in (mine, its)))
-            return f"the users of rows{of} differ" + f", which are {' and '.join(kinds)}" * (len(kinds) - 1)
-        apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())
-        who = "users" if sums.users == len(base.tables["ranking"]) else "groups of users"
-        what = "requests or candidates" if table == "ranking" else f"labels of '{task}'"
-        return f"{what} of {apart or 'some'} of {len(mine):,} {who} differ"
+            return f"the users of rows{of} differ"
+        if not mine.equals(its):
+            return "their requests or candidates differ" if task is None else f"labels of '{task}' differ"
     return None
 
 

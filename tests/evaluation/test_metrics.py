@@ -371,11 +371,11 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
     source, wrong = str(written(frame, tmp_path / "ours")), np.roll(frame["label_bought"], 1)
     for number, (other, told) in enumerate(
         [
-            (frame.assign(label_bought=wrong), r"on the same rows \(labels of 'bought' of \d+ of 97 users differ"),
+            (frame.assign(label_bought=wrong), r"on the same rows \(labels of 'bought' differ"),
             (frame.head(2000), r"not measured on the same rows \(3,000 rows of 97 users, and 2,000 of 97\)"),
-            (frame.drop(columns="candidate"), r"on the same rows \(requests or candidates of 97 of 97 users differ"),
+            (frame.drop(columns="candidate"), r"on the same rows \(their requests or candidates differ"),
             (frame.rename(columns={"predicted_bought": "p"}), "one with --against-columns predicted_bought=COLUMN"),
-            (frame.assign(user=frame["user"].astype(str)), r"users of rows differ, which are int64 and string\)"),
+            (frame.assign(user=frame["user"].astype(str)), r"users of rows differ\)"),
             (frame.assign(user=frame["user"] + 1000), r"\(the users of rows differ\)"),
         ]
     ):
@@ -403,7 +403,3 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "ours")
     with pytest.raises(UserError, match="or holds them"):
         measured(TASKS, ours, tmp_path / "link" / "out")
-    with pytest.raises(UserError, match="are the same predictions; give others with --against"):
-        measured(TASKS, ours, tmp_path / "fine", against=[f"{ours}/*.parquet"])
-    with pytest.raises(UserError, match="are the same predictions"):
-        measured(TASKS, ours, tmp_path / "fine", against=[str(tmp_path / "link")])

@@ -192,7 +192,7 @@ def test_new_users_are_one_slice() -> None:
     scored: Any = SimpleNamespace(users=pa.array([1, 2, 9]), candidates=None)
     slices = slice_by_training(scored, {"user": pd.Series({1: 3, 2: 1})})
     found = {by: list(each) for by, each in slices.items()}
-    assert found == {"user": ["new", "returning"], "training rows of the user": ["1", "3"]}
+    assert found == {"user": ["new", "returning"], "training rows of the user": ["[1, 1]", "(1, 3]"]}
 
 
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
