@@ -49,13 +49,16 @@ def compare(
     if (only or margin is not None) and not features:
         raise UserError("--only and --margin belong to --features. Add --features.")
     settings = configuration.settings
-    from mmoe_rec.preprocessing.logs import BuildInputs
-    from mmoe_rec.preprocessing.prepare import existing
-
-    existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
-    from mmoe_rec.experiments.compare import FILE, FOLDER, compare_variants, make_report
+    from mmoe_rec.experiments.compare import (
+        FILE,
+        FOLDER,
+        compare_variants,
+        list_architectures,
+        make_report,
+        parse_variants,
+    )
     from mmoe_rec.experiments.importance import compare_features
-    from mmoe_rec.experiments.variants import BASE, list_architectures, parse_variants
+    from mmoe_rec.experiments.runner import BASE
     from mmoe_rec.report.report_files import PAGE
 
     if features:

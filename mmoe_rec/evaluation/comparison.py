@@ -15,19 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import t as student
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
-    LEAST_FREEDOM,
     LEVEL,
     Difference,
-    Interval,
     Key,
     Resampled,
     Values,
-    add_errors,
     correct_all,
     find_difference,
 )
@@ -212,7 +208,11 @@ def decide(
 def find_guards(
     versus: Versus, summaries: Mapping[str, Summary], judged: Sequence[str], rules: Evaluation
 ) -> Iterator[Guard]:
-    """The guardrails of each judged task. summaries: by name, of the model and then of the other one."""
+    """The guardrails of each judged task: its loss, and its probabilities, which pass unless they are shown to be off
+    by more than the limit, and by more than the other model's.
+
+    summaries: by name, of the model and then of the other one.
+    """
     other, (mine, its) = list(summaries)[-1], summaries.values()
     for task in judged:
         metric, limit = mine.tasks[task].guarded, f"a loss of more than {rules.margin:g} (evaluation.margin)"
@@ -228,23 +228,17 @@ def find_guards(
             told = f"the difference in {metric} of {task} {missing}"
         yield Guard(task, metric, passed, f"{told}, {end}")
         ratio, its_ratio = (each.tasks[task].get("calibration") for each in (mine, its))
-        if ratio.value is not None and its_ratio.value is not None:
-            yield guard_calibration(task, ratio, its_ratio, other, rules.calibration)
-
-
-def guard_calibration(task: str, mine: Interval, its: Interval, other: str, limit: float) -> Guard:
-    """Passes unless probabilities are shown to be off by more than the limit, and by more than the other model's."""
-    assert mine.value is not None
-    assert its.value is not None
-    low, high = (mine.value, mine.value) if mine.low is None or mine.high is None else (mine.low, mine.high)
-    is_outside = low > limit or high < 1 / limit
-    passed = not (is_outside and distance_from_one(mine.value) > distance_from_one(its.value))
-    told = (
-        f"the probabilities of {task} are {mine.shown(2)} times what was observed, which is "
-        f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {limit:g} (evaluation.calibration); those "
-        f"of '{other}' are {its.value:.2f} times"
-    )
-    return Guard(task, "calibration", passed, told)
+        if ratio.value is None or its_ratio.value is None:
+            continue
+        low, high = (ratio.value if end is None else end for end in (ratio.low, ratio.high))
+        is_outside = low > rules.calibration or high < 1 / rules.calibration
+        passed = not (is_outside and distance_from_one(ratio.value) > distance_from_one(its_ratio.value))
+        told = (
+            f"the probabilities of {task} are {ratio.shown(2)} times what was observed, which is "
+            f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {rules.calibration:g} "
+            f"(evaluation.calibration); those of '{other}' are {its_ratio.value:.2f} times"
+        )
+        yield Guard(task, "calibration", passed, told)
 
 
 def guard_slices(slices: Sequence[SliceRecord], other: str, tasks: Sequence[str], margin: float) -> Guard | None:
@@ -325,15 +319,12 @@ def average_trainings(
 
 def _mean_of(values: np.ndarray, redrawn: Resampled) -> TrainingsMean:
     each = tuple(float(value) if np.isfinite(value) else None for value in values)
-    if None in each:
+    spread, nothing = float(values.std(ddof=1)), Resampled(0.0, np.zeros_like(redrawn.redrawn), redrawn.users)
+    mean = find_difference(redrawn, nothing, [(spread**2 / len(values), len(values) - 1)])
+    if mean.value is None:
         return TrainingsMean(None, None, None, None, None, each)
-    mean, spread = float(values.mean()), float(values.std(ddof=1))
-    of_users, freedom = redrawn.error, redrawn.users - 1
-    if of_users is None or freedom < LEAST_FREEDOM:
-        return TrainingsMean(mean, None, None, spread, None, each)
-    error, freedom = add_errors([(spread**2 / len(values), len(values) - 1), (of_users**2, freedom)])
-    reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
-    return TrainingsMean(mean, mean - reach, mean + reach, spread, of_users, each)
+    of_users = None if mean.low is None else redrawn.error
+    return TrainingsMean(mean.value, mean.low, mean.high, spread, of_users, each)
 
 
 @dataclass(frozen=True)

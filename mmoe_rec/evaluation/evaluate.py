@@ -269,12 +269,8 @@ def evaluate_model(
         split: Split of the rows, `test` or `validation`.
     """
     short = short_names([address, *against])
-    models, names = {each: find_model(each, settings.tracking.address) for each in short}, dict[Path, str]()
-    for each, model in models.items():
-        if (folder := model.folder.resolve()) in names:
-            raise UserError(f"'{names[folder]}' and '{each}' are the same model, {model.address}")
-        names[folder] = each
-    return evaluate_found(settings, {short[each]: model for each, model in models.items()}, Path(out), split)
+    models = {name: find_model(each, settings.tracking.address) for each, name in short.items()}
+    return evaluate_found(settings, models, Path(out), split)
 
 
 def place_of(split: str) -> str:
@@ -346,10 +342,6 @@ def _facts(settings: Settings, split: str) -> dict[str, str]:
         facts["requests"] = f"from {begin:%Y-%m-%d %H:%M} UTC to {until}"
     if split == "validation":
         facts["caution"] = "these rows chose the state of the model, so it looks better on them than on others"
-    if settings.columns.weight is not None:
-        facts["rows count"] = f"by column '{settings.columns.weight}'"
-    of = "users" if settings.columns.has_user else "rows" if settings.columns.request is None else "requests"
-    facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"
     facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
     return facts
 

@@ -63,7 +63,7 @@ def promote_trained(
 
     model: that of the artifact; about: what the version's description says of it before the verdict. Raises
     UnreachableError where MLflow does not answer, UserError where it refuses. When the same run does it again, nothing
-    is registered twice. A holder that changes meanwhile is compared with anew.
+    is registered twice. Where the alias moves meanwhile, the model becomes the challenger.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     holder = registry.find_holder(name, alias, uri)
@@ -73,13 +73,9 @@ def promote_trained(
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
     number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
     version = Version(name, number, run.run_id)
-    while True:
-        better, reason = compare_with_holder(settings, prepared, model, artifact, holder)
-        now = registry.find_holder(name, alias, uri)
-        if now == holder:
-            break
-        say(f"'{alias}' has moved to {'no model' if now is None else f'version {now.number}'} meanwhile")
-        holder = now
+    better, reason = compare_with_holder(settings, prepared, model, artifact, holder)
+    if (now := registry.find_holder(name, alias, uri)) != holder:
+        better, reason, holder = False, f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`", now
     decision = {"promoted": str(better), "compared": reason}
     run.set_tags(decision)
     if better:
@@ -87,8 +83,7 @@ def promote_trained(
     registry.describe_version(version, f"{reason}\n\n{about}", decision, uri)
     if better:
         return Decision(f"models:/{name}@{alias}", True, (reason, f"'{alias}' is version {number} now, this model"))
-    assert holder is not None, "without a holder the new model is better"
-    stays = f"'{alias}' stays version {holder.number}"
+    stays = f"'{alias}' stays {'without a version' if holder is None else f'version {holder.number}'}"
     if alias == CHALLENGER:
         return Decision(version.address, False, (reason, stays))
     registry.move_alias(name, CHALLENGER, number, uri)

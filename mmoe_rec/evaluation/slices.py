@@ -338,14 +338,15 @@ def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: i
 
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     """Those that are shown to be worse: AUC, R2 and NDCG by the difference, beside other models first, then
-    probabilities by how far they are off; then the others of the former in their order."""
-    ranked = [each for each in records if each.metric != "calibration" and each.value is not None]
-    off = [each for each in records if each.metric == "calibration" and each.is_worse]
-    return [
-        *sorted((each for each in ranked if each.is_worse), key=lambda each: (each.beside == ALL, each.apart or 0.0)),
-        *sorted(off, key=lambda each: -distance_from_one(each.value or 0.0)),
-        *(each for each in ranked if not each.is_worse),
-    ]
+    probabilities by how far they are off; then the others of the former."""
+
+    def place(each: SliceRecord) -> tuple[bool, bool, bool, float]:
+        is_ratio = each.metric == "calibration"
+        size = -distance_from_one(each.value or 0.0) if is_ratio else each.apart or 0.0
+        return not each.is_worse, is_ratio, not is_ratio and each.beside == ALL, size
+
+    shown = [each for each in records if each.value is not None and (each.metric != "calibration" or each.is_worse)]
+    return sorted(shown, key=place)
 
 
 def _compare_slice(

@@ -21,15 +21,17 @@ from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.metrics.metric import Metric, Named
 from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
-from mmoe_rec.experiments.runner import Runner, TrainedVariant, open_runner
-from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.experiments.runner import Runner, TrainedVariant, Variant, open_runner
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import PAGE, write_report
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.model import Experts, Gates, Model
+from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking.run_page import as_code, command, quoted
 from mmoe_rec.training.origin import fixed_settings
 
+MAX_UNITS = 4096
+"""Most units of a shared bottom's first layer."""
 FOLDER, FILE = "comparison", "comparison.json"
 BETTER, WORSE, NOT_SHOWN, UNKNOWN = "better", "worse", "not shown", "unknown"
 _MARKS: dict[str, Mark] = {BETTER: "good", WORSE: "problem"}
@@ -224,6 +226,9 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
             trained += runner.train([variant], numbers)
         except UserError as error:  # Trees may have no input to learn from, and the networks' verdicts stand.
             warnings.append(f"{variant.name} is left out: {error}")
+    for each in trained:
+        if reason := next(filter(None, (facts.get("early_end") for facts in each.facts)), None):
+            warnings.append(f"the network of `{each.variant.name}` {reason}")
     base, *others = trained
     measured = base.measure()
     metrics = _choose_metrics(settings, measured[0])
@@ -243,7 +248,8 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
         columns = {decides: (objective.name, objective.better)} | columns
     base_means = {key: means[key[0]][key[1]].mean for key in columns if key[1] in means.get(key[0], {})}
     results = [_summarize(each, base, columns, decides, base_means, differences) for each in trained]
-    rows = int(measured[0].tables["ranking"]["rows"].to_numpy().sum())
+    rows = measured[0].total("rows")
+    precisions = sorted({facts["precision"] for each in trained for facts in each.facts if "precision" in facts})
     means.pop(OBJECTIVE[0], None)
     return ExperimentResult(
         title=f"Comparison of variants of {settings.name}" if others else f"{seeds} runs of {settings.name}",
@@ -254,8 +260,13 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
         variants=correct_cells(results),
         margin=margin,
         few={task: count_rarer_label(measured[0], task) for task in settings.tasks if task not in metrics},
-        warnings=[*warnings, *_warn(trained)],
-        facts=_list_facts(runner, trained),
+        warnings=warnings,
+        facts={
+            "log": settings.data.log,
+            "judged by": f"{'' if runner.part is None else f'the {runner.part} part of the '}{runner.split} rows",
+            "precision": " or ".join(precisions),
+            "command": command(),
+        },
     )
 
 
@@ -318,32 +329,6 @@ def _summarize(
         parameters=trained.facts[0].get("parameters"),
         seconds=float(np.mean([facts["seconds"] for facts in trained.facts])),
     )
-
-
-def _warn(trained: Sequence[TrainedVariant]) -> Iterator[str]:
-    """Yield which networks seem to have ended too early, each reason once."""
-    early: dict[str, list[str]] = {}
-    for each in trained:
-        if reason := next(filter(None, (facts.get("early_end") for facts in each.facts)), None):
-            early.setdefault(reason.partition(";")[2], []).append(each.variant.name)
-    for advice, names in early.items():
-        yield f"networks of {', '.join(names)} had few steps, or were still getting better at the end;{advice}"
-
-
-def _list_facts(runner: Runner, trained: Sequence[TrainedVariant]) -> dict[str, str]:
-    settings, runs = runner.settings, [facts for each in trained for facts in each.facts]
-    rows = f"{runner.split} rows" if runner.part is None else f"the {runner.part} part of the {runner.split} rows"
-    facts = {
-        "log": settings.data.log,
-        "judged by": rows,
-        "runs": f"{len(runs):,}",
-        "precision": " or ".join(sorted({facts["precision"] for facts in runs if "precision" in facts})),
-        "resamples": f"{settings.evaluation.resamples:,}",
-        "command": command(),
-    }
-    if any(task.given is not None for task in settings.tasks.values()):
-        facts["tasks with `given`"] = "without the given task, they are learned from their own labels alone"
-    return facts
 
 
 def correct_cells(variants: Sequence[VariantResult]) -> list[VariantResult]:
@@ -438,3 +423,101 @@ def _mean_cells(metric: Named, mean: TrainingsMean) -> list[str]:
     value, *others = (NONE if number is None else metric.shown(number) for number in numbers)
     ends = [metric.shown(end) for end in (mean.low, mean.high) if end is not None]
     return [value, " to ".join(ends) or NONE, *others]
+
+
+# The variants of a command
+
+
+def parse_variants(words: Sequence[str]) -> list[Variant]:
+    """Read the variants of a command line.
+
+    Args:
+        words: A name, then its overrides such as `training.epochs=2`, then the next name. `features.NAME=null` leaves
+            a feature out.
+
+    Raises:
+        UserError: A name is missing, comes twice, or has no overrides.
+    """
+    named: dict[str, list[str]] = {}
+    for word in words:
+        if "=" in word:
+            if not named:
+                raise UserError(f"--variant '{word}' has no name. Write --variant NAME {word}.")
+            named[list(named)[-1]].append(word)
+        elif word in named:
+            raise UserError(f"--variant '{word}' is given twice. Give each variant another name.")
+        else:
+            named[word] = []
+    variants = []
+    for name, overrides in named.items():
+        if not overrides:
+            raise UserError(f"--variant '{name}' changes nothing. Give it overrides, such as training.epochs=2.")
+        left_out = [word for word in overrides if word.startswith("features.") and word.endswith("=null")]
+        left_out = [word for word in left_out if word.count(".") == 1]
+        features = tuple(word.removeprefix("features.").removesuffix("=null") for word in left_out)
+        variants.append(Variant(name, tuple(word for word in overrides if word not in left_out), features))
+    return variants
+
+
+def list_architectures(settings: Settings) -> list[Variant]:
+    """List the architectures of one budget, each task alone, each task left out, and trees alone.
+
+    The first variant has the settings' own architecture, under its standard name if it has one. Trees beside the
+    network take no part, because they would hide the differences. All networks have the same rows, steps, and rates,
+    and as many units in the first layer of their experts.
+    """
+    own, tasks = settings.model.model_copy(update={"trees": None}), tuple(settings.tasks)
+    base = () if settings.model.trees is None else ("model.trees=null",)
+    models = dict(_list_models(own, len(tasks)))
+    name = next((name for name, model in models.items() if model == own), "these settings")
+    order = list(models)
+    variants = [Variant(name, base)]
+    for other, model in models.items():
+        if other != name:
+            simpler = name not in order or order.index(other) < order.index(name)
+            variants.append(Variant(other, (*base, *_describe_change(own, model)), simpler=simpler))
+    if len(tasks) > 1:
+        for task in tasks:
+            others = tuple(other for other in tasks if other != task)
+            variants.append(Variant(f"only {task}", base, without_tasks=others))
+    if len(tasks) > 2:
+        variants += [Variant(f"without {task}", base, without_tasks=(task,)) for task in tasks]
+    return [*variants, Variant("trees alone", base, trees_alone=True)]
+
+
+def _describe_change(own: Model, model: Model) -> Iterator[str]:
+    for section in ("experts", "gates"):
+        before, after = (getattr(each, section).model_dump(mode="json") for each in (own, model))
+        for name, *_ in differences(before, after):
+            yield f"model.{section}.{name}={json.dumps(after[name])}"
+
+
+def _list_models(own: Model, tasks: int) -> Iterator[tuple[str, Model]]:
+    """Yield architectures with as many units in the first layer of their experts, the simplest first."""
+    experts, gates = own.experts, own.gates
+    total = experts.count + experts.task_count * tasks
+    if gates.routing == "soft":
+        gates = gates.model_copy(update={"serving_top_k": None})
+    else:  # The budget is what a row takes.
+        total = min(total, gates.serving_top_k or gates.top_k)
+        gates = Gates(dropout=gates.dropout)
+    width, (first, *rest) = min(total * experts.units[0], MAX_UNITS), experts.units
+    if total == 1:  # A shared bottom is divided into experts.
+        total = max(2, min(Experts().count, first // 8))
+        first = max(1, first // total)
+    one_level = {"task_count": 0, "levels": 1}
+    mixture = experts.model_copy(update={**one_level, "count": total, "units": (first, *rest)})
+    bottom = experts.model_copy(update={**one_level, "count": 1, "units": (width, *rest)})
+    count = max(1, round(total / (tasks + 1)))
+    ple = mixture.model_copy(update={"count": count, "task_count": count, "levels": 2})
+    per_task, shared = (gates.model_copy(update={"per_task": value}) for value in (True, False))
+    yield "shared bottom", _with(own, bottom, per_task.model_copy(update={"dropout": 0.0}))
+    if tasks > 1:
+        yield "one gate", _with(own, mixture, shared)
+    yield "MMoE", _with(own, mixture, per_task)
+    if tasks > 1:
+        yield "PLE", _with(own, ple, per_task)
+
+
+def _with(own: Model, experts: Experts, gates: Gates) -> Model:
+    return own.model_copy(update={"experts": experts, "gates": gates})

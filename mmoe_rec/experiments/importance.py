@@ -28,8 +28,7 @@ from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
 from mmoe_rec.experiments.compare import FOLDER, ExperimentResult, check, judge, keep
-from mmoe_rec.experiments.runner import Network, Runner, open_runner
-from mmoe_rec.experiments.variants import BASE, Variant
+from mmoe_rec.experiments.runner import BASE, Network, Runner, Variant, open_runner
 from mmoe_rec.features.layout import Encoded, Layout
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.model_layout import ModelLayout

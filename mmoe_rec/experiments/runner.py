@@ -9,6 +9,7 @@ A run whose predictions are complete isn't repeated. No model is registered, and
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,6 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.evaluation.evaluate import predict_rows, read_labels
 from mmoe_rec.evaluation.summary import PredictedRows
 from mmoe_rec.evaluation.sums import EvaluationSums
-from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.locks import writing
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
@@ -36,6 +36,7 @@ from mmoe_rec.model.score import Calibration
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import say
+from mmoe_rec.settings.load import override_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS
@@ -50,6 +51,41 @@ from mmoe_rec.training.validation import Validation, find_early_end
 
 Watch = Callable[[Validation, int], None]
 _FACTS = b"mmoe_rec"  # The key of a file's metadata.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name and what it changes in the settings.
+
+    Attributes:
+        name: Name that no other variant of the comparison has.
+        overrides: Overrides of the settings, such as `model.experts.count=1`.
+        without_features: Features that the model never sees. They need no features of their own.
+        without_tasks: Tasks that the model doesn't learn. Features made from their labels stay.
+        trees_alone: Whether to grow boosted trees instead of training a network.
+        simpler: Whether the variant is worth adopting if it loses nothing.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    without_features: tuple[str, ...] = ()
+    without_tasks: tuple[str, ...] = ()
+    trees_alone: bool = False
+    simpler: bool = False
+
+    def apply(self, settings: Settings) -> Settings:
+        """Return the settings with the overrides. Raises UserError for an unknown key or a wrong value."""
+        words = [f"--{override}" for override in self.overrides]
+        return override_settings(settings, words, f"variant '{self.name}'") if words else settings
+
+    @property
+    def change(self) -> str:
+        """The options that adopt the variant in another command."""
+        words = [*self.overrides, *(f"features.{name}=null" for name in self.without_features)]
+        return " ".join(shlex.quote(f"--{word}") for word in words)
+
+
+BASE = Variant("these settings")
 
 
 @dataclass(frozen=True)
@@ -172,34 +208,35 @@ def open_runner(
             shutil.rmtree(runner.checkpoints, ignore_errors=True)
 
 
+@dataclass
 class Runner:
     """Trains variants of settings.
 
     Attributes:
+        settings: The settings that variants change.
         prepared: Features of the settings.
         folder: Folder of the command.
-        checkpoints: Folder for the weights of one run.
+        split: Split whose rows judge.
+        part: Part of the split's users that judges, None for all.
         run: Run in MLflow, which holds a run for each variant and seed.
+        held: Holds features of variants until the command ends.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        prepared: FeatureFolder,
-        folder: Path,
-        split: str,
-        part: Part | None,
-        run: runs.Run,
-        held: ExitStack,
-    ) -> None:
-        self.settings, self.prepared, self.folder, self.split, self.part = settings, prepared, folder, split, part
-        self.run, self._held, self.checkpoints = run, held, folder / "checkpoints"
-        self._kept = folder / str(prepared.manifest["fingerprint"])
+    settings: Settings
+    prepared: FeatureFolder
+    folder: Path
+    split: str
+    part: Part | None
+    run: runs.Run
+    held: ExitStack
+
+    def __post_init__(self) -> None:
+        self.checkpoints, self._kept = self.folder / "checkpoints", self.folder / self.prepared.manifest["fingerprint"]
         self._kept.mkdir(parents=True, exist_ok=True)
-        for other in folder.iterdir():  # Runs on other features, and weights that a killed command left.
-            if other.is_dir() and other not in (self._kept, folder / "features"):
+        for other in self.folder.iterdir():  # Runs on other features, and weights that a killed command left.
+            if other.is_dir() and other not in (self._kept, self.folder / "features"):
                 shutil.rmtree(other, ignore_errors=True)
-        self._features = {self._identify(settings): prepared}
+        self._features = {self._identify(self.settings): self.prepared}
         self._rows = dict[Path, PredictedRows]()
 
     def train(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[TrainedVariant]:
@@ -240,7 +277,7 @@ class Runner:
             if task.variant.trees_alone:
                 values, score, facts = _grow_trees(task, layout, rows)
             else:
-                network, facts = self._train_network(task, run)
+                network, facts = self._train_network(task, layout, run)
                 parts = (part for part, _ in rows.stream(settings.evaluation.batch_size))
                 values, score = predict_rows(network.model, layout, parts, network.calibration)
             facts["seconds"] = time.perf_counter() - begun
@@ -301,10 +338,9 @@ class Runner:
         """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
         return best.objective(self.settings.training.select_by, ModelLayout.of(self.prepared.layout, self.settings))
 
-    def _train_network(self, task: Task, run: runs.Run) -> tuple[Network, dict[str, Any]]:
+    def _train_network(self, task: Task, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
         """Train as `train_model` does, without keeping anything. Returns the network and facts about the run."""
         settings, prepared = task.settings, task.prepared
-        layout = ModelLayout.of(prepared.layout, settings)
         result, precision = self.fit(task, run)
         model = best_network(settings, prepared, result)
         assert result.best is not None, "every training is validated at its end"
@@ -335,7 +371,7 @@ class Runner:
         if key not in self._features:
             inputs = replace(BuildInputs.of(settings), work=self.folder / "features" / key)
             needs = ("train", "validation", self.split)
-            self._features[key] = self._held.enter_context(features_in_use(inputs, "a comparison", needs))
+            self._features[key] = self.held.enter_context(features_in_use(inputs, "a comparison", needs))
         return self._features[key]
 
     def _identify(self, settings: Settings) -> str:

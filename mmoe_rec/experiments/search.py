@@ -24,8 +24,7 @@ from mmoe_rec.atomic import digest, write_text
 from mmoe_rec.batches.encoded_rows import Part
 from mmoe_rec.errors import UserError, first_line, require_packages
 from mmoe_rec.experiments.compare import ExperimentResult, check, judge, keep
-from mmoe_rec.experiments.runner import Runner, open_runner
-from mmoe_rec.experiments.variants import BASE, Variant
+from mmoe_rec.experiments.runner import BASE, Runner, Variant, open_runner
 from mmoe_rec.progress import say
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.report.parts import Table

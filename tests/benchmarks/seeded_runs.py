@@ -2,8 +2,7 @@
 
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.experiments.compare import FOLDER
-from mmoe_rec.experiments.runner import TrainedVariant, open_runner
-from mmoe_rec.experiments.variants import BASE
+from mmoe_rec.experiments.runner import BASE, TrainedVariant, open_runner
 from mmoe_rec.settings.sections import Settings
 
 

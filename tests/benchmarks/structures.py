@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.experiments.compare import BETTER, WORSE, compare_variants
-from mmoe_rec.experiments.variants import BASE, Variant
+from mmoe_rec.experiments.runner import BASE, Variant
 from mmoe_rec.settings.sections import Settings
 
 NUMBERS, ROWS = 12, {"train": 5_000, "validation": 1_000, "test": 5_000}

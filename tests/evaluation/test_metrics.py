@@ -42,7 +42,7 @@ def measured(
     return summary_tree(metrics.measure_predictions(columns, str(source), out, rules, against).first.summary)
 
 
-RATE, GUARDED = ["--columns.sampling_rate", "rate"], ["--evaluation.guarded_slices", '["user"]']
+RATE = ["--columns.sampling_rate", "rate"]
 
 
 def predicted(seed: int, rows: int = 3_000, text: bool = False) -> pd.DataFrame:
@@ -324,10 +324,6 @@ def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -
         (["--tasks", "a", "--model", "m"], "give one of --model and --predictions"),
         (["--tasks", "a", "--split", "test"], "--split chooses rows of the log for --model"),
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
-        (
-            ["--config", "configs/synthetic.yaml", "--against", "b", *GUARDED],
-            "guarded_slices guards nothing here",
-        ),
     ],
 )
 def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, capsys) -> None:

@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from mmoe_rec.evaluation.intervals import Difference
-from mmoe_rec.experiments.compare import ExperimentResult, MetricMean, VariantResult, correct_cells
-from mmoe_rec.experiments.variants import Variant, list_architectures, parse_variants
+from mmoe_rec.experiments.compare import (
+    ExperimentResult,
+    MetricMean,
+    VariantResult,
+    correct_cells,
+    list_architectures,
+    parse_variants,
+)
+from mmoe_rec.experiments.runner import Variant
 from mmoe_rec.settings.sections import Settings
 from tests.pipelines.learnable_log import settings_tree
 

@@ -20,8 +20,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.evaluation.evaluate import read_labels, scored_rows
 from mmoe_rec.evaluation.intervals import draw_users
 from mmoe_rec.experiments.compare import UNKNOWN, compare_variants
-from mmoe_rec.experiments.runner import Runner, Task, open_runner, read_predictions, write_predictions
-from mmoe_rec.experiments.variants import BASE, Variant
+from mmoe_rec.experiments.runner import BASE, Runner, Task, Variant, open_runner, read_predictions, write_predictions
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.model.mmoe import Mixture
 from mmoe_rec.model.model_layout import ModelLayout

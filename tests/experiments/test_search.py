@@ -12,7 +12,7 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.experiments.runner import Runner, Task
+from mmoe_rec.experiments.runner import Runner, Task, Variant
 from mmoe_rec.experiments.search import (
     MAX_FAILURES,
     Study,
@@ -23,7 +23,6 @@ from mmoe_rec.experiments.search import (
     may_start,
     own_values,
 )
-from mmoe_rec.experiments.variants import Variant
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Search
 from mmoe_rec.tracking.runs import Run
