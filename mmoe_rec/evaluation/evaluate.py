@@ -21,8 +21,8 @@ from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.results_report import write_results
 from mmoe_rec.evaluation.sentences import describe_verdicts, find_all
 from mmoe_rec.evaluation.slices import Slicing
-from mmoe_rec.evaluation.summary import MeasuredModel, PredictedRows, find_objective, flatten
-from mmoe_rec.evaluation.sums import MeasuredTask
+from mmoe_rec.evaluation.summary import MeasuredModel, find_objective, flatten, measure_model
+from mmoe_rec.evaluation.sums import MeasuredTask, PredictedRows
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import ROW
@@ -301,7 +301,8 @@ def evaluate_found(
                 "relevance_weights": {each: task.score_weight for each, task in settings.tasks.items()},
                 "score_weights": {task.name: task.score_weight for task in about.tasks},
             }
-            measured[name] = rows.measure(
+            measured[name] = measure_model(
+                rows,
                 rules.resamples,
                 slicing.find(rows),
                 told,

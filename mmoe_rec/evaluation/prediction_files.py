@@ -17,8 +17,8 @@ import pyarrow.types as pt
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.slices import SliceBy
-from mmoe_rec.evaluation.summary import MeasuredModel, PredictedRows, RowsBySlice, find_objective
-from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask
+from mmoe_rec.evaluation.summary import MeasuredModel, RowsBySlice, find_objective, measure_model
+from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask, PredictedRows
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.inference.scored_files import learnt_from
 from mmoe_rec.locks import writing
@@ -399,4 +399,4 @@ def _measure_files(
     weights = {task.name: task.weight for task in columns.tasks}
     facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
     seen = learnt_from(file.address for file in files)
-    return rows.measure(resamples, slices, facts, address=source, seen=seen)
+    return measure_model(rows, resamples, slices, facts, address=source, seen=seen)

@@ -26,7 +26,8 @@ from mmoe_rec.evaluation.evaluate import (
 )
 from mmoe_rec.evaluation.sentences import find_all
 from mmoe_rec.evaluation.slices import Slicing
-from mmoe_rec.evaluation.summary import SCORE, PredictedRows
+from mmoe_rec.evaluation.summary import SCORE, measure_model
+from mmoe_rec.evaluation.sums import PredictedRows
 from mmoe_rec.inference.artifact import Source, read_calibration
 from mmoe_rec.inference.ranker import OtherScoresError, Ranker
 from mmoe_rec.model.mmoe import RankingModel, build_model
@@ -112,7 +113,7 @@ def compare_with_holder(
         mine = score_by(settings, model, layout, rows, calibration, name)
         slicing = None if settings.evaluation.guarded_slices == () else Slicing(settings, artifact)
         models = {
-            each: scored.measure(_RESAMPLES, {} if slicing is None else slicing.find(scored))
+            each: measure_model(scored, _RESAMPLES, {} if slicing is None else slicing.find(scored))
             for each, scored in ((name, mine), (its_name, its))
         }
         better, sentence = _read_verdict(Results(models, tuple(settings.tasks), settings.evaluation, "", {}))

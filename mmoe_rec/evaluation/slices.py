@@ -33,8 +33,8 @@ from mmoe_rec.evaluation.intervals import (
     resample,
 )
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
-from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, PredictedRows, RowsBySlice, UserMetrics
-from mmoe_rec.evaluation.sums import count_rarer_label, describe_other_rows
+from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, RowsBySlice, UserMetrics
+from mmoe_rec.evaluation.sums import PredictedRows, count_rarer_label, describe_other_rows
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses, combine, hash_column

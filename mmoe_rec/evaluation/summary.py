@@ -5,14 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.intervals import FEW_USERS, UNDEFINED, Interval, Key, Resampled, Values, resample, rounding_of
 from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, count_rarer_label, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows, count_rarer_label
 from mmoe_rec.task_kinds import KINDS
 
 SCORE, CATALOGUE = "score", "catalogue"
@@ -195,92 +194,34 @@ RowsBySlice = Mapping[str, Mapping[str, np.ndarray]]
 """What rows are sliced by -> name of the slice -> (n,) numbers of the rows in the slice"""
 
 
-@dataclass(frozen=True)
-class PredictedRows:
-    """N rows of any order, with the predictions of a model or of another system.
+def measure_model(
+    rows: PredictedRows,
+    resamples: int,
+    slices: RowsBySlice | None = None,
+    facts: Mapping[str, Any] | None = None,
+    **about: Any,
+) -> MeasuredModel:
+    """Compute all metrics of rows with their intervals, and the sums of each slice.
 
-    Attributes:
-        tasks: Predicted tasks; their weights say what a row is worth.
-        users: (N,) ids.
-        requests: (N,) ids.
-        candidates: (N,) ids, None if unknown.
-        predictions: Task name -> (N,) values.
-        labels: Task name -> (N,) values, NaN where unobserved.
-        score: (N,) ranking score, higher is better.
-        weight: (N,) weights of the rows, None if all rows count alike.
-        row: (N,) numbers of the rows in their log, if it has no candidates.
+    Args:
+        rows: Rows as the model predicts them.
+        resamples: Number of bootstrap resamples of users.
+        slices: Parts of the rows to measure too.
+        facts: Further entries of `metrics.json`.
+        about: Further attributes of the `MeasuredModel`.
+
+    Raises:
+        UserError: There is no row.
     """
-
-    tasks: tuple[MeasuredTask, ...]
-    users: pa.Array
-    requests: pa.Array
-    candidates: pa.Array | None
-    predictions: Mapping[str, np.ndarray]
-    labels: Mapping[str, np.ndarray]
-    score: np.ndarray
-    weight: np.ndarray | None = None
-    row: pa.Array | None = None
-
-    def with_predictions(self, predictions: Mapping[str, np.ndarray], score: np.ndarray) -> "PredictedRows":
-        """The same rows as another model predicts them, which may lack tasks."""
-        tasks = tuple(task for task in self.tasks if task.name in predictions)
-        labels = {task.name: self.labels[task.name] for task in tasks}
-        return replace(self, tasks=tasks, predictions=predictions, labels=labels, score=score)
-
-    def sum(self, grouped: bool | None = None) -> EvaluationSums:
-        """Sum what all metrics need, by user or group of users; see `measure`."""
-        return measure(
-            self.tasks,
-            self.users,
-            self.requests,
-            self.predictions,
-            self.labels,
-            score=self.score,
-            weight=self.weight,
-            candidates=self.candidates,
-            grouped=grouped,
-        )
-
-    def take(self, rows: np.ndarray) -> "PredictedRows":
-        """Select rows by their numbers."""
-        return replace(
-            self,
-            users=self.users.take(rows),
-            requests=self.requests.take(rows),
-            candidates=None if self.candidates is None else self.candidates.take(rows),
-            predictions={name: values[rows] for name, values in self.predictions.items()},
-            labels={name: values[rows] for name, values in self.labels.items()},
-            score=self.score[rows],
-            weight=None if self.weight is None else self.weight[rows],
-        )
-
-    def measure(
-        self,
-        resamples: int,
-        slices: RowsBySlice | None = None,
-        facts: Mapping[str, Any] | None = None,
-        **about: Any,
-    ) -> MeasuredModel:
-        """Compute all metrics with their intervals, and the sums of each slice.
-
-        Args:
-            resamples: Number of bootstrap resamples of users.
-            slices: Parts of the rows to measure too.
-            facts: Further entries of `metrics.json`.
-            about: Further attributes of the `MeasuredModel`.
-
-        Raises:
-            UserError: A value is wrong; see `measure`.
-        """
-        sums = self.sum()
-        grouped = sums.users > len(sums.tables["ranking"])
-        of_slices = {
-            (by, name): self.take(rows).sum(grouped)
-            for by, named in (slices or {}).items()
-            for name, rows in named.items()
-        }
-        summary = replace(summarise(sums, resamples), facts=dict(facts or {}))
-        return MeasuredModel(sums, summary, slices=of_slices, **about)
+    sums = rows.sum()
+    grouped = sums.users > len(sums.tables["ranking"])
+    of_slices = {
+        (by, name): rows.take(places).sum(grouped)
+        for by, named in (slices or {}).items()
+        for name, places in named.items()
+    }
+    summary = replace(summarise(sums, resamples), facts=dict(facts or {}))
+    return MeasuredModel(sums, summary, slices=of_slices, **about)
 
 
 def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:

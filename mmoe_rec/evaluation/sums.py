@@ -8,7 +8,7 @@ AUC and average precision need the order of all rows: so a binary task's rows ar
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,55 +113,85 @@ class _Rows:
     key: np.ndarray
 
 
-def measure(
-    tasks: Sequence[MeasuredTask],
-    users: Any,
-    requests: Any,
-    predictions: Mapping[str, Any],
-    labels: Mapping[str, Any],
-    *,
-    score: Any,
-    weight: Any = None,
-    candidates: Any = None,
-    grouped: bool | None = None,
-) -> EvaluationSums:
-    """Sums of N rows, which may come in any order.
+@dataclass(frozen=True)
+class PredictedRows:
+    """N rows of any order, with the predictions of a model or of another system.
 
-    A row's relevance for NDCG and MRR is max(0, sum over tasks of task weight x label), where an unobserved label and a
-    negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance, ranks
-    nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
-
-    users, requests, candidates: (N,) integers or strings, NumPy or Arrow; a request belongs to one user; candidates are
-    for what is shown of the catalogue, which None leaves out; predictions: task name -> (N,) probabilities (binary;
-    near 0 and 1 see `Logloss`) or values (regression); labels: task name -> (N,) 0 or 1 (binary) or values
-    (regression); NaN or null where unobserved; score: (N,) fused ranking score, higher is better; weight: (N,) positive
-    importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all metrics of a task, but
-    not in a request's ranking, such as NDCG, where requests count alike; grouped: whether units are groups of users;
-    None: where there are more than `MOST_UNITS`.
-
-    Whoever reads the values has checked them. Raises UserError for no row.
+    Attributes:
+        tasks: Predicted tasks; their weights say what a row is worth.
+        users: (N,) integers or strings.
+        requests: (N,) integers or strings. A request belongs to one user.
+        candidates: (N,) integers or strings, None if unknown: then nothing is said of the catalogue.
+        predictions: Task name -> (N,) probabilities (binary; near 0 and 1 see `Logloss`) or values (regression).
+        labels: Task name -> (N,) 0 or 1 (binary) or values (regression), NaN where unobserved.
+        score: (N,) ranking score, higher is better.
+        weight: (N,) positive weights, such as 1 / the rate a row was sampled at, None if all rows count alike. A row
+            counts by them in all metrics of a task, but not in a request's ranking, where requests count alike.
+        row: (N,) numbers of the rows in their log, if it has no candidates.
     """
-    if not (rows := len(users)):
-        raise UserError("there is no row to evaluate; expected at least one")
-    all_users, user = _index(users)
-    all_requests, request = _index(requests)
-    score = np.asarray(score)
-    weight = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
-    known = {task.name: np.asarray(labels[task.name], np.float64) for task in tasks}
-    gain = _gain([(task.weight, known[task.name]) for task in tasks], rows)
-    lists = RankedLists.of(request, score, gain, len(all_requests))
-    keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
-    if candidates is not None:
-        all_candidates, candidate = _index(candidates)
-        keys.append(hash_column(all_candidates)[candidate])
-        shown = {"rows": np.ones(rows, dtype=np.int64), **shown_rows(lists, CUTOFFS)}
-        tables["catalogue"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
-    unit, units = units_of(all_users, grouped)
-    given = _Rows(user, request, unit[user], units, weight, combine(keys))
-    tables["ranking"] = _ranking_table(given, lists)
-    for task in tasks:
-        tables |= _task_tables(task, given, np.asarray(predictions[task.name]), known[task.name])
-    return EvaluationSums(tuple(tasks), tables)
+
+    tasks: tuple[MeasuredTask, ...]
+    users: pa.Array
+    requests: pa.Array
+    candidates: pa.Array | None
+    predictions: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    score: np.ndarray
+    weight: np.ndarray | None = None
+    row: pa.Array | None = None
+
+    def sum(self, grouped: bool | None = None) -> EvaluationSums:
+        """Sum what all metrics need, by user or group of users.
+
+        A row's relevance for NDCG and MRR is max(0, sum over tasks of task weight x label), where an unobserved label
+        and a negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance,
+        ranks nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
+
+        Args:
+            grouped: Whether units are groups of users, None for groups where there are more than `MOST_UNITS` users.
+
+        Raises:
+            UserError: There is no row.
+        """
+        if not (rows := len(self.users)):
+            raise UserError("there is no row to evaluate; expected at least one")
+        all_users, user = _index(self.users)
+        all_requests, request = _index(self.requests)
+        weight = np.ones(rows) if self.weight is None else np.asarray(self.weight, np.float64)
+        known = {task.name: np.asarray(self.labels[task.name], np.float64) for task in self.tasks}
+        gain = _gain([(task.weight, known[task.name]) for task in self.tasks], rows)
+        lists = RankedLists.of(request, self.score, gain, len(all_requests))
+        keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
+        if self.candidates is not None:
+            all_candidates, candidate = _index(self.candidates)
+            keys.append(hash_column(all_candidates)[candidate])
+            shown = {"rows": np.ones(rows, dtype=np.int64), **shown_rows(lists, CUTOFFS)}
+            tables["catalogue"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
+        unit, units = units_of(all_users, grouped)
+        given = _Rows(user, request, unit[user], units, weight, combine(keys))
+        tables["ranking"] = _ranking_table(given, lists)
+        for task in self.tasks:
+            tables |= _task_tables(task, given, np.asarray(self.predictions[task.name]), known[task.name])
+        return EvaluationSums(self.tasks, tables)
+
+    def with_predictions(self, predictions: Mapping[str, np.ndarray], score: np.ndarray) -> "PredictedRows":
+        """The same rows as another model predicts them, which may lack tasks."""
+        tasks = tuple(task for task in self.tasks if task.name in predictions)
+        labels = {task.name: self.labels[task.name] for task in tasks}
+        return replace(self, tasks=tasks, predictions=predictions, labels=labels, score=score)
+
+    def take(self, rows: np.ndarray) -> "PredictedRows":
+        """Select rows by their numbers."""
+        return replace(
+            self,
+            users=self.users.take(rows),
+            requests=self.requests.take(rows),
+            candidates=None if self.candidates is None else self.candidates.take(rows),
+            predictions={name: values[rows] for name, values in self.predictions.items()},
+            labels={name: values[rows] for name, values in self.labels.items()},
+            score=self.score[rows],
+            weight=None if self.weight is None else self.weight[rows],
+        )
 
 
 def count_rarer_label(sums: EvaluationSums, task: str) -> int:

@@ -14,7 +14,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import PREDICTIONS, place_of
 from mmoe_rec.evaluation.intervals import Difference, Values, find_difference, resample
 from mmoe_rec.evaluation.prediction_files import columns_of_settings, open_predictions
-from mmoe_rec.evaluation.summary import SCORE, PredictedRows, UserMetrics
+from mmoe_rec.evaluation.summary import SCORE, UserMetrics
+from mmoe_rec.evaluation.sums import PredictedRows
 from mmoe_rec.report.parts import Report, Row, Sentence, Table
 from mmoe_rec.settings.sections import Settings
 

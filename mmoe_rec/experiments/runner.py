@@ -27,8 +27,7 @@ from mmoe_rec.atomic import atomic_file, digest
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.evaluation.evaluate import predict_rows, read_labels
-from mmoe_rec.evaluation.summary import PredictedRows
-from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows
 from mmoe_rec.locks import writing
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout

@@ -13,7 +13,8 @@ from mmoe_rec.evaluation.calibration import fit_calibration
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.evaluate import read_labels
 from mmoe_rec.evaluation.results_report import write_results
-from mmoe_rec.evaluation.summary import PredictedRows
+from mmoe_rec.evaluation.summary import measure_model
+from mmoe_rec.evaluation.sums import PredictedRows
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.locks import writing
 from mmoe_rec.model.model_layout import ModelLayout
@@ -45,7 +46,7 @@ def measure_baselines(
     ):
         scored, trees = _predict(settings, prepared)
         models = {} if evaluated is None else {name: evaluated.first}
-        models |= {each: rows.measure(settings.evaluation.resamples) for each, rows in scored.items()}
+        models |= {each: measure_model(rows, settings.evaluation.resamples) for each, rows in scored.items()}
         facts = ({"log": settings.data.log} if evaluated is None else evaluated.facts) | trees
         title = f"Baselines of {settings.name}"
         rules = settings.evaluation.model_copy(update={"guarded_slices": ()})  # no slices of baselines are measured

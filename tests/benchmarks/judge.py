@@ -46,7 +46,6 @@ from mmoe_rec.evaluation.calibration import fit_calibration
 from mmoe_rec.evaluation.comparison import BETTER, Verdict, compare
 from mmoe_rec.evaluation.evaluate import scored_rows
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.model.trees import Blend, Forest, read_ensemble
@@ -58,6 +57,7 @@ from mmoe_rec.training.boosting import Inputs
 from mmoe_rec.training.stacking import fit_task
 from mmoe_rec.training.train import train_model
 from tests.evaluation.judged_models import NAMES, NOISE, TASKS, World, noise_of_gain, verdicts
+from tests.evaluation.trees import measure
 
 USERS, RESAMPLES, COLUMNS = 250, 200, 12
 GAIN = 0.03

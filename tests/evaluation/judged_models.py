@@ -10,8 +10,9 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.evaluation.comparison import Verdict, compare
 from mmoe_rec.evaluation.slices import compare_slices
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
+from tests.evaluation.trees import measure
 
 TASKS = (MeasuredTask("bought", "binary", 1.0), MeasuredTask("liked", "binary", 1.0))
 NAMES = [task.name for task in TASKS]

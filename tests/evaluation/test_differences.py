@@ -13,11 +13,11 @@ from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.comparison import Results, compare
 from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.sums import MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.judged_models import NOISE, noise_of_gain, verdicts
 from tests.evaluation.trees import compare as compare_sums
-from tests.evaluation.trees import summarise
+from tests.evaluation.trees import measure, summarise
 
 
 def found(a: Log, b: Log, resamples: int = 400, tasks: tuple[str, ...] = ()) -> dict:

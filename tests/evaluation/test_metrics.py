@@ -19,10 +19,9 @@ from mmoe_rec.evaluation import prediction_files as metrics
 from mmoe_rec.evaluation.prediction_files import PredictionColumns, columns_of_tasks
 from mmoe_rec.evaluation.results_report import summary_tree
 from mmoe_rec.evaluation.sentences import find_all
-from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.settings.sections import Evaluation
 from tests.commands import read_metrics, run
-from tests.evaluation.trees import summarise
+from tests.evaluation.trees import measure, summarise
 
 TASKS = ["bought", "stars:regression=0.2"]
 

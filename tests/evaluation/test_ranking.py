@@ -23,7 +23,8 @@ from mmoe_rec.evaluation.metrics.lists import (
     reciprocal_rank,
 )
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.sums import MeasuredTask
+from tests.evaluation.trees import measure
 
 GROUPS = 40
 MEASURES = {

@@ -23,8 +23,8 @@ from mmoe_rec.evaluation.metrics.metric import Resamples
 from mmoe_rec.evaluation.metrics.tasks import NormalisedEntropy
 from mmoe_rec.evaluation.sentences import describe_notes
 from mmoe_rec.evaluation.summary import LEFT_OUT, UserMetrics, flatten
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
-from tests.evaluation.trees import summarise
+from mmoe_rec.evaluation.sums import MeasuredTask
+from tests.evaluation.trees import measure, summarise
 
 
 def notes(log: Log) -> list[str]:

@@ -8,8 +8,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.lists import RankedLists, ndcg, ranks_nothing
-from mmoe_rec.evaluation.summary import PredictedRows
-from mmoe_rec.evaluation.sums import MeasuredTask
+from mmoe_rec.evaluation.sums import MeasuredTask, PredictedRows
 from mmoe_rec.evaluation.tradeoffs import Sweep, make_grid
 
 TASKS = ["bought", "liked"]

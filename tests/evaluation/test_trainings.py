@@ -8,7 +8,8 @@ from simulated_log import Log, simulate
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import average_trainings, find_differences
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
+from tests.evaluation.trees import measure
 
 SPENT = MeasuredTask("spent", "regression")
 
