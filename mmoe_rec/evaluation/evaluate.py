@@ -85,61 +85,31 @@ def predict_rows(
 
 
 def score_rows(
+    settings: Settings,
     model: RankingModel,
     layout: ModelLayout,
     rows: EncodedRows,
-    batch_size: int,
-    *,
     calibration: Calibration = UNCALIBRATED,
-    relevance: Mapping[str, float] | None = None,
-    weighted: bool = False,
     name: str = "the model",
 ) -> PredictedRows:
-    """Predict all rows, see `predict_rows`, and read their labels.
+    """Predict all rows, see `predict_rows`, to be measured against what the settings say that labels are worth.
 
-    relevance: weight of each task's label in what a row is worth, against which rankings are measured, so that models
-    with other weights are measured alike; None takes the model's. weighted: metrics are those of the log before it was
-    sampled, each row weighing 1 / its sampling rate.
+    layout: the model's; name: what the model is called where it gives predictions that are not finite. By
+    `training.sampling_correction` metrics are those of the log before it was sampled.
     """
     read, more = list[tuple[np.ndarray, pa.Table]](), [f"label.{outcome}" for outcome in layout.outcomes]
+    more += rows.weighing(settings.training.sampling_correction == "weights")
 
     def parts() -> Iterator[Rows]:
         with bar() as progress, freed_memory_kept():
             task = progress.add_task("scoring", total=rows.rows)
-            for part, table in rows.stream(batch_size, (*COLUMNS, *more, *rows.weighing(weighted))):
+            for part, table in rows.stream(settings.evaluation.batch_size, (*COLUMNS, *more)):
                 yield part
                 read.append((part.labels, table))
                 progress.advance(task, len(part))
 
     values, score = predict_rows(model, layout, parts(), calibration, name)
-    relevance = relevance or {task.name: task.score_weight for task in layout.tasks}
-    return join_labels(layout, relevance, read).with_predictions(add_outcomes(values, layout), score)
-
-
-def score_by(
-    settings: Settings,
-    model: RankingModel,
-    layout: ModelLayout,
-    rows: Path | EncodedRows,
-    calibration: Calibration,
-    name: str = "the model",
-) -> PredictedRows:
-    """Encoded rows as a model scores them, to be measured against what the settings say that labels are worth.
-
-    layout: the model's; rows: or their folder; name: what it is called where it gives predictions that are not finite
-    (NotFiniteError).
-    """
-    scored = score_rows(
-        model,
-        layout,
-        EncodedRows(rows, layout) if isinstance(rows, Path) else rows,
-        settings.evaluation.batch_size,
-        calibration=calibration,
-        relevance={each: task.score_weight for each, task in settings.tasks.items()},
-        weighted=settings.training.sampling_correction == "weights",
-        name=name,
-    )
-    return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
+    return join_labels(settings, layout, read).with_predictions(add_outcomes(values, layout), score)
 
 
 def read_labels(settings: Settings, prepared: FeatureFolder, split: str, part: Part | None = None) -> PredictedRows:
@@ -147,15 +117,10 @@ def read_labels(settings: Settings, prepared: FeatureFolder, split: str, part: P
     weighted, layout = settings.training.sampling_correction == "weights", ModelLayout.of(prepared.layout, settings)
     rows = EncodedRows(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()), part=part)
     columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted))
-    relevance = {name: task.score_weight for name, task in settings.tasks.items()}
-    read = [(part.labels, table) for part, table in rows.stream(ROWS_AT_A_TIME, columns)]
-    known = join_labels(layout, relevance, read)
-    return known if settings.columns.has_candidate else replace(known, candidates=None)
+    return join_labels(settings, layout, [(part.labels, table) for part, table in rows.stream(ROWS_AT_A_TIME, columns)])
 
 
-def join_labels(
-    layout: ModelLayout, relevance: Mapping[str, float], read: Sequence[tuple[np.ndarray, pa.Table]]
-) -> PredictedRows:
+def join_labels(settings: Settings, layout: ModelLayout, read: Sequence[tuple[np.ndarray, pa.Table]]) -> PredictedRows:
     """Join parts of rows, their labels (n, T) and the columns beside them, without predictions.
 
     Each task is measured over the rows of its own label, each outcome over all rows. An outcome has no weight in the
@@ -163,12 +128,14 @@ def join_labels(
     """
     beside, labels = pa.concat_tables([table for _, table in read]), np.concatenate([of for of, _ in read])
     users, requests, candidates = (beside.column(name).combine_chunks() for name in COLUMNS)
-    tasks = [MeasuredTask(task.name, task.kind, relevance[task.name]) for task in layout.tasks]
+    tasks = [MeasuredTask(task.name, task.kind, settings.tasks[task.name].score_weight) for task in layout.tasks]
     known = {task.name: of for task, of in zip(tasks, labels.T, strict=True)}
     known |= {name: beside.column(f"label.{name}").to_numpy() for name in layout.outcomes}
     tasks += [MeasuredTask(name, weight=0.0) for name in layout.outcomes]
+    row = None if settings.columns.has_candidate else candidates  # the number in a log without candidates
+    candidates = candidates if row is None else None
     score = np.zeros(len(users))
-    return PredictedRows(tuple(tasks), users, requests, candidates, {}, known, score, weights_of(beside))
+    return PredictedRows(tuple(tasks), users, requests, candidates, {}, known, score, weights_of(beside), row)
 
 
 @contextmanager
@@ -328,7 +295,8 @@ def scored_rows(settings: Settings, model: Source, name: str, split: str = "test
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else."""
     ranker = Ranker.load(model.folder)
     with rows_to_measure(settings, model.folder, ranker, split) as folder:
-        return score_by(settings, ranker.model, ranker.layout, folder, ranker.calibration, name)
+        rows = EncodedRows(folder, ranker.layout)
+        return score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration, name)
 
 
 def _facts(settings: Settings, split: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from mmoe_rec.evaluation.evaluate import (
     evaluate_found,
     overlap,
     rows_to_measure,
-    score_by,
+    score_rows,
 )
 from mmoe_rec.evaluation.sentences import find_all
 from mmoe_rec.evaluation.slices import Slicing
@@ -110,7 +110,7 @@ def compare_with_holder(
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
         rows = _open_judging_rows(prepared.split("validation"), layout)  # too few users are found before any is scored
         its = _score_by_holder(settings, prepared, ranker, folder, its_name)
-        mine = score_by(settings, model, layout, rows, calibration, name)
+        mine = score_rows(settings, model, layout, rows, calibration, name)
         slicing = None if settings.evaluation.guarded_slices == () else Slicing(settings, artifact)
         models = {
             each: measure_model(scored, _RESAMPLES, {} if slicing is None else slicing.find(scored))
@@ -150,7 +150,7 @@ def _score_by_holder(
     from its own; else encoded anew. Raises UserError where its tasks mean something else."""
 
     def score(model: RankingModel, layout: ModelLayout, folder: Path) -> PredictedRows:
-        return score_by(settings, model, layout, _open_judging_rows(folder, layout), ranker.calibration, name)
+        return score_rows(settings, model, layout, _open_judging_rows(folder, layout), ranker.calibration, name)
 
     check_tasks(settings, ranker.pipeline.schema)
     manifest, validation = prepared.manifest, prepared.split("validation")

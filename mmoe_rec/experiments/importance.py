@@ -129,8 +129,7 @@ def permute(runner: Runner, network: Network, features: Sequence[str], margin: f
     settings, schema, layout = runner.settings, runner.settings.schema_, network.layout
     rows, beside = hold_rows(settings, runner.prepared.split("validation"), layout, MAX_ROWS)
     repeats = int(np.clip(-(-EXCHANGED_ROWS // len(rows)), 2, MAX_REPEATS))
-    relevance = {name: task.score_weight for name, task in settings.tasks.items()}
-    known = join_labels(layout, relevance, [(rows.labels, beside)])
+    known = join_labels(settings, layout, [(rows.labels, beside)])
     request = one_array(beside["request"]).dictionary_encode().indices.to_numpy().astype(np.int64)
 
     def measure(rows: Rows) -> EvaluationSums:

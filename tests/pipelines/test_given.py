@@ -117,7 +117,8 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
     def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:
         settings = load_settings(folder / "settings.yaml", ["--training.calibration", "temperature", *options])
         calibration = calibrate(settings, prepared, ranker.model)
-        scored = score_rows(ranker.model, ranker.layout, rows, 1000, calibration=calibration, weighted=True)
+        weighing = load_settings(folder / "settings.yaml", ["--training.sampling_correction", "weights"])
+        scored = score_rows(weighing, ranker.model, ranker.layout, rows, calibration)
         weight = scored.weight if weighted and scored.weight is not None else 1
         ratios = []
         for name in (task.name for task in ranker.layout.tasks):

@@ -92,7 +92,7 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     windows = {"test": settings.split.windows()["test"]}
     encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
     rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
-    expected = score_rows(ranker.model, ranker.layout, rows, 256, calibration=ranker.calibration)
+    expected = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
     options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
     found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], overrides=options)
