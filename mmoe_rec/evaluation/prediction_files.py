@@ -28,7 +28,7 @@ from mmoe_rec.log.files import FoundFile, find_files, is_remote, path_values
 from mmoe_rec.log.rows import ROWS_AT_A_TIME
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.logs import check_out, short_names
-from mmoe_rec.settings.log_columns import Use, outcome_name
+from mmoe_rec.settings.log_columns import outcome_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Evaluation, Settings
 from mmoe_rec.task_kinds import DEFAULT, find_kind
 from mmoe_rec.task_kinds.task_kind import Check
@@ -55,11 +55,6 @@ class PredictionColumns:
     by_log: frozenset[str] = frozenset()
     duplicates: ErrorOrKeep = "error"
     slices: tuple[SliceBy, ...] = ()
-
-    @staticmethod
-    def of(tasks: Sequence[MeasuredTask]) -> "PredictionColumns":
-        """Columns with their usual names."""
-        return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
     @property
     def request(self) -> list[str]:
@@ -99,12 +94,10 @@ class PredictionColumns:
         )
         return replace(self, tasks=tasks, names=names)
 
-    def find_uses(self) -> dict[str, Use]:
-        """What each column is read as."""
-        uses: dict[str, Use] = {self.names[part]: "key" for part in ("user", "candidate") if part in self.names}
-        uses |= {name: "any" for name in self.request if name not in uses}
-        numbers = [part for part in self.by_part() if part not in ("user", "candidate", "request")]
-        return uses | {self.names[part]: "number" for part in numbers if part in self.names}
+    def list_columns(self) -> list[str]:
+        """List the columns to read."""
+        named = [column for part, column in self.by_part().items() if column is not None and part != "request"]
+        return list(dict.fromkeys([*named, *self.request, *(by.column for by in self.slices)]))
 
 
 def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
@@ -116,7 +109,7 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
     """The tasks of settings, their outcomes, and the log's names of users, requests and candidates."""
     tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
     outcomes = [outcome_name(task.given, name) for name, task in settings.tasks.items() if task.given is not None]
-    columns = PredictionColumns.of([*tasks, *(MeasuredTask(name, weight=0.0) for name in outcomes)])
+    tasks += [MeasuredTask(name, weight=0.0) for name in outcomes]
     log = settings.schema_.columns
     user = log.user if log.has_user else log.request or ROW
     if log.request is None:
@@ -124,14 +117,15 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
         request = [user, log.time] if log.has_time and log.has_user else [user]
     else:
         request = [log.user, log.request] if log.request_scope == "user" else [log.request]
-    names = {**columns.names, "user": user, "request": JOINED.join(request), "candidate": log.candidate}
-    optional = columns.optional
+    names = {part: part for part in _list_parts(tasks)}
+    names |= {"user": user, "request": JOINED.join(request), "candidate": log.candidate}
+    optional = {"score", "candidate", WEIGHT}
     if log.weight is not None:
-        names[WEIGHT], optional = log.weight, optional - {WEIGHT}
-    return replace(
-        columns,
-        names=names,
-        optional=optional,
+        names[WEIGHT], optional = log.weight, {"score", "candidate"}
+    return PredictionColumns(
+        tuple(tasks),
+        names,
+        optional=frozenset(optional),
         outcomes=frozenset(outcomes),
         by_log=frozenset(_OWN),
         duplicates=settings.data.duplicates,
@@ -155,7 +149,7 @@ def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
     names = [task.name for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--tasks names '{twice}' twice")
-    return PredictionColumns.of(tasks)
+    return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
 
 def match_columns(columns: PredictionColumns, files: Sequence[FoundFile]) -> PredictionColumns:
@@ -167,7 +161,7 @@ def match_columns(columns: PredictionColumns, files: Sequence[FoundFile]) -> Pre
         names[file.address] = [*own, *(name for name in path_values(file.address) if name not in own)]
     columns = columns.match({name for each in names.values() for name in each})
     for address, its in names.items():
-        for name in (*columns.find_uses(), *(by.column for by in columns.slices)):
+        for name in columns.list_columns():
             if its.count(name) > 1:
                 raise BadFile(f"'{address}' has several columns '{name}'", address)
             if name not in its:
@@ -258,12 +252,12 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
 def _read_file(columns: PredictionColumns, address: str) -> pa.Table | None:
     """The rows of a file, by parts, and `slice NAME` for each slice; None without rows. Raises BadFile for a wrong
     value."""
-    wanted, names = [*columns.find_uses(), *(by.column for by in columns.slices)], columns.names
+    wanted, names = columns.list_columns(), columns.names
     with open_parquet(address) as parquet:
         if not parquet.metadata.num_rows:
             return None
         schema = parquet.schema_arrow
-        held = [name for name in dict.fromkeys(wanted) if name in schema.names]
+        held = [name for name in wanted if name in schema.names]
         batches = parquet.iter_batches(ROWS_AT_A_TIME, columns=held)
         read = list(iter(partial(next_batch, batches, address, schema), None))
     file = _FileRows(address, with_path_values(pa.Table.from_batches(read), address, wanted))
@@ -327,7 +321,7 @@ class _FileRows:
 
 
 def _hint(columns: PredictionColumns, name: str) -> str:
-    if name not in columns.find_uses():
+    if name in {by.column for by in columns.slices}:
         return ", by which rows are to be sliced (--slices, evaluation.slices)"
     part = next((part for part, column in columns.by_part().items() if column == name), "request")
     kind, _, task = part.partition("_")

@@ -11,7 +11,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,7 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
         UserError: There is no such feature, or too few labels to judge.
     """
     schema = settings.schema_
-    _check_features(only, schema)
-    check(settings, [BASE], seeds)
+    check(settings, [replace(BASE, without_features=tuple(only))], seeds)
     alone = [name for name in only or schema.features if schema.role_of(name) != "placement"]
     with open_runner(settings, "compare features", "test", folder=FOLDER) as runner:
         found = _permute_once(runner, alone, margin)
@@ -90,16 +88,6 @@ def find_sources(schema: Schema) -> dict[str, tuple[str, ...]]:
             source = f"{kind} of {feature.task or feature.events}"
         sources.setdefault(source, []).append(name)
     return {name: tuple(features) for name, features in sources.items()}
-
-
-def _check_features(names: Sequence[str], schema: Schema) -> None:
-    for name in names:
-        if name not in schema.features:
-            near = get_close_matches(name, schema.features, 1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"The settings have {', '.join(schema.features)}."
-            raise UserError(f"--only '{name}': there is no such feature. {hint}")
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--only '{twice}' is given twice. Give each feature once.")
 
 
 def _permute_once(runner: Runner, features: Sequence[str], margin: float) -> dict[str, Any]:
