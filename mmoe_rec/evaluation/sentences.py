@@ -13,7 +13,7 @@ from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off
-_SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
+_SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of a random order above which NDCG says nothing
 _LEFT_OUT = ("{} of one row", "{} without a relevant row", "{} whose rows are equally relevant")
 
 
@@ -96,7 +96,7 @@ def note_of_group(summary: Summary, name: str) -> str | None:
             return None
         if sum(group.counts[each] for each in LEFT_OUT) == summary.requests:
             return "No request has rows that differ in relevance: NDCG and MRR are undefined."
-        if (group.least_ndcg or 0.0) > _SAME_IN_ANY_ORDER:
+        if group.details.get("random_ndcg_at_10", 0.0) > _SAME_IN_ANY_ORDER:
             sentences.append(
                 "NDCG is nearly 1 in any order, as the relevance of a request's rows differs little compared with its "
                 "size: set the score_weight of regressions with large labels, such as times, to 0."

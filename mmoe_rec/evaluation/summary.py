@@ -122,8 +122,7 @@ class GroupSummary:
 
     kind: of the task, or `score`; counts: a task's `rows` and, if it is binary, `positives` and `requests`; the score's
     requests `LEFT_OUT`; metrics: those that have intervals; details: those that have none, and what else metrics say;
-    effective_users: None if there are enough; least_ndcg: of the score, the NDCG@10 of the worst order of each request,
-    on average.
+    effective_users: None if there are enough.
     """
 
     kind: str
@@ -131,7 +130,6 @@ class GroupSummary:
     metrics: dict[str, Interval]
     details: dict[str, Any]
     effective_users: float | None = None
-    least_ndcg: float | None = None
 
     @property
     def guarded(self) -> str:
@@ -229,7 +227,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
 
     resamples: how often users are redrawn, at least 1; 1,000 make ends steady. The same are drawn for all models.
     """
-    measured, ranking = UserMetrics(sums), sums.tables["ranking"]
+    measured = UserMetrics(sums)
     groups, units = measured.groups, measured.units
     shares = {metric.name for metric in every.METRICS if metric.is_share}
     of_all = {key: each.interval(key[1] in shares) for key, each in measured.resample(resamples).items()}
@@ -238,9 +236,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
             of_all[key] = Interval(at.value)
     metrics = nest(of_all)
 
-    def summary_of(
-        name: str, kind: str, counts: Sequence[str], least: float | None = None, **details: Any
-    ) -> GroupSummary:
+    def summary_of(name: str, kind: str, counts: Sequence[str], **details: Any) -> GroupSummary:
         group, its = groups[name], metrics.get(name, {})
         for metric in every.metrics_of(kind):
             if not metric.has_interval:
@@ -250,15 +246,14 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
         fewest = min((group.effective_users[each] for each, at in its.items() if at.value is not None), default=np.inf)
         few = fewest if fewest < min(FEW_USERS, units / 2) else None
         task = None if name == SCORE else name
-        return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few, least)
+        return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few)
 
     counted = {True: ["rows", "positives", "requests"], False: ["rows"]}
     tasks = {task.name: summary_of(task.name, task.kind, counted[task.kind.is_binary]) for task in sums.tasks}
-    least, random, requests, catalogue = None, dict[str, float](), sums.total("requests"), None
+    random, requests, catalogue = dict[str, float](), sums.total("requests"), None
     if ranked := sums.total("ranked_requests"):
-        least, at_random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))
-        random = {"random_ndcg_at_10": at_random}
-    score = summary_of(SCORE, SCORE, LEFT_OUT, least, **random)
+        random = {"random_ndcg_at_10": float(np.sum(sums.tables["ranking"]["random_ndcg"])) / ranked}
+    score = summary_of(SCORE, SCORE, LEFT_OUT, **random)
     if (table := sums.tables.get(CATALOGUE)) is not None:
         shown = {metric.name: metric.summarise(table, requests) for metric in every.CATALOGUE_METRICS}
         catalogue = {"candidates": len(table), **shown}

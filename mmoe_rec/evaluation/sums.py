@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
-from mmoe_rec.evaluation.metrics.lists import RankedLists, least_and_random_ndcg, ranks_nothing, shown_rows
+from mmoe_rec.evaluation.metrics.lists import RankedLists, random_ndcg, ranks_nothing, shown_rows
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
 from mmoe_rec.evaluation.metrics.tasks import bin_edges, counts_by_value
 from mmoe_rec.log.columns import combine, hash_column
@@ -25,7 +25,6 @@ from mmoe_rec.task_kinds.task_kind import Check, TaskKind
 
 MOST_UNITS = 4_096
 """At most so many users, or groups of users, are kept apart; a power of two."""
-NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 _KEYS = ("user", "bin")
 
 
@@ -70,8 +69,8 @@ class EvaluationSums:
             `ranking` has one row for each unit. `rows`, `requests` and `users` are counts. `digest` differs if
             requests, candidates or weights differ. A request that ranks nothing counts in the first column that
             applies: `requests_of_one_row`, `requests_without_relevant_row` or `requests_of_equal_relevance`. All others
-            count in `ranked_requests`. Over these it holds the sums of the score's metrics, of `least_ndcg` (NDCG@10 of
-            the worst order) and of `random_ndcg` (mean NDCG@10 of all orders).
+            count in `ranked_requests`. Over these it holds the sums of the score's metrics, and of `random_ndcg` (mean
+            NDCG@10 of all orders).
 
             `TASK.users` has one row for each unit with an observed label: `rows`, `digest` (with the labels), the
             weighted sums `weight`, `label` and `prediction`, and `positives` of a binary task. It also holds the
@@ -290,8 +289,7 @@ def _sums_of_lists(kind: str, lists: RankedLists, taken: Iterable[str]) -> dict[
     left_out = ranks_nothing(lists)
     ranked = ~np.any(list(left_out.values()), axis=0)
     counted = {f"requests_{why}": each for why, each in left_out.items()} | {"ranked_requests": ranked}
-    least, random = least_and_random_ndcg(lists, NOTED_CUTOFF)
-    measured = {"least_ndcg": least, "random_ndcg": random}
+    measured = {"random_ndcg": random_ndcg(lists, 10)} if kind == "score" else {}
     metrics = [each for each in metrics_of(kind) if each.of_lists or kind == "score"]
     measured |= _measure_own(metrics, lists, {*taken, *counted, *measured})
     found = {name: each.astype(np.int64) for name, each in counted.items()}
