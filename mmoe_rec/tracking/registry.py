@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
-_TRIED_TAG = "tried"  # of a version, by rows and holder: see `note_decision`
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
 _NO_VERSION, _MISSING = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
@@ -231,38 +230,12 @@ def get_version(name: str, number: str, uri: str) -> Version:
 def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version | None = None) -> None:
     """Makes a version the one that holds an alias. Raises UserError where the registry refuses.
 
-    replaced: the one that held it, which is kept with the version (`Version.find_replaced`); decisions between the two
-    count no more among those that promoted none.
+    replaced: the one that held it, which is kept with the version (`Version.find_replaced`).
     """
     with open_client(uri) as client:
         if replaced is not None and replaced.number != number:
-            for tag in client.get_model_version(name, number).tags:
-                if tag.startswith(f"{_TRIED_TAG}.") and tag.endswith(f".{replaced.number}"):
-                    client.delete_model_version_tag(name, number, tag)
             client.set_model_version_tag(name, number, f"{_REPLACED_TAG}.{alias}", replaced.number)
         client.set_registered_model_alias(name, alias, number)
-
-
-def note_decision(version: Version, holder: Version, rows: str, uri: str) -> int:
-    """How many decisions on the same rows promoted no version before that on a version and the holder of the alias.
-
-    rows: their digest. The decision is noted with the version, and has the same place whenever it is taken again.
-    """
-    tag = f"{_TRIED_TAG}.{rows}.{holder.number}"
-    with open_client(uri) as client:
-        if known := client.get_model_version(version.name, version.number).tags.get(tag):
-            return int(known)
-        # First of all, so that of two processes one counts the other.
-        client.set_model_version_tag(version.name, version.number, tag, "")
-        others = [
-            int(value or 0)
-            for each in client.search_model_versions(f"name = '{version.name}'")
-            for its, value in each.tags.items()
-            if its.startswith(f"{_TRIED_TAG}.{rows}.") and (str(each.version), its) != (version.number, tag)
-        ]
-        tried = max(len(others), *(1 + each for each in others), 0)  # some may be gone with their versions
-        client.set_model_version_tag(version.name, version.number, tag, str(tried))
-    return tried
 
 
 def forget_replaced(version: Version, alias: str, uri: str) -> None:

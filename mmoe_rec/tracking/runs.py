@@ -26,7 +26,6 @@ from mmoe_rec.tracking.client import (
     hide_password,
     limit_waiting,
     make_store,
-    open_client,
     read_sqlite_path,
     shorten,
     translate_errors,
@@ -354,12 +353,6 @@ def _send_waiting(mlflow: Any, uri: str, unsent: Path) -> None:
             raise box.trouble
         if box.trouble is not None:
             say(f"{box.trouble}: messages for MLflow stay in '{box.file}'")
-
-
-def mark_killed(uri: str, run_id: str) -> None:
-    """Marks a run that was left open as killed."""
-    with open_client(uri) as client:
-        client.set_terminated(run_id, "KILLED")
 
 
 def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from sklearn.metrics import ndcg_score
 
-from mmoe_rec.evaluation import scoring
+from mmoe_rec.evaluation import evaluate
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
@@ -196,8 +196,8 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
 ) -> None:
     """The model's own weights make its score, and so the ranking, but not the truth that it is measured against."""
     scored: list[Any] = []
-    score = scoring.score_rows
-    monkeypatch.setattr(scoring, "score_rows", lambda *a, **k: scored.append(score(*a, **k)) or scored[-1])
+    score = evaluate.score_rows
+    monkeypatch.setattr(evaluate, "score_rows", lambda *a, **k: scored.append(score(*a, **k)) or scored[-1])
     weights = {"click": 0.25, "liked": 2.0}
     options = [f"--tasks.{task}.score_weight={weight}" for task, weight in weights.items()]
     by_id = mlflow.MlflowClient(world.uri).get_model_version_by_alias("learnable", "champion").source
@@ -210,7 +210,7 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     assert found["score_weights"] == before["score_weights"] == before["relevance_weights"] == {"click": 1, "liked": 1}
     assert found["tasks"] == before["tasks"]
     rows = scored[0]
-    worth = np.nan_to_num(rows.labels) @ np.array(list(weights.values()))
+    worth = sum(weight * np.nan_to_num(rows.labels[name]) for name, weight in weights.items())
     expected = []
     for request in np.unique(rows.requests.to_numpy()):
         mine = rows.requests.to_numpy() == request

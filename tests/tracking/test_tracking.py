@@ -475,32 +475,3 @@ def test_folders_need_no_mlflow_and_addresses_say_that_they_do(
         folders_alone,
         "small small",
     ], done.stderr
-
-
-def test_decisions_on_the_same_rows_count_those_before_that_promoted_none(uri: str, tmp_path: Path) -> None:
-    """By hand. A decision that is taken again has its place, and one that promoted its version has none."""
-    with client.open_client(uri) as store:
-        for name in ("judged", "other judged"):
-            store.create_registered_model(name)
-            for _ in range(6):
-                store.create_model_version(name, str(tmp_path))
-
-        def decide(number: str, holder: str, rows: str, name: str = "judged") -> int:
-            tried = registry.note_decision(
-                *(registry.get_version(name, each, uri) for each in (number, holder)), rows, uri
-            )
-            assert store.get_model_version(name, number).tags[f"tried.{rows}.{holder}"] == str(tried)
-            return tried
-
-        assert [decide(number, "1", "a") for number in ("2", "3", "4", "2")] == [0, 1, 2, 0]
-        assert [decide("4", "1", "b"), decide("6", "1", "a", "other judged")] == [0, 0]
-        assert [decide("5", "3", "b"), decide("5", "1", "a")] == [1, 3]
-        registry.move_alias("judged", "champion", "5", uri, registry.get_version("judged", "1", uri))
-        noted = {tag for tag in store.get_model_version("judged", "5").tags if tag.startswith("tried.")}
-        assert noted == {"tried.b.3"}, "the decision that promoted it is gone"
-        assert decide("4", "5", "a") == 3, "also of a version that has lost against another holder"
-        store.delete_model_version("judged", "2")
-        assert decide("3", "5", "a") == 4, "the place of the fourth tells of the versions that are gone"
-        for number in ("3", "4"):  # two other processes have just begun
-            store.set_model_version_tag("judged", number, "tried.c.5", "")
-        assert decide("6", "5", "c") == 2

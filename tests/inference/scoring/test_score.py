@@ -12,13 +12,12 @@ import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
+from mmoe_rec.evaluation.evaluate import COLUMNS, score_rows
 from mmoe_rec.inference.batch_scoring import scored_file, write_ranked
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.given import parse_time
-from mmoe_rec.model.score import add_outcomes
 from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
@@ -94,7 +93,7 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     windows = {"test": settings.split.windows()["test"]}
     encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
     rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
-    expected = score_rows(ranker.model, ranker.layout, rows, 256, calibration=ranker.calibration)
+    expected = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
     options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
     found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], overrides=options)
@@ -103,9 +102,8 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
     for name, ids in zip(names, (getattr(expected, f"{column}s") for column in COLUMNS), strict=True):
         np.testing.assert_array_equal(found[name], ids.to_numpy())
-    predictions = add_outcomes(expected.predictions, ranker.layout)
-    assert [f"predicted_{name}" for name in predictions] == PREDICTED
-    for name, values in predictions.items():
+    assert [f"predicted_{name}" for name in expected.predictions] == PREDICTED
+    for name, values in expected.predictions.items():
         np.testing.assert_allclose(found[f"predicted_{name}"], values, atol=1e-5)
     np.testing.assert_allclose(np.log(found["score"]), expected.score, atol=1e-5)
     np.testing.assert_array_equal(found["rank"], best_first(found))
