@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
         if replace:
             os.replace(temporary, target)
         else:
-            _put_new_file(temporary, target)
+            with suppress(FileExistsError):
+                os.link(temporary, target)
         flush(target.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # which a full disk does not name
@@ -111,16 +112,6 @@ def find_leftovers(path: str | Path) -> list[Path]:
     return [each for each in target.parent.iterdir() if name.fullmatch(each.name)]
 
 
-def _put_new_file(temporary: Path, target: Path) -> None:
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return
-    except OSError:  # The file system has no links: two processes of one instant may replace each other's file.
-        if not target.exists():
-            os.replace(temporary, target)
-
-
 def _put_folder(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
@@ -128,11 +119,7 @@ def _put_folder(temporary: Path, target: Path) -> None:
         # A kill between the two renames leaves the old folder under a hidden name.
         aside = _temporary(target)
         os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
+        os.rename(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)
 
 

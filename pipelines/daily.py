@@ -9,7 +9,7 @@ exit code, and may be started again at any time: a training that was stopped goe
 from collections.abc import Sequence
 
 from mmoe_rec.cli.main import main as run
-from mmoe_rec.cli.promote import REFUSED
+from mmoe_rec.cli.results import REFUSED
 from mmoe_rec.errors import UserError, exit_with_message
 from pipelines.data_sets.sampled_log import command_parser
 

@@ -1,9 +1,12 @@
-"""Signals that ask a command to stop, in processes of their own."""
+"""Signals that ask a command to stop, in processes of their own, and consoles without a terminal."""
 
+import io
 import subprocess
 import sys
 
 import pytest
+
+from mmoe_rec import progress
 
 LOOP = """
 import os, signal, sys
@@ -33,3 +36,12 @@ def test_which_signals_ask_to_stop(start: str, signals: str, printed: str, code:
     words = [sys.executable, "-c", LOOP, start, *signals.split()]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.stdout.splitlines(), done.returncode, done.stderr) == (printed.split(","), code, "")
+
+
+def test_without_a_terminal_lines_are_wide_and_a_closed_stream_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for stream in (io.StringIO(), None):  # None as Python has it after `2>&-`
+        monkeypatch.setattr("sys.stderr", stream)
+        console = progress.open_console(stderr=True)
+        console.print("x" * 150)
+        assert console.width == 160

@@ -143,16 +143,3 @@ except Exception as error:
     assert name == "template"
     template = f"{tmp_path}/mmoe_rec/settings/template.yaml"
     assert error == f"settings file 'no.yaml' does not exist; mmoe-rec init writes one, or start from {template}"
-
-
-def test_what_tools_leave_behind_is_ignored_and_not_tracked() -> None:
-    """In a checkout: an archive of the sources has no index."""
-    git = ["git", "-C", str(ROOT)]
-    tracked = subprocess.run([*git, "ls-files", "-z"], capture_output=True, text=True, check=False)
-    if tracked.returncode:
-        pytest.skip("this is no checkout")
-    caches = [f"{name}/x" for name in (".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".schemathesis")]
-    ignored = subprocess.run([*git, "check-ignore", *caches], capture_output=True, text=True, check=False)
-    assert ignored.stdout.split() == caches
-    names = {f"{name.partition('/')[0]}/x" for name in tracked.stdout.split("\0")}
-    assert not names & {*caches}

@@ -1,4 +1,4 @@
-"""Commands: one file each, with the options. `mmoe-rec COMMAND` runs `main`, which finds the file."""
+"""Commands, with their options. `mmoe-rec COMMAND` runs `main`, which finds the file."""
 
 from importlib.util import find_spec
 

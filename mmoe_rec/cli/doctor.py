@@ -18,6 +18,8 @@ import click
 
 from mmoe_rec.cli.main import command
 from mmoe_rec.errors import UserError
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Tracking
 
 TOGETHER = {"2.11": ("1.6.1", "1.6.0"), "2.12": ("1.7.0",) * 2, "2.13": ("1.8.0",) * 2, "2.14": ("1.9.2", "1.9.0")}
 """Release of torch -> the versions of torchrec and fbgemm that are built for it."""
@@ -36,7 +38,7 @@ class Check(NamedTuple):
 def check_packages(versions: Mapping[str, str]) -> Check:
     """Check that torch, torchrec and fbgemm go together."""
     builds, release = [name for name in BUILDS if name in versions], versions.get("torch", "none").rpartition(".")[0]
-    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    text = ", ".join(" ".join(each) for each in versions.items())
     if release in TOGETHER and not builds and "torchrec" not in versions:
         return Check("packages", f"{text}; without torchrec and fbgemm: plain PyTorch tables, one process")
     wanted = dict(zip(("torchrec", (builds or [*BUILDS])[0]), TOGETHER.get(release, ()), strict=False))
@@ -79,19 +81,14 @@ def check_mlflow(uri: str) -> Check:
 def check_folder(work: Path) -> Check:
     """Check that the work folder can be written and that its disk has room."""
     parent = next(each for each in (work.absolute(), *work.absolute().parents) if each.exists())
-    free = shutil.disk_usage(parent).free / 2**30
-    if not os.access(parent, os.W_OK):
-        return Check("work folder", f"'{parent}' can't be written", "set data.work to another folder")
-    fix = "" if free >= 5 else "make room: features and checkpoints may need more than 5 GiB"
+    free, can_write = shutil.disk_usage(parent).free / 2**30, os.access(parent, os.W_OK)
+    fix = "" if free >= 5 and can_write else "set data.work to a folder that you can write, with 5 GiB or more"
     return Check("work folder", f"'{work}', {free:,.0f} GiB free", fix)
 
 
 @command(__doc__)
 @click.option("--config", metavar="C", help="settings file with the work folder and MLflow's address")
 def doctor(config: str | None) -> None:
-    from mmoe_rec.settings.load import load_settings
-    from mmoe_rec.settings.sections import Tracking
-
     settings, versions = None if config is None else load_settings(config), dict[str, str]()
     for name in ("torch", "torchrec", *BUILDS, "mlflow"):
         with suppress(metadata.PackageNotFoundError):

@@ -1,10 +1,7 @@
 """mmoe-rec COMMAND ...: finds the command, which is imported when it is called, and words what goes wrong; and what the
 commands share: settings with overrides, options that take several values, and `--help`."""
 
-from __future__ import annotations
-
 import functools
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,15 +10,16 @@ from difflib import get_close_matches
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from rich.text import Text
 
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
-
-if TYPE_CHECKING:
-    from mmoe_rec.report.parts import Report
-    from mmoe_rec.settings.sections import Settings
+from mmoe_rec.progress import open_console
+from mmoe_rec.report.parts import Report, to_terminal
+from mmoe_rec.settings.load import TEMPLATE, check_names, describe, load_settings
+from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
     "init": "settings for a log, from its Parquet files",
@@ -37,7 +35,7 @@ COMMANDS = {
     "check-skew": "checks for training-serving skew",
     "features": "fits features and encodes rows, or adds new days",
     "refresh": "new tables for the model that is served, and a training when one is due",
-    "inspect": "the health of the log and its features, and what to change",
+    "inspect": "the health of the log and its features",
     "report": "all that is known of the data and the model, on one page",
     "tune": "searches for better settings",
     "plan": "which rank would hold which part of the tables",
@@ -45,7 +43,11 @@ COMMANDS = {
     "export": "a model in int8, or as an ONNX file",
     "doctor": "checks the packages, the devices, MLflow and the work folder",
 }
-"""Command -> what it does. Its file has its name, with underscores, and so has the function in it."""
+"""Command -> what it does. Its function and its file have its name, with underscores, unless `FILES` names the file."""
+FILES = {
+    **dict.fromkeys(("init", "inspect"), "data"),
+    **dict.fromkeys(("baselines", "promote", "tune-weights", "report"), "results"),
+}
 MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
 FOLDER = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -68,8 +70,6 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.section is not None:  # click checks the options of a command without settings
-            from mmoe_rec.settings.load import check_names
-
             check_names(args, [name.lstrip("-") for each in self.get_params(ctx) for name in each.opts])
         return super().parse_args(ctx, list(self._repeat_options(args)))
 
@@ -91,13 +91,11 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.section is not None:
-            from mmoe_rec.settings.load import describe
-
             formatter.write(f"\nsettings (in the YAML file, or as overrides):\n{describe(self.section or None)}\n")
 
 
-def command(doc: str | None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a command of a function. doc: what `--help` prints; section: as for `Command`.
+def command(doc: str | None = None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a command of a function. doc: text of `--help` (default: the function's); section: as for `Command`.
 
     With a section, the command takes words that are no options of its own, as `overrides_argument`.
     """
@@ -124,10 +122,9 @@ class Configuration:
         return shlex.join(["--config", self.file, *words, *self.overrides])
 
 
-def settings_command(doc: str | None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+def settings_command(doc: str | None = None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
     """Makes a command of a function, whose first argument becomes the `Configuration` of `--config` and overrides; None
     without `--config`, where the command needs no settings file."""
-    from mmoe_rec.settings.load import TEMPLATE, load_settings
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
@@ -153,22 +150,8 @@ def settings_command(doc: str | None, needs_file: bool = True) -> Callable[[Call
     return decorate
 
 
-class NumberBetween(click.FloatRange):
-    """A number between two others, the ends included, for an option's `type`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"'{value}' is no number", param, ctx)
-        return float(number)
-
-
 def show(parts: Iterable[Any]) -> None:
     """Print sentences, one a line however long, and tables of rich."""
-    from rich.text import Text
-
-    from mmoe_rec.progress import open_console
-
     console = open_console()
     for part in parts:
         if isinstance(part, str):
@@ -179,8 +162,6 @@ def show(parts: Iterable[Any]) -> None:
 
 def show_report(report: Report) -> None:
     """Print the tables and sentences of a report."""
-    from mmoe_rec.report.terminal import to_terminal
-
     show(to_terminal(report))
 
 
@@ -196,7 +177,7 @@ class Commands(click.Group):
             meant = f"; did you mean '{near[0]}'?" if near else "; mmoe-rec --help lists them"
             raise UserError(f"there is no command '{cmd_name}'{meant}")
         name = cmd_name.replace("-", "_")
-        command: click.Command = getattr(import_module(f"mmoe_rec.cli.{name}"), name)
+        command: click.Command = getattr(import_module(f"mmoe_rec.cli.{FILES.get(cmd_name, name)}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command
 from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: w
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
-MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
+MEMORY = click.FloatRange(0.01, 1e6)  # both ends are far beyond any machine
 
 
 @settings_command(__doc__)

@@ -1,59 +1,62 @@
-"""The health of a data set: its encoded rows counted by SQL, in bounded memory however many rows there are.
+"""The health of a data set, from its encoded rows: counts by SQL, and features by at most `SAMPLE` rows of a split.
 
 `inspect` returns plain data, as `health.json` holds it. Unknown values are None.
 
 overview    the log and its splits
-features    each feature with its inputs: coverage, different values, unknown ids, drift, AUC alone
-tables      rows, bytes, and how many rows training never looks up
+features    each feature with its inputs: coverage, unknown ids, drift, AUC alone
 weeks       labels by week
-findings    suspicious properties, in words, with advice (`health_findings.py`)
+findings    suspicious properties, in words (`health_findings.py`)
 headline    the same in one sentence
 
 Drift is the population stability index between training fractions p and test fractions q of the same bins:
 
     PSI = sum over bins of (q - p) ln(q / p),    p = (rows in bin + 1/2) / (all rows + bins / 2), q likewise
 
-The half row keeps empty bins finite. It is usually read as: below .1 stable, .1 to .25 some drift, above .25 strong
-drift (Siddiqi, Credit Risk Scorecards, 2006). Without any drift it is still about (bins - 1) (1 / N + 1 / M) for N and
-M rows, which matters where a split has few rows.
+The half row keeps empty bins finite. The index of N and M rows without drift, about (bins - 1) (1 / N + 1 / M), is
+subtracted. It is usually read as: below .1 stable, .1 to .25 some drift, above .25 strong drift (Siddiqi, Credit
+Risk Scorecards, 2006).
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.batches.encoded_rows import ADVICE, EncodedRows
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
+from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.profiling.health_findings import SELDOM_ROWS, describe, find
+from mmoe_rec.profiling.health_findings import describe, find
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.schema import Meaning, Schema
 
+SAMPLE = 1_000_000
+"""Rows of a split that features are measured by. Of more rows, those of some users are read."""
 SPLITS = ("train", "validation", "test")
 COMPARED = ("train", "test")
 WHOS = ("user", "candidate", "request")  # read beside the model's inputs, as is the time
 RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
 FREQUENT = 50  # most frequent table rows that drift is measured in
 PSI_BINS = 20
-_FLOAT_BYTES = 4  # Row-wise Adagrad keeps one more float for each row.
 
 
 def inspect(
     name: str,
     prepared: FeatureFolder,
     schema: Schema,
-    dims: Mapping[str, int],
     scratch: Path,
     memory_gib: float = MEMORY_GIB,
     workers: int | None = None,
@@ -64,7 +67,6 @@ def inspect(
         name: Name of the data set.
         prepared: Folder of the features.
         schema: Schema of the log.
-        dims: Table -> width that a model gives it.
         scratch: Folder for data that memory does not hold. It is made and removed.
         memory_gib: As for `open_database`.
         workers: As for `open_database`.
@@ -72,8 +74,6 @@ def inspect(
     Raises:
         UserError: A split has no rows, or rows can't be read.
     """
-    import duckdb
-
     prepared.require_rows(*SPLITS)
     layout, manifest = prepared.layout, prepared.manifest
     for split in SPLITS:
@@ -98,7 +98,6 @@ def inspect(
         "fingerprint": manifest.get("fingerprint"),
         "overview": _overview(manifest, splits, schema, users_in_both),
         "features": features,
-        "tables": _tables(layout, schema, dims, counts.seen),
         "weeks": [] if manifest.get("first_request") is None else weeks,
     }
     # Python's numbers for NumPy's, and None for what is not finite.
@@ -138,12 +137,11 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
     who = "".join(f", count(DISTINCT w{place})" for place in range(len(WHOS)))
     week = "epoch_us(date_trunc('week', make_timestamp(t)))"
 
-    def describe_tasks(rows: int, *its: float) -> dict[str, Any]:
+    def describe_tasks(*its: float) -> dict[str, Any]:
         return {
             task.name: {
                 "kind": task.kind,
                 "observed": observed,
-                "share_observed": observed / rows,
                 "rate": total / observed if observed else None,
             }
             for task, observed, total in zip(layout.tasks, its[::2], its[1::2], strict=True)
@@ -157,10 +155,10 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
             **{f"{name}s": count for name, count in zip(WHOS, different, strict=True)},
             "first_request": format_time(first),
             "last_request": format_time(last),
-            "tasks": describe_tasks(rows, *its),
+            "tasks": describe_tasks(*its),
         }
         for start, rows, *its in database.rows(f"SELECT {week} AS week, count(*){labels} FROM {split} GROUP BY week"):
-            weeks.setdefault(start, {})[split] = {"rows": rows, "tasks": describe_tasks(rows, *its)}
+            weeks.setdefault(start, {})[split] = {"rows": rows, "tasks": describe_tasks(*its)}
     return splits, [{"week": format_time(start)[:10], "splits": its} for start, its in sorted(weeks.items())]
 
 
@@ -199,12 +197,9 @@ def _feature(name: str, schema: Schema, counts: "_Counts") -> dict[str, Any]:
         "kind": settings.kind,
         "role": schema.role_of(name),
         "columns": meaning.columns,
-        "settings": settings.model_dump(mode="json"),
         "is_key": settings.kind == "id" and meaning.columns in ((keys.user,), (keys.candidate,)),
         "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in COMPARED},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in COMPARED},
-        "distinct": inputs[0]["distinct"] if len(inputs) == 1 else None,
-        "vocabulary": counts.prepared.manifest.get("vocabularies", {}).get(name),
         "psi": _best(max, (each["psi"] for each in inputs)),
         "auc": {task.name: _best(max, (each["auc"][task.name] for each in inputs)) for task in counts.layout.tasks},
         "inputs": inputs,
@@ -224,87 +219,66 @@ def number_places(layout: Layout, feature: str) -> dict[int, int | None]:
 
 
 class _Counts:
-    """Counts of the inputs of a data set, as `health.json` holds them.
-
-    Attributes:
-        seen: Table -> (rows,) bool, whether training looks up a row.
-    """
+    """Counts of the inputs of a data set over at most about `SAMPLE` rows of a split, as `health.json` holds them."""
 
     def __init__(self, database: Database, prepared: FeatureFolder, splits: Mapping[str, Mapping[str, Any]]) -> None:
-        self.prepared, self.layout = prepared, prepared.layout
-        self.seen = {table.name: np.zeros(table.rows, bool) for table in self.layout.tables}
-        self._database, self._rows = database, {split: counted["rows"] for split, counted in splits.items()}
-        self._tasks = range(len(self.layout.tasks))
+        self.prepared, self.layout, self._database = prepared, prepared.layout, database
+        self._every = {split: -(-counted["rows"] // SAMPLE) for split, counted in splits.items()}
+
+    def _read(self, split: str, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
+        """Read columns of a split. Returns them with the (N, tasks) labels: 1 if positive, NaN where unobserved."""
+        labels = [f"p{place}::INT::DOUBLE AS p{place}" for place in range(len(self.layout.tasks))]
+        rows = f"{split} WHERE hash(w0) % {self._every[split]} = 0"
+        table = self._database.table(f"SELECT {', '.join([*columns, *labels])} FROM {rows}")
+        return table, np.stack([table[f"p{place}"].to_numpy() for place in range(len(labels))], axis=1)
+
+    def _read_ids(self, split: str, each: IdInput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read the lookups of an input: (M,) place of the row, (M,) id, and the (N, tasks) labels."""
+        table, labels = self._read(split, [column := f"i{self.layout.ids.index(each)}"])
+        values = one_array(table[column])
+        if not each.many:
+            return np.arange(len(values)), values.to_numpy(), labels
+        row = np.repeat(np.arange(len(values)), values.value_lengths().to_numpy())
+        return row, values.flatten().to_numpy(), labels
 
     def count_ids(self, each: IdInput, meaning: Meaning) -> dict[str, Any]:
         """Count the lookups of an input. A row without any id counts as a lookup of row 0, as missing."""
-        column, rows = f"i{self.layout.ids.index(each)}", self.layout.table(each.table).rows
-        id_, none = (f"unnest({column})", "[0]") if each.many else (column, "0")
-        positive = "".join(f", p{task}" for task in self._tasks)
-        lookups, empty = dict[str, np.ndarray](), dict[str, int]()
-        for split in ("test", "train"):
-            (empty[split],) = self._database.row(f"SELECT count(*) FILTER ({column} = {none}) FROM {split}")
-            of_rows = f"SELECT {id_} AS id{positive} FROM {split}"
-            query = f"SELECT id, count(*) AS rows{_labels(self._tasks)} FROM ({of_rows}) GROUP BY id"
-            found = self._database.table(query)
-            counted = {name: np.zeros(rows, np.int64) for name in found.column_names}
-            for name, values in counted.items():
-                values[found["id"].to_numpy()] = found[name].to_numpy()
-            lookups[split] = counted["rows"]
-        self.seen[each.table] |= lookups["train"] > 0
+        rows = self.layout.table(each.table).rows
+        row, ids, labels = self._read_ids("train", each)
+        validation_row, validation_ids, validation_labels = self._read_ids("validation", each)
+        _, test_ids, test_labels = self._read_ids("test", each)
+        lookups = {"train": np.bincount(ids, minlength=rows), "test": np.bincount(test_ids, minlength=rows)}
+        shares = {"train": 1 - lookups["train"][0] / len(labels), "test": 1 - lookups["test"][0] / len(test_labels)}
+        areas = dict[str, float | None]()
+        for place, task in enumerate(self.layout.tasks):
+            label = labels[row, place]
+            seen = ~np.isnan(label)
+            observed, positives = (np.bincount(ids[seen], each, rows) for each in (None, label[seen]))
+            # The fraction of positives of an id, with `RATE_SMOOTHING` rows of the overall fraction.
+            rates = (positives + RATE_SMOOTHING * positives.sum() / max(seen.sum(), 1)) / (observed + RATE_SMOOTHING)
+            scores = np.bincount(validation_row, rates[validation_ids]) / np.bincount(validation_row)
+            areas[task.name] = _area(scores, validation_labels[:, place]) if seen.any() else None
         missing, first = int(meaning.missing), meaning.first_known
-        known, known_in_test = (lookups[split][first:] for split in COMPARED)
-        seen, seldom = known > 0, known_in_test[known < SELDOM_ROWS].sum()
-        frequent = np.argsort(-known, kind="stable")[:FREQUENT] + first
-        others = ["all others"] * (len(known) > FREQUENT) + ["unknown"] * bool(meaning.unknown) + ["missing"] * missing
+        frequent = np.argsort(-lookups["train"][first:], kind="stable")[:FREQUENT] + first
+        others = (
+            ["all others"] * (rows - first > FREQUENT) + ["unknown"] * bool(meaning.unknown) + ["missing"] * missing
+        )
         unknown, drift = dict[str, float | None](), list[np.ndarray]()
-        for split in COMPARED:
-            of_split = lookups[split]
+        for split, of_split in lookups.items():
             given, out = of_split[missing:].sum(), of_split[missing:first].sum()
             unknown[split] = out / given if meaning.unknown and given else None
             rest = {"all others": of_split[first:].sum() - of_split[frequent].sum(), "unknown": out}
             rest["missing"] = of_split[0]
             drift.append(np.array([*of_split[frequent], *(rest[name] for name in others)], np.float64))
-        names = row_names(meaning, each.table, [*frequent.tolist(), *others], self.prepared.serving)
         return {
             "name": each.name,
-            "columns": [f"id.{each.name}"],
             "table": each.table,
-            "coverage": self._coverage(empty) if meaning.missing else dict.fromkeys(COMPARED),
-            "distinct": int(seen.sum()),  # known ids, or buckets, that occur in training rows
+            "coverage": shares if meaning.missing else dict.fromkeys(COMPARED),
             "constant": int((lookups["train"] > 0).sum()) <= 1,
             "unknown": unknown,
-            "rows_per_id": known.sum() / seen.sum() if meaning.unknown and seen.any() else None,
-            "seldom": seldom / max(lookups["test"].sum(), 1) if meaning.unknown else None,
-            **_drift(names, *drift),
-            "auc": self._areas_of_ids(column, id_, counted),
+            **_drift(row_names(meaning, each.table, [*frequent.tolist(), *others], self.prepared.serving), *drift),
+            "auc": areas,
         }
-
-    def _areas_of_ids(self, column: str, id_: str, counted: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-        """Rank validation rows by the training rate of their ids, a list by the mean rate of its ids.
-
-        The rate of an id is the fraction of positives in training, with `RATE_SMOOTHING` rows of the overall fraction.
-        """
-        rates = {"id": np.arange(len(counted["id"]))}
-        for task in self._tasks:
-            positives, observed = counted[f"k{task}"], counted[f"k{task}"] + counted[f"n{task}"]
-            overall = positives.sum() / max(observed.sum(), 1)
-            rates[f"r{task}"] = (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
-        table = pa.table(rates)
-        self._database.fill("rates", table.schema, [table])
-        positive = "".join(f", p{task}" for task in self._tasks)
-        of_rows = f"SELECT row, {id_} AS id{positive} FROM (SELECT row_number() OVER () AS row, * FROM validation)"
-        means = "".join(f", any_value(p{task}) AS p{task}, avg(r{task}) AS r{task}" for task in self._tasks)
-        self._database.run(
-            f"CREATE TABLE scored AS SELECT row{means} FROM ({of_rows}) JOIN rates USING (id) GROUP BY row"
-        )
-        areas = dict[str, float | None]()
-        for place, output in enumerate(self.layout.tasks):
-            rows = f"SELECT r{place} AS value{_labels([place])} FROM scored GROUP BY value"
-            has_labels = counted[f"k{place}"].any() or counted[f"n{place}"].any()
-            areas[output.name] = self._area(place, rows) if has_labels else None
-        self._database.run("DROP TABLE scored", "DROP TABLE rates")
-        return areas
 
     def count_numbers(self, numbers: Mapping[int, int | None], zeros_missing: bool) -> list[dict[str, Any]]:
         """Count the numbers of a feature, given with their indicators by `number_places`.
@@ -313,127 +287,87 @@ class _Counts:
         """
         if not numbers:
             return []
-        columns = [f"p{task}" for task in self._tasks]
-        none = " AND ".join(f"d{place} = 0" for place in numbers) if zeros_missing else "false"
-        for place, indicator in numbers.items():
-            missing = "none" if indicator is None else f"d{indicator} > 0.5"
-            columns.append(f"CASE WHEN NOT {missing} THEN d{place} END AS d{place}")
-        splits = [
-            f"SELECT {number} AS split, {', '.join(columns)} FROM (SELECT *, {none} AS none FROM {split})"
-            for number, split in enumerate(SPLITS)
+        columns = [f"d{place}" for place in {*numbers, *numbers.values()} - {None}]
+        read = {split: self._read(split, columns) for split in SPLITS}
+        values = dict[str, np.ndarray]()  # split -> (N, numbers), NaN where missing
+        for split, (table, _) in read.items():
+            both = [(table[f"d{place}"], None if of is None else table[f"d{of}"]) for place, of in numbers.items()]
+            found = np.stack([value.to_numpy().astype(np.float64) for value, _ in both], axis=1)
+            missing = [np.zeros(len(found), bool) if of is None else of.to_numpy() > 0.5 for _, of in both]
+            none = (found == 0).all(axis=1, keepdims=True) & zeros_missing
+            values[split] = np.where(np.stack(missing, axis=1) | none, np.nan, found)
+        labels = read["validation"][1]
+        return [
+            self._count_number(place, of is not None or zeros_missing, {s: values[s][:, n] for s in SPLITS}, labels)
+            for n, (place, of) in enumerate(numbers.items())
         ]
-        self._database.run(f"CREATE TABLE numbers AS {' UNION ALL '.join(splits)}")
-        found = [self._count_number(place, indicator, zeros_missing) for place, indicator in numbers.items()]
-        self._database.run("DROP TABLE numbers")
-        return found
 
-    def _count_number(self, place: int, indicator: int | None, zeros_missing: bool) -> dict[str, Any]:
-        """Count a number in the table `numbers`, null where it is missing."""
-        number = self.layout.dense[place]
-        values = f"SELECT split, d{place} AS value, count(*) AS rows{_labels(self._tasks)} FROM numbers GROUP BY ALL"
-        self._database.run(f"CREATE TABLE counted AS {values}")
-        (distinct,) = self._database.row("SELECT count(value) FROM counted WHERE split = 0")
-        names, counts = self._count_bins(number.edges)
-        areas = dict[str, float | None]()
+    def _count_number(
+        self, place: int, tells: bool, values: Mapping[str, np.ndarray], labels: np.ndarray
+    ) -> dict[str, Any]:
+        number, areas = self.layout.dense[place], dict[str, float | None]()
         for task_place, task in enumerate(self.layout.tasks):
             # A number ranks either way round, with missing values at the better end.
-            rows = f"SELECT value, k{task_place}, n{task_place} FROM counted WHERE split = 1"
-            ends = [self._area(task_place, rows, end) for end in ("FIRST", "LAST")]
+            ranked = (np.nan_to_num(values["validation"], nan=end) for end in (-np.inf, np.inf))
+            ends = [_area(each, labels[:, task_place]) for each in ranked]
             areas[task.name] = max((max(each, 1 - each) for each in ends if each is not None), default=None)
-        self._database.run("DROP TABLE counted")
-        missing = {split: int(counts[split][-1]) for split in COMPARED}
-        tells = indicator is not None or zeros_missing
+        names, counts = _count_bins(number.edges, values)
+        missing = {split: float(np.isnan(values[split]).mean()) for split in COMPARED}
         bins = slice(None) if tells else slice(-1)
         return {
             "name": number.name,
-            "columns": [f"dense.{number.name}"] + [f"dense.{number.name}_missing"] * (indicator is not None),
             "table": None,
             # Without an indicator every training row had a value. Whether test rows do cannot be seen.
-            "coverage": self._coverage(missing) if tells else {"train": 1.0, "test": None},
-            "distinct": distinct,
-            # All training rows have one value, or all have none.
-            "constant": distinct + bool(missing["train"]) <= 1,
+            "coverage": {split: 1 - missing[split] for split in COMPARED} if tells else {"train": 1.0, "test": None},
+            "constant": len(np.unique(values["train"])) <= 1,  # one value, or none
             "unknown": dict.fromkeys(COMPARED),
-            "rows_per_id": None,
-            "seldom": None,
-            **_drift(names[bins], counts["train"][bins], counts["test"][bins]),
+            **_drift(names[bins], *(counts[split][bins] for split in COMPARED)),
             "auc": areas,
         }
 
-    def _count_bins(self, edges: Sequence[float]) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Count the values in the table `counted` by bin.
 
-        The bins lie at the input's edges, or have about equal training mass if there are none. The last bin holds
-        missing values.
+def _count_bins(edges: Sequence[float], values: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Count values by bin.
 
-        Returns:
-            Names of the bins, and split -> (bins,) rows.
-        """
-        if len(edges) < 2:
-            mass = "sum(rows) OVER (ORDER BY value) AS mass, sum(rows) OVER () AS total"
-            known = f"SELECT value, {mass} FROM counted WHERE split = 0 AND value IS NOT NULL"
-            ends = [f"min(value) FILTER (mass >= {part} * total / {PSI_BINS})" for part in range(1, PSI_BINS + 1)]
-            found = self._database.row(f"SELECT {', '.join(ends)} FROM ({known})")
-            edges = tuple(sorted({each for each in found if each is not None}))
-        place = " + ".join(["0", *(f"(value > {each:.17e})::INT" for each in edges)])  # with an exponent it is a DOUBLE
-        bins = f"SELECT split, CASE WHEN value IS NULL THEN {len(edges) + 1} ELSE {place} END AS bin, rows FROM counted"
-        counts = {split: np.zeros(len(edges) + 2, np.int64) for split in SPLITS}
-        for split, bin_, rows in self._database.rows(f"SELECT split, bin, sum(rows) FROM ({bins}) GROUP BY ALL"):
-            counts[SPLITS[split]][bin_] = rows
-        words = [f"{edge:.3g}" for edge in edges]
-        between = [f"{low} to {high}" for low, high in pairwise(words)]
-        names = [f"up to {words[0]}", *between, f"over {words[-1]}"] if words else ["all values"]
-        return [*names, "missing"], counts
+    The bins lie at the input's edges, or have about equal training mass if there are none. The last bin holds missing
+    values.
 
-    def _area(self, task: int, rows: str, nulls: str = "LAST") -> float | None:
-        """Return the AUC from numbers of positive and negative rows by value, None if one of them is missing."""
-        below = f"sum(n{task}) OVER (ORDER BY value NULLS {nulls} ROWS UNBOUNDED PRECEDING) - n{task} / 2 AS below"
-        pairs = f"sum(k{task})::DOUBLE * sum(n{task})"
-        query = f"SELECT sum(k{task} * below) / nullif({pairs}, 0) FROM (SELECT *, {below} FROM ({rows}))"
-        (area,) = self._database.row(query)
-        return None if area is None else float(area)
-
-    def _coverage(self, missing: Mapping[str, int]) -> dict[str, float]:
-        return {split: 1 - missing[split] / self._rows[split] for split in COMPARED}
+    Returns:
+        Names of the bins, and split -> (bins,) rows.
+    """
+    known = values["train"][~np.isnan(values["train"])]
+    if len(edges) < 2 and len(known):
+        parts = np.arange(1, PSI_BINS + 1) / PSI_BINS
+        edges = tuple(np.unique(np.quantile(known, parts, method="inverted_cdf")))
+    counts = {}
+    for split in COMPARED:
+        bin_ = np.where(np.isnan(values[split]), len(edges) + 1, np.searchsorted(edges, values[split]))
+        counts[split] = np.bincount(bin_, minlength=len(edges) + 2)
+    words = [f"{edge:.3g}" for edge in edges]
+    between = [f"{low} to {high}" for low, high in pairwise(words)]
+    names = [f"up to {words[0]}", *between, f"over {words[-1]}"] if words else ["all values"]
+    return [*names, "missing"], counts
 
 
-def _labels(tasks: Sequence[int]) -> str:
-    """Return SQL of how many rows have a positive label, and how many another one."""
-    return "".join(f", count(*) FILTER (p{n}) AS k{n}, count(*) FILTER (NOT p{n}) AS n{n}" for n in tasks)
+def _area(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the AUC of (N,) scores, None if one of the two labels is missing. labels: (N,), NaN where unobserved."""
+    seen = ~np.isnan(labels)
+    _, place = np.unique(scores[seen], return_inverse=True)
+    positives = np.bincount(place, labels[seen])
+    area = float(auc_of_counts(positives, np.bincount(place, minlength=len(positives)) - positives))
+    return None if math.isnan(area) else area
 
 
-def psi(train: np.ndarray, test: np.ndarray) -> tuple[float | None, float | None]:
-    """Population stability index of (B,) counts, and what it is on average if nothing has drifted; None where a split
-    has no rows."""
+def psi(train: np.ndarray, test: np.ndarray) -> float | None:
+    """Return the population stability index of (B,) counts beyond chance, None if a split has no rows."""
     if not train.sum() or not test.sum():
-        return None, None
+        return None
     p, q = ((each + 0.5) / (each.sum() + 0.5 * len(each)) for each in (train, test))
     noise = (len(train) - 1) * (1 / train.sum() + 1 / test.sum())
-    return float(((q - p) * np.log(q / p)).sum()), float(noise)
+    return max(0.0, float(((q - p) * np.log(q / p)).sum() - noise))
 
 
 def _drift(labels: Sequence[str], train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-    index, noise = psi(train, test)
     shares = (train / max(train.sum(), 1), test / max(test.sum(), 1))
     bins = [{"bin": label, "train": p, "test": q} for label, p, q in zip(labels, *shares, strict=True)]
-    return {"psi": index, "psi_noise": noise, "bins": bins}
-
-
-def _tables(
-    layout: Layout, schema: Schema, dims: Mapping[str, int], seen: Mapping[str, np.ndarray]
-) -> list[dict[str, Any]]:
-    hashed = {name for name, feature in schema.features.items() if feature.meaning(schema).hashed}
-    return [
-        {
-            "name": table.name,
-            "inputs": [each.name for each in layout.ids if each.table == table.name],
-            "hashed": table.name in hashed,
-            "rows": table.rows,
-            "dim": dims[table.name],
-            "bytes": table.rows * dims[table.name] * _FLOAT_BYTES,
-            "optimizer_bytes": table.rows * _FLOAT_BYTES,
-            "rows_seen": int(seen[table.name].sum()),
-            "never_seen": 1 - float(seen[table.name].mean()),
-        }
-        for table in layout.tables
-    ]
+    return {"psi": psi(train, test), "bins": bins}

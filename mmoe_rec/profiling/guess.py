@@ -2,11 +2,8 @@
 change from one of the user's requests to the next. Of each guess that a person should check, `checks` says why."""
 
 import math
-import re
 import shlex
-from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.labels import find_maturity, find_tasks
@@ -139,12 +136,11 @@ def _find_split(meaning: Meaning) -> None:
                     )
             meaning.split = each.name, parts
             return
-    said = next((f"{each}; or " for each in meaning.warnings if "--time" in each or "pandas.to_datetime" in each), "")
-    of_request = f"[log['{meaning.keys['request']}'].factorize()[0]]" if "request" in meaning.keys else ""
+    named = [name for name in meaning.columns if has(name, TIME | CLOCK) and not has(name, BEFORE | IDS)]
+    times = f" By name {', '.join(named)} may be the time, but has no times of requests: {_PARSE}." if named else ""
     raise UserError(
-        f"'{meaning.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
-        f"validation and test: {said}add the latter with pandas: log['split'] = numpy.random.default_rng(1).choice("
-        f"['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1]){of_request}"
+        f"'{meaning.profile.name}' has neither a column of times nor one that says which rows are train, validation "
+        f"and test.{times} Name the times with --time, or add a column 'split' of train, validation and test"
     )
 
 
@@ -178,52 +174,42 @@ def _find_keys(meaning: Meaning) -> None:
 
 
 def _check_key(meaning: Meaning, purpose: str, each: Column) -> None:
-    if purpose == "time":
-        if not each.is_time:
-            held = f", as {_shown(each.low)}" if each.low is not None else f" of type {each.type}"
-            raise UserError(f"--time '{each.name}' holds values that can't be read as times{held}: {_PARSE}")
-    elif each.kind not in ("integer", "text"):
+    if purpose == "time" and not each.is_time:
+        raise UserError(f"--time '{each.name}' holds no times that can be read ({each.type}): {_PARSE}")
+    if purpose != "time" and each.kind not in ("integer", "text"):
         raise UserError(f"--{purpose} '{each.name}' holds values of type {each.type}; ids are integers or text")
     if each.nulls:
-        raise UserError(
-            f"--{purpose} '{each.name}' is null in {each.nulls:,} of {each.rows:,} rows: leave those rows out"
-        )
+        raise UserError(f"--{purpose} '{each.name}' is null in {each.nulls:,} rows: leave those rows out")
     meaning.left_out.pop(each.name, None)
 
 
 def _find_by_name(meaning: Meaning, purpose: str) -> None:
-    keys = meaning.keys
-    if purpose in keys:
+    if purpose in meaning.keys:
         return
-    fitting: list[tuple[int, int, str]] = []
-    for each in meaning.free():
-        if each.kind not in ("integer", "text") or each.unit or each.binary:
-            continue
-        if each.distinct < (_FEWEST_USERS if purpose == "user" else 2):
-            continue
-        if rank := rank_of(each.name, purpose):
-            fitting.append((rank, min(each.distinct, int(0.9 * each.rows)), each.name))
-    if not fitting:
-        for each in meaning.columns.values():
-            if rank_of(each.name, purpose) == 2 and each.kind in ("number", "other"):
-                why = f"it looks like the {purpose}, but ids are integers or text, and these are {each.type}"
-                meaning.leave_out(each.name, why)
-                meaning.warnings.append(f"'{each.name}' is left out: {why}; cast them before writing")
-        return
-    usable = [each for each in fitting if not meaning.columns[each[2]].nulls]
+    ranks = {name: rank_of(name, purpose) for name in meaning.columns}
+    fewest = _FEWEST_USERS if purpose == "user" else 2
+    usable = [
+        each
+        for each in meaning.free()
+        if ranks[each.name] and each.is_key and not each.unit and not each.binary and each.distinct >= fewest
+    ]
     if not usable:
-        name = max(fitting)[2]
-        why = f"it looks like the {purpose}, but is null in {meaning.columns[name].nulls:,} rows, so it can't be"
-        meaning.leave_out(name, why)
-        meaning.warnings.append(f"'{name}' is left out: {why}; leave those rows out of the log")
+        for each in meaning.columns.values():
+            if ranks[each.name] == 2 and (each.nulls or each.kind in ("number", "other")) and not each.is_time:
+                why = f"it looks like the {purpose}, but ids are integers or text, without nulls"
+                meaning.leave_out(each.name, why)
+                meaning.warnings.append(f"'{each.name}' is left out: {why} ({each.type}, {each.nulls:,} nulls)")
         return
     unique = int(0.9 * meaning.profile.rows)  # as of a message that the user was sent
-    rank, _, name = max(usable, key=lambda each: (each[0], each[1] < unique, each[1], [-ord(sign) for sign in each[2]]))
-    keys[purpose] = name
-    others = sorted(each[2] for each in usable if each[0] == rank and each[2] != name)
-    better = next((f"'{each[2]}' is null in some rows" for each in fitting if each[0] > rank), None)
-    why = f"'{name}' stands for the {purpose}, as {better or 'no column has a better name'}"
-    doubts = [why] if rank == 1 else []
+
+    def order(each: Column) -> tuple[int, bool, int, list[int]]:
+        distinct = min(each.distinct, unique)
+        return ranks[each.name], distinct < unique, distinct, [-ord(sign) for sign in each.name]
+
+    name = max(usable, key=order).name
+    meaning.keys[purpose] = name
+    others = sorted(each.name for each in usable if ranks[each.name] == ranks[name] and each.name != name)
+    doubts = [f"'{name}' stands for the {purpose}, as no column has a better name"] if ranks[name] == 1 else []
     doubts += [f"it could also be {', '.join(others)}"] if others else []
     if doubts:
         meaning.key_checks[purpose] = "; ".join(doubts)
@@ -240,19 +226,11 @@ def _find_time(meaning: Meaning) -> None:
     found = named or [each for each in found if each.distinct > 0.01 * each.rows]
     found = _without_attributes(meaning, _without_times_of_keys(meaning, found))
     if not found:
-        if unread := [each for each in meaning.free() if _looks_like_time(each)]:
-            column = max(unread, key=lambda each: (each.distinct, each.name))
-            meaning.warnings.append(
-                f"'{column.name}' seems to hold times that can't be read, as {_shown(column.low)}: {_PARSE}"
-            )
         return
 
-    def lies_before(each: Column, other: Column) -> bool:
-        return meaning.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
-
     def order(each: Column) -> tuple[int, bool, int, str]:
-        before = sum(lies_before(each, other) for other in found if other is not each)
-        return -before, not has(each.name, TIME), -each.distinct, each.name
+        shares = [meaning.profile.share(f"{each.microseconds} <= {other.microseconds}") for other in found]
+        return -sum(share > 0.98 for share in shares), not has(each.name, TIME), -each.distinct, each.name
 
     best = min(found, key=order)
     keys["time"] = best.name
@@ -281,12 +259,12 @@ def _without_times_of_keys(meaning: Meaning, times: list[Column]) -> list[Column
 
 
 def _without_attributes(meaning: Meaning, times: list[Column]) -> list[Column]:
-    """Times without those of things: what a column determines that does not determine another time of more values, as
-    the start of a session, or the day when an article was new."""
+    """Return the times without those of things, such as the start of a session.
+
+    A column determines such a time, and does not determine another time of more values.
+    """
     pool = [each for each in meaning.free() if each.is_key and each.unit is None and 1 < each.distinct < each.rows / 2]
-    for key in sorted(pool, key=lambda each: (-each.distinct, each.name))[:12]:
-        if len(times) < 2:
-            break
+    for key in sorted(pool, key=lambda each: (-each.distinct, each.name))[:12] if len(times) > 1 else ():
         changes = meaning.profile.changes([key.name], [each.name for each in times])
         most = max((each.distinct for each in times if changes[each.name] > 10 * STEADY), default=0)
         times = [each for each in times if not (changes[each.name] <= STEADY and each.distinct < most)]
@@ -361,43 +339,17 @@ def _spans_minutes(meaning: Meaning, name: str) -> bool:
 def _find_by_structure(meaning: Meaning) -> None:
     """Find a user and a candidate that no name tells: a request determines its user, and its candidates differ."""
     keys, pool = meaning.keys, _shared_ids(meaning)[:12]
-    if not pool or ("user" in keys and "candidate" in keys):
-        return
-    finest = _without_determined(meaning, pool)
     group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
-    within = meaning.profile.changes(group, [each.name for each in finest])
-    users = [each for each in finest if within[each.name] <= _ALMOST and _may_be_user(each)]
-    why = "rows of one list have one value of it"
-    if not users and "candidate" in keys:  # each row is a list
-        users, why = (
-            _mixed_with(meaning, keys["candidate"], finest),
-            "each of its values has several rows and candidates",
-        )
+    within = meaning.profile.changes(group, [each.name for each in pool])
+    users = [each for each in pool if within[each.name] <= _ALMOST and _may_be_user(each)]
     if "user" not in keys and users:
         named = [each for each in users if has(each.name, IDS)] or users
         keys["user"] = max(named, key=lambda each: (each.kind == "text", each.distinct, each.name)).name
-        meaning.key_checks["user"] = f"no name says so, but {why}"
-    candidates = [each for each in finest if within[each.name] > _ALMOST]
+        meaning.key_checks["user"] = "no name says so, but rows of one list have one value of it"
+    candidates = [each for each in pool if within[each.name] > _ALMOST]
     if "candidate" not in keys and candidates and not keys.keys().isdisjoint(("user", "request")):  # else no lists
         keys["candidate"] = max(candidates, key=lambda each: (each.distinct, each.name)).name
         meaning.key_checks["candidate"] = "no name says so, but it differs within lists"
-
-
-def _without_determined(meaning: Meaning, pool: Sequence[Column]) -> Sequence[Column]:
-    """Return the columns that no other column of the pool determines, all if each is determined by another."""
-    names = {each.name for each in pool}
-    determined = set[str]()
-    for each in pool:
-        changes = meaning.profile.changes([each.name], sorted(names - {each.name}))
-        determined |= {name for name, change in changes.items() if change <= _ALMOST}
-    return [each for each in pool if each.name not in determined] or pool
-
-
-def _mixed_with(meaning: Meaning, candidate: str, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns that may be users of a log without lists: neither they nor the candidate say the other."""
-    of_candidate = meaning.profile.changes([candidate], [each.name for each in columns])
-    mixed = [each for each in columns if _may_be_user(each) and of_candidate[each.name] > 0.5]
-    return [each for each in mixed if meaning.profile.changes([each.name], [candidate])[candidate] > 0.5]
 
 
 def _shared_ids(meaning: Meaning) -> list[Column]:
@@ -426,15 +378,3 @@ def _check_repeats(meaning: Meaning) -> None:
         why = f"{repeats:,} of {profile.rows:,} rows repeat a candidate of their request"
         meaning.key_checks["duplicates"] = why
         meaning.warnings.append(f"{why}: is each of them meant?")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.10g}" if isinstance(value, float) else f"'{value:.40}'" if isinstance(value, str) else str(value)
-
-
-def _looks_like_time(each: Column) -> bool:
-    """Whether text, or numbers by their name, say a time in another way, such as 14102100 or from 0 on."""
-    if each.kind == "text":
-        return all(re.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d", str(end)) for end in (each.low, each.high))
-    is_number = each.kind in ("integer", "number") and (each.distinct > 31 or each.low > 100_000)
-    return is_number and has(each.name, CLOCK) and not has(each.name, BEFORE)

@@ -10,16 +10,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.profiling.health_findings import (
-    DRIFT,
-    LEAK_AUC,
-    STRONG_DRIFT,
-    Finding,
-    describe_move,
-    drift_beyond_noise,
-    flags_of,
-    split_findings,
-)
+from mmoe_rec.profiling.health_findings import DRIFT, LEAK_AUC, STRONG_DRIFT, describe_move, worst_drift
 from mmoe_rec.report.charts import COLORS, blank, plain, svg
 from mmoe_rec.report.formatting import (
     NONE,
@@ -29,7 +20,6 @@ from mmoe_rec.report.formatting import (
     fixed,
     percent,
     rate,
-    size,
     thousands,
 )
 from mmoe_rec.report.parts import Cell, Figure, Mark, Report, Row, Sentence, Table
@@ -37,13 +27,12 @@ from mmoe_rec.report.report_files import write_report
 from mmoe_rec.task_kinds import KINDS
 
 FILE = "health.json"
-_NOTE = "`mmoe-rec compare --variant NAME KEY=VALUE` tells what a change gains"
 _DRAWN = 12  # features whose drift is drawn
-_TABLES = 8  # embedding tables that are not folded
+_SHOWN = 5  # warnings that the terminal shows
 _MEASURES = {
     "PSI": "Population stability index between training and test rows: below .1 stable, above .25 strong drift. "
     "Numbers have about 20 bins of equal training mass. Ids have bins for the most frequent ids, unknown, missing, and "
-    "all others. A finding subtracts the PSI that rows have by chance.",
+    "all others. The PSI that rows have by chance is subtracted.",
     "AUC": "How well the feature alone ranks the validation rows of a task: .5 is chance. An id ranks by the rate of "
     "its table row in training rows. A regression's label counts as positive above its mean in training.",
     "Order of findings": "Problems first. Warnings by their rough cost: the share of the test rows that they spoil "
@@ -61,24 +50,27 @@ def write(health: Mapping[str, Any], folder: Path) -> None:
 def make_report(health: Mapping[str, Any]) -> Report:
     """Build the report of a health, as `mmoe_rec.profiling.data_health` describes it."""
     overview, findings = health["overview"], health["findings"]
-    shown, folded = split_findings(findings)
+    severities = [each["severity"] for each in findings]
+    mark: Mark = "problem" if "problem" in severities else "warning" if severities else "good"
+    shown = severities.count("problem") + _SHOWN
     sentences = [
         Sentence(f"left out: {each['file']}: {each['reason']}", "problem", "file") for each in overview["left_out"]
     ]
-    sentences += [_sentence(each) for each in _without_repeated_advice(shown)]
-    sentences += [Sentence(_NOTE)] if any(each["advice"] for each in shown) else []
+    sentences += [
+        Sentence(each["message"], each["severity"], each["check"], page_only=place >= shown)
+        for place, each in enumerate(findings)
+    ]
+    if len(findings) > shown:
+        sentences.append(Sentence(f"{len(findings) - shown} more warnings, which cost less, are in the report"))
     sentences += [Sentence(each, "note") for each in describe_rows(overview)]
-    severities = [each["severity"] for each in shown]
-    mark: Mark = "problem" if "problem" in severities else "warning" if severities else "good"
     return Report(
         title=f"Data set health: {health['name']}",
         headline=health["headline"],
         mark=mark,
         about=_about(overview),
         figures=[*_weeks(health), *_drift(health["features"])],
-        tables=[*_splits(overview), _features(health), _tables(health["tables"])],
+        tables=[*_splits(overview), _features(health)],
         sentences=sentences,
-        more=[_sentence(each) for each in folded],
         measures=_MEASURES,
         identity={"features": health["fingerprint"]},
     )
@@ -89,21 +81,6 @@ def _about(overview: Mapping[str, Any]) -> str:
     if overview["first_request"]:
         times = f"requests from {day(overview['first_request'])} to {day(overview['last_request'])} UTC"
     return f"{overview['log'] or NONE}: {files:,} file{'s' * (files != 1)}, {overview['rows'] or 0:,} rows, {times}"
-
-
-def _sentence(finding: Finding) -> Sentence:
-    details = [
-        f"{each['do']}{': `' + each['override'] + '`' if each['override'] else ''}" for each in finding["advice"]
-    ]
-    return Sentence(finding["message"], finding["severity"], finding["check"], details)
-
-
-def _without_repeated_advice(findings: Sequence[Finding]) -> Iterator[Finding]:
-    told = set[str]()
-    for each in findings:
-        new = [advice for advice in each["advice"] if (advice["override"] or advice["do"]) not in told]
-        told |= {advice["override"] or advice["do"] for advice in new}
-        yield {**each, "advice": new}
 
 
 def describe_rows(overview: Mapping[str, Any]) -> list[str]:
@@ -146,7 +123,7 @@ def _features(health: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 each["name"],
-                ", ".join(flags_of(health, each["name"])),
+                ", ".join(found["check"] for found in health["findings"] if found["about"] == each["name"]),
                 percent(each["coverage"]["train"]),
                 percent(each["unknown"]["test"]),
                 _psi_cell(each["psi"]),
@@ -159,24 +136,6 @@ def _features(health: Mapping[str, Any]) -> Table:
 def _psi_cell(psi: float | None) -> Cell:
     mark: Mark = "problem" if (psi or 0) > STRONG_DRIFT else "warning" if (psi or 0) > DRIFT else ""
     return Cell(fixed(psi, 2), "", mark)
-
-
-def _tables(tables: Sequence[Mapping[str, Any]]) -> Table:
-    total = sum(each["bytes"] + each["optimizer_bytes"] for each in tables)
-    rows = [
-        (
-            each["name"],
-            thousands(each["rows"]),
-            str(each["dim"]),
-            size(each["bytes"]),
-            size(each["optimizer_bytes"]),
-            percent(1 - each["never_seen"]),
-        )
-        for each in sorted(tables, key=lambda each: -each["bytes"])
-    ]
-    title = f"Embedding tables: {len(tables)}, {size(total)} with the optimizer's state"
-    heads = ("table", "rows", "dim", "float32", "optimizer", "seen in training")
-    return Table(title, heads, rows[:_TABLES], more=rows[_TABLES:])
 
 
 def _weeks(health: Mapping[str, Any]) -> Iterator[Figure]:
@@ -204,10 +163,7 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
         below.update(rows)
         rates += known.values()
         kind = next(iter(labels.values()))["kind"]
-    # At least a fifth of the rates between the ends: noise must not look like news.
-    low, high = (min(rates), max(rates)) if rates else (0.0, 1.0)
-    middle, span = (low + high) / 2, max(high - low, 0.1 * abs(low + high), 1e-9)
-    line.set_ylim(middle - 0.6 * span if low < 0 else max(middle - 0.6 * span, 0.0), middle + 0.7 * span)
+    line.set_ylim(bottom=min([*rates, 0.0]))  # Noise must not look like news.
     line.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     shown = (lambda rate, _: f"{100 * rate:.3g}%") if KINDS[kind].is_binary else (lambda rate, _: f"{rate:.4g}")
     line.yaxis.set_major_formatter(FuncFormatter(shown))
@@ -221,9 +177,8 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
 
 def _drift(features: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     """Draw the features that drift most, each by its worst input."""
-    known = [[each for each in feature["inputs"] if each["psi"] is not None] for feature in features]
-    worst = filter(None, (max(inputs, key=drift_beyond_noise, default=None) for inputs in known))
-    for each in sorted(worst, key=drift_beyond_noise, reverse=True)[:_DRAWN]:
+    worst = filter(None, map(worst_drift, features))
+    for each in sorted(worst, key=lambda each: -float(each["psi"]))[:_DRAWN]:
         figure, places = blank(5.6, 2.6), range(len(each["bins"]))
         axes = plain(figure.subplots())
         for split, shift in (("train", -0.2), ("test", 0.2)):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import STEADY, Meaning, TaskGuess
@@ -53,8 +52,8 @@ def find_tasks(meaning: Meaning) -> None:
             )
         near = "".join(f" '{name}' {why}." for name, why in list(near_labels.items())[:3])
         raise UserError(
-            f"'{meaning.profile.name}' has no column that looks like a label, 0 or 1 in each row.{near} Name a label "
-            "with --task, or join what happened to the rows first (mmoe-rec join-outcomes makes such a log)"
+            f"'{meaning.profile.name}' has no column that looks like a label, 0 or 1 in each row.{near} Write a column "
+            "of 0 and 1 for each behavior, or name a label with --task (mmoe-rec join-outcomes makes such a log)"
         )
 
 
@@ -64,52 +63,34 @@ def _explain_near_labels(meaning: Meaning) -> dict[str, str]:
     If no guessed task has a label's name, such a column is the label, and the guesses are dropped.
 
     Returns:
-        What is wrong with each such column, and how to make it a label.
+        What is wrong with each such column.
     """
     found, free = dict[str, str](), {each.name for each in meaning.free()} - {*meaning.corrections.get("placement", ())}
     named = [each for each in meaning.columns.values() if each.name in free | meaning.left_out.keys()]
     named = [each for each in named if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT | CODES)]
-    named = [each for each in named if each.kind in ("text", "integer", "number", "boolean") and each.distinct <= 4]
+    named = [each for each in named if each.kind in ("text", "integer", "number", "boolean") and each.distinct <= 3]
     constant = _find_constant(meaning, [each for each in named if each.name in free])
     is_guess = not any(begins(task.column, LABELS + NUMBERS) for task in meaning.tasks)
     for each in named:
         purpose = constant.get(each.name)
-        wrong = _explain_near_label(each, meaning.profile.values(each.name, 4), purpose)
-        is_text = each.kind == "text" and not {str(each.low).lower(), str(each.high).lower()} <= _YES_NO
-        if wrong is not None:
-            found[each.name] = wrong
-        is_attribute = purpose is not None and not each.binary
-        if wrong is None or is_text or is_attribute or each.name not in free or (meaning.is_plain and not is_guess):
+        if each.binary and purpose is None:
             continue
-        why = f"it has a label's name, but {wrong.partition('. ')[0]}"
+        values = ", ".join(map(str, sorted(meaning.profile.values(each.name, 3))))
+        wrong = f"holds {values}{' and null' if each.nulls else ''} instead of 0 and 1"
+        found[each.name] = wrong = f"is the same in all rows of a {purpose}" if each.binary else wrong
+        is_text = each.kind == "text" and not {str(each.low).lower(), str(each.high).lower()} <= _YES_NO
+        is_attribute = purpose is not None and not each.binary
+        if is_text or is_attribute or each.name not in free or (meaning.is_plain and not is_guess):
+            continue
+        why = f"it has a label's name, but {wrong}"
         if purpose in ("user", "candidate"):
             meaning.checks[each.name] = f"{why}: is it known before the request?"
             continue
         meaning.leave_out(each.name, why)
-        meaning.warnings.append(f"'{each.name}' is left out: it has a label's name, but {wrong}.")
+        meaning.warnings.append(f"'{each.name}' is left out: {why}")
         if purpose is None and is_guess and not meaning.corrections.get("task"):
             meaning.tasks = []
     return found
-
-
-def _explain_near_label(each: Column, values: Sequence[Any], purpose: str | None) -> str | None:
-    """Say what is wrong with a column that has a label's name, None if its values are too many.
-
-    Args:
-        each: The column.
-        values: Its most frequent values.
-        purpose: The key that determines it.
-    """
-    shown = [f"'{value}'" if each.kind == "text" else f"{value:g}" for value in sorted(values)]
-    if each.binary:
-        return purpose and f"is the same in all rows of a {purpose}. Write 1 only in the rows that it is about"
-    if len(values) == 1 and each.nulls:
-        return f"holds {shown[0]} and null instead of 0 and 1. Write 0 in the other rows"
-    if len(values) == 1:
-        return "has one value in all rows. Add the candidates that were shown and not taken"
-    fix = "" if each.kind == "text" else f", or predict the number with --task {each.name}"
-    wrong = f"holds {', '.join(shown[:-1])} and {shown[-1]} instead of 0 and 1"
-    return f"{wrong}. Write a column of 0 and 1 for each behavior{fix}" if len(values) <= 3 else None
 
 
 def _check_label(meaning: Meaning, each: Column) -> None:
@@ -141,7 +122,8 @@ def _guess_tasks(meaning: Meaning) -> list[TaskGuess]:
     numbers = _that_vary(meaning, [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)])
     known_before = all(has(each.name, BEFORE | PLACEMENT) for each in flags)
     if not named and flags and not (numbers and known_before):
-        tasks = _guess_unnamed(meaning, flags)
+        why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
+        tasks = [TaskGuess(each.name, checks=[why]) for each in flags[: 3 if meaning.is_plain else 2]]
     if not tasks:
         why = "a number by whose name it may be what is to be predicted"
         tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in numbers[:2]]
@@ -158,17 +140,6 @@ def _why_label(meaning: Meaning, each: Column, named: Sequence[Column]) -> str |
         return f"{then.name} is 1 only where it is 1, so it comes before"
     is_late = _null_at_end(meaning, each, "true") is not None
     return "it is null in the latest rows, as what is known later" if is_late else None
-
-
-def _guess_unnamed(meaning: Meaning, flags: Sequence[Column]) -> list[TaskGuess]:
-    """Take the first flags of a log in which no flag has a label's name."""
-    if meaning.is_plain and len(flags) > 1:
-        meaning.warnings.append(
-            f"{', '.join(each.name for each in flags)} hold 0 and 1: name those that are to be predicted with "
-            "--task; --leave-out takes out those that are known only later"
-        )
-    why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
-    return [TaskGuess(each.name, checks=[why]) for each in flags[: 3 if meaning.is_plain else 2]]
 
 
 def _keep_most_frequent(meaning: Meaning, tasks: list[TaskGuess]) -> list[TaskGuess]:

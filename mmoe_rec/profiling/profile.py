@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -112,19 +113,12 @@ def _kind_of(kind: str) -> Kind:
 def open_profile(source: str, folder: Path, setting: str = "the log") -> "Iterator[Profile]":
     """Reads a log of Parquet files. folder: of what doesn't fit into memory, made and removed. Raises UserError where
     there is none, or where it holds no row."""
-    import duckdb
-
     files = find_files(source, setting)
-    empty = [file.address for file in files if not file.bytes]
-    if empty:
-        raise UserError(f"'{empty[0]}' is empty, so it is no Parquet file")
     with open_database(folder) as database:
         try:
             if is_remote(source):
                 database.reach(source)
             yield Profile(database, [file.address for file in files], source)
-        except duckdb.OutOfMemoryException:
-            raise
         except duckdb.Error as error:
             raise UserError(f"the log '{source}' can't be read as Parquet files: {first_line(error)}") from None
 
@@ -270,16 +264,6 @@ class Profile:
         """Rows that have the same keys as another one, less one of each."""
         by = ", ".join(self._sql[each] for each in keys)
         return self.rows - self.number(f"SELECT count(DISTINCT hash({by})) FROM log")
-
-    def numbers_rows(self, keys: Sequence[str], column: str) -> bool:
-        """Whether a column of integers numbers the rows of the same keys: it differs in them, without large gaps."""
-        by, sql = ", ".join(self._sql[each] for each in keys), self._sql[column]
-        rows = self._sample([self._sql[each] for each in keys])
-        told = f"count(*) n, count(DISTINCT {sql}) d, max({sql})::DOUBLE - min({sql}) + 1 w"
-        groups = f"SELECT {told} FROM {rows} GROUP BY {by}"
-        query = f"SELECT count(*) FILTER (d = n AND w <= 2 * n), count(*) FROM ({groups}) WHERE n > 1"
-        fine, some = self._database.row(query)
-        return bool(some) and fine > 0.9 * some
 
     def share(self, condition: str, of: str = "true") -> float:
         """Share of the rows of one condition that fulfil another; 0 where there is none."""

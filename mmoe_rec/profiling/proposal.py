@@ -23,17 +23,15 @@ _MOST_SHARED = 5000
 _MOST_PAIRS, _ROWS_OF_CELL = 4, 20
 """Pairs of what describes users and candidates that are counted together, and rows that each of their values has."""
 _TEST, _VALIDATION = 0.2, 0.1
-_HOUR = MICROSECONDS_PER_DAY // 24
 
 
 @dataclass
 class Entry:
-    """A key of a section, with its value, a comment, why a person should check it, and what stands above it."""
+    """A key of a section, with its value, a comment, and why a person should check it."""
 
     value: Any
     note: str = ""
     check: str = ""
-    heading: str = ""
 
 
 @dataclass
@@ -51,17 +49,15 @@ class Proposal:
     """Features, split, model and training for a log: sections of a settings file. Raises UserError where its rows can't
     be split by time.
 
-    train_days: between the first and the last training row; warnings: sentences for the terminal.
+    train_days: between the first and the last training row.
     """
 
     def __init__(self, meaning: Meaning, events: Sequence[Events], timezone: str | None) -> None:
         self.profile, self.meaning, self.events, self.timezone = meaning.profile, meaning, events, timezone
         self.columns, self.keys = meaning.columns, meaning.keys
         self.features, self.split, self.training, self.model = (dict[str, Entry]() for _ in range(4))
-        self.warnings: list[str] = []
         self.lists = meaning.rows_per_request > 1.05
         self.train_days = 0.0
-        self._heading = ""  # of the next feature
         self._propose_split()
         self._propose_columns()
         if "time" in self.keys:
@@ -75,8 +71,7 @@ class Proposal:
         unique, number = name, 2
         while unique.casefold() in taken:
             unique, number = f"{name}_{number}", number + 1
-        self.features[unique] = Entry(dict(value), note, check, self._heading)
-        self._heading = ""
+        self.features[unique] = Entry(dict(value), note, check)
 
     # The split
 
@@ -109,14 +104,12 @@ class Proposal:
         self.train_days = days(ends[0] - first)
 
     def _cut(self, t: str, first: int, end: int) -> tuple[int, int]:
-        """Return the first times of validation and test rows: midnights, hours or minutes (UTC) if these cut the rows
-        about as they should be, else times of rows."""
+        """Return the first times of validation and test rows: midnights (UTC) if these are fair, else times of rows."""
         usable, goals = f"{t} < {end}", (1 - _TEST - _VALIDATION, 1 - _TEST)
         at = [int(self.profile.quantile(t, goal, usable)) for goal in goals]
-        for step, least in ((24 * _HOUR, 20), (_HOUR, 24), (_HOUR // 60, 60)):
-            cuts = round(at[0] / step) * step, round(at[1] / step) * step
-            if end - first >= least * step and not self._find_unfair(t, cuts, usable):
-                return cuts
+        midnights = [round(each / MICROSECONDS_PER_DAY) * MICROSECONDS_PER_DAY for each in at]
+        if days(end - first) >= 20 and not self._find_unfair(t, midnights, usable):
+            return midnights[0], midnights[1]
         groups = f"SELECT {t} AS t, count(*) AS n FROM log WHERE {usable} GROUP BY 1"
         times = (
             f"SELECT t, sum(n) OVER w - n before, row_number() OVER w place FROM ({groups}) WINDOW w AS (ORDER BY t)"
@@ -130,7 +123,7 @@ class Proposal:
             number, found = float(number), [int(cut), *found]
         if parts := self._find_unfair(t, found, usable):
             why = f"{parts} of the rows are for training, validation and test, because many have the same time"
-            self.warnings.append(f"{why}. Write finer times.")
+            self.meaning.warnings.append(f"{why}. Write finer times.")
         return found[0], found[1]
 
     def _find_unfair(self, t: str, cuts: Sequence[int], usable: str) -> str:
@@ -147,11 +140,9 @@ class Proposal:
             if purpose in self.keys:
                 self._propose_key(purpose)
         for role in ("user", "candidate", "context", "placement"):
-            self._heading = {"context": "Of the request.", "placement": "Of where a candidate was shown."}.get(role, "")
             for name in list(self.meaning.roles[role]):
                 if not self._propose_column(self.columns[name], role):
                     self.meaning.roles[role].remove(name)
-        self._heading = ""
         time = self.keys.get("time")
         parts = ["hour"] * (time is not None and self._tells_hours(time)) + ["weekday"] * (self.train_days >= 14)
         if parts:
@@ -185,13 +176,13 @@ class Proposal:
             doubt = f"read as amounts: if they are {each.unit} since 1970, write timestamps, and if they are ids, text"
         check = "; ".join(filter(None, (doubt, check)))
         made, whose = self._kind_of(each), self.columns.get(self.keys.get(role, ""))
-        why = "its values are too many and too rare to learn from" if made is None else None
+        if made is None:
+            self.meaning.left_out[each.name] = "its values are too many and too rare to learn from"
+            return False
         # A plain table's columns are no candidate's own: a region does not name the job that it stands beside.
-        many = whose is not None and each.distinct > max(50, 0.9 * whose.distinct)
-        if whose is not None and many and each.kind == "text" and not self.meaning.is_plain:
-            why = f"as a name, it says the same as {whose.name}"
-        if why is not None or made is None:
-            self.meaning.left_out[each.name] = why or ""
+        is_own = whose is not None and each.kind == "text" and not self.meaning.is_plain
+        if whose is not None and is_own and each.distinct > max(50, 0.9 * whose.distinct):
+            self.meaning.left_out[each.name] = f"as a name, it says the same as {whose.name}"
             return False
         for suffix, value, note in made:
             self._add(each.name + suffix, value, note, check)
@@ -236,13 +227,8 @@ class Proposal:
     def _shape(self, each: Column) -> dict[str, Any]:
         """How a number is brought to a common size."""
         shape: dict[str, Any] = {}
-        middle, high = (self.profile.quantile(f"{each.sql}::DOUBLE", share) for share in (0.5, 0.99))
-        if (
-            each.low >= 0
-            and not each.binary
-            and high is not None
-            and float(high) > 20 * max(float(middle), float(high) / 1e6)
-        ):
+        middle, high = (float(self.profile.quantile(f"{each.sql}::DOUBLE", share)) for share in (0.5, 0.99))
+        if each.low >= 0 and not each.binary and high > 20 * max(middle, high / 1e6):
             shape["transform"] = "log"
         if each.kind == "integer" or each.distinct <= 1000:
             shape["values"] = "auto"
@@ -321,7 +307,6 @@ class Proposal:
             if task.kind != "binary" and len(self.meaning.tasks) > 1:
                 continue
             later = task.observed_when is not None
-            self._heading = f"Of {task.name} before the request."
             for by, many in self._counter_keys(self.columns, later):
                 value: dict[str, Any] = {"kind": "counter", "task": task.name, "by": by}
                 windows = self._windows(many)
@@ -333,7 +318,6 @@ class Proposal:
                     value["window_days"] = windows
                 self._add("_".join((*by, task.name)), value)
         for log in self.events:
-            self._heading = f"Of {log.name} before the request."
             for by, many in self._counter_keys(log.profile.columns):
                 windows = self._windows(many, events=True)
                 value = {"kind": "counter", "events": log.name, "by": by, "outputs": ["positives", "recency"]}
@@ -346,7 +330,6 @@ class Proposal:
         if user is None or candidate is None:
             return
         of = next(name for name, each in self.features.items() if each.value.get("column") == candidate)
-        self._heading = "The user's last candidates."
         for task in self.meaning.tasks[:2]:
             if task.kind == "binary":
                 self._add(f"last_{task.name}", {"kind": "history", "task": task.name, "of": of})
@@ -386,30 +369,19 @@ def describe_task(task: TaskGuess) -> dict[str, Any]:
 
 
 def read_events(path: str, name: str, profile: Profile, meaning: Meaning) -> Events:
-    """What a log of events holds. Raises UserError where it has no time, or none of the log's users and candidates."""
-    times = [each for each in profile.columns.values() if each.is_time and not each.nulls and each.distinct > 1]
-    own = meaning.keys.get("time")
-    if own is None:
-        raise UserError(f"--events '{path}': the log has no times, so nothing is known to come before a request")
+    """Find the times, users and candidates of a log of events. Raises UserError if it has no times, or none of both."""
+    own, keys = meaning.keys.get("time"), [meaning.keys[each] for each in ("user", "candidate") if each in meaning.keys]
+    times = [each for each in profile.columns.values() if own and each.is_time and not each.nulls and each.distinct > 1]
     times = [each for each in times if each.kind == "time" or each.name == own or has(each.name, TIME)]
     if not times:
-        raise UserError(f"--events '{path}' has no column of times without nulls: each event needs one")
+        raise UserError(f"--events '{path}': these events, and the log, need a column of times without nulls")
     time = min(times, key=lambda each: (each.name != own, each.kind != "time", -each.distinct, each.name))
     if time.kind != "time":
         if meaning.time_unit not in (None, time.unit):
-            raise UserError(
-                f"--events '{path}': times of '{time.name}' are in {time.unit}, those of the log in "
-                f"{meaning.time_unit}; write both in one"
-            )
+            units = f"times of '{time.name}' are in {time.unit}, those of the log in {meaning.time_unit}"
+            raise UserError(f"--events '{path}': {units}; write both in one")
         meaning.time_unit = time.unit
-    keys = [meaning.keys[each] for each in ("user", "candidate") if each in meaning.keys]
     if not set(keys) & set(profile.columns):
-        raise UserError(
-            f"--events '{path}' has none of the columns {', '.join(keys)}: rename its users and candidates as the log's"
-        )
-    for key in keys:
-        if key in profile.columns and profile.columns[key].kind != meaning.columns[key].kind:
-            theirs, ours = profile.columns[key].type, meaning.columns[key].type
-            raise UserError(f"--events '{path}': column '{key}' is {theirs}, but {ours} in the log")
+        raise UserError(f"--events '{path}' has none of the columns {', '.join(keys)}: name them as in the log")
     others = ", ".join(sorted(each.name for each in times if each is not time))
     return Events(name, path, profile, time.name, f"or is it {others}?" if others else "")

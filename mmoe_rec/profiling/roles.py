@@ -112,7 +112,7 @@ def _role_in_log(  # noqa: PLR0911 - as above
         return "user"
     if of_candidate <= STEADY:
         return "candidate"
-    if (has(each.name, PLACEMENT) or _is_rank(meaning, each)) and aucs.best(each)[0] <= LEAK:
+    if has(each.name, PLACEMENT) and aucs.best(each)[0] <= LEAK:
         why = "taken for where a candidate was shown: it teaches, and is absent in serving"
         meaning.checks[each.name] = why
         return "placement"
@@ -139,12 +139,6 @@ def _role_in_doubt(meaning: Meaning, each: Column, changes: tuple[float, float, 
         meaning.checks[each.name] = why
         return "candidate"
     return None
-
-
-def _is_rank(meaning: Meaning, each: Column) -> bool:
-    """Whether a column numbers the rows of each list."""
-    starts = each.kind == "integer" and each.low in (0, 1) and not each.binary and not each.nulls
-    return starts and bool(meaning.list_keys) and meaning.profile.numbers_rows(meaning.list_keys, each.name)
 
 
 def _why_later(meaning: Meaning, each: Column) -> str | None:
@@ -201,26 +195,22 @@ class Aucs:
         """
         codes, (_, tasks) = self._codes(each.name), self._sample
         for purpose, (task, labels) in product(purposes, tasks.items()):
-            value, learned, number, mean, rate = _merge_rows(*self._keys[purpose], codes, labels)
-            found, only = [(task, *auc_alone(value, mean, learned), LEAK, SUSPECT)], ""
-            for label, some_of, chance in ((1, mean > 0, rate), (0, mean < 1, 1 - rate)):
-                some, what = some_of.astype(float), f"{purpose}s with {task} = {label}"
-                auc, precision = auc_alone(value, some, learned, _FEWEST_KEYS)
-                if auc > LEAK:
-                    by_number, _ = auc_alone(codes_of(pa.chunked_array([number])), some, learned)
-                    if 1 - auc < 0.5 * (1 - np.fmax(by_number, 0.5)):
-                        found.append((what, auc, precision, LEAK_OF_TABLE, LEAK))
-                by_chance = np.fmax(1 - (1 - chance) ** number, some.mean())
-                if tells_it(value, some, np.where(by_chance < 0.5, by_chance, 1)):
-                    only = f"it has an unusual value only for {what}, so it may be known only after them"
-            for what, auc, precision, sure, likely in found:
+            value, learned, number, mean = _merge_rows(*self._keys[purpose], codes, labels)
+            found = [(task, *auc_alone(value, mean, learned), LEAK, SUSPECT)]
+            some, what = (mean > 0).astype(float), f"{purpose}s with {task} = 1"
+            auc, precision = auc_alone(value, some, learned, _FEWEST_KEYS)
+            by_number, _ = auc_alone(codes_of(pa.chunked_array([number])), some, learned)
+            if auc > LEAK and 1 - auc < 0.5 * (1 - np.fmax(by_number, 0.5)):
+                found.append((what, auc, precision, LEAK_OF_TABLE, LEAK))
+            for subject, auc, precision, sure, likely in found:
                 if auc > sure and precision > 0.5:
-                    return _TOO_WELL.format(what, auc)
+                    return _TOO_WELL.format(subject, auc)
                 if auc > likely:
-                    why = f"is it known before? alone it predicts {what} with an AUC of {auc:.3f}"
+                    why = f"is it known before? alone it predicts {subject} with an AUC of {auc:.3f}"
                     self._meaning.checks.setdefault(each.name, why)
-            if only:
-                return only
+            by_chance = np.fmax(1 - (1 - np.nanmean(labels)) ** number, some.mean())
+            if tells_it(value, some, np.where(by_chance < 0.5, by_chance, 1)):
+                return f"it has an unusual value only for {what}, so it may be known only after them"
         return None
 
     @cached_property
@@ -261,11 +251,11 @@ def _merge_rows(keys: np.ndarray, half: np.ndarray, codes: np.ndarray, labels: n
     """Make one row of the labelled rows of one key and one code.
 
     Returns:
-        For each, its code, its half, the number of rows and their mean label. Then the mean label of all rows.
+        For each, its code, its half, the number of rows and their mean label.
     """
     seen = ~np.isnan(labels)
     keys, codes, half, labels = keys[seen], codes[seen], half[seen], labels[seen]
     pairs = keys * (codes.max(initial=0) + 1) + codes
     _, first, of_pair = np.unique(pairs, return_index=True, return_inverse=True)
     number = np.bincount(of_pair)
-    return codes[first], half[first], number, np.bincount(of_pair, labels) / number, labels.mean()
+    return codes[first], half[first], number, np.bincount(of_pair, labels) / number

@@ -1,85 +1,120 @@
 """The settings file that `mmoe-rec init` writes: YAML with a comment to what was guessed, and how it was made.
 
-Its header holds the command and a checksum of the rest, so the command finds what it was told before, and never
-replaces what a person has written.
+Its header holds the command and a checksum of the rest, so `init` never replaces what a person has written.
 """
 
 import hashlib
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.profiling.meaning import Meaning
-from mmoe_rec.profiling.proposal import Entry, Events, Proposal, describe_task
+from mmoe_rec.profiling.guess import guess
+from mmoe_rec.profiling.meaning import Corrections, Meaning
+from mmoe_rec.profiling.profile import open_profile
+from mmoe_rec.profiling.proposal import Entry, Events, Proposal, describe_task, read_events
 from mmoe_rec.settings.sections import dump_flow
 
 CHECK = "# check"
-_COMMAND, _CHECKSUM = "# made by: mmoe-rec init ", "# checksum: "
+_CHECKSUM = "# checksum: "
 _WIDTH = 118
+_NO_NAME = frozenset({"log", "logs", "data", "parquet", "part", "interactions", "events"})
 
 
-def words_before(path: Path) -> list[str]:
-    """The words that an earlier command had after `mmoe-rec init`, none where there is no such file. Raises UserError
-    where a person has written or changed the file."""
+def name_of(path: str, passed: frozenset[str] = _NO_NAME) -> str:
+    """Name a data set after its path, whose words in `passed` say nothing."""
+    parts = [part.removesuffix(".parquet") for part in Path(path).parts]
+    said = (each for each in reversed(parts) if each.lower() not in passed and not set(each) & set("*?[=:"))
+    return re.sub(r"[^\w.-]+", "_", next(said, "log")).strip("._-") or "log"
+
+
+def draft_settings(
+    name: str, log: str, work: str, event_logs: Sequence[str], said: Corrections, timezone: str | None
+) -> tuple[str, Meaning]:
+    """Read a log and write settings for it. Returns the text of the file, and the guesses."""
+    with ExitStack() as open_logs:
+        folder = Path(open_logs.enter_context(tempfile.TemporaryDirectory()))
+        meaning = guess(open_logs.enter_context(open_profile(log, folder / "log", "LOG")), said)
+        events = dict[str, Events]()
+        for place, path in enumerate(event_logs):
+            other = open_logs.enter_context(open_profile(path, folder / f"events-{place}", "--events"))
+            own = re.sub(r"\W+", "_", name_of(path, _NO_NAME - {"events"}))
+            own = own if own not in events else f"{own}_{place + 1}"
+            events[own] = read_events(path, own, other, meaning)
+        proposal = Proposal(meaning, [*events.values()], timezone)
+        return _settings_text(name, log, work, meaning, proposal), meaning
+
+
+def describe_guesses(meaning: Meaning) -> Iterator[Any]:
+    """Yield the guesses for the terminal."""
+    if "user" not in meaning.keys:
+        yield f"warning: {meaning.key_checks['user']}"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for purpose in ("user", "candidate", "request", "time"):
+        if purpose in meaning.keys:
+            table.add_row(purpose, meaning.keys[purpose], meaning.key_checks.get(purpose, ""))
+    for task in meaning.tasks:
+        seen = f"where {task.observed_when[0]}" if task.observed_when else ""
+        late = f"final after {task.matures_after_days:g} days" if task.matures_after_days else ""
+        table.add_row("task", task.column, ", ".join(filter(None, (task.objective, seen, late))))
+    for role, names in meaning.roles.items():
+        if names:
+            table.add_row(f"describe {role}s" if role in ("user", "candidate") else role, ", ".join(names), "")
+    for why in dict.fromkeys(meaning.left_out.values()):
+        names = [name for name, reason in meaning.left_out.items() if reason == why]
+        table.add_row("left out", ", ".join(names), escape(why))
+    yield table
+    yield from (f"warning: {each}" for each in meaning.warnings)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError if a person has written or changed the file at a path."""
     if not path.exists():
-        return []
-    other = "name another --out, or move it away"
+        return
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is there already and can't be read ({error}): {other}") from None
-    head, found, body = text.partition(_CHECKSUM)
-    if not found or _COMMAND not in head:
-        raise UserError(f"'{path}' is there already, and mmoe-rec init has not written it: {other}")
-    told, _, body = body.partition("\n")
-    if told.strip() != _checksum(body):
-        raise UserError(f"'{path}' was changed by hand since mmoe-rec init wrote it: {other}")
-    line = next(each for each in head.splitlines() if each.startswith(_COMMAND))
-    return shlex.split(line.removeprefix(_COMMAND))
+        _, found, rest = path.read_text(encoding="utf-8").partition(_CHECKSUM)
+    except (OSError, UnicodeDecodeError):
+        found, rest = "", ""
+    told, _, body = rest.partition("\n")
+    if not found or told.strip() != _checksum(body):
+        raise UserError(f"'{path}' is not as mmoe-rec init wrote it. Name another --out, or move the file away")
 
 
 def _checksum(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
-def settings_text(
-    name: str,
-    log: str,
-    work: str,
-    words: Sequence[str],
-    meaning: Meaning,
-    proposal: Proposal,
-    events: Sequence[Events],
-) -> str:
-    """The whole file. words: of the command, after `mmoe-rec init`."""
-    parts = _parts(name, log, work, meaning, proposal, events)
-    body = "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+def _settings_text(name: str, log: str, work: str, meaning: Meaning, proposal: Proposal) -> str:
+    body = "\n\n".join("\n".join(lines) for lines in _parts(name, log, work, meaning, proposal) if lines) + "\n"
     span = ""
     if "time" in meaning.keys:
-        first, last = meaning.profile.row_of_times(meaning.time)
-        span = f", {format_time(first)} to {format_time(last)}"
+        span = ", {} to {}".format(*map(format_time, meaning.profile.row_of_times(meaning.time)))
     header = [
         f"# Settings for '{name}', as they were read from its log: {meaning.profile.rows:,} rows{span}.",
-        f'# What a person should check is marked "{CHECK}". To correct a guess, type the command again with what is',
-        "# right (--user, --candidate, --request, --time, --task, --leave-out, --placement), or edit this file: after",
+        f'# What a person should check is marked "{CHECK}". To correct a guess, repeat the command with a further',
+        "# option (--user, --candidate, --request, --time, --task, --leave-out, --placement), or edit this file: after",
         "# that, the command leaves it as it is. configs/template.yaml explains every setting.",
-        _COMMAND + shlex.join(words),
+        f"# made by: mmoe-rec {_one_line(shlex.join(sys.argv[1:]))}",
         _CHECKSUM + _checksum(body),
     ]
     return "\n".join(header) + "\n" + body
 
 
-def _parts(
-    name: str, log: str, work: str, meaning: Meaning, proposal: Proposal, events: Sequence[Events]
-) -> list[list[str]]:
+def _parts(name: str, log: str, work: str, meaning: Meaning, proposal: Proposal) -> list[list[str]]:
     """Lines of each section; none where there is no such section."""
     checks, data = meaning.checks, ["data:", f"  log: {_flow(log)}"]
-    data += ["  events:"] if events else []
-    for each in events:
+    data += ["  events:"] if proposal.events else []
+    for each in proposal.events:
         data += _lines(2, each.name, Entry({"path": each.path, "time": each.time}, check=each.check))
     data.append(f"  work: {_flow(work)}")
     if "duplicates" in meaning.key_checks:
@@ -135,8 +170,6 @@ def _section(name: str, entries: Mapping[str, Entry]) -> list[str]:
 def _lines(depth: int, key: str, entry: Entry) -> Iterable[str]:
     """A key with its value and comment, the comment above where the line would be long."""
     indent = "  " * depth
-    if entry.heading:
-        yield from ("", f"{indent}# {entry.heading}")
     comment = entry.note if not entry.check else f"check: {entry.check}" + (f"; {entry.note}" if entry.note else "")
     comment = _one_line(comment)
     line = f"{indent}{_flow(key)}: {_flow(entry.value)}"

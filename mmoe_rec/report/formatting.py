@@ -38,15 +38,6 @@ def rate(value: float | None, kind: str) -> str:
     return NONE if value is None else KINDS[kind].show_mean(value)
 
 
-def size(value: float) -> str:
-    """A number of bytes in its unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-
-
 def describe_request_times(requests: Mapping[str, Any] | None) -> str | None:
     """How many requests have several times, of a manifest's `requests`; None where none has."""
     if not requests or not requests["several_times"]:

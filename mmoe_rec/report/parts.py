@@ -1,8 +1,13 @@
-"""The parts of a report. Each command builds a `Report`, which `terminal` and `report_files` show."""
+"""The parts of a report, and their form on the terminal. Each command builds a `Report`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from rich import table as rich_table
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.text import Text
 
 Mark = Literal["", "good", "note", "best", "warning", "problem"]
 """How a cell or a sentence is colored."""
@@ -72,14 +77,12 @@ class Sentence:
         text: The sentence. Code stands between backticks.
         mark: `warning`, `problem` and `note` stand before the sentence as a word.
         label: A word that replaces the mark on a page, such as the name of a check.
-        details: Further sentences that belong to it, such as advice.
         page_only: Whether the terminal leaves the sentence out.
     """
 
     text: str
     mark: Mark = ""
     label: str = ""
-    details: Sequence[str] = ()
     page_only: bool = False
 
 
@@ -93,7 +96,6 @@ class Report:
         figures: Figures, which come first.
         tables: Tables.
         sentences: Verdicts, findings and notes, the most important first.
-        more: Sentences that cost less, which are folded.
         mark: How the headline is colored.
         about: A sentence on what was examined.
         facts: Name -> text, such as the log and its rows.
@@ -107,9 +109,48 @@ class Report:
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     sentences: Sequence[Sentence] = ()
-    more: Sequence[Sentence] = ()
     mark: Mark = ""
     about: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     measures: Mapping[str, str] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+# The terminal shows tables, then the headline and the sentences, so that the verdict stands last.
+
+STYLES: dict[Mark, str] = {"good": "bold green", "best": "bold", "warning": "yellow", "problem": "bold red"}
+
+
+def to_terminal(report: Report) -> Iterator[RenderableType]:
+    """Yield what the terminal shows of a report."""
+    yield from (to_rich(table) for table in report.tables if table.rows and not table.page_only)
+    if report.headline:
+        yield Text(report.headline, style=STYLES.get(report.mark, "bold"))
+    for sentence in report.sentences:
+        if not sentence.page_only:
+            word = f"{sentence.mark}: " if sentence.mark in ("warning", "problem", "note") else ""
+            yield Text.assemble((word, STYLES.get(sentence.mark, "")), sentence.text)
+
+
+def to_rich(table: Table) -> rich_table.Table:
+    """Return a table for the terminal."""
+    shown = rich_table.Table(
+        title=Text(table.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    shown.caption, shown.caption_justify = table.note or None, "left"
+    for place, head in enumerate(table.heads):
+        words = place < table.left
+        shown.add_column(Text(head), justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for row in table.rows:
+        if len(row) == 1:
+            shown.add_row(_cell_text(row[0], "bold"))
+        else:
+            shown.add_row(*map(_cell_text, row))
+    return shown
+
+
+def _cell_text(cell: Cell | str, style: str = "") -> Text:
+    if isinstance(cell, str):
+        return Text(cell, style=style)
+    text = Text(cell.text, style=STYLES.get(cell.mark, style))
+    return text.append(f" {cell.small}", style="not bold dim") if cell.small else text

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, suggest
 from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.settings.log_columns import TaskSettings
 from mmoe_rec.settings.sections import Settings, load_yaml
@@ -25,97 +26,52 @@ _INSTALLED = Path(__file__).parent / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
 """The settings file to start from: an installed package has it, the repository keeps it with its other ones."""
 
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text, in quotes where it looks like a number or a date",
-    "tuple_type": "a list, such as [a, b]",
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "greater than {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "less than {lt}",
-    "too_short": "longer: at least {min_length} needed",
+_WORDS = {
+    **{"Input should": "must", "Value error, ": "", "valid tuple": "list", "Tuple": "list", "Dictionary": "section"},
+    **{"valid integer": "whole number", "valid number": "number"},
+    **{"a valid boolean": "true or false", "a valid string": "text"},
 }
-_UNQUOTED = {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}
+"""Words of pydantic -> the words of settings."""
 
 
 def explain(error: ValidationError, where: Callable[[Any], str]) -> Iterator[str]:
-    """Explain each problem in one sentence: where it is, what was expected, what was found, the nearest valid key.
+    """Explain each problem in one sentence: its key, the expected and the given value, the nearest valid key.
 
     Args:
         error: The error that pydantic raised.
         where: Returns the source of a problem: a file, or an option.
     """
-    sentences: dict[str, None] = {}
-    for problem in error.errors():
-        if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
-            continue  # It is long enough; an invalid entry, which has its own sentence, was not counted.
-        sentences[f"{where(problem)}: {_sentence(problem)}"] = None  # once: of a union, each member reports
-    yield from sentences
+    # A list with an invalid entry is also too short.
+    problems = [each for each in error.errors() if each["type"] != "too_short"] or error.errors()
+    yield from dict.fromkeys(f"{where(problem)}: {_sentence(problem)}" for problem in problems)
 
 
 def _sentence(problem: Any) -> str:
-    kind, place, value, context = problem["type"], problem["loc"], problem["input"], problem.get("ctx", {})
-    if place[-1:] == ("[key]",):
-        return f"'{'.'.join(map(str, place[:-2]))}' has the key {place[-2]}, which is not text; put it in quotes"
-    location = _location(problem)
-    of_union = kind in _EXPECTED and len(location) > 1 and location[-1] in ("bool", "int", "float", "str")
-    name, found = ".".join(location[:-1] if of_union else location), _found(value)
-    if of_union:
-        is_number = location[-2] in ("low", "high")
-        kind, expected = "float_type" if is_number else "", "a number" if is_number else "a number, text, true or false"
-        text = f"'{name}' must be {expected}{found}{_unquoted(kind, value)}"
-    elif kind == "extra_forbidden":
-        keys = _valid_keys(place[:-1])
-        text = f"unknown key '{name}'{_nearest(location[-1], keys)} (valid here: {', '.join(keys)})"
-    elif kind == "missing":
-        text = f"key '{name}' is missing ({_meaning(place)})"
-    elif kind == "union_tag_not_found":
-        text = f"'{name}' needs a kind: {', '.join(KINDS)}"
-    elif kind in ("union_tag_invalid", "literal_error"):
-        if kind == "union_tag_invalid":
-            name, value, found = f"{name}.kind", context["tag"], _found(context["tag"])
-        values = context.get("expected_tags", context.get("expected", "")).replace(" or ", ", ").replace("'", "")
-        text = f"'{name}' must be one of {values}{found}{_nearest(str(value), values.split(', '))}"
-    elif kind == "dict_type":
-        text = f"'{name}' must hold a section for each name{found}"
-    elif kind in ("model_type", "model_attributes_type"):
-        text = f"'{name}' must hold keys ({', '.join(_valid_keys(place)) or 'kind and others'}){found}"
-    elif kind in _EXPECTED:
-        text = f"'{name}' must be {_EXPECTED[kind].format(**context)}{found}{_unquoted(kind, value)}"
-    else:
-        message = problem["msg"].removeprefix("Value error, ")
-        joint = " " if message.startswith(("must", "lists")) else ": "
-        text = f"'{name}'{joint}{message}{found}" if name else message
-    return text
-
-
-def _location(problem: Any) -> list[str]:
-    """Return the keys that lead to a problem. pydantic adds members of a union, and a feature's kind, which goes."""
-    place = problem["loc"]
-    return [str(part) for part in (place[:2] + place[3:] if place[:1] == ("features",) else place)]
-
-
-def _found(value: Any) -> str:
-    """What was found, as YAML writes it."""
-    if value is None:
-        return ", found nothing (null)"
-    if isinstance(value, bool):
-        return f", found {str(value).lower()}"
-    found = repr(list(value) if isinstance(value, tuple) else value)
-    return f", found {found}" if isinstance(value, str | int | float | list | tuple) and len(found) < 80 else ""
-
-
-def _unquoted(kind: str, value: Any) -> str:
-    if kind not in _UNQUOTED or not isinstance(value, str):
-        return ""
-    try:
-        return "; write it without quotes" if type(load_yaml(value)) in _UNQUOTED[kind] else ""
-    except yaml.YAMLError:
-        return ""
+    kind, place, value, message = (problem[part] for part in ("type", "loc", "input", "msg"))
+    # pydantic adds the kind of a feature, and the member of a union.
+    location = [str(part) for part in (place[:2] + place[3:] if place[:1] == ("features",) else place)]
+    name = ".".join(location)
+    if kind == "extra_forbidden":
+        is_feature = place[0] == "features"
+        keys = [*KINDS[place[2]].settings.model_fields] if is_feature else _keys_at(location[:-1])
+        return f"unknown key '{name}'; {suggest(location[-1], keys)}"
+    if kind == "missing":
+        return f"key '{name}' is missing; --help describes all settings"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"'{name}' must hold keys ({', '.join(_keys_at(location))})"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        given = str(value.get("kind", "nothing"))
+        return f"'{name}.kind' must be one of {', '.join(KINDS)}, found '{given}'{_nearest(given, [*KINDS])}"
+    if location and location[-1] in ("bool", "int", "float", "str"):
+        name = ".".join(location[:-1])
+    for old, new in _WORDS.items():
+        message = message.replace(old, new)
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    shown = repr(list(value)) if isinstance(value, tuple) else shown
+    found = f", found {shown}" if name and len(shown) < 80 else ""
+    found += _nearest(str(value), re.findall("'([^']*)'", message)) if kind == "literal_error" else ""
+    joint = " " if message.startswith(("must", "lists")) else ": "
+    return f"'{name}'{joint}{message}{found}" if name else message
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -123,28 +79,21 @@ def _nearest(word: str, words: Sequence[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def _meaning(place: Sequence[Any]) -> str:
-    model = _model_at(place[:-1])
-    description = None if model is None else model.model_fields[place[-1]].description
-    return description or f"it holds {', '.join(_valid_keys(place))}"
+@cache
+def _all_settings() -> list[list[str]]:
+    """Return the keys that lead to each setting. NAME stands for the name of a task, a feature or a log."""
+    names = re.findall(r"^  --(\S+)", describe(), re.MULTILINE)
+    return [name.split(".") for name in (*names, "features.NAME.kind")]
 
 
-def _valid_keys(place: Sequence[Any]) -> list[str]:
-    model = _model_at(place)
-    return [] if model is None else list(model.model_fields)
+def _keys_at(place: Sequence[str]) -> list[str]:
+    """Return the keys that the section at a place may have."""
+    found = (own[len(place)] for own in _all_settings() if len(own) > len(place) and _leads_to(place, own))
+    return list(dict.fromkeys(found))
 
 
-def _model_at(place: Sequence[Any]) -> type[BaseModel] | None:
-    """The section at a place as pydantic tells it, which names the kinds of features."""
-    model: Any = Settings
-    for part in place:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = without_none(model.model_fields[part].annotation)
-        elif typing.get_origin(model) is dict:
-            model = typing.get_args(model)[1]
-        else:  # a feature, by its kind
-            model = KINDS[part].settings
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+def _leads_to(place: Sequence[str], setting: Sequence[str]) -> bool:
+    return all(own in ("NAME", key) for key, own in zip(place, setting, strict=False))
 
 
 def without_none(annotation: Any) -> Any:
@@ -169,46 +118,33 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
     Raises:
         UserError: A key or value is wrong. The message has one sentence for each and names the file or the override.
     """
-    file = Path(path)
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"settings file '{path}' {what}; mmoe-rec init writes one, or start from {TEMPLATE}")
     try:
-        tree = load_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"settings file '{path}' is not valid YAML: {_yaml_problem(error)}") from None
-    except OSError as error:
-        raise UserError(f"settings file '{path}' cannot be read: {error.strerror}") from None
+        text = Path(path).read_text(encoding="utf-8")
+        tree, own = load_yaml(text), load_yaml(text)
+    except FileNotFoundError:
+        raise UserError(
+            f"settings file '{path}' does not exist; mmoe-rec init writes one, or start from {TEMPLATE}"
+        ) from None
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"settings file '{path}' can't be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"settings file '{path}' must hold keys such as name, data, columns, tasks, features, split")
     check_names(overrides, given_by=given_by)
     given = list(parse_overrides(overrides))
     for key, value in given:
-        if value is None and len(key) == 2 and key[0] == "features":
-            _leave_out(tree, key[1], given_by)
-        else:
-            _set(tree, key, value)
-    if isinstance(found := _validate(tree), Settings):
+        _set(tree, key, value)
+    found = _validate(tree)
+    if isinstance(found, Settings):
         return found
-    own, keys = load_yaml(file.read_text(encoding="utf-8")), [key for key, _ in given]  # without the overrides
-    alone = _validate(own)
-    of_file = [] if isinstance(alone, Settings) else [(each["loc"], each["msg"]) for each in alone.errors()]
-
-    def find_source(problem: Any) -> str:
-        location = _location(problem)
-        blamed = [key for key in keys if key == location[: len(key)]]  # the file has no part in such a value
-        if not blamed and (problem["loc"], problem["msg"]) in of_file:
-            return str(path)
-        blamed = blamed or [key for key in keys if location == key[: len(location)]] or keys
-        return f"{given_by} ({', '.join(dict.fromkeys(f'--{each}' for each in map('.'.join, blamed)))})"
-
-    sections = [(key[:2], own[key[0]]) for key in keys if len(key) > 2 and isinstance(own.get(key[0]), dict)]
+    if not given or not isinstance(_validate(own), Settings):
+        raise UserError("; ".join(explain(found, lambda _: str(path))))
     new = {
-        f" '{path}' has no '{'.'.join(key)}'{_nearest(key[1], [*names])}"
-        for key, names in sections
-        if key[1] not in names
+        f". '{path}' has no '{'.'.join(key[:2])}'{_nearest(key[1], [*own[key[0]]])}"
+        for key, _ in given
+        if len(key) > 2 and isinstance(own.get(key[0]), dict) and key[1] not in own[key[0]]
     }
-    raise UserError(".".join(["; ".join(explain(found, find_source)), *sorted(new)]))
+    words = ", ".join(dict.fromkeys(f"--{'.'.join(key)}" for key, _ in given))
+    raise UserError("".join(["; ".join(explain(found, lambda _: f"{given_by} ({words})")), *sorted(new)]))
 
 
 def override_settings(settings: Settings, overrides: Sequence[str], given_by: str) -> Settings:
@@ -238,13 +174,6 @@ def _validate(tree: Any) -> Settings | ValidationError:
         return error
 
 
-def _yaml_problem(error: Exception) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
-    mark = error.problem_mark
-    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-
-
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
     """`--a.b value` and `--a.b=value` as (["a", "b"], value read as YAML)."""
     rest = list(arguments)
@@ -259,7 +188,7 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]
             text = rest.pop(0)
         try:
             yield key.split("."), load_yaml(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"the value '{text}' of '--{key}' is not valid YAML") from None
 
 
@@ -270,15 +199,11 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         tree = tree[key]
         if not isinstance(tree, dict):
             raise UserError(f"'--{'.'.join(keys)}' goes below '{'.'.join(keys[:depth])}', which is a single value")
-    tree[keys[-1]] = value
-
-
-def _leave_out(tree: dict[str, Any], name: str, given_by: str) -> None:
-    features = tree.get("features")
-    if not isinstance(features, dict) or name not in features:
-        hint = _nearest(name, [*features]) if isinstance(features, dict) else ""
-        raise UserError(f"{given_by}: '--features.{name} null' leaves out a feature that is not there{hint}")
-    del features[name]
+    if value is not None or keys[0] != "features" or len(keys) > 2:
+        tree[keys[-1]] = value
+    elif tree.pop(keys[-1], None) is None:
+        near = _nearest(keys[-1], [*tree])
+        raise UserError(f"'--features.{keys[-1]} null' leaves out a feature that is not there{near}")
 
 
 def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str = "command line") -> None:
@@ -289,14 +214,11 @@ def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str
         options: Names of the command's own options, such as `seeds`.
         given_by: The source of the words, for the error message.
     """
-    listed = re.findall(r"^  --(\S+)", describe(), re.MULTILINE)
-    settings = [name.split(".") for name in (*listed, "features.NAME.kind")]
-    valid = [*options, *(".".join(each[:depth]) for each in settings for depth in range(1, len(each) + 1))]
+    valid = [*options, *(".".join(each[:depth]) for each in _all_settings() for depth in range(1, len(each) + 1))]
     by_last = {each.rpartition(".")[2]: each for each in reversed(valid)}
     for name in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
         typed = name.split(".")
-        known = any(all(key in ("NAME", own) for key, own in zip(each, typed, strict=False)) for each in settings)
-        if known or name in ("", *options):
+        if name in ("", *options) or any(_leads_to(typed, each) for each in _all_settings()):
             continue
         last = [by_last[each] for each in get_close_matches(typed[-1], by_last, 1)]
         near = (last if typed[-1] in by_last else get_close_matches(name, valid, 1)) or last

@@ -28,7 +28,6 @@ class Meaning:
         row_name: Function of a table and a row that names the row, None if rows are the ids of a vocabulary.
         missing: Whether row 0 stands for a missing value.
         unknown: Number of rows after it that unknown ids share.
-        hashed: Whether values share rows by their hashes.
         zeros_missing: Whether dense inputs that are all 0 stand for a missing value.
         parts: Meaning of the inputs of other tables, by table.
     """
@@ -37,7 +36,6 @@ class Meaning:
     row_name: Callable[[str, int], str] | None = None
     missing: bool = True
     unknown: int = 0
-    hashed: bool = False
     zeros_missing: bool = False
     parts: Mapping[str, Meaning] = field(default_factory=dict)
 
@@ -141,8 +139,6 @@ class Schema(Section):
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
                 raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
-        self._check_case(self.tasks, "task")
-        self._check_case(self.features, "feature")
         for name in _RESERVED.intersection(self.tasks):
             raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
         self._check_given()
@@ -152,16 +148,6 @@ class Schema(Section):
             feature.check(name, self)
             self.role_of(name)
         return self
-
-    def _check_case(self, names: Iterable[str], what: str) -> None:
-        """Files are named after tasks and features, and not all machines tell upper from lower case."""
-        seen: dict[str, str] = {}
-        for name in names:
-            if (other := seen.setdefault(name.casefold(), name)) != name:
-                raise ValueError(
-                    f"{what}s '{other}' and '{name}' differ only in upper and lower case, which file names on some "
-                    "machines do not tell apart; rename one"
-                )
 
     def _check_given(self) -> None:
         taken = dict.fromkeys(self.tasks, "a task")

@@ -146,8 +146,8 @@ class Search(Section):
         return self
 
 
-# Keys of tasks and features that can be tried without building features anew.
-_SEARCHED = {"tasks": {"loss_weight"}, "features": {"dim"}}
+# Settings that can be tried without building features anew, and that trials are judged with.
+_SEARCHED = r"(model(?!\.trees)|training(?!\.calibration))\..+|tasks\.[^.]+\.loss_weight|features\.[^.]+\.dim"
 
 
 class Tuning(Section):
@@ -160,13 +160,10 @@ class Tuning(Section):
     @classmethod
     def _check_names(cls, search: dict[str, Search]) -> dict[str, Search]:
         for name in search:
-            section, _, rest = name.partition(".")
-            if name.startswith(("model.trees", "training.calibration")):
-                raise ValueError(f"'{name}' can't be tried: it is used after a training, and trials are judged before")
-            if section not in ("model", "training") and rest.rpartition(".")[2] not in _SEARCHED.get(section, ()):
+            if not re.fullmatch(_SEARCHED, name):
                 raise ValueError(
-                    f"'{name}' can't be tried; only settings of model and training can, such as "
-                    "training.learning_rate, and tasks.NAME.loss_weight and features.NAME.dim"
+                    f"'{name}' can't be tried; only settings of model and training can, without model.trees and "
+                    "training.calibration, and tasks.NAME.loss_weight and features.NAME.dim"
                 )
         return search
 
@@ -305,18 +302,12 @@ class Settings(Section):
         self.outcomes.check(self.schema_)
         self.split.check(self.columns)
         for name in self.tuning.search:
-            section, _, rest = name.partition(".")
-            known = getattr(self, section) if section in CHOICES else None
-            if known is not None and (asked := rest.rpartition(".")[0]) not in known:
-                raise ValueError(
-                    f"tuning.search names '{name}', but there is no {section[:-1]} '{asked}'; {section} are: "
-                    f"{', '.join(known)}"
-                )
-            if section == "features" and rest.endswith(".dim") and not self.features[asked].has_dim:
-                raise ValueError(
-                    f"tuning.search names '{name}', but feature '{asked}' has no embedding table of its own, so that "
-                    "means nothing"
-                )
+            section, asked, *_ = name.split(".")
+            if section == "tasks" and asked not in self.tasks:
+                raise ValueError(f"tuning.search names '{name}'; tasks are: {', '.join(self.tasks)}")
+            if section == "features" and (asked not in self.features or not self.features[asked].has_dim):
+                known = ", ".join(feature for feature, settings in self.features.items() if settings.has_dim)
+                raise ValueError(f"tuning.search names '{name}'; features with a table of their own are: {known}")
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")
         return self
@@ -377,7 +368,7 @@ def _with_numbers(base: type) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, where YAML would silently take the last; an impossible date stays text."""
+    """Refuses a key that is written twice, where YAML would silently take the last."""
 
     yaml_implicit_resolvers = _with_numbers(yaml.SafeLoader)
 
@@ -389,14 +380,6 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(None, None, f"key '{key.value}' is written twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except ValueError:  # not a date, such as 2024-02-30, or too many digits: what expects one reports it
-            if not isinstance(node, yaml.ScalarNode):
-                raise
-            return node.value
 
 
 class _Dumper(yaml.SafeDumper):

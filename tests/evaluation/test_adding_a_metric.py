@@ -15,7 +15,7 @@ from mmoe_rec.evaluation.metrics.lists import RankedLists
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows
 from mmoe_rec.evaluation.results_report import metrics_of_models, summary_tree
 from mmoe_rec.evaluation.summary import flatten, summarise
-from mmoe_rec.report.terminal import to_rich
+from mmoe_rec.report.parts import to_rich
 from tests.evaluation.trees import compare
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.report.terminal import to_rich
+from mmoe_rec.report.parts import to_rich
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.origin import Origin

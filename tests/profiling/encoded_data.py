@@ -41,7 +41,6 @@ SCHEMA = kinds.schema_of(
     }
 )
 
-DIMS = {"item": 8, "user_item": 4, "when_weekday": 4}
 LAYOUT = Layout(
     tables=(Table("item", ITEMS), Table("user_item", 1000), Table("when_weekday", 8, feature="when")),
     ids=(
@@ -122,7 +121,7 @@ def write(folder: Path, frames: Frames, **manifest: object) -> FeatureFolder:
 
 def health_of_frames(folder: Path, frames: Frames, **manifest: object) -> dict:
     """The health of rows that are written to a folder."""
-    return inspect("made up", write(folder, frames, **manifest), SCHEMA, DIMS, folder / "database")
+    return inspect("made up", write(folder, frames, **manifest), SCHEMA, folder / "database")
 
 
 def changed(seed: int, change: Change) -> Frames:

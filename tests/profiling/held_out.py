@@ -1,6 +1,6 @@
 """Logs as different firms would have them, each with the list of what is right to say of it, for `mmoe-rec init`.
 
-They were written by someone who had not read `mmoe_rec.profiling`, but for `hotels` and `rows_one_by_one`. In each,
+They were written by someone who had not read `mmoe_rec.profiling`, but for `rows_one_by_one`. In each,
 clicks follow from what a user likes among categories and from how well an item does at the time, so counters matter;
 `best` is the AUC of the true probabilities over the last fifth of the time, which no model passes by more than chance.
 """
@@ -436,36 +436,6 @@ def people(seed: int, split: bool = True) -> HeldOut:
     return HeldOut({"t.parquet": pa.table(columns | ({"split": parts} if split else {}))}, answers)
 
 
-def loans(seed: int) -> HeldOut:
-    """One row an applicant and a date of each: ordered in time, but nobody is seen twice."""
-    random, rows = np.random.default_rng(seed), 6_000
-    day = np.sort(random.integers(0, 700, rows))
-    amount, branch = random.gamma(2, 5_000, rows).round(-1), random.integers(0, 40, rows)
-    probability = 1 / (1 + np.exp(-(random.normal(0, 1, 40)[branch] + amount / 10_000 - 2.5)))
-    failed = random.random(rows) < probability
-    log = pa.table(
-        {
-            "antrag_nr": np.arange(rows) + 700_000,
-            "antrag_am": pa.array(day + 19_000, pa.int32()).cast(pa.date32()),
-            "filiale": branch + 100,
-            "betrag": amount,
-            "laufzeit_monate": random.choice([12, 24, 36, 48, 60], rows),
-            "beruf": random.choice(["angestellt", "beamtet", "selbstständig"], rows),
-            "ausfall": failed * 1,
-            "mahnungen": np.where(failed, random.integers(1, 5, rows), 0),
-        }
-    )
-    answers = Answers(
-        {"user": "-|antrag_nr", "candidate": "-|antrag_nr", "request": "-|antrag_nr", "time": "antrag_am"},
-        {"candidate|context": "filiale betrag laufzeit_monate", "candidate|context|user": "beruf"},
-        {"ausfall": Label(days=(0, 400))},
-        leaks=("mahnungen", "antrag_nr"),
-        outcomes=("ausfall",),
-        kinds={"filiale": "id", "betrag": "numeric"},
-    )
-    return HeldOut({"t.parquet": log}, answers)
-
-
 def odd_names(seed: int) -> HeldOut:
     """Names that YAML reads as something else, and files whose types and columns differ."""
     w = draw_world(seed, 6_000, 300, 100, 40)
@@ -506,53 +476,6 @@ def odd_names(seed: int) -> HeldOut:
     )
     files = {"a.parquet": older, "b.parquet": log.slice(2000)}
     return HeldOut(files, answers, best=w.best(w.clicked))
-
-
-def hotels(seed: int) -> HeldOut:
-    """Searches for hotels, of nobody known: columns of 0 and 1 that are no labels, missing history, sums paid."""
-    w = draw_world(seed, 10_000, 2000, 150, 200, shown=10, bias=-2.5)
-    random, clicked = w.random, w.clicked.astype(bool)
-    booked = w.some(clicked, 0.4).astype(bool)
-    past = w.of(w.request, np.append(np.full(8, np.nan), [3.0, 4.2]))
-    log = pa.table(
-        {
-            "srch_id": w.request + 1,
-            "date_time": at(w.time, "s"),
-            "site_id": w.of(w.request, [2, 5, 14]),
-            "visitor_location_country_id": w.of(w.request, random.integers(1, 230, 40)),
-            "visitor_hist_starrating": past,
-            "visitor_hist_adr_usd": np.where(np.isnan(past), np.nan, w.of(w.request, [99.5, 210.0])),
-            "prop_id": w.item * 31 + 7,
-            "prop_starrating": w.of(w.item, [0, 2, 3, 4, 5]),
-            "prop_review_score": w.of(w.item, [0.0, 3.5, 4.0, 4.5]),
-            "prop_brand_bool": w.of(w.item, [0, 1]),
-            "position": w.position + 1,
-            "price_usd": np.round(w.of(w.item, np.arange(40, 400)) * random.choice([0.9, 1, 1.1], w.rows), 2),
-            "promotion_flag": (random.random(w.rows) < 0.2) * 1,
-            "srch_destination_id": w.of(w.request, random.integers(1, 28_000, 200)),
-            "srch_booking_window": w.of(w.request, np.arange(0, 200)),
-            "srch_saturday_night_bool": w.of(w.request, [0, 1]),
-            "random_bool": w.of(w.request, [0, 0, 1]),
-            "click_bool": w.clicked,
-            "booking_bool": booked * 1,
-            "gross_bookings_usd": where(booked, random.gamma(3, 100, w.rows)),
-        }
-    )
-    of_request = "site_id visitor_location_country_id visitor_hist_starrating visitor_hist_adr_usd srch_destination_id"
-    of_request += " srch_booking_window srch_saturday_night_bool random_bool"
-    answers = Answers(
-        {"request": "srch_id", "candidate": "prop_id", "time": "date_time"},
-        {
-            "context": of_request,
-            "candidate": "prop_starrating prop_review_score prop_brand_bool price_usd promotion_flag",
-            "placement": "position",
-        },
-        {"click_bool": Label(), "booking_bool": Label(observed=(None, "click_bool"))},
-        leaks=("gross_bookings_usd",),
-        outcomes=("click_bool", "booking_bool"),
-        kinds={"srch_destination_id": "id", "prop_review_score": "numeric", "price_usd": "numeric"},
-    )
-    return HeldOut({"h.parquet": log}, answers)
 
 
 def rows_one_by_one(seed: int) -> HeldOut:
@@ -742,9 +665,7 @@ LOGS: dict[str, Callable[[int], HeldOut]] = {
     "wide": wide,
     "people": people,
     "people_without_split": partial(people, split=False),
-    "loans": loans,
     "odd_names": odd_names,
-    "hotels": hotels,
     "rows_one_by_one": rows_one_by_one,
     "feed": feed,
     "returns": returns,

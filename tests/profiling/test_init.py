@@ -21,22 +21,16 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "shop.yaml"
 
 
-def test_init_goes_on_from_what_it_was_told(shop: Path) -> None:
-    first = shop.read_text()
-    run("init", "shop.parquet", "--leave-out", "price")
-    run("init", "shop.parquet", "--timezone", "Europe/Berlin")
+def test_init_replaces_its_own_file_but_nothing_that_a_person_wrote(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("init", "shop.parquet", "--leave-out", "price", "--timezone", "Europe/Berlin")
     told = yaml.safe_load(shop.read_text())
     assert "price" not in str(told["roles"])
     assert told["features"]["request_time"]["timezone"] == "Europe/Berlin"
-    shop.unlink()
-    run("init", "shop.parquet")
-    assert shop.read_text() == first
-
-
-def test_init_replaces_nothing_that_a_person_wrote(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in (shop.read_text().replace("trees: {}", "trees: {leaves: 15}"), "name: shop\n"):
         shop.write_text(text)
-        assert "name another --out" in refuse(capsys, "init", "shop.parquet")
+        assert "Name another --out" in refuse(capsys, "init", "shop.parquet")
         assert shop.read_text() == text
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mmoe_rec.evaluation.results_report import calibration_figure, gate_weights_figure, metrics_of_models
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.report.terminal import to_rich
+from mmoe_rec.report.parts import to_rich
 from tests.evaluation.simulated_log import Log, simulate
 
 

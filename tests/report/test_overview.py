@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +11,14 @@ from mmoe_rec.evaluation.results_report import write_results
 from mmoe_rec.inference.artifact import version_of, write_manifest
 from mmoe_rec.profiling.health_report import write
 from mmoe_rec.report.parts import Report, Sentence
-from mmoe_rec.report.report_files import write_report
+from mmoe_rec.report.report_files import to_html, write_report
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.training.origin import fixed_settings
-from mmoe_rec.training.overview import JOBS, Part, read_parts, to_page
+from mmoe_rec.training.overview import join_reports
 from tests.pipelines.learnable_log import write_files
 from tests.profiling.encoded_data import changed, drifting, health_of_frames
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page
-from tests.report.test_pages import FROM_ELSEWHERE
 from tests.server.browser import browser
 
 
@@ -45,25 +44,17 @@ def compared(**identity: object) -> Report:
     return Report("Comparison", headline, sentences=[Sentence("<b>'x' & y</b>")], identity=identity)
 
 
-def parts_of(world: Path) -> dict[str, Part]:
-    settings = load_settings(world / "settings.yaml")
-    commands = {job.words[0] for job in JOBS if job.words}
-    return {part.name: part for part in read_parts(settings, lambda *words: " ".join(words), commands)}
+def joined(world: Path) -> Report:
+    return join_reports(load_settings(world / "settings.yaml"), lambda *words: " ".join(words))
 
 
 def test_what_is_there_is_told_and_what_is_missing_has_its_command(world: Path) -> None:
-    parts = parts_of(world)
-    missing = {name: part.command for name, part in parts.items() if part.report is None}
-    assert missing == {
-        "training": "train",
-        "baselines": "baselines --model models:/learnable@champion",
-        "tuning": "tune --minutes 30",
-    }
-    assert " warnings found; above all: 60." in parts["inspection"].report.headline
-    assert parts["evaluation"].report.headline.startswith("'new' is ")
-    settings = load_settings(world / "settings.yaml")
-    found = read_parts(settings, lambda *words: "", {"train"})
-    assert [part.name for part in found if part.report is None] == ["training"]
+    told = [sentence.text for sentence in joined(world).sentences]
+    missing = [text.partition("not there yet. Run ")[2] for text in told if "not there yet" in text]
+    assert missing == ["`train`", "`baselines --model models:/learnable@champion`", "`tune --minutes 30`"]
+    (data,) = (text for text in told if text.startswith("The data, "))
+    assert " warnings found; above all: 60." in data
+    assert any(re.match("The model on test rows, .* UTC: 'new' is ", text) for text in told)
 
 
 def test_what_no_longer_holds_is_marked(world: Path) -> None:
@@ -72,46 +63,38 @@ def test_what_no_longer_holds_is_marked(world: Path) -> None:
     other = json.loads(json.dumps(settings))
     other["training"]["epochs"] = 7
     for identity, stale in (
-        ({}, ()),
-        ({"features": "new", "model": version, "settings": settings}, ()),
-        ({"features": "old"}, (f"it is of other features than those in '{work / 'features'}'",)),
-        ({"model": "0" * 16}, (f"it is of another model than that in '{work / 'model'}'",)),
-        ({"settings": other}, ("it was made with training.epochs 7, and now it is 2",)),
+        ({}, []),
+        ({"features": "new", "model": version, "settings": settings}, []),
+        ({"features": "old"}, [f"it is of other features than those in '{work / 'features'}'"]),
+        ({"model": "0" * 16}, [f"it is of another model than that in '{work / 'model'}'"]),
+        ({"settings": other}, ["it was made with training.epochs 7, and now it is 2"]),
     ):
         write_report(compared(**identity), work / "comparison")
-        assert parts_of(world)["comparison"].stale == stale
+        told = [each.text for each in joined(world).sentences if each.mark == "warning"]
+        title = "Comparison of variants: "
+        assert [text.removeprefix(title) for text in told if text.startswith(title)] == stale
     write_report(compared(), work / "comparison")
 
 
-def test_the_page_stands_alone_with_headings_in_order(world: Path) -> None:
-    text = to_page("Report: x", "about", ["caution'"], list(parts_of(world).values()))
-    whole = Page(text)
-    assert whole.tags.isdisjoint(FROM_ELSEWHERE)
+def test_the_page_holds_all_parts_and_opens_in_a_browser(world: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    report = joined(world)
+    file.write_text(to_html(replace(report, about="long" * 60)), encoding="utf-8")
+    whole = Page(file.read_text(encoding="utf-8"))
     assert len(whole.ids) == len(set(whole.ids))
     assert {target.removeprefix("#") for target in whole.targets} <= set(whole.ids)
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
-    levels = [int(level) for level in re.findall(r"<h([1-6])\b", text)]
-    assert levels[0] == levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels))
-    words = " ".join(whole.words.split())
-    first = words.index("Leave out price: nothing is lost")
-    assert words.index("What is known") < first < words.index("Search for settings") < words.index("All of it")
-    assert "<b>'x' & y</b>" in words
-
-
-def test_it_opens_in_a_browser_and_nothing_is_too_wide(world: Path, tmp_path: Path) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(to_page("Report: x", "about " + "long" * 60, [], list(parts_of(world).values())), encoding="utf-8")
+    assert "leave out price: nothing is lost" in " ".join(whole.words.split())
+    assert {each.title.partition(":")[0] for each in report.figures} == {"The data", "The model on test rows"}
     with browser(tmp_path) as opened:
         for width, dark in ((1280, False), (390, True)):
             opened.size(width, 900, dark=dark)
-            for address in (file.as_uri(), (world / "work" / "inspection" / "report.html").as_uri()):
-                opened.open(address)
-                opened.run("document.querySelectorAll('details').forEach(e => e.open = true)")
-                assert len(opened.texts("tbody tr")) > 15
-                assert opened.run("return document.documentElement.scrollWidth <= window.innerWidth"), "it is too wide"
-                assert opened.complaints() == []
+            opened.open(file.as_uri())
+            opened.run("document.querySelectorAll('details').forEach(e => e.open = true)")
+            assert len(opened.texts("tbody tr")) > 15
+            assert opened.run("return document.documentElement.scrollWidth <= window.innerWidth"), "it is too wide"
+            assert opened.complaints() == []
 
 
-def test_nothing_found_is_said() -> None:
-    assert "Nothing is known yet" in to_page("Report", "about", [], [Part("training", "The model", command="train")])
+def test_nothing_found_is_said(world: Path, tmp_path: Path) -> None:
+    settings = load_settings(world / "settings.yaml", ["--data.work", str(tmp_path)])
+    assert join_reports(settings, lambda *words: " ".join(words)).headline == "nothing is known yet"

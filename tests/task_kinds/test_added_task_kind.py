@@ -148,7 +148,7 @@ def rates(log: pa.Table) -> np.ndarray:
 
 def test_settings_know_its_name(found: dict[str, Any]) -> None:
     assert "<binary | regression | count | focal>" in found["help"]
-    told = "'tasks.views.kind' must be one of binary, regression, count, focal, found 'coutn'; did you mean 'count'?"
+    told = "'tasks.views.kind' must be 'binary', 'regression', 'count' or 'focal', found 'coutn'; did you mean 'count'?"
     assert told in found["unknown"]
 
 

@@ -25,7 +25,7 @@ class CrossFeature(Feature):
 
     def meaning(self, schema: Schema) -> Meaning:
         """Each row is a bucket; a combination of missing values has one too."""
-        return Meaning(self.columns, lambda table, row: f"bucket {row}", missing=False, hashed=True)
+        return Meaning(self.columns, lambda table, row: f"bucket {row}", missing=False)
 
 
 class EmbeddedCross(CrossFeature, Embedded):
