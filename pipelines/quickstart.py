@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results = measure_baselines(settings, work / "baselines", evaluated, "MMoE")
             show_report(make_report(results))
         else:
-            show(_describe(evaluated.results.first.summary))
+            show(_describe(evaluated.summary))
     console.rule("one candidate list")
     request, example = read_example(trained.artifact), trained.artifact / EXAMPLE
     ranking = Ranker.load(trained.artifact).rank(**request)

@@ -112,7 +112,6 @@ class Batch(_Tensors):
         observed: (B, T) bool, whether a label is known.
         position: Position at which a reader continues after this batch, None outside a training.
         weights: (B,) float64 weights of the rows in the loss, None if all rows count alike.
-        users: (B,) int64 hashes of the rows' users, for metrics by user.
         numbers: (B,) int64 numbers of the rows in the files, for `draws_of`.
         ragged: Names of the R inputs that don't have exactly one id in every row.
         shares: (R, B) float32 weight of one id in the mean of its row: 1 / number of ids, or 0 without ids. None if
@@ -126,7 +125,6 @@ class Batch(_Tensors):
     observed: Tensor
     position: Position | None = None
     weights: Tensor | None = None
-    users: Tensor | None = None
     numbers: Tensor | None = None
     ragged: tuple[str, ...] = ()
     shares: Tensor | None = None
@@ -149,7 +147,6 @@ def make_batch(
     labels: np.ndarray | None = None,
     position: Position | None = None,
     weights: np.ndarray | None = None,
-    users: np.ndarray | None = None,
     numbers: np.ndarray | None = None,
     *,
     torchrec: bool,
@@ -157,7 +154,7 @@ def make_batch(
     """Encoded rows and their labels as a batch.
 
     labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
-    float64, users, numbers: (B,) int64, as in `Batch`. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
+    float64, numbers: (B,) int64, as in `Batch`. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
     where labels, weights or dense inputs do not fit the layout, KeyError where an id input is missing.
     """
     rows = len(encoded)
@@ -180,9 +177,7 @@ def make_batch(
     given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
     observed = ~given.isnan()
     rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights", np.float64)
-    rows_users, rows_numbers = (
-        None if each is None else torch.from_numpy(np.require(each, np.int64, ["C", "W"])) for each in (users, numbers)
-    )
+    rows_numbers = None if numbers is None else torch.from_numpy(np.require(numbers, np.int64, ["C", "W"]))
     shares = None
     if ragged:
         counts = np.stack([each.lengths for each in ragged.values()])
@@ -201,7 +196,7 @@ def make_batch(
         # The totals are known on the host; without them torchrec would read them back from the device.
         ids = KeyedJaggedTensor(names, values, lengths=lengths, stride=rows, length_per_key=totals)
     known = given.masked_fill(~observed, 0.0)
-    rows_own = (position, rows_weights, rows_users, rows_numbers)
+    rows_own = (position, rows_weights, rows_numbers)
     return Batch(ids, dense, known, observed, *rows_own, tuple(ragged), shares, events)
 
 

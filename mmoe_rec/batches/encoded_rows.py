@@ -1,7 +1,5 @@
 """A folder of encoded Parquet rows: which row groups there are, and reading them into arrays."""
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,14 +40,12 @@ class Rows:
     """N encoded rows with their labels.
 
     labels: (N, T) float32, or float64 where a task is a regression, NaN is unobserved; weights: (N,) float64, see
-    `weights_of`; users: (N,) int64, a hash of each row's user, where they are read; numbers: (N,) int64, of the rows in
-    file order, where a row group was read.
+    `weights_of`; numbers: (N,) int64, of the rows in file order, where a row group was read.
     """
 
     encoded: Encoded
     labels: np.ndarray
     weights: np.ndarray | None = None
-    users: np.ndarray | None = None
     numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -64,7 +60,7 @@ class Rows:
         return self._with(self.encoded.take(rows), lambda part: part.take(rows, axis=0))
 
     def _with(self, encoded: Encoded, change: Callable[[np.ndarray], np.ndarray]) -> "Rows":
-        others = (None if each is None else change(each) for each in (self.weights, self.users, self.numbers))
+        others = (None if each is None else change(each) for each in (self.weights, self.numbers))
         return Rows(encoded, change(self.labels), *others)
 
     @staticmethod
@@ -74,7 +70,7 @@ class Rows:
         for name, first in parts[0].encoded.ids.items():
             columns: Any = [part.encoded.ids[name] for part in parts]
             ids[name] = join(columns) if isinstance(first, Ragged) else np.concatenate(columns)
-        others: Any = zip(*((part.weights, part.users, part.numbers) for part in parts), strict=True)
+        others: Any = zip(*((part.weights, part.numbers) for part in parts), strict=True)
         return Rows(
             Encoded(ids, np.concatenate([part.encoded.dense for part in parts])),
             np.concatenate([part.labels for part in parts]),
@@ -86,14 +82,13 @@ class EncodedRows:
     """The encoded rows of a folder, files in order of their names. Only the footers are read at first.
 
     outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
-    weighted: rows weigh 1 / the rate at which they were sampled; with_users: rows have the hashes of their users; part:
+    weighted: rows weigh 1 / the rate at which they were sampled; part:
     keep only the rows of these users, or all rows if one of the two parts would have no label, see `is_divided`.
 
     `is_divided`: whether `part` was given and both parts have observed labels;
     `weighs`: whether the log has a column of weights, which rows count by besides; `rows`: number of rows; `groups`:
     (file index, row group index) of every row group that has rows, in file order; `group_rows`: (len(groups),) int64,
-    the rows of each; `fingerprint`: of all footers, so of the values' statistics too. Raises UserError where there are
-    no rows, or a file cannot be read or lacks a column.
+    the rows of each. Raises UserError where there are no rows, or a file cannot be read or lacks a column.
     """
 
     def __init__(
@@ -103,11 +98,10 @@ class EncodedRows:
         *,
         outcomes: bool = False,
         weighted: bool = False,
-        with_users: bool = False,
         part: Part | None = None,
     ) -> None:
         self.layout = layout
-        self._weighted, self._with_users = weighted, with_users
+        self._weighted = weighted
         learnt, types = [task.learnt_from if outcomes else task.name for task in layout.tasks], label_types(layout)
         self._labels = [f"label.{name}" for name in learnt]
         self._label_type = np.result_type(*(types[name].to_pandas_dtype() for name in learnt))
@@ -118,10 +112,9 @@ class EncodedRows:
         for file in self._files:
             with _naming(file):
                 self._metadata.append(pq.read_metadata(file))
-        self.fingerprint = _fingerprint(self._files)
         self.weighs = "weight" in self._metadata[0].schema.to_arrow_schema().names
         inputs = [*(f"id.{each.name}" for each in layout.ids), *(f"dense.{each.name}" for each in layout.dense)]
-        users = ["user"] if with_users or part is not None else []
+        users = ["user"] if part is not None else []
         self._columns = [*inputs, *self._labels, *self.weighing(weighted), *users]
         self._require(self._columns)
         groups = [(each, group) for each, file in enumerate(self._metadata) for group in range(file.num_row_groups)]
@@ -204,8 +197,7 @@ class EncodedRows:
             labels[:, index] = table.column(name).to_numpy()
         weights = weights_of(table.select(self.weighing(self._weighted)))
         weights = None if weights is None else weights.astype(np.float64)
-        users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
-        return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users, numbers)
+        return Rows(Encoded.from_arrow(table, self.layout), labels, weights, numbers)
 
 
 def weights_of(table: pa.Table) -> np.ndarray | None:
@@ -216,18 +208,6 @@ def weights_of(table: pa.Table) -> np.ndarray | None:
         by_rate = 1 / table.column("sampling_rate").to_numpy()
         weights = by_rate if weights is None else weights * by_rate
     return weights
-
-
-def _fingerprint(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with _naming(file), file.open("rb") as content:
-            # A Parquet file ends with its footer, 4 bytes for the footer's length, and 4 letters.
-            content.seek(-8, os.SEEK_END)
-            length = int.from_bytes(content.read(4), "little")
-            content.seek(-8 - length, os.SEEK_END)
-            digest.update(content.read())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

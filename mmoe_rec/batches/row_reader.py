@@ -19,12 +19,11 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain, groupby
-from typing import Generic, Self, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.errors import UserError
 
 GOLDEN = (5**0.5 - 1) / 2
 T = TypeVar("T")
@@ -179,29 +178,12 @@ def take_share(parts: list[Part], *, rank: int, world_size: int, rank_rows: int)
 class Position:
     """The first `row` rows of an epoch's order are consumed, by all ranks together; the rest is to come.
 
-    seed, shuffle_window, rows and fingerprint (of the encoded rows, see `EncodedRows`) fix that order, with any number
-    of ranks and any batch size.
+    seed: of that order, and of what a step draws.
     """
 
     epoch: int
     row: int
     seed: int
-    shuffle_window: int
-    rows: int
-    fingerprint: str
-
-    def check(self, own: Self) -> None:
-        """Raises UserError unless this position lies in the same order of rows as `own`, and inside its epoch."""
-        cannot = f"cannot resume at row {self.row} of epoch {self.epoch}"
-        for name in ("rows", "fingerprint", "seed", "shuffle_window"):
-            before, now = getattr(self, name), getattr(own, name)
-            if before != now:
-                raise UserError(
-                    f"{cannot}: the checkpoint was made with {name} {before} and now it is {now}; "
-                    "bring those encoded rows or that setting back, or train from the start"
-                )
-        if self.epoch < 0 or not 0 <= self.row <= self.rows:
-            raise UserError(f"{cannot}: an epoch has {self.rows} rows; train from the start")
 
 
 @dataclass
@@ -232,23 +214,19 @@ class TrainingReader:
 
     def position(self, epoch: int, row: int = 0) -> Position:
         """The position after `row` rows of an epoch."""
-        return Position(epoch, row, self.seed, self.shuffle_window, self.rows.rows, self.rows.fingerprint)
+        return Position(epoch, row, self.seed)
 
     def resume(self, position: Position, epochs: int) -> Iterator[tuple[Rows, Position]]:
         """This rank's rows of each global batch after `position` and up to epoch `epochs` - 1, and the position then.
 
         From a position that this gave to all ranks, any world size and batch size gets exactly the rest. Raises
-        UserError for a position of other rows, another seed or `shuffle_window`, and for a file that cannot be read.
+        UserError for a file that cannot be read.
         """
-        position.check(self.position(position.epoch))
-        return self._read(position, epochs)
-
-    def _read(self, start: Position, epochs: int) -> Iterator[tuple[Rows, Position]]:
         decoded: dict[tuple[int, int], Future[Rows]] = {}
         current: list[tuple[EpochOrder, Share, Position]] = []
         pool = ThreadPoolExecutor(_THREADS, "reader")
         try:
-            for ahead in chain(self._windows(start, epochs), [[]]):
+            for ahead in chain(self._windows(position, epochs), [[]]):
                 needed = {
                     (order.epoch, group): order for order, share, _ in current + ahead for group, *_ in share.pieces
                 }

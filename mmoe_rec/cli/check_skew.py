@@ -25,12 +25,12 @@ DIFFERS = 1
 def check_skew(
     configuration: Configuration, start: str, end: str, requests: Path, model: str | None, out: Path | None
 ) -> None:
-    from mmoe_rec.inference.batch_scoring import microseconds
     from mmoe_rec.live import skew
+    from mmoe_rec.log.given import parse_time
 
     settings = configuration.settings
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    report = skew.check_skew(settings, microseconds(start), microseconds(end), address, requests, out)
+    report = skew.check_skew(settings, parse_time(start), parse_time(end), address, requests, out)
     show(skew.describe(report))
     if report["mismatches"]:
         raise SystemExit(DIFFERS)

@@ -49,14 +49,16 @@ def compare(
     if (only or margin is not None) and not features:
         raise UserError("--only and --margin belong to --features. Add --features.")
     settings = configuration.settings
-    from mmoe_rec.preprocessing.logs import BuildInputs
-    from mmoe_rec.preprocessing.prepare import existing
-
-    existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
-    from mmoe_rec.experiments.compare import BASE, FOLDER, compare_variants
-    from mmoe_rec.experiments.experiment_report import FILE, make_report
+    from mmoe_rec.experiments.compare import (
+        FILE,
+        FOLDER,
+        compare_variants,
+        list_architectures,
+        make_report,
+        parse_variants,
+    )
     from mmoe_rec.experiments.importance import compare_features
-    from mmoe_rec.experiments.variants import list_architectures, parse_variants
+    from mmoe_rec.experiments.runner import BASE
     from mmoe_rec.report.report_files import PAGE
 
     if features:
@@ -64,7 +66,7 @@ def compare(
     else:
         variants = list_architectures(settings) if architectures else [BASE, *parse_variants(words)]
         report = compare_variants(settings, variants, seeds)
-    show_report(make_report(report, {}))
+    show_report(make_report(report))
     folder = Path(settings.data.work) / FOLDER
     print(f"all values: {folder / FILE}")
     print(f"report: {folder / PAGE}")

@@ -35,12 +35,12 @@ def edit_experts(
     from mmoe_rec.inference.artifact import read_artifact, read_stored
     from mmoe_rec.inference.writing import rewrite_artifact
     from mmoe_rec.locks import writing
-    from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
     from mmoe_rec.model.tables import in_float32
+    from mmoe_rec.model.warm_start import add_experts, mask_expert, remove_expert
     from mmoe_rec.settings.model import Model
     from mmoe_rec.tracking import registry, runs
     from mmoe_rec.tracking.registry import CHALLENGER
-    from mmoe_rec.tracking.run_page import as_code, command
+    from mmoe_rec.tracking.runs import as_code, command
 
     with writing(out, "an edit of experts", "name another folder with --out"):
         registry.check_names(uri, name, CHALLENGER)

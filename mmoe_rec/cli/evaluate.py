@@ -31,7 +31,6 @@ import click
 
 from mmoe_rec.cli.main import FOLDER, MODEL, Configuration, settings_command, show_report, slices_option
 from mmoe_rec.errors import UserError
-from mmoe_rec.progress import say
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.comparison import Results
@@ -83,7 +82,7 @@ def evaluate(
         split = split or "test"
         out = out or Path(settings.data.work) / place_of(split)
         settings = settings.model_copy(update={"evaluation": rules})
-        results = evaluate_model(settings, model, out, against, split).results
+        results = evaluate_model(settings, model, out, against, split)
     from mmoe_rec.evaluation.results_report import make_report
 
     show_report(make_report(results))
@@ -118,21 +117,11 @@ def measure_files(
         _check_weights(settings, columns)
     if rules.guarded_slices is not None:  # users and candidates of training are unknown
         guarded = tuple(each for each in rules.guarded_slices if each in rules.slices)
-        if against and guarded != rules.guarded_slices:
-            told = ", ".join(guarded) or "nothing"
-            say(f"evaluation.guarded_slices guards {told} here, as files are sliced by --slices alone")
         rules = rules.model_copy(update={"guarded_slices": guarded})
     rows = columns_of_tasks(tasks) if settings is None else columns_of_settings(settings)
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in rules.slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    results = measure_predictions(rows, predictions, out, rules, against, against_columns)
-    for name, summary in results.summaries.items():
-        if summary.facts["columns"]["score"] is None:
-            what = "the prediction" if len(summary.tasks) == 1 else "the sum of each task's weight x log(prediction)"
-            say(f"note: without a column of scores in '{name}', {what} ranks the candidates of a request")
-        if summary.facts["columns"]["candidate"] is None and summary.rows > summary.requests:
-            say(f"note: without a column of candidates in '{name}', rows that come twice can't be told")
-    return results
+    return measure_predictions(rows, predictions, out, rules, against, against_columns)
 
 
 def _check_weights(settings: Settings, columns: tuple[str, ...]) -> None:

@@ -9,28 +9,22 @@ the table rows of known ids stay, frequent new ids get further rows, and only th
 of the settings. Then `mmoe-rec train --config C --from MODEL` goes on from the previous model.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import click
 
 from mmoe_rec.cli.main import Configuration, settings_command
-
-if TYPE_CHECKING:
-    from mmoe_rec.preprocessing.prepare import FeatureFolder
-    from mmoe_rec.settings.sections import Settings
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.preprocessing.extend import extend as add_days
+from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.prepare import FeatureFolder, empty_split, prepare
+from mmoe_rec.report.formatting import describe_request_times, describe_unmatured
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.task_kinds import DEFAULT
 
 
 @settings_command(__doc__)
 @click.option("--extend", is_flag=True, help="add new files of the log to existing features")
 def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
-    from mmoe_rec.preprocessing.extend import extend as add_days
-    from mmoe_rec.preprocessing.logs import BuildInputs
-    from mmoe_rec.preprocessing.prepare import prepare
-    from mmoe_rec.preprocessing.splits import empty_split
-
     inputs = BuildInputs.of(settings)
     extended = add_days(inputs) if extend else None
     if extend and extended is None:
@@ -55,10 +49,6 @@ def features(configuration: Configuration, extend: bool) -> None:
 
 
 def _print(features: FeatureFolder, settings: Settings) -> None:
-    from mmoe_rec.log.checks import format_time
-    from mmoe_rec.report.formatting import describe_request_times, describe_unmatured
-    from mmoe_rec.task_kinds import DEFAULT
-
     print(f"features: {features.folder}")
     requests, kinds = features.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in features.manifest["splits"].items():

@@ -20,7 +20,7 @@ from mmoe_rec.cli.main import COUNT, Configuration, settings_command
 from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
-    from mmoe_rec.training.planning import RankPlan
+    from mmoe_rec.training.sharding import RankPlan
 
 GIB = 2**30
 MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
@@ -59,7 +59,7 @@ def plan(
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.tables import torchrec_tables, used_tables
-    from mmoe_rec.training.planning import Machines, Planning, Sharding, merge_neighbours, table_bytes
+    from mmoe_rec.training.sharding import Machines, Planning, Sharding, merge_neighbours, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
     if (built / "layout.json").is_file():

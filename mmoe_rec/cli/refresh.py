@@ -47,19 +47,15 @@ def refresh(
     before, made, now = refreshed.before, refreshed.tables, refreshed.after
     holder = f"'{before.alias}' of '{before.version.name}'"
     if made is None:
-        log = settings.data.log
-        why = f"tables made anew of all files in '{log}' are the same" if anew else f"no new files in '{log}'"
+        why = "tables of all files are the same" if anew else f"no new files in '{settings.data.log}'"
         print(f"{why}: {holder} stays version {before.version.number}, with tables as of {before.about.tables_as_of}")
+        return
+    print(f"version {refreshed.number}: tables as of {format_time(made.as_of)}, before {before.about.tables_as_of}")
+    print(f"read {made.files:,} files, {made.rows:,} rows and {made.events:,} events")
+    if made.gone:
+        print(f"files that are gone from the log stay counted: {len(made.gone):,}, such as '{made.gone[0]}'")
+    if now is not None and now.number == refreshed.number:
+        print(f"{holder} is version {now.number} now")
     else:
-        was, now_as_of = map(format_time, (tables.as_of(before.about), made.as_of))
-        print(f"version {refreshed.number}: tables as of {now_as_of}; version {before.version.number}: as of {was}")
-        print(f"read {made.files:,} files, {made.rows:,} rows and {made.events:,} events")
-        if made.gone:
-            print(f"files that are gone from the log stay counted: {len(made.gone):,}, such as '{made.gone[0]}'")
-        if now is not None and now.number == refreshed.number:
-            print(f"{holder} is version {now.number} now")
-        else:
-            print(
-                f"{holder} has moved to {'no version' if now is None else f'version {now.number}'} meanwhile, so "
-                f"the alias stays there: version {refreshed.number} is registered without it"
-            )
+        moved = "no version" if now is None else f"version {now.number}"
+        print(f"{holder} has moved to {moved} meanwhile and stays there: version {refreshed.number} is only registered")

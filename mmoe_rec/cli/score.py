@@ -42,10 +42,11 @@ def score(
     engine: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    from mmoe_rec.inference.batch_scoring import microseconds, score_log
+    from mmoe_rec.inference.batch_scoring import score_log
+    from mmoe_rec.log.given import parse_time
 
     words = [*overrides, *(["--data.engine", engine] if engine else [])]
-    period = (None if start is None else microseconds(start), None if end is None else microseconds(end))
+    period = (None if start is None else parse_time(start), None if end is None else parse_time(end))
     done = score_log(model, log, output, as_of, period, words, labels, keep)
     about = done.manifest
     if done.before:

@@ -94,7 +94,7 @@ def serve(
             raise UserError(f"'--{'.'.join(keys)}' is no option of serve, nor a setting of section serving; see --help")
     require_packages("mmoe-rec serve", "serve", "uvicorn", "starlette", "orjson", "httptools", "prometheus_client")
     from mmoe_rec.live.request_log import LogOptions, check_folder
-    from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr
+    from mmoe_rec.server.options import Options, listening_socket, log_to_stderr
     from mmoe_rec.settings.sections import Tracking
 
     given: dict[str, Any] = {"share": log_share, "seconds": log_seconds}
@@ -123,7 +123,7 @@ def serve(
     options = Options(limits, instead, grace, token, journal, log, hosts, drain_seconds)
     from mmoe_rec.server.workers import serve_by_workers
 
-    end_process(serve_by_workers(source, known, finder, bound, options, poll, workers))
+    raise SystemExit(serve_by_workers(source, known, finder, bound, options, poll, workers))
 
 
 @dataclass(frozen=True)

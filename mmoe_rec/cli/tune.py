@@ -26,16 +26,12 @@ from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_repor
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs that confirm the result (default: 5)")
 def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int) -> None:
     settings = configuration.settings
-    from mmoe_rec.preprocessing.logs import BuildInputs
-    from mmoe_rec.preprocessing.prepare import existing
-
-    existing(BuildInputs.of(settings))  # A wrong log is reported before torch, MLflow and matplotlib are imported.
-    from mmoe_rec.experiments.experiment_report import make_report
+    from mmoe_rec.experiments.compare import make_report
     from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
     from mmoe_rec.report.report_files import PAGE
 
     trials = 20 if trials is None and minutes is None else trials
-    show_report(make_report(tune_settings(settings, minutes, trials, seeds), {}))
+    show_report(make_report(tune_settings(settings, minutes, trials, seeds)))
     folder = Path(settings.data.work) / FOLDER
     print(f"report: {folder / PAGE}")
     print(f"next: mmoe-rec train --config {folder / BEST}")

@@ -10,87 +10,46 @@ redrawn users. The interval is Student's, with degrees of freedom by Welch and S
 settings' means is computed alike.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import t as student
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
-    FEW_CHANGES,
-    FEW_USERS,
-    LEAST_FREEDOM,
     LEVEL,
-    POWER,
-    ROUNDING,
     Difference,
-    Interval,
     Key,
     Resampled,
     Values,
-    add_errors,
     correct_all,
     find_difference,
-    level_after,
-    limit_by_changes,
-    resample,
 )
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
 from mmoe_rec.evaluation.slices import SliceRecord, compare_slices
-from mmoe_rec.evaluation.summary import (
-    OBJECTIVE,
-    SCORE,
-    GroupSummary,
-    MeasuredModel,
-    Objective,
-    Summary,
-    UserMetrics,
-    nest,
-)
+from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, MeasuredModel, Objective, Summary, UserMetrics, nest
 from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows, count_rarer_label
+from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.sections import Evaluation
 from mmoe_rec.task_kinds import KINDS
 
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
+MOST_SLICES = 3
+"""So many of the worst slices are told."""
+RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Whether a guardrail of a task, or of slices, has passed.
-
-    task: None of slices; metric: `auc` or `r2`, with the `difference`, or `calibration`, with the calibration of the
-    model and of the other one, or `slices`, with the number of each that was looked at, by what rows are sliced by, and
-    those that lose, the largest loss first; is_outside: whether the difference is shown to be a loss beyond the margin,
-    or the model's probabilities to be beyond the limit.
-    """
+    """A guardrail: its task, None for slices; `auc`, `r2`, `calibration` or `slices`; and a sentence on the finding."""
 
     task: str | None
     metric: str
     passed: bool
-    is_outside: bool
-    difference: Difference | None = None
-    calibrations: tuple[Interval, Interval] | None = None
-    looked_at: Mapping[str, int] = field(default_factory=dict)
-    losing: tuple[SliceRecord, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is decided between two models.
-
-    kind: `better`, `held back` (better, but for guardrails), `not shown`, `worse`, or `undecided`, where the objective
-    is undefined; guards: all guardrails; detectable: the gain, the same for all tasks, with which nine of ten
-    evaluations like this one would call a model better.
-    """
-
-    kind: str
-    guards: tuple[Guard, ...]
-    detectable: float | None
+    message: str
 
 
 @dataclass(frozen=True)
@@ -102,26 +61,32 @@ class Versus:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """The decision between two models.
+
+    kind: `better`, `held back` (better, but for guardrails), `not shown`, `worse`, or `undecided`, where the objective
+    is undefined; message: the same as a sentence.
+    """
+
+    kind: str
+    message: str
+    guards: tuple[Guard, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A model beside others.
 
-    units: users, or groups of them, that were redrawn; effective_users: by rows, of each task and the score; against:
-    name of each other model -> the differences from it; judged: tasks with enough labels; left_out: each other task ->
-    rows of its rarer label; verdicts: by the name of the other model; slices: those that are guarded; tried: decisions
-    on these rows before, none of which promoted a model.
+    against: name of each other model -> the differences from it; judged: tasks with enough labels; left_out: each other
+    task -> rows of its rarer label; verdicts: by the name of the other model.
     """
 
     model: str
-    units: int
-    effective_users: dict[str, float]
     objective: Objective | None
     against: dict[str, Versus]
-    rules: Evaluation = field(default_factory=Evaluation)
-    judged: tuple[str, ...] = ()
-    left_out: dict[str, int] = field(default_factory=dict)
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    slices: Sequence[SliceRecord] = ()
-    tried: int = 0
+    judged: tuple[str, ...]
+    left_out: dict[str, int]
+    verdicts: dict[str, Verdict]
 
 
 def compare(
@@ -130,38 +95,30 @@ def compare(
     tasks: Sequence[str],
     rules: Evaluation,
     slices: Sequence[SliceRecord] = (),
-    tried: int = 0,
 ) -> Comparison:
     """Compares a model with all others in all metrics and decides, see `decide`.
 
     There is no `score` of a model that weighs relevance differently, as its truth is another one, nor are there tasks
     that one of the two lacks.
 
-    tasks: those that may decide; rules: by which, see `Objective.of`; slices: those that are guarded; tried: see
-    `Comparison`. Raises UserError where the rows are not the same, or for a metric that there is not.
+    tasks: those that may decide; rules: by which, see `Objective.of`; slices: those that are guarded. Raises UserError
+    where the rows are not the same, or for a metric that there is not.
     """
     mine, others = models[model].sums, {name: each.sums for name, each in models.items() if name != model}
     objective = Objective.of(rules.decide_by, mine, tasks)
     alone = ((name, [sums]) for name, sums in others.items())
-    differences = find_differences([mine], alone, objective, rules.resamples, name=model)
-    measured = UserMetrics(mine, objective)
-    for other, its in others.items():
-        differences |= limit_few_changes(other, measured, UserMetrics(its, objective), differences)
+    against = correct(mine, find_differences([mine], alone, objective, rules.resamples, name=model), others)
     labels = {task: count_rarer_label(mine, task) for task in tasks}
-    compared = Comparison(
-        model,
-        measured.units,
-        {name: each.effective_rows for name, each in measured.groups.items()},
-        objective,
-        correct(mine, differences, others),
-        rules,
-        judged=tuple(task for task, rows in labels.items() if rows >= FEWEST),
-        left_out={task: rows for task, rows in labels.items() if rows < FEWEST},
-        slices=slices,
-        tried=tried,
-    )
-    summaries = {name: each.summary for name, each in models.items()}
-    return replace(compared, verdicts={other: decide(compared, other, summaries) for other in others})
+    judged = tuple(task for task, rows in labels.items() if rows >= FEWEST)
+    verdicts = {}
+    for other, versus in against.items():
+        summaries = {name: models[name].summary for name in (model, other)}
+        guards = list(find_guards(versus, summaries, judged, rules))
+        if (of_slices := guard_slices(slices, other, judged, rules.margin)) is not None:
+            guards.append(of_slices)
+        verdicts[other] = decide(model, other, objective, versus, guards)
+    left_out = {task: rows for task, rows in labels.items() if rows < FEWEST}
+    return Comparison(model, objective, against, judged, left_out, verdicts)
 
 
 Differences = dict[tuple[str, str, str], Difference]
@@ -185,12 +142,12 @@ def find_differences(
     metrics: those that are wanted besides the objective's; None: all; name: of what is compared. Raises UserError where
     the rows are not the same.
     """
-    mine, effective = resample_mean(sums, resamples, objective, metrics)
+    mine = resample_mean(sums, resamples, objective, metrics)
     differences: Differences = {}
     for other, its in others:
         for each in its:
             check_same_rows(name, sums[0], other, each)
-        theirs, _ = resample_mean(its, resamples, objective, metrics)
+        theirs = resample_mean(its, resamples, objective, metrics)
         left_out = {SCORE} if _weights_of_tasks(sums[0]) != _weights_of_tasks(its[0]) else set[str]()
         if left_out and objective is not None and SCORE in objective.groups:
             left_out.add(OBJECTIVE[0])
@@ -198,7 +155,7 @@ def find_differences(
             (values, redrawn), (its_values, its_redrawn) = mine[key], theirs[key]
             sides = (values, its_values)
             of_seeds = [(each.var(ddof=1) / len(each), len(each) - 1) for each in sides if min(map(len, sides)) > 1]
-            differences[other, *key] = find_difference(redrawn, its_redrawn, effective[key], besides=of_seeds)
+            differences[other, *key] = find_difference(redrawn, its_redrawn, of_seeds)
     return differences
 
 
@@ -207,134 +164,106 @@ def resample_mean(
     resamples: int,
     objective: Objective | None = None,
     metrics: Collection[str] | None = None,
-) -> tuple[dict[Key, tuple[np.ndarray, Resampled]], dict[Key, float]]:
-    """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn; and the
-    effective number of users by their sizes."""
+) -> dict[Key, tuple[np.ndarray, Resampled]]:
+    """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
     trainings = [UserMetrics(each, objective, metrics) for each in sums]
 
     def mean_of(counts: np.ndarray) -> Values:
         values = [each.at(counts) for each in trainings]
         return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
 
-    once, resampled = [each.once for each in trainings], resample(mean_of, trainings[0].units, resamples)
-    means = {key: (np.array([each[key] for each in once]), of) for key, of in resampled.items()}
-    return means, trainings[0].effective
+    once = [each.once for each in trainings]
+    means = trainings[0].resample(resamples, mean_of)
+    return {key: (np.array([each[key] for each in once]), mean) for key, mean in means.items()}
 
 
-def limit_few_changes(other: str, mine: UserMetrics, its: UserMetrics, differences: Differences) -> Differences:
-    """The differences from another model in groups where few users' sums differ, their intervals limited by these."""
-    limited: Differences = {}
-    if not (few := find_few_changes(mine, its)):
-        return limited
-    users = np.unique(np.concatenate([*few.values()]))
-    counts = np.hstack([np.ones((mine.units, 1)), 1.0 - (np.arange(mine.units)[:, None] == users)])
-    one, two = (each.at(counts) for each in (mine, its))
-    for key, apart in differences.items():
-        group, metric = key[1:]
-        is_rare = key[0] == other and group in few and (apart.effective_users or 0.0) < FEW_USERS
-        if is_rare and apart.value is not None:
-            whole, *rest = one[group, metric] - two[group, metric]
-            parts = whole - np.array(rest)
-            limited[key] = limit_by_changes(apart, parts[np.isin(users, few[group])])
-    return limited
-
-
-def find_few_changes(mine: UserMetrics, its: UserMetrics) -> dict[str, np.ndarray]:
-    """Task, `score` or `objective` -> (K,) int64 places of users whose sums differ between two models, if few do."""
-    changed, objective = {}, mine.objective
-    for group in mine.groups.keys() & its.groups.keys():
-        names = [name for name in mine.groups[group].table.column_names if name != "user"]
-        one, two = (np.stack([of.groups[group].column(name) for name in names]) for of in (mine, its))
-        changed[group] = np.flatnonzero(~np.isclose(one, two, rtol=ROUNDING, atol=0).all(axis=0))
-    if objective is not None and changed.keys() >= {*objective.groups}:
-        changed[OBJECTIVE[0]] = np.unique(np.concatenate([changed[group] for group in objective.groups]))
-    most = min(FEW_CHANGES, mine.units // 5)
-    return {group: users for group, users in changed.items() if 0 < len(users) <= most}
-
-
-def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -> Verdict:
-    """The verdict on the model that is compared with another one. summaries: of both, by name."""
-    objective, versus = compared.objective, compared.against[other]
-    mine, its = summaries[compared.model], summaries[other]
-    guards = []
-    for task in compared.judged:
-        metric, margin = mine.tasks[task].guarded, compared.rules.margin
-        loss = versus.groups.get(task, {}).get(metric, Difference(None))
-        passed = loss.low is not None and loss.low >= -margin  # the interval rules a larger loss out
-        guards.append(Guard(task, metric, passed, loss.high is not None and loss.high < -margin, loss))
-        limit = compared.rules.calibration
-        if (guard := guard_calibration(task, mine.tasks[task], its.tasks[task], limit)) is not None:
-            guards.append(guard)
-    if (of_slices := guard_slices(compared, other)) is not None:
-        guards.append(of_slices)
-    apart, kind = versus.objective, BETTER
+def decide(
+    model: str, other: str, objective: Objective | None, versus: Versus, guards: Sequence[Guard] = ()
+) -> Verdict:
+    """The verdict on a model beside another one."""
+    apart, both = versus.objective, f"'{model}' and '{other}'"
     if objective is None or apart.p is None or apart.value is None:
-        return Verdict(UNDECIDED, tuple(guards), None)
-    if not apart.is_significant or (apart.low or 0.0) <= 0 <= (apart.high or 0.0):
-        kind = NOT_SHOWN
-    elif (apart.value > 0) != (objective.better == "higher"):
-        kind = WORSE
-    elif (apart.p_corrected or 0.0) >= level_after(compared.tried):
-        kind = NOT_SHOWN
-    elif not all(guard.passed for guard in guards):
-        kind = HELD_BACK
-    return Verdict(kind, tuple(guards), find_detectable_gain(compared, versus, mine))
+        why = f"no task has labels enough ({FEWEST} rows of either)"
+        if objective is not None:
+            alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
+            why = f"{objective.name} {'is undefined' if apart.value is None else alone}"
+        return Verdict(UNDECIDED, f"{both} can't be told apart: {why}", tuple(guards))
+    what = objective.name
+    if not apart.is_significant:
+        told = f"no difference is shown between {both}{apart.once_corrected}: {what} differs by {apart.shown()}"
+        if apart.low == apart.high == 0:
+            told = f"{both} do not differ: {what} is the same"
+        return Verdict(NOT_SHOWN, told, tuple(guards))
+    ends = sorted(abs(each or 0.0) for each in (apart.low, apart.high))
+    size, *reach = signed(abs(apart.value), *ends, sign=False)
+    which, size = "higher" if apart.value > 0 else "lower", f"{size} ({' to '.join(reach)})"
+    is_gain = (apart.value > 0) == (objective.better == "higher")
+    if is_gain and (failed := [guard.message for guard in guards if not guard.passed]):
+        beats = f"although {what} is {which} than that of '{other}' by {size}"
+        return Verdict(HELD_BACK, f"'{model}' is not called better, {beats}: {'; '.join(failed)}", tuple(guards))
+    kind = BETTER if is_gain else WORSE
+    return Verdict(kind, f"'{model}' is {kind} than '{other}': {what} is {which} by {size}", tuple(guards))
 
 
-def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, limit: float) -> Guard | None:
-    """Passes unless the probabilities are shown to be off by more than the limit, and by more than the other model's.
+def find_guards(
+    versus: Versus, summaries: Mapping[str, Summary], judged: Sequence[str], rules: Evaluation
+) -> Iterator[Guard]:
+    """The guardrails of each judged task: its loss, and its probabilities, which pass unless they are shown to be off
+    by more than the limit, and by more than the other model's.
 
-    None for a regression, or without a positive label.
+    summaries: by name, of the model and then of the other one.
     """
-    mine, its = model.get("calibration"), other.get("calibration")
-    if mine.value is None or its.value is None:
-        return None
-    low, high = (mine.value, mine.value) if mine.low is None or mine.high is None else (mine.low, mine.high)
-    is_outside = low > limit or high < 1 / limit
-    passed = not (is_outside and distance_from_one(mine.value) > distance_from_one(its.value))
-    return Guard(task, "calibration", passed, is_outside, calibrations=(mine, its))
+    other, (mine, its) = list(summaries)[-1], summaries.values()
+    for task in judged:
+        metric, limit = mine.tasks[task].guarded, f"a loss of more than {rules.margin:g} (evaluation.margin)"
+        loss = versus.groups.get(task, {}).get(metric, Difference(None))
+        end = f"so {limit} can't be ruled out"
+        if passed := loss.low is not None and loss.low >= -rules.margin:  # the interval rules a larger loss out
+            end = f"so {limit} is ruled out"
+        elif loss.high is not None and loss.high < -rules.margin:
+            end = f"which is {limit}"
+        told = f"the {metric} of {task} changes by {loss.shown()}"
+        if loss.low is None:
+            missing = "is undefined" if loss.value is None else "has no interval"
+            told = f"the difference in {metric} of {task} {missing}"
+        yield Guard(task, metric, passed, f"{told}, {end}")
+        ratio, its_ratio = (each.tasks[task].get("calibration") for each in (mine, its))
+        if ratio.value is None or its_ratio.value is None:
+            continue
+        low, high = (ratio.value if end is None else end for end in (ratio.low, ratio.high))
+        is_outside = low > rules.calibration or high < 1 / rules.calibration
+        passed = not (is_outside and distance_from_one(ratio.value) > distance_from_one(its_ratio.value))
+        told = (
+            f"the probabilities of {task} are {ratio.shown(2)} times what was observed, which is "
+            f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {rules.calibration:g} "
+            f"(evaluation.calibration); those of '{other}' are {its_ratio.value:.2f} times"
+        )
+        yield Guard(task, "calibration", passed, told)
 
 
-def guard_slices(compared: Comparison, other: str) -> Guard | None:
+def guard_slices(slices: Sequence[SliceRecord], other: str, tasks: Sequence[str], margin: float) -> Guard | None:
     """Passes unless a slice is shown to lose more than the margin, corrected for how many are looked at: all of them
     together hold an equal model back in at most 2.5% of the cases, as the interval of a single one does.
 
     None where no slice can be judged.
     """
-    judged = [
-        (each, each.test_loss(compared.rules.margin))
-        for each in compared.slices
-        if each.beside == other
-        and each.metric in {kind.guarded for kind in KINDS.values()}
-        and each.group in compared.judged
-        and each.effective_users
-    ]
-    losing = [each for each, p in judged if p * len(judged) < LEVEL]
-    worst_first = tuple(sorted(losing, key=lambda each: each.apart or 0.0))
-    looked_at = Counter(by for by, _ in {(each.by, each.slice): None for each, _ in judged})
-    return Guard(None, "slices", not losing, bool(losing), looked_at=looked_at, losing=worst_first) if judged else None
-
-
-def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary) -> float:
-    """The gain, the same for all tasks, with which nine of ten evaluations would call a model better.
-
-    The objective and all guardrails of its metric have to hold at once, so each has to fail that much more rarely; and
-    where several models are compared, the first p-value has to be that much smaller.
-    """
-    assert compared.objective is not None, "without an objective there is no gain"
-    guarded = []
-    for task in compared.judged:
-        metric = summary.tasks[task].guarded
-        apart = versus.groups.get(task, {}).get(metric, Difference(None))
-        if metric == compared.objective.metric and apart.error and apart.effective_users is not None:
-            guarded.append((apart.error, apart.effective_users))
-    power, own, sizes = 1 - (1 - POWER) / (1 + len(guarded)), versus.objective, [0.0]
-    if own.error and own.effective_users is not None:
-        levels = [1 - level_after(compared.tried) / len(compared.against) / 2, power]
-        sizes = [own.error * sum(student.ppf(levels, own.effective_users - 1))]
-    margin = compared.rules.margin
-    sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - margin for error, users in guarded]
-    return float(max(sizes))
+    guarded = {kind.guarded for kind in KINDS.values()}
+    beside = [each for each in slices if each.beside == other and each.group in tasks and each.metric in guarded]
+    judged = [(each, each.test_loss(margin)) for each in beside if each.freedom]
+    if not judged:
+        return None
+    losing = sorted((each for each, p in judged if p * len(judged) < LEVEL), key=lambda each: each.apart or 0.0)
+    looked_at = dict.fromkeys((each.by, each.slice) for each, _ in judged)
+    number, by = len(looked_at), ", ".join(dict.fromkeys(by for by, _ in looked_at))
+    told, limit = (
+        f"of {number} slices by {by} none is shown to have",
+        f"a loss of more than {margin:g} (evaluation.margin)",
+    )
+    if losing:
+        more = f", and in {len(losing) - MOST_SLICES} more" if len(losing) > MOST_SLICES else ""
+        told = f"{'; '.join(f'in {each.message}' for each in losing[:MOST_SLICES])}{more}, which is"
+        limit += f", corrected for the {number} slices by {by}"
+    return Guard(None, "slices", not losing, f"{told} {limit}")
 
 
 def correct(base: EvaluationSums, differences: Differences, others: Iterable[str]) -> dict[str, Versus]:
@@ -385,42 +314,39 @@ def average_trainings(
 
     objective: what decides, whose mean is under `OBJECTIVE`, if all of its tasks are measured.
     """
-    means, effective = resample_mean(sums, resamples, objective)
-    return nest({key: _mean_of(*each, effective[key]) for key, each in means.items()})
+    return nest({key: _mean_of(*each) for key, each in resample_mean(sums, resamples, objective).items()})
 
 
-def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> TrainingsMean:
+def _mean_of(values: np.ndarray, redrawn: Resampled) -> TrainingsMean:
     each = tuple(float(value) if np.isfinite(value) else None for value in values)
-    if None in each:
+    spread, nothing = float(values.std(ddof=1)), Resampled(0.0, np.zeros_like(redrawn.redrawn), redrawn.users)
+    mean = find_difference(redrawn, nothing, [(spread**2 / len(values), len(values) - 1)])
+    if mean.value is None:
         return TrainingsMean(None, None, None, None, None, each)
-    mean, spread = float(values.mean()), float(values.std(ddof=1))
-    of_users, effective = redrawn.error(effective)
-    if of_users is None or effective - 1 < LEAST_FREEDOM:
-        return TrainingsMean(mean, None, None, spread, None, each)
-    error, freedom = add_errors([(spread**2 / len(values), len(values) - 1), (of_users**2, effective - 1)])
-    reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
-    return TrainingsMean(mean, mean - reach, mean + reach, spread, of_users, each)
-
-
-RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
+    of_users = None if mean.low is None else redrawn.error
+    return TrainingsMean(mean.value, mean.low, mean.high, spread, of_users, each)
 
 
 @dataclass(frozen=True)
 class Results:
     """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
-    title, facts: what a report says of the rows; tried: see `Comparison`."""
+    title, facts: what a report says of the rows."""
 
     models: dict[str, MeasuredModel]
     tasks: tuple[str, ...]
     rules: Evaluation
     title: str
     facts: dict[str, str]
-    tried: int = 0
 
     @property
     def name(self) -> str:
         """The name of the model in question."""
         return next(iter(self.models))
+
+    @property
+    def summary(self) -> Summary:
+        """The metrics of the model in question."""
+        return self.first.summary
 
     @property
     def first(self) -> MeasuredModel:
@@ -450,7 +376,7 @@ class Results:
             sliced = f"rows are sliced by: {', '.join(there) or 'nothing'}"
             raise UserError(f"evaluation.guarded_slices names '{unknown[0]}', and {sliced}")
         slices = [each for each in self.slices if wanted is None or each.by in wanted]
-        return compare(self.models, self.name, self.tasks, self.rules, slices, self.tried)
+        return compare(self.models, self.name, self.tasks, self.rules, slices)
 
     @cached_property
     def slices(self) -> list[SliceRecord]:

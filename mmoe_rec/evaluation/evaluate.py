@@ -1,43 +1,141 @@
-"""Metrics of models on the test rows, and their predictions for people."""
-
-from __future__ import annotations
+"""Measures models on the rows of a split: scores encoded rows, and gives the metrics and predictions for people."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from mmoe_rec.atomic import atomic_file
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part, Rows, weights_of
+from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.slicing import Slicing, overlap
-from mmoe_rec.evaluation.summary import MeasuredModel, Summary, find_objective
+from mmoe_rec.evaluation.results_report import write_results
+from mmoe_rec.evaluation.sentences import describe_verdicts, find_all
+from mmoe_rec.evaluation.slices import Slicing
+from mmoe_rec.evaluation.summary import MeasuredModel, find_objective, flatten, measure_model
+from mmoe_rec.evaluation.sums import MeasuredTask, PredictedRows
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
+from mmoe_rec.inference.batch_scoring import text_of
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.locks import reading, writing
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.model.score import UNCALIBRATED, Calibration, add_outcomes, fuse, predictions, scores_from_logs
 from mmoe_rec.preprocessing.logs import BuildInputs, check_out, logs_for, short_names
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
-from mmoe_rec.progress import say
+from mmoe_rec.progress import bar, say
+from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.log_columns import Columns
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import describe_version, find_model, get_version
-from mmoe_rec.tracking.run_page import as_code, command, data_sets, quoted
+from mmoe_rec.tracking.runs import as_code, command, data_sets, quoted
 
-if TYPE_CHECKING:
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.model.score import Calibration
+PROMOTION = "promotion"
+"""Folder of a run's files, of what `promote` measures."""
+PREDICTIONS = "predictions.parquet"
+"""File of an evaluation: the measured rows of the model in question, as `evaluate --predictions` reads them."""
+COLUMNS = ("user", "request", "candidate")
+ROWS_AT_A_TIME = 65_536
+
+
+class NotFiniteError(UserError):
+    """A model gives predictions that are not finite numbers. name: of the model."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+@torch.inference_mode()
+def predict_rows(
+    model: RankingModel, layout: ModelLayout, parts: Iterable[Rows], calibration: Calibration, name: str = "the model"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict encoded rows as the model is served: without placement, in fp32, on the model's device.
+
+    Returns:
+        Predictions (N, T), and log scores (N,) by the model's own weights.
+
+    Raises:
+        NotFiniteError: A prediction is not a finite number. It names the model.
+    """
+    kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
+    weights, found = [task.score_weight for task in layout.tasks], list[tuple[np.ndarray, np.ndarray]]()
+    model.eval()
+    for rows in parts:
+        logits = model(make_batch(rows.encoded, layout, torchrec=False).to(device_of(model))).logits.cpu()
+        if not logits.isfinite().all():
+            raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name)
+        logits = calibration.apply(logits, names)
+        found.append((predictions(logits, kinds).numpy(), fuse(logits, kinds, weights).numpy()))
+    predicted, score = (np.concatenate(each) for each in zip(*found, strict=True))
+    return predicted, score
+
+
+def score_rows(
+    settings: Settings,
+    model: RankingModel,
+    layout: ModelLayout,
+    rows: EncodedRows,
+    calibration: Calibration = UNCALIBRATED,
+    name: str = "the model",
+) -> PredictedRows:
+    """Predict all rows, see `predict_rows`, to be measured against what the settings say that labels are worth.
+
+    layout: the model's; name: what the model is called where it gives predictions that are not finite. By
+    `training.sampling_correction` metrics are those of the log before it was sampled.
+    """
+    read, more = list[tuple[np.ndarray, pa.Table]](), [f"label.{outcome}" for outcome in layout.outcomes]
+    more += rows.weighing(settings.training.sampling_correction == "weights")
+
+    def parts() -> Iterator[Rows]:
+        with bar() as progress, freed_memory_kept():
+            task = progress.add_task("scoring", total=rows.rows)
+            for part, table in rows.stream(settings.evaluation.batch_size, (*COLUMNS, *more)):
+                yield part
+                read.append((part.labels, table))
+                progress.advance(task, len(part))
+
+    values, score = predict_rows(model, layout, parts(), calibration, name)
+    return join_labels(settings, layout, read).with_predictions(add_outcomes(values, layout), score)
+
+
+def read_labels(settings: Settings, prepared: FeatureFolder, split: str, part: Part | None = None) -> PredictedRows:
+    """Read the rows of a split, or of one part of its users, without inputs and predictions."""
+    weighted, layout = settings.training.sampling_correction == "weights", ModelLayout.of(prepared.layout, settings)
+    rows = EncodedRows(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()), part=part)
+    columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted))
+    return join_labels(settings, layout, [(part.labels, table) for part, table in rows.stream(ROWS_AT_A_TIME, columns)])
+
+
+def join_labels(settings: Settings, layout: ModelLayout, read: Sequence[tuple[np.ndarray, pa.Table]]) -> PredictedRows:
+    """Join parts of rows, their labels (n, T) and the columns beside them, without predictions.
+
+    Each task is measured over the rows of its own label, each outcome over all rows. An outcome has no weight in the
+    score, which multiplies already.
+    """
+    beside, labels = pa.concat_tables([table for _, table in read]), np.concatenate([of for of, _ in read])
+    users, requests, candidates = (beside.column(name).combine_chunks() for name in COLUMNS)
+    tasks = [MeasuredTask(task.name, task.kind, settings.tasks[task.name].score_weight) for task in layout.tasks]
+    known = {task.name: of for task, of in zip(tasks, labels.T, strict=True)}
+    known |= {name: beside.column(f"label.{name}").to_numpy() for name in layout.outcomes}
+    tasks += [MeasuredTask(name, weight=0.0) for name in layout.outcomes]
+    row = None if settings.columns.has_candidate else candidates  # the number in a log without candidates
+    candidates = candidates if row is None else None
+    score = np.zeros(len(users))
+    return PredictedRows(tuple(tasks), users, requests, candidates, {}, known, score, weights_of(beside), row)
 
 
 @contextmanager
@@ -64,35 +162,6 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
         yield encoded / split
 
 
-def score_by(
-    settings: Settings,
-    model: RankingModel,
-    layout: ModelLayout,
-    rows: Path | EncodedRows,
-    calibration: Calibration,
-    name: str = "the model",
-) -> ScoredRows:
-    """Encoded rows as a model scores them, to be measured against what the settings say that labels are worth.
-
-    layout: the model's; rows: or their folder; name: what it is called where it gives predictions that are not finite
-    (NotFiniteError).
-    """
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.scoring import score_rows
-
-    scored = score_rows(
-        model,
-        layout,
-        EncodedRows(rows, layout) if isinstance(rows, Path) else rows,
-        settings.evaluation.batch_size,
-        calibration=calibration,
-        relevance={each: task.score_weight for each, task in settings.tasks.items()},
-        weighted=settings.training.sampling_correction == "weights",
-        name=name,
-    )
-    return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
-
-
 def check_tasks(settings: Settings, schema: Schema) -> None:
     """Raises UserError where a model's schema has other tasks than the settings, or ones that mean something else."""
     if set(schema.tasks) != set(settings.tasks):
@@ -103,10 +172,6 @@ def check_tasks(settings: Settings, schema: Schema) -> None:
             f"the model was trained with '{where}' {before}, and it is {now} in the settings, so it predicts something "
             "else than these labels: set it back, or train a model with it"
         )
-
-
-PROMOTION = "promotion"
-"""Folder of a run's files, of what `promote` measures."""
 
 
 def log_evaluation(settings: Settings, model: Source, results: Results, out: Path, place: str, split: str) -> None:
@@ -123,9 +188,6 @@ def log_evaluation(settings: Settings, model: Source, results: Results, out: Pat
     Raises:
         UnreachableError: MLflow does not answer.
     """
-    from mmoe_rec.evaluation.sentences import describe_verdicts, find_all
-    from mmoe_rec.evaluation.summary import flatten
-
     summary, first, inputs = results.first.summary, results.first, BuildInputs.of(settings)
     prepared = existing(inputs)
     fingerprints = {fingerprint_of(inputs.logs, inputs.windows)}
@@ -159,22 +221,9 @@ def log_evaluation(settings: Settings, model: Source, results: Results, out: Pat
         describe_version(version, "", report, uri)
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """An evaluation: the test rows as the model scores them, and what was measured of it and of others."""
-
-    scored: ScoredRows
-    results: Results
-
-    @property
-    def summary(self) -> Summary:
-        """The model's metrics."""
-        return self.results.first.summary
-
-
 def evaluate_model(
     settings: Settings, address: str, out: str | Path, against: Sequence[str] = (), split: str = "test"
-) -> EvaluationResult:
+) -> Results:
     """Score the rows of a split with a model, measure them, and write metrics, plots and predictions.
 
     Waits while another evaluation writes to the same folder.
@@ -187,17 +236,8 @@ def evaluate_model(
         split: Split of the rows, `test` or `validation`.
     """
     short = short_names([address, *against])
-    # A wrong address is reported before torch is loaded.
-    models, out = {each: find_model(each, settings.tracking.address) for each in short}, Path(out)
-    names: dict[Path, str] = {}
-    for each, model in models.items():
-        if (folder := model.folder.resolve()) in names:
-            raise UserError(f"'{names[folder]}' and '{each}' are the same model, {model.address}")
-        names[folder] = each
-    by_name = {short[each]: model for each, model in models.items()}
-    evaluated = evaluate_found(settings, by_name, out, place_of(split), split)
-    write_predictions(evaluated.scored, settings.columns, out)
-    return evaluated
+    models = {name: find_model(each, settings.tracking.address) for each, name in short.items()}
+    return evaluate_found(settings, models, Path(out), split)
 
 
 def place_of(split: str) -> str:
@@ -206,72 +246,57 @@ def place_of(split: str) -> str:
 
 
 def evaluate_found(
-    settings: Settings,
-    models: Mapping[str, Source],
-    out: Path,
-    place: str = "evaluation",
-    split: str = "test",
-    note_decision: Callable[[str], int] = lambda rows: 0,
-) -> EvaluationResult:
+    settings: Settings, models: Mapping[str, Source], out: Path, split: str = "test", place: str | None = None
+) -> Results:
     """Does what `evaluate_model` does for models by their names; the first one is compared with the others.
 
-    place: folder of the run's files; note_decision: tells how many decisions on rows of a digest promoted none before.
+    place: folder of the run's files, None for that of the split.
     """
-    from mmoe_rec.evaluation.results_report import write_results
-
-    rules = settings.evaluation
+    rules, place = settings.evaluation, place or place_of(split)
     check_out(out, settings)
     find_objective(rules.decide_by)
     measured: dict[str, MeasuredModel] = {}
-    scored_by_first: ScoredRows | None = None
     (first, *_) = models.values()
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        slicing = Slicing.of(settings, first.folder)
-        for name, each in models.items():
-            scored = scored_rows(settings, each, name, split)
-            scored_by_first = scored_by_first or scored
-            measured[name] = _measure(settings, scored, each, slicing)
-        assert scored_by_first is not None, "there is a model"
+        slicing = Slicing(settings, first.folder)
+        for name, model in models.items():
+            rows, about = scored_rows(settings, model, name, split), read_artifact(model.folder, verify=False)
+            if model is first:
+                first_rows = rows
+            told = {
+                "sampling_correction": settings.training.sampling_correction,
+                "relevance_weights": {each: task.score_weight for each, task in settings.tasks.items()},
+                "score_weights": {task.name: task.score_weight for task in about.tasks},
+            }
+            measured[name] = measure_model(
+                rows,
+                rules.resamples,
+                slicing.find(rows),
+                told,
+                address=model.address,
+                seen=overlap(settings, model.folder),
+                early_end=about.early_end,
+            )
         title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
         facts = _facts(settings, split) | {"artifact": version_of(first.folder)}
-        tried = note_decision(measured[next(iter(models))].sums.digest)
-        results = Results(measured, tuple(settings.tasks), rules, title, facts, tried)
+        results = Results(measured, tuple(settings.tasks), rules, title, facts)
         write_results(results, out)
+        write_predictions(first_rows, settings.columns, out)
         try:
             log_evaluation(settings, first, results, out, place, split)
         except UserError as error:
             all_of_it = "" if isinstance(error, UnreachableError) else "all of it "
             say(f"{error}: the evaluation is in '{out}', but not {all_of_it}in MLflow")
-    return EvaluationResult(scored_by_first, results)
+    return results
 
 
-def scored_rows(settings: Settings, model: Source, name: str, split: str = "test") -> ScoredRows:
+def scored_rows(settings: Settings, model: Source, name: str, split: str = "test") -> PredictedRows:
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else."""
-    from mmoe_rec.inference.ranker import Ranker
-
     ranker = Ranker.load(model.folder)
     with rows_to_measure(settings, model.folder, ranker, split) as folder:
-        return score_by(settings, ranker.model, ranker.layout, folder, ranker.calibration, name)
-
-
-def _measure(settings: Settings, scored: ScoredRows, model: Source, slicing: Slicing) -> MeasuredModel:
-    facts = {
-        "sampling_correction": settings.training.sampling_correction,
-        "relevance_weights": dict(scored.relevance),
-        "score_weights": {task.name: task.score_weight for task in scored.layout.tasks},
-    }
-    assert scored.experts is not None, "a model scored the rows"
-    gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
-    return scored.predicted.measure(
-        settings.evaluation.resamples,
-        slicing.find(scored),
-        facts,
-        address=model.address,
-        gates={task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)},
-        seen=overlap(settings, model.folder),
-        early_end=read_artifact(model.folder, verify=False).early_end,
-    )
+        rows = EncodedRows(folder, ranker.layout)
+        return score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration, name)
 
 
 def _facts(settings: Settings, split: str) -> dict[str, str]:
@@ -286,42 +311,56 @@ def _facts(settings: Settings, split: str) -> dict[str, str]:
         facts["requests"] = f"from {begin:%Y-%m-%d %H:%M} UTC to {until}"
     if split == "validation":
         facts["caution"] = "these rows chose the state of the model, so it looks better on them than on others"
-    if settings.columns.weight is not None:
-        facts["rows count"] = f"by column '{settings.columns.weight}'"
-    of = "users" if settings.columns.has_user else "rows" if settings.columns.request is None else "requests"
-    facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"
     facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
     return facts
 
 
-PREDICTIONS = "predictions.parquet"
-"""File of an evaluation: the measured rows of the model in question, as `evaluate --predictions` reads them."""
-
-
-def write_predictions(scored: ScoredRows, columns: Columns, out: Path) -> None:
+def write_predictions(rows: PredictedRows, columns: Columns, out: Path) -> None:
     """Write `user`, `request`, `candidate`, `predicted_NAME` and `label_NAME` of each task and outcome, `score`, and
     `weight` where rows have one. Unobserved labels are null.
 
     Args:
-        scored: Rows to write.
+        rows: Rows to write.
         columns: Columns of the log. What it does not have is left out: without candidates, `row` is the number of each
             row in the log.
         out: Folder that gets the file `PREDICTIONS`.
     """
-    from mmoe_rec.model.score import scores_from_logs
-
-    rows = scored.predicted
-    written: dict[str, Any] = {} if scored.row is None else {ROW: scored.row}
-    if columns.has_user:
-        written["user"] = rows.users
-    if columns.has_user or columns.request is not None:
-        written["request"] = rows.requests
-    if rows.candidates is not None:
-        written["candidate"] = rows.candidates
+    has_request = columns.has_user or columns.request is not None
+    written: dict[str, Any] = {
+        ROW: rows.row,
+        "user": rows.users if columns.has_user else None,
+        "request": rows.requests if has_request else None,
+        "candidate": rows.candidates,
+    }
     written |= {f"predicted_{name}": values for name, values in rows.predictions.items()}
     written |= {f"label_{name}": pa.array(values, from_pandas=True) for name, values in rows.labels.items()}
-    written["score"] = scores_from_logs(rows.score)
-    if rows.weight is not None:
-        written["weight"] = rows.weight
+    written |= {"score": scores_from_logs(rows.score), "weight": rows.weight}
     with atomic_file(out / PREDICTIONS) as path:
-        pq.write_table(pa.table(written), path, compression="zstd")
+        pq.write_table(pa.table({name: of for name, of in written.items() if of is not None}), path, compression="zstd")
+
+
+def overlap(settings: Settings, artifact: Path, split: str = "test") -> list[str]:
+    """Say what the training of a model had to do with the rows that it is measured on.
+
+    Args:
+        settings: Settings whose rows measure it.
+        artifact: Its folder, whose own settings say on which rows it was trained.
+        split: Split of the rows, `test` or `validation`. Of the latter, judging rows have chosen no state of a model.
+
+    Returns:
+        Sentences without their subject, none if it has not seen these rows.
+    """
+    of_test = split == "test"
+    its, now = load_settings(artifact / "settings.yaml").split, settings.split
+    if now.column != its.column:
+        ways = ["times" if each is None else f"column '{each}'" for each in (its.column, now.column)]
+        rows = f"rows that {ways[0]} split, and those that it is measured on {ways[1]}"
+        return [f"was trained on {rows}: it may have seen labels that it is measured by"]
+    rows, (end, begin) = "", ((each.validation_end if of_test else each.train_end) for each in (its, now))
+    if now.column is not None:
+        seen = {text_of(each) for each in (*its.train, *(its.validation if of_test else ()))}
+        if both := ", ".join(repr(each) for each in getattr(now, split) if text_of(each) in seen):
+            rows = f"on rows with {both} in column '{now.column}', which are those that it is measured on"
+    elif begin is not None and end is not None and end > begin:
+        rows = f"on requests before {end:%Y-%m-%d %H:%M}, and is measured on those from {begin:%Y-%m-%d %H:%M} UTC on"
+    return [f"was trained, or its best state chosen, {rows}: it has seen labels that it is measured by"] if rows else []

@@ -17,10 +17,10 @@ import pyarrow.types as pt
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.slices import SliceBy
-from mmoe_rec.evaluation.summary import MeasuredModel, PredictedRows, RowsBySlice, find_objective
-from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask
+from mmoe_rec.evaluation.summary import MeasuredModel, RowsBySlice, find_objective, measure_model
+from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask, PredictedRows
+from mmoe_rec.inference.batch_scoring import learnt_from
 from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.inference.scored_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, file_column, first_row, next_batch, open_parquet, with_path_values
 from mmoe_rec.log.columns import combine, hash_column
@@ -28,7 +28,7 @@ from mmoe_rec.log.files import FoundFile, find_files, is_remote, path_values
 from mmoe_rec.log.rows import ROWS_AT_A_TIME
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.logs import check_out, short_names
-from mmoe_rec.settings.log_columns import Use, outcome_name
+from mmoe_rec.settings.log_columns import outcome_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Evaluation, Settings
 from mmoe_rec.task_kinds import DEFAULT, find_kind
 from mmoe_rec.task_kinds.task_kind import Check
@@ -55,11 +55,6 @@ class PredictionColumns:
     by_log: frozenset[str] = frozenset()
     duplicates: ErrorOrKeep = "error"
     slices: tuple[SliceBy, ...] = ()
-
-    @staticmethod
-    def of(tasks: Sequence[MeasuredTask]) -> "PredictionColumns":
-        """Columns with their usual names."""
-        return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
     @property
     def request(self) -> list[str]:
@@ -99,12 +94,10 @@ class PredictionColumns:
         )
         return replace(self, tasks=tasks, names=names)
 
-    def find_uses(self) -> dict[str, Use]:
-        """What each column is read as."""
-        uses: dict[str, Use] = {self.names[part]: "key" for part in ("user", "candidate") if part in self.names}
-        uses |= {name: "any" for name in self.request if name not in uses}
-        numbers = [part for part in self.by_part() if part not in ("user", "candidate", "request")]
-        return uses | {self.names[part]: "number" for part in numbers if part in self.names}
+    def list_columns(self) -> list[str]:
+        """List the columns to read."""
+        named = [column for part, column in self.by_part().items() if column is not None and part != "request"]
+        return list(dict.fromkeys([*named, *self.request, *(by.column for by in self.slices)]))
 
 
 def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
@@ -116,7 +109,7 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
     """The tasks of settings, their outcomes, and the log's names of users, requests and candidates."""
     tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
     outcomes = [outcome_name(task.given, name) for name, task in settings.tasks.items() if task.given is not None]
-    columns = PredictionColumns.of([*tasks, *(MeasuredTask(name, weight=0.0) for name in outcomes)])
+    tasks += [MeasuredTask(name, weight=0.0) for name in outcomes]
     log = settings.schema_.columns
     user = log.user if log.has_user else log.request or ROW
     if log.request is None:
@@ -124,14 +117,15 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
         request = [user, log.time] if log.has_time and log.has_user else [user]
     else:
         request = [log.user, log.request] if log.request_scope == "user" else [log.request]
-    names = {**columns.names, "user": user, "request": JOINED.join(request), "candidate": log.candidate}
-    optional = columns.optional
+    names = {part: part for part in _list_parts(tasks)}
+    names |= {"user": user, "request": JOINED.join(request), "candidate": log.candidate}
+    optional = {"score", "candidate", WEIGHT}
     if log.weight is not None:
-        names[WEIGHT], optional = log.weight, optional - {WEIGHT}
-    return replace(
-        columns,
-        names=names,
-        optional=optional,
+        names[WEIGHT], optional = log.weight, {"score", "candidate"}
+    return PredictionColumns(
+        tuple(tasks),
+        names,
+        optional=frozenset(optional),
         outcomes=frozenset(outcomes),
         by_log=frozenset(_OWN),
         duplicates=settings.data.duplicates,
@@ -155,42 +149,27 @@ def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
     names = [task.name for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--tasks names '{twice}' twice")
-    return PredictionColumns.of(tasks)
+    return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
 
-@dataclass(frozen=True)
-class PredictionFile:
-    """A Parquet file of predictions: its address, number of rows and columns, also those that stand in its path."""
-
-    address: str
-    rows: int
-    schema: pa.Schema
-
-    @staticmethod
-    def read(found: FoundFile) -> "PredictionFile":
-        """Read the footer of a file. Raises BadFile if it is no Parquet file."""
-        with open_parquet(found.address) as parquet:
-            rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
-        for name in path_values(found.address):
-            if name not in schema.names:
-                schema = schema.append(pa.field(name, pa.string()))
-        return PredictionFile(found.address, rows, schema)
-
-
-def match_columns(columns: PredictionColumns, files: Sequence[PredictionFile]) -> PredictionColumns:
-    """Match columns with files. Raises BadFile if a file lacks a column, or has several of one name."""
-    columns = columns.match({name for file in files for name in file.schema.names})
+def match_columns(columns: PredictionColumns, files: Sequence[FoundFile]) -> PredictionColumns:
+    """Match columns with files. Raises BadFile if a file lacks a column, has several of one name, or is no Parquet."""
+    names = dict[str, list[str]]()
     for file in files:
-        for name in (*columns.find_uses(), *(by.column for by in columns.slices)):
-            number = file.schema.names.count(name)
-            if number > 1:
-                raise BadFile(f"'{file.address}' has several columns '{name}'", file.address)
-            if not number:
-                raise BadFile(f"'{file.address}' has no column '{name}'{_hint(columns, name)}", file.address)
+        with open_parquet(file.address) as parquet:
+            own = parquet.schema_arrow.names
+        names[file.address] = [*own, *(name for name in path_values(file.address) if name not in own)]
+    columns = columns.match({name for each in names.values() for name in each})
+    for address, its in names.items():
+        for name in columns.list_columns():
+            if its.count(name) > 1:
+                raise BadFile(f"'{address}' has several columns '{name}'", address)
+            if name not in its:
+                raise BadFile(f"'{address}' has no column '{name}'{_hint(columns, name)}", address)
     return columns
 
 
-def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]) -> tuple[PredictedRows, RowsBySlice]:
+def read_predictions(columns: PredictionColumns, files: Sequence[FoundFile]) -> tuple[PredictedRows, RowsBySlice]:
     """Read and check the rows of files.
 
     Args:
@@ -203,7 +182,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
     Raises:
         UserError: A value is wrong, a request has rows of several users or a candidate twice, or there is no row.
     """
-    tables = [_read_file(columns, file.address) for file in files if file.rows]
+    tables = [table for file in files if (table := _read_file(columns, file.address)) is not None]
     if not tables:
         raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
     try:
@@ -212,10 +191,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
         where = f"the {len(files):,} files such as '{files[0].address}'"
         raise UserError(f"{where} hold columns of several types, which can't be compared: {error}") from None
     _check_requests(columns, table)
-    slices = {}
-    for by in columns.slices:
-        values = one_array(table[f"slice {by.name}"])
-        slices[by.name] = by.find_slices(values).rows(values)
+    slices = {by.name: by.find_slices(one_array(table[f"slice {by.name}"])) for by in columns.slices}
     predictions, labels = (
         {task.name: table[f"{kind}_{task.name}"].to_numpy() for task in columns.tasks}
         for kind in ("predicted", "label")
@@ -235,7 +211,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[PredictionFile]
 
 def open_predictions(columns: PredictionColumns, source: str, option: str) -> PredictedRows:
     """Read the rows of a folder of Parquet files, one file or a glob, which an option names; see `read_predictions`."""
-    files = [PredictionFile.read(file) for file in find_files(source, option)]
+    files = find_files(source, option)
     return read_predictions(match_columns(columns, files), files)[0]
 
 
@@ -273,14 +249,17 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
             )
 
 
-def _read_file(columns: PredictionColumns, address: str) -> pa.Table:
-    """The rows of a file, by parts, and `slice NAME` for each slice. Raises BadFile for a wrong value."""
-    wanted, names = [*columns.find_uses(), *(by.column for by in columns.slices)], columns.names
+def _read_file(columns: PredictionColumns, address: str) -> pa.Table | None:
+    """The rows of a file, by parts, and `slice NAME` for each slice; None without rows. Raises BadFile for a wrong
+    value."""
+    wanted, names = columns.list_columns(), columns.names
     with open_parquet(address) as parquet:
+        if not parquet.metadata.num_rows:
+            return None
         schema = parquet.schema_arrow
-        held = [name for name in dict.fromkeys(wanted) if name in schema.names]
+        held = [name for name in wanted if name in schema.names]
         batches = parquet.iter_batches(ROWS_AT_A_TIME, columns=held)
-        read = list(iter(partial(next_batch, batches, address, schema), None))
+        read = list(iter(partial(next_batch, batches, address), None))
     file = _FileRows(address, with_path_values(pa.Table.from_batches(read), address, wanted))
     request = [file.read_ids(name) for name in columns.request]
     joined = combine([hash_column(each) for each in request]).view(np.int64) if len(request) > 1 else request[0]
@@ -318,13 +297,13 @@ class _FileRows:
             except pa.ArrowInvalid:
                 what = f"column '{name}' tells requests apart by less than a microsecond; write it as integers"
                 raise BadFile(f"'{self.address}': {what}", self.address) from None
-        values = file_column(self.address, name, "key", values, None, 0)
+        values = file_column(self.address, name, "key", values, None)
         self._refuse(values.is_null().to_numpy(zero_copy_only=False), f"column '{name}' holds null")
         return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
 
     def read_numbers(self, name: str, check: Check) -> np.ndarray:
         """(N,) float64; NaN where null."""
-        values = file_column(self.address, name, "number", one_array(self.table[name]), None, 0)
+        values = file_column(self.address, name, "number", one_array(self.table[name]), None)
         numbers = np.full(len(values), np.nan)
         if not pt.is_null(values.type):
             numbers = np.asarray(values.to_numpy(zero_copy_only=False))
@@ -342,7 +321,7 @@ class _FileRows:
 
 
 def _hint(columns: PredictionColumns, name: str) -> str:
-    if name not in columns.find_uses():
+    if name in {by.column for by in columns.slices}:
         return ", by which rows are to be sliced (--slices, evaluation.slices)"
     part = next((part for part, column in columns.by_part().items() if column == name), "request")
     kind, _, task = part.partition("_")
@@ -384,20 +363,23 @@ def measure_predictions(
     names = short_names([source, *against])
     find_objective(rules.decide_by)
     listed = {each: find_files(each, "--predictions" if each == source else "--against") for each in (source, *against)}
-    _check_places(listed, out)
-    files = {each: [PredictionFile.read(file) for file in those] for each, those in listed.items()}
-    mine = {source: match_columns(columns, files[source])}
+    real = Path(os.path.realpath(out))
+    for each, files in listed.items():
+        is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
+        if is_inside or any(Path(os.path.realpath(file.address)).is_relative_to(real) for file in files):
+            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
+    mine = {source: match_columns(columns, listed[source])}
     for each in against:
         try:
-            mine[each] = match_columns(columns.with_columns(against_columns, "--against-columns"), files[each])
+            mine[each] = match_columns(columns.with_columns(against_columns, "--against-columns"), listed[each])
         except BadFile as error:
             raise BadFile(str(error).replace("--columns", "--against-columns"), error.address) from None
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         measured = {
-            names[each]: _measure_files(mine[each], those, each, rules.resamples) for each, those in files.items()
+            names[each]: _measure_files(mine[each], files, each, rules.resamples) for each, files in listed.items()
         }
         judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
-        facts = {"predictions": source, "files": f"{len(files[source]):,}"}
+        facts = {"predictions": source, "files": f"{len(listed[source]):,}"}
         facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
         results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts)
         write_results(results, out)
@@ -405,23 +387,10 @@ def measure_predictions(
 
 
 def _measure_files(
-    columns: PredictionColumns, files: Sequence[PredictionFile], source: str, resamples: int
+    columns: PredictionColumns, files: Sequence[FoundFile], source: str, resamples: int
 ) -> MeasuredModel:
     rows, slices = read_predictions(columns, files)
     weights = {task.name: task.weight for task in columns.tasks}
     facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
     seen = learnt_from(file.address for file in files)
-    return rows.measure(resamples, slices, facts, address=source, seen=seen)
-
-
-def _check_places(listed: Mapping[str, list[FoundFile]], out: Path) -> None:
-    """Raises UserError where results would lie among predictions or over them, or predictions are given twice."""
-    real, sources = Path(os.path.realpath(out)), dict[frozenset[str], str]()
-    for each, files in listed.items():
-        places = frozenset(it.address if is_remote(it.address) else os.path.realpath(it.address) for it in files)
-        is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
-        if is_inside or any(Path(place).is_relative_to(real) for place in places):
-            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
-        if places in sources:
-            raise UserError(f"'{sources[places]}' and '{each}' are the same predictions; give others with --against")
-        sources[places] = each
+    return measure_model(rows, resamples, slices, facts, address=source, seen=seen)

@@ -9,34 +9,39 @@ One that can't be compared here (tasks or labels that mean something else, files
 than where it was written) keeps the alias. An outage of MLflow decides nothing.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
-from mmoe_rec.evaluation.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
-from mmoe_rec.evaluation.slicing import Slicing, overlap
-from mmoe_rec.evaluation.summary import SCORE
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.evaluation.evaluate import (
+    PROMOTION,
+    NotFiniteError,
+    check_tasks,
+    evaluate_found,
+    overlap,
+    rows_to_measure,
+    score_rows,
+)
+from mmoe_rec.evaluation.sentences import find_all
+from mmoe_rec.evaluation.slices import Slicing
+from mmoe_rec.evaluation.summary import SCORE, measure_model
+from mmoe_rec.evaluation.sums import PredictedRows
+from mmoe_rec.inference.artifact import Source, read_calibration
+from mmoe_rec.inference.ranker import OtherScoresError, Ranker
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.model.warm_start import WarmStart
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
+from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import CHALLENGER, Version
 from mmoe_rec.tracking.runs import Run
-
-if TYPE_CHECKING:
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.model.model_layout import ModelLayout
 
 _RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
 
@@ -59,7 +64,7 @@ def promote_trained(
 
     model: that of the artifact; about: what the version's description says of it before the verdict. Raises
     UnreachableError where MLflow does not answer, UserError where it refuses. When the same run does it again, nothing
-    is registered twice. A holder that changes meanwhile is compared with anew.
+    is registered twice. Where the alias moves meanwhile, the model becomes the challenger.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     holder = registry.find_holder(name, alias, uri)
@@ -67,15 +72,11 @@ def promote_trained(
         return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
-    number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
+    number = registry.find_registered(run, name) or registry.register_model(run, artifact, name, tags=tags)
     version = Version(name, number, run.run_id)
-    while True:
-        better, reason = compare_with_holder(settings, prepared, model, artifact, version, holder)
-        now = registry.find_holder(name, alias, uri)
-        if now == holder:
-            break
-        say(f"'{alias}' has moved to {'no model' if now is None else f'version {now.number}'} meanwhile")
-        holder = now
+    better, reason = compare_with_holder(settings, prepared, model, artifact, holder)
+    if (now := registry.find_holder(name, alias, uri)) != holder:
+        better, reason, holder = False, f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`", now
     decision = {"promoted": str(better), "compared": reason}
     run.set_tags(decision)
     if better:
@@ -83,8 +84,7 @@ def promote_trained(
     registry.describe_version(version, f"{reason}\n\n{about}", decision, uri)
     if better:
         return Decision(f"models:/{name}@{alias}", True, (reason, f"'{alias}' is version {number} now, this model"))
-    assert holder is not None, "without a holder the new model is better"
-    stays = f"'{alias}' stays version {holder.number}"
+    stays = f"'{alias}' stays {'without a version' if holder is None else f'version {holder.number}'}"
     if alias == CHALLENGER:
         return Decision(version.address, False, (reason, stays))
     registry.move_alias(name, CHALLENGER, number, uri)
@@ -93,22 +93,10 @@ def promote_trained(
 
 
 def compare_with_holder(
-    settings: Settings,
-    prepared: FeatureFolder,
-    model: RankingModel,
-    artifact: Path,
-    version: Version,
-    holder: Version | None,
+    settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, holder: Version | None
 ) -> tuple[bool, str]:
-    """Whether a trained model is better than the version that holds the alias, and the sentence that says why.
-
-    version: as which it is registered.
-    """
-    from mmoe_rec.evaluation.scoring import NotFiniteError
-    from mmoe_rec.inference.artifact import read_calibration
-    from mmoe_rec.model.model_layout import ModelLayout
-
-    alias, mine_name = settings.tracking.alias, "this model"
+    """Whether a trained model is better than the version that holds the alias, and the sentence that says why."""
+    alias, name = settings.tracking.alias, "this model"
     if holder is None:
         return True, f"no model held '{alias}' before"
     try:
@@ -122,20 +110,24 @@ def compare_with_holder(
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
         rows = _open_judging_rows(prepared.split("validation"), layout)  # too few users are found before any is scored
         its = _score_by_holder(settings, prepared, ranker, folder, its_name)
-        mine = score_by(settings, model, layout, rows, calibration, mine_name)
-        return _judge_rows(settings, {mine_name: mine, its_name: its}, artifact, version, holder)
+        mine = score_rows(settings, model, layout, rows, calibration, name)
+        slicing = None if settings.evaluation.guarded_slices == () else Slicing(settings, artifact)
+        models = {
+            each: measure_model(scored, _RESAMPLES, {} if slicing is None else slicing.find(scored))
+            for each, scored in ((name, mine), (its_name, its))
+        }
+        better, sentence = _read_verdict(Results(models, tuple(settings.tasks), settings.evaluation, "", {}))
+        return better, f"{sentence} ({len(mine.score):,} judging rows of the validation split)"
     except UnreachableError:
         raise  # an outage decides nothing
     except NotFiniteError as error:
-        return error.name != mine_name, str(error)
+        return error.name != name, str(error)
     except UserError as error:
         return _judge_trouble(error, holder, alias, is_loaded=True)
 
 
 def _judge_trouble(trouble: Exception, holder: Version, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
     """Whether a holder that can't be loaded, or else compared, gives way, and the sentence that says why."""
-    from mmoe_rec.inference.ranker import OtherScoresError
-
     who, what = f"version {holder.number}, which holds '{alias}',", _one_line(trouble)
     # What is wrong with it wherever it is loaded; memory may lack here alone.
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in what
@@ -144,36 +136,21 @@ def _judge_trouble(trouble: Exception, holder: Version, alias: str, is_loaded: b
     return False, f"{who} can't be compared here: {what}; point the alias at another one yourself if that is to serve"
 
 
-def _judge_rows(
-    settings: Settings, scored: Mapping[str, ScoredRows], artifact: Path, version: Version, holder: Version
-) -> tuple[bool, str]:
-    """Whether the first of two models, that of the artifact, is better on the rows that both have scored."""
-    rules, name = settings.evaluation, next(iter(scored))
-    slicing = Slicing() if rules.guarded_slices == () else Slicing.of(settings, artifact)
-    models = {each: rows.predicted.measure(_RESAMPLES, slicing.find(rows)) for each, rows in scored.items()}
-    tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
-    results = Results(models, tuple(settings.tasks), rules, "", {}, tried)
-    better, sentence = _read_verdict(results)
-    return better, f"{sentence} ({len(scored[name].score):,} judging rows of the validation split)"
-
-
 def _read_verdict(results: Results) -> tuple[bool, str]:
     """Whether the first of two models is better, and the sentence that says why."""
-    from mmoe_rec.evaluation.sentences import describe_verdict
-
     assert results.comparison is not None
-    ((other, verdict),) = results.comparison.verdicts.items()
-    return verdict.kind == BETTER, describe_verdict(results.comparison, other, results.first.summary)
+    (verdict,) = results.comparison.verdicts.values()
+    return verdict.kind == BETTER, verdict.message
 
 
 def _score_by_holder(
     settings: Settings, prepared: FeatureFolder, ranker: Ranker, folder: Path, name: str
-) -> ScoredRows:
+) -> PredictedRows:
     """The judging rows as the holder scores them: the training's, where its features are the same or were extended
     from its own; else encoded anew. Raises UserError where its tasks mean something else."""
 
-    def score(model: RankingModel, layout: ModelLayout, folder: Path) -> ScoredRows:
-        return score_by(settings, model, layout, _open_judging_rows(folder, layout), ranker.calibration, name)
+    def score(model: RankingModel, layout: ModelLayout, folder: Path) -> PredictedRows:
+        return score_rows(settings, model, layout, _open_judging_rows(folder, layout), ranker.calibration, name)
 
     check_tasks(settings, ranker.pipeline.schema)
     manifest, validation = prepared.manifest, prepared.split("validation")
@@ -188,8 +165,6 @@ def _score_by_holder(
 
 def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedRows:
     """Open the validation rows of users that chose nothing. Raises UserError where there are too few users for that."""
-    from mmoe_rec.batches.encoded_rows import EncodedRows, Part
-
     rows = EncodedRows(folder, layout, part=Part.JUDGING)
     if not rows.is_divided:
         raise UserError(
@@ -201,11 +176,6 @@ def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedRows:
 
 def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
     """A model and its layout on features that were extended from its own, with the same outputs; None for others."""
-    from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import PlainTables
-    from mmoe_rec.model.warm_start import WarmStart
-    from mmoe_rec.settings.model import Model
-
     structure = Model.model_validate(ranker.about.model)
     rows = {table.name: table.rows for table in prepared.layout.tables}
     tables = tuple(replace(table, rows=rows.get(table.name, table.rows)) for table in ranker.layout.tables)
@@ -245,8 +215,6 @@ def _judge_versions(
     settings: Settings, version: Version, holder: Version | None, out: Path
 ) -> tuple[bool, list[str], Results | None]:
     """Whether a version is better than the holder, the reasons, and what was measured."""
-    from mmoe_rec.evaluation.scoring import NotFiniteError
-
     alias, uri = settings.tracking.alias, settings.tracking.address
     folder = registry.fetch_model(version.address, uri)
     mine = _load(folder)
@@ -264,9 +232,8 @@ def _judge_versions(
         for each, where in ((version, folder), (holder, its_folder))
     }
     name, its_name = models
-    note_decision = partial(registry.note_decision, version, holder, uri=uri)
     try:
-        results = evaluate_found(settings, models, out, PROMOTION, "test", note_decision).results
+        results = evaluate_found(settings, models, out, place=PROMOTION)
     except NotFiniteError as error:
         return error.name == its_name, [str(error)], None
     against = _find_objections(results, name, its_name)
@@ -275,17 +242,14 @@ def _judge_versions(
 
 def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
-    from mmoe_rec.evaluation.sentences import find_all
-
     assert results.comparison is not None
     (better, sentence), findings = _read_verdict(results), find_all(results)
     objections = [f"{model} {seen}" for model, each in results.models.items() for seen in each.seen]
     objections += [] if better else [sentence]
     its = {(each.check, each.task) for each in findings if each.model == its_name}
-    # What is off in sum by less than a factor of FURTHEST is for the guardrail, `evaluation.calibration`; what is found
-    # of a task that is not judged, as few rows have a label, decides nothing either.
+    # What is found of a task that is not judged, as few rows have a label, decides nothing.
     judged = (*results.comparison.judged, SCORE)
-    mine = [each for each in findings if each.model == name and each.task in judged and each.check != "in sum"]
+    mine = [each for each in findings if each.model == name and each.task in judged]
     return objections + [each.message for each in mine if (each.check, each.task) not in its]
 
 
@@ -332,8 +296,6 @@ def _find_version(name: str, word: str, uri: str) -> Version:
 
 def _load(folder: Path) -> Ranker | Exception:
     """The ranker, whose files, format and example were checked, or why it can't be served here."""
-    from mmoe_rec.inference.ranker import Ranker
-
     try:
         return Ranker.load(folder)
     except (UserError, RuntimeError) as error:  # or it fails at its own example, or for want of memory

@@ -1,18 +1,15 @@
 """The report of an evaluation with its figures, and its numbers as files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.evaluation import metrics as every
@@ -21,30 +18,24 @@ from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.sentences import (
     describe_cautions,
-    describe_guard,
-    describe_limits,
+    describe_left_out,
     describe_metrics,
     describe_slices,
-    describe_verdict,
     find_all,
     note_of,
     note_of_group,
 )
 from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
+from mmoe_rec.features.layout import Layout
 from mmoe_rec.report.charts import COLORS, SERIES, blank, plain, svg
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
 from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
-
-if TYPE_CHECKING:
-    from mmoe_rec.features.layout import Layout
-    from mmoe_rec.model.utilisation import Utilisation
-    from mmoe_rec.tracking.runs import Run
+from mmoe_rec.tracking.runs import Run
 
 _INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
-_LOG_SPAN = 20  # Axes are logarithmic if the largest mean prediction is more than this many times the smallest.
 _SLICES = 12  # rows of slices that are not folded
 _MEASURES = {
     "Verdict": "A model is better if the interval of `evaluation.decide_by` lies above that of the other model, no "
@@ -85,7 +76,7 @@ def write_results(results: Results, out: Path) -> None:
 
 
 def make_report(results: Results) -> Report:
-    """Build the report of an evaluation: verdicts, calibration curves, metrics, differences, slices, gates."""
+    """Build the report of an evaluation: verdicts, calibration curves, metrics, differences, slices."""
     comparison, findings, first = results.comparison, find_all(results), results.first
     several = len(results.models) > 1
     sentences = [
@@ -96,10 +87,10 @@ def make_report(results: Results) -> Report:
     sentences += [Sentence(each) for each in describe_slices(results.slices)]
     headline, guards = "; ".join(describe_metrics(first.summary)), list[Sentence]()
     if comparison is not None:
-        headline, *others = [describe_verdict(comparison, other, first.summary) for other in comparison.against]
+        headline, *others = [verdict.message for verdict in comparison.verdicts.values()]
         sentences = [*map(Sentence, others), *sentences]
         guards = list(_guards(comparison))
-        sentences += [Sentence(each) for each in describe_limits(comparison)]
+        sentences += [Sentence(each) for each in describe_left_out(comparison)]
     sentences += [Sentence(each, "note") for each in describe_cautions(results)]
     tables = [metrics_of_models(results.summaries)]
     tables += [] if comparison is None else [differences_table(comparison, first.summary)]
@@ -107,7 +98,6 @@ def make_report(results: Results) -> Report:
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
         tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
-    tables += _gates(results)
     redrawn = "rows" if results.each_row_is_a_user else "users"
     intervals = (
         f"95%, by redrawing {redrawn}. Of a share, such as AUC, they are Jeffreys'; of other metrics percentiles, or "
@@ -145,7 +135,7 @@ def _guards(compared: Comparison) -> Iterator[Sentence]:
     for other, verdict in compared.verdicts.items():
         for guard in verdict.guards:
             beside = f" (beside '{other}')" if len(compared.verdicts) > 1 else ""
-            told = f"{describe_guard(guard, other, compared.rules)}{beside}"
+            told = f"{guard.message}{beside}"
             yield Sentence(
                 told, "good" if guard.passed else "problem", "fine" if guard.passed else "no", page_only=True
             )
@@ -238,15 +228,6 @@ def _slice_cells(each: SliceRecord) -> Row:
     return (name, each.group, each.metric, beside, thousands(each.rows), fixed(each.value, 4), apart)
 
 
-def _gates(results: Results) -> Iterator[Table]:
-    note = "mean weight that each task's gate gives an expert; experts of a single task come after shared ones"
-    for name, model in results.models.items():
-        if model.gates:
-            experts = range(len(next(iter(model.gates.values()))))
-            rows = [(task, *(fixed(weight, 2) for weight in weights)) for task, weights in model.gates.items()]
-            yield Table(f"Gates of {name}", ("task", *map(str, experts)), rows, note, page_only=True)
-
-
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
     note = "observed rate against mean prediction in bins of equal mass; below, their ratio"
     for task in next(iter(summaries.values())).tasks:
@@ -277,12 +258,11 @@ def comparison_tree(compared: Comparison) -> dict[str, Any]:
     """The differences and verdicts of `metrics.json`."""
     objective, against = compared.objective, dict[str, Any]()
     for other, verdict in compared.verdicts.items():
-        guards = [{name: getattr(guard, name) for name in ("task", "metric", "passed")} for guard in verdict.guards]
-        told = {"kind": verdict.kind, "guards": guards, "detectable": verdict.detectable}
-        against[other] = asdict(compared.against[other]) | {"verdict": told}
-    names = ("model", "units", "effective_users", "judged", "left_out")
-    return {name: getattr(compared, name) for name in names} | {
-        "resamples": compared.rules.resamples,
+        against[other] = asdict(compared.against[other]) | {"verdict": asdict(verdict)}
+    return {
+        "model": compared.model,
+        "judged": compared.judged,
+        "left_out": compared.left_out,
         "objective": None if objective is None else asdict(objective) | {"name": objective.name},
         "against": against,
     }
@@ -293,46 +273,25 @@ def calibration_figure(summary: Summary, task: str) -> Drawing:
 
     task: a binary one with observed labels.
     """
-    group = summary.tasks[task]
     names = ("mean_predicted", "observed_rate", "low", "high")
-    bins = np.array([[row[name] for name in names] for row in group.details["calibration_bins"]], dtype=np.float64)
-    predicted = bins[:, 0]
+    bins = [[row[name] for name in names] for row in summary.tasks[task].details["calibration_bins"]]
+    observed = np.array(bins, dtype=np.float64)
+    predicted = observed[:, 0]
+    relative = observed / np.where(predicted > 0, predicted, np.nan)[:, None]  # a prediction of 0 has no ratio
     figure = blank(5.6, 6.6)
     axes, ratios = map(plain, figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]))
-    is_log = bool(predicted.min() > 0 and predicted.max() > _LOG_SPAN * predicted.min())
-    shown = (bins[:, 1] > 0) | (not is_log)
-    relative = bins / np.where(predicted > 0, predicted, np.nan)[:, None]  # a prediction of 0 has no ratio
-    for each, values, label in ((axes, bins[shown], "equal-mass bins, 95% interval"), (ratios, relative, None)):
+    style: dict[str, Any] = {"color": _LINE, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 2.5}
+    for each, values in ((axes, observed), (ratios, relative)):
         _, middle, low, high = values.T
         reach = np.nan_to_num(np.maximum([middle - low, high - middle], 0.0))
-        style: dict[str, Any] = {"color": _LINE, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 2.5}
-        each.errorbar(predicted[shown] if each is axes else predicted, middle, reach, **style, label=label, zorder=3)
+        each.errorbar(predicted, middle, reach, **style, label="equal-mass bins, 95% interval", zorder=3)
     dashed: dict[str, Any] = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
-    ends = predicted[[0, -1]]
-    axes.plot(ends, ends, **dashed, label="perfect")
-    if not shown.all():
-        floor = np.full(int((~shown).sum()), min(predicted.min(), bins[shown, 1].min(initial=1.0)))
-        hollow: dict[str, Any] = {"markerfacecolor": "white", "color": _LINE, "linestyle": "none"}
-        axes.plot(predicted[~shown], floor, "o", **hollow, clip_on=False, label="no positive row")
-    if is_log:
-        axes.set(xscale="log", yscale="log")
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        # So few that their labels do not overlap.
-        subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 10_000 * low else (1,)
-        axis.set_major_locator(LogLocator(subs=subs) if is_log else MaxNLocator(6))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axis.set_minor_formatter(NullFormatter())
+    axes.plot(predicted[[0, -1]], predicted[[0, -1]], **dashed, label="perfect")
+    ratios.axhline(1, **dashed)
     axes.set_ylabel("observed rate")
     axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=_INK)
-    ratios.axhline(1, **dashed)
     ratios.set(ylabel="observed /\npredicted", xlabel="mean predicted probability")
     figure.suptitle(f"{task}: predicted against observed", x=0.03, ha="left", **_TITLE)
-    told, ratio = [f"{group.counts['rows']:,} rows, {group.counts['positives']:,} positive"], group.get("calibration")
-    if ratio.value is not None:
-        interval = f" [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio.low is not None else ""
-        told.append(f"predicted / observed {ratio.value:.3f}{interval}")
-    told.append(f"expected calibration error {group.details['ece']:.2g}")
-    axes.set_title("\n".join(told), loc="left", fontsize=9, color=_MUTED, pad=8)
     return figure
 
 
@@ -362,7 +321,7 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
     return figure
 
 
-def log_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:
+def log_gates(run: Run, layout: Layout, experts: Any, name: str) -> None:
     """Log the figure of the mean gate weights to a run. Ranks other than the first log nothing."""
     if run.run_id is not None:
         weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}

@@ -1,17 +1,22 @@
 """Slices of rows, and how well a model does on each: what it gives some users while the mean hides it.
 
-A slice is compared with all rows, by the same redraws of users, or with another model on the rows of the slice. See
-README.md for which are judged (Slices and findings).
+Rows are sliced by columns of the log or of files of predictions, and by what training knew of their users and
+candidates (`Slicing`). A slice is compared with all rows, by the same redraws of users, or with another model on the
+rows of the slice. See README.md for which are judged (Slices and findings).
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pyarrow.types as pt
 from scipy.stats import t as student
 
@@ -28,8 +33,18 @@ from mmoe_rec.evaluation.intervals import (
     resample,
 )
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
-from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, UserMetrics
-from mmoe_rec.evaluation.sums import count_rarer_label, describe_other_rows
+from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, RowsBySlice, UserMetrics
+from mmoe_rec.evaluation.sums import PredictedRows, count_rarer_label, describe_other_rows
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.columns import column_uses, combine, hash_column
+from mmoe_rec.log.reader import Log, find_fault
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, adapt_schema
+from mmoe_rec.preprocessing.prepare import existing
+from mmoe_rec.progress import bar
+from mmoe_rec.settings.log_columns import Use
+from mmoe_rec.settings.sections import Settings
 
 _NDCG = "ndcg_at_10"
 METRICS_OF_SLICES = ("auc", "calibration", "r2", _NDCG)
@@ -40,6 +55,9 @@ MOST_VALUES = 1_000
 SHOWN_VALUES = 20
 """So many values with the most rows are slices; what is left is one more."""
 MISSING, OTHERS = "(missing)", "(all others)"
+ACTIVITY = 10  # groups of users of equal size, by how many training rows they have
+OPTION = "slices"
+_ADVICE = "leave out slices by columns of the log (--evaluation.slices '[]')"
 _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
 
 
@@ -84,76 +102,168 @@ class SliceBy:
             raise ValueError(f"holds {values.type}, and buckets are of numbers")
         return values.cast(pa.float64(), safe=False)
 
-    def find_slices(self, values: pa.Array) -> "Slices":
-        """The slices of values that `read` gave. Raises UserError where there are too many."""
-        known = values.drop_null()
-        if self.buckets is None:
-            counted = known.value_counts()
-            return self.of_values(counted.field("values").to_pylist(), counted.field("counts").to_pylist())
-        if not len(known):
-            return Slices(self, ())
-        numbers = known.to_numpy()
-        edges = np.quantile(numbers, self.shares, method="inverted_cdf")
-        return self.of_numbers(edges, numbers.min(), numbers.max())
+    def find_slices(self, values: pa.Array) -> dict[str, np.ndarray]:
+        """Slice rows by values that `read` gave. A bucket (1, 2] holds values above 1 and at most 2.
 
-    def of_values(self, values: Sequence[str], rows: Sequence[int]) -> "Slices":
-        """The slices of values by how many rows have each. Raises UserError for more than `MOST_VALUES`."""
-        if len(values) > MOST_VALUES:
+        Returns:
+            Name of the slice -> numbers of its rows, for slices that have rows.
+
+        Raises:
+            UserError: The column has more than `MOST_VALUES` values.
+        """
+        names, place = self._by_value(values) if self.buckets is None else self._by_bucket(values, self.buckets)
+        place[values.is_null().to_numpy(zero_copy_only=False)] = len(names)
+        names.append(MISSING)
+        return {names[each]: np.flatnonzero(place == each) for each in np.unique(place)}
+
+    def _by_value(self, values: pa.Array) -> tuple[list[str], np.ndarray]:
+        counts = values.drop_null().value_counts().to_pylist()
+        counts.sort(key=lambda each: (-each["counts"], each["values"]))
+        if len(counts) > MOST_VALUES:
             raise UserError(
-                f"column '{self.column}' has more than {MOST_VALUES:,} values, such as {min(values)!r}: too many to "
-                f"slice by; slice by 'bucket({self.column}, 10)' if it is a number"
+                f"column '{self.column}' has more than {MOST_VALUES:,} values, such as {counts[0]['values']!r}: too "
+                f"many to slice by; slice by 'bucket({self.column}, 10)' if it is a number"
             )
-        often = sorted(zip(values, rows, strict=True), key=lambda each: (-each[1], each[0]))[:SHOWN_VALUES]
-        return Slices(self, tuple(sorted(value for value, _ in often)))
+        shown = sorted(each["values"] for each in counts[:SHOWN_VALUES])
+        place = pc.fill_null(pc.index_in(values, value_set=pa.array(shown, pa.string())), len(shown))
+        names = [each if each.strip() and each not in (MISSING, OTHERS) else f"'{each}'" for each in shown]
+        return [*names, OTHERS], place.to_numpy().astype(np.int64)
 
-    @property
-    def shares(self) -> list[float]:
-        """The share of the rows up to the end of each bucket but the last."""
-        return [number / (self.buckets or 1) for number in range(1, self.buckets or 1)]
-
-    def of_numbers(self, edges: Iterable[float], least: float, largest: float) -> "Slices":
-        """The slices of a number. edges: the largest number of each of the `shares`."""
-        return Slices(self, (), tuple(sorted({float(each) for each in edges})), (float(least), float(largest)))
-
-
-@dataclass(frozen=True)
-class Slices:
-    """The slices of a column. values: of those that are shown; edges: last value of each bucket but the last; ends: the
-    least and the largest value. A bucket (1, 2] holds what is above 1 and at most 2."""
-
-    by: SliceBy
-    values: tuple[str, ...]
-    edges: tuple[float, ...] = ()
-    ends: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all slices, in the order in which they are best read."""
-        if self.by.buckets is None:
-            shown = [each if each.strip() and each not in (MISSING, OTHERS) else f"'{each}'" for each in self.values]
-            return [*shown, OTHERS, MISSING]
-        bounds = [self.ends[0], *self.edges]
-        tops = [*self.edges, self.ends[1]]
-        if not self.edges:
-            return ["all", MISSING]
+    def _by_bucket(self, values: pa.Array, buckets: int) -> tuple[list[str], np.ndarray]:
+        numbers, names = values.drop_null().to_numpy(), list[str]()
+        if not len(numbers):
+            return names, np.zeros(len(values), np.int64)
+        edges = np.unique(np.quantile(numbers, np.arange(1, buckets) / buckets, method="inverted_cdf"))
+        ends = [numbers.min(), *edges, numbers.max()]
         for digits in (6, 9, 12, 17):  # as many as tell them apart
-            ends = [(f"{low:.{digits}g}", f"{top:.{digits}g}") for low, top in zip(bounds, tops, strict=True)]
-            names = [f"{'(' if place else '['}{low}, {top}]" for place, (low, top) in enumerate(ends)]
+            shown = [f"{each:.{digits}g}" for each in ends]
+            names = [f"({low}, {top}]" for low, top in pairwise(shown)]
             if len(set(names)) == len(names):
                 break
-        return [*names, MISSING]
+        names[0] = f"[{names[0][1:]}"
+        return names, np.searchsorted(edges, pc.fill_null(values, 0.0).to_numpy(), side="left")
 
-    def rows(self, values: pa.Array) -> Mapping[str, np.ndarray]:
-        """Name -> numbers of its rows among those that have the values; only slices that have rows."""
-        missing = values.is_null().to_numpy(zero_copy_only=False)
-        if self.by.buckets is None:
-            place = pc.fill_null(pc.index_in(values, value_set=pa.array(self.values, pa.string())), len(self.values))
-            number = place.to_numpy().astype(np.int64)
-        else:
-            number = np.searchsorted(self.edges, pc.fill_null(values, 0.0).to_numpy(), side="left")
-        names = self.names
-        number[missing] = len(names) - 1
-        return {names[each]: np.flatnonzero(number == each) for each in np.unique(number)}
+
+class Slicing:
+    """What models' rows, which are the same, are sliced by: `evaluation.slices`, by columns of the log; and, where
+    features were built of the log, how users and candidates stand in training.
+
+    Encoded rows hold what a model reads, and slices are thought of afterwards: so the log is read once more, for the
+    first model, and rows are known by request and candidate, or by their number in a log without candidates.
+    """
+
+    def __init__(self, settings: Settings, artifact: Path) -> None:
+        """Open the log. artifact: folder of the model, by whose keys rows are known.
+
+        Raises:
+            UserError: The log has no such column, or it can't be sliced by.
+        """
+        self._by = [SliceBy.of(word, OPTION) for word in dict.fromkeys(settings.evaluation.slices)]
+        self._log = _open_log(settings, artifact, self._by) if self._by else None
+        self._read: tuple[np.ndarray, RowsBySlice] | None = None
+        self._skips = settings.data.skip_bad_files
+        prepared = existing(BuildInputs.of(settings))
+        self._training = {
+            name: _count_by(prepared.split("train"), name)
+            for name, has in (("user", settings.columns.has_user), ("candidate", settings.columns.has_candidate))
+            if has and prepared is not None
+        }
+
+    def find(self, rows: PredictedRows) -> RowsBySlice:
+        """Find the slices of rows.
+
+        Returns:
+            What rows are sliced by -> name of the slice -> (n,) numbers of the rows.
+
+        Raises:
+            UserError: The log has other rows by now, a column has too many values, or models have other rows.
+        """
+        slices = slice_by_training(rows, self._training)
+        if self._log is None:
+            return slices
+        ids = rows.row if rows.candidates is None else rows.candidates
+        keys = combine([hash_column(rows.requests), hash_column(ids)])
+        order = np.argsort(keys, kind="stable")
+        if self._read is None:
+            self._read = keys[order], _read_slices(self._log, self._by, keys[order], self._skips)
+        known, found = self._read
+        if not np.array_equal(keys[order], known):
+            raise UserError("the models were not measured on the same rows, so their slices can't be compared")
+        for by, each in found.items():
+            named = {name: np.sort(order[places]) for name, places in each.items()}
+            slices[f"column {by}" if by in slices else by] = named
+        return slices
+
+
+def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceBy]) -> Log:
+    options, pipeline = BuildOptions.of(settings.data), FeaturePipeline.load(artifact / "features", memories=False)
+    schema = adapt_schema(settings, pipeline.schema)
+    uses = column_uses(schema)
+    more: dict[str, Use] = {each.column: "any" for each in slices if each.column not in uses}
+    types, source = pipeline.key_types, settings.data.log
+    try:
+        log = Log(source, schema, skip_bad_files=options.skip_bad_files, types=types, now=options.now, more=more)
+    except BadFile as error:
+        raise UserError(f"{error} ({OPTION})" if more else str(error)) from None
+    for each in slices:  # before rows are scored
+        _values_of(each, pa.nulls(0, log.types.get(each.column, pa.null())))
+    return log
+
+
+def _read_slices(log: Log, slices: Sequence[SliceBy], wanted: np.ndarray, skips: bool) -> RowsBySlice:
+    """Slices of rows by the places of their keys (N,) uint64, which rise."""
+    names, split, columns = log.schema.columns, log.schema.split, dict.fromkeys(each.column for each in slices)
+    needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column, *columns}
+    reader = replace(log.reader, uses={name: use for name, use in log.uses.items() if name in needed})
+    log = log.without(map(find_fault, log.pieces(reader))) if skips else log
+    keys, parts = list[np.ndarray](), list[pa.Table]()
+    with bar() as progress:
+        task = progress.add_task("slicing", total=log.rows)
+        for rows in chain.from_iterable(map(reader.read, log.parts())):
+            its = combine([hash_column(rows.requests()), rows.hashes([names.candidate])])
+            progress.advance(task, len(its))
+            there = wanted[np.minimum(np.searchsorted(wanted, its), len(wanted) - 1)] == its
+            keys.append(its[there])
+            parts.append(pa.table({name: rows.column(name) for name in columns}).filter(pa.array(there)))
+    hashes, places = np.unique(np.concatenate(keys), return_index=True)  # rows that came again count once
+    if not np.array_equal(hashes, np.unique(wanted)):
+        told = f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}"
+        raise UserError(f"{told}, so it can't be told what slices they are in; {_ADVICE}")
+    table = pa.concat_tables(parts, promote_options="default")
+    table = table.take(pa.array(places[np.searchsorted(hashes, wanted)]))
+    return {each.name: each.find_slices(_values_of(each, one_array(table[each.column]))) for each in slices}
+
+
+def _values_of(by: SliceBy, values: pa.Array) -> pa.Array:
+    try:
+        return by.read(values)
+    except (ValueError, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"column '{by.column}' of the log {error} ({OPTION})") from None
+
+
+def slice_by_training(rows: PredictedRows, training: Mapping[str, pd.Series]) -> dict[str, Mapping[str, np.ndarray]]:
+    """Slice rows by what training knew of their users and candidates.
+
+    Args:
+        rows: The rows.
+        training: `user` or `candidate` -> training rows of each id.
+    """
+    slices: dict[str, Mapping[str, np.ndarray]] = {}
+    for name, counts in training.items():
+        ids = rows.candidates if name == "candidate" and rows.candidates is not None else rows.users
+        known = counts.reindex(pd.Index(ids.to_pandas())).fillna(0).to_numpy(np.int64)
+        slices[name] = {"new": np.flatnonzero(known == 0), "returning": np.flatnonzero(known)}
+        if name == "user":
+            rows_of_user = pa.array(known.astype(float), mask=known == 0)
+            activity = SliceBy("training rows of the user", name, ACTIVITY).find_slices(rows_of_user)
+            slices["training rows of the user"] = {each: of for each, of in activity.items() if each != MISSING}
+    return {by: {name: places for name, places in each.items() if len(places)} for by, each in slices.items()}
+
+
+def _count_by(folder: Path, name: str) -> pd.Series:
+    """How many encoded rows have each value of a column."""
+    counts = [pq.read_table(file, columns=[name])[name].to_pandas().value_counts() for file in folder.glob("*.parquet")]
+    return pd.concat(counts).groupby(level=0).sum()
 
 
 @dataclass(frozen=True)
@@ -162,7 +272,7 @@ class SliceRecord:
 
     by, slice: what rows are sliced by, and the value; group: the task, or `score`; labels: rows of the rarer label,
     None of the score; requests: of NDCG, those that rank anything; beside: `ALL`, or the name of another model; apart:
-    by how much the value differs, with its interval, its standard error by how many effective users, and p-values. What
+    by how much the value differs, with its interval, its standard error, degrees of freedom and p-values. What
     can't be judged for want of labels is None.
     """
 
@@ -179,7 +289,7 @@ class SliceRecord:
     low: float | None
     high: float | None
     error: float | None
-    effective_users: float | None
+    freedom: float | None
     p: float | None
     p_corrected: float | None = None
 
@@ -199,9 +309,17 @@ class SliceRecord:
 
     def test_loss(self, margin: float) -> float:
         """The p-value of a loss of more than the margin, by both tails as an interval's; 1 where it can't be tested."""
-        if self.apart is None or self.error is None or self.effective_users is None or not self.error:
+        if self.apart is None or self.freedom is None or not self.error:
             return 1.0
-        return float(2 * student.cdf((self.apart + margin) / self.error, self.effective_users - 1))
+        return float(2 * student.cdf((self.apart + margin) / self.error, self.freedom))
+
+    @property
+    def message(self) -> str:
+        """The slice beside all rows or another model."""
+        beside = "that of all rows" if self.beside == ALL else f"that of '{self.beside}'"
+        value, apart = self.value or 0.0, self.apart or 0.0
+        which = f"slice {self.by}: {self.slice} ({self.rows:,} rows)"
+        return f"{which}: {self.metric} of {self.group} is {value:.3f}, where {beside} is {value - apart:.3f}"
 
 
 def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int) -> list[SliceRecord]:
@@ -209,7 +327,7 @@ def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: i
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
     measured, records = UserMetrics(whole, names=METRICS_OF_SLICES), list[SliceRecord]()
     # The same redraws as in each slice.
-    of_all = resample(measured.at, measured.units, resamples) if slices else {}
+    of_all = measured.resample(resamples) if slices else {}
     for (by, _), sums in slices.items():
         requests[by] += sums.total("requests")
     for key in slices:
@@ -220,14 +338,15 @@ def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: i
 
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     """Those that are shown to be worse: AUC, R2 and NDCG by the difference, beside other models first, then
-    probabilities by how far they are off; then the others of the former in their order."""
-    ranked = [each for each in records if each.metric != "calibration" and each.value is not None]
-    off = [each for each in records if each.metric == "calibration" and each.is_worse]
-    return [
-        *sorted((each for each in ranked if each.is_worse), key=lambda each: (each.beside == ALL, each.apart or 0.0)),
-        *sorted(off, key=lambda each: -distance_from_one(each.value or 0.0)),
-        *(each for each in ranked if not each.is_worse),
-    ]
+    probabilities by how far they are off; then the others of the former."""
+
+    def place(each: SliceRecord) -> tuple[bool, bool, bool, float]:
+        is_ratio = each.metric == "calibration"
+        size = -distance_from_one(each.value or 0.0) if is_ratio else each.apart or 0.0
+        return not each.is_worse, is_ratio, not is_ratio and each.beside == ALL, size
+
+    shown = [each for each in records if each.value is not None and (each.metric != "calibration" or each.is_worse)]
+    return sorted(shown, key=place)
 
 
 def _compare_slice(
@@ -242,21 +361,18 @@ def _compare_slice(
     here, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
     others = {name: each.slices[key] for name, each in models.items() if key in each.slices}
     sides = {name: its for name, its in others.items() if describe_other_rows(here, its) is None}
+    place = pc.index_in(here.tables["ranking"]["user"], value_set=units).to_numpy()  # of the slice's users
     measured = {side: UserMetrics(sums, names=METRICS_OF_SLICES) for side, sums in sides.items()}
-    users = {side: sums.tables["ranking"]["user"] for side, sums in sides.items()}
-    places = {side: pc.index_in(each, value_set=units).to_numpy() for side, each in users.items()}
 
     def values_of(counts: np.ndarray) -> Values:
-        return {
-            (side, *metric): value
-            for side, place in places.items()
-            for metric, value in measured[side].at(np.ascontiguousarray(counts[place])).items()
-        }
+        counts = np.ascontiguousarray(counts[place])
+        return {(side, *metric): value for side, its in measured.items() for metric, value in its.at(counts).items()}
 
-    effective = measured[model].effective
     resampled = {(ALL, *metric): each for metric, each in of_all.items()}
-    resampled |= resample(values_of, len(units), resamples)
-    for (group, metric), sizes in effective.items():
+    for (side, *metric), each in resample(values_of, len(units), resamples).items():
+        users = measured[model].effective_users((metric[0], metric[1]))
+        resampled[side, *metric] = replace(each, users=users)
+    for group, metric in [metric for side, *metric in resampled if side == model]:
         its, ranks = resampled[model, group, metric], metric == _NDCG
         task = None if group == SCORE else group
         labels = None if task is None else count_rarer_label(here, task)
@@ -270,7 +386,7 @@ def _compare_slice(
                 continue  # another model is what it can be compared with
             apart = Difference(None)
             if is_judged and not of_shorter_lists:
-                apart = find_difference(its, resampled[side, group, metric], sizes, len(here.tables["ranking"]))
+                apart = find_difference(its, resampled[side, group, metric])
             value = its.value if is_judged and np.isfinite(its.value) else None
             told = (*key, group, metric, here.total("rows", task), labels, requests, value, side)
-            yield SliceRecord(*told, apart.value, apart.low, apart.high, apart.error, apart.effective_users, apart.p)
+            yield SliceRecord(*told, apart.value, apart.low, apart.high, apart.error, apart.freedom, apart.p)

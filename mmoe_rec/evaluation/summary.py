@@ -1,18 +1,17 @@
 """Rows with predictions and labels -> sums -> metrics of a model with their intervals; and which of them decides."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
-from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample, rounding_of
+from mmoe_rec.evaluation.intervals import FEW_USERS, UNDEFINED, Interval, Key, Resampled, Values, resample, rounding_of
 from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, count_rarer_label, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows, count_rarer_label
 from mmoe_rec.task_kinds import KINDS
 
 SCORE, CATALOGUE = "score", "catalogue"
@@ -95,8 +94,9 @@ class UserMetrics:
     def at(self, counts: np.ndarray) -> Values:
         """All in R resamples, which draw the users `counts` (U, R) float64 times; no objective that lacks a part."""
         values = {(name, key): each for name, group in self.groups.items() for key, each in group.at(counts).items()}
-        if parts := self._parts_in(values):
-            values[OBJECTIVE] = np.mean(parts, axis=0)
+        parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
+        if parts and values.keys() >= {*parts}:
+            values[OBJECTIVE] = np.mean([values[part] for part in parts], axis=0)
         return values
 
     @property
@@ -104,18 +104,16 @@ class UserMetrics:
         """All of the users as they are."""
         return {key: float(each[0]) for key, each in self.at(np.ones((self.units, 1))).items()}
 
-    @property
-    def effective(self) -> dict[Key, float]:
-        """The effective number of users by their sizes, of each metric; of the objective, the least of its parts."""
-        found = {(name, key): of for name, group in self.groups.items() for key, of in group.effective_users.items()}
-        if parts := self._parts_in(found):
-            found[OBJECTIVE] = min(parts)
-        return found
+    def effective_users(self, key: Key) -> float:
+        """The effective number of users of a metric; of the objective, the least of its parts."""
+        if key == OBJECTIVE and self.objective is not None:
+            return min(self.groups[group].effective_users[self.objective.metric] for group in self.objective.groups)
+        return self.groups[key[0]].effective_users[key[1]]
 
-    def _parts_in(self, values: Mapping[Key, Each]) -> list[Each]:
-        """What the objective is made of; nothing where a part is not there, as where a model lacks a task."""
-        parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
-        return [values[part] for part in parts] if values.keys() >= {*parts} else []
+    def resample(self, resamples: int, at: Callable[[np.ndarray], Values] | None = None) -> dict[Key, Resampled]:
+        """All metrics, or other numbers by metric (`at`) of the same users, when users are redrawn."""
+        found = resample(at or self.at, self.units, resamples)
+        return {key: replace(each, users=self.effective_users(key)) for key, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ class GroupSummary:
 
     kind: of the task, or `score`; counts: a task's `rows` and, if it is binary, `positives` and `requests`; the score's
     requests `LEFT_OUT`; metrics: those that have intervals; details: those that have none, and what else metrics say;
-    effective_users: of the metric that rests on the fewest, None where all have enough; least_ndcg: of the score, the
-    NDCG@10 of the worst order of each request, on average.
+    effective_users: None if there are enough.
     """
 
     kind: str
@@ -133,7 +130,6 @@ class GroupSummary:
     metrics: dict[str, Interval]
     details: dict[str, Any]
     effective_users: float | None = None
-    least_ndcg: float | None = None
 
     @property
     def guarded(self) -> str:
@@ -179,15 +175,14 @@ class Summary:
 class MeasuredModel:
     """A model's sums, and the summary of its metrics.
 
-    address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; early_end: that its training ended too early, if it
-    did; slices: its sums in each, by (what rows are sliced by, value), in the same units.
+    address: where it, or its predictions, come from; seen: sentences on how it has seen these rows before; early_end:
+    that its training ended too early, if it did; slices: its sums in each, by (what rows are sliced by, value), in the
+    same units.
     """
 
     sums: EvaluationSums
     summary: Summary
     address: str = ""
-    gates: dict[str, list[float]] | None = None
     seen: Sequence[str] = ()
     early_end: str | None = None
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
@@ -197,84 +192,34 @@ RowsBySlice = Mapping[str, Mapping[str, np.ndarray]]
 """What rows are sliced by -> name of the slice -> (n,) numbers of the rows in the slice"""
 
 
-@dataclass(frozen=True)
-class PredictedRows:
-    """N rows of any order, with the predictions of a model or of another system.
+def measure_model(
+    rows: PredictedRows,
+    resamples: int,
+    slices: RowsBySlice | None = None,
+    facts: Mapping[str, Any] | None = None,
+    **about: Any,
+) -> MeasuredModel:
+    """Compute all metrics of rows with their intervals, and the sums of each slice.
 
-    Attributes:
-        tasks: Predicted tasks; their weights say what a row is worth.
-        users: (N,) ids.
-        requests: (N,) ids.
-        candidates: (N,) ids, None if unknown.
-        predictions: Task name -> (N,) values.
-        labels: Task name -> (N,) values, NaN where unobserved.
-        score: (N,) ranking score, higher is better.
-        weight: (N,) weights of the rows, None if all rows count alike.
+    Args:
+        rows: Rows as the model predicts them.
+        resamples: Number of bootstrap resamples of users.
+        slices: Parts of the rows to measure too.
+        facts: Further entries of `metrics.json`.
+        about: Further attributes of the `MeasuredModel`.
+
+    Raises:
+        UserError: There is no row.
     """
-
-    tasks: tuple[MeasuredTask, ...]
-    users: pa.Array
-    requests: pa.Array
-    candidates: pa.Array | None
-    predictions: Mapping[str, np.ndarray]
-    labels: Mapping[str, np.ndarray]
-    score: np.ndarray
-    weight: np.ndarray | None = None
-
-    def sum(self, grouped: bool | None = None) -> EvaluationSums:
-        """Sum what all metrics need, by user or group of users; see `measure`."""
-        return measure(
-            self.tasks,
-            self.users,
-            self.requests,
-            self.predictions,
-            self.labels,
-            score=self.score,
-            weight=self.weight,
-            candidates=self.candidates,
-            grouped=grouped,
-        )
-
-    def take(self, rows: np.ndarray) -> "PredictedRows":
-        """Select rows by their numbers."""
-        return replace(
-            self,
-            users=self.users.take(rows),
-            requests=self.requests.take(rows),
-            candidates=None if self.candidates is None else self.candidates.take(rows),
-            predictions={name: values[rows] for name, values in self.predictions.items()},
-            labels={name: values[rows] for name, values in self.labels.items()},
-            score=self.score[rows],
-            weight=None if self.weight is None else self.weight[rows],
-        )
-
-    def measure(
-        self,
-        resamples: int,
-        slices: RowsBySlice | None = None,
-        facts: Mapping[str, Any] | None = None,
-        **about: Any,
-    ) -> MeasuredModel:
-        """Compute all metrics with their intervals, and the sums of each slice.
-
-        Args:
-            resamples: Number of bootstrap resamples of users.
-            slices: Parts of the rows to measure too.
-            facts: Further entries of `metrics.json`.
-            about: Further attributes of the `MeasuredModel`.
-
-        Raises:
-            UserError: A value is wrong; see `measure`.
-        """
-        sums = self.sum()
-        grouped = sums.users > len(sums.tables["ranking"])
-        of_slices = {
-            (by, name): self.take(rows).sum(grouped)
-            for by, named in (slices or {}).items()
-            for name, rows in named.items()
-        }
-        summary = replace(summarise(sums, resamples), facts=dict(facts or {}))
-        return MeasuredModel(sums, summary, slices=of_slices, **about)
+    sums = rows.sum()
+    grouped = sums.users > len(sums.tables["ranking"])
+    of_slices = {
+        (by, name): rows.take(places).sum(grouped)
+        for by, named in (slices or {}).items()
+        for name, places in named.items()
+    }
+    summary = replace(summarise(sums, resamples), facts=dict(facts or {}))
+    return MeasuredModel(sums, summary, slices=of_slices, **about)
 
 
 def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
@@ -282,37 +227,33 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
 
     resamples: how often users are redrawn, at least 1; 1,000 make ends steady. The same are drawn for all models.
     """
-    measured, ranking = UserMetrics(sums), sums.tables["ranking"]
-    groups, units, effective = measured.groups, measured.units, measured.effective
-    resampled = resample(measured.at, units, resamples)
+    measured = UserMetrics(sums)
+    groups, units = measured.groups, measured.units
     shares = {metric.name for metric in every.METRICS if metric.is_share}
-    of_all = {key: each.interval(effective[key], key[1] in shares) for key, each in resampled.items()}
+    of_all = {key: each.interval(key[1] in shares) for key, each in measured.resample(resamples).items()}
     for key, at in of_all.items():  # what is the same for all users does not say how sure it is
         if at.low is not None and at.high is not None and at.high - at.low <= rounding_of(at.low):
             of_all[key] = Interval(at.value)
     metrics = nest(of_all)
 
-    def summary_of(
-        name: str, kind: str, counts: Sequence[str], least: float | None = None, **details: Any
-    ) -> GroupSummary:
+    def summary_of(name: str, kind: str, counts: Sequence[str], **details: Any) -> GroupSummary:
         group, its = groups[name], metrics.get(name, {})
         for metric in every.metrics_of(kind):
             if not metric.has_interval:
                 value = float(metric.summarise(group.drawn(np.ones((units, 1))))[0])
                 details[metric.name] = value if np.isfinite(value) else None
             details |= metric.details(group, resamples)
-        fewest = min((effective[name, each] for each, at in its.items() if at.value is not None), default=np.inf)
-        few = fewest if is_small_sample(fewest, units) else None
+        fewest = min((group.effective_users[each] for each, at in its.items() if at.value is not None), default=np.inf)
+        few = fewest if fewest < min(FEW_USERS, units / 2) else None
         task = None if name == SCORE else name
-        return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few, least)
+        return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few)
 
     counted = {True: ["rows", "positives", "requests"], False: ["rows"]}
     tasks = {task.name: summary_of(task.name, task.kind, counted[task.kind.is_binary]) for task in sums.tasks}
-    least, random, requests, catalogue = None, dict[str, float](), sums.total("requests"), None
+    random, requests, catalogue = dict[str, float](), sums.total("requests"), None
     if ranked := sums.total("ranked_requests"):
-        least, at_random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))
-        random = {"random_ndcg_at_10": at_random}
-    score = summary_of(SCORE, SCORE, LEFT_OUT, least, **random)
+        random = {"random_ndcg_at_10": float(np.sum(sums.tables["ranking"]["random_ndcg"])) / ranked}
+    score = summary_of(SCORE, SCORE, LEFT_OUT, **random)
     if (table := sums.tables.get(CATALOGUE)) is not None:
         shown = {metric.name: metric.summarise(table, requests) for metric in every.CATALOGUE_METRICS}
         catalogue = {"candidates": len(table), **shown}

@@ -6,11 +6,9 @@ independent of each other as users are, and differ as much as their users do.
 AUC and average precision need the order of all rows: so a binary task's rows are kept in bins of rising prediction.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
-from mmoe_rec.evaluation.metrics.lists import RankedLists, least_and_random_ndcg, ranks_nothing, shown_rows
+from mmoe_rec.evaluation.metrics.lists import RankedLists, random_ndcg, ranks_nothing, shown_rows
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
 from mmoe_rec.evaluation.metrics.tasks import bin_edges, counts_by_value
 from mmoe_rec.log.columns import combine, hash_column
@@ -27,7 +25,6 @@ from mmoe_rec.task_kinds.task_kind import Check, TaskKind
 
 MOST_UNITS = 4_096
 """At most so many users, or groups of users, are kept apart; a power of two."""
-NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 _KEYS = ("user", "bin")
 
 
@@ -72,8 +69,8 @@ class EvaluationSums:
             `ranking` has one row for each unit. `rows`, `requests` and `users` are counts. `digest` differs if
             requests, candidates or weights differ. A request that ranks nothing counts in the first column that
             applies: `requests_of_one_row`, `requests_without_relevant_row` or `requests_of_equal_relevance`. All others
-            count in `ranked_requests`. Over these it holds the sums of the score's metrics, of `least_ndcg` (NDCG@10 of
-            the worst order) and of `random_ndcg` (mean NDCG@10 of all orders).
+            count in `ranked_requests`. Over these it holds the sums of the score's metrics, and of `random_ndcg` (mean
+            NDCG@10 of all orders).
 
             `TASK.users` has one row for each unit with an observed label: `rows`, `digest` (with the labels), the
             weighted sums `weight`, `label` and `prediction`, and `positives` of a binary task. It also holds the
@@ -101,12 +98,6 @@ class EvaluationSums:
         """The sum of a column of counts over all users, of the table `ranking`, or of that of a task."""
         return int(self.tables["ranking" if task is None else f"{task}.users"][column].to_numpy().sum())
 
-    @property
-    def digest(self) -> str:
-        """Tells other rows apart: other requests, candidates or weights; not other labels."""
-        rows = self.tables["ranking"].select(["user", "rows", "requests", "digest"]).to_pylist()
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
 
 @dataclass(frozen=True)
 class _Rows:
@@ -121,55 +112,85 @@ class _Rows:
     key: np.ndarray
 
 
-def measure(
-    tasks: Sequence[MeasuredTask],
-    users: Any,
-    requests: Any,
-    predictions: Mapping[str, Any],
-    labels: Mapping[str, Any],
-    *,
-    score: Any,
-    weight: Any = None,
-    candidates: Any = None,
-    grouped: bool | None = None,
-) -> EvaluationSums:
-    """Sums of N rows, which may come in any order.
+@dataclass(frozen=True)
+class PredictedRows:
+    """N rows of any order, with the predictions of a model or of another system.
 
-    A row's relevance for NDCG and MRR is max(0, sum over tasks of task weight x label), where an unobserved label and a
-    negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance, ranks
-    nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
-
-    users, requests, candidates: (N,) integers or strings, NumPy or Arrow; a request belongs to one user; candidates are
-    for what is shown of the catalogue, which None leaves out; predictions: task name -> (N,) probabilities (binary;
-    near 0 and 1 see `Logloss`) or values (regression); labels: task name -> (N,) 0 or 1 (binary) or values
-    (regression); NaN or null where unobserved; score: (N,) fused ranking score, higher is better; weight: (N,) positive
-    importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all metrics of a task, but
-    not in a request's ranking, such as NDCG, where requests count alike; grouped: whether units are groups of users;
-    None: where there are more than `MOST_UNITS`.
-
-    Whoever reads the values has checked them. Raises UserError for no row.
+    Attributes:
+        tasks: Predicted tasks; their weights say what a row is worth.
+        users: (N,) integers or strings.
+        requests: (N,) integers or strings. A request belongs to one user.
+        candidates: (N,) integers or strings, None if unknown: then nothing is said of the catalogue.
+        predictions: Task name -> (N,) probabilities (binary; near 0 and 1 see `Logloss`) or values (regression).
+        labels: Task name -> (N,) 0 or 1 (binary) or values (regression), NaN where unobserved.
+        score: (N,) ranking score, higher is better.
+        weight: (N,) positive weights, such as 1 / the rate a row was sampled at, None if all rows count alike. A row
+            counts by them in all metrics of a task, but not in a request's ranking, where requests count alike.
+        row: (N,) numbers of the rows in their log, if it has no candidates.
     """
-    if not (rows := len(users)):
-        raise UserError("there is no row to evaluate; expected at least one")
-    all_users, user = _index(users)
-    all_requests, request = _index(requests)
-    score = np.asarray(score)
-    weight = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
-    known = {task.name: np.asarray(labels[task.name], np.float64) for task in tasks}
-    gain = _gain([(task.weight, known[task.name]) for task in tasks], rows)
-    lists = RankedLists.of(request, score, gain, len(all_requests))
-    keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
-    if candidates is not None:
-        all_candidates, candidate = _index(candidates)
-        keys.append(hash_column(all_candidates)[candidate])
-        shown = {"rows": np.ones(rows, dtype=np.int64), **shown_rows(lists, CUTOFFS)}
-        tables["catalogue"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
-    unit, units = units_of(all_users, grouped)
-    given = _Rows(user, request, unit[user], units, weight, combine(keys))
-    tables["ranking"] = _ranking_table(given, lists)
-    for task in tasks:
-        tables |= _task_tables(task, given, np.asarray(predictions[task.name]), known[task.name])
-    return EvaluationSums(tuple(tasks), tables)
+
+    tasks: tuple[MeasuredTask, ...]
+    users: pa.Array
+    requests: pa.Array
+    candidates: pa.Array | None
+    predictions: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    score: np.ndarray
+    weight: np.ndarray | None = None
+    row: pa.Array | None = None
+
+    def sum(self, grouped: bool | None = None) -> EvaluationSums:
+        """Sum what all metrics need, by user or group of users.
+
+        A row's relevance for NDCG and MRR is max(0, sum over tasks of task weight x label), where an unobserved label
+        and a negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance,
+        ranks nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
+
+        Args:
+            grouped: Whether units are groups of users, None for groups where there are more than `MOST_UNITS` users.
+
+        Raises:
+            UserError: There is no row.
+        """
+        if not (rows := len(self.users)):
+            raise UserError("there is no row to evaluate; expected at least one")
+        all_users, user = _index(self.users)
+        all_requests, request = _index(self.requests)
+        weight = np.ones(rows) if self.weight is None else np.asarray(self.weight, np.float64)
+        known = {task.name: np.asarray(self.labels[task.name], np.float64) for task in self.tasks}
+        gain = _gain([(task.weight, known[task.name]) for task in self.tasks], rows)
+        lists = RankedLists.of(request, self.score, gain, len(all_requests))
+        keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
+        if self.candidates is not None:
+            all_candidates, candidate = _index(self.candidates)
+            keys.append(hash_column(all_candidates)[candidate])
+            shown = {"rows": np.ones(rows, dtype=np.int64), **shown_rows(lists, CUTOFFS)}
+            tables["catalogue"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
+        unit, units = units_of(all_users, grouped)
+        given = _Rows(user, request, unit[user], units, weight, combine(keys))
+        tables["ranking"] = _ranking_table(given, lists)
+        for task in self.tasks:
+            tables |= _task_tables(task, given, np.asarray(self.predictions[task.name]), known[task.name])
+        return EvaluationSums(self.tasks, tables)
+
+    def with_predictions(self, predictions: Mapping[str, np.ndarray], score: np.ndarray) -> "PredictedRows":
+        """The same rows as another model predicts them, which may lack tasks."""
+        tasks = tuple(task for task in self.tasks if task.name in predictions)
+        labels = {task.name: self.labels[task.name] for task in tasks}
+        return replace(self, tasks=tasks, predictions=predictions, labels=labels, score=score)
+
+    def take(self, rows: np.ndarray) -> "PredictedRows":
+        """Select rows by their numbers."""
+        return replace(
+            self,
+            users=self.users.take(rows),
+            requests=self.requests.take(rows),
+            candidates=None if self.candidates is None else self.candidates.take(rows),
+            predictions={name: values[rows] for name, values in self.predictions.items()},
+            labels={name: values[rows] for name, values in self.labels.items()},
+            score=self.score[rows],
+            weight=None if self.weight is None else self.weight[rows],
+        )
 
 
 def count_rarer_label(sums: EvaluationSums, task: str) -> int:
@@ -192,22 +213,16 @@ def check_same_rows(name: str, sums: EvaluationSums, against: str, base: Evaluat
 
 def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | None:
     """What differs between the rows of two models, or their labels; None where they are the same."""
-    for table in ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]:
+    for task in [None, *(task.name for task in base.tasks if f"{task.name}.users" in sums.tables)]:
+        table, of = ("ranking", "") if task is None else (f"{task}.users", f" with a label of '{task}'")
         mine, its = (each.tables[table].select(["user", "rows", "requests", "digest"]) for each in (sums, base))
-        if mine.equals(its):
-            continue
-        task = table.removesuffix(".users")
-        rows = [int(each["rows"].to_numpy().sum()) for each in (mine, its)]
-        of = "" if table == "ranking" else f" with a label of '{task}'"
+        rows = [each.total("rows", task) for each in (sums, base)]
         if rows[0] != rows[1] or sums.users != base.users:
             return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
         if not mine["user"].equals(its["user"]):
-            kinds = list(dict.fromkeys(str(each["user"].type) for each in (mine, its)))
-            return f"the users of rows{of} differ" + f", which are {' and '.join(kinds)}" * (len(kinds) - 1)
-        apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())
-        who = "users" if sums.users == len(base.tables["ranking"]) else "groups of users"
-        what = "requests or candidates" if table == "ranking" else f"labels of '{task}'"
-        return f"{what} of {apart or 'some'} of {len(mine):,} {who} differ"
+            return f"the users of rows{of} differ"
+        if not mine.equals(its):
+            return "their requests or candidates differ" if task is None else f"labels of '{task}' differ"
     return None
 
 
@@ -274,8 +289,7 @@ def _sums_of_lists(kind: str, lists: RankedLists, taken: Iterable[str]) -> dict[
     left_out = ranks_nothing(lists)
     ranked = ~np.any(list(left_out.values()), axis=0)
     counted = {f"requests_{why}": each for why, each in left_out.items()} | {"ranked_requests": ranked}
-    least, random = least_and_random_ndcg(lists, NOTED_CUTOFF)
-    measured = {"least_ndcg": least, "random_ndcg": random}
+    measured = {"random_ndcg": random_ndcg(lists, 10)} if kind == "score" else {}
     metrics = [each for each in metrics_of(kind) if each.of_lists or kind == "score"]
     measured |= _measure_own(metrics, lists, {*taken, *counted, *measured})
     found = {name: each.astype(np.int64) for name, each in counted.items()}

@@ -14,7 +14,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import PREDICTIONS, place_of
 from mmoe_rec.evaluation.intervals import Difference, Values, find_difference, resample
 from mmoe_rec.evaluation.prediction_files import columns_of_settings, open_predictions
-from mmoe_rec.evaluation.summary import SCORE, PredictedRows, UserMetrics
+from mmoe_rec.evaluation.summary import SCORE, UserMetrics
+from mmoe_rec.evaluation.sums import PredictedRows
 from mmoe_rec.report.parts import Report, Row, Sentence, Table
 from mmoe_rec.settings.sections import Settings
 
@@ -111,16 +112,14 @@ class Sweep:
         def at(counts: np.ndarray) -> Values:
             return {key: of.groups[SCORE].at(counts)[NDCG] for key, of in rankings.items()}
 
-        self._resampled = resample(at, rankings[0, tasks[0]].units, resamples)
-        self._effective = {task: rankings[0, task].effective[SCORE, NDCG] for task in tasks}
+        found = resample(at, rankings[0, tasks[0]].units, resamples)
+        users = {task: rankings[0, task].effective_users((SCORE, NDCG)) for task in tasks}
+        self._resampled = {key: replace(each, users=users[key[1]]) for key, each in found.items()}
         self.values = np.array([[self._resampled[n, task].value for task in tasks] for n in range(len(weights))])
 
     def compare_with_first(self, number: int) -> dict[str, Difference]:
         """Compute the difference of each task's NDCG@10 by some weights from that by the first ones."""
-        return {
-            task: find_difference(self._resampled[number, task], self._resampled[0, task], self._effective[task])
-            for task in self.tasks
-        }
+        return {task: find_difference(self._resampled[number, task], self._resampled[0, task]) for task in self.tasks}
 
     def choose(self, goal: str, margins: Mapping[str, float]) -> int:
         """Choose the number of the weights that serve a task best.

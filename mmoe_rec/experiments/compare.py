@@ -1,45 +1,177 @@
-"""Compares variants of settings over several runs: `compare_variants`, `judge`.
+"""Compares variants of settings over several runs: `compare_variants`, `judge`. Says which variant is better, and what
+to write into the settings.
 
 data.work/comparison/comparison.json, report.html    what was found
 """
 
-from __future__ import annotations
-
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from mmoe_rec.atomic import write_text
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Differences, average_trainings, find_differences
-from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.evaluation import metrics as every
+from mmoe_rec.evaluation.comparison import Differences, TrainingsMean, average_trainings, find_differences
+from mmoe_rec.evaluation.intervals import Difference, correct_all
+from mmoe_rec.evaluation.metrics.metric import Metric, Named
 from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
-from mmoe_rec.experiments.experiment_report import (
-    FILE,
-    ExperimentResult,
-    MetricMean,
-    VariantResult,
-    correct_cells,
-    write,
-)
-from mmoe_rec.experiments.runner import Runner, TrainedVariant, open_runner
-from mmoe_rec.experiments.variants import Variant
-from mmoe_rec.report.report_files import PAGE
-from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking.run_page import as_code, command, quoted
+from mmoe_rec.experiments.runner import Runner, TrainedVariant, Variant, open_runner
+from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
+from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
+from mmoe_rec.report.report_files import PAGE, write_report
+from mmoe_rec.settings.model import Experts, Gates, Model
+from mmoe_rec.settings.sections import Settings, differences
+from mmoe_rec.tracking.runs import as_code, command, quoted
 from mmoe_rec.training.origin import fixed_settings
 
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.metrics.metric import Metric
-
-FOLDER = "comparison"
+MAX_UNITS = 4096
+"""Most units of a shared bottom's first layer."""
+FOLDER, FILE = "comparison", "comparison.json"
+BETTER, WORSE, NOT_SHOWN, UNKNOWN = "better", "worse", "not shown", "unknown"
+_MARKS: dict[str, Mark] = {BETTER: "good", WORSE: "problem"}
 Columns = dict[tuple[str, str], tuple[str, str]]
 """Task and metric -> the metric in words, and whether higher or lower values are better."""
-BASE = Variant("these settings")
+
+
+@dataclass(frozen=True)
+class MetricMean:
+    """A metric's mean over the runs of a variant.
+
+    Attributes:
+        better: Which values are better, `higher` or `lower`.
+        mean: The mean over runs.
+        apart: The difference from the base variant, None for the base.
+    """
+
+    better: str
+    mean: float | None
+    apart: Difference | None = None
+
+    @property
+    def call(self) -> str:
+        """How the variant compares with the base in this metric."""
+        apart = self.apart
+        if apart is None or apart.value is None or apart.low is None or apart.high is None:
+            return UNKNOWN
+        if not apart.is_significant:
+            return NOT_SHOWN
+        return BETTER if (apart.value > 0) == (self.better == "higher") else WORSE
+
+    @property
+    def gain(self) -> float:
+        """The difference, positive if the variant is better, 0 if undefined."""
+        value = 0.0 if self.apart is None else self.apart.value or 0.0
+        return value if self.better == "higher" else -value
+
+    @property
+    def max_loss(self) -> float | None:
+        """The largest loss that the interval allows."""
+        end = None if self.apart is None else self.apart.low if self.better == "higher" else self.apart.high
+        return None if end is None else max(0.0, -end if self.better == "higher" else end)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """A variant.
+
+    Attributes:
+        name: Its name.
+        change: The options that adopt it.
+        simpler: Whether it is worth adopting if it loses nothing.
+        cells: Metric, such as `auc of click` -> its mean over runs.
+        judged: The metrics that judge the variant.
+        parameters: Parameters of its network, None without one.
+        seconds: Mean seconds of a run.
+    """
+
+    name: str
+    change: str
+    simpler: bool
+    cells: Mapping[str, MetricMean]
+    judged: tuple[str, ...]
+    parameters: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """Variants of settings over several runs.
+
+    Attributes:
+        title: Title of the page.
+        seeds: Seeds of the runs.
+        rows: Rows that judged.
+        units: What was redrawn for intervals, `users` or `rows`.
+        means: Task or `score` -> metric -> its mean over the runs of the base variant.
+        variants: The base variant first.
+        margin: Largest loss at which a simpler variant is adopted.
+        few: Task that isn't judged -> rows of its rarer label.
+        notes: Further sentences, which come first.
+        tables: Further tables.
+        warnings: Reasons for distrust.
+        facts: Name -> text.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    rows: int
+    units: str
+    means: Mapping[str, Mapping[str, TrainingsMean]]
+    variants: Sequence[VariantResult]
+    margin: float
+    few: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    warnings: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The name of the base variant."""
+        return self.variants[0].name
+
+    @property
+    def adopted(self) -> VariantResult | None:
+        """The variant to adopt: the best one that is better, or the first simpler one that loses nothing."""
+        others = [each for each in self.variants[1:] if each.judged]
+        better = [
+            each for each in others if each.change and {each.cells[name].call for name in each.judged} == {BETTER}
+        ]
+        if better:
+            return max(better, key=lambda each: each.cells[each.judged[0]].gain)
+        for each in others:
+            losses = [each.cells[name].max_loss for name in each.judged]
+            if each.simpler and all(loss is not None and loss <= self.margin for loss in losses):
+                return each
+        return None
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdicts."""
+        found = [*self.notes, *(_describe(self.base, each, name) for each in self.variants[1:] for name in each.judged)]
+        for task, rows in self.few.items():
+            found.append(f"`{task}` is not judged: {rows:,} rows have its rarer label, which are too few")
+        return found
+
+    @property
+    def headline(self) -> str:
+        """The variant to adopt. Without variants, the number of runs."""
+        if not self.variants[1:]:
+            return f"{len(self.seeds)} runs of `{self.base}`"
+        adopted = self.adopted
+        if adopted is None:
+            return f"nothing to adopt: no variant is better than `{self.base}`, or simpler and as good"
+        cells = [adopted.cells[name] for name in adopted.judged]
+        if all(cell.call == BETTER for cell in cells):
+            return f"adopt `{adopted.change}`, since `{adopted.name}` is better"
+        (loss,) = signed(max(cell.max_loss or 0.0 for cell in cells), sign=False)
+        return f"adopt `{adopted.change}`, since `{adopted.name}` is simpler and loses at most {loss}"
 
 
 def compare_variants(settings: Settings, variants: Sequence[Variant], seeds: int) -> ExperimentResult:
@@ -74,7 +206,7 @@ def check(settings: Settings, variants: Sequence[Variant], seeds: int) -> None:
         variant.apply(settings)
         for name in variant.without_features:
             if name not in settings.features:
-                raise UserError(f"variant '{variant.name}': there is no feature '{name}' to leave out.")
+                raise UserError(f"{variant.name}: there is no feature '{name}' to leave out.")
 
 
 def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float) -> ExperimentResult:
@@ -94,6 +226,9 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
             trained += runner.train([variant], numbers)
         except UserError as error:  # Trees may have no input to learn from, and the networks' verdicts stand.
             warnings.append(f"{variant.name} is left out: {error}")
+    for each in trained:
+        if reason := next(filter(None, (facts.get("early_end") for facts in each.facts)), None):
+            warnings.append(f"the network of `{each.variant.name}` {reason}")
     base, *others = trained
     measured = base.measure()
     metrics = _choose_metrics(settings, measured[0])
@@ -113,7 +248,8 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
         columns = {decides: (objective.name, objective.better)} | columns
     base_means = {key: means[key[0]][key[1]].mean for key in columns if key[1] in means.get(key[0], {})}
     results = [_summarize(each, base, columns, decides, base_means, differences) for each in trained]
-    rows = int(measured[0].tables["ranking"]["rows"].to_numpy().sum())
+    rows = measured[0].total("rows")
+    precisions = sorted({facts["precision"] for each in trained for facts in each.facts if "precision" in facts})
     means.pop(OBJECTIVE[0], None)
     return ExperimentResult(
         title=f"Comparison of variants of {settings.name}" if others else f"{seeds} runs of {settings.name}",
@@ -124,8 +260,13 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
         variants=correct_cells(results),
         margin=margin,
         few={task: count_rarer_label(measured[0], task) for task in settings.tasks if task not in metrics},
-        warnings=[*warnings, *_warn(trained)],
-        facts=_list_facts(runner, trained),
+        warnings=warnings,
+        facts={
+            "log": settings.data.log,
+            "judged by": f"{'' if runner.part is None else f'the {runner.part} part of the '}{runner.split} rows",
+            "precision": " or ".join(precisions),
+            "command": command(),
+        },
     )
 
 
@@ -133,7 +274,9 @@ def keep(runner: Runner, report: ExperimentResult) -> None:
     """Write the report and log it to MLflow."""
     settings, run = runner.settings, runner.run
     identity = {"features": runner.prepared.manifest["fingerprint"], "settings": fixed_settings(settings)}
-    write(report, runner.folder, identity)
+    adopted = None if report.adopted is None else report.adopted.name
+    write_text(runner.folder / FILE, json.dumps({"adopted": adopted, **asdict(report)}, indent=1))
+    write_report(make_report(report, identity), runner.folder)
     for name in (FILE, PAGE):
         run.log_artifact(runner.folder / name)
     means = {
@@ -170,7 +313,7 @@ def _summarize(
     for key, (label, better) in columns.items():
         mean, apart = means.get(key), None
         if trained is not base:
-            apart = _negate(differences.get((variant.name, *key), Difference(None)))
+            apart = differences.get((variant.name, *key), Difference(None)).negated
             mean = None if mean is None or apart.value is None else mean + apart.value
         cells[label] = MetricMean(better, mean, apart)
     judged = [] if decides is None else [decides]
@@ -188,33 +331,193 @@ def _summarize(
     )
 
 
-def _negate(apart: Difference) -> Difference:
-    """Turn a difference of the base from a variant around."""
-    value, low, high = (None if each is None else 0.0 - each for each in (apart.value, apart.high, apart.low))
-    return replace(apart, value=value, low=low, high=high)
+def correct_cells(variants: Sequence[VariantResult]) -> list[VariantResult]:
+    """Correct the p-values of all judged cells by Holm's method for their number."""
+    places = [(number, name) for number, each in enumerate(variants) for name in each.judged]
+    cells = [dict(each.cells) for each in variants]
+    apart = correct_all([cells[number][name].apart or Difference(None) for number, name in places])
+    for (number, name), corrected in zip(places, apart, strict=True):
+        cells[number][name] = replace(cells[number][name], apart=corrected)
+    return [replace(each, cells=own) for each, own in zip(variants, cells, strict=True)]
 
 
-def _warn(trained: Sequence[TrainedVariant]) -> Iterator[str]:
-    """Yield which networks seem to have ended too early, each reason once."""
-    early: dict[str, list[str]] = {}
-    for each in trained:
-        if reason := next(filter(None, (facts.get("early_end") for facts in each.facts)), None):
-            early.setdefault(reason.partition(";")[2], []).append(each.variant.name)
-    for advice, names in early.items():
-        yield f"networks of {', '.join(names)} had few steps, or were still getting better at the end;{advice}"
+def _describe(base: str, variant: VariantResult, name: str) -> str:
+    cell = variant.cells[name]
+    if cell.apart is None or cell.call == UNKNOWN:
+        return f"how `{variant.name}` differs from `{base}` can't be told: too few labels, or users"
+    told = f"{name} differs by {cell.apart.shown()}"
+    if cell.call == NOT_SHOWN:
+        return f"`{variant.name}` is not shown to differ from `{base}`{cell.apart.once_corrected}: {told}"
+    return f"`{variant.name}` is {cell.call} than `{base}`: {told}"
 
 
-def _list_facts(runner: Runner, trained: Sequence[TrainedVariant]) -> dict[str, str]:
-    settings, runs = runner.settings, [facts for each in trained for facts in each.facts]
-    rows = f"{runner.split} rows" if runner.part is None else f"the {runner.part} part of the {runner.split} rows"
-    facts = {
-        "log": settings.data.log,
-        "judged by": rows,
-        "runs": f"{len(runs):,}",
-        "precision": " or ".join(sorted({facts["precision"] for facts in runs if "precision" in facts})),
-        "resamples": f"{settings.evaluation.resamples:,}",
-        "command": command(),
-    }
-    if any(task.given is not None for task in settings.tasks.values()):
-        facts["tasks with `given`"] = "without the given task, they are learned from their own labels alone"
-    return facts
+def make_report(experiment: ExperimentResult, identity: Mapping[str, Any] | None = None) -> Report:
+    """Build the report of an experiment.
+
+    Args:
+        experiment: The results.
+        identity: Features and settings of the runs, None on the terminal.
+    """
+    warnings = [Sentence(each, "warning") for each in experiment.warnings]
+    tables = [] if len(experiment.variants) == 1 else [_table_of_variants(experiment)]
+    tables += experiment.tables
+    heads = ("", "mean", "95% interval", "between runs", f"between {experiment.units}")
+    means = [
+        (f"{group} {metric.label}", *_mean_cells(metric, mean))
+        for group, metrics in experiment.means.items()
+        for metric in every.METRICS
+        if metric.is_shown(group == SCORE) and (mean := metrics.get(metric.name)) is not None and mean.mean is not None
+    ]
+    seeds = [f"seed {seed}" for seed in experiment.seeds]
+    title = f"Metrics of {experiment.base}: {len(seeds)} runs, {experiment.rows:,} rows"
+    tables.append(Table(title, (*heads, *seeds), means, page_only=len(experiment.variants) > 1))
+    return Report(
+        title=experiment.title,
+        headline=experiment.headline,
+        mark="warning" if warnings else "good",
+        about=f"seeds {', '.join(map(str, experiment.seeds))}; {experiment.rows:,} rows judged",
+        tables=tables,
+        sentences=[*map(Sentence, experiment.sentences), *warnings],
+        facts=experiment.facts,
+        measures={
+            "Differences": (
+                f"Differences of means over runs from {experiment.base}. They err by the seeds, with the variance of "
+                f"either side's runs / their number, and by the {experiment.units}, which are redrawn for both sides "
+                "alike. Intervals are 95% and Student's. A verdict rests on the p-value, corrected by Holm's method "
+                "for "
+                "all questions; intervals are not corrected."
+            ),
+            "Between runs": "The standard deviation over runs.",
+            f"Between {experiment.units}": f"The standard error of the mean from the choice of {experiment.units}.",
+        },
+        identity=identity or {},
+    )
+
+
+def _table_of_variants(experiment: ExperimentResult) -> Table:
+    names = list(experiment.variants[0].cells)
+    heads = ("", *names, "parameters", "seconds")
+    rows: list[Row] = [
+        (
+            each.name,
+            *(_cell(each.cells.get(name)) for name in names),
+            thousands(each.parameters),
+            fixed(each.seconds, 1),
+        )
+        for each in experiment.variants
+    ]
+    title = f"Variants: {len(experiment.seeds)} runs of each, {experiment.rows:,} rows"
+    return Table(title, heads, rows, f"means, and differences from {experiment.base}; colored: shown")
+
+
+def _cell(cell: MetricMean | None) -> Cell:
+    if cell is None or cell.mean is None:
+        return Cell(NONE)
+    apart = "" if cell.apart is None or cell.apart.value is None else cell.apart.shown()
+    return Cell(f"{cell.mean:.4f}", apart, _MARKS.get(cell.call, ""))
+
+
+def _mean_cells(metric: Named, mean: TrainingsMean) -> list[str]:
+    """Return a mean, its interval, the spread between runs, the error by users, and the value of each run."""
+    numbers = [mean.mean, mean.between_trainings, mean.between_users, *mean.values]
+    value, *others = (NONE if number is None else metric.shown(number) for number in numbers)
+    ends = [metric.shown(end) for end in (mean.low, mean.high) if end is not None]
+    return [value, " to ".join(ends) or NONE, *others]
+
+
+# The variants of a command
+
+
+def parse_variants(words: Sequence[str]) -> list[Variant]:
+    """Read the variants of a command line.
+
+    Args:
+        words: A name, then its overrides such as `training.epochs=2`, then the next name. `features.NAME=null` leaves
+            a feature out.
+
+    Raises:
+        UserError: A name is missing, comes twice, or has no overrides.
+    """
+    named: dict[str, list[str]] = {}
+    for word in words:
+        if "=" in word:
+            if not named:
+                raise UserError(f"--variant '{word}' has no name. Write --variant NAME {word}.")
+            named[list(named)[-1]].append(word)
+        elif word in named:
+            raise UserError(f"--variant '{word}' is given twice. Give each variant another name.")
+        else:
+            named[word] = []
+    variants = []
+    for name, overrides in named.items():
+        if not overrides:
+            raise UserError(f"--variant '{name}' changes nothing. Give it overrides, such as training.epochs=2.")
+        left_out = [word for word in overrides if word.startswith("features.") and word.endswith("=null")]
+        left_out = [word for word in left_out if word.count(".") == 1]
+        features = tuple(word.removeprefix("features.").removesuffix("=null") for word in left_out)
+        variants.append(Variant(name, tuple(word for word in overrides if word not in left_out), features))
+    return variants
+
+
+def list_architectures(settings: Settings) -> list[Variant]:
+    """List the architectures of one budget, each task alone, each task left out, and trees alone.
+
+    The first variant has the settings' own architecture, under its standard name if it has one. Trees beside the
+    network take no part, because they would hide the differences. All networks have the same rows, steps, and rates,
+    and as many units in the first layer of their experts.
+    """
+    own, tasks = settings.model.model_copy(update={"trees": None}), tuple(settings.tasks)
+    base = () if settings.model.trees is None else ("model.trees=null",)
+    models = dict(_list_models(own, len(tasks)))
+    name = next((name for name, model in models.items() if model == own), "these settings")
+    order = list(models)
+    variants = [Variant(name, base)]
+    for other, model in models.items():
+        if other != name:
+            simpler = name not in order or order.index(other) < order.index(name)
+            variants.append(Variant(other, (*base, *_describe_change(own, model)), simpler=simpler))
+    if len(tasks) > 1:
+        for task in tasks:
+            others = tuple(other for other in tasks if other != task)
+            variants.append(Variant(f"only {task}", base, without_tasks=others))
+    if len(tasks) > 2:
+        variants += [Variant(f"without {task}", base, without_tasks=(task,)) for task in tasks]
+    return [*variants, Variant("trees alone", base, trees_alone=True)]
+
+
+def _describe_change(own: Model, model: Model) -> Iterator[str]:
+    for section in ("experts", "gates"):
+        before, after = (getattr(each, section).model_dump(mode="json") for each in (own, model))
+        for name, *_ in differences(before, after):
+            yield f"model.{section}.{name}={json.dumps(after[name])}"
+
+
+def _list_models(own: Model, tasks: int) -> Iterator[tuple[str, Model]]:
+    """Yield architectures with as many units in the first layer of their experts, the simplest first."""
+    experts, gates = own.experts, own.gates
+    total = experts.count + experts.task_count * tasks
+    if gates.routing == "soft":
+        gates = gates.model_copy(update={"serving_top_k": None})
+    else:  # The budget is what a row takes.
+        total = min(total, gates.serving_top_k or gates.top_k)
+        gates = Gates(dropout=gates.dropout)
+    width, (first, *rest) = min(total * experts.units[0], MAX_UNITS), experts.units
+    if total == 1:  # A shared bottom is divided into experts.
+        total = max(2, min(Experts().count, first // 8))
+        first = max(1, first // total)
+    one_level = {"task_count": 0, "levels": 1}
+    mixture = experts.model_copy(update={**one_level, "count": total, "units": (first, *rest)})
+    bottom = experts.model_copy(update={**one_level, "count": 1, "units": (width, *rest)})
+    count = max(1, round(total / (tasks + 1)))
+    ple = mixture.model_copy(update={"count": count, "task_count": count, "levels": 2})
+    per_task, shared = (gates.model_copy(update={"per_task": value}) for value in (True, False))
+    yield "shared bottom", _with(own, bottom, per_task.model_copy(update={"dropout": 0.0}))
+    if tasks > 1:
+        yield "one gate", _with(own, mixture, shared)
+    yield "MMoE", _with(own, mixture, per_task)
+    if tasks > 1:
+        yield "PLE", _with(own, ple, per_task)
+
+
+def _with(own: Model, experts: Experts, gates: Gates) -> Model:
+    return own.model_copy(update={"experts": experts, "gates": gates})

@@ -7,17 +7,16 @@
 A run whose predictions are complete isn't repeated. No model is registered, and no weights stay.
 """
 
-from __future__ import annotations
-
 import json
 import os
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,29 +24,67 @@ import pyarrow.parquet as pq
 
 from mmoe_rec import __version__
 from mmoe_rec.atomic import atomic_file, digest
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.evaluation.evaluate import predict_rows, read_labels
+from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows
 from mmoe_rec.locks import writing
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.model.score import Calibration
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import say
+from mmoe_rec.settings.load import override_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.outbox import PATIENCE_SECONDS
+from mmoe_rec.tracking.runs import PATIENCE_SECONDS
+from mmoe_rec.training.baselines import boost_tasks, predict_calibrated, read_inputs
+from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.origin import fixed_settings
+from mmoe_rec.training.ranks import training_ranks
+from mmoe_rec.training.stacking import grow_trees
+from mmoe_rec.training.steps import read_choices, write_choices
+from mmoe_rec.training.train import best_network, calibrate
+from mmoe_rec.training.validation import Validation, find_early_end
 
-if TYPE_CHECKING:
-    from mmoe_rec.batches.encoded_rows import Part, Rows
-    from mmoe_rec.evaluation.summary import PredictedRows
-    from mmoe_rec.evaluation.sums import EvaluationSums
-    from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.model.score import Calibration
-    from mmoe_rec.training.loop import TrainingResult
-    from mmoe_rec.training.validation import Validation
-
-Watch = Callable[["Validation", int], None]
+Watch = Callable[[Validation, int], None]
 _FACTS = b"mmoe_rec"  # The key of a file's metadata.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name and what it changes in the settings.
+
+    Attributes:
+        name: Name that no other variant of the comparison has.
+        overrides: Overrides of the settings, such as `model.experts.count=1`.
+        without_features: Features that the model never sees. They need no features of their own.
+        without_tasks: Tasks that the model doesn't learn. Features made from their labels stay.
+        trees_alone: Whether to grow boosted trees instead of training a network.
+        simpler: Whether the variant is worth adopting if it loses nothing.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    without_features: tuple[str, ...] = ()
+    without_tasks: tuple[str, ...] = ()
+    trees_alone: bool = False
+    simpler: bool = False
+
+    def apply(self, settings: Settings) -> Settings:
+        """Return the settings with the overrides. Raises UserError for an unknown key or a wrong value."""
+        words = [f"--{override}" for override in self.overrides]
+        return override_settings(settings, words, f"variant '{self.name}'") if words else settings
+
+    @property
+    def change(self) -> str:
+        """The options that adopt the variant in another command."""
+        words = [*self.overrides, *(f"features.{name}=null" for name in self.without_features)]
+        return " ".join(shlex.quote(f"--{word}") for word in words)
+
+
+BASE = Variant("these settings")
 
 
 @dataclass(frozen=True)
@@ -58,74 +95,30 @@ class Network:
     layout: ModelLayout
     calibration: Calibration
 
-    def predict(self, parts: Iterable[Rows]) -> Predictions:
-        """Predict rows as the model is served: without placement, in fp32.
 
-        Raises:
-            UserError: A prediction is not a finite number.
-        """
-        import torch
+def write_predictions(file: Path, tasks: Mapping[str, np.ndarray], score: np.ndarray, facts: Mapping[str, Any]) -> None:
+    """Write the predictions of a run.
 
-        from mmoe_rec.batches.batch import make_batch
-        from mmoe_rec.devices import device_of
-        from mmoe_rec.model.score import fuse, predictions
-
-        model, layout, tasks = self.model.eval(), self.layout, self.layout.tasks
-        names, kinds = [task.name for task in tasks], [task.kind for task in tasks]
-        weights, found = [task.score_weight for task in tasks], list[tuple[np.ndarray, np.ndarray]]()
-        with torch.inference_mode():
-            for rows in parts:
-                inputs, _ = model.side_by_side(make_batch(rows.encoded, layout, torchrec=False).to(device_of(model)))
-                logits = self.calibration.apply(model.of_inputs(inputs, None).logits.cpu(), names)
-                if not logits.isfinite().all():
-                    raise UserError(
-                        "the model gives predictions that are not finite numbers. Lower the learning rates."
-                    )
-                found.append((predictions(logits, kinds).numpy(), fuse(logits, kinds, weights).numpy()))
-        values, score = (np.concatenate(each) for each in zip(*found, strict=True))
-        return Predictions(tuple(names), values, score)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions of N rows.
-
-    Attributes:
-        tasks: Names of the T predicted tasks.
-        values: Probabilities, or values of a regression. Shape (N, T).
-        score: Ranking scores. Shape (N,).
+    Args:
+        file: File to write.
+        tasks: Task -> predictions of the rows that judge.
+        score: Their scores.
+        facts: Facts about the run, which become metadata.
     """
+    table = pa.table({**tasks, "score": score}).replace_schema_metadata({_FACTS: json.dumps(facts)})
+    with atomic_file(file) as path:
+        pq.write_table(table, path, compression="zstd")
 
-    tasks: tuple[str, ...]
-    values: np.ndarray
-    score: np.ndarray
 
-    def write(self, file: Path, facts: dict[str, Any]) -> None:
-        """Write the predictions, and facts about the run as metadata."""
-        table = pa.table({name: self.values[:, place] for place, name in enumerate(self.tasks)} | {"score": self.score})
-        try:
-            with atomic_file(file) as path:
-                pq.write_table(table.replace_schema_metadata({_FACTS: json.dumps(facts)}), path, compression="zstd")
-        except OSError as error:
-            raise UserError(f"'{file}' can't be written: {error.strerror or error}") from None
-
-    @staticmethod
-    def read(file: Path) -> tuple[Predictions, dict[str, Any]]:
-        """Read what `write` wrote. Raises UserError for a damaged file."""
-        try:
-            table = pq.read_table(file)
-        except (OSError, pa.ArrowException):
-            raise UserError(f"'{file}' is damaged. Remove it and repeat the command.") from None
-        *values, score = (table.column(name).to_numpy() for name in table.column_names)
-        facts = json.loads(table.schema.metadata[_FACTS])
-        return Predictions(tuple(table.column_names[:-1]), np.column_stack(values), score), facts
-
-    def measure(self, rows: PredictedRows) -> EvaluationSums:
-        """Measure the predicted tasks by the labels of rows."""
-        values = {name: self.values[:, place] for place, name in enumerate(self.tasks)}
-        tasks = tuple(task for task in rows.tasks if task.name in values)
-        labels = {name: rows.labels[name] for name in values}
-        return replace(rows, tasks=tasks, predictions=values, labels=labels, score=self.score).sum()
+def read_predictions(file: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+    """Read the predictions of the tasks, the scores, and the facts. Raises UserError for a damaged file."""
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException):
+        raise UserError(f"'{file}' is damaged. Remove it and repeat the command.") from None
+    *names, score = table.column_names
+    facts = json.loads(table.schema.metadata[_FACTS])
+    return {name: table.column(name).to_numpy() for name in names}, table.column(score).to_numpy(), facts
 
 
 @dataclass(frozen=True)
@@ -170,13 +163,14 @@ class TrainedVariant:
 
     def measure(self) -> list[EvaluationSums]:
         """Measure each run. The sums aren't kept, because those of many runs would fill the memory."""
-        return [Predictions.read(file)[0].measure(self.rows) for file in self.files]
+        predicted = (read_predictions(file) for file in self.files)
+        return [self.rows.with_predictions(tasks, score).sum() for tasks, score, _ in predicted]
 
 
 @contextmanager
 def open_runner(
     settings: Settings, name: str, split: str, part: Part | None = None, folder: str | None = None
-) -> Iterator[Runner]:
+) -> Iterator["Runner"]:
     """Prepare features and hold everything that the runs of a command need.
 
     Args:
@@ -213,35 +207,36 @@ def open_runner(
             shutil.rmtree(runner.checkpoints, ignore_errors=True)
 
 
+@dataclass
 class Runner:
     """Trains variants of settings.
 
     Attributes:
+        settings: The settings that variants change.
         prepared: Features of the settings.
         folder: Folder of the command.
-        checkpoints: Folder for the weights of one run.
+        split: Split whose rows judge.
+        part: Part of the split's users that judges, None for all.
         run: Run in MLflow, which holds a run for each variant and seed.
+        held: Holds features of variants until the command ends.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        prepared: FeatureFolder,
-        folder: Path,
-        split: str,
-        part: Part | None,
-        run: runs.Run,
-        held: ExitStack,
-    ) -> None:
-        self.settings, self.prepared, self.folder, self.split, self.part = settings, prepared, folder, split, part
-        self.run, self._held, self.checkpoints = run, held, folder / "checkpoints"
-        self._kept = folder / str(prepared.manifest["fingerprint"])
+    settings: Settings
+    prepared: FeatureFolder
+    folder: Path
+    split: str
+    part: Part | None
+    run: runs.Run
+    held: ExitStack
+
+    def __post_init__(self) -> None:
+        self.checkpoints, self._kept = self.folder / "checkpoints", self.folder / self.prepared.manifest["fingerprint"]
         self._kept.mkdir(parents=True, exist_ok=True)
-        for other in folder.iterdir():  # Runs on other features, and weights that a killed command left.
-            if other.is_dir() and other not in (self._kept, folder / "features"):
+        for other in self.folder.iterdir():  # Runs on other features, and weights that a killed command left.
+            if other.is_dir() and other not in (self._kept, self.folder / "features"):
                 shutil.rmtree(other, ignore_errors=True)
-        self._features = {self._identify(settings): prepared}
-        self._rows = dict[Path, "PredictedRows"]()
+        self._features = {self._identify(self.settings): self.prepared}
+        self._rows = dict[Path, PredictedRows]()
 
     def train(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[TrainedVariant]:
         """Train all variants with all seeds, but those whose predictions are complete.
@@ -274,18 +269,19 @@ class Runner:
 
     def train_task(self, task: Task) -> Network | None:
         """Train, predict the rows that judge and write the predictions. Returns the network, None for trees alone."""
-        from mmoe_rec.batches.encoded_rows import EncodedRows
-
+        settings, layout, network = task.settings, ModelLayout.of(task.prepared.layout, task.settings), None
+        rows = EncodedRows(task.prepared.split(self.split), layout, part=self.part)
         with self.open_run(task.name, task) as run:
-            begun, network = time.perf_counter(), None
+            begun = time.perf_counter()
             if task.variant.trees_alone:
-                predicted, facts = self._grow_trees(task)
+                values, score, facts = _grow_trees(task, layout, rows)
             else:
-                network, facts = self._train_network(task, run)
-                rows = EncodedRows(task.prepared.split(self.split), network.layout, part=self.part)
-                predicted = network.predict(part for part, _ in rows.stream(task.settings.evaluation.batch_size))
+                network, facts = self._train_network(task, layout, run)
+                parts = (part for part, _ in rows.stream(settings.evaluation.batch_size))
+                values, score = predict_rows(network.model, layout, parts, network.calibration)
             facts["seconds"] = time.perf_counter() - begun
-            predicted.write(task.file, facts)
+            tasks = {each.name: values[:, place] for place, each in enumerate(layout.tasks)}
+            write_predictions(task.file, tasks, score, facts)
             run.log_text(facts, "facts.json")
         return network
 
@@ -317,11 +313,6 @@ class Runner:
         Returns:
             The result, whose checkpoints stay until the next run, and the precision.
         """
-        from mmoe_rec.model.model_layout import ModelLayout
-        from mmoe_rec.training.choices import read_choices, write_choices
-        from mmoe_rec.training.loop import Trainer
-        from mmoe_rec.training.ranks import training_ranks
-
         settings, shared = task.settings, self._kept / "choices.json"
         training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})
         layout = ModelLayout.of(task.prepared.layout, settings)
@@ -344,19 +335,11 @@ class Runner:
 
     def judge(self, best: Validation) -> float:
         """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
-        from mmoe_rec.model.model_layout import ModelLayout
-
         return best.objective(self.settings.training.select_by, ModelLayout.of(self.prepared.layout, self.settings))
 
-    def _train_network(self, task: Task, run: runs.Run) -> tuple[Network, dict[str, Any]]:
+    def _train_network(self, task: Task, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
         """Train as `train_model` does, without keeping anything. Returns the network and facts about the run."""
-        from mmoe_rec.model.model_layout import ModelLayout
-        from mmoe_rec.training.stacking import grow_trees
-        from mmoe_rec.training.train import best_network, calibrate
-        from mmoe_rec.training.validation import find_early_end
-
         settings, prepared = task.settings, task.prepared
-        layout = ModelLayout.of(prepared.layout, settings)
         result, precision = self.fit(task, run)
         model = best_network(settings, prepared, result)
         assert result.best is not None, "every training is validated at its end"
@@ -373,28 +356,12 @@ class Runner:
         }
         return Network(model, layout, calibrate(settings, prepared, model)), facts
 
-    def _grow_trees(self, task: Task) -> tuple[Predictions, dict[str, Any]]:
-        """Grow the trees of `baselines` in place of a network."""
-        from mmoe_rec.batches.encoded_rows import EncodedRows
-        from mmoe_rec.training.baselines import boost_tasks, predict_calibrated, read_inputs
-
-        settings, layout = task.settings, task.prepared.layout
-        learnt, held_out, last = read_inputs(settings, task.prepared, layout)
-        boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
-        rows = EncodedRows(task.prepared.split(self.split), layout, part=self.part)
-        values = predict_calibrated(settings, layout, boosted, held_out, rows)
-        weights = np.array([settings.tasks[each.name].score_weight for each in layout.tasks])
-        score = np.log(np.clip(values, 1e-12, None)) @ weights
-        return Predictions(tuple(each.name for each in layout.tasks), values, score), {"trees": facts}
-
     def _read(self, variant: Variant, seeds: Sequence[int], tasks: Sequence[Task]) -> TrainedVariant:
-        from mmoe_rec.evaluation.scoring import read_labels
-
         files, folder = tuple(task.file for task in tasks), tasks[0].prepared.folder
         if folder not in self._rows:
             whole = replace(tasks[0].prepared, left_out=((), ()))
-            self._rows[folder] = read_labels(self.settings, whole, self.split, self.part).predicted
-        facts = tuple(Predictions.read(file)[1] for file in files)
+            self._rows[folder] = read_labels(self.settings, whole, self.split, self.part)
+        facts = tuple(read_predictions(file)[2] for file in files)
         return TrainedVariant(variant, tuple(seeds), self._rows[folder], files, facts)
 
     def _find_features(self, settings: Settings) -> FeatureFolder:
@@ -403,9 +370,19 @@ class Runner:
         if key not in self._features:
             inputs = replace(BuildInputs.of(settings), work=self.folder / "features" / key)
             needs = ("train", "validation", self.split)
-            self._features[key] = self._held.enter_context(features_in_use(inputs, "a comparison", needs))
+            self._features[key] = self.held.enter_context(features_in_use(inputs, "a comparison", needs))
         return self._features[key]
 
     def _identify(self, settings: Settings) -> str:
         data = settings.data.model_dump(mode="json", exclude={"work"})
         return digest(settings.schema_.identity(), settings.split.windows(), data)
+
+
+def _grow_trees(task: Task, layout: ModelLayout, rows: EncodedRows) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Grow the trees of `baselines` in place of a network. Returns predictions (N, T), scores (N,), and facts."""
+    settings = task.settings
+    learnt, held_out, last = read_inputs(settings, task.prepared, layout)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
+    values = predict_calibrated(settings, layout, boosted, held_out, rows)
+    weights = np.array([each.score_weight for each in layout.tasks])
+    return values, np.log(np.clip(values, 1e-12, None)) @ weights, {"trees": facts}

@@ -21,17 +21,15 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.atomic import digest, write_text
-from mmoe_rec.errors import StoppedError, UserError, first_line, require_packages
-from mmoe_rec.experiments.compare import BASE, check, judge, keep
-from mmoe_rec.experiments.experiment_report import ExperimentResult
-from mmoe_rec.experiments.runner import Runner, open_runner
-from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.batches.encoded_rows import Part
+from mmoe_rec.errors import UserError, first_line, require_packages
+from mmoe_rec.experiments.compare import ExperimentResult, check, judge, keep
+from mmoe_rec.experiments.runner import BASE, Runner, Variant, open_runner
 from mmoe_rec.progress import say
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.report.parts import Table
 from mmoe_rec.settings.sections import Search, Settings
-from mmoe_rec.tracking.outbox import UnreachableError
-from mmoe_rec.tracking.runs import mark_killed
+from mmoe_rec.tracking.client import UnreachableError
 
 FOLDER, BEST = "tuning", "best.yaml"
 CHOOSING_SEEDS = 2
@@ -41,7 +39,7 @@ MAX_FAILURES = 10
 TRIAL_SEEDS, CANDIDATE_SEEDS = 1000, 100_000
 """What is added to `training.seed` in trials, and in runs that choose a candidate."""
 Values = dict[str, Any]
-_REASON, _SECONDS, _RUN = "reason", "seconds", "run_id"  # attributes of trials
+_REASON, _SECONDS = "reason", "seconds"  # attributes of trials
 
 
 def tune_settings(settings: Settings, minutes: float | None, trials: int | None, seeds: int) -> ExperimentResult:
@@ -61,8 +59,6 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
     check(settings, [BASE], seeds)
     end = math.inf if minutes is None else time.time() + 60 * minutes
     check_space(settings, settings.tuning.search)
-    from mmoe_rec.batches.encoded_rows import Part
-
     with open_runner(settings, "tune", "validation", Part.JUDGING, FOLDER) as runner:
         space = settings.tuning.search or list_space(settings, runner.prepared.manifest["splits"]["train"]["rows"])
         study = Study(runner, space)
@@ -155,7 +151,7 @@ class Study:
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         settings, self.runner, self.space = runner.settings, runner, space
         self._base = runner.make_task(BASE, settings.training.seed)
         key = digest(self._base.file.stem, settings.choices, {name: each.model_dump() for name, each in space.items()})
@@ -176,8 +172,6 @@ class Study:
         seed = settings.training.seed + len(before)
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
         for trial in (trial for trial in before if trial.state == optuna.trial.TrialState.RUNNING):
-            if _RUN in trial.user_attrs:
-                mark_killed(settings.tracking.address, trial.user_attrs[_RUN])
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if not before and (own := own_values(settings, space)) is not None:
             choices = {name: json.dumps(own[name]) for name, search in space.items() if search.choices is not None}
@@ -194,37 +188,35 @@ class Study:
         Raises:
             UserError: Many trials in a row had no result.
         """
-        distributions = {name: make_distribution(search) for name, search in self.space.items()}
         failures = 0
         while may_start(find_ended(self.study), end - time.time(), trials, confirming):
-            reason = self._try(self.study.ask(distributions))
+            self.study.optimize(self._try, n_trials=1)
+            reason = self.study.get_trials(deepcopy=False)[-1].user_attrs.get(_REASON)
             failures = failures + 1 if reason else 0
             if failures == MAX_FAILURES:
                 raise UserError(f"{failures} trials in a row had no result. Narrow tuning.search. The last: {reason}")
 
-    def _try(self, trial: Any) -> str | None:
-        """Run one trial. Returns why it has no result, None if it has one or fell behind."""
+    def _try(self, trial: Any) -> float:
+        """Run one trial. Returns its result, NaN if it has none, by which Optuna knows a trial that failed."""
         import optuna
 
-        variant, begun = make_variant(f"trial {trial.number + 1}", read_values(trial.params)), time.monotonic()
-        state, result, reason = optuna.trial.TrialState.FAIL, None, None
+        variant, begun = make_variant(f"trial {trial.number + 1}", suggest_values(trial, self.space)), time.monotonic()
+        result, told = math.nan, "stopped"
         try:
             result = self.train(trial, variant)
-            state = optuna.trial.TrialState.COMPLETE
+            told = f"{result:.4f}"
         except optuna.TrialPruned:
-            state = optuna.trial.TrialState.PRUNED
-        except (StoppedError, UnreachableError):  # Another trial takes its place later.
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            told = "it fell behind"
+            raise
+        except UnreachableError:  # Another trial takes its place later.
             raise
         except UserError as error:
-            reason = str(error)
-        trial.set_user_attr(_SECONDS, time.monotonic() - begun)
-        if reason:
-            trial.set_user_attr(_REASON, reason)
-        self.study.tell(trial, result, state)
-        told = reason or ("it fell behind" if result is None else f"{result:.4f}")
-        say(f"{variant.name}: {told} ({', '.join(variant.overrides)})")
-        return reason
+            told = str(error)
+            trial.set_user_attr(_REASON, told)
+        finally:
+            trial.set_user_attr(_SECONDS, time.monotonic() - begun)
+            say(f"{variant.name}: {told} ({', '.join(variant.overrides)})")
+        return result
 
     def train(self, trial: Any, variant: Variant) -> float:
         """Train the network of a trial, and return its objective on the selecting rows.
@@ -246,7 +238,6 @@ class Study:
                 raise optuna.TrialPruned
 
         with runner.open_run(variant.name, task) as run:
-            trial.set_user_attr(_RUN, run.run_id)
             try:
                 best = runner.fit(task, run, watch)[0].best
             except optuna.TrialPruned:
@@ -300,15 +291,20 @@ def find_ended(study: Any) -> list[Any]:
     return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED") or _REASON in trial.user_attrs]
 
 
-def make_distribution(search: Search) -> Any:
-    """Return Optuna's distribution of values. Choices are JSON."""
-    from optuna import distributions
+def suggest_values(trial: Any, space: Mapping[str, Search]) -> Values:
+    """Let Optuna's trial draw the values. Choices are JSON."""
+    for name, search in space.items():
+        if search.choices is not None:
+            trial.suggest_categorical(name, [json.dumps(value) for value in search.choices])
+        else:
+            draw = trial.suggest_int if is_whole(search) else trial.suggest_float
+            draw(name, search.low, search.high, log=search.log)
+    return read_values(trial.params)
 
-    if search.choices is not None:
-        return distributions.CategoricalDistribution([json.dumps(value) for value in search.choices])
-    whole = isinstance(search.low, int) and isinstance(search.high, int)
-    kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-    return kind(search.low, search.high, log=search.log)
+
+def is_whole(search: Search) -> bool:
+    """Return whether a range holds whole numbers."""
+    return isinstance(search.low, int) and isinstance(search.high, int)
 
 
 def read_values(params: Mapping[str, Any]) -> Values:
@@ -343,8 +339,7 @@ def find_level(search: Search, value: Any) -> str:
     third = min(2, int(3 * (at - low) / (high - low)))
     middle = low + (third + 0.5) * (high - low) / 3
     middle = math.exp(middle) if search.log else middle
-    whole = isinstance(search.low, int) and isinstance(search.high, int)
-    return json.dumps(round(middle) if whole else float(f"{middle:.3g}"))
+    return json.dumps(round(middle) if is_whole(search) else float(f"{middle:.3g}"))
 
 
 def estimate_effects(space: Mapping[str, Search], trials: Sequence[Trial]) -> dict[tuple[str, str], tuple[int, float]]:

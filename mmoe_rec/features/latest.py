@@ -1,7 +1,7 @@
 """The latest known attributes of users and candidates, so that a request may hold ids only.
 
-The latest row of each counts; of rows of one instant the one with the greatest values, column by column, nulls first.
-So parts of a log may be taken in any order: each is a `LatestValues`, and so is what is known of several (`merged`).
+The latest row of each counts; of rows of one instant the one with the greatest hash. So parts of a log may be taken in
+any order: each is a `LatestValues`, and so is what is known of several (`merged`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from mmoe_rec.log.columns import hash_column
+from mmoe_rec.log.columns import hash_column, hash_rows
 from mmoe_rec.log.rows import LogRows, Stored, StoredColumn
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.join import find_keys, grown
@@ -28,15 +28,13 @@ LatestRole = Literal["user", "candidate"]
 class LatestValues:
     """One row a key. times: (rows,) int64 microseconds of the requests that they come from.
 
-    levels: what came later, the largest first; a later level says all that is known of its keys. changed: of a level,
-    (rows,) bool whether a row differs from what the table that it belongs to says of its key.
+    levels: what came later, the largest first; a later level says all that is known of its keys.
     """
 
     levels: "tuple[LatestValues, ...]" = ()
 
-    def __init__(self, key: str, table: pa.Table, times: np.ndarray, changed: np.ndarray | None = None) -> None:
+    def __init__(self, key: str, table: pa.Table, times: np.ndarray) -> None:
         self.key, self.table, self.times = key, table, times
-        self.changed = np.ones(len(table), bool) if changed is None else changed
 
     def __len__(self) -> int:
         return len(self.table)
@@ -54,8 +52,7 @@ class LatestValues:
 
     def merged(self, other: "LatestValues") -> "LatestValues":
         tables = pa.concat_tables([self.table, other.table], promote_options="permissive").combine_chunks()
-        times, changed = np.append(self.times, other.times), np.append(self.changed, other.changed)
-        return LatestValues(self.key, tables, times, changed)._latest()
+        return LatestValues(self.key, tables, np.append(self.times, other.times))._latest()
 
     @staticmethod
     def together(parts: "Sequence[LatestValues]") -> "LatestValues":
@@ -64,25 +61,17 @@ class LatestValues:
         return whole.take(pc.sort_indices(whole.table[whole.key]).to_numpy())
 
     def take(self, rows: np.ndarray) -> "LatestValues":
-        return LatestValues(self.key, self.table.take(pa.array(rows)), self.times[rows], self.changed[rows])
+        return LatestValues(self.key, self.table.take(pa.array(rows)), self.times[rows])
 
     def _latest(self) -> "LatestValues":
         """The last row of each key, with strings decoded."""
-        values = self.take(_without_repeats(self.table, self.times))
-        group, keys = pd.factorize(values.hashes)
-        last = np.full(len(keys), np.iinfo(np.int64).min)
-        np.maximum.at(last, group, values.times)
-        rows = np.flatnonzero(values.times == last[group])
-        values, group = values.take(rows), group[rows]
+        last = pd.Series(self.times).groupby(self.hashes).transform("max").to_numpy()
+        values = self.take(np.flatnonzero(self.times == last))
+        order = np.argsort(hash_rows(values.table), kind="stable")
+        values = values.take(order[~pd.Series(values.hashes[order]).duplicated(keep="last").to_numpy()])
         types = [kind.value_type if pt.is_dictionary(kind) else kind for kind in values.table.schema.types]
         values.table = values.table.cast(pa.schema(zip(values.table.column_names, types, strict=True)))
-        if len(rows) == len(keys):
-            return values
-        is_tied = pd.Series(group).duplicated(keep=False).to_numpy()
-        tied = np.flatnonzero(is_tied)
-        tied = tied[_order_by_values(values.table.take(pa.array(tied)))]
-        tied = tied[~pd.Series(group[tied]).duplicated(keep="last").to_numpy()]  # the greatest
-        return values.take(np.append(np.flatnonzero(~is_tied), tied))
+        return values
 
     def extended(self, rows: LogRows, role: LatestRole) -> "LatestValues":
         """These values and those of rows, which may be older. This object stays as it is, and shares most."""
@@ -93,12 +82,6 @@ class LatestValues:
             there = there[known.times[place[there]] >= new.times[there]]
             if len(there):
                 new = new.merged(known.take(place[there]))
-        place = self.find(new.hashes)
-        same = place >= 0
-        for name in self.table.column_names:
-            before = one_array(self.table.column(name)).take(pa.array(place, mask=place < 0))
-            same &= _same(one_array(new.table.column(name)), before)
-        new.changed = ~same
         _ = self.columns  # with what functions make of them, which all that come after share
         result = copy(self)
         result.levels = grown(self.levels, new, LatestValues.merged)
@@ -136,10 +119,10 @@ class LatestValues:
         for level in reversed(self.levels):
             place = np.where(later, -1, level.find(hashes))
             later |= place >= 0
-            changed = np.flatnonzero((place >= 0) & level.changed.take(place, mode="clip")) if len(level) else place[:0]
-            if len(changed):
-                new = level.table.take(pa.array(place[changed]))
-                lacking = {name: _replaced(each, changed, one_array(new[name])) for name, each in lacking.items()}
+            there = np.flatnonzero(place >= 0)
+            if len(there):
+                new = level.table.take(pa.array(place[there]))
+                lacking = {name: _replaced(each, there, one_array(new[name])) for name, each in lacking.items()}
         # What is known of a key that is known is the same as of the given one.
         return {**given, **lacking, self.key: Stored(self.columns[self.key], rows, keys, later)}
 
@@ -172,35 +155,3 @@ def _replaced(column: Stored, rows: np.ndarray, values: pa.Array) -> Stored:
     kind = values.type if pt.is_null(before.type) else before.type
     after = pa.concat_arrays([before.cast(kind), values.cast(kind)]).take(pa.array(index))
     return Stored(column.column, places, after)
-
-
-def _without_repeats(table: pa.Table, times: np.ndarray) -> np.ndarray:
-    """The rows but those that equal the row before: most rows of a request say the same of its user."""
-    if not len(table) or any(pt.is_nested(kind) for kind in table.schema.types):
-        return np.arange(len(table))
-    same = times[1:] == times[:-1]
-    for column in map(one_array, table.columns):
-        if not same.any():
-            break
-        values = column.indices if pt.is_dictionary(column.type) else column
-        same &= _same(values[1:], values[:-1])
-    return np.flatnonzero(np.append(True, ~same))
-
-
-def _same(one: pa.Array, other: pa.Array) -> np.ndarray:
-    """(N,) bool whether values equal those of another column; nulls do."""
-    if pt.is_null(one.type) or pt.is_null(other.type) or pt.is_nested(one.type):
-        return np.array([a == b for a, b in zip(one.to_pylist(), other.to_pylist(), strict=True)], bool)
-    equal = pc.fill_null(pc.equal(one, other.cast(one.type)), False)
-    return pc.or_(equal, pc.and_(one.is_null(), other.is_null())).to_numpy(zero_copy_only=False)
-
-
-def _order_by_values(table: pa.Table) -> np.ndarray:
-    """(N,) int64 rising order of rows by all their columns."""
-    ranks = []
-    for name in table.column_names:
-        values = table.column(name).to_pandas()
-        if pt.is_nested(table.schema.field(name).type):
-            values = values.map(lambda each: None if each is None else repr(each.tolist()))
-        ranks.append(pd.factorize(values, sort=True)[0])
-    return np.lexsort(ranks[::-1])

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.encoder import Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
+from mmoe_rec.features.kinds.counter import MOST
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.point_in_time.counters import MOST
 from mmoe_rec.point_in_time.join import Memory, grown
 from mmoe_rec.settings.log_columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema

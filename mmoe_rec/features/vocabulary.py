@@ -4,28 +4,23 @@ Row 0 is the missing id, rows 1 to `oov_buckets` are hashed buckets that unknown
 vocabulary can grow at its end without moving any row.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.settings.log_columns import Role
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _FEW = 32  # ids that are found one by one, as a call for any number of them takes as long as 70
 
@@ -43,7 +38,7 @@ class IdCounts:
         if len(there := np.flatnonzero(counts)):
             self._take([pa.table({"id": coded.dictionary.take(pa.array(there)), "count": counts[there]})])
 
-    def merge(self, other: IdCounts) -> None:
+    def merge(self, other: "IdCounts") -> None:
         self._take(other._parts)
 
     def _take(self, parts: list[pa.Table]) -> None:
@@ -61,7 +56,7 @@ class IdCounts:
         return self._parts[0]
 
     @staticmethod
-    def from_table(table: pa.Table) -> IdCounts:
+    def from_table(table: pa.Table) -> "IdCounts":
         return IdCounts(table) if table.num_rows else IdCounts()
 
     def _summed(self) -> pa.Table:
@@ -80,15 +75,6 @@ class VocabularyFeature(Feature):
         None, description="name of another id feature whose vocabulary and embedding table this one shares"
     )
 
-    @model_validator(mode="after")
-    def _fits_a_table(self) -> Self:
-        if (rows := 1 + self.oov_buckets + (self.max_size or 0)) > MAX_TABLE_ROWS:
-            raise ValueError(
-                f"max_size and oov_buckets together make a table of {rows:,} rows (one is for missing ids); a table "
-                f"has at most {MAX_TABLE_ROWS:,}"
-            )
-        return self
-
     @property
     def shares(self) -> str | None:
         return self.table
@@ -96,7 +82,7 @@ class VocabularyFeature(Feature):
     def check(self, name: str, schema: Schema) -> None:
         """Raises ValueError where `table` does not name a feature with a table of its own."""
         if self.table is not None:
-            check_owner(schema, name, "table")
+            check_owner(schema, name, "table", self.table)
 
     def meaning(self, schema: Schema) -> Meaning:
         """Row 0 is the missing id, the buckets of unknown ids follow, then the known ones."""
@@ -107,15 +93,17 @@ def check_owner(
     schema: Schema,
     name: str,
     key: str,
+    target: str,
     kind: type[VocabularyFeature] = VocabularyFeature,
     role: Role | None = None,
-    target: str | None = None,
 ) -> None:
-    """Raises ValueError where `key` of a feature does not name one, of that kind and role, that has its own table.
-    target: one of several that it names."""
-    target, its = target or getattr(schema.features[name], key), schema.features.items()
-    own = [each for each, feature in its if isinstance(feature, kind) and feature.table is None]
-    possible = [each for each in own if role is None or schema.role_of(each) == role]
+    """Raises ValueError where `target`, which `key` of a feature names, is not of that kind and role, or does not have
+    its own table."""
+    possible = [
+        each
+        for each, feature in schema.features.items()
+        if isinstance(feature, kind) and feature.table is None and role in (None, schema.role_of(each))
+    ]
     if target not in possible:
         of_role = "" if role is None else f"of the {role} "
         raise ValueError(
@@ -173,10 +161,10 @@ class Vocabulary:
         return self.ids.type if len(self.ids) else None
 
     @cached_property
-    def _index(self) -> pd.Index:
+    def _index(self) -> Any:
         """Of the ids, with its hash table, which pandas builds at the first question: a second thread would look into
         the unfinished table, and miss what is not there yet."""
-        import pandas as pd
+        import pandas as pd  # which --help does not need
 
         index = pd.Index(_as_numpy(self.ids))
         index.get_indexer(index[:1])
@@ -228,13 +216,12 @@ class Vocabulary:
             return np.full(len(values), -1)
         if len(values) <= _FEW:
             return np.array([self._place(each) for each in values.to_pylist()], np.int64)
-        import pandas as pd
-
-        return self._index.get_indexer(pd.Index(_as_numpy(values)))
+        places: np.ndarray = self._index.get_indexer(_as_numpy(values))
+        return places
 
     def _place(self, value: int | str) -> int:
         try:
-            return self._index.get_loc(value)
+            return int(self._index.get_loc(value))
         except KeyError:
             return -1
 

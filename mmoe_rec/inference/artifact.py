@@ -1,7 +1,7 @@
 """The artifact folder: all that is needed to score, as plain data, and how it is read.
 
     <folder>/
-        manifest.json          size and SHA-256 of every other file
+        manifest.json          SHA-256 of every other file
         model.json             format, name, model section, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
         weights.safetensors    float32 weights by name; in a small model int8 and bfloat16 (`mmoe_rec.model.tables`)
@@ -25,7 +25,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from pydantic import TypeAdapter
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
+from mmoe_rec.log.given import microseconds
 from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
         raise UserError(f"'{folder}' holds no model (model.json)")
     del tree["format"]
     return Artifact(layout=ModelLayout.read(folder), **tree)
+
+
+def known_of(about: Artifact) -> int:
+    """Return the time of the last request that the tables of an artifact know, microseconds."""
+    return 0 if about.tables_as_of is None else microseconds("tables_as_of", about.tables_as_of)
 
 
 def read_example(folder: Path) -> dict[str, Any]:
@@ -222,51 +228,24 @@ class ExampleScores:
                 return f"'{task.name}' of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
         return None
 
-    def other_versions(self, now: ExampleScores) -> list[str]:
-        """What has another version in `now`, such as "torch 2.13.0 instead of 2.14.1"."""
-        versions = now.computed_with
-        others = {name: each for name, each in self.computed_with.items() if versions.get(name) != each}
-        return [f"{name} {versions.get(name)} instead of {each}" for name, each in others.items()]
-
 
 # The manifest. SHA-256, as everyone can compute it (`sha256sum`) and processors have instructions for it: the 132 MB of
 # the model for Complete Journey take 0.04 s on two cores, 0.1 s without those instructions.
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """bytes: size; sha256: of the content, in hexadecimal."""
-
-    bytes: int
-    sha256: str
-
-    @staticmethod
-    def of(path: Path) -> StoredFile:
-        with path.open("rb") as content:
-            return StoredFile(path.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
-
-
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of a folder that holds all the other files by now."""
-    names = sorted(name for name in _names(folder) if name != MANIFEST)
-    with _pool() as pool:
-        files = dict(zip(names, pool.map(StoredFile.of, (folder / name for name in names)), strict=True))
-    tree = {"sha256": _sum(files), "files": {name: asdict(file) for name, file in files.items()}}
+    files = _sum_files(folder, sorted(name for name in _names(folder) if name != MANIFEST))
+    tree = {"sha256": _sum(files), "files": files}
     (folder / MANIFEST).write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> dict[str, StoredFile]:
-    """The files of an artifact by their names relative to the folder. Raises UserError without a whole manifest."""
-    if not (folder / MANIFEST).is_file():
-        raise _damaged(folder, f"'{MANIFEST}' is missing")
-    try:
-        tree = _read_object(folder / MANIFEST) or {}
-        files = {name: StoredFile(**each) for name, each in tree["files"].items()}
-        whole = tree["sha256"] == _sum(files)
-    except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise _damaged(folder, f"'{MANIFEST}' has changed")
+def read_manifest(folder: Path) -> dict[str, str]:
+    """The SHA-256 of an artifact's files by their names in the folder. Raises UserError without a whole manifest."""
+    tree = _read_object(folder / MANIFEST) or {}
+    files = tree.get("files")
+    if not isinstance(files, dict) or tree.get("sha256") != _sum(files):
+        raise _damaged(folder, MANIFEST)
     return files
 
 
@@ -279,26 +258,24 @@ def check_files(folder: Path) -> None:
     """Raises UserError unless a folder holds the files that were written, and nothing else that loading reads: what an
     operating system, MLflow or Python leave beside them may lie there."""
     files = read_manifest(folder)
-    with _pool() as pool:
-        reasons = list(pool.map(lambda name: _wrong(folder / name, files[name]), files))
-    for name, reason in zip(files, reasons, strict=True):
-        if reason is not None:
-            raise _damaged(folder, f"'{name}' {reason}")
+    there = _sum_files(folder, [name for name in files if (folder / name).exists()])
+    for name, checksum in files.items():
+        if there.get(name) != checksum:
+            raise _damaged(folder, name)
     for name in sorted(set(_names(folder)) - files.keys()):
         if name == "calibration.json" or (name.startswith("features/") and name.endswith((".parquet", ".json"))):
             raise UserError(f"the model in '{folder}' is not as it was written: '{name}' is no part of it; remove it")
 
 
-def _wrong(path: Path, expected: StoredFile) -> str | None:
-    """What is wrong with a file, as the end of a sentence."""
-    try:
-        if (size := path.stat().st_size) != expected.bytes:
-            return f"has {size:,} bytes instead of {expected.bytes:,}"
-        return None if StoredFile.of(path) == expected else "has changed (its checksum is another one)"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"can't be read ({error.strerror})"
+def _sum_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of files in hexadecimal."""
+
+    def sum_file(name: str) -> str:
+        with (folder / name).open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+        return dict(zip(names, pool.map(sum_file, names), strict=True))
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -310,19 +287,14 @@ def _names(folder: Path) -> Iterator[str]:
             yield "/".join(parts)
 
 
-def _sum(files: Mapping[str, StoredFile]) -> str:
-    lines = (f"{name} {file.bytes} {file.sha256}" for name, file in sorted(files.items()))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _sum(files: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {files[name]}" for name in sorted(files)).encode()).hexdigest()
 
 
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, usable_cores()))
-
-
-def _damaged(folder: Path, what: str) -> UserError:
+def _damaged(folder: Path, name: str) -> UserError:
     return UserError(
-        f"the model in '{folder}' is not as it was written: {what}; copy the whole folder again from where it came, or "
-        "train again"
+        f"the model in '{folder}' is not as it was written: '{name}' is missing or has changed; copy the whole folder "
+        "again from where it came, or train again"
     )
 
 

@@ -5,60 +5,57 @@
     parts            -> their rows with the ranks
 
 A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
-each, so that no bit depends on the engine or the number of workers.
+each, so that no bit depends on the engine or the number of workers. The output appears whole:
+
+    <output>/_manifest.json            what was scored by which model
+    <output>/part-00000.parquet       the scored rows, in the input's order
 """
 
-from __future__ import annotations
-
+import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
 from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import Source, read_artifact, version_of
-from mmoe_rec.inference.ranking import Freshness, scored_table
-from mmoe_rec.inference.scored_files import (
-    FORMAT,
-    AsOf,
-    LearntRows,
-    check_output,
-    finished_name,
-    is_whole,
-    known_rows,
-    open_logs,
-    read_manifest,
-    write_manifest,
-)
+from mmoe_rec.inference.artifact import Source, known_of, read_artifact, version_of
+from mmoe_rec.inference.ranking import ROW, prediction_columns, scored_table
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.checks import columns_of, format_time
+from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.database import Database, open_database
-from mmoe_rec.log.files import is_remote
+from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
-from mmoe_rec.log.rows import labels_of
-from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.build_steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
-from mmoe_rec.preprocessing.engines import open_engine
-from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
+from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, labels_of
+from mmoe_rec.point_in_time.join import Window, in_window
+from mmoe_rec.preprocessing.build_steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results, open_engine
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types
+from mmoe_rec.preprocessing.look_up import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.prepare import fingerprint_of
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.load import load_settings, parse_overrides
-from mmoe_rec.settings.sections import Settings, Tracking
+from mmoe_rec.settings.log_columns import Scalar, Use
+from mmoe_rec.settings.schema import Remembering, Schema
+from mmoe_rec.settings.sections import Settings, Split, Tracking
 from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
-
+AsOf = Literal["log", "tables"]
+"""Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
 ALL: Window = (None, None)
 _HERE = ("--data.engine", "local", "--data.workers", "null")  # not those of the machines that trained the model
 
@@ -151,9 +148,10 @@ class _Scoring:
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL and not self.has_time:
             raise UserError("--start and --end need times, which the model's table does not have: leave them out")
-        self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels, keep)
-        about = read_artifact(model.folder, verify=False)
-        self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
+        self.logs = open_logs(source, self.pipeline, settings, as_of, labels, keep)
+        self.split = settings.split if labels and _has_split(self.logs, settings.split) else None
+        self.tables_as_of = (about := read_artifact(model.folder, verify=False)).tables_as_of
+        self.known = known_of(about)
         self.constants = {"model": model.address, "model_version": version_of(model.folder)}
         built = self.logs.options
         options = [built.duplicates, built.several_times, built.rows_in_memory]
@@ -169,12 +167,9 @@ class _Scoring:
             facts = self._look_up(steps)
             with open_database(scratch / "database", options.memory_gib, options.workers) as database:
                 database.fill("rows", _RANKED, self._score_parts(steps, scratch, facts))
-                counts = database.row(
-                    f"SELECT count(*), count(*) FILTER (time <= {self.freshness.known}), count(*) FILTER (learnt), "
-                    "min(time), max(time) FROM rows"
+                facts["rows"], facts["early"], facts["learnt"] = database.row(
+                    f"SELECT count(*), count(*) FILTER (time <= {self.known}), count(*) FILTER (learnt) FROM rows"
                 )
-                names = ("rows", "early", "learnt", "first_request", "last_request")
-                facts |= dict(zip(names, counts, strict=True))
                 if not facts["rows"]:
                     raise self._no_rows()
                 for log in self.logs.all:
@@ -204,8 +199,6 @@ class _Scoring:
 
     def _score_parts(self, steps: Steps, scratch: Path, facts: Mapping[str, Any]) -> Iterator[pa.Table]:
         """Score the parts of the log into files, and yield the keys that rank their rows, see `_RANKED`."""
-        from mmoe_rec.devices import limit_threads
-
         options, total, tasks = self.logs.options, self.logs.log.rows, list(enumerate(steps.parts))
         processes = total >= ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
         job = ScoreJob(
@@ -217,7 +210,7 @@ class _Scoring:
             window=self.window,
             labels_known_by=facts["last"] if self.labels else None,
             kept=self.kept,
-            learnt=self.learnt,
+            split=self.split,
             folder=scratch,
         )
         # What a product gives may depend on the number of threads that share it.
@@ -239,46 +232,27 @@ class _Scoring:
             "tables_as_of": self.tables_as_of,
             "as_of": self.as_of,
             "products": serving_products(self.products),
-            "known_from": format_time(facts["first"]) if self.has_time and facts["first"] is not None else None,
-            "labels_known_by": format_time(facts["last"]) if self.has_time and self.labels else None,
             "meaning": self._describe_past(facts),
-            "learnt": None if self.learnt is None else self.learnt.describe(facts["learnt"], facts["rows"]),
+            "learnt": describe_learnt(self.split, facts["learnt"], facts["rows"]),
             "input": self.source,
-            "files": [file.address for file in self.logs.log.files],
-            "events": {log.name: [file.address for file in log.files] for log in self.logs.events},
             "rows": facts["rows"],
-            "first_request": format_time(facts["first_request"]) if self.has_time else None,
-            "last_request": format_time(facts["last_request"]) if self.has_time else None,
             "rows_before_tables_as_of": facts["early"] if self.has_time else 0,
             "parts": dict(parts),
         }
 
     def _describe_past(self, facts: Mapping[str, Any]) -> str:
         """What the features of all scored rows knew."""
-        rows, early, last = facts["rows"], facts["early"], facts["last_request"]
         if self.tables_as_of is None:
             return "the model was trained on a plain table: its features know nothing but the row itself"
         if self.as_of == "log":
             begin = format_time(facts["first"])
-            events = "".join(f" and in events '{log.name}'" for log in self.logs.events)
-            return (
-                "counters and histories know what was known before each request in the log that was given (its first "
-                f"request: {begin}){events}, and nothing of the past besides"
-            )
+            return f"counters and histories know the log that was given, from its first request at {begin} on"
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
-        if early:
+        if facts["early"]:
             sentence += (
-                f"; {early:,} of {rows:,} rows were not requested later, so their features know their future: to judge "
-                "a model by them, score with --as-of log"
+                f"; {facts['early']:,} of {facts['rows']:,} rows were not requested later, so their features know "
+                "their future: to judge a model by them, score with --as-of log"
             )
-        if self.freshness.is_stale(last):
-            sentence += (
-                f"; the last row was requested at {format_time(last)}, more than {self.freshness.days:g} days "
-                "later, when these are stale (setting `serving.stale_after_days`)"
-            )
-        if self.lacking:
-            names = ", ".join(map(repr, self.lacking))
-            sentence += f"; the input has no column {names}: of each user and candidate the latest value is taken"
         return sentence
 
 
@@ -295,7 +269,7 @@ class ScoreJob:
         window: Request times to score, microseconds.
         labels_known_by: Time as of which labels are written, microseconds, None for no labels.
         kept: Further columns of the log to write.
-        learnt: Tells which rows the model has learned from, None if nobody asks.
+        split: Tells which rows the model has learned from, None if nobody asks.
         folder: Folder that gets a file for each part.
     """
 
@@ -307,30 +281,18 @@ class ScoreJob:
     window: Window
     labels_known_by: int | None
     kept: tuple[str, ...]
-    learnt: LearntRows | None
+    split: Split | None
     folder: Path
 
 
 _LOADING = threading.Lock()
 
 
-def load_ranker(folder: Path, version: str) -> Ranker:
-    """The model of a folder, loaded once by this process. Raises UserError where another one lies there by now."""
-    with _LOADING:
-        return _load(folder, version)
-
-
 @lru_cache(maxsize=1)
-def _load(folder: Path, version: str) -> Ranker:
+def _load(folder: Path) -> "Ranker":
     from mmoe_rec.inference.ranker import Ranker
 
-    ranker = Ranker.load(folder)
-    if ranker.version != version:
-        raise UserError(
-            f"another model (version {ranker.version}) took the place of the one in '{folder}' (version {version}) "
-            "while rows were scored: start the command again, which scores with the new one"
-        )
-    return ranker
+    return Ranker.load(folder)
 
 
 _RANKED = pa.schema(
@@ -355,7 +317,10 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
 
     number, part = task
     torch.set_num_threads(1)
-    ranker = load_ranker(job.model, job.version)
+    with _LOADING:
+        ranker = _load(job.model)
+    if ranker.version != job.version:
+        raise UserError(f"the model in '{job.model}' was replaced while rows were scored: start the command again")
     ranker.scorer.multiply_by(serving_products(job.products))
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANKED.empty_table()]
@@ -373,7 +338,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
                     table = table.append_column(name, rows.column(name))
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
-            learnt = np.zeros(len(rows), bool) if job.learnt is None else job.learnt.find(rows)
+            learnt = np.zeros(len(rows), bool) if job.split is None else find_learnt(job.split, rows)
             part_number = np.full(len(rows), number, np.int32)
             its = [part_number, rows.request_hashes(), log_scores, rows.row_numbers, rows.times(), learnt]
             ranked.append(pa.table(its, schema=_RANKED))
@@ -415,21 +380,183 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
             ranks = database.table(f"SELECT rank FROM ranks WHERE part = {part} ORDER BY number")
             with pa.memory_map(str(scored_file(scored, part))) as file:
                 rows = pa.ipc.open_file(file).read_all()
-                its = {
-                    "rank": ranks["rank"],
-                    **{name: pa.repeat(value, len(rows)) for name, value in constants.items()},
-                }
-                table = pa.table([*rows.columns, *its.values()], names=[*rows.column_names, *its])
+                table = rows.append_column("rank", ranks["rank"])
+                for name, value in constants.items():
+                    table = table.append_column(name, pa.repeat(value, len(rows)))
                 pq.write_table(table, folder / finished_name(part), row_group_size=ROWS_PER_GROUP, compression="zstd")
             written[finished_name(part)] = len(rows)
     return written
 
 
-def microseconds(time: str) -> int:
-    """An ISO time (in UTC, without an offset) in microseconds since 1970 UTC. Raises UserError for another text."""
+def open_logs(
+    source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool, keep: Sequence[str] = ()
+) -> Logs:
+    """Open the log to score with the logs of events that its features remember, in the types of the fitted features.
+
+    With `as_of` "tables", attributes of users and candidates may lack in all files: the model completes them.
+
+    Args:
+        source: The log.
+        pipeline: The model's features.
+        settings: Settings that the model was trained with.
+        as_of: Where counters and histories come from.
+        labels: Whether the labels of all tasks are read.
+        keep: Further columns that are read.
+
+    Raises:
+        UserError: The log is not there, has no rows or lacks a column, or a column has the name of one that scoring
+            adds.
+    """
+    files = [set(columns_of(each.address)) for each in find_files(source, "--input")]
+    schema, columns, lacking = pipeline.schema, pipeline.schema.columns, list[str]()
+    if as_of == "tables":
+        has = {"user": columns.has_user, "candidate": columns.has_candidate}
+        attributes = [name for name, role in schema.input_columns().items() if has.get(role)]
+        there = set(columns.names).union(*files)
+        lacking = [name for name in attributes if name not in there]
+    read = _read_schema(schema, settings, as_of, lacking, labels)
+    options = replace(BuildOptions.of(settings.data), skip_bad_files=False)
+    if as_of == "tables":  # requests that are yet to come may be scored by what is known now
+        options = replace(options, future_times="keep")
+    of_log, *of_events = key_types(pipeline, read)
+    more: dict[str, Use] = {name: "any" for name in keep if name not in column_uses(read)}
+    split = settings.split.column
+    if labels and split is not None and all(split in names for names in files):
+        of_log = {name: each for name, each in of_log.items() if name != split}  # no feature reads that one
+        more[split] = "any"
+    predicted = prediction_columns(pipeline.layout)
+    added = {*predicted, *(each.replace("predicted", "label", 1) for each in predicted), "score", "rank"}
+    added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW}
+    if taken := next((name for name in (*schema.columns.names, *keep) if name in added), None):
+        raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes; rename it")
+    return Logs(source, read, options, [of_log, *of_events], more)
+
+
+def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Collection[str], labels: bool) -> Schema:
+    """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor what rows
+    count or are split to, nor what the log lacks, and only those labels and events that counters and histories
+    remember, unless all `labels` are asked for."""
+    scored = [name for name in schema.features if schema.role_of(name) != "placement"]
+    kept = {*scored, *(schema.features[name].shares for name in scored)}
+    features = {
+        name: feature
+        for name, feature in schema.features.items()
+        if name in kept and not feature.reads().keys() & set(lacking)
+    }
+    tasks = set[str | None]()
+    if as_of == "log":
+        tasks.update(each.task for each in features.values() if isinstance(each, Remembering))
+        tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
+    if labels:
+        tasks = set(schema.tasks)
+    events = {name: settings.data.events.get(name, each) for name, each in schema.events.items()}
+    weights = {"sampling_rate": None, "weight": schema.columns.weight if labels else None}
+    return schema.model_copy(
+        update={
+            "features": features,
+            "tasks": {name: task for name, task in schema.tasks.items() if name in tasks},
+            "events": events if as_of == "log" else {},
+            "columns": schema.columns.model_copy(update=weights),
+            "split": None,
+        }
+    )
+
+
+FORMAT = 1
+_MANIFEST = "_manifest.json"
+
+
+def finished_name(number: int) -> str:
+    """The name of the file of a part of the log."""
+    return f"part-{number:05d}.parquet"
+
+
+def check_output(folder: Path, source: str) -> None:
+    """Raise UserError if the output would be read as input, or the folder holds files that are no scores."""
+    if takes_in(source, [folder / finished_name(0)]):
+        raise UserError(f"--input '{source}' takes in the files of --output '{folder}'; give a folder outside it")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output '{folder}' is a file; give a new or empty folder")
+    ours = set[str]() if (manifest := read_manifest(folder)) is None else {_MANIFEST, *manifest["parts"]}
+    if others := {each.name for each in folder.iterdir()} - ours if folder.exists() else None:
+        raise UserError(
+            f"--output '{folder}' holds files that are no scores, such as '{min(others)}'; give a new or empty "
+            "folder, or one with scores that may be replaced"
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest of a folder of scores. Returns None if there are no scores."""
     try:
-        moment = datetime.fromisoformat(time)
-    except ValueError:
-        raise UserError(f"'{time}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
-    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
-    return since // timedelta(microseconds=1)
+        tree = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(tree, dict) and tree.get("format") == FORMAT and isinstance(tree.get("parts"), dict)
+    return tree if is_ours and "fingerprint" in tree else None
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder of scores."""
+    (folder / _MANIFEST).write_text(json.dumps({"format": FORMAT, **manifest}, indent=1), encoding="utf-8")
+
+
+def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the files of a manifest are there, with as many rows as it says."""
+    try:
+        return all(pq.read_metadata(folder / name).num_rows == rows for name, rows in manifest["parts"].items())
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def learnt_from(files: Iterable[str]) -> list[str]:
+    """What is to be said, after a model's name, of rows that it has learnt from, where `score` wrote them to files."""
+    folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
+    sentences = [(read_manifest(each) or {}).get("learnt") for each in sorted(folders)]
+    return [each for each in sentences if each is not None]
+
+
+# Rows that a model was trained on, or its best state chosen by, whose metrics flatter it
+
+
+def text_of(value: Scalar) -> str:
+    """A value of a column of splits, so that numbers equal the same as text."""
+    return value if isinstance(value, str) else str(int(value))
+
+
+def _has_split(logs: Logs, split: Split) -> bool:
+    """Whether the rows of logs say to which split they belong."""
+    return split.column is None or split.column in logs.log.uses
+
+
+def find_learnt(split: Split, rows: LogRows) -> np.ndarray:
+    """Tell which rows a model with this split has learnt from. Returns shape (N,), bool."""
+    if split.column is None:
+        windows = split.windows()
+        return in_window(rows.times(), (windows["train"][0], windows["validation"][1]))
+    # As text: a column may hold numbers in one log, and the same as strings in another.
+    values, learnt = rows.coded(split.column), [text_of(each) for each in (*split.train, *split.validation)]
+    values = (values.cast(pa.int8()) if pt.is_boolean(values.type) else values).cast(pa.string())
+    return np.asarray(pc.is_in(values, value_set=pa.array(learnt)).to_numpy(zero_copy_only=False))
+
+
+def describe_learnt(split: Split | None, learnt: int, rows: int) -> str | None:
+    """Return the sentence about rows that a model has learnt from, after the model's name. None without such rows."""
+    if split is None or not learnt:
+        return None
+    fix = f"rows with another value in column '{split.column}'"
+    if split.column is None:
+        assert split.validation_end is not None, "times split the rows"
+        fix = f"with --start {split.validation_end.isoformat()}"
+    return f"was trained, or its best state chosen, on {learnt:,} of the {rows:,} rows: metrics flatter it; score {fix}"
+
+
+def known_rows(reader: LogReader, results: ResultReader | None, window: Window, part: LogPart) -> Iterator[LogRows]:
+    """The rows of a part that lie in the window, some at a time.
+
+    results: what `Steps` looked up for the window, None where rows come without.
+    """
+    for rows in reader.read(part):
+        inside = rows.filter(in_window(rows.times(), window))
+        if len(inside):
+            looked_up: Results = {} if results is None else results.of(inside.row_numbers)
+            yield from LogRows(inside.table, rows.schema, looked_up, inside.row_numbers).cut(ROWS_AT_A_TIME)

@@ -21,7 +21,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,18 +43,20 @@ from mmoe_rec.model.tables import SCALES, PlainTables, quantised, some_in_int8
 from mmoe_rec.model.trees import Tree, Trees, read_ensemble
 
 WEIGHTS = "weights.safetensors"
-Dense = Literal["bfloat16", "int8", "float32"]
-"""How the matrices of the dense part are stored."""
 Answers = Mapping[str, np.ndarray]
 """What a model answers for the N candidates of a request, in its order: prediction or `score` -> (N,) float64."""
 
 
-def write_int8(folder: Path, made: Path, dense: Dense) -> None:
-    """Writes the artifact of a folder in int8 to an empty folder.
+def write_int8(folder: Path, made: Path) -> dict[str, Any]:
+    """Write the artifact of a folder to an empty one, with tables in int8 and other matrices in bfloat16.
 
     Biases stay as they are, and so do gates, which choose experts: rounded ones may choose others.
 
-    Raises UserError for a folder that is not as it was written, whose weights are in int8 already, or not finite.
+    Returns:
+        The sizes of both, and the largest differences on the model's example request, see `find_differences`.
+
+    Raises:
+        UserError: The folder is not as it was written, or its weights are in int8 already, or not finite.
     """
     stored, smaller = read_stored(folder / WEIGHTS), {}
     if some_in_int8(stored):
@@ -62,14 +64,16 @@ def write_int8(folder: Path, made: Path, dense: Dense) -> None:
     for name, weight in stored.items():
         if not weight.isfinite().all():
             raise UserError(f"weight '{name}' holds NaN or infinity, which int8 can't hold: train the model again")
-        matrix = name.endswith(".weight") and ".gates." not in name
-        if name.startswith("tables.") or (matrix and dense == "int8"):
+        if name.startswith("tables."):
             smaller[name], smaller[name + SCALES] = quantised(weight)
         else:
-            smaller[name] = weight.bfloat16() if matrix and dense == "bfloat16" else weight
+            smaller[name] = weight.bfloat16() if name.endswith(".weight") and ".gates." not in name else weight
     copy_files(folder, made, but=WEIGHTS)
     write_tensors(smaller, made / WEIGHTS)
     seal(made)
+    model, small = (answers_of(Ranker.load(each).rank(**read_example(folder))) for each in (folder, made))
+    sizes = {"model": count_bytes(folder), "int8": count_bytes(made)}
+    return {"bytes": sizes, "max_difference": find_differences(model, small)}
 
 
 def count_bytes(folder: Path) -> dict[str, int]:
@@ -77,7 +81,7 @@ def count_bytes(folder: Path) -> dict[str, int]:
     sizes = {"tables": 0, "dense": 0}
     for name, weight in read_stored(folder / WEIGHTS).items():
         sizes["tables" if name.startswith("tables.") else "dense"] += weight.nbytes
-    return sizes | {"all files": sum(file.bytes for file in read_manifest(folder).values())}
+    return sizes | {"all files": sum((folder / name).stat().st_size for name in read_manifest(folder))}
 
 
 def answers_of(ranking: Ranking) -> Answers:
@@ -141,20 +145,16 @@ class Graph(nn.Module):
         return torch.cat([values, *both], dim=1), log_score, log_score.clamp(max=_LARGEST).exp()
 
 
-def write_onnx(folder: Path, ranker: Ranker, made: Path) -> dict[str, float]:
-    """Write the model of an artifact folder as an ONNX file, and compare both on the model's example request.
-
-    Args:
-        folder: The artifact folder.
-        ranker: The ranker that was loaded from it.
-        made: An empty folder.
+def write_onnx(folder: Path, made: Path) -> dict[str, Any]:
+    """Write the model of an artifact folder as an ONNX file to an empty folder.
 
     Returns:
-        The largest difference of each prediction and of the score, as `find_differences` gives them.
+        The largest differences on the model's example request, see `find_differences`.
 
     Raises:
         UserError: The model has attention, the exporter can't follow it, or the file gives other predictions.
     """
+    ranker = Ranker.load(folder)
     if ranker.layout.attention:
         history = ranker.layout.attention[0].history
         raise UserError(
@@ -190,7 +190,7 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> dict[str, float]:
                 f"the ONNX file of '{folder}' does not compute what the model does: for the model's example, '{name}' "
                 f"is off by {difference:.2g}. Use the model itself, and report this error."
             )
-    return differences
+    return {"max_difference": differences}
 
 
 def _export(graph: Graph, example: Mapping[str, np.ndarray], grown: int) -> torch.onnx.ONNXProgram:

@@ -8,11 +8,11 @@ alone: no torchrec, torch.distributed or mlflow.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -23,19 +23,20 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import RequestError, UserError, one_line
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.features.pipeline import FeaturePipeline, Live
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import (
     EXAMPLE,
     Artifact,
     ExampleScores,
+    known_of,
     read_artifact,
     read_calibration,
     read_example,
     read_model,
     version_of,
 )
-from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, explain, new_id, scored_table
-from mmoe_rec.inference.request_reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
+from mmoe_rec.inference.ranking import RankedRequest, Ranking, doubt_time, explain, new_id, scored_table
+from mmoe_rec.inference.request_reader import Request, RequestReader, fused_weights, read_rows
 from mmoe_rec.inference.scorer import ExpertOptions, RequestInputs, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
@@ -55,13 +56,11 @@ class OtherScoresError(UserError):
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a ranker knows of what happened. pipeline, reader: that know it; freshness: up to when; before: what it was
-    prepared beside, if it is to be taken."""
+    """What a ranker knows of what happened. pipeline, reader: that know it; known: up to when, microseconds."""
 
     pipeline: FeaturePipeline
     reader: RequestReader
-    freshness: Freshness
-    before: Live | None = None
+    known: int
 
 
 class _Checked(NamedTuple):
@@ -95,10 +94,9 @@ class Ranker:
         with_ids, histories = self.model.trees is not None, self.model.mixture.histories
         self.request_inputs = RequestInputs(self.layout, tables, with_ids, histories)
         reader = RequestReader(pipeline, features, about.max_candidates)
-        self._knowledge = Knowledge(pipeline, reader, Freshness.of(about))
+        self._knowledge = Knowledge(pipeline, reader, known_of(about))
         self.keeps_seen = False
         """Whether rankings hold what features saw of their request (`Ranking.seen`), and its id, for who logs it."""
-        self._learning = threading.RLock()
 
     @property
     def pipeline(self) -> FeaturePipeline:
@@ -142,12 +140,10 @@ class Ranker:
         """
         now, before = self.example_scores(folder), ExampleScores.read(folder)
         if difference := before.difference(now, self.about.tasks, self.calibration):
-            others = ", ".join(before.other_versions(now))
+            versions = ", ".join(f"{name} {version}" for name, version in before.computed_with.items())
             raise OtherScoresError(
                 f"the model in '{folder}' gives other predictions here than where it was written: for {EXAMPLE}, "
-                f"{difference} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
-                + ("install the versions that it was written with" if others else "use the code that wrote it")
-                + ", or train again here"
+                f"{difference}. It was written with {versions}: install these versions, or train again here"
             )
 
     def example_scores(self, folder: Path) -> ExampleScores:
@@ -159,7 +155,6 @@ class Ranker:
         """Serves by these of max_candidates, stale_after_days and products (which `use_products` looks at)."""
         self.about = replace(self.about, **serving)
         self.reader.max_candidates = self.about.max_candidates
-        self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
 
     def use_products(self) -> None:
         """Multiply by the library that the setting `serving.products` asks for from now on."""
@@ -170,22 +165,7 @@ class Ranker:
     @property
     def tables_known(self) -> int:
         """The time of the last request that its tables know, microseconds."""
-        return Freshness.of(self.about).known
-
-    def learn(self, events: pa.Table | pd.DataFrame, log: str | None = None) -> None:
-        """Learns what has happened since: counters, histories and latest values count it in requests from now on.
-
-        events: rows with the log's columns, labels among them; attributes of users and candidates that they have no
-        column for stay as they are. Nothing looks for rows that come twice. log: name of the log of events that they
-        are of; None is the interaction log. Requests that other threads rank meanwhile are answered as before, or with
-        all that is learnt. Raises UserError for a row that can't be one of the log, or a column that is missing.
-        """
-        from mmoe_rec.live.event_rows import RowChecks
-
-        table, schema = as_table(events), self.pipeline.schema
-        checked = RowChecks(self.pipeline, max(len(table), 1)).read_json(log, table.to_pylist())
-        with self._learning:
-            self.take(self.prepare({log: as_logged(schema, self.reader, log, checked)}))
+        return known_of(self.about)
 
     def prepare(self, rows: Mapping[str | None, LogRows]) -> Knowledge:
         """What `take` takes. rows: of the interaction log (None) and of logs of events, with all of their columns."""
@@ -194,19 +174,12 @@ class Ranker:
         if None in rows:
             reader.users = reader.users.extended(rows[None], "user")
             reader.candidates = reader.candidates.extended(rows[None], "candidate")
-        known = max([before.freshness.known, *(int(each.times().max()) for each in rows.values())])
-        freshness = replace(before.freshness, known=known)
-        return Knowledge(pipeline.with_live(pipeline.live.extended(rows)), reader, freshness, pipeline.live)
+        known = max([before.known, *(int(each.times().max()) for each in rows.values())])
+        return Knowledge(pipeline.with_live(pipeline.live.extended(rows)), reader, known)
 
     def take(self, knowledge: Knowledge) -> None:
-        """Knows what was prepared from now on; requests that are under way are answered as before.
-
-        Raises ValueError where something else was taken since it was prepared, which would be forgotten.
-        """
-        with self._learning:
-            if knowledge.before is not self._knowledge.pipeline.live:
-                raise ValueError("something else was learnt since this was prepared: prepare it again")
-            self._knowledge = replace(knowledge, before=None)
+        """Knows what was prepared last from now on; requests that are under way are answered as before."""
+        self._knowledge = knowledge
 
     # Ranking requests
 
@@ -282,8 +255,7 @@ class Ranker:
             explain = any(each.request.explain for each in part)
             matrix = self.request_inputs.matrix(*inputs, rows.of)
             scored = self.scorer.score(matrix, part[0].experts, explain)
-            if len(part) == 1 or not scored.failed:  # an expert's failure may be the fault of one request
-                return self._put_in_order(knowledge, part, rows, inputs, scored)
+            return self._put_in_order(knowledge, part, rows, inputs, scored)
         except UserError as error:
             if len(part) == 1:
                 return [error if isinstance(error, RequestError) else RequestError(str(error))]
@@ -299,7 +271,7 @@ class Ranker:
         inputs: tuple[Inputs, Inputs],
         scored: Scored,
     ) -> list[Ranking]:
-        pipeline, freshness = knowledge.pipeline, knowledge.freshness
+        pipeline = knowledge.pipeline
         weights = np.array([each.weights for each in part])
         log_scores = (scored.logs * weights[rows.of]).sum(1)
         if not np.isfinite(log_scores).all():
@@ -318,7 +290,7 @@ class Ranker:
         logs, scores = log_scores[order].tolist(), scores_from_logs(log_scores[order]).tolist()
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
-        floors = [encoder.memory.floor for encoder in pipeline.memory_encoders.values()]
+        doubts = partial(doubt_time, self.about, knowledge.known) if pipeline.memory_encoders else None
         read = pipeline.explain(rows) if scored.gates is not None else None
         name, request_ids = names.request, [None] * len(part)
         if name is not None and rows.shared.has(name):
@@ -326,7 +298,7 @@ class Ranker:
         integer_ids = pipeline.key_types.get(name or "") == "int64"
         rankings = []
         for number, each in enumerate(part):
-            start, end = int(starts[number]), int(starts[number + 1])
+            start, end, moment = int(starts[number]), int(starts[number + 1]), times[number]
             seen = RankedRequest(rows, inputs, self.layout, number, start, end)
             if each.request.top_k is not None:
                 end = min(end, start + each.request.top_k)
@@ -341,9 +313,9 @@ class Ranker:
                     log_scores=logs[start:end],
                     predictions={name: every[start:end] for name, every in lists.items()},
                     order=positions[start:end],
-                    request_time=iso_time(times[number]),
+                    request_time=iso_time(moment),
                     tables_as_of=self.about.tables_as_of,
-                    warnings=[*scored.warnings, *freshness.warnings(times[number], floors)],
+                    warnings=[*scored.warnings, *(doubts(moment) if doubts else ())],
                     model={"name": self.about.name, "version": self.version},
                     explanations=explanations,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.inference.artifact import Artifact
-from mmoe_rec.log.given import iso_time, microseconds
+from mmoe_rec.inference.artifact import Artifact, known_of
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, RequestRows
 from mmoe_rec.settings.log_columns import NO_CANDIDATE
 
@@ -85,7 +85,7 @@ class Ranking:
         order: Positions of the candidates in the request.
         request_time: ISO time of the request.
         tables_as_of: ISO time of the last logged request that the model's tables know, None if the log has no times.
-        warnings: Failures of experts (`mmoe_rec.inference.scorer`) and doubts about the request's time (`Freshness`).
+        warnings: Failures of experts (`mmoe_rec.inference.scorer`) and doubts about the request's time (`doubt_time`).
         model: The artifact's `name` and `version` (`version_of`).
         explanations: An explanation of each candidate, if the request asked for them.
         unknown_ids: Number of unknown ids of `user` and `candidate`.
@@ -141,41 +141,26 @@ def explain(
     ]
 
 
-@dataclass(frozen=True)
-class Freshness:
-    """known: microseconds of the last request up to which counters and histories know what happened; days: how much
-    later a request may lie before they are stale, None is any time."""
+def doubt_time(about: Artifact, known: int, time: int) -> list[str]:
+    """Return a sentence about a request's time that does not fit what counters and histories know, or none.
 
-    known: int
-    days: float | None
-
-    @staticmethod
-    def of(about: Artifact) -> Freshness:
-        if about.tables_as_of is None:
-            return Freshness(0, None)
-        return Freshness(microseconds("tables_as_of", about.tables_as_of), about.stale_after_days)
-
-    def is_stale(self, time: int) -> bool:
-        """Whether a request at this time (microseconds) is so much later."""
-        return self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY
-
-    def warnings(self, time: int, floors: Sequence[int | None]) -> list[str]:
-        """No sentence, or one, about a request at this time. floors: from when on the model's memories are exact, None
-        for any time."""
-        exact = max((each for each in floors if each is not None), default=None)
-        if exact is not None and time < exact:
-            return [
-                f"the request's time {iso_time(time)} is before {iso_time(exact)}, from when on counters and histories "
-                "are exact: they are answered as of then, so they know its future, and predictions look better than "
-                "they are"
-            ]
-        if floors and self.is_stale(time):
-            return [
-                f"the request's time {iso_time(time)} is more than {self.days:g} days after {iso_time(self.known)}, up "
-                "to which counters and histories count what happened: they are stale (setting "
-                "`serving.stale_after_days`)"
-            ]
-        return []
+    Args:
+        about: The model.
+        known: Time of the last event that counters and histories know, microseconds.
+        time: Time of the request, microseconds.
+    """
+    if time <= known_of(about):
+        return [
+            f"the request's time {iso_time(time)} is not after {about.tables_as_of}, as of which counters and "
+            "histories answer: so they know its future, and predictions look better than they are"
+        ]
+    if about.stale_after_days is not None and time > known + about.stale_after_days * MICROSECONDS_PER_DAY:
+        return [
+            f"the request's time {iso_time(time)} is more than {about.stale_after_days:g} days after "
+            f"{iso_time(known)}, up to which counters and histories count what happened: they are stale (setting "
+            "`serving.stale_after_days`)"
+        ]
+    return []
 
 
 ROW = "row"  # the column of a scored row's number in its log, from 0, where nothing else tells it from others

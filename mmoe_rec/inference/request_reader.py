@@ -19,14 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmoe_rec.errors import RequestError, UserError, quoted, suggest
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.given import find_twice, plain, plain_option, to_arrow
-from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
 from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.settings.log_columns import Role, Use
-from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -415,13 +413,3 @@ def read_rows(pipeline: FeaturePipeline, given: LogRows | pa.Table | pd.DataFram
         if name in (names.user, names.candidate, names.time) and values.null_count:
             raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")
     return LogRows(pa.table(columns), schema)
-
-
-def as_logged(schema: Schema, reader: RequestReader, log: str | None, checked: pa.Table) -> LogRows:
-    """Checked rows with all columns of a log, None for the interaction log: attributes of users and candidates that
-    they lack as they were last known, others null."""
-    uses = column_uses(schema) if log is None else event_uses(schema, log)
-    table = reader.completed(LogRows(checked, schema)).table if log is None else checked
-    for name in uses.keys() - set(table.column_names):
-        table = table.append_column(name, pa.nulls(len(table)))
-    return LogRows(table, schema) if log is None else event_rows(table, schema, log)

@@ -1,9 +1,6 @@
-"""From the features of requests to predictions: logits are calibrated, and results are checked.
+"""From the features of requests to predictions: logits are calibrated, and results are checked."""
 
-An expert whose values are not finite is found by running each expert on its own, and left out of that request.
-"""
-
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,22 +121,15 @@ class ExpertOptions(NamedTuple):
 _MODELS_OWN = ExpertOptions()
 
 
-class LostExpert(str):
-    """A sentence of a reply's `warnings` that an expert is lost, which servers count apart from other sentences."""
-
-    __slots__ = ()
-
-
 @dataclass(frozen=True)
 class Scored:
     """Results of N rows: predictions (N, T), float32, or float64 where a task is a regression; their logs (N, T)
-    float64; sentences about experts; whether an expert was left out; and where it was asked for, predictions before
-    calibration (N, T) and gates (N, T, E) float32, each task's weights of the experts of the last level."""
+    float64; sentences about tasks without experts; and where it was asked for, predictions before calibration (N, T)
+    and gates (N, T, E) float32, each task's weights of the experts of the last level."""
 
     values: np.ndarray
     logs: np.ndarray
-    warnings: tuple[LostExpert, ...] = ()
-    failed: bool = False
+    warnings: tuple[str, ...] = ()
     uncalibrated: np.ndarray | None = None
     gates: np.ndarray | None = None
 
@@ -151,11 +141,8 @@ class Scored:
             return Scored(np.empty((0, tasks), np.float32), np.empty((0, tasks)))
         every = ("values", "logs", "uncalibrated", "gates")
         names = [name for name in every if getattr(parts[0], name) is not None]
-        return Scored(
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
-            warnings=tuple(dict.fromkeys(sentence for part in parts for sentence in part.warnings)),
-            failed=any(part.failed for part in parts),
-        )
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return Scored(**joined, warnings=parts[0].warnings)
 
 
 class Scorer:
@@ -172,7 +159,6 @@ class Scorer:
         self.fused = fused_logits(model.mixture, self.products)
         if self.fused is not None:
             check_fused(model)
-        self._none_left = self._warn([], None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "fused"}
@@ -202,91 +188,53 @@ class Scorer:
     def score(self, inputs: Tensor, options: ExpertOptions = _MODELS_OWN, explain: bool = False) -> Scored:
         """Predictions of inputs (N, W), see `RankingModel.side_by_side`. explain: give what they come from, too.
 
-        Raises RuntimeError where the model fails for another reason than an expert, or gives no finite numbers.
+        Raises RuntimeError where the model gives values that are not finite numbers.
         """
         pieces = inputs.split(PIECE) if len(inputs) else ()
         return Scored.join([self._score(piece, options, explain) for piece in pieces], len(self.names))
 
     def _score(self, inputs: Tensor, options: ExpertOptions, explain: bool) -> Scored:
-        rows = len(inputs)
+        rows, usable, explained = len(inputs), self._usable(options), dict[str, np.ndarray]()
         if self.products == "onednn":
             inputs = _filled_up(inputs)
-        fused, warnings, failed = self._run_fused(inputs, options), self._none_left, False
-        if fused is None or explain:
-            outputs, warnings, failed = self._run(inputs, options)
-        if fused is not None and not failed:  # the same answer whether it is to be explained or not
-            outputs = fused if not explain else outputs._replace(logits=fused.logits)
         with torch.inference_mode():
-            plain = outputs.logits[:rows]
+            if self.fused is not None and options == _MODELS_OWN:  # also where it is to be explained: equal to the bit
+                logits = self.fused(inputs[:, : self.model.width])
+                outputs = self.model.finish(inputs, Outputs(logits, ()))
+                plain = outputs.logits[:rows]
+                if explain:
+                    outputs = self.model.of_inputs(inputs, None)
+            else:
+                outputs = self.model.of_inputs(inputs, None, options.top_k, usable)
+                plain = outputs.logits[:rows]
             logits = self.calibration.apply(plain, self.names)
             values = predictions(logits, self._kinds).numpy()
             logs = log_predictions(logits.double(), self._kinds).numpy()
-            explained: dict[str, np.ndarray] = {}
             if explain:
                 gates = outputs.routings[-1].weights.expand(-1, len(self.names), -1)  # one gate may serve all tasks
                 explained = {"uncalibrated": predictions(plain, self._kinds).numpy(), "gates": gates[:rows].numpy()}
         if not (np.isfinite(values).all() and np.isfinite(logs).all()):
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
             raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
-        return Scored(values, logs, warnings, failed, **explained)
+        return Scored(values, logs, self._warn(usable), **explained)
 
-    def _run(self, inputs: Tensor, options: ExpertOptions) -> tuple[Outputs, tuple[LostExpert, ...], bool]:
-        """Run the model on inputs (B, W) without the experts that give values that are not finite.
-
-        Returns:
-            The outputs, warnings about experts, and whether an expert was left out.
-
-        Raises:
-            RuntimeError: The gates are not finite without such experts either, because their inputs are not.
-        """
-        usable, lost = self._all_but(options.masked) if options.masked else None, list[int]()
-        outputs = self._forward(inputs, options.top_k, usable)
-        if not _is_finite(outputs):
-            everyone = set(range(self.experts))
-            for expert in sorted(everyone - set(options.masked)):
-                if not _is_finite(self._forward(inputs, options.top_k, self._all_but(everyone - {expert}))):
-                    lost.append(expert)
-            usable = self._all_but([*options.masked, *lost])
-            outputs = self._forward(inputs, options.top_k, usable)
-            if not all(bool(routing.probabilities.isfinite().all()) for routing in outputs.routings):
-                raise RuntimeError("what experts and gates read has values that are not finite numbers")
-        return outputs, self._none_left if usable is None else self._warn(lost, usable), bool(lost)
-
-    def _warn(self, lost: Sequence[int], usable: Tensor | None) -> tuple[LostExpert, ...]:
-        """Sentences on lost experts, and on tasks for which none is left, where (E,) bool may be used."""
-        left, whose = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
-        some = (left if usable is None else left & usable).any(1).tolist()
-        warnings = [f"expert {expert} was left out: its values are not finite numbers" for expert in lost]
-        warnings += [
-            f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
-            for task, any_left in zip(self.names, some, strict=True)
-            if not any_left
-        ]
-        return tuple(map(LostExpert, warnings))
-
-    def _run_fused(self, inputs: Tensor, options: ExpertOptions) -> Outputs | None:
-        """The same without routings, by `fused`; None where it can't do what is asked, or gives no finite numbers."""
-        if self.fused is None or options != _MODELS_OWN:
+    def _usable(self, options: ExpertOptions) -> Tensor | None:
+        """(E,) bool: False for the experts that a request leaves out. None if there are none."""
+        if not options.masked:
             return None
-        with torch.inference_mode():
-            logits = self.fused(inputs[:, : self.model.width])
-            return self.model.finish(inputs, Outputs(logits, ())) if bool(logits.isfinite().all()) else None
-
-    def _forward(self, inputs: Tensor, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
-        with torch.inference_mode():
-            return self.model.of_inputs(inputs, None, top_k=top_k, usable=usable)
-
-    def _all_but(self, experts: Collection[int]) -> Tensor:
-        """(E,) bool: False for the given experts."""
         usable = torch.ones(self.experts, dtype=torch.bool)
-        usable[list(experts)] = False
+        usable[list(options.masked)] = False
         return usable
 
-
-def _is_finite(outputs: Outputs) -> bool:
-    """Whether all logits and all gate probabilities are finite: a gate with NaN chooses nothing."""
-    numbers = [outputs.logits, *(routing.probabilities for routing in outputs.routings)]
-    return all(bool(each.isfinite().all()) for each in numbers)
+    def _warn(self, usable: Tensor | None) -> tuple[str, ...]:
+        """Sentences on tasks for which no expert is left, where (E,) bool may be used."""
+        in_use, whose = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
+        left = (in_use if usable is None else in_use & usable).any(1).tolist()
+        return tuple(
+            f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
+            for task, any_left in zip(self.names, left, strict=True)
+            if not any_left
+        )
 
 
 def _filled_up(inputs: Tensor) -> Tensor:

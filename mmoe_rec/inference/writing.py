@@ -4,17 +4,16 @@ When all other files are there, the model scores its example once from the folde
 what every later load has to give again.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
@@ -30,19 +29,18 @@ from mmoe_rec.inference.artifact import (
     write_manifest,
     write_tensors,
 )
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.model.score import Calibration
+from mmoe_rec.model.trees import Trees
+from mmoe_rec.preprocessing.logs import HeldFiles
+from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.log_columns import Role
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmoe_rec.model.score import Calibration
-    from mmoe_rec.model.trees import Trees
-    from mmoe_rec.preprocessing.prepare import FeatureFolder
-    from mmoe_rec.settings.model import Model
-    from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import Settings
 
 CANDIDATES = 8  # of the example
 
@@ -64,8 +62,6 @@ def write_artifact(
     leaves their logits as they are; early_end: as in `Artifact`. Raises UserError where a weight, or a prediction for
     the example, is not a finite number.
     """
-    from mmoe_rec.preprocessing.logs import HeldFiles  # which no server needs
-
     taken = HeldFiles.read(prepared.folder)
     about = Artifact(
         name=settings.name,
@@ -103,8 +99,6 @@ def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mappi
     model: the `model` section that the weights fit. A calibration stays. Raises UserError for a folder that is not as
     it was written, and as `write_artifact` does.
     """
-    from mmoe_rec.settings.load import load_settings
-
     about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
     settings = load_settings(folder / "settings.yaml").model_copy(update={"model": model})
     with atomic_folder(target) as made:
@@ -157,8 +151,6 @@ def seal(folder: Path) -> None:
     For a folder whose other files are all there, or were changed on purpose. Raises UserError for a model that can't be
     loaded or that can't score its example.
     """
-    from mmoe_rec.inference.ranker import Ranker
-
     try:
         scores = Ranker(folder, read_artifact(folder, verify=False)).example_scores(folder)
     except RuntimeError as error:

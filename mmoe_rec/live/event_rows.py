@@ -3,7 +3,6 @@
 A batch is refused whole, with one sentence that names the first wrong row, counted from 0, and its column.
 """
 
-import difflib
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from mmoe_rec.errors import RequestError, UserError, first_line, quoted
+from mmoe_rec.errors import RequestError, UserError, first_line, quoted, suggest
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.journal_rows import find_uses
-from mmoe_rec.live.row_keys import EVENT_ID
+from mmoe_rec.live.journal_rows import EVENT_ID, find_uses
 from mmoe_rec.log.checks import event_value_checks, find_first_fault, log_value_checks
-from mmoe_rec.log.columns import element_type, list_label_columns
+from mmoe_rec.log.columns import list_label_columns
 from mmoe_rec.log.given import to_arrow
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.log_columns import Use
@@ -28,9 +26,6 @@ from mmoe_rec.settings.schema import Remembering, Schema
 MOST_ROWS = 10_000
 TOLERANCE_MICROSECONDS = 60_000_000
 """A caller's clock may be so far ahead of the server's."""
-LONGEST_STRING = 4_096
-"""Characters. What a row holds is kept in the journal, in files of the log and in tables, so that a body's size is no
-bound for it."""
 _FOREVER = np.iinfo(np.int64).max
 _LONGEST_SENTENCE = 400
 
@@ -103,10 +98,8 @@ class RowChecks:
         columns, wrong = self._columns[source], []
         unread = self._unread if source is None else set()
         if unknown := [name for name in given if name not in columns and name not in unread]:
-            near = difflib.get_close_matches(unknown[0][:100], list(columns), n=1)
             # A model knows only what it reads of its log, so this may be a column of the log, or a mistyped one.
-            meant = f"did you mean '{near[0]}'? If not, leave it out" if near else None
-            hint = meant or f"leave it out; it knows {', '.join(columns)}"
+            hint = f"leave it out; {suggest(unknown[0], columns)}"
             wrong.append(f"the model was trained without a column {quoted(unknown[0])}: {hint}")
         if missing := [name for name, each in columns.items() if each.required and name not in given]:
             wrong.append(f"there is no column '{missing[0]}'")
@@ -134,7 +127,6 @@ class RowChecks:
         size = len(next(iter(arrays.values())))
         table = {}
         for name, array in arrays.items():
-            _check_lengths(name, array)
             table[name] = array if array.null_count < size else pa.nulls(size)
         rate = self.schema.columns.sampling_rate
         if source is None and rate is not None:  # rows that no one has sampled were kept for certain
@@ -190,19 +182,6 @@ def _required(schema: Schema) -> set[str]:
     # Attributes of users and candidates are known to whoever takes the rows, and completed where they are left out.
     attributes = {name for name, role in schema.column_roles.items() if role in ("user", "candidate")}
     return names - (attributes - {columns.user, columns.candidate})
-
-
-def _check_lengths(name: str, array: pa.Array) -> None:
-    """Raises RequestError for a string that is too long, also within a list."""
-    if array.nbytes <= LONGEST_STRING or not pt.is_string(element_type(array.type)):
-        return
-    strings = array.flatten() if pt.is_list(array.type) else array
-    sizes = pc.utf8_length(strings).fill_null(0).to_numpy(zero_copy_only=False)
-    if (long := np.flatnonzero(sizes > LONGEST_STRING)).size:
-        place = int(long[0])
-        row = pc.list_parent_indices(array)[place].as_py() if pt.is_list(array.type) else place
-        length = f"{int(sizes[place]):,} characters; those of events have at most {LONGEST_STRING:,}"
-        raise _in_row(row, f"column '{name}' holds a string of {length}")
 
 
 def _in_row(number: int, sentence: str) -> RequestError:

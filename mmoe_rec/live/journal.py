@@ -3,10 +3,12 @@
     journal_about     one row: the journal's id, and up to which position batches were removed
     journal_batches   position -> rows that were accepted together, as an Arrow IPC stream with a checksum
     journal_columns   log and column -> the column's type, from the first row on that has a value
-    journal_keys, journal_requests    keys of rows and requests that came before, see `mmoe_rec.live.row_keys`
+    journal_keys      unique keys of rows that came before
+    journal_requests  request -> its user and time
 
 The position of a batch is its number: 1, 2, 3 and so on, without a gap. Whoever appends has the database to itself, so
-that a position is never visible before an earlier one. The tables are the same in SQLite and in PostgreSQL.
+that a position is never visible before an earlier one, and each row is compared once with all that came before. The
+journal holds only the rows that count. The tables are the same in SQLite and in PostgreSQL.
 """
 
 import os
@@ -14,46 +16,77 @@ import threading
 import time
 import uuid
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.types as pt
 import sqlalchemy as sql
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from mmoe_rec.errors import RequestError, UserError, first_line, quoted
-from mmoe_rec.live.row_keys import BIG, METADATA, RowKeys, define_table, forget_keys, judge
 from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 
 ROWS_AT_A_TIME = 65_536
 MOST_BATCH_BYTES = 2**28
 LOCK_SECONDS = 60
 """How long to wait for a process that appends."""
+REMEMBERED_DAYS = 30
+"""A refresh forgets keys of rows that were accepted earlier than this before it."""
 _ADVISORY_LOCK = 0x6D6D6F65
-_COUNTS = ("accepted", "duplicate", "conflict")
-_ABOUT = define_table("about", "id", id=sql.String(32), removed=BIG)
-_BATCHES = define_table(
-    "batches",
-    "position",
-    position=BIG,
-    log=sql.Text,
-    accepted_at=BIG,
-    **dict.fromkeys(_COUNTS, sql.Integer),
-    checksum=BIG,
-    payload=sql.LargeBinary,
-)
-_COLUMNS = define_table("columns", "log name", log=sql.Text, name=sql.Text, type=sql.Text)
+_KEYS_AT_A_TIME = 1_000  # of a query; SQLite takes at most 32,766
+_METADATA = sql.MetaData()
+_BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
 Types = dict[tuple[str, str], str]
 """Log of events, "" for the interaction log, and column -> the column's type."""
+
+
+def _define_table(name: str, keys: str, /, **columns: Any) -> sql.Table:
+    """Define a table of a journal whose primary key has the columns that `keys` lists, divided by spaces."""
+    made = [
+        sql.Column(column, kind, primary_key=column in keys.split(), autoincrement=False, nullable=False)
+        for column, kind in columns.items()
+    ]
+    return sql.Table(f"journal_{name}", _METADATA, *made)
+
+
+_ABOUT = _define_table("about", "id", id=sql.String(32), removed=_BIG)
+_BATCHES = _define_table(
+    "batches",
+    "position",
+    position=_BIG,
+    log=sql.Text,
+    accepted_at=_BIG,
+    duplicates=sql.Integer,
+    checksum=_BIG,
+    payload=sql.LargeBinary,
+)
+_COLUMNS = _define_table("columns", "log name", log=sql.Text, name=sql.Text, type=sql.Text)
+_KEYS = _define_table("keys", "key", key=_BIG, day=sql.Integer)
+_REQUESTS = _define_table("requests", "request", request=_BIG, user=_BIG, time=_BIG, day=sql.Integer)
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Keys of a batch's N rows.
+
+    Attributes:
+        time: Name of the column of request or event times.
+        times: (N,) microseconds.
+        keys: N tuples of keys. A row is known if one of its keys is.
+        requests: N requests with their users, None where requests have no IDs.
+    """
+
+    time: str
+    times: np.ndarray
+    keys: list[tuple[int, ...]]
+    requests: list[tuple[int, int]] | None
 
 
 @dataclass(frozen=True)
@@ -62,14 +95,14 @@ class Batch:
 
     source: name of the log of events, None for the interaction log; accepted_at: microseconds since 1970 UTC, by the
     clock of the server; table: columns in canonical types (see `mmoe_rec.log.columns`); position: 0 before it has one;
-    counts: rows by outcome, once the batch was appended; keys: tell the rows that count, None if all do.
+    duplicates: number of rows that came before and were left out; keys: tell the rows that count, None if all do.
     """
 
     source: str | None
     accepted_at: int
     table: pa.Table
     position: int = 0
-    counts: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
     keys: RowKeys | None = None
 
     def __len__(self) -> int:
@@ -97,12 +130,12 @@ class Journal:
         self._file = Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
         self._last = 0  # position of the last batch that this process has appended
         self._engine = _create_engine(self._url)
-        self._waiting, self._writer = dict[Future[int], list[tuple[Batch, bytes]]](), threading.Lock()
+        self._writer = threading.Lock()
         if self._file is not None:
             _check_file(self._file, create)
         with self.appending() if create else self.reading() as connection:  # appending fails where nothing can be
             if create:
-                METADATA.create_all(connection)
+                _METADATA.create_all(connection)
                 if connection.execute(sql.select(_ABOUT.c.id)).first() is None:
                     connection.execute(sql.insert(_ABOUT).values(id=uuid.uuid4().hex, removed=0))
             elif not sql.inspect(connection).has_table(_ABOUT.name):
@@ -112,35 +145,26 @@ class Journal:
     def __reduce__(self) -> tuple[Any, ...]:
         return Journal, (self._url.render_as_string(hide_password=False), False)
 
-    def append(self, *batches: Batch, position: Future[int] | None = None) -> int:
+    def append(self, *batches: Batch) -> int:
         """Append batches, all or none, and return the position of the last one once they are durable.
 
-        Threads that append meanwhile share a transaction. Batches without rows are left out. Duplicate rows are left
-        out of batches with keys, though a batch of duplicates alone has a position.
-
-        Args:
-            batches: Rows to append.
-            position: A new future that gets the result. Cancel it to give up. If `cancel` returns True, nothing is
-                appended. It returns False once the batches are being written.
+        Batches without rows are left out. Duplicate rows are left out of batches with keys, though a batch of
+        duplicates alone has a position.
 
         Raises:
             RequestError: A column is of another type than in earlier rows, or a batch is too large.
             UserError: Nothing was appended, or it is not known: the disk is full, fails, or a server is away.
-            CancelledError: The position was cancelled.
         """
-        position = Future() if position is None else position
-        encoded = [(batch, _encode(batch.table)) for batch in batches if len(batch)]
-        for _, payload in encoded:
-            if len(payload) > MOST_BATCH_BYTES:
-                raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MOST_BATCH_BYTES:,}")
-        self._waiting[position] = encoded
-        try:
-            with self._writer:
-                if not position.done():
-                    self._append_together()
-        finally:
-            self._waiting.pop(position, None)
-        return position.result(0)  # whoever had the lock before has set it
+        with self._writer, self.appending() as connection:
+            end, types = _find_ends(connection)[1], _read_types(connection)
+            if end < self._last:
+                raise self._lost(end, self._last)
+            for batch in batches:
+                if len(batch):
+                    end += 1
+                    self._insert(connection, batch, end, types)
+        self._last = end
+        return end
 
     def end(self) -> int:
         """The position of the last batch, 0 for none."""
@@ -191,9 +215,8 @@ class Journal:
                         f"the journal '{self.name}' is damaged at batch {expected}: restore its files from a copy"
                     )
                 table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
-                counts = {name: row._mapping[name] for name in _COUNTS}
-                batches.append(Batch(row.log or None, row.accepted_at, table, row.position, counts))
-                rows += row.accepted
+                batches.append(Batch(row.log or None, row.accepted_at, table, row.position, row.duplicates))
+                rows += len(table)
                 if rows >= most_rows:
                     break
         return batches
@@ -206,8 +229,10 @@ class Journal:
 
     def forget(self) -> None:
         """Forget the keys of rows that were accepted long ago."""
+        first_day = time.time_ns() // 1_000 // MICROSECONDS_PER_DAY - REMEMBERED_DAYS
         with self.appending() as connection:
-            forget_keys(connection, time.time_ns() // 1_000)
+            for table in (_KEYS, _REQUESTS):
+                connection.execute(sql.delete(table).where(table.c.day < first_day))
 
     def column_types(self) -> Types:
         """The types of the columns that rows have so far."""
@@ -252,52 +277,22 @@ class Journal:
             "restore its files from a copy"
         )
 
-    def _append_together(self) -> None:
-        """Append the batches of all calls that still wait when the journal is free."""
-        ends = dict[Future[int], int]()
-        calls = list[Future[int]]()
-        try:
-            with self.appending() as connection:
-                end, types = _find_ends(connection)[1], _read_types(connection)
-                if end < self._last:
-                    raise self._lost(end, self._last)
-                for position in list(self._waiting):
-                    batches = self._waiting.pop(position)
-                    if not position.set_running_or_notify_cancel():
-                        continue  # The caller has given up, and from here on no caller can.
-                    calls.append(position)
-                    try:
-                        ends[position] = end = self._insert(connection, batches, end, types)
-                    except RequestError as error:
-                        position.set_exception(error)
-            self._last = end
-            for position, last in ends.items():
-                position.set_result(last)
-        except BaseException as error:
-            for position in calls:
-                if not position.done():
-                    position.set_exception(error)
-            raise
-
-    def _insert(self, connection: Connection, batches: list[tuple[Batch, bytes]], end: int, types: Types) -> int:
-        """Insert batches, and return the position of the last one."""
-        if new := _find_new_types(types, batches):
+    def _insert(self, connection: Connection, batch: Batch, position: int, types: Types) -> None:
+        """Insert the rows of a batch that count."""
+        if new := _find_new_types(types, batch):
             types |= new
             columns = [{"log": log, "name": name, "type": kind} for (log, name), kind in new.items()]
             connection.execute(sql.insert(_COLUMNS), columns)
-        for batch, payload in batches:
-            log, table, counts = batch.source or "", batch.table, Counter(accepted=len(batch))
-            if batch.keys is not None:
-                judged = judge(connection, batch.keys, batch.accepted_at)
-                table, counts = _keep(table, batch.keys.time, judged.accepted, judged.times), judged.counts
-            if table is not batch.table:
-                payload = _encode(table)  # noqa: PLW2901
-            end += 1
-            row = {"position": end, "log": log, "accepted_at": batch.accepted_at}
-            row |= {name: counts[name] for name in _COUNTS}
-            checksum = _checksum(self.id, row, payload)
-            connection.execute(sql.insert(_BATCHES).values(**row, checksum=checksum, payload=payload))
-        return end
+        table = (
+            batch.table if batch.keys is None else _leave_out(connection, batch.table, batch.keys, batch.accepted_at)
+        )
+        payload = _encode(table)
+        if len(payload) > MOST_BATCH_BYTES:
+            raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MOST_BATCH_BYTES:,}")
+        row = {"position": position, "log": batch.source or "", "accepted_at": batch.accepted_at}
+        row["duplicates"] = len(batch) - len(table)
+        checksum = _checksum(self.id, row, payload)
+        connection.execute(sql.insert(_BATCHES).values(**row, checksum=checksum, payload=payload))
 
 
 def _parse_address(text: str) -> URL:
@@ -357,18 +352,57 @@ def _encode(table: pa.Table) -> bytes:
     return payload
 
 
-def _keep(table: pa.Table, time: str, rows: list[int], times: np.ndarray) -> pa.Table:
-    """Take the rows that count, with the times of their requests."""
-    kept = table if len(rows) == len(table) else table.take(pa.array(rows, pa.int64()))
-    settled = pa.array(times, pa.int64()).cast(UTC_MICROSECONDS)
-    if kept[time].combine_chunks().equals(settled):
+def _leave_out(connection: Connection, table: pa.Table, keys: RowKeys, accepted_at: int) -> pa.Table:
+    """Return the rows of a batch that count, and remember their keys.
+
+    A row with a known key does not count, nor does a row whose request came before with another user. The rows of a
+    request get the earliest time of the batch in which it began.
+    """
+    known = set(_find(connection, _KEYS.c.key, {key for own in keys.keys for key in own}))
+    before = _find(connection, _REQUESTS.c.request, {request for request, _ in keys.requests or ()})
+    requests, begun = {request: (user, first) for request, (user, first, _) in before.items()}, dict[int, Any]()
+    day, accepted, new_keys = accepted_at // MICROSECONDS_PER_DAY, list[int](), list[int]()
+    for row, (own, moment) in enumerate(zip(keys.keys, keys.times.tolist(), strict=True)):
+        if not known.isdisjoint(own):
+            continue
+        if keys.requests is not None:
+            request, user = keys.requests[row]
+            owner, first = requests.get(request) or begun.get(request, (user, moment))
+            if owner != user:
+                continue
+            if request not in requests:
+                begun[request] = user, min(first, moment)
+        accepted.append(row)
+        known.update(own)
+        new_keys += own
+    _insert_rows(connection, _KEYS, [{"key": key, "day": day} for key in new_keys])
+    rows = [{"request": each, "user": user, "time": first, "day": day} for each, (user, first) in begun.items()]
+    _insert_rows(connection, _REQUESTS, rows)
+    kept = table.take(pa.array(accepted, pa.int64()))
+    if keys.requests is None:
         return kept
-    return kept.set_column(kept.column_names.index(time), time, settled)
+    settled = requests | begun
+    times = pa.array([settled[keys.requests[row][0]][1] for row in accepted], pa.int64())
+    return kept.set_column(kept.column_names.index(keys.time), keys.time, times.cast(UTC_MICROSECONDS))
+
+
+def _find(connection: Connection, key: sql.Column[int], wanted: Collection[int]) -> dict[int, Any]:
+    """Select the rows of a table whose key, its first column, is wanted. Key -> its other values."""
+    some, found = sorted(wanted), dict[int, Any]()
+    for first in range(0, len(some), _KEYS_AT_A_TIME):
+        query = sql.select(key.table).where(key.in_(some[first : first + _KEYS_AT_A_TIME]))
+        found |= {row[0]: tuple(row[1:]) for row in connection.execute(query)}
+    return found
+
+
+def _insert_rows(connection: Connection, table: sql.Table, rows: list[dict[str, int]]) -> None:
+    if rows:
+        connection.execute(sql.insert(table), rows)
 
 
 def _checksum(journal_id: str, row: Mapping[str, Any], payload: bytes) -> int:
     """Checksum a batch, given the values of its row in the table."""
-    about = " ".join(str(row[name]) for name in ("position", "accepted_at", *_COUNTS, "log"))
+    about = " ".join(str(row[name]) for name in ("position", "accepted_at", "duplicates", "log"))
     return zlib.crc32(payload, zlib.crc32(f"{journal_id} {about}".encode()))
 
 
@@ -383,23 +417,17 @@ def _read_types(connection: Connection) -> Types:
     return {(log, name): kind for log, name, kind in connection.execute(sql.select(_COLUMNS))}
 
 
-def _find_new_types(types: Types, batches: list[tuple[Batch, bytes]]) -> Types:
-    """The types of columns of batches that have none yet.
+def _find_new_types(types: Types, batch: Batch) -> Types:
+    """The types of columns of a batch that have none yet.
 
     Raises RequestError where a column is of another type than before: its hashes, too, would be others.
     """
     new: Types = {}
-    for batch, _ in batches:
-        for column in batch.table.schema:
-            if not pt.is_null(column.type):
-                key, kind = (batch.source or "", column.name), str(column.type)
-                before = types.get(key) or new.setdefault(key, kind)
-                if before != kind:
-                    values = batch.table[column.name]
-                    is_list = pt.is_list(column.type)  # an empty one holds nothing of another type
-                    holds = pc.greater(pc.list_value_length(values), 0) if is_list else pc.is_valid(values)
-                    row = max(pc.index(holds, True).as_py(), 0)
-                    raise RequestError(
-                        f"row {row}: column '{column.name}' holds {kind}, but {before} in earlier rows of this journal"
-                    )
+    for column in batch.table.schema:
+        if not pt.is_null(column.type):
+            before, kind = types.get((batch.source or "", column.name)), str(column.type)
+            if before is None:
+                new[batch.source or "", column.name] = kind
+            elif before != kind:
+                raise RequestError(f"column '{column.name}' holds {kind}, but {before} in earlier rows of this journal")
     return new

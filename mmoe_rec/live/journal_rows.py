@@ -7,8 +7,8 @@ types, which are read as the types of the log's other files are.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +17,18 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError, first_line
-from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.row_keys import EVENT_ID, find_keys
-from mmoe_rec.log.columns import column_uses, event_uses
+from mmoe_rec.live.journal import Batch, Journal, RowKeys
+from mmoe_rec.log.columns import column_uses, combine, event_uses, hash_column
 from mmoe_rec.log.files import is_remote, local_path, split_glob, takes_in
 from mmoe_rec.log.reader import event_rows
-from mmoe_rec.log.rows import LogRows, maturity
-from mmoe_rec.point_in_time.join import known_at
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.progress import say
 from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Schema
 
+EVENT_ID = "event_id"
+"""The column in which a caller may give an event's ID, where the log has no column of that name."""
 ROWS_OF_A_FILE = 2**20
-_FOREVER = np.iinfo(np.int64).max
 
 
 def find_uses(schema: Schema) -> dict[str | None, dict[str, Use]]:
@@ -49,7 +49,31 @@ def make_batch(source: str | None, table: pa.Table, schema: Schema, accepted_at:
     columns = find_uses(schema)[source]
     rows = LogRows(_completed(table, columns), schema)
     moment = time.time_ns() // 1_000 if accepted_at is None else accepted_at
-    return Batch(source, moment, table, keys=find_keys(rows, source, columns))
+    return Batch(source, moment, table, keys=_find_keys(rows, source, columns))
+
+
+def _find_keys(rows: LogRows, source: str | None, columns: Collection[str]) -> RowKeys:
+    """Compute the keys of rows of a log of which the schema reads some columns."""
+    schema: Schema = rows.schema
+    time = schema.columns.time if source is None else schema.events[source].time
+    keys: list[tuple[int, ...]] = [()] * len(rows)
+    if rows.has(EVENT_ID) and EVENT_ID not in columns:
+        ids, log = rows.column(EVENT_ID), hash_column(pa.array([f"event {source or ''}"] * len(rows)))
+        events = zip(_signed(log, hash_column(ids)), ids.is_valid().to_pylist(), strict=True)
+        keys = [(key,) if is_given else () for key, is_given in events]
+    requests = None
+    if source is None:
+        keys = [(*events, row) for events, row in zip(keys, _signed(rows.row_hashes()), strict=True)]
+        if schema.columns.request is not None:
+            users = _signed(rows.hashes([schema.columns.user]))
+            requests = list(zip(_signed(rows.request_hashes()), users, strict=True))
+    return RowKeys(time, rows.times(time), keys, requests)
+
+
+def _signed(*hashes: np.ndarray) -> list[int]:
+    """Combine (N,) uint64 hashes to integers that SQL can hold."""
+    signed: list[int] = combine(hashes).view(np.int64).tolist()
+    return signed
 
 
 @dataclass(frozen=True)
@@ -59,12 +83,10 @@ class JournalRows:
     Attributes:
         source: Name of the log of events, None for the interaction log.
         table: Columns that the log must have, null where not given, and columns that other models read.
-        counts: Rows by outcome, see `mmoe_rec.live.row_keys.Judged`.
     """
 
     source: str | None
     table: pa.Table
-    counts: Counter[str]
 
     @staticmethod
     def join(batches: Sequence[Batch], schema: Schema) -> "JournalRows":
@@ -74,26 +96,14 @@ class JournalRows:
             table = pa.concat_tables(tables, promote_options="default").combine_chunks()
         except pa.ArrowException as error:
             raise UserError(f"rows of the journal do not fit together: {first_line(error)}") from None
-        counts, source = Counter[str](), batches[0].source
-        for batch in batches:
-            counts.update(batch.counts)
+        source = batches[0].source
         uses = find_uses(schema)[source]
         others = [name for name in table.column_names if name not in uses and name != EVENT_ID]
-        return JournalRows(source, _completed(table, uses).select([*uses, *others]), counts)
+        return JournalRows(source, _completed(table, uses).select([*uses, *others]))
 
     def rows(self, schema: Schema) -> LogRows:
         """Return the rows as features read them."""
         return LogRows(self.table, schema) if self.source is None else event_rows(self.table, schema, self.source)
-
-    def count_late(self, schema: Schema, as_of: int) -> int:
-        """Count the rows of which at least one label was available at `as_of` (microseconds) already."""
-        rows = self.rows(schema)
-        if self.source is not None:
-            return int((known_at(rows.times(), 0) <= as_of).sum())
-        late = np.zeros(len(rows), bool)
-        for task in schema.tasks.values():
-            late |= ~np.isnan(rows.labels(task, _FOREVER)) & (known_at(rows.times(), maturity(task, schema)) <= as_of)
-        return int(late.sum())
 
 
 def _group_by_log(batches: Iterable[Batch]) -> dict[str | None, list[Batch]]:
@@ -117,28 +127,7 @@ def _completed(table: pa.Table, columns: dict[str, Use]) -> pa.Table:
     return table
 
 
-@dataclass
-class WrittenFiles:
-    """New files of a journal's rows.
-
-    Attributes:
-        through: The position up to which files hold the journal.
-        files: The files.
-        counts: Rows by outcome of each log, None for the interaction log.
-        unknown: Rows of logs of events that the schema does not have, which are in no file.
-        early: Rows that `later_than` left out.
-    """
-
-    through: int
-    files: list[Path] = field(default_factory=list)
-    counts: dict[str | None, Counter[str]] = field(default_factory=dict)
-    unknown: Counter[str] = field(default_factory=Counter)
-    early: int = 0
-
-
-def write_files(
-    journal: Journal, schema: Schema, log: str, after: int = 0, later_than: int | None = None
-) -> WrittenFiles:
+def write_files(journal: Journal, schema: Schema, log: str, after: int = 0, later_than: int | None = None) -> int:
     """Write the rows of a journal into files of the logs. Files that are there stay as they are.
 
     Args:
@@ -149,32 +138,32 @@ def write_files(
         later_than: Leave out rows of this time (microseconds) and before, as a server does whose tables know nothing of
             the journal.
 
+    Returns:
+        The position up to which files hold the journal.
+
     Raises:
         UserError: A folder can't take files, or the journal is damaged.
     """
-    written, position = WrittenFiles(journal.end()), after
-    folders, held = dict[str | None, Path](), dict[str | None, int]()
+    position, through, left_out, folders = after, journal.end(), Counter[str](), dict[str | None, Path]()
     places: dict[str | None, tuple[str, str]] = {None: (log, "data.log")}
-    for name, events in schema.events.items():
-        places[name] = events.path, f"data.events.{name}.path"
-    while batches := journal.read(position, ROWS_OF_A_FILE, written.through):
+    places |= {name: (events.path, f"data.events.{name}.path") for name, events in schema.events.items()}
+    while batches := journal.read(position, ROWS_OF_A_FILE, through):
         position = batches[-1].position
         for source, new in _group_by_log(batches).items():
             if source not in places:
-                written.unknown[str(source)] += sum(map(len, new))
+                left_out[f"of a log of events '{source}', which the settings do not have"] += sum(map(len, new))
                 continue
             if source not in folders:
                 folders[source] = _find_folder(*places[source], _name(journal, position))
-                names = (path.stem for path in folders[source].glob(_name(journal)))
-                held[source] = max((int(name.rpartition("-")[2]) for name in names), default=0)
-            if not (new := [batch for batch in new if batch.position > held[source]]):
+            names = (path.stem for path in folders[source].glob(_name(journal)))
+            held = max((int(name.rpartition("-")[2]) for name in names), default=0)
+            if not (new := [batch for batch in new if batch.position > held]):
                 continue
             rows = JournalRows.join(new, schema)
             table = rows.table
             if later_than is not None:
                 table = table.filter(pa.array(rows.rows(schema).times() > later_than))
-            written.early += len(rows.table) - len(table)
-            written.counts.setdefault(source, Counter()).update(rows.counts)
+                left_out["no later than the model's tables, which may hold them"] += len(rows.table) - len(table)
             if len(table):
                 path = folders[source] / _name(journal, position)
                 try:
@@ -182,8 +171,9 @@ def write_files(
                         pq.write_table(table, temporary, compression="zstd")
                 except (OSError, pa.ArrowException) as error:
                     raise UserError(f"'{path}' can't be written: {first_line(error)}") from None
-                written.files.append(path)
-    return written
+    for why, count in (+left_out).items():
+        say(f"{count:,} rows of the journal are in no file: they are {why}")
+    return through
 
 
 def _name(journal: Journal, position: int | None = None) -> str:

@@ -5,41 +5,33 @@ name, what is no later than its tables. The rest it learns in the journal's orde
 that starts again, comes to the same.
 """
 
-from __future__ import annotations
-
 import logging
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.ranker import Knowledge, Ranker
 from mmoe_rec.live.event_rows import MOST_ROWS, RowChecks
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
-from mmoe_rec.live.journal_rows import JournalRows, join_by_log
+from mmoe_rec.live.journal_rows import join_by_log
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.settings.schema import Schema
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ModelUpdate:
-    """What was read of the journal and is to be learnt. new: rows by log; position: up to where; accepted_at: of the
-    batches, microseconds; prepared: what the model can take; counts: rows by outcome."""
+    """What was read of the journal and is to be learnt. prepared: what the model can take; position: up to where;
+    accepted_at: of the batches, microseconds; counts: rows by outcome."""
 
-    new: Mapping[str | None, JournalRows]
+    prepared: Knowledge
     position: int
     accepted_at: list[int]
-    prepared: Any = None
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int]
 
 
 class Learning:
@@ -55,18 +47,8 @@ class Learning:
         self.schema = ranker.pipeline.schema
         require_all(self.schema, "a journal of events")
         self.checks = RowChecks(ranker.pipeline, most_rows)
-        self._waiting: ModelUpdate | None = None
-        self._has_ended = False
-        self._lock = threading.Lock()
         types = self.journal.column_types()
         _check_same_log(self.journal.name, types, self.schema)
-        if others := sorted({log for log, _ in types} - {"", *self.schema.events}):
-            _log.warning(
-                "the journal '%s' holds rows of logs of events that the model's settings do not have, so it learns "
-                "nothing of them: %s",
-                self.journal.name,
-                ", ".join(map(repr, others)),
-            )
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == self.journal.id
         if about is not None and not self._is_known:
@@ -87,17 +69,6 @@ class Learning:
             )
             _log.warning("%s", self.gap)
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """A time in which it learns nothing."""
-        with self._lock:
-            yield
-
-    def close(self) -> None:
-        """Learns no more; for a model whose place another one has taken, within `pause`."""
-        self._has_ended = True
-        self.journal.close()
-
     def catch_up(self) -> None:
         """Learns all that there is; for a model that nobody asks yet."""
         while (learnt := self.read()) is not None:
@@ -106,23 +77,17 @@ class Learning:
     def read(self, most_rows: int = ROWS_AT_A_TIME) -> ModelUpdate | None:
         """Reads what is new, and prepares what the model is to take; None where nothing is new.
 
-        Raises UserError where the journal is damaged. Rows that were read are tried again after an error.
+        Raises UserError where the journal is damaged.
         """
-        with self._lock:
-            if self._has_ended:
-                return None
-            if self._waiting is None:
-                if not (batches := self.journal.read(self.position, most_rows)):
-                    return None
-                new = join_by_log(batches, self.schema)
-                self._waiting = ModelUpdate(new, batches[-1].position, [each.accepted_at for each in batches])
-            counts, rows = Counter[str](), dict[str | None, LogRows]()
-            for source, each in self._waiting.new.items():
-                counts.update(each.counts, late=each.count_late(self.schema, self.ranker.tables_known))
-                known = each.rows(self.schema)
-                rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
-                counts["in_tables"] += len(known) - len(rows[source])
-            return replace(self._waiting, prepared=self.ranker.prepare(rows), counts=+counts)
+        if not (batches := self.journal.read(self.position, most_rows)):
+            return None
+        counts, rows = Counter(duplicate=sum(batch.duplicates for batch in batches)), dict[str | None, LogRows]()
+        for source, new in join_by_log(batches, self.schema).items():
+            known = new.rows(self.schema)
+            rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
+            counts.update(accepted=len(known), in_tables=len(known) - len(rows[source]))
+        accepted_at = [batch.accepted_at for batch in batches]
+        return ModelUpdate(self.ranker.prepare(rows), batches[-1].position, accepted_at, +counts)
 
     def count_known(self, times: np.ndarray) -> int:
         """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""
@@ -130,10 +95,8 @@ class Learning:
 
     def take(self, learnt: ModelUpdate) -> None:
         """Has the model take what was prepared; no pass may be under way."""
-        with self._lock:
-            if not self._has_ended:
-                self.ranker.take(learnt.prepared)
-                self.position, self._waiting = learnt.position, None
+        self.ranker.take(learnt.prepared)
+        self.position = learnt.position
 
 
 def _check_same_log(journal: str, types: Iterable[tuple[str, str]], schema: Schema) -> None:

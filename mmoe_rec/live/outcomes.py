@@ -16,7 +16,7 @@ import time as clock
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,9 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import request_log as names
-from mmoe_rec.live.row_keys import EVENT_ID
+from mmoe_rec.live.journal_rows import EVENT_ID
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, columns_of, format_time, words_of
+from mmoe_rec.log.checks import LeftOut, LogFile, check_files, columns_of, format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files, is_remote, takes_in
@@ -48,8 +48,8 @@ _RUN, _LEFT = re.compile(r"run-\d{6}"), re.compile(r"\.database|\.run-\d{6}\..*\
 _STATE = "_state.json"
 _CANDIDATES = """
 CREATE TABLE candidates AS
-    SELECT number, key, who, item, rank, own, start AS time FROM (
-        SELECT number, row(who, request) AS key, who, item, rank, time AS own,
+    SELECT number, key, who, item, rank, start AS time FROM (
+        SELECT number, row(who, request) AS key, who, item, rank,
             min(time) OVER (PARTITION BY who, request) AS start,
             row_number() OVER (PARTITION BY who, request, item ORDER BY served DESC, rank, number DESC) AS place
         FROM requests)
@@ -106,19 +106,6 @@ def join_outcomes(
         with bar() as progress, open_database(folder / ".database", data.memory_gib, data.workers) as database:
             progress.add_task("joining", total=None)
             return join.run(database, until)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What the last run left.
-
-    Attributes:
-        through: Time of the latest requests that may have been written, microseconds.
-        files: Size of each file that was there, and the latest time of its rows.
-    """
-
-    through: int = _BEGIN
-    files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -195,12 +182,12 @@ class _Source:
             name: pa.int64() if self.uses[column] == "time" else self.types.get(column, pa.int8())
             for name, column in self.columns.items()
         }
-        return pa.schema(kinds | {"number": pa.int64(), "is_new": pa.bool_()})
+        return pa.schema(kinds | {"number": pa.int64()})
 
     def read(self, file: LogFile) -> Iterator[pa.Table]:
         """Read a file under the database's names. Raises BadFile."""
         piece = Piece(file.address, tuple(range(len(file.group_rows))), file.in_path, file.rows)
-        for _, table in read_piece(piece, self.uses, self.unit, words_of(self.types)) if file.rows else ():
+        for _, table in read_piece(piece, self.uses, self.unit) if file.rows else ():
             yield pa.table({name: table[column] for name, column in self.columns.items()})
 
 
@@ -237,8 +224,8 @@ class _Join:
         self.tables = {name: f"events_{number}" for number, name in enumerate(logs)}
         self.by_user = [name for name in logs if self.outcomes.events[name].request is None]
         self.last_run = max((path.name for path in folder.iterdir() if _RUN.fullmatch(path.name)), default="run-000000")
-        self.before = self._read_state()
-        self.after, self.files, self.counts = self.before.through, dict[str, tuple[int, int]](), Counter[str]()
+        self.after, self.read_files = self._read_state()
+        self.files, self.counts = dict[str, tuple[int, int]](), Counter[str]()
 
     def _open_requests(self, address: str) -> _Source:
         columns = self.columns
@@ -248,15 +235,7 @@ class _Join:
             "share": (names.SHARE, "number"),
         }  # fmt: skip
         read |= {f"i{number}": (name, self.uses[name]) for number, name in enumerate(self.inputs)}
-        try:
-            return _Source.open(self.settings, address, "--requests", read)
-        except BadFile as problem:
-            raise BadFile(
-                f"{problem}. Requests are as `serve --log-requests` wrote them, with the columns that the features of "
-                "the ranking model read. The settings ask for others: move requests of other models away, or join with "
-                "the settings of that model",
-                problem.address,
-            ) from None
+        return _Source.open(self.settings, address, "--requests", read)
 
     def _open_events(self, name: str, folder: str | None) -> _Source:
         section, given = self.outcomes.events[name], self.settings.data.events
@@ -291,17 +270,17 @@ class _Join:
                 )
         return source
 
-    def _read_state(self) -> _State:
+    def _read_state(self) -> tuple[int, dict[str, tuple[int, int]]]:
+        """Return the time of the latest requests that earlier runs may have written, microseconds, and the files that
+        they read: the size of each file, and the latest time of its rows."""
         path = self.folder / self.last_run / _STATE
         if not path.parent.exists():
-            return _State()
+            return _BEGIN, {}
         try:
-            return _State(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            raise UserError(
-                f"'{path}' is missing or damaged, so it is not known which requests are written: restore it, or join "
-                "into another folder"
-            ) from None
+            state = json.loads(path.read_text(encoding="utf-8"))
+            return int(state["through"]), state["files"]
+        except (OSError, ValueError, LookupError):
+            raise UserError(f"'{path}' is missing or damaged: restore it, or join into another folder") from None
 
     def run(self, database: Database, given: int | None) -> JoinResult:
         """Add a folder of rows. given: see `join_outcomes.until`."""
@@ -315,31 +294,26 @@ class _Join:
         if rows:
             with atomic_folder(folder) as made:
                 self._write(until, made)
-                state = json.dumps(asdict(_State(until, self.files)), indent=1)
+                state = json.dumps({"through": until, "files": self.files}, indent=1)
                 (made / _STATE).write_text(state, encoding="utf-8")
         left_out = [file.reason for source in (self.requests, *self.events.values()) for file in source.left_out]
         return JoinResult(folder if rows else None, rows, until if rows else self.after, dict(+self.counts), left_out)
 
-    def _fill(self, table: str, source: _Source, start: int, late: str) -> None:
-        """Make a table of rows later than `start`, and count rows of new files whose time was written as `late`."""
+    def _fill(self, table: str, source: _Source, start: int) -> None:
+        """Make a table of rows later than `start`."""
 
         def read() -> Iterator[pa.Table]:
             number = 0
             for file in source.files:
-                size, last = self.before.files.get(file.address, (None, _BEGIN))
-                is_new = size != file.bytes
-                if is_new or last > start:
+                size, last = self.read_files.get(file.address, (None, _BEGIN))
+                if size != file.bytes or last > start:
                     for rows in source.read(file):
-                        numbers = pa.array(np.arange(number, number + len(rows)))
-                        number += len(rows)
                         last = max(last, pc.max(rows["time"].cast(pa.int64())).as_py() or _BEGIN)
-                        yield rows.append_column("number", numbers).append_column(
-                            "is_new", pa.array(np.full(len(rows), is_new))
-                        )
+                        yield rows.append_column("number", pa.array(np.arange(number, number + len(rows))))
+                        number += len(rows)
                 self.files[file.address] = file.bytes, max(last, self.files.get(file.address, (0, _BEGIN))[1])
 
         self.database.fill(table, source.schema, read())
-        (self.counts[late],) = self.database.row(f"SELECT count(*) FROM {table} WHERE is_new AND time <= {self.after}")
         self.database.run(f"DELETE FROM {table} WHERE time <= {start}")
 
     def _read_events(self, name: str, given: int | None) -> int:
@@ -348,33 +322,27 @@ class _Join:
         is_by_user, has_id = name in self.by_user, "event_id" in source.columns
         # An event that is sent again may lie in the time of a later request, if it does not name its own.
         start = self.after - _LONGEST_REPEAT * (is_by_user and has_id)
-        self._fill("given", source, start, f"new events '{name}' of requests that were written before")
-        keys = ["who", "item", *([] if is_by_user else ["request"])]
-        lacking = " OR ".join(f"{column} IS NULL" for column in (*keys, "time"))
+        self._fill("given", source, start)
+        keys = ["who", "item", "time", *([] if is_by_user else ["request"])]
         is_new = f"AND time > {self.after}"
         if has_id:
             is_first = "row_number() OVER (PARTITION BY who, event_id ORDER BY time, number) = 1"
             is_new = f"QUALIFY time > {self.after} AND (event_id IS NULL OR {is_first})"
         self.database.run(
             f"CREATE TABLE {table} AS SELECT *, {'who' if is_by_user else 'row(who, request)'} AS key FROM given "
-            f"WHERE NOT ({lacking}) AND time <= {self.now} {is_new}"
+            f"WHERE {' AND '.join(f'{key} IS NOT NULL' for key in keys)} AND time <= {self.now} {is_new}"
         )
-        null, future, rows = self.database.row(
-            f"SELECT count(*) FILTER ({lacking}), count(*) FILTER (NOT ({lacking}) AND time > {self.now}), count(*) "
-            f"FROM given WHERE time IS NULL OR time > {self.after}"
-        )
+        (rows,) = self.database.row(f"SELECT count(*) FROM given WHERE time IS NULL OR time > {self.after}")
         count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
         self.database.run("DROP TABLE given")
-        columns = " or ".join(source.columns[key] for key in keys)
-        self.counts[f"events '{name}' without {columns}, or a time"] = null
-        self.counts[f"events '{name}' in the future"] = future
-        self.counts[f"events '{name}' that came again"] = rows - null - future - count
+        columns = ", ".join(source.columns[key] for key in keys)
+        self.counts[f"events '{name}' that came again, lie in the future or lack a value of {columns}"] = rows - count
         complete = (_BEGIN if last is None else last) if given is None else given
         return complete - max(window.microseconds for window in self.outcomes.windows if window.events == name)
 
     def _find_candidates(self, until: int) -> None:
         """Make the table of candidates that were shown."""
-        self._fill("requests", self.requests, self.after - _LONGEST_REQUEST, "rows of requests that came too late")
+        self._fill("requests", self.requests, self.after - _LONGEST_REQUEST)
         (share,) = self.database.row("SELECT min(share) FROM requests")
         if self.by_user and share is not None and share < 1:
             raise UserError(
@@ -382,17 +350,7 @@ class _Join:
                 f"that was not: name the column with the request's id in outcomes.events.{self.by_user[0]}.request, or "
                 "log all requests with --log-share 1"
             )
-        self.database.run(_CANDIDATES)
-        again, late, before = self.database.row(
-            "SELECT (SELECT count(*) FROM requests) - count(*), "
-            f"count(*) FILTER (time <= {self.after} AND own > {self.after}), "
-            f"count(*) FILTER (time > {self.after} AND time <= {until}) FROM candidates"
-        )
-        self.counts["rows that were logged again"] = again
-        self.counts["rows of requests that were written before"] = late
-        self.database.run(f"DELETE FROM candidates WHERE time <= {self.after}")
-        for name in self.events:
-            self._count_strangers(name)
+        self.database.run(_CANDIDATES, f"DELETE FROM candidates WHERE time <= {self.after}")
         if (shown := self.outcomes.shown) is not None:
             self.database.run(
                 f"CREATE TABLE shown AS SELECT * FROM ({self._query_owned(shown.events)}) "
@@ -402,25 +360,10 @@ class _Join:
             )
         elif self.outcomes.top is not None:
             self.database.run(f"DELETE FROM candidates WHERE NOT coalesce(rank <= {self.outcomes.top}, false)")
-        rows, requests, waiting = self.database.row(
-            f"SELECT count(*) FILTER (time <= {until}), count(DISTINCT key) FILTER (time <= {until}), "
-            f"count(DISTINCT key) FILTER (time > {until}) FROM candidates"
+        self.counts["requests"], self.counts["requests that wait"] = self.database.row(
+            f"SELECT count(DISTINCT key) FILTER (time <= {until}), count(DISTINCT key) FILTER (time > {until}) "
+            "FROM candidates"
         )
-        self.counts["rows that were not shown"] = before - rows
-        self.counts["requests"], self.counts["requests that wait"] = requests, waiting
-
-    def _count_strangers(self, name: str) -> None:
-        """Count events that name a request, but are earlier than it, or of another user."""
-        if name in self.by_user:
-            return
-        early, others = self.database.row(
-            "SELECT count(*) FILTER (e.key = c.key AND e.time < c.time), "
-            "count(DISTINCT e.number) FILTER (e.who <> c.who) "
-            f"FROM {self.tables[name]} e JOIN candidates c ON e.key[2] = c.key[2] AND e.item = c.item"
-        )
-        self.counts[f"events '{name}' earlier than their request"] = early
-        if self.columns.request_scope == "log":
-            self.counts[f"events '{name}' of another user than their request's"] = others
 
     def _query_owned(self, name: str) -> str:
         """Return a query for the events that belong to a candidate, `owner`, with their `delay` after its request."""

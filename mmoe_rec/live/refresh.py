@@ -1,11 +1,9 @@
 """A new version of the model that holds an alias, with tables that know the newest files of the log.
 
-A kill between any two steps leaves something whole: the artifact is written beside the features, registered, and only
-then the alias moves, if the version that was refreshed still holds it. The run in MLflow is found again by the version
-and the files that it is made of, so the same command, started again, registers nothing twice.
+The artifact is written beside the features, registered, and only then the alias moves, if the version that was
+refreshed still holds it. After a kill the same command starts over. It may then register a second version.
 """
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,20 +14,20 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
+from mmoe_rec.inference.writing import write_with_tables
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import write_files
 from mmoe_rec.locks import writing
-from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
-from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for, read_journal_name
+from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
-from mmoe_rec.tracking.run_page import as_code, command
+from mmoe_rec.tracking.runs import as_code, command
 
 _FROM_TAG = "refreshed.from"  # of a version that a refresh made
 
@@ -105,10 +103,7 @@ def refresh(
 
 
 def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: Path) -> RefreshResult:
-    uri, version = settings.tracking.address, served.version
-    text = f"{version.address} {version_of(served.folder)} {version_of(artifact)}"
-    key = f"refresh-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    after = iso_time(made.as_of)
+    uri, version, after = settings.tracking.address, served.version, iso_time(made.as_of)
     tags = {
         _FROM_TAG: version.address,
         "refreshed.run": version.run_id or "unknown",
@@ -116,12 +111,10 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
         "tables_as_of": after,
     }
     try:
-        with runs.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
+        with runs.open_run(uri, settings.experiment, run_name="refresh") as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.about.tables_as_of})
             run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
-            number = registry.find_registered(run, artifact, version.name)
-            if number is None:
-                number = registry.register_model(run, artifact, version.name, tags=tags)
+            number = registry.register_model(run, artifact, version.name, tags=tags)
             told = f"The tables of {version.address} as of {after}, with {made.rows:,} more rows, by\n\n"
             describe_version(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
             now = find_holder(version.name, served.alias, uri)
@@ -157,7 +150,7 @@ def write_journal(
     or the logs' places take no files.
     """
     schema, known = settings.schema_, served.about.journal
-    taken, journal = HeldFiles.read(served.folder / "features"), Journal(address, create=False)
+    journal = Journal(address, create=False)
     if known is not None and known["id"] != journal.id:
         if not other:
             raise UserError(
@@ -173,47 +166,14 @@ def write_journal(
             f"{held} only: what was removed is in the log's files, so run refresh without --journal first, and then "
             "with it"
         )
-    _check_one_way(settings, taken)
     journal.forget()
     # Else the tables may hold what is no later than they are, by files that another program wrote.
     later_than = None if known is not None else as_of(served.about)
-    written = write_files(journal, schema, settings.data.log, held, later_than)
-    for log, rows in written.unknown.items():
-        say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
-    for source, counts in written.counts.items():
-        if counts["conflict"]:
-            name = "the interaction log" if source is None else f"log '{source}'"
-            say(f"{counts['conflict']:,} rows of {name} came again with other labels: the first ones count")
-    if written.early:
-        say(
-            f"{written.early:,} rows of the journal are no later than the model's tables "
-            f"({served.about.tables_as_of}), which know nothing of this journal: they are taken for known, as by a "
-            "server, and are in no file"
-        )
+    through = write_files(journal, schema, settings.data.log, held, later_than)
     if remove and held:
         journal.remove(held)
     journal.close()
-    return {"id": journal.id, "through": written.through}
-
-
-def _check_one_way(settings: Settings, taken: HeldFiles) -> None:
-    """Raises UserError for new files of another program where rows that came both ways could not be told.
-
-    Where requests have ids, the tables tell such rows.
-    """
-    if settings.schema_.columns.request is not None:
-        return
-    held = taken.logs[0]
-    recorded, known = held.files.keys() | held.left_out.keys(), {each.checksum for each in held.files.values()} - {None}
-    for file in find_files(settings.data.log):
-        if file.address in recorded or read_journal_name(file.address) is not None:
-            continue
-        if find_checksum(file) not in known:  # of another name, place or time
-            raise UserError(
-                f"'{file.address}' is new in the log, and no file of the journal: as requests have no ids, rows that "
-                "came both ways would count twice; if none did, run refresh without --journal once, which takes the "
-                "file in, else remove it"
-            )
+    return {"id": journal.id, "through": through}
 
 
 def renew_tables(
@@ -235,10 +195,6 @@ def renew_tables(
     about, features = read_artifact(artifact), artifact / "features"
     taken = HeldFiles.read(features)
     logs = _logs(features, settings, None if anew else taken)
-    changes = taken.changes(logs) if anew else []
-    if gone := [address for each in changes for address in each.gone]:
-        such_as = f"({len(gone):,}, such as '{gone[0]}')"
-        say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as scratch:
         (tables := Path(scratch, "tables")).mkdir()
@@ -249,8 +205,6 @@ def renew_tables(
         if made is not None:
             if journal is None:
                 journal = _carry_on(about.journal, made.journal)
-            from mmoe_rec.inference.writing import write_with_tables  # which imports torch
-
             write_with_tables(artifact, out, tables, tables_as_of=made.as_of, files=made.digest, journal=journal)
     return made
 

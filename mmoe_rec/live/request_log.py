@@ -6,8 +6,6 @@ written, UTC, `requests-TIME-HOST-PROCESS-RANDOM.parquet`, so that names in orde
 move or remove them at any time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -24,7 +22,7 @@ from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, time_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,11 +31,9 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.layout import IdInput, Layout
+from mmoe_rec.inference.ranking import RankedRequest, Ranking
 from mmoe_rec.log.columns import UTC_MICROSECONDS, mix
 from mmoe_rec.point_in_time.arrays import Ragged
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranking import RankedRequest, Ranking
 
 REQUEST = "served_request"
 AT = "served_at"
@@ -81,8 +77,7 @@ class RequestLog:
         self._queue: SimpleQueue[Record | None] = SimpleQueue()  # None ends it
         self._lock = threading.Lock()
         self._candidates, self._is_closing = 0, False
-        self._told: set[str] = set()
-        self._begin_file()
+        self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._thread.start()
 
@@ -105,7 +100,6 @@ class RequestLog:
                 self._queue.put(record)
                 return
         self._count("dropped", 1)
-        self._tell("dropped", "requests come faster than they can be logged; some are not")
 
     def close(self) -> None:
         """Writes all that was handed over, however long that takes."""
@@ -115,65 +109,51 @@ class RequestLog:
         self._thread.join()
 
     def _run(self) -> None:
+        """Make files, each of one model's rows, once these are many or their time is over."""
+        tables, artifact, until = list[pa.Table](), "", 0.0
         while True:
-            left = None if not self._tables else max(self._since + self.options.seconds - monotonic(), 0.0)
             try:
-                record = self._queue.get(timeout=left)
+                record = self._queue.get(timeout=max(until - monotonic(), 0.0) if tables else None)
             except Empty:
-                self._write()
+                tables = self._write(tables)
                 continue
             if record is None:
-                self._write()
+                self._write(tables)
                 return
             with self._lock:
                 self._candidates -= len(record)
-            self._add(record)
-            if self._rows >= ROWS_PER_FILE or (self._tables and monotonic() >= self._since + self.options.seconds):
-                self._write()
+            if tables and artifact != record.reply.model["version"]:
+                tables = self._write(tables)
+            try:
+                table = record.table()
+            except Exception as error:
+                self._fail(1, error)
+                continue
+            if not tables:
+                artifact, until = record.reply.model["version"], monotonic() + self.options.seconds
+            tables.append(table)
+            if sum(map(len, tables)) >= ROWS_PER_FILE or monotonic() >= until:
+                tables = self._write(tables)
 
-    def _begin_file(self) -> None:
-        """Rows of the next file, which are of one model."""
-        self._rows, self._since = 0, 0.0
-        self._artifact: str | None = None
-        self._tables: list[pa.Table] = []
+    def _write(self, tables: list[pa.Table]) -> list[pa.Table]:
+        """Write the rows of replies into a file. Returns the rows of the next file, none."""
+        if tables:
+            try:  # a column without a value has no type yet
+                write_file(self.options.folder, pa.concat_tables(tables, promote_options="default").combine_chunks())
+            except Exception as error:
+                self._fail(len(tables), error)
+            else:
+                self._count("written", len(tables))
+                self._has_failed = False
+        return []
 
-    def _add(self, record: Record) -> None:
-        artifact = record.reply.model["version"]
-        try:
-            table = record.table()
-        except Exception as error:
-            self._fail(1, "a reply", error)
-            return
-        if self._tables and artifact != self._artifact:
-            self._write()
-        if not self._tables:
-            self._since, self._artifact = monotonic(), artifact
-        self._rows += len(table)
-        self._tables.append(table)
-
-    def _write(self) -> None:
-        tables, folder = self._tables, self.options.folder
-        self._begin_file()
-        if not tables:
-            return
-        try:  # a column without a value has no type yet
-            write_file(folder, pa.concat_tables(tables, promote_options="default").combine_chunks())
-        except Exception as error:
-            self._fail(len(tables), f"{len(tables):,} replies", error)
-            return
-        self._count("written", len(tables))
-        self._told.discard("failed")
-
-    def _fail(self, records: int, what: str, error: Exception) -> None:
+    def _fail(self, records: int, error: Exception) -> None:
+        """Count replies that can't be logged, and say so once, as it may be so for every reply."""
         self._count("failed", records)
-        why = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or one_line(error)
-        self._tell("failed", f"{what} can't be logged in '{self.options.folder}', and serving goes on: {why}")
-
-    def _tell(self, what: str, sentence: str) -> None:
-        """Once, as it may be so for every reply."""
-        if what not in self._told:
-            self._told.add(what)
-            _log.warning("%s", sentence)
+        if not self._has_failed:
+            why = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or one_line(error)
+            _log.warning("replies can't be logged in '%s', and serving goes on: %s", self.options.folder, why)
+        self._has_failed = True
 
 
 def is_logged(request: int | str, share: float) -> bool:

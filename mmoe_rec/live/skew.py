@@ -5,21 +5,21 @@ log, point in time, by the steps of a feature build and the model's own encoders
 memories takes part. DuckDB joins both sides.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from mmoe_rec.atomic import write_text
+from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import RequestError, UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.inference.scored_files import known_rows
+from mmoe_rec.inference.batch_scoring import known_rows
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live import request_log as names
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time, open_parquet
@@ -29,15 +29,12 @@ from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.preprocessing.build_steps import Steps, kept_reader, kept_results
-from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs, logs_for
+from mmoe_rec.preprocessing.look_up import ResultReader
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE
 from mmoe_rec.tracking.registry import find_model
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
 
 REPORT = "skew.json"
 TOLERANCE = 1e-5
@@ -153,9 +150,6 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
     Raises:
         UserError: The log can't be read, or no row was requested in the period, or none before it.
     """
-    from mmoe_rec.devices import limit_threads
-    from mmoe_rec.inference.ranker import Ranker
-
     kept, steps = scratch / "kept", Steps(logs, {"served": window}, scratch / "steps")
     memories, ranker, parts = scratch / "steps" / "memories", Ranker.load(model), list[pa.Table]()
     kept.mkdir()
@@ -248,13 +242,16 @@ def _compare(
             _compare_value(database, name, "score" if is_score else "prediction", is_wrong, rows, (mine, other))
         )
     mismatches, requests = sum(each["mismatches"] for each in compared), "SELECT count(DISTINCT request_key) FROM every"
-    report: dict[str, Any] = {
+    return {
         "requests": int(database.row(requests)[0]),
         "rows": len(offline),
         "logged_rows": len(served),
+        "compared_rows": rows,
+        "not_compared": not_compared,
+        "rows_with_reply": distinct,
+        "mismatches": mismatches,
+        "values": compared,
     }
-    report |= {"compared_rows": rows, "not_compared": not_compared, "rows_with_reply": distinct}
-    return {**report, "mismatches": mismatches, "values": compared}
 
 
 def _score_of_served(values: list[str], weights: Mapping[str, float]) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -245,36 +245,34 @@ def with_path_values(table: pa.Table, address: str, names: Iterable[str]) -> pa.
     return table
 
 
-def next_batch(batches: Iterator[pa.RecordBatch], address: str, schema: pa.Schema) -> pa.RecordBatch | None:
-    """The next batch of a file of this schema, None after the last. Raises BadFile where it can't be read."""
+def next_batch(batches: Iterator[pa.RecordBatch], address: str) -> pa.RecordBatch | None:
+    """The next batch of a file, None after the last. Raises BadFile where it can't be read."""
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
-        fixed = [f"'{each.name}'" for each in schema if pa.types.is_fixed_size_list(each.type)]
-        if fixed and "lists to be of size" in str(error):
-            what = f"holds null among lists of a fixed size, which Arrow writes and cannot read: {', '.join(fixed)}"
-            raise BadFile(f"'{address}' {what}; write lists of any size", address) from None
         raise BadFile(f"'{address}' is damaged: {first_line(error)}; write the file again", address) from None
 
 
-def file_column(address: str, column: str, use: Use, values: pa.Array, time_unit: str | None, start: int) -> pa.Array:
-    """A column in its canonical type; the first of `values` is row `start` of the file. Raises BadFile."""
+def file_column(address: str, column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
+    """A column in its canonical type. Raises BadFile."""
     try:
-        return _valid(column, use, values, time_unit)
+        array = canonical(column, use, values, time_unit, coded=True)
+        words = array.dictionary if pt.is_dictionary(array.type) else array
+        if pt.is_string(words.type) or words.type == pa.list_(pa.string()):
+            words.validate(full=True)
+        return array
+    except pa.ArrowInvalid as error:
+        raise BadFile(f"'{address}': column '{column}' holds text that is not UTF-8: {error}", address) from None
     except UserError as error:
-        row = start + find_first_fault(lambda some: _valid(column, use, some, time_unit), values)
-        raise BadFile(f"'{address}': {first_line(error)}{first_row(row)}", address) from None
+        raise BadFile(f"'{address}': {first_line(error)}", address) from None
 
 
-Values = TypeVar("Values", pa.Array, Sequence[Any])
-
-
-def find_first_fault(read: Callable[[Values], object], values: Values) -> int:
+def find_first_fault(read: Callable[[Sequence[Any]], object], values: Sequence[Any]) -> int:
     """The first row that `read` can't read, as it raises UserError. It can't read all of them."""
 
     def fails(row: int) -> bool:
         try:
-            read(take_part(values, 0, row + 1))
+            read(values[: row + 1])
         except UserError:
             return True
         return False
@@ -282,60 +280,21 @@ def find_first_fault(read: Callable[[Values], object], values: Values) -> int:
     return bisect_left(range(len(values) - 1), True, key=fails)
 
 
-def take_part(values: Values, begin: int, end: int) -> Values:
-    """The rows from one number to another."""
-    if isinstance(values, pa.Array):  # taken, not sliced: a slice of lists keeps the elements of all of them
-        return values.take(pa.array(np.arange(begin, end)))
-    return values[begin:end]
-
-
 def first_row(row: int) -> str:
     """The end of a sentence about rows of a file."""
     return f" (the first is row {row} of the file, counted from 0)"
 
 
-def _valid(column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
-    array = canonical(column, use, values, time_unit, coded=True)
-    try:
-        if pt.is_dictionary(array.type):
-            return _with_valid_words(array)
-        if array.type == pa.list_(pa.string()):
-            array.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"column '{column}' holds text that is not UTF-8: {error}") from None
-    return array
-
-
-def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
-    try:
-        array.dictionary.validate(full=True)
-    except pa.ArrowInvalid:
-        # The invalid word may belong to other rows of the file.
-        decoded = array.dictionary_decode()
-        decoded.validate(full=True)
-        return decoded.dictionary_encode()
-    return array
-
-
 LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
-
-
-_VALUE = "\x1a"  # stands for the wrong value in a sentence
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` of the first, with its
-    value as `show` gives it."""
+    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` of a wrong value."""
 
     column: str
     wrong: Callable[[LogRows], np.ndarray]
-    says: str
-    show: Callable[[Any], str] = _show
+    says: Callable[[Any], str]
 
     def find(self, rows: LogRows) -> tuple[int, str] | None:
         """The first wrong row, and what is wrong with it; None where all are right."""
@@ -346,7 +305,11 @@ class ValueCheck:
         column = rows.column(self.column)[row]
         # A time may lie beyond the years that Python has.
         value = column.cast(pa.int64()).as_py() if pt.is_timestamp(column.type) else column.as_py()
-        return row, self.says.replace(_VALUE, self.show(value))
+        return row, f"column '{self.column}' {self.says(value)}"
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
@@ -361,15 +324,17 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
         checks.append(_positive(columns.weight, 1e-20, 1e20, "columns.weight"))
     if split is not None:
         listed = ", ".join(repr(each) for values in split.values.values() for each in values)
-        says = (
-            f"column '{split.column}' of split.column holds {_VALUE}, and not one of {listed}: list it under "
-            "split.train, split.validation or split.test, or leave such rows out"
+        advice = "list it under split.train, split.validation or split.test, or leave such rows out"
+        checks.append(
+            ValueCheck(
+                split.column,
+                lambda rows: places_of(rows.coded(split.column), split) < 0,
+                lambda value: f"of split.column holds {_show(value)}, and not one of {listed}: {advice}",
+            )
         )
-        checks.append(ValueCheck(split.column, lambda rows: places_of(rows.coded(split.column), split) < 0, says))
     checks += [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
     for name, feature in schema.features.items():
-        for column, length in feature.list_lengths.items():
-            checks += _vector_checks(name, column, length)
+        checks += [_vector_check(name, column, length) for column, length in feature.list_lengths.items()]
     return checks
 
 
@@ -379,16 +344,19 @@ def event_value_checks(time: str, now: int) -> list[ValueCheck]:
 
 
 def _no_null(column: str, need: str) -> ValueCheck:
-    says = f"column '{column}' is null; {need}"
-    return ValueCheck(column, lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False), says)
+    return ValueCheck(
+        column, lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False), lambda _: f"is null; {need}"
+    )
 
 
 def _no_future(column: str, now: int, what: str) -> ValueCheck:
-    says = (
-        f"column '{column}' holds {what} in the future, {_VALUE}, later than {format_time(now)}; fix the data, or set "
-        "`columns.time_unit` if the column holds integers in another unit"
-    )
-    return ValueCheck(column, lambda rows: rows.times(column) > now, says, format_time)
+    def says(value: int) -> str:
+        return (
+            f"holds {what} in the future, {format_time(value)}, later than {format_time(now)}; fix the data, or set "
+            "`columns.time_unit` if the column holds integers in another unit"
+        )
+
+    return ValueCheck(column, lambda rows: rows.times(column) > now, says)
 
 
 def _positive(column: str, least: float, most: float, setting: str) -> ValueCheck:
@@ -396,10 +364,8 @@ def _positive(column: str, least: float, most: float, setting: str) -> ValueChec
         values = rows.numbers(column)
         return ~((values >= least) & (values <= most))
 
-    says = (
-        f"column '{column}' holds {_VALUE}, which is not from {least:g} to {most:g}; fix the data or remove {setting}"
-    )
-    return ValueCheck(column, wrong, says)
+    advice = f"which is not from {least:g} to {most:g}; fix the data or remove {setting}"
+    return ValueCheck(column, wrong, lambda value: f"holds {_show(value)}, {advice}")
 
 
 def _label_check(task: str, label: str, kind: TaskKind) -> ValueCheck:
@@ -407,39 +373,19 @@ def _label_check(task: str, label: str, kind: TaskKind) -> ValueCheck:
         values = rows.numbers(label)
         return ~kind.labels[1](values) | (np.abs(values) > LARGEST)
 
-    return ValueCheck(label, wrong, f"label column '{label}' of {kind.wrong_label.format(task, _VALUE)}")
+    return ValueCheck(label, wrong, lambda value: f"of {kind.wrong_label.format(task, _show(value))}")
 
 
-def _vector_checks(feature: str, column: str, size: int) -> list[ValueCheck]:
-    what = f"column '{column}' of feature '{feature}' holds"
+def _vector_check(feature: str, column: str, size: int) -> ValueCheck:
+    def wrong(rows: LogRows) -> np.ndarray:
+        lists = rows.column(column)
+        if pt.is_null(lists.type):
+            return np.zeros(len(lists), bool)
+        lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        not_finite = ~np.isfinite(lists.flatten().to_numpy(zero_copy_only=False))  # null is NaN
+        row = np.repeat(np.arange(len(lists)), lengths)[not_finite]
+        other_length = (lengths != size) & lists.is_valid().to_numpy(zero_copy_only=False)
+        return other_length | (np.bincount(row, minlength=len(lists)) > 0)
 
-    def has_other_length(rows: LogRows) -> np.ndarray:
-        lengths = list_lengths(rows.column(column))
-        return (lengths >= 0) & (lengths != size)
-
-    sizes = (
-        f"{what} a list of {_VALUE} numbers, but its `size` is {size}; write lists of that length, or null where there "
-        "is none"
-    )
-    elements = f"{what} null, NaN or infinity within a list; write finite numbers, or null instead of the whole list"
-    return [
-        ValueCheck(column, has_other_length, sizes, lambda value: str(len(value))),
-        ValueCheck(column, lambda rows: _has_elements_not_finite(rows.column(column)), elements),
-    ]
-
-
-def list_lengths(lists: pa.Array) -> np.ndarray:
-    """(N,) int64 lengths of lists, -1 for null ones."""
-    if pt.is_null(lists.type):
-        return np.full(len(lists), -1)
-    return lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _has_elements_not_finite(lists: pa.Array) -> np.ndarray:
-    """(N,) bool whether an element of each list is null, NaN or infinite."""
-    lengths = np.maximum(list_lengths(lists), 0)
-    if not lengths.sum():
-        return np.zeros(len(lists), bool)
-    wrong = ~np.isfinite(lists.flatten().to_numpy(zero_copy_only=False))  # null is NaN
-    row = np.repeat(np.arange(len(lists)), lengths)
-    return np.bincount(row[wrong], minlength=len(lists)) > 0
+    advice = f"feature '{feature}' needs lists of {size} finite numbers (its `size`), or null instead of a whole list"
+    return ValueCheck(column, wrong, lambda value: f"holds {value!r:.100}; {advice}")

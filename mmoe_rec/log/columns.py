@@ -192,7 +192,7 @@ def hash_column(column: pa.Array) -> np.ndarray:
     if pt.is_string(column.type) or pt.is_dictionary(column.type):
         encoded = column.dictionary_encode()
         words = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
-        import pandas as pd
+        import pandas as pd  # which --help does not need
 
         table = np.append(pd.util.hash_array(words, categorize=False).astype(np.uint64), _MISSING)
         return table[filled(encoded.indices, len(words)).to_numpy()]
@@ -209,3 +209,17 @@ def combine(hashes: Sequence[np.ndarray]) -> np.ndarray:
         for each in hashes[1:]:
             result = mix(result * np.uint64(3) + each)
     return result
+
+
+def hash_rows(table: pa.Table) -> np.ndarray:
+    """(N,) uint64 hash of the values of each row, but for lists."""
+    hashes = list[np.ndarray]()
+    for column in map(one_array, table.columns):
+        if pt.is_floating(column.type):
+            numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False) + 0.0  # one zero
+            hashes.append(np.where(np.isnan(numbers), _MISSING, mix(numbers.view(np.uint64))))
+        elif pt.is_timestamp(column.type):
+            hashes.append(hash_column(column.cast(pa.int64())))
+        elif not pt.is_nested(column.type):
+            hashes.append(hash_column(column))
+    return combine(hashes)

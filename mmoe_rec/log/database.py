@@ -4,24 +4,21 @@ Names of a user's columns never go into SQL: tables have names of columns of the
 numbered, so that neither quotes nor two names that differ by case only can be mistaken.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.dataset import Dataset
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.files import file_system
 from mmoe_rec.point_in_time.arrays import rebatch
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
-    from pyarrow.dataset import Dataset
 
 MEMORY_GIB = 4.0
 """Memory of a database, by default."""
@@ -30,7 +27,7 @@ MEMORY_GIB = 4.0
 class Database:
     """A database that `open_database` gives."""
 
-    def __init__(self, connection: DuckDBPyConnection) -> None:
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._connection = connection
 
     def reach(self, address: str) -> None:
@@ -78,6 +75,12 @@ class Database:
         batches = pa.RecordBatchReader.from_stream(self._connection.sql(query))
         return rebatch((pa.Table.from_batches([batch]) for batch in batches), rows)
 
+    def write(self, query: str, path: Path, schema: pa.Schema, **options: Any) -> None:
+        """Writes the result of a query to a Parquet file, some rows at a time."""
+        with pq.ParquetWriter(path, schema, compression="zstd", **options) as writer:
+            for table in self.read(query, 262_144):
+                writer.write_table(table.cast(schema))
+
 
 @contextmanager
 def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | None = None) -> Iterator[Database]:
@@ -85,8 +88,6 @@ def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | N
     and removes, with what a killed process has left there. workers: threads; None is one a core. Raises UserError where
     it needs more memory, or the disk is full.
     """
-    import duckdb
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config: dict[str, Any] = {

@@ -20,14 +20,13 @@ from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
+from fsspec.config import conf  # type: ignore[import-untyped]
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 from mmoe_rec.errors import UserError, first_line
 
 _MAGIC = frozenset("*?[")
-FIRST_ANSWER_SECONDS = 15.0
-"""A remote place that has not answered by then counts as unreachable, however often its library would try again."""
-
-_PACKAGES = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs")}
+_READ_SECONDS = 15
 # From these, read only what is asked for: their libraries would fetch megabytes around a footer.
 _READ_BY_RANGE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"}
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -66,8 +65,14 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     else:
         path = local_path(source)
         found, is_folder = find_local(path), os.path.isdir(path)
-        if tables := [each for each in found or find_local(f"{path}/**/*.csv") if each.suffix.lower() == ".csv"]:
-            raise UserError(_advise_on_csv(tables, setting))
+        tables = [each for each in found or find_local(f"{path}/**/*.csv") if each.suffix.lower() == ".csv"]
+        if tables:
+            csv = tables[0]
+            raise UserError(
+                f"'{csv}' is CSV, and `{setting}` takes Parquet. Convert it in Python with pyarrow: "
+                f"`from pyarrow import csv, parquet; parquet.write_table(csv.read_csv({str(csv)!r}), "
+                f"{str(csv.with_suffix('.parquet'))!r})`."
+            )
         files = [_stat(file) for file in found]
     if not files:
         what = "holds no *.parquet file" if is_folder else "does not exist"
@@ -93,17 +98,6 @@ def find_local(source: str) -> list[Path]:
         if (other := seen.setdefault(os.path.realpath(file), file)) != file:
             raise UserError(f"'{other}' and '{file}' are the same file, by a link: its rows count twice; remove one")
     return files
-
-
-def _advise_on_csv(tables: Sequence[Path], setting: str) -> str:
-    """Return the sentences about CSV files, with the conversion of the first one."""
-    first = tables[0]
-    line = f"parquet.write_table(csv.read_csv({str(first)!r}), {str(first.with_suffix('.parquet'))!r})"
-    others = f" Convert the others ({len(tables) - 1}) the same way." if len(tables) > 1 else ""
-    return (
-        f"'{first}' is CSV, and `{setting}` takes Parquet. "
-        f"Convert it in Python by `from pyarrow import csv, parquet; {line}`.{others}"
-    )
 
 
 def takes_in(source: str, files: Sequence[Path]) -> bool:
@@ -225,10 +219,11 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
     root, parts = "/".join(names[:wild]), names[wild:]
     with _reaching(source):
         system.invalidate_cache()
-        top = _first_answer(system, root)
-        if top is None:
-            infos = []
-        elif top["type"] != "directory":
+        try:
+            top = system.info(root)
+        except FileNotFoundError:
+            return [], False
+        if top["type"] != "directory":
             infos = [] if parts else [top]
         else:
             below = {name[len(root.rstrip("/")) + 1 :]: info for name, info in system.find(root, detail=True).items()}
@@ -237,24 +232,7 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
         for info in infos:
             version = next((info[key] for key in _VERSIONS if info.get(key)), None) or system.ukey(info["name"])
             files.append(FoundFile(system.unstrip_protocol(info["name"]), int(info["size"] or 0), str(version)))
-    return files, not parts and top is not None and top["type"] == "directory"
-
-
-def _first_answer(system: Any, path: str) -> dict[str, Any] | None:
-    """What is known of a path; None where nothing is there."""
-    from fsspec.asyn import sync  # type: ignore[import-untyped]
-
-    try:
-        if system.async_impl:
-            return sync(system.loop, system._info, path, timeout=FIRST_ANSWER_SECONDS)
-        return system.info(path)
-    except FileNotFoundError:
-        return None
-    except TimeoutError:
-        address = system.unstrip_protocol(path)
-        raise UserError(
-            f"'{address}' did not answer within {FIRST_ANSWER_SECONDS:g} seconds; check the network and the endpoint"
-        ) from None
+    return files, not parts and top["type"] == "directory"
 
 
 def _protocol(address: str) -> str:
@@ -263,19 +241,14 @@ def _protocol(address: str) -> str:
 
 def file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it."""
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
     protocol = _protocol(address)
     try:
         return url_to_fs(address, **(_s3_defaults() if protocol in ("s3", "s3a") else {}))
     except ImportError as error:
         cause = first_line(error.__cause__ or error)
-        if protocol not in _PACKAGES:
-            raise UserError(f"'{address}' needs a package that is missing: {first_line(error)} ({cause})") from None
-        package, extra = _PACKAGES[protocol]
         raise UserError(
-            f"'{address}' needs the package {package} ({cause}); `pip install {package}`, or install mmoe-rec with "
-            f"its extra `{extra}`"
+            f"'{address}' needs a package that is missing: {first_line(error)} ({cause}); for s3:// and gs://, install "
+            "mmoe-rec with its extra `s3` or `gs`"
         ) from None
     except ValueError as error:
         raise UserError(f"'{address}' is not an address that can be read: {first_line(error)}") from None
@@ -284,13 +257,12 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def _s3_defaults() -> dict[str, Any]:
-    """Fewer and shorter tries than botocore's, where the user has set nothing."""
-    from fsspec.config import conf  # type: ignore[import-untyped]
-
+    """Fewer and shorter tries than botocore's, which waits for minutes, where the user has set nothing."""
     users = any(conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a"))
     if users or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         return {}
-    return {"config_kwargs": {"connect_timeout": 3, "retries": {"mode": "standard", "total_max_attempts": 3}}}
+    retries = {"mode": "standard", "total_max_attempts": 3}
+    return {"config_kwargs": {"connect_timeout": 3, "read_timeout": _READ_SECONDS, "retries": retries}}
 
 
 class _RemoteFile:

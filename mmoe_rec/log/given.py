@@ -137,17 +137,7 @@ def _mismatch(column: str, values: Sequence[Any], wanted: str) -> RequestError:
         if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
             return RequestError(f"column '{column}' holds a string that is not valid Unicode")
     found = list(dict.fromkeys(_kind(value) for value in values if value is not None))
-    return RequestError(f"column '{column}' must hold {wanted}; found {' and '.join(found)}{_hint(wanted, found)}")
-
-
-def _hint(wanted: str, found: list[str]) -> str:
-    if wanted.startswith("integers,") and found == ["strings"]:
-        return ': give 12, not "12"'
-    if wanted.startswith("strings,") and found == ["integers"]:
-        return ': give "12", not 12'
-    if wanted.startswith("numbers") and found == ["true/false"]:
-        return ": give 1 or 0"
-    return ""
+    return RequestError(f"column '{column}' must hold {wanted}; found {' and '.join(found)}")
 
 
 def _kind(value: Any) -> str:
@@ -157,8 +147,6 @@ def _kind(value: Any) -> str:
         return f"lists of {' and '.join(inner)}" if inner else "lists"
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN or infinity"
-    if isinstance(value, float) and value.is_integer() and abs(value) >= 2**63:
-        return "integers that do not fit into 64 bits"
     return names.get(type(value), type(value).__name__)
 
 
@@ -181,6 +169,14 @@ def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | No
     elif isinstance(value, datetime) and math.isnan(value.year):  # pandas' missing time
         value = None
     return None if value is None else microseconds(column, value, unit)
+
+
+def parse_time(text: str) -> int:
+    """Return an ISO time (UTC without an offset) in microseconds since 1970 UTC. Raises UserError for other text."""
+    try:
+        return microseconds("time", text)
+    except RequestError:
+        raise UserError(f"'{text}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
 
 
 def microseconds(column: str, value: Any, unit: str | None = None) -> int:

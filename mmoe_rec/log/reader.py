@@ -6,7 +6,7 @@ A `Log` knows the files and cuts them into `LogPart`s; its `reader` reads any pa
 import copy
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Self
@@ -29,8 +29,6 @@ from mmoe_rec.log.checks import (
     log_value_checks,
     next_batch,
     open_parquet,
-    word_of,
-    words_of,
 )
 from mmoe_rec.log.columns import column_uses, event_uses
 from mmoe_rec.log.files import find_files
@@ -90,7 +88,7 @@ class LogReader:
     """Reads parts of an interaction log, or of a log of events; small and picklable.
 
     uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
-    types: of the columns in all files, as words; events: name of the log of events, None for the interaction log;
+    events: name of the log of events, None for the interaction log;
     first_times: Parquet file of each `row` that gets the `time` of its request, rising by row (see
     `mmoe_rec.preprocessing.requests`); None: rows have their own times; repeats: Parquet file of each `row` that does
     not count, None for none.
@@ -99,7 +97,6 @@ class LogReader:
     schema: Schema
     uses: dict[str, Use]
     now: int
-    types: dict[str, str] = field(default_factory=dict)
     events: str | None = None
     first_times: Path | None = None
     repeats: Path | None = None
@@ -147,7 +144,7 @@ class LogReader:
     def _checked(self, piece: Piece, spans: dict[str, tuple[int, int]] | None) -> Iterator[pa.Table]:
         """Tables of canonical columns."""
         checks = self.checks
-        for start, table in read_piece(piece, self.uses, self.schema.columns.time_unit, self.types):
+        for start, table in read_piece(piece, self.uses, self.schema.columns.time_unit):
             rows = LogRows(table, self.schema)
             for check in checks:
                 try:
@@ -243,7 +240,7 @@ class Log:
         self.files, self.types, self.left_out = check_files(found, self.uses, unit, skip_bad_files, types or {})
         if not self.files:
             raise none_usable(self.source, self.left_out)
-        self.reader = LogReader(self.schema, self.uses, self.now, words_of(self.types), self.name)
+        self.reader = LogReader(self.schema, self.uses, self.now, self.name)
 
     @property
     def rows(self) -> int:
@@ -304,15 +301,6 @@ class EventRows(Log):
                     "write both with one type"
                 )
 
-    def find_events(self, file: LogFile, first: int, last: int) -> np.ndarray:
-        """(N,) uint64 hash of all columns of each event of one file that is of a time from `first` to `last`, both in
-        microseconds."""
-        found = [np.empty(0, np.uint64)]
-        for rows in (rows for part in cut([file], file.rows) for rows in self.reader.read(part)):
-            inside = (rows.times() >= first) & (rows.times() <= last)
-            found.append(rows.content_hashes(rows.table.column_names)[inside])
-        return np.concatenate(found)
-
 
 def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
     """The error when all files of a log are left out."""
@@ -320,11 +308,8 @@ def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
     return UserError(f"none of the {len(left_out)} files of the log '{source}' can be used; the first: {first.reason}")
 
 
-def read_piece(
-    piece: Piece, uses: dict[str, Use], time_unit: str | None, types: Mapping[str, str]
-) -> Iterator[tuple[int, pa.Table]]:
-    """Batches in canonical types, each with the number of its first row within the file. types: of columns, in words,
-    as they were when the log was opened. Raises BadFile."""
+def read_piece(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
+    """Batches in canonical types, each with the number of its first row within the file. Raises BadFile."""
     address, in_path = piece.address, dict(piece.in_path)
     in_file = [column for column in uses if column not in in_path]
     coded = [column for column in in_file if uses[column] in ("key", "any")]
@@ -335,13 +320,10 @@ def read_piece(
             raise _changed(address)
         start = sum(group_rows[: piece.groups[0]])
         batches = parquet.iter_batches(ROWS_AT_A_TIME, list(piece.groups), in_file, use_threads=False)
-        while (batch := next_batch(batches, address, parquet.schema_arrow)) is not None:
+        while (batch := next_batch(batches, address)) is not None:
             raw = {column: batch.column(column) for column in in_file}
             raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in in_path.items()}
-            columns = {c: file_column(address, c, use, raw[c], time_unit, start) for c, use in uses.items()}
-            if any(c in types and word_of(each.type) not in (types[c], None) for c, each in columns.items()):
-                raise _changed(address)
-            yield start, pa.table(columns)
+            yield start, pa.table({c: file_column(address, c, use, raw[c], time_unit) for c, use in uses.items()})
             start += batch.num_rows
 
 

@@ -12,7 +12,6 @@ has to know about it. Features can't read these columns (see `Schema`), and no o
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column, mix
+from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column
 from mmoe_rec.point_in_time.arrays import SharedRagged, filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.settings.log_columns import SplitColumn, Task, outcome_name
@@ -165,20 +164,6 @@ class LogRows:
         """(N,) uint64 hash of request and candidate, by which two rows are known as the same one."""
         return combine([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
 
-    def content_hashes(self, columns: Sequence[str]) -> np.ndarray:
-        """(N,) uint64 hash of some columns' values, of any type but lists."""
-        hashes = []
-        for name in columns:
-            column = self.column(name)
-            if pt.is_floating(column.type):
-                numbers = self.numbers(name) + 0.0  # one zero
-                hashes.append(np.where(np.isnan(numbers), hash_column(pa.nulls(1))[0], mix(numbers.view(np.uint64))))
-            elif pt.is_timestamp(column.type):
-                hashes.append(mix(self.times(name).view(np.uint64)))
-            else:
-                hashes.append(hash_column(column))
-        return combine(hashes)
-
     def labels(self, task: Task, known_by: int) -> np.ndarray:
         """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a
         task whose `given` task did not happen."""
@@ -257,11 +242,6 @@ class FewRows(LogRows):
         column = self._columns[name]
         return column.unknown if isinstance(column, Stored) else np.zeros(self._rows, bool)
 
-    @cached_property
-    def table(self) -> pa.Table:
-        """All columns as Arrow."""
-        return pa.table({name: self.coded(name) for name in self._columns})
-
     def __len__(self) -> int:
         return self._rows
 
@@ -285,11 +265,6 @@ class RequestRows(FewRows):
         super().__init__(columns, len(of), shared.schema)
         self.shared, self.of = shared, of
         self._spread: dict[str, pa.Array] = {}
-
-    @cached_property
-    def table(self) -> pa.Table:
-        """All columns, of requests too, as Arrow."""
-        return pa.table({name: self.coded(name) for name in (*self._columns, *self.shared._columns)})
 
     def has(self, name: str) -> bool:
         return name in self._columns or self.shared.has(name)
@@ -342,15 +317,17 @@ def maturity(task: Task, schema: Schema) -> int:
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
     if pt.is_null(column.type):
         return np.zeros(len(column), bool)
-    is_text = pt.is_string(column.type)
-    if is_text != isinstance(value, str):
-        held, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
-        raise UserError(
-            f"an `observed_when` compares column '{name}', which holds {held}, with {value!r}; write `equals` {write}"
-        )
-    if not is_text:
+    _check_written(column, name, "an `observed_when`", value)
+    if not pt.is_string(column.type):
         return _numbers(column) == float(value)
-    return pc.fill_null(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
+    return filled(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
+
+
+def _check_written(column: pa.Array, name: str, setting: str, value: bool | int | float | str) -> None:
+    """Raises UserError where a setting compares text with a number."""
+    if (is_text := pt.is_string(column.type)) != isinstance(value, str):
+        holds, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
+        raise UserError(f"column '{name}' holds {holds}, but {setting} compares it with {value!r}: write it {write}")
 
 
 _FOREVER = np.iinfo(np.int64).max
@@ -402,18 +379,6 @@ def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
     return table if columns.has_candidate else table.append_column(columns.candidate, numbers)
 
 
-def describe_stand_ins(schema: Schema) -> str | None:
-    """What stands in for users, requests and candidates, as a sentence; None where the log has all."""
-    columns, told = schema.columns, []
-    if not columns.has_user:
-        told.append(f"columns.user: each {'row' if columns.request is None else 'request'} is a user of its own")
-    elif columns.request is None and not columns.has_time:
-        told.append("columns.request or columns.time: all rows of a user in a split are one request")
-    if not columns.has_candidate:
-        told.append("columns.candidate: each row is another one")
-    return f"the settings name no {'; and no '.join(told)}" if told else None
-
-
 def require_all(schema: Schema, what: str) -> None:
     """Raises UserError where a log is a plain table, which can't have what needs users, candidates and times."""
     columns = schema.columns
@@ -427,15 +392,12 @@ def places_of(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndar
     the settings list values of another type than the column's."""
     values = one_array(column) if isinstance(column, pa.ChunkedArray) else column
     values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
-    places, is_text = np.full(len(values), -1), pt.is_string(values.type)
+    places = np.full(len(values), -1)
     for place, (name, listed) in enumerate(split.values.items()):
         if pt.is_null(values.type):
             continue
-        if (other := next((each for each in listed if isinstance(each, str) != is_text), None)) is not None:
-            holds, write = ("text", "in quotes") if is_text else ("whole numbers", "without quotes")
-            raise UserError(
-                f"column '{split.column}' holds {holds}, but split.{name} lists {other!r}: write its values {write}"
-            )
+        for each in listed:
+            _check_written(values, split.column, f"split.{name}", each)
         wanted = pa.array([each if isinstance(each, str) else int(each) for each in listed], values.type)
         places[filled(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = place
     return places

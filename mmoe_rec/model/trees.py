@@ -4,14 +4,14 @@ Trees and networks err in different ways, so their sum ranks above both. The tre
 the network reads, and some of them the rows that single ids have in their tables, where frequent ones come first;
 `mmoe_rec.training.stacking` grows them and fits the weights.
 
-In an artifact they are a folder `trees`: the trees of each task as LightGBM writes them, text that
-`read_ensemble` and every version of LightGBM read, and `blends.json`, the weights.
+In an artifact they are a folder `trees`: the trees of each task as LightGBM writes them, several sets one after the
+other, and `blends.json`, the weights.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -46,8 +46,6 @@ class Trees:
 
     texts: Mapping[str, str]
     blends: Mapping[str, Blend]
-    _weights: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Names of T tasks -> (3, T) float64 weights of network and trees, and offsets."""
 
     @cached_property
     def forest(self) -> "Forest":
@@ -65,10 +63,8 @@ class Trees:
 
     def blend(self, network: Tensor, trees: Tensor, names: Sequence[str]) -> Tensor:
         """(B, T) logits of both -> (B, T) of the same type; a task without trees keeps the network's."""
-        if (weights := self._weights.get(tuple(names))) is None:
-            found = [self.blends.get(name, Blend(1.0, 0.0, 0.0)) for name in names]
-            weights = self._weights[tuple(names)] = np.array([astuple(each) for each in found]).T
-        one, other, offset = torch.from_numpy(weights).to(network.device)
+        found = [astuple(self.blends.get(name, Blend(1.0, 0.0, 0.0))) for name in names]
+        one, other, offset = torch.tensor(found, dtype=torch.float64, device=network.device).T
         blended = one * network.double() + other * trees.double() + offset
         return torch.where(trees.isnan(), network.double(), blended).to(network)
 
@@ -145,32 +141,34 @@ class Ensemble(NamedTuple):
 
 
 def read_ensemble(text: str) -> Ensemble:
-    """The trees in LightGBM's text. Raises ValueError or LookupError for a text that is damaged, and for trees of a
-    kind that `mmoe_rec.training.stacking` does not grow."""
-    header, *blocks = text.partition("\nend of trees")[0].split("\nTree=")
-    about = _entries(header)
-    if "tree_sizes" not in about or len(about["tree_sizes"].split()) != len(blocks):
-        raise ValueError("the text does not hold the trees that its first lines announce")
-    if about.get("num_tree_per_iteration") != "1" or "\naverage_output" in header:
-        raise ValueError("they are not those of one boosted sum")
-    ensemble = Ensemble([_read_tree(_entries(block)) for block in blocks], int(about["max_feature_idx"]) + 1)
-    if any((each.features >= ensemble.width).any() for each in ensemble.trees):
-        raise ValueError("a split reads an input that there is not")
-    return ensemble
+    """The trees in LightGBM's text, or the mean of several sets, whose texts follow each other.
+
+    Raises ValueError or LookupError for a text that is damaged, and for trees of a kind that
+    `mmoe_rec.training.stacking` does not grow.
+    """
+    *sets, _ = text.split("\nend of trees")
+    trees, width = list[Tree](), 0
+    for each in sets:
+        header, *blocks = each.split("\nTree=")
+        width = max(width, int(_entries(header)["max_feature_idx"]) + 1)
+        trees += [_read_tree(_entries(block), len(sets)) for block in blocks]
+    if not trees or any((tree.features >= width).any() for tree in trees):
+        raise ValueError("there is no tree, or a split reads an input that there is not")
+    return Ensemble(trees, width)
 
 
 def _entries(lines: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines.splitlines() if "=" in line)
 
 
-def _read_tree(entries: Mapping[str, str]) -> Tree:
+def _read_tree(entries: Mapping[str, str], sets: int) -> Tree:
     def numbers(name: str, kind: type) -> np.ndarray:
         return np.array(entries.get(name, "").split(), kind)
 
     kinds, thresholds = numbers("decision_type", np.int64), numbers("threshold", np.float64)
     by_set = kinds & _SET == _SET
-    if entries.get("is_linear", "0") != "0" or (kinds[~by_set] & _MISSING).any():
-        raise ValueError("a tree has linear leaves, or a rule for missing numbers")
+    if (kinds[~by_set] & _MISSING).any():
+        raise ValueError("a tree has a rule for missing numbers")
     with np.errstate(over="ignore"):
         edges = thresholds.astype(np.float32)
     # The largest float32 up to the threshold, as inputs are float32.
@@ -182,18 +180,12 @@ def _read_tree(entries: Mapping[str, str]) -> Tree:
         by_set,
         numbers("left_child", np.int64),
         numbers("right_child", np.int64),
-        numbers("leaf_value", np.float64),
+        numbers("leaf_value", np.float64) / sets,
         np.where(by_set, thresholds, 0).astype(np.int64),
         numbers("cat_boundaries", np.int64),
         numbers("cat_threshold", np.uint32),
     )
-    splits, parents = len(kinds), np.tile(np.arange(len(kinds)), 2)
-    children, root = np.concatenate([tree.left, tree.right]), 0 if splits else -1
-    if (
-        {len(tree.features), len(edges), len(tree.left), len(tree.right), len(tree.values) - 1} != {splits}
-        or (np.sort(np.append(children, root)) != np.arange(-splits - 1, splits)).any()
-        or ((children >= 0) & (children <= parents)).any()
-    ):
+    if len(tree.values) != len(kinds) + 1 or len(tree.left) != len(kinds):
         raise ValueError("the splits of a tree do not fit together")
     return tree
 

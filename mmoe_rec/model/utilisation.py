@@ -9,7 +9,6 @@ from pydantic import PlainValidator
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
-from mmoe_rec.model.routing import RoutingRule
 
 # A gate that gives one expert more than this share of its weight is polarised (Zhao et al., RecSys 2019, section 4).
 POLARISED = 0.8
@@ -85,19 +84,6 @@ class Utilisation:
                     f"predictions, until that expert fails in serving; model.gates.dropout of 0.1 spreads the weight"
                 )
         return found
-
-    def note(self, rule: RoutingRule) -> str | None:
-        """What is worth a line on the terminal: gates that choose experts leave some unchosen. Where gates mix all
-        experts, unused ones cost no accuracy (`tests/benchmarks/LOG.md`).
-        """
-        experts = self.hardly_used
-        if rule.mixes_all or not experts:
-            return None
-        count = len(_numbers(self.total_loads))
-        return (
-            f"gates choose {count - len(experts)} of {count} experts, and hardly ever {', '.join(map(str, experts))}: "
-            "if you want their capacity, set model.gates.balance, otherwise use fewer experts"
-        )
 
 
 class UtilisationSums:

@@ -1,19 +1,23 @@
-"""Starts a model from the weights of another one whose features have since been extended by further days.
+"""First weights of a model: base rates, or those of another model, whose experts may be edited.
+
+A model may start from another one whose features have since been extended by further days.
 
 Dense weights and the table rows of ids that the other model knew are copied. An id that is new to the vocabulary starts
 as a copy of the hashed bucket in which the other model looked it up. So the first outputs are, for all rows, those of
 the other model. Optimizers start afresh, so the first steps are as large as in any training.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
@@ -23,6 +27,7 @@ from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import some_in_int8, used_tables
 from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.settings.load import explain
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import differences
 
@@ -53,9 +58,8 @@ class WarmStart:
         before = ModelLayout.read(folder)
         old = FeaturePipeline.load(folder / "features", memories=False)
         new = FeaturePipeline.load(prepared.serving, memories=False)
-        one, other = ({"model": each.model_dump(mode="json", exclude={"trees"})} for each in (structure, settings))
-        misfits = _compare(one, other, "settings"), _misfits(old, new), _widths(before, layout)
-        found = next(itertools.chain(*misfits), None)
+        described = _describe(old, before, structure), _describe(new, layout, settings)
+        found = next(_misfits(*described, old, new), None)
         if found is not None:
             raise UserError(
                 f"the model in '{folder}' can't be started from: {found}; start from a model of the features that "
@@ -107,50 +111,34 @@ def _weights(folder: Path) -> Iterator[Any]:
         raise UserError(f"the weights of the model in '{folder}' can't be read: {error}") from None
 
 
-def _compare(one: dict[str, Any], other: dict[str, Any], place: str) -> Iterator[str]:
-    """The settings on which weights depend and that differ, each as a part of a sentence."""
-    for where, old, new in differences(one, other):
+def _describe(pipeline: FeaturePipeline, layout: ModelLayout, model: Model) -> dict[str, Any]:
+    """All that weights depend on, besides what features were fitted to."""
+    tree = copy.deepcopy(pipeline.schema.identity())
+    features: dict[str, dict[str, Any]] = tree["features"]
+    for table in layout.tables:
+        features[table.feature or table.name]["dim"] = table.dim
+    for attention in layout.attention:
+        features[attention.history]["pooling"] = "attention"
+    inputs = [each.name for each in (*layout.ids, *layout.dense)]
+    model_tree = model.model_dump(mode="json", exclude={"trees"})
+    return {**tree, "model": model_tree, "inputs": inputs, "outputs": [task.name for task in layout.tasks]}
+
+
+def _misfits(one: dict[str, Any], other: dict[str, Any], old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
+    """Yield each difference that keeps weights from fitting, as a part of a sentence."""
+    for where, was, now in differences(one, other):
         if where.rpartition(".")[2] not in _FREE:
-            yield f"its setting '{where}' is {old}, and {new} in the {place}"
-
-
-def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
-    """What besides new ids distinguishes the features, each as a part of a sentence."""
-    yield from _compare(old.schema.identity(), new.schema.identity(), "features")
+            yield f"its '{where}' is {was}, and {now} in the settings or features"
     for name, vocabulary in old.vocabularies.items():
-        known, now = vocabulary.ids, new.vocabularies[name].ids
-        if len(known) > len(now):
-            yield f"its feature '{name}' knows {len(known):,} ids, the features only {len(now):,}"
-        if len(known) and not known.equals(now[: len(known)]):
+        if not vocabulary.ids.equals(new.vocabularies[name].ids[: len(vocabulary.ids)]):
             yield f"the ids of its feature '{name}' have other rows than in the features"
-    for name, encoder in old.encoders.items():
-        if encoder.state().values != new.encoders[name].state().values:
-            yield f"its feature '{name}' was fitted to other rows (means, deviations or edges differ)"
-    for name, scale in old.label_scales.items():
-        if scale != new.label_scales[name]:
-            yield f"the labels of its task '{name}' have another mean or deviation"
-
-
-def _widths(old: ModelLayout, new: ModelLayout) -> Iterator[str]:
-    """What distinguishes the shapes of models on features that fit otherwise."""
-    dims = {table.name: table.dim for table in new.tables}
-    for table in old.tables:
-        if dims.get(table.name, table.dim) != table.dim:
-            where = f"features.{table.feature or table.name}.dim"
-            yield f"its setting '{where}' is {table.dim}, and {dims[table.name]} in the settings"
-    pools = [{each.history for each in layout.attention} for layout in (old, new)]
-    for name in sorted(pools[0] ^ pools[1]):
-        before, now = ("attention" if name in each else "mean" for each in pools)
-        yield f"its setting 'features.{name}.pooling' is {before}, and {now} in the settings"
-    if _shape(old) != _shape(new):
-        yield "its inputs or tasks come in another order"
-
-
-def _shape(layout: ModelLayout) -> tuple[Any, ...]:
-    """All that must be equal: not the sizes of tables, nor the weights of tasks."""
-    tables = tuple(replace(table, rows=0) for table in layout.tables)
-    tasks = tuple((task.name, task.kind, task.mean, task.deviation) for task in layout.tasks)
-    return tables, layout.ids, layout.dense, tasks
+    fitted, now_fitted = (
+        {name: encoder.state().values for name, encoder in each.encoders.items()} | each.label_scales
+        for each in (old, new)
+    )
+    for name, values in fitted.items():
+        if values != now_fitted[name]:
+            yield f"its feature or task '{name}' was fitted to other rows (means, deviations or edges differ)"
 
 
 # Towers begin at the base rates: a new model predicts for every row what the training rows say on average. From a bias
@@ -181,3 +169,132 @@ def set_base_rates(towers: Towers, tasks: Sequence[TaskOutput], rates: Sequence[
     """Sets the towers' last biases to the logits of the rates; 0 where there is none, a linear kind's mean label."""
     for bias, task, rate in zip(towers.output_bias[:, 0], tasks, rates, strict=True):
         bias.fill_(0.0 if rate is None else task.kind.logits(torch.tensor(rate, dtype=torch.float64)))
+
+
+# Experts of a trained model are added, removed or taken out of use, on its weights and without training.
+#
+# Only experts that all tasks share can be added and removed; in a model of several levels, at all levels alike.
+#
+# Adding under soft gates that serve with all experts changes no output: a copy takes over half of an expert's weight,
+# as ln 2 is subtracted from the gate's logits of both. As the two would get the same gradient for ever, a little noise
+# is added to the weights of one and subtracted from those of the other. Where gates choose experts, half a probability
+# may not be chosen, so an added expert begins out of use (its ramp is 1), and training lets it in.
+
+
+State = dict[str, Tensor]
+# As a share of each weight: soft gates' outputs change by twice its square.
+NOISE = 1e-4
+NOISE_OUT_OF_USE = 0.01
+
+_EXPERT = re.compile(r"mixture\.levels\.\d+\.experts\.0\.layers\.\d+\.(weight|bias)")
+_GATE = re.compile(r"mixture\.levels\.\d+\.gates\.(linear|route)\.(weight|bias)")
+_PER_EXPERT = re.compile(r"mixture\.levels\.\d+\.gates\.(masked|ramp|selection_bias)")
+
+
+def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0) -> tuple[State, Model]:
+    """A copy of each given expert, numbered after the shared ones, and the `model` section that fits.
+
+    Raises UserError for an expert that is not shared or is out of use.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    soft = model.gates.rule.mixes_all and model.gates.serving_top_k is None
+    for expert in copied:
+        _check_shared(model, expert, "copied")
+        if any(state[name][expert] for name in state if name.endswith("gates.masked")):
+            raise UserError(f"expert {expert} is out of use: copy another one")
+        count = model.experts.count
+        state = _added(state, expert, count, soft, generator)
+        model = _with_count(model, count + 1)
+    return state, model
+
+
+def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model]:
+    """The model without a shared expert; gates give its weight to the others, in proportion.
+
+    Raises UserError where too few would be left, or none of a gate in use.
+    """
+    _check_shared(model, expert, "removed")
+    if model.experts.count + model.experts.task_count == 1:
+        raise UserError(f"expert {expert} is the only one of a gate: add one before it is removed")
+    if model.experts.count == 1 and model.experts.levels > 1:
+        raise UserError(f"expert {expert} is the only one that all tasks share in each level: add one first")
+
+    def without(values: Tensor, dim: int) -> Tensor:
+        kept = [index for index in range(values.shape[dim]) if index != expert]
+        return values.index_select(dim, torch.tensor(kept))
+
+    state, model = _changed(state, without), _with_count(model, model.experts.count - 1)
+    _check_in_use(state, model, expert, "removed")
+    return state, model
+
+
+def mask_expert(state: State, model: Model, expert: int) -> State:
+    """The model with an expert out of use, its weights kept.
+
+    Raises UserError for one that it does not have, and where a gate would have none in use.
+    """
+    masks = [name for name in state if name.endswith("gates.masked")]
+    total = len(state[masks[0]])
+    if not 0 <= expert < total:
+        raise UserError(f"there is no expert {expert} to mask: the model has 0 to {total - 1}")
+    state = state | {name: state[name].index_fill(0, torch.tensor([expert]), 1) for name in masks}
+    _check_in_use(state, model, expert, "put out of use")
+    return state
+
+
+def _added(state: State, expert: int, count: int, soft: bool, generator: torch.Generator) -> State:
+
+    def with_copy(values: Tensor, dim: int) -> Tensor:
+        before, after = values.split([count, values.shape[dim] - count], dim)
+        return torch.cat([before, values.narrow(dim, expert, 1), after], dim)
+
+    changed = _changed(state, with_copy)
+    for name, values in changed.items():
+        if _EXPERT.fullmatch(name):
+            size = NOISE if soft else NOISE_OUT_OF_USE
+            noise = size * values[expert] * torch.randn(values[expert].shape, generator=generator)
+            values[count] += noise
+            if soft:
+                values[expert] -= noise
+        elif soft and _GATE.fullmatch(name) and name.endswith("linear.bias"):
+            values[:, [expert, count]] -= math.log(2)
+        elif not soft and name.endswith("gates.ramp"):
+            values[count] = 1.0
+    return changed
+
+
+def _changed(state: State, change: Callable[[Tensor, int], Tensor]) -> State:
+    """The state with every tensor that has a dimension for experts changed along it."""
+    first = {
+        name: change(each, 0) for name, each in state.items() if _EXPERT.fullmatch(name) or _PER_EXPERT.fullmatch(name)
+    }
+    return state | first | {name: change(each, 1) for name, each in state.items() if _GATE.fullmatch(name)}
+
+
+def _check_shared(model: Model, expert: int, what: str) -> None:
+    count, own = model.experts.count, model.experts.task_count
+    if count == 0:
+        raise UserError(f"expert {expert} can't be {what}: the model has no experts that all tasks share")
+    if not 0 <= expert < count:
+        hint = " (later numbers are experts of single tasks)" if own else ""
+        raise UserError(f"expert {expert} can't be {what}: the experts that all tasks share are 0 to {count - 1}{hint}")
+
+
+def _check_in_use(state: State, model: Model, expert: int, what: str) -> None:
+    """A gate without experts in use would predict the same for every candidate."""
+    shared, own = model.experts.count, model.experts.task_count
+    for name in (name for name in state if name.endswith("gates.masked")):
+        in_use = (state[name] == 0) & (state[name.replace("masked", "ramp")] < 1)
+        of_tasks = in_use[shared:].view(-1, own).any(1).all() if own else False
+        if not (in_use[:shared].any() or of_tasks):
+            raise UserError(f"expert {expert} can't be {what}: it is the last one of a gate in use")
+
+
+def _with_count(model: Model, count: int) -> Model:
+    """Raises UserError where the settings do not allow this number."""
+    tree = model.model_dump()
+    tree["experts"]["count"] = count
+    try:
+        return Model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(explain(error, lambda _: f"with {count} shared experts"))) from None

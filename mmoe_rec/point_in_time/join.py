@@ -51,15 +51,19 @@ def find_keys(keys: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return found, number[found]
 
 
-class KeyGroups:
-    """Rising keys, (N,) uint64; equal ones make a group."""
+class KnownEvents:
+    """Events sorted by (key, known time); events of one key make a group. key: (E,) uint64; known: (E,) int64
+    microseconds."""
 
-    def __init__(self, key: np.ndarray) -> None:
-        self.key = key
+    def __init__(self, key: np.ndarray, known: np.ndarray) -> None:
+        self.key, self.known = key, known
+
+    def __len__(self) -> int:
+        return len(self.key)
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """(G + 1,) int64 index of the first of each of G groups, then N."""
+        """(G + 1,) int64 index of the first event of each of G groups, then E."""
         return np.append(np.flatnonzero(self._begins), len(self.key)).astype(np.int64)
 
     @cached_property
@@ -69,23 +73,12 @@ class KeyGroups:
 
     @cached_property
     def number(self) -> np.ndarray:
-        """(N,) int64 group of each key."""
+        """(E,) int64 group of each event."""
         return np.cumsum(self._begins) - 1  # `np.repeat` would keep other threads waiting
 
     @cached_property
     def _begins(self) -> np.ndarray:
         return np.append(True, self.key[1:] != self.key[:-1])[: len(self.key)]
-
-
-class KnownEvents(KeyGroups):
-    """Events sorted by (key, known time). key: (E,) uint64; known: (E,) int64 microseconds."""
-
-    def __init__(self, key: np.ndarray, known: np.ndarray) -> None:
-        super().__init__(key)
-        self.known = known
-
-    def __len__(self) -> int:
-        return len(self.key)
 
     def take(self, kept: np.ndarray) -> "KnownEvents":
         """The events at (K,) rising indices, or where (E,) bool is true."""
@@ -180,43 +173,26 @@ class Join(Search):
     """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
 
     @cached_property
-    def _ticks(self) -> "_Ticks":
-        return _Ticks(self.events)
+    def _span(self) -> tuple[int, int]:
+        """A moment before all events, and the moments from it to the last one."""
+        first, last = int(self.events.known.min()), int(self.events.known.max())
+        return first - 1, last - first + 2
+
+    @cached_property
+    def _known(self) -> np.ndarray:
+        origin, moments = self._span
+        return self.events.known - origin + self.events.number * moments
 
     def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
-        known, moments = self._ticks.known, self._ticks.numbers(times)
-        moments += group * self._ticks.count
+        origin, moments = self._span
+        if moments * len(self.events.distinct) >= 2**63:
+            return super()._last(group, times)
+        asked = np.clip(times - origin, 0, moments - 1) + group * moments
         # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
-        order = np.argsort(np.concatenate([known, moments]), kind="stable")
-        before = np.flatnonzero(order >= len(known)) - np.arange(len(moments))
+        order = np.argsort(np.concatenate([self._known, asked]), kind="stable")
+        before = np.flatnonzero(order >= len(self.events)) - np.arange(len(asked))
         # `np.where` would guess, often wrongly, which way each one goes.
         return before * (before > self.events.starts[group]) - 1
-
-
-class _Ticks:
-    """Events (at least one) as single numbers that rise with key, then time, and moments as numbers of any key.
-
-    known: (E,) int64 number of each event; count: numbers of a key.
-    """
-
-    def __init__(self, events: KnownEvents) -> None:
-        known = events.known
-        self._origin, self.count = int(known.min()) - 1, int(known.max()) - int(known.min()) + 2
-        # Rising known times, which are counted where there are too many microseconds to tell apart.
-        self._moments = None
-        if self.count * len(events.distinct) < 2**63:
-            ticks = known - self._origin
-        else:
-            self._moments = np.unique(known)
-            ticks, self.count = np.searchsorted(self._moments, known) + 1, len(self._moments) + 1
-        self.known = ticks + events.number * self.count
-
-    def numbers(self, times: np.ndarray) -> np.ndarray:
-        """(N,) int64 from 0 to `count` - 1: an event of the first key is known at a time if its number is not
-        greater."""
-        if self._moments is not None:
-            return np.searchsorted(self._moments, times, side="right")
-        return np.clip(times - self._origin, 0, self.count - 1)
 
 
 def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:

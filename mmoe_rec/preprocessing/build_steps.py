@@ -6,33 +6,180 @@
     encode   parts of the log      -> encoded rows
 
 README.md says what is exchanged between them.
+
+An engine runs the tasks: `local`, a thread or process for each core, or `ray`, actors of a Ray cluster. It gives the
+results in the order of the tasks, so that nothing depends on the engine or on the number of workers. A `UserError` of a
+task ends the job and is raised as it is.
 """
 
+import logging
+import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
+from mmoe_rec.devices import freed_memory_kept, keep_freed_memory, usable_cores
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_fault
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.count import CountJob, LogCounts, check_times, count_part
-from mmoe_rec.preprocessing.engines import Engine, open_engine
-from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, ResultExchange, events_of, look_ups_of
+from mmoe_rec.preprocessing.count_and_encode import (
+    CountJob,
+    LogCounts,
+    SplitCounts,
+    check_times,
+    count_part,
+    encode_part,
+)
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, load_pipeline, look_up_partition
+from mmoe_rec.preprocessing.look_up import (
+    DUPLICATES,
+    Exchange,
+    LookUpJob,
+    Partition,
+    ResultExchange,
+    events_of,
+    load_pipeline,
+    look_up_partition,
+    look_ups_of,
+)
 from mmoe_rec.preprocessing.requests import Requests, check_duplicates, check_requests, find_requests
-from mmoe_rec.preprocessing.splits import SplitCounts, encode_part
 from mmoe_rec.progress import bar
+from mmoe_rec.settings.sections import EngineName
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+# This many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
+THREADS_AT_MOST = 4
+
+
+@contextmanager
+def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> "Iterator[Engine]":
+    """The engine of that name, with so many tasks at a time, by default one for each core. processes: whether `local`
+    may start processes, for more workers than threads suit."""
+    workers = workers or usable_cores()
+    if not processes and name == "local":
+        workers = min(workers, THREADS_AT_MOST)
+    if name == "ray":
+        with closing(_RayEngine(workers)) as engine:
+            yield engine
+        return
+    pool: Executor | None = None
+    if workers > THREADS_AT_MOST:
+        # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
+    elif workers > 1:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+    with freed_memory_kept():
+        try:
+            yield _LocalEngine(pool)
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)  # waits for tasks that have begun, and forgets the others
+
+
+class _LocalEngine:
+    """Tasks of a pool of threads or processes, or of this thread alone."""
+
+    def __init__(self, pool: Executor | None) -> None:
+        self._pool = pool
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """Results of a picklable function, in the order of the tasks."""
+        try:
+            yield from map(function, tasks) if self._pool is None else self._pool.map(function, tasks)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, most likely for want of memory; set data.workers or "
+                "data.rows_in_memory to a lower number"
+            ) from None
+
+
+def _start_worker() -> None:
+    """Ends with the process that started it, even where that one is killed, and leaves the other cores alone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
+    pa.set_cpu_count(1)
+    keep_freed_memory()
+
+
+class _RayEngine:
+    """Tasks of actors, on the cluster at RAY_ADDRESS if that variable is set, else on this machine."""
+
+    def __init__(self, workers: int) -> None:
+        if not os.environ.get("RAY_ADDRESS"):
+            # Under `uv run`, Ray would start each process by `uv run` too, in an environment made for it alone. On this
+            # machine the one that runs is the right one.
+            os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        try:
+            import ray
+        except ImportError:
+            raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
+        self._ray, self._workers = ray, workers
+        self._mine = not ray.is_initialized()
+        if self._mine:
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+            here = {
+                "address": "local",  # not what someone else happens to have running on this machine
+                "num_cpus": workers,
+                "include_dashboard": False,
+                "object_store_memory": 256 * 2**20,
+            }
+            ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else here))
+        if os.environ.get("RAY_ADDRESS"):
+            self._workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def close(self) -> None:
+        """Ends what was started here."""
+        if self._mine:
+            self._ray.shutdown()
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """Does what `map` of the other engine does."""
+        from ray.util import ActorPool
+
+        worker, shared = self._ray.remote(num_cpus=1)(_Worker), self._ray.put(function)
+        pool = ActorPool([worker.remote() for _ in range(min(self._workers, len(tasks)))])
+        try:
+            yield from pool.map(lambda actor, task: actor.run.remote(shared, task), tasks)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+
+
+class _Worker:
+    """A process that runs tasks one after the other, and so keeps what they load."""
+
+    def run(self, function: Callable[[Any], Any], task: Any) -> Any:
+        return function(task)
+
+
+Engine = _LocalEngine | _RayEngine
+"""Runs the tasks of a job."""
+
 
 # Fewer rows are done before further processes have started.
 ROWS_FOR_PROCESSES = 500_000
 _FIRST_TIMES, _RESULTS, _REPEATS = "first_times.parquet", "results", "repeats.parquet"
-Result = TypeVar("Result")
 
 
 def kept_reader(folder: Path, log: Log) -> LogReader:
@@ -89,24 +236,16 @@ class Steps:
             pieces = [each for log in self.logs.all for each in log.pieces()]
             faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
             self.logs = self.logs.without(list(faults))
+        look = (self.logs.options.duplicates == "error" or kept is not None) and self.logs.schema.columns.has_candidate
         while True:
             self.requests = self._find_requests(before, kept)
-            self._counted = self._count(statistics, kept is not None)
-            if not self._find_repeats(self._counted, kept, before):
+            self._counted = self._count(statistics, look)
+            check_times(self.logs.log, self._counted)
+            check_requests(self.logs.log, self.requests)
+            sent, database = self._events.folder / DUPLICATES, self.scratch / "database"
+            if not look or not check_duplicates(self.logs, sent, database, self._repeats, before, kept):
                 return self._counted
             shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
-
-    def _find_repeats(self, counted: LogCounts, kept: Path | None, before: Path | None) -> bool:
-        """As `check_duplicates`, after other checks."""
-        check_times(self.logs.log, counted)
-        check_requests(self.logs.log, self.requests)
-        sent, kept = self._events.folder / DUPLICATES, None if kept is None else kept / "rows"
-        before = None if before is None else before / "rows"
-        if DUPLICATES in counted.sent:
-            return check_duplicates(self.logs, sent, self.scratch / "database", self._repeats, before, kept)
-        if before is not None and kept is not None:
-            shutil.copytree(before, kept)
-        return False
 
     def find_requests(self) -> None:
         """Only finds the times of requests, for rows whose counters and histories are known elsewhere. Raises UserError
@@ -125,9 +264,7 @@ class Steps:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
         return find_requests(self.logs, self._reader, self.parts, self._run, scratch, first_times, before, kept)
 
-    def _count(self, statistics: bool, keep: bool) -> LogCounts:
-        options = self.logs.options
-        look = (options.duplicates == "error" or keep) and self.logs.schema.columns.has_candidate
+    def _count(self, statistics: bool, look: bool) -> LogCounts:
         job = CountJob(self.logs.schema, self.windows, self._events, statistics, look)
         readers: dict[str | None, LogReader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]

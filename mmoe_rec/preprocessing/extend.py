@@ -15,22 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
-from mmoe_rec.errors import UserError, first_line
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import Steps
-from mmoe_rec.preprocessing.count import LogCounts
+from mmoe_rec.preprocessing.count_and_encode import LogCounts
 from mmoe_rec.preprocessing.logs import BuildInputs, HeldFiles, Logs, check_apart, read_journal_name, say_copies
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
-from mmoe_rec.preprocessing.requests import Requests, place
+from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import differences
@@ -60,11 +58,10 @@ class NewFiles:
         """Whether there is a new file."""
         return any(each.new for each in self.changes)
 
-    def only(self, events_alone: bool = False) -> Logs:
-        """The logs with only their new files to read; events_alone: these may be of logs of events alone. Raises
-        UserError where there are no rows to read."""
+    def only(self) -> Logs:
+        """The logs with only their new files to read. Raises UserError where there are no rows to read."""
         old = [log.found.keys() - each.new for log, each in zip(self.logs.all, self.changes, strict=True)]
-        return self.logs.rest(old, events_alone)
+        return self.logs.rest(old)
 
     def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
         """Counts the rows of the new files. kept, before: folders of requests, see `Steps.count`. Raises UserError
@@ -86,62 +83,42 @@ class NewFiles:
 
     def _check_late(self, counted: LogCounts, steps: Steps) -> None:
         """Tells of requests that are no later than those held. Raises UserError where they may be the same ones."""
-        first, known, log = self.begin(counted, steps.requests), self.last, steps.logs.log
-        if first > known:
+        first, known = self.begin(counted, steps.requests), self.last
+        spans = {file.address: counted.spans.get((None, file.address)) for file in steps.logs.log.files}
+        late = [address for address, span in spans.items() if span is not None and span[0] <= known]
+        if first > known or not late:
             return
-        late = [file for file in log.files if counted.spans.get((None, file.address), (known + 1, 0))[0] <= known]
         earlier = steps.requests.earlier
-        if earlier is not None and any(read_journal_name(file.address) is None for file in late):
-            found = (rows.row_numbers[rows.times() == earlier] for rows in log.stream())
-            row = next(int(numbers[0]) for numbers in found if len(numbers))
+        if earlier is not None and any(read_journal_name(address) is None for address in late):
             raise UserError(
-                f"{place(log, row)} was requested at {format_time(earlier)}, but {self.holder} hold requests up to "
-                f"{format_time(known)} already, and a later row of its request among them, which would get its time: "
-                f"take such rows out of the log, or {self.anew}"
+                f"'{late[0]}' holds a row requested at {format_time(earlier)}, which is earlier than rows of its "
+                f"request that {self.holder} hold already. They would get its time. Take such rows out of the log, or "
+                f"{self.anew}"
             )
-        such_as = f"'{late[0].address}'" + (f" and {len(late) - 1:,} other new files" if len(late) > 1 else "")
+        such_as = f"'{late[0]}'" + (f" and {len(late) - 1:,} other new files" if len(late) > 1 else "")
         say(
-            f"{such_as} came late, with requests from {format_time(first)} on, {self.describe_known()}: the late rows "
-            "count, but are no rows to train on, as what they could have known is no longer remembered"
+            f"{such_as} came late, with requests from {format_time(first)} on, as {self.holder} know requests up to "
+            f"{format_time(known)} already: the late rows count, but are no rows to train on, as what they could have "
+            "known is no longer remembered"
         )
 
-    def describe_known(self) -> str:
-        """Up to when requests are held, and where the latest one lies, which may be a row ahead of its time."""
-        files = self.taken.logs[0].files.values()
-        latest = max(files, key=lambda file: (file.last is not None, file.last or 0))
-        return f"as {self.holder} know requests up to {format_time(self.last)} already (of '{latest.address}')"
-
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Raises UserError where new files hold all events of an old one, or as many of its time if it is gone; or an
-        old one holds all events of a new one."""
-        looks = self.logs.options.duplicates == "error"
-        for log, whole, before in zip(new.events, self.logs.events, self.taken.logs[1:], strict=True):
-            there = {file.address: file for file in whole.files}
+        """Raises UserError where new files may hold all events of a file that is gone: as many, of its times."""
+        if new.options.duplicates == "keep":
+            return
+        for log, changes in zip(new.events, self.changes[1:], strict=True):
             spans = {file: counted.spans.get((log.name, file.address)) for file in log.files}  # None without rows
-            for old in before.files.values():
+            for old in (changes.held.files[address] for address in changes.gone):
                 if old.first is None or old.last is None:
                     continue
                 near = [file for file, span in spans.items() if span and span[0] <= old.last and span[1] >= old.first]
-                if is_there := old.address in whole.found:  # A journal tells for itself which of its rows count.
-                    near = [file for file in near if looks and read_journal_name(file.address) is None]
-                if not near or (is_there and old.address not in there):
-                    continue
-                events = [log.find_events(file, old.first, old.last) for file in near]
-                if is_there:
-                    its = log.find_events(there[old.address], old.first, old.last)
-                    what = "is still there: all rows of one of the two came before or come again"
-                    again = bool(np.isin(its, np.concatenate(events)).all()) or any(
-                        len(each) == file.rows and np.isin(each, its).all()
-                        for file, each in zip(near, events, strict=True)
-                    )
-                else:
-                    what = f"is gone, and they are at least as many as that file held ({old.rows:,})"
-                    again = sum(map(len, events)) >= old.rows
-                if again:
+                times = [time for file in near for time in spans[file] or ()]
+                covered = near and min(times) <= old.first and max(times) >= old.last
+                if covered and sum(file.rows for file in near) >= old.rows:
                     raise UserError(
-                        f"rows of '{near[0].address}' of events '{log.name}' are of the time of '{old.address}', which "
-                        f"{what}. If they are the same, they would count twice: remove the new file or put the old one "
-                        f"back, or {self.anew}. If both are there and meant, set data.duplicates to keep"
+                        f"new files of events '{log.name}', such as '{near[0].address}', may hold the events of "
+                        f"'{old.address}', which is gone: they are of its times, and at least as many. Put it back and "
+                        f"remove the new ones, or {self.anew}. If they are others, set data.duplicates to keep"
                     )
 
 
@@ -214,12 +191,8 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
         taken = files.taken.with_new(new, counted.spans)
         _check_splits(files, counted, steps)
         pipeline = FeaturePipeline.load(before.serving, memories=False)
-        try:
-            for name, counts in pipeline.counts.items():
-                counts.merge(type(counts).from_table(pq.read_table(before.folder / "counts" / f"{name}.parquet")))
-        except (OSError, pa.ArrowException, KeyError) as error:
-            what = f"the features in '{before.folder}' are damaged ({first_line(error)})"
-            raise UserError(f"{what}: {ANEW}") from None
+        for name, counts in pipeline.counts.items():
+            counts.merge(type(counts).from_table(pq.read_table(before.folder / "counts" / f"{name}.parquet")))
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
         counted.add_latest_of(before.serving, logs.schema)
@@ -237,18 +210,11 @@ def _check_splits(files: NewFiles, counted: LogCounts, steps: Steps) -> None:
     if any(counted.rows.values()):
         return
     first, rows = files.begin(counted, steps.requests), steps.logs.log.rows
-    if not counted.seen[None]:
-        raise UserError(f"all {rows:,} rows of new files came before: add them together with those of new requests")
-    if first > counted.last:  # no request is new
+    if not counted.seen[None] or first > counted.last or counted.last <= files.last:
         raise UserError(
-            f"all {rows:,} new rows belong to requests of the files before, by column "
-            f"'{steps.logs.schema.columns.request}', so none of them would be encoded: give each request an id of "
-            "its own if ids were used again, or add these rows together with those of new requests"
-        )
-    if counted.last <= files.last:
-        raise UserError(
-            f"all {rows:,} new rows came late, {files.describe_known()}, so none of them would be encoded: add them "
-            f"together with those of later requests, or {files.anew}"
+            f"none of the {rows:,} new rows is of a new request later than {format_time(files.last)}, up to when "
+            f"{files.holder} hold requests, so none of them would be encoded: add them together with those of later "
+            f"requests, with ids that were not used before, or {files.anew}"
         )
     raise UserError(
         f"none of the {rows:,} new rows lies in a split: they were requested from {format_time(first)} to "
@@ -288,7 +254,7 @@ def extend_tables(features: Path, last: int, logs: Logs, taken: HeldFiles, out: 
         return None
     if logs.schema.columns.request is not None and not requests.is_dir():
         raise UserError(f"'{requests}', the requests that the model's tables hold, is missing; {REMAKE}")
-    with Steps(files.only(events_alone=True), {}, out / "scratch") as steps:
+    with Steps(files.only(), {}, out / "scratch") as steps:
         counted = files.count(steps, statistics=False, kept=out / "requests", before=requests)
         if not any(counted.seen.values()):  # all came before
             return None

@@ -21,7 +21,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
-from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums, is_remote, takes_in
+from mmoe_rec.log.files import FoundFile, find_checksums, is_remote, takes_in
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.progress import say
@@ -100,7 +100,7 @@ _WRITTEN = (
     *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
     "features/counts/x.parquet",
     "features/encoded/train/part-00000.parquet",
-    "features/requests/part-00000.parquet",
+    "features/requests/rows.parquet",
     "evaluation/encoded/test/part-00000.parquet",
     "champion/validation/part-00000.parquet",
 )
@@ -119,10 +119,7 @@ def check_apart(log_source: str, schema: Schema, work: Path) -> None:
 
 class Logs:
     """An interaction log with its logs of events. types: of the columns of each of them, and more: further columns of
-    the interaction log, as `Log` takes them. only_new: whether these are some of their files, see `rest`;
-    events_alone: whether rows of events suffice then."""
-
-    only_new, events_alone = False, False
+    the interaction log, as `Log` takes them."""
 
     def __init__(
         self,
@@ -153,14 +150,10 @@ class Logs:
 
     def without(self, faults: Sequence[BadFile | None]) -> "Logs":
         """The same logs without the files that have these faults. Raises UserError where nothing is left to read of
-        one."""
+        the interaction log."""
         fewer = self._with([each.without(faults) for each in self.all])
-        for log, before in zip(fewer.all, self.all, strict=True):
-            needed = not self.only_new or (log is fewer.log and not self.events_alone)
-            if before.files and not log.files and needed:
-                raise none_usable(log.source, log.left_out)
-        if not (fewer.rows if self.events_alone else fewer.log.rows):
-            raise UserError(f"the log '{self.log.source}' has no rows")
+        if self.log.files and not fewer.log.files:
+            raise none_usable(self.log.source, fewer.log.left_out)
         return fewer
 
     def without_copies(self) -> "Logs":
@@ -174,12 +167,11 @@ class Logs:
         changed.log, *changed.events = logs
         return changed
 
-    def rest(self, not_read: Sequence[Collection[str]], events_alone: bool = False) -> "Logs":
+    def rest(self, not_read: Sequence[Collection[str]]) -> "Logs":
         """The same logs without some of their files: addresses for each of `all`. Raises UserError where the others
-        have no rows of the interaction log or, if `events_alone`, none at all."""
+        have no rows."""
         rest = self._with([log.skip(done) for log, done in zip(self.all, not_read, strict=True)])
-        rest.only_new, rest.events_alone = True, events_alone
-        if not (rest.rows if events_alone else rest.log.rows):
+        if not rest.rows:
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
         return rest
 
@@ -217,16 +209,16 @@ def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]
     return [kinds, *({n: kind for n, kind in kinds.items() if n != each.time} for each in schema.events.values())]
 
 
-def _find_identities(files: Sequence[LogFile]) -> dict[str, tuple[Any, ...]]:
-    """Address of each file with rows -> its bytes and the columns in its path, by which it is known."""
-    sums = find_checksums([file for file in files if file.rows])
-    return {file.address: (file.bytes, checksum or file.address, file.in_path) for file, checksum in sums.items()}
+def _identify(file: "LogFile | HeldFile", checksum: str | None) -> tuple[Any, ...]:
+    """The bytes of a file and the columns in its path, by which it is known; without rows, by its address."""
+    return file.bytes, checksum if checksum and file.rows else file.address, file.in_path
 
 
 def _find_copies(files: Sequence[LogFile]) -> dict[str, str]:
     """Addresses of files -> that of an earlier one with the same bytes, and columns in its path."""
     first = dict[tuple[Any, ...], str]()
-    found = {address: first.setdefault(each, address) for address, each in _find_identities(files).items()}
+    sums = find_checksums(files).items()
+    found = {file.address: first.setdefault(_identify(file, checksum), file.address) for file, checksum in sums}
     return {address: other for address, other in found.items() if other != address}
 
 
@@ -245,10 +237,10 @@ Spans = Mapping[tuple[str | None, str], Span]
 
 @dataclass(frozen=True)
 class HeldFile(FoundFile):
-    """A file whose rows were counted. partition: columns that stand in its path; first, last: times of its rows,
+    """A file whose rows were counted. in_path: columns that stand in its path; first, last: times of its rows,
     microseconds, None without rows; checksum: of its bytes, None where it could not be read."""
 
-    partition: PathColumns
+    in_path: PathColumns
     rows: int
     first: int | None
     last: int | None
@@ -284,12 +276,12 @@ class Changes:
     """
 
     held: HeldLog
-    copies: dict[str, str] = field(default_factory=dict)
-    gone: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    new: set[str] = field(default_factory=set)
-    left_out: list[str] = field(default_factory=list)
-    bad: list[LeftOut] = field(default_factory=list)
+    copies: dict[str, str]
+    gone: list[str]
+    changed: list[str]
+    new: set[str]
+    left_out: list[str]
+    bad: list[LeftOut]
 
 
 @dataclass
@@ -369,7 +361,7 @@ def read_journal_name(address: str) -> tuple[str, int] | None:
 
 
 def _log_from(tree: Mapping[str, Any]) -> HeldLog:
-    files = [HeldFile(**{**each, "partition": tuple(map(tuple, each["partition"]))}) for each in tree["files"]]
+    files = [HeldFile(**{**each, "in_path": tuple(map(tuple, each["in_path"]))}) for each in tree["files"]]
     left_out = [LeftOut(**each) for each in tree["left_out"]]
     return HeldLog({each.address: each for each in files}, {each.address: each for each in left_out}, tree["types"])
 
@@ -378,30 +370,29 @@ def _changes(taken: HeldLog, log: Log) -> Changes:
     usable = {file.address: file for file in log.files}
     held, lost = dict[str, HeldFile](), dict[str, HeldFile]()
     for at, before in taken.files.items():
-        file, now = before, log.found.get(at)
-        if now is not None and now.version != file.version and now.bytes == file.bytes and file.checksum is not None:
-            file = replace(file, version=now.version if find_checksum(now) == file.checksum else file.version)
-        is_here = now is not None and _same(file, now) and (at not in usable or usable[at].in_path == file.partition)
-        (held if is_here else lost)[at] = file
-    known = {(file.bytes, file.checksum, file.partition): at for at, file in taken.files.items() if file.checksum}
-    copies, seen = dict[str, str](), dict[tuple[Any, ...], str]()
-    for at, identity in _find_identities([file for at, file in usable.items() if at not in held]).items():
-        of = known.get(identity) or seen.setdefault(identity, at)
-        if of != at:
+        is_here = at in log.found and _same(before, log.found[at])
+        (held if is_here and (at not in usable or usable[at].in_path == before.in_path) else lost)[at] = before
+    known = {_identify(file, file.checksum): at for at, file in taken.files.items()}
+    copies = dict[str, str]()
+    for file, checksum in find_checksums([file for at, file in usable.items() if at not in held]).items():
+        at, identity = file.address, _identify(file, checksum)
+        if (of := known.get(identity)) in lost:  # It was touched, renamed or moved.
+            held[at] = replace(lost.pop(of), address=at, version=file.version)
+        elif of is not None:
             copies[at] = of
-        # A journal tells by its files' names what they hold.
-        if identity in known and of in lost and read_journal_name(at) == read_journal_name(of):
-            held[at] = replace(lost.pop(of), address=at, version=usable[at].version)
-    changes = Changes(HeldLog(held | lost, taken.left_out, taken.types), copies)
-    for at in lost:
-        (changes.changed if at in log.found else changes.gone).append(at)
-    for at, bad in taken.left_out.items():
-        if at in log.found and _same(bad, log.found[at]):
-            changes.left_out.append(at)
-    known_files = held.keys() | lost.keys() | copies.keys() | set(changes.left_out)
-    changes.new = usable.keys() - known_files
-    changes.bad = [each for each in log.left_out if each.address not in known_files | taken.left_out.keys()]
-    return changes
+        if at not in copies:
+            known[identity] = at
+    left_out = [at for at, bad in taken.left_out.items() if at in log.found and _same(bad, log.found[at])]
+    known_files = held.keys() | lost.keys() | copies.keys() | set(left_out)
+    return Changes(
+        held=HeldLog(held | lost, taken.left_out, taken.types),
+        copies=copies,
+        gone=[at for at in lost if at not in log.found],
+        changed=[at for at in lost if at in log.found],
+        new=usable.keys() - known_files,
+        left_out=left_out,
+        bad=[each for each in log.left_out if each.address not in known_files | taken.left_out.keys()],
+    )
 
 
 def _same(before: FoundFile, now: FoundFile) -> bool:

@@ -2,11 +2,21 @@
 
 A partition holds all events of its keys and all look-ups of them, so no partition needs another one. A partition that
 is too large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to
-what later requests can ask for, is carried from one to the next. It is read twice, to sample its times and to write
-each row to the pieces that need it. Rows of a single moment are not divided.
+what later requests can ask for, is carried from one to the next, with labels that become known later. It is read
+twice, to sample its times and to write its pieces. Rows of a single moment are not divided.
+
+Steps exchange rows through files, all to all. Senders write one Arrow IPC file each, with a record batch for every
+receiver in each turn; a receiver reads its batches of all files. So what is exchanged never has to fit into memory, and
+workers need nothing in common but a folder.
+
+Results of counters and histories go to blocks of rows, in a table of each group of them. A list that many rows in a row
+share, as the candidates of a request share their user's history, is sent once: null stands for the list before.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -16,13 +26,201 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
-from mmoe_rec.features.encoder import MemoryEncoder
+from mmoe_rec.features.encoder import MemoryEncoder, Results
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
-from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
-from mmoe_rec.point_in_time.join import LookUps, Memory, Window, in_any, in_window, known_at
-from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, join_tables, one_array, rebatch
+from mmoe_rec.point_in_time.join import LookUps, Memory, Window, in_any, in_window
+
+Sender = tuple[int, int]
+DUPLICATES = "duplicates"  # the channel of each row's request and candidate, with its labels
+
+
+def events_of(feature: str) -> str:
+    """Channel of what a counter or history remembers."""
+    return f"events.{feature}"
+
+
+def look_ups_of(group: str) -> str:
+    """Channel of what rows ask a group of counters and histories, see `FeaturePipeline.key_groups`."""
+    return f"look_ups.{group}"
+
+
+def label_of(task: str) -> str:
+    """Column of a look-up that holds the label by which its row is an event."""
+    return f"label.{task}"
+
+
+class Exchange:
+    """A folder of files `CHANNEL/SENDER.arrow`. A sender is a pair of numbers, so that it may write in turns."""
+
+    def __init__(self, folder: Path, receivers: int) -> None:
+        self.folder = folder
+        self.receivers = receivers
+
+    def send(self, channel: str, sender: Sender, table: pa.Table, receiver: np.ndarray) -> np.ndarray:
+        """Sends each of N rows to its receiver, (N,) integers, in order; gives the rows of each, (receivers,) int64."""
+        return self.send_in_turns(channel, sender, [(table, receiver)])
+
+    def send_in_turns(self, channel: str, sender: Sender, turns: Iterable[tuple[pa.Table, np.ndarray]]) -> np.ndarray:
+        """Sends tables of one schema, as `send` does each, through one file: receivers have few files to open."""
+        total = np.zeros(self.receivers, np.int64)
+        path = self.folder / channel / f"{sender[0]:012d}-{sender[1]:04d}.arrow"
+        with ExitStack() as stack:
+            writer = None
+            for table, receiver in turns:
+                if not table.num_rows:
+                    continue
+                in_order, rows = self._in_order(table, receiver)
+                total += rows
+                if writer is None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(pa.OSFile(str(path), "wb"))
+                    writer = stack.enter_context(pa.ipc.new_file(file, table.schema))
+                whole, ends = in_order.combine_chunks().to_batches()[0], np.cumsum(rows)
+                for start, end in zip(ends - rows, ends, strict=True):
+                    writer.write_batch(whole.slice(start, end - start))
+        return total
+
+    def _in_order(self, table: pa.Table, receiver: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+        """The rows by their receiver, and the number of rows of each."""
+        if (receiver[1:] >= receiver[:-1]).all():
+            ends = np.searchsorted(receiver, np.arange(self.receivers), side="right")
+            return table, np.diff(ends, prepend=0)
+        # Numpy's stable sort of 16 bits counts instead of comparing.
+        small = receiver.astype(np.uint16 if self.receivers < 2**16 else np.uint32)
+        order = pa.array(np.argsort(small, kind="stable"))
+        return table.take(order), np.bincount(receiver, minlength=self.receivers)
+
+    def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
+        """The rows for a receiver, sender by sender in order."""
+        folder = self.folder / channel
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            # Not mapped: what is mapped would count as memory as long as a batch is there.
+            with pa.OSFile(os.path.join(folder, name)) as file, pa.ipc.open_file(file) as reader:
+                for number in range(receiver, reader.num_record_batches, self.receivers):
+                    batch = reader.get_batch(number)
+                    if batch.num_rows:
+                        yield pa.Table.from_batches([batch])
+
+    def remove(self) -> None:
+        """Removes all that was sent, once no other thread receives any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:
+    """(N,) int64 partition of each key, uint64: ranges of equal width, so that partitions in order hold rising keys."""
+    return (((keys >> np.uint64(32)) * np.uint64(partitions)) >> np.uint64(32)).astype(np.int64)
+
+
+def key_range(partition: int, partitions: int) -> tuple[int, int]:
+    """Least key of a partition, and of the next one (2^64 after the last)."""
+    return tuple((-(-number * 2**32 // partitions)) << 32 for number in (partition, partition + 1))  # type: ignore
+
+
+ROWS_PER_BLOCK = 131_072
+
+
+@dataclass(frozen=True)
+class ResultExchange:
+    """Where results lie in a build's folder: by block of `ROWS_PER_BLOCK` of the log's `rows`."""
+
+    folder: Path
+    rows: int
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange, whose receivers are blocks."""
+        return Exchange(self.folder, -(-self.rows // ROWS_PER_BLOCK))
+
+    def send(self, group: str, sender: Sender, rows: np.ndarray, results: Results) -> None:
+        """Sends a group's results for (N,) rising row numbers."""
+        block = rows // ROWS_PER_BLOCK
+        columns = {"row": pa.array(rows)}
+        for name, each in results.items():
+            columns[name] = _lists(each, block) if isinstance(each, SharedRagged) else pa.array(each)
+        self.exchange.send(group, sender, pa.table(columns), block)
+
+    def receive(self, groups: Sequence[str], block: int) -> Results:
+        """What was sent to a block, at the place of each row; rows without a result hold any value."""
+        results: dict[str, np.ndarray | SharedRagged] = {}
+        start = block * ROWS_PER_BLOCK
+        for group in groups:
+            results |= _by_row(list(self.exchange.receive(group, block)), start, min(ROWS_PER_BLOCK, self.rows - start))
+        return results
+
+
+def _lists(results: SharedRagged, block: np.ndarray) -> pa.Array:
+    number = results.number
+    first = np.append(len(number) > 0, (number[1:] != number[:-1]) | (block[1:] != block[:-1]))
+    lists = results.lists.take(number[first])
+    offsets = np.zeros(len(number) + 1, np.int32)
+    offsets[1:][first] = lists.lengths
+    return pa.ListArray.from_arrays(
+        pa.array(np.cumsum(offsets, dtype=np.int32)), pa.array(lists.values.astype(np.int32)), mask=pa.array(~first)
+    )
+
+
+class ResultReader:
+    """Gives rows, read in order, the results of counters and histories, block by block."""
+
+    def __init__(self, results: ResultExchange, groups: Sequence[str]) -> None:
+        self._results, self._groups = results, groups
+        self._block = -1
+        self._loaded: Results = {}
+
+    def of(self, rows: np.ndarray) -> Results:
+        """Results for rows by their numbers in the log, (N,) int64, which rise, at least one."""
+        block, place = np.divmod(rows, ROWS_PER_BLOCK)
+        parts = []
+        for number in np.unique(block).tolist():
+            if number != self._block:
+                self._block, self._loaded = number, self._results.receive(self._groups, number)
+            parts.append(take(self._loaded, place[block == number]))
+        return {name: join_results([part[name] for part in parts]) for name in parts[0]}
+
+
+def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Results:
+    """Results of a block of rows, the first of which is number `start`."""
+    results: dict[str, np.ndarray | SharedRagged] = {}
+    places = [table["row"].to_numpy() - start for table in tables]
+    for field in list(tables[0].schema)[1:] if tables else ():
+        columns = [one_array(table[field.name]) for table in tables]
+        if pt.is_list(field.type):
+            parts = SharedRagged.join([_shared(column) for column in columns])
+            number = np.zeros(rows, np.int64)
+            number[np.concatenate(places)] = parts.number
+            results[field.name] = SharedRagged(parts.lists, number)
+        else:
+            values = np.empty(rows, np.float32)
+            for place, column in zip(places, columns, strict=True):
+                values[place] = column.to_numpy()
+            results[field.name] = values
+    return results
+
+
+def _shared(column: pa.ListArray) -> SharedRagged:
+    first = column.is_valid().to_numpy(zero_copy_only=False)
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)[first].astype(np.int32)
+    return SharedRagged(Ragged(column.flatten().to_numpy(), lengths), np.cumsum(first) - 1)
+
+
+def take(results: Results, rows: np.ndarray) -> Results:
+    """The results of the given rows."""
+    together = len(rows) > 0 and bool((np.diff(rows) == 1).all())
+    its = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
+    return {name: each.take(its) if isinstance(each, SharedRagged) else each[its] for name, each in results.items()}
+
+
+def join_results(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:
+    """One counter's or history's results of several blocks of rows, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    lists = [part for part in parts if isinstance(part, SharedRagged)]
+    return SharedRagged.join(lists) if lists else np.concatenate([np.asarray(part) for part in parts])
+
 
 Group = Sequence[MemoryEncoder[Any]]
 _ROOM = 1.2  # for pieces that are larger than the sample says
@@ -37,13 +235,9 @@ class ReceivedRows:
     group: Group
     window: Window = (None, None)
 
-    def look_ups(self) -> Iterator[pa.Table]:
-        """key, time, row, and labels by which rows are events; the rows that ask within the window rise."""
-        return self.exchange.receive(look_ups_of(self.group[0].name), self.number)
-
-    def events(self, encoder: MemoryEncoder[Any]) -> Iterator[pa.Table]:
-        """Events of a counter or history that are not look-ups too."""
-        return self.exchange.receive(events_of(encoder.name), self.number)
+    def receive(self, channel: str) -> Iterator[pa.Table]:
+        """The rows that were sent through a channel."""
+        return self.exchange.receive(channel, self.number)
 
     def divide(self, rows: int, rows_in_memory: int, scratch: Path) -> "Iterator[ReceivedRows]":
         """Divide the rows by time into pieces of about `rows_in_memory`, which are yielded in the order of time.
@@ -56,65 +250,27 @@ class ReceivedRows:
         if rows <= rows_in_memory:
             yield self
             return
-        edges = self._edges(rows, rows_in_memory)
+        times = {look_ups_of(self.group[0].name): "time"}
+        times |= {events_of(encoder.name): "known" for encoder in self.group if encoder.label is None}
+        pieces = int(_ROOM * rows / rows_in_memory) + 1
+        step = 1 + pieces // 8  # more samples than pieces, so that pieces differ little in size
+        samples = [table[time].to_numpy()[::step] for channel, time in times.items() for table in self.receive(channel)]
+        moments = np.sort(np.concatenate(samples))
+        edges = np.unique(moments[np.arange(1, pieces) * len(moments) // pieces])
         exchange = Exchange(scratch, len(edges) + 1)
         try:
-            self._send(exchange, edges, rows_in_memory)
+            for channel, time in times.items():
+                tables = rebatch(self.receive(channel), rows_in_memory)
+                turns = ((table, np.searchsorted(edges, table[time].to_numpy(), "right")) for table in tables)
+                exchange.send_in_turns(channel, (0, 0), turns)
             for number, window in enumerate(pairwise([None, *edges.tolist(), None])):
                 yield ReceivedRows(exchange, number, self.group, window)
         finally:
             exchange.remove()
 
-    @property
-    def _unlabelled(self) -> list[MemoryEncoder[Any]]:
-        """Those of the group whose events are not look-ups too."""
-        return [encoder for encoder in self.group if encoder.label is None]
-
-    def _edges(self, rows: int, rows_in_memory: int) -> np.ndarray:
-        """Moments that divide the rows into about equal pieces, from a sample of their times."""
-        # An event that becomes known late is in two pieces: that of its look-up and that of when it is known.
-        copies = 1 + sum(each > 1 for each in self._matures_after)
-        pieces = int(_ROOM * copies * rows / rows_in_memory) + 1
-        step = 1 + pieces // 8  # more samples than pieces, so that pieces differ little in size
-        samples = [moments[::step] for table in self.look_ups() for moments in self._moments(table)]
-        samples += [t["known"].to_numpy()[::step] for encoder in self._unlabelled for t in self.events(encoder)]
-        times = np.sort(np.concatenate(samples))
-        return np.unique(times[np.arange(1, pieces) * len(times) // pieces])
-
-    def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> None:
-        """Writes each row to the pieces that need it."""
-        tables = rebatch(self.look_ups(), rows_in_memory)
-        turns = (_spread(table, self._moments(table), edges) for table in tables)
-        exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
-        for encoder in self._unlabelled:
-            tables = rebatch(self.events(encoder), rows_in_memory)
-            turns = (_spread(table, [table["known"].to_numpy()], edges) for table in tables)
-            exchange.send_in_turns(events_of(encoder.name), (0, 0), turns)
-
-    def _moments(self, look_ups: pa.Table) -> list[np.ndarray]:
-        """(N,) int64 each: when N look-ups ask, and when they are known as events."""
-        time = look_ups["time"].to_numpy()
-        return [time, *(known_at(time, each) for each in self._matures_after)]
-
-    @property
-    def _matures_after(self) -> list[int]:
-        return sorted({encoder.matures_after for encoder in self.group if encoder.label is not None})
-
-
-def _spread(table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-    """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
-    places, rows, pieces = [np.searchsorted(edges, each, "right") for each in moments], [], []
-    for number, place in enumerate(places):
-        needed = np.ones(len(table), bool)
-        for earlier in places[:number]:
-            needed &= place != earlier
-        rows.append(np.flatnonzero(needed))
-        pieces.append(place[needed])
-    return table.take(pa.array(np.concatenate(rows))), np.concatenate(pieces)
-
 
 class Chunk:
-    """Look-ups that are made, and events that become known, in a window of time.
+    """Look-ups that are made in a window of time, and their labels, which become known in it or later.
 
     asked, rows, times: the look-ups of N rows that lie in one of the splits' windows, the rows' numbers, rising, and
     their times, (N,) int64; until: no later chunk asks for an earlier moment, None for the last one.
@@ -122,29 +278,29 @@ class Chunk:
 
     def __init__(self, received: ReceivedRows, splits: Sequence[Window]) -> None:
         self._received, self.until = received, received.window[1]
-        labelled = {encoder.label for encoder in received.group if encoder.label is not None}
-        tables = list(received.look_ups())
-        found = join_tables(tables) if tables else None
-        columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
+        tables = list(received.receive(look_ups_of(received.group[0].name)))
         none = np.empty(0, np.int64)
-        key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
+        columns = {"key": none.view(np.uint64), "time": none, "row": none}
+        if tables:
+            found = join_tables(tables)
+            columns = {name: found[name].to_numpy() for name in found.column_names}
+        key, time = columns["key"], columns["time"]
         order = np.lexsort((time, key))
         self._key, self._time = key[order], time[order]
-        self._labels = {task: columns[label_of(task)][order] for task in labelled} if columns else {}
-        wanted = in_any(time, splits) & in_window(time, received.window)
+        self._labels = {name: values[order] for name, values in columns.items() if name not in ("key", "time", "row")}
+        wanted = in_any(time, splits)
         self.asked = LookUps.in_order(self._key, self._time, order).where(wanted)
-        self.rows, self.times = columns.get("row", none)[wanted], time[wanted]
+        self.rows, self.times = columns["row"][wanted], time[wanted]
 
     def extended(self, encoder: MemoryEncoder[Any], memory: Any) -> Any:
         """A memory of a counter or history of the group with the chunk's events."""
         if encoder.label is None:
-            tables = list(self._received.events(encoder))
+            tables = list(self._received.receive(events_of(encoder.name)))
             return encoder.extended(memory, join_tables(tables)) if tables else memory
         if not self._labels:
             return memory
-        events = encoder.labelled(self._key, self._time, self._labels[encoder.label])
-        inside = in_window(events["known"].to_numpy(), self._received.window)
-        return encoder.extended(memory, events if inside.all() else events.filter(pa.array(inside)), in_order=True)
+        events = encoder.labelled(self._key, self._time, self._labels[label_of(encoder.label)])
+        return encoder.extended(memory, events, in_order=True)
 
 
 @dataclass(frozen=True)

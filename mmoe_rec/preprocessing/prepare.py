@@ -6,8 +6,8 @@
         files.json             the files of the logs that were taken in or left out (see `HeldFiles`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (`extend`)
-        requests/              times and users of requests, so that rows of one that come later are recognised,
-                               and in rows/ hashes of all rows, so that those that come again are
+        requests/              requests.parquet: times and users of requests, so that rows of one that come later
+                               are recognised; rows.parquet: hashes of all rows, so that those that come again are
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
 
@@ -16,7 +16,7 @@ The folder appears whole or not at all.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,13 +30,12 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_steps import Steps
-from mmoe_rec.preprocessing.count import LogCounts
+from mmoe_rec.preprocessing.count_and_encode import LogCounts, SplitCounts
 from mmoe_rec.preprocessing.logs import BuildInputs, Changes, HeldFiles, Logs, check_apart
-from mmoe_rec.preprocessing.splits import SplitCounts, check_classes, check_splits, empty_split
 from mmoe_rec.progress import say
+from mmoe_rec.settings.log_columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
@@ -141,8 +140,6 @@ def prepare(inputs: BuildInputs, *, going_on: bool = False) -> FeatureFolder:
     """
     check_apart(inputs.source, inputs.schema, inputs.work)
     features, logs, windows = FeatureFolder(inputs.work / "features"), inputs.logs, inputs.windows
-    if (told := describe_stand_ins(inputs.schema)) is not None:
-        say(told)
 
     def stand() -> bool:
         return features.stands(logs, windows, may_lack_files=going_on or features.is_extended)
@@ -252,6 +249,55 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
         pipeline.finish()
         manifest = write_features(steps, pipeline, counted, HeldFiles.of(steps.logs, counted.spans), windows, folder)
     write_manifest(folder, {"fingerprint": fingerprint_of(logs, windows), **manifest})
+
+
+def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, split: SplitColumn | None = None) -> None:
+    """Raises UserError where a split has no rows. split: the column that says it, None where times do."""
+    for name in windows:
+        if counted.rows[name] == 0 and split is not None:
+            listed = ", ".join(map(repr, split.values[name]))
+            raise UserError(
+                f"the {name} split is empty: no row of the log '{log}' has {listed} in column '{split.column}'; "
+                f"list its values under split.{name}"
+            )
+        if counted.rows[name] == 0:
+            raise UserError(
+                f"the {name} split is empty: the log '{log}' has requests from {format_time(counted.first)} to "
+                f"{format_time(counted.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` "
+                "inside that span (and `columns.time_unit`, if these times are wrong)"
+            )
+
+
+def empty_split(split: str, folder: Path) -> str:
+    """The sentence on features that have no rows of a split, which only an extension leaves behind."""
+    return (
+        f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
+        "and none of these lies in that split. Set `split` around the requests of the next new files before you add "
+        "them with --extend, or set another `data.work`, where features are built anew from all files of the log"
+    )
+
+
+def check_classes(schema: Schema, counts: SplitCounts) -> None:
+    """Raises UserError where a task has nothing to learn from in the training rows."""
+    for name, task in schema.tasks.items():
+        observed, positive = counts.observed[name], counts.label_sum[name]
+        if observed == 0:
+            reasons = [f"column '{task.label}' is null in all training rows"]
+            if task.observed_when is not None:
+                reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.given is not None:
+                reasons.append(f"task '{task.given}' never happened where it has a value")
+            if task.matures_after_days:
+                reasons.append(f"no label had matured by split.train_end, {task.matures_after_days:g} days after it")
+            raise UserError(
+                f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
+                "give it labels, train on a longer period, or remove the task"
+            )
+        if task.kind.is_binary and positive in (0, observed):
+            raise UserError(
+                f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
+                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer period or remove it"
+            )
 
 
 def write_features(

@@ -3,8 +3,8 @@
 A request's rows may lie in any parts of a log. So each part writes (request, time, user, row, rows) of its rows, once
 for consecutive rows that agree, and a database groups these by the hash of the request's id. Where a request has
 several times, its rows get the first one: a file says which, by rising row, and whoever reads the log reads it as well.
-What is known of requests is kept with the features, so that rows in a later day's files are recognised; so are, in the
-folder `rows`, hashes of all rows, as rows of a day before do not count when they come again.
+What is known of requests is kept with the features (`requests.parquet`), so that rows in a later day's files are
+recognised; so are hashes of all rows (`rows.parquet`), as rows of a day before do not count when they come again.
 """
 
 import shutil
@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
-from mmoe_rec.errors import UserError, first_line
+from mmoe_rec.errors import UserError
 from mmoe_rec.log.database import Database, open_database
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
+from mmoe_rec.log.reader import Log, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.progress import say
@@ -32,7 +31,9 @@ _RUNS = pa.schema(
 KEPT = pa.schema(
     dict.fromkeys(("request", "least", "greatest"), pa.uint64()) | dict.fromkeys(("first", "last", "rows"), pa.int64())
 )
-KEPT_ROWS = pa.schema({"key": pa.uint64(), "labels": pa.uint32()})
+KEPT_ROWS = pa.schema({"key": pa.uint64()})
+_SENT = pa.schema({"key": pa.uint64(), "row": pa.int64()})
+_REQUESTS, _ROWS = "requests.parquet", "rows.parquet"
 _GREATEST = np.iinfo(np.int64).max
 Run = Callable[[Callable[[Any], Any], Sequence[Any], Sequence[int], str], Iterator[Any]]
 
@@ -89,8 +90,7 @@ def find_requests(
     time, is not read.
 
     run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; before: folder
-    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a bad file or
-    a damaged `before`.
+    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a bad file.
     """
     log, options, requests = logs.log, logs.options, Requests()
     columns, split = log.schema.columns, log.schema.split
@@ -115,10 +115,8 @@ def find_requests(
             )
             requests.users_clash = _find_clash(database, "who", one_user)
         if kept is not None:
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir()
-            for number, table in enumerate(database.read("FROM every ORDER BY request", ROWS_PER_PART)):
-                pq.write_table(table, kept / f"part-{number:05d}.parquet", compression="zstd")
+            kept.mkdir(exist_ok=True)
+            database.write("FROM every ORDER BY request", kept / _REQUESTS, KEPT)
     shutil.rmtree(scratch)
     return requests
 
@@ -143,7 +141,7 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
         "CREATE TABLE mine AS SELECT request, min(who) AS least, max(who) AS greatest, min(time) AS first, "
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
-    database.fill("before", KEPT, read_kept(before, KEPT))
+    _read_kept(database, before, _REQUESTS, KEPT)
     # A row that is earlier than all of its request in the files before would change what these have become.
     requests.continued, requests.continued_rows = database.row(
         "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT FROM mine JOIN before USING (request) "
@@ -166,12 +164,9 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
 def _find_first_times(database: Database, requests: Requests, path: Path, want_clash: bool) -> None:
     one_time = "FROM runs JOIN (SELECT request, first AS agreed FROM every WHERE last > first) USING (request)"
     moved = f"SELECT unnest(range(row, row + rows)) AS row, agreed {one_time} WHERE time <> agreed"
-    rows = f"FROM ({moved}) ORDER BY row"
     path.parent.mkdir(exist_ok=True)
     schema = pa.schema({"row": pa.int64(), "time": pa.int64()})
-    with pq.ParquetWriter(path, schema) as writer:
-        for table in database.read(rows, ROWS_PER_PART):
-            writer.write_table(pa.table(table.columns, schema=schema))
+    database.write(f"SELECT row, agreed AS time FROM ({moved}) ORDER BY row", path, schema)
     if want_clash:
         requests.times_clash = _find_clash(database, "time", one_time)
 
@@ -185,17 +180,12 @@ def _find_clash(database: Database, column: str, runs: str) -> Clash | None:
     return first, other
 
 
-def read_kept(folder: Path | None, columns: pa.Schema) -> Iterator[pa.Table]:
-    """What is kept in a folder, None for none, some at a time. `request`, `least` and `greatest` are hashes of a
+def _read_kept(database: Database, folder: Path | None, name: str, columns: pa.Schema) -> None:
+    """Makes the table `before` of a kept file, empty without one. `request`, `least` and `greatest` are hashes of a
     request's id and of its users, `first` and `last` its times in microseconds; `key` is a hash of a row's request and
-    candidate, `labels` one of its labels. Raises UserError for a folder that can't be read."""
-    try:
-        for path in () if folder is None else sorted(each for each in folder.iterdir() if each.is_file()):
-            with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    yield file.read_row_group(group, columns.names)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"'{folder}' is damaged: {first_line(error)}; build the features anew") from None
+    candidate."""
+    has_kept = folder is not None and (folder / name).exists()
+    database.copy("before", ds.dataset(f"{folder}/{name}", columns) if has_kept else ds.dataset(columns.empty_table()))
 
 
 def check_requests(log: Log, requests: Requests) -> None:
@@ -235,40 +225,31 @@ def place(log: Log, row: int) -> str:
 def check_duplicates(
     logs: Logs, sent: Path, scratch: Path, repeats: Path, before: Path | None, kept: Path | None
 ) -> bool:
-    """Whether rows came before, in the same request with the same labels: their numbers are then written to a file
-    `repeats` (see `LogReader`), and all others have to be counted again. Else rows are kept.
+    """Whether rows came before, in the same request: their numbers are then written to a file `repeats` (see
+    `LogReader`), and all others have to be counted again. Else rows are kept.
 
-    sent: folder of Arrow files with the `key` and the number of each `row`, and a hash of its `labels`; scratch: folder
-    for a database; before: folder with the rows of the days before; kept: folder that gets all rows.
+    sent: folder of Arrow files with the `key` and the number of each `row`; scratch: folder for a database; before:
+    folder with the rows of the days before; kept: folder that gets all rows.
 
-    Raises UserError where a row repeats an earlier one of these files, or one of before with other labels.
+    Raises UserError where a row repeats an earlier one of these files.
     """
     options, log, columns = logs.options, logs.log, logs.schema.columns
     with open_database(scratch, options.memory_gib, options.workers) as database:
-        database.copy("sent", ds.dataset(sent, format="ipc"))
-        database.fill("before", KEPT_ROWS, read_kept(before, KEPT_ROWS))
+        database.copy("sent", ds.dataset(sent, _SENT, "ipc") if sent.is_dir() else ds.dataset(_SENT.empty_table()))
+        _read_kept(database, before, _ROWS, KEPT_ROWS)
         database.run(
-            "CREATE TABLE known AS SELECT row, bool_or(sent.labels = before.labels) AS same FROM sent "
-            "JOIN before USING (key) GROUP BY row",
+            "CREATE TABLE known AS SELECT row FROM sent SEMI JOIN before USING (key)",
             "CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1",
         )
-        count, row, others, other = database.row(
-            "SELECT count(*), min(row), count(*) FILTER (NOT same), min(row) FILTER (NOT same) FROM known"
-        )
+        count, row = database.row("SELECT count(*), min(row) FROM known")
         repeated, pair = database.row(
             "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
             "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
         )
         if count and options.duplicates == "error":
-            if others:
-                raise UserError(
-                    f"{place(log, other)} repeats request and candidate of a row that came before, with other labels; "
-                    f"{others:,} rows of new files do so: remove them, or set data.duplicates to keep if they are meant"
-                )
-            say(f"left out: {count:,} rows of new files that came before, such as {place(log, row)}; they count once")
-            with pq.ParquetWriter(repeats, pa.schema({"row": pa.int64()})) as writer:
-                for table in database.read("SELECT row FROM known ORDER BY row", ROWS_PER_PART):
-                    writer.write_table(table)
+            such_as = f"such as {place(log, row)}"
+            say(f"left out: {count:,} rows of new files that came before, {such_as}; the first ones count")
+            database.write("SELECT row FROM known ORDER BY row", repeats, pa.schema({"row": pa.int64()}))
             return True
         if repeated is not None and options.duplicates == "error":
             names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
@@ -280,10 +261,9 @@ def check_duplicates(
                 "keep if they are meant"
             )
         if kept is not None:
-            kept.mkdir(parents=True)
-            every = "SELECT key, labels FROM sent UNION ALL FROM before ORDER BY key"
+            kept.mkdir(parents=True, exist_ok=True)
             # Of rising numbers the differences are stored: some 5 bytes a row.
-            packed: dict[str, Any] = {"use_dictionary": ["labels"], "column_encoding": {"key": "DELTA_BINARY_PACKED"}}
-            for number, table in enumerate(database.read(every, ROWS_PER_PART)):
-                pq.write_table(table, kept / f"part-{number:05d}.parquet", compression="zstd", **packed)
+            packed: dict[str, Any] = {"use_dictionary": False, "column_encoding": {"key": "DELTA_BINARY_PACKED"}}
+            every = "SELECT key FROM sent UNION ALL FROM before ORDER BY key"
+            database.write(every, kept / _ROWS, KEPT_ROWS, **packed)
     return False

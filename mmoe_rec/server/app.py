@@ -1,7 +1,5 @@
 """The application: its pages, who may see them, and replies of one form to whatever goes wrong."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac
@@ -11,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from starlette.applications import Starlette
@@ -26,12 +24,10 @@ from mmoe_rec.errors import UserError, quoted
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.calls import Calls, refusal, require_json
+from mmoe_rec.server.events import Accepting
 from mmoe_rec.server.measurements import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
-
-if TYPE_CHECKING:
-    from mmoe_rec.server.events import Accepting
+from mmoe_rec.server.options import INTERNAL, Refused
 
 Reload = Callable[[], Awaitable[None]]
 """Takes up the model that the server's address names now. Raises UserError for one that can't be loaded."""
@@ -59,8 +55,6 @@ class Application:
         self.calls = Calls(models, self.metrics, self._log)
         self.events: Accepting | None = None
         if options.journal is not None and (following := self.calls.following) is not None:
-            from mmoe_rec.server.events import Accepting
-
             self.events = Accepting(options.limits, options.journal, self.metrics, following)
         self._pages: list[tuple[str, str, Page]] = [
             *(("GET", path, self._health) for path in OPEN_PATHS),
@@ -101,8 +95,6 @@ class Application:
             if not hmac.compare_digest(token.strip(), self.token.encode()) or scheme.lower() != b"bearer":
                 sentence = "this server asks for a token: send the header Authorization: Bearer TOKEN"
                 return Refused(401, sentence, "unauthorised", "UNAUTHENTICATED")
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
-            return large_headers()
         return None
 
     async def _health(self, request: HttpRequest) -> Response:

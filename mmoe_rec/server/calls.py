@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect
@@ -17,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, quoted, suggest
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import (
     EMPTY,
@@ -27,7 +28,6 @@ from mmoe_rec.inference.request_reader import (
     rows_of_candidates,
     split_rows,
 )
-from mmoe_rec.inference.scorer import LostExpert
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.models import Models
@@ -35,15 +35,11 @@ from mmoe_rec.server.options import MEBIBYTE, Places, Refused, shortened
 from mmoe_rec.server.ranking_queue import Answers, Following, RankingQueue
 from mmoe_rec.settings.sections import Serving
 
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
-
 PARSED_AT_ONCE = 256 * 2**10  # larger bodies are parsed in a thread, so that the event loop answers others in between
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 _KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
 COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
-MOST_IGNORED = 5
 
 
 @dataclass(frozen=True)
@@ -51,13 +47,11 @@ class Call:
     """A call that may be ranked.
 
     requests: and in the place of one that is wrong, the sentence about it; rows: of each, in a table with a row for
-    each candidate; ignored: a warning for each of the params that there are not; candidates: of all requests together,
-    at least.
+    each candidate; candidates: of all requests together, at least.
     """
 
     requests: list[Request | RequestError]
     rows: list[list[int]]
-    ignored: tuple[str, ...]
     candidates: int
 
 
@@ -113,13 +107,11 @@ class Calls:
         finally:
             gone.cancel()
         self._count(answers)
-        log, ignored = self._log, call.ignored
-        if self.following is not None and (gap := self.following.gap) is not None:
-            ignored = (*ignored, f"some events are not counted: {gap}")
+        gap = None if self.following is None else self.following.gap
         with self.metrics.timed("write"):
-            body = reply(answers, ignored, partial, call.rows)
-        if log is not None:
-            self._offer(log, call, answers)
+            body = reply(answers, gap, partial, call.rows)
+        if self._log is not None:
+            self._offer(self._log, call, answers)
         return body
 
     def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
@@ -132,8 +124,6 @@ class Calls:
 
     def _count(self, answers: Answers) -> None:
         rankings = [each for each in answers if isinstance(each, Ranking)]
-        lost = sum(isinstance(warning, LostExpert) for each in rankings for warning in each.warnings)
-        self.metrics.warnings.inc(lost)
         for role in ("user", "candidate"):
             self.metrics.unknown.labels(role).inc(sum(each.unknown_ids.get(role, 0) for each in rankings))
 
@@ -191,29 +181,26 @@ def require_json(request: HttpRequest) -> None:
 
 
 async def read_body(request: HttpRequest, limits: Serving) -> bytes:
-    """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
+    """The body of a call. Raises Refused for one that is too large, once it was read and dropped, or too slow."""
     for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         if request.headers.get(name, plain).strip().lower() != plain:
             raise Refused(415, f"the body must not be compressed: leave the header {name} out", "no_json")
     if "upgrade" in request.headers:
         raise Refused(400, "this server speaks HTTP/1.1 alone: leave the header Upgrade out", "no_json")
-    sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
-    too_large = Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
-    length, most = request.headers.get("content-length", ""), limits.max_body_mib * MEBIBYTE
-    if length.isdecimal() and int(length[:20]) > most:
-        raise too_large
     parts: list[bytes] = []
-    size = 0
+    size, most = 0, limits.max_body_mib * MEBIBYTE
     try:
         async with asyncio.timeout(limits.read_seconds):
             async for part in request.stream():
                 size += len(part)
-                if size > most:
-                    raise too_large
-                parts.append(part)
+                if size <= most:
+                    parts.append(part)
     except TimeoutError:
         slow = f"did not arrive within {limits.read_seconds:g} seconds (setting `serving.read_seconds`)"
         raise Refused(408, f"the body {slow}", "too_slow", "REQUEST_TIMEOUT") from None
+    if size > most:
+        sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
+        raise Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
     return b"".join(parts)
 
 
@@ -227,7 +214,7 @@ def parse_json(body: bytes, limits: Serving) -> Any:
     return tree
 
 
-def parse(body: bytes, limits: Serving, ranker: "Ranker") -> Call:
+def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
     """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
     tree = parse_json(body, limits)
     if not isinstance(tree, dict):
@@ -235,7 +222,7 @@ def parse(body: bytes, limits: Serving, ranker: "Ranker") -> Call:
     for name in tree:
         if name not in _KEYS:
             raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, _KEYS)}")
-    params, ignored = _params(tree)
+    params = _params(tree)
     elements, rows = _elements_in(tree, params, limits, ranker)
     if not isinstance(elements, list):
         raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
@@ -254,7 +241,7 @@ def parse(body: bytes, limits: Serving, ranker: "Ranker") -> Call:
             ranker.check_options(Request.of(EMPTY, params))
         except RequestError as error:
             raise _wrong(str(error)) from None
-    return Call(requests, rows, ignored, candidates)
+    return Call(requests, rows, candidates)
 
 
 def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
@@ -266,7 +253,7 @@ def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
 
 
 def _elements_in(
-    tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: "Ranker"
+    tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: Ranker
 ) -> tuple[Any, list[list[int]]]:
     """The elements of a call, which may come in one of MLflow's forms of a data frame: then also the rows of each."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:
@@ -299,18 +286,16 @@ def _are(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(isinstance(each, kind) for each in values)
 
 
-def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The params that there are, and a warning for each of the others, which MLflow drops as well."""
+def _params(tree: Mapping[str, Any]) -> dict[str, Any]:
     given = tree.get("params")
     if given is None:
-        return {}, ()
+        return {}
     if not isinstance(given, dict):
         raise _wrong("'params' must be an object")
-    unknown = islice((name for name in given if name not in OPTIONS), MOST_IGNORED)
-    ignored = [
-        f"'params' has an unknown key {quoted(name)}, which was ignored; {suggest(name, OPTIONS)}" for name in unknown
-    ]
-    return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored)
+    for name in given:
+        if name not in OPTIONS:
+            raise _wrong(f"'params' has an unknown key {quoted(name)}; {suggest(name, OPTIONS)}")
+    return given
 
 
 def _check_depth(tree: Any, limits: Serving) -> None:
@@ -327,13 +312,18 @@ def _wrong(sentence: str) -> Refused:
     return Refused(400, sentence, "body")
 
 
-def reply(answers: Answers, ignored: Iterable[str], partial: bool, rows: list[list[int]]) -> bytes:
-    """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place."""
-    ignored = [shortened(each) for each in ignored]
+def reply(answers: Answers, gap: str | None, partial: bool, rows: list[list[int]]) -> bytes:
+    """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place.
+
+    gap: why the model does not know some events.
+    """
     replies: list[dict[str, Any]] = []
     for index, answer in enumerate(answers):
         if isinstance(answer, Ranking):
-            replies.append(answer.to_dict() | ({"warnings": [*answer.warnings, *ignored]} if ignored else {}))
+            replies.append(answer.to_dict())
+            if gap is not None:
+                told = shortened(f"some events are not counted: {gap}")
+                replies[-1]["warnings"] = [*answer.warnings, told]
         elif partial:
             replies.append({"error": shortened(str(answer))})
         else:

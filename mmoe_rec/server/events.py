@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
@@ -21,14 +21,14 @@ from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import JournalRows, make_batch
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.server.calls import parse_json, read_body, reply_to, require_json, wait_until_gone
+from mmoe_rec.server.calls import parse_json, read_body, reply_to, require_json
 from mmoe_rec.server.measurements import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
-from mmoe_rec.server.ranking_queue import Following, step_back
+from mmoe_rec.server.ranking_queue import Following
 from mmoe_rec.settings.sections import Serving
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
-_THREADS = 4  # batches that wait for the disk at a time; they share a flush
+_THREADS = 4  # bodies that are checked, or wait for the disk, at a time
 
 Lacking = dict[str, np.ndarray]
 """Attributes of users and candidates that rows leave out, each with (N,) bool in which rows."""
@@ -43,7 +43,7 @@ class Accepting:
         self._limits, self._metrics, self._following = limits, metrics, following
         self._journal = Journal(journal)
         self.places = Places(self._limits, "calls of /events")
-        self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
+        self._threads = ThreadPoolExecutor(_THREADS, "events")
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
@@ -52,44 +52,22 @@ class Accepting:
             return await reply_to(lambda: self._accept(request), self.places, lambda reason: refused(reason).inc())
 
     async def _accept(self, request: Request) -> bytes:
-        """Append the rows of a call, unless its time is over or its caller leaves before they are being written."""
-        loop, limit, position = asyncio.get_running_loop(), self._limits.answer_seconds, Future[int]()
-        sentence = f"/events: no row was appended within {limit:g} seconds (setting `serving.answer_seconds`)"
-        late = Refused(503, f"{sentence}. Send the call again.", "too_long", "TEMPORARILY_UNAVAILABLE", 1)
-        try:
-            async with asyncio.timeout(limit) as scope:
-                rows = await self._read(request, scope)
-        except TimeoutError:
-            raise late from None
-        gone = asyncio.ensure_future(wait_until_gone(request))
-        appending = loop.run_in_executor(self._threads, self._append, *rows, position)
-        ends: list[asyncio.Future[Any]] = [appending, gone]
-        try:
-            left = max(scope.when() - loop.time(), 0.0)  # type: ignore[operator]
-            await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # Rows that are being written are waited for.
-            if not appending.done() and position.cancel():
-                appending.cancel()
-            is_late = not gone.done()
-            gone.cancel()
-        if appending.cancelled():
-            raise late if is_late else ClientDisconnect
-        return orjson.dumps(await appending)
-
-    async def _read(self, request: Request, scope: asyncio.Timeout) -> tuple[str | None, pa.Table, Lacking]:
-        """Read and check a call. Its scope stands still while the body comes, which has a limit of its own."""
-        loop = asyncio.get_running_loop()
+        """Append the rows of a call within its time. An append that has begun by then goes on."""
         require_json(request)
         if strange := request.query_params.keys():
             raise Refused(400, f"/events has no query parameter {quoted(min(strange))}", "body")
-        left = scope.when() - loop.time()  # type: ignore[operator]
-        scope.reschedule(None)
-        body = await read_body(request, self._limits)
-        scope.reschedule(loop.time() + left)
-        source, table, lacking = await loop.run_in_executor(self._threads, self._check, body)
-        if lacking:
-            await self._following.reach_end()  # what was acknowledged before may say what it lacks
-        return source, table, lacking
+        body, limit = await read_body(request, self._limits), self._limits.answer_seconds
+        run = partial(asyncio.get_running_loop().run_in_executor, self._threads)
+        try:
+            async with asyncio.timeout(limit):
+                source, table, lacking = await run(self._check, body)
+                if lacking:
+                    await self._following.reach_end()  # what was acknowledged before may say what it lacks
+                return orjson.dumps(await run(self._append, source, table, lacking))
+        except TimeoutError:
+            sentence = f"/events: no answer within {limit:g} seconds (setting `serving.answer_seconds`)"
+            told = f"{sentence}. Send the call again."
+            raise Refused(503, told, "too_long", "TEMPORARILY_UNAVAILABLE", 1) from None
 
     def _check(self, body: bytes) -> tuple[str | None, pa.Table, Lacking]:
         """The log of events that rows are of, the rows, and what they lack."""
@@ -101,24 +79,20 @@ class Accepting:
             raise Refused(400, str(error), "body") from None
         return log, table, _lacking(log, checks, table, rows)
 
-    def _append(self, source: str | None, table: pa.Table, lacking: Lacking, appended: Future[int]) -> dict[str, Any]:
+    def _append(self, source: str | None, table: pa.Table, lacking: Lacking) -> dict[str, Any]:
         learning = self._following.learning
         try:
             if lacking:
                 table = _completed(learning.ranker, table, lacking)
-            rows = JournalRows(source, table, Counter())
-            late = rows.count_late(learning.schema, learning.ranker.tables_known)
-            ignored = learning.count_known(rows.rows(learning.schema).times())
-            position = self._journal.append(make_batch(source, table, learning.schema), position=appended)
+            ignored = learning.count_known(JournalRows(source, table).rows(learning.schema).times())
+            position = self._journal.append(make_batch(source, table, learning.schema))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
             raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
         self._metrics.events.labels(source or "").inc(len(table))
-        self._following.look_at_once()
-        reply = {"accepted": len(table), "late": late}
-        return reply | ({"ignored": ignored} if ignored else {}) | {"position": str(position)}
+        return {"accepted": len(table), "position": str(position)} | ({"ignored": ignored} if ignored else {})
 
 
 def _rows_in(tree: Any) -> tuple[str | None, Any]:

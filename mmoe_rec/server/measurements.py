@@ -44,7 +44,6 @@ class Metrics:
         self.refusals = counter(
             "refusals", "Calls refused for what they cost, or without a token, by reason", ["reason"]
         )
-        self.warnings = counter("expert_warnings", "Warnings in rankings that an expert is lost")
         self.reloads = counter("reloads", "Attempts to take up another model by outcome", ["outcome"])
         self.events = counter("events", "Rows of events that were accepted, by log of events", ["log"])
         self.events_refused = counter("events_refused", "Calls of /events that were refused, by reason", ["reason"])

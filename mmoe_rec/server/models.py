@@ -1,44 +1,30 @@
-"""The model that is served, when another one is to take its place, and how it does.
+"""The model that is served, and how another one takes its place.
 
-A new model is loaded and answers its own example beside the old one, which goes on serving until then, and from then on
-only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`.
+A new model answers its own example beside the old one, which goes on serving until then. One process loads it and
+writes it to memory that all workers map. Its arrays (tables of counters and histories, weights) are most of a model,
+and each worker holds only small objects of its own.
 """
 
-import logging
+import io
+import mmap
+import os
+import pickle
 import re
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from mmoe_rec.errors import RequestError, UserError, one_line
 from mmoe_rec.inference.artifact import Source, read_example
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.live.learning import Learning
 from mmoe_rec.server.options import Options
 
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.live.learning import Learning
-
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
-
-_log = logging.getLogger(__name__)
-
-
-class Finder(Protocol):
-    """Finds the model at the server's address. It can be sent to another process."""
-
-    def state(self) -> str | None:
-        """What changes whenever another model lies at the address, found at little cost. None if that can't be told
-        without fetching the model. Raises UserError."""
-
-    def find(self) -> Source:
-        """The model that lies there now. Raises UserError."""
-
-
-class NotFoundError(UserError):
-    """No model was found at the address, or it could not be fetched: the next attempt may find one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +32,10 @@ class ServedModel:
     """A loaded model, ready to answer. example: a request that can be sent as it is; learning: how it learns events,
     None without a journal."""
 
-    ranker: "Ranker"
+    ranker: Ranker
     source: Source
     example: dict[str, Any]
-    learning: "Learning | None" = None
+    learning: Learning | None = None
 
     def about(self) -> dict[str, str | None]:
         """What tells this model from others; name and version are those of the registry, where it comes from there, and
@@ -77,23 +63,16 @@ class Models:
         self.current = self.open(first) if isinstance(first, Source) else first
 
     def exchange(self, served: ServedModel) -> None:
-        """Serve a model that was opened, once it has learnt all that the one before has, so that callers who saw events
-        counted will still see that."""
-        before, learning = self.current.learning, served.learning
-        if before is None or learning is None:
-            self.current = served
-            return
-        while self.current is not served:
-            learning.catch_up()
-            with before.pause():
-                if learning.position >= before.position:
-                    self.current = served
-                    before.close()
+        """Serve a model that was opened, once it has learnt what the journal holds."""
+        before = self.current.learning
+        if served.learning is not None:
+            served.learning.catch_up()
+        self.current = served
+        if before is not None:
+            before.journal.close()
 
     def open(self, source: Source) -> ServedModel:
         """Load a model; the current one goes on. Raises UserError for one that can't be loaded or can't answer."""
-        from mmoe_rec.inference.ranker import Ranker
-
         try:
             ranker = Ranker.load(source.folder)
             ranker.take_settings(self.options.instead)
@@ -102,10 +81,7 @@ class Models:
             example = read_example(source.folder)
             learning = None
             if self.options.journal is not None:
-                from mmoe_rec.live.learning import Learning
-
-                most_rows = self.options.limits.max_events
-                learning = Learning(ranker, self.options.journal, most_rows)
+                learning = Learning(ranker, self.options.journal, self.options.limits.max_events)
                 learning.catch_up()
             ranker.rank(**example)
         except RequestError as error:
@@ -117,78 +93,48 @@ class Models:
         return ServedModel(ranker, source, example, learning)
 
 
-def sentence_of(error: BaseException) -> str:
-    """A sentence that was written for people, or else an error's kind and text in one line."""
-    return str(error) if isinstance(error, UserError) else one_line(error)
+_ALIGNMENT = 64  # bytes, as numpy, torch and Arrow ask for at most
+_LOCKS = {type(lock()): lock for lock in (threading.Lock, threading.RLock)}
 
 
-class Reloads:
-    """Finds the model at the address and takes it up, again and again, one attempt after the other.
+class _Pickler(pickle.Pickler):
+    """Hands the memory of tensors out, as numpy and Arrow do by themselves, and makes new locks."""
 
-    An attempt looks for a model only once the one before has ended, so that a slow download never puts an older model
-    in the place of a newer one. take_up: loads a model and serves it; raises UserError for one that can't be loaded.
-    """
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) in _LOCKS:
+            return _LOCKS[type(value)], ()
+        if isinstance(value, nn.Parameter):
+            return nn.Parameter, (value.data, value.requires_grad)
+        if isinstance(value, Tensor):
+            content = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return _make_tensor, (content, value.dtype, value.shape)
+        return NotImplemented
 
-    def __init__(self, finder: Finder, take_up: Callable[[Source], None]) -> None:
-        self._finder, self._take_up = finder, take_up
-        self._lock = threading.Lock()
-        self._next: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "reloads")
-        self._state: str | None = None
-        self._served_state: str | None = None  # of the finder, before it found the model that is served
-        self._reported: str | None = None
 
-    def ask(self) -> Future[None]:
-        """The next attempt, which all share who ask before it begins; it ends once its model is served.
+def _make_tensor(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(content).view(dtype).reshape(shape)
 
-        Its error is NotFoundError where there is none, or another UserError where that can't be loaded. Nobody may
-        cancel it.
-        """
-        with self._lock:
-            if self._next is None:
-                self._next = self._thread.submit(self._reload)
-            return self._next
 
-    def _reload(self) -> None:
-        with self._lock:
-            self._next = None
-        try:
-            if (state := self._finder.state()) is not None and state == self._served_state:
-                return
-            source = self._finder.find()
-        except Exception as error:
-            raise NotFoundError(sentence_of(error)) from error
-        self._served_state = None  # A failure is on record until a model is loaded.
-        try:
-            self._take_up(source)
-        except Exception as error:
-            _log.warning("the previous model goes on serving: %s", sentence_of(error))
-            raise
-        self._served_state = state
+def write_shared(served: ServedModel, path: str) -> None:
+    """Write a model to a file for `map_shared`."""
+    stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(served)
+    parts = [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    with open(path, "wb") as file:
+        pickle.dump([part.nbytes for part in parts], file)
+        for part in parts:
+            file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+            file.write(part)
 
-    def watch(self, state: str | None, seconds: float) -> None:
-        """Looks every so many seconds from now on, in a thread of its own; 0: never. state: before the model was found
-        that is served now."""
-        self._state = self._served_state = state
 
-        def look() -> None:
-            while True:
-                time.sleep(seconds)
-                self.look()
-
-        if seconds > 0:
-            threading.Thread(target=look, name="watch", daemon=True).start()
-
-    def look(self) -> None:
-        """Takes up the model at the address if it is another one. One that can't be loaded is not tried again until the
-        address's state changes."""
-        try:
-            state = self._finder.state()
-            error = None if state == self._state else self.ask().exception()
-        except Exception as problem:  # whatever it is, the next look may succeed, and nobody else would look
-            error = NotFoundError(sentence_of(problem))
-        if not isinstance(error, NotFoundError):
-            self._state, self._reported = state, None  # an attempt that failed has been reported
-        elif str(error) != self._reported:
-            self._reported = str(error)
-            _log.warning("can't look for another model: %s", error)
+def map_shared(path: str) -> ServedModel:
+    """Return the model in a file, whose pages all processes share until one of them writes to a page."""
+    with open(path, "rb") as file:
+        sizes, end = pickle.load(file), file.tell()
+        memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    parts = []
+    for size in sizes:
+        start = end + -end % _ALIGNMENT
+        end = start + size
+        parts.append(memory[start:end])
+    return pickle.loads(parts[0], buffers=parts[1:])

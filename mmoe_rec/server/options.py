@@ -9,13 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.settings.sections import Serving
 
 MOST_CHARACTERS = 400
 MEBIBYTE = 2**20
-MOST_HEADER_BYTES = 64 * 2**10
 BACKLOG = 1_024
 INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
 
@@ -83,12 +82,6 @@ class Places:
             self._show(self.taken)
 
 
-def large_headers() -> Refused:
-    """The refusal of a request with too many headers, or too long ones."""
-    sentence = f"the request's headers have more than {MOST_HEADER_BYTES // 2**10} KiB"
-    return Refused(431, sentence, "too_large", "REQUEST_TOO_LARGE")
-
-
 def shortened(sentence: str) -> str:
     """A sentence of bounded length: it may quote a value or name of the caller's, which can be as long as the body."""
     return sentence if len(sentence) <= MOST_CHARACTERS else f"{sentence[: MOST_CHARACTERS - 3]}..."
@@ -132,6 +125,11 @@ def log_to_stderr() -> None:
     # uvicorn's lines about its own start and end say nothing that ours do not; its warnings are one line for each
     # request that is no HTTP, so that a caller could fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+
+def sentence_of(error: BaseException) -> str:
+    """A sentence that was written for people, or else an error's kind and text in one line."""
+    return str(error) if isinstance(error, UserError) else one_line(error)
 
 
 def end_process(code: int) -> NoReturn:

@@ -4,11 +4,10 @@ import gc
 
 import torch
 
-from mmoe_rec.inference import ranker
 from mmoe_rec.server import app, connections
 from mmoe_rec.server.workers import leave_signals
 
-__all__ = ["app", "connections", "ranker"]
+__all__ = ["app", "connections"]
 
 leave_signals()
 torch.set_num_threads(1)  # threads of OpenMP would not be there after a fork

@@ -9,12 +9,8 @@ reads the journal and prepares what the model is to know next; the model takes i
 sees one state of all counters, histories and latest values.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
-import os
-import sys
 import threading
 import time
 import weakref
@@ -25,33 +21,30 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING
 
+import torch
 from starlette.requests import ClientDisconnect
 
 from mmoe_rec.errors import RequestError, UserError
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.journal import parse_position
+from mmoe_rec.live.learning import Learning
 from mmoe_rec.server.measurements import Metrics
-from mmoe_rec.server.models import Models, sentence_of
-from mmoe_rec.server.options import INTERNAL, Refused
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.live.learning import Learning
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import INTERNAL, Refused, sentence_of
 
 Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096
 """Calls share a pass up to so many candidates: beyond, a call would wait longer for the others than it saves."""
 
 PAUSE_SECONDS = 0.05
-"""Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
+"""Between looks at a journal."""
 _REST_SECONDS = 0.3
 """After it has prepared something, the thread leaves the processor to requests, unless a caller waits: a step costs
 nearly the same for few rows as for many."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
-_NICER = 10
 _SECONDS_BETWEEN_LOOKS = 0.001  # of a caller who waits for a position
 
 _log = logging.getLogger(__name__)
@@ -160,8 +153,6 @@ class RankingQueue:
 
 def take_one_thread() -> None:
     """Have torch compute with one thread."""
-    import torch
-
     torch.set_num_threads(1)  # of each thread that calls it. Why one: see `mmoe_rec.inference.mlflow_model`
 
 
@@ -195,14 +186,8 @@ class Following:
     def __init__(self, models: Models, queue: RankingQueue, metrics: Metrics) -> None:
         self._models, self._queue, self._limits, self._metrics = models, queue, models.options.limits, metrics
         self.failure: str | None = None
-        self._look, self._asked = threading.Event(), threading.Event()
-        self._callers = 0  # who wait for a position
-        arguments = weakref.ref(self), self._asked, self._look
-        threading.Thread(target=_follow, args=arguments, name="following", daemon=True).start()
-
-    def look_at_once(self) -> None:
-        """Ends a pause, as this process has appended something."""
-        self._look.set()
+        self._asked = threading.Event()
+        threading.Thread(target=_follow, args=(weakref.ref(self), self._asked), name="following", daemon=True).start()
 
     @property
     def gap(self) -> str | None:
@@ -240,23 +225,19 @@ class Following:
         await self._reach(await asyncio.get_running_loop().run_in_executor(None, self.learning.journal.end), until)
 
     async def _reach(self, position: int, until: float) -> None:
-        self._callers += 1
-        self._asked.set()  # a caller waits, and so the thread does not rest
-        self._look.set()
-        try:
-            while self.learning.position < position:
-                if time.monotonic() > until:
-                    why = self.failure or "setting `serving.answer_seconds`"
-                    sentence = f"the model has not learnt all events up to {position} in time ({why}); come again"
-                    raise Refused(503, sentence, "behind", "TEMPORARILY_UNAVAILABLE", 1)
-                await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
-        finally:
-            self._callers -= 1
+        while self.learning.position < position:
+            if self.failure is None:
+                self._asked.set()  # so that the thread does not rest
+            if time.monotonic() > until:
+                why = self.failure or "setting `serving.answer_seconds`"
+                sentence = f"the model has not learnt all events up to {position} in time ({why}); come again"
+                raise Refused(503, sentence, "behind", "TEMPORARILY_UNAVAILABLE", 1)
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def look(self) -> float:
         """Learns what is new; gives the seconds to rest."""
         try:
-            rest = _REST_SECONDS if self._step() and not self._callers else 0.0
+            rest = _REST_SECONDS if self._step() else PAUSE_SECONDS
             if self.failure is not None:
                 _log.info("events are learnt again")
             self.failure = None
@@ -282,22 +263,10 @@ class Following:
         return True
 
 
-def _follow(following: weakref.ref[Following], asked: threading.Event, look: threading.Event) -> None:
-    """What the thread does: it holds what it follows for only while it works. asked, look: end its pauses."""
-    step_back()
+def _follow(following: "weakref.ref[Following]", asked: threading.Event) -> None:
+    """What the thread does: it holds what it follows for only while it works. asked: ends its pauses."""
     while (it := following()) is not None:
         rest = it.look()
         del it
         asked.wait(rest)
         asked.clear()
-        look.wait(PAUSE_SECONDS)
-        look.clear()
-
-
-def step_back() -> None:
-    """The calling thread gets less of a processor than those that answer requests; on Linux alone, where threads have
-    priorities of their own."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _NICER, 19))

@@ -2,7 +2,7 @@
 
 On Linux all processes are forked from one that has imported torch and nothing else (multiprocessing's fork server), so
 they share the memory of all packages. Elsewhere they are started anew. For each model a process, the loader, reads and
-checks the artifact, writes the model to shared memory (`mmoe_rec.server.shared`) and ends. Workers map that memory. The
+checks the artifact, writes the model to shared memory (`mmoe_rec.server.models`) and ends. Workers map that memory. The
 parent looks for another model, has it loaded while workers serve the old one, and then tells them to exchange it.
 
 Messages through a worker's pipe:
@@ -16,34 +16,106 @@ import gc
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol
+
+from prometheus_client.multiprocess import mark_process_dead
 
 from mmoe_rec.errors import STOP_SIGNALS, UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.measurements import FOLDER_VARIABLE, Metrics
-from mmoe_rec.server.models import Finder, Models, Reloads, ServedModel, sentence_of
-from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr
+from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr, sentence_of
 
 TICK_SECONDS = 0.2
 _LOAD_SECONDS, _EXCHANGE_SECONDS = 600.0, 30.0  # a process that takes longer hangs, and is killed
 _PAUSE_SECONDS = 2.0  # between two starts of a worker, so that one that fails at once takes little of the machine
-_LONGEST_FOLDER = 85  # characters; the path of a Unix socket has 107 at most, and its name in the folder 18
 _FRACTION_OF_CALLS, _FRACTION_OF_WORKERS = 0.8, 0.9  # of the time to stop: a worker that has not ended then is killed
 
 _log = logging.getLogger(__name__)
+
+
+class Finder(Protocol):
+    """Finds the model at the server's address."""
+
+    def state(self) -> str | None:
+        """Return what changes whenever another model lies at the address, found at little cost.
+
+        None if that can't be told without fetching the model. Raises UserError.
+        """
+
+    def find(self) -> Source:
+        """The model that lies there now. Raises UserError."""
+
+
+Reply = Callable[[str | None], object]
+"""Takes the outcome of a reload: why it failed, None if it did not."""
+
+
+class Reloads:
+    """Finds the model at the address and takes it up, again and again, one attempt after the other."""
+
+    def __init__(self, finder: Finder, state: str | None, take_up: Callable[[Source], None]) -> None:
+        """Prepare to look.
+
+        Args:
+            finder: Finds models.
+            state: The finder's state before it found the model that is served.
+            take_up: Loads a model and serves it. Raises UserError for a model that can't be loaded.
+        """
+        self._finder, self._take_up = finder, take_up
+        self._tried = self._served = state
+        self._reported: str | None = None
+        self._replies, self._asked = list[Reply](), threading.Event()
+
+    def ask(self, reply: Reply) -> None:
+        """Ask for an attempt, which all share who ask before it begins."""
+        self._replies.append(reply)
+        self._asked.set()
+
+    def run(self, poll: float) -> None:
+        """Look for ever: every `poll` seconds, if it is not 0, and when somebody asks."""
+        while True:
+            self._asked.wait(poll or None)
+            self._asked.clear()
+            replies, self._replies = self._replies, []
+            failure = self.attempt(bool(replies))
+            for reply in replies:
+                reply(failure)
+
+    def attempt(self, is_asked: bool) -> str | None:
+        """Take up the model at the address if it is another one. Return why that failed, None if it did not.
+
+        A model that can't be loaded is not tried again before the address's state changes, unless somebody asks.
+        """
+        try:
+            state = self._finder.state()
+            if state == self._served and state is not None if is_asked else state == self._tried:
+                return None
+            source = self._finder.find()
+        except Exception as error:  # whatever it is, the next look may succeed, and nobody else would look
+            if (sentence := sentence_of(error)) != self._reported:
+                _log.warning("can't look for another model: %s", sentence)
+            self._reported = sentence
+            return sentence
+        self._tried, self._served, self._reported = state, None, None
+        try:
+            self._take_up(source)
+        except Exception as error:
+            _log.warning("the previous model goes on serving: %s", sentence_of(error))
+            return sentence_of(error)
+        self._served = state
+        return None
 
 
 def serve_by_workers(
@@ -66,19 +138,11 @@ def serve_by_workers(
     Raises:
         UserError: The model can't be loaded.
     """
-    with ExitStack() as stack:
-        try:
-            folder = sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-"))
-            if len(sockets) > _LONGEST_FOLDER:
-                sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmoe-rec-", dir="/tmp"))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"the temporary folder can't be written to ({reason}): set TMPDIR") from None
+    with tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-") as folder:
         # Read when packages are imported. Threads of OpenBLAS would not be there after a fork.
         os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
-        # The fork server's socket is removed with its folder. multiprocessing has no public setting for it.
-        vars(multiprocessing.current_process())["_config"]["tempdir"] = sockets
-        return _Parent(finder, bound, options, workers).run(source, state, poll)
+        parent = _Parent(bound, options, workers)
+        return parent.run(source, Reloads(finder, state, parent.take_up), poll)
 
 
 class _SharedFile:
@@ -134,20 +198,20 @@ class _Worker:
 
 
 class _Parent:
-    """Keeps workers. Its main thread listens to them, and a thread of `Reloads` has other models loaded and taken."""
+    """Keeps workers. Its main thread listens to them, and another one has other models loaded and taken."""
 
-    def __init__(self, finder: Finder, bound: socket.socket, options: Options, workers: int) -> None:
+    def __init__(self, bound: socket.socket, options: Options, workers: int) -> None:
         self._bound, self._options = bound, options
         self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         self._context.set_forkserver_preload(["mmoe_rec.server.preload"])
         self._workers = dict[int, _Worker]()
         self._starts = dict.fromkeys(range(workers), 0.0)  # when to start which worker
-        self._reloads, self._metrics = Reloads(finder, self._take_up), Metrics("parent")
+        self._metrics = Metrics("parent")
         self._lock = threading.Lock()  # of all workers, and of the state that a new one starts with
         self._stopping = threading.Event()
         self._state = State("")
 
-    def run(self, source: Source, state: str | None, poll: float) -> int:
+    def run(self, source: Source, reloads: Reloads, poll: float) -> int:
         """Serve until a signal. Returns the exit code."""
         catch_stop_signals(lambda *_: self._stopping.set())
         try:
@@ -159,20 +223,20 @@ class _Parent:
         self._state = State(self._model.path)
         listen(self._bound)  # here, as an address that is taken ends the start
         _log.info("serving %s at %s/invocations", source.address, address_of(self._bound))
-        self._reloads.watch(state, poll)
+        threading.Thread(target=reloads.run, args=(poll,), name="reloads", daemon=True).start()
         try:
             while not self._stopping.is_set():
-                self._step()
+                self._step(reloads)
             self._tell(is_draining=True)
             until = time.monotonic() + self._options.drain
             while time.monotonic() < until:
-                self._step()
+                self._step(reloads)
             return self._end()
         finally:
             for worker in self._workers.values():
                 worker.process.kill()
 
-    def _step(self) -> None:
+    def _step(self, reloads: Reloads) -> None:
         """Start workers that lack, and hear what others say."""
         for number, moment in list(self._starts.items()):
             if time.monotonic() >= moment:
@@ -188,7 +252,7 @@ class _Parent:
                 self._bury(number)
                 continue
             if message == "reload":
-                self._reloads.ask().add_done_callback(partial(self._reply, worker))
+                reloads.ask(lambda failure, worker=worker: self._reply(worker, failure))  # type: ignore[misc]
             else:
                 worker.taken.set()
 
@@ -203,8 +267,6 @@ class _Parent:
 
     def _bury(self, number: int) -> None:
         """Note that a worker has ended, and that another one is to take its place."""
-        from prometheus_client.multiprocess import mark_process_dead
-
         with self._lock:
             worker = self._workers.pop(number)
             worker.pipe.close()
@@ -214,10 +276,9 @@ class _Parent:
         _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, _end_of(worker.process))
         self._starts[number] = worker.since + _PAUSE_SECONDS
 
-    def _reply(self, worker: _Worker, done: Future[None]) -> None:
-        error = done.exception()
+    def _reply(self, worker: _Worker, failure: str | None) -> None:
         with self._lock:
-            worker.send(Reloaded(None if error is None else sentence_of(error)))
+            worker.send(Reloaded(failure))
 
     def _load(self, source: Source) -> _SharedFile:
         """Have the loader write a model to shared memory, or end it once the server ends.
@@ -229,21 +290,16 @@ class _Parent:
         loader = self._context.Process(target=run_loader, args=(source, self._options, model.path, theirs))
         loader.start()
         theirs.close()
-        where, until = f"a process that loads the model at '{source.address}'", time.monotonic() + _LOAD_SECONDS
-        error: UserError | None = UserError(f"{where} was ended, as the server ends")
+        until, error = time.monotonic() + _LOAD_SECONDS, UserError(f"'{source.address}' was not loaded in time")
         try:
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and time.monotonic() < until:
                 if ours.poll(TICK_SECONDS):
                     error = ours.recv()
                     break
-                if time.monotonic() > until:
-                    error = UserError(f"{where} has not ended within {_LOAD_SECONDS:.0f} seconds")
-                    break
         except EOFError:
             loader.join()
-            how = _end_of(loader)
-            hint = ", as the system does where memory is short" if how == "SIGKILL" else "; its lines say why"
-            error = UserError(f"{where} was ended by {how}{hint}")
+            how = f"was ended by {_end_of(loader)}; is memory short?"
+            error = UserError(f"the process that loads the model at '{source.address}' {how}")
         finally:
             loader.kill()
             loader.join()
@@ -253,7 +309,7 @@ class _Parent:
             raise error
         return model
 
-    def _take_up(self, source: Source) -> None:
+    def take_up(self, source: Source) -> None:
         """Have a model loaded, and then taken by all workers. Raises UserError for one that can't be loaded."""
         try:
             model = self._load(source)
@@ -309,7 +365,7 @@ def _end_of(process: BaseProcess) -> str:
 
 def run_loader(source: Source, options: Options, path: str, pipe: Connection) -> None:
     """Load a model and write it to shared memory. Sends None, or the error of a model that can't be loaded."""
-    from mmoe_rec.server.shared import write_shared
+    from mmoe_rec.server.models import Models, write_shared
 
     leave_signals()
     log_to_stderr()
@@ -347,49 +403,41 @@ def run_worker(state: State, bound: socket.socket, options: Options, number: int
     """
     leave_signals()
     log_to_stderr()
-    from mmoe_rec.server.app import Application
-    from mmoe_rec.server.connections import Server
-
-    models, metrics = Models(options, _open_shared(state.path)), Metrics(str(number))
-    metrics.show_model(models.current.about())
-    orders = _Orders(pipe, models, metrics, state.path)
-    orders.app = app = Application(models, metrics, orders.reload)
-    orders.server = Server(app, options.limits.read_seconds, _FRACTION_OF_CALLS * options.grace)
-    orders.follow(state)
-    orders.server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), orders.obey))
-    app.close()
-    if orders.is_orphan:  # the parent was killed, and removes no folder
-        shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
-    end_process(int(app.calls.queue.is_busy))
+    worker = _Serving(state, options, number, pipe)
+    worker.server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), worker.obey))
+    worker.app.close()
+    end_process(int(worker.app.calls.queue.is_busy))
 
 
-def _open_shared(path: str) -> ServedModel:
-    """Map a model, and have it prepare for the first request."""
-    from mmoe_rec.server.ranking_queue import take_one_thread
-    from mmoe_rec.server.shared import map_shared
+class _Serving:
+    """A worker, which does what comes through its pipe. Used in its event loop alone."""
 
-    take_one_thread()
-    served = map_shared(path)
-    served.ranker.rank(**served.example)
-    return served
+    def __init__(self, state: State, options: Options, number: int, pipe: Connection) -> None:
+        from mmoe_rec.server.app import Application
+        from mmoe_rec.server.connections import Server
+        from mmoe_rec.server.models import Models, map_shared
+        from mmoe_rec.server.ranking_queue import take_one_thread
 
+        self._pipe, self._path, self._metrics, self._map = pipe, state.path, Metrics(str(number)), map_shared
+        self._replies = list[asyncio.Future[str | None]]()  # replies come in this order
+        self._thread = ThreadPoolExecutor(1, "loading", initializer=take_one_thread)
+        take_one_thread()
+        self._models = Models(options, self._open(state.path))
+        self._metrics.show_model(self._models.current.about())
+        self.app = Application(self._models, self._metrics, self.reload)
+        self.server = Server(self.app, options.limits.read_seconds, _FRACTION_OF_CALLS * options.grace)
+        self._follow(state)
 
-class _Orders:
-    """A worker's end of the pipe. Used in its event loop alone."""
-
-    app: Any
-    server: Any
-    is_orphan = False
-
-    def __init__(self, pipe: Connection, models: Models, metrics: Metrics, path: str) -> None:
-        self._pipe, self._models, self._metrics, self._path = pipe, models, metrics, path
-        self._reloads = list[asyncio.Future[str | None]]()  # replies come in this order
-        self._thread = ThreadPoolExecutor(1, "loading")
+    def _open(self, path: str) -> Any:
+        """Map a model, and have it prepare for the first request."""
+        served = self._map(path)
+        served.ranker.rank(**served.example)
+        return served
 
     async def reload(self) -> None:
         """Ask for the model that the address names now, and wait until it is served. Raises UserError."""
         done = asyncio.get_running_loop().create_future()
-        self._reloads.append(done)
+        self._replies.append(done)
         self._send("reload")
         if (failure := await done) is not None:
             raise UserError(failure)
@@ -400,18 +448,17 @@ class _Orders:
             message = self._pipe.recv()
         except (EOFError, OSError):
             _log.warning("the parent has ended, and so does this worker")
-            self.is_orphan = True
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             message = "stop"
         if isinstance(message, State):
-            self.follow(message)
+            self._follow(message)
         elif isinstance(message, Reloaded):
-            if not (done := self._reloads.pop(0)).done():
+            if not (done := self._replies.pop(0)).done():
                 done.set_result(message.failure)
         else:
             self.server.should_exit = True
 
-    def follow(self, state: State) -> None:
+    def _follow(self, state: State) -> None:
         """Take over a state. A model is exchanged in a thread of its own."""
         self._models.failure, self.app.calls.is_draining = state.failure, state.is_draining
         if state.path != self._path:
@@ -421,7 +468,7 @@ class _Orders:
     def _take(self, path: str) -> None:
         """Exchange the model. A worker that can't ends, and the next one begins with the new model."""
         try:
-            served = _open_shared(path)
+            served = self._open(path)
             self._models.exchange(served)
             self._metrics.show_model(served.about())
             gc.collect()  # the model before goes at once

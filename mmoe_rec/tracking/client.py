@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -18,7 +18,6 @@ from urllib.parse import urlparse
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import quiet_loggers
-from mmoe_rec.tracking.outbox import UnreachableError
 
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
@@ -40,6 +39,10 @@ BRIEF = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES":
 FOR_MODELS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # A server's request to retry in minutes would stop the command for that long; and we print the run's address ourselves.
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+
+
+class UnreachableError(UserError):
+    """Nobody answers, or not in time, which may pass by itself."""
 
 
 def read_sqlite_path(uri: str) -> Path | None:
@@ -100,7 +103,7 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         # 500 is also MLflow's code for whatever has no other one.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
             raise UnreachableError(f"{place} does not answer ({summarise(error)})") from None
-        raise UserError(f"{refusal}: {summarise(error).rstrip('.')}{list_known(address or '')}") from None
+        raise UserError(f"{refusal}: {summarise(error).rstrip('.')}") from None
     except (sqlalchemy.exc.OperationalError, OSError) as error:
         raise UnreachableError(f"{place} can't be used: {summarise(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
@@ -118,22 +121,6 @@ def open_client(uri: str, address: str | None = None, limits: dict[str, str] = B
     mlflow = connect(uri)
     with limit_waiting(limits), translate_errors(uri, address):
         yield mlflow.MlflowClient()
-
-
-def list_known(address: str) -> str:
-    """Return the aliases of the model that an address names, or all registered models, as the end of a sentence."""
-    from mlflow import MlflowClient, MlflowException
-
-    if (named := re.match(r"models:/+([^/@?#]+)", address, re.IGNORECASE)) is None:
-        return ""
-    with suppress(MlflowException):  # no model has this name
-        aliases = MlflowClient().get_registered_model(named[1]).aliases
-        listed = ", ".join(f"{alias} (version {number})" for alias, number in sorted(aliases.items()))
-        return f". Aliases of '{named[1]}': {listed or 'none'}"
-    with suppress(MlflowException):
-        names = [each.name for each in MlflowClient().search_registered_models()]
-        return f". Registered models: {', '.join(names) or 'none'}"
-    return ""
 
 
 # What matters in the long errors of requests, urllib3 and SQLAlchemy.

@@ -1,6 +1,5 @@
 """The model registry: models by their address, versions and aliases, and how a model gets there."""
 
-import hashlib
 import io
 import re
 import shutil
@@ -14,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source, read_artifact, read_example
 from mmoe_rec.model.model_layout import ModelTask
@@ -24,7 +22,6 @@ from mmoe_rec.tracking.client import (
     connect,
     hide_password,
     limit_waiting,
-    list_known,
     make_store,
     open_client,
     read_sqlite_path,
@@ -38,9 +35,7 @@ if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
-_FILES_TAG = "files"  # of a version
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
-_TRIED_TAG = "tried"  # of a version, by rows and holder: see `note_decision`
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
 _NO_VERSION, _MISSING = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
@@ -132,12 +127,13 @@ def find_run(address: str, uri: str) -> str | None:
     if _read_scheme(address) != "models":
         return None
     from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     _require_store(address, uri)
     with open_client(uri, address, FOR_MODELS) as client:
-        name, version, _ = _resolve(client, address)
-        made = client.get_logged_model(name) if version is None else client.get_model_version(name, version)
-        run_id: str | None = made.source_run_id if version is None else made.run_id
+        name, *version = get_model_name_and_version(client, address)
+        made = client.get_model_version(name, *version) if version else client.get_logged_model(name)
+        run_id: str | None = made.run_id if version else made.source_run_id
     with open_client(uri, limits=FOR_MODELS) as client:
         try:
             return run_id if run_id and client.get_run(run_id).info.lifecycle_stage == "active" else None
@@ -156,33 +152,9 @@ def pin_address(address: str, uri: str) -> str:
         return address
     _require_store(address, uri)
     with open_client(uri, address, FOR_MODELS) as client:
-        return "/".join(["models:", *filter(None, _resolve(client, address))])
+        from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-
-def _resolve(client: Any, address: str) -> tuple[str, str | None, str]:
-    """Name and version of a registered model, or the id of a model and None; and a path in it, which may be empty."""
-    name, alias, version, path = _parse(address)
-    if alias is not None:
-        return name, str(client.get_model_version_by_alias(name, alias).version), path
-    if version == "latest":
-        versions = client.search_model_versions(f"name = '{name}'")
-        if not versions:
-            why = f"there is no registered model '{name}' with a version{list_known(address)}"
-            raise UserError(f"'{address}' can't be loaded: {why}")
-        return name, str(max(int(each.version) for each in versions)), path
-    return name, version, path
-
-
-def _parse(address: str) -> tuple[str, str | None, str | None, str]:
-    """Name, alias, version (or `latest`) and path of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`."""
-    form = r"models:/+(?P<name>[^/?#]+?)(?:@(?P<alias>[^/@?#]+)|/(?P<version>\d+|latest))?(?:/(?P<path>[^?#]*))?"
-    if (parts := re.fullmatch(form, address, re.IGNORECASE)) is None:
-        raise UserError(f"'{address}' can't be loaded: it is no address of a model, such as models:/NAME@ALIAS")
-    name, alias, version, path = parts["name"], parts["alias"], parts["version"], parts["path"]
-    if alias is None and version is None and not name.startswith("m-"):
-        way = f"give models:/{name}@ALIAS or models:/{name}/VERSION"
-        raise UserError(f"'{address}' can't be loaded: it names no version of model '{name}'; {way}")
-    return name, alias, None if version is None else version.lower(), path or ""
+        return "/".join(["models:", *map(str, get_model_name_and_version(client, address))])
 
 
 def _require_store(address: str, uri: str) -> None:
@@ -258,38 +230,12 @@ def get_version(name: str, number: str, uri: str) -> Version:
 def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version | None = None) -> None:
     """Makes a version the one that holds an alias. Raises UserError where the registry refuses.
 
-    replaced: the one that held it, which is kept with the version (`Version.find_replaced`); decisions between the two
-    count no more among those that promoted none.
+    replaced: the one that held it, which is kept with the version (`Version.find_replaced`).
     """
     with open_client(uri) as client:
         if replaced is not None and replaced.number != number:
-            for tag in client.get_model_version(name, number).tags:
-                if tag.startswith(f"{_TRIED_TAG}.") and tag.endswith(f".{replaced.number}"):
-                    client.delete_model_version_tag(name, number, tag)
             client.set_model_version_tag(name, number, f"{_REPLACED_TAG}.{alias}", replaced.number)
         client.set_registered_model_alias(name, alias, number)
-
-
-def note_decision(version: Version, holder: Version, rows: str, uri: str) -> int:
-    """How many decisions on the same rows promoted no version before that on a version and the holder of the alias.
-
-    rows: their digest. The decision is noted with the version, and has the same place whenever it is taken again.
-    """
-    tag = f"{_TRIED_TAG}.{rows}.{holder.number}"
-    with open_client(uri) as client:
-        if known := client.get_model_version(version.name, version.number).tags.get(tag):
-            return int(known)
-        # First of all, so that of two processes one counts the other.
-        client.set_model_version_tag(version.name, version.number, tag, "")
-        others = [
-            int(value or 0)
-            for each in client.search_model_versions(f"name = '{version.name}'")
-            for its, value in each.tags.items()
-            if its.startswith(f"{_TRIED_TAG}.{rows}.") and (str(each.version), its) != (version.number, tag)
-        ]
-        tried = max(len(others), *(1 + each for each in others), 0)  # some may be gone with their versions
-        client.set_model_version_tag(version.name, version.number, tag, str(tried))
-    return tried
 
 
 def forget_replaced(version: Version, alias: str, uri: str) -> None:
@@ -350,7 +296,7 @@ def tag_version(version: Version, tags: Mapping[str, str], uri: str) -> None:
 def check_names(uri: str, model: str, alias: str) -> None:
     """Raises UserError where the registry would refuse to register a model under a name and an alias, by asking it."""
     given = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
-    if not re.fullmatch(r"[^/:?#]+", model) or not alias or _parse(f"models:/{model}@{alias}")[:2] != (model, alias):
+    if not re.fullmatch(r"[^/:?#]+", model) or not alias:
         raise UserError(f"{given}: 'models:/{model}@{alias}' would not be the address of this model; rename one")
     if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
         raise UserError(f"{given}: MLflow keeps this alias for itself; choose another one")
@@ -372,7 +318,7 @@ def register_model(
 ) -> str:
     """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
 
-    tags: of the version, besides ours. Raises UnreachableError where MLflow does not answer, and UserError where the
+    tags: of the version. Raises UnreachableError where MLflow does not answer, and UserError where the
     artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
     """
     if run.outbox is None:
@@ -398,8 +344,7 @@ def register_model(
         arguments = describe_model(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
-        tags = {**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
-        registered = mlflow.register_model(logged.model_uri, name, tags=tags)
+        registered = mlflow.register_model(logged.model_uri, name, tags=dict(tags or {}))
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)
@@ -450,25 +395,13 @@ def _signature(tasks: Sequence[ModelTask]) -> Any:
     return ModelSignature(params=params)
 
 
-def find_registered(run: Run, artifact_folder: Path, name: str) -> str | None:
-    """The version as which a run has registered an artifact already; None where it has not, or the files differ."""
+def find_registered(run: Run, name: str) -> str | None:
+    """The version as which a run has registered its model already; None where it has not."""
     import mlflow
 
     with open_client(mlflow.get_tracking_uri()) as client:
         versions = client.search_model_versions(f"run_id = '{run.run_id}'")
-    files = _sum_files(artifact_folder)
-    mine = (each for each in versions if each.name == name and each.tags.get(_FILES_TAG) == files)
-    return next((str(each.version) for each in mine), None)
-
-
-def _sum_files(artifact_folder: Path) -> str:
-    """A checksum of an artifact's files except the features, whose fingerprint is in one of them.
-
-    Nor does it count what another machine rounds otherwise: the scores of the example, and the manifest with theirs.
-    """
-    left = ("example_scores.json", "manifest.json")
-    files = sorted(file for file in artifact_folder.iterdir() if file.is_file() and file.name not in left)
-    return hashlib.sha256("\n".join(f"{file.name} {checksum(file)}" for file in files).encode()).hexdigest()[:32]
+    return next((str(each.version) for each in versions if each.name == name), None)
 
 
 @contextmanager

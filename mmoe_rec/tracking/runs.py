@@ -1,35 +1,139 @@
 """A run: what it logs becomes messages, which MLflow gets now or once it answers again."""
 
+import hashlib
 import json
+import logging
 import re
+import shlex
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from mmoe_rec.atomic import write_text
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.progress import say
+from mmoe_rec.locks import writing
+from mmoe_rec.progress import quiet_loggers, say
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.client import (
     BRIEF,
+    UnreachableError,
     connect,
     hide_password,
     limit_waiting,
     make_store,
-    open_client,
     read_sqlite_path,
     shorten,
     translate_errors,
 )
-from mmoe_rec.tracking.outbox import Message, Outbox, UnreachableError, list_waiting_runs
 
+PATIENCE_SECONDS = 120.0  # how long a command that has nothing else to do waits for an answer
+_PAUSE_SECONDS = 5.0  # between two tries
 _KEY_TAG = "training_key"
 _NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description, in Markdown
 _LONGEST_SECTION = 1900  # MLflow cuts a description at 8,000 characters, from the end
 # By this tag MLflow knows an experiment as one of model trainings, and not of applications of LLMs.
 _KIND = ("mlflow.experimentKind", "custom_model_development")
+_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
+_QUIET = {"mlflow.system_metrics": logging.CRITICAL}  # says that it stops where a server is away
+
+
+# The messages to a run: one that MLflow can't be sent now is kept in a file, and sent at the end of the run.
+#
+# `unsent/RUN.jsonl` holds a message in each line, files among them. While nobody answers, all messages go there, so
+# their order stays. If MLflow is away at the end of the run, too, the next command in the same folder sends the file. A
+# command that is killed while it sends leaves the file whole: MLflow takes a message twice without an effect.
+
+
+@dataclass(frozen=True)
+class Message:
+    """values: JSON; file: sent with them, under its own name."""
+
+    kind: Literal["params", "metrics", "tags", "inputs", "file", "end"]
+    values: dict[str, Any]
+    file: Path | None = None
+
+
+class Outbox:
+    """The messages of one run. trouble: why the last one could not be sent, None if it was."""
+
+    def __init__(self, file: Path | None, send: Callable[[Message], None]) -> None:
+        """Take messages for a run.
+
+        Args:
+            file: File for messages that can't be sent. Without one, `put` raises the errors of `send`.
+            send: Delivers one message. Raises UnreachableError if nobody answers, UserError if it is refused.
+        """
+        self.file, self._send = file, send
+        self.trouble: UserError | None = None
+
+    def put(self, message: Message) -> None:
+        """Send a message, or keep it. Raises UserError if it can't be kept."""
+        if self.file is None:
+            self._send(message)
+        elif not self._deliver(message):
+            file = None if message.file is None else (message.file.name, message.file.read_bytes().hex())
+            tree = {"kind": message.kind, "values": message.values, "file": file}
+            if not self.file.exists():
+                say(f"{self.trouble}. The command goes on: messages for MLflow are kept in '{self.file}'")
+            try:
+                with self._locked(self.file), self.file.open("a", encoding="utf-8") as kept:
+                    kept.write(f"\n{json.dumps(tree)}")  # A line that a kill cut off harms no other.
+            except OSError as error:
+                raise UserError(f"{self.trouble}, nor can it be kept in '{self.file}': {error.strerror}") from None
+
+    def flush(self, seconds: float = 0.0) -> None:
+        """Send the kept messages, trying for some seconds while nobody answers. The rest stays: see `trouble`."""
+        until = time.monotonic() + seconds
+        while self.file is not None and self.file.exists():
+            with self._locked(self.file):
+                self._send_kept(self.file)
+            left = until - time.monotonic()
+            if not isinstance(self.trouble, UnreachableError) or left <= 0:
+                return
+            time.sleep(min(left, _PAUSE_SECONDS))
+
+    def _send_kept(self, file: Path) -> None:
+        """Send until nobody answers. A refused message stays, and the next ones are sent."""
+        left, self.trouble = list[str](), None
+        with tempfile.TemporaryDirectory() as scratch:
+            for line in file.read_text(encoding="utf-8").split("\n"):
+                with suppress(ValueError):  # of a line that a kill cut off
+                    tree, path = json.loads(line), None
+                    if tree["file"] is not None:
+                        path = Path(scratch, tree["file"][0])
+                        path.write_bytes(bytes.fromhex(tree["file"][1]))
+                    if not self._deliver(Message(tree["kind"], tree["values"], path)):
+                        left.append(line)
+        if left:
+            write_text(file, "\n".join(left))
+        else:
+            file.unlink()
+            say(f"MLflow has received the messages that were kept in '{file}'")
+
+    def _deliver(self, message: Message) -> bool:
+        """Send a message, unless nobody answers. Returns whether it was sent."""
+        if isinstance(self.trouble, UnreachableError):
+            return False
+        try:
+            self._send(message)
+            return True
+        except UserError as error:
+            self.trouble = error
+            return False
+
+    @staticmethod
+    def _locked(file: Path) -> AbstractContextManager[None]:
+        return writing(file, "messages for MLflow", "wait for the other command", queue=True)
+
+
+def list_waiting_runs(folder: Path) -> list[str]:
+    """List the runs with kept messages in a folder."""
+    return [each.stem for each in sorted(folder.glob("*.jsonl"))]
 
 
 @dataclass
@@ -143,6 +247,7 @@ def open_run(
     active: bool = True,
     unsent: Path | None = None,
     patience: float = 0.0,
+    watch_machine: bool = False,
 ) -> Iterator[Run]:
     """Records a run, or goes on with run `run_id`; it ends as finished, killed (if told to stop) or failed.
 
@@ -150,12 +255,14 @@ def open_run(
     that this one is a part of. active: False, on every rank but the first, gives a run that records nothing. unsent:
     folder in which messages wait while MLflow does not answer; those left there by any run are sent first. Without one,
     a message that can't be sent raises UserError. patience: seconds to wait for MLflow to answer at the beginning.
+    watch_machine: have MLflow log what processors, memory, disk, network and GPUs do meanwhile.
+
     Raises UserError where the address can't be used, the experiment was deleted, or there is no such run.
     """
     if not active:
         yield Run(run_id)
         return
-    with limit_waiting(BRIEF):
+    with limit_waiting(BRIEF), quiet_loggers(_QUIET):
         mlflow = connect(uri)
         experiment_id = _wait_for_experiment(mlflow, uri, experiment, patience)
         if unsent is not None:
@@ -169,7 +276,7 @@ def open_run(
             new: dict[str, Any] = {"experiment_id": experiment_id, "run_name": run_name, "parent_run_id": parent}
             new["tags"] = None if key is None else {_KEY_TAG: key}
             wanted = new if run_id is None else {"run_id": run_id}
-            info = mlflow.start_run(**wanted, nested=parent is not None, log_system_metrics=False).info
+            info = mlflow.start_run(**wanted, nested=parent is not None, log_system_metrics=watch_machine).info
         address = f"{info.run_id} of experiment '{experiment}' in {uri}"
         if uri.startswith(("http://", "https://")):
             # Without what follows the question mark, MLflow shows a browser that is new to it its menu for LLMs.
@@ -192,17 +299,16 @@ def open_run(
 
 def _wait_for_experiment(mlflow: Any, uri: str, name: str, patience: float) -> str:
     """The id of an experiment, which is made if it is not there; waits so many seconds for MLflow to answer."""
-    until, pause = time.monotonic() + patience, 1.0
+    until = time.monotonic() + patience
     while True:
         try:
             with translate_errors(uri):
                 make_store(uri)
                 return _open_experiment(mlflow, uri, name)
         except UnreachableError:
-            if time.monotonic() + pause > until:
+            if time.monotonic() + _PAUSE_SECONDS > until:
                 raise
-            time.sleep(pause)
-            pause = min(2 * pause, 30.0)
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
@@ -224,9 +330,7 @@ def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int],
     if run.info.lifecycle_stage != "active":
         restore = f"restore it with `mlflow runs restore --run-id {run_id}`"
         raise UserError(f"MLflow run '{run_id}' was deleted: {restore}, or train from the start, without --resume")
-    client = mlflow.MlflowClient()
-    history = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
-    last = {name: max(each.step for each in steps) for name, steps in history.items() if steps}
+    last = {each.key: each.step for each in run.data._metric_objs}  # of the largest step
     return run.data.params, last, run.data.tags.get(_NOTE, "")
 
 
@@ -247,25 +351,14 @@ def _send_waiting(mlflow: Any, uri: str, unsent: Path) -> None:
         box.flush()
         if isinstance(box.trouble, UnreachableError):
             raise box.trouble
-
-
-def mark_killed(uri: str, run_id: str) -> None:
-    """Marks a run that was left open as killed."""
-    with open_client(uri) as client:
-        client.set_terminated(run_id, "KILLED")
+        if box.trouble is not None:
+            say(f"{box.trouble}: messages for MLflow stay in '{box.file}'")
 
 
 def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:
     def send(message: Message) -> None:
-        try:
-            with translate_errors(uri, anything=True):
-                _deliver(mlflow, run_id, message)
-        except UnreachableError:
-            raise
-        except UserError as error:
-            if message.kind != "inputs":
-                raise
-            say(f"{error}: the run goes on without data sets")  # an old server does not know them
+        with translate_errors(uri, anything=True):
+            _deliver(mlflow, run_id, message)
 
     return Outbox(None if unsent is None else unsent / f"{run_id}.jsonl", send)
 
@@ -318,3 +411,47 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+# The words and data sets of a run's page in MLflow.
+
+
+def command() -> str:
+    """The command line of this process, without passwords."""
+    first, *words = sys.argv
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = None if spec is None else spec.name.removesuffix(".__main__")
+    start = f"python -m {name}" if name else shlex.quote(Path(first).name)
+    return hide_password(" ".join([start, *(shlex.quote(word) for word in words)]))
+
+
+def name_training(settings: Settings, start: str | None = None) -> str:
+    """What a training is called: until when its rows go, its start and its seed."""
+    end = settings.split.train_end
+    until = "" if end is None else f" until {end:%Y-%m-%d}"
+    begun = "" if start is None else f" from {start}"
+    return f"train{until}{begun}, seed {settings.training.seed}"
+
+
+def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[dict[str, Any]]:
+    """Splits of a log as the inputs of a run, by the manifest of its features.
+
+    MLflow tells data sets apart by name and digest, so each split has a digest of its own.
+    """
+    sets, windows, by_column = [], settings.split.windows(), settings.split.by_column
+    for split in splits:
+        text = f"{manifest['digest']} {split} {windows[split]} {by_column} {settings.columns.weight}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        about = {"name": settings.name, "digest": digest, "source": str(manifest["log"]), "context": _CONTEXTS[split]}
+        sets.append(about | {"rows": int(manifest["splits"][split]["rows"]), "split": split})
+    return sets
+
+
+def quoted(sentences: Iterable[str]) -> str:
+    """Sentences as a list of Markdown."""
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def as_code(text: str) -> str:
+    """A block of Markdown."""
+    return f"```sh\n{text}\n```"

@@ -1,30 +1,29 @@
 """What a model has to beat, for any data set: popularity, and gradient-boosted trees on the same rows and features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.calibration import fit_calibration
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.summary import MeasuredModel
+from mmoe_rec.evaluation.evaluate import read_labels
+from mmoe_rec.evaluation.results_report import write_results
+from mmoe_rec.evaluation.summary import measure_model
+from mmoe_rec.evaluation.sums import PredictedRows
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.locks import writing
+from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.model.score import add_outcomes, logits_of, predictions
 from mmoe_rec.preprocessing.logs import BuildInputs, check_out
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.boosting import Inputs, Predict, boost_trees, rate_candidates
-
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.evaluate import EvaluationResult
-    from mmoe_rec.evaluation.scoring import ScoredRows
-
 
 TREES, POPULARITY = "gradient boosting", "popularity"
 
@@ -32,7 +31,7 @@ TREES, POPULARITY = "gradient boosting", "popularity"
 def measure_baselines(
     settings: Settings,
     out: Path,
-    evaluated: EvaluationResult | None = None,
+    evaluated: Results | None = None,
     name: str = "model",
 ) -> Results:
     """Trains them on the training rows, measures them on the test rows, and writes a report to a folder.
@@ -40,21 +39,15 @@ def measure_baselines(
     evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
     no rows of a split, or a task can't be learnt.
     """
-    from mmoe_rec.evaluation.results_report import write_results
-    from mmoe_rec.evaluation.summary import summarise
-
     check_out(out, settings)
     with (
         features_in_use(BuildInputs.of(settings), "baselines", ("train", "validation", "test")) as prepared,
         writing(out, "an evaluation", "give another folder with --out"),
     ):
         scored, trees = _predict(settings, prepared)
-        models = {} if evaluated is None else {name: next(iter(evaluated.results.models.values()))}
-        for each, rows in scored.items():
-            sums = rows.measure()
-            models[each] = MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
-        facts = {"log": settings.data.log} if evaluated is None else evaluated.results.facts
-        facts = facts | trees
+        models = {} if evaluated is None else {name: evaluated.first}
+        models |= {each: measure_model(rows, settings.evaluation.resamples) for each, rows in scored.items()}
+        facts = ({"log": settings.data.log} if evaluated is None else evaluated.facts) | trees
         title = f"Baselines of {settings.name}"
         rules = settings.evaluation.model_copy(update={"guarded_slices": ()})  # no slices of baselines are measured
         results = Results(models, tuple(settings.tasks), rules, title, facts)
@@ -62,23 +55,25 @@ def measure_baselines(
     return results
 
 
-def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, ScoredRows], dict[str, str]]:
+def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, PredictedRows], dict[str, str]]:
     """The baselines' predictions of the test rows, and what trees of each task selecting rows chose; without
     candidates, none is more popular than another."""
-    from mmoe_rec.evaluation.scoring import read_labels
-    from mmoe_rec.model.model_layout import ModelLayout
-
     layout = ModelLayout.of(prepared.layout, settings)
     learnt, held_out, last = read_inputs(settings, prepared, layout)
     boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
     test, rows = EncodedRows(prepared.split("test"), layout), read_labels(settings, prepared, "test")
-    scored = {TREES: rows.with_predictions(predict_calibrated(settings, layout, boosted, held_out, test))}
+    weights = np.array([settings.tasks[task.name].score_weight for task in layout.tasks])
+
+    def score(values: np.ndarray) -> PredictedRows:
+        return rows.with_predictions(add_outcomes(values, layout), np.log(np.clip(values, 1e-12, None)) @ weights)
+
+    scored = {TREES: score(predict_calibrated(settings, layout, boosted, held_out, test))}
     if rows.candidates is not None:
         rates = [rate_candidates(learnt.column("candidate"), of, learnt.weights) for of in learnt.labels.T]
         own, rated = (
             np.stack([rate(each) for rate in rates], 1) for each in (held_out.column("candidate"), rows.candidates)
         )
-        scored[POPULARITY] = rows.with_predictions(_calibrate(settings, layout, held_out, own, rated))
+        scored[POPULARITY] = score(_calibrate(settings, layout, held_out, own, rated))
     return scored, facts
 
 
@@ -133,11 +128,6 @@ def predict_calibrated(
 
 def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Predictions (M, T), calibrated by those of the validation rows, `own` (N, T), as a model's are."""
-    import torch
-
-    from mmoe_rec.evaluation.calibration import fit_calibration
-    from mmoe_rec.model.score import logits_of, predictions
-
     if settings.training.calibration == "none":
         return values
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]

@@ -5,28 +5,29 @@
     step-00001200/           written by torch.distributed.checkpoint: tables, dense part and both optimizers
         training.json        the rest, see `TrainingState`
 
-They are written while training goes on, from a copy of its state, and appear once they are whole.
+They appear once they are whole.
 """
 
 import json
 import shutil
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mmoe_rec.atomic import atomic_file, put_folder, write_text
 from mmoe_rec.batches.row_reader import Position
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.tables import from_stored, stored_width
-from mmoe_rec.training.choices import Choices
 from mmoe_rec.training.origin import Origin
+from mmoe_rec.training.steps import Choices
 from mmoe_rec.training.validation import Validation
 
 _DESCRIPTION = "training.json"
@@ -60,8 +61,7 @@ class FinishedTraining:
         address: Address of the model in the registry.
         best: Validation of the served model on the judging rows.
         compared: Sentences that compare it with the alias's earlier model and name the one that holds the alias now.
-        origin: Settings and data that it began with, the settings as `result_settings` gives them.
-        weights: Checksum of the model's weights.
+        origin: Settings and data that it began with.
         started_from: Validation of the network that it started from.
         network: Validation without trees and calibration, if the model has trees.
         before: Whether it had ended before this command.
@@ -76,7 +76,6 @@ class FinishedTraining:
     waiting: float
     compared: tuple[str, ...]
     origin: Origin
-    weights: str
     started_from: Validation | None = None
     network: Validation | None = None
     before: bool = False
@@ -131,19 +130,13 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(place, _read(TrainingState, place / _DESCRIPTION))
 
 
-def forget_training(folder: Path) -> None:
-    """What is left of another training is not resumed any more."""
-    for name in (_LATEST, _FINISHED):
-        (folder / name).unlink(missing_ok=True)
-
-
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return folder / f"step-{step:08d}"
 
 
 class CheckpointWriter:
-    """Writes checkpoints into a folder that all ranks see, one at a time, while training goes on. Every rank has one.
+    """Writes checkpoints into a folder that all ranks see. Every rank has one.
 
     kept: this many of the latest stay, and the best; before: the checkpoint that training goes on from; None forgets
     which step another training in the folder had reached, whose checkpoints go once the first new one is whole.
@@ -152,38 +145,34 @@ class CheckpointWriter:
     def __init__(self, folder: Path, kept: int, before: Checkpoint | None = None) -> None:
         self.folder, self._kept = folder, kept
         self._steps = [before.state.step] if before is not None else []
-        self._first = dist.get_rank() == 0
-        if self._first:
+        if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if before is None:  # until a training has its first checkpoint, there is nothing to go on from
-                forget_training(folder)
-            for left in folder.glob(".step-*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
-        # A thread exchanges the tensors of a checkpoint, so not in the group in which training exchanges its own.
-        self._group: Any = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None
+                for name in (_LATEST, _FINISHED):
+                    (folder / name).unlink(missing_ok=True)
+            self._remove_partial()
 
     def save(self, tensors: dict[str, Any], state: TrainingState) -> None:
-        """Copies the tensors, then writes while training goes on. A collective call; first waits for the one before.
+        """Write a checkpoint. A collective call.
 
-        tensors: such as {"model": ..., "optimizer": ...}, state dicts. Raises UserError where the one before failed.
+        tensors: such as {"model": ..., "optimizer": ...}, state dicts. Raises UserError where it can't be written.
         """
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
-        self.wait()
         temporary = self.folder / f".step-{state.step:08d}.tmp"
-        # The default stager can't copy sharded tensors.
-        stager = BlockingAsyncStager()
-        with _quiet():
-            written = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self._group, async_stager=stager)
-        self._writing = self._thread.submit(self._finish, written, temporary, state)
+        try:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                dcp.save(tensors, checkpoint_id=temporary)
+            if dist.get_rank() == 0:
+                self._finish(temporary, state)
+        except RuntimeError:  # another rank is lost
+            raise
+        except (Exception, CheckpointException) as error:  # which is no subclass of Exception
+            self._remove_partial()
+            raise UserError(
+                f"a checkpoint can't be written to '{self.folder}': {_reason(error)}; training stops. The checkpoints "
+                "before it are whole: once there is room, go on with --resume"
+            ) from error
 
-    def _finish(self, written: Any, temporary: Path, state: TrainingState) -> None:
-        written.result()
-        if not self._first:
-            return
+    def _finish(self, temporary: Path, state: TrainingState) -> None:
         _write(asdict(state), temporary / _DESCRIPTION)
         put_folder(temporary, step_folder(self.folder, state.step))
         write_text(self.folder / _LATEST, json.dumps({"step": state.step}))
@@ -193,28 +182,9 @@ class CheckpointWriter:
             if old not in stay:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def wait(self) -> None:
-        """Waits until what was saved is on disk. Raises UserError where it could not be written."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
-            writing.result()
-        except RuntimeError:  # another rank is lost
-            raise
-        except (Exception, CheckpointException) as error:  # which is no subclass of Exception
-            for left in self.folder.glob(".step-*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
-            raise UserError(
-                f"a checkpoint can't be written to '{self.folder}': {_reason(error)}; training stops. The checkpoints "
-                "before it are whole: once there is room, go on with --resume"
-            ) from error
-
-    def close(self) -> None:
-        """Waits for the thread, whatever became of it."""
-        self._thread.shutdown()
+    def _remove_partial(self) -> None:
+        for left in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:
@@ -227,19 +197,13 @@ def _reason(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
-def _quiet() -> warnings.catch_warnings:
-    return warnings.catch_warnings(action="ignore", category=FutureWarning)
-
-
 def restore(folder: Path, model: Any, optimizer: Any) -> None:
     """Fills a sharded model and its optimizers, in place, from a checkpoint of any number of ranks. A collective call.
 
     optimizer: its state has to be there, as `Optimizers.init_state` makes it.
     """
-    import torch.distributed.checkpoint as dcp
-
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    with _quiet():
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         dcp.load(tensors, checkpoint_id=folder)
     model.load_state_dict(tensors["model"])
 
@@ -249,8 +213,6 @@ def load_plain(model: nn.Module, folder: Path) -> None:
 
     model: a `RankingModel` over `PlainTables`. Raises UserError when the folder holds no checkpoint.
     """
-    import torch.distributed.checkpoint as dcp
-
     if not (folder / ".metadata").is_file():
         raise UserError(f"'{folder}' holds no complete checkpoint")
     expected = model.state_dict()

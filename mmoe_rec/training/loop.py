@@ -20,7 +20,7 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.batches.row_reader import Position, Prefetch, TrainingReader
 from mmoe_rec.devices import freed_memory_kept, limit_threads
-from mmoe_rec.errors import StoppedError, StopRequest
+from mmoe_rec.errors import StoppedError, StopRequest, UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import Mixture, build_model
 from mmoe_rec.model.model_layout import ModelLayout
@@ -31,13 +31,17 @@ from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
-from mmoe_rec.training.choices import Choices, choose_precision
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.planning import Sharding
-from mmoe_rec.training.sharded_tables import choose_way, torchrec_installed
-from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
-from mmoe_rec.training.steps import Steps, check_finite, learning_rate_share, validation_steps
+from mmoe_rec.training.sharded_tables import choose_way
+from mmoe_rec.training.sharding import Optimizers, ShardedModel, Sharding, shard, training_tables
+from mmoe_rec.training.steps import (
+    Choices,
+    Steps,
+    choose_precision,
+    learning_rate_share,
+    validation_steps,
+)
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25
@@ -178,11 +182,10 @@ class Trainer:
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
-        validates = split == "validation"
-        part = Part.SELECTING if validates else None  # the other part judges the model that these rows select
-        folder, options = prepared.split(split), {"weighted": weighted, "with_users": validates}
+        # The other part judges the model that these rows select.
+        part = Part.SELECTING if split == "validation" else None
         return TrainingReader(
-            EncodedRows(folder, self.layout, outcomes=True, part=part, **options),
+            EncodedRows(prepared.split(split), self.layout, outcomes=True, weighted=weighted, part=part),
             batch_size=batch_size,
             shuffle_window=self.settings.shuffle_window,
             seed=self.settings.seed,
@@ -222,11 +225,6 @@ class Trainer:
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(f"computing in {self.choices}, products by {self.products}, tables by {self.tables}{threads}")
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
-        if not torchrec_installed():
-            say(
-                "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
-                "`mmoe-rec doctor` says what to type for sharded tables"
-            )
 
     def _choose(self, mixture: Mixture, before: Choices | None) -> Choices:
         """Return the precision of the settings, of the run that goes on, or the measured one."""
@@ -245,14 +243,10 @@ class Trainer:
             self.announce()
         result, meter = self.result, Meter(self.layout, self.world_size)
         progress = bar("{task.fields[note]}", shown=self.rank == 0)
-        try:
-            with progress, self.stop, freed_memory_kept(), limit_threads(self.threads):
-                task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
-                self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
-            self.checkpoints.wait()
-            dist.barrier()
-        finally:
-            self.checkpoints.close()
+        with progress, self.stop, freed_memory_kept(), limit_threads(self.threads):
+            task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
+            self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
+        dist.barrier()
         result.rows_per_s, result.waiting = meter.rows_per_s, meter.waiting
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
@@ -285,8 +279,8 @@ class Trainer:
         def make() -> Generator[Batch, None, None]:
             keyed_jagged = self.tables == "fbgemm"
             for rows, position in reader.resume(start, epochs):
-                own = (rows.weights, rows.users, rows.numbers)
-                batch = make_batch(rows.encoded, self.layout, rows.labels, position, *own, torchrec=keyed_jagged)
+                own = (position, rows.weights, rows.numbers)
+                batch = make_batch(rows.encoded, self.layout, rows.labels, *own, torchrec=keyed_jagged)
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
 
         return Prefetch(make())
@@ -298,7 +292,11 @@ class Trainer:
         if step is None:
             return None
         assert step.batch.position is not None
-        check_finite(step, self.result.steps + 1, self.checkpoints.folder)
+        if step.bad is not None:  # on every rank
+            raise UserError(
+                f"the {step.bad} of step {self.result.steps + 1} is not finite: look for extreme inputs, or lower "
+                "training.learning_rate or training.table_learning_rate"
+            )
         meter.add(len(step.batch), step.losses, step.observed)
         self.position = step.batch.position
         self.result.steps += 1
@@ -317,8 +315,7 @@ class Trainer:
     def _validate(self, meter: Meter) -> None:
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
-        rows, model = self.validation_reader.rows.rows, self.sharded.model.module
-        now = validate(model, batches, self.layout, self.device, rows, self.stop)
+        now = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
         meter.left_out += time.perf_counter() - start
         if now is None:  # a rank was asked to stop
             self._save_and_stop()
@@ -344,7 +341,6 @@ class Trainer:
 
     def _save_and_stop(self) -> NoReturn:
         self._save()
-        self.checkpoints.wait()
         signal = self.stop.signal or "another rank's signal"
         steps = f"step {self.result.steps} of {self.total_steps}"
         raise StoppedError(f"{signal} came; {steps} is saved, go on with --resume")

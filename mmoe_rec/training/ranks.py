@@ -16,8 +16,11 @@ import torch.distributed as dist
 
 from mmoe_rec.devices import pick_device
 from mmoe_rec.errors import UserError, first_line
+from mmoe_rec.model.products import choose_products
 from mmoe_rec.progress import quiet_loggers
 from mmoe_rec.settings.training import Training
+from mmoe_rec.training.sharded_tables import choose_way
+from mmoe_rec.training.sharding import Sharding
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
@@ -70,18 +73,13 @@ class Ranks:
 def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     """The device and the process group of a training. Raises UserError for what this machine does not offer."""
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 or {settings.sharding, settings.tables, settings.products} != {"auto"}:
-        from mmoe_rec.model.products import choose_products
-        from mmoe_rec.training.planning import Sharding
-        from mmoe_rec.training.sharded_tables import choose_way
-
-        Sharding.of(settings).check(device.type)
-        if choose_way(settings.tables, device.type, ranks) == "torch" and settings.sharding != "auto":
-            raise UserError(
-                f"training.sharding is {settings.sharding}, and training.tables is torch, which spreads no tables. Set "
-                "one of them to auto."
-            )
-        choose_products(settings.products, device.type)
+    Sharding.of(settings).check(device.type)
+    if choose_way(settings.tables, device.type, ranks) == "torch" and settings.sharding != "auto":
+        raise UserError(
+            f"training.sharding is {settings.sharding}, and training.tables is torch, which spreads no tables. Set one "
+            "of them to auto."
+        )
+    choose_products(settings.products, device.type)
     with process_group(device, settings.timeout_minutes) as group:
         yield device, group
 

@@ -1,4 +1,4 @@
-"""Embedding tables of one process on a CPU: in plain PyTorch, or by fbgemm without torchrec's exchange between ranks.
+"""Embedding tables of one process on a CPU, in plain PyTorch, and what fbgemm needs there.
 
 `OneProcessTables` is the plain backend. An update sorts the rows that were looked up, adds up the gradients of equal
 ones, in an order that no thread changes, and then touches each row once.
@@ -13,10 +13,10 @@ import ctypes
 import functools
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import Pooled, stored_width, used_tables
 
 _PARTS = ("torchrec", "fbgemm_gpu")
-_MOST_INT32 = 2**31 - 1  # sorting numbers of 32 bits takes two thirds of the time
 EPS = 1e-8  # as fbgemm has it where nothing else is said
 
 Way = Literal["fbgemm", "torch"]
@@ -106,21 +105,14 @@ class OneProcessTables(nn.Module):
         self.rate = torch.zeros(())
         self.embedding_bags = nn.ModuleDict()
         self.momentum: dict[str, Tensor] = {}
-        self._groups = []
-        for width in sorted(set(self._widths)):
-            own = [table for table in tables.values() if stored_width(table.dim) == width]
-            starts, last = dict[str, int](), 0
-            for table in own:
-                starts[table.name], last = last, last + table.rows
-            inputs = [number for number, each in enumerate(self._widths) if each == width]
-            group = _Group(inputs, [starts[self._tables[number].name] for number in inputs], last, width)
-            self._groups.append(group)
-            for table in own:
-                rows = slice(starts[table.name], starts[table.name] + table.rows)
-                bag = nn.Module()
-                bag.weight = nn.Buffer(group.weights[rows])
-                self.embedding_bags[table.name] = bag
-                self.momentum[table.name] = group.momentum[rows]
+        self._inputs = {  # of each table, by number
+            name: [number for number, table in enumerate(self._tables) if table.name == name] for name in tables
+        }
+        for table in tables.values():
+            bag = nn.Module()
+            bag.weight = nn.Buffer(torch.zeros(table.rows, stored_width(table.dim)))
+            self.embedding_bags[table.name] = bag
+            self.momentum[table.name] = torch.zeros(table.rows)
         self._graph = torch.zeros(0, requires_grad=True)
 
     def forward(self, ids: KeyedIds) -> Pooled | dict[str, Tensor]:
@@ -145,26 +137,39 @@ class OneProcessTables(nn.Module):
         return _LookUp.apply(self._graph, self, values, offsets)
 
     def read(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return what `look_up` does; and, for `update`, each group's rows and the bag of each."""
+        """Return what `look_up` does; and, for `update`, the rows of each table, (n,), and the bag of each."""
         batch = (len(offsets) - 1) // len(self._tables)
         ends = offsets[::batch].tolist() if batch else [0] * (len(self._tables) + 1)
         _check_rows(self._tables, ids, ends)
+        all_lengths = offsets.diff().view(len(self._tables), batch)
         sums: dict[int, Tensor] = {}
         found = []
-        for group in self._groups:
-            rows, lengths = group.read_rows(ids, offsets, ends, batch)
-            starts = functional.pad(lengths.cumsum(0, dtype=rows.dtype), (1, 0))
-            pooled = functional.embedding_bag(rows, group.weights, starts, mode="sum", include_last_offset=True)
-            sums |= dict(zip(group.inputs, pooled.view(len(group.inputs), batch, pooled.shape[1]), strict=True))
+        for name, inputs in self._inputs.items():
+            rows = torch.cat([ids[ends[number] : ends[number + 1]] for number in inputs])
+            lengths = all_lengths[inputs].view(-1)
+            starts = functional.pad(lengths.cumsum(0), (1, 0))
+            weights: Any = self.embedding_bags[name].weight
+            pooled = functional.embedding_bag(rows, weights, starts, mode="sum", include_last_offset=True)
+            sums |= dict(zip(inputs, pooled.view(len(inputs), batch, pooled.shape[1]), strict=True))
             found.append((rows, torch.arange(len(lengths)).repeat_interleave(lengths)))
         return torch.cat([sums[number] for number in range(len(self._tables))], dim=1), found
 
     def update(self, found: Sequence[tuple[Tensor, Tensor]], gradient: Tensor) -> None:
         """Update the tables by the gradient of what was looked up, (B, sum of widths)."""
         parts = gradient.split(self._widths, dim=1)
-        for group, (rows, bags) in zip(self._groups, found, strict=True):
-            if len(rows):
-                group.update(rows, bags, torch.cat([parts[number] for number in group.inputs]), self.rate)
+        for (name, inputs), (rows, bags) in zip(self._inputs.items(), found, strict=True):
+            if not len(rows):
+                continue
+            ordered, order = rows.sort(stable=True)
+            new = torch.ones(len(ordered), dtype=torch.bool)
+            torch.ne(ordered[1:], ordered[:-1], out=new[1:])
+            runs = new.nonzero().view(-1)
+            distinct, of_bags = ordered.index_select(0, runs), torch.cat([parts[number] for number in inputs])
+            sums = functional.embedding_bag(bags.index_select(0, order), of_bags, runs, mode="sum")
+            momentum, weights = self.momentum[name], cast("Tensor", self.embedding_bags[name].weight)
+            momentum.index_add_(0, distinct, sums.square().mean(1))
+            scale = -self.rate / momentum.index_select(0, distinct).sqrt_().add_(EPS)
+            weights.index_copy_(0, distinct, weights.index_select(0, distinct).add_(sums.mul_(scale[:, None])))
 
 
 def _check_rows(tables: Sequence[EmbeddingTable], ids: Tensor, ends: list[int]) -> None:
@@ -177,39 +182,6 @@ def _check_rows(tables: Sequence[EmbeddingTable], ids: Tensor, ends: list[int]) 
                 f"table '{table.name}' has {table.rows:,} rows, and row {int(low if low < 0 else high)} was looked up: "
                 "the encoded rows are not of the features that the model was made for; build them again"
             )
-
-
-class _Group:
-    """Inputs whose tables are rows of one matrix, as they are equally wide.
-
-    Attributes:
-        inputs: Numbers of the inputs.
-        weights: All rows. Shape (R, D).
-        momentum: Adagrad's number of each row. Shape (R,).
-    """
-
-    def __init__(self, inputs: list[int], starts: list[int], rows: int, width: int) -> None:
-        self.inputs, self.weights, self.momentum = inputs, torch.zeros(rows, width), torch.zeros(rows)
-        self._starts = torch.tensor(starts, dtype=torch.int32 if rows <= _MOST_INT32 else torch.int64)
-
-    def read_rows(self, ids: Tensor, offsets: Tensor, ends: list[int], batch: int) -> tuple[Tensor, Tensor]:
-        """Return the rows of the group's inputs, (n,), input by input, and how many each bag has, (F * B,)."""
-        parts = [ids[ends[number] : ends[number + 1]] for number in self.inputs]
-        starts = self._starts.repeat_interleave(torch.tensor([len(part) for part in parts]))
-        lengths = offsets.diff().view(len(ends) - 1, batch)[self.inputs].view(-1)
-        return torch.cat(parts).to(starts.dtype) + starts, lengths
-
-    def update(self, rows: Tensor, bags: Tensor, gradient: Tensor, rate: Tensor) -> None:
-        """Update the rows that were looked up, (n,), each for the bag of the gradient (F * B, D) that `bags` names."""
-        ordered, order = rows.sort(stable=True)
-        new = torch.ones(len(ordered), dtype=torch.bool)
-        torch.ne(ordered[1:], ordered[:-1], out=new[1:])
-        runs = new.nonzero().view(-1)
-        rows = ordered.index_select(0, runs)
-        sums = functional.embedding_bag(bags.index_select(0, order), gradient, runs, mode="sum")
-        self.momentum.index_add_(0, rows, sums.square().mean(1))
-        scale = -rate / self.momentum.index_select(0, rows).sqrt_().add_(EPS)
-        self.weights.index_copy_(0, rows.long(), self.weights.index_select(0, rows).add_(sums.mul_(scale[:, None])))
 
 
 class _LookUp(torch.autograd.Function):
@@ -262,40 +234,6 @@ class OneProcess:
 
     def __call__(self, batch: Any) -> Any:
         return self.module(batch)
-
-
-# One process on a CPU with fbgemm: its module is called directly, as torchrec's code that sends ids and embeddings
-# between ranks takes longer than looking up the ids of a thousand rows.
-
-
-def look_up_directly(model: Any) -> None:
-    """Changes the forward pass of a sharded model's tables, which gives the same sums; weights stay where they are.
-
-    model: torchrec's DistributedModelParallel on one process. Left as it is where fbgemm holds its tables apart.
-    """
-    modules, lookups = list(table_batches(model)), getattr(model.module.tables, "_lookups", ())
-    # Names of the inputs of each of fbgemm's modules, in their order there, unless torchrec hides them.
-    inputs = [config.feature_names() for each in lookups for config in getattr(each, "grouped_configs", ())]
-    if len(modules) == len(inputs) == 1:
-        widths = [modules[0].embedding_specs[table][1] for table in modules[0].feature_table_map]
-        model.module.tables.forward = functools.partial(_look_up_directly, modules[0], inputs[0], widths)
-
-
-def _look_up_directly(module: Any, names: list[str], widths: list[int], ids: Any) -> Pooled:
-    """Sums of the embeddings of each input of a KeyedJaggedTensor, to be read by `by_name`."""
-    keys = ids.keys()
-    if keys != names:
-        ids = ids.permute([keys.index(name) for name in names])
-    return names, widths, module(ids.values(), ids.offsets().long())
-
-
-def table_batches(model: nn.Module) -> Iterator[Any]:
-    """fbgemm's modules in a sharded model, each of which holds the tables that it looks up together."""
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-
-    for part in model.modules():
-        for lookup in getattr(part, "_lookups", ()):  # torchrec keeps them in a plain list
-            yield from (each for each in lookup.modules() if isinstance(each, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 # fbgemm asks the library cpuinfo what the processor can do: code in torch's libc10 finds out, and fbgemm reads the

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -119,7 +117,7 @@ def fit_task(
         halves.append(booster.model_to_string(num_iteration=min(most, max(1, section.number // 2))))
     ways = [(name, text, certainty) for name, text in texts.items()]
     if 1 < len(ways) <= section.number:
-        ways.append(("in all, without ids and with them", join_trees(halves), 0.0))
+        ways.append(("in all, without ids and with them", "\n".join(halves), 0.0))
     labels, weights, taken = held_out.labels, held_out.weights, None
     _, deviation = task.kind.standard(labels)
     for name, text, needed in ways:
@@ -154,21 +152,6 @@ class _Taken:
     trees: np.ndarray
     blend: Blend
     losses: np.ndarray
-
-
-def join_trees(texts: Sequence[str]) -> str:
-    """The mean of several sets of trees as one, in LightGBM's text. texts: the last reads the inputs of all others."""
-
-    def divide(line: re.Match[str]) -> str:
-        return f"{line[1]}={' '.join(repr(float(each) / len(texts)) for each in line[2].split())}"
-
-    head, blocks = texts[-1].partition("\nTree=")[0], list[str]()
-    for text in texts:
-        for block in text.partition("\nend of trees")[0].split("\nTree=")[1:]:
-            numbered = f"Tree={re.sub('^[0-9]+', str(len(blocks)), block.rstrip())}\n\n\n"
-            blocks.append(re.sub(r"(?m)^(leaf_value|internal_value)=(.*)$", divide, numbered))
-    head = re.sub(r"(?m)^tree_sizes=.*", f"tree_sizes={' '.join(str(len(each)) for each in blocks)}", head).rstrip()
-    return f"{head}\n\n{''.join(blocks)}end of trees\n"
 
 
 def is_clearly_less(

@@ -14,7 +14,7 @@ from mmoe_rec.training.validation import Validation, explain_choice, warnings_of
 
 FOLDER = "training"
 """Folder of the report in `data.work`."""
-_METRICS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
+_METRICS = {"loss ↓": "loss", "auc ↑": "auc", "calibration → 1": "calibration"}
 
 
 def validations_table(
@@ -30,7 +30,7 @@ def validations_table(
     """
     note = (
         "steps: the network alone, on the selecting rows; below: the network alone and the model as it is served, on "
-        "the judging rows, those of the other validation users; gauc: by user; calibration: predicted / observed"
+        "the judging rows, those of the other validation users; calibration: predicted / observed"
     )
     steps = {f"{step:,}{' chosen' if step == best_step else ''}": found for step, found in history}
     judged = {"served": served} if network is None else {"network": network, "served": served}
@@ -61,8 +61,9 @@ def make_report(trained: FinishedTraining, settings: Settings) -> Report:
     warnings = [f"the model {about.early_end}"] if about.early_end else []
     warnings += warnings_of(trained.best, settings.training.calibration)
     sentences += [Sentence(each, "warning") for each in warnings]
-    if note := trained.best.experts.note(settings.model.gates.rule):
-        sentences.append(Sentence(note, "note"))
+    if not settings.model.gates.rule.mixes_all:  # else unused experts cost no accuracy
+        findings = trained.best.experts.findings([task.name for task in about.tasks])
+        sentences += [Sentence(each, "note") for each in findings]
     if trained.rows_per_s:  # A resumed training that had no step left has no speed.
         speed = (
             f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data"

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD, auc_of_counts, grouped_auc
+from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD, auc_of_counts
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import StopRequest, UserError
@@ -26,7 +24,6 @@ from mmoe_rec.training.losses import row_losses
 BINS_PER_UNIT = 256
 LARGEST_LOGIT = 32
 BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
-ROWS_KEPT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,13 @@ class Validation:
 
     loss: mean per task (nats, or squared deviations of a regression), by the name of the label that the task is learnt
     from, and weighted as in training; auc: per binary task with both classes, over the rows of its own label, weighted
-    as in training too; experts: how the tasks used them. Of binary tasks, over the rows of their own label: gauc, the
-    mean AUC of users by their rows; calibration, predicted / observed, weighted as in training; rarer, how many rows
-    have the label that is rarer.
+    as in training too; experts: how the tasks used them. Of binary tasks, over the rows of their own label:
+    calibration, predicted / observed, weighted as in training; rarer, how many rows have the label that is rarer.
     """
 
     loss: dict[str, float]
     auc: dict[str, float]
     experts: Utilisation
-    gauc: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, float] = field(default_factory=dict)
     rarer: dict[str, int] = field(default_factory=dict)
 
@@ -60,20 +55,17 @@ class Validation:
 
     def flat(self, section: str = "validation") -> dict[str, float]:
         """Losses, areas and calibration by name, for a section of charts in MLflow."""
-        names = ("loss", "auc", "gauc", "calibration")
+        names = ("loss", "auc", "calibration")
         return {f"{section}/{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
 
 
 class ValidationSums:
     """What a validation adds up, of this rank's batches until `exchange`.
 
-    GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange them. Where there are more
-    than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
-
-    experts: (T, E) bool, the experts that each task uses; rows: of all ranks.
+    experts: (T, E) bool, the experts that each task uses.
     """
 
-    def __init__(self, layout: Layout, experts: Tensor, rows: int) -> None:
+    def __init__(self, layout: Layout, experts: Tensor) -> None:
         self.layout, tasks = layout, len(layout.tasks)
         self.binary = {task.name: index for index, task in enumerate(layout.tasks) if task.kind.is_binary}
         self.counts = torch.zeros(tasks, 2, BINS, dtype=torch.float64)
@@ -81,9 +73,6 @@ class ValidationSums:
         self.loss = torch.zeros(tasks, 2, dtype=torch.float64)
         self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # of predictions and labels
         self.utilisation = UtilisationSums(experts)
-        self._one_in = np.uint64(-(-max(rows, 1) // ROWS_KEPT))
-        # Of a batch: users (B,), and logits and labels (B, T), NaN where unobserved.
-        self._users: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, outputs: Outputs, batch: Batch, counted: Tensor) -> None:
         """Adds a batch that was scored without placement, its tasks in the order of the layout.
@@ -104,19 +93,11 @@ class ValidationSums:
         weights = own if batch.weights is None else own * batch.weights[:, None]
         predicted = weights * logits.double().sigmoid()
         self.calibration += torch.stack([predicted.sum(0), (weights * labels.double()).sum(0)], dim=1)
-        if batch.users is not None:
-            users, seen = batch.users.numpy(), torch.where(own, labels.double(), torch.nan).numpy()
-            # The upper half of the hash: the lower one may be in use elsewhere.
-            chosen = (users.view(np.uint64) >> np.uint64(32)) % self._one_in == 0
-            self._users.append((users[chosen], logits.float().numpy()[chosen], seen[chosen]))
 
     def exchange(self, device: torch.device) -> None:
         """Makes the sums those of all ranks: a collective call."""
         for total in (self.counts, self.rows, self.loss, self.calibration, self.utilisation.sums):
             _add_up(total, device)
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self._users)
-        self._users = [each for part in parts for each in part]
 
     def result(self) -> Validation:
         """The validation of all rows that were added. Raises UserError where no label was observed."""
@@ -129,26 +110,9 @@ class ValidationSums:
             {task.learnt_from: total / weight for task, (total, weight) in losses if weight > 0},
             {name: area for name, area in areas.items() if not math.isnan(area)},
             self.utilisation.result(),
-            self._gauc(),
             {name: float(sums[t, 0] / sums[t, 1]) for name, t in self.binary.items() if sums[t, 1] > 0},
             {name: int(self.rows[t].min()) for name, t in self.binary.items()},
         )
-
-    def _gauc(self) -> dict[str, float]:
-        """Task -> mean AUC of users weighted by their rows; not where no user has both labels."""
-        if not self._users:
-            return {}
-        users, logits, labels = (np.concatenate(each) for each in zip(*self._users, strict=True))
-        means = {}
-        for name, task in self.binary.items():
-            seen = ~np.isnan(labels[:, task])
-            distinct, user = np.unique(users[seen], return_inverse=True)
-            label = labels[seen, task]
-            areas = grouped_auc(user, logits[seen, task], label, 1 - label, len(distinct))
-            both = ~np.isnan(areas)
-            if both.any():
-                means[name] = float(np.average(areas[both], weights=np.bincount(user)[both]))
-        return means
 
 
 @torch.no_grad()
@@ -157,14 +121,13 @@ def validate(
     batches: Iterable[Batch],
     layout: Layout,
     device: torch.device,
-    rows: int,
     stop: StopRequest | None = None,
 ) -> Validation | None:
     """Scores this rank's batches without placement and adds up over all ranks. A collective call.
 
-    rows: of all ranks. Gives None as soon as a rank was asked to stop.
+    Gives None as soon as a rank was asked to stop.
     """
-    sums = ValidationSums(layout, model.experts_in_use, rows)
+    sums = ValidationSums(layout, model.experts_in_use)
     model.eval()
     for each in batches:
         if stop is not None:
@@ -184,12 +147,12 @@ def validate(
 def validate_alone(
     model: RankingModel, rows: EncodedRows, layout: ModelLayout, batch_size: int, calibration: Calibration
 ) -> Validation:
-    """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes and users."""
-    sums = ValidationSums(layout, model.experts_in_use, rows.rows)
+    """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes."""
+    sums = ValidationSums(layout, model.experts_in_use)
     names = [task.name for task in layout.tasks]
     model.eval()
     for part, _ in rows.stream(batch_size):
-        batch = make_batch(part.encoded, layout, part.labels, None, part.weights, part.users, torchrec=False)
+        batch = make_batch(part.encoded, layout, part.labels, None, part.weights, torchrec=False)
         outputs = model(batch)
         calibrated = outputs._replace(logits=calibration.apply(outputs.logits.cpu(), names))
         sums.add(calibrated, batch, batch.observed.any(1))
@@ -283,16 +246,11 @@ def warnings_of(best: Validation, calibration: str) -> list[str]:
         advice = f"the {calibration} calibration was left out or does not hold: look for drift with `mmoe-rec inspect`"
     for task, auc in best.auc.items():
         rows = best.rarer.get(task, FEWEST)
-        # Random scores have an AUC of variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and
-        # Whitney, 1947); whatever the number of the other label, it is not much smaller than half of that for as many.
         if auc < 0.5:
-            chance = rows < FEWEST or 0.5 - auc <= _ERRORS * math.sqrt((2 * rows + 1) / (12 * rows**2))
-            why = (
-                f"with {rows} rows of its rarer label that may be chance, but nothing shows that it ranks at all"
-                if chance
-                else "it ranks worse than chance: the label may be inverted, or validation unlike training"
+            found.append(
+                f"the validation AUC of '{task}' is {auc:.3f}, below .5: nothing shows that it ranks. It has {rows} "
+                "rows of its rarer label, the label may be inverted, or validation unlike training"
             )
-            found.append(f"the validation AUC of '{task}' is {auc:.3f}, below .5; {why}")
         elif auc > TOO_GOOD and rows >= FEWEST:
             found.append(f"the validation AUC of '{task}' is {auc:.4f}, {WHY_TOO_GOOD}")
     for task, ratio in best.calibration.items():

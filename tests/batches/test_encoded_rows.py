@@ -95,22 +95,6 @@ def test_slices_and_their_concatenation(tmp_path: Path) -> None:
     assert_values(taken)
 
 
-def test_the_fingerprint_is_of_the_values_and_the_row_groups(tmp_path: Path) -> None:
-    def fingerprint(name: str, sizes: list[list[int]], change: float | None = None) -> str:
-        write(tmp_path / name, sizes)
-        if change is not None:
-            rows = table(range(sum(sizes[0])))
-            index = rows.column_names.index("dense.age")
-            ages = rows.column("dense.age").to_numpy().copy()
-            ages[-1] = change
-            pq.write_table(rows.set_column(index, "dense.age", pa.array(ages)), tmp_path / name / "000.parquet")
-        return EncodedRows(tmp_path / name, LAYOUT).fingerprint
-
-    once = fingerprint("once", [[12]])
-    assert once == fingerprint("again", [[12]])
-    assert len({once, fingerprint("split", [[6, 6]]), fingerprint("changed", [[12]], -99.0)}) == 3
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

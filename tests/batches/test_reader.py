@@ -117,23 +117,6 @@ def test_resume_gives_exactly_the_rest(
     assert position == TOTAL
 
 
-def test_positions_of_other_rows_seeds_and_windows_are_refused(rows: EncodedRows, tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[20, 20, 20, 15]])
-    regrouped = EncodedRows(tmp_path / "rows", LAYOUT)
-    assert regrouped.rows == TOTAL
-    write(more := tmp_path / "more", [[80]])
-    reader = readers(rows, 1)[0]
-    reader.resume(readers(rows, 3, batch_size=7)[1].position(0, 5), 1)
-    for other, differs in [
-        (readers(rows, 1, seed=6)[0], "seed 6 .* now it is 5"),
-        (readers(rows, 1, shuffle_window=31)[0], "shuffle_window 31 .* now it is 30"),
-        (readers(regrouped, 1)[0], "fingerprint"),
-        (readers(EncodedRows(more, LAYOUT), 1)[0], "rows 80"),
-    ]:
-        with pytest.raises(UserError, match=f"resume at row 5 of epoch 0: .*{differs}"):
-            reader.resume(other.position(0, 5), 1)
-
-
 def test_each_rank_decodes_only_its_row_groups_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "rows", [[64] * 16, [64] * 16])
     rows = EncodedRows(tmp_path / "rows", LAYOUT)
@@ -170,14 +153,9 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.M
     assert len(references) == 64
 
 
-def test_the_end_of_an_epoch_and_positions_outside(rows: EncodedRows) -> None:
+def test_the_end_of_an_epoch(rows: EncodedRows) -> None:
     reader = readers(rows, 1)[0]
     assert list(epoch_of(reader, 0, TOTAL)) == []
-    for position in (-1, TOTAL + 1):
-        with pytest.raises(UserError, match=f"resume at row {position} of epoch 0: an epoch has {TOTAL} rows"):
-            next(iter(epoch_of(reader, 0, position)))
-    with pytest.raises(UserError, match=r"of epoch -1: an epoch has"):
-        reader.resume(reader.position(-1), 1)
 
 
 def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
@@ -387,7 +365,7 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch() -> None:
     """Nor on the rows beside it; another epoch, seed, or draw of the step gives other numbers, even ones."""
 
     def draw(rows: np.ndarray, seed: int = 5, epoch: int = 0) -> np.ndarray:
-        position = Position(epoch, int(rows[0]), seed, 1, 900, "")
+        position = Position(epoch, int(rows[0]), seed)
         with draws_of(Batch(None, *torch.zeros(3, len(rows), 1), position, numbers=torch.from_numpy(rows))):
             shapes = ((len(rows), 2, 3), (len(rows), 1), (len(rows), 1))
             return np.hstack([draw_uniform(shape, torch.device("cpu")).flatten(1).numpy() for shape in shapes])

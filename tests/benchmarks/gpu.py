@@ -33,8 +33,8 @@ from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import predictions
 from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.preprocessing.count_and_encode import SplitCounts
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer

@@ -1,8 +1,8 @@
 """Runs of settings with several seeds, for benchmarks that compare them with other systems."""
 
 from mmoe_rec.evaluation.sums import EvaluationSums
-from mmoe_rec.experiments.compare import BASE, FOLDER
-from mmoe_rec.experiments.runner import TrainedVariant, open_runner
+from mmoe_rec.experiments.compare import FOLDER
+from mmoe_rec.experiments.runner import BASE, TrainedVariant, open_runner
 from mmoe_rec.settings.sections import Settings
 
 

@@ -29,9 +29,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.experiments.compare import BASE, compare_variants
-from mmoe_rec.experiments.experiment_report import Call
-from mmoe_rec.experiments.variants import Variant
+from mmoe_rec.experiments.compare import BETTER, WORSE, compare_variants
+from mmoe_rec.experiments.runner import BASE, Variant
 from mmoe_rec.settings.sections import Settings
 
 NUMBERS, ROWS = 12, {"train": 5_000, "validation": 1_000, "test": 5_000}
@@ -109,7 +108,7 @@ def judge_log(kind: str, seed: int, seeds: int) -> list[dict[str, Any]]:
     for task, result in zip(tasks, report.variants[1:], strict=True):
         cell = result.cells[result.judged[0]]
         assert cell.apart is not None
-        call = {Call.WORSE: "helps", Call.BETTER: "harms"}.get(cell.call, "not shown")
+        call = {WORSE: "helps", BETTER: "harms"}.get(cell.call, "not shown")
         half = (cell.apart.high - cell.apart.low) / 2
         found.append({"kind": kind, "seed": seed, "task": task, "call": call, "value": -cell.apart.value, "half": half})
     return found

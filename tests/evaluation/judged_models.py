@@ -10,8 +10,9 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.evaluation.comparison import Verdict, compare
 from mmoe_rec.evaluation.slices import compare_slices
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
+from tests.evaluation.trees import measure
 
 TASKS = (MeasuredTask("bought", "binary", 1.0), MeasuredTask("liked", "binary", 1.0))
 NAMES = [task.name for task in TASKS]
@@ -65,11 +66,10 @@ def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:
 
 
 def compared(
-    noise: float, number: int, users: int, resamples: int, slices: bool = False, broken: bool = False, few: int = 0
+    noise: float, number: int, users: int, resamples: int, slices: bool = False, broken: bool = False
 ) -> Iterator[Verdict]:
     """Verdicts of that many challengers, each on other users, beside a champion with `NOISE`. broken: whether the
-    challenger ranks one of the slices at random, beside a champion that is worse elsewhere; few: users for whom the
-    last task's predictions differ, 0: all."""
+    challenger ranks one of the slices at random, beside a champion that is worse elsewhere."""
     for seed in range(number):
         world, both = World(np.random.default_rng([11, seed]), users), dict[str, np.ndarray]()
         for name, each in (("new", noise), ("old", 1.4 if broken else NOISE)):
@@ -77,24 +77,20 @@ def compared(
             if broken and name == "new":
                 predictions[:, spoilt] = predictions[:, world.random.permutation(spoilt)]
             both[name] = predictions
-        if few:
-            others = np.isin(world.user, world.random.permutation(users)[few:])
-            both["new"][-1, others] = both["old"][-1, others]
         models = {name: world.measure(each, slices) for name, each in both.items()}
         found = compare_slices(models, "new", resamples)
         yield compare(models, "new", NAMES, Evaluation(resamples=resamples), found).verdicts["old"]
 
 
-def verdicts(*arguments: Any, **options: Any) -> tuple[Counter[str], float]:
-    """How often each kind of verdict is given, and `only slices` hold a challenger back; and the mean size that the
-    comparisons call detectable. arguments, options: of `compared`."""
-    counts, sizes = Counter[str](), []
+def verdicts(*arguments: Any, **options: Any) -> Counter[str]:
+    """How often each kind of verdict is given, and `only slices` hold a challenger back. arguments, options: of
+    `compared`."""
+    counts = Counter[str]()
     for judged in compared(*arguments, **options):
         counts[judged.kind] += 1
         failed = [guard.metric for guard in judged.guards if not guard.passed]
         counts["only slices"] += judged.kind == "held back" and failed == ["slices"]
-        sizes.append(judged.detectable)
-    return counts, float(np.mean(sizes))
+    return counts
 
 
 def noise_of_gain(gain: float, of_noise: Callable[[float], float] = true_gain) -> float:

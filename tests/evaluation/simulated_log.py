@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
+from tests.evaluation.trees import measure
 
 BOUGHT = MeasuredTask("bought", "binary", 1.0)
 LIKED = MeasuredTask("liked", "binary", 0.5)

@@ -13,7 +13,7 @@ from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.intervals import effective_sample_size
-from mmoe_rec.evaluation.sentences import describe_slices, describe_verdict
+from mmoe_rec.evaluation.sentences import describe_slices
 from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, SliceRecord, compare_slices, sort_worst_first
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.settings.sections import Evaluation
@@ -54,7 +54,7 @@ def test_slices_have_the_metrics_of_their_rows(log: Log) -> None:
 def test_a_bucket_holds_its_largest_number() -> None:
     values = pa.array([1.0, 2.0, None, 3.0, 4.0])
     found = SliceBy("bucket(price, 2)", "price", 2).find_slices(values)
-    rows = {name: numbers.tolist() for name, numbers in found.rows(values).items()}
+    rows = {name: numbers.tolist() for name, numbers in found.items()}
     assert rows == {"[1, 2]": [0, 1], "(2, 4]": [3, 4], MISSING: [2]}
 
 
@@ -86,10 +86,10 @@ def test_a_loss_beyond_the_margin_is_tested_as_by_scipy(margin: float) -> None:
     """By both tails, so it is twice the p-value of a test against the margin."""
     values = np.random.default_rng(0).normal(-0.2, 0.3, size=7)
     error = float(values.std(ddof=1) / np.sqrt(7))
-    record = SliceRecord("a", "b", "it", "auc", 9, 99, None, 0.5, "old", values.mean(), 0.0, 0.0, error, 7.0, 0.1)
+    record = SliceRecord("a", "b", "it", "auc", 9, 99, None, 0.5, "old", values.mean(), 0.0, 0.0, error, 6.0, 0.1)
     expected = 2 * ttest_1samp(values, -margin, alternative="less").pvalue
     assert record.test_loss(margin) == pytest.approx(expected, rel=1e-9)
-    for unknown in ("apart", "error", "effective_users"):
+    for unknown in ("apart", "error", "freedom"):
         assert replace(record, **{unknown: None}).test_loss(margin) == 1
     assert replace(record, error=0.0).test_loss(margin) == 1
 
@@ -163,8 +163,9 @@ def test_slices_redraw_the_same_users_as_all_rows(log: Log) -> None:
         counts = np.bincount(random.integers(len(sums[0]), size=len(sums[0])), minlength=len(sums[0]))
         of_all, of_late = ((counts[users] @ sums[0][users]) / (counts[users] @ sums[1][users]) for users in parts)
         redrawn.append(of_late - of_all)
-    effective = min(effective_sample_size(np.bincount(place, each)[100:]) for each in (labels, np.ones(len(labels))))
-    assert record.effective_users == pytest.approx(effective)
+    sizes = (labels, 1 - labels, np.ones(len(labels)))
+    effective = min(effective_sample_size(np.bincount(place, each)[100:]) for each in sizes)
+    assert record.freedom + 1 == pytest.approx(effective)
     expected = np.std(redrawn) * np.sqrt(effective / (effective - 1))
     assert record.error == pytest.approx(expected, rel=0.25)
 
@@ -247,7 +248,7 @@ def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded,
     rules = Evaluation(resamples=200, calibration=9, slices=("kind",), guarded_slices=guarded)
     results = Results(models, ("bought",), rules, "", {})
     assert results.comparison.verdicts["old"].kind == kind
-    told = describe_verdict(results.comparison, "old", results.first.summary)
+    told = results.comparison.verdicts["old"].message
     assert ("slice kind: 3 (" in told) == (kind != "better")
     with pytest.raises(UserError, match=r"guarded_slices names 'kin', and rows are sliced by: kind"):
         _ = replace(results, rules=Evaluation(slices=("kin",), guarded_slices=("kin",))).comparison

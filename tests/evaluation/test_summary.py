@@ -23,12 +23,12 @@ from mmoe_rec.evaluation.metrics.metric import Resamples
 from mmoe_rec.evaluation.metrics.tasks import NormalisedEntropy
 from mmoe_rec.evaluation.sentences import describe_notes
 from mmoe_rec.evaluation.summary import LEFT_OUT, UserMetrics, flatten
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
-from tests.evaluation.trees import summarise
+from mmoe_rec.evaluation.sums import MeasuredTask
+from tests.evaluation.trees import measure, summarise
 
 
 def notes(log: Log) -> list[str]:
-    return describe_notes([typed.summarise(log.measure(), 20)] * 2)
+    return list(describe_notes(typed.summarise(log.measure(), 20)))
 
 
 def values(log: Log) -> Callable[[str, str], float]:
@@ -281,7 +281,7 @@ UNDEFINED = {
         lambda log: replace(log, requests=np.arange(len(log.score))),
         {"score": ("ndcg_at_5", "mrr"), "bought": ("gauc_request",)},
         {
-            "score": "a list of one ranks nothing",
+            "score": "No request has rows that differ in relevance",
             "bought": "are undefined: labels do not differ, or not within any user or request.",
         },
     ),
@@ -303,7 +303,7 @@ UNDEFINED = {
     "no label": (
         lambda log: replace(log, labels=dict.fromkeys(log.labels, np.full(len(log.score), np.nan))),
         {"bought": ("auc",), "liked": ("logloss",), "spent": ("rmse",), "score": ("mrr",)},
-        {"spent": "No row has an observed label", "score": "No request has a relevant row"},
+        {"spent": "No row has an observed label", "score": "No request has rows that differ in relevance"},
     ),
     "equal labels of a regression": (
         lambda log: log.with_labels(spent=np.full(len(log.score), 1e6 / 3)),
@@ -355,7 +355,7 @@ def test_what_has_no_interval_is_said_and_why() -> None:
     assert "auc, average_precision, gauc_user, " in found["note"]
     assert "no interval" in summary["score"]["note"]
     alone = typed.summarise(simulate(seed=2, users=1, requests=30).measure(), resamples=20)
-    assert "one user" in describe_notes([alone])[0]
+    assert "one user" in next(describe_notes(alone))
     intervals = [each for group in alone.groups.values() for each in group.metrics.values()]
     assert all(each.value is not None and each.low is None and each.high is None for each in intervals)
 

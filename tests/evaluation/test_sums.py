@@ -8,8 +8,8 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.tasks import bin_edges
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
-from tests.evaluation.trees import summarise
+from mmoe_rec.evaluation.sums import MeasuredTask
+from tests.evaluation.trees import measure, summarise
 
 
 def test_tables_hold_what_naive_loops_count(log: Log) -> None:

@@ -3,10 +3,30 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from mmoe_rec.evaluation import comparison, summary
 from mmoe_rec.evaluation.results_report import comparison_tree, summary_tree
-from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, PredictedRows
 from mmoe_rec.settings.sections import Evaluation
+
+
+def measure(
+    tasks: Sequence[MeasuredTask],
+    users: Any,
+    requests: Any,
+    predictions: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    *,
+    score: Any,
+    weight: Any = None,
+    candidates: Any = None,
+    grouped: bool | None = None,
+) -> EvaluationSums:
+    """The sums of rows, with ids of NumPy."""
+    ids = [None if each is None else pa.array(each) for each in (users, requests, candidates)]
+    return PredictedRows(tuple(tasks), *ids, predictions, labels, np.asarray(score), weight).sum(grouped)
 
 
 def summarise(*arguments: Any, **options: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Features that a model can do without: permutations beside a plain loop, and runs without them."""
 
 import zlib
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,9 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.evaluation.evaluate import predict_rows
 from mmoe_rec.evaluation.intervals import Difference
-from mmoe_rec.experiments.importance import Group, Loss, choose_joint, find_sources, hold_rows, permute
+from mmoe_rec.experiments.importance import choose_joint, find_sources, hold_rows, is_harmless, permute
 from mmoe_rec.experiments.runner import Network, Runner
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import UNCALIBRATED
@@ -35,24 +36,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     return SmallModel(work, log=[with_requests(random_log(3, rows=1500))], **sections)
 
 
-def exchange(world: SmallModel, group: Group, repeat: int, folder: Path) -> Path:
-    """Rows in which each feature's columns come from other ones: a loop over values."""
+def exchange(world: SmallModel, feature: str, repeat: int, folder: Path) -> Path:
+    """Rows in which a feature's columns come from other ones: a loop over values."""
     layout, schema = world.prepared.layout, world.settings.schema_
     files = sorted(world.prepared.split("validation").glob("*.parquet"))
     rows = pa.concat_tables([pq.read_table(each) for each in files])
-    columns, generator = rows.to_pydict(), np.random.default_rng([zlib.crc32(group.name.encode()), repeat])
+    columns, generator = rows.to_pydict(), np.random.default_rng([zlib.crc32(feature.encode()), repeat])
     requests = list(dict.fromkeys(columns["request"]))
     others = [requests[place] for place in generator.permutation(len(requests))]
     donor_of = dict(zip(requests, others, strict=True))
     of_requests = [columns["request"].index(donor_of[each]) for each in columns["request"]]
     of_rows = generator.permutation(len(rows)).tolist()
-    exchanged = dict(columns)
-    for name in group.features:
-        donors = of_requests if schema.role_of(name) in ("user", "context") else of_rows
-        own = [f"id.{each.name}" for each in layout.ids if each.feature == name]
-        own += [f"dense.{each.name}" for each in layout.dense if each.feature == name]
-        for column in own:
-            exchanged[column] = [columns[column][donor] for donor in donors]
+    donors = of_requests if schema.role_of(feature) in ("user", "context") else of_rows
+    own = [f"id.{each.name}" for each in layout.ids if each.feature == feature]
+    own += [f"dense.{each.name}" for each in layout.dense if each.feature == feature]
+    exchanged = columns | {column: [columns[column][donor] for donor in donors] for column in own}
     folder.mkdir(parents=True)
     pq.write_table(pa.table(exchanged, rows.schema), folder / "rows.parquet")
     return folder
@@ -61,57 +59,55 @@ def exchange(world: SmallModel, group: Group, repeat: int, folder: Path) -> Path
 def measure(world: SmallModel, folder: Path) -> float:
     """The AUC of click."""
     rows = [part for part, _ in EncodedRows(folder, world.model_layout).stream(100)]
-    predicted = Network(world.model, world.model_layout, UNCALIBRATED).predict(rows).values[:, 0]
+    predicted = predict_rows(world.model, world.model_layout, rows, UNCALIBRATED)[0][:, 0]
     label = np.concatenate([part.labels for part in rows])[:, 0]
     return float(roc_auc_score(label[~np.isnan(label)], predicted[~np.isnan(label)]))
 
 
 def test_losses_are_those_of_a_plain_loop(world: SmallModel, tmp_path: Path) -> None:
-    groups = [Group(name, (name,)) for name in ("item", "clicked", "item_click")]
+    names = ["item", "clicked", "item_click"]
     network = Network(world.model, world.model_layout, UNCALIBRATED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmoe_rec.experiments.importance.MAX_REPEATS", 2)
         held: Any = SimpleNamespace(settings=world.settings, prepared=world.prepared)
-        found = permute(held, network, groups, 0.001)
+        found = permute(held, network, names, 0.001)
     assert found["objective"] == "auc of click"
     whole, losses = measure(world, world.prepared.split("validation")), {name: told for name, told, _ in found["rows"]}
-    for group in groups:
-        folders = [exchange(world, group, repeat, tmp_path / group.name / str(repeat)) for repeat in range(2)]
+    for name in names:
+        folders = [exchange(world, name, repeat, tmp_path / name / str(repeat)) for repeat in range(2)]
         loss = whole - np.mean([measure(world, folder) for folder in folders])
-        assert float(losses[group.name].split()[0]) == pytest.approx(loss, abs=1e-4), group.name
+        assert float(losses[name].split()[0]) == pytest.approx(loss, abs=1e-4), name
     ordered = [float(told.split()[0]) for _, told, _ in found["rows"]]
     assert ordered == sorted(ordered)
 
 
 def test_groups_are_those_of_one_source(world: SmallModel) -> None:
     schema = world.settings.schema_
-    sources = {group.name: group.features for group in find_sources(schema)}
+    sources = find_sources(schema)
     assert {name for features in sources.values() for name in features} == {*schema.features}
     assert "item" in sources["values of candidate"]
     assert "item_click" in sources["counters of click"]
 
 
-def loss(name: str, value: float, reach: float, p: float = 1.0) -> Loss:
-    return Loss(Group(name, (name,)), Difference(value, value - reach, value + reach, p=p, p_corrected=p))
+def loss(value: float, reach: float, p: float = 1.0) -> Difference:
+    return Difference(value, value - reach, value + reach, p=p, p_corrected=p)
 
 
 def test_what_may_be_left_out_together() -> None:
     """Copies of each other are harmless alone and not together; what others read stays with them."""
-    losses = [loss("copy", 0.0004, 0.0001), loss("noise", 0.0001, 0.0001), loss("other_copy", 0.0003, 0.0001)]
-    losses += [loss("table", 0.0, 0.0001), loss("reader", 0.02, 0.001, p=0.0), loss("wide", -0.002, 0.0031)]
-    asked = list[tuple[str, ...]]()
+    losses = {"copy": loss(0.0004, 0.0001), "noise": loss(0.0001, 0.0001), "other_copy": loss(0.0003, 0.0001)}
+    losses |= {"table": loss(0.0, 0.0001), "reader": loss(0.02, 0.001, p=0.0), "wide": loss(-0.002, 0.0031)}
+    asked = list[list[str]]()
 
-    def joint(group: Group) -> Loss:
-        asked.append(group.features)
-        both = {"copy", "other_copy"} <= {*group.features}
-        return replace(loss("joint", 0.01 if both else 0.0, 0.0005, p=0.0 if both else 1.0), group=group)
+    def joint(names: Sequence[str]) -> Difference:
+        asked.append(list(names))
+        both = {"copy", "other_copy"} <= {*names}
+        return loss(0.01 if both else 0.0, 0.0005, p=0.0 if both else 1.0)
 
-    found = choose_joint(losses, 0.001, joint, {"table": ["reader"]})
-    assert found is not None
-    assert asked == [("noise", "other_copy", "copy"), ("noise", "other_copy")]
-    assert found.group.features == ("noise", "other_copy")
-    assert choose_joint(losses[4:5], 0.001, joint, {}) is None
-    assert not loss("shown", 0.0006, 0.0002, p=0.01).is_harmless(0.001), "half of the margin where a loss is shown"
+    assert choose_joint(losses, 0.001, joint, {"table": ["reader"]}) == ["noise", "other_copy"]
+    assert asked == [["noise", "other_copy", "copy"], ["noise", "other_copy"]]
+    assert choose_joint({"reader": losses["reader"]}, 0.001, joint, {}) == []
+    assert not is_harmless(loss(0.0006, 0.0002, p=0.01), 0.001), "half of the margin where a loss is shown"
 
 
 def test_whole_users_are_held(tmp_path: Path) -> None:
@@ -127,14 +123,13 @@ def test_whole_users_are_held(tmp_path: Path) -> None:
     whole = pa.concat_tables(tables).to_pandas()
     settings: Any = SimpleNamespace(training=SimpleNamespace(sampling_correction="none"))
     for most in (1, 700, 3000):
-        held = hold_rows(settings, tmp_path, layout, most)
-        users = set(held.beside["user"].to_pylist())
-        expected = whole[whole["user"].isin(users)]
-        assert held.beside["user"].to_pylist() == expected["user"].tolist()
-        np.testing.assert_array_equal(held.rows.encoded.dense[:, 0], expected["dense.price"])
-        assert len(held.rows) == len(expected)
-        assert most - 60 < len(held.rows) <= most or most == 1
-    assert len(held.rows) == 3000
+        held, beside = hold_rows(settings, tmp_path, layout, most)
+        expected = whole[whole["user"].isin(set(beside["user"].to_pylist()))]
+        assert beside["user"].to_pylist() == expected["user"].tolist()
+        np.testing.assert_array_equal(held.encoded.dense[:, 0], expected["dense.price"])
+        assert len(held) == len(expected)
+        assert most - 60 < len(held) <= most or most == 1
+    assert len(held) == 3000
 
 
 @pytest.mark.thorough
@@ -153,7 +148,7 @@ def test_noise_is_left_out_and_copies_are_not(tmp_path: Path) -> None:
     words = ["compare", "--config", config, "--features", "--margin", 0.02, "--seeds", 2]
     words += ["--only", "noise", "price", "same_price"]
     printed = run_and_read(*words)
-    assert "candidates to leave out together: `noise`; permuted, they lose " in printed
+    assert "candidates to leave out together: `noise`" in printed
     assert "`without price` is not shown to differ from `these settings`" in printed
     assert "`without noise` is not shown to differ from `these settings`" in printed
     with pytest.MonkeyPatch.context() as patch:

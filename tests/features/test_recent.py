@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.features.latest import LatestValues
+from mmoe_rec.log.columns import hash_rows
 from mmoe_rec.log.rows import Stored
 from tests.log.small_logs import DAY, START, at_times, log_rows, random_log, schema_of, times_of
 
@@ -21,17 +22,13 @@ SCHEMA = schema_of(FEATURES)
 ATTRIBUTES = {"user": ["user", "age"], "candidate": ["item", "brand", "price", "tags"]}
 
 
-def rank(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple((each is not None, repr(each) if isinstance(each, list) else each) for each in values)
-
-
 def latest_of(table: pa.Table, columns: list[str]) -> dict[Any, tuple[Any, ...]]:
-    found: dict[Any, tuple[int, tuple[Any, ...]]] = {}
-    for row, time in zip(table.to_pylist(), times_of(table).tolist(), strict=True):
+    found: dict[Any, tuple[tuple[int, int], tuple[Any, ...]]] = {}
+    hashes = hash_rows(log_rows(table, SCHEMA).table.select(columns))
+    for row, *rank in zip(table.to_pylist(), times_of(table).tolist(), hashes.tolist(), strict=True):
         values = tuple(row[name] for name in columns)
-        before = found.get(values[0])
-        if before is None or (time, rank(values)) >= (before[0], rank(before[1])):
-            found[values[0]] = time, values
+        if values[0] not in found or tuple(rank) >= found[values[0]][0]:
+            found[values[0]] = tuple(rank), values
     return {key: values for key, (_, values) in found.items()}
 
 

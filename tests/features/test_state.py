@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.rows import labels_of
-from mmoe_rec.preprocessing.splits import encoded_table
+from mmoe_rec.preprocessing.count_and_encode import encoded_table
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,

@@ -173,10 +173,8 @@ def refusal(folder: Path) -> str:
 def test_the_manifest_names_every_file_by_its_checksum(folder: Path) -> None:
     files = files_of(folder)
     del files["manifest.json"]
-    found = {name: (each.bytes, each.sha256) for name, each in read_manifest(folder).items()}
-    assert found == {
-        name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()
-    }
+    found = read_manifest(folder)
+    assert found == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     assert {"calibration.json", "example_scores.json", "weights.safetensors", "features/pipeline.json"} < set(found)
 
 
@@ -186,17 +184,16 @@ def test_damage_of_every_file_is_named(folder: Path) -> None:
     for name, path in files_of(folder).items():
         whole = path.read_bytes()
         path.rename(aside)
-        told = refusal(folder)
-        assert f"the model in '{folder}' is not as it was written: '{name}' is missing; copy the whole folder" in told
+        told = f"the model in '{folder}' is not as it was written: '{name}' is missing or has changed; copy the whole"
+        assert told in refusal(folder)
         aside.rename(path)
         path.write_bytes(whole[:-1])
-        reason = "has changed" if name == "manifest.json" else f"has {len(whole) - 1:,} bytes instead of {len(whole):,}"
-        assert f"'{name}' {reason}" in refusal(folder)
+        assert told in refusal(folder)
         for bit in draw.sample(range(8 * len(whole)), 4):
             changed = bytearray(whole)
             changed[bit // 8] ^= 1 << bit % 8
             path.write_bytes(changed)
-            assert f"'{name}' has changed" in refusal(folder), f"bit {bit}"
+            assert told in refusal(folder), f"bit {bit}"
         path.write_bytes(whole)
     check_files(folder)
 
@@ -304,17 +301,7 @@ def test_other_scores_than_expected_are_told(folder: Path, where: tuple[Any, ...
     changed_scores(folder, times(1.01, *where))
     told = refusal(folder)
     assert "gives other predictions here than where it was written: for example_request.json, " + what in told
-    assert "(by the same versions of torch, numpy and pyarrow); use the code that wrote it, or train again here" in told
-
-
-def test_other_versions_are_named(folder: Path) -> None:
-    def older(tree: dict[str, Any]) -> None:
-        times(1.01, "predictions", "click", 0)(tree)
-        tree["computed_with"]["torch"] = "2.0.0"
-
-    changed_scores(folder, older)
-    assert f"(torch {torch.__version__.split('+')[0]}" in refusal(folder)
-    assert "instead of 2.0.0); install the versions that it was written with, or" in refusal(folder)
+    assert f"It was written with torch {torch.__version__.split('+')[0]}" in told
 
 
 def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(
@@ -457,6 +444,6 @@ def test_rows_are_not_scored_by_a_model_that_came_later(
         return score_parts(self, *arguments)
 
     monkeypatch.setattr(score._Scoring, "_score_parts", replaced)
-    with pytest.raises(UserError, match=r"another model \(version .*\) took the place of the one in"):
+    with pytest.raises(UserError, match="was replaced while rows were scored"):
         score.score_log(folder, small.settings.data.log, tmp_path / "out", "tables")
     assert not (tmp_path / "out").exists()

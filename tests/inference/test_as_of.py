@@ -1,6 +1,5 @@
 """Requests before the end of the model's log: what counters and histories answer, and as of when they say they do."""
 
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmoe_rec.inference.artifact import Artifact, read_artifact
+from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.ranking import Freshness
 from mmoe_rec.log.given import iso_time
 from tests.inference.small_model import ITEMS, USER, SmallModel
 from tests.log.small_logs import DAY, START, random_log, times_of
@@ -48,7 +46,7 @@ def test_replies_warn_before_the_first_exact_moment_only(ranker: Ranker) -> None
         found = at(ranker, moment)
         (told,) = found.warnings
         assert FUTURE in told
-        assert f"time {iso_time(moment)} is before {iso_time(FLOOR)}, from when on" in told
+        assert f"time {iso_time(moment)} is not after {iso_time(LAST)}, as of which" in told
         assert found.request_time == iso_time(moment)
 
 
@@ -62,19 +60,6 @@ def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: Ranker) -> N
 
 def _by_place(ranking: Any) -> list[Any]:
     return [each for _, each in sorted(zip(ranking.order, ranking.explanations, strict=True), key=lambda pair: pair[0])]
-
-
-def test_what_is_known_may_move_on(ranker: Ranker) -> None:
-    about: Artifact = ranker.about
-    fresh = Freshness.of(about)
-    moved = replace(fresh, known=fresh.known + 30 * DAY)
-    late = fresh.known + int(timedelta(days=20) / timedelta(microseconds=1))
-    assert "they are stale" in fresh.warnings(late, [FLOOR])[0]
-    assert fresh.warnings(late, []) == []
-    assert moved.warnings(late, [FLOOR, None]) == []
-    assert moved.warnings(FLOOR, [FLOOR, None]) == []
-    assert FUTURE in moved.warnings(FLOOR - 1, [None, FLOOR])[0]
-    assert moved.warnings(START, [None]) == []
 
 
 def asked(ranker: Ranker, later: timedelta) -> list[str]:
@@ -106,8 +91,7 @@ def test_a_time_that_does_not_fit_is_told_once(small: SmallModel, later: timedel
     (told,) = found
     assert sentence in told
     known = datetime.fromisoformat(ranker.about.tables_as_of)
-    known_or_exact = known if sentence == STALE else known + timedelta(microseconds=1)
-    assert f"{known_or_exact.isoformat()}," in told
+    assert f"{known.isoformat()}," in told
     assert f"the request's time {(known + later).isoformat()} is" in told
 
 

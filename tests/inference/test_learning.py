@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference.ranker import Ranker
@@ -69,6 +68,10 @@ class Extension:
         return Ranker.load(self.small.folder)
 
 
+def learn(ranker: Ranker, events: pa.Table) -> None:
+    ranker.take(ranker.prepare({None: log_rows(events, ranker.pipeline.schema)}))
+
+
 def answers(ranker: Ranker) -> list[dict[str, Any]]:
     """What a ranker says of some requests, but for its name and the time of its tables."""
     found = []
@@ -108,7 +111,7 @@ def test_a_ranker_that_learns_answers_as_one_over_extended_features(
     assert before != answers(extended.expected)
     mixed = table.take(pa.array(random.permutation(len(table))))
     for start in range(0, len(mixed), size):
-        ranker.learn(mixed.slice(start, size))
+        learn(ranker, mixed.slice(start, size))
     assert ranker.pipeline.live.rows == len(table)
     assert answers(ranker) == answers(extended.expected)
     assert scores(ranker, extended.small) == scores(extended.expected, extended.small)
@@ -130,30 +133,16 @@ def test_memories_stay_as_they_are(extended: Extension) -> None:
     before = [column.copy() for column in columns]
     for column in columns:
         column.flags.writeable = False
-    ranker.learn(later_log(3))
+    learn(ranker, later_log(3))
     answers(ranker)
     for column, was in zip(columns, before, strict=True):
         np.testing.assert_array_equal(column, was)
 
 
-def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extension) -> None:
-    """Else what was taken in between would be lost without a word, as where two threads learn."""
-    ranker = extended.ranker()
-    rows = log_rows(later_log(3), extended.small.settings.schema_)
-    one, other = (ranker.prepare({None: rows}) for _ in range(2))
-    ranker.take(one)
-    known = answers(ranker)
-    with pytest.raises(ValueError, match="something else was learnt since this was prepared"):
-        ranker.take(other)
-    assert (ranker.pipeline.live.rows, answers(ranker)) == (len(rows), known)
-    ranker.take(ranker.prepare({None: rows}))
-    assert ranker.pipeline.live.rows == 2 * len(rows)
-
-
 def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(extended: Extension) -> None:
     ranker, (_, rows) = extended.ranker(), extended.small.later_rows()
     first = ranker.score(rows)[1]
-    ranker.learn(later_log(3))
+    learn(ranker, later_log(3))
     second = ranker.score(rows)[1]
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(ranker.score(LogRows(rows.table, rows.schema))[1], second)
@@ -162,7 +151,7 @@ def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(exte
 
 def one_row(**values: Any) -> pa.Table:
     row = {"user": USER, "item": 0, "time": START + 11 * DAY, "click": 1.0, "liked": None, "spent": 2.5}
-    row |= {"age": 2, "brand": "b", "price": 3.0, "tags": ["x"]} | values
+    row |= {"age": 2, "brand": "b", "price": 3.0, "tags": ["x"], "born": None, "slot": None} | values
     table = pa.Table.from_pylist([row])
     return table.set_column(table.column_names.index("time"), "time", table["time"].cast(UTC_MICROSECONDS))
 
@@ -172,30 +161,14 @@ def known(ranker: Ranker, item: int) -> dict[str, Any]:
     return ranker.reader.completed(rows).table.to_pylist()[0]
 
 
-def test_rows_of_any_time_add_new_ids_and_what_they_leave_out_stays_as_it_is(extended: Extension) -> None:
+def test_rows_of_any_time_add_new_ids(extended: Extension) -> None:
     ranker = extended.ranker()
     request = ({"user": 1234}, {"time": TIMES[0]}, {"item": [NEW_ITEM, 0]})
     assert ranker.rank(*request).unknown_ids == {"user": 1, "candidate": 1}
-    ranker.learn(one_row(user=1234, item=NEW_ITEM, time=START + 2 * DAY, brand="a"))
+    learn(ranker, one_row(user=1234, item=NEW_ITEM, time=START + 2 * DAY, brand="a"))
     assert ranker.rank(*request).unknown_ids == {"user": 0, "candidate": 0}
-    ranker.learn(one_row(item=NEW_ITEM, time=START + 13 * DAY, price=7.0).drop_columns(["brand"]))
-    assert (known(ranker, NEW_ITEM)["brand"], known(ranker, NEW_ITEM)["price"]) == ("a", 7.0)
-
-
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        (one_row().drop_columns(["click"]), "there is no column 'click'"),
-        (one_row(click=0.5), "label column 'click' of binary task 'click' holds 0.5"),
-    ],
-)
-def test_rows_that_a_build_would_refuse_are_not_learnt(extended: Extension, row: pa.Table, told: str) -> None:
-    ranker = extended.ranker()
-    with pytest.raises(UserError, match=told):
-        ranker.learn(pa.concat_tables([row]))
-    assert ranker.pipeline.live.rows == 0
-    with pytest.raises(UserError, match="there is no log of events 'views'; there are: none"):
-        ranker.learn(one_row(), log="views")
+    learn(ranker, one_row(item=NEW_ITEM, time=START + 13 * DAY, price=7.0, brand="c"))
+    assert (known(ranker, NEW_ITEM)["brand"], known(ranker, NEW_ITEM)["price"]) == ("c", 7.0)
 
 
 # A ranker learns in one thread while others rank: each answer is that of one moment, and nothing is lost
@@ -228,14 +201,14 @@ def test_a_pass_that_is_under_way_answers_as_before(
     def learns_first(self: Any, *words: Any, **more: Any) -> Any:
         if not told:
             told.append("learnt")
-            meanwhile(lambda: ranker.learn(later_log(3)))
+            meanwhile(lambda: learn(ranker, later_log(3)))
         return real(self, *words, **more)
 
     def learns_then(self: Any, *words: Any, **more: Any) -> Any:
         found = real(self, *words, **more)
         if not told:
             told.append("learnt")
-            meanwhile(lambda: ranker.learn(later_log(4)))
+            meanwhile(lambda: learn(ranker, later_log(4)))
         return found
 
     for learns in (learns_first, learns_then):
@@ -258,32 +231,9 @@ def test_rows_that_are_scored_in_parts_are_of_one_moment(small: SmallModel, monk
     def learns(self: Scorer, *words: Any) -> Any:
         if not told:
             told.append("learnt")
-            meanwhile(lambda: ranker.learn(later_log(3)))
+            meanwhile(lambda: learn(ranker, later_log(3)))
         return score(self, *words)
 
     monkeypatch.setattr(Scorer, "score", learns)
     np.testing.assert_array_equal(ranker.score(rows)[1], before)
     assert (ranker.score(rows)[1] != before).any()
-
-
-def test_threads_that_learn_at_once_lose_nothing(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranker, table = Ranker.load(small.folder), later_log(3)
-    prepare, others = Ranker.prepare, list[threading.Thread]()
-
-    def slow(self: Ranker, *words: Any) -> Any:
-        found = prepare(self, *words)
-        if not others:
-            others.append(threading.Thread(target=lambda: ranker.learn(table.slice(60))))
-            others[0].start()
-            others[0].join(0.3)  # it can't go before, so it waits
-        return found
-
-    monkeypatch.setattr(Ranker, "prepare", slow)
-    ranker.learn(table.slice(0, 60))
-    others[0].join()
-    monkeypatch.undo()
-    assert ranker.pipeline.live.rows == len(table)
-    one_after_the_other = Ranker.load(small.folder)
-    one_after_the_other.learn(table.slice(0, 60))
-    one_after_the_other.learn(table.slice(60))
-    assert answer(ranker) == answer(one_after_the_other)

@@ -108,7 +108,7 @@ def assert_computes_the_same(ranker: Ranker, made: Path) -> None:
 
 def test_attention_is_refused(small: SmallModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'clicked' is pooled by attention, .* Train with pooling: mean\."):
-        write_onnx(small.folder, Ranker.load(small.folder), tmp_path)
+        write_onnx(small.folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -116,7 +116,7 @@ def test_computes_what_the_ranker_does(means: SmallModel, tmp_path: Path, name: 
     ranker = variant(means, VARIANTS[name], tmp_path / "model")
     made = tmp_path / "onnx"
     made.mkdir()
-    write_onnx(tmp_path / "model", ranker, made)
+    write_onnx(tmp_path / "model", made)
     for one, other in pairs(tmp_path / "model", ranker, made):
         assert one.keys() == other.keys()
         for task, values in one.items():
@@ -136,9 +136,9 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     model = SmallModel(work, tasks=tasks, features=features)
     for name in ("int8", "onnx"):
         (work / name).mkdir()
-    write_int8(model.folder, work / "int8", "bfloat16")
+    write_int8(model.folder, work / "int8")
     ranker = Ranker.load(work / "int8")
-    write_onnx(work / "int8", ranker, work / "onnx")
+    write_onnx(work / "int8", work / "onnx")
     return work / "int8", ranker, work / "onnx"
 
 
@@ -189,7 +189,7 @@ def test_another_value_is_refused(means: SmallModel, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Graph, "dense", off)
     with pytest.raises(UserError, match=r"does not compute what the model does: .* 'liked' is off by 0\.0001"):
-        write_onnx(means.folder, Ranker.load(means.folder), tmp_path)
+        write_onnx(means.folder, tmp_path)
 
 
 def test_a_model_that_the_exporter_can_not_follow_is_refused(
@@ -200,4 +200,4 @@ def test_a_model_that_the_exporter_can_not_follow_is_refused(
 
     monkeypatch.setattr(Graph, "dense", forward)
     with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
-        write_onnx(means.folder, Ranker.load(means.folder), tmp_path)
+        write_onnx(means.folder, tmp_path)

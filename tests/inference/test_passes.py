@@ -9,6 +9,7 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import RequestError
+from mmoe_rec.features.kinds.counter import CounterMemory
 from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference import scorer
@@ -18,7 +19,6 @@ from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model import attention
 from mmoe_rec.model.products import Products, has_onednn
-from mmoe_rec.point_in_time.counters import CounterMemory
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 
@@ -111,31 +111,6 @@ def test_requests_alike_share_one_pass(ranker: Ranker, monkeypatch: pytest.Monke
     monkeypatch.setattr(scorer.Scorer, "score", counted)
     ranker.rank_many([request({"user": user}, {"item": ITEMS}) for user in range(20)])
     assert runs == [20 * len(ITEMS)]
-
-
-def test_a_failing_expert_is_left_out_for_the_request_that_makes_it_fail(
-    ranker: Ranker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One request's numbers must not take an expert from its neighbours."""
-    alike = [request({"user": user}, {"item": ITEMS[:2], "price": [1.0, 2.0]}) for user in range(5)]
-    alone = [ranker.rank_many([each])[0] for each in alike]
-    poisoned = request({"user": 3}, {"item": ITEMS[:2], "price": [1e30, 2.0]})
-    model = ranker.model.of_inputs
-
-    def fails(inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        outputs = model(inputs, *rest, **options)
-        usable = options.get("usable")
-        if (inputs == 10).any() and (usable is None or usable[1]):  # the largest number that a standardised one can be
-            return outputs._replace(logits=outputs.logits * torch.nan)
-        return outputs
-
-    monkeypatch.setattr(ranker.scorer, "fused", None)
-    monkeypatch.setattr(ranker.model, "of_inputs", fails)
-    *others, last = ranker.rank_many([*alike, poisoned])
-    for answer, expected in zip(others, alone, strict=True):
-        assert_same(answer, expected)
-    assert isinstance(last, Ranking)
-    assert any("expert 1 was left out" in sentence for sentence in last.warnings)
 
 
 def test_what_is_looked_up_once_equals_a_row_for_each_candidate(

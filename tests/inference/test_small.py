@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import read_manifest, read_stored, write_manifest
-from mmoe_rec.inference.export import Dense, answers_of, find_differences, write_int8
+from mmoe_rec.inference.export import answers_of, find_differences, write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact
 from mmoe_rec.model.tables import Int8Bag, in_float32
@@ -24,16 +24,11 @@ REQUEST = {
 }
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "int8", "float32"])
-def dense(request: pytest.FixtureRequest) -> Dense:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def folder(small: SmallModel, dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("small") / "int8"
     made.mkdir()
-    write_int8(small.folder, made, dense)
+    write_int8(small.folder, made)
     return made
 
 
@@ -65,7 +60,7 @@ def test_computes_with_the_weights_that_it_holds(folder: Path, small: SmallModel
     np.testing.assert_allclose(served.score(rows)[0], plain.score(rows)[0], rtol=1e-6)
 
 
-def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel, dense: Dense) -> None:
+def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel) -> None:
     tables = Ranker.load(folder).model.tables.embedding_bags
     assert tables
     assert all(isinstance(each, Int8Bag) and each.codes.dtype == torch.int8 for each in tables.values())
@@ -73,13 +68,13 @@ def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel, dense: Dens
     sizes = [sum(each.nbytes for name, each in file.items() if "tables." in name) for file in (stored, before)]
     assert sizes[0] <= 0.3 * sizes[1]
     kept = {name for name, each in stored.items() if each.dtype == torch.float32}
-    assert all(".gates." in name or not name.endswith("weight") for name in kept) or dense == "float32"
+    assert all(".gates." in name or not name.endswith("weight") for name in kept)
     assert all(torch.equal(stored[name], before[name]) for name in kept)
 
 
 def test_is_no_model_to_round_again(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in int8 already"):
-        write_int8(folder, tmp_path, "bfloat16")
+        write_int8(folder, tmp_path)
 
 
 def test_is_no_model_to_train_on(folder: Path, small: SmallModel) -> None:
@@ -96,11 +91,11 @@ def test_weights_that_are_not_finite_are_named(small: SmallModel, tmp_path: Path
     save_file(weights, broken / "weights.safetensors")
     (tmp_path / "made").mkdir()
     with pytest.raises(UserError, match=f"weight '{name}' holds NaN or infinity"):
-        write_int8(broken, tmp_path / "made", "bfloat16")
+        write_int8(broken, tmp_path / "made")
 
 
 def test_a_table_without_its_scales_is_damage(small: SmallModel, tmp_path: Path) -> None:
-    write_int8(small.folder, tmp_path, "bfloat16")
+    write_int8(small.folder, tmp_path)
     weights = load_file(tmp_path / "weights.safetensors")
     del weights["tables.embedding_bags.brand.weight.scales"]
     save_file(weights, tmp_path / "weights.safetensors")

@@ -90,27 +90,24 @@ def test_only_what_a_row_could_not_count_without_is_needed():
         ({"item": None}, "column 'item' is null"),
         ({"request": None}, "column 'request' is null"),
         ({"time": None}, "column 'time' is null"),
-        ({"user": "5"}, """column 'user' must hold integers, as in the log; found strings: give 12, not "12\""""),
-        ({"click": True}, "column 'click' must hold numbers; found true/false: give 1 or 0"),
+        ({"user": "5"}, "column 'user' must hold integers, as in the log; found strings"),
+        ({"click": True}, "column 'click' must hold numbers; found true/false"),
         ({"tags": [True]}, "column 'tags' must hold lists of strings, as in the log; found lists of true/false"),
-        ({"taste": []}, "column 'taste' of feature 'taste' holds a list of 0 numbers, but its `size` is 2"),
+        ({"taste": []}, "column 'taste' holds []; feature 'taste' needs lists of 2 finite numbers"),
         ({"event_id": True}, "column 'event_id' must hold integers or strings; found true/false"),
         ({"price": math.nan}, "column 'price' holds NaN or infinity; give null for a missing number"),
-        ({"click": 2}, "label column 'click' of binary task 'click' holds 2"),
-        ({"liked": 0.5}, "label column 'liked' of binary task 'liked' holds 0.5"),
-        ({"spent": 1e300}, "label column 'spent' of task 'spent' holds 1e+300, too large for 32 bits"),
+        ({"click": 2}, "column 'click' of binary task 'click' holds 2"),
+        ({"liked": 0.5}, "column 'liked' of binary task 'liked' holds 0.5"),
+        ({"spent": 1e300}, "column 'spent' of task 'spent' holds 1e+300, too large for 32 bits"),
         ({"rate": 0}, "column 'rate' holds 0"),
         ({"rate": 1.5}, "column 'rate' holds 1.5"),
-        ({"taste": [1.0]}, "column 'taste' of feature 'taste' holds a list of 1 numbers, but its `size` is 2"),
+        ({"taste": [1.0]}, "column 'taste' holds [1.0]; feature 'taste' needs lists of 2 finite numbers"),
         ({"taste": [1.0, None]}, "column 'taste' holds null within a list; give null instead of the whole list"),
         ({"time": "yesterday"}, "column 'time' holds 'yesterday', which is not an ISO 8601 time"),
         ({"time": "2199-01-01"}, "column 'time' holds a request in the future, 2199-01-01T00:00:00+00:00, later than"),
-        ({"userr": 1}, "the model was trained without a column 'userr': did you mean 'user'? If not, leave it out"),
-        ({"door": 1}, "the model was trained without a column 'door': leave it out; it knows user, item, request, ti"),
+        ({"userr": 1}, "the model was trained without a column 'userr': leave it out; did you mean 'user'?"),
+        ({"door": 1}, "the model was trained without a column 'door': leave it out; valid are user, item, request, ti"),
         ({"request": 13, "user": 5, "x" * 5000: 1}, "the model was trained without a column 'xxxx"),
-        ({"brand": "x" * 4097}, "column 'brand' holds a string of 4,097 characters; those of events have at most 4"),
-        ({"tags": ["x", None, "ç" * 10**6]}, "column 'tags' holds a string of 1,000,000 characters; those of events"),
-        ({"event_id": "x" * 5000}, "column 'event_id' holds a string of 5,000 characters"),
         ({"user": 6}, "column 'user' holds another user than row 0, of the same request by column 'request'"),
     ],
 )  # fmt: skip
@@ -150,12 +147,6 @@ def test_rows_of_a_log_of_events():
     assert CHECKS.read_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"
 
 
-def test_strings_of_the_greatest_length_are_taken():
-    longest = "ç" * 4096
-    table = CHECKS.read_json(None, [{**ROW, "brand": longest, "tags": [longest] * 2, "event_id": longest}], NOW)
-    assert table.to_pylist()[0]["brand"] == longest
-
-
 def _as_json(table: pa.Table) -> list[dict]:
     return json.loads(json.dumps(table.to_pylist(), default=str))
 
@@ -180,7 +171,7 @@ def test_an_empty_id_is_none_of_an_event():
 
 def test_a_row_that_names_a_column_wrongly_and_lacks_it():
     row = {name: value for name, value in ROW.items() if name != "click"} | {"clicked": 1}
-    with pytest.raises(RequestError, match=r"without a column 'clicked': did you .*; and there is no column 'click'"):
+    with pytest.raises(RequestError, match=r"without a column 'clicked': leave .*; and there is no column 'click'"):
         CHECKS.read_json(None, [row], NOW)
 
 
@@ -225,7 +216,7 @@ def test_a_value_is_refused_for_itself_whatever_stands_beside_it(data):
 def test_true_and_false_are_taken_where_the_log_holds_them():
     rows = [{**ROW, "liked": liked} for liked in (True, 0, None, False, 1.0)]
     assert CHECKS.read_json(None, rows, NOW)["liked"].to_pylist() == [1.0, 0.0, None, 0.0, 1.0]
-    assert _told([{**ROW, "price": True}]) == "row 0: column 'price' must hold numbers; found true/false: give 1 or 0"
+    assert _told([{**ROW, "price": True}]) == "row 0: column 'price' must hold numbers; found true/false"
 
 
 @settings(max_examples=400, deadline=None)

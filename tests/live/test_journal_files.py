@@ -12,7 +12,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live import journal_rows
 from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_rows import WrittenFiles, join_by_log, make_batch, write_files
+from mmoe_rec.live.journal_rows import join_by_log, make_batch, write_files
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
@@ -53,8 +53,15 @@ def _post(journal: Journal, growing: Growing, start: float, end: float, size: in
             journal.append(*batches)
 
 
-def _write(growing: Growing, journal: Journal, after: int = 0) -> WrittenFiles:
-    return write_files(journal, growing.schema, growing.source, after)
+def _write(growing: Growing, journal: Journal, after: int = 0, **more: int) -> list[Path]:
+    """Write the journal's files, and return the new ones."""
+    before = _files(growing, journal)
+    assert write_files(journal, growing.schema, growing.source, after, **more) == journal.end()
+    return [path for path in _files(growing, journal) if path not in before]
+
+
+def _files(growing: Growing, journal: Journal) -> list[Path]:
+    return sorted(growing.folder.rglob(f"journal-{journal.id}-*.parquet"), key=lambda path: (path.name, path))
 
 
 def _live(growing: Growing, journal: Journal, most_rows: int = 1000) -> dict[str | None, list[pa.Table]]:
@@ -87,14 +94,11 @@ def test_files_hold_what_readers_hold(growing, journal, most_rows):
     _post(journal, growing, 8, 8.5, size=3)
     written = _write(growing, journal)
     live = _live(growing, journal, most_rows)
-    assert written.counts["purchases"]["accepted"] + written.counts[None]["accepted"] == sum(
-        len(table) for tables in live.values() for table in tables
-    )
     log = Log(growing.source, growing.schema)
     events = EventRows("purchases", log)
     for source, files in ((None, log), ("purchases", events)):
         uses = column_uses(growing.schema) if source is None else event_uses(growing.schema, source)
-        own = [path for path in written.files if path.is_relative_to(files.source)]
+        own = [path for path in written if path.is_relative_to(files.source)]
         assert {str(path) for path in own} <= {file.address for file in files.files}
         table = pa.concat_tables([pq.read_table(path) for path in sorted(own)])
         expected = pa.concat_tables(live[source], promote_options="default")
@@ -109,31 +113,31 @@ def test_files_are_written_once_and_alike(growing, journal):
     """After a crash the files that are there stay as they are, and the others are written alike."""
     _post(journal, growing, 8, 9)
     written = _write(growing, journal)
-    assert len({path.name for path in written.files}) > 1
-    assert all(path.name.startswith(f"journal-{journal.id}-00000000") for path in written.files)
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in written.files}
-    assert (_write(growing, journal).files, written.through) == ([], journal.end())
+    assert len({path.name for path in written}) > 1
+    assert all(path.name.startswith(f"journal-{journal.id}-00000000") for path in written)
+    before, through = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in written}, journal.end()
+    assert _write(growing, journal) == []
     for killed_after in (1, 2, len(before) - 1):
-        for path in written.files[killed_after:]:
+        for path in written[killed_after:]:
             path.unlink()
-        assert _write(growing, journal).files == written.files[killed_after:]
+        assert _write(growing, journal) == written[killed_after:]
         assert {path: path.read_bytes() for path in before} == {path: each for path, (each, _) in before.items()}
-    assert written.files[0].stat().st_mtime_ns == before[written.files[0]][1]
+    assert written[0].stat().st_mtime_ns == before[written[0]][1]
     _post(journal, growing, 9, 10)
-    more = _write(growing, journal, after=written.through)
-    assert more.files
-    assert not {path.name for path in more.files} & {path.name for path in written.files}
+    more = _write(growing, journal, after=through)
+    assert more
+    assert not {path.name for path in more} & {path.name for path in written}
 
 
-def test_rows_that_do_not_count_give_no_file(growing, journal):
+def test_rows_that_do_not_count_give_no_file(growing, journal, capsys):
     table = pa.table(
         {"user": [5], "item": [3], "brand": ["a"], "bought_at": pa.array([START]).cast(_UTC), "event_id": [1]}
     )
     journal.append(make_batch("purchases", table, growing.schema))
-    assert [path.parent.name for path in _write(growing, journal).files] == ["events"]
+    assert [path.parent.name for path in _write(growing, journal)] == ["events"]
     journal.append(make_batch("purchases", table, growing.schema), Batch("gone", 0, table), Batch("gone", 0, table))
-    written = _write(growing, journal, after=1)
-    assert (written.files, written.unknown, written.through) == ([], {"gone": 2}, 4)
+    assert _write(growing, journal, after=1) == []
+    assert "2 rows of the journal are in no file: they are of a log of events 'gone'" in capsys.readouterr().err
 
 
 def test_rows_are_read_beside_files_of_other_types(journal: Journal, tmp_path: Path) -> None:
@@ -175,8 +179,8 @@ def test_patterns_that_take_files(growing, tmp_path):
     for number, source in enumerate(("{}/log/*.parquet", "file://{}/log", "{}/log/**", "{}/log/**/*.parquet")):
         journal = Journal(tmp_path / f"{number}.db")
         _post(journal, growing, 8, 9)
-        written = write_files(journal, growing.schema, source.format(tmp_path)).files
-        own = [path for path in written if path.parent == tmp_path / "log"]
+        write_files(journal, growing.schema, source.format(tmp_path))
+        own = [*(tmp_path / "log").glob(f"journal-{journal.id}-*")]
         assert len(own) == 1
         assert str(own[0]) in {file.address for file in Log(source.format(tmp_path), growing.schema).files}
         own[0].unlink()
@@ -184,33 +188,34 @@ def test_patterns_that_take_files(growing, tmp_path):
 
 def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     _post(journal, growing, 8, 9)
-    first = _write(growing, journal).through
+    first = journal.end()
     _post(journal, growing, 9, 10)
-    written = _write(growing, journal, after=first)
-    assert written.counts["purchases"]["accepted"] > 0
+    second = journal.end()
     _post(journal, growing, 8, 10, size=11)  # all of it once more, in other batches
-    third = _write(growing, journal, after=written.through)
-    assert third.counts[None]["accepted"] == 0
+    third = journal.end()
     journal.remove(first)
     journal.remove(first)
-    assert (journal.removed(), journal.end(), journal.read(first)[0].position) == (first, third.through, first + 1)
+    assert (journal.removed(), journal.end(), journal.read(first)[0].position) == (first, third, first + 1)
     with pytest.raises(UserError, match="were removed: go on with a model whose tables hold them"):
         journal.read(first - 1)
-    journal.remove(written.through)
-    again = join_by_log(journal.read(written.through), growing.schema)[None].counts
-    assert (again["accepted"], again["duplicate"] > 20) == (0, True), "all of these came in batches that are gone"
-    journal.remove(third.through)
+    journal.remove(second)
+    again = [each for each in journal.read(second) if each.source is None]
+    assert sum(map(len, again)) == 0
+    assert sum(each.duplicates for each in again) > 20, "all of these came in batches that are gone"
+    journal.remove(third)
     journal.remove(first)  # by the refresh of a model that is behind
-    assert (journal.removed(), journal.end(), Journal(journal.name).end()) == (third.through,) * 3
-    assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))) == third.through + 1
-    assert [batch.position for batch in journal.read(third.through)] == [third.through + 1]
+    assert (journal.removed(), journal.end(), Journal(journal.name).end()) == (third,) * 3
+    assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))) == third + 1
+    assert [batch.position for batch in journal.read(third)] == [third + 1]
 
 
-def test_rows_that_tables_know_already_are_left_out(growing: Growing, journal: Journal) -> None:
+def test_rows_that_tables_know_already_are_left_out(
+    growing: Growing, journal: Journal, capsys: pytest.CaptureFixture
+) -> None:
     """Rows of the moment up to which the tables know the log are among them."""
     times = pa.array([START + number for number in (1, 2, 3)]).cast(_UTC)
     table = pa.table({"user": [5] * 3, "item": [1, 2, 3], "brand": ["a"] * 3, "bought_at": times})
     journal.append(make_batch("purchases", table, growing.schema))
-    written = write_files(journal, growing.schema, growing.source, later_than=START + 2)
-    (path,) = written.files
-    assert (pq.read_table(path)["item"].to_pylist(), written.early) == ([3], 2)
+    (path,) = _write(growing, journal, later_than=START + 2)
+    assert pq.read_table(path)["item"].to_pylist() == [3]
+    assert "2 rows of the journal are in no file: they are no later than" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The rows that a journal keeps, against a loop over them with dictionaries; however they are sent and read."""
 
-from collections import Counter
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +12,8 @@ import sqlalchemy as sql
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.live.journal import Batch, Journal
+from mmoe_rec.live.journal import _KEYS, _REQUESTS, REMEMBERED_DAYS, Batch, Journal
 from mmoe_rec.live.journal_rows import JournalRows, join_by_log, make_batch
-from mmoe_rec.live.row_keys import KEYS, REMEMBERED_DAYS, REQUESTS, forget_keys
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, schema_of
@@ -59,9 +58,10 @@ class Taken:
         return join_by_log(self.journal.read(before), self.schema)[source]
 
     def found(self, *tables: pa.Table) -> dict:
-        """The items that count, and the counts."""
-        rows = self.take(*tables)
-        return {"items": rows.table["item"].to_pylist(), **rows.counts}
+        """The items that count, and the number of duplicates."""
+        before = self.journal.end()
+        items = self.take(*tables).table["item"].to_pylist()
+        return {"items": items, "duplicates": sum(each.duplicates for each in self.journal.read(before))}
 
 
 @pytest.fixture
@@ -69,32 +69,28 @@ def journal(tmp_path: Path) -> Path:
     return tmp_path / "journal.db"
 
 
-@pytest.mark.parametrize("name", ["click", "liked", "spent"])
-def test_every_label_decides_whether_rows_are_equal(name, address):
+def test_rows_that_come_again_count_once_whatever_their_labels_are(address):
     taken = Taken(address, _schema())
-    pairs = ((0.0, 1.0, 1), (0.0, -0.0, 0), (None, 0.0, 1), (None, None, 0), (1.0, None, 1))
-    for request, (before, after, conflict) in enumerate(pairs):
-        found = taken.found(*(_table([{"request": request, "time": 1, name: value}]) for value in (before, after)))
-        assert (found["accepted"], found["conflict"], found["duplicate"]) == (1, conflict, 1 - conflict)
+    found = taken.found(*(_table([{"time": 1, "click": click}]) for click in (0.0, 0.0, 1.0, None)))
+    assert found == {"items": [1], "duplicates": 3}
 
 
 def test_without_request_ids_a_users_rows_of_one_instant_are_a_request(journal):
     rows = [{"item": 1, "time": 1}, {"item": 1, "time": 1.1}, {"item": 1, "time": 1, "user": 2}, {"item": 1, "time": 1}]
-    assert Taken(journal, _schema(request=None)).found(_table(rows))["accepted"] == 3
+    assert Taken(journal, _schema(request=None)).found(_table(rows))["duplicates"] == 1
 
 
 def test_request_ids_of_a_user(journal):
     rows = [{"time": 1}, {"time": 1, "user": 2}, {"time": 1, "user": 2}]
-    found = Taken(journal, _schema(scope="user")).found(_table(rows))
-    assert (found["accepted"], found["conflict"], found["duplicate"]) == (2, 0, 1)
+    assert Taken(journal, _schema(scope="user")).found(_table(rows)) == {"items": [1, 1], "duplicates": 1}
 
 
-def test_a_request_of_another_user_is_a_conflict(address):
+def test_a_request_of_another_user_does_not_count(address):
     taken = Taken(address, _schema())
     found = taken.found(_table([{"time": 1, "item": 1}, {"time": 1, "item": 2, "user": 2}]))
-    assert (found["items"], found["conflict"]) == ([1], 1)
+    assert found == {"items": [1], "duplicates": 1}
     found = taken.found(_table([{"time": 1, "item": 3, "user": 2}, {"time": 1, "item": 4}]))
-    assert (found["items"], found["conflict"]) == ([4], 1)
+    assert found == {"items": [4], "duplicates": 1}
 
 
 def test_events_count_once_by_their_id(address):
@@ -104,11 +100,11 @@ def test_events_count_once_by_their_id(address):
         for id_, user in ((1, 1), (2, 1), (1, 1), (1, 2), (None, 1), (None, 1))
     ]
     views = taken.take(_table(rows, "views"), source="views")
-    assert views.counts == Counter(accepted=4, duplicate=1, conflict=1)
+    assert len(views.table) == 4
     assert views.table.column_names == ["at", "user"]
-    assert taken.found(_table([{"time": 1, "event_id": 1}]))["accepted"] == 1, "ids are a log's own"
+    assert taken.found(_table([{"time": 1, "event_id": 1}]))["items"] == [1], "ids are a log's own"
     found = taken.found(_table([{"time": 1, "event_id": 1, "request": 5}, {"time": 1, "event_id": 3, "request": 6}]))
-    assert (found["duplicate"], found["accepted"]) == (1, 1)
+    assert found == {"items": [1], "duplicates": 1}
 
 
 def test_an_events_own_column_of_that_name_is_no_id(journal):
@@ -117,26 +113,6 @@ def test_an_events_own_column_of_that_name_is_no_id(journal):
     )
     rows = [{"event_id": 1, "item": item, "time": 1} for item in (1, 2, 2)]
     assert Taken(journal, schema).found(_table(rows))["items"] == [1, 2]
-
-
-def test_late_rows_had_become_known_before(journal):
-    schema = _schema()
-    taken = Taken(journal, schema)
-    rows = [
-        {"time": 1, "item": 1, "click": 1.0},  # known at once
-        {"time": 1, "item": 2, "click": None, "spent": None},  # never known
-        {"time": 3, "item": 3, "request": 2},  # later
-        {"time": 2, "item": 4, "request": 3, "click": None, "spent": None, "liked": 1.0},  # not observed
-    ]
-    shown, views = (
-        taken.take(_table(rows)),
-        taken.take(_table([{"time": 1}, {"time": 2}, {"time": 3}], "views"), source="views"),
-    )
-    moment = START + 2 * DAY
-    assert shown.count_late(schema, moment) == 1
-    assert shown.count_late(schema, START + DAY) == 0, "a label is known only after its instant"
-    assert shown.count_late(schema, START + DAY + 1) == 1
-    assert (views.count_late(schema, moment), views.count_late(schema, moment + 1)) == (1, 2)
 
 
 def test_batches_of_unknown_logs_are_left_out():
@@ -156,45 +132,40 @@ def test_calls_that_share_a_transaction_and_processes_know_each_others_rows(addr
     one, other = Taken(address, _schema()), Taken(address, _schema())
     tables = [_table([{"time": 1, "item": 1}]), _table([{"time": 1, "item": 1}, {"time": 1, "item": 2}])]
     assert one.found(*tables)["items"] == [1, 2]
-    assert other.take(*tables).counts == Counter(duplicate=3), "a batch of duplicates alone has a position"
+    assert other.found(*tables) == {"items": [], "duplicates": 3}, "a batch of duplicates alone has a position"
     assert other.journal.end() == 4
 
 
-def test_keys_are_forgotten_after_a_month(address):
+def test_keys_are_forgotten_after_a_month(address, monkeypatch):
     taken, table, day = Taken(address, _schema()), _table([{"time": 1, "event_id": 3}]), 86_400_000_000
     taken.journal.append(make_batch(None, table, taken.schema, accepted_at=100 * day))
     for now, keys in ((100 + REMEMBERED_DAYS, 2), (101 + REMEMBERED_DAYS, 0)):
-        with taken.journal.appending() as connection:
-            forget_keys(connection, now * day)
+        monkeypatch.setattr(time, "time_ns", lambda now=now: now * day * 1_000)
+        taken.journal.forget()
         with taken.journal.reading() as connection:
-            assert len(connection.execute(sql.select(KEYS)).all()) == keys
-            assert len(connection.execute(sql.select(REQUESTS)).all()) == keys // 2
-    assert taken.found(table)["accepted"] == 1
+            assert len(connection.execute(sql.select(_KEYS)).all()) == keys
+            assert len(connection.execute(sql.select(_REQUESTS)).all()) == keys // 2
+    assert taken.found(table)["items"] == [1]
 
 
 class _Naive:
     """One row after the other, with dictionaries."""
 
     def __init__(self) -> None:
-        self.seen: dict = {}
+        self.seen: set = set()
         self.requests: dict = {}
-        self.counts, self.rows = Counter(), list[tuple]()
+        self.duplicates, self.rows = 0, list[tuple]()
 
     def take(self, rows: Sequence[dict]) -> None:
         accepted = []
         for row in rows:
-            content = (row["click"], row["spent"])
             keys = [("id", row["event_id"])] if row["event_id"] is not None else []
             keys.append(("row", row["request"], row["item"]))
-            found = [self.seen[key] for key in keys if key in self.seen]
             user = self.requests.get(row["request"], (row["user"], None))[0]
-            if found:
-                self.counts["duplicate" if found[0] == content else "conflict"] += 1
-            elif user != row["user"]:
-                self.counts["conflict"] += 1
+            if self.seen.intersection(keys) or user != row["user"]:
+                self.duplicates += 1
             else:
-                self.counts["accepted"] += 1
-                self.seen |= dict.fromkeys(keys, content)
+                self.seen.update(keys)
                 self.requests.setdefault(row["request"], (row["user"], None))
                 accepted.append(row)
         for row in accepted:
@@ -231,12 +202,12 @@ def test_as_a_loop_over_rows_does(batches, data):
             size = data.draw(st.integers(1, len(waiting)))
             taken.take(*waiting[:size])
             waiting = waiting[size:]
-        counts, rows, position = Counter(), list[tuple](), 0
+        duplicates, rows, position = 0, list[tuple](), 0
         while read := taken.journal.read(position, most_rows=data.draw(st.integers(1, 20))):
             found, position = join_by_log(read, schema)[None], read[-1].position
-            counts.update(found.counts)
+            duplicates += sum(each.duplicates for each in read)
             days = ((found.rows(schema).times() - START) / DAY).tolist()
             rows += zip(*(found.table[name].to_pylist() for name in ("request", "item", "user")), days, strict=True)
-    assert counts == naive.counts
+    assert duplicates == naive.duplicates
     assert [row[:3] for row in rows] == [row[:3] for row in naive.rows]
     np.testing.assert_allclose([row[3] for row in rows], [row[3] for row in naive.rows])

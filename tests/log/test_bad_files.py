@@ -186,7 +186,6 @@ def test_text_that_is_not_utf8(tmp_path):
     text = pa.Array.from_buffers(pa.string(), 300, binary.buffers())
     error = _reading(write_log(tmp_path, with_column(TABLE, "brand", text)))
     assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'brand' holds text that is not UTF-8")
-    assert str(error).endswith("(the first is row 7 of the file, counted from 0)")
 
 
 NO_RATE = "which is not from 1e-30 to 1; fix the data or remove columns.sampling_rate"
@@ -215,8 +214,7 @@ def test_the_first_wrong_value_is_told_in_any_part(tmp_path, monkeypatch, column
     pq.write_table(with_values(table, column, changes), folder / "1.parquet", row_group_size=40)
     error = _reading(folder, two_ids(tasks=tasks, columns=columns), rows_per_part)
     end = f"(the first is row {row} of the file, counted from 0)"
-    what = "label column" if "task" in message else "column"
-    assert str(error) == f"'{folder}/1.parquet': {what} '{column}' {message} {end}"
+    assert str(error) == f"'{folder}/1.parquet': column '{column}' {message} {end}"
 
 
 def test_times_of_the_future(tmp_path):
@@ -264,7 +262,6 @@ def test_times_that_no_microsecond_counts(tmp_path, kind, integers, unit):
     columns = {"user": "user", "candidate": "item", "time": "time", "time_unit": unit}
     error = _reading(tmp_path, two_ids(columns=columns), rows_per_part=10)
     assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'time' cannot be read as timestamp[us, tz=UTC]: ")
-    assert str(error).endswith("(the first is row 33 of the file, counted from 0)")
 
 
 # Events
@@ -315,14 +312,9 @@ def _other_rows(path: Path) -> None:
     pq.write_table(pq.read_table(path).take(list(range(60))[::-1]), path)
 
 
-def _other_type(path: Path) -> None:
-    table = pq.read_table(path)
-    pq.write_table(with_column(table, "item", pa.array([f"id {each}" for each in range(60)])), path)
-
-
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("step", ["count", "look_up", "encode"])
-@pytest.mark.parametrize("change", [Path.unlink, _cut, _bad_label, _other_rows, _other_type])
+@pytest.mark.parametrize("change", [Path.unlink, _cut, _bad_label, _other_rows])
 def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, change, step, skip):
     """Found by what reads it next, or at the end; no rows are encoded with what was counted of others."""
     folder = _five(tmp_path / "log")
@@ -374,42 +366,16 @@ def _log(folder: Path, *tables: pa.Table) -> Path:
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.large_list(pa.float32())])
-@pytest.mark.parametrize(
-    ("odd", "message"),
-    [
-        *(([1.0] * size, f"holds a list of {size} numbers, but its `size` is 2; write lists") for size in (0, 1, 3)),
-        *(
-            ([1.0, value], "holds null, NaN or infinity within a list; write finite numbers")
-            for value in (None, float("nan"), float("inf"))
-        ),
-    ],
-)
-def test_vectors_of_another_size_or_with_elements_that_are_no_numbers(tmp_path, kind, odd, message):
+@pytest.mark.parametrize("odd", [[], [1.0], [1.0] * 3, [1.0, None], [1.0, float("nan")], [1.0, float("inf")]])
+def test_vectors_of_another_size_or_with_elements_that_are_no_numbers(tmp_path, kind, odd):
     lists: list[Any] = [None, [0.5, -1.0], [0.0, 2.0]] * 100
     good = _with(lists, kind)
     lists[77] = lists[203] = odd
-    schema = _with_vectors(look=VECTOR)
-    error = _reading(_log(tmp_path / "log", good, _with(lists, kind)), schema)
-    assert str(error).startswith(f"'{tmp_path}/log/1.parquet': column 'x' of feature 'look' {message}")
-    assert str(error).endswith(" (the first is row 77 of the file, counted from 0)")
-
-
-@pytest.mark.parametrize("feature", [VECTOR, {"kind": "ids", "column": "x"}])
-def test_null_among_lists_of_a_fixed_size(tmp_path, feature):
-    folder = _log(tmp_path / "log", _with([[1, 2]] * 299 + [None], pa.list_(pa.int64(), 2)))
-    with pytest.raises(BadFile, match=r"0.parquet' holds null among lists of a fixed size, which .*: 'x'; write list"):
-        list(Log(str(folder), _with_vectors(f=feature)).stream())
-
-
-@pytest.mark.parametrize("kind", [pa.uint64(), pa.list_(pa.uint64())])
-def test_the_row_of_an_id_beyond_64_bits(tmp_path, kind):
-    values: list[Any] = [5] * 300
-    values[201] = values[77] = 2**63 + 1
-    many = pa.types.is_list(kind)
-    folder = _log(tmp_path / "log", _with([[each, 1] for each in values] if many else values, kind))
-    feature = {"kind": "ids" if many else "id", "column": "x"}
-    with pytest.raises(BadFile, match=r"0.parquet': column 'x' cannot be read as .* \(the first is row 77 of the file"):
-        list(Log(str(folder), _with_vectors(f=feature)).stream())
+    error = _reading(_log(tmp_path / "log", good, _with(lists, kind)), _with_vectors(look=VECTOR))
+    assert str(error) == (
+        f"'{tmp_path}/log/1.parquet': column 'x' holds {odd}; feature 'look' needs lists of 2 finite numbers (its "
+        "`size`), or null instead of a whole list (the first is row 77 of the file, counted from 0)"
+    )
 
 
 def test_a_time_that_stands_for_never_has_an_hour(tmp_path):
@@ -434,7 +400,7 @@ def _observed(value: Any) -> dict[str, Any]:
             _with_vectors(x={"kind": "id", "column": "x"}, y={"kind": "numeric", "column": "x"}),
             r"column 'x' must hold numbers, found strings",
         ),
-        ([1] * 300, _with_vectors(_observed("1")), r"an `observed_when` compares column 'x', which holds numbers"),
+        ([1] * 300, _with_vectors(_observed("1")), r"column 'x' holds numbers, but an `observed_when` comp"),
     ],
 )
 def test_columns_of_a_type_that_a_feature_or_task_cannot_read_are_told(tmp_path, values, schema, message):

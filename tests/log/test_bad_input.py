@@ -90,12 +90,12 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([TABLE], _numbers(a="price", a_missing="age"), "features 'a' and 'a_missing' both give an input 'a_missing'"),
     ([TABLE], LIKE_A_COLUMN, "feature 'user' gives an input 'user', which is also a column"),
     # Labels. The first file alone would also leave the later splits empty; the label is what is wrong.
-    ([THREE, SECOND], SCHEMA, r"0.parquet': label column 'click' of binary task 'click' holds 3, neither"),
+    ([THREE, SECOND], SCHEMA, r"0.parquet': column 'click' of binary task 'click' holds 3, neither"),
     ([with_column(TABLE, "liked", [0] * 300)], _task(), "task 't' has one class .*'liked' are 0;"),
     ([with_column(TABLE, "liked", [1] * 300)], _task(), "task 't' has one class .*'liked' are 1;"),
     ([TABLE], _task(matures_after_days=30), "task 't' has no observed label in training: .*split.train_end, 30 days"),
     ([TABLE], OF_NO_BRAND, "task 't' has no observed label in training: .*column 'brand' never equals 'z'"),
-    ([TABLE], _task(observed_when={"column": "age", "equals": "1"}), "compares column 'age', .* with '1'"),
+    ([TABLE], _task(observed_when={"column": "age", "equals": "1"}), "column 'age' holds numbers, but .* with '1'"),
 ]
 
 

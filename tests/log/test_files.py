@@ -50,7 +50,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """An AWS environment of the test's own."""
     import s3fs
 
-    monkeypatch.setattr(files, "FIRST_ANSWER_SECONDS", 240)  # a busy machine is no silent one
+    monkeypatch.setattr(files, "_READ_SECONDS", 240)  # a busy machine is no silent one
     for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -127,7 +127,6 @@ def test_nothing_there(place):
 
 @pytest.mark.parametrize("given", ["log", "log/*.csv", "log/a 'b.csv", "log/**/*.csv"])
 def test_csv_files_get_the_line_that_converts_them(tmp_path, given):
-    """As it stands there, and once for each file."""
     (tmp_path / "log").mkdir()
     text = 'user,time,seen,note\n1,2024-01-31 10:00:00,,"x, 2024-01-31"\n2,2024-02-01 11:00:00,2024-02-02,y\n'
     for name in ("a 'b", "c"):
@@ -136,12 +135,9 @@ def test_csv_files_get_the_line_that_converts_them(tmp_path, given):
         find_files(f"{tmp_path}/{given}", "--input")
     message = str(caught.value)
     first = f"{tmp_path}/log/a 'b.csv"
-    assert message.startswith(f"'{first}' is CSV, and `--input` takes Parquet. Convert it in Python by ")
-    assert ("Convert the others (1) the same way." in message) == (given != "log/a 'b.csv")
+    assert message.startswith(f"'{first}' is CSV, and `--input` takes Parquet. Convert it in Python with pyarrow: ")
     exec(message.split("`")[3], {})
-    table = pq.read_table(first.replace(".csv", ".parquet"))
-    assert [str(kind) for kind in table.schema.types] == ["int64", "timestamp[ms]", "date32[day]", "string"]
-    assert table["user"].to_pylist() == [1, 2]
+    assert pq.read_table(first.replace(".csv", ".parquet"))["user"].to_pylist() == [1, 2]
     assert _names(str(tmp_path / "log"), "/log") == ["a 'b.parquet"], "CSV files beside Parquet files do no harm"
 
 
@@ -177,10 +173,10 @@ def test_an_unreachable_bucket_is_told_as_such(aws):
 
 
 def test_a_bucket_that_never_answers(aws):
-    aws.setattr(files, "FIRST_ANSWER_SECONDS", 0.5)
+    aws.setattr(files, "_READ_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(UserError, match=r"'s3://bucket/log' did not answer within 0.5 seconds; check the network"):
+        with pytest.raises(UserError, match=r"'s3://bucket/log' cannot be reached .*; check the address"):
             find_files("s3://bucket/log")
 
 
@@ -204,15 +200,12 @@ def test_no_credentials(server, aws):
         find_files("s3://bucket/log")
 
 
-@pytest.mark.parametrize(("protocol", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gs")])
-def test_a_missing_package(monkeypatch, protocol, package, extra):
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package(monkeypatch, protocol, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"'{protocol}://bucket/log' needs a package that is missing: .*{package}"):
         find_files(f"{protocol}://bucket/log")
-    message = f"'{protocol}://bucket/log' needs the package {package} ("
-    assert str(caught.value).startswith(message)
-    assert str(caught.value).endswith(f"`pip install {package}`, or install mmoe-rec with its extra `{extra}`")
 
 
 def test_a_file_that_is_gone_and_a_server_that_is_gone_differ(bucket, aws):

@@ -108,11 +108,11 @@ def test_rules_compare_values_as_python_does(kind, values, wanted):
 @pytest.mark.parametrize(
     ("values", "equals", "message"),
     [
-        (["true", None], True, "which holds text, with True; write `equals` in quotes"),
-        (["4", None], 4, "which holds text, with 4; write `equals` in quotes"),
-        ([True, None], "true", "which holds numbers, with 'true'; write `equals` without quotes"),
+        (["true", None], True, "text, but an `observed_when` compares it with True: write it in quotes"),
+        (["4", None], 4, "text, but an `observed_when` compares it with 4: write it in quotes"),
+        ([True, None], "true", "numbers, but an `observed_when` compares it with 'true': write it without quotes"),
     ],
 )
 def test_a_value_that_a_column_cannot_hold_is_told(values, equals, message):
-    with pytest.raises(UserError, match=f"an `observed_when` compares column 'seen', {message}"):
+    with pytest.raises(UserError, match=f"column 'seen' holds {message}"):
         _observed(pa.array(values), equals)

@@ -316,7 +316,7 @@ def test_every_tensor_goes_the_whole_way_to_a_gpu(optional: bool) -> None:
     batch = make_batch(encoded, LAYOUT, labels, None, *more, torchrec=True)
     held = [each.name for each in fields(Batch) if hasattr(getattr(batch, each.name), "to")]
     assert {"ids", "dense", "labels", "observed"} <= set(held)
-    assert {"weights", "users"} <= set(held) or not optional
+    assert {"weights", "numbers"} <= set(held) or not optional
     asked: list[tuple[str, str]] = []
     spied = replace(batch, **{name: Spied(name, asked) for name in held})
     for step, expected in (

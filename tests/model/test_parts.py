@@ -15,7 +15,7 @@ from torch.nn import functional
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Outputs, PiecewiseLinear, PlacementTower
 from mmoe_rec.model.products import StackedLinear
-from mmoe_rec.model.routing import Routing, rule_named
+from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.score import (
     UNCALIBRATED,
     Calibration,
@@ -221,15 +221,6 @@ def test_what_gates_do_is_told_in_words() -> None:
     assert dead.startswith("expert 3 is hardly used: it gets 0.00% of the load, where an even share is 25.0%")
     assert settled.startswith("the gate of 'bought' settles on expert 0 with 90% of its weight")
     assert found.flat(["bought", "liked"])["gates/polarised_share"] == 0.5
-
-
-def test_only_gates_that_choose_are_noted_and_in_one_line() -> None:
-    found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.7, 0.0, 0.0])
-    assert found.note(rule_named("soft")) is None
-    for routing in ("top_k", "shared_route", "expert_choice"):
-        note = found.note(rule_named(routing))
-        assert note.startswith("gates choose 2 of 4 experts, and hardly ever 2, 3:")
-    assert used([0.9, 0.1], [0.3, 0.7]).note(rule_named("top_k")) is None
 
 
 def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:

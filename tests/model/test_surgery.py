@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.mmoe import Mixture, build_mixture
-from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
+from mmoe_rec.model.warm_start import add_experts, mask_expert, remove_expert
 from mmoe_rec.settings.model import Model
 from tests.model.examples import small_settings
 

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from sklearn.metrics import ndcg_score
 
-from mmoe_rec.evaluation import scoring
+from mmoe_rec.evaluation import evaluate
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
@@ -105,7 +105,7 @@ def test_one_and_two_processes_agree(world: World, two_ranks: World) -> None:
 
 
 def test_torchrun_says_everything_once(world: World, two_ranks: World) -> None:
-    for text in ("best validation, at step", "gauc ↑", "next: ", "the model was still getting better"):
+    for text in ("best validation, at step", "auc ↑", "next: ", "the model was still getting better"):
         assert two_ranks.printed.count(text) == 1
     assert "chosen" in two_ranks.printed
     assert "note: " not in two_ranks.printed
@@ -198,8 +198,8 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
 ) -> None:
     """The model's own weights make its score, and so the ranking, but not the truth that it is measured against."""
     scored: list[Any] = []
-    score = scoring.score_rows
-    monkeypatch.setattr(scoring, "score_rows", lambda *a, **k: scored.append(score(*a, **k)) or scored[-1])
+    score = evaluate.score_rows
+    monkeypatch.setattr(evaluate, "score_rows", lambda *a, **k: scored.append(score(*a, **k)) or scored[-1])
     weights = {"click": 0.25, "liked": 2.0}
     options = [f"--tasks.{task}.score_weight={weight}" for task, weight in weights.items()]
     by_id = mlflow.MlflowClient(world.uri).get_model_version_by_alias("learnable", "champion").source
@@ -212,7 +212,7 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     assert found["score_weights"] == before["score_weights"] == before["relevance_weights"] == {"click": 1, "liked": 1}
     assert found["tasks"] == before["tasks"]
     rows = scored[0]
-    worth = np.nan_to_num(rows.labels) @ np.array(list(weights.values()))
+    worth = sum(weight * np.nan_to_num(rows.labels[name]) for name, weight in weights.items())
     expected = []
     for request in np.unique(rows.requests.to_numpy()):
         mine = rows.requests.to_numpy() == request

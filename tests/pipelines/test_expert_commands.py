@@ -91,4 +91,4 @@ def test_what_is_no_model_is_neither_edited_nor_replaced(
     damaged = shutil.copytree(soft.parent / "work" / "model", tmp_path / "model")
     (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
     told = refuse(capsys, *words, damaged)
-    assert "is not as it was written: 'weights.safetensors' has 40 bytes instead of" in told
+    assert "is not as it was written: 'weights.safetensors' is missing or has changed" in told

@@ -98,7 +98,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
         seen.append(True)
         raise ReadError
 
-    monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", read)
+    monkeypatch.setattr("mmoe_rec.evaluation.evaluate.score_rows", read)
     monkeypatch.setattr("mmoe_rec.profiling.data_health.inspect", read)
     monkeypatch.setattr("mmoe_rec.experiments.search.Study.run", read)
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
@@ -119,7 +119,7 @@ def test_an_evaluation_holds_its_folder_whoever_asks_for_it(
     def score(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"{lock_file(out).is_file()}")
 
-    monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", score)
+    monkeypatch.setattr("mmoe_rec.evaluation.evaluate.score_rows", score)
     with pytest.raises(RuntimeError, match="True"):
         evaluate_model(settings, str(world.folder / "work" / "model"), out)
     assert not lock_file(out).exists()

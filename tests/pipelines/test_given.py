@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
-from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.evaluation.evaluate import score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
@@ -117,11 +117,15 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
     def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:
         settings = load_settings(folder / "settings.yaml", ["--training.calibration", "temperature", *options])
         calibration = calibrate(settings, prepared, ranker.model)
-        scored = score_rows(ranker.model, ranker.layout, rows, 1000, calibration=calibration, weighted=True)
-        weight = scored.weights[:, None] if weighted and scored.weights is not None else 1
-        known = ~np.isnan(scored.labels)
-        sums = [(np.where(known, each, 0) * weight).sum(0) for each in (scored.predictions, scored.labels)]
-        return sums[0] / sums[1]
+        weighing = load_settings(folder / "settings.yaml", ["--training.sampling_correction", "weights"])
+        scored = score_rows(weighing, ranker.model, ranker.layout, rows, calibration)
+        weight = scored.weight if weighted and scored.weight is not None else 1
+        ratios = []
+        for name in (task.name for task in ranker.layout.tasks):
+            known, sides = ~np.isnan(scored.labels[name]), (scored.predictions[name], scored.labels[name])
+            predicted, observed = ((np.where(known, each, 0) * weight).sum() for each in sides)
+            ratios.append(predicted / observed)
+        return np.array(ratios)
 
     np.testing.assert_allclose(predicted_by_observed(weighted=True), 1, rtol=1e-4)
     plain = ["--training.sampling_correction", "none"]

@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.atomic import checksum
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.evaluate import evaluate_model, score_by
+from mmoe_rec.evaluation.evaluate import evaluate_model, score_rows
 from mmoe_rec.evaluation.promotion import _open_judging_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.score import UNCALIBRATED
@@ -61,13 +61,13 @@ def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settin
     ended, artifact = FinishedTraining.read(Path(settings.data.work)), Path(settings.data.work) / "model"
     ranker = Ranker.load(artifact)
     rows = EncodedRows(Path(settings.data.work) / "features/encoded/validation", ranker.layout, part=Part.JUDGING)
-    scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+    scored = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
     assert ended is not None
     assert ended.network is not None
     assert "click" in json.loads((artifact / "calibration.json").read_text())
-    for place, name in enumerate(NAMES):
-        known = ~np.isnan(scored.labels[:, place])
-        label, predicted = scored.labels[known, place], scored.predictions[known, place]
+    for name in NAMES:
+        known = ~np.isnan(scored.labels[name])
+        label, predicted = scored.labels[name][known], scored.predictions[name][known]
         assert ended.best.auc[name] == pytest.approx(roc_auc_score(label, predicted), abs=3e-4)
         assert ended.best.loss[name] == pytest.approx(log_loss(label, predicted), rel=1e-4)
         assert ended.best.calibration[name] == pytest.approx(predicted.sum() / label.sum(), rel=1e-4)
@@ -79,15 +79,14 @@ def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_p
     evaluate_model(settings, str(work / "model"), tmp_path)
     found, ranker = read_metrics(tmp_path)["tasks"], Ranker.load(work / "model")
     rows = EncodedRows(work / "features" / "encoded" / "test", ranker.layout)
-    scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
-    plain = score_by(settings, ranker.model, ranker.layout, rows, UNCALIBRATED)
-    known = ~np.isnan(scored.labels)
-    sums, others, labels = (
-        np.where(known, each, 0).sum(0) for each in (scored.predictions, plain.predictions, scored.labels)
-    )
-    for place, name in enumerate(NAMES):
-        assert found[name]["calibration"]["value"] == pytest.approx(sums[place] / labels[place], rel=1e-5)
-        assert sums[place] != pytest.approx(others[place], rel=1e-4)
+    scored = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+    plain = score_rows(settings, ranker.model, ranker.layout, rows, UNCALIBRATED)
+    for name in NAMES:
+        known = ~np.isnan(scored.labels[name])
+        sides = (scored.predictions, plain.predictions, scored.labels)
+        total, other, labels = (each[name][known].sum() for each in sides)
+        assert found[name]["calibration"]["value"] == pytest.approx(total / labels, rel=1e-5)
+        assert total != pytest.approx(other, rel=1e-4)
 
 
 def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:

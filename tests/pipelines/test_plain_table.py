@@ -16,7 +16,6 @@ from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.live.skew import check_skew
-from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.model.warm_start import base_rates
 from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.training.checkpoint import FinishedTraining
@@ -160,9 +159,8 @@ def test_rows_that_the_model_has_learnt_from_are_told(
         _write(tmp_path / name, table.set_column(table.column_names.index("fold"), "fold", column))
     _write(tmp_path / "test", pa.Table.from_pandas(world.table[folds == 4]))
     _write(tmp_path / "without", pa.Table.from_pandas(world.table.drop(columns="fold")))
-    learnt = f"on rows with 1, 2, 3 in column 'fold', as {int((folds < 4).sum()):,} of the {ROWS:,} rows are that were"
-    lacking = "column 'fold' splits, which the input lacks: metrics of such rows flatter it"
-    said = dict.fromkeys(("short", "coded"), learnt) | {"test": None, "without": lacking}
+    learnt = f"on {int((folds < 4).sum()):,} of the {ROWS:,} rows: metrics flatter it"
+    said = dict.fromkeys(("short", "coded"), learnt) | {"test": None, "without": None}
     for name, sentence in said.items():
         out = tmp_path / f"scored_{name}"
         run("score", "--model", world.model, "--input", tmp_path / name, "--output", out, "--labels")
@@ -353,25 +351,6 @@ def test_repeated_rows_are_named_by_columns_that_there_are(tmp_path: Path) -> No
         build_features(settings)
     assert "(columns 'person', within a split, and 'code')" in str(error.value)
     assert "\0" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("columns", "told"),
-    [
-        ({}, "no columns.user: each row is a user of its own; and no columns.candidate: each row is another one"),
-        ({"request": "group"}, "no columns.user: each request is a user of its own; and no columns.candidate: each"),
-        ({"candidate": "code"}, "no columns.user: each row is a user of its own"),
-        (
-            {"user": "person"},
-            "no columns.request or columns.time: all rows of a user in a split are one request; and no",
-        ),
-        ({"user": "person", "candidate": "code", "request": "group"}, None),
-    ],
-)
-def test_what_stands_in_is_told(tmp_path: Path, columns: dict[str, str], told: str | None) -> None:
-    roles = {"candidate": ["x", "word", *([] if "candidate" in columns else ["code"])]}
-    said = describe_stand_ins(plain_settings(tmp_path, columns=columns, roles=roles).schema_)
-    assert (said is None) if told is None else (said is not None and told in said)
 
 
 def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

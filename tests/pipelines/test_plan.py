@@ -42,15 +42,10 @@ def test_tables_are_spread_as_the_settings_say(capsys: pytest.CaptureFixture) ->
     assert re.search(r"\nvideo: grid_shard \(each of ranks 0-6: [\d,]+ rows of 32 columns, rank 7: .* of 32 col", said)
     code, said = run(capsys, *sixteen, "--training.sharding", "column_wise")
     assert code == 2
-    assert (
-        "with 1,024.0 GiB for them in all, and the rows of a table are not divided. The largest, 'viewer', has" in said
-    )
+    assert "with 1,024.0 GiB for them in all. The largest, 'viewer', has" in said
     sizes = [f"--features.{name}.max_size=400000000" for name in ("viewer", "video", "channel")]
     code, said = run(capsys, *sixteen, "--training.sharding", "column_wise", *sizes, "--features.viewer_channel.dim=4")
     assert code == 0, said
-    # torchrec's estimate holds each part's own number of row-wise Adagrad.
-    for all_of, tables in re.findall(r": ([\d.]+) of 64.00 GiB \(\d+%\) for tables \(([\d.]+)\)", said):
-        assert float(all_of) >= float(tables)
     assert re.search(r"\nviewer: column_wise \(each of ranks 0, 8: [\d,]+ rows of 32 columns\)\n", said)
 
 
@@ -59,8 +54,8 @@ def test_tables_that_do_not_fit_are_named_with_their_sizes(capsys: pytest.Captur
     assert code == 2
     assert said.count("\n") == 1
     found = re.search(
-        r"the embedding tables take ([\d,.]+) GiB .* do not fit into 8 rank\(s\) with ([\d,.]+) GiB for them in all\. "
-        r"The largest, 'viewer', has ([\d,]+) rows of 64 numbers and takes ([\d,.]+) GiB\. Use more ranks, or ",
+        r"the embedding tables take ([\d,.]+) GiB .* do not fit, .* into 8 rank\(s\) with ([\d,.]+) GiB .*\. "
+        r"The largest, 'viewer', has ([\d,]+) rows of 64 numbers and takes ([\d,.]+) GiB\. Use more ranks, spread",
         said,
     )
     assert found is not None, said
@@ -99,7 +94,7 @@ def test_half_of_the_bits_take_less_of_a_step(capsys: pytest.CaptureFixture) -> 
     [
         (["--world-size", "16", "--features.video.max_size=null"], "nothing bounds the number of ids of video: give"),
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
-        (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
+        (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "into 16 rank(s) with"),
         (
             ["--world-size", "16", "--device", "cpu", "--training.sharding", "row_wise"],
             "training.sharding is row_wise, which torchrec has on GPUs alone: on CPUs set it to auto, table_wise or",
@@ -114,9 +109,9 @@ def test_half_of_the_bits_take_less_of_a_step(capsys: pytest.CaptureFixture) -> 
             for name in ("hbm-gib", "host-gib")
             for value in ("0", "-80", "nan", "inf", "1e308", "much")
         ],
-        (["--world-size", "16", "--hbm-gib", "0.01"], "do not fit into 16 rank(s)"),
-        (["--world-size", "8", "--device", "cpu", "--host-gib", "0.01"], "do not fit into 8 rank(s)"),
-        (["--world-size", "128", "--training.batch_size", str(10**12)], "set `training.batch_size` lower"),
+        (["--world-size", "16", "--hbm-gib", "0.01"], "into 16 rank(s) with"),
+        (["--world-size", "8", "--device", "cpu", "--host-gib", "0.01"], "into 8 rank(s) with"),
+        (["--world-size", "128", "--training.batch_size", str(10**12)], "or lower `training.batch_size` or"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:

@@ -13,9 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation import promotion
-from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.evaluation.evaluate import score_rows
 from mmoe_rec.inference.artifact import write_manifest
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
 from tests.pipelines.short_trainings import NAME, SLOW, World
@@ -58,9 +59,10 @@ def area(artifact: Path, work: Path) -> float:
     """The mean AUC of a model on the judging rows of the features in a folder, which are its own."""
     ranker = Ranker.load(artifact)
     rows = EncodedRows(work / "features" / "encoded" / "validation", ranker.layout, part=Part.JUDGING)
-    scored = score_rows(ranker.model, ranker.layout, rows, 512)
+    scored = score_rows(load_settings(artifact / "settings.yaml"), ranker.model, ranker.layout, rows)
     found = []
-    for label, predicted in zip(scored.labels.T, scored.predictions.T, strict=True):
+    for name, label in scored.labels.items():
+        predicted = scored.predictions[name]
         known = ~np.isnan(label)
         found.append(roc_auc_score(label[known], predicted[known]))
     return float(np.mean(found))
@@ -176,7 +178,7 @@ def test_a_holder_that_was_trained_on_the_judging_rows_is_not_compared(world: Wo
 
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
-    score, calls = promotion.score_by, []
+    score, calls = promotion.score_rows, []
 
     def scored(settings: Any, model: Any, *rest: Any) -> Any:
         calls.append(model)
@@ -184,7 +186,7 @@ def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, m
             model.mixture.towers.output_bias.data.fill_(float("inf"))
         return score(settings, model, *rest)
 
-    monkeypatch.setattr(promotion, "score_by", scored)
+    monkeypatch.setattr(promotion, "score_rows", scored)
     world.train()
     assert world.holder() == "1"
     assert said(world.work)[0] == "'this model' gives predictions that are not finite numbers"
@@ -210,7 +212,7 @@ def test_an_outage_during_the_comparison_decides_nothing(
     assert " rows/s in training" not in capsys.readouterr().out, "no step was left to do"
 
 
-def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alias_that_moved_meanwhile_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
     compare, holders = promotion.compare_with_holder, []
 
@@ -221,8 +223,9 @@ def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monke
 
     monkeypatch.setattr(promotion, "compare_with_holder", meanwhile)
     world.train(*SLOW, "--training.seed", "5")
-    assert holders == ["1", "2"]
+    assert holders == ["1"]
     assert world.holder() == "2"
+    assert said(world.work)[0] == "'champion' has moved meanwhile: compare with `mmoe-rec promote`"
 
 
 def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_twice(

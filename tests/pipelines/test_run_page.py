@@ -10,10 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.tracking import run_page, runs
-from mmoe_rec.tracking.outbox import list_waiting_runs
-from mmoe_rec.tracking.run_page import command, data_sets, name_training
-from mmoe_rec.tracking.runs import Run
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.runs import command, data_sets, name_training
 from tests import commands
 from tests.pipelines.short_trainings import World
 
@@ -25,7 +23,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World.of(tmp_path_factory.mktemp("page"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", "--config", "a settings.yaml", f"http://me:{PASSWORD}@host"])
-        patch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
         world.train()
         commands.run("evaluate", "--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion")
     return world
@@ -41,17 +39,6 @@ def run(client: mlflow.MlflowClient) -> mlflow.entities.Run:
     experiment = client.get_experiment_by_name("learnable")
     (found,) = client.search_runs([experiment.experiment_id])
     return found
-
-
-class Watched(Run):
-    """A run that keeps what is logged."""
-
-    def __init__(self, run_id: str | None = "1") -> None:
-        super().__init__(run_id, object() if run_id else None)  # type: ignore[arg-type]
-        self.logged: list[str] = []
-
-    def log_metrics(self, metrics, step=None):
-        self.logged.extend(metrics)
 
 
 def test_the_run_says_what_it_is(world: World, run: mlflow.entities.Run) -> None:
@@ -100,15 +87,6 @@ def test_charts_have_sections(run: mlflow.entities.Run) -> None:
     assert "test/intervals/click.auc.low" in run.data.metrics
     assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
     assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
-
-
-def test_the_machine_is_watched_only_where_it_is_asked_for() -> None:
-    for run, wanted, expected in ((Watched(), False, 0), (Watched(None), True, 0), (Watched(), True, 1)):
-        monitor = run_page.MachineMonitor(run, wanted=wanted)
-        monitor({"a": 1.0}, 1)
-        monitor({"b": 1.0}, 2)
-        assert {"a", "b"} <= set(run.logged)
-        assert sum(name.startswith("system/cpu") for name in run.logged) == expected, "the second time is too soon"
 
 
 def test_the_version_is_described(run: mlflow.entities.Run, client: mlflow.MlflowClient) -> None:
@@ -161,24 +139,6 @@ def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> No
     assert said.count("```") == 8
 
 
-def test_a_server_that_refuses_data_sets_gets_all_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise mlflow.exceptions.MlflowException("no such endpoint", error_code=400)
-
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", refuse)
-    with runs.open_run(uri, "old server", unsent=tmp_path / "unsent") as run:
-        about = {"name": "log", "digest": "digest", "source": "folder", "context": "training"}
-        run.log_inputs([about | {"rows": 3, "split": "train"}])
-        run.log_metrics({"train/a.loss": 1.0}, 1)
-    assert "no such endpoint: the run goes on without data sets" in capsys.readouterr().err
-    assert not list_waiting_runs(tmp_path / "unsent")
-    found = mlflow.MlflowClient(uri, uri).get_run(run.run_id)
-    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/a.loss": 1.0})
-
-
 def test_who_may_not_write_to_the_registry_gets_the_evaluation(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -195,19 +155,6 @@ def test_who_may_not_write_to_the_registry_gets_the_evaluation(
     printed = capsys.readouterr()
     assert "but not all of it in MLflow" in printed.err
     assert "auc ↑" in printed.out
-
-
-def test_a_machine_without_interfaces_is_watched_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
-    def broken(*_: object, **__: object) -> None:
-        raise OSError("no such file")
-
-    monkeypatch.setattr(psutil, "net_io_counters", lambda *_, **__: None)
-    monkeypatch.setattr(psutil, "virtual_memory", broken)
-    found = run_page.sample_machine()
-    assert {"system/cpu_utilization_percentage", "system/disk_usage_percentage"} <= set(found)
-    assert not any("network" in name or "memory" in name for name in found if "gpu" not in name)
 
 
 def test_names_of_trainings_and_commands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import evaluate_model, scored_rows
-from mmoe_rec.evaluation.slices import MISSING
-from mmoe_rec.evaluation.slicing import LogColumns
+from mmoe_rec.evaluation.slices import MISSING, Slicing
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import find_model
 from tests.commands import read_metrics, run
@@ -119,11 +118,11 @@ def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) 
     last = log.filter(pa.compute.equal(log["request"], pa.compute.max(log["request"])))
     pq.write_table(log.filter(pa.compute.less(log["request"], last["request"][0])), tmp_path / "log" / "0.parquet")
     model = world.folder / "work" / "model"
-    columns = LogColumns.of(other, model)
+    columns = Slicing(other, model)
     pq.write_table(log, tmp_path / "log" / "again.parquet")
     found = []
     for asked in (settings, other):  # the second has a file that came again, whose rows count once
-        columns_of_all = LogColumns.of(asked, model)
+        columns_of_all = Slicing(asked, model)
         found.append({name: rows.tolist() for name, rows in columns_of_all.find(scored)["device"].items()})
     assert found[0] == found[1]
     (tmp_path / "log" / "again.parquet").unlink()

@@ -51,23 +51,16 @@ class DrawnLog:
                 file = folder / name / f"{path}.parquet"
                 pq.write_table(whole.take(pa.array(places)), file, row_group_size=self.row_group)
 
-    def deliver_again(self, folder: Path, stage: int, columns: list[str]) -> bool:
-        """Delivers files of the stages before again, beside those of this stage; gives whether a new file of events
-        holds only events of an old one by some columns, or new ones hold all of an old one."""
+    def deliver_again(self, folder: Path, stage: int) -> None:
+        """Delivers files of the stages before again, beside those of this stage."""
         rng = np.random.default_rng([self.seed, 3, stage])
         for name, table in (("log", self.log), ("events", self.events)):
             way, place = self.again.get(stage, {}).get(name), folder / name
             of_stage = {f"{path}.parquet" for path in table["file"][table["stage"] == stage]}
             new = [path for path in sorted(place.iterdir()) if path.name in of_stage]
             old = [path for path in sorted(place.iterdir()) if path.name not in of_stage]
-            before, known = [pq.read_table(path) for path in old], {path.read_bytes() for path in old}
             if old and way is not None:
-                self._deliver(rng, way, old, new, before)
-        fresh = [path for path in place.iterdir() if path.read_bytes() not in known]
-        ours = [set(map(str, pq.read_table(path, columns=columns).to_pylist())) for path in fresh]
-        theirs = [set(map(str, each.select(columns).to_pylist())) for each in before]
-        new = set[str]().union(*ours)
-        return any(each <= other for each in ours for other in theirs) or any(each <= new for each in theirs)
+                self._deliver(rng, way, old, new, [pq.read_table(path) for path in old])
 
     def _deliver(
         self, rng: np.random.Generator, way: str, old: list[Path], new: list[Path], before: list[pa.Table]
@@ -131,9 +124,8 @@ def draw(seed: int) -> DrawnLog:
 
 def _again(rng: np.random.Generator, stages: int, duplicates: str) -> dict[int, dict[str, str]]:
     ways = {name: ["time", "name", "copy"] for name in ("log", "events")}
-    for name, share in (("log", 0.5), ("events", 0.15)):  # rows of events that come again are refused
-        if duplicates == "error" and rng.random() < share:
-            ways[name] = ["some", "split", "compacted"]
+    if duplicates == "error" and rng.random() < 0.5:  # Nothing tells events that come again.
+        ways["log"] = ["some", "split", "compacted"]
     drawn = {stage: {name: _pick(rng, each) for name, each in ways.items()} for stage in range(1, stages)}
     return {stage: each for stage, each in drawn.items() if rng.random() < 0.6}
 

@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.kinds.counter import CounterEncoder
+from mmoe_rec.features.kinds.counter import MOST, UNITS, CounterEncoder, CounterMemory, SeenTotals, round_labels
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.counters import MOST, UNITS, CounterMemory, SeenTotals, round_labels
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions

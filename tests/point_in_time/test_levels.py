@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmoe_rec.features.kinds.counter import CounterMemory, SeenTotals
 from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.point_in_time import join as module
-from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
 from mmoe_rec.point_in_time.join import LEVELS, LookUps, grown
 from tests.point_in_time.test_memories import (
     ASKING,

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmoe_rec.features.kinds.counter import CounterMemory, SeenTotals, round_labels
 from mmoe_rec.features.kinds.history import HistoryMemory
-from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals, round_labels
 from mmoe_rec.point_in_time.join import NEVER, LookUps
 from tests.reference.features import Event, last_positive, totals, visible_events
 

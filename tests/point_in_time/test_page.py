@@ -9,11 +9,10 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.features.kinds import schema_of
-from mmoe_rec.features.kinds.counter import CounterEncoder
+from mmoe_rec.features.kinds.counter import UNITS, CounterEncoder, SeenTotals
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.counters import UNITS, SeenTotals
 from tests.log.small_logs import DAY, log_rows
 
 ROOT = Path(__file__).parents[2]

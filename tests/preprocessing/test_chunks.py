@@ -9,9 +9,8 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
-from mmoe_rec.preprocessing.look_up import Chunk, ReceivedRows
+from mmoe_rec.preprocessing.look_up import Chunk, Exchange, ReceivedRows, events_of, look_ups_of
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import DAY, START, files_of, random_log, schema_of, times_of, windows_of, write_log
 

@@ -17,10 +17,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive
-from mmoe_rec.preprocessing import engines
-from mmoe_rec.preprocessing import exchange as module
-from mmoe_rec.preprocessing.engines import open_engine
-from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, ResultReader, key_range, partition_of
+from mmoe_rec.preprocessing import build_steps as engines
+from mmoe_rec.preprocessing import look_up as module
+from mmoe_rec.preprocessing.build_steps import open_engine
+from mmoe_rec.preprocessing.look_up import Exchange, ResultExchange, ResultReader, key_range, partition_of
 from tests.processes import is_running, until
 
 
@@ -109,7 +109,7 @@ def test_ray_that_is_not_installed_is_a_sentence(monkeypatch):
 
 _PARENT = """
 import os, sys, time
-from mmoe_rec.preprocessing import engines
+from mmoe_rec.preprocessing import build_steps as engines
 engines.THREADS_AT_MOST = 0
 def work(seconds):
     os.write(1, f"{os.getpid()}\\n".encode())  # at once, as the other one writes too

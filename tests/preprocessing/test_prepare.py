@@ -15,9 +15,9 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import Encoded
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
+from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import build_steps as steps
-from mmoe_rec.preprocessing import engines
-from mmoe_rec.preprocessing.engines import open_engine
+from mmoe_rec.preprocessing.build_steps import open_engine
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, check_apart
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
@@ -112,7 +112,7 @@ def test_two_workers_change_no_byte(tmp_path, two_workers):
 def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, two_workers):
     table = random_log(8)
     source = str(write_log(tmp_path / "log", table, with_column(table, "click", [2.0] * table.num_rows)))
-    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' of binary task 'click' holds 2"):
+    with pytest.raises(UserError, match=r"1\.parquet': column 'click' of binary task 'click' holds 2"):
         prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(**two_workers)))
     assert not (tmp_path / "work").exists()
 
@@ -169,7 +169,7 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
     # They do not stand where none may be skipped, also where one can be opened.
     (folder / "9.parquet").unlink()
     assert existing(BuildInputs(*place)) is None
-    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' .* holds 7"):
+    with pytest.raises(UserError, match=r"1\.parquet': column 'click' .* holds 7"):
         prepare(BuildInputs(*place))
     # What was built stays, and stands where bad files may be skipped, however the log is addressed.
     for source in (str(folder), f"{folder}/", f"{folder}/*.parquet"):

@@ -7,7 +7,7 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.sums import MeasuredTask
 from mmoe_rec.features import kinds
 from mmoe_rec.log.rows import labels_of
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
@@ -15,6 +15,7 @@ from mmoe_rec.model.score import fuse, predictions, scores_from_logs
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.training.losses import masked_loss
+from tests.evaluation.trees import measure
 from tests.log.small_logs import BASE, DAY, START, fit, log_rows, random_log
 from tests.model.examples import reference_logits, reference_weights, small_model, small_settings
 from tests.reference import features, metrics, model

@@ -4,8 +4,9 @@ import numpy as np
 
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
+from tests.evaluation.trees import measure
 
 
 def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] = ("bought", "spent")) -> Results:
@@ -32,7 +33,6 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
             whole,
             summarise(whole, 50),
             f"models:/{name}",
-            {task: [0.25, 0.75] for task in tasks},
             seen=[f"was trained on rows of '{name}'"] if name == second else [],
             slices={("kind", each): of(np.flatnonzero(kind == each)) for each in ("few & far", "many")},
         )

@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -32,36 +31,10 @@ def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
     np.testing.assert_allclose(ratio, [row["observed_rate"] / row["mean_predicted"] for row in bins])
 
 
-def test_calibration_figure_marks_bins_without_a_positive_row(log: Log) -> None:
-    rare = np.where(log.predictions["bought"] > 0.5, log.labels["bought"], 0.0)
-    spread = log.predictions["bought"] ** 2  # over more than a decade: logarithmic axes, where 0 has no place
-    log = log.with_labels(bought=rare).with_predictions(bought=spread)
-    summary = summarise(log.measure(), 50)
-    figure = calibration_figure(summary, "bought")
-    figure.canvas.draw()
-    assert "no positive row" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-
-
 def test_a_prediction_of_0_has_no_ratio(log: Log) -> None:
     log = log.with_predictions(bought=np.where(log.predictions["bought"] < 0.5, 0.0, 0.7))
     ratio = calibration_figure(summarise(log.measure(), 20), "bought").axes[1].containers[0].lines[0].get_ydata()
     assert np.isnan(ratio).tolist() == [True, False]
-
-
-@pytest.mark.parametrize("power", [1, 2, 4, 10])
-def test_labels_of_ticks_do_not_overlap(log: Log, power: int) -> None:
-    """Predictions reach down to .05 of the largest, or to 1e-10 of it."""
-    log = log.with_predictions(bought=log.predictions["bought"] ** power)
-    figure = calibration_figure(summarise(log.measure(), 20), "bought")
-    figure.canvas.draw()
-    for axis, side in ((figure.axes[1].xaxis, "x"), (figure.axes[0].yaxis, "y")):
-        boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
-        low, high = sorted(axis.get_view_interval())
-        places = axis.get_majorticklocs()
-        shown = [box for box, place in zip(boxes, places, strict=True) if low <= place <= high]
-        ends = sorted((getattr(box, f"{side}0"), getattr(box, f"{side}1")) for box in shown)
-        assert len(ends) >= 2
-        assert all(end < start for (_, end), (start, _) in pairwise(ends)), power
 
 
 def test_gate_weights_figure_writes_every_weight() -> None:

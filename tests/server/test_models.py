@@ -2,6 +2,7 @@
 
 import gc
 import os
+import queue
 import shutil
 import threading
 import weakref
@@ -17,8 +18,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source, version_of
 from mmoe_rec.model.products import has_onednn
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models, NotFoundError, Reloads
+from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
+from mmoe_rec.server.workers import Reloads
 from tests.inference.other_weights import other_weights
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
@@ -26,15 +28,10 @@ from tests.server.asking import ask, element, take_up
 
 
 class Address:
-    """A `Finder` at whose address lies, or goes wrong, what a test says: what comes next, the last one again and again.
-
-    go_on: a find takes as long as it is not set, once the model is known.
-    """
+    """A `Finder` at whose address lies, or goes wrong, what a test says: the last one again and again."""
 
     def __init__(self, *states: str | Exception | None) -> None:
-        self.states, self.finds, self.told = list(states), list[str](), ""
-        self.go_on = threading.Event()
-        self.go_on.set()
+        self.states, self.told = list(states), ""
 
     def state(self) -> str | None:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
@@ -44,122 +41,103 @@ class Address:
         return state
 
     def find(self) -> Source:
-        found = Source(Path("unused"), self.told)
-        self.finds.append(found.address)
-        assert self.go_on.wait(PATIENCE)
-        return found
+        return Source(Path("unused"), self.told)
 
 
 class HeldFiles(list[str]):
-    """The models that were taken up; broken ones can't be."""
+    """The models that were taken up; broken ones can't be.
+
+    go_on: taking one up takes as long as it is not set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.go_on.set()
 
     def __call__(self, source: Source) -> None:
         self.append(source.address)
+        assert self.go_on.wait(PATIENCE)
         if source.address == "broken":
             raise UserError("it is broken")
 
 
-def test_a_slow_find_never_puts_an_older_model_back() -> None:
-    address, taken = Address("1"), HeldFiles()
-    reloads = Reloads(address, taken)
-    address.go_on.clear()
-    asked = reloads.ask()
-    until(lambda: address.finds == ["1"])
-    address.states = ["2"]
-    looking = threading.Thread(target=reloads.look, daemon=True)
-    looking.start()
-    until(lambda: reloads._next is not None or taken)
-    assert not taken, "the second waits for the first"
-    address.go_on.set()
-    asked.result(PATIENCE)
-    looking.join(PATIENCE)
-    assert taken == ["1", "2"]
-
-
 def test_those_who_ask_meanwhile_share_one_further_attempt() -> None:
-    address, taken = Address("1"), HeldFiles()
-    reloads = Reloads(address, taken)
-    address.go_on.clear()
-    first = reloads.ask()
-    until(lambda: address.finds == ["1"])
+    address, taken, replies = Address("1"), HeldFiles(), queue.Queue[str | None]()
+    reloads = Reloads(address, "0", taken)
+    threading.Thread(target=reloads.run, args=(0.0,), daemon=True).start()
+    taken.go_on.clear()
+    reloads.ask(replies.put)
+    until(lambda: taken == ["1"])
     address.states = ["2"]
-    others = [reloads.ask() for _ in range(150)]
-    assert not any(each.done() for each in (first, *others))
-    address.go_on.set()
-    for each in (first, *others):
-        each.result(PATIENCE)
-    assert address.finds == taken == ["1", "2"]
-    address.states = ["3"]
-    reloads.ask().result(PATIENCE)
-    assert taken == ["1", "2", "3"], "and it goes on afterwards"
+    for _ in range(150):
+        reloads.ask(replies.put)
+    assert replies.empty()
+    taken.go_on.set()
+    assert [replies.get(timeout=PATIENCE) for _ in range(151)] == [None] * 151
+    assert taken == ["1", "2"]
+    address.states = ["broken"]
+    reloads.ask(replies.put)
+    assert replies.get(timeout=PATIENCE) == "it is broken"
+    assert taken == ["1", "2", "broken"], "and it goes on afterwards"
 
 
-def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed() -> None:
+def test_looks_come_again_and_again() -> None:
     address, taken = Address("1"), HeldFiles()
-    reloads = Reloads(address, taken)
-    reloads.watch("1", 0)
-    for state, expected in (
-        ("1", []),
-        ("2", ["2"]),
-        ("2", ["2"]),
-        ("broken", ["2", "broken"]),
-        ("broken", ["2", "broken", "broken"]),
-        ("2", ["2", "broken", "broken", "2"]),
-        ("2", ["2", "broken", "broken", "2"]),
+    threading.Thread(target=Reloads(address, "1", taken).run, args=(0.001,), daemon=True).start()
+    for state in ("2", "3"):
+        assert state not in taken
+        address.states = [state]
+        until(lambda state=state: taken and taken[-1] == state)  # type: ignore[misc]
+    assert taken == ["2", "3"]
+
+
+def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address, taken = Address("1"), HeldFiles()
+    reloads = Reloads(address, "1", taken)
+    for state, is_asked, loads in (
+        ("1", True, 0),
+        ("2", True, 1),
+        ("2", True, 1),
+        ("broken", False, 2),
+        ("broken", False, 2),
+        ("broken", True, 3),
+        ("broken", True, 4),
+        ("2", True, 5),
+        ("2", False, 5),
     ):
         address.states = [state]
-        asked = reloads.ask()
-        assert isinstance(asked.exception(PATIENCE), UserError) == (state == "broken")
-        assert taken == expected
+        before = len(taken)
+        failure = reloads.attempt(is_asked)
+        assert len(taken) == loads
+        assert (failure is not None) == (state == "broken" and loads > before)
+    told = "the previous model goes on serving: it is broken"
+    assert [record.getMessage() for record in caplog.records] == [told] * 3
 
 
-def test_a_model_of_unknown_state_is_always_loaded_again() -> None:
+def test_a_model_of_unknown_state_is_loaded_again_if_asked_for() -> None:
     """As at an address of object storage."""
     assert AtAddress("file:///nowhere", "unused").state() is None
     address, taken = Address(None), HeldFiles()
-    reloads = Reloads(address, taken)
-    reloads.watch(None, 0)
-    for _ in range(2):
-        reloads.ask().result(PATIENCE)
+    reloads = Reloads(address, None, taken)
+    assert [reloads.attempt(is_asked) for is_asked in (True, False, True)] == [None] * 3
     assert len(taken) == 2
-
-
-def test_an_attempt_that_fails_tells_why() -> None:
-    reloads = Reloads(Address("broken", OSError("no\nroom"), "3"), taken := HeldFiles())
-    with pytest.raises(UserError, match="it is broken"):
-        reloads.ask().result(PATIENCE)
-    with pytest.raises(NotFoundError, match="OSError: no room"):
-        reloads.ask().result(PATIENCE)
-    reloads.ask().result(PATIENCE)
-    assert taken == ["broken", "3"]
 
 
 def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
     down, gone = OSError("the store\nis down"), UserError("there is no such alias")
     address = Address("1", down, down, gone, "1", gone, RuntimeError("can't start new thread"), "2")
-    reloads = Reloads(address, taken := HeldFiles())
-    reloads.watch("1", 3_600)
+    reloads = Reloads(address, "1", taken := HeldFiles())
+    failures = list[str | None]()
     while not taken:
-        reloads.look()
+        failures.append(reloads.attempt(False))
+    told = ["OSError: the store is down", "there is no such alias", "RuntimeError: can't start new thread"]
+    assert failures == [None, told[0], told[0], told[1], None, told[1], told[2], None]
     assert [record.getMessage() for record in caplog.records] == [
-        f"can't look for another model: {sentence}"
-        for sentence in (
-            "OSError: the store is down",
-            "there is no such alias",
-            "there is no such alias",
-            "RuntimeError: can't start new thread",
-        )
-    ], "each once, until a look succeeds"
-
-
-def test_a_model_that_can_not_be_loaded_is_not_loaded_at_every_look(caplog: pytest.LogCaptureFixture) -> None:
-    address, taken = Address("broken"), HeldFiles()
-    reloads = Reloads(address, taken)
-    for state, loads in (("broken", 1), ("broken", 1), ("3", 2)):
-        address.states = [state]
-        reloads.look()
-        assert len(taken) == loads
-    assert [record.getMessage() for record in caplog.records] == ["the previous model goes on serving: it is broken"]
+        f"can't look for another model: {sentence}" for sentence in told
+    ], "each once"
 
 
 # A folder is looked at
@@ -171,8 +149,7 @@ class Copied:
     def __init__(self, folder: Path) -> None:
         self.finder = AtAddress(str(folder), "unused")
         self.models, self.loads = Models(Options(), self.finder.find()), list[str]()
-        self.reloads = Reloads(self.finder, self.take_up)
-        self.reloads.watch(self.finder.state(), 3_600)
+        self.reloads = Reloads(self.finder, self.finder.state(), self.take_up)
 
     def take_up(self, source: Source) -> None:
         try:
@@ -184,7 +161,7 @@ class Copied:
     def look(self) -> list[str]:
         """What a look loads."""
         before = len(self.loads)
-        self.reloads.look()
+        self.reloads.attempt(False)
         return self.loads[before:]
 
 
@@ -203,7 +180,7 @@ def test_a_copy_under_way_is_tried_again_when_more_of_it_is_there(small: SmallMo
     assert copied.look() == []
     copy(made, folder, "model.json", "manifest.json", "example_scores.json")
     (told,) = copied.look()
-    assert "'weights.safetensors' has changed" in told
+    assert "'weights.safetensors' is missing or has changed" in told
     assert copied.models.current.ranker.version == version_of(small.folder), "which goes on"
     assert copied.look() == [], "what stays broken is not loaded again"
     copy(made, folder, "weights.safetensors")

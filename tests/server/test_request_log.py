@@ -157,7 +157,7 @@ def test_the_callers_own_id_is_kept_and_checked(with_ids: SmallModel, tmp_path: 
         assert len(two["request_id"]) == len(three["request_id"]) == 32
         assert two["request_id"] != three["request_id"]
         wrong = ask(app, {"inputs": [element(context={**CONTEXT, "page": 5})]})
-        assert wrong.message == "column 'page' must hold strings, as in the log; found integers: give \"12\", not 12"
+        assert wrong.message == "column 'page' must hold strings, as in the log; found integers"
     ids = logged(tmp_path)["served_request"].to_pylist()
     assert set(ids) == {"a page", two["request_id"], three["request_id"]}
 

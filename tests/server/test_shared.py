@@ -11,9 +11,8 @@ import torch
 
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, map_shared, write_shared
 from mmoe_rec.server.options import Options
-from mmoe_rec.server.shared import map_shared, write_shared
 from tests.inference.small_model import SmallModel
 
 

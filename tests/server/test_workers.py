@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.inference import artifact
-from mmoe_rec.inference.artifact import EXAMPLE, MANIFEST, StoredFile, read_manifest
+from mmoe_rec.inference.artifact import EXAMPLE, MANIFEST, read_manifest
 from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port
 from tests.inference.small_model import ITEMS, SmallModel
@@ -39,10 +38,10 @@ def folder(small: SmallModel, tmp_path: Path) -> Path:
 
 
 def hang_at_loading(folder: Path) -> None:
-    """Makes whoever loads the model wait for ever, as one of its files, an empty one by the manifest, is a pipe."""
+    """Makes whoever loads the model wait for ever, as one of its files is a pipe."""
     files = read_manifest(folder)
-    files[EXAMPLE] = StoredFile(0, "")
-    tree = {"sha256": artifact._sum(files), "files": {name: asdict(file) for name, file in files.items()}}
+    files[EXAMPLE] = ""
+    tree = {"sha256": artifact._sum(files), "files": files}
     (folder / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     (folder / EXAMPLE).unlink()
     os.mkfifo(folder / EXAMPLE)

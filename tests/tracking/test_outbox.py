@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.tracking import outbox
-from mmoe_rec.tracking.outbox import Message, Outbox, UnreachableError, list_waiting_runs
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.client import UnreachableError
+from mmoe_rec.tracking.runs import Message, Outbox, list_waiting_runs
 
 
 class Post:
@@ -38,7 +39,7 @@ class Post:
 def post(monkeypatch: pytest.MonkeyPatch) -> Post:
     post = Post()
     # The module's name for it alone: threads that other tests left in this process may sleep, too.
-    monkeypatch.setattr(outbox, "time", SimpleNamespace(monotonic=lambda: post.now, sleep=post.sleep))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: post.now, sleep=post.sleep))
     return post
 
 
@@ -89,23 +90,6 @@ def test_kept_messages_outlive_the_process(file: Path, post: Post) -> None:
     assert post.got == ["0", "1", "2"]
     assert list_waiting_runs(file.parent) == []
     assert not list(file.parent.iterdir())
-
-
-def test_messages_that_were_sent_before_the_post_went_away_are_not_sent_again(file: Path, post: Post) -> None:
-    box = Outbox(file, post.send)
-    post.away = True
-    for number in range(4):
-        box.put(text(number))
-    post.away = False
-
-    def send(message: Message) -> None:
-        post.away = message.values["text"] == "2"
-        post.send(message)
-
-    Outbox(file, send).flush()
-    post.away = False
-    box.flush()
-    assert post.got == ["0", "1", "2", "3"]
 
 
 def test_a_message_that_comes_while_another_process_sends_is_kept(file: Path, post: Post) -> None:
@@ -167,6 +151,6 @@ def test_a_full_disk_ends_it(file: Path, post: Post, monkeypatch: pytest.MonkeyP
 
     box = Outbox(file, post.send)
     post.away = True
-    monkeypatch.setattr(outbox, "writing", full)
+    monkeypatch.setattr(runs, "writing", full)
     with pytest.raises(UserError, match=r"does not answer, nor can it be kept in .*: No space left on device"):
         box.put(text(0))

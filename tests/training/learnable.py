@@ -18,8 +18,8 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
+from mmoe_rec.preprocessing.count_and_encode import SplitCounts
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain

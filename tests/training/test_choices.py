@@ -15,9 +15,9 @@ from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Model
-from mmoe_rec.training import choices as choices_module
+from mmoe_rec.training import steps as choices_module
 from mmoe_rec.training.checkpoint import latest_checkpoint
-from mmoe_rec.training.choices import RUNS_AT_LEAST, Choices, choose_precision, time_options
+from mmoe_rec.training.steps import RUNS_AT_LEAST, Choices, choose_precision, time_options
 from mmoe_rec.training.train import train_model
 from tests.model.examples import LAYOUT
 from tests.pipelines.learnable_log import write_files

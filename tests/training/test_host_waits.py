@@ -60,7 +60,7 @@ def changes(case: str) -> dict[str, Any]:
 def batch_of(layout: ModelLayout, weighted: bool = False) -> Batch:
     encoded, labels = random_rows(ROWS, 3, layout)
     weights, rows = np.full(ROWS, 2.0) if weighted else None, np.arange(ROWS)
-    return make_batch(encoded, layout, labels, Position(0, ROWS, 17, 1, ROWS, ""), weights, rows, rows, torchrec=False)
+    return make_batch(encoded, layout, labels, Position(0, ROWS, 17), weights, rows, torchrec=False)
 
 
 def faked(batch: Batch, mode: Any) -> Batch:

@@ -1,7 +1,7 @@
 """The training loop on rows that can be learnt from, judged by scikit-learn on the plain model that it leaves."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
-from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
@@ -164,24 +163,12 @@ def _weights_hook(one: Trainer) -> None:
     parameter.register_hook(lambda gradient: gradient * float("nan"))
 
 
-def _inputs_hook(one: Trainer) -> None:
-    """Only the gradient that arrives at the tables is bad."""
-
-    def spoil(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        inputs[0].register_hook(lambda gradient: gradient * float("inf"))
-
-    one.sharded.model.module.mixture.register_forward_pre_hook(spoil, prepend=True)
-
-
-@pytest.mark.parametrize("spoil", [_weights_hook, _inputs_hook])
-def test_a_gradient_that_is_not_finite_ends_the_training(
-    prepared: FeatureFolder, tmp_path: Path, spoil: Callable[[Trainer], None]
-) -> None:
+def test_a_gradient_that_is_not_finite_ends_the_training(prepared: FeatureFolder, tmp_path: Path) -> None:
     with trainer(prepared, tmp_path / "best") as one:
         one._step(iter([batch_of(one, 1)]), meter(one))
         before = {name: each.detach().clone() for name, each in one.sharded.dense_parameters().items()}
-        spoil(one)
-        with pytest.raises(UserError, match="the gradient of step 2 is not finite; the batch is saved"):
+        _weights_hook(one)
+        with pytest.raises(UserError, match="the gradient of step 2 is not finite: look"):
             one._step(iter([batch_of(one, 2)]), meter(one))
         assert all(torch.equal(before[name], each) for name, each in one.sharded.dense_parameters().items())
 

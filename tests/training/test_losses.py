@@ -17,8 +17,8 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 from mmoe_rec.model.warm_start import base_rates
+from mmoe_rec.preprocessing.count_and_encode import SplitCounts
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import process_group

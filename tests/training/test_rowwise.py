@@ -13,7 +13,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
-from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.sharded_tables import OneProcessTables
 from tests.reference.model import adagrad
 
@@ -80,12 +79,8 @@ class Tables:
 
 @pytest.mark.parametrize("longest", [0, 1, 6])
 @pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-def test_many_steps_equal_a_loop_over_rows(
-    longest: int, widths: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_steps_equal_a_loop_over_rows(longest: int, widths: str) -> None:
     """Ids repeated within a row and between rows and inputs, rows without ids, and rates that change."""
-    monkeypatch.setattr(tables_module, "_MOST_INT32", 2**31 - 1 if kind == torch.int32 else 0)
     tables = Tables(WIDTHS[widths], seed=longest)
     random = np.random.default_rng(longest)
     for step in range(12):

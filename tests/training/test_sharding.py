@@ -17,9 +17,8 @@ from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.tables import PlainTables, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
-from mmoe_rec.training.planning import Machines, Planning, Sharding, table_bytes
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard
+from mmoe_rec.training.sharding import Machines, Optimizers, Planning, ShardedModel, Sharding, shard, table_bytes
 from mmoe_rec.training.steps import Steps
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
@@ -162,14 +161,6 @@ def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:
     load_plain(plain, tmp_path / "after")
     torch.testing.assert_close(plain(plain_batch()).logits, after, atol=1e-6, rtol=0)
     assert (after - before).abs().max() > 1e-3
-
-
-def test_a_step_that_is_too_large_is_told_from_tables_that_are() -> None:
-    with (
-        process_group(CPU),
-        pytest.raises(UserError, match="tables fit, but not beside what a step of 10,000,000,000,"),
-    ):
-        shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=10**13, table_learning_rate=0.1)
 
 
 def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_sharded_tables_start_like_plain_ones(grown: Grown, tmp_path: Path, worl
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"experts": {"count": 4, "units": [8]}}, r"its setting 'model.experts.count' is 3, and 4 in the settings"),
+        ({"experts": {"count": 4, "units": [8]}}, r"its 'model.experts.count' is 3, and 4 in the settings"),
         ({"bottom": {"units": [16], "piecewise": False}}, r"'model.bottom.piecewise' is true, and false"),
         ({"towers": {"units": [4, 4]}}, r"'model.towers.units' is \[4\], and \[4, 4\]"),
     ],
@@ -198,7 +198,7 @@ def _with(changes: dict[str, Any]) -> dict[str, Any]:
         (
             _with({"clicked": {**ALL_KINDS["clicked"], "pooling": "attention"}}),
             1,
-            r"'features.clicked.pooling' is mean, and attention in the settings",
+            r"'features.clicked.pooling' is missing, and .attention",
         ),
         (_with({"extra": {"kind": "id", "column": "brand"}}), 1, r"'features.extra' is missing, and there"),
         (_with({"item": {**ALL_KINDS["item"], "oov_buckets": 3}}), 1, r"'features.item.oov_buckets' is 4, and 3"),
@@ -225,7 +225,7 @@ def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     pq.write_table(random_log(3, rows=600), tmp_path / "one" / "log" / "0.parquet")
     settings = one.settings
     prepared = prepare(replace(BuildInputs.of(settings), work=tmp_path / "other"))
-    with pytest.raises(UserError, match=r"its feature 'price' was fitted to other rows"):
+    with pytest.raises(UserError, match=r"its feature or task 'price' was fitted to other rows"):
         WarmStart(one.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 

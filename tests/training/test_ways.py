@@ -8,17 +8,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
 
-from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.tables import PlainTables, by_name, initial_rows, torchrec_tables
+from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training import sharded_tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group, training_ranks
-from mmoe_rec.training.sharded_tables import Way, choose_way, look_up_directly, table_batches
+from mmoe_rec.training.sharded_tables import Way, choose_way
 from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.reference.model import adagrad
@@ -86,40 +85,6 @@ MIXED = replace(
 )
 
 
-def steps(layout: ModelLayout, batch: Batch, direct: bool) -> list[Tensor]:
-    """Means of each input before and after two updates, in the layout's order, and what is stored then."""
-    with process_group(CPU):
-        model = (
-            small_model(torchrec_tables(layout)) if layout is LAYOUT else small_model(torchrec_tables(layout), layout)
-        )
-        sharded = shard(model, layout, CPU, batch_size=64, table_learning_rate=0.1)
-        tables = sharded.model.module.tables
-        assert ("forward" in vars(tables)) is True
-        if not direct:
-            del tables.forward
-        dims = {each.name: layout.table(each.table).dim for each in layout.look_ups()}
-        found = []
-        for _ in range(3):
-            sharded.table_optimizer.zero_grad()
-            pooled = tables(batch.ids)
-            assert isinstance(pooled, tuple) is direct
-            means = by_name(pooled, dims, batch.ragged, batch.shares)
-            found += [means[each.name].detach().clone() for each in layout.look_ups()]
-            weights = torch.linspace(-1, 1, len(batch))[:, None]
-            sum((number + 1) * (each * weights).sum() for number, each in enumerate(means.values())).backward()  # type: ignore[union-attr]
-        (module,) = table_batches(sharded.model)
-        return [*found, module.weights_host.detach().clone(), module.momentum1_host.clone()]
-
-
-@pytest.mark.parametrize("layout", [LAYOUT, MIXED], ids=["layout", "mixed"])
-def test_the_same_as_by_torchrec(layout: ModelLayout) -> None:
-    encoded, labels = random_rows(64)
-    batch = make_batch(encoded, layout, labels, torchrec=True)
-    for direct, other in zip(*(steps(layout, batch, each) for each in (True, False)), strict=True):
-        assert direct.any()
-        assert torch.equal(direct, other)
-
-
 def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
     encoded, _ = random_rows(8)
     ids = make_batch(encoded, MIXED, torchrec=True).ids
@@ -129,25 +94,6 @@ def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
     assert [each.table for each in MIXED.ids] != tables
     for name, table in zip(names, tables, strict=True):
         assert (ids[name].values() < MIXED.table(table).rows).all()
-
-
-def test_ids_in_another_order_are_found_by_name() -> None:
-    encoded, labels = random_rows(64)
-    batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
-    turned = replace(batch, ids=batch.ids.permute(list(reversed(range(len(batch.ids.keys()))))))
-    assert turned.ids.keys() == batch.ids.keys()[::-1]
-    one, other = steps(LAYOUT, batch, True), steps(LAYOUT, turned, True)
-    assert all(map(torch.equal, one[:-2], other[:-2]))
-
-
-def test_tables_that_lie_apart_are_left_to_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
-    with process_group(CPU):
-        sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=64, table_learning_rate=0.1)
-        tables = sharded.model.module.tables
-        del tables.forward
-        monkeypatch.setattr(tables, "_lookups", [*tables._lookups] * 2)
-        look_up_directly(sharded.model)
-        assert "forward" not in vars(tables)
 
 
 RATE = 0.05

@@ -104,16 +104,15 @@ def ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
     end = np.minimum(lists.run_first + lists.run_length, cutoff)
     run_discount = (discount_before[end] - discount_before[first]) / lists.run_length
     dcg = np.bincount(lists.request, lists.gain * run_discount[lists.run], lists.requests)
-    return ratio(dcg, _dcg_by(-lists.gain, lists, cutoff))
+    return ratio(dcg, _ideal_dcg(lists, cutoff))
 
 
-def least_and_random_ndcg(lists: RankedLists, cutoff: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `ndcg` of the worst order, and the mean of that of all orders."""
-    ideal = _dcg_by(-lists.gain, lists, cutoff)
+def random_ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
+    """The mean of the `ndcg` of all orders."""
     rows = np.bincount(lists.request, minlength=lists.requests)
     gain = np.bincount(lists.request, lists.gain, lists.requests)
     discount = _discount_before(cutoff)[np.minimum(rows, cutoff)]
-    return ratio(_dcg_by(lists.gain, lists, cutoff), ideal), ratio(ratio(gain * discount, rows), ideal)
+    return ratio(ratio(gain * discount, rows), _ideal_dcg(lists, cutoff))
 
 
 def _discount_before(cutoff: int) -> np.ndarray:
@@ -121,10 +120,10 @@ def _discount_before(cutoff: int) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(cutoff) + 2))])
 
 
-def _dcg_by(key: np.ndarray, lists: RankedLists, cutoff: int) -> np.ndarray:
-    """(Q,) the DCG of the order by rising key."""
+def _ideal_dcg(lists: RankedLists, cutoff: int) -> np.ndarray:
+    """(Q,) the DCG of the best order."""
     # Sorting within requests leaves `request` and `position`, which depend on list lengths only, as they are.
-    gain = lists.gain[np.lexsort((key, lists.request))]
+    gain = lists.gain[np.lexsort((-lists.gain, lists.request))]
     discount_before = _discount_before(cutoff)
     discount = np.diff(discount_before, append=discount_before[-1])[np.minimum(lists.position, cutoff)]
     return np.bincount(lists.request, gain * discount, lists.requests)

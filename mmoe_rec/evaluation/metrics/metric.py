@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -83,16 +84,9 @@ class Metric(Named, Generic[Measured]):
         """What else the summary says."""
         return {}
 
-    def sizes(self, sums: "UserSums") -> list[np.ndarray]:
-        """How much each user adds, (U,) from 0 on, to what is divided by, or to that of which there has to be some."""
-        return [sums.column("weight" if "weight" in sums.table.column_names else "rows")]
-
 
 class Ratio(Metric[Measured]):
     """A metric that is the ratio of its two `totals`."""
-
-    def sizes(self, sums: "UserSums") -> list[np.ndarray]:
-        return [sums.column(self.totals[1])]
 
     def summarise(self, drawn: "Resamples") -> np.ndarray:
         return ratio(drawn[self.totals[0]], drawn[self.totals[1]])
@@ -134,7 +128,7 @@ class UserSums:
     """
 
     def __init__(self, metrics: Sequence[Metric[Any]], tables: Mapping[str, pa.Table], task: str | None) -> None:
-        self.users = tables["ranking"]["user"]
+        self.users, self.is_score = tables["ranking"]["user"], task is None
         self.table = tables["ranking" if task is None else f"{task}.users"]
         self.bins, self.counts = tables.get(f"{task}.bins"), tables.get(f"{task}.counts")
         self._metrics = [metric for metric in metrics if metric.has_interval]
@@ -165,16 +159,16 @@ class UserSums:
         # One product for the sums of all metrics reads the counts once.
         return Resamples(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
 
-    @property
-    def effective_rows(self) -> float:
-        """The effective number of users by their rows, 1 or more."""
-        return effective_sample_size(self.column("rows"))
-
-    @property
+    @cached_property
     def effective_users(self) -> dict[str, float]:
-        """Metric that has an interval -> the effective number of users by rows, or by its divisor if that is less."""
-        rows = self.effective_rows
-        return {metric.name: min([rows, *map(effective_sample_size, metric.sizes(self))]) for metric in self._metrics}
+        """Metric that has an interval -> the effective number of users: the least by rows, and by ranked requests, or
+        by weight and labels of either class."""
+        of_lists = [self.column("rows"), self.column("ranked_requests")]
+        of_rows = of_lists[:1] if self.is_score else [of_lists[0], self.column("weight")]
+        if self.bins is not None:  # of a binary task
+            of_rows += [self.column("label"), self.column("weight") - self.column("label")]
+        lists, rows = (min(map(effective_sample_size, sizes)) for sizes in (of_lists, of_rows))
+        return {each.name: lists if each.of_lists or self.is_score else rows for each in self._metrics}
 
     def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Name of each metric that has an interval -> (R,) float64."""

@@ -95,10 +95,6 @@ class Auc(Metric[TaskRows]):
 
     name, kinds, better, is_share = "auc", ("binary",), "higher", True
 
-    def sizes(self, sums: UserSums) -> list[np.ndarray]:
-        positive = sums.column("label")
-        return [positive, sums.column("weight") - positive]
-
     def summarise(self, drawn: Resamples) -> np.ndarray:
         return drawn.sums.once(Bins).resampled(auc_of_counts, drawn)
 

@@ -58,18 +58,9 @@ class HistoryFeature(Remembering):
         """Raises ValueError as `Remembering.check`, and where `of` is not an id feature of the candidate."""
         super().check(name, schema)
         self.require(name, schema, "user", "it is a user's")
-        check_owner(schema, name, "of", IdFeature, "candidate")
+        check_owner(schema, name, "of", self.of, IdFeature, "candidate")
         for attribute in self.attributes:
-            if attribute == self.of:
-                raise ValueError(
-                    f"feature '{name}' has '{attribute}' both as `of` and among its `attributes`: leave it out"
-                )
-            check_owner(schema, name, "attributes", IdFeature, "candidate", attribute)
-        histories = {each: other for each, other in schema.features.items() if isinstance(other, HistoryFeature)}
-        names = [*schema.features, *(part for each, other in histories.items() for part in [*other.parts(each)][1:])]
-        for part in [*self.parts(name)][1:]:
-            if names.count(part) > 1:
-                raise ValueError(f"feature '{name}' has an input '{part}', and so has another feature: rename one")
+            check_owner(schema, name, "attributes", attribute, IdFeature, "candidate")
 
     def meaning(self, schema: Schema) -> Meaning:
         columns = (schema.columns.user, *schema.features[self.of].reads())

@@ -12,12 +12,12 @@ import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
-from mmoe_rec.inference.batch_scoring import microseconds, scored_file, write_ranked
+from mmoe_rec.evaluation.evaluate import COLUMNS, score_rows
+from mmoe_rec.inference.batch_scoring import scored_file, write_ranked
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
-from mmoe_rec.model.score import add_outcomes
+from mmoe_rec.log.given import parse_time
 from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
@@ -93,7 +93,7 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     windows = {"test": settings.split.windows()["test"]}
     encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
     rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
-    expected = score_rows(ranker.model, ranker.layout, rows, 256, calibration=ranker.calibration)
+    expected = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
     options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
     found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], overrides=options)
@@ -102,16 +102,15 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
     for name, ids in zip(names, (getattr(expected, f"{column}s") for column in COLUMNS), strict=True):
         np.testing.assert_array_equal(found[name], ids.to_numpy())
-    predictions = add_outcomes(expected.predictions, ranker.layout)
-    assert [f"predicted_{name}" for name in predictions] == PREDICTED
-    for name, values in predictions.items():
+    assert [f"predicted_{name}" for name in expected.predictions] == PREDICTED
+    for name, values in expected.predictions.items():
         np.testing.assert_allclose(found[f"predicted_{name}"], values, atol=1e-5)
     np.testing.assert_allclose(np.log(found["score"]), expected.score, atol=1e-5)
     np.testing.assert_array_equal(found["rank"], best_first(found))
     sizes = found.groupby("request").size()
     assert sizes.max() > 3
     assert (found.groupby("request").time.nunique() == 1).all()
-    assert "in the log that was given" in done.manifest["meaning"]
+    assert "know the log that was given" in done.manifest["meaning"]
 
 
 def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_path: Path, fine: None) -> None:
@@ -124,9 +123,9 @@ def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_
     times = found["time"].to_numpy().astype("datetime64[us]").astype(np.int64)
     learnt = int((times < begin).sum())
     assert 100 < learnt < len(found) - 100
-    assert f"as {learnt:,} of the {len(found):,} rows are that were scored" in done.manifest["learnt"]
+    assert f"on {learnt:,} of the {len(found):,} rows: metrics flatter it" in done.manifest["learnt"]
     said = done.manifest["learnt"].partition("score with --start ")[2]
-    _, done = scored(small.folder, source, tmp_path / "test", labels=True, window=(microseconds(said), None))
+    _, done = scored(small.folder, source, tmp_path / "test", labels=True, window=(parse_time(said), None))
     assert done.manifest["learnt"] is None
     assert done.manifest["rows"] == len(found) - learnt
     _, done = scored(small.folder, source, tmp_path / "unlabelled")
@@ -146,9 +145,6 @@ def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_pat
     assert (found["model_version"] == done.manifest["model_version"]).all()
     assert done.manifest["rows_before_tables_as_of"] == 0
     assert "their future" not in done.manifest["meaning"]
-    last = max(table["time"].to_pylist()).isoformat()
-    told = f"the last row was requested at {last}, more than 7 days later, when these are stale"
-    assert told in done.manifest["meaning"]
 
 
 @pytest.mark.parametrize("given", [(), ("price",), ("age",)], ids=str)
@@ -163,11 +159,8 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
     attributes = {*roles.user, *roles.candidate} - {"user", "item", *given}
     there = [name for name in table.column_names if name not in {*attributes, "click", "liked", "spent", "slot"}]
     source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
-    found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
+    found, _ = scored(small.folder, source, tmp_path / "out", as_of="tables")
     assert_ranked_alike(found, ranker, table, attributes)
-    read = set(ranker.pipeline.schema.input_columns())
-    told = done.manifest["meaning"].partition("has no column ")[2].partition(": of each")[0]
-    assert set(told.split(", ")) == {repr(name) for name in attributes & read}
     with pytest.raises(UserError, match="has no column"):
         scored(small.folder, source, tmp_path / "other", as_of="log")
 

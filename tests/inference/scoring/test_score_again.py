@@ -10,8 +10,8 @@ import pytest
 from mmoe_rec.inference import batch_scoring as score
 from mmoe_rec.inference.batch_scoring import score_log
 from mmoe_rec.inference.writing import seal
+from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import build_steps as steps
-from mmoe_rec.preprocessing import engines
 from tests.inference.scoring.scored import write_finely
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import files_of, random_log, with_requests

@@ -6,8 +6,8 @@ import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.evaluate import score_rows
 from mmoe_rec.evaluation.prediction_files import columns_of_settings
-from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.batch_scoring import score_log
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.preprocessing.logs import logs_for
@@ -27,10 +27,8 @@ def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_pa
     ranker, windows = Ranker.load(small.folder), {"test": (START + 4 * DAY, None)}  # before labels have all matured
     encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
     rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
-    relevance = {name: task.score_weight for name, task in settings.tasks.items()}
-    model, calibration = ranker.model, ranker.calibration
-    offline = score_rows(model, ranker.layout, rows, 256, calibration=calibration, relevance=relevance)
-    expected = summarise(offline.measure(), 20)
+    offline = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+    expected = summarise(offline.sum(), 20)
     score_log(small.folder, source, tmp_path / "scores", window=windows["test"], labels=True)
     found = measured(columns_of_settings(settings), tmp_path / "scores", tmp_path / "out")
     assert found["tasks"].keys() == expected["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}

@@ -1,8 +1,11 @@
-"""First step of a feature build: reads parts of the log, counts, and sends events and look-ups to their partitions.
+"""First and last step of a feature build, whose tasks read parts of the log.
 
-What is counted (ids, histograms of numbers, first and last times, latest attributes) is small and merged in any order.
-Counters and histories are not counted here: a row's events and its look-up go, by the hash of the key that they are
-about, to one partition each, where the next step makes the look-ups.
+The first step counts, and sends events and look-ups to their partitions. What is counted (ids, histograms of numbers,
+first and last times, latest attributes) is small and merged in any order. Counters and histories are not counted here:
+a row's events and its look-up go, by the hash of the key that they are about, to one partition each, where the next
+step makes the look-ups.
+
+The last step encodes the rows of each split into Parquet files that training and evaluation read.
 """
 
 from collections import Counter, defaultdict
@@ -13,17 +16,28 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestRole, LatestValues
+from mmoe_rec.features.layout import Layout, arrow_columns, label_types
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.columns import list_label_columns
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.arrays import join_tables
 from mmoe_rec.point_in_time.join import Window, grown, in_any, in_window
-from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
+from mmoe_rec.preprocessing.look_up import (
+    DUPLICATES,
+    Exchange,
+    ResultExchange,
+    ResultReader,
+    events_of,
+    label_of,
+    load_pipeline,
+    look_ups_of,
+    partition_of,
+)
 from mmoe_rec.settings.schema import Schema
 
 _ROLES: tuple[LatestRole, ...] = get_args(LatestRole)
@@ -162,8 +176,7 @@ class _Sender:
     def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
         times, number = rows.times(), rows.row_numbers
         if self.job.duplicates:
-            labels = (rows.content_hashes(list_label_columns(rows.schema)) >> np.uint64(32)).astype(np.uint32)
-            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number, "labels": labels}))
+            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         of_tasks: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
@@ -187,3 +200,148 @@ class _Sender:
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         self._waiting.clear()
         self._rows, self._turn = 0, self._turn + 1
+
+
+ROWS_PER_GROUP = 32_768
+
+
+@dataclass
+class SplitCounts:
+    """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh what their column
+    of weights says, and with that / their rate of sampling; and the labels that had not matured. known_by: when labels
+    must have matured to count, microseconds."""
+
+    rows: int = 0
+    observed: dict[str, int] = field(default_factory=dict)
+    label_sum: dict[str, float] = field(default_factory=dict)
+    given_weight: dict[str, float] = field(default_factory=dict)
+    given_sum: dict[str, float] = field(default_factory=dict)
+    weight: dict[str, float] = field(default_factory=dict)
+    weighted_sum: dict[str, float] = field(default_factory=dict)
+    unmatured: dict[str, int] = field(default_factory=dict)
+    known_by: int | None = None
+
+    def add(
+        self, labels: Mapping[str, np.ndarray], given: np.ndarray, rates: np.ndarray, unmatured: Mapping[str, int]
+    ) -> None:
+        """Counts the labels of N rows: task -> (N,), NaN where unobserved; given: (N,) their weights; rates: (N,) at
+        which they were sampled; unmatured: task -> how many of the labels had not matured."""
+        for task, values in labels.items():
+            observed = ~np.isnan(values)
+            found, own = values[observed], given[observed]
+            weights = own / rates[observed]
+            # No `@`: for a while after it BLAS keeps its threads, and the cores, busy.
+            self.merge(
+                SplitCounts(
+                    observed={task: len(found)},
+                    label_sum={task: float(found.sum())},
+                    given_weight={task: float(own.sum())},
+                    given_sum={task: float((own * found).sum())},
+                    weight={task: float(weights.sum())},
+                    weighted_sum={task: float((weights * found).sum())},
+                )
+            )
+        self.merge(SplitCounts(rows=len(given), unmatured=dict(unmatured)))
+
+    def merge(self, other: "SplitCounts") -> None:
+        """Adds what another one counted."""
+        self.rows += other.rows
+        for name in ("observed", "label_sum", "given_weight", "given_sum", "weight", "weighted_sum", "unmatured"):
+            mine = getattr(self, name)
+            for task, each in getattr(other, name).items():
+                mine[task] = mine.get(task, 0) + each
+
+
+def encode_part(
+    state: Path,
+    windows: Mapping[str, Window],
+    known_by: Mapping[str, int],
+    exchange: ResultExchange,
+    encoded: Path,
+    reader: LogReader,
+    task: tuple[int, LogPart],
+) -> dict[str, SplitCounts]:
+    """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
+
+    state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
+    labels must have matured to count (both in microseconds); exchange: results of counters and histories.
+    """
+    number, part = task
+    pipeline, columns = load_pipeline(state), reader.schema.columns
+    results = ResultReader(exchange, list(pipeline.key_groups))
+    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_columns()}
+    counts = {name: SplitCounts() for name in windows}
+    writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
+    for rows in reader.read(part):
+        for name, window in windows.items():
+            inside = rows.filter(in_window(rows.times(), window))
+            if len(inside):
+                its = results.of(inside.row_numbers)
+                assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
+                inside = LogRows(inside.table, rows.schema, its)
+                labels, late = labels_of(inside, known_by[name]), unmatured(inside, known_by[name])
+                weights, rates = numbers_or_ones(inside, columns.weight), numbers_or_ones(inside, columns.sampling_rate)
+                counts[name].add(labels, weights, rates, late)
+                writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
+    for writer in writers.values():
+        writer.close()
+    return counts
+
+
+def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
+    """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
+    encoded = pipeline.inputs(rows)
+    columns = arrow_columns(encoded.ids, encoded.dense, layout)  # a matrix of numbers would only be taken apart again
+    inputs = set(columns)
+    types = label_types(layout)
+    for task, values in labels.items():
+        columns[f"label.{task}"] = pa.array(values, types[task], mask=np.isnan(values))
+    names = rows.schema.columns
+    columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
+    columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
+    columns["sampling_rate"] = pa.array(numbers_or_ones(rows, names.sampling_rate).astype(np.float32))
+    if names.weight is not None:
+        columns["weight"] = pa.array(rows.numbers(names.weight))
+    # Columns declared to have no nulls are written and read faster.
+    fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
+
+
+def numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
+    """(N,) float64 of a column of rates or weights; 1 where the log has none."""
+    return np.ones(len(rows)) if name is None else rows.numbers(name)
+
+
+class _SplitWriter:
+    """Writes a file in row groups of one size (the last one smaller); no rows, no file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        """Appends rows."""
+        self._waiting.append(table)
+        rows = sum(map(len, self._waiting))
+        if rows >= ROWS_PER_GROUP:
+            waiting = pa.concat_tables(self._waiting)
+            full = rows - rows % ROWS_PER_GROUP
+            self._append(waiting.slice(0, full))
+            self._waiting = [waiting.slice(full)]
+
+    def _append(self, table: pa.Table) -> None:
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A dictionary of inputs, which are numbers, costs time and gains little; LZ4 is read fastest.
+            keys = ["user", "candidate", "request", "time", "sampling_rate"]
+            options = {"compression": "lz4", "use_dictionary": keys, "write_statistics": False}
+            self._writer = pq.ParquetWriter(self.path, table.schema, **options)
+        self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+
+    def close(self) -> None:
+        """Writes the last rows."""
+        if any(map(len, self._waiting)):
+            self._append(pa.concat_tables(self._waiting))
+        if self._writer is not None:
+            self._writer.close()
