@@ -160,6 +160,8 @@ def test_drift_of_numbers_is_that_of_their_bins(health, frames):
     assert part(health, "price")["psi"] == pytest.approx(psi(*counts))
     weight = [pd.cut(frames[split]["dense.weight"], bins).value_counts(sort=False).to_numpy() for split in SPLITS[::2]]
     assert part(health, "weight")["psi"] == pytest.approx(psi(*weight))
+    counted = [each["train"] for each in part(health, "weight")["bins"]]
+    assert counted == pytest.approx(weight[0] / weight[0].sum()), "an edge belongs to the bin below it"
     # Without edges about 20 bins of equal mass, one over the largest, and the missing vectors.
     look = [each["train"] for each in part(health, "look_0")["bins"]]
     assert len(look) == 22
