@@ -58,4 +58,4 @@ def told_by(folder: Path) -> list[str]:
     """The headline and the sentences of a folder's report."""
     report = read_report(folder)
     assert report is not None, f"{folder} has no report"
-    return [report.headline, *(each.text for each in (*report.sentences, *report.more))]
+    return [report.headline, *(each.text for each in report.sentences)]
