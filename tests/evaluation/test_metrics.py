@@ -334,6 +334,7 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
     for number, (other, told) in enumerate(
         [
             (frame.assign(label_bought=wrong), r"on the same rows \(labels of 'bought' differ"),
+            (frame.drop(columns="candidate"), r"on the same rows \(their requests or candidates differ"),
             (frame.rename(columns={"predicted_bought": "p"}), "one with --against-columns predicted_bought=COLUMN"),
             (frame.assign(user=frame["user"].astype(str)), r"users of rows differ\)"),
         ]

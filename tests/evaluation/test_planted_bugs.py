@@ -173,8 +173,11 @@ def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
 def test_new_users_are_one_slice() -> None:
     scored: Any = SimpleNamespace(users=pa.array([1, 2, 9]), candidates=None)
     slices = slice_by_training(scored, {"user": pd.Series({1: 3, 2: 1})})
-    found = {by: list(each) for by, each in slices.items()}
-    assert found == {"user": ["new", "returning"], "training rows of the user": ["[1, 1]", "(1, 3]"]}
+    found = {by: {name: rows.tolist() for name, rows in each.items()} for by, each in slices.items()}
+    assert found == {
+        "user": {"new": [2], "returning": [0, 1]},
+        "training rows of the user": {"[1, 1]": [1], "(1, 3]": [0]},
+    }
 
 
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
