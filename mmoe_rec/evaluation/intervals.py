@@ -166,10 +166,8 @@ class Resampled:
 def resample(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int = 0) -> dict[Any, Resampled]:
     """Numbers in resamples of users. What is compared is redrawn in one call, so that all see the same users.
 
-    at: gives the numbers (R,) for counts (U, R) of how often users are drawn. Raises ValueError for no resample.
+    at: gives the numbers (R,) for counts (U, R) of how often users are drawn; resamples: at least 1.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")
     once, redrawn = at(np.ones((users, 1))), [at(counts) for counts in draw_users(users, resamples, seed)]
     return {
         key: Resampled(float(value[0]), np.concatenate([each[key] for each in redrawn]), users)

@@ -226,17 +226,13 @@ def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> n
 def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
     """Raises UserError where a request has rows of several users, or a candidate twice."""
 
-    def name_request(value: object) -> str:
-        which = f"request {value!r}" if len(columns.request) == 1 else "a request"
-        return f"{which} by '{columns.names['request']}'"
-
     users = table.group_by(["request", "user"], use_threads=False).aggregate([])
     lists = users.group_by("request", use_threads=False).aggregate([([], "count_all")])
     if (request := pc.min(lists.filter(pc.field("count_all") > 1)["request"]).as_py()) is not None:
         first, other, *_ = sorted(users.filter(pc.field("request") == request)["user"].to_pylist())
         raise UserError(
-            f"{name_request(request)} has rows of more than one user, {first!r} and {other!r}: a request is one "
-            "list shown to one user; name columns that tell lists apart with --columns "
+            f"request {request!r} by '{columns.names['request']}' has rows of more than one user, {first!r} and "
+            f"{other!r}: a request is one list shown to one user; name columns that tell lists apart with --columns "
             f"request={JOINED.join((columns.names['user'], *columns.request))}"
         )
     if "candidate" in columns.names and columns.duplicates == "error":
@@ -244,8 +240,8 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
         if len(twice := shown.filter(pc.field("count_all") > 1)):
             request, candidate = (twice[name][0].as_py() for name in ("request", "candidate"))
             raise UserError(
-                f"{name_request(request)} has candidate {candidate!r} more than once, as where files of two "
-                "models, or a file and its copy, lie together; --keep-duplicates counts all rows"
+                f"request {request!r} has candidate {candidate!r} more than once, as where files of two models, or a "
+                "file and its copy, lie together; --keep-duplicates counts all rows"
             )
 
 

@@ -26,11 +26,11 @@ from mmoe_rec.evaluation.sentences import (
     note_of_group,
 )
 from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
-from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
+from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_metrics
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.report.charts import COLORS, SERIES, blank, plain, svg
 from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
-from mmoe_rec.report.parts import Cell, Figure, Report, Row, Sentence, Table
+from mmoe_rec.report.parts import Cell, Figure, Mark, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
 from mmoe_rec.tracking.runs import Run
 
@@ -89,7 +89,11 @@ def make_report(results: Results) -> Report:
     if comparison is not None:
         headline, *others = [verdict.message for verdict in comparison.verdicts.values()]
         sentences = [*map(Sentence, others), *sentences]
-        guards = list(_guards(comparison))
+        for other, verdict in comparison.verdicts.items():
+            for guard in verdict.guards:
+                mark: Mark = "good" if guard.passed else "problem"
+                label = "fine" if guard.passed else "no"
+                guards.append(Sentence(f"beside '{other}': {guard.message}", mark, label, page_only=True))
         sentences += [Sentence(each) for each in describe_left_out(comparison)]
     sentences += [Sentence(each, "note") for each in describe_cautions(results)]
     tables = [metrics_of_models(results.summaries)]
@@ -131,16 +135,6 @@ def _mark(results: Results, has_problem: bool) -> Any:
     return "warning" if find_all(results) or any(kind != BETTER for kind in kinds) else "good"
 
 
-def _guards(compared: Comparison) -> Iterator[Sentence]:
-    for other, verdict in compared.verdicts.items():
-        for guard in verdict.guards:
-            beside = f" (beside '{other}')" if len(compared.verdicts) > 1 else ""
-            told = f"{guard.message}{beside}"
-            yield Sentence(
-                told, "good" if guard.passed else "problem", "fine" if guard.passed else "no", page_only=True
-            )
-
-
 def metrics_of_models(summaries: Mapping[str, Summary]) -> Table:
     """Build the table of metrics: a row for each metric, a column for each model.
 
@@ -153,9 +147,10 @@ def metrics_of_models(summaries: Mapping[str, Summary]) -> Table:
         counts = next(each.groups[group].counts for each in all_of if group in each.groups)
         _extend(main, _heading(group, counts), (each for each in rows if each[0].is_shown(group == SCORE)))
         _extend(more, group, (each for each in rows if not each[0].is_shown(group == SCORE)))
-    _extend(
-        main, CATALOGUE, ((metric, each) for metric, each in rows_of_catalogue(all_of).items() if metric.is_headline)
-    )
+    shown = [metric for metric in every.CATALOGUE_METRICS if metric.is_headline]
+    catalogues = [each.catalogue or {} for each in all_of]
+    if any(catalogues):
+        _extend(main, CATALOGUE, ((each, [Interval(of.get(each.name)) for of in catalogues]) for each in shown))
     redrawn = "rows" if all(each.each_row_is_a_user for each in all_of) else "users"
     return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {redrawn}", more=more)
 
@@ -314,7 +309,6 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
     axes.set_yticks(range(tasks), list(mean_gate_weights))
     axes.set_xlabel("expert", color=_INK)
     axes.tick_params(length=0, labelsize=9, labelcolor=_INK)
-    axes.set_facecolor(COLORS["soft"])
     axes.set_frame_on(False)
     axes.set_title("Mean gate weight", loc="left", **_TITLE, pad=10)
     figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05).outline.set_visible(False)

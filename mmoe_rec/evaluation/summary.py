@@ -10,7 +10,7 @@ from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.intervals import FEW_USERS, UNDEFINED, Interval, Key, Resampled, Values, resample, rounding_of
-from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
+from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
 from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows, count_rarer_label
 from mmoe_rec.task_kinds import KINDS
 
@@ -269,15 +269,6 @@ def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any
         for metric in every.METRICS
         if any(metric.name in {**each.metrics, **each.details} for each in groups if each is not None)
         and not (alone and metric.ranks_within)
-    }
-
-
-def rows_of_catalogue(summaries: Sequence[Summary]) -> dict[Named, list[Interval]]:
-    """The same of the catalogue, which has no intervals; none where no candidates are known."""
-    catalogues = [each.catalogue or {} for each in summaries]
-    return {
-        metric: [Interval(each.get(metric.name)) for each in catalogues]
-        for metric in (every.CATALOGUE_METRICS if any(catalogues) else ())
     }
 
 

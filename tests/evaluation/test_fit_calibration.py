@@ -35,15 +35,6 @@ def line_of(fit: TaskCalibration | None) -> tuple[float, float]:
 # Temperature
 
 
-def test_temperature_through_two_points_is_exact() -> None:
-    """With two logits the likelihood is largest where both rates are met: 100 of 400 at -1, 300 of 500 at 2."""
-    x = np.repeat([-1.0, 2.0], [400, 500])
-    y = np.concatenate([np.repeat([1.0, 0.0], [100, 300]), np.repeat([1.0, 0.0], [300, 200])])
-    slope, offset = line_of(temperature(x, y, np.ones(len(y))))
-    assert slope == pytest.approx((logit(0.6) - logit(0.25)) / 3, rel=1e-6)
-    assert slope * 2 + offset == pytest.approx(logit(0.6), rel=1e-6)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_temperature_solves_the_equations_of_the_likelihood(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -87,24 +78,6 @@ def test_isotonic_knots_are_the_middles_of_naive_steps(seed: int) -> None:
     np.testing.assert_allclose(fit.logits, before, atol=1e-9)
     np.testing.assert_allclose(fit.calibrated, after, atol=1e-9)
     assert fit.slope == 1
-
-
-def test_isotonic_leaves_a_right_model_and_mends_a_bent_one() -> None:
-    x = np.random.default_rng(3).normal(-1, 1.5, 200_000)
-    right = isotonic(x, drawn(x), np.ones(len(x)))
-    inner = np.quantile(x, [0.05, 0.25, 0.5, 0.75, 0.95])
-    np.testing.assert_allclose(expit(calibrated(right, inner)), expit(inner), atol=0.02)
-
-    def bent(logits: np.ndarray) -> np.ndarray:
-        return np.where(logits < -1, 0.3 * logits - 0.7, logits) + 0.5
-
-    fit = isotonic(x, drawn(bent(x)), np.ones(len(x)))
-    np.testing.assert_allclose(expit(calibrated(fit, inner)), expit(bent(inner)), atol=0.02)
-    later = np.random.default_rng(4).normal(-1, 1.5, 50_000)
-    label = drawn(bent(later), 5)
-    found = log_loss(label, expit(calibrated(fit, later)))
-    assert found < log_loss(label, expit(later)) - 0.01
-    assert found == pytest.approx(log_loss(label, expit(bent(later))), abs=1e-3)
 
 
 @pytest.mark.parametrize("form", ["rising", "flat", "falling", "steps"])

@@ -18,7 +18,6 @@ from mmoe_rec.evaluation import evaluate
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.evaluate import evaluate_model, overlap
 from mmoe_rec.evaluation.prediction_files import columns_of_tasks, measure_predictions
-from mmoe_rec.evaluation.promotion import _find_objections
 from mmoe_rec.evaluation.sentences import find_all
 from mmoe_rec.evaluation.slices import slice_by_training
 from mmoe_rec.settings.sections import Evaluation, Split
@@ -137,23 +136,6 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path) -> None:
         assert "Nothing suspicious found" in words
 
 
-def test_what_is_found_of_a_task_that_is_not_judged_keeps_no_model_back(tmp_path: Path) -> None:
-    """40 rows have its rarer label, and only the better model ranks them by chance."""
-    frame, random = rows(), np.random.default_rng(3)
-    rare = np.arange(len(frame)) % 300 == 0
-    noisy = 1 / (1 + 1.5 * (1 / frame["predicted_bought"] - 1) * np.exp(random.normal(0, 1, len(frame))))
-    frame = frame.assign(score=frame["predicted_bought"], label_rare=rare)
-    new = frame.assign(predicted_rare=np.where(random.permutation(rare), 0.5, 0.001))
-    old = frame.assign(predicted_rare=np.where(rare, 0.5, 0.001), predicted_bought=noisy, score=noisy)
-    for name, each in (("new", new), ("old", old)):
-        each.to_parquet(tmp_path / f"{name}.parquet", index=False)
-    paths = [str(tmp_path / f"{name}.parquet") for name in ("new", "old")]
-    columns, rules = columns_of_tasks(["bought", "rare"]), Evaluation(resamples=200)
-    results = measure_predictions(columns, paths[0], tmp_path / "out", rules, against=paths[1:])
-    assert "chance" in checks(results)
-    assert _find_objections(results, *results.models) == []
-
-
 def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings' split was moved back after the training."""
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
@@ -191,8 +173,11 @@ def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
 def test_new_users_are_one_slice() -> None:
     scored: Any = SimpleNamespace(users=pa.array([1, 2, 9]), candidates=None)
     slices = slice_by_training(scored, {"user": pd.Series({1: 3, 2: 1})})
-    found = {by: list(each) for by, each in slices.items()}
-    assert found == {"user": ["new", "returning"], "training rows of the user": ["[1, 1]", "(1, 3]"]}
+    found = {by: {name: rows.tolist() for name, rows in each.items()} for by, each in slices.items()}
+    assert found == {
+        "user": {"new": [2], "returning": [0, 1]},
+        "training rows of the user": {"[1, 1]": [1], "(1, 3]": [0]},
+    }
 
 
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_ind
 from simulated_log import Log, simulate
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import average_trainings, find_differences
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
@@ -66,38 +65,6 @@ def test_settings_that_differ_for_all_users_are_told_apart_as_by_welch() -> None
     assert found.value == pytest.approx(its.mean() - mine.mean(), rel=1e-6)
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6)
     assert found.p == pytest.approx(welch.pvalue, rel=1e-6)
-
-
-def test_what_users_have_in_common_cancels_between_settings() -> None:
-    """Labels differ by 1 from user to user, and every model errs by them alike."""
-    labels = np.random.default_rng(0).normal(5, 1, size=300)
-    sums = [[trained(labels, shift + each) for each in (-0.001, 0.0, 0.001)] for shift in (0.0, 0.01)]
-    found = find_differences(sums[0], [("it", sums[1])], resamples=200)["it", "spent", "mae"]
-    assert found.value == pytest.approx(0.01, rel=1e-6)
-    assert found.low > 0.006
-    alone = average_trainings(sums[0], 200)["spent"]["mae"]
-    assert alone.high - alone.low > 0.1
-
-
-@pytest.mark.thorough
-def test_equal_settings_are_told_apart_as_rarely_as_it_says() -> None:
-    apart = 0
-    for number in range(120):
-        random = np.random.default_rng(number)
-        labels = random.normal(5, 1, size=60)
-        sides = [[trained(labels, shift) for shift in random.normal(0, 0.1, size=4)] for _ in range(2)]
-        found = find_differences(sides[0], [("it", sides[1])], resamples=60)["it", "spent", "mae"]
-        apart += not found.low <= 0 <= found.high
-    assert apart / 120 <= 0.11  # three standard errors above .05
-    assert apart
-
-
-def test_settings_that_were_measured_on_other_rows_are_refused() -> None:
-    labels = np.random.default_rng(0).normal(5, 1, size=40)
-    mine, other = trained(labels, 0.0), trained(labels + 1, 0.0)
-    for its in ([other, mine], [mine, other]):
-        with pytest.raises(UserError, match="'these settings' and 'it' were not measured on the same rows"):
-            find_differences([mine, mine], [("it", its)], resamples=20)
 
 
 def test_users_who_decide_nearly_alone_give_no_interval() -> None:
