@@ -97,6 +97,9 @@ class JournalRows:
         except pa.ArrowException as error:
             raise UserError(f"rows of the journal do not fit together: {first_line(error)}") from None
         source = batches[0].source
+        time = schema.columns.time if source is None else schema.events[source].time
+        if time not in table.column_names:
+            raise UserError(f"rows of the journal have no column '{time}', so it is another model's")
         uses = find_uses(schema)[source]
         others = [name for name in table.column_names if name not in uses and name != EVENT_ID]
         return JournalRows(source, _completed(table, uses).select([*uses, *others]))

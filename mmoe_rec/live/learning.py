@@ -7,18 +7,16 @@ that starts again, comes to the same.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.inference.ranker import Knowledge, Ranker
 from mmoe_rec.live.event_rows import MOST_ROWS, RowChecks
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
 from mmoe_rec.live.journal_rows import join_by_log
 from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.settings.schema import Schema
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +45,6 @@ class Learning:
         self.schema = ranker.pipeline.schema
         require_all(self.schema, "a journal of events")
         self.checks = RowChecks(ranker.pipeline, most_rows)
-        types = self.journal.column_types()
-        _check_same_log(self.journal.name, types, self.schema)
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == self.journal.id
         if about is not None and not self._is_known:
@@ -97,17 +93,3 @@ class Learning:
         """Has the model take what was prepared; no pass may be under way."""
         self.ranker.take(learnt.prepared)
         self.position = learnt.position
-
-
-def _check_same_log(journal: str, types: Iterable[tuple[str, str]], schema: Schema) -> None:
-    """Raises UserError for a journal with rows of other logs than the model's. types: log and column of its rows."""
-    names = schema.columns
-    for source in (None, *schema.events):
-        there = {name for log, name in types if log == (source or "")}
-        needed = (names.user, names.candidate, names.time) if source is None else (schema.events[source].time,)
-        if there and (missing := [name for name in needed if name not in there]):
-            what = "the interaction log" if source is None else f"events '{source}'"
-            raise UserError(
-                f"the journal '{journal}' holds rows of {what} without a column '{missing[0]}', so it is another "
-                "model's: give another address with --journal"
-            )
