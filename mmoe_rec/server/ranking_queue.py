@@ -30,9 +30,8 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.journal import parse_position
-from mmoe_rec.live.learning import Learning
 from mmoe_rec.server.measurements import Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Learning, Models
 from mmoe_rec.server.options import INTERNAL, Refused, sentence_of
 
 Answers = list[Ranking | RequestError]

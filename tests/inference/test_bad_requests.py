@@ -15,7 +15,7 @@ from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import read_requests
-from mmoe_rec.live.event_rows import RowChecks
+from mmoe_rec.live.journal_rows import RowChecks
 from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log, with_column
