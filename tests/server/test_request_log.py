@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -220,18 +219,6 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path)
         check_folder(tmp_path / "file")
     check_folder(tmp_path / "new" / "folder")
     assert [*(tmp_path / "new" / "folder").iterdir()] == []
-
-
-def test_files_are_whole_and_readable_as_the_umask_says(small: SmallModel, tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
-            ask(app, {"inputs": [element()]})
-    finally:
-        os.umask(before)
-    (file,) = tmp_path.iterdir()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert len(pq.read_table(file)) == len(ITEMS)
 
 
 def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallModel, tmp_path: Path) -> None:
