@@ -22,10 +22,9 @@ ORDER = [
     {"report"},
     {
         *(f"live.{name}" for name in ("__init__", "journal", "journal_rows")),
-        "live.event_rows",
     },
     {"inference", "profiling"},
-    {f"live.{name}" for name in ("request_log", "learning", "outcomes")},
+    {f"live.{name}" for name in ("request_log", "outcomes")},
     {"server"},
     {"tracking"},
     {"inference.batch_scoring"},

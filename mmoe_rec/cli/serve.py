@@ -9,8 +9,8 @@ still served, so that a load balancer can send them elsewhere.
 makes a log to train on. --poll S looks every S seconds whether the alias has moved, and takes the new model up.
 
 Where MMOE_REC_TOKEN stands in the environment, or --token-file is given, callers must send
-`Authorization: Bearer TOKEN`. Without a token, requests of web pages from other origins are refused. A server on
-127.0.0.1 then also refuses unknown names in the header Host. --allow-host adds names.
+`Authorization: Bearer TOKEN`. Without a token, a server on 127.0.0.1 refuses unknown names in the header Host.
+--allow-host adds names.
 
 Settings of section serving are the model's own; overrides may follow.
 """

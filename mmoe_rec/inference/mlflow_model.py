@@ -20,8 +20,6 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mmoe_rec.errors import RequestError, quoted
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import (
-    EMPTY,
-    Request,
     name_element,
     read_requests,
     rows_of_candidates,
@@ -90,8 +88,6 @@ class RankingPythonModel(PythonModel):
     def _rank(
         self, elements: list[Any], params: dict[str, Any], rows: list[list[int]] | None = None
     ) -> list[dict[str, Any]]:
-        if not elements:  # of which none would be refused for wrong params
-            self.ranker.check_options(Request.of(EMPTY, params))
         answers = self.ranker.rank_many(read_requests(elements, params))
         for index, answer in enumerate(answers):
             if isinstance(answer, RequestError):

@@ -66,7 +66,7 @@ class RankedRequest:
         return self.rows.shared.column(self.rows.schema.columns.user)[self.number].as_py()
 
 
-UNSENT = ("unknown_ids", "seen", "journal_position")
+UNSENT = ("unknown_ids", "seen")
 """What a ranking holds for the server's metrics and its log of requests alone."""
 _IF_THERE = ("explanations", "request_id")
 
@@ -91,7 +91,6 @@ class Ranking:
         unknown_ids: Number of unknown ids of `user` and `candidate`.
         request_id: The caller's own or a new one, if requests are logged.
         seen: The request as the features read it (`RankedRequest`).
-        journal_position: Position in the server's journal up to which the model knew events.
     """
 
     candidates: list[int] | list[str]
@@ -107,7 +106,6 @@ class Ranking:
     unknown_ids: dict[str, int] = field(default_factory=dict)
     request_id: int | str | None = None
     seen: Any = field(default=None, compare=False, repr=False)
-    journal_position: str | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for, or an id."""

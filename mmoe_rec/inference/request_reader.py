@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
-EMPTY: dict[str, Any] = {"user": {}, "candidates": {}}  # the least request, for a look at options alone
 _WANTED = {"user": "an object", "context": "an object", "candidates": "an object of lists"}
 _WANTED |= dict.fromkeys(("top_k", "gate_top_k"), "an integer of at least 1")
 _WANTED |= {"mask_experts": "a list of integers", "explain": "true or false"}

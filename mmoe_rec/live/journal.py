@@ -176,11 +176,6 @@ class Journal:
         with self.reading() as connection:
             return _find_ends(connection)[0]
 
-    def check(self, position: int) -> None:
-        """Raises RequestError for a position beyond the end."""
-        if position > (end := self.end()):
-            raise RequestError(f"position {position} lies beyond the journal's end, {end}; is it of another journal?")
-
     def read(self, after: int, most_rows: int = ROWS_AT_A_TIME, through: int | None = None) -> list[Batch]:
         """Read the next batches after a position, until there are so many rows.
 
@@ -233,11 +228,6 @@ class Journal:
         with self.appending() as connection:
             for table in (_KEYS, _REQUESTS):
                 connection.execute(sql.delete(table).where(table.c.day < first_day))
-
-    def column_types(self) -> Types:
-        """The types of the columns that rows have so far."""
-        with self.reading() as connection:
-            return _read_types(connection)
 
     def close(self) -> None:
         """Closes the connections; the journal opens them again when it is used."""

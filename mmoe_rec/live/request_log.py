@@ -229,7 +229,7 @@ class Record:
         for name, hashes in _hash_seen(seen, places).items():
             added[f"{DIGEST}{name}"] = pa.array(hashes)
         texts = {"served_model": self.name, "served_version": self.version, ARTIFACT: reply.model["version"]}
-        texts |= {"served_tables_as_of": reply.tables_as_of, "served_journal_position": reply.journal_position}
+        texts["served_tables_as_of"] = reply.tables_as_of
         added |= {name: pa.repeat(pa.scalar(value, pa.string()), count) for name, value in texts.items()}
         added[SHARE] = pa.repeat(float(self.share), count)
         refuse_own(columns, added)

@@ -86,8 +86,12 @@ class Application:
 
     def _refuse(self, scope: Scope) -> Refused | None:
         is_open = scope["path"] in (*OPEN_PATHS, PAGE)
-        if self.token is None and not is_open and (foreign := _find_foreign(scope, self.models.options.hosts)):
-            return Refused(403, foreign, "foreign", "PERMISSION_DENIED")
+        if self.token is None and not is_open and (hosts := self.models.options.hosts) is not None:
+            # By DNS rebinding a web page gives this server a name of the page's own.
+            for host in Headers(scope=scope).getlist("host"):
+                if re.sub(r":\d*$", "", host).strip("[]").lower() not in hosts:
+                    told = f"header Host: {quoted(host)} is no name of this server. Start it with --allow-host NAME."
+                    return Refused(403, told, "foreign", "PERMISSION_DENIED")
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if self.token is not None and not is_open:
             scheme, _, token = given.partition(b" ")
@@ -175,28 +179,6 @@ class Application:
             "requestBody": {"content": {"application/json": {"schema": call, "example": example}}},
         }
         return _json({"openapi": "3.1.0", "info": {"title": "mmoe-rec serve", "version": VERSION}, "paths": paths})
-
-
-def _find_foreign(scope: Scope, hosts: frozenset[str] | None) -> str | None:
-    """Return why a request may come from a web page of another origin, or None if it does not.
-
-    Browsers say where a request comes from, and other programs send no such headers. By DNS rebinding a page gives this
-    server a name of its own, so that only the name in the header Host is foreign.
-    """
-    headers, is_read = Headers(scope=scope), scope["method"] in ("GET", "HEAD")
-    for host in headers.getlist("host"):
-        if hosts is not None and re.sub(r":\d*$", "", host).strip("[]").lower() not in hosts:
-            return f"header Host: {quoted(host)} is no name of this server. Start it with --allow-host NAME."
-    fix = "Call this server from its own page, or give it a token (MMOE_REC_TOKEN)."
-    for origin in headers.getlist("origin"):
-        if origin.partition("://")[2].lower() != headers.get("host", "").lower():
-            return f"header Origin: {quoted(origin)} is another origin. {fix}"
-    # The reply to a link is shown to the person, and no page can read it.
-    is_link = is_read and headers.get("sec-fetch-mode") == "navigate"
-    for site in headers.getlist("sec-fetch-site"):
-        if site not in ("same-origin", "none") and not is_link:
-            return f"header Sec-Fetch-Site: the request comes from another origin ({quoted(site)}). {fix}"
-    return None
 
 
 def _json(tree: dict[str, Any], status: int = 200) -> Response:

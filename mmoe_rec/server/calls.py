@@ -20,7 +20,6 @@ from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import (
-    EMPTY,
     OPTIONS,
     Request,
     name_element,
@@ -236,11 +235,6 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
     candidates = sum(each.count * (COST_OF_EXPLAINING if each.explain else 1) for each in right)
     explained = f" (with explain, each counts as {COST_OF_EXPLAINING})" if any(each.explain for each in right) else ""
     _check_candidates(candidates, limits, explained)
-    if not elements:  # of which none would be refused for wrong params
-        try:
-            ranker.check_options(Request.of(EMPTY, params))
-        except RequestError as error:
-            raise _wrong(str(error)) from None
     return Call(requests, rows, candidates)
 
 

@@ -17,9 +17,8 @@ from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.journal_rows import JournalRows, make_batch
+from mmoe_rec.live.journal_rows import JournalRows, RowChecks, make_batch
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.calls import parse_json, read_body, reply_to, require_json
 from mmoe_rec.server.measurements import Metrics

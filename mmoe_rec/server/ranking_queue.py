@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic, perf_counter
 
@@ -30,9 +30,8 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.journal import parse_position
-from mmoe_rec.live.learning import Learning
 from mmoe_rec.server.measurements import Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Learning, Models
 from mmoe_rec.server.options import INTERNAL, Refused, sentence_of
 
 Answers = list[Ranking | RequestError]
@@ -121,19 +120,15 @@ class RankingQueue:
         self._metrics.waiting.set(len(self._queue))
         if not calls:
             return
-        served = self._models.current
         self._busy_since = monotonic()
         self._metrics.passes.observe(len(calls))
         for call in calls:
             self._metrics.stages.labels("wait").observe(perf_counter() - call.since)
-        loop, ranker, learning = asyncio.get_running_loop(), served.ranker, served.learning
+        loop, ranker = asyncio.get_running_loop(), self._models.current.ranker
 
         def work() -> None:
-            position = None if learning is None else str(learning.position)  # events are taken between passes alone
             with self._metrics.timed("score"):
                 answers = rank_together(ranker, [call.requests for call in calls])
-            if position is not None:  # for the log of requests
-                answers = [each if isinstance(each, Refused) else _at(position, each) for each in answers]
             with suppress(RuntimeError):  # the event loop has ended, and nobody waits
                 loop.call_soon_threadsafe(self._end_pass, calls, answers)
 
@@ -154,13 +149,6 @@ class RankingQueue:
 def take_one_thread() -> None:
     """Have torch compute with one thread."""
     torch.set_num_threads(1)  # of each thread that calls it. Why one: see `mmoe_rec.inference.mlflow_model`
-
-
-def _at(position: str, answers: Answers) -> Answers:
-    return [
-        replace(each, journal_position=position) if isinstance(each, Ranking) and each.seen is not None else each
-        for each in answers
-    ]
 
 
 def rank_together(ranker: Ranker, calls: Sequence[Sequence[Request | RequestError]]) -> list[Answers | Refused]:
@@ -204,19 +192,13 @@ class Following:
     async def reach(self, text: str) -> None:
         """Ends once the current model knows all up to a position, as text.
 
-        Raises Refused for a text that is no position, or lies beyond the journal's end, and after too long a time.
+        Raises Refused for a text that is no position, and after too long a time.
         """
-        until, learning = time.monotonic() + self._limits.answer_seconds, self.learning
+        until = time.monotonic() + self._limits.answer_seconds
         try:
             position = parse_position(text)
-            if position > learning.position:
-                await asyncio.get_running_loop().run_in_executor(None, learning.journal.check, position)
         except RequestError as error:
             raise Refused(400, f"the query parameter 'after': {error}", "body") from None
-        except UserError as error:
-            _log.error("position %s can't be looked up: %s", text, error)
-            sentence = f"position {text} can't be looked up in the journal; the log says why"
-            raise Refused(503, sentence, "disk", INTERNAL, 5) from None
         await self._reach(position, until)
 
     async def reach_end(self) -> None:

@@ -7,7 +7,7 @@ parent looks for another model, has it loaded while workers serve the old one, a
 
 Messages through a worker's pipe:
 
-    parent -> worker    State, whenever it changes; Reloaded, which answers "reload"; "stop"
+    parent -> worker    State, whenever it changes; ("reloaded", why it failed), which answers "reload"; "stop"
     worker -> parent    "reload"; "taken", once it serves the state's model
 """
 
@@ -175,13 +175,6 @@ class State:
     is_draining: bool = False
 
 
-@dataclass(frozen=True)
-class Reloaded:
-    """The outcome of a reload: why it failed, None if it did not."""
-
-    failure: str | None
-
-
 @dataclass(eq=False)
 class _Worker:
     """A worker as its parent sees it. taken: set while it serves the model that it was last told to serve."""
@@ -278,7 +271,7 @@ class _Parent:
 
     def _reply(self, worker: _Worker, failure: str | None) -> None:
         with self._lock:
-            worker.send(Reloaded(failure))
+            worker.send(("reloaded", failure))
 
     def _load(self, source: Source) -> _SharedFile:
         """Have the loader write a model to shared memory, or end it once the server ends.
@@ -452,9 +445,9 @@ class _Serving:
             message = "stop"
         if isinstance(message, State):
             self._follow(message)
-        elif isinstance(message, Reloaded):
+        elif isinstance(message, tuple):
             if not (done := self._replies.pop(0)).done():
-                done.set_result(message.failure)
+                done.set_result(message[1])
         else:
             self.server.should_exit = True
 

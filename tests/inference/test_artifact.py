@@ -261,13 +261,6 @@ def test_a_damaged_model_is_not_rewritten(small: SmallModel, folder: Path, tmp_p
     assert not (tmp_path / "new").exists()
 
 
-def test_without_checking_only_the_format_is_looked_at(folder: Path) -> None:
-    (folder / "calibration.json").unlink()
-    assert read_artifact(folder, verify=False).name == "small"
-    with pytest.raises(UserError, match=r"'calibration\.json' is missing"):
-        read_artifact(folder)
-
-
 # The example's scores.
 
 
@@ -373,13 +366,6 @@ def test_the_tolerance_goes_with_the_scale(name: str) -> None:
             told = expected.difference(far, tasks, UNCALIBRATED)
             # What is all but 0 is as good as 0.
             assert told is None if scale < 1e-30 else told is not None and told.startswith(f"'{task_name}' of ")
-
-
-def test_predictions_that_are_no_numbers_are_told() -> None:
-    tasks, predictions, _ = CASES["two tasks"]
-    expected, nothing = scores_of(predictions), scores_of(predictions | {"b": np.full(3, np.nan)})
-    assert expected.difference(nothing, tasks, UNCALIBRATED) is not None
-    assert nothing.difference(expected, tasks, UNCALIBRATED) is not None
 
 
 def test_a_steep_calibration_multiplies_what_rounding_does() -> None:

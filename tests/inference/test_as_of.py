@@ -38,18 +38,6 @@ def at(ranker: Ranker, moment: int) -> Any:
     return ranker.rank({"user": USER}, {"time": iso_time(moment)}, {"item": ITEMS}, explain=True)
 
 
-def test_replies_warn_before_the_first_exact_moment_only(ranker: Ranker) -> None:
-    assert ranker.about.tables_as_of == iso_time(LAST)
-    for moment in (FLOOR, FLOOR + 1, LAST + DAY):
-        assert at(ranker, moment).warnings == []
-    for moment in (LAST, LAST - DAY, START - DAY):
-        found = at(ranker, moment)
-        (told,) = found.warnings
-        assert FUTURE in told
-        assert f"time {iso_time(moment)} is not after {iso_time(LAST)}, as of which" in told
-        assert found.request_time == iso_time(moment)
-
-
 def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: Ranker) -> None:
     before, then = at(ranker, FLOOR - DAY // 2), at(ranker, FLOOR)
     for one, other in zip(_by_place(before), _by_place(then), strict=True):

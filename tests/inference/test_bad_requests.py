@@ -15,7 +15,7 @@ from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import read_requests
-from mmoe_rec.live.event_rows import RowChecks
+from mmoe_rec.live.journal_rows import RowChecks
 from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log, with_column
@@ -36,7 +36,6 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
     [
         ({"candidates": {"brnad": ["a"] * 5}}, "'candidates' has an unknown column 'brnad'; did you mean 'brand'?"),
         ({"user": {"zzz": 1}}, "'user' has an unknown column 'zzz'; valid are user, clicked, liked_items"),
-        ({"context": {"click": 1}}, "unknown column 'click'"),
         ({"candidates": {"slot": [1] * 5}}, "'slot' describes placement, which is absent in serving"),
         ({"user": {"brand": "a"}}, "'brand' describes the candidate: give it in 'candidates', not in 'user'"),
         ({"candidates": {"age": [1] * 5}}, "'age' describes the user: give it in 'user'"),
@@ -48,54 +47,39 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
         ({"candidates": {"item": [1] * 51}}, "has 51 candidates; this model takes at most 50"),
         ({"candidates": {"item": [1, None, 3, 4, 5]}}, "'item' in 'candidates' holds null"),
         ({"candidates": {"item": [1, "2", 3, 4, 5]}}, "'item' must hold integers.*; found integers and strings"),
-        ({"candidates": {"item": list("12345")}}, "'item' must hold integers, as in the log; found strings"),
         ({"candidates": {"item": [1.0, 2, 3, 4, 5]}}, "found numbers with a fraction and integers"),
         ({"candidates": {"item": [2**63, 2, 3, 4, 5]}}, "9223372036854775808, which does not fit into 64 bits"),
-        ({"candidates": {"item": [-(2**70), 2, 3, 4, 5]}}, "does not fit into 64 bits"),
         ({"candidates": {"brand": [1] * 5}}, "'brand' must hold strings, as in the log; found integers"),
         ({"candidates": {"brand": ["\ud800"] * 5}}, "not valid Unicode"),
-        ({"candidates": {"price": ["1"] * 5}}, "'price' must hold numbers; found strings"),
         ({"candidates": {"price": [NAN] * 5}}, "'price' holds NaN or infinity"),
         ({"candidates": {"price": [{}] * 5}}, "'price' must hold numbers; found objects"),
         ({"candidates": {"tags": ["x"] * 5}}, "'tags' must hold lists of strings.*; found strings"),
         ({"candidates": {"tags": [[1]] * 5}}, "'tags' must hold lists of strings.*; found lists of integers"),
         ({"user": {"clicked": 7}}, "'clicked' must hold lists of integers.*; found integers"),
-        ({"user": {"clicked": ["7"]}}, "'clicked' must hold lists of integers.*; found lists of strings"),
         ({"user": {"user": None}}, "'user' needs a column 'user'"),
         ({"user": {"user": "5"}}, "'user' must hold integers, as in the log; found strings"),
-        ({"user": {"user": [5]}}, "'user' must hold integers, as in the log; found lists of integers"),
         ({"context": {"time": "yesterday"}}, "'time' holds 'yesterday', which is not an ISO 8601 time"),
         ({"context": {"time": 1.5}}, "'time' must hold times"),
         ({"candidates": {"item": [1, True, 3, 4, 5]}}, "'item' must hold integers.*; found integers and true/false"),
-        ({"candidates": {"brand": [[]] * 5}}, "'brand' must hold strings, as in the log; found lists"),
-        ({"candidates": {"price": [[]] * 5}}, "'price' must hold numbers; found lists"),
         ({"candidates": {"price": [True] * 5}}, "'price' must hold numbers; found true/false"),
-        ({"candidates": {"tags": [[True]] * 5}}, "'tags' must hold lists of strings.*; found lists of true/false"),
         ({"candidates": {"item_click_rate": [False] * 5}}, "'item_click_rate' must hold numbers; found true/false"),
-        ({"user": {"clicked": [[]]}}, "'clicked' must hold lists of integers.*; found lists of lists"),
         ({"context": {"time": True}}, "'time' must hold times"),
         ({"context": {"time": "2201-01-01"}}, "outside the years 1700 to 2200"),
         ({"context": {"time": 1_701_255_600}}, "'time' holds the integer 1701255600, whose unit is not known"),
-        ({"context": {"born": "0001-01-01"}}, "outside the years"),
         ({"user": 5}, "'user' must be an object"),
         ({"task_weights": {"clicks": 1}}, "names 'clicks', which is no task or objective; did you mean 'click'?"),
         ({"task_weights": {"click": -1}}, "weight of 'click' must lie between 0 and"),
         ({"task_weights": {"click": INFINITY}}, "weight of 'click' must lie between 0 and"),
         ({"task_weights": {"click": "1"}}, "weight of 'click' must be a number"),
-        ({"task_weights": {"click": True}}, "weight of 'click' must be a number"),
         ({"task_weights": {"engagement": 0, "satisfaction": 0}}, "leave every task out"),
         ({"task_weights": [1]}, "must be an object"),
         ({"top_k": 0}, "'top_k' must be an integer of at least 1"),
         ({"top_k": 1.5}, "'top_k' must be an integer"),
         ({"explain": "yes"}, "'explain' must be true or false"),
-        ({"explain": ["yes"] * 999}, "'explain' must be true or false$"),
-        ({"gate_top_k": 0}, "'gate_top_k' must be an integer of at least 1"),
-        ({"gate_top_k": True}, "'gate_top_k' must be an integer"),
         ({"gate_top_k": 1000}, "gate_top_k is 1000, and the model has 3 experts"),
         ({"mask_experts": 1}, "'mask_experts' must be a list of integers"),
         ({"mask_experts": ["a"]}, "mask_experts must be a list of experts' numbers"),
         ({"mask_experts": [77]}, "mask_experts names expert 77; the model has 0 to 2"),
-        ({"mask_experts": [-1]}, "mask_experts names expert -1"),
     ],
 )
 def test_sentence(ranker: Ranker, changes: dict[str, Any], message: str) -> None:
@@ -189,21 +173,10 @@ def test_columns_may_be_arrays(small: SmallModel, ranker: Ranker, given: Any) ->
     assert ranker.rank({"user": USER}, CONTEXT, frame) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        np.array([1, 2, 3, 4, 5], np.float32) / 4,
-        [np.float32(each / 4) for each in range(1, 6)],
-        np.array([1, 2, 3, 4, 5]) / 4,
-        pa.array([0.25, 0.5, 0.75, 1.0, 1.25], pa.float32()),
-    ],
-    ids=["float32", "list of float32", "float64", "Arrow's float32"],
-)
-def test_numbers_of_any_width(ranker: Ranker, given: Any) -> None:
-    assert ranked(ranker, price=given) == ranked(ranker, price=[0.25, 0.5, 0.75, 1.0, 1.25])
-
-
-def test_integers_of_any_width(ranker: Ranker) -> None:
+def test_numbers_of_any_width(ranker: Ranker) -> None:
+    quarters = [0.25, 0.5, 0.75, 1.0, 1.25]
+    for given in (np.array(quarters, np.float32), pa.array(quarters, pa.float32())):
+        assert ranked(ranker, price=given) == ranked(ranker, price=quarters)
     few = [3, 7, 0, 99]
     expected = ranker.rank({"user": USER}, CONTEXT, {"item": few})
     for width in (np.int16, np.uint64):
@@ -358,11 +331,10 @@ def test_a_column_that_is_there_twice_or_has_several_types_is_refused(small: Sma
         ranker.rank({"user": USER}, CONTEXT, frame)  # type: ignore[arg-type]
     table, _ = small.later_rows()
     mixed = table.to_pandas().assign(brand=[1, "a"] * 10)
-    for take in (ranker.score, ranker.score_table):
-        for rows in (table.append_column("price", table["price"]), frame):
-            with pytest.raises(UserError, match="column 'price' is given twice"):
-                take(rows)
-        with pytest.raises(UserError, match=r"the data frame can't be read: .* column brand"):
-            take(mixed)
-        with pytest.raises(UserError, match="as a pyarrow Table or a pandas DataFrame, not as a list"):
-            take(table.to_pylist())  # type: ignore[arg-type]
+    for rows in (table.append_column("price", table["price"]), frame):
+        with pytest.raises(UserError, match="column 'price' is given twice"):
+            ranker.score(rows)
+    with pytest.raises(UserError, match=r"the data frame can't be read: .* column brand"):
+        ranker.score(mixed)
+    with pytest.raises(UserError, match="as a pyarrow Table or a pandas DataFrame, not as a list"):
+        ranker.score(table.to_pylist())  # type: ignore[arg-type]

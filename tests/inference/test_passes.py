@@ -1,6 +1,5 @@
 """Requests answered together against each of them alone; what is looked up once against a row for each candidate."""
 
-import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,6 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import RequestError
-from mmoe_rec.features.kinds.counter import CounterMemory
-from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference import scorer
 from mmoe_rec.inference.ranker import Ranker
@@ -139,36 +136,6 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
 
 
 # What a request costs: no more where more is remembered, and no other scores where it is faster
-
-
-def _peak_bytes(small: SmallModel, events: int) -> int:
-    """Most memory that a request takes at a time, where each memory has so many more events."""
-    ranker = Ranker.load(small.folder)
-    random = np.random.default_rng(0)
-    keys = random.integers(0, 2**64, events, np.uint64)
-    known = random.integers(1_690_000_000_000_000, 1_700_000_000_000_000, events)
-    for encoder in ranker.pipeline.memory_encoders.values():
-        memory = encoder.memory
-        if isinstance(memory, HistoryMemory):
-            encoder.memory = memory.extended(keys, known, *[np.zeros(events, np.int64)] * (1 + len(memory.attributes)))
-        else:
-            assert isinstance(memory, CounterMemory)
-            labels = None if memory.label_sum is None else np.ones(events)
-            encoder.memory = memory.extended(keys, known, labels)
-        assert len(encoder.memory.events) > events * 0.9
-    request = {"user": {"user": USER}, "context": CONTEXT, "candidates": {"item": ITEMS}}
-    ranker.rank(**request)  # type: ignore[arg-type]
-    tracemalloc.start()
-    try:
-        ranker.rank(**request)  # type: ignore[arg-type]
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_request_touches_no_more_where_ten_times_as_much_is_remembered(small: SmallModel) -> None:
-    few, many = _peak_bytes(small, 20_000), _peak_bytes(small, 200_000)
-    assert many < few * 1.1 + 10_000
 
 
 @pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN in fp32 here")

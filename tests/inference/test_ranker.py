@@ -4,7 +4,6 @@ import json
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,6 @@ from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions
-from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.task_kinds import find_kind
 from tests.batches.encoded_files import columns_of
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -110,24 +108,6 @@ def test_predictions_are_calibrated(small: SmallModel, calibrated: Ranker) -> No
     served, scores = in_request_order(calibrated.rank(**json.loads(json.dumps(as_request(table)))), calibrated)
     np.testing.assert_allclose(served, values, atol=1e-6)
     np.testing.assert_allclose(scores, np.exp(log_scores), rtol=1e-5)
-
-
-def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, rows = small.later_rows()
-    whole = ranker.score(rows)[0]
-    monkeypatch.setattr("mmoe_rec.inference.ranker.ROWS_AT_A_TIME", 7)
-    np.testing.assert_allclose(ranker.score(rows)[0], whole, atol=1e-6)
-    assert ranker.score(rows.table.slice(0, 0))[0].shape == (0, 3)
-    known: dict[str, Any] = {}
-    for encoder in ranker.pipeline.memory_encoders.values():
-        known |= encoder.look_up(rows)
-    order = np.random.default_rng(3).permutation(len(rows))  # what was looked up for other rows, which shows
-    known = {name: each.take(order) if isinstance(each, SharedRagged) else each[order] for name, each in known.items()}
-    with_results = LogRows(rows.table, rows.schema, known)
-    in_parts = ranker.score(with_results)[0]
-    monkeypatch.undo()
-    np.testing.assert_allclose(in_parts, ranker.score(with_results)[0], atol=1e-6)
-    assert (in_parts != whole).any(axis=1).sum() > len(rows) / 2
 
 
 def test_ids_alone_equal_offline_rows_with_latest_values(small: SmallModel, ranker: Ranker) -> None:

@@ -16,12 +16,12 @@ from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import PARTS
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import make_batch
-from mmoe_rec.live.learning import Learning
 from mmoe_rec.live.request_log import Record, write_file
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
+from mmoe_rec.server.models import Learning
 from mmoe_rec.settings.log_columns import EVENT
 
 EVENTS_AT_A_TIME = 50

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.event_rows import TOLERANCE_MICROSECONDS, RowChecks
+from mmoe_rec.live.journal_rows import TOLERANCE_MICROSECONDS, RowChecks
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from tests.log.small_logs import ALL_KINDS, DAY, START, log_rows, random_log, schema_of, with_requests
 

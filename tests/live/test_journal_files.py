@@ -10,9 +10,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live import journal_rows
-from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_rows import join_by_log, make_batch, write_files
+from mmoe_rec.live.journal_rows import RowChecks, join_by_log, make_batch, write_files
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window

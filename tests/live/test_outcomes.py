@@ -116,23 +116,6 @@ def test_rows_are_those_of_plain_loops(
     assert len({row["spent"] for row in rows}) > 2
 
 
-@pytest.mark.parametrize("newer_first", [False, True])
-def test_logged_requests_of_several_versions_go_together(tmp_path: Path, newer_first: bool) -> None:
-    """A file may lack columns that a later version adds, or have them without a value."""
-    world, about = drawn_world(5), settings(BY_REQUEST)
-    world.write(tmp_path)
-    older, newer = sorted((tmp_path / "requests").iterdir(), reverse=newer_first)
-    table = pq.read_table(newer)
-    half = len(table) // 2
-    for path, values in ((newer, ["3-4096"] * half), (newer.with_name("without a journal.parquet"), [None] * half)):
-        some = table.slice(0, half) if path == newer else table.slice(half)
-        column = pa.array((values * 2)[: len(some)], pa.string())
-        pq.write_table(some.append_column("served_journal_position", column), path)
-    assert "served_journal_position" not in pq.read_schema(older).names
-    joined(tmp_path, about)
-    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
-
-
 def test_times_may_be_integers_and_requests_have_no_column(tmp_path: Path) -> None:
     """Of a log that counts seconds, and whose requests are a user's rows of one instant."""
     world, about = drawn_world(4), settings(BY_USER, request=False, time_unit="s")

@@ -70,19 +70,12 @@ def test_malformed_bodies(app: Application, body: bytes, sentence: str) -> None:
         {LONG: 1},
         {"inputs": [element(**{LONG: 1})]},
         {"inputs": [element(top_k=LONG)]},
-        {"inputs": [element(gate_top_k=10**300)]},
-        {"inputs": [element(task_weights={LONG: 1})]},
         {"inputs": [element(task_weights={"click": LONG})]},
         {"inputs": [element(user={"user": LONG})]},
-        {"inputs": [element(user={"user": 5, LONG: 1})]},
-        {"inputs": [element(candidates=LONG)]},
         {"inputs": [element(candidates={"item": [1], LONG: [1, 2]})]},
         {"inputs": [element(candidates={"item": [int("1234567890" * 30)]})]},
-        {"inputs": [element(context={"time": LONG})]},
         {"inputs": [element(mask_experts=["x"] * 3_000)]},
-        {"inputs": [element()], "params": {"top_k": LONG}},
         {"inputs": [element()], "params": {LONG: 1}},
-        {"inputs": [element()], "params": {f"name{number}": 1 for number in range(3_000)}},
     ],
     ids=lambda body: json.dumps(body)[:60].replace(LONG[:16], "long"),
 )
@@ -223,10 +216,7 @@ def test_nothing_is_ranked_for_a_caller_who_has_left(models: Models) -> None:
     assert (found["calls_per_pass_sum"], found['refusals_total{reason="caller_gone"}'], found["calls"]) == (2, 1, 0)
 
 
-# Pages of other origins
-
-
-PAGE = "http://localhost:8000"
+# Names of the server
 
 
 @pytest.mark.parametrize(
@@ -234,22 +224,11 @@ PAGE = "http://localhost:8000"
     [
         ({}, 200),  # no browser
         ({"Host": "localhost:8000"}, 200),
-        ({"Host": "localhost:8000", "Origin": PAGE}, 200),
-        ({"Host": "LOCALHOST:8000", "Origin": PAGE, "Sec-Fetch-Site": "same-origin"}, 200),
-        ({"Host": "localhost:8000", "Sec-Fetch-Site": "none"}, 200),
         ({"Host": "127.0.0.1"}, 200),
-        ({"Host": "[::1]:8000", "Origin": "http://[::1]:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
         ({"Host": "[::1]"}, 200),
-        ({"Host": "shop.example", "Origin": "https://shop.example"}, 200),  # through a proxy, with --allow-host
-        ({"Host": "localhost:8000", "Origin": "null"}, 403),
-        ({"Host": "localhost:8000", "Origin": "http://localhost:8001"}, 403),
-        ({"Host": "localhost:8000", "Origin": "http://127.0.0.1:8000"}, 403),
-        ({"Host": "localhost:8000", "Origin": "https://elsewhere.example"}, 403),
-        ({"Host": "localhost:8000", "Origin": "http://localhost:8000.elsewhere.example"}, 403),
-        ({"Host": "localhost:8000", "Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Host": "localhost:8000", "Origin": PAGE, "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Host": "shop.example"}, 200),  # through a proxy, with --allow-host
         ({"Host": "elsewhere.example:8000"}, 403),  # as after DNS rebinding
-        ({"Host": "elsewhere.example:8000", "Origin": "http://elsewhere.example:8000"}, 403),
         ({"Host": "localhost.elsewhere.example"}, 403),
         ({"Host": "[::2]:8000"}, 403),
         ({"Host": ""}, 403),
@@ -257,7 +236,7 @@ PAGE = "http://localhost:8000"
     ],
     ids=str,
 )
-def test_calls_of_other_origins_are_refused(models: Models, headers: dict[str, str], status: int) -> None:
+def test_calls_by_other_names_are_refused(models: Models, headers: dict[str, str], status: int) -> None:
     app = application(models, hosts=frozenset({"localhost", "127.0.0.1", "::1", "shop.example"}))
     assert ask(app, GOOD, headers=headers).status == status
     for page, method in (
@@ -276,18 +255,6 @@ def test_calls_of_other_origins_are_refused(models: Models, headers: dict[str, s
         assert ask(guarded, GOOD, headers=headers | token).status == 200, "who knows it may"
     for page in ("/", "/health", "/ping"):
         assert ask(app, b"", page=page, method="GET", headers=headers).status == 200, "which hold nothing"
-
-
-def test_a_link_from_another_site_may_be_followed(app: Application) -> None:
-    headers = {"Host": "localhost", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
-    assert ask(app, b"", page="/version", method="GET", headers=headers).status == 200
-    assert ask(app, GOOD, headers=headers).status == 403, "a form is none"
-    assert ask(app, b"", page="/model", method="GET", headers={**headers, "Sec-Fetch-Mode": "no-cors"}).status == 403
-
-
-def test_a_server_that_all_may_reach_has_any_name(app: Application) -> None:
-    assert ask(app, GOOD, headers={"Host": "shop.example", "Origin": "http://shop.example"}).status == 200
-    assert ask(app, GOOD, headers={"Host": "shop.example", "Origin": "http://elsewhere.example"}).status == 403
 
 
 def test_a_reload_says_that_it_is_json(models: Models) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -223,17 +223,6 @@ def test_what_only_sockets_can_send(sender: socket.socket, data: bytes, sentence
     assert sentence in reply.decode()
 
 
-def test_a_connection_stays_open_after_a_refusal_whose_body_is_there(impatient: Running) -> None:
-    with impatient.connect() as connection:
-        for page, status in ((b"elsewhere", 404), (b"invocations", 200), (b"elsewhere", 404)):
-            connection.sendall(call().replace(b"invocations", page))
-            reply = HTTPResponse(connection)
-            reply.begin()
-            assert reply.status == status
-            assert not reply.will_close
-            assert json.loads(reply.read())
-
-
 def send_for_ever(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
     """Sends and takes nothing. Raises ConnectionError once the server has cut it off."""
     while True:
@@ -397,30 +386,6 @@ def test_an_address_that_a_server_listens_at_is_taken(host: str) -> None:
         listening_socket(host, port)
     first.close()
     listening_socket(host, port).close()
-
-
-def test_who_comes_second_is_told_in_one_sentence(small: SmallModel, tmp_path: Path) -> None:
-    folder, port = tmp_path / "model", free_port()
-    shutil.copytree(small.folder, folder)
-    # The server reads the manifest between binding and loading, and gets it as soon as the test has listened.
-    pipe = folder / "manifest.json"
-    manifest = pipe.rename(tmp_path / "manifest.json")
-    os.mkfifo(pipe)
-    process = Command(["mmoe_rec", "serve", "--model", str(folder), "--port", str(port)])
-    try:
-        writing = until(lambda: opened(pipe))
-        with socket.socket() as first:
-            first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            first.bind(("0.0.0.0", port))
-            first.listen()
-            content = manifest.read_bytes()
-            manifest.rename(pipe)
-            os.write(writing, content)
-            os.close(writing)
-            assert process.wait(PATIENCE) == 2
-        assert process.stdout + process.stderr == f"error: 127.0.0.1:{port} {TAKEN}\n"
-    finally:
-        process.kill()
 
 
 def opened(pipe: Path) -> int | None:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import new_id
 from mmoe_rec.live import request_log
-from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.request_log import LogOptions, check_folder, hash_features, is_logged
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
@@ -25,7 +23,6 @@ from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_req
 from tests.log.small_logs import random_log
 from tests.processes import PATIENCE, until
 from tests.server.asking import ask, element, logged, logging_app, outcomes, take_up
-from tests.server.test_events import as_json, later_log
 from tests.server.test_processes import Running, served
 
 
@@ -71,40 +68,6 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
     brands = {each["item"]: each["brand"] for each in known}
     assert other["brand"].to_pylist() == [brands.get(each) for each in two["candidates"]]
     assert None in other["brand"].to_pylist()
-
-
-def test_a_row_says_up_to_where_the_model_knew_the_journal(
-    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As its pass knew it: what is learnt between the pass and the log is not in the scores."""
-    Journal(tmp_path / "journal.db").close()
-    rows, options = as_json(later_log(3, rows=4)), LogOptions(tmp_path / "log", share=1.0)
-    asked, expected = {"inputs": [element()]}, {}
-    with logging_app(small.folder, options, journal=tmp_path / "journal.db") as app:
-        position = "0"
-        for row in rows:
-            (reply,) = ask(app, asked, page=f"/invocations?after={position}").tree["predictions"]
-            assert "journal_position" not in reply
-            expected[reply["request_id"]] = position
-            position = ask(app, {"events": [row]}, page="/events").tree["position"]
-        assert ask(app, asked, page=f"/invocations?after={position}").status == 200
-        ranker, learning = app.models.current.ranker, app.models.current.learning
-        rank_many = ranker.rank_many
-
-        def learns_right_after(requests: Any) -> Any:
-            answers = rank_many(requests)
-            learning.position = 77
-            return answers
-
-        monkeypatch.setattr(ranker, "rank_many", learns_right_after)
-        (reply,) = ask(app, asked).tree["predictions"]
-        expected[reply["request_id"]] = position
-    found = logged(tmp_path / "log").select(["served_request", "served_journal_position"]).to_pylist()
-    assert {each["served_request"]: each["served_journal_position"] for each in found}.items() >= expected.items()
-    with logging_app(small.folder, LogOptions(tmp_path / "none", share=1.0)) as app:
-        ask(app, asked)
-    column = logged(tmp_path / "none")["served_journal_position"]
-    assert (column.type, column.null_count) == (pa.string(), len(column))
 
 
 def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:
@@ -256,18 +219,6 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path)
         check_folder(tmp_path / "file")
     check_folder(tmp_path / "new" / "folder")
     assert [*(tmp_path / "new" / "folder").iterdir()] == []
-
-
-def test_files_are_whole_and_readable_as_the_umask_says(small: SmallModel, tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
-            ask(app, {"inputs": [element()]})
-    finally:
-        os.umask(before)
-    (file,) = tmp_path.iterdir()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert len(pq.read_table(file)) == len(ITEMS)
 
 
 def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallModel, tmp_path: Path) -> None:
