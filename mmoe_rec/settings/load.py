@@ -143,7 +143,7 @@ def _model_at(place: Sequence[Any]) -> type[BaseModel] | None:
         elif typing.get_origin(model) is dict:
             model = typing.get_args(model)[1]
         else:  # a feature, by its kind
-            model = KINDS[part].settings
+            model = KINDS[part].feature
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
@@ -320,7 +320,7 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             sections = {f"{prefix}{name}": inner}
         elif name == "features":
-            sections = {f"features.NAME (kind: {kind})": encoder.settings for kind, encoder in KINDS.items()}
+            sections = {f"features.NAME (kind: {kind})": each.feature for kind, each in KINDS.items()}
         elif typing.get_origin(inner) is dict:
             sections = {f"{prefix}{name}.NAME": typing.get_args(inner)[1]}
         for heading, section in sections.items():

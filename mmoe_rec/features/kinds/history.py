@@ -37,6 +37,19 @@ class HistoryFeature(Remembering):
     attributes: Annotated[tuple[str, ...], Once] = Field(
         (), description="further id features of the candidate, such as its brand, that each has too"
     )
+    pooling: Literal["mean", "attention"] = Field(
+        "mean",
+        description="mean of the vectors of events; attention: besides, a small network looks at each event together "
+        "with the candidate, and at the order of events",
+    )
+
+    @model_validator(mode="after")
+    def _not_too_long(self) -> Self:
+        if self.pooling == "attention" and self.length > LONGEST:
+            raise ValueError(
+                f"attention looks at no more than {LONGEST} events: set `length` lower, or `pooling` to mean"
+            )
+        return self
 
     def reads(self) -> Mapping[str, Use]:
         """None: every row has the user's id."""
@@ -66,24 +79,6 @@ class HistoryFeature(Remembering):
         columns = (schema.columns.user, *schema.features[self.of].reads())
         parts = {each: meaning_of_ids(schema, columns, each) for each in self.attributes}
         return replace(meaning_of_ids(schema, columns, self.of), parts=parts)
-
-
-class PooledHistory(HistoryFeature):
-    """A history, and how a model makes one vector of it."""
-
-    pooling: Literal["mean", "attention"] = Field(
-        "mean",
-        description="mean of the vectors of events; attention: besides, a small network looks at each event together "
-        "with the candidate, and at the order of events",
-    )
-
-    @model_validator(mode="after")
-    def _not_too_long(self) -> Self:
-        if self.pooling == "attention" and self.length > LONGEST:
-            raise ValueError(
-                f"attention looks at no more than {LONGEST} events: set `length` lower, or `pooling` to mean"
-            )
-        return self
 
 
 @dataclass(eq=False)
@@ -251,4 +246,4 @@ def _column(place: int) -> str:
     return f"id{place or ''}"
 
 
-KIND = Kind(HistoryFeature, PooledHistory, HistoryEncoder)
+KIND = Kind(HistoryFeature, HistoryEncoder)
