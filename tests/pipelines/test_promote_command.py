@@ -82,14 +82,6 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
     registry.move_alias(NAME, "champion", "1", world.uri)
 
 
-def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
-    registry.move_alias(NAME, "champion", "2", world.uri)
-    assert run(world, "--challenger", "1") == 1
-    assert world.holder() == "2"
-    assert "'version 1' is worse than 'version 2'" in capsys.readouterr().out
-    assert tags(world, "1")["promoted"] == "no"
-
-
 def test_decisions_on_the_same_rows_ask_for_more_the_more_there_are(
     world: World, capsys: pytest.CaptureFixture
 ) -> None:
