@@ -40,7 +40,6 @@ from pipelines.data_sets.complete_journey import (
     collapse_promotions,
     find_purchases,
     packaged_folder,
-    read_keyed,
     read_promotions,
     read_table,
     to_numpy,
@@ -179,8 +178,8 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
     Raises:
         UserError: a source file is missing or wrong, or nothing was selected.
     """
-    products = read_keyed(source / "products.parquet", PRODUCTS)
-    demographics = read_keyed(source / "demographics.parquet", DEMOGRAPHICS)
+    products = read_table(source / "products.parquet", PRODUCTS)
+    demographics = read_table(source / "demographics.parquet", DEMOGRAPHICS)
     # Labels come from all purchases: a slice of the log holds the same rows as the whole.
     every = find_purchases(read_table(source / "transactions.parquet", TRANSACTIONS))
     purchases = select_purchases(every, selection)

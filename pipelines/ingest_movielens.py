@@ -17,7 +17,7 @@ and a movie that this user rates later can be. `sampling_rate` is the number dra
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,16 +134,11 @@ def read_ratings(path: Path) -> Ratings:
     """Read ratings.dat.
 
     Raises:
-        UserError: as `read_lines`, or a user rated a movie twice, or there is no rating.
+        UserError: as `read_lines`, or there is no rating.
     """
     table = np.array(list(read_lines(path, RATINGS)), dtype=np.int64).reshape(-1, len(RATINGS))
     if len(table) == 0:
         raise UserError(f"{path} is empty, expected lines of {'::'.join(RATINGS)}")
-    _, first = np.unique(table[:, :2], axis=0, return_index=True)
-    if len(first) < len(table):
-        line = int(np.setdiff1d(np.arange(len(table)), first)[0])
-        user, movie = table[line, :2]
-        raise UserError(f"{path}, line {line + 1}: user {user} rates movie {movie} a second time, expected once")
     user, movie, rating, moment = table[np.lexsort((table[:, 1], table[:, 3], table[:, 0]))].T
     return Ratings(user, movie, rating, moment)
 
@@ -151,22 +146,16 @@ def read_ratings(path: Path) -> Ratings:
 def read_users(path: Path) -> pa.Table:
     """Read users.dat: user_id, gender, age and occupation (codes, as published), zip_code."""
     names = ["user_id", "gender", "age", "occupation", "zip_code"]
-    return _keyed_table(path, USERS, names, list(read_lines(path, USERS)))
+    return _table(names, read_lines(path, USERS))
 
 
 def read_movies(path: Path) -> pa.Table:
     """Read movies.dat: movie_id, title_year (null where the title does not end in a year), genres."""
-    rows = [(movie, _title_year(title), genres.split("|")) for movie, title, genres in read_lines(path, MOVIES)]
-    return _keyed_table(path, MOVIES, ["movie_id", "title_year", "genres"], rows)
+    rows = ((movie, _title_year(title), genres.split("|")) for movie, title, genres in read_lines(path, MOVIES))
+    return _table(["movie_id", "title_year", "genres"], rows)
 
 
-def _keyed_table(path: Path, layout: Layout, names: list[str], rows: list[tuple[Any, ...]]) -> pa.Table:
-    key = next(iter(layout))
-    seen: set[int] = set()
-    for number, row in enumerate(rows, start=1):
-        if row[0] in seen:
-            raise UserError(f"{path}, line {number}: {key} {row[0]} occurs a second time, expected once")
-        seen.add(row[0])
+def _table(names: list[str], rows: Iterable[tuple[Any, ...]]) -> pa.Table:
     schema = pa.schema([LOG.field(name) for name in names])
     return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=schema)
 
@@ -251,8 +240,6 @@ def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict
     """
     users, movies = read_users(source / "users.dat"), read_movies(source / "movies.dat")
     ratings = read_ratings(source / "ratings.dat")
-    _require_known("user", ratings.user, users["user_id"], source / "users.dat")
-    _require_known("movie", ratings.movie, movies["movie_id"], source / "movies.dat")
     with atomic_folder(out / "log") as folder:
         rows = draw_rows(ratings, negatives_per_rated, seed)
         user = users.take(pc.index_in(rows["user_id"], value_set=users["user_id"]))
@@ -268,12 +255,6 @@ def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict
         "rated": len(ratings.movie),
         "liked": int((ratings.rating >= LIKED_FROM).sum()),
     }
-
-
-def _require_known(what: str, ids: IntArray, known: pa.ChunkedArray, path: Path) -> None:
-    missing = np.setdiff1d(ids, known.to_numpy())
-    if len(missing):
-        raise UserError(f"{path} does not describe {what} {missing[0]}, found in ratings.dat")
 
 
 @exit_with_message()

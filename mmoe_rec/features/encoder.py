@@ -14,7 +14,7 @@ from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
 from mmoe_rec.point_in_time.join import LookUps, Memory
-from mmoe_rec.settings.log_columns import CHOICES, EVENT, Use
+from mmoe_rec.settings.log_columns import EVENT, Use
 from mmoe_rec.settings.schema import Feature, Schema
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
@@ -236,21 +236,9 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
 class Kind:
     """A kind is one file of `mmoe_rec.features.kinds`, which ends with its `Kind`.
 
-    feature: its settings without what a model chooses, with the columns that they read and what the health report says;
-    settings: the same with what a model chooses, `dim`, if it has an embedding table; encoder: its partial fit, inputs,
-    sizes, state, and what a request may give.
-
-    Raises TypeError where `settings` add another key: encoded features would not be built anew for another value.
+    feature: its settings, with the columns that they read and what the health report says; encoder: its partial fit,
+    inputs, sizes, state, and what a request may give.
     """
 
     feature: type[Feature]
-    settings: type[Feature]
     encoder: type[Encoder]
-
-    def __post_init__(self) -> None:
-        if added := set(self.settings.model_fields) - set(self.feature.model_fields) - CHOICES["features"]:
-            raise TypeError(
-                f"{self.settings.__name__} adds {', '.join(sorted(added))}; only "
-                f"{' and '.join(sorted(CHOICES['features']))} are a model's choices, so others belong to "
-                f"{self.feature.__name__}"
-            )

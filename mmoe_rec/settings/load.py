@@ -53,7 +53,7 @@ def _sentence(problem: Any) -> str:
     name = ".".join(location)
     if kind == "extra_forbidden":
         is_feature = place[0] == "features"
-        keys = [*KINDS[place[2]].settings.model_fields] if is_feature else _keys_at(location[:-1])
+        keys = [*KINDS[place[2]].feature.model_fields] if is_feature else _keys_at(location[:-1])
         return f"unknown key '{name}'; {suggest(location[-1], keys)}"
     if kind == "missing":
         return f"key '{name}' is missing; --help describes all settings"
@@ -242,7 +242,7 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             sections = {f"{prefix}{name}": inner}
         elif name == "features":
-            sections = {f"features.NAME (kind: {kind})": encoder.settings for kind, encoder in KINDS.items()}
+            sections = {f"features.NAME (kind: {kind})": each.feature for kind, each in KINDS.items()}
         elif typing.get_origin(inner) is dict:
             sections = {f"{prefix}{name}.NAME": typing.get_args(inner)[1]}
         for heading, section in sections.items():

@@ -68,48 +68,20 @@ def read_table(path: Path, schema: pa.Schema, keep: Callable[[pa.Table], pa.Tabl
     """Reads the columns of `schema` in the types that it says, part by part, and of each part what `keep` gives.
 
     Raises:
-        UserError: the file is missing or corrupt, or a column is missing, of another type or incomplete.
+        UserError: the file is missing, corrupt or has other columns.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: the source folder must hold {path.name}")
     parts = [schema.empty_table()]
     try:
         with pq.ParquetFile(path) as file, bar() as progress:
-            found = file.schema_arrow.names
-            for name in schema.names:
-                if name not in found:
-                    raise UserError(f"{path} has no column {name!r}; it has {', '.join(found)}")
             task = progress.add_task(f"reading {path.stem}", total=file.metadata.num_rows)
             for batch in file.iter_batches(ROWS_AT_A_TIME, columns=schema.names):
-                parts.append(keep(_conform(batch, schema, path)))
+                parts.append(keep(pa.Table.from_batches([batch]).select(schema.names).cast(schema)))
                 progress.advance(task, batch.num_rows)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read as Parquet, get a fresh copy of it: {error}") from error
     return pa.concat_tables(parts, promote_options="permissive")
-
-
-def _conform(batch: pa.RecordBatch, schema: pa.Schema, path: Path) -> pa.Table:
-    columns = []
-    for field in schema:
-        column = batch[field.name]
-        try:
-            column = column.cast(field.type)
-        except pa.ArrowException as error:
-            raise UserError(f"{path}: column {field.name!r} must be {field.type}, found {column.type}") from error
-        if column.null_count and not field.nullable:
-            raise UserError(f"{path}: column {field.name!r} has {column.null_count:,} missing values, expected none")
-        columns.append(column)
-    return pa.table(columns, schema=schema)
-
-
-def read_keyed(path: Path, schema: pa.Schema) -> pa.Table:
-    """Reads a table whose first column is its key. Raises UserError as `read_table`, and where a key occurs twice."""
-    table = read_table(path, schema)
-    key = schema.names[0]
-    distinct = pc.count_distinct(table[key]).as_py()
-    if distinct < table.num_rows:
-        raise UserError(f"{path}: column {key!r} must be unique, {table.num_rows - distinct:,} rows repeat a key")
-    return table
 
 
 # Purchases and the satisfaction label

@@ -27,8 +27,8 @@ from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
 
 
-class RemainderFeature(Feature):
-    """An integer's remainder."""
+class RemainderFeature(Feature, Embedded):
+    """An integer's remainder, embedded."""
 
     kind: Literal["remainder"]
     column: str = Field(description="column that the feature reads")
@@ -39,10 +39,6 @@ class RemainderFeature(Feature):
 
     def meaning(self, schema: Schema) -> Meaning:
         return Meaning((self.column,), lambda table, row: f"remainder {row - 1}")
-
-
-class EmbeddedRemainder(RemainderFeature, Embedded):
-    """An integer's remainder, embedded."""
 
 
 class RemainderEncoder(Encoder):
@@ -60,7 +56,7 @@ class RemainderEncoder(Encoder):
         return 1
 
 
-KIND = Kind(RemainderFeature, EmbeddedRemainder, RemainderEncoder)
+KIND = Kind(RemainderFeature, RemainderEncoder)
 '''
 
 SCRIPT = """

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Kind, MemoryEncoder
+from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.kinds import KINDS, NAMES
-from mmoe_rec.features.kinds.cross import CrossEncoder, CrossFeature
 from mmoe_rec.features.pipeline import FeaturePipeline, largest_layout
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
@@ -157,13 +156,3 @@ def test_what_a_request_may_give_instead_is_taken(kind: str) -> None:
         after = pipeline.encode(LogRows(rows.table.append_column(name, given), schema))
         with pytest.raises(AssertionError):
             assert_same(before, after)
-
-
-def test_what_decides_features_is_no_choice_of_the_model() -> None:
-    class Wider(CrossFeature):
-        """With a key that `CrossFeature` has not."""
-
-        seed: int = 0
-
-    with pytest.raises(TypeError, match="Wider adds seed; only dim and pooling are a model's choices"):
-        Kind(CrossFeature, Wider, CrossEncoder)

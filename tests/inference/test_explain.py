@@ -151,8 +151,11 @@ def test_lists_that_an_explanation_shows_can_be_given(ranker: Ranker) -> None:
     other = {"user": user, **lists, "liked_items_brand": [f"not {brand}" for brand in lists["liked_items_brand"]]}
     assert ranker.rank(other, CONTEXT, {"item": ITEMS}).scores != known.scores
     for change, said in (
-        ({"liked_items_brand": lists["liked_items_brand"][:1]}, "must be equally long in each row, without nulls"),
-        ({"liked_items_brand": None}, "is given without 'liked_items_brand': give all of"),
+        (
+            {"liked_items_brand": lists["liked_items_brand"][:1]},
+            "as lists that are equally long in each row, without nulls",
+        ),
+        ({"liked_items_brand": None}, "give all of liked_items, liked_items_brand"),
     ):
         given = {name: each for name, each in {**lists, **change}.items() if each is not None}
         with pytest.raises(UserError, match=said):

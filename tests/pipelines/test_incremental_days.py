@@ -94,23 +94,6 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     assert len(set(ranking.scores)) == len(ranking.scores)
 
 
-def test_a_model_is_not_started_from_where_it_would_not_fit(days: Days, capsys: pytest.CaptureFixture) -> None:
-    first, second = ("--config", str(days.folder / "first.yaml")), ("--config", str(days.config))
-    before = files_of(days.folder / "work" / "features")
-    champion = ("--from", "models:/learnable@champion")
-    for words, told in (
-        ((*first, *champion), "run mmoe-rec features with --extend first"),
-        (
-            (*second, *champion, "--model.experts.count", "4"),
-            "its setting 'model.experts.count' is 3, and 4 in the settings",
-        ),
-        ((*second, "--from", "models:/other@champion"), "'models:/other@champion' can't be loaded from MLflow"),
-        ((*second, "--from", days.folder), "holds no model (model.json)"),
-    ):
-        assert told in commands.refuse(capsys, "train", *words)
-    assert files_of(days.folder / "work" / "features") == before
-
-
 def test_features_without_training_rows_are_not_trained_on(
     days: Days, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -280,27 +280,6 @@ def test_purchases_are_those_of_the_selected_households_in_all_weeks_promoted_or
 # The job
 
 
-@pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("dies_in", ["log", "purchases"])
-def test_a_job_that_dies_half_way_leaves_nothing_new(tmp_path, monkeypatch, old, dies_in):
-    source, out = a_busy_source(tmp_path / "source"), tmp_path / "out"
-    if old:
-        ingest(source, out, Selection(seed=1, households=2))
-    before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
-    write = ingest_complete_journey.write_log_file
-
-    def die_at_week_2(table: pa.Table, path: Path) -> None:
-        if dies_in in path.parent.name and path.name == "week-02.parquet":
-            raise KeyboardInterrupt
-        write(table, path)
-
-    monkeypatch.setattr(ingest_complete_journey, "write_log_file", die_at_week_2)
-    with pytest.raises(KeyboardInterrupt):
-        ingest(source, out, Selection())
-    assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
-    assert sorted(path.name for path in out.iterdir()) == (["log", "purchases"] if old else [])
-
-
 def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path, capsys):
     source = a_busy_source(tmp_path)
     main(["--source", str(source), "--out", str(tmp_path / "out"), "--weeks", "1-2", "--negatives-per-bought", "0"])
@@ -325,38 +304,6 @@ def test_a_missing_or_corrupt_file_is_named(tmp_path, file):
     (source / file).unlink()
     with pytest.raises(UserError, match=f"{file} is missing"):
         ingested(source)
-
-
-@pytest.mark.parametrize(
-    ("spoiled", "message"),
-    [
-        (("promotions.parquet", "mailer_location", None), "promotions.parquet has no column 'mailer_location'"),
-        (("transactions.parquet", "sales_value", None), "transactions.parquet has no column 'sales_value'"),
-        (("transactions.parquet", "week", "first"), "column 'week' must be int64, found string"),
-        (("promotions.parquet", "store_id", 10**30), "column 'store_id' must be int64"),
-        (("products.parquet", "product_id", 7), "column 'product_id' must be unique"),
-        (("promotions.parquet", "store_id", [None]), "column 'store_id' has 1 missing values"),
-    ],
-)
-def test_a_bad_column_is_named(tmp_path, capsys, spoiled, message):
-    file, column, values = spoiled
-    source = a_busy_source(tmp_path)
-    table = pq.read_table(source / file)
-    place = table.schema.get_field_index(column)
-    table = table.drop_columns(column)
-    if isinstance(values, list):
-        table = table.add_column(place, column, pa.array([*values, *[1] * (table.num_rows - 1)], pa.int64()))
-    elif values is not None:
-        kind = pa.decimal128(38) if isinstance(values, int) and values > 2**63 else None
-        table = table.add_column(place, column, pa.array([values] * table.num_rows, type=kind))
-    pq.write_table(table, source / file)
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--source", str(source), "--out", str(tmp_path / "out")])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert exit_info.value.code == 2
-    assert error.startswith("error: ")
-    assert message in error
-    assert file in error
 
 
 def test_a_log_without_rows_is_an_error(tmp_path):

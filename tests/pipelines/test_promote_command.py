@@ -82,14 +82,6 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
     registry.move_alias(NAME, "champion", "1", world.uri)
 
 
-def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
-    registry.move_alias(NAME, "champion", "2", world.uri)
-    assert run(world, "--challenger", "1") == 1
-    assert world.holder() == "2"
-    assert "'version 1' is worse than 'version 2'" in capsys.readouterr().out
-    assert tags(world, "1")["promoted"] == "no"
-
-
 def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
     split = ["--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-05"]
     assert run(world, "--challenger", "2", *split, "--data.work", str(world.folder / "earlier")) == 1

@@ -149,49 +149,6 @@ def test_a_holder_that_cannot_be_served_gives_way(world: World, tmp_path: Path, 
     assert reason.startswith("version 2, which holds 'champion', can't be served any more: ")
 
 
-def test_a_holder_that_computes_something_else_here_keeps_the_alias(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    registry.move_alias(NAME, "champion", "2", world.uri)
-    folder = tmp_path / "model"
-    shutil.copytree(fetch_model("models:/learnable/2", world.uri), folder)
-    scores = json.loads((folder / "example_scores.json").read_text())
-    scores["predictions"]["click"][0] *= 1.01
-    (folder / "example_scores.json").write_text(json.dumps(scores))
-    write_manifest(folder)
-    monkeypatch.setattr(registry, "fetch_model", lambda *_: folder)
-    world.train(*SLOW, "--training.seed", "9")
-    assert world.holder() == "2"
-    assert "version 2, which holds 'champion', can't be compared here: the model in " in said(world.work)[0]
-    assert "gives other predictions here" in said(world.work)[0]
-
-
-def test_a_holder_that_was_trained_on_the_judging_rows_is_not_compared(world: World, tmp_path: Path) -> None:
-    """It has seen their labels, so it would look better than it is."""
-    earlier = ("--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-06")
-    world.train(*SLOW, *earlier, "--data.work", str(tmp_path))
-    assert world.holder() == "2"
-    reason = said(tmp_path)[0]
-    assert reason.startswith("version 2, which holds 'champion', can't be compared here: it was trained, or")
-    assert "on requests before 2024-03-06 00:00, and is measured on those from 2024-03-04 00:00 UTC on" in reason
-
-
-def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.move_alias(NAME, "champion", "1", world.uri)
-    score, calls = promotion.score_rows, []
-
-    def scored(settings: Any, model: Any, *rest: Any) -> Any:
-        calls.append(model)
-        if len(calls) == 2:  # after the holder
-            model.mixture.towers.output_bias.data.fill_(float("inf"))
-        return score(settings, model, *rest)
-
-    monkeypatch.setattr(promotion, "score_rows", scored)
-    world.train()
-    assert world.holder() == "1"
-    assert said(world.work)[0] == "'this model' gives predictions that are not finite numbers"
-
-
 def test_an_outage_during_the_comparison_decides_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -28,14 +28,11 @@ KINDS: dict[str, Kind] = {name: import_module(f"{__name__}.{name}").KIND for nam
 
 if TYPE_CHECKING:
     FeatureSettings = Feature
-    _Meanings = Feature
 else:
-    _kind = Field(discriminator="kind")
-    FeatureSettings = Annotated[reduce(or_, [each.settings for each in KINDS.values()]), _kind]
+    FeatureSettings = Annotated[reduce(or_, [each.feature for each in KINDS.values()]), Field(discriminator="kind")]
     """What may stand under `features` in a settings file."""
-    _Meanings = Annotated[reduce(or_, [each.feature for each in KINDS.values()]), _kind]
 
-_FEATURES = TypeAdapter(dict[str, _Meanings])
+_FEATURES = TypeAdapter(dict[str, FeatureSettings])
 
 
 def schema_of(sections: Mapping[str, Any]) -> Schema:

@@ -424,4 +424,4 @@ def suffix_of(window: float | None) -> str:
     return "" if window is None else f"_{window:.15g}d".replace(".", "p")
 
 
-KIND = Kind(CounterFeature, CounterFeature, CounterEncoder)
+KIND = Kind(CounterFeature, CounterEncoder)

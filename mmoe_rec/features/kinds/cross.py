@@ -13,8 +13,8 @@ from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Once, Schema
 
 
-class CrossFeature(Feature):
-    """The hashed combination of two or more columns."""
+class CrossFeature(Feature, Embedded):
+    """The hashed combination of two or more columns, embedded."""
 
     kind: Literal["cross"]
     columns: Annotated[tuple[str, ...], Once] = Field(min_length=2, description="columns to combine")
@@ -26,10 +26,6 @@ class CrossFeature(Feature):
     def meaning(self, schema: Schema) -> Meaning:
         """Each row is a bucket; a combination of missing values has one too."""
         return Meaning(self.columns, lambda table, row: f"bucket {row}", missing=False)
-
-
-class EmbeddedCross(CrossFeature, Embedded):
-    """The hashed combination of two or more columns, embedded."""
 
 
 class CrossEncoder(Encoder):
@@ -46,4 +42,4 @@ class CrossEncoder(Encoder):
         return Inputs({self.name: (hashes % np.uint64(self.feature.buckets)).astype(np.int64)})
 
 
-KIND = Kind(CrossFeature, EmbeddedCross, CrossEncoder)
+KIND = Kind(CrossFeature, CrossEncoder)

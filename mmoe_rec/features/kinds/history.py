@@ -37,6 +37,19 @@ class HistoryFeature(Remembering):
     attributes: Annotated[tuple[str, ...], Once] = Field(
         (), description="further id features of the candidate, such as its brand, that each has too"
     )
+    pooling: Literal["mean", "attention"] = Field(
+        "mean",
+        description="mean of the vectors of events; attention: besides, a small network looks at each event together "
+        "with the candidate, and at the order of events",
+    )
+
+    @model_validator(mode="after")
+    def _not_too_long(self) -> Self:
+        if self.pooling == "attention" and self.length > LONGEST:
+            raise ValueError(
+                f"attention looks at no more than {LONGEST} events: set `length` lower, or `pooling` to mean"
+            )
+        return self
 
     def reads(self) -> Mapping[str, Use]:
         """None: every row has the user's id."""
@@ -66,24 +79,6 @@ class HistoryFeature(Remembering):
         columns = (schema.columns.user, *schema.features[self.of].reads())
         parts = {each: meaning_of_ids(schema, columns, each) for each in self.attributes}
         return replace(meaning_of_ids(schema, columns, self.of), parts=parts)
-
-
-class PooledHistory(HistoryFeature):
-    """A history, and how a model makes one vector of it."""
-
-    pooling: Literal["mean", "attention"] = Field(
-        "mean",
-        description="mean of the vectors of events; attention: besides, a small network looks at each event together "
-        "with the candidate, and at the order of events",
-    )
-
-    @model_validator(mode="after")
-    def _not_too_long(self) -> Self:
-        if self.pooling == "attention" and self.length > LONGEST:
-            raise ValueError(
-                f"attention looks at no more than {LONGEST} events: set `length` lower, or `pooling` to mean"
-            )
-        return self
 
 
 @dataclass(eq=False)
@@ -212,20 +207,16 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         names = list(self.result_columns())
         if not any(map(rows.has, names)):
             return None
-        if lacking := [name for name in names if not rows.has(name)]:
-            raise UserError(f"history '{self.name}' is given without '{lacking[0]}': give all of {', '.join(names)}")
-        lists = {name: rows.column(name) for name in names}
-        lengths = {name: each.value_lengths().fill_null(0) for name, each in lists.items() if not pt.is_null(each.type)}
-        nulls = any(each.flatten().null_count for name, each in lists.items() if name in lengths)
-        if len(names) > 1 and (nulls or len({each.to_numpy().tobytes() for each in lengths.values()}) > 1):
+        lists = {name: rows.column(name) for name in names if rows.has(name)}
+        held = [each for each in lists.values() if not pt.is_null(each.type)]
+        lengths = {each.value_lengths().fill_null(0).to_numpy().tobytes() for each in held}
+        nulls = any(each.flatten().null_count for each in held)
+        if len(lists) < len(names) or (len(names) > 1 and (nulls or len(lengths) > 1)):
             raise UserError(
-                f"history '{self.name}': lists of {', '.join(names)} must be equally long in each row, without nulls"
+                f"history '{self.name}': give all of {', '.join(names)}, as lists that are equally long in each row, "
+                "without nulls"
             )
         return lists
-
-    def words(self, result: str, values: np.ndarray) -> list[Any]:
-        """(N,) values of a result as the log has them: ids, None in the place of one without a row of its own."""
-        return self.parts[result].decode(values)
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
         """The last candidates in the log's words, oldest first; None for an empty list. Columns with the names of the
@@ -239,7 +230,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
                 own = given[name].to_pylist()
                 lists = [[each for each in ids or () if each is not None][-self.feature.length :] for ids in own]
             else:
-                words, offsets = self.words(name, known[name].values), known[name].offsets
+                words, offsets = self.parts[name].decode(known[name].values), known[name].offsets
                 lists = [words[offsets[each] : offsets[each + 1]] for each in asked.number.tolist()]
             found[name] = np.empty(len(rows), object)
             found[name][:] = [each or None for each in lists]
@@ -251,4 +242,4 @@ def _column(place: int) -> str:
     return f"id{place or ''}"
 
 
-KIND = Kind(HistoryFeature, PooledHistory, HistoryEncoder)
+KIND = Kind(HistoryFeature, HistoryEncoder)

@@ -14,17 +14,13 @@ from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Embedded
 
 
-class IdFeature(VocabularyFeature):
-    """One id a row."""
+class IdFeature(VocabularyFeature, Embedded):
+    """One id a row, embedded."""
 
     kind: Literal["id"]
 
     def reads(self) -> Mapping[str, Use]:
         return {self.column: "key"}
-
-
-class EmbeddedId(IdFeature, Embedded):
-    """One id a row, embedded."""
 
 
 class IdEncoder(Encoder):
@@ -79,4 +75,4 @@ class IdEncoder(Encoder):
         return known[0].as_py() if len(known) else None
 
 
-KIND = Kind(IdFeature, EmbeddedId, IdEncoder)
+KIND = Kind(IdFeature, IdEncoder)

@@ -17,18 +17,14 @@ from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Embedded
 
 
-class IdsFeature(VocabularyFeature):
-    """A list of ids a row."""
+class IdsFeature(VocabularyFeature, Embedded):
+    """A list of ids a row, embedded and averaged."""
 
     kind: Literal["ids"]
     max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
 
     def reads(self) -> Mapping[str, Use]:
         return {self.column: "keys"}
-
-
-class EmbeddedIds(IdsFeature, Embedded):
-    """A list of ids a row, embedded and averaged."""
 
 
 class IdsEncoder(IdEncoder):
@@ -69,4 +65,4 @@ def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.
     return values.drop_null().filter(pa.array(place < max_length)), np.minimum(lengths, max_length).astype(np.int32)
 
 
-KIND = Kind(IdsFeature, EmbeddedIds, IdsEncoder)
+KIND = Kind(IdsFeature, IdsEncoder)

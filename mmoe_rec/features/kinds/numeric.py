@@ -15,8 +15,8 @@ from mmoe_rec.settings.log_columns import Use
 from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
 
 
-class NumericFeature(Feature):
-    """A number, standardised or as its quantile bucket; missing values get an indicator."""
+class NumericFeature(Feature, Embedded):
+    """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
 
     kind: Literal["numeric"]
     column: str = Field(description="column that the feature reads")
@@ -49,10 +49,6 @@ class NumericFeature(Feature):
         if self.values is None:
             return Meaning((self.column,), lambda table, row: f"bucket {row}")
         return Meaning((self.column,), lambda table, row: f"frequent value {row}" if row else "others", missing=False)
-
-
-class EmbeddedNumeric(NumericFeature, Embedded):
-    """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
 
 
 class NumericEncoder(NumberEncoder):
@@ -137,4 +133,4 @@ class NumericEncoder(NumberEncoder):
         return round(float(np.sign(mean) * np.expm1(abs(mean))) if self.feature.transform == "log" else mean, 6)
 
 
-KIND = Kind(NumericFeature, EmbeddedNumeric, NumericEncoder)
+KIND = Kind(NumericFeature, NumericEncoder)

@@ -21,9 +21,10 @@ _FIRST_DAY, _LAST_DAY = np.array(["0001-01-02", "9999-12-30"], "datetime64[us]")
 
 
 class TimeFeature(Feature):
-    """Hour and weekday as ids, age in days as a number."""
+    """Hour and weekday as embeddings, age in days as a number."""
 
     kind: Literal["time"]
+    dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
     column: str | None = Field(None, description="timestamp column; null is the request's time")
     parts: Annotated[tuple[Literal["hour", "weekday", "age"], ...], Once] = Field(
         ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
@@ -62,12 +63,6 @@ class TimeFeature(Feature):
     def meaning(self, schema: Schema) -> Meaning:
         """Row 0 is a missing time, hours and weekdays follow."""
         return Meaning((self.column or schema.columns.time,), _hour_or_weekday)
-
-
-class EmbeddedTime(TimeFeature):
-    """Hour and weekday as embeddings, age in days as a number."""
-
-    dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
 
 
 class TimeEncoder(NumberEncoder):
@@ -120,4 +115,4 @@ def _hour_or_weekday(table: str, row: int) -> str:
     return calendar.day_abbr[row - 1] if table.endswith("_weekday") else f"{row - 1}:00"
 
 
-KIND = Kind(TimeFeature, EmbeddedTime, TimeEncoder)
+KIND = Kind(TimeFeature, TimeEncoder)

@@ -62,4 +62,4 @@ class VectorEncoder(NumberEncoder):
         return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
 
 
-KIND = Kind(VectorFeature, VectorFeature, VectorEncoder)
+KIND = Kind(VectorFeature, VectorEncoder)
