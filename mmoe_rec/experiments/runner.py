@@ -379,8 +379,8 @@ class Runner:
         from mmoe_rec.training.baselines import boost_tasks, predict_calibrated, read_inputs
 
         settings, layout = task.settings, task.prepared.layout
-        learnt, held_out, last = read_inputs(settings, task.prepared, layout)
-        boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
+        learnt, held_out = read_inputs(settings, task.prepared, layout)
+        boosted, facts = boost_tasks(settings, layout, learnt, held_out)
         rows = EncodedRows(task.prepared.split(self.split), layout, part=self.part)
         values = predict_calibrated(settings, layout, boosted, held_out, rows)
         weights = np.array([settings.tasks[each.name].score_weight for each in layout.tasks])

@@ -1,30 +1,29 @@
 """What a model has to beat, for any data set: popularity, and gradient-boosted trees on the same rows and features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.calibration import fit_calibration
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.summary import MeasuredModel
+from mmoe_rec.evaluation.evaluate import EvaluationResult
+from mmoe_rec.evaluation.results_report import write_results
+from mmoe_rec.evaluation.scoring import ScoredRows, read_labels
+from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.locks import writing
+from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.model.score import logits_of, predictions
 from mmoe_rec.preprocessing.logs import BuildInputs, check_out
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
-from mmoe_rec.progress import bar, say
+from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.boosting import Inputs, Predict, boost_trees, rate_candidates
-
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.evaluate import EvaluationResult
-    from mmoe_rec.evaluation.scoring import ScoredRows
-
 
 TREES, POPULARITY = "gradient boosting", "popularity"
 
@@ -40,9 +39,6 @@ def measure_baselines(
     evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
     no rows of a split, or a task can't be learnt.
     """
-    from mmoe_rec.evaluation.results_report import write_results
-    from mmoe_rec.evaluation.summary import summarise
-
     check_out(out, settings)
     with (
         features_in_use(BuildInputs.of(settings), "baselines", ("train", "validation", "test")) as prepared,
@@ -65,12 +61,9 @@ def measure_baselines(
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, ScoredRows], dict[str, str]]:
     """The baselines' predictions of the test rows, and what trees of each task selecting rows chose; without
     candidates, none is more popular than another."""
-    from mmoe_rec.evaluation.scoring import read_labels
-    from mmoe_rec.model.model_layout import ModelLayout
-
     layout = ModelLayout.of(prepared.layout, settings)
-    learnt, held_out, last = read_inputs(settings, prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
+    learnt, held_out = read_inputs(settings, prepared, layout)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out)
     test, rows = EncodedRows(prepared.split("test"), layout), read_labels(settings, prepared, "test")
     scored = {TREES: rows.with_predictions(predict_calibrated(settings, layout, boosted, held_out, test))}
     if rows.candidates is not None:
@@ -82,40 +75,33 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
     return scored, facts
 
 
-def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[Inputs, Inputs, str]:
-    """What trees learn from, the last training rows; the last validation rows that select; and how many of all the
-    former are, in words, where not all."""
+def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[Inputs, Inputs]:
+    """The last training rows, from which trees learn, and the last validation rows that select."""
     weighted = settings.training.sampling_correction == "weights"
     train = EncodedRows(prepared.split("train"), layout)
     selecting = EncodedRows(prepared.split("validation"), layout, part=Part.SELECTING)
     learnt, held_out = (
         Inputs.read(rows, layout, ("candidate", "time", *rows.weighing(weighted))) for rows in (train, selecting)
     )
-    last = ""
     if len(learnt.labels) < train.rows:
-        last = f" from the last {len(learnt.labels):,} of {train.rows:,} training rows"
-        say(f"the baselines learn{last}")
-    return learnt, held_out, last
+        say(f"the baselines learn from the last {len(learnt.labels):,} of {train.rows:,} training rows")
+    return learnt, held_out
 
 
 def boost_tasks(
-    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs, last: str
+    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs
 ) -> tuple[list[Predict], dict[str, str]]:
-    """The trees of all tasks, and what selecting rows chose. learnt, held_out, last: as `read_inputs` gives them.
-    Raises UserError where a task can't be learnt."""
+    """The trees of all tasks, and what selecting rows chose. Raises UserError where a task can't be learnt."""
     facts, boosted = dict[str, str](), list[Predict]()
-    with bar() as progress:
-        step = progress.add_task("boosted trees", total=len(layout.tasks))
-        for index, task in enumerate(layout.tasks):
-            known = learnt.of_task(index), held_out.of_task(index)
-            try:
-                predict, told = boost_trees(task.kind, *known, settings.training.seed)
-            except UserError as error:
-                raise UserError(f"no baseline can learn task '{task.name}'{last}: {error}") from None
-            boosted.append(predict)
-            facts[f"{TREES} of {task.name}"] = told
-            say(f"  {TREES} of {task.name}: {told}")
-            progress.advance(step)
+    for index, task in enumerate(layout.tasks):
+        known = learnt.of_task(index), held_out.of_task(index)
+        try:
+            predict, told = boost_trees(task.kind, *known, settings.training.seed)
+        except UserError as error:
+            raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
+        boosted.append(predict)
+        facts[f"{TREES} of {task.name}"] = told
+        say(f"  {TREES} of {task.name}: {told}")
     return boosted, facts
 
 
@@ -133,11 +119,6 @@ def predict_calibrated(
 
 def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Predictions (M, T), calibrated by those of the validation rows, `own` (N, T), as a model's are."""
-    import torch
-
-    from mmoe_rec.evaluation.calibration import fit_calibration
-    from mmoe_rec.model.score import logits_of, predictions
-
     if settings.training.calibration == "none":
         return values
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
