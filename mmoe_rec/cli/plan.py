@@ -1,8 +1,8 @@
 """mmoe-rec plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80
 
-Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long a step
-would take, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do not fit are
-refused, with their sizes.
+Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long looking
+them up takes in a step, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do
+not fit are refused, with their sizes.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found:
