@@ -1,12 +1,12 @@
 """mmoe-rec plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80
 
-Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long a step
-would take, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do not fit are
-refused, with their sizes.
+Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long looking
+them up takes in a step, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do
+not fit are refused, with their sizes.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
-allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
-and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise.
+allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found:
+good for comparing settings, no promise.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 GIB = 2**30
 MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
-# Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
-TFLOPS = {"cuda": 100.0, "cpu": 0.4}
 MEMORY = click.FloatRange(0.01, 1e6)  # both ends are far beyond any machine
 
 
 @settings_command(__doc__)
 @click.option("--world-size", type=COUNT, required=True, metavar="N", help="processes, one for each GPU")
 @click.option("--local-world-size", type=COUNT, required=True, metavar="N", help="processes on each machine")
-@click.option("--device", type=click.Choice(list(TFLOPS)), default="cuda", help="default: cuda")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="default: cuda")
 @click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU (default: 80)")
 @click.option("--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine (default: 512)")
 def plan(
@@ -59,7 +57,7 @@ def plan(
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.tables import torchrec_tables, used_tables
-    from mmoe_rec.training.sharding import Machines, Planning, Sharding, merge_neighbours, table_bytes
+    from mmoe_rec.training.sharding import Machines, Planning, check_sharding, merge_neighbours, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
     if (built / "layout.json").is_file():
@@ -67,23 +65,20 @@ def plan(
     else:
         layout = largest_layout(settings.schema_)
         where = "the largest that the settings allow; features are not built yet"
-    layout, sharding = ModelLayout.of(layout, settings), Sharding.of(settings.training)
-    sharding.check(device)
+    layout = ModelLayout.of(layout, settings)
+    check_sharding(settings.training.sharding, device)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
     machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
     rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = Planning(layout, machines, rows, sharding).on_paper(model), used_tables(layout)
+    (text, ranks), tables = Planning(layout, machines, rows, settings.training).on_paper(model), used_tables(layout)
     print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
     print(text)
     print("\n".join(merge_neighbours([(each.rank, describe_rank(each, machines.rank_bytes)) for each in ranks])))
-    slowest = max(rank.milliseconds for rank in ranks)
-    weights = sum(each.numel() for each in model.mixture.parameters())
-    dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
-    print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
+    print(f"estimated time of tables in a step: {max(rank.milliseconds for rank in ranks):.1f} ms")
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 

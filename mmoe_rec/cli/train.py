@@ -28,6 +28,9 @@ from mmoe_rec.cli.main import Configuration, settings_command, show_report
 @click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
 def train(configuration: Configuration, resume: bool, start: str | None) -> None:
+    from mmoe_rec.preprocessing.logs import BuildInputs
+
+    _ = BuildInputs.of(configuration.settings).logs  # a log that is missing is reported before torch is loaded
     from mmoe_rec.tracking.registry import CHALLENGER
     from mmoe_rec.training.train import train_model
 

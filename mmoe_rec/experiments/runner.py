@@ -381,8 +381,8 @@ class Runner:
 def _grow_trees(task: Task, layout: ModelLayout, rows: EncodedRows) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Grow the trees of `baselines` in place of a network. Returns predictions (N, T), scores (N,), and facts."""
     settings = task.settings
-    learnt, held_out, last = read_inputs(settings, task.prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
+    learnt, held_out = read_inputs(settings, task.prepared, layout)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out)
     values = predict_calibrated(settings, layout, boosted, held_out, rows)
     weights = np.array([each.score_weight for each in layout.tasks])
     return values, np.log(np.clip(values, 1e-12, None)) @ weights, {"trees": facts}

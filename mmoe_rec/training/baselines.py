@@ -21,7 +21,7 @@ from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import add_outcomes, logits_of, predictions
 from mmoe_rec.preprocessing.logs import BuildInputs, check_out
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
-from mmoe_rec.progress import bar, say
+from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.boosting import Inputs, Predict, boost_trees, rate_candidates
 
@@ -59,8 +59,8 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Pre
     """The baselines' predictions of the test rows, and what trees of each task selecting rows chose; without
     candidates, none is more popular than another."""
     layout = ModelLayout.of(prepared.layout, settings)
-    learnt, held_out, last = read_inputs(settings, prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out, last)
+    learnt, held_out = read_inputs(settings, prepared, layout)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out)
     test, rows = EncodedRows(prepared.split("test"), layout), read_labels(settings, prepared, "test")
     weights = np.array([settings.tasks[task.name].score_weight for task in layout.tasks])
 
@@ -77,40 +77,33 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Pre
     return scored, facts
 
 
-def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[Inputs, Inputs, str]:
-    """What trees learn from, the last training rows; the last validation rows that select; and how many of all the
-    former are, in words, where not all."""
+def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[Inputs, Inputs]:
+    """The last training rows, from which trees learn, and the last validation rows that select."""
     weighted = settings.training.sampling_correction == "weights"
     train = EncodedRows(prepared.split("train"), layout)
     selecting = EncodedRows(prepared.split("validation"), layout, part=Part.SELECTING)
     learnt, held_out = (
         Inputs.read(rows, layout, ("candidate", "time", *rows.weighing(weighted))) for rows in (train, selecting)
     )
-    last = ""
     if len(learnt.labels) < train.rows:
-        last = f" from the last {len(learnt.labels):,} of {train.rows:,} training rows"
-        say(f"the baselines learn{last}")
-    return learnt, held_out, last
+        say(f"the baselines learn from the last {len(learnt.labels):,} of {train.rows:,} training rows")
+    return learnt, held_out
 
 
 def boost_tasks(
-    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs, last: str
+    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs
 ) -> tuple[list[Predict], dict[str, str]]:
-    """The trees of all tasks, and what selecting rows chose. learnt, held_out, last: as `read_inputs` gives them.
-    Raises UserError where a task can't be learnt."""
+    """The trees of all tasks, and what selecting rows chose. Raises UserError where a task can't be learnt."""
     facts, boosted = dict[str, str](), list[Predict]()
-    with bar() as progress:
-        step = progress.add_task("boosted trees", total=len(layout.tasks))
-        for index, task in enumerate(layout.tasks):
-            known = learnt.of_task(index), held_out.of_task(index)
-            try:
-                predict, told = boost_trees(task.kind, *known, settings.training.seed)
-            except UserError as error:
-                raise UserError(f"no baseline can learn task '{task.name}'{last}: {error}") from None
-            boosted.append(predict)
-            facts[f"{TREES} of {task.name}"] = told
-            say(f"  {TREES} of {task.name}: {told}")
-            progress.advance(step)
+    for index, task in enumerate(layout.tasks):
+        known = learnt.of_task(index), held_out.of_task(index)
+        try:
+            predict, told = boost_trees(task.kind, *known, settings.training.seed)
+        except UserError as error:
+            raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
+        boosted.append(predict)
+        facts[f"{TREES} of {task.name}"] = told
+        say(f"  {TREES} of {task.name}: {told}")
     return boosted, facts
 
 

@@ -34,7 +34,7 @@ from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingS
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.sharded_tables import choose_way
-from mmoe_rec.training.sharding import Optimizers, ShardedModel, Sharding, shard, training_tables
+from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import (
     Choices,
     Steps,
@@ -212,10 +212,8 @@ class Trainer:
             self.layout,
             self.device,
             batch_size=math.ceil(self.batch_size / self.world_size),
-            table_learning_rate=self.settings.table_learning_rate,
-            seed=self.settings.seed,
+            settings=self.settings,
             first_rows=None if warm_start is None else warm_start.rows,
-            sharding=Sharding.of(self.settings),
         )
         return sharded, choices
 

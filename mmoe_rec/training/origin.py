@@ -1,12 +1,9 @@
 """What a training was begun with: its settings, features and start, by which a command recognises it."""
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
-from mmoe_rec.settings.log_columns import SPLITS
 from mmoe_rec.settings.sections import Settings, differences
-from mmoe_rec.settings.training import SPLIT_COLUMNS
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {
@@ -67,18 +64,8 @@ class Origin:
 
 def fixed_settings(settings: Settings) -> dict[str, Any]:
     """The settings on which a training's result depends."""
-    sections = {"columns", "roles", "tasks", "features", "model", "training"}
+    sections = {"columns", "roles", "tasks", "features", "model", "training", "split"}
     tree = settings.model_dump(mode="json", include=sections)
-    split: dict[str, Any] = {}
-    for name, each in settings.split:
-        if isinstance(each, datetime):
-            split[name] = each.astimezone(UTC).isoformat()
-        elif name not in ("column", *SPLITS):
-            split[name] = each
-        elif settings.split.column is not None:  # without one its values say nothing
-            split[name] = list(each) if isinstance(each, tuple) else each
     events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
     training = {name: value for name, value in tree["training"].items() if name not in _FREE}
-    if settings.training.sharding not in SPLIT_COLUMNS:  # others change no result
-        training = {name: value for name, value in training.items() if name not in ("sharding", "shard_columns")}
-    return {**tree, "training": training, "split": split, "data": {"events": events}}
+    return {**tree, "training": training, "data": {"events": events}}

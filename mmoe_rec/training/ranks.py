@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,15 +19,10 @@ from mmoe_rec.model.products import choose_products
 from mmoe_rec.progress import quiet_loggers
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.sharded_tables import choose_way
-from mmoe_rec.training.sharding import Sharding
+from mmoe_rec.training.sharding import check_sharding
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
-# How warnings begin that torchrec brings upon itself, with torch 2.11 to 2.13.
-NOISY_WARNINGS = (
-    "`_get_pg_default_device` will be deprecated",
-    "Multiple backends are registered with this ProcessGroup",
-)
 _SECONDS_TO_LET_GO = 0.05
 _DAYS_FOR_FEATURES = timedelta(days=7)
 _SIGNS_OF_LOSS = ("gloo", "connection", "timed out", "timeout", "nccl", "socket")
@@ -73,7 +67,7 @@ class Ranks:
 def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     """The device and the process group of a training. Raises UserError for what this machine does not offer."""
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
-    Sharding.of(settings).check(device.type)
+    check_sharding(settings.sharding, device.type)
     if choose_way(settings.tables, device.type, ranks) == "torch" and settings.sharding != "auto":
         raise UserError(
             f"training.sharding is {settings.sharding}, and training.tables is torch, which spreads no tables. Set one "
@@ -104,9 +98,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         quiet = quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL))
-        with quiet, warnings.catch_warnings(), _explain_loss(ranks):
-            for start in NOISY_WARNINGS:
-                warnings.filterwarnings("ignore", message=start, category=UserWarning)
+        with quiet, _explain_loss(ranks):
             yield ranks
     finally:
         # Without both, a rank can abort at exit: a thread of gloo that still has to release the last tensors needs the

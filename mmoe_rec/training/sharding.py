@@ -45,37 +45,15 @@ FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 # Which rank holds which part of which table: torchrec's planner, for the running ranks or for any, on paper.
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """How tables are spread, as the settings of `training` of the same names say it."""
-
-    kind: str = "auto"
-    columns: int = 32
-    communication: Literal["fp32", "bf16"] = "fp32"
-
-    @staticmethod
-    def of(settings: Training) -> "Sharding":
-        return Sharding(settings.sharding, settings.shard_columns, settings.communication)
-
-    def check(self, device: str) -> None:
-        """Raises UserError for what can't work on "cpu" or "cuda"."""
-        if self.kind != "auto":
-            require_torchrec(f"training.sharding {self.kind}", "set it to auto")
-        if device == "cpu" and self.kind not in ON_CPUS:
-            raise UserError(
-                f"training.sharding is {self.kind}, which torchrec has on GPUs alone: on CPUs set it to "
-                f"{', '.join(ON_CPUS[:-1])} or {ON_CPUS[-1]}"
-            )
-
-    def types(self, device: str) -> list[str]:
-        """What the planner may choose among, for each table."""
-        if self.kind != "auto":
-            return [self.kind]
-        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
-        return list(WHOLE_ROWS) if device == "cuda" else ["table_wise"]
-
-
-BY_DEFAULT = Sharding()
+def check_sharding(kind: str, device: str) -> None:
+    """Raise UserError for a setting `training.sharding` that can't work on "cpu" or "cuda"."""
+    if kind != "auto":
+        require_torchrec(f"training.sharding {kind}", "set it to auto")
+    if device == "cpu" and kind not in ON_CPUS:
+        raise UserError(
+            f"training.sharding is {kind}, which torchrec has on GPUs alone: on CPUs set it to "
+            f"{', '.join(ON_CPUS[:-1])} or {ON_CPUS[-1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,18 +97,18 @@ def update_in_backward(model: nn.Module, learning_rate: float) -> None:
 
 @dataclass(frozen=True)
 class Planning:
-    """What a plan of the tables follows from. batch_size: rows a rank and step."""
+    """What a plan of the tables follows from. batch_size: rows a rank and step; settings: how tables are spread."""
 
     layout: ModelLayout
     machines: Machines
     batch_size: int
-    sharding: Sharding = BY_DEFAULT
+    settings: Training
 
     def sharders(self) -> list[Any]:
         """What knows how to spread tables."""
         from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-        if self.sharding.communication == "fp32":
+        if self.settings.communication == "fp32":
             return [EmbeddingBagCollectionSharder()]
         from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
         from torchrec.distributed.types import CommOp
@@ -148,14 +126,16 @@ class Planning:
         from torchrec.distributed.planner import EmbeddingShardingPlanner, types
         from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
-        machines, sharding, sharders = self.machines, self.sharding, self.sharders()
+        machines, sharders, kind = self.machines, self.sharders(), self.settings.sharding
+        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
+        by_default = WHOLE_ROWS if machines.device == "cuda" else ("table_wise",)
         # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
         # the state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
         constraints = {
             table.name: types.ParameterConstraints(
-                sharding_types=sharding.types(machines.device),
+                sharding_types=list(by_default) if kind == "auto" else [kind],
                 compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-                min_partition=sharding.columns,
+                min_partition=self.settings.shard_columns,
             )
             for table in used_tables(self.layout)
         }
@@ -281,25 +261,23 @@ def shard(
     device: torch.device,
     *,
     batch_size: int,
-    table_learning_rate: float,
-    seed: int = 0,
+    settings: Training,
     first_rows: FirstRows | None = None,
-    sharding: Sharding = BY_DEFAULT,
 ) -> ShardedModel:
     """Spreads a model over `training_tables` over the ranks of the current process group.
 
-    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`. A
+    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows`. A
     layout without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory, or the
     sharding is not on offer.
     """
-    first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
-    sharding.check(device.type)
+    first_rows = first_rows or (lambda table, first, last: initial_rows(table, settings.seed, first, last))
+    check_sharding(settings.sharding, device.type)
     tables = model.get_submodule("tables")
     if isinstance(tables, OneProcessTables):
         one = OneProcess(model)
         _fill_tables(one, layout, first_rows)
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
-        return ShardedModel(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines))
+        return ShardedModel(one, RowWiseAdagrad(tables, settings.table_learning_rate), "\n".join(lines))
 
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
@@ -307,9 +285,9 @@ def shard(
 
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
     plan = ShardingPlan({})
-    planning = Planning(layout, _machines(device), batch_size, sharding)
+    planning = Planning(layout, _machines(device), batch_size, settings)
     if used_tables(layout):
-        update_in_backward(model, table_learning_rate)
+        update_in_backward(model, settings.table_learning_rate)
         plan = planning.make(model, dist.group.WORLD)
     with warnings.catch_warnings():
         # An argument that torchrec hands to torch, deprecated there.

@@ -1,10 +1,7 @@
 """Grows the boosted trees that stand beside a trained network, and fits how much each of both counts."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,17 +11,15 @@ from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.log.columns import hash_column
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.trees import Blend, Forest, Trees, read_ensemble
-from mmoe_rec.progress import bar, say
+from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.progress import say
+from mmoe_rec.settings.model import Trees as TreesSection
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.task_kinds.task_kind import TaskKind
 from mmoe_rec.training.boosting import Inputs, grow_lightgbm
-
-if TYPE_CHECKING:
-    from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.preprocessing.prepare import FeatureFolder
-    from mmoe_rec.settings.model import Trees as TreesSection
-    from mmoe_rec.settings.sections import Settings
 
 SPREAD = 0.25
 """Standard deviation that is expected of the difference of both weights, as a fraction of their sum."""
@@ -61,17 +56,14 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     certainty = CERTAINTY if settings.columns.has_time else 0.0
     texts: dict[str, str] = {}
     blends: dict[str, Blend] = {}
-    with bar() as progress:
-        step = progress.add_task("trees", total=len(layout.tasks))
-        for index, task in enumerate(layout.tasks):
-            observed = ~np.isnan(held_out.labels[:, index])
-            rows = learnt.of_task(index), held_out.of_task(index)
-            network = logits[observed, index].astype(np.float64)
-            found, told = fit_task(task, section, settings.training.seed, *rows, network, users[observed], certainty)
-            if found is not None:
-                texts[task.name], blends[task.name] = found
-            say(f"  {task.name}: {told}")
-            progress.advance(step)
+    for index, task in enumerate(layout.tasks):
+        observed = ~np.isnan(held_out.labels[:, index])
+        rows = learnt.of_task(index), held_out.of_task(index)
+        network = logits[observed, index].astype(np.float64)
+        found, told = fit_task(task, section, settings.training.seed, *rows, network, users[observed], certainty)
+        if found is not None:
+            texts[task.name], blends[task.name] = found
+        say(f"  trees of {task.name}: {told}")
     return Trees(texts, blends)
 
 

@@ -10,10 +10,10 @@ next. So the host waits for the device in these places only:
 - torchrec's pipeline, with several ranks: how many ids they send each other, on a stream of its own, a step ahead;
 - every `STEPS_BETWEEN_LOGS` steps `Meter.read` and the learnt task weights;
 - a validation reads the logits of each batch, with several ranks also whether one was asked to stop, and its sums;
-- a checkpoint is copied to main memory, and a bad batch is saved;
+- a checkpoint is written;
 - the first use of each number that a device keeps from then on (`mmoe_rec.devices.constant`).
 
-`tests/training/test_host_waits.py` counts them on a device that need not be there.
+`tests/gpu/test_device.py` counts them.
 """
 
 import copy

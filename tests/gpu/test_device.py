@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,28 +12,72 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import fp32_products
+from mmoe_rec.errors import StopRequest
 from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.evaluation.evaluate import predict_rows
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.products import multiplies_by_expert
+from mmoe_rec.model.routing import RULES
 from mmoe_rec.model.score import UNCALIBRATED
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.settings import model as section
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.steps import Steps
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.learnable import LAYOUTS, trained, write_prepared
-from tests.training.test_host_waits import CASES, changes, steps_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = torch.device("cuda", 0)
 ROWS = 512
+EXPERTS = {"count": 16, "units": (16, 8)}
+WHOLE_BLOCKS = {"bottom": {"units": (16,)}, "experts": EXPERTS}
+# Each rule, as all of its options are, and what a layout adds to a step.
+CASES: dict[str, dict[str, Any]] = {
+    rule.name: {"gates": _gates} for rule in RULES for _gates in [{"routing": rule.name}]
+}
+CASES |= {
+    "noise and dropout": {"gates": {"routing": "top_k", "noise": 0.5, "dropout": 0.2, "random_top_k": True}},
+    "one gate": {"gates": {"routing": "top_k", "per_task": False}},
+    "levels": {"gates": {"routing": "top_k"}, "experts": EXPERTS | {"count": 4, "task_count": 2, "levels": 2}},
+    "wide": {"bottom": {"units": (16,), "piecewise": True, "cross_layers": 2, "dropout": 0.1}},
+    "normalised": {"experts": EXPERTS | {"normalise": True, "raw_inputs": True}},
+    "placement": {"placement": {"dropout": 0.3}},
+}
+
+
+def changes(case: str) -> dict[str, Any]:
+    found = WHOLE_BLOCKS | CASES[case]
+    gates = found.get("gates", {})
+    if gates.get("routing") == "expert_choice":
+        gates = gates | {"serving_top_k": 2}
+    takes_bias = gates.get("routing") in ("top_k", "shared_route")
+    return found | {"gates": {"top_k": 2, "balance": "bias" if takes_bias else "loss", "z_loss": 0.1} | gates}
+
+
+def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf16: bool) -> Steps:
+    class Whole(nn.Module):
+        """As torchrec's wrapper has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model
+
+        def forward(self, batch: Batch) -> Any:
+            return self.module(batch)
+
+    sharded: Any = SimpleNamespace(
+        model=Whole(), dense_parameters=lambda: dict(model.named_parameters()), pipelined=False
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return Steps(sharded, optimizer, layout, device, bf16=bf16, clip_gradient=1.0, stop=StopRequest())
 
 
 @pytest.fixture

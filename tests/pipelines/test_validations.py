@@ -24,28 +24,28 @@ EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
 def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
     history = [
-        (step, Validation({"click": 0.5, "stars": 1.25}, {"click": 0.6 + step / 1e4}, EVEN, {"click": 0.55}, {}))
+        (step, Validation({"click": 0.5, "stars": 1.25}, {"click": 0.6 + step / 1e4}, EVEN, {"click": 0.95}))
         for step in (100, 1200, 1300)
     ]
     console = Console(width=80, file=io.StringIO(), record=True)
-    served = Validation({"click": 0.45}, {"click": 0.8}, EVEN, {}, {"click": 1.01})
+    served = Validation({"click": 0.45}, {"click": 0.8}, EVEN, {"click": 1.01})
     console.print(to_rich(validations_table(history, 1200, served)))
     lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
-    assert ["100", "click", "0.5000", "0.6100", "0.5500", "-"] in lines
-    assert ["1,200", "chosen", "click", "0.5000", "0.7200", "0.5500", "-"] in lines
-    assert ["1,300", "click", "0.5000", "0.7300", "0.5500", "-"] in lines
-    assert lines.count(["stars", "1.2500", "-", "-", "-"]) == 3
-    assert ["served", "click", "0.4500", "0.8000", "-", "1.0100"] in lines
+    assert ["100", "click", "0.5000", "0.6100", "0.9500"] in lines
+    assert ["1,200", "chosen", "click", "0.5000", "0.7200", "0.9500"] in lines
+    assert ["1,300", "click", "0.5000", "0.7300", "0.9500"] in lines
+    assert lines.count(["stars", "1.2500", "-", "-"]) == 3
+    assert ["served", "click", "0.4500", "0.8000", "1.0100"] in lines
 
 
 def test_what_should_worry_about_the_served_model_is_told(tmp_path: Path) -> None:
     small = SmallModel(tmp_path)
-    best = Validation({"click": 0.5}, {"click": 0.42}, EVEN, {}, {"click": 11.0}, {"click": 9_000})
-    trained = FinishedTraining(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Origin(), "")
+    best = Validation({"click": 0.5}, {"click": 0.42}, EVEN, {"click": 11.0}, {"click": 9_000})
+    trained = FinishedTraining(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Origin())
     report = make_report(trained, small.settings)
     assert {each.mark for each in report.sentences} == {"warning"}
     assert report.headline == "validation AUC of the model at step 300: click 0.4200"
-    assert [each.text.partition(";")[0] for each in report.sentences] == [
+    assert [each.text.partition(";")[0].partition(": no")[0] for each in report.sentences] == [
         "the validation AUC of 'click' is 0.420, below .5",
         "the probabilities of 'click' are too high: 11.00 times what was observed on validation rows",
     ]

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import by_name, torchrec_tables
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
 from mmoe_rec.training.sharding import ShardedModel, shard
@@ -70,8 +71,7 @@ def train_one_step(folder: Path) -> None:
         LAYOUT,
         CPU,
         batch_size=share,
-        table_learning_rate=0.05,
-        seed=SEED,
+        settings=Training(table_learning_rate=0.05, seed=SEED),
     )
     encoded, labels = random_rows(ROWS)
     mine = torch.arange(rank * share, (rank + 1) * share).numpy()

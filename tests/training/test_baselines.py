@@ -281,7 +281,7 @@ def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
 def test_selecting_rows_choose_the_trees(model: SmallModel) -> None:
     """The judging users have no say in how many trees there are, nor in the calibration."""
     layout = model.prepared.layout
-    _, held_out, _ = baselines.read_inputs(model.settings, model.prepared, layout)
+    _, held_out = baselines.read_inputs(model.settings, model.prepared, layout)
     rows = pq.read_table(model.prepared.split("validation"))
     users, labels = rows.column("user").combine_chunks(), rows.column("label.click").to_numpy()
     expected = labels[Part.SELECTING.holds(users)]
@@ -316,5 +316,5 @@ def test_a_task_whose_last_rows_say_nothing_is_told_with_their_number(
 ) -> None:
     """Labels that are known late may all lie before them."""
     monkeypatch.setattr(trees, "MOST_ROWS", 1)
-    with pytest.raises(UserError, match=r"task 'click' from the last 1 of \d+ training rows: "):
+    with pytest.raises(UserError, match="no baseline can learn task 'click': "):
         measure_baselines(model.settings, Path(model.settings.data.work) / "last")

@@ -18,7 +18,7 @@ from mmoe_rec.model.tables import PlainTables, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import Machines, Optimizers, Planning, ShardedModel, Sharding, shard, table_bytes
+from mmoe_rec.training.sharding import Machines, Optimizers, Planning, ShardedModel, shard, table_bytes
 from mmoe_rec.training.steps import Steps
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
@@ -72,7 +72,7 @@ def test_ranks_hold_as_many_bytes_as_their_plan_says(one_rank: Path, two_ranks: 
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for folder, ranks in ((one_rank, 1), (two_ranks, 2)):
         model = small_model(torchrec_tables(LAYOUT))
-        _, planned = Planning(LAYOUT, Machines(ranks, ranks, "cpu", 0, host), ROWS // ranks).on_paper(model)
+        _, planned = Planning(LAYOUT, Machines(ranks, ranks, "cpu", 0, host), ROWS // ranks, Training()).on_paper(model)
         held = [read(folder, rank)["bytes"] for rank in range(ranks)]
         assert [each.tables for each in planned] == held
         assert sum(held) == sum(table_bytes(each) for each in LAYOUT.tables)
@@ -140,16 +140,17 @@ def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:
     encoded, labels = random_rows(ROWS)
     batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
     plain = small_model(PlainTables(LAYOUT, SEED)).eval()
-    before, spread = plain(plain_batch()).logits, Sharding("column_wise", 4)
+    before, spread = (
+        plain(plain_batch()).logits,
+        Training(sharding="column_wise", shard_columns=4, table_learning_rate=0.1, seed=SEED),
+    )
     with process_group(CPU):
         sharded = shard(
             small_model(torchrec_tables(LAYOUT)),
             LAYOUT,
             CPU,
             batch_size=ROWS,
-            table_learning_rate=0.1,
-            seed=SEED,
-            sharding=spread,
+            settings=spread,
         )
         assert "item: column_wise (rank 0: 60 rows of 4 columns)" in sharded.plan
         model = sharded.model.eval()
@@ -170,7 +171,7 @@ def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch) 
     parts = [np.arange(part * ROWS, (part + 1) * ROWS) for part in range(3)]
     first, second, third = (make_batch(encoded.take(each), LAYOUT, labels[each], torchrec=True) for each in parts)
     with process_group(CPU):
-        sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=ROWS, table_learning_rate=0.1)
+        sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=ROWS, settings=Training())
         steps = Steps(
             sharded, Optimizers(sharded, Training()), LAYOUT, CPU, bf16=False, clip_gradient=1.0, stop=StopRequest()
         )

@@ -25,6 +25,7 @@ from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
@@ -140,7 +141,7 @@ def _shard(prepared: FeatureFolder, layout: ModelLayout, artifact: Path, structu
     start = WarmStart(artifact, structure, prepared, layout, structure)
     model = build_model(layout, structure, torchrec_tables(layout), seed=99)
     start.fill_dense(model)
-    sharded = shard(model, layout, CPU, batch_size=8, table_learning_rate=0.1, first_rows=start.rows)
+    sharded = shard(model, layout, CPU, batch_size=8, settings=Training(), first_rows=start.rows)
     save_weights(sharded.model, out)
     return sharded.plan
 

@@ -114,7 +114,11 @@ def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout
     momentum = {name: torch.zeros(len(weight)) for name, weight in plain.tables.named_parameters()}
     with process_group(CPU):
         sharded = shard(
-            small_model(torchrec_tables(layout), layout), layout, CPU, batch_size=32, table_learning_rate=RATE, seed=3
+            small_model(torchrec_tables(layout), layout),
+            layout,
+            CPU,
+            batch_size=32,
+            settings=Training(table_learning_rate=RATE, seed=3),
         )
         for step in range(6):
             encoded, labels = random_rows(32, seed=step, layout=layout)
