@@ -49,6 +49,9 @@ def compare(
     if (only or margin is not None) and not features:
         raise UserError("--only and --margin belong to --features. Add --features.")
     settings = configuration.settings
+    from mmoe_rec.preprocessing.logs import BuildInputs
+
+    _ = BuildInputs.of(settings).logs  # a log that is missing is reported before torch is loaded
     from mmoe_rec.experiments.compare import (
         FILE,
         FOLDER,

@@ -77,12 +77,17 @@ def evaluate(
             raise UserError(f"--{given.replace('_', '-')} is an option of --predictions; leave it out with --model")
         if settings is None or model is None:
             raise UserError("--model needs the settings that name its rows: give --config C")
-        from mmoe_rec.evaluation.evaluate import PREDICTIONS, evaluate_model, place_of
+        from mmoe_rec.preprocessing.logs import short_names
+        from mmoe_rec.tracking.registry import find_model
+
+        short = short_names([model, *against])
+        models = {name: find_model(each, settings.tracking.address) for each, name in short.items()}
+        from mmoe_rec.evaluation.evaluate import PREDICTIONS, evaluate_found, place_of
 
         split = split or "test"
         out = out or Path(settings.data.work) / place_of(split)
         settings = settings.model_copy(update={"evaluation": rules})
-        results = evaluate_model(settings, model, out, against, split)
+        results = evaluate_found(settings, models, out, split)
     from mmoe_rec.evaluation.results_report import make_report
 
     show_report(make_report(results))

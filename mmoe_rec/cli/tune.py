@@ -26,6 +26,9 @@ from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_repor
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs that confirm the result (default: 5)")
 def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int) -> None:
     settings = configuration.settings
+    from mmoe_rec.preprocessing.logs import BuildInputs
+
+    _ = BuildInputs.of(settings).logs  # a log that is missing is reported before torch is loaded
     from mmoe_rec.experiments.compare import make_report
     from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
     from mmoe_rec.report.report_files import PAGE
