@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -125,7 +126,8 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
         for same in columns:
             rows = ranker.reader.rows([each for each in requests if tuple(each.candidates) == same])
             found = ranker.request_inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
-            batch = make_batch(ranker.pipeline.encode(LogRows(rows.table, rows.schema)), ranker.layout, torchrec=False)
+            table = pa.table({name: rows.coded(name) for name in (*rows._columns, *rows.shared._columns)})
+            batch = make_batch(ranker.pipeline.encode(LogRows(table, rows.schema)), ranker.layout, torchrec=False)
             expected = ranker.model.side_by_side(batch)[0].detach()
             # What attention adds is summed in another order, and in pieces.
             others = ~looked_at

@@ -120,7 +120,6 @@ def test_metrics_are_weighted_and_of_the_test_rows(
     assert "Each row is a user of its own" in printed
     words = world.page("weighted")
     assert "those with 4 in column 'fold'" in words
-    assert "by column 'weight'" in words
     assert "catalogue" not in words.lower()
 
 
@@ -232,9 +231,7 @@ def test_scoring_by_tables_is_the_same(world: World, scored: pd.DataFrame, tmp_p
         run("score", *words, "--output", str(out))
         found = pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
         np.testing.assert_allclose(found["score"], scored["score"], rtol=1e-5)
-        assert "first_request" in (manifest := json.loads((out / "_manifest.json").read_text()))
-        assert manifest["first_request"] is None
-        assert "1970-" not in json.dumps(manifest)
+        assert "1970-" not in (out / "_manifest.json").read_text()
 
 
 def test_baselines_learn_by_weights(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -295,7 +292,7 @@ def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest
     world.evaluate("out")
     assert "bootstrap over users" in " ".join(capsys.readouterr().out.split())
     run("inspect", "--config", world.config)
-    told = "100.0% of the users of test rows have training rows as well, as column 'fold' splits rows of the same users"
+    told = "100.0% of the users of test rows have training rows as well, as column 'fold' splits them"
     assert told in " ".join(capsys.readouterr().out.split())
     run("inspect", "--config", by_user.config)
     assert "users of test rows" not in " ".join(capsys.readouterr().out.split())

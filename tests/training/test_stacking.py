@@ -317,7 +317,7 @@ def test_damage_is_told(small: SmallModel, tmp_path: Path) -> None:
     small.write(folder)
     file = folder / "trees" / "click.txt"
     file.write_text(file.read_text().replace("leaf_value=", "leaf_value=1", 1))
-    with pytest.raises(UserError, match=r"'trees/click\.txt' has"):
+    with pytest.raises(UserError, match=r"'trees/click\.txt' is missing or has changed"):
         Ranker.load(folder)
     file.write_text("no trees")
     (folder / MANIFEST).unlink()
