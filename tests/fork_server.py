@@ -189,6 +189,7 @@ def _become(words: list[str], env: dict[str, str], cwd: str, files: list[str], p
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), number)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # so that TMPDIR of this command counts
     time.tzset()
     os.chdir(cwd)
     sys.argv, sys.path[:] = words, [cwd, *path]

@@ -148,7 +148,7 @@ class _Scoring:
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL and not self.has_time:
             raise UserError("--start and --end need times, which the model's table does not have: leave them out")
-        self.logs = open_logs(source, self.pipeline, settings, as_of, labels, keep)
+        self.logs, self.lacking = open_logs(source, self.pipeline, settings, as_of, labels, keep)
         self.split = settings.split if labels and _has_split(self.logs, settings.split) else None
         self.tables_as_of = (about := read_artifact(model.folder, verify=False)).tables_as_of
         self.known = known_of(about)
@@ -233,7 +233,7 @@ class _Scoring:
             "as_of": self.as_of,
             "products": serving_products(self.products),
             "meaning": self._describe_past(facts),
-            "learnt": describe_learnt(self.split, facts["learnt"], facts["rows"]),
+            "learnt": self._describe_learnt(facts["learnt"], facts["rows"]),
             "input": self.source,
             "rows": facts["rows"],
             "rows_before_tables_as_of": facts["early"] if self.has_time else 0,
@@ -253,7 +253,19 @@ class _Scoring:
                 f"; {facts['early']:,} of {facts['rows']:,} rows were not requested later, so their features know "
                 "their future: to judge a model by them, score with --as-of log"
             )
+        if self.lacking:
+            names = ", ".join(map(repr, self.lacking))
+            sentence += f"; the input has no column {names}: of each user and candidate the latest value is taken"
         return sentence
+
+    def _describe_learnt(self, learnt: int, rows: int) -> str | None:
+        """Return the sentence about rows that the model has learnt from, after the model's name, if there may be."""
+        if self.labels and self.split is None:
+            return (
+                f"was trained on some of the rows that column '{self.settings.split.column}' splits, which the input "
+                "lacks: metrics of such rows flatter it, and it can't be told whether there are any"
+            )
+        return describe_learnt(self.split, learnt, rows)
 
 
 @dataclass(frozen=True)
@@ -390,7 +402,7 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
 
 def open_logs(
     source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool, keep: Sequence[str] = ()
-) -> Logs:
+) -> tuple[Logs, list[str]]:
     """Open the log to score with the logs of events that its features remember, in the types of the fitted features.
 
     With `as_of` "tables", attributes of users and candidates may lack in all files: the model completes them.
@@ -402,6 +414,9 @@ def open_logs(
         as_of: Where counters and histories come from.
         labels: Whether the labels of all tasks are read.
         keep: Further columns that are read.
+
+    Returns:
+        The logs, and the attributes that all files lack.
 
     Raises:
         UserError: The log is not there, has no rows or lacks a column, or a column has the name of one that scoring
@@ -429,7 +444,7 @@ def open_logs(
     added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW}
     if taken := next((name for name in (*schema.columns.names, *keep) if name in added), None):
         raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes; rename it")
-    return Logs(source, read, options, [of_log, *of_events], more)
+    return Logs(source, read, options, [of_log, *of_events], more), lacking
 
 
 def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Collection[str], labels: bool) -> Schema:

@@ -85,7 +85,7 @@ class Ranking:
         order: Positions of the candidates in the request.
         request_time: ISO time of the request.
         tables_as_of: ISO time of the last logged request that the model's tables know, None if the log has no times.
-        warnings: Failures of experts (`mmoe_rec.inference.scorer`) and doubts about the request's time (`doubt_time`).
+        warnings: Tasks without experts (`mmoe_rec.inference.scorer`) and doubts about its time (`doubt_time`).
         model: The artifact's `name` and `version` (`version_of`).
         explanations: An explanation of each candidate, if the request asked for them.
         unknown_ids: Number of unknown ids of `user` and `candidate`.

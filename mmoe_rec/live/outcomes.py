@@ -299,16 +299,20 @@ class _Join:
         left_out = [file.reason for source in (self.requests, *self.events.values()) for file in source.left_out]
         return JoinResult(folder if rows else None, rows, until if rows else self.after, dict(+self.counts), left_out)
 
-    def _fill(self, table: str, source: _Source, start: int) -> None:
-        """Make a table of rows later than `start`."""
+    def _fill(self, table: str, source: _Source, start: int, what: str) -> None:
+        """Make a table of rows later than `start`, and count rows of new files whose time is written already."""
 
         def read() -> Iterator[pa.Table]:
             number = 0
             for file in source.files:
                 size, last = self.read_files.get(file.address, (None, _BEGIN))
-                if size != file.bytes or last > start:
+                if (is_new := size != file.bytes) or last > start:
                     for rows in source.read(file):
-                        last = max(last, pc.max(rows["time"].cast(pa.int64())).as_py() or _BEGIN)
+                        times = rows["time"].cast(pa.int64())
+                        last = max(last, pc.max(times).as_py() or _BEGIN)
+                        if is_new:
+                            late = pc.sum(pc.less_equal(times, self.after)).as_py() or 0
+                            self.counts[f"{what} that came too late"] += late
                         yield rows.append_column("number", pa.array(np.arange(number, number + len(rows))))
                         number += len(rows)
                 self.files[file.address] = file.bytes, max(last, self.files.get(file.address, (0, _BEGIN))[1])
@@ -322,7 +326,7 @@ class _Join:
         is_by_user, has_id = name in self.by_user, "event_id" in source.columns
         # An event that is sent again may lie in the time of a later request, if it does not name its own.
         start = self.after - _LONGEST_REPEAT * (is_by_user and has_id)
-        self._fill("given", source, start)
+        self._fill("given", source, start, f"events '{name}'")
         keys = ["who", "item", "time", *([] if is_by_user else ["request"])]
         is_new = f"AND time > {self.after}"
         if has_id:
@@ -342,7 +346,7 @@ class _Join:
 
     def _find_candidates(self, until: int) -> None:
         """Make the table of candidates that were shown."""
-        self._fill("requests", self.requests, self.after - _LONGEST_REQUEST)
+        self._fill("requests", self.requests, self.after - _LONGEST_REQUEST, "rows of requests")
         (share,) = self.database.row("SELECT min(share) FROM requests")
         if self.by_user and share is not None and share < 1:
             raise UserError(

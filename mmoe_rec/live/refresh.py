@@ -21,7 +21,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
-from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for
+from mmoe_rec.preprocessing.logs import HeldFiles, Logs, check_apart, logs_for, read_journal_name
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
@@ -166,6 +166,15 @@ def write_journal(
             f"{held} only: what was removed is in the log's files, so run refresh without --journal first, and then "
             "with it"
         )
+    if schema.columns.request is None:  # else the tables tell rows that came both ways
+        features = served.folder / "features"
+        new = (taken := HeldFiles.read(features)).changes(_logs(features, settings, taken))[0].new
+        if theirs := sorted(each for each in new if read_journal_name(each) is None):
+            raise UserError(
+                f"'{theirs[0]}' is new in the log, and no file of the journal: as requests have no ids, rows that came "
+                "both ways would count twice; if none did, run refresh without --journal once, which takes the file "
+                "in, else remove it"
+            )
     journal.forget()
     # Else the tables may hold what is no later than they are, by files that another program wrote.
     later_than = None if known is not None else as_of(served.about)
@@ -195,6 +204,9 @@ def renew_tables(
     about, features = read_artifact(artifact), artifact / "features"
     taken = HeldFiles.read(features)
     logs = _logs(features, settings, None if anew else taken)
+    if gone := [address for each in taken.changes(logs) for address in each.gone] if anew else None:
+        such_as = f"({len(gone):,}, such as '{gone[0]}')"
+        say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as scratch:
         (tables := Path(scratch, "tables")).mkdir()

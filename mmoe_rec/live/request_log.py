@@ -77,7 +77,7 @@ class RequestLog:
         self._queue: SimpleQueue[Record | None] = SimpleQueue()  # None ends it
         self._lock = threading.Lock()
         self._candidates, self._is_closing = 0, False
-        self._has_failed = False
+        self._has_failed = self._has_dropped = False
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._thread.start()
 
@@ -100,6 +100,9 @@ class RequestLog:
                 self._queue.put(record)
                 return
         self._count("dropped", 1)
+        if not self._has_dropped:
+            _log.warning("requests come faster than they can be logged; some are not")
+        self._has_dropped = True
 
     def close(self) -> None:
         """Writes all that was handed over, however long that takes."""
@@ -110,7 +113,7 @@ class RequestLog:
 
     def _run(self) -> None:
         """Make files, each of one model's rows, once these are many or their time is over."""
-        tables, artifact, until = list[pa.Table](), "", 0.0
+        tables, rows, artifact, until = list[pa.Table](), 0, "", 0.0
         while True:
             try:
                 record = self._queue.get(timeout=max(until - monotonic(), 0.0) if tables else None)
@@ -130,9 +133,10 @@ class RequestLog:
                 self._fail(1, error)
                 continue
             if not tables:
-                artifact, until = record.reply.model["version"], monotonic() + self.options.seconds
+                rows, artifact, until = 0, record.reply.model["version"], monotonic() + self.options.seconds
             tables.append(table)
-            if sum(map(len, tables)) >= ROWS_PER_FILE or monotonic() >= until:
+            rows += len(table)
+            if rows >= ROWS_PER_FILE or monotonic() >= until:
                 tables = self._write(tables)
 
     def _write(self, tables: list[pa.Table]) -> list[pa.Table]:

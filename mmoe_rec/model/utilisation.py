@@ -81,7 +81,7 @@ class Utilisation:
                 expert = int(weights.nan_to_num().argmax())
                 found.append(
                     f"the gate of '{name}' settles on expert {expert} with {weights[expert]:.0%} of its weight: good "
-                    f"predictions, until that expert fails in serving; model.gates.dropout of 0.1 spreads the weight"
+                    f"predictions, until that expert is masked; model.gates.dropout of 0.1 spreads the weight"
                 )
         return found
 

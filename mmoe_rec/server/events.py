@@ -65,7 +65,8 @@ class Accepting:
                 return orjson.dumps(await run(self._append, source, table, lacking))
         except TimeoutError:
             sentence = f"/events: no answer within {limit:g} seconds (setting `serving.answer_seconds`)"
-            told = f"{sentence}. Send the call again."
+            told = f"{sentence}, but the rows may still be kept. Send the call again"
+            told += "; events without event_id may count twice."
             raise Refused(503, told, "too_long", "TEMPORARILY_UNAVAILABLE", 1) from None
 
     def _check(self, body: bytes) -> tuple[str | None, pa.Table, Lacking]:

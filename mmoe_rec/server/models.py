@@ -147,10 +147,13 @@ class Models:
         self.current = self.open(first) if isinstance(first, Source) else first
 
     def exchange(self, served: ServedModel) -> None:
-        """Serve a model that was opened, once it has learnt what the journal holds."""
-        before = self.current.learning
-        if served.learning is not None:
-            served.learning.catch_up()
+        """Serve a model that was opened, once it has learnt all that the journal holds and the one before knows."""
+        before, learning = self.current.learning, served.learning
+        if learning is not None:
+            learning.catch_up()
+            # The one before may have taken more meanwhile, and callers may ask for that.
+            while before is not None and learning.position < before.position and (new := learning.read()) is not None:
+                learning.take(new)
         self.current = served
         if before is not None:
             before.journal.close()

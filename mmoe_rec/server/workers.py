@@ -16,6 +16,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -40,6 +41,7 @@ from mmoe_rec.server.options import Options, address_of, end_process, listen, lo
 TICK_SECONDS = 0.2
 _LOAD_SECONDS, _EXCHANGE_SECONDS = 600.0, 30.0  # a process that takes longer hangs, and is killed
 _PAUSE_SECONDS = 2.0  # between two starts of a worker, so that one that fails at once takes little of the machine
+_LONGEST_FOLDER = 85  # characters; the path of a Unix socket has 107 at most, and its name in the folder 18
 _FRACTION_OF_CALLS, _FRACTION_OF_WORKERS = 0.8, 0.9  # of the time to stop: a worker that has not ended then is killed
 
 _log = logging.getLogger(__name__)
@@ -138,9 +140,18 @@ def serve_by_workers(
     Raises:
         UserError: The model can't be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-") as folder:
+    with ExitStack() as stack:
+        try:
+            folder = sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-"))
+            if len(sockets) > _LONGEST_FOLDER:
+                sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmoe-rec-", dir="/tmp"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"the temporary folder can't be written to ({reason}): set TMPDIR") from None
         # Read when packages are imported. Threads of OpenBLAS would not be there after a fork.
         os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
+        # The fork server's socket is removed with its folder. multiprocessing has no public setting for it.
+        vars(multiprocessing.current_process())["_config"]["tempdir"] = sockets
         parent = _Parent(bound, options, workers)
         return parent.run(source, Reloads(finder, state, parent.take_up), poll)
 
@@ -399,11 +410,15 @@ def run_worker(state: State, bound: socket.socket, options: Options, number: int
     worker = _Serving(state, options, number, pipe)
     worker.server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), worker.obey))
     worker.app.close()
+    if worker.is_orphan:  # the parent was killed, and removes no folder
+        shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
     end_process(int(worker.app.calls.queue.is_busy))
 
 
 class _Serving:
     """A worker, which does what comes through its pipe. Used in its event loop alone."""
+
+    is_orphan = False
 
     def __init__(self, state: State, options: Options, number: int, pipe: Connection) -> None:
         from mmoe_rec.server.app import Application
@@ -441,6 +456,7 @@ class _Serving:
             message = self._pipe.recv()
         except (EOFError, OSError):
             _log.warning("the parent has ended, and so does this worker")
+            self.is_orphan = True
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             message = "stop"
         if isinstance(message, State):

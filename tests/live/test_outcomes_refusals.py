@@ -207,7 +207,12 @@ def test_what_comes_too_late_is_told_and_left_out(tmp_path: Path) -> None:
         late.event(name, 99, 500, 0, page=-1, slot=0, amount=1.0, event_id=30_000)
         late.event("impressions", 1, 400, 0, page=8_000, slot=0, amount=1.0, event_id=30_001)
     late.write(tmp_path)
-    joined(tmp_path, about)
+    found = joined(tmp_path, about)
+    assert {name: count for name, count in found.counts.items() if "too late" in name} == {
+        "rows of requests that came too late": 3,
+        "events 'clicks' that came too late": 1,
+    }
+    assert "  rows of requests that came too late: 3" in lines_about(found)
     rows = read_rows(tmp_path / "out")
     assert rows[: len(before)] == before
     assert [row["page"] for row in rows[len(before) :]] == [8_000]

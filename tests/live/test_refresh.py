@@ -142,6 +142,7 @@ def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.Captur
     assert "files that are gone from the log stay counted: 1" in capsys.readouterr().out
     assert_same_tables(model.folder_of("2") / "features", whole / "features")
     model.refresh("--anew")
+    assert "are gone (1, such as" in capsys.readouterr().err
     assert as_of(model.about("3")) == model.last_time()
 
 

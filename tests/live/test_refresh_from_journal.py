@@ -251,6 +251,21 @@ def test_a_row_that_came_by_the_journal_and_in_a_file_counts_once(
     assert "repeats request and candidate" in told
 
 
+def test_without_requests_ids_new_files_of_another_program_are_refused(
+    model: RefreshedModel, capsys: pytest.CaptureFixture
+) -> None:
+    app = _refreshed_once(model)
+    old = next(path for path in model.log.glob("*.parquet") if "journal" not in path.name)
+    old.rename(model.log / "renamed.parquet")
+    model.take_in()
+    _sent(app, as_json(model._days(11, 12)))
+    model.add(10, 11)
+    assert "days 10 to 11.parquet' is new in the log" in model.refused(capsys, "--journal", str(model.journal))
+    model.refresh()
+    model.take_in()
+    assert model.holder().number == "4"
+
+
 @pytest.mark.parametrize("words", [(), ("--anew",)])
 def test_the_known_position_of_a_journal_never_falls(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Duplicates leave no file, and a refresh without the journal knows them all the same."""

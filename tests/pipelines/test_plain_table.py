@@ -159,7 +159,8 @@ def test_rows_that_the_model_has_learnt_from_are_told(
     _write(tmp_path / "test", pa.Table.from_pandas(world.table[folds == 4]))
     _write(tmp_path / "without", pa.Table.from_pandas(world.table.drop(columns="fold")))
     learnt = f"on {int((folds < 4).sum()):,} of the {ROWS:,} rows: metrics flatter it"
-    said = dict.fromkeys(("short", "coded"), learnt) | {"test": None, "without": None}
+    lacking = "column 'fold' splits, which the input lacks: metrics of such rows flatter it"
+    said = dict.fromkeys(("short", "coded"), learnt) | {"test": None, "without": lacking}
     for name, sentence in said.items():
         out = tmp_path / f"scored_{name}"
         run("score", "--model", world.model, "--input", tmp_path / name, "--output", out, "--labels")

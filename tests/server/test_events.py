@@ -19,7 +19,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.request_reader import Request, RequestReader
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_rows import write_files
+from mmoe_rec.live.journal_rows import make_batch, write_files
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
@@ -196,6 +196,27 @@ def test_a_server_without_a_journal_says_so(small):
     assert "takes no events" in answer.message
 
 
+def test_a_new_model_knows_all_that_the_one_before_took_meanwhile(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = _models(small, tmp_path)
+    before, served = models.current.learning, models.open(Source(small.folder, "models:/small/8"))
+    assert before is not None
+    assert served.learning is not None
+    catch_up = served.learning.catch_up
+
+    def and_meanwhile() -> None:
+        catch_up()
+        rows = before.checks.read_json(None, as_json(later_log(20, rows=9)))
+        before.journal.append(make_batch(None, rows, before.schema))
+        before.catch_up()
+
+    monkeypatch.setattr(served.learning, "catch_up", and_meanwhile)
+    models.exchange(served)
+    assert models.current is served
+    assert served.learning.position == before.position == 1
+
+
 def test_a_call_that_takes_too_long_is_told_to_come_again(small: SmallModel, tmp_path: Path) -> None:
     """More calls come than threads wait for a journal that another program has locked."""
     app, journal = Application(_models(small, tmp_path, answer_seconds=0.5)), Journal(tmp_path / "journal.db")
@@ -211,6 +232,7 @@ def test_a_call_that_takes_too_long_is_told_to_come_again(small: SmallModel, tmp
     *refused, last = asyncio.run(scenario())
     assert {(each.status, each.headers["retry-after"]) for each in refused} == {(503, "1")}
     assert {"no answer within 0.5 seconds" in each.message for each in refused} == {True}
+    assert {"events without event_id may count twice" in each.message for each in refused} == {True}
     assert numbers(app)['events_refused_total{reason="too_long"}'] >= 8
     assert last.status == 200
     assert sum(len(each) for each in journal.read(0)) == 9, "each row once, whichever call has brought it"

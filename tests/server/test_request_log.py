@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import new_id
 from mmoe_rec.live import request_log
-from mmoe_rec.live.request_log import LogOptions, check_folder, hash_features, is_logged
+from mmoe_rec.live.request_log import LogOptions, RequestLog, check_folder, hash_features, is_logged
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -158,7 +159,7 @@ def test_what_was_refused_is_not_logged(small: SmallModel, tmp_path: Path) -> No
 
 
 def test_a_full_queue_drops_and_counts_and_answers(
-    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(request_log, "MOST_WAITING", 12)  # two requests of five, whatever of them is replied
     go_on, began = threading.Event(), threading.Event()
@@ -181,6 +182,31 @@ def test_a_full_queue_drops_and_counts_and_answers(
     assert waiting == {"dropped": 3}
     assert outcomes(app) == {"dropped": 3, "written": 3}
     assert len(logged(tmp_path)) == 3
+    assert caplog.text.count("requests come faster than they can be logged") == 1
+
+
+def test_each_reply_that_waits_for_a_file_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a reply costs the same however many wait."""
+    asked = list[Any]()
+
+    class Replied(SimpleNamespace):
+        reply = SimpleNamespace(model={"version": "1"})
+
+        def __len__(self) -> int:
+            asked.append(self)
+            return 5
+
+        def table(self) -> "Replied":
+            return self
+
+    monkeypatch.setattr(RequestLog, "_write", lambda log, tables: written.append(len(tables)) or [])
+    monkeypatch.setattr(request_log, "ROWS_PER_FILE", 500)
+    written, log = list[int](), RequestLog(LogOptions(tmp_path), lambda *_: None)
+    for _ in range(250):
+        log._queue.put(Replied())
+    log.close()
+    assert written == [100, 100, 50]
+    assert len(asked) == 2 * 250
 
 
 @pytest.mark.parametrize("problem", ["gone", "full"])

@@ -16,8 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.inference import artifact
 from mmoe_rec.inference.artifact import EXAMPLE, MANIFEST, read_manifest
+from mmoe_rec.server.workers import serve_by_workers
 from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port
 from tests.inference.small_model import ITEMS, SmallModel
@@ -196,6 +198,23 @@ def test_sigterm_before_the_first_model_is_there(folder: Path, tmp_path: Path) -
         assert process.stderr == ""
     finally:
         process.kill()
+
+
+def test_a_long_temporary_folder_serves(folder: Path, tmp_path: Path) -> None:
+    """The path of a Unix socket has 107 characters at most."""
+    (long := tmp_path / ("long" * 25)).mkdir()
+    with served(folder, tmp_path, TMPDIR=str(long)) as running:
+        assert running.health() == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+    assert not list(long.iterdir())
+
+
+def test_a_temporary_folder_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    unused: Any = None
+    with pytest.raises(UserError, match=r"can't be written to .*: set TMPDIR"):
+        serve_by_workers(unused, None, unused, unused, unused, 0.0, 1)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start_in_one_sentence(folder: Path) -> None:

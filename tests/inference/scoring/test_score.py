@@ -159,8 +159,10 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
     attributes = {*roles.user, *roles.candidate} - {"user", "item", *given}
     there = [name for name in table.column_names if name not in {*attributes, "click", "liked", "spent", "slot"}]
     source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
-    found, _ = scored(small.folder, source, tmp_path / "out", as_of="tables")
+    found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
     assert_ranked_alike(found, ranker, table, attributes)
+    told = done.manifest["meaning"].partition("has no column ")[2].partition(": of each")[0]
+    assert set(told.split(", ")) == {repr(name) for name in attributes & set(ranker.pipeline.schema.input_columns())}
     with pytest.raises(UserError, match="has no column"):
         scored(small.folder, source, tmp_path / "other", as_of="log")
 
