@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,11 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
         if replace:
             os.replace(temporary, target)
         else:
-            with suppress(FileExistsError):
+            try:
                 os.link(temporary, target)
+            except OSError:  # it is there, or the file system has no links
+                if not target.exists():
+                    os.replace(temporary, target)
         flush(target.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # which a full disk does not name
@@ -119,7 +122,11 @@ def _put_folder(temporary: Path, target: Path) -> None:
         # A kill between the two renames leaves the old folder under a hidden name.
         aside = _temporary(target)
         os.rename(target, aside)
-        os.rename(temporary, target)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
 
 

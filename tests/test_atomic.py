@@ -1,4 +1,5 @@
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -32,7 +33,14 @@ def test_a_file_appears_only_when_the_block_ends(tmp_path):
     assert _content(tmp_path) == {"deep/state.json": "new"}
 
 
-def test_a_file_that_was_there_first_can_stay(tmp_path):
+def _no_link(*_: object) -> None:
+    raise OSError("no links here")
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_a_file_that_was_there_first_can_stay(tmp_path, monkeypatch, can_link):
+    if not can_link:
+        monkeypatch.setattr(os, "link", _no_link)
     for content in ("first", "second"):
         with atomic_file(tmp_path / "store", replace=False) as temporary:
             temporary.write_text(content)
@@ -62,6 +70,24 @@ def test_a_failed_folder_leaves_what_was(tmp_path, old):
         _die_half_way(temporary / "rows")
     assert _content(tmp_path) == ({"log/rows": "old"} if old else {})
     assert list(tmp_path.iterdir()) == ([target] if old else [])
+
+
+def test_the_old_folder_is_put_back_when_the_second_rename_fails(tmp_path, monkeypatch):
+    target = tmp_path / "log"
+    target.mkdir()
+    (target / "rows").write_text("old")
+    rename = os.rename
+
+    def fail_on_the_new(source: Path, destination: Path) -> None:
+        if (Path(source) / "rows").read_text() == "new":
+            raise OSError("no space")
+        rename(source, destination)
+
+    monkeypatch.setattr(mmoe_rec.atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", fail_on_the_new)
+    with pytest.raises(OSError, match="no space"), atomic_folder(target) as temporary:
+        (temporary / "rows").write_text("new")
+    assert _content(tmp_path) == {"log/rows": "old"}
 
 
 def test_a_killed_job_leaves_the_old(tmp_path):

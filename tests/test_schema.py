@@ -99,6 +99,7 @@ REFUSED: list[tuple[str, list, dict]] = [
     ("reads column 's', the sampling rate, which gives labels away", [_feature("numeric", column="s")], {}),
     # Names
     *(("may hold letters, digits", [(name, NAME)], {}) for name in ("a-b", "a b", "", "a/b", "_", "é.x")),
+    ("some names differ only in upper and lower case: rename one of", [("Größe", NAME), ("größe", NAME)], {}),
     *((f"a task may not be called '{name}'", [], {"tasks": {name: _task("y")}}) for name in ("score", "ranking")),
     # A task that is given another one
     *(

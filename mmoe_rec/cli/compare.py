@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_report
+from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command, show_report
 from mmoe_rec.errors import UserError
 
 
@@ -31,9 +31,7 @@ from mmoe_rec.errors import UserError
 @click.option("--architectures", is_flag=True, help="compare architectures and subsets of tasks")
 @click.option("--features", is_flag=True, help="compare the settings without features")
 @click.option("--only", multiple=True, metavar="F...", help="with --features, only these features")
-@click.option(
-    "--margin", type=click.FloatRange(0, 1), help="with --features, loss that counts as none (default: 0.001)"
-)
+@click.option("--margin", type=NumberBetween(0, 1), help="with --features, loss that counts as none (default: 0.001)")
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs of each variant (default: 5)")
 def compare(
     configuration: Configuration,

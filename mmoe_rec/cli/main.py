@@ -2,6 +2,7 @@
 commands share: settings with overrides, options that take several values, and `--help`."""
 
 import functools
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,6 +51,18 @@ FILES = {
 }
 MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
 FOLDER = click.Path(path_type=Path)
+
+
+class NumberBetween(click.FloatRange):
+    """A number between two others, both included, for the `type` of an option. click itself takes NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"'{value}' is no number", param, ctx)
+        return float(number)
+
+
 COUNT = click.IntRange(min=1)
 
 model_option = click.option("--model", required=True, metavar="M", help=MODEL)

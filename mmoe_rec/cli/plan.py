@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command
+from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command
 from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
-MEMORY = click.FloatRange(0.01, 1e6)  # both ends are far beyond any machine
+MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 
 
 @settings_command(__doc__)

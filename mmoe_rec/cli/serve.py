@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import FloatRange
 
-from mmoe_rec.cli.main import COUNT, FOLDER, command, model_option, overrides_argument, tracking_option
+from mmoe_rec.cli.main import COUNT, FOLDER, NumberBetween, command, model_option, overrides_argument, tracking_option
 from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.sections import Serving
@@ -49,17 +48,17 @@ _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consi
 @click.option("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1, this machine alone; 0.0.0.0 is all")
 @click.option("--port", type=click.IntRange(0, 65_535), default=8000, metavar="P", help="default: 8000; 0: a free one")
 @click.option("--workers", type=COUNT, default=1, metavar="N", help="processes that share the model (default: 1)")
-@click.option("--poll", type=FloatRange(0, 86_400), default=0.0, metavar="S", help="seconds between looks (0: none)")
+@click.option("--poll", type=NumberBetween(0, 86_400), default=0.0, metavar="S", help="seconds between looks (0: none)")
 @click.option(
     "--grace",
-    type=FloatRange(1, 3_600),
+    type=NumberBetween(1, 3_600),
     default=10.0,
     metavar="S",
     help="seconds to end in, after the drain (10)",
 )
 @click.option(
     "--drain-seconds",
-    type=FloatRange(0, 3_600),
+    type=NumberBetween(0, 3_600),
     default=0.0,
     metavar="S",
     help="seconds of failing /health before the port closes (default: 0)",
@@ -68,8 +67,8 @@ _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consi
 @click.option("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="further name in header Host, such as a proxy's")
 @click.option("--log-requests", type=FOLDER, metavar="DIR", help="log requests and replies there (default: not)")
-@click.option("--log-share", type=FloatRange(0, 1), metavar="S", help="share of requests that are logged (0.1)")
-@click.option("--log-seconds", type=FloatRange(1, 86_400), metavar="S", help="seconds between files (default: 300)")
+@click.option("--log-share", type=NumberBetween(0, 1), metavar="S", help="share of requests that are logged (0.1)")
+@click.option("--log-seconds", type=NumberBetween(1, 86_400), metavar="S", help="seconds between files (default: 300)")
 @overrides_argument
 def serve(
     model: str,

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show_report
+from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command, show_report
 
 
 @settings_command(__doc__)
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="M", help="time (default: no limit)")
+@click.option("--minutes", type=NumberBetween(min=0, min_open=True), metavar="M", help="time (default: no limit)")
 @click.option("--trials", type=COUNT, metavar="N", help="number of trials (default: 20, with --minutes no limit)")
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs that confirm the result (default: 5)")
 def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int) -> None:

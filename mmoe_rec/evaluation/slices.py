@@ -199,6 +199,11 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceBy]) -> 
     options, pipeline = BuildOptions.of(settings.data), FeaturePipeline.load(artifact / "features", memories=False)
     schema = adapt_schema(settings, pipeline.schema)
     uses = column_uses(schema)
+    if not schema.columns.has_candidate and options.skip_bad_files:
+        raise UserError(
+            "slices by columns of the log need columns.candidate where files may be left out (data.skip_bad_files): "
+            f"without it rows are known by their number in the log; {_ADVICE}"
+        )
     more: dict[str, Use] = {each.column: "any" for each in slices if each.column not in uses}
     types, source = pipeline.key_types, settings.data.log
     try:
@@ -225,12 +230,14 @@ def _read_slices(log: Log, slices: Sequence[SliceBy], wanted: np.ndarray, skips:
             there = wanted[np.minimum(np.searchsorted(wanted, its), len(wanted) - 1)] == its
             keys.append(its[there])
             parts.append(pa.table({name: rows.column(name) for name in columns}).filter(pa.array(there)))
-    hashes, places = np.unique(np.concatenate(keys), return_index=True)  # rows that came again count once
-    if not np.array_equal(hashes, np.unique(wanted)):
+    hashes = np.concatenate(keys)
+    order = np.argsort(hashes, kind="stable")
+    if len(order) > len(wanted):  # rows that came again count once
+        order = order[np.unique(hashes[order], return_index=True)[1]]
+    if not np.array_equal(hashes[order], wanted):
         told = f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}"
         raise UserError(f"{told}, so it can't be told what slices they are in; {_ADVICE}")
-    table = pa.concat_tables(parts, promote_options="default")
-    table = table.take(pa.array(places[np.searchsorted(hashes, wanted)]))
+    table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
     return {each.name: each.find_slices(_values_of(each, one_array(table[each.column]))) for each in slices}
 
 
@@ -370,6 +377,8 @@ def _compare_slice(
 
     resampled = {(ALL, *metric): each for metric, each in of_all.items()}
     for (side, *metric), each in resample(values_of, len(units), resamples).items():
+        if metric[0] not in measured[model].groups:  # an outcome that only the other side has
+            continue
         users = measured[model].effective_users((metric[0], metric[1]))
         resampled[side, *metric] = replace(each, users=users)
     for group, metric in [metric for side, *metric in resampled if side == model]:

@@ -67,8 +67,11 @@ class LatestValues:
         """The last row of each key, with strings decoded."""
         last = pd.Series(self.times).groupby(self.hashes).transform("max").to_numpy()
         values = self.take(np.flatnonzero(self.times == last))
-        order = np.argsort(hash_rows(values.table), kind="stable")
-        values = values.take(order[~pd.Series(values.hashes[order]).duplicated(keep="last").to_numpy()])
+        tied = pd.Series(values.hashes).duplicated(keep=False).to_numpy()
+        rows = np.flatnonzero(tied)
+        rows = rows[np.argsort(hash_rows(values.table.take(pa.array(rows))), kind="stable")]
+        rows = rows[~pd.Series(values.hashes[rows]).duplicated(keep="last").to_numpy()]
+        values = values.take(np.append(np.flatnonzero(~tied), rows))
         types = [kind.value_type if pt.is_dictionary(kind) else kind for kind in values.table.schema.types]
         values.table = values.table.cast(pa.schema(zip(values.table.column_names, types, strict=True)))
         return values

@@ -212,7 +212,7 @@ def combine(hashes: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def hash_rows(table: pa.Table) -> np.ndarray:
-    """(N,) uint64 hash of the values of each row, but for lists."""
+    """(N,) uint64 hash of the values of each row, of lists by their text."""
     hashes = list[np.ndarray]()
     for column in map(one_array, table.columns):
         if pt.is_floating(column.type):
@@ -220,6 +220,8 @@ def hash_rows(table: pa.Table) -> np.ndarray:
             hashes.append(np.where(np.isnan(numbers), _MISSING, mix(numbers.view(np.uint64))))
         elif pt.is_timestamp(column.type):
             hashes.append(hash_column(column.cast(pa.int64())))
-        elif not pt.is_nested(column.type):
+        elif pt.is_nested(column.type):
+            hashes.append(hash_column(pa.array(map(repr, column.to_pylist()), pa.string())))
+        else:
             hashes.append(hash_column(column))
     return combine(hashes)

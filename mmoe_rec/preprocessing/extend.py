@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
@@ -191,8 +192,11 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
         taken = files.taken.with_new(new, counted.spans)
         _check_splits(files, counted, steps)
         pipeline = FeaturePipeline.load(before.serving, memories=False)
-        for name, counts in pipeline.counts.items():
-            counts.merge(type(counts).from_table(pq.read_table(before.folder / "counts" / f"{name}.parquet")))
+        try:
+            for name, counts in pipeline.counts.items():
+                counts.merge(type(counts).from_table(pq.read_table(before.folder / "counts" / f"{name}.parquet")))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise UserError(f"'{before.folder}/counts' is lost or damaged ({first_line(error)}): {ANEW}") from None
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
         counted.add_latest_of(before.serving, logs.schema)

@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.reader import Log, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
@@ -183,9 +184,14 @@ def _find_clash(database: Database, column: str, runs: str) -> Clash | None:
 def _read_kept(database: Database, folder: Path | None, name: str, columns: pa.Schema) -> None:
     """Makes the table `before` of a kept file, empty without one. `request`, `least` and `greatest` are hashes of a
     request's id and of its users, `first` and `last` its times in microseconds; `key` is a hash of a row's request and
-    candidate."""
-    has_kept = folder is not None and (folder / name).exists()
-    database.copy("before", ds.dataset(f"{folder}/{name}", columns) if has_kept else ds.dataset(columns.empty_table()))
+    candidate. Raises UserError for a file that is lost or damaged."""
+    path = None if folder is None else folder / name
+    try:
+        database.copy("before", ds.dataset(path or columns.empty_table(), columns))
+    except (OSError, pa.ArrowException, duckdb.Error) as error:
+        raise UserError(
+            f"'{folder}/{name}' is lost or damaged ({first_line(error)}): build the features anew"
+        ) from None
 
 
 def check_requests(log: Log, requests: Requests) -> None:

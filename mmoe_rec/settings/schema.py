@@ -139,6 +139,9 @@ class Schema(Section):
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
                 raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
+        for names in (self.tasks, self.features):  # files are named after them
+            if len({name.casefold() for name in names}) < len(names):
+                raise ValueError(f"some names differ only in upper and lower case: rename one of {', '.join(names)}")
         for name in _RESERVED.intersection(self.tasks):
             raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
         self._check_given()

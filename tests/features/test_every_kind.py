@@ -124,7 +124,7 @@ def test_what_a_kind_may_leave_out_is_there_where_it_is_needed(kind: str) -> Non
     (use,) = set(reads.values()) or {"time"}
     if len(reads) == 1 and use in ("key", "keys", "number") and not isinstance(feature, Remembering):
         assert encoder.typical(use) is not None
-    assert (meaning.zeros_missing, meaning.hashed) == (use == "vector", kind == "cross")
+    assert meaning.zeros_missing == (use == "vector")
     assert reads or schema.role_of("f") in (feature.fixed_role, "context")
     assert meaning.columns
     assert set(meaning.columns) <= {*column_uses(schema)}

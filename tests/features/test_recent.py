@@ -68,5 +68,17 @@ def test_rows_in_any_batches_are_as_all_rows_at_once(seed: int, role: Any, strin
     assert [tuple(row.values()) for row in whole.table.to_pylist()] == expected
 
 
+def test_rows_of_one_instant_that_differ_in_a_list_have_no_order() -> None:
+    one = at_times(random_log(0, rows=1), np.array([START]))
+    place = one.schema.get_field_index("tags")
+    parts = [
+        one.set_column(place, one.schema.field(place), pa.array([tags], one["tags"].type))
+        for tags in (["a"], ["b", "c"])
+    ]
+    values = [LatestValues.of(log_rows(part, SCHEMA), "candidate") for part in parts]
+    forwards, backwards = LatestValues.together(values), LatestValues.together(values[::-1])
+    assert forwards.table.equals(backwards.table)
+
+
 def sizes(values: pa.Array) -> np.ndarray:
     return np.array([-1 if each is None else len(str(each)) for each in values.to_pylist()])

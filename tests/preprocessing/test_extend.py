@@ -101,8 +101,7 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     message = r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data"
 
     def count(features: FeatureFolder) -> None:
-        dims = {table.name: 1 for table in features.layout.tables}
-        inspect("log", features, growing.schema, dims, growing.folder / "scratch")
+        inspect("log", features, growing.schema, growing.folder / "scratch")
 
     for needs_rows in (
         lambda: prepared.require_rows("train", "validation"),

@@ -305,3 +305,15 @@ def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> 
     said = r"a row of the files before and row 0 of '.*new.parquet' are of one request .* differ in column 'user'"
     assert re.match(said, str(caught.value))
     assert days.before.manifest["rows"] == days.old.num_rows  # all stays
+
+
+@pytest.mark.parametrize("file", ["requests/requests.parquet", "requests/rows.parquet", "counts/*.parquet"])
+@pytest.mark.parametrize("content", [None, b"PAR1 no Parquet PAR1"])
+def test_a_lost_record_of_the_days_before_is_named(tmp_path: Path, file: str, content: bytes | None) -> None:
+    days = _Days(tmp_path)
+    record = next(_build(tmp_path, days.old).folder.glob(file))
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content)
+    with pytest.raises(UserError, match=f"{Path(file).parent}.*' is lost or damaged .*: build the features anew"):
+        days.add(days.new)

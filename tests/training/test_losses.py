@@ -207,7 +207,6 @@ def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: F
         bias = trainer.sharded.model.module.mixture.towers.output_bias.detach()
         rates = base_rates(prepared.manifest, LAYOUT.tasks, weighted=False)
         assert bias[:, 0].tolist() == pytest.approx([logit(rates[0]), logit(rates[1]), 0.0], rel=1e-6)
-        trainer.checkpoints.close()
 
 
 def train_with_unit(folder: Path, unit: float) -> SmallTraining:
