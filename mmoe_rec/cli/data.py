@@ -47,7 +47,7 @@ def init(log: str, out: str | None, work: str | None, **given: Any) -> None:
     path = Path(out or f"{name_of(log)}.yaml")
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out '{path}' is to be a YAML file, such as {name_of(log)}.yaml")
-    check_replaceable(path)
+    before = check_replaceable(path, log)
     name = name_of(str(path.with_suffix("")))
     work = work or str(path.parent / f"{name}_work")
     said = {each: (given[each],) for each in PURPOSES if given[each]}
@@ -65,6 +65,8 @@ def init(log: str, out: str | None, work: str | None, **given: Any) -> None:
     show(describe_guesses(meaning))
     marks = len(re.findall(rf"{CHECK}\b", text)) - 1  # one is in the header, beside a checksum
     guesses = f", with {marks} guess{'es' if marks > 1 else ''} to check" if marks else ""
+    if before:
+        print(f"replaced: settings made by '{before}', whose options count only if this command repeats them")
     print(f"settings: {path}{guesses}")
     print(f"next: mmoe-rec train --config {shlex.quote(str(path))}")
 

@@ -104,23 +104,29 @@ class NewFiles:
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Raises UserError where new files may hold all events of a file that is gone: as many, of its times."""
+        """Raises UserError where new files may hold all events of a file that is gone: as many, of its times. Tells of
+        those that may hold the events of a file that is still there."""
         if new.options.duplicates == "keep":
             return
         for log, changes in zip(new.events, self.changes[1:], strict=True):
             spans = {file: counted.spans.get((log.name, file.address)) for file in log.files}  # None without rows
-            for old in (changes.held.files[address] for address in changes.gone):
+            for old in changes.held.files.values():
                 if old.first is None or old.last is None:
                     continue
                 near = [file for file, span in spans.items() if span and span[0] <= old.last and span[1] >= old.first]
                 times = [time for file in near for time in spans[file] or ()]
                 covered = near and min(times) <= old.first and max(times) >= old.last
-                if covered and sum(file.rows for file in near) >= old.rows:
-                    raise UserError(
-                        f"new files of events '{log.name}', such as '{near[0].address}', may hold the events of "
-                        f"'{old.address}', which is gone: they are of its times, and at least as many. Put it back and "
-                        f"remove the new ones, or {self.anew}. If they are others, set data.duplicates to keep"
-                    )
+                if not covered or sum(file.rows for file in near) < old.rows:
+                    continue
+                told = f"new files of events '{log.name}', such as '{near[0].address}', may hold the events of "
+                told += f"'{old.address}': they are of its times, and at least as many. "
+                if old.address not in changes.gone:
+                    say(f"{told}If they are the same, they count twice: remove the new files, and {self.anew}")
+                    continue
+                raise UserError(
+                    f"{told}It is gone: put it back and remove the new ones, or {self.anew}. If they are others, set "
+                    "data.duplicates to keep"
+                )
 
 
 ANEW = "build the features anew, without --extend"

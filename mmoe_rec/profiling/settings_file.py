@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,6 +28,7 @@ from mmoe_rec.settings.sections import dump_flow
 
 CHECK = "# check"
 _CHECKSUM = "# checksum: "
+_MADE_BY = "# made by: "
 _WIDTH = 118
 _NO_NAME = frozenset({"log", "logs", "data", "parquet", "part", "interactions", "events"})
 
@@ -77,17 +79,25 @@ def describe_guesses(meaning: Meaning) -> Iterator[Any]:
     yield from (f"warning: {each}" for each in meaning.warnings)
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise UserError if a person has written or changed the file at a path."""
+def check_replaceable(path: Path, log: str) -> str:
+    """Return the command that made the file at a path, empty without a file.
+
+    Raises:
+        UserError: A person has written or changed the file, or it has the settings of another log.
+    """
     if not path.exists():
-        return
+        return ""
     try:
-        _, found, rest = path.read_text(encoding="utf-8").partition(_CHECKSUM)
+        header, found, rest = path.read_text(encoding="utf-8").partition(_CHECKSUM)
     except (OSError, UnicodeDecodeError):
         found, rest = "", ""
     told, _, body = rest.partition("\n")
     if not found or told.strip() != _checksum(body):
         raise UserError(f"'{path}' is not as mmoe-rec init wrote it. Name another --out, or move the file away")
+    of = yaml.safe_load(body)["data"]["log"]
+    if of.rstrip("/") != log.rstrip("/"):
+        raise UserError(f"'{path}' has the settings of '{of}'. Name another --out for '{log}'")
+    return header.rpartition(_MADE_BY)[2].strip()
 
 
 def _checksum(body: str) -> str:
@@ -104,7 +114,7 @@ def _settings_text(name: str, log: str, work: str, meaning: Meaning, proposal: P
         f'# What a person should check is marked "{CHECK}". To correct a guess, repeat the command with a further',
         "# option (--user, --candidate, --request, --time, --task, --leave-out, --placement), or edit this file: after",
         "# that, the command leaves it as it is. configs/template.yaml explains every setting.",
-        f"# made by: mmoe-rec {_one_line(shlex.join(sys.argv[1:]))}",
+        f"{_MADE_BY}mmoe-rec {_one_line(shlex.join(sys.argv[1:]))}",
         _CHECKSUM + _checksum(body),
     ]
     return "\n".join(header) + "\n" + body

@@ -138,9 +138,20 @@ def test_events_of_a_file_that_is_gone_do_not_count_twice(growing, how):
     if how == "one":
         pq.write_table(pa.concat_tables([again, table]), new)
     old.unlink()
-    with pytest.raises(UserError, match=r"^new files of events 'purchases', such as .* '.*98.parquet', which is gone"):
+    with pytest.raises(UserError, match=r"^new files of events 'purchases', such as .* '.*98.parquet': .* It is gone"):
         growing.extend(LATER)
     assert growing.extend(LATER, duplicates="keep") is not None
+
+
+def test_events_that_may_have_come_twice_are_told(growing, capsys):
+    growing.add(8, 10)
+    old = growing.folder / "events" / "98.parquet"
+    pq.write_table(pq.read_table(old).slice(0), old.with_name("again.parquet"), compression="none")
+    assert growing.extend(LATER) is not None
+    told = " ".join(capsys.readouterr().err.split())
+    assert "may hold the events of" in told
+    assert "98.parquet': they are of its times" in told
+    assert "If they are the same, they count twice" in told
 
 
 def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> None:

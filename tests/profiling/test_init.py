@@ -25,9 +25,12 @@ def test_init_replaces_its_own_file_but_nothing_that_a_person_wrote(
     shop: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("init", "shop.parquet", "--leave-out", "price", "--timezone", "Europe/Berlin")
+    assert "replaced: settings made by " in capsys.readouterr().out
     told = yaml.safe_load(shop.read_text())
     assert "price" not in str(told["roles"])
     assert told["features"]["request_time"]["timezone"] == "Europe/Berlin"
+    (shop.parent / "other.parquet").write_bytes((shop.parent / "shop.parquet").read_bytes())
+    assert "has the settings of 'shop.parquet'" in refuse(capsys, "init", "other.parquet", "--out", "shop.yaml")
     for text in (shop.read_text().replace("trees: {}", "trees: {leaves: 15}"), "name: shop\n"):
         shop.write_text(text)
         assert "Name another --out" in refuse(capsys, "init", "shop.parquet")
