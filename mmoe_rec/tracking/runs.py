@@ -91,7 +91,8 @@ class Outbox:
         until = time.monotonic() + seconds
         while self.file is not None and self.file.exists():
             with self._locked(self.file):
-                self._send_kept(self.file)
+                if self.file.exists():  # another command may have sent it meanwhile
+                    self._send_kept(self.file)
             left = until - time.monotonic()
             if not isinstance(self.trouble, UnreachableError) or left <= 0:
                 return

@@ -33,8 +33,9 @@ class Start:
 class Origin:
     """What a training was begun with.
 
-    settings: as `fixed_settings` gives them; features: fingerprint of the fitted ones; until: microseconds of the last
-    request that they know; run_id: the MLflow run; start: None where the first weights were random.
+    settings: as `fixed_settings` gives them; result: as `result_settings` does; features: fingerprint of the fitted
+    ones; until: microseconds of the last request that they know; run_id: the MLflow run; start: None where the first
+    weights were random.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Origin:
     until: int = 0
     run_id: str | None = None
     start: Start | None = None
+    result: dict[str, Any] = field(default_factory=dict)
 
     def find_difference(self, settings: dict[str, Any], features: str, address: str | None) -> str | None:
         """Return what differs from a training of these settings, features and start, as the end of a sentence.
@@ -69,3 +71,9 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
     events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
     training = {name: value for name, value in tree["training"].items() if name not in _FREE}
     return {**tree, "training": training, "data": {"events": events}}
+
+
+def result_settings(settings: Settings) -> dict[str, Any]:
+    """The settings on which only the finished model depends: how it is called, served and registered."""
+    tracking = {"registered_model": settings.registered_model, "alias": settings.tracking.alias}
+    return {"name": settings.name, "serving": settings.serving.model_dump(mode="json"), "tracking": tracking}

@@ -5,6 +5,7 @@ tables in plain PyTorch.
 """
 
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -124,9 +125,21 @@ class Planning:
         """
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
         from torchrec.distributed.planner import EmbeddingShardingPlanner, types
+        from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+        from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
         from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
         machines, sharders, kind = self.machines, self.sharders(), self.settings.sharding
+
+        class StorageEstimator(EmbeddingStorageEstimator):
+            # torchrec counts one number of row-wise Adagrad for a whole row, and each part of a row has one.
+            def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
+                super().estimate(sharding_options, sharder_data_map)
+                for option, part in ((each, part) for each in sharding_options for part in each.shards):
+                    missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
+                    own, host = (missing, 0) if machines.device == "cuda" else (0, missing)
+                    part.storage += types.Storage(hbm=own, ddr=host)
+
         # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
         by_default = WHOLE_ROWS if machines.device == "cuda" else ("table_wise",)
         # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
@@ -148,9 +161,11 @@ class Planning:
             ),
             kernel_config=types.KernelConfig(compute_device=machines.device),
         )
+        estimators = [EmbeddingPerfEstimator(topology, constraints), StorageEstimator(topology, constraints)]
         planner = EmbeddingShardingPlanner(
             topology=topology,
             batch_size=self.batch_size,
+            enumerator=EmbeddingEnumerator(topology, self.batch_size, constraints, estimators),
             storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
             constraints=constraints,
             stats=stats,

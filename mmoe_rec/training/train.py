@@ -30,10 +30,10 @@ from mmoe_rec.model.score import UNCALIBRATED, Calibration
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.model.warm_start import WarmStart
 from mmoe_rec.preprocessing.logs import BuildInputs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use, fingerprint_of, prepare
 from mmoe_rec.progress import say
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.runs import (
@@ -43,13 +43,14 @@ from mmoe_rec.tracking.runs import (
     check_server,
     command,
     data_sets,
+    list_waiting_runs,
     name_training,
     quoted,
 )
 from mmoe_rec.training import training_report
 from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining, latest_checkpoint, load_plain
 from mmoe_rec.training.loop import Trainer, TrainingResult
-from mmoe_rec.training.origin import Origin, Start, fixed_settings
+from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 from mmoe_rec.training.ranks import training_ranks
 from mmoe_rec.training.stacking import grow_trees
 from mmoe_rec.training.validation import Validation, find_early_end, validate_alone
@@ -296,16 +297,14 @@ def open_workspace(
         """Decide on the first rank what all ranks do, and hold what they use from now on."""
         find_objective(settings.evaluation.decide_by)
         has_features = existing(inputs) is not None
-        check_server(settings.tracking.address, settings.experiment, unsent=folder / "unsent")
-        registry.check_names(settings.tracking.address, settings.registered_model, settings.tracking.alias)
         for name in ("checkpoints", "model"):
             held.enter_context(writing(folder / name, "a training", "set `data.work` to another folder"))
-        if address is not None and not has_features:
-            raise UserError(
-                f"'{folder}' has no features of this log, these features and this split: to go on from a model, run "
-                "mmoe-rec features with --extend first"
-            )
         status = _decide(settings, inputs, address, has_features) if resume else RunStatus.NEW
+        if status is RunStatus.NEW and address is not None and not has_features:
+            raise _needs_features(folder)
+        if status is not RunStatus.FINISHED or list_waiting_runs(folder / "unsent"):
+            check_server(settings.tracking.address, settings.experiment, unsent=folder / "unsent")
+            registry.check_names(settings.tracking.address, settings.registered_model, settings.tracking.alias)
         pinned, run = address, None
         if status is RunStatus.NEW and address is not None:
             # Looked up once, as an alias may move.
@@ -334,7 +333,12 @@ def open_workspace(
                 about = read_artifact(model)  # it is as it was written
                 weights = WarmStart(model, Model.model_validate(about.model), prepared, layout, settings.model)
                 start = Start(address, pinned, checksum(model / "weights.safetensors"), run)
-            origin = Origin(fixed_settings(settings), *_what_is_known(manifest), start=start)
+            origin = Origin(
+                fixed_settings(settings),
+                *_what_is_known(manifest),
+                start=start,
+                result=result_settings(settings),
+            )
         yield Ready(settings, folder, ranks.first, device, prepared, manifest, layout, origin, checkpoint, weights)
 
 
@@ -352,11 +356,20 @@ def _decide(settings: Settings, inputs: BuildInputs, address: str | None, has_fe
         before = checkpoint.state.origin
     else:
         return RunStatus.NEW
-    features, until = "", before.until
-    if has_features or finished is not None:
+    features, until = fingerprint_of(inputs.logs, inputs.windows), before.until
+    if not has_features and features != before.features and address is not None:
+        raise _needs_features(inputs.work)
+    if has_features or (finished is not None and features != before.features):
         # Work of a run that can be resumed isn't thrown away because the log has grown.
         features, until = _what_is_known(prepare(inputs, going_on=has_features).manifest)
     difference = before.find_difference(fixed_settings(settings), features, address)
+    if difference is None and finished is not None:
+        for where, was, found in differences(before.result, result_settings(settings)):
+            difference = f"it was begun with {where} {was}, now it is {found}; set it back"
+    weights = Path(address or "", "weights.safetensors")
+    if difference is None and before.start is not None and weights.is_file():
+        is_same = checksum(weights) == before.start.weights
+        difference = None if is_same else f"the model in '{address}' is another one now"
     if difference is None:
         return RunStatus.RESUMED if finished is None else RunStatus.FINISHED
     if until > before.until:
@@ -365,6 +378,13 @@ def _decide(settings: Settings, inputs: BuildInputs, address: str | None, has_fe
     raise UserError(
         f"the training of '{checkpoints}' is not the one asked for: {difference}, or train from the start, without "
         "--resume"
+    )
+
+
+def _needs_features(work: Path) -> UserError:
+    return UserError(
+        f"'{work}' has no features of this log, these features and this split: to go on from a model, run mmoe-rec "
+        "features with --extend first"
     )
 
 

@@ -94,11 +94,17 @@ def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.Cap
     for setting, value, named in (
         ("training.calibration", "temperature", 'training.calibration "none", now it is "temperature"'),
         ("tasks.click.score_weight", "3", "tasks.click.score_weight 1.0, now it is 3.0"),
+        ("tracking.registered_model", "another", 'tracking.registered_model "learnable", now it is "another"'),
+        ("serving.max_candidates", "7", "serving.max_candidates 10000, now it is 7"),
     ):
         told = refused(capsys, world, RESUME, f"--{setting}", value)
         assert "is not the one asked for: it was begun with " + named in told
     assert (world.checkpoints / "finished.json").read_bytes() == before
-    world.train(RESUME)
+    away = ("--tracking.uri", "http://127.0.0.1:9")  # nobody is asked for a training that has ended
+    features = world.folder / "work" / "features"
+    features.rename(features.with_name("away"))
+    world.train(RESUME, *away)
+    features.with_name("away").rename(features)
     assert "has already ended" in capsys.readouterr().out
 
 
