@@ -90,7 +90,7 @@ ELSEWHERE = {
     "export --out --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures",
     "export --out --onnx": "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is",
     "baselines": "training/test_baselines.py::test_a_model_stands_beside_what_it_has_to_beat",
-    "tune-weights --goal --keep": "evaluation/test_tune_weights.py::test_the_choice_is_told_on_test_rows",
+    "tune-weights --goal --keep": "evaluation/test_tradeoffs.py::test_the_choice_is_told_on_test_rows",
     "promote --challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),
