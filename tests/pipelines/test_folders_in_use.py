@@ -99,7 +99,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
         raise ReadError
 
     monkeypatch.setattr("mmoe_rec.evaluation.evaluate.score_rows", read)
-    monkeypatch.setattr("mmoe_rec.profiling.data_health.inspect", read)
+    monkeypatch.setattr("mmoe_rec.cli.data.inspect_features", read)
     monkeypatch.setattr("mmoe_rec.experiments.search.Study.run", read)
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
     config = ["--config", str(world.folder / "first.yaml")]

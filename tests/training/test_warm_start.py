@@ -199,7 +199,7 @@ def _with(changes: dict[str, Any]) -> dict[str, Any]:
         (
             _with({"clicked": {**ALL_KINDS["clicked"], "pooling": "attention"}}),
             1,
-            r"'features.clicked.pooling' is missing, and .attention",
+            r"'features.clicked.pooling' is .mean., and .attention",
         ),
         (_with({"extra": {"kind": "id", "column": "brand"}}), 1, r"'features.extra' is missing, and there"),
         (_with({"item": {**ALL_KINDS["item"], "oov_buckets": 3}}), 1, r"'features.item.oov_buckets' is 4, and 3"),
