@@ -186,6 +186,7 @@ class PredictedRows:
             users=self.users.take(rows),
             requests=self.requests.take(rows),
             candidates=None if self.candidates is None else self.candidates.take(rows),
+            row=None if self.row is None else self.row.take(rows),
             predictions={name: values[rows] for name, values in self.predictions.items()},
             labels={name: values[rows] for name, values in self.labels.items()},
             score=self.score[rows],
@@ -234,7 +235,7 @@ def group_of(users: np.ndarray) -> np.ndarray:
 def units_of(users: pa.Array, grouped: bool | None = None) -> tuple[np.ndarray, pa.Array]:
     """(N,) int64, which of the V units that are redrawn each row belongs to; and (V,) the users, or groups of them.
 
-    users: (N,) integers or strings; grouped: as for `measure`.
+    users: (N,) integers or strings; grouped: as for `PredictedRows.sum`.
     """
     encoded = users.dictionary_encode()
     codes, distinct = encoded.indices.to_numpy().astype(np.int64), encoded.dictionary

@@ -85,7 +85,7 @@ class OneProcessTables(nn.Module):
     """The tables of a layout, as wide as they are stored; zeros until they are filled.
 
     A checkpoint holds the same state under the same names as with torchrec's collection and its fused optimizer, so a
-    training may go on with or without torchrec.
+    training with `training.tables` auto may go on with or without torchrec.
 
     Attributes:
         embedding_bags: The state, `embedding_bags.<table>.weight`. There are no parameters, as the backward pass itself

@@ -1,6 +1,7 @@
 """Slices against the metrics of their own rows, and planted ones that are worse."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,20 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.intervals import effective_sample_size
 from mmoe_rec.evaluation.sentences import describe_slices
-from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, SliceRecord, compare_slices, sort_worst_first
+from mmoe_rec.evaluation.slices import (
+    ALL,
+    MISSING,
+    SliceBy,
+    SliceRecord,
+    _read_slices,
+    compare_slices,
+    sort_worst_first,
+)
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
+from mmoe_rec.log.columns import combine, hash_column
+from mmoe_rec.log.reader import Log as LogFiles
 from mmoe_rec.settings.sections import Evaluation
+from tests.log.small_logs import random_log, schema_of, with_column, write_log
 
 
 def model(log: Log, of_rows: np.ndarray) -> MeasuredModel:
@@ -79,6 +91,17 @@ def test_models_are_compared_within_slices(log: Log) -> None:
     assert apart["0"].p_corrected == 1
     assert apart["1"].apart < -0.1
     assert apart["1"].p_corrected < 0.01
+
+
+def test_an_outcome_that_the_first_model_lacks_is_not_compared(log: Log) -> None:
+    labels, predictions = (values | {"both": values["bought"]} for values in (log.labels, log.predictions))
+    bought = next(task for task in log.tasks if task.name == "bought")
+    tasks = (*log.tasks, replace(bought, name="both"))
+    more = replace(log, tasks=tasks, labels=labels, predictions=predictions)
+    of_rows = (log.users % 2).astype(str)
+    records = compare_slices({"new": model(log, of_rows), "old": model(more, of_rows)}, "new", 50)
+    assert records
+    assert "both" not in {each.group for each in records}
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.4])
@@ -244,3 +267,22 @@ def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded,
     assert ("slice kind: 3 (" in told) == (kind != "better")
     with pytest.raises(UserError, match=r"guarded_slices names 'kin', and rows are sliced by: kind"):
         _ = replace(results, rules=Evaluation(slices=("kin",), guarded_slices=("kin",))).comparison
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_candidates_that_a_request_holds_twice_keep_their_slices(tmp_path: Path, again: bool) -> None:
+    """A file that is there a second time adds no row, and a candidate at two places is in the slices of both."""
+    schema = schema_of({"price": {"kind": "numeric", "column": "price"}})
+    table = random_log(0, rows=60)
+    table = with_column(pa.concat_tables([table, table]), "slot", [1] * 60 + [2] * 60)
+    first = table.slice(0, 60)
+    folder = write_log(tmp_path / "log", *([first, first.take(list(range(59, -1, -1)))] if again else [table]))
+    log = LogFiles(str(folder), schema, more={"slot": "any"})
+    keys = [
+        combine([hash_column(each.requests()), each.hashes(["item"])])
+        for part in log.parts()
+        for each in log.reader.read(part)
+    ]
+    wanted = np.sort(np.concatenate(keys)[: 60 if again else None])
+    found = _read_slices(log, [SliceBy("slot", "slot", None)], wanted, False)["slot"]
+    assert {name: len(numbers) for name, numbers in found.items()} == ({"1": 60} if again else {"1": 60, "2": 60})

@@ -1,4 +1,4 @@
-"""ScoredRows rows against the offline evaluation, and against the ranker that the server asks."""
+"""Scored rows against the offline evaluation, and against the ranker that the server asks."""
 
 import json
 from collections.abc import Collection
