@@ -362,7 +362,9 @@ def measure_predictions(
     real = Path(os.path.realpath(out))
     for each, files in listed.items():
         is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
-        if is_inside or any(Path(os.path.realpath(file.address)).is_relative_to(real) for file in files):
+        if is_inside or any(
+            Path(os.path.realpath(file.address)).is_relative_to(real) for file in files if not is_remote(file.address)
+        ):
             raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
     mine = {source: match_columns(columns, listed[source])}
     for each in against:

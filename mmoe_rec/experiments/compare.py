@@ -206,7 +206,8 @@ def check(settings: Settings, variants: Sequence[Variant], seeds: int) -> None:
         variant.apply(settings)
         for name in variant.without_features:
             if name not in settings.features:
-                raise UserError(f"{variant.name}: there is no feature '{name}' to leave out.")
+                there = ", ".join(settings.features)
+                raise UserError(f"{variant.name}: there is no feature '{name}' to leave out. Features are {there}.")
 
 
 def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float) -> ExperimentResult:

@@ -55,7 +55,7 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
         UserError: There is no such feature, or too few labels to judge.
     """
     schema = settings.schema_
-    check(settings, [replace(BASE, without_features=tuple(only))], seeds)
+    check(settings, [replace(BASE, name="--only", without_features=tuple(only))], seeds)
     alone = [name for name in only or schema.features if schema.role_of(name) != "placement"]
     with open_runner(settings, "compare features", "test", folder=FOLDER) as runner:
         found = _permute_once(runner, alone, margin)

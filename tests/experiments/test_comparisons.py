@@ -275,7 +275,7 @@ def test_architectures_by_the_command(tmp_path: Path) -> None:
         (("--seeds", "1"), "1 run of each variant can't show how far runs differ. Give --seeds 2 or more."),
         (("--architectures", "--features"), "are comparisons of their own"),
         (("--margin", "0.1"), "--only and --margin belong to --features"),
-        (("--features", "--only", "prize"), "there is no feature 'prize' to leave out."),
+        (("--features", "--only", "prize"), "--only: there is no feature 'prize' to leave out. Features are "),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(
