@@ -19,8 +19,8 @@ price       of the candidate on that day, one in five at 20% off; null in 3% of 
 device      phone 0, desktop -0.2, tablet 0.1, tv -0.6.
 evening     0.3 cos(2 pi (hour - 20) / 24), UTC.
 
-The oracles' AUC is printed at the end. A model that learns the truth approaches that of true_click; one that confuses
-the truth with the positions that better candidates had may exceed it, by 0.005 at most.
+The command prints the AUC of true_click and of true_like at the end. A model that learns the truth approaches the AUC
+of true_click. A model that confuses the truth with positions may exceed it by 0.005 at most.
 
 Popularity is skewed: the busiest user makes fifty times as many requests as the average one. A fifth of users and
 candidates come late, evenly over the log. Each value is a function of the seed and of its row's number alone.

@@ -133,14 +133,21 @@ def find_differences(
     metrics: Collection[str] | None = None,
     name: str = "these settings",
 ) -> Differences:
-    """The differences of the means over trainings from those of others, not corrected.
+    """Compare the mean metrics of several trainings with those of other settings, without a correction.
 
-    Where one side has a single training, the intervals are over users alone. Tasks that one side lacks are left out,
-    and so is the score of settings by which rows are worth something else.
+    If one side has a single training, the intervals are over users alone. Tasks that one side lacks are left out. So is
+    the score, if the settings weigh tasks differently.
 
-    sums: of trainings; others: names of settings, with those of their trainings, of which one is held at a time;
-    metrics: those that are wanted besides the objective's; None: all; name: of what is compared. Raises UserError where
-    the rows are not the same.
+    Args:
+        sums: Sums of each training.
+        others: Name of other settings, and the sums of their trainings. One of them is held at a time.
+        objective: Metric that decides, None for no decision.
+        resamples: Number of times that users are redrawn.
+        metrics: Metrics to compare besides the objective's, None for all.
+        name: Name of the settings that are compared.
+
+    Raises:
+        UserError: The trainings were measured on different rows.
     """
     mine = resample_mean(sums, resamples, objective, metrics)
     differences: Differences = {}

@@ -24,9 +24,9 @@ from mmoe_rec.evaluation.slices import Slicing
 from mmoe_rec.evaluation.summary import MeasuredModel, find_objective, flatten, measure_model
 from mmoe_rec.evaluation.sums import MeasuredTask, PredictedRows
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
-from mmoe_rec.inference.batch_scoring import text_of
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import ROW
+from mmoe_rec.inference.scored_files import text_of
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout

@@ -19,8 +19,8 @@ from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.slices import SliceBy
 from mmoe_rec.evaluation.summary import MeasuredModel, RowsBySlice, find_objective, measure_model
 from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask, PredictedRows
-from mmoe_rec.inference.batch_scoring import learnt_from
 from mmoe_rec.inference.ranking import ROW
+from mmoe_rec.inference.scored_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, file_column, first_row, next_batch, open_parquet, with_path_values
 from mmoe_rec.log.columns import combine, hash_column

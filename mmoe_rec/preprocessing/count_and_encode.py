@@ -62,12 +62,18 @@ class CountJob:
 
 @dataclass
 class LogCounts:
-    """What was counted of parts of the log; parts are merged in any order.
+    """Counts of parts of the log. Parts are merged in any order.
 
-    counts, key_types: as in `FeaturePipeline`; first, last: request times, microseconds; rows: of each split; seen:
-    rows of the interaction log (None) and of each log of events; latest: attributes of users and candidates; sent:
-    channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or None, file) -> first and last
-    time of its rows.
+    Attributes:
+        counts: Counts of each feature, as in `FeaturePipeline`.
+        key_types: Types of the keys, as in `FeaturePipeline`.
+        first: First request time, microseconds.
+        last: Last request time, microseconds.
+        rows: Split -> its rows.
+        seen: Log of events, None for the interaction log -> its rows.
+        latest: Role -> latest attributes of its users or candidates.
+        sent: Channel -> rows sent to each partition, shape (partitions,), int64.
+        spans: Log of events or None, and file -> first and last time of the file's rows, microseconds.
     """
 
     counts: dict[str, Any] = field(default_factory=dict)

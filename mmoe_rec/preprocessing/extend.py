@@ -145,13 +145,18 @@ class Extension:
 
 
 def extend(inputs: BuildInputs) -> Extension | None:
-    """Adds new files to the features in `work`; None where there are none. After an error they are the old ones.
+    """Add new files to the features in `work`. An error leaves the old features.
 
-    inputs: with the splits of the new rows.
+    Args:
+        inputs: Log, schema and folder, with the splits of the new rows.
 
-    Raises UserError where there are no features to extend, or they are of another schema; an old file has changed; late
-    requests may be old ones; no new request is later than these, or in a split; new events may be those of a file that
-    is gone; no new file can be used, or the log can't be read.
+    Returns:
+        The extension, None without new files.
+
+    Raises:
+        UserError: There are no features of this schema. An old file has changed. New rows may repeat old requests, or
+            new events those of a removed file. No new request is later than the old ones, or none lies in a split. A
+            file can't be read.
     """
     schema = inputs.schema
     require_all(schema, "adding days to features")
@@ -238,10 +243,17 @@ REMAKE = "make the tables anew with --anew, which reads all files of the log"
 
 @dataclass(frozen=True)
 class Tables:
-    """What was made. files: that were read; rows: of the interaction log, events: of its logs of events, that were
-    added; as_of: microseconds of the last request that the tables know; digest: tells the files that they hold from any
-    others; journal: what of a journal they hold, see `HeldFiles.journal`; gone: files that the tables before hold and
-    the log does not."""
+    """Tables that were written.
+
+    Attributes:
+        files: Number of files that were read.
+        rows: Rows of the interaction log that were added.
+        events: Rows of logs of events that were added.
+        as_of: Time of the last request that the tables know, microseconds.
+        digest: Checksum of the files that the tables hold.
+        journal: Part of a journal that the tables hold, see `HeldFiles.journal`.
+        gone: Files that the tables hold and the log lacks.
+    """
 
     files: int
     rows: int

@@ -48,11 +48,22 @@ _INTEGER = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?$")
 
 @dataclass(frozen=True)
 class Column:
-    """What a column holds.
+    """Statistics of a column.
 
-    sql: its name in queries; nulls: rows without a value, NaN among them; distinct: about how many values; low, high:
-    the least and the greatest, of numbers and text; binary: it holds 0 and 1 alone; lengths: shortest and longest list;
-    long: characters of the mean text; unit: of integers that may be times.
+    Attributes:
+        name: Name of the column.
+        sql: Name of the column in queries.
+        type: Type in DuckDB.
+        kind: Kind of its values.
+        rows: Rows of the log.
+        nulls: Rows that are null or NaN.
+        distinct: Approximate number of distinct values.
+        low: Least value of numbers and text.
+        high: Greatest value of numbers and text.
+        binary: Whether all values are 0 or 1.
+        lengths: Lengths of the shortest and the longest list.
+        long: Mean characters of a text.
+        unit: Time unit of integers that may be times, None for others.
     """
 
     name: str

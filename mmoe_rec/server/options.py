@@ -21,13 +21,17 @@ INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's s
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve.
+    """Options of a server.
 
-    limits: of calls; instead: settings that go for every model that is served instead of its own; grace: seconds from
-    SIGTERM, or from the end of the drain, to the end; token: which callers have to show, None lets all in; journal:
-    address of the journal of events, None takes none; log: how requests are logged, None does not log them; hosts:
-    names of the server in the header Host, None allows any; drain: seconds from SIGTERM until the port closes, in which
-    health checks fail.
+    Attributes:
+        limits: Limits of calls.
+        instead: Settings that replace those of each served model.
+        grace: Seconds from SIGTERM, or from the end of the drain, to the end of the process.
+        token: Token that callers have to show. None lets all in.
+        journal: Address of the journal of events. None takes no events.
+        log: Options of the request log. None logs no requests.
+        hosts: Names of the server that the header Host may hold. None allows any.
+        drain: Seconds from SIGTERM until the port closes. Health checks fail meanwhile.
     """
 
     limits: Serving = field(default_factory=Serving)

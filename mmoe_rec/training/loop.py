@@ -118,12 +118,24 @@ class Meter:
 
 
 class Trainer:
-    """Trains one model; `run` leaves checkpoints in a folder, the best one's among them. Needs a process group.
+    """Trains one model. `run` leaves checkpoints in a folder, among them the best one. Needs a process group.
 
-    log_metrics: called with metrics and the step. warm_start: the weights to start from, by default random ones;
-    resume: a checkpoint to go on from instead; origin: what checkpoints say the training began with; watch: called with
-    each validation and its step; what it raises ends the training; choices: to be kept, instead of measured. Raises
-    UserError where the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
+    Args:
+        prepared: Features.
+        layout: Layout of the model.
+        model_settings: Settings of the model.
+        settings: Settings of the training.
+        device: Device of this rank.
+        checkpoints: Folder for the checkpoints.
+        log_metrics: Function that is called with metrics and the step.
+        warm_start: Weights to start from, None for random ones.
+        resume: Checkpoint to resume from, None to start anew.
+        origin: Settings and features that the checkpoints record.
+        watch: Function that is called with each validation and its step. An error that it raises ends the training.
+        choices: Precision and others to use, None to measure them.
+
+    Raises:
+        UserError: The tables do not fit into memory, or encoded rows or the checkpoint can't be read.
     """
 
     def __init__(
