@@ -36,6 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
@@ -136,17 +137,11 @@ def select(seed: int, divided: bool) -> Verdict:
     for model, logits in (("new", both), ("old", network)):
         tasks = [TaskOutput(name, "binary") for name in NAMES]
         fitted, _ = fit_calibration("temperature", tasks, logits[:, selects].T, labels[1][:, selects].T)
-        tensor = fitted.apply(_tensor(logits[:, judges].T), NAMES)
+        tensor = fitted.apply(torch.from_numpy(logits[:, judges].T.copy()), NAMES)
         given = [dict(zip(NAMES, each, strict=True)) for each in (expit(tensor.numpy().T), labels[1][:, judges])]
         sums = measure(TASKS, validation.user[judges], validation.request[judges], *given, score=sum(given[0].values()))
         models[model] = MeasuredModel(sums, summarise(sums, 20))
     return compare(models, "new", NAMES, Evaluation(resamples=RESAMPLES)).verdicts["old"]
-
-
-def _tensor(values: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(values))
 
 
 def judge_trained(number: int) -> dict[str, float]:

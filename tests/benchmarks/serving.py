@@ -23,9 +23,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 
-from tests.benchmarks.memory import tree_processor_seconds
 from tests.inference.running_server import free_port, running_program
 
 COUNTS = (5, 100, 500)
@@ -105,6 +105,13 @@ def rate(port: int, body: bytes, clients: int, seconds: float) -> float:
     return sum(counts) / (time.perf_counter() - started)
 
 
+def processor_seconds(server: int) -> float:
+    """Return the processor time that a server and its workers have spent so far."""
+    main = psutil.Process(server)
+    times = [each.cpu_times() for each in (main, *main.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
 @contextmanager
 def served(checkout: Path, model: Path, workers: int, folder: Path) -> Iterator[tuple[int, int]]:
     """Start the server of a checkout with its own environment. Gives the port and the process ID."""
@@ -147,10 +154,10 @@ def main() -> None:
                     taken = latencies(client, body, options.seconds)
                     figures.setdefault(f"p50_ms_{count}", []).append(float(np.percentile(taken, 50)))
                     figures.setdefault(f"p99_ms_{count}", []).append(float(np.percentile(taken, 99)))
-                before = tree_processor_seconds(process)
+                before = processor_seconds(process)
                 for _ in range(40):
                     client.ask(drawn[COUNTS[-1]])
-                spent = (tree_processor_seconds(process) - before) / 40
+                spent = (processor_seconds(process) - before) / 40
                 figures.setdefault(f"cpu_ms_{COUNTS[-1]}", []).append(1e3 * spent)
                 figures.setdefault("rate", []).append(rate(port, drawn[5], CLIENTS, 2 * options.seconds))
     medians = {name: {key: float(np.median(values)) for key, values in each.items()} for name, each in found.items()}

@@ -1,23 +1,93 @@
 """The command `train --resume`, stopped by signals at any moment, by itself and under torchrun."""
 
+import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.fork_server import Command
-from tests.pipelines.killed_trainings import Training, whole_training
+from tests.fork_server import Command, run_command
 from tests.processes import until
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training in a folder of its own, on features that are copied there."""
+
+    log: Path
+    work: Path
+
+    @property
+    def command(self) -> list[str]:
+        """The same before and after a kill."""
+        command = ["mmoe_rec", "train", "--config", "configs/synthetic.yaml", "--resume"]
+        command += ["--data.log", str(self.log), "--data.work", str(self.work)]
+        command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db"]
+        same = {"precision": "fp32", "products": "blas", "tables": "fbgemm", "threads": 1}
+        training = same | {"batch_size": 64, "checkpoint_steps": 20}
+        return [*command, *(f"--training.{name}={value}" for name, value in training.items())]
+
+    def prepare(self, features: Path) -> None:
+        """An empty folder but for the features."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        shutil.copytree(features, self.work / "features")
+
+    def start(self) -> Command:
+        """The command, which is not waited for."""
+        return Command(self.command)
+
+    def finish(self) -> None:
+        """Runs to the end."""
+        process = self.start()
+        assert process.wait() == 0, process.stderr
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint, 0 before there is one."""
+        file = self.work / "checkpoints" / "latest.json"
+        return int(json.loads(file.read_text())["step"]) if file.is_file() else 0
+
+    @property
+    def weights(self) -> bytes:
+        """Of the model that is served."""
+        return (self.work / "model" / "weights.safetensors").read_bytes()
+
+    def query(self, text: str) -> list[tuple[Any, ...]]:
+        """Of MLflow's store."""
+        with sqlite3.connect(self.work / "mlflow.db") as store:
+            return store.execute(text).fetchall()
+
+    def validation(self) -> list[tuple[Any, ...]]:
+        """Metrics of all validations, each as often as it was logged."""
+        return self.query(
+            "select key, step, value from metrics where key like 'validation/%' or key like 'best/%' order by 1, 2, 3"
+        )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Training:
-    return whole_training(tmp_path_factory.mktemp("trainings"))[0]
+    """A training that is not killed, on a synthetic log."""
+    folder = tmp_path_factory.mktemp("trainings")
+    log = folder / "log"
+    built = ["--data.log", str(log), "--data.work", str(folder / "built")]
+    for words in (
+        ["pipelines.make_synthetic_log", "--out", str(log), "--rows", "20000"],
+        ["mmoe_rec", "features", "--config", "configs/synthetic.yaml", *built],
+    ):
+        assert (made := run_command(*words)).returncode == 0, made.stderr
+    whole = Training(log, folder / "whole")
+    whole.prepare(folder / "built" / "features")
+    whole.finish()
+    return whole
 
 
 def start_until(training: Training, moment: Callable[[Training], bool]) -> Command:
