@@ -1,4 +1,4 @@
-"""Which model holds the alias after a training: the better one on the same rows."""
+"""A version takes the alias if it is better than the holder, after a training and by `promote`, and gives it back."""
 
 import json
 import re
@@ -12,14 +12,17 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import promotion
-from mmoe_rec.evaluation.evaluate import score_rows
+from mmoe_rec.evaluation.evaluate import NotFiniteError, score_rows
 from mmoe_rec.inference.artifact import write_manifest
-from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.ranker import OtherScoresError, Ranker
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
+from tests import commands
 from tests.pipelines.short_trainings import NAME, SLOW, World
+from tests.report.parsed import Page
 
 pytestmark = pytest.mark.thorough
 
@@ -29,22 +32,39 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world with two versions: one that has learnt nothing, and the champion."""
     world = World.of(tmp_path_factory.mktemp("template"))
     world.train(*SLOW, "--model.experts.count", "2")
-    world.train()
+    world.train("--evaluation.slices", '["slot"]', "--evaluation.guarded_slices", '["slot"]')
+    assert world.holder() == "2"
     return world
 
 
 @pytest.fixture
 def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The same, in which registering a model, which takes longer than to train it, is to count up."""
+    """The first version holds the alias. A training adds a version of the first one's files, as registering its own
+    takes longer than to train it."""
 
     def register(run: runs.Run, artifact: Path, name: str, **_: Any) -> str:
-        versions = template.client.search_model_versions(f"name='{NAME}'")
-        source = f"{versions[0].source}"
+        source = template.client.get_model_version(name, "1").source
         return str(template.client.create_model_version(name, source, run_id=run.run_id).version)
 
     monkeypatch.setattr(promotion.registry, "register_model", register)
-    registry.move_alias(NAME, "champion", "2", template.uri)
+    registry.move_alias(NAME, "champion", "1", template.uri)
     return template
+
+
+@pytest.fixture
+def second(world: World) -> World:
+    """The second version holds the alias."""
+    registry.move_alias(NAME, "champion", "2", world.uri)
+    return world
+
+
+def promote(world: World, *words: str) -> int:
+    """The exit code of the command."""
+    return commands.exit_code("promote", "--config", world.folder / "first.yaml", *words)
+
+
+def tags(world: World, version: str) -> dict[str, str]:
+    return world.client.get_model_version(NAME, version).tags
 
 
 def newest(world: World) -> str:
@@ -73,8 +93,174 @@ def area_of(world: World, version: str) -> float:
     return area(fetch_model(f"models:/{NAME}/{version}", world.uri), world.folder / "work")
 
 
+# The command
+
+
+def test_a_better_version_takes_the_alias_and_gives_it_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert promote(world, "--challenger", "2") == 0
+    printed = capsys.readouterr().out
+    assert world.holder() == "2"
+    assert "'champion' is version 2 now" in printed
+    assert "'version 2' is better than 'version 1': mean auc of click, liked is higher by " in printed
+    assert tags(world, "2")["compared"].startswith("'version 2' is better than 'version 1'")
+    assert tags(world, "2")["promoted"] == "'champion' since this comparison"
+    report = world.folder / "work" / "promotion" / "report.html"
+    assert "'version 2' is better than 'version 1'" in Page(report.read_text(encoding="utf-8")).words
+    run_id = world.client.get_model_version(NAME, "2").run_id
+    assert "promotion/report.html" in [each.path for each in world.client.list_artifacts(run_id, "promotion")]
+    assert promote(world, "--challenger", "models:/learnable/2") == 0
+    assert "version 2 holds 'champion' already" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        # Another process promotes while the version is loaded.
+        patch.setattr(promotion, "_load", lambda _: registry.move_alias(NAME, "champion", "1", world.uri))
+        assert promote(world, "--rollback") == 2
+    assert world.holder() == "1"
+    assert "'champion' has moved meanwhile: run the command again" in capsys.readouterr().err
+    registry.move_alias(NAME, "champion", "2", world.uri)
+    assert promote(world, "--rollback") == 0
+    assert world.holder() == "1"
+    printed = capsys.readouterr().out
+    assert "'champion' is version 1 again, which held it before version 2" in printed
+    assert "its tables are as of 2024-" in printed
+    assert tags(world, "2")["promoted"] == "no more: 'champion' went back to version 1"
+    assert tags(world, "1")["promoted"] == "'champion' again, after version 2"
+    registry.move_alias(NAME, "champion", "2", world.uri)  # by hand
+    assert promote(world, "--rollback") == 2, "what was before is not taken from a holding that has ended"
+    assert "it is not known which version" in capsys.readouterr().err
+    registry.move_alias(NAME, "champion", "1", world.uri)
+
+
+def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
+    split = ["--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-05"]
+    assert promote(world, "--challenger", "2", *split, "--data.work", str(world.folder / "earlier")) == 1
+    assert world.holder() == "1"
+    printed = capsys.readouterr().out
+    for version in (1, 2):
+        assert f"version {version} was trained, or its best state chosen, on requests before 2024-03-08 " in printed
+
+
+@pytest.mark.parametrize("what", ["damaged", "another format", "not finite"])
+def test_a_version_that_cannot_be_served_is_refused_and_gives_way(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(fetch_model(f"models:/{NAME}/2", world.uri), folder)
+    weights = folder / "weights.safetensors"
+    if what == "damaged":
+        weights.write_bytes(b"short")
+    elif what == "another format":
+        (folder / "model.json").write_text('{"format": 1}')
+        (folder / "manifest.json").unlink()
+    else:
+        found = load_file(weights)
+        found = {name: each * 1e38 if "towers" in name else each for name, each in found.items()}
+        save_file(found, weights)
+        write_manifest(folder)
+
+    def fetch(address: str, uri: str) -> Path:
+        return folder if address.endswith("/2") else fetch_model(address, uri)
+
+    monkeypatch.setattr(registry, "fetch_model", fetch)
+    assert promote(world, "--challenger", "2") == 1
+    assert world.holder() == "1"
+    assert tags(world, "2")["compared"].startswith("version 2 can't be served: ")
+    registry.move_alias(NAME, "champion", "2", world.uri)
+    assert promote(world, "--challenger", "1") == 0
+    assert world.holder() == "1"
+    assert tags(world, "1")["compared"].startswith("version 2, which holds 'champion', can't be served any more: ")
+
+
+def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureFixture) -> None:
+    for words, told in (
+        (("--challenger", "99"), "99"),
+        (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': those that are held are "),
+        ((), "give the version that is to be promoted with --challenger, or --rollback alone"),
+        (("--challenger", "2", "--rollback"), "or --rollback alone"),
+        (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),
+    ):
+        assert promote(world, *words) == 2
+        assert told in capsys.readouterr().err
+    world.client.set_registered_model_alias(NAME, "lonely", "1")
+    assert promote(world, "--rollback", "--tracking.alias", "lonely") == 2
+    assert "it is not known which version of 'learnable' held 'lonely' before version 1" in capsys.readouterr().err
+
+
+def test_an_alias_that_moves_during_the_command_is_left_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(*_: Any) -> list[str]:
+        world.client.delete_registered_model_alias(NAME, "champion")
+        return []
+
+    monkeypatch.setattr(promotion, "_find_objections", meanwhile)
+    assert promote(world, "--challenger", "2") == 1
+    assert world.holder() is None
+    assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
+
+
+def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage, or a machine that gives other predictions, says nothing about the holder."""
+    fetch = registry.fetch_model
+
+    def away(address: str, uri: str) -> Path:
+        if address.endswith("/1"):
+            raise UserError(f"'{address}' can't be loaded")
+        return fetch(address, uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "fetch_model", away)
+        assert promote(world, "--challenger", "2") == 2
+    load = Ranker.load
+
+    for error in (OtherScoresError("gives other predictions here"), RuntimeError("can't allocate memory")):
+        with monkeypatch.context() as patch:
+            calls = iter([None, error])
+
+            def loaded(folder: Path, calls: Any = calls) -> Any:
+                if (trouble := next(calls)) is not None:
+                    raise trouble
+                return load(folder)
+
+            patch.setattr(Ranker, "load", staticmethod(loaded))
+            assert promote(world, "--challenger", "2") == 1
+        assert "can't be compared here" in tags(world, "2")["compared"]
+    assert world.holder() == "1"
+
+
+@pytest.mark.parametrize(("which", "promoted"), [("2", False), ("1", True)])
+def test_a_version_whose_predictions_are_not_finite(
+    world: World, monkeypatch: pytest.MonkeyPatch, which: str, promoted: bool
+) -> None:
+    def evaluated(*_: Any, **__: Any) -> Any:
+        raise NotFiniteError("it gives predictions that are not finite numbers", f"version {which}")
+
+    monkeypatch.setattr(promotion, "evaluate_found", evaluated)
+    assert promote(world, "--challenger", "2") == (0 if promoted else 1)
+    assert (world.holder() == "2") == promoted
+    assert tags(world, "2")["compared"] == "it gives predictions that are not finite numbers"
+
+
+def test_rows_of_another_split_are_logged_to_a_run_of_their_own(world: World) -> None:
+    words = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable/2"]
+    commands.run("evaluate", *words)
+    run_id = world.client.get_model_version(NAME, "2").run_id
+    before = world.client.get_run(run_id)
+    other = ["--data.work", str(world.folder / "few"), "--split.validation_end", "2024-03-08T12:00"]
+    commands.run("evaluate", *words, *other)
+    after = world.client.get_run(run_id)
+    assert before.data.metrics["test/liked.auc"] > 0
+    assert (after.data.metrics, after.data.tags) == (before.data.metrics, before.data.tags)
+    (newest, *_) = world.client.search_runs([before.info.experiment_id], max_results=1)
+    assert newest.info.run_name == "evaluate models:/learnable/2"
+    assert 0 < newest.data.metrics["test/rows"] < before.data.metrics["test/rows"]
+    found = json.loads((world.folder / "few" / "evaluation" / "metrics.json").read_text())["tasks"]
+    assert newest.data.metrics["test/liked.auc"] == pytest.approx(found["liked"]["auc"]["value"])
+
+
+# After a training
+
+
 def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) -> None:
-    assert template.holder() == "2"
     reason, now = said(template.work)
     assert now == "'champion' is version 2 now, this model"
     layout = Ranker.load(template.work / "model").layout
@@ -90,7 +276,6 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
 
 def test_a_gain_that_a_task_may_pay_for_is_held_back(world: World) -> None:
     """Twice the clicks are ranked right, but few rows tell about likes."""
-    registry.move_alias(NAME, "champion", "1", world.uri)
     world.train("--evaluation.margin", "0.005")
     assert world.holder() == "1"
     assert said(world.work)[0].startswith(
@@ -99,60 +284,39 @@ def test_a_gain_that_a_task_may_pay_for_is_held_back(world: World) -> None:
     assert "auc of liked changes by " in said(world.work)[0]
 
 
-def test_a_worse_model_leaves_the_alias(world: World, capsys: pytest.CaptureFixture) -> None:
-    world.train(*SLOW)
-    version = newest(world)
-    assert world.holder() == "2"
-    assert world.holder("challenger") == version
+def test_a_worse_model_leaves_the_alias(second: World, capsys: pytest.CaptureFixture) -> None:
+    second.train(*SLOW)
+    version = newest(second)
+    assert second.holder() == "2"
+    assert second.holder("challenger") == version
     out = capsys.readouterr().out
     assert f"'champion' stays version 2; this model, version {version}, is 'challenger'" in out
     assert "registered as models:/learnable@challenger" in out
 
 
-def test_a_holder_of_other_features_is_measured_on_its_own(world: World) -> None:
+def test_a_holder_of_other_features_is_measured_on_its_own(second: World) -> None:
     """Its rows are encoded by its own features; the same weights on them give the same value as at first."""
-    elsewhere = world.folder / "elsewhere"
-    world.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work", str(elsewhere))
-    assert world.holder() == "2"
+    elsewhere = second.folder / "elsewhere"
+    second.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work", str(elsewhere))
+    assert second.holder() == "2"
     reason, _ = said(elsewhere)
     found = re.search(r"is worse than 'version 2': mean auc of click, liked is lower by ([.\d]+) ", reason)
     assert found
-    assert float(found[1]) == pytest.approx(area_of(world, "2") - area(elsewhere / "model", elsewhere), abs=1e-4)
+    assert float(found[1]) == pytest.approx(area_of(second, "2") - area(elsewhere / "model", elsewhere), abs=1e-4)
 
 
-def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(world: World, tmp_path: Path) -> None:
-    world.train("--data.work", str(tmp_path), "--tasks.liked.matures_after_days", "1")
+def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(second: World, tmp_path: Path) -> None:
+    second.train("--data.work", str(tmp_path), "--tasks.liked.matures_after_days", "1")
     reason, now = said(tmp_path)
     assert "trained with 'tasks.liked.matures_after_days' 0.0, and it is 1.0 in the settings" in reason
     assert "point the alias at another one yourself" in reason
     assert now.startswith("'champion' stays version 2; ")
-    assert world.holder() == "2"
-
-
-@pytest.mark.parametrize("what", ["damaged", "another format", "not finite"])
-def test_a_holder_that_cannot_be_served_gives_way(world: World, tmp_path: Path, what: str) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(fetch_model("models:/learnable/2", world.uri), folder)
-    weights = folder / "weights.safetensors"
-    if what == "damaged":
-        weights.write_bytes(b"short")
-    elif what == "another format":
-        (folder / "model.json").write_text('{"format": 1}')
-        (folder / "manifest.json").unlink()
-    else:
-        found = load_file(weights)
-        found = {name: each * 1e38 if "towers" in name else each for name, each in found.items()}
-        save_file(found, weights)
-        write_manifest(folder)
-    gives_way, reason = promotion._judge_trouble(promotion._load(folder), world.champion(), "champion")
-    assert gives_way
-    assert reason.startswith("version 2, which holds 'champion', can't be served any more: ")
+    assert second.holder() == "2"
 
 
 def test_an_outage_during_the_comparison_decides_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    registry.move_alias(NAME, "champion", "1", world.uri)
 
     def away(address: str, uri: str) -> Path:
         raise runs.UnreachableError("MLflow does not answer")
@@ -170,7 +334,6 @@ def test_an_outage_during_the_comparison_decides_nothing(
 
 
 def test_an_alias_that_moved_meanwhile_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.move_alias(NAME, "champion", "1", world.uri)
     compare, holders = promotion.compare_with_holder, []
 
     def meanwhile(*rest: Any) -> tuple[bool, str]:
