@@ -1,7 +1,9 @@
-"""A new day of a log as a user adds it: features, train, a new file, features --extend, train --from."""
+"""A new day of a log as a scheduler adds it: features --extend, train --from, evaluate, promote and refresh."""
 
+import io
 import json
-import shlex
+import re
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import yaml
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.tracking import registry
+from pipelines import daily
 from tests import commands
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
@@ -56,34 +59,56 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     items = later["item"].to_numpy()
     # A fifth of the items go by ids that no earlier file has.
     later = later.set_column(2, "item", pa.array(np.where(items % 5 == 0, items + 1000, items)))
-    config = _settings(folder, "first", FIRST_SPLIT)
+    config, second = _settings(folder, "first", FIRST_SPLIT), _settings(folder, "second", SECOND_SPLIT)
+    printed = {"nobody": refuse_daily("--config", str(config))}
     commands.run("train", "--config", config)
-    printed = {"nothing": commands.run_and_read("features", "--config", config, "--extend")}
+    printed["nothing"] = commands.run_and_read("features", "--config", config, "--extend")
     first = files_of(folder / "work" / "features")
     pq.write_table(later, folder / "log" / "later.parquet")
-    second = _settings(folder, "second", SECOND_SPLIT)
-    printed["extend"] = commands.run_and_read("features", "--config", second, "--extend")
-    command = shlex.split(printed["extend"].splitlines()[-1].removeprefix("next: "))
-    assert command[:2] == ["mmoe-rec", "train"]
-    printed["warm"] = commands.run_and_read(*command[1:])
+    with redirect_stdout(io.StringIO()) as daily_run:
+        daily.main(["--config", str(second)])
+    printed["daily"] = daily_run.getvalue()
     return Days(folder, second, printed, first)
+
+
+def refuse_daily(*words: str) -> str:
+    """The sentence with which a day refuses."""
+    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as ended:
+        daily.main(words)
+    assert ended.value.code == 2
+    return told.getvalue()
+
+
+def test_a_day_goes_from_new_files_to_refreshed_tables(days: Days) -> None:
+    printed = days.printed["daily"]
+    places = [printed.index(each) for each in ("added ", "registered as models:/learnable@", "metrics: ")]
+    assert places == sorted(places)
+    last = next(line for line in reversed(printed.splitlines()) if "'champion' of 'learnable'" in line)
+    assert printed.rindex(last) > places[-1], "tables are refreshed at the end"
+    holder = registry.find_holder("learnable", "champion", days.uri)
+    assert holder is not None
+    assert f"version {holder.number}" in last
+    assert "no version of 'learnable' holds 'champion'" in days.printed["nobody"]
+    nowhere = str(days.folder / "nowhere")
+    assert "nowhere' does not exist" in refuse_daily("--config", str(days.config), "--data.log", nowhere)
 
 
 def test_the_command_says_what_was_added(days: Days) -> None:
     assert days.printed["nothing"].strip() == f"no new files in '{days.folder / 'log'}': the features stay as they are"
-    lines = days.printed["extend"].splitlines()
+    lines = days.printed["daily"].splitlines()
     later = pq.read_table(days.folder / "log" / "later.parquet")
     assert f"added {later.num_rows:,} rows of 1 new file" in lines
     assert "new ids: user 0, item 8, slot 0" in lines
-    rows = [int(line.split()[1].replace(",", "")) for line in lines if " rows; " in line]
-    assert sum(rows) == later.num_rows
+    rows = re.findall(r"^  (?:train|validation|test): ([\d,]+) rows; ", days.printed["daily"], re.MULTILINE)
+    assert sum(int(each.replace(",", "")) for each in rows) == later.num_rows
+    assert any(line.startswith("next: mmoe-rec train --config ") and "--from models:/" in line for line in lines)
 
 
 def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> None:
     mlflow.set_registry_uri(days.uri)
     version = mlflow.MlflowClient(days.uri).get_model_version("learnable", "2")
     run = mlflow.get_run(version.run_id)
-    assert run.data.tags["warm_start"] == "models:/learnable@champion"
+    assert run.data.tags["warm_start"] == "models:/learnable/1"
     assert run.data.tags["warm_start.run"] == registry.find_run("models:/learnable/1", days.uri)
     one, two = (Ranker.load(registry.fetch_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
     assert two.layout.table("item").rows == one.layout.table("item").rows + 8
@@ -116,7 +141,7 @@ def test_features_without_training_rows_are_not_trained_on(
 
 def test_a_gain_that_half_a_day_does_not_show_leaves_the_alias(days: Days) -> None:
     """Its validation is better than that of its start, which is the holder, by less than users differ."""
-    lines = days.printed["warm"].splitlines()
+    lines = days.printed["daily"].splitlines()
     before = next(line for line in lines if line.startswith("validation of the network that it was started from"))
     client = mlflow.MlflowClient(days.uri)
     run_id = client.get_model_version("learnable", "2").run_id
