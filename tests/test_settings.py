@@ -1,7 +1,5 @@
 import math
 import re
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
@@ -99,7 +97,6 @@ def test_defaults_and_names():
     ("given", "variable", "address"),
     [
         (None, None, "sqlite:///mlflow.db"),
-        (None, "", "sqlite:///mlflow.db"),
         (None, " ", "sqlite:///mlflow.db"),
         (None, "http://user:secret@there:5000", "http://user:secret@there:5000"),
         ("sqlite:///mlflow.db", "http://there:5000", "sqlite:///mlflow.db"),
@@ -115,21 +112,13 @@ def test_mlflows_variable_counts_where_the_settings_say_nothing(monkeypatch, giv
     assert "secret" not in settings.to_yaml()
 
 
-def test_settings_do_not_change():
-    settings = Settings.model_validate(SMALL)
-    with pytest.raises(ValueError, match="frozen"):
-        settings.name = "other"
-
-
 @pytest.mark.parametrize(
     ("written", "seconds"),
     [
         ("2024-01-02", 1_704_153_600),
         ("2024-01-02T06:30", 1_704_177_000),
-        ("2024-01-02 06:30:00", 1_704_177_000),
         ("2024-01-02 06:30:00.5", 1_704_177_000.5),
         ("2024-01-02T06:30:00+02:00", 1_704_169_800),
-        ("2024-01-02T06:30:00Z", 1_704_177_000),
         ("'2024-01-02T06:30'", 1_704_177_000),
     ],
 )
@@ -137,15 +126,6 @@ def test_split_times_may_be_written_as_yaml_or_iso_8601(tmp_path, written, secon
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(_tree(split__train_start="START")).replace("START", written))
     for settings in (load_settings(tmp_path / "small.yaml"), _load(tmp_path, "--split.train_start", written)):
         assert settings.split.windows()["train"][0] == seconds * 1e6
-
-
-@pytest.mark.parametrize("written", ["2024-02-30", "2024-01-01 25:00:00"])
-def test_a_date_that_does_not_exist(tmp_path, written):
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(_tree(split__train_start="START")).replace("START", written))
-    with pytest.raises(UserError, match=r"small\.yaml' can't be read as YAML: .* must be in|is out of range"):
-        load_settings(tmp_path / "small.yaml")
-    with pytest.raises(UserError, match=rf"the value '{written}' of '--split.train_start' is not valid YAML"):
-        _load(tmp_path, "--split.train_start", written)
 
 
 def test_split_times_are_utc_unless_they_say_else(tmp_path):
@@ -164,7 +144,7 @@ def test_split_times_are_utc_unless_they_say_else(tmp_path):
 def test_overrides_set_any_key(tmp_path):
     words = "--model.experts.count 16 --training.learning_rate 1e-3 --tracking.experiment null --features.item.dim=32 "
     words += "--tasks.click.loss_weight 0.5 --split.test_end 2024-02-01 --data.log a=b.parquet"
-    settings = _load(tmp_path, *words.split(), "--model.experts.units=[8, 4]")
+    settings = _load(tmp_path, *words.split(), "--model.experts.units=[8, 4]", model=None)
     assert settings.model.experts.count == 16
     assert settings.model.experts.units == (8, 4)
     assert settings.training.learning_rate == 1e-3
@@ -266,10 +246,6 @@ def test_an_override_of_an_unknown_name_suggests_the_nearest(tmp_path):
     assert f"has no 'tasks.{name}x'; did you mean '{name}'?" in message
 
 
-def test_an_override_reaches_into_an_empty_section(tmp_path):
-    assert _load(tmp_path, "--model.experts.count", "3", model=None).model.experts.count == 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -279,6 +255,7 @@ def test_an_override_reaches_into_an_empty_section(tmp_path):
         (["--a..b", "5"], "there is no option or setting '--a..b'"),
         (["--model..b", "5"], "there is no option or setting '--model..b'"),
         (["--training.epochs", "--training.seed", "5"], "'--training.epochs' needs a value"),
+        (["--split.train_start", "2024-02-30"], "the value '2024-02-30' of '--split.train_start' is not valid YAML"),
         (["--model.experts.units", "[1"], "the value '[1' of '--model.experts.units' is not valid YAML"),
         (["--name.x", "1"], "'--name.x' goes below 'name', which is a single value"),
     ],
@@ -332,7 +309,6 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
     ("key", "value", "message"),
     [
         ("model.experts.count", "many", "{} must be a whole number, found 'many'"),
-        ("model.experts.count", 1.5, "{} must be a whole number, found 1.5"),
         ("model.experts.count", -1, "{} must be greater than or equal to 0, found -1"),
         ("model.experts.units", 64, "{} must be a list, found 64"),
         ("model.experts.units", [64, 0], "'model.experts.units.1' must be greater than or equal to 1, found 0"),
@@ -343,7 +319,6 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         ("training.device", "gpu", "{} must be 'auto', 'cpu' or 'cuda', found 'gpu'; did you mean 'cpu'?"),
         ("training.learning_rate", float("nan"), "{} must be a finite number, found nan"),
         ("training.learning_rate", True, "{} must be a number, found true"),
-        ("training.learning_rate", "1e-3", "{} must be a number, found '1e-3'"),
         ("data.skip_bad_files", "true", "{} must be true or false, found 'true'"),
         ("features.item.kind", "idd", "{} must be one of " + ", ".join(KINDS) + ", found 'idd'; did you mean 'id'?"),
         ("features.user_brand.window_days", ["week"], "'features.user_brand.window_days.0' must be a number, f"),
@@ -362,22 +337,6 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
 )
 def test_an_ill_typed_value_says_what_is_expected_and_found(tmp_path, key, value, message):
     assert message.format(f"'{key}'") in _message(tmp_path, **{key: value})
-
-
-@pytest.mark.parametrize("low", [True, "1", "many"])
-def test_the_ends_of_a_search_are_numbers(tmp_path, low):
-    message = _message(tmp_path, tuning__search={"training.seed": {"low": low, "high": 9}})
-    assert message.startswith("'tuning.search.training.seed.low' must be ")
-
-
-def test_values_keep_their_type(tmp_path):
-    search = {"training.learning_rate": {"choices": [True, 1, 1.5, "1"]}, "training.seed": {"low": 1, "high": 9.0}}
-    settings = _load(tmp_path, tuning__search=search, tasks__liked__observed_when__equals=True)
-    found = settings.tuning.search["training.learning_rate"].choices
-    assert [(type(each), each) for each in found] == [(bool, True), (int, 1), (float, 1.5), (str, "1")]
-    ends = settings.tuning.search["training.seed"]
-    assert (type(ends.low), type(ends.high)) == (int, float)
-    assert settings.tasks["liked"].observed_when.equals is True
 
 
 def test_numbers_of_yaml_are_those_that_people_write(tmp_path):
@@ -422,6 +381,7 @@ def test_every_mistake_is_told_at_once(tmp_path):
     [
         ("a: [1\nb: 2", "expected ',' or ']', but got ':' in \"<unicode string>\", line 2, column 2"),
         ("name: a\nname: b\n", "key 'name' is written twice in \"<unicode string>\", line 2, column 1"),
+        ("a: 2024-02-30", "can't be read as YAML: day is out of range"),
         ("", "must hold keys such as name, data, columns, tasks, features, split"),
         ("- a\n- b", "must hold keys such as name"),
     ],
@@ -540,12 +500,3 @@ def test_an_automatic_batch_makes_about_a_thousand_steps(rows, epochs):
 def test_a_batch_is_auto_or_a_number_of_rows(tmp_path, batch_size, found):
     told = f"'training.batch_size' must be auto, or a whole number of at least 2, found {found}"
     assert _message(tmp_path, training__batch_size=batch_size) == told
-
-
-# What reading settings imports
-
-
-def test_help_needs_no_heavy_import():
-    code = "import sys; from mmoe_rec.settings.load import *; describe(); load_settings(TEMPLATE); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "torchrec", "mlflow", "pandas", "ray", "sklearn", "matplotlib"} & set(done.stdout.split())

@@ -1,12 +1,10 @@
 """Trainings while MLflow's server is away: nothing of them is lost, and all is told in one sentence."""
 
 import os
-import socket
 import sqlite3
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,76 +21,31 @@ from tests.pipelines.learnable_log import settings_tree, write_files
 pytestmark = pytest.mark.thorough
 
 
-class Door:
-    """Passes connections on to a port of this machine while it is open."""
-
-    def __init__(self, behind: int) -> None:
-        self.behind, self.port = behind, free_port()
-        self._listener: socket.socket | None = None
-        self._open: list[socket.socket] = []
-
-    def open(self) -> None:
-        """Connections are taken."""
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._take, args=(self._listener,), daemon=True).start()
-
-    def shut(self) -> None:
-        """Connections are refused, and those that are open break off."""
-        assert self._listener is not None
-        for each in [self._listener, *self._open]:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-        self._open.clear()
-
-    def _take(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.behind))
-                self._open += [near, far]
-                for one, other in ((near, far), (far, near)):
-                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
-
-    @staticmethod
-    def _pass_on(one: socket.socket, other: socket.socket) -> None:
-        with suppress(OSError):
-            while data := one.recv(65536):
-                other.sendall(data)
-        with suppress(OSError):
-            other.shutdown(socket.SHUT_RDWR)
-
-
 class TrackingServer:
-    """A server that runs. uri: by the door."""
+    """MLflow's server with its database and files in a folder."""
 
-    def __init__(self, folder: Path, door: Door) -> None:
-        self.folder, self.door, self.uri = folder, door, f"http://127.0.0.1:{door.port}"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._port, self._running = folder, free_port(), ExitStack()
+        self.uri = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        programs = Path(sys.executable).parent
+        words = [str(programs / "mlflow"), "server", "--backend-store-uri", f"sqlite:///{self.folder / 'store.db'}"]
+        words += ["--artifacts-destination", str(self.folder / "files"), "--port", str(self._port), "--workers", "1"]
+        own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        # Without its workers for jobs, which nobody here needs.
+        env = {**own, "PATH": f"{programs}{os.pathsep}{own['PATH']}", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        log = self.folder / "server.log"
+        self._running.enter_context(running_program(words, f"{self.uri}/health", log, cwd=self.folder, env=env))
+
+    def stop(self) -> None:
+        """Connections are refused, and open ones break off."""
+        self._running.close()
 
     def query(self, text: str, *values: Any) -> list[tuple[Any, ...]]:
         """Of its database."""
         with sqlite3.connect(self.folder / "store.db") as store:
             return store.execute(text, values).fetchall()
-
-
-@contextmanager
-def tracking_server(folder: Path) -> Iterator[TrackingServer]:
-    """MLflow's server with its database and files in a folder, the door open."""
-    port = free_port()
-    programs = Path(sys.executable).parent
-    words = [str(programs / "mlflow"), "server", "--backend-store-uri", f"sqlite:///{folder / 'store.db'}"]
-    words += ["--artifacts-destination", str(folder / "files"), "--port", str(port), "--workers", "1"]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    # Without its workers for jobs, which nobody here needs.
-    env = {**own, "PATH": f"{programs}{os.pathsep}{own['PATH']}", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with running_program(words, f"http://127.0.0.1:{port}/health", folder / "server.log", cwd=folder, env=env):
-        door = Door(port)
-        door.open()
-        try:
-            yield TrackingServer(folder, door)
-        finally:
-            with suppress(AssertionError, OSError):
-                door.shut()
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +57,14 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
-    with tracking_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
+    server = TrackingServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.stop()
 
 
 class Training:
-    """The command in a folder of its own. at_validation: number of a validation -> what happens before it."""
+    """The command in a folder of its own."""
 
     def __init__(self, folder: Path, log: Path, server: TrackingServer, name: str) -> None:
         tree = settings_tree(folder, data={"log": str(log), "work": str(folder / "work")})
@@ -118,17 +73,9 @@ class Training:
         self.config = folder / "settings.yaml"
         self.config.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
-    def run(self, *words: str, at_validation: dict[int, Callable[[], None]] | None = None) -> int:
+    def run(self, *words: str) -> int:
         """Its exit code."""
-        validate, validations = Trainer._validate, iter(range(100))
-
-        def watched(trainer: Trainer, *arguments: Any) -> Any:
-            (at_validation or {}).get(next(validations), lambda: None)()
-            return validate(trainer, *arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Trainer, "_validate", watched)
-            return commands.exit_code("train", "--config", self.config, *words)
+        return commands.exit_code("train", "--config", self.config, *words)
 
     def metrics(self) -> list[tuple[Any, ...]]:
         """All of training and validation: name, step and value in the order in which they were measured."""
@@ -183,8 +130,15 @@ def test_a_server_that_stays_away_is_told_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mmoe_rec.training.train.PATIENCE_SECONDS", 1.5)
-    training = Training(tmp_path, log, server, "afterwards")
-    assert training.run(at_validation={0: server.door.shut}) == 75
+    training, validate = Training(tmp_path, log, server, "afterwards"), Trainer._validate
+
+    def leave(*arguments: Any) -> Any:
+        server.stop()
+        return validate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", leave)
+        assert training.run() == 75
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.splitlines()[-1] == (
@@ -200,24 +154,26 @@ def test_a_server_that_stays_away_is_told_afterwards(
     # Nothing else is printed: it is told before any work is done.
     assert said == f"error: MLflow at '{server.uri}' does not answer (Connection refused)\n"
 
-    server.door.open()
+    server.start()
     assert training.run("--resume") == 0
     training.misses_nothing(whole)
     assert "registered as models:/afterwards@champion" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(300)
-def test_an_evaluation_is_not_lost(
-    server: TrackingServer, whole: Training, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_is_away_is_told_at_once_and_an_evaluation_is_not_lost(
+    tmp_path: Path,
+    log: Path,
+    server: TrackingServer,
+    whole: Training,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log_evaluation = evaluation.log_evaluation
 
     def away(*arguments: Any) -> None:
-        server.door.shut()
-        try:
-            log_evaluation(*arguments)
-        finally:
-            server.door.open()
+        server.stop()
+        log_evaluation(*arguments)
 
     monkeypatch.setattr(evaluation, "log_evaluation", away)
     commands.run("evaluate", "--config", str(whole.config), "--model", "models:/whole@champion")
@@ -228,15 +184,7 @@ def test_an_evaluation_is_not_lost(
     told = f"MLflow at '{server.uri}' does not answer (Connection refused)"
     assert said.err.splitlines()[-1] == f"{told}: the evaluation is in '{out}', but not in MLflow"
 
-
-def test_a_server_that_is_away_at_the_start_is_told_at_once(
-    tmp_path: Path, log: Path, server: TrackingServer, capsys: pytest.CaptureFixture
-) -> None:
     training = Training(tmp_path, log, server, "start")
-    server.door.shut()
-    try:
-        assert training.run() == 2
-    finally:
-        server.door.open()
-    assert capsys.readouterr().err == f"error: MLflow at '{server.uri}' does not answer (Connection refused)\n"
+    assert training.run() == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
     assert not training.work.exists(), "no features are built for it"
