@@ -17,9 +17,10 @@ _WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
 if _WORKERS is not None:
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(_WORKERS)))
 
-# Examples of each property: few by default, many in `.ci/run`.
+# Examples of each property: few by default, many in `.ci/run`, and thousands for hours of search.
 hypothesis.settings.register_profile("quick", max_examples=40, deadline=None)
 hypothesis.settings.register_profile("full", max_examples=200, deadline=None)
+hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # Files of half a minute or more, the longest first.

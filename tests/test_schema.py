@@ -72,7 +72,17 @@ MORE_TASKS = {
 }
 OUTCOME = "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one"
 NO_GIVEN = "which is not another binary task without `given`; such tasks are:"
+NO_CANDIDATE = "is not an id feature of the candidate with a table of its own"
 NAME = {"kind": "id", "column": "c"}
+BUYS = _feature("counter", events="buys", by=["u"], outputs=["rows"])
+VIEWS = {"views": {"path": "p", "time": "t"}}
+CHAIN = ("g", {"kind": "id", "column": "brand", "table": "f"})
+OTHERS = (
+    ("number", {"kind": "numeric", "column": "brand"}),
+    ("guest", {"kind": "id", "column": "brand", "table": "item"}),
+    ("tags", {"kind": "ids", "column": "tags"}),
+    ("user", {"kind": "id", "column": "u"}),
+)
 REFUSED: list[tuple[str, list, dict]] = [
     # Roles
     ("column 'age' has two roles, user and context", [], {"roles": {"user": ["age"], "context": ["age"]}}),
@@ -109,6 +119,39 @@ REFUSED: list[tuple[str, list, dict]] = [
     (f"is given 'liked', {NO_GIVEN} none", [], {"tasks": {**_given(), "click": _task("a", given="liked")}}),
     ("task 'liked' has `given`, which only a binary task can have", [], {"tasks": _given(kind="regression")}),
     (OUTCOME, [], {"tasks": {**_given(), "click_and_liked": _task("other")}}),
+    # Sources of counters and histories
+    *(
+        ("give either `task`, to read the log's labels, or `events`", [_feature(kind, **own, **keys)], {})
+        for kind, own in (("counter", {"by": ["u"]}), ("history", {"of": "item"}))
+        for keys in ({}, {"task": "click", "events": "buys"})
+    ),
+    ("names events 'buys'; logs under data.events are: none, add it", [BUYS], {}),
+    ("feature 'f' names events 'buys'; logs under data.events are: views", [BUYS], {"events": VIEWS}),
+    ("events have no rate", [_feature("counter", events="views", by=["u"], outputs=["rate"])], {"events": VIEWS}),
+    ("feature 'f' names task 'buy'; tasks are click, liked", [_feature("counter", task="buy", by=["u"])], {}),
+    ("feature 'f' names task 'buy'; tasks are click, liked", [_feature("history", task="buy", of="item")], {}),
+    *(
+        (f"of '{of}' {NO_CANDIDATE}; such features are: item", [_feature("history", task="click", of=of), *OTHERS], {})
+        for of in ("none", "number", "guest", "tags", "user")
+    ),
+    (f"attributes 'none' {NO_CANDIDATE}", [_feature("history", task="click", of="item", attributes=["none"])], {}),
+    # Tables
+    *(
+        (f"feature 'f': table '{table}' is not an id feature", [_feature("id", column="brand", table=table)], {})
+        for table in ("none", "f")
+    ),
+    ("feature 'g': table 'f' is not an id feature", [_feature("id", column="brand", table="item"), CHAIN], {}),
+    # Values
+    ("part 'age' needs a `column`", [_feature("time", parts=["age"])], {}),
+    ("lists hour twice", [_feature("time", parts=["hour", "hour"])], {}),
+    ("must be a time zone such as UTC or Europe/Berlin", [_feature("time", timezone="Mars/Olympus")], {}),
+    ("must be a time zone such as UTC or Europe/Berlin", [_feature("time", timezone="../etc")], {}),
+    ("lists u twice", [_feature("cross", columns=["u", "u"])], {}),
+    ("lists rate twice", [_feature("counter", task="click", by=["u"], outputs=["rate", "rate"])], {}),
+    ("lists null twice", [_feature("counter", task="click", by=["u"], window_days=[None, None])], {}),
+    ("greater than 0", [_feature("counter", task="click", by=["u"], window_days=[-1])], {}),
+    ("finite", [_feature("counter", task="click", by=["u"], smoothing=float("inf"))], {}),
+    ("max_keys", [_feature("counter", task="click", by=["u"], max_keys=9)], {}),
 ]
 
 
@@ -123,67 +166,10 @@ def test_what_fits_together():
     assert _schema().tasks["liked"].given is None
 
 
-def test_a_counter_or_history_has_one_source():
-    for keys in ({}, {"task": "click", "events": "buys"}):
-        _refuses("give either `task`, to read the log's labels, or `events`", _feature("counter", by=["u"], **keys))
-        _refuses("give either `task`, to read the log's labels, or `events`", _feature("history", of="item", **keys))
-    buys = _feature("counter", events="buys", by=["u"], outputs=["rows"])
-    _refuses("feature 'f' names events 'buys'; logs under data.events are: none, add it", buys)
-    events = {"views": {"path": "p", "time": "t"}}
-    _refuses("feature 'f' names events 'buys'; logs under data.events are: views", buys, events=events)
-    rate = _feature("counter", events="views", by=["u"], outputs=["positives", "rate"])
-    _refuses("events have no rate", rate, events=events)
-
-
-def test_a_task_that_is_not_there():
-    for feature in (_feature("counter", task="buy", by=["u"]), _feature("history", task="buy", of="item")):
-        _refuses("feature 'f' names task 'buy'; tasks are click, liked", feature)
-
-
-@pytest.mark.parametrize("of", ["none", "number", "guest", "tags", "user"])
-def test_a_history_of_what_is_no_id_feature_of_the_candidate(of):
-    others = (
-        ("number", {"kind": "numeric", "column": "brand"}),
-        ("guest", {"kind": "id", "column": "brand", "table": "item"}),
-        ("tags", {"kind": "ids", "column": "tags"}),
-        ("user", {"kind": "id", "column": "u"}),
-    )
-    message = f"of '{of}' is not an id feature of the candidate with a table of its own; such features are: item"
-    _refuses(f"feature 'f': {message}", _feature("history", task="click", of=of), *others)
-
-
-def test_what_each_event_of_a_history_has_besides():
-    message = "attributes 'none' is not an id feature of the candidate with a table of its own"
-    _refuses(message, _feature("history", task="click", of="item", attributes=["none"]))
-
-
-def test_a_table_that_is_not_there_or_not_ones_own():
-    _refuses("feature 'f': table 'none' is not an id feature", _feature("id", column="brand", table="none"))
-    _refuses("feature 'f': table 'f' is not an id feature", _feature("id", column="brand", table="f"))
-    chain = ("g", {"kind": "id", "column": "brand", "table": "f"})
-    _refuses("feature 'g': table 'f' is not an id feature", _feature("id", column="brand", table="item"), chain)
+def test_features_share_a_table():
     history = {"kind": "history", "task": "click", "of": "item"}
     schema = _schema(_feature("ids", column="tags", table="item"), ("h", history))
     assert [schema.table_of(name) for name in ("item", "f", "h")] == ["item", "item", "item"]
-
-
-@pytest.mark.parametrize(
-    ("feature", "message"),
-    [
-        (_feature("time", parts=["age"]), "part 'age' needs a `column`"),
-        (_feature("time", parts=["hour", "hour"]), "lists hour twice"),
-        (_feature("time", timezone="Mars/Olympus"), "must be a time zone such as UTC or Europe/Berlin"),
-        (_feature("time", timezone="../etc"), "must be a time zone such as UTC or Europe/Berlin"),
-        (_feature("cross", columns=["u", "u"]), "lists u twice"),
-        (_feature("counter", task="click", by=["u"], outputs=["rate", "rate"]), "lists rate twice"),
-        (_feature("counter", task="click", by=["u"], window_days=[None, None]), "lists null twice"),
-        (_feature("counter", task="click", by=["u"], window_days=[-1]), "greater than 0"),
-        (_feature("counter", task="click", by=["u"], smoothing=float("inf")), "finite"),
-        (_feature("counter", task="click", by=["u"], max_keys=9), "max_keys"),
-    ],
-)
-def test_feature_values_that_make_no_sense(feature, message):
-    _refuses(message, feature)
 
 
 # What is read

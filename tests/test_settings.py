@@ -128,16 +128,6 @@ def test_split_times_may_be_written_as_yaml_or_iso_8601(tmp_path, written, secon
         assert settings.split.windows()["train"][0] == seconds * 1e6
 
 
-def test_split_times_are_utc_unless_they_say_else(tmp_path):
-    times = ("2024-01-01", "2024-01-02T00:00:00-05:00", "2024-01-03T12:00Z")
-    split = dict(zip(("train_start", "train_end", "validation_end"), times, strict=True))
-    assert _load(tmp_path, split=split).split.windows() == {
-        "train": (1_704_067_200_000_000, 1_704_171_600_000_000),
-        "validation": (1_704_171_600_000_000, 1_704_283_200_000_000),
-        "test": (1_704_283_200_000_000, None),
-    }
-
-
 # Overrides
 
 

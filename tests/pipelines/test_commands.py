@@ -139,15 +139,6 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     assert len(steps) == len(client.get_metric_history(run.info.run_id, "gates/load_entropy"))
 
 
-def test_features_are_built_once(world: World) -> None:
-    before = files(world.folder / "work")
-    printed = run_and_read("features", "--config", world.config)
-    assert files(world.folder / "work") == before
-    assert f"features: {world.folder / 'work' / 'features'}" in printed
-    rows = [int(line.split()[1].replace(",", "")) for line in printed.splitlines() if " rows; " in line]
-    assert sum(rows) == pq.read_table(world.folder / "log").num_rows
-
-
 # Evaluation
 
 
@@ -266,24 +257,14 @@ def test_rows_that_are_encoded_anew_give_the_same_metrics(
 # Refusals
 
 
-MISTAKES = [
-    (
-        ["--model.expert", "3"],
-        "command line: there is no option or setting '--model.expert'. Did you mean '--model.experts'?",
-    ),
-    (["--training.batch_size", "many"], "training.batch_size"),
-    (["extra"], "'extra' is not a setting"),
-    (["--config", "none.yaml"], "none.yaml' does not exist"),
-    (["--data.log", "no/such/log"], "the log 'no/such/log' does not exist; set `data.log`"),
-    (["--split.validation_end", "2030-01-01"], "the test split is empty"),
-]
-
-
 @pytest.mark.parametrize(
     ("command", "words", "sentence"),
-    # Features are built where a split is empty.
-    [("features", *each) for each in MISTAKES[:-1]]
-    + [(command, *each) for command in ("train", "evaluate") for each in MISTAKES],
+    [
+        ("features", ["--data.log", "no/such/log"], "the log 'no/such/log' does not exist; set `data.log`"),
+        # Features are built where a split is empty.
+        ("train", ["--split.validation_end", "2030-01-01"], "the test split is empty"),
+        ("evaluate", ["--split.validation_end", "2030-01-01"], "the test split is empty"),
+    ],
 )
 def test_wrong_settings_are_refused(
     world: World, capsys: pytest.CaptureFixture, tmp_path: Path, command: str, words: list[str], sentence: str
@@ -292,25 +273,6 @@ def test_wrong_settings_are_refused(
     own = ["--config", world.config, "--data.work", tmp_path / "work"]
     assert sentence in refuse(capsys, command, *own, *model, *words)
     assert not files(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("address", "sentence"),
-    [
-        ("no/such/folder", "'no/such/folder' holds no model"),
-        ("models:/nobody@champion", "'models:/nobody@champion' can't be loaded"),
-        ("damaged", "weights.safetensors"),
-    ],
-)
-def test_models_that_cannot_be_loaded_are_named(
-    world: World, capsys: pytest.CaptureFixture, tmp_path: Path, address: str, sentence: str
-) -> None:
-    if address == "damaged":
-        address = str(shutil.copytree(world.artifact, tmp_path / "model"))
-        (tmp_path / "model" / "weights.safetensors").write_bytes(b"short")
-    out = tmp_path / "out"
-    assert sentence in refuse(capsys, "evaluate", "--config", world.config, "--model", address, "--out", out)
-    assert not out.exists()
 
 
 def test_what_is_missing_is_told_before_anything_is_built(

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from mmoe_rec import locks
-from mmoe_rec.evaluation.evaluate import evaluate_model
 from mmoe_rec.evaluation.promotion import Decision
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.preprocessing import prepare as building
@@ -43,17 +42,26 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("words", [(), ("--resume",)])
-def test_a_second_training_is_refused_and_leaves_all_as_it_is(
-    world: World, capsys: pytest.CaptureFixture, words: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("folder", "words", "advice"),
+    [
+        ("checkpoints", ["train"], ": wait until that has ended, or set `data.work` to another folder"),
+        ("checkpoints", ["train", "--resume"], "or set `data.work` to another folder"),
+        ("tuning", ["tune", "--tuning.search", '{"training.seed": {"low": 1, "high": 2}}'], ""),
+        ("model", ["edit-experts", "--mask", "1", "--model", "MODEL", "--out", "MODEL"], "another folder with --out"),
+    ],
+)
+def test_a_second_writer_is_refused_and_leaves_all_as_it_is(
+    world: World, capsys: pytest.CaptureFixture, folder: str, words: list[str], advice: str
 ) -> None:
     work = world.folder / "work"
-    with writing(work / "checkpoints", "a training", "wait"):
+    command, *options = [each.replace("MODEL", str(work / "model")) for each in words]
+    with writing(work / folder, "a training", "wait"):
         before = content(work)
-        told = refused(capsys, "train", world, *words)
+        told = refused(capsys, command, world, *options)
         assert content(work) == before
-    assert f"'{work / 'checkpoints'}' is in use by a training (process {os.getpid()} on " in told
-    assert told.endswith("): wait until that has ended, or set `data.work` to another folder")
+    assert f"'{work / folder}' is in use by a training (process {os.getpid()} on " in told
+    assert told.endswith(advice)
 
 
 def test_a_training_holds_its_folders_until_its_model_is_registered(
@@ -87,56 +95,28 @@ def test_features_are_not_replaced_under_a_training(world: World, capsys: pytest
 
 
 def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each is stopped where it reads: by then nobody may replace the features."""
-    seen = []
+    """Each is stopped where it reads: by then nobody may replace the features, or what an evaluation writes."""
+    held, out = [], tmp_path / "out"
 
     class ReadError(Exception):
         pass
 
     def read(*_: Any, **__: Any) -> None:
-        assert lock_file(world.folder / "work" / "features").is_file()
-        seen.append(True)
+        held.append([lock_file(each).is_file() for each in (world.folder / "work" / "features", out)])
         raise ReadError
 
     monkeypatch.setattr("mmoe_rec.evaluation.evaluate.score_rows", read)
     monkeypatch.setattr("mmoe_rec.cli.data.inspect_features", read)
     monkeypatch.setattr("mmoe_rec.experiments.search.Study.run", read)
-    model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
+    model = ["--model", str(world.folder / "work" / "model"), "--out", str(out)]
     config = ["--config", str(world.folder / "first.yaml")]
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']
     for command, words in (("evaluate", model), ("inspect", []), ("tune", search)):
         with pytest.raises(ReadError):
             run(command, *config, *words)
-    assert len(seen) == 3
+    assert held == [[True, True], [True, False], [True, False]]
     assert not list((world.folder / "work").glob(".*.lock"))
-
-
-def test_an_evaluation_holds_its_folder_whoever_asks_for_it(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    settings, out = load_settings(world.folder / "first.yaml"), tmp_path / "out"
-
-    def score(*_: Any, **__: Any) -> None:
-        raise RuntimeError(f"{lock_file(out).is_file()}")
-
-    monkeypatch.setattr("mmoe_rec.evaluation.evaluate.score_rows", score)
-    with pytest.raises(RuntimeError, match="True"):
-        evaluate_model(settings, str(world.folder / "work" / "model"), out)
     assert not lock_file(out).exists()
-
-
-def test_a_second_search_and_an_edit_into_a_folder_in_use_are_refused(
-    world: World, capsys: pytest.CaptureFixture
-) -> None:
-    work = world.folder / "work"
-    with writing(work / "tuning", "a search for settings", "wait"):
-        search = ("--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}')
-        assert "tuning' is in use by a search for settings (" in refused(capsys, "tune", world, *search)
-    with writing(work / "model", "a training", "wait"):
-        edit = ("--model", str(work / "model"), "--mask", "1", "--out", str(work / "model"))
-        told = refused(capsys, "edit-experts", world, *edit)
-    assert "model' is in use by a training (" in told
-    assert told.endswith("or name another folder with --out")
 
 
 def test_features_that_another_process_builds_meanwhile_are_not_taken(

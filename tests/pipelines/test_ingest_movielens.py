@@ -102,14 +102,6 @@ def test_users_and_movies_are_joined(tmp_path, capsys):
     assert by_key[4, 2]["zip_code"] == "98107-2117"
 
 
-def test_sampling_rate(tmp_path):
-    log = ingested(write_source(tmp_path), negatives_per_rated=1).to_pylist()
-    rates = {(row["request_id"], row["rated"]): row["sampling_rate"] for row in log}
-    # Session 2 draws two of two, session 3 one of four, session 4 one of three.
-    assert {key: rate for key, rate in rates.items() if key[1] == 0} == {(2, 0): 1.0, (3, 0): 1 / 4, (4, 0): 1 / 3}
-    assert all(rate == 1.0 for (_, rated), rate in rates.items() if rated)
-
-
 def many_ratings(seed: int = 0) -> list[tuple[int, int, int, int]]:
     """20 users, each rating 30 of 100 movies in several sessions: (user, movie, rating, seconds)."""
     random = np.random.default_rng(seed)
@@ -146,6 +138,7 @@ def test_candidates_agree_with_a_plain_loop(tmp_path):
         assert {row["movie_id"] for row in others} <= pool
         assert len(others) == min(4 * len(rated), len(pool))
         assert {row["sampling_rate"] for row in others} <= {len(others) / max(len(pool), 1)}
+        assert {row["sampling_rate"] for row in of_request if row["rated"]} == {1.0}
         assert len({row["movie_id"] for row in of_request}) == len(of_request)
     assert sum(row["rated"] for row in rows) == len(ratings)
 

@@ -287,25 +287,6 @@ def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -
         assert told in refuse(capsys, "train", "--config", world.config, "--resume", *words)
 
 
-def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A planted bug: a column that splits rows of the same users. Rows of a user in one split are fine."""
-    world, by_user = (World(tmp_path / user, columns={"user": user}) for user in ("person", "group"))
-    world.evaluate("out")
-    assert "bootstrap over users" in " ".join(capsys.readouterr().out.split())
-    run("inspect", "--config", world.config)
-    told = "100.0% of the users of test rows have training rows as well, as column 'fold' splits them"
-    assert told in " ".join(capsys.readouterr().out.split())
-    run("inspect", "--config", by_user.config)
-    assert "users of test rows" not in " ".join(capsys.readouterr().out.split())
-
-
-def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.CaptureFixture) -> None:
-    world.evaluate("weighed")
-    predictions = world.folder / "weighed" / "predictions.parquet"
-    told = refuse(capsys, "tune-weights", "--config", world.config, "--predictions", predictions, predictions)
-    assert "has one row, which no weights can rank" in told
-
-
 def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> None:
     world.evaluate("predicted")
     predictions = world.folder / "predicted" / "predictions.parquet"

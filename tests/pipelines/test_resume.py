@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.fork_server import Command, run_command
-from tests.processes import until
+from tests.processes import children, until
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Training) -> None:
     assert training.query("select status from runs") == [("FINISHED",)]
 
 
-def _ranks(process: Command) -> dict[int, int]:
-    """Rank -> process id of torchrun's workers."""
-    found = {}
-    for each in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = dict(line.split("=", 1) for line in (each / "environ").read_text().split("\0") if "=" in line)
-            parent = int((each / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, UnicodeDecodeError):
-            continue
-        if parent == process.pid and "LOCAL_RANK" in variables:
-            found[int(variables["LOCAL_RANK"])] = int(each.name)
-    return found
-
-
 @pytest.mark.thorough
 def test_torchrun_starts_lost_ranks_again_and_they_go_on(whole: Training, tmp_path: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -172,9 +158,9 @@ def test_torchrun_starts_lost_ranks_again_and_they_go_on(whole: Training, tmp_pa
     training = OnTwoRanks(whole.log, tmp_path / "work")
     training.prepare(whole.work / "features")
     process = start_until(training, has_saved)
-    os.kill(_ranks(process)[1], signal.SIGKILL)
+    os.kill(max(children(process.pid, "mmoe_rec")), signal.SIGKILL)
     assert process.wait() == 0, process.stderr
-    assert "local_rank: 1" in process.stderr, "torchrun names it"
+    assert "local_rank: " in process.stderr, "torchrun names it"
     assert "model: " in process.stdout
     assert training.query("select status from runs") == [("FINISHED",)]
     steps = training.query("select max(step) from metrics where key = 'train/learning_rate'")

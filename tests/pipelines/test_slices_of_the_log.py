@@ -32,7 +32,7 @@ def log_of(rows: int) -> pa.Table:
     device = np.array(["phone", "tablet", None], object)[random.choice(3, rows, p=[0.5, 0.3, 0.2])]
     stock = np.where(random.random(rows) < 0.1, np.nan, random.gamma(2.0, size=rows))
     log = log.append_column("device", pa.array(device)).append_column("stock", pa.array(stock))
-    log = log.append_column("words", pa.array([["a"]] * rows)).append_column("number", pa.array(np.arange(rows)))
+    log = log.append_column("words", pa.array([["a"]] * rows))
     return log.take(pa.array(random.permutation(rows)))
 
 
@@ -96,9 +96,7 @@ def test_who_is_new_and_who_returns_is_sliced_where_nothing_is_asked_for(world: 
     [
         ("colour", r"0\.parquet' has no column 'colour'; it has .* \(slices\)"),
         ("words", r"column 'words' must hold integers, numbers or strings.*\(slices\)"),
-        ("number", "column 'number' has more than 1,000 values"),
         ("bucket(device, 3)", "column 'device' of the log holds string, and buckets are of numbers"),
-        ("bucket(stock, 1)", r"slices bucket\(stock, 1\): expected 2 to 100 buckets"),
     ],
 )
 def test_columns_that_cannot_be_sliced_by(world: World, slices: str, told: str, tmp_path: Path) -> None:

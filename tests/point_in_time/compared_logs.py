@@ -234,4 +234,4 @@ class _Comparison(_Rows):
 
     def _says(self, what: str) -> str:
         seed = self.drawn.seed
-        return f"{what} of log {seed}; again: python -m tests.benchmarks.point_in_time --logs 1 --first {seed}"
+        return f"{what} of log {seed}; again: compare({seed}, folder)"
