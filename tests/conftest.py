@@ -37,7 +37,6 @@ _LONG = [
     "training/test_losses",
     "training/test_sharding",
     "inference/test_server",
-    "pipelines/test_tune",
     "training/test_warm_start",
     "pipelines/test_resumed_trainings",
     "pipelines/test_promotion",

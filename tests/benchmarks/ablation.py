@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.experiments.importance import compare_features
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
+from tests.pipelines.learnable_log import settings_tree
 
 ROWS, USERS, ITEMS, DAYS = 60_000, 500, 120, 20
 START = np.datetime64("2024-01-01", "us")
@@ -59,26 +60,22 @@ def make_log(seed: int, folder: Path) -> Settings:
         name: {"kind": "numeric", "column": name} for name in ("strong", "weak", "trait", "noise", "noise_of_user")
     }
     numbers |= {"same": {"kind": "numeric", "column": "same"}} if seed % 2 else {}
-    tree = {
-        "name": "ablated",
-        "data": {"log": str(folder / "log"), "work": str(folder / "work")},
-        "columns": {"request": "request", "user": "user", "candidate": "item", "time": "time"},
-        "roles": {
-            "user": ["trait", "noise_of_user"],
-            "candidate": ["strong", "weak", "noise", "noise_id", "same"],
-        },
-        "tasks": {"click": {"label": "click", "objective": "engagement"}},
-        "features": {
+    tree = settings_tree(
+        folder,
+        roles={"user": ["trait", "noise_of_user"], "candidate": ["strong", "weak", "noise", "noise_id", "same"]},
+        tasks={"click": {"label": "click", "objective": "engagement"}},
+        features={
             **numbers,
             "noise_id": {"kind": "id", "column": "noise_id", "dim": 8},
             "item": {"kind": "id", "column": "item", "dim": 8},
             "noise_counter": {"kind": "counter", "task": "click", "by": ["noise_id"], "outputs": ["rate"]},
         },
-        "split": {"train_end": "2024-01-13", "validation_end": "2024-01-20"},
-        "model": {"experts": {"count": 4, "units": [32]}, "bottom": {"units": [64]}},
-        "training": {"threads": 1, "device": "cpu"},
-        "tracking": {"uri": f"sqlite:///{folder.parent / 'mlflow.db'}"},
-    }
+        split={"train_end": "2024-01-13", "validation_end": "2024-01-20"},
+        model={"experts": {"count": 4, "units": [32]}, "bottom": {"units": [64]}},
+        training={"threads": 1, "device": "cpu"},
+        evaluation={},
+        tracking={"uri": f"sqlite:///{folder.parent / 'mlflow.db'}"},
+    )
     (folder / "settings.yaml").write_text(json.dumps(tree))
     return load_settings(folder / "settings.yaml")
 

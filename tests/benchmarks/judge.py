@@ -59,6 +59,7 @@ from mmoe_rec.training.stacking import fit_task
 from mmoe_rec.training.train import train_model
 from tests.evaluation.judged_models import NAMES, NOISE, TASKS, World, noise_of_gain, verdicts
 from tests.evaluation.trees import measure
+from tests.pipelines.learnable_log import settings_tree
 
 USERS, RESAMPLES, COLUMNS = 250, 200, 12
 GAIN = 0.03
@@ -231,30 +232,28 @@ def settings_of(folder: Path, seed: int, day: str, strength: float) -> Settings:
     features: dict[str, Any] = {name: {"kind": "numeric", "column": name} for name in numbers}
     features |= {"item": {"kind": "id", "column": "item", "dim": 4}}
     features |= {f"item_{task}": {"kind": "counter", "task": task, "by": ["item"]} for task in NAMES}
-    tree = {
-        "name": "judged",
-        "data": {"log": str(folder / "log"), "work": str(folder / day)},
-        "columns": {"request": "request", "user": "user", "candidate": "item", "time": "time"},
-        "roles": {"user": ["user"], "candidate": ["item", *numbers]},
-        "tasks": {
+    tree = settings_tree(
+        folder,
+        data={"log": str(folder / "log"), "work": str(folder / day)},
+        roles={"user": ["user"], "candidate": ["item", *numbers]},
+        tasks={
             name: {"label": name, "objective": objective}
             for name, objective in zip(NAMES, ("engagement", "satisfaction"), strict=True)
         },
-        "features": features,
-        "split": FIRST if day == "first" else SECOND,
-        "model": {
+        features=features,
+        split=FIRST if day == "first" else SECOND,
+        model={
             "bottom": {"units": [16]},
             "experts": {"count": 2, "units": [8]},
             "towers": {"units": [4]},
             "trees": {"number": 60, "leaves": 15, "learning_rate": 0.1},
         },
-        "training": {
+        training={
             **{"device": "cpu", "precision": "fp32", "products": "blas", "tables": "fbgemm", "threads": 1},
             **{"batch_size": 256, "epochs": 2, "learning_rate": 0.01, "calibration": "temperature", "seed": seed},
         },
-        "evaluation": {"resamples": RESAMPLES, "margin": 0.05},
-        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-    }
+        evaluation={"resamples": RESAMPLES, "margin": 0.05},
+    )
     path = folder / f"{day}.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return load_settings(str(path))

@@ -12,20 +12,14 @@ from tests import commands
 from tests.pipelines.learnable_log import learnable_log, write_files
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A log with a file that is cut off, and one whose `price` is text."""
+def test_bad_files_end_the_command_unless_they_are_to_be_skipped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One is cut off, and one has text as `price`."""
     config = write_files(tmp_path)
-    whole = (tmp_path / "log" / sorted(each.name for each in (tmp_path / "log").iterdir())[0]).read_bytes()
+    whole = (tmp_path / "log" / "a.parquet").read_bytes()
     (tmp_path / "log" / "x-cut.parquet").write_bytes(whole[: len(whole) // 2])
     text = learnable_log(rows=40)
     text = text.set_column(text.column_names.index("price"), "price", [["dear"] * text.num_rows])
     pq.write_table(text, tmp_path / "log" / "y-text.parquet")
-    return config
-
-
-def test_bad_files_end_the_command_unless_they_are_to_be_skipped(config: Path, capsys: pytest.CaptureFixture) -> None:
-    """What was left out is said, and is in the report and in MLflow."""
     told = commands.refuse(capsys, "features", "--config", config)
     assert "x-cut.parquet' is not a readable Parquet file" in told
     assert not (config.parent / "work" / "features").exists()

@@ -88,7 +88,6 @@ def test_a_failure_leaves_what_was_there(small: SmallModel, tmp_path: Path, caps
     [
         ((), "give one of --int8 and --onnx"),
         (("--int8", "--onnx"), "give one of --int8 and --onnx"),
-        (("--int8",), "'no/model' holds no model"),
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture, words: tuple[str, ...], told: str) -> None:

@@ -136,16 +136,6 @@ def test_a_model_is_judged_by_weighted_losses_and_areas(world: World, scored: pd
         assert abs(area - roc_auc_score(labels, binned)) > 2e-3, "weights say nothing"
 
 
-def test_scores_are_measured_as_they_are(world: World, scored: pd.DataFrame) -> None:
-    """By the settings' names: without users, candidates and requests a row is told by its number."""
-    for name, words in (("all", ()), ("named", ("--columns", "weight=weight"))):
-        found = measure(world.config, scored, world.folder / f"measured_{name}", *words)
-        for task in ("label", "other"):
-            labels, predicted, weights = by_the_table(world, scored, [1, 2, 3, 4], task)
-            area = roc_auc_score(labels, predicted, sample_weight=weights)
-            assert found["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
-
-
 def test_rows_that_the_model_has_learnt_from_are_told(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

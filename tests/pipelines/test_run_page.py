@@ -112,28 +112,18 @@ def test_an_experiment_gets_its_kind_unless_it_has_one(tmp_path: Path) -> None:
     assert kinds == ["custom_model_development"] * 2 + ["genai_development"]
 
 
-def test_sections_of_a_description_are_replaced(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with runs.open_run(uri, "notes") as run:
-        run.describe("One", "first\n\n#### of it")
-        run.describe("Two", "second")
-    with runs.open_run(uri, "notes", run_id=run.run_id) as again:
-        again.describe("One", "anew")
-    said = mlflow.MlflowClient(uri, uri).get_run(run.run_id).data.tags["mlflow.note.content"]
-    assert said == "### One\n\nanew\n\n### Two\n\nsecond"
-
-
-def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> None:
+def test_sections_are_replaced_and_cut_and_people_s_words_stay(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri, uri)
     with runs.open_run(uri, "notes") as run:
         pass
     client.set_tag(run.run_id, "mlflow.note.content", "Do not delete: the paper's run.\n\n## mine")
     with runs.open_run(uri, "notes", run_id=run.run_id) as again:
+        again.describe("Training", "first\n\n#### of it")
         for name in ("Training", "Resumed", "Result", "Evaluation"):
             again.describe(name, f"verdict of {name}\n\n```sh\n{'x' * 9_000}\n```")
     said = client.get_run(run.run_id).data.tags["mlflow.note.content"]
-    assert said.startswith("Do not delete: the paper's run.\n\n## mine\n\n### Training")
+    assert said.startswith("Do not delete: the paper's run.\n\n## mine\n\n### Training\n\nverdict of Training\n")
     assert len(said) < 8_000
     assert "verdict of Evaluation" in said
     assert said.count("```") == 8
