@@ -34,26 +34,19 @@ TURNS = 6
 
 
 class Client:
-    """A persistent connection, which is opened again if the server has closed it."""
+    """A persistent connection."""
 
     def __init__(self, port: int) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
 
     def ask(self, body: bytes) -> bytes:
         """Return the reply. Raises RuntimeError for any status but 200."""
-        try:
-            status, content = self._post(body)
-        except (OSError, http.client.HTTPException):
-            self._connection.close()
-            status, content = self._post(body)
-        if status != 200:
-            raise RuntimeError(f"{status}: {content[:300]!r}")
-        return content
-
-    def _post(self, body: bytes) -> tuple[int, bytes]:
         self._connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
         reply = self._connection.getresponse()
-        return reply.status, reply.read()
+        content = reply.read()
+        if reply.status != 200:
+            raise RuntimeError(f"{reply.status}: {content[:300]!r}")
+        return content
 
 
 class Bodies:

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmoe_rec.experiments.compare import BETTER, WORSE, compare_variants
 from mmoe_rec.experiments.runner import BASE, Variant
 from mmoe_rec.settings.sections import Settings
+from tests.log.plain_tables import plain_settings
 
 NUMBERS, ROWS = 12, {"train": 5_000, "validation": 1_000, "test": 5_000}
 KINDS = {"same": (1.0, 0.05), "related": (0.9, 0.1), "apart": (0.0, 0.05), "both_apart": (0.0, 1.0)}
@@ -61,46 +61,32 @@ def draw_log(kind: str, seed: int) -> pa.Table:
     )
 
 
-def settings_of(folder: Path) -> Settings:
-    """A small mixture."""
+def settings_of(folder: Path, log: pa.Table) -> Settings:
+    """A small mixture, with its log in a folder."""
     columns = [f"x{index}" for index in range(NUMBERS)]
-    return Settings.model_validate(
-        {
-            "name": "planted",
-            "data": {"log": str(folder / "log"), "work": str(folder / "work"), "workers": 1},
-            "columns": {},
-            "split": {"column": "split"},
-            "roles": {"candidate": columns},
-            "tasks": {name: {"label": name, "objective": "engagement"} for name in ("many", "few")},
-            "features": {name: {"kind": "numeric", "column": name} for name in columns},
-            "model": {
-                "bottom": {"units": [32], "piecewise": False, "cross_layers": 0},
-                "experts": {"count": 4, "units": [16]},
-                "towers": {"units": [8]},
-            },
-            "training": {
-                "batch_size": 128,
-                "epochs": 5,
-                "learning_rate": 0.005,
-                "threads": 1,
-                "device": "cpu",
-                "precision": "fp32",
-                "products": "blas",
-                "tables": "torch",
-            },
-            "evaluation": {"resamples": 200},
-            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-        }
+    training = {"batch_size": 128, "epochs": 5, "learning_rate": 0.005, "threads": 1, "device": "cpu"}
+    return plain_settings(
+        folder,
+        log,
+        split={"column": "split"},
+        roles={"candidate": columns},
+        tasks={name: {"label": name, "objective": "engagement"} for name in ("many", "few")},
+        features={name: {"kind": "numeric", "column": name} for name in columns},
+        model={
+            "bottom": {"units": [32], "piecewise": False, "cross_layers": 0},
+            "experts": {"count": 4, "units": [16]},
+            "towers": {"units": [8]},
+        },
+        training=training | {"precision": "fp32", "products": "blas", "tables": "torch"},
+        evaluation={"resamples": 200},
+        tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}"},
     )
 
 
 def judge_log(kind: str, seed: int, seeds: int) -> list[dict[str, Any]]:
     """What is said about each task beside the other one, and by which difference."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        settings = settings_of(folder)
-        Path(settings.data.log).mkdir()
-        pq.write_table(draw_log(kind, seed), Path(settings.data.log) / "rows.parquet")
+        settings = settings_of(Path(scratch), draw_log(kind, seed))
         tasks = {"many": "few", "few": "many"}
         variants = [Variant(f"only {task}", without_tasks=(other,)) for task, other in tasks.items()]
         report = compare_variants(settings, [BASE, *variants], seeds)

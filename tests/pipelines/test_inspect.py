@@ -1,7 +1,6 @@
 """The command as a user runs it."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,18 +44,6 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in out.iterdir()) == ["health.json", "report.html", "report.json"]
     assert health["headline"] in " ".join(printed.split()), "whatever the terminal's width"
-    run("report", "--config", str(config))
-    printed = capsys.readouterr().out
-    assert re.search(rf"The data, .* UTC: {re.escape(health['headline'])}\n", printed)
-    assert f"\nnote: The last training: not there yet. Run `mmoe-rec train --config {config}`\n" in printed
-    assert printed.endswith(f"report: {config.parent / 'work' / 'report' / 'report.html'}\n")
-    run("report", "--config", str(config), "--features.price.transform", "log")
-    features = config.parent / "work" / "features"
-    assert (
-        capsys.readouterr()
-        .out.splitlines()[1]
-        .startswith(f"warning: the features in '{features}' are of other settings, or files")
-    )
 
 
 def test_out_says_where_and_features_at_hand_are_taken_without_torch(config, tmp_path):

@@ -56,14 +56,10 @@ class World:
         return " ".join(page.words.split())
 
 
-def measure(config: Path, predictions: Path | pd.DataFrame, folder: Path, *words: str) -> dict[str, Any]:
-    """What `evaluate` finds in predictions; of a table, after it was written to a folder. folder: must be new."""
-    if isinstance(predictions, pd.DataFrame):
-        (folder / "rows").mkdir(parents=True)
-        predictions.to_parquet(folder / "rows" / "0.parquet")
-        predictions = folder / "rows"
-    run("evaluate", "--config", config, "--predictions", predictions, "--out", folder / "out", *words)
-    return read_metrics(folder / "out")
+def measure(config: Path, predictions: Path, out: Path) -> dict[str, Any]:
+    """What `evaluate` finds in predictions."""
+    run("evaluate", "--config", config, "--predictions", predictions, "--out", out)
+    return read_metrics(out)
 
 
 @pytest.fixture(scope="module")

@@ -120,12 +120,3 @@ def test_refusals(capsys: pytest.CaptureFixture, arguments: list[str], message: 
     assert code == 2
     assert said.count("\n") == 1
     assert message in said
-
-
-@pytest.mark.parametrize("arguments", [["--hbm-gib", "1e6"], ["--training.batch_size", "2"]])
-def test_far_but_possible_numbers(capsys: pytest.CaptureFixture, arguments: list[str]) -> None:
-    code, said = run(capsys, "--world-size", "128", "--local-world-size", "8", *arguments)
-    assert code == 0, said
-    assert "estimated time of tables" in said
-    assert "nan" not in said
-    assert "inf" not in said

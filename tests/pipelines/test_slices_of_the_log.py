@@ -198,19 +198,16 @@ def test_the_rows_of_a_split_with_their_predictions(
 
 
 def test_validation_rows_have_charts_of_their_own(world: World) -> None:
-    words = described(world)
-    before = world_metrics(world)
+    holder = world.champion()
+    assert holder is not None
+    described(world)
+    before = world.client.get_run(holder.run_id).data.metrics
     words = described(world, "--split", "validation")
     assert "on validation rows" in words
     assert "from 2024-03-06 00:00 UTC to 2024-03-08 00:00 UTC" in words
     assert "it looks better on them than on others" in words
-    after = world_metrics(world)
+    after = world.client.get_run(holder.run_id).data.metrics
     assert {name for name in after if name.startswith("test/")} == {name for name in before if name.startswith("test/")}
     mine = read_metrics(world.folder / "work" / "evaluation_validation")["tasks"]["click"]["auc"]
     assert after["validation_rows/click.auc"] == pytest.approx(mine["value"])
     assert after["validation_rows/intervals/click.auc.low"] == pytest.approx(mine["low"])
-
-
-def world_metrics(world: World) -> dict[str, float]:
-    holder = world.champion()
-    return world.client.get_run(holder.run_id).data.metrics
