@@ -78,10 +78,18 @@ def _message(tmp_path, *overrides: str, **changes) -> str:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_and_survives_a_round_trip(path, tmp_path):
+def test_every_config_survives_a_round_trip_and_its_keys_are_options(path, tmp_path):
     settings = load_settings(path)
     (tmp_path / "again.yaml").write_text(settings.to_yaml())
     assert load_settings(tmp_path / "again.yaml") == settings
+
+    def names(tree, begin="--"):
+        for key, value in tree.items():
+            yield f"{begin}{key}"
+            if isinstance(value, dict) and key != "search":  # whose keys have dots themselves
+                yield from names(value, f"{begin}{key}.")
+
+    check_names(names(settings.model_dump(mode="json")))
 
 
 def test_defaults_and_names():
@@ -209,17 +217,6 @@ def test_an_option_that_there_is_not_is_named_with_the_nearest(words, near):
     with pytest.raises(UserError) as caught:
         check_names(words.split(), ["seeds", "resume", "config"])
     assert str(caught.value) == f"command line: there is no option or setting '{wrong}'. Did you mean '{near}'?"
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_key_of_a_settings_file_is_an_option(path):
-    def names(tree, begin="--"):
-        for key, value in tree.items():
-            yield f"{begin}{key}"
-            if isinstance(value, dict) and key != "search":  # whose keys have dots themselves
-                yield from names(value, f"{begin}{key}.")
-
-    check_names(names(load_settings(path).model_dump(mode="json")))
 
 
 def test_an_option_like_no_other_leads_to_the_help():

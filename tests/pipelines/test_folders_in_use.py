@@ -21,9 +21,7 @@ from tests.pipelines.short_trainings import World
 def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world with features and a model's folder."""
     world = World.of(tmp_path_factory.mktemp("world"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
-        world.train()
+    world.train()
     return world
 
 

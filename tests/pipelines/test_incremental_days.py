@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.tracking import registry
 from pipelines import daily
 from tests import commands
-from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
 pytestmark = pytest.mark.thorough
@@ -29,12 +29,12 @@ SECOND_SPLIT = {"train_end": "2024-03-10", "validation_end": "2024-03-10T12:00"}
 
 @dataclass(frozen=True)
 class Days:
-    """Where all lies, the settings file of the second day, what was printed on the way, and the first features."""
+    """Where all lies, the settings file of the second day, and what was printed on the way. The first features are in
+    `before`."""
 
     folder: Path
     config: Path
     printed: dict[str, str]
-    first: dict[str, bytes]
 
     @property
     def uri(self) -> str:
@@ -63,12 +63,12 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     printed = {"nobody": refuse_daily("--config", str(config))}
     commands.run("train", "--config", config)
     printed["nothing"] = commands.run_and_read("features", "--config", config, "--extend")
-    first = files_of(folder / "work" / "features")
+    shutil.copytree(folder / "work" / "features", folder / "before")
     pq.write_table(later, folder / "log" / "later.parquet")
     with redirect_stdout(io.StringIO()) as daily_run:
         daily.main(["--config", str(second)])
     printed["daily"] = daily_run.getvalue()
-    return Days(folder, second, printed, first)
+    return Days(folder, second, printed)
 
 
 def refuse_daily(*words: str) -> str:
@@ -112,7 +112,7 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     assert run.data.tags["warm_start.run"] == registry.find_run("models:/learnable/1", days.uri)
     one, two = (Ranker.load(registry.fetch_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
     assert two.layout.table("item").rows == one.layout.table("item").rows + 8
-    first = json.loads(days.first["manifest.json"])
+    first = json.loads((days.folder / "before" / "manifest.json").read_text())
     assert one.about.fingerprint == first["fingerprint"] != two.about.fingerprint
     example = json.loads((days.folder / "work" / "model" / "example_request.json").read_text())["inputs"][0]
     ranking = two.rank(example["user"], example["context"], example["candidates"])
@@ -122,10 +122,7 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
 def test_features_without_training_rows_are_not_trained_on(
     days: Days, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    work = tmp_path / "features"
-    for name, content in days.first.items():
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_bytes(content)
+    shutil.copytree(days.folder / "before", tmp_path / "features")
     config = ("--config", str(days.folder / "first.yaml"), "--data.work", str(tmp_path))
     commands.run("features", *config, "--extend")
     printed = capsys.readouterr().out

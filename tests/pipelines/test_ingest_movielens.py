@@ -52,8 +52,10 @@ def ingested(source: Path, negatives_per_rated: int = 4, seed: int = 17) -> pa.T
     return pq.read_table(source / "out" / "log")
 
 
-def test_sessions_candidates_and_labels(tmp_path):
-    log = ingested(write_source(tmp_path))
+def test_sessions_candidates_labels_and_columns(tmp_path, capsys):
+    main(["--source", str(write_source(tmp_path)), "--out", str(tmp_path / "out")])
+    assert f"log:  {tmp_path / 'out' / 'log'}" in capsys.readouterr().out
+    log = pq.read_table(tmp_path / "out" / "log")
     assert log.schema.equals(LOG)
     rows = [(r["request_id"], r["user_id"], r["movie_id"], r["rated"], r["liked"]) for r in log.to_pylist()]
     assert rows == [
@@ -87,14 +89,7 @@ def test_sessions_candidates_and_labels(tmp_path):
         "2001-01.parquet",
         "2001-02.parquet",
     ]
-
-
-def test_users_and_movies_are_joined(tmp_path, capsys):
-    source = write_source(tmp_path)
-    main(["--source", str(source), "--out", str(tmp_path / "out")])
-    assert f"log:  {tmp_path / 'out' / 'log'}" in capsys.readouterr().out
-    rows = pq.read_table(tmp_path / "out" / "log").to_pylist()
-    by_key = {(row["request_id"], row["movie_id"]): row for row in rows}
+    by_key = {(row["request_id"], row["movie_id"]): row for row in log.to_pylist()}
     toy_story = by_key[0, 1]
     assert (toy_story["gender"], toy_story["age"], toy_story["occupation"]) == ("F", 1, 10)
     assert (toy_story["title_year"], toy_story["genres"]) == (1995, ["Animation", "Children's", "Comedy"])

@@ -274,16 +274,6 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
     assert 0 < float(found[2]) < float(found[1])
 
 
-def test_a_gain_that_a_task_may_pay_for_is_held_back(world: World) -> None:
-    """Twice the clicks are ranked right, but few rows tell about likes."""
-    world.train("--evaluation.margin", "0.005")
-    assert world.holder() == "1"
-    assert said(world.work)[0].startswith(
-        "'this model' is not called better, although mean auc of click, liked is higher"
-    )
-    assert "auc of liked changes by " in said(world.work)[0]
-
-
 def test_a_worse_model_leaves_the_alias(second: World, capsys: pytest.CaptureFixture) -> None:
     second.train(*SLOW)
     version = newest(second)

@@ -24,11 +24,12 @@ class Training:
 
     log: Path
     work: Path
+    program: tuple[str, ...] = ("mmoe_rec",)
 
     @property
     def command(self) -> list[str]:
         """The same before and after a kill."""
-        command = ["mmoe_rec", "train", "--config", "configs/synthetic.yaml", "--resume"]
+        command = [*self.program, "train", "--config", "configs/synthetic.yaml", "--resume"]
         command += ["--data.log", str(self.log), "--data.work", str(self.work)]
         command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db"]
         same = {"precision": "fp32", "products": "blas", "tables": "fbgemm", "threads": 1}
@@ -148,14 +149,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Training) -> None:
 
 @pytest.mark.thorough
 def test_torchrun_starts_lost_ranks_again_and_they_go_on(whole: Training, tmp_path: Path) -> None:
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
 
-    class OnTwoRanks(Training):
-        @property
-        def command(self) -> list[str]:
-            return [*torchrun, "--max-restarts", "1", "-m", *super().command]
-
-    training = OnTwoRanks(whole.log, tmp_path / "work")
+    training = replace(whole, work=tmp_path / "work", program=(*torchrun, "-m", "mmoe_rec"))
     training.prepare(whole.work / "features")
     process = start_until(training, has_saved)
     os.kill(max(children(process.pid, "mmoe_rec")), signal.SIGKILL)

@@ -25,14 +25,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@pytest.fixture(autouse=True)
+def _register_by_name_only(template: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registration takes longer than such a training."""
+    decision = Decision("models:/learnable@champion", True, ("it is better",))
+    monkeypatch.setattr(steps, "promote_trained", lambda *_: decision)
+
+
 @pytest.fixture
-def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The same, in which a model is registered by name only, as registration takes longer than such a training."""
-
-    def promoted(*_: object) -> Decision:
-        return Decision("models:/learnable@champion", True, ("it is better",))
-
-    monkeypatch.setattr(steps, "promote_trained", promoted)
+def world(template: World) -> World:
     shutil.rmtree(template.checkpoints, ignore_errors=True)
     return template
 
@@ -161,11 +162,8 @@ def test_an_end_that_cannot_be_read_is_named(world: World, capsys: pytest.Captur
     assert "finished.json' is missing, damaged or of another version" in refused(capsys, world, RESUME)
 
 
-def test_a_later_day_begins_a_new_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_later_day_begins_a_new_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The same line every day, whatever became of the day before."""
-    monkeypatch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
     world = World.of(tmp_path / "days")
     world.train()
     manifest = world.folder / "work" / "features" / "manifest.json"
@@ -194,10 +192,9 @@ def test_a_later_day_begins_a_new_training(
 
 
 def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Without --from, features of all days are built anew."""
-    monkeypatch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
     world = World.of(tmp_path / "days")
     world.train()
     (world.folder / "later.parquet").rename(world.folder / "log" / "later.parquet")

@@ -30,14 +30,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def client(world: World) -> mlflow.MlflowClient:
-    return mlflow.MlflowClient(world.uri, world.uri)
-
-
-@pytest.fixture(scope="module")
-def run(client: mlflow.MlflowClient) -> mlflow.entities.Run:
-    experiment = client.get_experiment_by_name("learnable")
-    (found,) = client.search_runs([experiment.experiment_id])
+def run(world: World) -> mlflow.entities.Run:
+    experiment = world.client.get_experiment_by_name("learnable")
+    (found,) = world.client.search_runs([experiment.experiment_id])
     return found
 
 
@@ -89,8 +84,8 @@ def test_charts_have_sections(run: mlflow.entities.Run) -> None:
     assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
 
 
-def test_the_version_is_described(run: mlflow.entities.Run, client: mlflow.MlflowClient) -> None:
-    version = client.get_model_version("learnable", "1")
+def test_the_version_is_described(world: World, run: mlflow.entities.Run) -> None:
+    version = world.client.get_model_version("learnable", "1")
     assert version.description.startswith("no model held 'champion' before")
     assert "- click.auc 0." in version.description
     assert version.tags["report"] == f"runs:/{run.info.run_id}/evaluation/report.html"

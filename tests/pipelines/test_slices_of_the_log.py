@@ -86,11 +86,6 @@ def test_rows_are_sliced_by_columns_that_no_feature_reads(world: World, split: s
     assert list(areas(table, "bucket(stock, 3)").values())[:3] == pytest.approx(thirds, abs=1e-9)
 
 
-def test_who_is_new_and_who_returns_is_sliced_where_nothing_is_asked_for(world: World, tmp_path: Path) -> None:
-    table = evaluated(world, out=tmp_path / "out")
-    assert set(table["by"]) == {"user", "candidate", "training rows of the user"}
-
-
 @pytest.mark.parametrize(
     ("slices", "told"),
     [
