@@ -24,7 +24,6 @@ print("saved")
     ("start", "signals", "printed", "code"),
     [
         ("shell", "SIGHUP", "SIGHUP SIGHUP,saved", 0),
-        ("shell", "SIGTERM", "SIGTERM SIGTERM,saved", 0),
         ("shell", "SIGHUP SIGHUP", "SIGHUP SIGHUP,SIGHUP SIGHUP,saved", 0),  # of the kernel, and of the shell
         ("shell", "SIGTERM SIGHUP", "SIGTERM SIGTERM,SIGHUP SIGTERM,saved", 0),
         ("shell", "SIGHUP SIGTERM", "SIGHUP SIGHUP", -15),  # a second signal acts at once

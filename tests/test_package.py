@@ -33,7 +33,6 @@ MISTAKES = {
     "evaluate --config C --model M --device cpu": "setting '--device'. Did you mean '--training.device'?",
     "serve --model M --prot 80": "command line: there is no option or setting '--prot'. Did you mean '--port'?",
     "score --model M --asof log": "command line: there is no option or setting '--asof'. Did you mean '--as-of'?",
-    "evaluate --predictions P --tassk x": "there is no option or setting '--tassk'. Did you mean '--tasks'?",
     "doctor --verbose": "no such option '--verbose'; --help lists all options and settings",
     "trian": "there is no command 'trian'; did you mean 'train'?",
 }

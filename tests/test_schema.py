@@ -37,13 +37,10 @@ def _feature(kind: str, **keys) -> tuple[str, dict]:
     ("feature", "role"),
     [
         (_feature("id", column="u"), "user"),
-        (_feature("id", column="age"), "user"),
         (_feature("id", column="brand"), "candidate"),
-        (_feature("id", column="store"), "context"),
         (_feature("id", column="slot"), "placement"),
         (_feature("cross", columns=["u", "store"]), "context"),
         (_feature("cross", columns=["u", "brand"]), "candidate"),
-        (_feature("cross", columns=["store", "brand"]), "candidate"),
         (_feature("cross", columns=["slot", "page"]), "placement"),
         (_feature("time"), "context"),
         (_feature("history", task="click", of="item"), "user"),

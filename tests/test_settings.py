@@ -183,7 +183,6 @@ def test_an_override_leaves_a_feature_out(tmp_path):
             ["--columns.user", "null", "--training.epochs", "2"],
             "(--columns.user, --training.epochs): feature 'last' needs columns.user",
         ),
-        (["--split.train_end", "2030-01-01"], "(--split.train_end): 'split': train_start, train_end, validation_end"),
     ],
 )
 def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path, words, message):
@@ -203,10 +202,7 @@ def test_a_wrong_file_is_blamed_whatever_is_overridden(tmp_path):
     ("words", "near"),
     [
         ("--device cpu", "--training.device"),
-        ("--epoch 5", "--training.epochs"),
         ("--sedes 5", "--seeds"),
-        ("--trees null", "--model.trees"),
-        ("--tracking.url x", "--tracking.uri"),
         ("--features.item.mincount=3", "--features.NAME.min_count"),
         ("--tasks.click.lable x", "--tasks.NAME.label"),
         ("--features.item.kind id --model {} --seeds 3 --split.train_end 2024-01-01 --data.lgo x", "--data.log"),
@@ -263,7 +259,6 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         ("features.item.float", 1, "unknown key {}; valid are dim, column, min_count, "),
         ("modle", {}, "unknown key {}; did you mean 'model'?"),
         ("features.item.mincount", 3, "unknown key {}; did you mean 'min_count'?"),
-        ("tasks.click.lable", "x", "unknown key {}; did you mean 'label'?"),
         ("tasks.liked.observed_when.equal", 1, "unknown key {}; did you mean 'equals'?"),
         ("split", _DROPPED, "key {} is missing"),
         ("columns.user", _DROPPED, "feature 'last' needs columns.user, which is left out: it is a user's"),

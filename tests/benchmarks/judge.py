@@ -157,22 +157,17 @@ def judge_trained(number: int) -> dict[str, float]:
             kind = "not compared" if verdict is None else verdict.kind
             print(f"{name} {seed}: promoted {is_promoted}, {kind}, gain {gain:.4f}", flush=True)
         promoted, judged, gains = zip(*results, strict=True)
-        print(f"{name}: {sum(promoted)} of {number} promoted, {sum(map(_is_shown, judged))} shown better", flush=True)
+        shown = sum(each is not None and each.kind in ("better", "held back") for each in judged)
+        print(f"{name}: {sum(promoted)} of {number} promoted, {shown} shown better", flush=True)
         found |= {f"promoted_{name}": sum(promoted) / number, f"gain_{name}": float(np.mean(gains))}
     return found
-
-
-def _is_shown(verdict: Verdict | None) -> bool:
-    return verdict is not None and verdict.kind in ("better", "held back")
 
 
 def train_twice(seed: int, strength: float, folder: Path) -> tuple[bool, Verdict | None, float]:
     """Train for an earlier day and then for a later one, each time from the settings of that day.
 
     Args:
-        seed: Of the log and of both trainings.
         strength: How much the labels follow a column that the second model alone sees. 0 leaves labels without signal.
-        folder: Where everything lies.
 
     Returns:
         Whether the second model became the champion, the verdict on it, and its true gain in the mean AUC.

@@ -22,7 +22,6 @@ RIGHT = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.9.0"}
         ({"torch": "2.14.1+cpu"}, ""),
         ({"torch": "2.13.0"}, "needed: torchrec==1.8.0, fbgemm-gpu-cpu==1.8.0"),
         ({"torch": "2.15.0"}, "needed: torch 2.11 or 2.12 or 2.13 or 2.14"),
-        ({"torch": ""}, "needed: torch 2.11 or"),
         ({"torchrec": ""}, "needed: torchrec==1.9.2"),
         ({"fbgemm-gpu-cpu": ""}, "needed: fbgemm-gpu-cpu==1.9.0"),
         ({"fbgemm-gpu-cpu": "", "fbgemm-gpu": "1.9.0"}, ""),

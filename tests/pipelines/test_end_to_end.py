@@ -60,12 +60,8 @@ def test_full_adds_the_table_with_the_baselines(tmp_path: Path) -> None:
         ("http://mlflow.example:5000", "see the runs at http://mlflow.example:5000"),
     ],
 )
-@pytest.mark.parametrize("by_variable", [False, True])
-def test_commands_fit_the_address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, uri: str, ui: str, by_variable: bool
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri if by_variable else "http://another")
-    settings = quickstart.quickstart_settings(False, tmp_path, [] if by_variable else ["--tracking.uri", uri])
+def test_commands_fit_the_address(tmp_path: Path, capsys: pytest.CaptureFixture, uri: str, ui: str) -> None:
+    settings = quickstart.quickstart_settings(False, tmp_path, ["--tracking.uri", uri])
     quickstart._next_commands(settings, "models:/shop@champion", tmp_path / "a b.json")
     _, _, serve, curl, see = capsys.readouterr().out.splitlines()
     assert shlex.split(serve)[:5] == [f"MLFLOW_TRACKING_URI={uri}", "mlflow", "models", "serve", "-m"]

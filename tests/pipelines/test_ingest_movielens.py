@@ -162,7 +162,6 @@ def test_rows_depend_on_the_seed_and_not_on_the_order_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("ratings.dat", "1::6::5"),
         ("ratings.dat", "1::6::9::978300000"),
         ("users.dat", "4,M,25,15,55117"),
         ("movies.dat", "7::Two::Titles (1990)::Drama"),
