@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -98,12 +97,6 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         others = {name if name in modules else name.rpartition(".")[0] for name in names}
         graph[module] = (others & modules.keys()) - {module}
     TopologicalSorter(graph).prepare()
-
-
-def test_files_of_tests_have_names_of_their_own() -> None:
-    """pytest imports them by these alone: of two in one process, the second one would be the first."""
-    names = Counter(path.name for path in Path("tests").rglob("test_*.py"))
-    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("benchmark", sorted(Path("tests/benchmarks").glob("[a-z]*.py")), ids=lambda path: path.stem)

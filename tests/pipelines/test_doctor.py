@@ -20,6 +20,7 @@ RIGHT = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.9.0"}
     [
         ({}, ""),
         ({"torch": "2.14.1+cpu"}, ""),
+        ({"torchrec": "", "fbgemm-gpu-cpu": ""}, ""),
         ({"torch": "2.13.0"}, "needed: torchrec==1.8.0, fbgemm-gpu-cpu==1.8.0"),
         ({"torch": "2.15.0"}, "needed: torch 2.11 or 2.12 or 2.13 or 2.14"),
         ({"torchrec": ""}, "needed: torchrec==1.9.2"),
@@ -33,11 +34,6 @@ def test_torch_torchrec_and_fbgemm_go_together(changes: dict[str, str], needed: 
     assert bool(found.fix) == bool(needed)
     assert needed in found.text
     assert ("needed" in found.text) == bool(needed)
-
-
-def test_without_torchrec_and_fbgemm_tables_are_plain() -> None:
-    found = check_packages({"torch": "2.14.1"})
-    assert (found.fix, found.text.endswith("plain PyTorch tables, one process")) == ("", True)
 
 
 def test_pyproject_asks_for_the_newest_trio_and_takes_every_torch_of_the_table() -> None:

@@ -268,6 +268,23 @@ def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -
         assert told in refuse(capsys, "train", "--config", world.config, "--resume", *words)
 
 
+def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A planted bug: a column that splits rows of the same users. Rows of a user in one split are fine."""
+    told = "100.0% of the users of test rows have training rows as well, as column 'fold' splits them"
+    for user, is_told in (("person", True), ("group", False)):
+        settings = plain_settings(tmp_path / user, columns={"user": user})
+        (tmp_path / f"{user}.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        run("inspect", "--config", tmp_path / f"{user}.yaml")
+        assert (told in " ".join(capsys.readouterr().out.split())) == is_told
+
+
+def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.evaluate("weighed")
+    predictions = world.folder / "weighed" / "predictions.parquet"
+    told = refuse(capsys, "tune-weights", "--config", world.config, "--predictions", predictions, predictions)
+    assert "has one row, which no weights can rank" in told
+
+
 def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> None:
     world.evaluate("predicted")
     predictions = world.folder / "predicted" / "predictions.parquet"
