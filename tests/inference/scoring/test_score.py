@@ -13,6 +13,7 @@ import pytest
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import COLUMNS, score_rows
+from mmoe_rec.evaluation.prediction_files import columns_of_settings
 from mmoe_rec.inference.batch_scoring import scored_file, write_ranked
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -21,6 +22,8 @@ from mmoe_rec.log.given import parse_time
 from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
+from tests.evaluation.test_metrics import measured
+from tests.evaluation.trees import intervals, summarise
 from tests.inference.scoring.scored import read, scored, write_finely
 from tests.inference.small_model import SmallModel, as_request
 from tests.log.small_logs import DAY, START, random_log, with_requests
@@ -85,18 +88,19 @@ def test_further_columns_of_the_log_are_kept(small: SmallModel, tmp_path: Path) 
 
 
 def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_path: Path, fine: None) -> None:
-    """Requests whose rows lie in several files and have several times; more rows than are ranked at a time."""
+    """Requests whose rows lie in several files and have several times; more rows than are ranked at a time. With their
+    labels they have the same metrics."""
     ranker = Ranker.load(small.folder)
     log = with_requests(random_log(3, rows=2500), seed=3)
     source = write_finely(tmp_path / "log", log.slice(0, 1100), log.slice(1100, 1), log.slice(1101))
     settings = small.settings.model_copy(update={"data": small.settings.data.model_copy(update={"log": str(source)})})
-    windows = {"test": settings.split.windows()["test"]}
+    windows = {"test": (START + 4 * DAY, None)}  # before labels have all matured
     encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
     rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
     expected = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
     options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
-    found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], overrides=options)
+    found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], labels=True, overrides=options)
     assert len(done.manifest["parts"]) > 20
     assert done.manifest["rows"] == len(found) == len(expected.score) > 300
     names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
@@ -111,6 +115,15 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     assert sizes.max() > 3
     assert (found.groupby("request").time.nunique() == 1).all()
     assert "know the log that was given" in done.manifest["meaning"]
+
+    metrics = measured(columns_of_settings(settings), done.folder, tmp_path / "metrics")
+    by_offline, tasks = summarise(expected.sum(), 20), metrics["tasks"]
+    assert tasks.keys() == by_offline["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
+    assert tasks["liked"]["rows"] < tasks["click_and_liked"]["rows"] < metrics["rows"]
+    for name, each in by_offline["tasks"].items():
+        assert tasks[name]["rows"] == each["rows"]
+    for name, value in intervals(by_offline).items():
+        assert intervals(metrics)[name] == pytest.approx(value, abs=1e-4), name
 
 
 def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_path: Path, fine: None) -> None:
