@@ -58,6 +58,8 @@ def drawn(random: np.random.Generator) -> Request:
         options["task_weights"] = {"click": float(random.random())}
     if random.random() < 0.2:
         options["mask_experts"] = [int(random.integers(3))]
+    if random.random() < 0.5:
+        options["explain"] = bool(random.integers(2))
     return request(user, candidates, context, **options)
 
 
@@ -73,6 +75,14 @@ def assert_same(answer: Ranking | RequestError, alone: Ranking | RequestError) -
     for place in found.keys() & expected.keys():
         assert found[place][0] == expected[place][0]
         np.testing.assert_allclose(found[place][1:], expected[place][1:], rtol=1e-5, atol=1e-6)
+    assert (answer.explanations is None) == (alone.explanations is None)
+    shown, told = (dict(zip(each.order, each.explanations or (), strict=False)) for each in (answer, alone))
+    for place in shown.keys() & told.keys():
+        one, other = shown[place], told[place]
+        assert (one.counters, one.histories) == (other.counters, other.histories)
+        for task in one.gates:
+            np.testing.assert_allclose(one.gates[task], other.gates[task], atol=1e-6)
+            np.testing.assert_allclose(one.uncalibrated[task], other.uncalibrated[task], rtol=1e-5, atol=1e-6)
     assert (answer.request_time, answer.tables_as_of) == (alone.request_time, alone.tables_as_of)
     assert answer.warnings == alone.warnings
 
