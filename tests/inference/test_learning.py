@@ -125,20 +125,6 @@ def log_rows_without(rows: LogRows, *names: str) -> LogRows:
     return LogRows(rows.table.drop_columns(list(names)), rows.schema)
 
 
-def test_memories_stay_as_they_are(extended: Extension) -> None:
-    ranker = extended.ranker()
-    columns = [
-        column for each in ranker.pipeline.memory_encoders.values() for column in each.memory.to_columns().values()
-    ]
-    before = [column.copy() for column in columns]
-    for column in columns:
-        column.flags.writeable = False
-    learn(ranker, later_log(3))
-    answers(ranker)
-    for column, was in zip(columns, before, strict=True):
-        np.testing.assert_array_equal(column, was)
-
-
 def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(extended: Extension) -> None:
     ranker, (_, rows) = extended.ranker(), extended.small.later_rows()
     first = ranker.score(rows)[1]

@@ -151,18 +151,6 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
 
 
 @pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN in fp32 here")
-@pytest.mark.parametrize("count", [1, 5, 16, 17, 50])
-def test_faster_products_give_the_same_scores(ranker: Ranker, small: SmallModel, count: int) -> None:
-    items = [int(each) * 10**17 for each in np.random.default_rng(count).integers(-5, 12, count)]
-    before = ranker.rank({"user": USER}, CONTEXT, {"item": items})
-    faster = Ranker.load(small.folder)
-    faster.scorer.multiply_by("onednn")
-    after = faster.rank({"user": USER}, CONTEXT, {"item": items})
-    np.testing.assert_allclose(after.scores, before.scores, rtol=1e-5)
-    assert sorted(after.order) == sorted(before.order)
-
-
-@pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN in fp32 here")
 @pytest.mark.parametrize(("setting", "taken"), [("auto", "onednn"), ("onednn", "onednn"), ("blas", "blas")])
 def test_products_are_those_of_the_setting(small: SmallModel, setting: str, taken: Products) -> None:
     ranker = Ranker.load(small.folder)
