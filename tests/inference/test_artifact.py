@@ -307,11 +307,10 @@ def test_the_tolerance_goes_with_the_scale(name: str) -> None:
     assert expected.difference(expected, tasks, UNCALIBRATED) is None
     for task_name, scale in scales.items():
         for sign in (-1, 1):
-            off = {
-                part: predictions | {task_name: predictions[task_name] + sign * part * TOLERANCE * scale}
+            near, far = (
+                scores_of(predictions | {task_name: predictions[task_name] + sign * part * TOLERANCE * scale})
                 for part in (0.9, 1.5)
-            }
-            near, far = (scores_of(off[part]) for part in (0.9, 1.5))
+            )
             assert expected.difference(near, tasks, UNCALIBRATED) is None
             told = expected.difference(far, tasks, UNCALIBRATED)
             # What is all but 0 is as good as 0.

@@ -26,7 +26,7 @@ from tests.evaluation.test_metrics import measured
 from tests.evaluation.trees import intervals, summarise
 from tests.inference.scoring.scored import read, scored, write_finely
 from tests.inference.small_model import SmallModel, as_request
-from tests.log.small_logs import DAY, START, random_log, with_requests
+from tests.log.small_logs import DAY, START, at_times, random_log, with_column, with_requests
 
 PREDICTED = ["predicted_click", "predicted_liked", "predicted_spent", "predicted_click_and_liked"]
 
@@ -38,13 +38,12 @@ def later_table(rows: int = 80, seed: int = 7) -> pa.Table:
     times = START + (20 + request) * DAY
     columns = {
         "user": np.array([5, -7, 10**6])[request % 3],  # the last one is unknown
-        "time": pa.array(times).cast(UTC_MICROSECONDS),
         "born": pa.array(times - 800 * DAY).cast(UTC_MICROSECONDS),
         "age": request % 2,
     }
     for name, values in columns.items():
-        table = table.set_column(table.column_names.index(name), name, pa.array(values))
-    return table.append_column("request", pa.array(request))
+        table = with_column(table, name, values)
+    return at_times(table, times).append_column("request", pa.array(request))
 
 
 def best_first(frame: pd.DataFrame, request: str = "request") -> np.ndarray:
@@ -168,7 +167,7 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
     table = later_table()
     # One candidate that nobody knows.
     items = [10**15 if row == 3 else each for row, each in enumerate(table["item"].to_pylist())]
-    table = table.set_column(table.column_names.index("item"), "item", pa.array(items))
+    table = with_column(table, "item", items)
     attributes = {*roles.user, *roles.candidate} - {"user", "item", *given}
     there = [name for name in table.column_names if name not in {*attributes, "click", "liked", "spent", "slot"}]
     source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
@@ -215,13 +214,12 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
 ) -> None:
     log, later = with_requests(random_log(1, rows=600)), later_table()
     known = pa.scalar(np.datetime64(Ranker.load(small.folder).about.tables_as_of[:-6], "us").item(), pa.timestamp("us"))
-    at_the_end = later.set_column(later.column_names.index("time"), "time", pa.repeat(known.cast(UTC_MICROSECONDS), 80))
-
-    def numbered(table: pa.Table, first: int) -> pa.Table:
-        place = table.column_names.index("request")
-        return table.set_column(place, "request", pc.add(table["request"], first))
-
-    source = write_finely(tmp_path / "log", log, numbered(later, 10**6), numbered(at_the_end, 2 * 10**6))
+    at_the_end = with_column(later, "time", pa.repeat(known.cast(UTC_MICROSECONDS), 80))
+    first, second = (
+        with_column(table, "request", pc.add(table["request"], number))
+        for table, number in ((later, 10**6), (at_the_end, 2 * 10**6))
+    )
+    source = write_finely(tmp_path / "log", log, first, second)
     arguments = ["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")]
     run("score", *arguments, "--as-of", "tables")
     told = capsys.readouterr().out

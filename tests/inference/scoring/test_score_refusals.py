@@ -12,7 +12,7 @@ from mmoe_rec.inference.batch_scoring import score_log
 from tests.commands import refuse
 from tests.inference.scoring.scored import write_finely
 from tests.inference.small_model import SmallModel
-from tests.log.small_logs import at_times, random_log, times_of, with_requests
+from tests.log.small_logs import at_times, random_log, times_of, with_column, with_requests
 
 
 def good() -> pa.Table:
@@ -21,8 +21,7 @@ def good() -> pa.Table:
 
 def changed(name: str, values: Callable[[pa.ChunkedArray], pa.Array]) -> pa.Table:
     """A good log with another column."""
-    table = good()
-    return table.set_column(table.column_names.index(name), name, values(table[name]))
+    return with_column(good(), name, values(good()[name]))
 
 
 def with_null(column: pa.ChunkedArray) -> pa.Array:
@@ -34,8 +33,14 @@ def as_text(column: pa.ChunkedArray) -> pa.Array:
 
 
 WRONG = {
-    "a user of another type": (changed("user", as_text), "column 'user' changes its type.* '{file}'"),
-    "text as a number": (changed("price", as_text), "'{file}': column 'price' must hold numbers, found string"),
+    "a user of another type": (
+        changed("user", as_text),
+        "column 'user' changes its type.* '{file}'",
+    ),
+    "text as a number": (
+        changed("price", as_text),
+        "'{file}': column 'price' must hold numbers, found string",
+    ),
     "lists as an id": (changed("brand", lambda c: pa.array([["a"]] * 200)), "'{file}': column 'brand' must hold"),
     "no feature": (good().drop_columns(["born"]), "'{file}' has no column 'born'"),
     "no request": (good().drop_columns(["request"]), "'{file}' has no column 'request'"),
