@@ -82,19 +82,6 @@ def test_rows_are_not_divided_if_a_part_has_no_label(tmp_path: Path, part: Part)
     assert (found.rows, found.is_divided) == (40, False)
 
 
-def test_slices_and_their_concatenation(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[12]])
-    rows = EncodedRows(tmp_path / "rows", LAYOUT).read_row_group((0, 0))
-    assert_values(rows.slice(3, 9))
-    assert_values(rows.slice(3, 9).slice(2, 4))
-    joined = Rows.concatenate([rows.slice(9, 12), rows.slice(4, 4), rows.slice(0, 2)])
-    assert numbers(joined).tolist() == [9, 10, 11, 0, 1]
-    assert_values(joined)
-    taken = rows.slice(2, 12).take(np.array([3, 3, 0, 9]))
-    assert numbers(taken).tolist() == [5, 5, 2, 11]
-    assert_values(taken)
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -137,10 +124,11 @@ def test_weights_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
     assert EncodedRows(tmp_path / "rows", LAYOUT).read_row_group((0, 0)).weights is None
     rows = EncodedRows(tmp_path / "rows", LAYOUT, weighted=True)
     read = Rows.concatenate([rows.read_row_group((0, 0)), rows.read_row_group((1, 0))])
-    joined = Rows.concatenate([read.slice(2, 5), read.take(np.array([6, 0]))])
+    joined = Rows.concatenate([read.slice(1, 6).slice(1, 4), read.slice(4, 4), read.take(np.array([6, 0, 6]))])
     streamed = next(rows.stream(9))[0]
-    for each, expected in ((read, [0, 1, 2, 5, 6, 7, 8]), (joined, [2, 5, 6, 8, 0]), (streamed, list(range(9)))):
+    for each, expected in ((read, [0, 1, 2, 5, 6, 7, 8]), (joined, [2, 5, 6, 8, 0, 8]), (streamed, list(range(9)))):
         assert numbers(each).tolist() == expected
+        assert_values(each)
         assert each.weights.dtype == np.float64
         assert each.weights.tolist() == pytest.approx([1 + row % 4 for row in expected])
 

@@ -11,7 +11,6 @@ from simulated_log import Log
 from sklearn.metrics import brier_score_loss
 
 from mmoe_rec.evaluation import metrics as registered
-from mmoe_rec.evaluation.metrics.lists import RankedLists
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows
 from mmoe_rec.evaluation.results_report import metrics_of_models, summary_tree
 from mmoe_rec.evaluation.summary import flatten, summarise
@@ -28,33 +27,12 @@ class Brier(Ratio[TaskRows]):
         return {"squared_deviation": rows.weight * (rows.prediction - rows.label) ** 2}
 
 
-class FirstIsRelevant(Ratio[RankedLists]):
-    """Share of requests whose first row is relevant; undefined where none is."""
-
-    name, kinds, better, totals = "hit", ("score",), "higher", ("hit", "ranked_requests")
-
-    def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
-        first = (lists.position == 0) & (lists.gain > 0)
-        return {"hit": np.bincount(lists.request, first, lists.requests)}
-
-
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line each."""
+    """One line."""
     behind = 1 + [metric.name for metric in registered.METRICS].index("calibration")
     before, after = registered.METRICS[:behind], registered.METRICS[behind:]
-    monkeypatch.setattr(registered, "METRICS", (*before, Brier(), *after, FirstIsRelevant()))
-
-
-def hit_rate(log: Log) -> float:
-    """By a loop over requests."""
-    gain = sum(task.weight * np.maximum(np.nan_to_num(log.labels[task.name]), 0) for task in log.tasks)
-    hits = []
-    for request in np.unique(log.requests):
-        mine = log.requests == request
-        if len(set(gain[mine])) > 1:
-            hits.append(gain[mine][np.argmax(log.score[mine])] > 0)
-    return float(np.mean(hits))
+    monkeypatch.setattr(registered, "METRICS", (*before, Brier(), *after))
 
 
 @pytest.mark.usefixtures("toys")
@@ -74,11 +52,9 @@ def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
         assert flatten(whole)[f"{task}.brier.high"] == found["high"]
         (line,) = (line for line in lines if line.startswith("brier ↓") and f"{found['value']:.4f} ±" in line)
         assert f"{(found['high'] - found['low']) / 2:.4f}" in line
-    assert summary["score"]["hit"]["value"] == pytest.approx(hit_rate(log))
     assert "brier" not in summary["tasks"]["spent"]
     shown = [line.split()[0] for line in lines if "±" in line]
     assert shown[shown.index("calibration") + 1] == "brier"
-    assert [line for line in lines if line.startswith("hit ↑")]
 
 
 @pytest.mark.usefixtures("toys")

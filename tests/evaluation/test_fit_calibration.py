@@ -26,15 +26,6 @@ def calibrated(fit: TaskCalibration | None, x: np.ndarray) -> np.ndarray:
     return fit.apply(torch.from_numpy(x)).numpy()
 
 
-def line_of(fit: TaskCalibration | None) -> tuple[float, float]:
-    """Slope and offset."""
-    offset, one = calibrated(fit, np.array([0.0, 1.0]))
-    return one - offset, offset
-
-
-# Temperature
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_temperature_solves_the_equations_of_the_likelihood(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -43,9 +34,6 @@ def test_temperature_solves_the_equations_of_the_likelihood(seed: int) -> None:
     error = w * (expit(calibrated(temperature(x, y, w), x)) - y)
     assert abs(error.sum()) < 1e-5 * w.sum()
     assert abs(error @ x) < 1e-5 * w.sum()
-
-
-# Isotonic
 
 
 def naive_steps(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> list[list[int]]:
@@ -110,9 +98,6 @@ def test_labels_told_apart_without_an_error_stay_between_0_and_1() -> None:
     fit = isotonic(x, (x > 1).astype(float), np.ones(len(x)))
     assert fit.logits == (pytest.approx(logit(expit(x).mean())),)
     assert fit.calibrated == (pytest.approx(logit((x > 1).mean())),)
-
-
-# All tasks
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])

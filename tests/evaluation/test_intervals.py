@@ -18,36 +18,6 @@ from mmoe_rec.evaluation.intervals import (
 )
 
 
-@pytest.mark.parametrize("users", [3, 5, 12])
-def test_intervals_of_few_users_hold_the_truth_as_often_as_they_say(users: int) -> None:
-    """Of 400, each of users of normal values, whose mean is 0."""
-    held = 0
-    for seed in range(400):
-        values = np.random.default_rng(seed).normal(size=users)
-        redrawn = np.concatenate([values @ counts / users for counts in draw_users(users, 200, seed)])
-        interval = Resampled(float(values.mean()), redrawn, users).interval()
-        assert interval.low is not None
-        held += interval.low <= 0 <= interval.high
-    # 95% are 380; fewer than 366 come by chance less than once in a hundred times.
-    assert held >= 366
-
-
-@pytest.mark.parametrize(("users", "rate"), [(5, 0.97), (5, 0.5), (12, 0.05), (60, 0.98), (150, 0.98), (150, 0.3)])
-def test_intervals_of_shares_hold_the_truth_also_where_nearly_all_users_agree(users: int, rate: float) -> None:
-    """Of 300, each of lists of uneven numbers, of which some users' hit more often."""
-    held, random = 0, np.random.default_rng(users)
-    for seed in range(300):
-        lists = random.integers(1, 5, users)
-        hits = random.binomial(lists, random.beta(15 * rate, 15 * (1 - rate), users))
-        counts = np.concatenate(list(draw_users(users, 200, seed)), axis=1)
-        effective = effective_sample_size(lists.astype(float))
-        found = Resampled(hits.sum() / lists.sum(), hits @ counts / (lists @ counts), effective)
-        interval = found.interval(is_share=True)
-        held += interval.low <= rate <= interval.high
-    # 95% are 285; fewer than 273 come by chance less than once in a hundred times.
-    assert held >= 273
-
-
 def test_every_draw_is_of_as_many_users_as_there_are() -> None:
     counts = np.concatenate(list(draw_users(50, 300, seed=1)), axis=1)
     assert counts.shape == (50, 300)

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mmoe_rec.evaluation.prediction_files import PredictionColumns, columns_of_t
 from mmoe_rec.evaluation.results_report import summary_tree
 from mmoe_rec.settings.sections import Evaluation
 from tests.commands import read_metrics, run
-from tests.evaluation.trees import measure, summarise
+from tests.evaluation.trees import intervals, measure, summarise
 
 TASKS = ["bought", "stars:regression=0.2"]
 
@@ -72,15 +72,6 @@ def written(frame: pd.DataFrame, folder: Path, files: int = 3, **options: Any) -
     return folder
 
 
-def intervals(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The name of each metric that is expected with an interval, what was found and what is expected."""
-    groups = {"score": expected["score"], **expected["tasks"]}
-    for group, metrics_of_it in groups.items():
-        for name, value in metrics_of_it.items():
-            if isinstance(value, dict) and "low" in value:
-                yield f"{name} of {group}", (found if group == "score" else found["tasks"])[group][name], value
-
-
 @pytest.mark.parametrize("text", [False, True])
 def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.ROWS_AT_A_TIME", 100)
@@ -113,8 +104,8 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     expected = summarise(sums, 50)
     for part in ("rows", "users", "requests"):
         assert found[part] == expected[part]
-    for name, value, other in intervals(found, expected):
-        assert value == pytest.approx(other, rel=1e-9), name
+    for name, value in intervals(expected).items():
+        assert intervals(found)[name] == pytest.approx(value, rel=1e-9), name
     assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
     read = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {name: read.pop(name) for name in found} == found

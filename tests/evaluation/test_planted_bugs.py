@@ -181,7 +181,7 @@ def test_new_users_are_one_slice() -> None:
 
 
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their own features; the page names both, and who is new and who returns is sliced."""
+    """By their own features; the page names both."""
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
     model, other = SmallModel(tmp_path / "a"), SmallModel(tmp_path / "b", model={"experts": {"count": 2, "units": [4]}})
     out = tmp_path / "out"
@@ -191,10 +191,6 @@ def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytes
     apart: dict[str, Any] = comparison["against"]["b/model"]["groups"]["click"]["auc"]
     areas = [each.tasks["click"].get("auc").value for each in found.summaries.values()]
     assert apart["value"] == pytest.approx(areas[0] - areas[1])
-    slices = pd.read_parquet(out / "slices.parquet")
-    clicks = slices[(slices["group"] == "click") & (slices["metric"] == "auc") & (slices["beside"] == "all rows")]
-    by_user = clicks[clicks["by"] == "user"]
-    assert by_user["rows"].sum() == found.first.summary.tasks["click"].counts["rows"]
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
     assert "Differences: a/model minus" in words
     assert "b/model" in words

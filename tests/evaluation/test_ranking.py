@@ -93,32 +93,14 @@ def test_ndcg_is_that_of_scikit_learn(levels: int, cutoff: int) -> None:
             assert [found[index], average[index]] == pytest.approx(expected, abs=1e-12)
 
 
-def test_reciprocal_rank_by_hand() -> None:
-    group = np.array([0, 0, 0, 1, 1, 2, 3, 3])
-    score = np.array([0.9, 0.5, 0.7, 0.1, 0.2, 5.0, -np.inf, 0.0])
-    gain = np.array([0, 1, 1, 0, 2.0, 0, 1, 0])
-    # request 0: 0.9 irrelevant, 0.7 relevant; request 1: 0.2 relevant; request 2: nothing; request 3: -inf is second.
-    found = reciprocal_rank(RankedLists.of(group, score, gain, 5))
-    np.testing.assert_allclose(found, [1 / 2, 1, np.nan, 1 / 2, np.nan])
-
-
 def precision_of_one(gain: np.ndarray) -> float:
     hits = np.flatnonzero(gain)
     return float(np.mean((np.arange(len(hits)) + 1) / (hits + 1)))
 
 
-def ndcg_of_one(gain: np.ndarray) -> float:
-    dcg, ideal = (
-        sum(each / np.log2(place + 2) for place, each in enumerate(order[:3]))
-        for order in (gain, sorted(gain, reverse=True))
-    )
-    return float(dcg / ideal)
-
-
 @pytest.mark.parametrize(
     ("of_lists", "of_one"),
     [
-        (partial(ndcg, cutoff=3), ndcg_of_one),
         (reciprocal_rank, lambda gain: 1 / (np.flatnonzero(gain)[0] + 1)),
         (average_precision, precision_of_one),
         (partial(recall, cutoff=2), lambda gain: gain[:2].sum() / gain.sum()),

@@ -70,22 +70,17 @@ def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monk
     assert devices["rows"].sum() == len(found)
 
 
-def compare(folder: Path, mine: pd.DataFrame, theirs: pd.DataFrame, *words: str) -> None:
-    for name, each in (("mine", mine), ("theirs", theirs)):
-        (folder / name).mkdir()
-        each.to_parquet(folder / name / "0.parquet", index=False)
-    sides = ["--predictions", str(folder / "mine"), "--against", str(folder / "theirs")]
-    run("evaluate", *sides, "--tasks", "bought", "--out", str(folder / "out"), *words)
-
-
 def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path) -> None:
     """A rank is each model's own: what a model shows first is better by construction than what another one shows."""
     sides = [frame(), frame()]
-    for seed, found in enumerate(sides):
+    for seed, (name, found) in enumerate(zip(("mine", "theirs"), sides, strict=True)):
         noise = np.random.default_rng(seed).normal(size=len(found))
         found["score"] = found["predicted_bought"] = 1 / (1 + np.exp(-noise - found["label_bought"]))
         found["rank"] = found.groupby("request")["score"].rank(ascending=False, method="first").astype(int)
-    compare(tmp_path, *sides, "--resamples", "20", "--slices", "rank", "device")
+        (tmp_path / name).mkdir()
+        found.to_parquet(tmp_path / name / "0.parquet", index=False)
+    words = ["--predictions", str(tmp_path / "mine"), "--against", str(tmp_path / "theirs"), "--tasks", "bought"]
+    run("evaluate", *words, "--out", str(tmp_path / "out"), "--resamples", "20", "--slices", "rank", "device")
     table = pd.read_parquet(tmp_path / "out" / "slices.parquet")
     assert set(table[table["by"] == "rank"]["beside"]) == {"all rows"}
     assert set(table[table["by"] == "device"]["beside"]) == {"all rows", "theirs"}

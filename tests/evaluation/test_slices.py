@@ -80,19 +80,6 @@ def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log
     assert sort_worst_first(records)[0] == shown[0]
 
 
-def test_models_are_compared_within_slices(log: Log) -> None:
-    of_rows = (log.users % 2).astype(str)
-    noise = np.random.default_rng(3).random(len(log.score))
-    worse = log.with_predictions(bought=np.where(of_rows == "1", noise, log.predictions["bought"]))
-    models = {"new": model(worse, of_rows), "old": model(log, of_rows)}
-    records = compare_slices(models, "new", 200)
-    apart = {each.slice: each for each in records if (each.group, each.metric, each.beside) == ("bought", "auc", "old")}
-    assert apart["0"].apart == 0
-    assert apart["0"].p_corrected == 1
-    assert apart["1"].apart < -0.1
-    assert apart["1"].p_corrected < 0.01
-
-
 def test_an_outcome_that_the_first_model_lacks_is_not_compared(log: Log) -> None:
     labels, predictions = (values | {"both": values["bought"]} for values in (log.labels, log.predictions))
     bought = next(task for task in log.tasks if task.name == "bought")

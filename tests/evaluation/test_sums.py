@@ -9,7 +9,7 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.tasks import bin_edges
 from mmoe_rec.evaluation.sums import MeasuredTask
-from tests.evaluation.trees import measure, summarise
+from tests.evaluation.trees import intervals, measure, summarise
 
 
 def test_tables_hold_what_naive_loops_count(log: Log) -> None:
@@ -77,17 +77,6 @@ def test_no_rows_are_refused(log: Log) -> None:
 def test_bad_tasks_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MeasuredTask(*arguments)
-
-
-def intervals(summary: dict) -> dict[tuple[str, str], dict[str, float]]:
-    """Group and metric -> value, low and high."""
-    groups = {**summary["tasks"], "score": summary["score"]}
-    return {
-        (name, metric): value
-        for name, group in groups.items()
-        for metric, value in group.items()
-        if isinstance(value, dict) and "low" in value
-    }
 
 
 @pytest.mark.parametrize("text", [False, True])

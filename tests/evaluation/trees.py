@@ -33,6 +33,17 @@ def summarise(*arguments: Any, **options: Any) -> dict[str, Any]:
     return summary_tree(summary.summarise(*arguments, **options))
 
 
+def intervals(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """Group and metric -> value, low and high."""
+    groups = {**summary["tasks"], "score": summary["score"]}
+    return {
+        (name, metric): value
+        for name, group in groups.items()
+        for metric, value in group.items()
+        if isinstance(value, dict) and "low" in value
+    }
+
+
 def compare(
     sums: Mapping[str, EvaluationSums], model: str, tasks: Sequence[str] = (), resamples: int = 20
 ) -> dict[str, Any]:

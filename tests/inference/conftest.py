@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.model.score import Calibration, TaskCalibration
 from tests.inference.small_model import SmallModel
 
 
@@ -14,3 +15,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 @pytest.fixture(scope="session")
 def ranker(small: SmallModel) -> Ranker:
     return Ranker.load(small.folder)
+
+
+@pytest.fixture(scope="session")
+def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    """The same model with a calibration by a line and one by pieces."""
+    line, pieces = TaskCalibration.line(0.6, -1.5), TaskCalibration((-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0), 2.0)
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    small.write(folder, Calibration({"click": line, "liked": pieces}))
+    return Ranker.load(folder)

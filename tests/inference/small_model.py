@@ -25,7 +25,7 @@ from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.stacking import grow_trees
-from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, with_column, write_log
 
 USER = 5
 ITEMS = [3 * 10**17, -(10**17), 0, 7 * 10**17, 99]  # the last one is unknown
@@ -105,11 +105,10 @@ class SmallModel:
     def later_rows(self, rows: int = 20) -> tuple[pa.Table, LogRows]:
         """Logged rows after the log's end, by one user at one time, as a log has them and in canonical types."""
         table = random_log(7, rows=rows)
-        start = pa.array([START + 15 * DAY] * rows).cast(table["time"].type)
-        born = pa.array([START - 900 * DAY] * rows).cast(table["born"].type)
-        columns = {"user": pa.array([USER] * rows), "time": start, "born": born, "age": pa.array([2] * rows)}
-        for name, values in columns.items():
-            table = table.set_column(table.column_names.index(name), name, values)
+        moments = {"time": START + 15 * DAY, "born": START - 900 * DAY}
+        for name, value in {"user": USER, "age": 2, **moments}.items():
+            values = pa.array([value] * rows)
+            table = with_column(table, name, values.cast(table[name].type) if name in moments else values)
         return table, log_rows(table, self.settings.schema_)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,6 @@ from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 from tests.log.small_logs import random_log, times_of
 
 
-def test_holds_plain_data_only(small: SmallModel) -> None:
-    endings = {path.suffix for path in small.folder.rglob("*") if path.is_file()}
-    assert endings == {".json", ".yaml", ".safetensors", ".parquet"}
-
-
 def test_says_what_it_was_made_from(small: SmallModel) -> None:
     about = read_artifact(small.folder)
     assert about.name == "small"
@@ -58,34 +52,8 @@ def test_says_what_it_was_made_from(small: SmallModel) -> None:
     assert load_settings(small.folder / "settings.yaml") == small.settings
 
 
-def test_weights_survive(small: SmallModel, ranker: Ranker) -> None:
-    loaded = ranker.model.state_dict()
-    saved = small.model.state_dict()
-    assert loaded.keys() == saved.keys()
-    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-
-
+CROSSING = '{"liked": {"logits": [1, 0], "calibrated": [0, 1], "slope": 1}}'
 CALIBRATION = Calibration({"liked": TaskCalibration((-0.1, 0.7), (-1 / 3, 0.4), 0.9)})
-
-
-def test_calibration_survives_and_may_be_absent(small: SmallModel, ranker: Ranker, tmp_path: Path) -> None:
-    assert not (small.folder / "calibration.json").exists()
-    assert ranker.calibration == UNCALIBRATED
-    small.write(tmp_path / "m", CALIBRATION)
-    assert Ranker.load(tmp_path / "m").calibration == CALIBRATION
-    small.write(tmp_path / "m", UNCALIBRATED)
-    assert Ranker.load(tmp_path / "m").calibration == UNCALIBRATED
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[1]", '{"liked": {}}', '{"liked": {"logits": [1, 0], "calibrated": [0, 1], "slope": 1}}']
-)
-def test_a_damaged_calibration_is_named(small: SmallModel, tmp_path: Path, text: str) -> None:
-    small.write(tmp_path / "m", CALIBRATION)
-    (tmp_path / "m" / "calibration.json").write_text(text)
-    write_manifest(tmp_path / "m")
-    with pytest.raises(UserError, match=r"calibration.json' is damaged"):
-        Ranker.load(tmp_path / "m")
 
 
 def test_diverged_weights_are_not_written(small: SmallModel, tmp_path: Path) -> None:
@@ -113,6 +81,10 @@ def test_diverged_weights_are_not_written(small: SmallModel, tmp_path: Path) -> 
         ),
         (lambda folder: (folder / "features" / "latest.user.parquet").write_bytes(b"x"), "can't be loaded "),
         (lambda folder: (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink(), "prepare it again: "),
+        *(
+            (lambda folder, text=text: (folder / "calibration.json").write_text(text), r"calibration.json' is damaged")
+            for text in ("{", "[1]", '{"liked": {}}', CROSSING)
+        ),
     ],
 )
 def test_a_folder_that_was_written_wrong(small: SmallModel, tmp_path: Path, damage: object, message: str) -> None:
@@ -208,16 +180,9 @@ def test_a_file_that_loading_could_take_for_its_own_is_told(small: SmallModel, t
 
 
 def test_what_systems_leave_beside_breaks_no_load(folder: Path) -> None:
-    left = [
-        ".DS_Store",
-        "._model.json",
-        "Thumbs.db",
-        "notes.txt",
-        "__pycache__/x.cpython-311.pyc",
-        "registered_model_meta",
-    ]
+    left = ".DS_Store ._model.json ._part-00000.parquet Thumbs.db notes.txt __pycache__/x.cpython-311.pyc"
     for place in (folder, folder / "features", folder / "features" / "clicked.memory"):
-        for name in (*left, "._part-00000.parquet"):
+        for name in (*left.split(), "registered_model_meta"):
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_bytes(b"left")
     Ranker.load(folder)
@@ -264,34 +229,19 @@ def test_a_damaged_model_is_not_rewritten(small: SmallModel, folder: Path, tmp_p
 # The example's scores.
 
 
-def changed_scores(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    tree = json.loads((folder / "example_scores.json").read_text())
-    change(tree)
-    (folder / "example_scores.json").write_text(json.dumps(tree))
-    write_manifest(folder)
-
-
-def times(factor: float, *where: Any) -> Callable[[dict[str, Any]], None]:
-    def change(tree: Any) -> None:
-        *parents, last = where
-        for each in parents:
-            tree = tree[each]
-        tree[last] *= factor
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("where", "what"),
-    [
-        (("predictions", "click", 2), "'click' of candidate 3 is "),
-        (("predictions", "spent", 0), "'spent' of candidate 1 is "),
-    ],
+    ("task", "place", "what"), [("click", 2, "'click' of candidate 3 is "), ("spent", 0, "'spent' of candidate 1 is ")]
 )
-def test_other_scores_than_expected_are_told(folder: Path, where: tuple[Any, ...], what: str) -> None:
-    changed_scores(folder, times(1 + 1e-6, *where))
+def test_other_scores_than_expected_are_told(folder: Path, task: str, place: int, what: str) -> None:
+    def multiply(factor: float) -> None:
+        tree = json.loads((folder / "example_scores.json").read_text())
+        tree["predictions"][task][place] *= factor
+        (folder / "example_scores.json").write_text(json.dumps(tree))
+        write_manifest(folder)
+
+    multiply(1 + 1e-6)
     Ranker.load(folder)
-    changed_scores(folder, times(1.01, *where))
+    multiply(1.01)
     told = refusal(folder)
     assert "gives other predictions here than where it was written: for example_request.json, " + what in told
     assert f"It was written with torch {torch.__version__.split('+')[0]}" in told
@@ -357,11 +307,10 @@ def test_the_tolerance_goes_with_the_scale(name: str) -> None:
     assert expected.difference(expected, tasks, UNCALIBRATED) is None
     for task_name, scale in scales.items():
         for sign in (-1, 1):
-            off = {
-                part: predictions | {task_name: predictions[task_name] + sign * part * TOLERANCE * scale}
+            near, far = (
+                scores_of(predictions | {task_name: predictions[task_name] + sign * part * TOLERANCE * scale})
                 for part in (0.9, 1.5)
-            }
-            near, far = (scores_of(off[part]) for part in (0.9, 1.5))
+            )
             assert expected.difference(near, tasks, UNCALIBRATED) is None
             told = expected.difference(far, tasks, UNCALIBRATED)
             # What is all but 0 is as good as 0.

@@ -4,34 +4,15 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.given import iso_time
 from tests.inference.small_model import ITEMS, USER, SmallModel
-from tests.log.small_logs import DAY, START, random_log, times_of
+from tests.log.small_logs import DAY, random_log, times_of
 
-SPLIT = {
-    "train_end": np.datetime64(START + 5 * DAY, "us").item().isoformat(),
-    "validation_end": np.datetime64(START + 6 * DAY, "us").item().isoformat(),
-}
 FUTURE, STALE = "they know its future", "they are stale"
-LOG = random_log(3, rows=900)
-LAST = int(times_of(LOG).max())
-FLOOR = LAST + 1
-"""The first moment that memories are exact at."""
-
-
-@pytest.fixture(scope="module")
-def dated(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    return SmallModel(tmp_path_factory.mktemp("dated"), log=[LOG], split=SPLIT)
-
-
-@pytest.fixture(scope="module")
-def ranker(dated: SmallModel) -> Ranker:
-    return Ranker.load(dated.folder)
 
 
 def at(ranker: Ranker, moment: int) -> Any:
@@ -39,10 +20,11 @@ def at(ranker: Ranker, moment: int) -> Any:
 
 
 def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: Ranker) -> None:
-    before, then = at(ranker, FLOOR - DAY // 2), at(ranker, FLOOR)
+    last = int(times_of(random_log(1, rows=600)).max())
+    before, then = at(ranker, last + 1 - DAY // 2), at(ranker, last + 1)
     for one, other in zip(_by_place(before), _by_place(then), strict=True):
         assert (one.counters, one.histories) == (other.counters, other.histories)
-    later = at(ranker, LAST + 3 * DAY)
+    later = at(ranker, last + 3 * DAY)
     assert any(a.counters != b.counters for a, b in zip(_by_place(then), _by_place(later), strict=True))
 
 
@@ -70,8 +52,7 @@ def asked(ranker: Ranker, later: timedelta) -> list[str]:
     ],
     ids=str,
 )
-def test_a_time_that_does_not_fit_is_told_once(small: SmallModel, later: timedelta, sentence: str | None) -> None:
-    ranker = Ranker.load(small.folder)
+def test_a_time_that_does_not_fit_is_told_once(ranker: Ranker, later: timedelta, sentence: str | None) -> None:
     found = asked(ranker, later)
     if sentence is None:
         assert found == []

@@ -6,12 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.products import Dispatch
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 EXPERTS = 3
@@ -77,31 +74,13 @@ def test_an_expert_that_gives_no_numbers_is_an_error_until_it_is_masked(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranker = Ranker.load(small.folder)
-    experts = ranker.model.mixture.each_level()[-1].experts[0]
     expected = values(rank(ranker, mask_experts=[0]))
-    monkeypatch.setattr(ranker.scorer, "fused", None)
-    monkeypatch.setattr(experts, "forward", _faulty_forward(experts, 0))
-    monkeypatch.setattr(experts, "run", _faulty_run(experts, 0))
+    monkeypatch.setattr(ranker.scorer, "fused", None)  # which keeps the weights that were loaded
+    for parameter in ranker.model.mixture.each_level()[-1].experts[0].parameters():
+        parameter.data = parameter.index_fill(0, torch.tensor([0]), math.nan)
     with pytest.raises(RuntimeError, match="gives predictions that are not finite numbers"):
         rank(ranker)
     np.testing.assert_array_equal(values(rank(ranker, mask_experts=[0])), expected)
-
-
-def _faulty_forward(experts: Experts, place: int) -> Any:
-    def forward(hidden: Tensor) -> Tensor:
-        return Experts.forward(experts, hidden).index_fill(1, torch.tensor([place]), math.nan)
-
-    return forward
-
-
-def _faulty_run(experts: Experts, place: int) -> Any:
-    def run(hidden: Tensor, dispatch: Dispatch) -> Tensor:
-        sizes = dispatch.sizes.tolist()
-        outputs = list(Experts.run(experts, hidden, dispatch).split(sizes))
-        outputs[place] = torch.full_like(outputs[place], math.nan)
-        return torch.cat(outputs)
-
-    return run
 
 
 def test_with_all_experts_lost_the_answer_is_flagged(small: SmallModel, ranker: Ranker) -> None:

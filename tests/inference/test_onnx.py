@@ -14,7 +14,10 @@ from mmoe_rec.inference.export import Answers, Graph, answers_of, as_arrays, enc
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal
+from mmoe_rec.model.mmoe import build_model
+from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration, TaskCalibration
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.settings.model import Model
 from tests.inference.small_model import SmallModel, draw_requests, random_inputs
 from tests.log.small_logs import ALL_KINDS
@@ -27,7 +30,6 @@ CALIBRATION = Calibration(
         "liked": TaskCalibration.line(1.3, 0.1),
     }
 )
-TOWERS = {"units": [4]}
 VARIANTS: dict[str, dict[str, Any]] = {
     "soft": {
         "bottom": {"units": [16, 12], "dropout": 0.1, "cross_layers": 2, "cross_rank": 3},
@@ -59,11 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> Ranker:
     """The small model's features under other settings of the model, whose weights are drawn, calibrated."""
-    from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.model_layout import ModelLayout
-    from mmoe_rec.model.tables import PlainTables
-
-    settings = Model.model_validate({"towers": TOWERS, **section})
+    settings = Model.model_validate({"towers": {"units": [4]}, **section})
     layout = ModelLayout.read(small.folder)
     model = build_model(layout, settings, PlainTables(layout))
     generator = torch.Generator().manual_seed(2)

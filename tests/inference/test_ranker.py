@@ -17,7 +17,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions
+from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.task_kinds import find_kind
 from tests.batches.encoded_files import columns_of
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -80,18 +80,6 @@ def test_score_reads_a_table_as_the_log_is_read(small: SmallModel, ranker: Ranke
     number = pa.array(np.arange(len(other)) / 7)
     with pytest.raises(UserError, match=f"column '{key}' must hold integers or strings, found double"):
         ranker.score(other.set_column(other.column_names.index(key), key, number))
-
-
-CALIBRATION = Calibration(
-    {"click": TaskCalibration.line(0.6, -1.5), "liked": TaskCalibration((-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0), 2.0)}
-)
-
-
-@pytest.fixture(scope="module")
-def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Ranker:
-    folder = tmp_path_factory.mktemp("calibrated") / "model"
-    small.write(folder, CALIBRATION)
-    return Ranker.load(folder)
 
 
 def test_predictions_are_calibrated(small: SmallModel, calibrated: Ranker) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 
@@ -13,8 +14,10 @@ import mmoe_rec
 from mmoe_rec.errors import UserError
 from mmoe_rec.tracking import client, registry, runs
 from mmoe_rec.tracking.registry import find_model
+from tests.commands import refuse
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, BASE
+from tests.pipelines.learnable_log import write_files
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,6 @@ def test_records_a_run_beside_the_database(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     import matplotlib.pyplot as plt
-    import mlflow
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.txt").write_text("x")
@@ -61,8 +63,6 @@ def test_records_a_run_beside_the_database(
 
 
 def test_goes_on_with_a_run(uri: str) -> None:
-    import mlflow
-
     with runs.open_run(uri, "second") as run:
         run.log_params({"epochs": 1})
     with runs.open_run(uri, "second", run_id=run.run_id) as again:
@@ -74,8 +74,6 @@ def test_goes_on_with_a_run(uri: str) -> None:
 
 
 def test_a_failed_run_says_so(uri: str) -> None:
-    import mlflow
-
     with pytest.raises(RuntimeError, match="boom"), runs.open_run(uri, "third") as run:
         raise RuntimeError("boom")
     assert mlflow.get_run(run.run_id).info.status == "FAILED"
@@ -154,19 +152,11 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
 
 
 def test_a_deleted_experiment(uri: str) -> None:
-    import mlflow
-
     with runs.open_run(uri, "gone"):
         pass
     mlflow.delete_experiment(mlflow.get_experiment_by_name("gone").experiment_id)
     with pytest.raises(UserError, match="'gone' was deleted"), runs.open_run(uri, "gone"):
         pass
-
-
-def test_sqlite_addresses() -> None:
-    assert client.read_sqlite_path("sqlite:///mlflow.db") == Path("mlflow.db")
-    assert client.read_sqlite_path("sqlite:////data/mlflow.db") == Path("/data/mlflow.db")
-    assert client.read_sqlite_path("http://localhost:5000") is None
 
 
 @pytest.mark.parametrize(
@@ -198,8 +188,6 @@ def test_an_experiment_that_mlflow_refuses(uri: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["shop", "Shop 2", "shop.eu-1", "läden", "a@b"])
 def test_names_that_pass_can_be_registered(uri: str, small: SmallModel, name: str) -> None:
     """The rules are the registry's own: what passes is taken."""
-    import mlflow
-
     registry.check_names(uri, name, "champion-2")
     client = mlflow.MlflowClient(uri)
     client.create_registered_model(name)
@@ -210,15 +198,9 @@ def test_names_that_pass_can_be_registered(uri: str, small: SmallModel, name: st
 
 
 def test_a_name_is_refused_before_features_are_built(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from tests import commands
-    from tests.pipelines.learnable_log import write_files
-
     config = write_files(tmp_path)
-    with pytest.raises(SystemExit):
-        commands.run("train", "--config", str(config), "--tracking.registered_model", "team/shop")
-    said = capsys.readouterr().err
+    said = refuse(capsys, "train", "--config", config, "--tracking.registered_model", "team/shop")
     assert said.startswith("error: 'tracking.registered_model' (by default the settings' `name`) 'team/shop'")
-    assert said.count("\n") == 1
     assert not (tmp_path / "work").exists()
 
 
@@ -239,8 +221,6 @@ def test_the_environment_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.M
 def test_a_run_that_is_deleted_while_it_is_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mlflow
-
     uri, unsent = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "unsent"
     with runs.open_run(uri, "x", unsent=unsent) as run:
         run.log_metrics({"a": 1.0}, 1)
@@ -267,7 +247,6 @@ def test_a_run_that_is_deleted_while_it_is_recorded(
 
 def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite's own words, without its waiting for the lock."""
-    import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -314,8 +293,6 @@ def test_an_address_is_told_with_its_source_and_without_its_password(
 @pytest.fixture(scope="module")
 def store(uri: str, small: SmallModel) -> dict[str, str]:
     """Of a model that was registered twice: the store's address, and what identifies its last version."""
-    import mlflow
-
     threads = torch.get_num_threads()
     for _ in range(2):
         with runs.open_run(uri, "models") as run:
@@ -348,7 +325,6 @@ def test_a_registered_model_holds_its_files_and_no_pickle(store: dict[str, str],
         ("models:/small@champion", "run"),
         ("models:/small/2", "run"),
         ("models:/small/latest", "run"),
-        ("models:/small/LATEST", "run"),
         ("models:/{id}", "run"),
         ("runs:/{run}/ranking_model", None),
         ("{files}", None),
@@ -372,15 +348,11 @@ def test_an_address_leads_to_the_model(
         ("models:/small/3", "'models:/small/3' can't be loaded .*version=3"),
         ("models:/small@nobody", "can't be loaded .*nobody not found"),
         ("models:/smal@champion", "can't be loaded .*smal.* not found"),
-        ("models:/smal/latest", "can't be loaded .*smal"),
         ("models:/small/Production", "can't be loaded .*Production"),
         ("models:/m-0123", "can't be loaded .*m-0123"),
         ("models:/small", "can't be loaded"),
-        ("models:/", "can't be loaded"),
-        ("models:small@champion", "can't be loaded"),
         ("runs:/0123/ranking_model", "can't be loaded .*0123"),
         ("runs:/{run}/other", "can't be loaded|holds no model"),
-        ("mlflow-artifacts:/models/x", "can't be loaded"),
         ("file:///no/such/folder", "can't be loaded"),
         ("ghost://bucket/model", "can't be loaded"),
         ("gs://bucket/model", "'gs://bucket/model' can't be loaded"),
@@ -394,8 +366,6 @@ def test_an_address_that_leads_nowhere_is_refused(store: dict[str, str], address
 
 def test_what_moves_is_looked_up_once(store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another model may become the champion while this one is read: folder and run are of one model all the same."""
-    import mlflow
-
     load = registry.fetch_model
 
     def load_late(address: str, uri: str) -> Path:
@@ -409,8 +379,6 @@ def test_what_moves_is_looked_up_once(store: dict[str, str], monkeypatch: pytest
 
 
 def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
-    import mlflow
-
     first = registry.find_run("models:/small/1", store["uri"])
     mlflow.MlflowClient().delete_run(first)
     assert find_model("models:/small/1", store["uri"]).run_id is None
@@ -419,8 +387,6 @@ def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
 def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_told(
     small: SmallModel, store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mlflow
-
     example = json.loads((small.folder / "example_request.json").read_text())["inputs"][0]
     expected = mmoe_rec.load_ranker(small.folder).rank(**example)
     for address in ("models:/small@champion", store["files"].removeprefix("file://")):
@@ -443,20 +409,12 @@ import sys
 sys.modules["mlflow"] = None
 import mmoe_rec
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.ranker import Ranker
-
-
-def refuse(load) -> None:
+for load in (mmoe_rec.Ranker.load, mmoe_rec.load_ranker):
     try:
         load("models:/small@champion")
     except UserError as error:
         print(error)
-
-
-refuse(Ranker.load)
-refuse(mmoe_rec.load_ranker)
-refuse(mmoe_rec.Ranker.load)
-print(Ranker.load(sys.argv[1]).about.name, mmoe_rec.load_ranker(sys.argv[1]).about.name)
+    print(load(sys.argv[1]).about.name)
 """
 
 
@@ -468,10 +426,9 @@ def test_folders_need_no_mlflow_and_addresses_say_that_they_do(
     words = [sys.executable, "-c", WITHOUT_MLFLOW, str(small.folder)]
     env = {"PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
-    folders_alone = "'models:/small@champion' is a URI, and Ranker.load takes a folder. Use mmoe_rec.load_ranker."
     assert done.stdout.splitlines() == [
-        folders_alone,
+        "'models:/small@champion' is a URI, and Ranker.load takes a folder. Use mmoe_rec.load_ranker.",
+        "small",
         "'models:/small@champion' is looked up by mlflow, which is not installed: install it, or give a folder",
-        folders_alone,
-        "small small",
+        "small",
     ], done.stderr

@@ -13,6 +13,7 @@ import pytest
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import COLUMNS, score_rows
+from mmoe_rec.evaluation.prediction_files import columns_of_settings
 from mmoe_rec.inference.batch_scoring import scored_file, write_ranked
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -21,9 +22,11 @@ from mmoe_rec.log.given import parse_time
 from mmoe_rec.preprocessing.logs import logs_for
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
+from tests.evaluation.test_metrics import measured
+from tests.evaluation.trees import intervals, summarise
 from tests.inference.scoring.scored import read, scored, write_finely
 from tests.inference.small_model import SmallModel, as_request
-from tests.log.small_logs import DAY, START, random_log, with_requests
+from tests.log.small_logs import DAY, START, at_times, random_log, with_column, with_requests
 
 PREDICTED = ["predicted_click", "predicted_liked", "predicted_spent", "predicted_click_and_liked"]
 
@@ -35,13 +38,12 @@ def later_table(rows: int = 80, seed: int = 7) -> pa.Table:
     times = START + (20 + request) * DAY
     columns = {
         "user": np.array([5, -7, 10**6])[request % 3],  # the last one is unknown
-        "time": pa.array(times).cast(UTC_MICROSECONDS),
         "born": pa.array(times - 800 * DAY).cast(UTC_MICROSECONDS),
         "age": request % 2,
     }
     for name, values in columns.items():
-        table = table.set_column(table.column_names.index(name), name, pa.array(values))
-    return table.append_column("request", pa.array(request))
+        table = with_column(table, name, values)
+    return at_times(table, times).append_column("request", pa.array(request))
 
 
 def best_first(frame: pd.DataFrame, request: str = "request") -> np.ndarray:
@@ -85,18 +87,19 @@ def test_further_columns_of_the_log_are_kept(small: SmallModel, tmp_path: Path) 
 
 
 def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_path: Path, fine: None) -> None:
-    """Requests whose rows lie in several files and have several times; more rows than are ranked at a time."""
+    """Requests whose rows lie in several files and have several times; more rows than are ranked at a time. With their
+    labels they have the same metrics."""
     ranker = Ranker.load(small.folder)
     log = with_requests(random_log(3, rows=2500), seed=3)
     source = write_finely(tmp_path / "log", log.slice(0, 1100), log.slice(1100, 1), log.slice(1101))
     settings = small.settings.model_copy(update={"data": small.settings.data.model_copy(update={"log": str(source)})})
-    windows = {"test": settings.split.windows()["test"]}
+    windows = {"test": (START + 4 * DAY, None)}  # before labels have all matured
     encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
     rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
     expected = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
     options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
-    found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], overrides=options)
+    found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], labels=True, overrides=options)
     assert len(done.manifest["parts"]) > 20
     assert done.manifest["rows"] == len(found) == len(expected.score) > 300
     names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
@@ -111,6 +114,15 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     assert sizes.max() > 3
     assert (found.groupby("request").time.nunique() == 1).all()
     assert "know the log that was given" in done.manifest["meaning"]
+
+    metrics = measured(columns_of_settings(settings), done.folder, tmp_path / "metrics")
+    by_offline, tasks = summarise(expected.sum(), 20), metrics["tasks"]
+    assert tasks.keys() == by_offline["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
+    assert tasks["liked"]["rows"] < tasks["click_and_liked"]["rows"] < metrics["rows"]
+    for name, each in by_offline["tasks"].items():
+        assert tasks[name]["rows"] == each["rows"]
+    for name, value in intervals(by_offline).items():
+        assert intervals(metrics)[name] == pytest.approx(value, abs=1e-4), name
 
 
 def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_path: Path, fine: None) -> None:
@@ -155,7 +167,7 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
     table = later_table()
     # One candidate that nobody knows.
     items = [10**15 if row == 3 else each for row, each in enumerate(table["item"].to_pylist())]
-    table = table.set_column(table.column_names.index("item"), "item", pa.array(items))
+    table = with_column(table, "item", items)
     attributes = {*roles.user, *roles.candidate} - {"user", "item", *given}
     there = [name for name in table.column_names if name not in {*attributes, "click", "liked", "spent", "slot"}]
     source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
@@ -202,13 +214,12 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
 ) -> None:
     log, later = with_requests(random_log(1, rows=600)), later_table()
     known = pa.scalar(np.datetime64(Ranker.load(small.folder).about.tables_as_of[:-6], "us").item(), pa.timestamp("us"))
-    at_the_end = later.set_column(later.column_names.index("time"), "time", pa.repeat(known.cast(UTC_MICROSECONDS), 80))
-
-    def numbered(table: pa.Table, first: int) -> pa.Table:
-        place = table.column_names.index("request")
-        return table.set_column(place, "request", pc.add(table["request"], first))
-
-    source = write_finely(tmp_path / "log", log, numbered(later, 10**6), numbered(at_the_end, 2 * 10**6))
+    at_the_end = with_column(later, "time", pa.repeat(known.cast(UTC_MICROSECONDS), 80))
+    first, second = (
+        with_column(table, "request", pc.add(table["request"], number))
+        for table, number in ((later, 10**6), (at_the_end, 2 * 10**6))
+    )
+    source = write_finely(tmp_path / "log", log, first, second)
     arguments = ["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")]
     run("score", *arguments, "--as-of", "tables")
     told = capsys.readouterr().out

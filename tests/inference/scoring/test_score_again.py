@@ -10,7 +10,6 @@ import pytest
 from mmoe_rec.inference import batch_scoring as score
 from mmoe_rec.inference.batch_scoring import score_log
 from mmoe_rec.inference.writing import seal
-from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import build_steps as steps
 from tests.inference.scoring.scored import write_finely
 from tests.inference.small_model import SmallModel
@@ -54,7 +53,7 @@ def test_the_same_bytes_on_any_engine(
     if way == "ray":
         pytest.importorskip("ray")
     if way == "processes":
-        monkeypatch.setattr(engines, "THREADS_AT_MOST", 1)
+        monkeypatch.setattr(steps, "THREADS_AT_MOST", 1)
         monkeypatch.setattr(score, "ROWS_FOR_PROCESSES", 0)
     options = ["--data.workers", "2", "--data.engine", "ray" if way == "ray" else "local"]
     score_log(small.folder, source, tmp_path / "out", overrides=options)
