@@ -18,7 +18,7 @@ from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
 from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import look_up
 from mmoe_rec.preprocessing.build_steps import open_engine
-from mmoe_rec.preprocessing.look_up import Exchange, ResultExchange
+from mmoe_rec.preprocessing.look_up import Exchange, ResultExchange, key_range, partition_of
 from tests.processes import is_running, until
 
 
@@ -130,10 +130,23 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     until(lambda: not any(map(is_running, workers)), "workers outlive the process that started them")
 
 
-def test_no_file_stays_open_nor_takes_room_on_disk_once_it_is_removed(tmp_path):
-    exchange = Exchange(tmp_path / "rows", 1)
-    exchange.send("rows", (0, 0), pa.table({"row": [1, 2]}), np.zeros(2, np.int64))
-    assert len(list(exchange.receive("rows", 0))) == 1
+@pytest.mark.parametrize("partitions", [1, 7, 1000])
+def test_partitions_are_ranges_of_keys(partitions):
+    ranges = [key_range(number, partitions) for number in range(partitions)]
+    assert [0, *(end for _, end in ranges)] == [*(least for least, _ in ranges), 2**64]
+    for key in (
+        np.array([least for least, _ in ranges], np.uint64),
+        np.array([end - 1 for _, end in ranges], np.uint64),
+    ):
+        assert partition_of(key, partitions).tolist() == list(range(partitions))
+
+
+def test_rows_arrive_by_sender_and_no_file_stays_once_it_is_removed(tmp_path):
+    """Neither open nor on the disk."""
+    exchange = Exchange(tmp_path / "rows", 2)
+    for sender in (1, 0):
+        exchange.send("rows", (sender, 0), pa.table({"row": 10 * sender + np.arange(3)}), np.array([0, 1, 0]))
+    assert [table["row"].to_pylist() for table in exchange.receive("rows", 0)] == [[0, 2], [10, 12]]
     exchange.remove()
     assert not exchange.folder.exists()
     opened = (os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd"))

@@ -284,10 +284,6 @@ def _events(seed: int, rows: int = 200) -> pa.Table:
     return table.select(["user", "item", "brand"]).append_column("bought_at", times)
 
 
-def _with(name: str, values: Any) -> pa.Table:
-    return with_column(_events(0), name, values)
-
-
 def _schema(path: Path) -> Schema:
     return schema_with_purchases({"item": ALL_KINDS["item"], **OF_PURCHASES}, path)
 
@@ -297,9 +293,7 @@ def _schema(path: Path) -> Schema:
     [
         (None, r"does not exist; set `data.events.purchases.path`"),
         (_events(0).drop_columns(["brand"]), r"0.parquet' has no column 'brand'"),
-        (_with("item", _events(0)["item"].cast(pa.string())), r"column 'item' is string in events 'purchases' and int"),
-        (_with("bought_at", pa.nulls(200, pa.timestamp("us"))), r"0.parquet': column 'bought_at' is null; every event"),
-        (_with("bought_at", pa.array(["x"] * 200)), r"column 'bought_at' must hold timestamps"),
+        (with_column(_events(0), "item", [""] * 200), r"column 'item' is string in events 'purchases' and int"),
     ],
 )
 def test_bad_events(tmp_path, events, message):
