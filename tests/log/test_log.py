@@ -27,6 +27,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.preprocessing.logs import DEFAULTS, HeldFiles, Logs
 from tests.log.small_logs import ALL_KINDS, CLICKS, log_rows, random_log, schema_of, two_ids, with_column, write_log
 
 TABLE = random_log(0)
@@ -97,6 +98,16 @@ def _assert_equal(one: pa.Table, other: pa.Table) -> None:
         # A column that is null throughout a file has type null.
         kind = other.schema.field(name).type
         assert one[name].cast(kind).to_pylist() == other[name].to_pylist(), name
+
+
+def test_the_digest_changes_with_the_files(tmp_path):
+    def digest(*tables: pa.Table) -> str:
+        logs = Logs(str(write_log(tmp_path, *tables)), SCHEMA, DEFAULTS)
+        return HeldFiles.of(logs, {}).logs[0].digest
+
+    tables = TABLE.slice(150), TABLE.slice(0, 150), TABLE.slice(0, 0)
+    assert digest(*tables) == digest(*tables)
+    assert digest(TABLE.slice(149), TABLE.slice(0, 149), TABLE.slice(0, 0)) != digest(*tables)
 
 
 def test_a_log_in_memory(memory):

@@ -133,12 +133,11 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 @pytest.mark.parametrize("partitions", [1, 7, 1000])
 def test_partitions_are_ranges_of_keys(partitions):
     ranges = [key_range(number, partitions) for number in range(partitions)]
-    assert [0, *(end for _, end in ranges)] == [*(least for least, _ in ranges), 2**64]
-    for key in (
-        np.array([least for least, _ in ranges], np.uint64),
-        np.array([end - 1 for _, end in ranges], np.uint64),
-    ):
-        assert partition_of(key, partitions).tolist() == list(range(partitions))
+    firsts, lasts = [least for least, _ in ranges], [end - 1 for _, end in ranges]
+    assert firsts == [0, *(last + 1 for last in lasts[:-1])]
+    assert lasts[-1] == 2**64 - 1
+    for keys in (firsts, lasts):
+        assert partition_of(np.array(keys, np.uint64), partitions).tolist() == list(range(partitions))
 
 
 def test_rows_arrive_by_sender_and_no_file_stays_once_it_is_removed(tmp_path):
