@@ -20,9 +20,12 @@ from tests.log.small_logs import (
     files_of,
     fit,
     log_rows,
+    memory_table,
     random_log,
     save_memories,
     schema_of,
+    times_of,
+    with_column,
 )
 
 SCHEMA = schema_of(ALL_KINDS)
@@ -51,6 +54,20 @@ def test_neither_an_order_of_rows_or_files_nor_a_round_trip_changes_the_state(tm
     assert (loaded.schema, loaded.layout) == (SCHEMA, pipeline.layout)
     assert_same(loaded.encode(log_rows(table, SCHEMA)), pipeline.encode(log_rows(table, SCHEMA)))
     assert _saved(loaded, folder / "again") == saved
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_statistics_come_from_training_rows_alone(seed):
+    """Later rows may be others, and more."""
+    table, rng = random_log(seed), np.random.default_rng(seed)
+    training, later = (table.filter(pa.array(mask)) for mask in (times_of(table) < UNTIL, times_of(table) >= UNTIL))
+    for name in ("item", "brand", "price", "born", "click", "liked", "spent", "slot"):
+        later = with_column(later, name, table[name].take(pa.array(rng.integers(0, len(table), len(later)))))
+    one, other = fit(table, SCHEMA, UNTIL), fit(pa.concat_tables([training, later, later]), SCHEMA, UNTIL)
+    assert one.layout == other.layout
+    for name, encoder in one.encoders.items():
+        assert encoder.state() == other.encoders[name].state(), name
+    assert not memory_table(one.encoders["clicked"]).equals(memory_table(other.encoders["clicked"]))
 
 
 def test_the_latest_state_drops_what_no_later_request_can_ask_for(tmp_path):

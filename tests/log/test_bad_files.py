@@ -16,7 +16,7 @@ from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile, LeftOut, format_time
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.preprocessing import build_steps as steps
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, Logs
+from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
@@ -349,8 +349,8 @@ ROLES = {**BASE["roles"], "candidate": ["brand", "price", "tags", "x"]}
 VECTOR = {"kind": "vector", "column": "x", "size": 2}
 
 
-def _with_vectors(tasks: dict[str, Any] = CLICKS, **features: Any) -> Schema:
-    return schema_of({"item": ALL_KINDS["item"], **features}, tasks=tasks, roles=ROLES)
+def _with_vectors(**features: Any) -> Schema:
+    return schema_of({"item": ALL_KINDS["item"], **features}, tasks=CLICKS, roles=ROLES)
 
 
 def _with(values: Any, kind: pa.DataType | None = None) -> pa.Table:
@@ -386,34 +386,3 @@ def test_a_time_that_stands_for_never_has_an_hour(tmp_path):
     prepared = prepare(BuildInputs(str(_log(tmp_path / "log", table)), schema, WINDOWS, tmp_path / "work"))
     encoded = FeaturePipeline.load(prepared.serving, memories=False).encode(log_rows(table, schema))
     assert set(encoded.ids["t_weekday"].tolist()) == {1 + datetime(9999, 12, 30, tzinfo=UTC).weekday()}
-
-
-def _observed(value: Any) -> dict[str, Any]:
-    return {"click": {**CLICKS["click"], "observed_when": {"column": "x", "equals": value}}}
-
-
-@pytest.mark.parametrize(
-    ("values", "schema", "message"),
-    [
-        (
-            ["a"] * 300,
-            _with_vectors(x={"kind": "id", "column": "x"}, y={"kind": "numeric", "column": "x"}),
-            r"column 'x' must hold numbers, found strings",
-        ),
-        ([1] * 300, _with_vectors(_observed("1")), r"column 'x' holds numbers, but an `observed_when` comp"),
-    ],
-)
-def test_columns_of_a_type_that_a_feature_or_task_cannot_read_are_told(tmp_path, values, schema, message):
-    with pytest.raises(UserError, match=message):
-        prepare(BuildInputs(str(_log(tmp_path / "log", _with(values))), schema, WINDOWS, tmp_path / "work"))
-
-
-def test_a_log_of_other_types_than_a_model_was_fitted_to(tmp_path):
-    schema = _with_vectors()
-    fitted = prepare(BuildInputs(str(write_log(tmp_path / "log", TABLE)), schema, WINDOWS, tmp_path / "work")).serving
-    items = pa.array([str(each) for each in TABLE["item"].to_pylist()])
-    other = write_log(tmp_path / "other", TABLE.set_column(1, "item", items))
-    types = [FeaturePipeline.load(fitted, memories=False).key_types]
-    message = r"column 'item' changes its type: int64 in the fitted features, string in '.*other/0.parquet'"
-    with pytest.raises(UserError, match=message):
-        Logs(str(other), schema, BuildOptions(), types)

@@ -61,6 +61,7 @@ def _numbers(**columns: str) -> Schema:
 FIRST, SECOND = TABLE.slice(0, 150), TABLE.slice(150)
 RATE = {"kind": "counter", "task": "click", "by": ["item"], "outputs": ["rate"]}
 AS_TIME_AND_ID = schema_of({"a": {"kind": "id", "column": "born"}, "b": {"kind": "time", "column": "born"}})
+AS_ID_AND_NUMBER = schema_of({"x": {"kind": "id", "column": "brand"}, "y": {"kind": "numeric", "column": "brand"}})
 LIKE_A_COLUMN = schema_of({"i": {**ITEM["item"]}, "user": {"kind": "history", "task": "click", "of": "i"}})
 ONE_INPUT = schema_of({"a": RATE, "a_rate": {"kind": "numeric", "column": "price"}})
 OF_NO_BRAND = _task(observed_when={"column": "brand", "equals": "z"})
@@ -86,6 +87,7 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ),
     # Features
     ([TABLE], AS_TIME_AND_ID, "column 'born' is read as integers or strings by feature 'a' and as .* by feature 'b'"),
+    ([TABLE], AS_ID_AND_NUMBER, "column 'brand' must hold numbers, found strings"),
     ([TABLE], ONE_INPUT, "features 'a' and 'a_rate' both give an input 'a_rate'"),
     ([TABLE], _numbers(a="price", a_missing="age"), "features 'a' and 'a_missing' both give an input 'a_missing'"),
     ([TABLE], LIKE_A_COLUMN, "feature 'user' gives an input 'user', which is also a column"),
@@ -215,15 +217,3 @@ def test_what_is_there_is_kept_until_log_schema_or_split_change(tmp_path):
         _prepare(log, tmp_path)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["features"]
     assert FeatureFolder(tmp_path / "work" / "features").manifest == before
-
-
-def test_splits_count_their_rows_labels_and_requests(tmp_path):
-    prepared = _prepare(write_log(tmp_path / "log", FIRST, SECOND), tmp_path)
-    for split in WINDOWS:
-        table, counts = pq.read_table(prepared.split(split)), prepared.manifest["splits"][split]
-        assert counts["rows"] == table.num_rows
-        assert counts["observed"]["liked"] == table.num_rows - table["label.liked"].null_count
-        assert counts["label_sum"]["liked"] == (pa.compute.sum(table["label.liked"]).as_py() or 0)
-        # Without a request column, a user's rows of one instant form a request.
-        keys = set(zip(*(table[name].to_pylist() for name in ("request", "user", "time")), strict=True))
-        assert len({request for request, *_ in keys}) == len(keys) == len({key[1:] for key in keys})

@@ -13,11 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import kinds
 from mmoe_rec.log import files
-from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import find_files, open_file, path_values, takes_in
-from mmoe_rec.log.reader import Log
 
 TABLE = pa.table({"x": [1, 2, 3]})
 VISIBLE = ["a-b.parquet", "a/0.parquet", "a/b/1.parquet", "day=__HIVE_DEFAULT_PARTITION__/2.parquet", "c.parquet"]
@@ -213,56 +210,10 @@ def test_a_file_that_is_gone_and_a_server_that_is_gone_differ(bucket, aws):
     with pytest.raises(FileNotFoundError), open_file(f"{bucket}/1.parquet"):
         pass
     with aws.context() as elsewhere:
-        _new_environment(elsewhere, AWS_ENDPOINT_URL="http://127.0.0.1:1")
+        elsewhere.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         with pytest.raises(UserError, match=r"'s3://bucket/0.parquet' cannot be reached"):
             open_file(f"{bucket}/0.parquet").__enter__()
-
-
-def test_a_server_that_is_gone_while_a_file_is_read(aws):
-    from moto.server import ThreadedMotoServer
-
-    threaded = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    threaded.start()
-    _new_environment(aws, AWS_ENDPOINT_URL="http://{}:{}".format(*threaded.get_host_and_port()), AWS_MAX_ATTEMPTS="1")
-    fsspec.filesystem("s3").mkdir("brief")
-    _write("s3://brief/0.parquet", pa.table({"x": range(10_000)}))
-    with open_file("s3://brief/0.parquet") as handle, pq.ParquetFile(handle, pre_buffer=True) as parquet:
-        assert parquet.metadata.num_rows == 10_000
-        threaded.stop()
-        with pytest.raises(UserError, match=r"'s3://brief/0.parquet' cannot be reached"):
-            parquet.read()
-
-
-def _new_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-
-
-def test_a_log_on_s3(bucket):
-    schema = kinds.schema_of(
-        {
-            "columns": {"user": "user", "candidate": "item", "time": "time", "time_unit": "s"},
-            "tasks": {"click": {"label": "click", "objective": "engagement"}},
-            "features": {"item": {"kind": "id", "column": "item"}},
-            "roles": {},
-        }
-    )
-    users = list(range(50))
-    columns = {"user": users, "time": users, "click": [0, 1] * 25}
-    for item in (7, 8):
-        _write(f"{bucket}/log/item={item}/0.parquet", pa.table(columns))
-    log = Log(f"{bucket}/log", schema)
-    assert [file.address for file in log.files] == [f"{bucket}/log/item={item}/0.parquet" for item in (7, 8)]
-    tables = [rows.table for part in log.parts(50) for rows in log.reader.read(part)]
-    assert [table["user"].to_pylist() for table in tables] == [users] * 2
-    assert [table["item"].to_pylist() for table in tables] == [[7] * 50, [8] * 50]
-
-    with fsspec.open(f"{bucket}/log/item=9/0.parquet", "wb") as handle:
-        handle.write(b"PAR1, or what is left of it")
-    with pytest.raises(BadFile, match=r"^'s3://bucket/log/item=9/0.parquet' is not a readable Parquet file"):
-        Log(f"{bucket}/log", schema)
-    assert Log(f"{bucket}/log", schema, skip_bad_files=True).files == log.files
 
 
 def _found(source: str | Path) -> list[str]:

@@ -70,6 +70,12 @@ def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
         ]
         assert told["unmatured"] == {"click": 0, "liked": sum(late), "spent": 0}
         assert sum(late) > 0
+        rows = pq.read_table(prepared.split(split))
+        assert told["rows"] == len(rows)
+        assert told["label_sum"]["click"] == pa.compute.sum(rows["label.click"]).as_py()
+        # Without a request column, a user's rows of one instant form a request.
+        keys = set(zip(*(rows[name].to_pylist() for name in ("request", "user", "time")), strict=True))
+        assert len({request for request, *_ in keys}) == len(keys) == len({key[1:] for key in keys})
 
 
 def _observed(values: pa.Array, equals: Any) -> list[bool]:

@@ -25,10 +25,9 @@ from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
-from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import DEFAULTS, HeldFiles, Logs
-from mmoe_rec.settings.log_columns import EVENT
 from tests.log.small_logs import ALL_KINDS, CLICKS, log_rows, random_log, schema_of, two_ids, with_column, write_log
 
 TABLE = random_log(0)
@@ -189,27 +188,6 @@ def test_a_time_in_the_path(tmp_path):
     message = "has column 'time' in its path only; a time is not read from a path, write it as a column of the file"
     with pytest.raises(BadFile, match=message):
         Log(str(tmp_path), SCHEMA)
-
-
-# Events
-
-
-def test_events_are_read_in_parts_too(tmp_path):
-    history = {"kind": "history", "events": "purchases", "of": "item", "length": 3}
-    features = {"item": ALL_KINDS["item"], "bought": history}
-    path = write_log(tmp_path / "purchases", TABLE.slice(0, 100), TABLE.slice(0, 0), TABLE.slice(100))
-    events = {"purchases": {"path": str(path), "time": "born"}}
-    table = with_column(TABLE, "born", TABLE["time"])
-    write_log(path, table.slice(0, 100), table.slice(0, 0), table.slice(100))
-    log = Log(str(write_log(tmp_path / "log", TABLE)), schema_of(features, tasks=CLICKS, events=events))
-    purchases = EventRows("purchases", log)
-    assert [file.rows for file in purchases.files] == [100, 0, 200]
-    reader, parts = pickle.loads(pickle.dumps((purchases.reader, purchases.parts(50))))
-    assert [(part.start, part.rows) for part in parts] == [(0, 100), (100, 200)]
-    found = _table(rows for part in parts for rows in reader.read(part))
-    assert found.equals(_table(purchases.stream()))
-    assert found["time"].to_pylist() == TABLE["time"].to_pylist()
-    assert found[EVENT.label].to_pylist() == [1.0] * 300
 
 
 # Remote

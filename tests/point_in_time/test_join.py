@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps, Search, find_keys
+from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps, Search
 
 WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, LookUps.of_each))
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
@@ -43,26 +43,3 @@ def test_the_last_known_event_is_that_of_a_loop(data, rows, way, unit, start):
             assert found[row] == (before[-1] if len(before) else -1)
             if len(before):
                 assert join.first[asked.number][row] == np.flatnonzero(events.key == keys[row])[0]
-
-
-@given(data=st.data(), size=st.integers(0, 30))
-def test_each_key_is_found(data, size):
-    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    keys, asked = np.unique(random.choice(KEYS, size)), random.choice(KEYS, 20)
-    found, number = find_keys(keys, asked)
-    assert found.tolist() == [place for place, each in enumerate(asked.tolist()) if each in keys.tolist()]
-    assert keys[number].tolist() == asked[found].tolist()
-
-
-@given(data=st.data(), rows=st.integers(0, 60))
-def test_rows_that_ask_the_same_share_a_look_up(data, rows):
-    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    keys, times, wanted = random.choice(KEYS, rows), random.integers(0, 3, rows), random.random(rows) < 0.5
-    for asked, inside in (
-        (LookUps.sort(keys, times), np.ones(rows, bool)),
-        (LookUps.sort(keys, times).where(wanted), wanted),
-    ):
-        pairs = list(zip(asked.key.tolist(), asked.time.tolist(), strict=True))
-        assert pairs == sorted(set(zip(keys[inside].tolist(), times[inside].tolist(), strict=True)))
-        np.testing.assert_array_equal(asked.key[asked.number], keys[inside])
-        np.testing.assert_array_equal(asked.time[asked.number], times[inside])

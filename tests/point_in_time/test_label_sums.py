@@ -4,24 +4,18 @@ from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds.counter import MOST, UNITS, CounterEncoder, CounterMemory, SeenTotals, round_labels
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
+from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
-    DAY,
-    START,
     log_rows,
     random_log,
-    remembered,
     schema_of,
-    times_of,
     windows_of,
     with_column,
     write_log,
@@ -114,23 +108,3 @@ def test_a_build_and_a_server_refuse_sums_beyond_the_range(tmp_path) -> None:
         source = str(write_log(tmp_path / f"{too_much:g}", with_column(table, "spent", pa.array(spent))))
         with pytest.raises(UserError, match=TOLD):
             prepare(BuildInputs(source, SCHEMA, windows_of(3, 4), tmp_path / "refused"))
-
-
-@pytest.mark.parametrize("rows_in_memory", [30, 10**6])
-def test_neither_order_nor_chunks_nor_added_days_change_sums(tmp_path, rows_in_memory: int) -> None:
-    """A log whose labels are small but for a few."""
-    rng, table = np.random.default_rng(0), random_log(0, 400)
-    days, small = (times_of(table) - START) // DAY, np.round(rng.lognormal(size=400), 2) * rng.choice([1, 1, 1e-5], 400)
-    spent = np.where(rng.random(400) < 0.02, rng.choice([1e11, -1e11, 3e9 + 0.3], 400), small)
-    table = with_column(table, "spent", pa.array(spent, mask=rng.random(400) < 0.1))
-    windows = windows_of(3, 4)
-    first, *added = (table.filter(pa.array(inside)) for inside in (days < 6, (days >= 6) & (days < 8), days >= 8))
-    shuffled = first.take(pa.array(rng.permutation(len(first))))
-    options, log = BuildOptions(rows_in_memory=rows_in_memory), tmp_path / "log"
-    write_log(log, shuffled.slice(0, 90), shuffled.slice(90))
-    grown = prepare(BuildInputs(str(log), SCHEMA, windows, tmp_path / "grown", options)).serving
-    for number, part in enumerate(added, 5):
-        pq.write_table(part, log / f"{number}.parquet")
-        assert extend(BuildInputs(str(log), SCHEMA, windows, tmp_path / "grown", options)) is not None
-    whole = prepare(BuildInputs(str(write_log(tmp_path / "whole", table)), SCHEMA, windows, tmp_path / "at_once"))
-    assert remembered(grown / "spent_of_brand.memory") == remembered(whole.serving / "spent_of_brand.memory")

@@ -5,12 +5,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.features.kinds.counter import CounterMemory, SeenTotals, round_labels
 from mmoe_rec.features.kinds.history import HistoryMemory
-from mmoe_rec.point_in_time.join import NEVER, LookUps
+from mmoe_rec.point_in_time import join
+from mmoe_rec.point_in_time.join import LEVELS, NEVER, LookUps, grown
 from tests.reference.features import Event, last_positive, totals, visible_events
 
 KEYS = np.array([0, 5, 2**40, 2**64 - 1], np.uint64)
@@ -125,3 +127,30 @@ def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, cu
         expected = [[(item, int(attribute_of(known))) for _, known, item in events] for events in seen]
         assert lists_of(memory, asking(keys, times), length) == expected
         memory = memory.with_columns(memory.compacted(end, length).to_columns(), end)
+
+
+def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
+    memory, level = (history_of(drawn(seed, 30)[1]) for seed in (0, 1))
+    one, two = memory.with_levels([level]), memory.with_levels([level, level])
+    assert one.events is two.events
+    assert "distinct" in vars(one.events), "no request has to wait for it"
+
+
+def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SMALLEST": 64, "_GROWTH": 8, "_MANY": 2048}.items():
+        monkeypatch.setattr(join, name, value)
+    copied, several, most = 0, tuple[range, ...](), 0
+
+    def merged(one: range, other: range) -> range:
+        nonlocal copied
+        copied += len(one) + len(other)
+        return range(len(one) + len(other))
+
+    for _ in range(4096):
+        several = grown(several, range(4), merged)
+        most = max(most, len(several))
+    sizes = list(map(len, several))
+    assert sum(sizes) == 4 * 4096
+    assert most == LEVELS
+    assert sizes == sorted(sizes, reverse=True)
+    assert copied < 60 * 4 * 4096  # of one level it would be 2,048 times

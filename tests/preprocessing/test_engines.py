@@ -10,17 +10,15 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.vocabulary import Vocabulary
-from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
 from mmoe_rec.preprocessing import build_steps as engines
-from mmoe_rec.preprocessing import look_up as module
+from mmoe_rec.preprocessing import look_up
 from mmoe_rec.preprocessing.build_steps import open_engine
-from mmoe_rec.preprocessing.look_up import Exchange, ResultExchange, ResultReader, key_range, partition_of
+from mmoe_rec.preprocessing.look_up import Exchange, ResultExchange, key_range, partition_of
 from tests.processes import is_running, until
 
 
@@ -132,108 +130,35 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     until(lambda: not any(map(is_running, workers)), "workers outlive the process that started them")
 
 
-@given(
-    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
-    receivers=st.integers(1, 5),
-    rising=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_rows_arrive_once_and_in_order(tmp_path_factory, sizes, receivers, rising, seed):
-    """rising: whether rows lie in the order of their receivers already."""
-    exchange = Exchange(tmp_path_factory.mktemp("exchange"), receivers)
-    random = np.random.default_rng(seed)
-    sent = [random.integers(0, receivers, size) for size in sizes]
-    sent = [np.sort(each) for each in sent] if rising else sent
-    counts = np.zeros(receivers, np.int64)
-    for number, receiver in reversed(list(enumerate(sent))):
-        rows = pa.table({"sender": pa.array([number] * len(receiver)), "row": pa.array(range(len(receiver)))})
-        counts += exchange.send("rows", (number, 0), rows, receiver)
-    for receiver in range(receivers):
-        expected = [(n, row) for n, to in enumerate(sent) for row in np.flatnonzero(to == receiver)]
-        found = [tuple(row.values()) for table in exchange.receive("rows", receiver) for row in table.to_pylist()]
-        assert found == expected
-        assert counts[receiver] == len(expected)
+@pytest.mark.parametrize("partitions", [1, 7, 1000])
+def test_partitions_are_ranges_of_keys(partitions):
+    ranges = [key_range(number, partitions) for number in range(partitions)]
+    firsts, lasts = [least for least, _ in ranges], [end - 1 for _, end in ranges]
+    assert firsts == [0, *(last + 1 for last in lasts[:-1])]
+    assert lasts[-1] == 2**64 - 1
+    for keys in (firsts, lasts):
+        assert partition_of(np.array(keys, np.uint64), partitions).tolist() == list(range(partitions))
 
 
-@given(keys=st.lists(st.integers(0, 2**64 - 1), min_size=1), partitions=st.integers(1, 1000))
-def test_partitions_are_ranges_of_keys_in_order(keys, partitions):
-    array = np.array(sorted(keys), np.uint64)
-    partition = partition_of(array, partitions)
-    assert (np.diff(partition) >= 0).all()
-    for key, number in zip(array.tolist(), partition.tolist(), strict=True):
-        least, end = key_range(number, partitions)
-        assert least <= key < end
-
-
-def test_no_file_stays_open_nor_takes_room_on_disk_once_it_is_removed(tmp_path):
-    exchange = Exchange(tmp_path / "rows", 1)
-    exchange.send("rows", (0, 0), pa.table({"row": [1, 2]}), np.zeros(2, np.int64))
-    assert len(list(exchange.receive("rows", 0))) == 1
+def test_rows_arrive_by_sender_and_no_file_stays_once_it_is_removed(tmp_path):
+    """Neither open nor on the disk."""
+    exchange = Exchange(tmp_path / "rows", 2)
+    for sender in (1, 0):
+        exchange.send("rows", (sender, 0), pa.table({"row": 10 * sender + np.arange(3)}), np.array([0, 1, 0]))
+    assert [table["row"].to_pylist() for table in exchange.receive("rows", 0)] == [[0, 2], [10, 12]]
     exchange.remove()
     assert not exchange.folder.exists()
     opened = (os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd"))
     assert not [path for path in opened if f"{exchange.folder}/" in path]
 
 
-@pytest.fixture(scope="module")
-def small_blocks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ROWS_PER_BLOCK", 16)
-        yield
-
-
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    senders=st.integers(1, 3),
-    lists=st.integers(1, 6),
-    share=st.sampled_from([0.2, 0.7, 1.0]),
-    seed=st.integers(0, 999),
-)
-def test_rows_get_their_answers(tmp_path_factory, small_blocks, sizes, senders, lists, share, seed):
-    random = np.random.default_rng(seed)
-    starts = np.cumsum([0, *sizes])
-    exchange = ResultExchange(tmp_path_factory.mktemp("answers"), int(starts[-1]))
-    numbers, owner = random.random(starts[-1]).astype(np.float32), random.integers(0, senders, starts[-1])
-    lengths = random.integers(0, 4, lists).astype(np.int32)
-    held = Ragged(random.integers(0, 100, lengths.sum()), lengths)
-    of_row = np.sort(random.integers(0, lists, starts[-1]))  # neighbours share a list
-    asked = random.random(starts[-1]) < share
-    for sender in range(senders):
-        rows = np.flatnonzero((owner == sender) & asked)
-        found = {"number": numbers[rows], "list": SharedRagged(held, of_row[rows])}
-        if len(rows):
-            exchange.send("group", (sender, 0), rows, found)
-    reader = ResultReader(exchange, ["group"])
-    for start, rows in zip(starts, sizes, strict=False):
-        inside = start + np.flatnonzero(asked[start : start + rows])
-        if len(inside):
-            answers = reader.of(inside)
-            np.testing.assert_array_equal(answers["number"], numbers[inside])
-            back, expected = answers["list"].expand(), held.take(of_row[inside])
-            np.testing.assert_array_equal(back.lengths, expected.lengths)
-            np.testing.assert_array_equal(back.values, expected.values)
-
-
-def test_a_shared_list_is_sent_once_a_block(tmp_path, small_blocks):
+def test_a_shared_list_is_sent_once_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(look_up, "ROWS_PER_BLOCK", 16)
     exchange, rows = ResultExchange(tmp_path, 32), np.arange(32)
     exchange.send("group", (0, 0), rows, {"list": SharedRagged(Ragged(np.arange(7), np.array([7])), rows * 0)})
     for block in (0, 1):
         (table,) = exchange.exchange.receive("group", block)
         assert table["list"].to_pylist() == [list(range(7))] + [None] * 15
-
-
-@pytest.mark.parametrize("order", [[0, 2, 1, 3], [1, 2, 3], [3, 1, 2, 0], [2, 2, 2], []])
-def test_results_are_taken_in_any_order(order):
-    lists = SharedRagged(Ragged(np.arange(4), np.ones(4, np.int64)), np.arange(4))
-    taken = module.take({"number": np.arange(4), "list": lists}, np.array(order, np.int64))
-    assert taken["number"].tolist() == taken["list"].expand().values.tolist() == order
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 4)), max_size=20))
-def test_consecutive_places_are_those_of_a_loop(lists):
-    starts, lengths = (np.array([each[index] for each in lists], np.int64) for index in (0, 1))
-    expected = [place for start, length in lists for place in range(start, start + length)]
-    assert consecutive(starts, lengths).tolist() == expected
 
 
 def test_threads_may_ask_a_vocabulary_at_once():

@@ -17,6 +17,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import build_steps as steps
+from mmoe_rec.preprocessing import look_up
 from mmoe_rec.preprocessing.build_steps import open_engine
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, check_apart
@@ -57,11 +58,20 @@ def _encoded(prepared: FeatureFolder, split: str) -> tuple[Encoded, pa.Table]:
 
 @pytest.mark.parametrize("strings", [False, True])
 @pytest.mark.parametrize("rows_in_memory", [25, 200, 10**6])
-def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, strings, rows_in_memory):
+def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, monkeypatch, strings, rows_in_memory):
+    asked = []
+
+    class CountedChunk(look_up.Chunk):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            asked.append(len(self.rows))
+
+    monkeypatch.setattr(look_up, "Chunk", CountedChunk)
     table = random_log(5, rows=500, strings=strings)
     source = str(write_log(tmp_path / "log", *_cut(table, 13, 240, 240, 400)))
     prepared = prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=rows_in_memory)))
     pipeline = fit_in_memory(SCHEMA, [log_rows(table, SCHEMA)], WINDOWS["train"])
+    assert max(asked) <= rows_in_memory, "no chunk of a partition has more rows than memory has room for"
     assert prepared.layout == pipeline.layout
     for split, window in WINDOWS.items():
         encoded, written = _encoded(prepared, split)
@@ -274,10 +284,6 @@ def _events(seed: int, rows: int = 200) -> pa.Table:
     return table.select(["user", "item", "brand"]).append_column("bought_at", times)
 
 
-def _with(name: str, values: Any) -> pa.Table:
-    return with_column(_events(0), name, values)
-
-
 def _schema(path: Path) -> Schema:
     return schema_with_purchases({"item": ALL_KINDS["item"], **OF_PURCHASES}, path)
 
@@ -287,9 +293,7 @@ def _schema(path: Path) -> Schema:
     [
         (None, r"does not exist; set `data.events.purchases.path`"),
         (_events(0).drop_columns(["brand"]), r"0.parquet' has no column 'brand'"),
-        (_with("item", _events(0)["item"].cast(pa.string())), r"column 'item' is string in events 'purchases' and int"),
-        (_with("bought_at", pa.nulls(200, pa.timestamp("us"))), r"0.parquet': column 'bought_at' is null; every event"),
-        (_with("bought_at", pa.array(["x"] * 200)), r"column 'bought_at' must hold timestamps"),
+        (with_column(_events(0), "item", [""] * 200), r"column 'item' is string in events 'purchases' and int"),
     ],
 )
 def test_bad_events(tmp_path, events, message):
