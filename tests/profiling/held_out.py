@@ -6,7 +6,6 @@ clicks follow from what a user likes among categories and from how well an item 
 """
 
 from collections.abc import Callable
-from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -14,60 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from tests.profiling.worlds import DAY, YEAR_2024, Answers, HeldOut, Label, at, draw_world, hashed, uuids, where
-
-
-def modehaus(seed: int) -> HeldOut:
-    """A German fashion shop: lists, returns that are known after three weeks, prices in decimals that change."""
-    w = draw_world(seed, 12_000, 600, 300, 120)
-    random, clicked = w.random, w.clicked.astype(bool)
-    bought = w.some(clicked, 0.3).astype(bool)
-    back = w.some(bought, 0.3, -1)
-    brand = w.of(w.item, [f"Marke {n}" for n in range(40)])
-    price = (w.of(w.item, np.arange(900, 20_000, 100)) * np.where((w.time // (20 * DAY)) % 2, 0.8, 1)).astype(int)
-    log = pa.table(
-        {
-            "zeilennummer": random.permutation(w.rows) + 10**9,
-            "kunde": random.integers(-(2**62), 2**62, 600)[w.user],
-            "artikel": w.item * 37 + 10_000_019,
-            "seitenaufruf": uuids(random, w.request.max() + 1)[w.request],
-            "gezeigt_am": at(w.time, "ms", "Europe/Berlin"),
-            "platz": pa.array(w.position + 1, pa.int16()),
-            "geraet": pa.array(w.of(w.request, ["handy", "tablet", "rechner"])).dictionary_encode(),
-            "bundesland": w.of(w.user, ["BY", "NW", "BE", "HH", "SN"]),
-            "geburtsjahr": w.of(w.user, np.arange(1940, 2006)),
-            "warengruppe": w.category * 100 + 7,
-            "marke": brand,
-            "preis": pa.array([Decimal(int(each)) / 100 for each in price], pa.decimal128(10, 2)),
-            "beschreibung": w.of(w.item, [f"Ein Stück Nummer {n}, waschbar, aus {n % 7} Teilen" for n in range(5000)]),
-            "angelegt": at(w.of(w.item, YEAR_2024 - random.integers(0, 900 * DAY, 500)), "s"),
-            "geklickt": clicked,
-            "gekauft": pa.array(bought * 1, pa.int8()),
-            "zurueckgeschickt": where(bought, back, pa.int8()),
-            "bezahlt": np.where(bought, price / 100, 0.0),
-            "verweildauer_s": where(clicked, random.gamma(2, 20, w.rows)),
-            "kaufzeit": at(w.time + random.integers(0, DAY // 24, w.rows), "ms", "Europe/Berlin", bought),
-        }
-    )
-    answers = Answers(
-        {"user": "kunde", "candidate": "artikel", "request": "seitenaufruf", "time": "gezeigt_am"},
-        {
-            "": "zeilennummer",
-            "placement": "platz",
-            "context": "geraet",
-            "user": "bundesland geburtsjahr",
-            "candidate": "warengruppe marke preis",
-            "candidate|": "beschreibung angelegt",
-        },
-        {
-            "geklickt": Label(),
-            "gekauft": Label(observed=(None, "geklickt")),
-            "zurueckgeschickt": Label(observed=("gekauft", None), days=(0, 40)),
-        },
-        leaks=("bezahlt", "kaufzeit", "zeilennummer"),
-        outcomes=("verweildauer_s", "bezahlt", "geklickt", "gekauft", "zurueckgeschickt"),
-        kinds={"warengruppe": "id", "preis": "numeric", "geburtsjahr": "numeric|id", "angelegt": "time"},
-    )
-    return HeldOut({"teil.parquet": log}, answers, best=w.best(w.clicked))
 
 
 def terse_news(seed: int) -> HeldOut:
@@ -190,7 +135,7 @@ def video_days(seed: int) -> HeldOut:
 
 
 def tienda(seed: int) -> HeldOut:
-    """A Spanish shop over three years: a sampled log, users who move, what is known weeks later, uint64, no request."""
+    """A Spanish shop over three years: a sampled log, users who move, late labels, uint64, decimals, no request."""
     w = draw_world(seed, 10_000, 300, 250, 1095, start=YEAR_2024 - 1095 * DAY)
     random, bought = w.random, w.clicked.astype(bool)
     kept = bought | (w.of(w.request, [True, False]) & (random.random(w.rows) < 0.8))
@@ -207,7 +152,9 @@ def tienda(seed: int) -> HeldOut:
             "categoria": pa.array(w.category, pa.int32()).cast(pa.string()).dictionary_encode(),
             "proveedor": pa.array(w.of(w.item, np.arange(30)) * 91 + 4001, pa.uint64()),
             "huella": pa.array(random.integers(2**63, 2**64 - 1, w.rows, dtype=np.uint64)),
-            "precio": np.round(w.of(w.item, np.arange(5, 200)) * (1 + (w.time - w.time.min()) / DAY / 3000), 2),
+            "precio": pa.array(
+                np.round(w.of(w.item, np.arange(5, 200)) * (1 + (w.time - w.time.min()) / DAY / 3000), 2)
+            ).cast(pa.decimal128(10, 2)),
             "descuento": pa.array(random.choice([0.0, 0.1, np.nan], w.rows), pa.float32()),
             "muestreo": np.where(bought, 1.0, 0.4),
             "compra": bought * 1,
@@ -298,48 +245,6 @@ def telco(seed: int) -> HeldOut:
         },
     )
     return HeldOut({"x.parquet": log}, answers, best=w.best(w.clicked))
-
-
-def ads(seed: int) -> HeldOut:
-    """Impressions that have an id each and belong to no list; one ad twice on a page; conversions days later."""
-    w = draw_world(seed, 8_000, 800, 100, 21, shown=2, bias=-2.2)
-    random = w.random
-    twice = np.where(w.of(w.request, [True, False, False]), w.item[w.request * 2], w.item)
-    clicked = w.clicked.astype(bool)
-    converted, later = w.some(clicked, 0.2).astype(bool), random.integers(0, 7 * DAY, w.rows)
-    log = pa.table(
-        {
-            "impression_id": uuids(random, w.rows),
-            "cookie": random.integers(-(2**63), 2**63 - 1, 800)[w.user],
-            "creative_id": twice + 9000,
-            "advertiser_id": twice % 17 + 70,
-            "event_ms": w.time // 1000,
-            "ad_slot": np.where(w.position, "side", "top"),
-            "site": w.of(w.request, [f"site{n}.example" for n in range(40)]),
-            "hour": (w.time // (DAY // 24)) % 24,
-            "bid": np.round(random.gamma(2, 0.5, w.rows), 3),
-            "label": w.clicked,
-            "conversion": converted * 1,
-            "conversion_ms": where(converted, (w.time + later) // 1000, pa.int64()),
-        }
-    )
-    answers = Answers(
-        {"user": "cookie", "candidate": "creative_id", "time": "event_ms", "time_unit": "ms", "request": "-"},
-        {
-            "": "impression_id",
-            "candidate": "advertiser_id",
-            "placement": "ad_slot",
-            "context": "site",
-            "context|": "hour",
-            "candidate|context": "bid",
-        },
-        {"label": Label(), "conversion": Label(observed=(None, "label"), days=(5, 10))},
-        leaks=("conversion_ms", "impression_id"),
-        outcomes=("label", "conversion"),
-        kinds={"advertiser_id": "id", "hour": "id|numeric", "bid": "numeric"},
-        settings={"data.duplicates": "keep"},
-    )
-    return HeldOut({"imp.parquet": log}, answers)
 
 
 def own_numbers(seed: int) -> HeldOut:
@@ -654,13 +559,11 @@ def spoilt(seed: int, how: str) -> HeldOut:
 
 
 LOGS: dict[str, Callable[[int], HeldOut]] = {
-    "modehaus": modehaus,
     "terse_news": terse_news,
     "ratings": ratings,
     "video_days": video_days,
     "tienda": tienda,
     "telco": telco,
-    "ads": ads,
     "own_numbers": own_numbers,
     "wide": wide,
     "people": people,
