@@ -23,6 +23,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.server.models import Learning
 from mmoe_rec.settings.log_columns import EVENT
+from tests.server.asking import as_json
 
 EVENTS_AT_A_TIME = 50
 
@@ -79,12 +80,6 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
 
-def to_json(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows as a caller sends them."""
-    rows: list[dict[str, Any]] = json.loads(json.dumps(table.to_pylist(), default=str))
-    return rows
-
-
 class FedModel:
     """A model in this process. model: an artifact folder; folder: gets the journal, and the logged requests in
     `requests`."""
@@ -100,7 +95,7 @@ class FedModel:
 
     def send(self, table: pa.Table, log: str | None) -> None:
         """Accepts events of the interaction log (None), or of a named log, and learns them."""
-        checked = self._learning.checks.read_json(log, to_json(table))
+        checked = self._learning.checks.read_json(log, as_json(table))
         self._learning.journal.append(make_batch(log, checked, self._learning.schema))
         self._learning.catch_up()
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from tests.inference.running_server import free_port
 from tests.processes import PATIENCE
-from tests.server.test_events import as_json
+from tests.server.asking import as_json
 
 
 class Client:

@@ -28,7 +28,7 @@ from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import ITEMS, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log
 from tests.processes import until
-from tests.server.asking import Answer, ask, element, numbers, reply, take_up
+from tests.server.asking import Answer, as_json, ask, element, numbers, reply, take_up
 
 USERS = [-7, 0, 5]
 EXPLAIN = {"explain": True}
@@ -56,15 +56,6 @@ def later_log(seed: int, rows: int = 80) -> pa.Table:
     table = random_log(seed, rows=rows, days=3.0)
     times = table["time"].cast(pa.int64()).to_numpy() + 11 * DAY
     return table.set_column(table.column_names.index("time"), "time", pa.array(times).cast(table["time"].type))
-
-
-def as_json(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows as a caller sends them."""
-    rows = table.to_pylist()
-    for row in rows:
-        for name in ("time", "born"):
-            row[name] = None if row[name] is None else row[name].isoformat()
-    return rows
 
 
 def asked(time: int, user: int) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from tests.inference.small_model import ITEMS, SmallModel
 from tests.live.journals import postgresql
 from tests.log.small_logs import DAY, START, log_rows
 from tests.processes import PATIENCE, children, is_running, until
-from tests.server.test_events import as_json, asked, expected, later_log
+from tests.server.asking import as_json
+from tests.server.test_events import asked, expected, later_log
 from tests.server.test_processes import GOOD, Calling, Running, changed, model_count, opened, served
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
