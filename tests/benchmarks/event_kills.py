@@ -21,7 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.live.journal import Journal
+from tests.fork_server import FOLDER, Command
+from tests.inference.running_server import free_port
 from tests.inference.small_model import SmallModel
 from tests.live.journals import every_batch, postgresql
-from tests.live.own_server import Client, OwnServer
-from tests.processes import until, workers
+from tests.processes import until
+from tests.server.asking import as_json
 from tests.server.test_events import later_log
+from tests.server.test_processes import Running
 
 CALLERS, WORKERS, BATCH = 4, 2, 20
 BATCHES = 20_000
@@ -45,9 +49,9 @@ MOST_SECONDS = 1.0
 class _Caller(threading.Thread):
     """Sends every fourth batch; acknowledged: by which position, and its number, of each that was."""
 
-    def __init__(self, number: int, port: int, table: pa.Table) -> None:
+    def __init__(self, number: int, server: Running, table: pa.Table) -> None:
         super().__init__(daemon=True)
-        self._next, self._table, self.client = number, table, Client(port)
+        self._next, self._table, self.server = number, table, replace(server)
         self.ending = threading.Event()
         self.acknowledged: set[tuple[int, int]] = set()
         self.error: Exception | None = None
@@ -56,8 +60,9 @@ class _Caller(threading.Thread):
         try:
             while not self.ending.is_set():
                 number = self._next % BATCHES
-                position = self.client.send(_batch(self._table, number))
-                self.acknowledged.add((position, number))
+                events = as_json(_batch(self._table, number))
+                answer = self.server.answered({"events": events}, "/events")
+                self.acknowledged.add((int(answer["position"]), number))
                 self._next += CALLERS
         except Exception as error:
             self.error = error
@@ -67,27 +72,10 @@ def _batch(table: pa.Table, number: int) -> pa.Table:
     return table.slice(number * BATCH, BATCH)
 
 
-def _workers(server: OwnServer) -> list[int]:
+def _workers(server: Running) -> list[int]:
     """The process ids of all workers, once they are there."""
-    process = server.process.pid
-
-    def all_of_them() -> set[int]:
-        found = workers(process)
-        return found if len(found) == WORKERS else set()
-
-    return sorted(until(all_of_them, "workers are missing"))
-
-
-def _kill(server: OwnServer, is_whole: bool, random: np.random.Generator) -> None:
-    workers = _workers(server)
-    if not is_whole:
-        os.kill(int(random.choice(workers)), signal.SIGKILL)
-        return
-    server.kill()
-    for worker in workers:
-        with suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
-    server.start()
+    until(lambda: len(server.workers()) == WORKERS, "workers are missing")
+    return sorted(server.workers())
 
 
 def _rows(table: pa.Table) -> list[tuple[Any, ...]]:
@@ -112,16 +100,23 @@ def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str,
     """All figures."""
     random = np.random.default_rng(seed)
     model, table = SmallModel(scratch).folder, later_log(seed + 1, rows=BATCH * BATCHES)
-    whole = 0
-    with OwnServer(model, journal, scratch / "server.log", WORKERS) as server:
-        callers = [_Caller(number, server.port, table) for number in range(CALLERS)]
+    whole, port = 0, free_port()
+    words = ["mmoe_rec", "serve", "--model", str(model), "--port", str(port), "--workers", str(WORKERS)]
+    words += ["--journal", journal]
+    server = Running(port, Command(words, log=scratch / "server.log"), scratch / "server.log")
+    try:
+        callers = [_Caller(number, server, table) for number in range(CALLERS)]
         for caller in callers:
             caller.start()
         for number in range(kills):
-            _workers(server)
+            mine = _workers(server)
             time.sleep(random.random() * MOST_SECONDS)
             is_whole = bool(random.random() < 0.5)
-            _kill(server, is_whole, random)
+            if is_whole:
+                server.process.kill()
+                server.process = Command(words, log=server.log)
+            else:
+                os.kill(int(random.choice(mine)), signal.SIGKILL)
             whole += is_whole
             print(f"kill {number + 1}: {'all' if is_whole else 'a worker'}", file=sys.stderr, flush=True)
         for caller in callers:
@@ -130,15 +125,18 @@ def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str,
             caller.join()
             if caller.error is not None:
                 raise caller.error
-        _kill(server, True, random)
+        server.process.kill()
+        server.process = Command(words, log=server.log)
         acknowledged = set().union(*(each.acknowledged for each in callers))
         last = max(position for position, _ in acknowledged)
-        until(lambda: server.position() >= last, "the server does not know all")
+        until(lambda: int(server.answered(None, "/version", "GET")["position"]) >= last, "the server does not know all")
+    finally:
+        server.process.kill()
     return {
         "killed": kills + 1,
         "of_which_whole": whole + 1,
         "acknowledged": len(acknowledged),
-        "sent_again": sum(each.client.again for each in callers),
+        "sent_again": sum(each.server.again for each in callers),
         **_check(journal, table, acknowledged),
     }
 
@@ -151,6 +149,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        os.environ[FOLDER] = folder
         address = f"sqlite:///{folder}/journal.db"
         if arguments.journal == "postgresql":
             address = stack.enter_context(postgresql()).new_address()

@@ -23,6 +23,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.server.models import Learning
 from mmoe_rec.settings.log_columns import EVENT
+from tests.server.asking import as_json
 
 EVENTS_AT_A_TIME = 50
 
@@ -79,15 +80,9 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
 
-def to_json(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows as a caller sends them."""
-    rows: list[dict[str, Any]] = json.loads(json.dumps(table.to_pylist(), default=str))
-    return rows
-
-
 class FedModel:
     """A model in this process. model: an artifact folder; folder: gets the journal, and the logged requests in
-    `requests`. fed: (log, events), and (None, request), in their order."""
+    `requests`."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.ranker, self.requests = Ranker.load(model), folder / "requests"
@@ -97,18 +92,15 @@ class FedModel:
         Journal(address).close()
         self._learning = Learning(self.ranker, address)
         self.logged: list[pa.Table] = []
-        self.fed = list[tuple[Any, Any]]()
 
     def send(self, table: pa.Table, log: str | None) -> None:
         """Accepts events of the interaction log (None), or of a named log, and learns them."""
-        self.fed.append((log, table))
-        checked = self._learning.checks.read_json(log, to_json(table))
+        checked = self._learning.checks.read_json(log, as_json(table))
         self._learning.journal.append(make_batch(log, checked, self._learning.schema))
         self._learning.catch_up()
 
     def rank(self, request: dict[str, Any]) -> None:
         """Ranks and logs a request."""
-        self.fed.append((None, request))
         ranking: Ranking = self.ranker.rank(**json.loads(json.dumps(request)))
         self.logged.append(Record(ranking, None, None, None, 1.0, time.time_ns() // 1_000).table())
 
@@ -117,12 +109,12 @@ class FedModel:
         write_file(self.requests, pa.concat_tables(self.logged, promote_options="default"))
 
 
-def feed(period: Period, model: FedModel, ids_only: bool = False, most: int = 500) -> None:
+def feed(period: Period, model: FedModel, most: int) -> None:
     """Feeds a period's events and requests in the order of time to a model.
 
     Before a request, all events that happened earlier are learnt. What is of the same instant comes later: nothing sees
     its own instant. A row of the interaction log comes with all its labels, though some mature later: the model has to
-    hide them until then. ids_only: leave out attributes of users and candidates; most: candidates of a call.
+    hide them until then. most: candidates of a call.
     """
     sent = [0] * len(period.logs)
     for number, instant in enumerate(period.times.tolist()):
@@ -133,16 +125,15 @@ def feed(period: Period, model: FedModel, ids_only: bool = False, most: int = 50
             sent[place] = until
         first, end = period.starts[number : number + 2].tolist()
         for start in range(first, end, most):
-            model.rank(_build_request(period, start, min(start + most, end), ids_only))
+            model.rank(_build_request(period, start, min(start + most, end)))
 
 
-def _build_request(period: Period, start: int, end: int, ids_only: bool) -> dict[str, Any]:
+def _build_request(period: Period, start: int, end: int) -> dict[str, Any]:
     """A request for the rows of a period from one number to another; user and context are those of the first."""
     schema, table = period.rows.schema, period.rows.table
-    ids = {schema.columns.user, schema.columns.candidate}
     parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS.values()}
     for name, role in schema.input_columns().items():
-        if role in PARTS and (not ids_only or role == "context" or name in ids):
+        if role in PARTS:
             rows = table[name].slice(start, end - start if role == "candidate" else 1)
             values = [each.isoformat() if hasattr(each, "isoformat") else each for each in rows.to_pylist()]
             parts[PARTS[role]][name] = values if role == "candidate" else values[0]

@@ -15,9 +15,9 @@ from mmoe_rec.live.journal_rows import RowChecks, join_by_log, make_batch, write
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
-from tests.live.fed_model import to_json
 from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.preprocessing.growing_log import Growing
+from tests.server.asking import as_json
 
 _UTC = pa.timestamp("us", tz="UTC")
 
@@ -43,11 +43,11 @@ def _post(journal: Journal, growing: Growing, start: float, end: float, size: in
     for first in range(0, max(len(rows), len(events)), size):
         batches = []
         if len(part := rows.slice(first, size)):
-            batches.append(make_batch(None, checks.read_json(None, to_json(part)), pipeline.schema))
+            batches.append(make_batch(None, checks.read_json(None, as_json(part)), pipeline.schema))
         if len(part := events.slice(first, size)):
             numbers = pa.array(range(int(1000 * start) + first, int(1000 * start) + first + len(part)))
             part = part.append_column("event_id", numbers)
-            batches.append(make_batch("purchases", checks.read_json("purchases", to_json(part)), pipeline.schema))
+            batches.append(make_batch("purchases", checks.read_json("purchases", as_json(part)), pipeline.schema))
         for _ in range(1 + (first // size % 3 == 0)):
             journal.append(*batches)
 

@@ -15,8 +15,8 @@ from mmoe_rec.server.options import Options
 from tests.live.refreshed_model import RefreshedModel
 from tests.log.small_logs import DAY, START
 from tests.preprocessing.test_tables_of_models import assert_same_tables
-from tests.server.asking import ask, take_up
-from tests.server.test_events import as_json, asked
+from tests.server.asking import as_json, ask, take_up
+from tests.server.test_events import asked
 
 pytestmark = pytest.mark.thorough
 

@@ -69,12 +69,6 @@ def journal(tmp_path: Path) -> Path:
     return tmp_path / "journal.db"
 
 
-def test_rows_that_come_again_count_once_whatever_their_labels_are(address):
-    taken = Taken(address, _schema())
-    found = taken.found(*(_table([{"time": 1, "click": click}]) for click in (0.0, 0.0, 1.0, None)))
-    assert found == {"items": [1], "duplicates": 3}
-
-
 def test_without_request_ids_a_users_rows_of_one_instant_are_a_request(journal):
     rows = [{"item": 1, "time": 1}, {"item": 1, "time": 1.1}, {"item": 1, "time": 1, "user": 2}, {"item": 1, "time": 1}]
     assert Taken(journal, _schema(request=None)).found(_table(rows))["duplicates"] == 1
@@ -103,8 +97,6 @@ def test_events_count_once_by_their_id(address):
     assert len(views.table) == 4
     assert views.table.column_names == ["at", "user"]
     assert taken.found(_table([{"time": 1, "event_id": 1}]))["items"] == [1], "ids are a log's own"
-    found = taken.found(_table([{"time": 1, "event_id": 1, "request": 5}, {"time": 1, "event_id": 3, "request": 6}]))
-    assert found == {"items": [1], "duplicates": 1}
 
 
 def test_an_events_own_column_of_that_name_is_no_id(journal):

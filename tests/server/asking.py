@@ -139,6 +139,12 @@ def take_up(models: Models, source: Source) -> ServedModel:
     return served
 
 
+def as_json(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of events as a caller sends them."""
+    rows: list[dict[str, Any]] = json.loads(json.dumps(table.to_pylist(), default=str))
+    return rows
+
+
 def element(**changes: Any) -> dict[str, Any]:
     """A good request with keys replaced."""
     return {"user": {"user": USER}, "context": dict(CONTEXT), "candidates": {"item": ITEMS}, **changes}

@@ -9,9 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ START = b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: applica
 
 @dataclass
 class Running:
-    """A server in a process of its own."""
+    """A server in a process of its own. again: how often `answered` sent something again."""
 
     port: int
     process: Command
     log: Path
+    again: int = 0
 
     def send(self, body: Any, page: str = "/invocations", method: str = "POST", **headers: str) -> tuple[int, Any]:
         """Status and body of a reply."""
@@ -50,6 +51,20 @@ class Running:
             return reply.status, found.decode() if page == "/metrics" else json.loads(found)
         finally:
             connection.close()
+
+    def answered(self, body: Any, page: str, method: str = "POST") -> Any:
+        """The reply to a call, which is sent again as by a caller whose connection breaks."""
+
+        def reply() -> Any:
+            with suppress(OSError, HTTPException, ValueError):
+                status, tree = self.send(body, page, method)
+                assert status == 200 or page == "/events", tree
+                self.again += status != 200
+                return tree if status == 200 else None
+            self.again += 1
+            return None
+
+        return until(reply)
 
     def health(self) -> int:
         """The status of `/health`."""

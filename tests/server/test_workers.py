@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from tests.inference.small_model import ITEMS, SmallModel
 from tests.live.journals import postgresql
 from tests.log.small_logs import DAY, START, log_rows
 from tests.processes import PATIENCE, children, is_running, until
-from tests.server.test_events import as_json, asked, expected, later_log
+from tests.server.asking import as_json
+from tests.server.test_events import asked, expected, later_log
 from tests.server.test_processes import GOOD, Calling, Running, changed, model_count, opened, served
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
@@ -237,26 +237,13 @@ def _ready(running: Running) -> set[int]:
     return running.workers()
 
 
-def _answered(running: Running, body: Any, page: str) -> Any:
-    """The reply to a call, which is sent again as by a caller whose connection breaks."""
-
-    def reply() -> Any:
-        with suppress(OSError, HTTPException, ValueError):
-            status, tree = running.send(body, page)
-            assert status == 200 or page == "/events", tree
-            return tree if status == 200 else None
-        return None
-
-    return until(reply)
-
-
 def _sent(running: Running, rows: list[dict[str, Any]]) -> str:
     """Sends rows until they are acknowledged; gives the position."""
-    return str(_answered(running, {"events": rows}, "/events")["position"])
+    return str(running.answered({"events": rows}, "/events")["position"])
 
 
 def _asked(running: Running, position: str) -> list[dict[str, Any]]:
-    (ranking,) = _answered(running, ASKED, f"/invocations?after={position}")["predictions"]
+    (ranking,) = running.answered(ASKED, f"/invocations?after={position}")["predictions"]
     by_item = dict(zip(ranking["candidates"], ranking["explanations"], strict=True))
     return [by_item[item] for item in ITEMS]
 
