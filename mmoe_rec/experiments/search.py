@@ -34,6 +34,8 @@ from mmoe_rec.tracking.client import UnreachableError
 FOLDER, BEST = "tuning", "best.yaml"
 CHOOSING_SEEDS = 2
 """Runs of each candidate that choose between them. Other seeds confirm the chosen one."""
+MIN_SEEDS = 2
+"""Fewest runs that confirm a candidate, however short the time is."""
 MAX_FAILURES = 10
 """Trials in a row without a result after which the search ends."""
 TRIAL_SEEDS, CANDIDATE_SEEDS = 1000, 100_000
@@ -62,19 +64,25 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
     with open_runner(settings, "tune", "validation", Part.JUDGING, FOLDER) as runner:
         space = settings.tuning.search or list_space(settings, runner.prepared.manifest["splits"]["train"]["rows"])
         study = Study(runner, space)
-        study.run(end, trials, CHOOSING_SEEDS * 2 + 2 * seeds)
+        half = 0.0 if minutes is None else 30 * minutes
+        study.run(end, half, trials, CHOOSING_SEEDS * 2 + 2 * seeds)
         found = study.read()
         effects = estimate_effects(space, found)
         candidates = _list_candidates(settings, space, found, effects)
         variant = _choose(runner, candidates) if candidates else BASE
-        report = judge(runner, [BASE, variant] if candidates else [BASE], seeds, 0.0)
+        fitting = fit_seeds(find_ended(study.study), end - time.time(), seeds) if candidates else MIN_SEEDS
+        report = judge(runner, [BASE, variant] if candidates else [BASE], fitting, 0.0)
         heads = ("setting", "value", "trials", "effect")
         rows = [
             (name, level, str(count), signed(effect)[0])
             for (name, level), (count, effect) in sorted(effects.items(), key=lambda item: -item[1][1])
         ]
         table = Table("Effects of single values on the selecting rows, by least squares over the trials", heads, rows)
-        notes = [study.describe(), *([] if candidates else ["nothing to adopt: no other values did better"])]
+        notes = [study.describe()]
+        if not candidates:
+            notes.append("nothing to adopt: no other values did better")
+        elif fitting < seeds:
+            notes.append(f"the time allowed {fitting} instead of {seeds} runs to confirm. Give more --minutes for all.")
         report = replace(report, notes=notes, tables=[table])
         best = settings if report.adopted is None else variant.apply(settings)
         write_text(runner.folder / BEST, best.to_yaml())
@@ -177,11 +185,12 @@ class Study:
             choices = {name: json.dumps(own[name]) for name, search in space.items() if search.choices is not None}
             self.study.enqueue_trial({**own, **choices})
 
-    def run(self, end: float, trials: int | None, confirming: int) -> None:
+    def run(self, end: float, half: float, trials: int | None, confirming: int) -> None:
         """Run trials until there are enough, or until the rest of the time is needed to confirm.
 
         Args:
             end: Time at which the confirmation has to be complete, in seconds since 1970.
+            half: Seconds at most that are kept for the confirmation.
             trials: Number of trials, None for no limit.
             confirming: Number of runs that choose and confirm the candidate.
 
@@ -189,7 +198,7 @@ class Study:
             UserError: Many trials in a row had no result.
         """
         failures = 0
-        while may_start(find_ended(self.study), end - time.time(), trials, confirming):
+        while may_start(find_ended(self.study), end - time.time(), half, trials, confirming):
             self.study.optimize(self._try, n_trials=1)
             reason = self.study.get_trials(deepcopy=False)[-1].user_attrs.get(_REASON)
             failures = failures + 1 if reason else 0
@@ -271,18 +280,31 @@ class Study:
         )
 
 
-def may_start(ended: Sequence[Any], seconds_left: float, trials: int | None, confirming: int) -> bool:
+def may_start(ended: Sequence[Any], seconds_left: float, half: float, trials: int | None, confirming: int) -> bool:
     """Return whether another trial is wanted, and the time suffices for it and for `confirming` runs after it.
 
     Args:
         ended: Trials that ended.
         seconds_left: Time until all has to be complete.
+        half: Seconds at most that are kept for the runs after the trials, which are fewer if that is too short.
         trials: Number of trials, None for no limit.
         confirming: Number of runs after the trials.
     """
     seconds = [trial.user_attrs[_SECONDS] for trial in ended]
-    needed = (1 + confirming) * float(np.mean(seconds)) if seconds else 0.0
-    return needed < seconds_left and (trials is None or len(ended) < trials)
+    mean = float(np.mean(seconds)) if seconds else 0.0
+    return mean + min(confirming * mean, half) < seconds_left and (trials is None or len(ended) < trials)
+
+
+def fit_seeds(ended: Sequence[Any], seconds_left: float, seeds: int) -> int:
+    """Return the number of runs of two variants that fit into the time: between 2 and `seeds`.
+
+    Args:
+        ended: Trials that ended, whose complete ones tell the time of a run.
+        seconds_left: Time for all runs.
+        seeds: Wanted runs of each variant.
+    """
+    mean = float(np.mean([trial.user_attrs[_SECONDS] for trial in ended if trial.state.name == "COMPLETE"]))
+    return seeds if seconds_left >= 2 * seeds * mean else max(MIN_SEEDS, int(seconds_left / (2 * mean)))
 
 
 def find_ended(study: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """The search for settings: the fit of effects, trials that stop, fail or are killed, and the confirmation."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.experiments import search
 from mmoe_rec.experiments.runner import Runner, Task, Variant
 from mmoe_rec.experiments.search import (
     MAX_FAILURES,
@@ -19,6 +21,7 @@ from mmoe_rec.experiments.search import (
     Trial,
     estimate_effects,
     find_level,
+    fit_seeds,
     list_space,
     may_start,
     own_values,
@@ -157,11 +160,33 @@ def test_settings_that_are_not_better_stay(world: World, tune: Any) -> None:
 
 
 def test_the_confirmation_has_its_part_of_the_time() -> None:
-    """Trials of 10 seconds, and a confirmation that takes as long as 8 of them."""
-    ended = [SimpleNamespace(user_attrs={"seconds": 10.0}) for _ in range(3)]
-    for seconds, trials, expected in ((100, None, True), (85, None, False), (100, 3, False), (100, 4, True)):
-        assert may_start(ended, seconds, trials, 8) == expected
-    assert may_start([], 1, None, 8)
+    """Trials of 10 seconds, and a confirmation that takes as long as 8 of them, or the half of a short time."""
+    ended = [SimpleNamespace(user_attrs={"seconds": 10.0}, state=SimpleNamespace(name="COMPLETE")) for _ in range(3)]
+    for seconds, half, trials, expected in (
+        (100, 90, None, True),
+        (85, 90, None, False),
+        (85, 60, None, True),
+        (65, 60, None, False),
+        (100, 90, 3, False),
+        (100, 90, 4, True),
+    ):
+        assert may_start(ended, seconds, half, trials, 8) == expected
+    assert may_start([], 1, 0, None, 8)
+    assert [fit_seeds(ended, seconds, 5) for seconds in (100, 99, 60, 39, -1)] == [5, 4, 3, 2, 2]
+    assert fit_seeds(ended, math.inf, 5) == 5
+
+
+def test_a_short_time_confirms_with_fewer_runs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(study: Study, trial: Any, variant: Variant) -> float:
+        clock.value += 15
+        return by_experts()(study, trial, variant)
+
+    clock = SimpleNamespace(value=0.0)
+    monkeypatch.setattr(search, "time", SimpleNamespace(time=lambda: clock.value, monotonic=lambda: clock.value))
+    code, out, err = tune(EXPERTS, train, "--minutes", 2, "--training.seed", 44)
+    assert code == 0, err
+    assert "3 trials: " in out, "their time is the first half"
+    assert "the time allowed 2 instead of 3 runs to confirm" in out
 
 
 def test_a_search_without_any_result_ends(tune: Any) -> None:
