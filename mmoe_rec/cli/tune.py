@@ -10,7 +10,7 @@ whichever new runs on the selecting validation rows prefer, is compared with the
 rows. If it is better, the command prints the overrides to adopt, and `data.work`/tuning/best.yaml has them; otherwise
 best.yaml has the settings as they are. Test rows play no part.
 
---minutes covers trials and confirmation. In a short time fewer runs confirm, but at least 2. After a stop, repeat the
+--minutes covers trials and confirmation. In a short time fewer runs confirm, but at least 3. After a stop, repeat the
 command: complete trials and runs stay.
 """
 

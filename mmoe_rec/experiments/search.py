@@ -34,8 +34,8 @@ from mmoe_rec.tracking.client import UnreachableError
 FOLDER, BEST = "tuning", "best.yaml"
 CHOOSING_SEEDS = 2
 """Runs of each candidate that choose between them. Other seeds confirm the chosen one."""
-MIN_SEEDS = 2
-"""Fewest runs that confirm a candidate, however short the time is."""
+MIN_SEEDS = 3
+"""Fewest runs that confirm a candidate, however short the time is. The interval of two is too wide to show a gain."""
 MAX_FAILURES = 10
 """Trials in a row without a result after which the search ends."""
 TRIAL_SEEDS, CANDIDATE_SEEDS = 1000, 100_000
@@ -69,8 +69,11 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
         found = study.read()
         effects = estimate_effects(space, found)
         candidates = _list_candidates(settings, space, found, effects)
-        variant = _choose(runner, candidates) if candidates else BASE
-        fitting = fit_seeds(find_ended(study.study), end - time.time(), seeds) if candidates else MIN_SEEDS
+        ended = find_ended(study.study)
+        choosing = CHOOSING_SEEDS * len(candidates)
+        has_time = fit_seeds(ended, end - time.time(), seeds, choosing) == seeds
+        variant = (_choose(runner, candidates) if has_time else candidates[-1]) if candidates else BASE
+        fitting = fit_seeds(ended, end - time.time(), seeds) if candidates else MIN_SEEDS
         report = judge(runner, [BASE, variant] if candidates else [BASE], fitting, 0.0)
         heads = ("setting", "value", "trials", "effect")
         rows = [
@@ -295,16 +298,18 @@ def may_start(ended: Sequence[Any], seconds_left: float, half: float, trials: in
     return mean + min(confirming * mean, half) < seconds_left and (trials is None or len(ended) < trials)
 
 
-def fit_seeds(ended: Sequence[Any], seconds_left: float, seeds: int) -> int:
-    """Return the number of runs of two variants that fit into the time: between 2 and `seeds`.
+def fit_seeds(ended: Sequence[Any], seconds_left: float, seeds: int, before: int = 0) -> int:
+    """Return the number of runs of two variants that fit into the time, at most `seeds`, but 3 if `seeds` allows it.
 
     Args:
         ended: Trials that ended, whose complete ones tell the time of a run.
         seconds_left: Time for all runs.
         seeds: Wanted runs of each variant.
+        before: Number of runs that come first.
     """
     mean = float(np.mean([trial.user_attrs[_SECONDS] for trial in ended if trial.state.name == "COMPLETE"]))
-    return seeds if seconds_left >= 2 * seeds * mean else max(MIN_SEEDS, int(seconds_left / (2 * mean)))
+    fitting = seeds if seconds_left == math.inf else int(max(0.0, seconds_left / mean - before) / 2)
+    return min(seeds, max(MIN_SEEDS, fitting))
 
 
 def find_ended(study: Any) -> list[Any]:

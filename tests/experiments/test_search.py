@@ -172,7 +172,8 @@ def test_the_confirmation_has_its_part_of_the_time() -> None:
     ):
         assert may_start(ended, seconds, half, trials, 8) == expected
     assert may_start([], 1, 0, None, 8)
-    assert [fit_seeds(ended, seconds, 5) for seconds in (100, 99, 60, 39, -1)] == [5, 4, 3, 2, 2]
+    assert [fit_seeds(ended, seconds, 5) for seconds in (101, 99, 61, 39, -1)] == [5, 4, 3, 3, 3]
+    assert [fit_seeds(ended, 121, seeds, 4) for seeds in (2, 4, 5)] == [2, 4, 4]
     assert fit_seeds(ended, math.inf, 5) == 5
 
 
@@ -183,10 +184,10 @@ def test_a_short_time_confirms_with_fewer_runs(tune: Any, monkeypatch: pytest.Mo
 
     clock = SimpleNamespace(value=0.0)
     monkeypatch.setattr(search, "time", SimpleNamespace(time=lambda: clock.value, monotonic=lambda: clock.value))
-    code, out, err = tune(EXPERTS, train, "--minutes", 2, "--training.seed", 44)
+    code, out, err = tune(EXPERTS, train, "--minutes", 2, "--seeds", 4, "--training.seed", 44)
     assert code == 0, err
     assert "3 trials: " in out, "their time is the first half"
-    assert "the time allowed 2 instead of 3 runs to confirm" in out
+    assert "the time allowed 3 instead of 4 runs to confirm" in out
 
 
 def test_a_search_without_any_result_ends(tune: Any) -> None:
