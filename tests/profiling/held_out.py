@@ -282,30 +282,6 @@ def own_numbers(seed: int) -> HeldOut:
     return HeldOut({"p.parquet": log}, answers, best=w.best(w.clicked))
 
 
-def wide(seed: int) -> HeldOut:
-    """Three hundred columns of three days, most of them numbers that mean nothing."""
-    w = draw_world(seed, 6_000, 400, 80, 3)
-    random = w.random
-    columns: dict[str, Any] = {
-        "session": w.request,
-        "uid": w.user * 3 + 11,
-        "sku": [f"{n:05d}-X" for n in w.item],
-        "created": at(w.time, "us"),
-    }
-    columns |= {f"f{n:03d}": random.normal(size=w.rows).astype(np.float32) for n in range(240)}
-    columns |= {f"u{n:02d}": w.of(w.user, random.normal(size=500).astype(np.float32)) for n in range(30)}
-    columns |= {f"k{n:02d}": w.of(w.item, random.integers(0, 9, 100)) for n in range(20)}
-    columns |= {"always": np.ones(w.rows), "never": pa.nulls(w.rows, pa.string()), "converted": w.clicked}
-    answers = Answers(
-        {"user": "uid", "candidate": "sku", "request": "session", "time": "created"},
-        {"": "always never", "user": "u03", "candidate": "k03", "candidate|context": "f003"},
-        {"converted": Label()},
-        outcomes=("converted",),
-        kinds={"u03": "numeric", "k03": "id|numeric", "f003": "numeric"},
-    )
-    return HeldOut({"w.parquet": pa.table(columns)}, answers, best=w.best(w.clicked))
-
-
 def people(seed: int, split: bool = True) -> HeldOut:
     """A plain table of one row a person, with a weight, with or without a column that says the split."""
     random, rows = np.random.default_rng(seed), 5_000
@@ -565,7 +541,6 @@ LOGS: dict[str, Callable[[int], HeldOut]] = {
     "tienda": tienda,
     "telco": telco,
     "own_numbers": own_numbers,
-    "wide": wide,
     "people": people,
     "people_without_split": partial(people, split=False),
     "odd_names": odd_names,

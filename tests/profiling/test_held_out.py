@@ -109,9 +109,7 @@ def init(folder: Path, held_out: HeldOut, *more: str) -> str:
     return (folder / "settings.yaml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.thorough if name == "wide" else ()) for name in WORKING]
-)
+@pytest.mark.parametrize("name", WORKING)
 def test_no_guess_is_wrong_without_a_mark(name: str, tmp_path: Path) -> None:
     held_out = LOGS[name](0)
     text = init(tmp_path, held_out)
