@@ -318,17 +318,6 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
         clock.now += 100  # the consumer is busy
     assert waiting.waited == 3 * 3
 
-    counter = Counter()
-    ready = Prefetch(counter.items(), depth=3)
-    items = iter(ready)
-    next(items)
-    until(lambda: counter.made == 4, pause=0.001)
-    before = ready.waited
-    clock.now += 50
-    next(items)
-    assert ready.waited == before
-    items.close()
-
 
 def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch() -> None:
     """Nor on the rows beside it; another epoch, seed, or draw of the step gives other numbers, even ones."""
