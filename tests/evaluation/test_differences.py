@@ -15,7 +15,6 @@ from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
-from tests.evaluation.judged_models import NOISE, noise_of_gain, verdicts
 from tests.evaluation.trees import compare as compare_sums
 from tests.evaluation.trees import measure, summarise
 
@@ -196,18 +195,6 @@ def test_large_labels_that_single_precision_has_the_same_are_others(log: Log) ->
     one, two = (log.with_labels(spent=each) for each in moments)
     with pytest.raises(UserError, match="labels of 'spent' differ"):
         found(one, two, 20)
-
-
-@pytest.mark.thorough
-def test_equal_models_are_rarely_told_apart_and_large_gains_mostly_are() -> None:
-    """A small copy of `tests/benchmarks/judge.py`, which makes 1,000 comparisons of each kind."""
-    counts = verdicts(NOISE, number=120, users=250, resamples=100)
-    # Of 120, 2.5% are 3; 10 or more come by chance once in a thousand times.
-    assert counts["better"] + counts["held back"] <= 9
-    assert counts["worse"] <= 9
-    counts = verdicts(noise_of_gain(0.03), number=60, users=250, resamples=100)
-    assert counts["better"] >= 45
-    assert counts["worse"] == 0
 
 
 # Means and differences of several trainings: the interval of each.

@@ -184,8 +184,6 @@ def test_request_time_is_now_unless_given(ranker: Ranker) -> None:
     now = np.datetime64("now")
     ranking = ranker.rank({"user": USER}, {}, {"item": ITEMS})
     assert 0 <= (np.datetime64(ranking.request_time[:19]) - now).astype(int) < 60
-    moment = datetime(2023, 11, 29, 11)
-    assert ranker.rank({"user": USER}, {"time": moment}, {"item": ITEMS}).request_time == "2023-11-29T11:00:00+00:00"
 
 
 @pytest.mark.parametrize(
