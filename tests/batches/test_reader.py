@@ -17,15 +17,7 @@ from mmoe_rec.batches.batch import Batch, draw_uniform, draws_of
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.batches.row_reader import EpochOrder, Position, Prefetch, TrainingReader
 from mmoe_rec.errors import UserError
-from tests.batches.encoded_files import (
-    LAYOUT,
-    assert_values,
-    background_threads,
-    numbers,
-    real,
-    slots,
-    write,
-)
+from tests.batches.encoded_files import LAYOUT, assert_values, background_threads, numbers, real, slots, write
 from tests.batches.encoded_files import global_batches as naive_batches
 from tests.processes import until
 

@@ -124,10 +124,7 @@ def test_tasks_with_fifty_rows_of_the_rarer_label_are_judged(log: Log, rarer: in
         (lambda log: log.take(np.flatnonzero(log.users > 0)), r"[\d,]+ rows of \d+ users, and [\d,]+ of 60"),
         (lambda log: replace(log, requests=log.requests + 1), "their requests or candidates differ"),
         (lambda log: replace(log, users=log.users + 1), "the users of rows differ"),
-        (
-            lambda log: log.with_labels(bought=np.roll(log.labels["bought"], 1)),
-            "labels of 'bought' differ",
-        ),
+        (lambda log: log.with_labels(bought=np.roll(log.labels["bought"], 1)), "labels of 'bought' differ"),
         (
             lambda log: log.with_labels(liked=np.where(log.users > 0, np.nan, log.labels["liked"])),
             r"\d+ rows with a label of 'liked' of 60 users, and [\d,]+ of 60",

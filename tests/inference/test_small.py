@@ -72,12 +72,9 @@ def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel) -> None:
     assert all(torch.equal(stored[name], before[name]) for name in kept)
 
 
-def test_is_no_model_to_round_again(folder: Path, tmp_path: Path) -> None:
+def test_is_no_model_to_round_again_or_to_train_on(folder: Path, small: SmallModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in int8 already"):
         write_int8(folder, tmp_path)
-
-
-def test_is_no_model_to_train_on(folder: Path, small: SmallModel) -> None:
     layout = Ranker.load(folder).layout
     with pytest.raises(UserError, match="is an export in int8, which is too coarse to be trained on"):
         WarmStart(folder, small.settings.model, small.prepared, layout, small.settings.model)
