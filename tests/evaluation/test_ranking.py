@@ -1,8 +1,10 @@
-"""Metrics of ranked lists against trec_eval (by ir-measures) and scikit-learn, and against all orders of tied rows."""
+"""Metrics of ranked lists and of the catalogue against trec_eval (by ir-measures), scikit-learn, loops, and all orders
+of tied rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 
 import ir_measures
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from ir_measures import AP, RR, R, Success, nDCG
-from simulated_log import simulate
+from simulated_log import Log, simulate
 from sklearn.metrics import ndcg_score
 
 from mmoe_rec.evaluation.metrics.lists import (
@@ -22,7 +24,7 @@ from mmoe_rec.evaluation.metrics.lists import (
     recall,
     reciprocal_rank,
 )
-from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.summary import flatten, summarise
 from mmoe_rec.evaluation.sums import MeasuredTask
 from tests.evaluation.trees import measure
 
@@ -123,3 +125,54 @@ def test_ties_count_as_the_mean_over_their_orders(
         if all(score[a] >= score[b] for a, b in pairwise(order))
     ]
     assert found == pytest.approx(np.mean([of_one(order) for order in orders]), abs=1e-12)
+
+
+# The catalogue.
+
+
+def naive_catalogue(log: Log, candidates: np.ndarray, cutoff: int) -> dict[str, float]:
+    """Of scores without ties."""
+    requests, shown = np.unique(log.requests), dict.fromkeys(candidates.tolist(), 0)
+    for request in requests:
+        rows = np.flatnonzero(log.requests == request)
+        for row in rows[np.argsort(-log.score[rows])][:cutoff]:
+            shown[candidates[row]] += 1
+    counts = np.array(list(shown.values()), float)
+    share = np.array([min((candidates == each).sum() / len(requests), 1) for each in shown])
+    apart = np.abs(counts[:, None] - counts).sum() / (2 * len(counts) ** 2 * counts.mean())
+    return {"coverage": (counts > 0).mean(), "gini": apart, "novelty": -(counts @ np.log2(share)) / counts.sum()}
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_metrics_of_the_catalogue_are_those_of_loops(log: Log, text: bool) -> None:
+    candidates = np.random.default_rng(0).geometric(0.02, len(log.score)) * 10**15
+    candidates[::2] = 0  # more rows than there are requests
+    candidates = candidates.astype(str) if text else candidates
+    summary = summarise(log.measure(candidates=candidates), 2)
+    assert summary.catalogue["candidates"] == len(set(candidates.tolist()))
+    for cutoff in (5, 10):
+        found = {name: summary.catalogue[f"{name}_at_{cutoff}"] for name in ("coverage", "gini", "novelty")}
+        assert found == pytest.approx(naive_catalogue(log, candidates, cutoff), abs=1e-12)
+    assert 0 < summary.catalogue["coverage_at_5"] < summary.catalogue["coverage_at_10"] <= 1
+    assert flatten(summary)["catalogue.gini_at_5"] == summary.catalogue["gini_at_5"]
+
+
+def test_ties_count_by_the_probability_to_be_among_the_first() -> None:
+    """Two requests of seven rows, six of which are tied at the cutoff of 5, in all orders of each."""
+    log = simulate(seed=1, users=2, requests=2)
+    score = np.array([2.0, 1, 1, 1, 1, 1, 1] * 2)
+    request = np.repeat([0, 1], 7)
+    candidate = np.array([*range(7), *range(10, 15), 0, 1])
+    rows = len(score)
+    given = {name: np.full(rows, 0.5) for name in log.predictions}
+    labels = {name: np.zeros(rows) for name in log.labels}
+    log = replace(log, users=request, requests=request, predictions=given, labels=labels, score=score)
+    found = summarise(log.measure(candidates=candidate), 2).catalogue
+    shares = []
+    for left_out in product(range(1, 7), range(8, 14)):  # of the tied rows five, less the first, are among the first
+        for other in product(range(1, 7), range(8, 14)):
+            if left_out[0] < other[0] and left_out[1] < other[1]:
+                shown = set(candidate[[row for row in range(rows) if row not in {*left_out, *other}]].tolist())
+                shares.append(len(shown) / len(set(candidate.tolist())))
+    assert found["coverage_at_5"] == pytest.approx(np.mean(shares), abs=1e-12)
+    assert found["coverage_at_10"] == 1

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -244,8 +245,6 @@ def test_times_of_python_pandas_and_numpy(ranker: Ranker, given: Any) -> None:
 def test_the_mlflow_model_takes_them_and_one_request_alone(
     small: SmallModel, ranker: Ranker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mlflow
-
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with runs.open_run(uri, "small") as run:
         registry.register_model(run, small.folder, "small", "champion")
@@ -253,16 +252,11 @@ def test_the_mlflow_model_takes_them_and_one_request_alone(
     table, _ = small.later_rows()
     plain = as_request(table)
     (expected,) = model.predict([plain])
-    candidates = {name: table[name].combine_chunks() for name in plain["candidates"]}
-    moment = table["time"].to_pylist()[0]
-    arrays = {**plain, "candidates": candidates, "context": plain["context"] | {"time": moment}}
-    frame = {**plain, "candidates": {n: each.to_pandas() for n, each in candidates.items() if n != "tags"}}
+    arrays = {**plain, "candidates": {name: table[name].combine_chunks() for name in plain["candidates"]}}
     assert model.predict([arrays]) == model.predict(arrays) == [expected]
     assert model.predict(plain, params={"top_k": 2})[0]["candidates"] == expected["candidates"][:2]
-    without_tags = {**plain, "candidates": {n: each for n, each in plain["candidates"].items() if n != "tags"}}
-    assert model.predict(frame) == model.predict([without_tags])
     with pytest.raises(mlflow.exceptions.MlflowException, match="'item' has 20 values, 'price' has 2"):
-        model.predict({**plain, "candidates": {**candidates, "price": np.ones(2)}})
+        model.predict({**plain, "candidates": {**arrays["candidates"], "price": np.ones(2)}})
 
 
 def test_options_may_be_numbers_of_numpy(ranker: Ranker) -> None:

@@ -119,11 +119,7 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert by_place[1].counters["brand_spent_rate"] is None
     assert by_place[0].counters["item_click_recency"] is None
     assert by_place[0].counters["item_click_positives"] == 0
-    assert by_place[0].histories == {
-        "clicked": [ITEMS[0], unknown, 4],
-        "liked_items": None,
-        "liked_items_brand": None,
-    }
+    assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None, "liked_items_brand": None}
     json.dumps(ranking.to_dict(), allow_nan=False)
     encoders = ranker.pipeline.memory_encoders.values()
     shown = {*by_place[0].counters, *by_place[0].histories}

@@ -1,9 +1,10 @@
 """The Ranker against the offline path, what a request may leave out or give, and the order of the reply."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +14,17 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.task_kinds import find_kind
 from tests.batches.encoded_files import columns_of
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
+from tests.log.small_logs import DAY, random_log, times_of
 
 KINDS = [find_kind(name) for name in ("binary", "binary", "regression")]
 
@@ -180,8 +184,6 @@ def test_request_time_is_now_unless_given(ranker: Ranker) -> None:
     now = np.datetime64("now")
     ranking = ranker.rank({"user": USER}, {}, {"item": ITEMS})
     assert 0 <= (np.datetime64(ranking.request_time[:19]) - now).astype(int) < 60
-    moment = datetime(2023, 11, 29, 11)
-    assert ranker.rank({"user": USER}, {"time": moment}, {"item": ITEMS}).request_time == "2023-11-29T11:00:00+00:00"
 
 
 @pytest.mark.parametrize(
@@ -221,3 +223,67 @@ def test_string_ids(tmp_path: Path) -> None:
     ranker = Ranker.load(SmallModel(tmp_path, strings=True).folder)
     ranking = ranker.rank({"user": "id 5"}, CONTEXT, {"item": ["id 0", "nobody knows", "ünknown ✓"]})
     assert sorted(ranking.candidates) == ["id 0", "nobody knows", "ünknown ✓"]
+
+
+# Requests before the end of the model's log, and long after it.
+
+
+FUTURE, STALE = "they know its future", "they are stale"
+
+
+def at(ranker: Ranker, moment: int) -> Any:
+    return ranker.rank({"user": USER}, {"time": iso_time(moment)}, {"item": ITEMS}, explain=True)
+
+
+def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: Ranker) -> None:
+    last = int(times_of(random_log(1, rows=600)).max())
+    before, then = at(ranker, last + 1 - DAY // 2), at(ranker, last + 1)
+    for one, other in zip(_by_place(before), _by_place(then), strict=True):
+        assert (one.counters, one.histories) == (other.counters, other.histories)
+    later = at(ranker, last + 3 * DAY)
+    assert any(a.counters != b.counters for a, b in zip(_by_place(then), _by_place(later), strict=True))
+
+
+def _by_place(ranking: Any) -> list[Any]:
+    return [each for _, each in sorted(zip(ranking.order, ranking.explanations, strict=True), key=lambda pair: pair[0])]
+
+
+def asked(ranker: Ranker, later: timedelta) -> list[str]:
+    """Warnings for a request so much later than `tables_as_of`."""
+    moment = datetime.fromisoformat(ranker.about.tables_as_of) + later
+    return ranker.rank({"user": USER}, {"time": moment.isoformat()}, {"item": ITEMS}).warnings
+
+
+@pytest.mark.parametrize(
+    ("later", "sentence"),
+    [
+        (timedelta(microseconds=-1), FUTURE),
+        (timedelta(0), FUTURE),  # of which the labels are known
+        (timedelta(microseconds=1), None),
+        (timedelta(days=7), None),
+        (timedelta(days=7, microseconds=1), STALE),
+    ],
+    ids=str,
+)
+def test_a_time_that_does_not_fit_is_told_once(ranker: Ranker, later: timedelta, sentence: str | None) -> None:
+    found = asked(ranker, later)
+    if sentence is None:
+        assert found == []
+        return
+    (told,) = found
+    assert sentence in told
+    known = datetime.fromisoformat(ranker.about.tables_as_of)
+    assert f"{known.isoformat()}," in told
+    assert f"the request's time {(known + later).isoformat()} is" in told
+
+
+@pytest.mark.parametrize("days", [0.5, None])
+def test_the_setting_travels_with_the_artifact(tmp_path: Path, days: float | None) -> None:
+    small = SmallModel(tmp_path, serving={"products": "blas", "stale_after_days": days})
+    assert read_artifact(small.folder).stale_after_days == days
+    ranker = Ranker.load(small.folder)
+    assert asked(ranker, timedelta(hours=11)) == []
+    (told,) = asked(ranker, timedelta(hours=13)) or ["never"]
+    assert ("more than 0.5 days after" in told) == (days is not None)
+    assert bool(asked(ranker, timedelta(days=4000))) == (days is not None)
+    assert FUTURE in asked(ranker, -timedelta(seconds=1))[0]

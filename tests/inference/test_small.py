@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import read_manifest, read_stored, write_manifest
+from mmoe_rec.inference.artifact import read_stored, write_manifest
 from mmoe_rec.inference.export import answers_of, find_differences, write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact
@@ -72,12 +72,9 @@ def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel) -> None:
     assert all(torch.equal(stored[name], before[name]) for name in kept)
 
 
-def test_is_no_model_to_round_again(folder: Path, tmp_path: Path) -> None:
+def test_is_no_model_to_round_again_or_to_train_on(folder: Path, small: SmallModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in int8 already"):
         write_int8(folder, tmp_path)
-
-
-def test_is_no_model_to_train_on(folder: Path, small: SmallModel) -> None:
     layout = Ranker.load(folder).layout
     with pytest.raises(UserError, match="is an export in int8, which is too coarse to be trained on"):
         WarmStart(folder, small.settings.model, small.prepared, layout, small.settings.model)
@@ -102,10 +99,6 @@ def test_a_table_without_its_scales_is_damage(small: SmallModel, tmp_path: Path)
     write_manifest(tmp_path)
     with pytest.raises(UserError, match=r"can't be loaded .*brand\.weight\.scales"):
         Ranker.load(tmp_path)
-
-
-def test_holds_the_files_of_the_model(folder: Path, small: SmallModel) -> None:
-    assert read_manifest(folder).keys() == read_manifest(small.folder).keys()
 
 
 def test_differences_against_loops() -> None:

@@ -1,18 +1,29 @@
-"""The page of an evaluation: what it says first, what it draws, and how it looks in a browser."""
+"""The page of an evaluation: what it says first, what it draws, and what files hold it."""
 
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.results_report import make_report, write_results
+from mmoe_rec.evaluation.results_report import (
+    calibration_figure,
+    gate_weights_figure,
+    make_report,
+    metrics_of_models,
+    write_results,
+)
+from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.report.parts import to_rich
 from mmoe_rec.report.report_files import to_html
+from tests.evaluation.simulated_log import Log, simulate
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page
-from tests.server.browser import browser
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +57,8 @@ def test_guardrails_and_marks(results: Results) -> None:
     slices = next(table for table in report.tables if table.title == "Slices")
     marks = {row[0]: row[-1].mark for row in slices.rows if row[2] == "auc"}
     assert marks["kind: few & far"] == "problem"
+    for name, figure in zip(("new", "old"), report.figures, strict=True):
+        assert f'aria-label="predicted against observed probabilities of bought by {name}"' in figure.svg
 
 
 def test_one_model_alone_has_no_verdict(results: Results) -> None:
@@ -74,20 +87,47 @@ def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
     assert {each.name for each in tmp_path.iterdir()} == {"metrics.json", "report.json", "report.html"}
 
 
-def test_it_opens_in_a_browser_and_fits(results: Results, tmp_path: Path) -> None:
-    write_results(results, tmp_path)
-    with browser(tmp_path) as opened:
-        for width, dark in ((1200, False), (390, True)):
-            opened.size(width, 900, dark=dark)
-            opened.open((tmp_path / "report.html").as_uri())
-            (title,) = opened.texts("h1")
-            assert title == "Evaluation of bought"
-            assert len(opened.texts("tbody tr")) > 20
-            labels = "return [...document.querySelectorAll('svg')].map(e => e.getAttribute('aria-label'))"
-            assert opened.run(labels) == [
-                "predicted against observed probabilities of bought by new",
-                "predicted against observed probabilities of bought by old",
-            ]
-            assert opened.run("return document.documentElement.scrollWidth <= window.innerWidth"), "it is too wide"
-            wide = "return [...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().width > 200)"
-            assert opened.run(wide)
+# Numbers in figures and tables are those of the summary.
+
+
+@pytest.fixture
+def log() -> Log:
+    return simulate(seed=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
+    log = log.with_predictions(bought=scale * log.predictions["bought"])
+    summary = summarise(log.measure(), 50)
+    figure = calibration_figure(summary, "bought")
+    figure.canvas.draw()
+    points = figure.axes[0].containers[0].lines[0].get_xydata()
+    bins = summary.tasks["bought"].details["calibration_bins"]
+    np.testing.assert_allclose(points, [[row["mean_predicted"], row["observed_rate"]] for row in bins])
+    ratio = figure.axes[1].containers[0].lines[0].get_ydata()
+    np.testing.assert_allclose(ratio, [row["observed_rate"] / row["mean_predicted"] for row in bins])
+
+
+def test_a_prediction_of_0_has_no_ratio(log: Log) -> None:
+    log = log.with_predictions(bought=np.where(log.predictions["bought"] < 0.5, 0.0, 0.7))
+    ratio = calibration_figure(summarise(log.measure(), 20), "bought").axes[1].containers[0].lines[0].get_ydata()
+    assert np.isnan(ratio).tolist() == [True, False]
+
+
+def test_gate_weights_figure_writes_every_weight() -> None:
+    figure = gate_weights_figure({"bought": np.array([0.25, 0.75, np.nan]), "liked": np.array([0.1, np.nan, 0.9])})
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): "0.25", (1, 0): "0.75", (0, 1): "0.10", (2, 1): "0.90"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["bought", "liked"]
+
+
+def test_three_models_fit_a_narrow_terminal_and_what_one_lacks_is_a_dash(log: Log) -> None:
+    summary, one = (summarise(replace(log, tasks=log.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
+    table = metrics_of_models({"MMoE": summary, "gradient boosting": summary, "popularity": one})
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(to_rich(table))
+    assert stream.getvalue().count(f"{summary.tasks['bought'].get('auc').value:.4f} ±") == 3
+    assert "…" not in stream.getvalue()
+    assert [row[3].text for row in table.rows if row[0] == "auc ↑"][1] == "-"

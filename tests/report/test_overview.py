@@ -90,7 +90,10 @@ def test_the_page_holds_all_parts_and_opens_in_a_browser(world: Path, tmp_path: 
             opened.size(width, 900, dark=dark)
             opened.open(file.as_uri())
             opened.run("document.querySelectorAll('details').forEach(e => e.open = true)")
+            assert opened.texts("h1") == [report.title]
             assert len(opened.texts("tbody tr")) > 15
+            wide = "return [...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().width > 200)"
+            assert opened.run(wide)
             assert opened.run("return document.documentElement.scrollWidth <= window.innerWidth"), "it is too wide"
             assert opened.complaints() == []
 

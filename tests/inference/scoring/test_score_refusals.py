@@ -33,14 +33,8 @@ def as_text(column: pa.ChunkedArray) -> pa.Array:
 
 
 WRONG = {
-    "a user of another type": (
-        changed("user", as_text),
-        "column 'user' changes its type.* '{file}'",
-    ),
-    "text as a number": (
-        changed("price", as_text),
-        "'{file}': column 'price' must hold numbers, found string",
-    ),
+    "a user of another type": (changed("user", as_text), "column 'user' changes its type.* '{file}'"),
+    "text as a number": (changed("price", as_text), "'{file}': column 'price' must hold numbers, found string"),
     "lists as an id": (changed("brand", lambda c: pa.array([["a"]] * 200)), "'{file}': column 'brand' must hold"),
     "no feature": (good().drop_columns(["born"]), "'{file}' has no column 'born'"),
     "no request": (good().drop_columns(["request"]), "'{file}' has no column 'request'"),
