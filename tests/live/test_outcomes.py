@@ -1,5 +1,6 @@
 """JoinResult rows are those of plain loops, over any number of runs, and each request is written once."""
 
+import math
 import random
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -74,7 +75,7 @@ def drawn_world(seed: int, user_ids: bool = False, repeats: bool = False) -> Wor
         page, user, hour, items = draw.choice(pages)
         hour += draw.choice([-0.5, 0, 0.25, 0.5, 1, 3, 3.5, 6, 12, 24, 25])
         item = draw.choice(items) if draw.random() < 0.9 else draw.randrange(8)
-        amount = draw.choice([None, 1.0, 2.5, 10.0])
+        amount = draw.choice([None, math.nan, 1.0, 2.5, 10.0])
         user = draw.choice([user] * 9 + [draw.randrange(3)])  # now and then another one than the request's
         event_id = draw.randrange(200)  # which several users have
         if not repeats and (user, event_id) in ids:

@@ -27,16 +27,6 @@ pytestmark = pytest.mark.thorough
 ADDRESS = f"models:/{NAME}@champion"
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> RefreshedModel:
-    return RefreshedModel(tmp_path_factory.mktemp("model")).keep()
-
-
-@pytest.fixture
-def model(kept: RefreshedModel) -> RefreshedModel:
-    return kept.restore()
-
-
 def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     first = model.about("1")
     features = files_of(Path(model.settings.data.work) / "features")

@@ -64,17 +64,6 @@ def _through(model: RefreshedModel) -> int:
     return int(known["through"])
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> RefreshedModel:
-    return RefreshedModel(tmp_path_factory.mktemp("model")).keep()
-
-
-@pytest.fixture
-def model(kept: RefreshedModel, tmp_path: Path) -> RefreshedModel:
-    kept.journal = tmp_path / "journal.db"
-    return kept.restore()
-
-
 def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     app = _served(model, "1")
     first = as_json(model._days(9, 11))

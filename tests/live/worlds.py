@@ -1,5 +1,6 @@
 """Logged requests and events drawn at random, and what an interaction log must hold of them, by plain loops."""
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -144,9 +145,8 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
     for name, source in outcomes.labels.items():
         said: dict[int, list[Row]] = {}
         for row, event in belongs(source.events, rows):
-            if event["at"] - row["time"] <= source.microseconds and (
-                source.value is None or event[source.value] is not None
-            ):
+            has_value = source.value is None or event[source.value] not in (None, math.nan)
+            if has_value and event["at"] - row["time"] <= source.microseconds:
                 said.setdefault(id(row), []).append(event)
         for row in rows:
             values = [1.0 if source.value is None else each[source.value] for each in said.get(id(row), [])]
