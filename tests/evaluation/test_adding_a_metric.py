@@ -91,9 +91,3 @@ def test_sums_that_nobody_or_two_metrics_measure_are_named(log: Log, monkeypatch
         monkeypatch.setattr(registered, "METRICS", (*registered.METRICS[:-1], twice()))
         with pytest.raises(ValueError, match=f"metric 'brier' measures .*{taken}"):
             log.measure()
-
-
-def test_registered_metrics_have_names_of_their_own() -> None:
-    for kind in ("binary", "regression", "score"):
-        names = [metric.name for metric in registered.metrics_of(kind)]
-        assert len(names) == len(set(names)) > 0

@@ -23,8 +23,6 @@ from tests.commands import read_metrics, run
 from tests.evaluation.trees import intervals, measure, summarise
 
 TASKS = ["bought", "stars:regression=0.2"]
-
-
 FEW = Evaluation(resamples=20)
 
 

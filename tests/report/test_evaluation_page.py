@@ -21,7 +21,7 @@ from mmoe_rec.evaluation.results_report import (
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.report.parts import to_rich
 from mmoe_rec.report.report_files import to_html
-from tests.evaluation.simulated_log import Log, simulate
+from tests.evaluation.simulated_log import simulate
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page
 
@@ -90,14 +90,12 @@ def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
 # Numbers in figures and tables are those of the summary.
 
 
-@pytest.fixture
-def log() -> Log:
-    return simulate(seed=0)
+LOG = simulate(seed=0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
-def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
-    log = log.with_predictions(bought=scale * log.predictions["bought"])
+def test_calibration_figure_draws_the_bins(scale: float) -> None:
+    log = LOG.with_predictions(bought=scale * LOG.predictions["bought"])
     summary = summarise(log.measure(), 50)
     figure = calibration_figure(summary, "bought")
     figure.canvas.draw()
@@ -108,8 +106,8 @@ def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
     np.testing.assert_allclose(ratio, [row["observed_rate"] / row["mean_predicted"] for row in bins])
 
 
-def test_a_prediction_of_0_has_no_ratio(log: Log) -> None:
-    log = log.with_predictions(bought=np.where(log.predictions["bought"] < 0.5, 0.0, 0.7))
+def test_a_prediction_of_0_has_no_ratio() -> None:
+    log = LOG.with_predictions(bought=np.where(LOG.predictions["bought"] < 0.5, 0.0, 0.7))
     ratio = calibration_figure(summarise(log.measure(), 20), "bought").axes[1].containers[0].lines[0].get_ydata()
     assert np.isnan(ratio).tolist() == [True, False]
 
@@ -123,8 +121,8 @@ def test_gate_weights_figure_writes_every_weight() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["bought", "liked"]
 
 
-def test_three_models_fit_a_narrow_terminal_and_what_one_lacks_is_a_dash(log: Log) -> None:
-    summary, one = (summarise(replace(log, tasks=log.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
+def test_three_models_fit_a_narrow_terminal_and_what_one_lacks_is_a_dash() -> None:
+    summary, one = (summarise(replace(LOG, tasks=LOG.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
     table = metrics_of_models({"MMoE": summary, "gradient boosting": summary, "popularity": one})
     stream = io.StringIO()
     Console(file=stream, width=80).print(to_rich(table))

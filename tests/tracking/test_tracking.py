@@ -30,11 +30,6 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'deep' / 'mlflow.db'}"
 
 
-def folder_of(uri: str) -> Path:
-    store = client.read_sqlite_path(uri)
-    return store.parent
-
-
 def test_records_a_run_beside_the_database(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -52,13 +47,14 @@ def test_records_a_run_beside_the_database(
         run.log_artifact(tmp_path / "plan.txt")
     assert capfd.readouterr() == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.txt"]
-    assert {path.name for path in folder_of(uri).iterdir()} >= {"mlflow.db", "mlartifacts"}
+    folder = client.read_sqlite_path(uri).parent
+    assert {path.name for path in folder.iterdir()} >= {"mlflow.db", "mlartifacts"}
     recorded = mlflow.get_run(run.run_id)
     assert recorded.info.status == "FINISHED"
     assert recorded.data.params["model.experts.count"] == "4"
     assert len(recorded.data.params) == 251
     assert recorded.data.metrics["auc"] == 0.75
-    names = {path.name for path in folder_of(uri).rglob("*") if path.is_file()}
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
     assert names >= {"hello.txt", "a.json", "empty.png", "plan.txt"}
 
 
