@@ -11,7 +11,6 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training import sharded_tables as tables_module
@@ -77,25 +76,6 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
         assert asked() is found
 
 
-# Inputs that share a table lie apart, and a table is wider than its neighbours.
-MIXED = replace(
-    LAYOUT,
-    ids=(*LAYOUT.ids[3:], *LAYOUT.ids[:3]),
-    tables=tuple(replace(each, dim=12 if index == 1 else each.dim) for index, each in enumerate(LAYOUT.tables)),
-)
-
-
-def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
-    encoded, _ = random_rows(8)
-    ids = make_batch(encoded, MIXED, torchrec=True).ids
-    names = ids.keys()
-    tables = [next(each.table for each in MIXED.look_ups() if each.name == name) for name in names]
-    assert tables == sorted(tables, key=[each.name for each in MIXED.tables].index)
-    assert [each.table for each in MIXED.ids] != tables
-    for name, table in zip(names, tables, strict=True):
-        assert (ids[name].values() < MIXED.table(table).rows).all()
-
-
 RATE = 0.05
 
 
@@ -103,12 +83,8 @@ RATE = 0.05
 WIDTHS = {"t0": 1, "t1": 2, "item": 7, "city": 8, "ages": 3, "t4": 5}
 
 
-@pytest.fixture(scope="module")
-def layout() -> ModelLayout:
-    return replace(LAYOUT, tables=tuple(replace(table, dim=WIDTHS[table.name]) for table in LAYOUT.tables))
-
-
-def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout, tmp_path: Path) -> None:
+def test_tables_of_any_width_are_trained_by_row_wise_adagrad(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, tables=tuple(replace(table, dim=WIDTHS[table.name]) for table in LAYOUT.tables))
     plain = small_model(PlainTables(layout, 3), layout)
     assert isinstance(plain.tables, PlainTables)
     momentum = {name: torch.zeros(len(weight)) for name, weight in plain.tables.named_parameters()}
