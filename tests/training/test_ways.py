@@ -76,6 +76,25 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
         assert asked() is found
 
 
+# Inputs that share a table lie apart, and a table is wider than its neighbours.
+MIXED = replace(
+    LAYOUT,
+    ids=(*LAYOUT.ids[3:], *LAYOUT.ids[:3]),
+    tables=tuple(replace(each, dim=12 if index == 1 else each.dim) for index, each in enumerate(LAYOUT.tables)),
+)
+
+
+def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
+    encoded, _ = random_rows(8)
+    ids = make_batch(encoded, MIXED, torchrec=True).ids
+    names = ids.keys()
+    tables = [next(each.table for each in MIXED.look_ups() if each.name == name) for name in names]
+    assert tables == sorted(tables, key=[each.name for each in MIXED.tables].index)
+    assert [each.table for each in MIXED.ids] != tables
+    for name, table in zip(names, tables, strict=True):
+        assert (ids[name].values() < MIXED.table(table).rows).all()
+
+
 RATE = 0.05
 
 
