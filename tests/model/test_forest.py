@@ -64,20 +64,6 @@ def test_a_row_gets_the_same_sum_whatever_stands_beside_it() -> None:
     assert forest.sums(rows[:0]).shape == (0, 2)
 
 
-def test_members_of_a_set_are_those_that_lightgbm_lists() -> None:
-    text = grow(1)
-    found, waiting = [], [each["tree_structure"] for each in lightgbm.Booster(model_str=text).dump_model()["tree_info"]]
-    while waiting:
-        node = waiting.pop()
-        if "split_feature" in node:
-            waiting += [node["left_child"], node["right_child"]]
-            found += [node["threshold"]] * (node["decision_type"] == "==")
-    trees = read_ensemble(text).trees
-    own = [tree.members(split) for tree in trees for split in np.flatnonzero(tree.by_set).tolist()]
-    assert sorted("||".join(map(str, each)) for each in own) == sorted(found)
-    assert len({len(each) for each in own}) > 2
-
-
 @pytest.mark.parametrize(
     ("wrong", "by", "told"),
     [

@@ -1,9 +1,8 @@
-"""Products by oneDNN against float64, layer by layer and for whole models."""
+"""Products by oneDNN against float64, layer by layer."""
 
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model import products as products_module
-from mmoe_rec.model.mmoe import build_mixture
 from mmoe_rec.model.products import (
     Linear,
     Products,
@@ -22,7 +20,6 @@ from mmoe_rec.model.products import (
     serving_products,
     set_products,
 )
-from mmoe_rec.settings.model import Model
 
 pytestmark = pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN")
 
@@ -115,34 +112,6 @@ def test_bf16_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert layer(x).dtype == stacked.shared(x).dtype == torch.bfloat16
         assert stacked(torch.stack([x, x], 1)).dtype == torch.bfloat16
     assert shapes == []
-
-
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "sparse": {"gates": {"routing": "top_k", "top_k": 2}, "experts": {"compute": "grouped"}},
-    "levels": {"experts": {"levels": 2, "task_count": 1, "raw_inputs": False}},
-    "raw inputs": {"experts": {"raw_inputs": True, "normalise": True}},
-}
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_models_learn_the_same(monkeypatch: pytest.MonkeyPatch, structure: str) -> None:
-    torch.manual_seed(3)
-    small = {"bottom": {"units": [16]}, "experts": {"count": 4, "units": [12, 8]}, "towers": {"units": [6]}}
-    changed = STRUCTURES[structure]
-    settings = Model.model_validate({name: small.get(name, {}) | changed.get(name, {}) for name in {*small, *changed}})
-    mixture = build_mixture(10, [(0.0, 0.5, 1.0), ()], 3, 2, settings)
-    inputs, placement = rows(37, 10), rows(37, 3)
-    shapes, found = calls(monkeypatch), {}
-    for products in ("blas", "onednn"):
-        set_products(mixture, products)
-        torch.manual_seed(5)  # what is dropped
-        loss = mixture(inputs, placement).logits.square().mean()
-        gradients = torch.autograd.grad(loss, [inputs, placement, *mixture.parameters()])
-        found[products] = [loss, *gradients]
-        assert bool(shapes) == (products == "onednn")
-    for blas, onednn in zip(found["blas"], found["onednn"], strict=True):
-        torch.testing.assert_close(onednn, blas, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,17 @@
 """Experts, towers, the score, calibration, the use of gates and weights in int8, each on its own."""
 
 import itertools
-import json
 import math
 from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Outputs, PiecewiseLinear, PlacementTower
-from mmoe_rec.model.products import StackedLinear
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.score import (
     UNCALIBRATED,
@@ -29,30 +26,6 @@ from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.settings import model as section
 from mmoe_rec.task_kinds import KINDS
 from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_stacked_layers_equal_separate_ones(precision: torch.dtype) -> None:
-    """Outputs and all gradients, rows in either precision, which need not lie next to each other."""
-    torch.manual_seed(0)
-    layer = StackedLinear(4, 6, 5)
-    x = torch.randn(4, 9, 6).transpose(0, 1).requires_grad_()
-    gradient = torch.randn(9, 5, 4).transpose(1, 2)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        outputs = layer(x)
-    assert outputs.dtype == precision
-    outputs.backward(gradient.to(precision))
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if precision == torch.float32 else {"rtol": 0.02, "atol": 0.05}
-    for group in range(4):
-        own, weight, bias = (
-            each.detach().clone().requires_grad_() for each in (x[:, group], layer.weight[group], layer.bias[group])
-        )
-        expected = functional.linear(own, weight, bias)
-        expected.backward(gradient[:, group])
-        torch.testing.assert_close(outputs[:, group].float(), expected, **tolerance)
-        found = (x.grad[:, group], layer.weight.grad[group], layer.bias.grad[group])  # type: ignore[index]
-        for one, other in zip(found, (own.grad, weight.grad, bias.grad), strict=True):
-            torch.testing.assert_close(one, other, **tolerance)
 
 
 def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:
@@ -146,13 +119,6 @@ def test_tasks_are_found_by_name_and_others_stay() -> None:
     torch.testing.assert_close(calibrated[:, 2], CURVE.apply(logits[:, 2]))
     assert UNCALIBRATED.apply(logits, ["a", "b", "c"]) is logits
     assert Calibration({"a": CURVE}).apply(logits[:0], ["a", "b", "c"]).shape == (0, 3)
-
-
-def test_json_loses_nothing() -> None:
-    knots = np.sort(np.random.default_rng(0).normal(size=(2, 30)))
-    curve = TaskCalibration(tuple(knots[0].tolist()), tuple(knots[1].tolist()), 1 / 3)
-    calibration = Calibration({"bought": curve, "rebought": TaskCalibration.line(0.1, -1e-17)})
-    assert TypeAdapter(dict[str, TaskCalibration]).validate_json(json.dumps(calibration.to_dict())) == calibration.tasks
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Metrics of predictions and rankings, and their intervals by a bootstrap over users.
+"""Metrics of predictions and rankings.
 
 A metric of a ranking is its mean over all orders of rows with equal scores, here by trying every one of them.
 """
@@ -43,17 +43,6 @@ def average_precision(gains: list[float], cutoff: int) -> float | None:
     return float(np.mean([nth / rank for nth, rank in enumerate(ranks, 1)])) if ranks else None
 
 
-def recall(gains: list[float], cutoff: int) -> float | None:
-    """The share of relevant rows that are among the first."""
-    relevant = sum(gain > 0 for gain in gains)
-    return sum(gain > 0 for gain in gains[:cutoff]) / relevant if relevant else None
-
-
-def hit_rate(gains: list[float], cutoff: int) -> float | None:
-    """Whether a relevant row is among the first."""
-    return float(any(gain > 0 for gain in gains[:cutoff])) if any(gain > 0 for gain in gains) else None
-
-
 def over_requests(rows: Sequence[Row], metric: Ranked, cutoff: int = 0) -> float | None:
     """The mean of a metric over the requests whose rows differ in relevance."""
     requests: dict[object, list[Row]] = {}
@@ -61,25 +50,6 @@ def over_requests(rows: Sequence[Row], metric: Ranked, cutoff: int = 0) -> float
         requests.setdefault(row[1], []).append(row)
     values = [_expected(each, metric, cutoff) for each in requests.values() if len({gain for *_, gain in each}) > 1]
     return float(np.mean(values)) if values else None
-
-
-def bootstrap(
-    rows: Sequence[Row], metric: Callable[[list[Row]], float], resamples: int, seed: int
-) -> tuple[float, float]:
-    """The 95% interval of a metric: percentiles over resamples of users, drawn with replacement."""
-    users: dict[object, list[Row]] = {}
-    for row in rows:
-        users.setdefault(row[0], []).append(row)
-    random, values = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = random.integers(len(users), size=len(users))
-        # A user who is drawn twice has made each request twice.
-        sample = [
-            (u, (copy, q), p, y) for copy, place in enumerate(drawn) for u, q, p, y in list(users.values())[place]
-        ]
-        values.append(metric(sample))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _expected(request: list[Row], metric: Ranked, cutoff: int) -> float:

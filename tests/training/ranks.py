@@ -81,7 +81,6 @@ def train_one_step(folder: Path) -> None:
         logits = sharded.model(batch).logits
         module = sharded.model.module
         order = list(by_name(module.tables(batch.ids), module.dims, (), None))
-    save_weights(sharded.model, folder / "before")
 
     dense = torch.optim.SGD(sharded.dense_parameters().values(), lr=0.1)
     sharded.model.train()

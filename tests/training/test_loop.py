@@ -157,17 +157,13 @@ def test_a_step_is_that_of_the_plain_gradient(prepared: FeatureFolder, tmp_path:
     assert compared > 300
 
 
-def _weights_hook(one: Trainer) -> None:
-    """Only a dense weight's own gradient is bad; what goes on to the tables is finite."""
-    parameter = next(each for name, each in one.sharded.dense_parameters().items() if "towers" in name)
-    parameter.register_hook(lambda gradient: gradient * float("nan"))
-
-
 def test_a_gradient_that_is_not_finite_ends_the_training(prepared: FeatureFolder, tmp_path: Path) -> None:
     with trainer(prepared, tmp_path / "best") as one:
         one._step(iter([batch_of(one, 1)]), meter(one))
         before = {name: each.detach().clone() for name, each in one.sharded.dense_parameters().items()}
-        _weights_hook(one)
+        # Only a dense weight's own gradient is bad; what goes on to the tables is finite.
+        parameter = next(each for name, each in one.sharded.dense_parameters().items() if "towers" in name)
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
         with pytest.raises(UserError, match="the gradient of step 2 is not finite: look"):
             one._step(iter([batch_of(one, 2)]), meter(one))
         assert all(torch.equal(before[name], each) for name, each in one.sharded.dense_parameters().items())

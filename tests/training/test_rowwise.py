@@ -1,14 +1,10 @@
-"""Plain PyTorch's look-up and update of tables, against a loop in float64 and against fbgemm's kernels."""
+"""Plain PyTorch's look-up and update of tables, against a loop in float64."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IdInput
@@ -18,15 +14,14 @@ from tests.reference.model import adagrad
 
 ROWS = [7, 90, 30, 1]
 TABLE_OF = [0, 1, 2, 1, 3]  # one table is shared by two inputs
-SORTED = sorted(TABLE_OF)  # fbgemm wants inputs of one table side by side
 WIDTHS = {"equal": [8, 8, 8, 8], "mixed": [4, 12, 16, 12], "all different": [4, 8, 16, 20]}
 RATES = [0.05, 0.5, 0.01]
 
 
-def random_bags(random: np.random.Generator, rows: Sequence[int], batch: int, longest: int) -> list[list[list[int]]]:
+def random_bags(random: np.random.Generator, batch: int, longest: int) -> list[list[list[int]]]:
     """Of each input, the ids of each row of a batch: 0 to `longest`, many of them the same; one each if it is 0."""
     bags = []
-    for most in rows:
+    for most in (ROWS[table] for table in TABLE_OF):
         lengths = random.integers(0, longest + 1, batch) if longest else np.ones(batch, np.int64)
         bags.append([np.minimum(random.geometric(0.1, length) - 1, most - 1).tolist() for length in lengths])
     return bags
@@ -42,10 +37,10 @@ def flat(bags: Any) -> tuple[torch.Tensor, torch.Tensor]:
 class Tables:
     """Tables with random weights, and the same as a reference."""
 
-    def __init__(self, widths: list[int], seed: int, table_of: Sequence[int] = TABLE_OF) -> None:
+    def __init__(self, widths: list[int], seed: int) -> None:
         random = np.random.default_rng(seed)
         tables = tuple(EmbeddingTable(f"t{t}", ROWS[t], dim=width) for t, width in enumerate(widths))
-        ids = tuple(IdInput(f"input{number}", f"t{t}", many=True) for number, t in enumerate(table_of))
+        ids = tuple(IdInput(f"input{number}", f"t{t}", many=True) for number, t in enumerate(TABLE_OF))
         self.tables = OneProcessTables(ModelLayout(tables, ids, (), ()))
         for weight in self.weights():
             weight.copy_(torch.from_numpy(random.normal(size=weight.shape)))
@@ -84,7 +79,7 @@ def test_many_steps_equal_a_loop_over_rows(longest: int, widths: str) -> None:
     tables = Tables(WIDTHS[widths], seed=longest)
     random = np.random.default_rng(longest)
     for step in range(12):
-        bags = random_bags(random, [ROWS[table] for table in TABLE_OF], batch=1 + 5 * step, longest=longest)
+        bags = random_bags(random, batch=1 + 5 * step, longest=longest)
         pooled = tables.look_up(bags)
         expected = tables.expected(bags)
         torch.testing.assert_close(pooled.double(), expected, atol=1e-4, rtol=1e-4)
@@ -131,7 +126,7 @@ def test_a_step_is_the_same_to_the_last_bit_whatever_the_threads(threads: int) -
             generator = torch.Generator().manual_seed(1)
             tables.tables.rate.fill_(0.1)
             for _ in range(3):
-                pooled = tables.look_up(random_bags(random, [ROWS[table] for table in TABLE_OF], 3000, 3))
+                pooled = tables.look_up(random_bags(random, 3000, 3))
                 pooled.backward(torch.randn(pooled.shape, generator=generator))
             return tables.weights()
         finally:
@@ -144,40 +139,7 @@ def test_a_step_is_the_same_to_the_last_bit_whatever_the_threads(threads: int) -
 @pytest.mark.parametrize("longest", [0, 4])
 def test_a_row_that_a_table_does_not_have_is_named(wrong: int, longest: int) -> None:
     tables = Tables([4, 4, 4, 4], seed=0)
-    bags = random_bags(np.random.default_rng(0), [ROWS[table] for table in TABLE_OF], 9, longest)
+    bags = random_bags(np.random.default_rng(0), 9, longest)
     bags[2][4] = [wrong]
     with pytest.raises(UserError, match=rf"table 't2' has 30 rows, and row {wrong} was looked up"):
         tables.look_up(bags)
-
-
-def fbgemm_module(tables: Tables) -> Any:
-    module: Any = SplitTableBatchedEmbeddingBagsCodegen(
-        [(*each.shape, EmbeddingLocation.HOST, ComputeDevice.CPU) for each in tables.weights()],
-        feature_table_map=SORTED,
-        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        learning_rate=0.05,
-        eps=1e-8,
-        pooling_mode=PoolingMode.SUM,
-    )
-    for own, weight in zip(module.split_embedding_weights(), tables.weights(), strict=True):
-        own.copy_(weight)
-    return module
-
-
-@pytest.mark.parametrize("longest", [0, 6])
-@pytest.mark.parametrize("widths", WIDTHS)
-def test_the_same_steps_as_by_fbgemm(longest: int, widths: str) -> None:
-    tables = Tables(WIDTHS[widths], longest, SORTED)
-    module, random = fbgemm_module(tables), np.random.default_rng(longest)
-    for step in range(12):
-        bags = random_bags(random, [ROWS[table] for table in SORTED], batch=40, longest=longest)
-        tables.tables.rate.fill_(RATES[step % 3])
-        module.set_learning_rate(RATES[step % 3])
-        found = [tables.look_up(bags), module(*flat(bags))]
-        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
-        gradient = torch.randn(found[0].shape)
-        for each in found:
-            each.backward(gradient)
-    for own, weight in zip(module.split_embedding_weights(), tables.weights(), strict=True):
-        torch.testing.assert_close(own, weight, atol=1e-4, rtol=1e-4)
-    assert all(each.any() for each in tables.momentum())

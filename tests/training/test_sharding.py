@@ -87,22 +87,20 @@ def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> Non
         assert torch.equal(first.state_dict()[name], weights) != is_weight(name), f"{name} was not trained"
 
 
-def test_a_checkpoint_of_two_ranks_holds_the_first_weights(two_ranks: Path) -> None:
-    first, loaded = (small_model(PlainTables(LAYOUT, seed)) for seed in (SEED, 99))
-    load_plain(loaded, two_ranks / "before")
-    for name, weights in first.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weights), name
-
-
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         load_plain(small_model(PlainTables(LAYOUT)), tmp_path / "none")
 
 
-def _leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
+def _fail_at_first_and_leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
+    def work() -> None:
+        raise UserError("no log")
+
     try:
-        with join(rank, world, port):
-            dist.all_reduce(torch.ones(1))  # both have joined
+        with join(rank, world, port) as ranks:
+            with pytest.raises(UserError, match=r"^no log$"):
+                ranks.after_first(work)
+            dist.all_reduce(torch.ones(1))
             if rank == 1:
                 os._exit(0)
             dist.all_reduce(torch.ones(1))
@@ -110,29 +108,12 @@ def _leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
         (folder / "said").write_text(str(error))
 
 
-def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
-    def work() -> None:
-        raise UserError("no log")
-
-    try:
-        with join(rank, world, port) as ranks:
-            dist.all_reduce(torch.ones(1))  # both have joined
-            ranks.after_first(work)
-    except UserError as error:
-        (folder / f"said{rank}").write_text(str(error))
-
-
-def test_a_lost_rank_ends_the_others_in_a_sentence(tmp_path: Path) -> None:
-    spawn(_leave_rank_0_alone, tmp_path)
+def test_ranks_are_told_why_the_first_has_failed_and_that_one_is_lost(tmp_path: Path) -> None:
+    spawn(_fail_at_first_and_leave_rank_0_alone, tmp_path)
     said = (tmp_path / "said").read_text()
     assert said.startswith(
         "another of 2 ranks ended or gave no answer, so rank 0 can't go on. Read its own output, then "
     )
-
-
-def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:
-    spawn(_fail_at_first, tmp_path)
-    assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["no log", "no log"]
 
 
 def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from tests.model.examples import LAYOUT
 from tests.training.learnable import CPU, GIVEN
 
 TASKS = len(LAYOUT.tasks)
-BINARY = ("click", "like")
 EXPERTS = 4
 
 
@@ -91,10 +90,13 @@ def test_losses_and_areas_equal_scikit_learn(weighted: bool) -> None:
             area = roc_auc_score(label, np.floor(predicted * BINS_PER_UNIT), sample_weight=weight)
             assert found.auc[task.name] == pytest.approx(area, abs=1e-12)
             assert area == pytest.approx(roc_auc_score(label, predicted, sample_weight=weight), abs=2e-4)
+            probability = np.average(1 / (1 + np.exp(-predicted)), weights=weight)
+            calibration = probability / np.average(label, weights=weight)
+            assert found.calibration[task.name] == pytest.approx(calibration, rel=1e-6)
+            # Whether labels are enough is told by rows, whatever their weights.
+            assert found.rarer[task.name] == min((label == 0).sum(), (label == 1).sum())
         assert found.loss[task.name] == pytest.approx(expected, rel=1e-6)
-    assert set(found.auc) == set(BINARY)
-    # Whether labels are enough is told by rows.
-    assert found.rarer == validated(logits, labels, gates).rarer
+    assert set(found.auc) == set(found.calibration) == set(found.rarer) == {"click", "like"}
 
 
 def test_a_task_with_given_is_judged_by_both_labels() -> None:
@@ -139,20 +141,6 @@ def test_huge_logits_count_at_the_ends() -> None:
     signs = np.where(np.isnan(labels), 0, 2 * (labels > 0) - 1)
     assert validated(signs * 1e6, labels, gates).auc == {"click": 1.0, "like": 1.0}
     assert validated(signs * -1e6, labels, gates).auc == {"click": 0.0, "like": 0.0}
-
-
-def test_calibration_and_rows_of_the_rarer_label_are_those_of_loops() -> None:
-    logits, labels, gates = example(2_000)
-    labels[:, 0] = np.where(labels[:, 0] == 1, np.random.default_rng(2).random(2_000) < 0.2, labels[:, 0])
-    weights = np.random.default_rng(5).uniform(1, 9, len(logits))
-    found = validated(logits, labels, gates, weights=weights)
-    for index, name in enumerate(("click", "like")):
-        known = ~np.isnan(labels[:, index])
-        label, w = labels[known, index], weights[known]
-        predicted = w @ (1 / (1 + np.exp(-logits[known, index].astype(np.float64))))
-        assert found.calibration[name] == pytest.approx(predicted / (w @ label), rel=1e-6)
-        assert found.rarer[name] == min((label == 0).sum(), (label == 1).sum())
-    assert set(found.calibration) == set(found.rarer) == {"click", "like"}
 
 
 def test_an_auc_of_few_rows_of_a_label_has_no_say() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training import sharded_tables as tables_module
@@ -103,12 +102,8 @@ RATE = 0.05
 WIDTHS = {"t0": 1, "t1": 2, "item": 7, "city": 8, "ages": 3, "t4": 5}
 
 
-@pytest.fixture(scope="module")
-def layout() -> ModelLayout:
-    return replace(LAYOUT, tables=tuple(replace(table, dim=WIDTHS[table.name]) for table in LAYOUT.tables))
-
-
-def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout, tmp_path: Path) -> None:
+def test_tables_of_any_width_are_trained_by_row_wise_adagrad(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, tables=tuple(replace(table, dim=WIDTHS[table.name]) for table in LAYOUT.tables))
     plain = small_model(PlainTables(layout, 3), layout)
     assert isinstance(plain.tables, PlainTables)
     momentum = {name: torch.zeros(len(weight)) for name, weight in plain.tables.named_parameters()}
