@@ -98,6 +98,16 @@ def id_rows(seed: int, rows: int = 6000) -> Inputs:
     return Inputs(ids.T.astype(np.float32), 0, clicked, folds=folds)
 
 
+def test_where_there_are_ids_alone_their_mean_labels_tell_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a row come from other requests: its list would tell that one of five is clicked."""
+    monkeypatch.setattr(trees, "MOST_TREES", 100)
+    (predict, told), (again, _) = (boosted(id_rows(0), id_rows(1)) for _ in range(2))
+    assert "with mean labels of ids" in told.partition(";")[0]
+    test = id_rows(2)
+    assert roc_auc_score(test.labels[:, 0], predict(test)) > 0.75
+    np.testing.assert_array_equal(predict(test), again(test))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
     """By a loop over rows; of other rows than those of training, from all."""
