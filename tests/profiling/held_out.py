@@ -50,35 +50,6 @@ def terse_news(seed: int) -> HeldOut:
     )
 
 
-def ratings(seed: int) -> HeldOut:
-    """Ratings alone, one a moment: a regression, no lists."""
-    w = draw_world(seed, 8_000, 400, 500, 900, shown=1)
-    stars = np.clip(
-        np.round((3 + np.log(w.probability / (1 - w.probability)) + w.random.normal(0, 0.7, w.rows)) * 2) / 2, 0.5, 5
-    )
-    genres = [[f"genre {n}" for n in np.unique(w.random.integers(0, 18, 2))] for _ in range(500)]
-    log = pa.table(
-        {
-            "userId": w.user + 1,
-            "movieId": w.item * 11 + 3,
-            "rating": stars,
-            "timestamp": w.time // 1000,
-            "title": [f"The film number {n} ({1950 + n % 70})" for n in w.item],
-            "genres": pa.array([genres[n] for n in w.item]),
-            "year": pa.array(1950 + w.item % 70, pa.int16()),
-            "imdb_votes": w.of(w.item, (w.random.pareto(1, 500) * 1000).astype(int)),
-        }
-    )
-    answers = Answers(
-        {"user": "userId", "candidate": "movieId", "time": "timestamp", "time_unit": "ms", "request": "-"},
-        {"candidate|": "title", "candidate": "genres year imdb_votes"},
-        {"rating": Label("regression")},
-        outcomes=("rating",),
-        kinds={"genres": "ids", "year": "numeric|id", "imdb_votes": "numeric"},
-    )
-    return HeldOut({"ratings.parquet": log}, answers)
-
-
 def video_days(seed: int) -> HeldOut:
     """Videos, a folder a day with an empty file among them, UUIDs, and a log of events of several types."""
     w = draw_world(seed, 10_000, 500, 200, 30, shown=8)
@@ -534,19 +505,12 @@ def spoilt(seed: int, how: str) -> HeldOut:
     return HeldOut({"c.parquet": pa.table(columns)}, Answers({}, {}, {}, refused=named))
 
 
+_MAKERS = (
+    *(terse_news, video_days, tienda, telco, own_numbers, people),
+    *(odd_names, rows_one_by_one, feed, returns, guests),
+)
 LOGS: dict[str, Callable[[int], HeldOut]] = {
-    "terse_news": terse_news,
-    "ratings": ratings,
-    "video_days": video_days,
-    "tienda": tienda,
-    "telco": telco,
-    "own_numbers": own_numbers,
-    "people": people,
+    **{make.__name__: make for make in _MAKERS},
     "people_without_split": partial(people, split=False),
-    "odd_names": odd_names,
-    "rows_one_by_one": rows_one_by_one,
-    "feed": feed,
-    "returns": returns,
-    "guests": guests,
     **{how: partial(spoilt, how=how) for how in SPOILT},
 }

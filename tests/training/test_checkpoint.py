@@ -157,16 +157,12 @@ def test_a_full_disk_ends_training_and_leaves_the_checkpoint_before(
     assert_same(prepared, train(prepared, tmp_path), whole)
 
 
-def _spoil(trainer: Trainer) -> None:
-    with torch.no_grad():
-        for parameter in trainer.sharded.dense_parameters().values():
-            parameter.fill_(float("nan"))
-
-
 def test_a_loss_that_is_not_finite_stops(prepared: FeatureFolder, tmp_path: Path) -> None:
     def at(trainer: Trainer) -> None:
         if trainer.result.steps == 50:
-            _spoil(trainer)
+            with torch.no_grad():
+                for parameter in trainer.sharded.dense_parameters().values():
+                    parameter.fill_(float("nan"))
 
     with pytest.raises(UserError, match="the loss of step 51 is not finite: look for extreme inputs"):
         train(prepared, tmp_path, at)
@@ -268,13 +264,7 @@ def settings(path: str = "", value: Any = None) -> Settings:
 ORIGIN = Origin(fixed_settings(settings()), "features", 7, "run", ALIAS)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("training.device", "cuda"),
-        ("evaluation.resamples", 60),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("training.device", "cuda"), ("evaluation.resamples", 60)])
 def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any) -> None:
     now = fixed_settings(settings(name, value))
     for address in (ALIAS.address, ALIAS.exact):
