@@ -10,8 +10,8 @@ whichever new runs on the selecting validation rows prefer, is compared with the
 rows. If it is better, the command prints the overrides to adopt, and `data.work`/tuning/best.yaml has them; otherwise
 best.yaml has the settings as they are. Test rows play no part.
 
---minutes covers trials and confirmation. In a short time fewer runs confirm, but at least 3. After a stop, repeat the
-command: complete trials and runs stay.
+--minutes covers trials and confirmation. In a short time the fit chooses alone and fewer runs confirm, but at least 3,
+for which the command may take longer. After a stop, repeat the command: complete trials and runs stay.
 """
 
 from pathlib import Path

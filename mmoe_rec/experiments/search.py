@@ -69,23 +69,24 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
         found = study.read()
         effects = estimate_effects(space, found)
         candidates = _list_candidates(settings, space, found, effects)
-        ended = find_ended(study.study)
-        choosing = CHOOSING_SEEDS * len(candidates)
-        has_time = fit_seeds(ended, end - time.time(), seeds, choosing) == seeds
-        variant = (_choose(runner, candidates) if has_time else candidates[-1]) if candidates else BASE
-        fitting = fit_seeds(ended, end - time.time(), seeds) if candidates else MIN_SEEDS
-        report = judge(runner, [BASE, variant] if candidates else [BASE], fitting, 0.0)
+        seconds, notes = mean_seconds(find_ended(study.study)), [study.describe()]
+        variant = candidates[-1] if candidates else BASE
+        if len(candidates) > 1 and (2 * CHOOSING_SEEDS + 2 * seeds) * seconds <= end - time.time():
+            variant = _choose(runner, candidates)
+        elif len(candidates) > 1:
+            notes.append("no time was left to choose between the best trial and the fit by new runs: the fit decided")
+        confirming = fit_seeds(seconds, end - time.time(), seeds) if candidates else min(seeds, MIN_SEEDS)
+        report = judge(runner, [BASE, variant] if candidates else [BASE], confirming, 0.0)
         heads = ("setting", "value", "trials", "effect")
         rows = [
             (name, level, str(count), signed(effect)[0])
             for (name, level), (count, effect) in sorted(effects.items(), key=lambda item: -item[1][1])
         ]
         table = Table("Effects of single values on the selecting rows, by least squares over the trials", heads, rows)
-        notes = [study.describe()]
         if not candidates:
             notes.append("nothing to adopt: no other values did better")
-        elif fitting < seeds:
-            notes.append(f"the time allowed {fitting} instead of {seeds} runs to confirm. Give more --minutes for all.")
+        elif confirming < seeds:
+            notes.append(f"the time was short: {confirming} instead of {seeds} runs confirmed the result")
         report = replace(report, notes=notes, tables=[table])
         best = settings if report.adopted is None else variant.apply(settings)
         write_text(runner.folder / BEST, best.to_yaml())
@@ -293,23 +294,27 @@ def may_start(ended: Sequence[Any], seconds_left: float, half: float, trials: in
         trials: Number of trials, None for no limit.
         confirming: Number of runs after the trials.
     """
-    seconds = [trial.user_attrs[_SECONDS] for trial in ended]
-    mean = float(np.mean(seconds)) if seconds else 0.0
+    mean = mean_seconds(ended)
     return mean + min(confirming * mean, half) < seconds_left and (trials is None or len(ended) < trials)
 
 
-def fit_seeds(ended: Sequence[Any], seconds_left: float, seeds: int, before: int = 0) -> int:
+def mean_seconds(ended: Sequence[Any]) -> float:
+    """Return the mean seconds of the trials that were trained to their end, of all trials if there are none."""
+    complete = [trial for trial in ended if trial.state.name == "COMPLETE"] or ended
+    return float(np.mean([trial.user_attrs[_SECONDS] for trial in complete])) if complete else 0.0
+
+
+def fit_seeds(seconds: float, seconds_left: float, seeds: int) -> int:
     """Return the number of runs of two variants that fit into the time, at most `seeds`, but 3 if `seeds` allows it.
 
     Args:
-        ended: Trials that ended, whose complete ones tell the time of a run.
+        seconds: Time of a run.
         seconds_left: Time for all runs.
         seeds: Wanted runs of each variant.
-        before: Number of runs that come first.
     """
-    mean = float(np.mean([trial.user_attrs[_SECONDS] for trial in ended if trial.state.name == "COMPLETE"]))
-    fitting = seeds if seconds_left == math.inf else int(max(0.0, seconds_left / mean - before) / 2)
-    return min(seeds, max(MIN_SEEDS, fitting))
+    if 2 * seeds * seconds <= seconds_left:
+        return seeds
+    return min(seeds, max(MIN_SEEDS, int(seconds_left / (2 * seconds))))
 
 
 def find_ended(study: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from mmoe_rec.experiments.search import (
     fit_seeds,
     list_space,
     may_start,
+    mean_seconds,
     own_values,
 )
 from mmoe_rec.settings.load import load_settings
@@ -172,9 +173,10 @@ def test_the_confirmation_has_its_part_of_the_time() -> None:
     ):
         assert may_start(ended, seconds, half, trials, 8) == expected
     assert may_start([], 1, 0, None, 8)
-    assert [fit_seeds(ended, seconds, 5) for seconds in (101, 99, 61, 39, -1)] == [5, 4, 3, 3, 3]
-    assert [fit_seeds(ended, 121, seeds, 4) for seeds in (2, 4, 5)] == [2, 4, 4]
-    assert fit_seeds(ended, math.inf, 5) == 5
+    assert [fit_seeds(10, seconds, 5) for seconds in (100, 99, 61, 39, -1)] == [5, 4, 3, 3, 3]
+    assert [fit_seeds(10, *each) for each in ((0, 2), (0, 4), (math.inf, 5))] == [2, 3, 5]
+    behind = SimpleNamespace(user_attrs={"seconds": 1.0}, state=SimpleNamespace(name="PRUNED"))
+    assert [mean_seconds(each) for each in ([*ended, behind], [behind], [])] == [10, 1, 0]
 
 
 def test_a_short_time_confirms_with_fewer_runs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ def test_a_short_time_confirms_with_fewer_runs(tune: Any, monkeypatch: pytest.Mo
     code, out, err = tune(EXPERTS, train, "--minutes", 2, "--seeds", 4, "--training.seed", 44)
     assert code == 0, err
     assert "3 trials: " in out, "their time is the first half"
-    assert "the time allowed 3 instead of 4 runs to confirm" in out
+    assert "the time was short: 3 instead of 4 runs confirmed the result" in out
 
 
 def test_a_search_without_any_result_ends(tune: Any) -> None:
