@@ -64,14 +64,14 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
     with open_runner(settings, "tune", "validation", Part.JUDGING, FOLDER) as runner:
         space = settings.tuning.search or list_space(settings, runner.prepared.manifest["splits"]["train"]["rows"])
         study = Study(runner, space)
-        half = 0.0 if minutes is None else 30 * minutes
-        study.run(end, half, trials, CHOOSING_SEEDS * 2 + 2 * seeds)
+        half, runs_after = 0.0 if minutes is None else 30 * minutes, 2 * (CHOOSING_SEEDS + seeds)
+        study.run(end, half, trials, runs_after)
         found = study.read()
         effects = estimate_effects(space, found)
         candidates = _list_candidates(settings, space, found, effects)
         seconds, notes = mean_seconds(find_ended(study.study)), [study.describe()]
         variant = candidates[-1] if candidates else BASE
-        if len(candidates) > 1 and (2 * CHOOSING_SEEDS + 2 * seeds) * seconds <= end - time.time():
+        if len(candidates) > 1 and runs_after * seconds <= end - time.time():
             variant = _choose(runner, candidates)
         elif len(candidates) > 1:
             notes.append("no time was left to choose between the best trial and the fit by new runs: the fit decided")
