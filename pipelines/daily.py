@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(["train", *words, "--from", f"models:/{name}/{before.number}", "--resume"])
     is_champion = find_holder(name, alias, uri) != before
     trained = f"models:/{name}@{alias if is_champion else 'challenger'}"
-    run(["evaluate", *words, "--model", trained, "--against", f"models:/{name}/{before.number}"])
+    run(["evaluate", *words, "--model", trained, "--compare-to", f"models:/{name}/{before.number}"])
     if not is_champion:
         try:
             run(["promote", *words, "--challenger", "challenger"])

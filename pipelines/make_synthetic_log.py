@@ -148,7 +148,7 @@ def next_command(plan: Plan, out: Path) -> str:
     """What to type to train on the log, with the settings in which it differs from configs/synthetic.yaml."""
     command = ["mmoe-rec", "train", "--config", "configs/synthetic.yaml"]
     if out != DEFAULT_OUT:
-        command += ["--data.log", str(out), "--data.work", str(out.with_name(f"{out.name}-work"))]
+        command += ["--data.log", str(out), "--data.work_dir", str(out.with_name(f"{out.name}-work"))]
     if plan.days != DAYS:
         for name, day in zip(("train_end", "validation_end", "test_end"), plan.split_days(), strict=True):
             command += [f"--split.{name}", str((START + np.timedelta64(day, "D")).astype("datetime64[D]"))]

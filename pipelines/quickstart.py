@@ -39,7 +39,7 @@ def quickstart_settings(full: bool, out: Path, overrides: Sequence[str] = ()) ->
     """
     from mmoe_rec.settings.load import load_settings
 
-    paths = [f"--data.log={out}/log", f"--data.events.purchases.path={out}/purchases", f"--data.work={out}/work"]
+    paths = [f"--data.log={out}/log", f"--data.events.purchases.path={out}/purchases", f"--data.work_dir={out}/work"]
     return load_settings(CONFIG, [*paths, *(["--name", "complete_journey_full"] if full else []), *overrides])
 
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert trained is not None, "the quickstart runs in one process"
     show_report(training_report.make_report(trained, settings))
     console.rule("evaluation on later weeks")
-    work = Path(settings.data.work)
+    work = Path(settings.data.work_dir)
     with reading(work / "features", "a quickstart"):
         evaluated = evaluate_model(settings, trained.address, work / "evaluation")
         if options.full:

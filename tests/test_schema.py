@@ -58,17 +58,17 @@ def _task(label: str, **keys) -> dict:
 
 def _given(**changes) -> dict:
     """Tasks in which liked is given click, with other keys of liked."""
-    return {**TREE["tasks"], "liked": {**TREE["tasks"]["liked"], "given": "click", **changes}}
+    return {**TREE["tasks"], "liked": {**TREE["tasks"]["liked"], "conditional_on": "click", **changes}}
 
 
 LABEL = "feature 'f' reads column 'stars', which is the label of task 'liked'; past labels are read through features"
 PLACEMENT = "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
 MORE_TASKS = {
     "minutes": {"label": "minutes", "kind": "regression", "objective": "engagement"},
-    "shared": _task("shared", given="click"),
+    "shared": _task("shared", conditional_on="click"),
 }
 OUTCOME = "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one"
-NO_GIVEN = "which is not another binary task without `given`; such tasks are:"
+NO_GIVEN = "which is not another binary task without `conditional_on`; such tasks are:"
 NO_CANDIDATE = "is not an id feature of the candidate with a table of its own"
 NAME = {"kind": "id", "column": "c"}
 BUYS = _feature("counter", events="buys", by=["u"], outputs=["rows"])
@@ -110,11 +110,11 @@ REFUSED: list[tuple[str, list, dict]] = [
     *((f"a task may not be called '{name}'", [], {"tasks": {name: _task("y")}}) for name in ("score", "ranking")),
     # A task that is given another one
     *(
-        (f"task 'liked' is given '{given}', {NO_GIVEN} click", [], {"tasks": {**_given(given=given), **MORE_TASKS}})
+        (f"task 'liked' is given '{given}', {NO_GIVEN} click", [], {"tasks": {**_given(conditional_on=given), **MORE_TASKS}})
         for given in ("buy", "liked", "minutes", "shared")
     ),
-    (f"is given 'liked', {NO_GIVEN} none", [], {"tasks": {**_given(), "click": _task("a", given="liked")}}),
-    ("task 'liked' has `given`, which only a binary task can have", [], {"tasks": _given(kind="regression")}),
+    (f"is given 'liked', {NO_GIVEN} none", [], {"tasks": {**_given(), "click": _task("a", conditional_on="liked")}}),
+    ("task 'liked' has `conditional_on`, which only a binary task can have", [], {"tasks": _given(kind="regression")}),
     (OUTCOME, [], {"tasks": {**_given(), "click_and_liked": _task("other")}}),
     # Sources of counters and histories
     *(
@@ -159,8 +159,8 @@ def test_what_does_not_fit_together_is_refused(message, features, sections):
 
 def test_what_fits_together():
     _schema(("Größe_2", NAME), roles={**TREE["roles"], "user": ["u", "u"]})
-    assert _schema(tasks=_given()).tasks["liked"].given == "click"
-    assert _schema().tasks["liked"].given is None
+    assert _schema(tasks=_given()).tasks["liked"].conditional_on == "click"
+    assert _schema().tasks["liked"].conditional_on is None
 
 
 def test_features_share_a_table():

@@ -21,7 +21,7 @@ from mmoe_rec.settings.training import Training
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SMALL = {
     "name": "small",
-    "data": {"log": "log", "work": "work"},
+    "data": {"log": "log", "work_dir": "work"},
     "columns": {"user": "u", "candidate": "c", "time": "t", "sampling_rate": "s"},
     "roles": {"candidate": ["brand"], "context": ["store"], "placement": ["slot"]},
     "tasks": {
@@ -272,7 +272,11 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         ),
         ("features.last.task", _DROPPED, "'features.last': give either `task`, to read the log's labels, or `events`"),
         ("features", {}, "{}: section should have at least 1 item"),
-        ("data.work", "s3://b", "{} must be a folder of this machine, or one that is mounted like one, found 's3://b'"),
+        (
+            "data.work_dir",
+            "s3://b",
+            "{} must be a folder of this machine, or one that is mounted like one, found 's3://b'",
+        ),
         ("split.train_end", "2024-03-01", "'split': train_start, train_end, validation_end and test_end must follow"),
         ("features.x", CROSS, "'features.x.buckets' must be less than or equal to 2147483648"),
         ("features.x", {**USER_ID, "max_size": 2**31}, "'features.x.max_size' must be less than 2147483648"),

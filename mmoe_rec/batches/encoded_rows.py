@@ -81,8 +81,8 @@ class Rows:
 class EncodedRows:
     """The encoded rows of a folder, files in order of their names. Only the footers are read at first.
 
-    outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
-    weighted: rows weigh 1 / the rate at which they were sampled; part:
+    outcomes: labels of tasks with `conditional_on` are those that they are learnt from, over all rows, and not their
+    own; weighted: rows weigh 1 / the rate at which they were sampled; part:
     keep only the rows of these users, or all rows if one of the two parts would have no label, see `is_divided`.
 
     `is_divided`: whether `part` was given and both parts have observed labels;

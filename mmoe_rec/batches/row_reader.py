@@ -1,7 +1,7 @@
 """Training batches: one seeded order of all rows an epoch, of which each rank reads its slices.
 
-The row groups of all files are permuted and cut into windows of about `shuffle_window` rows. Within a row group the
-rows are permuted; within a window the groups are mixed in proportion: row j of group g, of n rows, has the key
+The row groups of all files are permuted and cut into windows of about `shuffle_buffer_rows` rows. Within a row group
+the rows are permuted; within a window the groups are mixed in proportion: row j of group g, of n rows, has the key
 (j + u_g) / n, and the window's rows come by rising key (equal keys by group). So every stretch of the order holds rows
 of each group of its window in proportion to the group's size, and any slice of the order is known without reading any.
 
@@ -82,9 +82,9 @@ class Part:
 class EpochOrder:
     """The order of one epoch. group_rows: (number of row groups,) int64, the rows of each, none of them 0."""
 
-    def __init__(self, group_rows: np.ndarray, *, shuffle_window: int, seed: int, epoch: int) -> None:
+    def __init__(self, group_rows: np.ndarray, *, shuffle_buffer_rows: int, seed: int, epoch: int) -> None:
         self._group_rows, self._seed, self.epoch = group_rows, seed, epoch
-        self.windows = list(self._cut(shuffle_window))
+        self.windows = list(self._cut(shuffle_buffer_rows))
 
     def permutation(self, group: int) -> np.ndarray:
         """(rows of the group,) int64: the rows of a row group, in the order in which they come."""
@@ -116,7 +116,7 @@ class EpochOrder:
         if parts:
             yield parts
 
-    def _cut(self, shuffle_window: int) -> Iterator[Window]:
+    def _cut(self, shuffle_buffer_rows: int) -> Iterator[Window]:
         generator = self._generator(0)
         order = generator.permutation(len(self._group_rows))
         ends = np.cumsum(self._group_rows[order])
@@ -125,7 +125,7 @@ class EpochOrder:
         while first < len(order):
             start = int(ends[first - 1]) if first else 0
             # As many groups as fit, but at least one.
-            last = max(first + 1, int(np.searchsorted(ends, start + shuffle_window, side="right")))
+            last = max(first + 1, int(np.searchsorted(ends, start + shuffle_buffer_rows, side="right")))
             groups = order[first:last]
             yield Window(start, groups, self._group_rows[groups], float(shifts[first]))
             first = last
@@ -195,13 +195,13 @@ class TrainingReader:
     labels. So no row is lost or counted twice, and the real rows are spread evenly over the ranks.
 
     Row groups are decoded by threads of their own, one window ahead. Memory: this rank's row groups of two windows, the
-    one in use and the one ahead. A window has at most `shuffle_window` rows, or one row group where that has more.
+    one in use and the one ahead. A window has at most `shuffle_buffer_rows` rows, or one row group where that has more.
     """
 
     rows: EncodedRows
     _: KW_ONLY
     batch_size: int
-    shuffle_window: int
+    shuffle_buffer_rows: int
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -262,7 +262,9 @@ class TrainingReader:
                 yield window
 
     def order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(self.rows.group_rows, shuffle_window=self.shuffle_window, seed=self.seed, epoch=epoch)
+        return EpochOrder(
+            self.rows.group_rows, shuffle_buffer_rows=self.shuffle_buffer_rows, seed=self.seed, epoch=epoch
+        )
 
 
 class Prefetch(Generic[T]):

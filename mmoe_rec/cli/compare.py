@@ -14,7 +14,7 @@ or data gets features of its own.
 and without each group of features.
 Without any of them, it measures the settings alone: the mean of all metrics, and how far runs are apart.
 
-All runs use the same precision. Nothing is registered. Complete runs stay in `data.work`/comparison: after a stop,
+All runs use the same precision. Nothing is registered. Complete runs stay in `data.work_dir`/comparison: after a stop,
 repeat the command.
 """
 
@@ -68,6 +68,6 @@ def compare(
         variants = list_architectures(settings) if architectures else [BASE, *parse_variants(words)]
         report = compare_variants(settings, variants, seeds)
     show_report(make_report(report))
-    folder = Path(settings.data.work) / FOLDER
+    folder = Path(settings.data.work_dir) / FOLDER
     print(f"all values: {folder / FILE}")
     print(f"report: {folder / PAGE}")

@@ -72,17 +72,17 @@ def init(log: str, out: str | None, work: str | None, **given: Any) -> None:
 
 
 @settings_command()
-@out_option("data.work/inspection")
+@out_option("data.work_dir/inspection")
 def inspect(configuration: Configuration, out: Path | None) -> None:
     """mmoe-rec inspect --config configs/complete_journey.yaml
 
     The health of a data set before one trains on it: rows, labels by split and week, and for each feature its coverage,
     ids that training does not know, drift, and how well it alone predicts each task, which finds leaks. Prepares the
     features as training would, or takes existing ones; writes `report.html` and `health.json` to
-    `data.work`/inspection.
+    `data.work_dir`/inspection.
     """
     settings = configuration.settings
-    out = out or Path(settings.data.work) / "inspection"
+    out = out or Path(settings.data.work_dir) / "inspection"
     check_out(out, settings)
     # matplotlib and Jinja2 are for what there is to be shown.
     with (

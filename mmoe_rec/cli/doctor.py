@@ -82,7 +82,7 @@ def check_folder(work: Path) -> Check:
     """Check that the work folder can be written and that its disk has room."""
     parent = next(each for each in (work.absolute(), *work.absolute().parents) if each.exists())
     free, can_write = shutil.disk_usage(parent).free / 2**30, os.access(parent, os.W_OK)
-    fix = "" if free >= 5 and can_write else "set data.work to a folder that you can write, with 5 GiB or more"
+    fix = "" if free >= 5 and can_write else "set data.work_dir to a folder that you can write, with 5 GiB or more"
     return Check("work folder", f"'{work}', {free:,.0f} GiB free", fix)
 
 
@@ -96,7 +96,7 @@ def doctor(config: str | None) -> None:
     checks = [check_packages(versions), *check_imports(versions)]
     if checks[-1].name == "devices":
         checks.append(check_mlflow((Tracking() if settings is None else settings.tracking).address))
-    checks.append(check_folder(Path("." if settings is None else settings.data.work)))
+    checks.append(check_folder(Path("." if settings is None else settings.data.work_dir)))
     for name, text, fix in checks:
         print(f"{'fix' if fix else 'ok':4} {name:12} {text}")
         if fix:

@@ -2,7 +2,7 @@
 
 Changes the experts of a trained model, without training: --add N copies experts 0, 1, ... and changes no prediction
 (under soft gates a copy shares its original's weight; where gates choose, further training phases it in); --remove E
-takes one away, --mask E puts one out of use. Writes the edited model to `data.work`/edited and registers it as
+takes one away, --mask E puts one out of use. Writes the edited model to `data.work_dir`/edited and registers it as
 `challenger`.
 
 Training goes on from it with `mmoe-rec train --from` and the new number in `model.experts.count`.
@@ -21,7 +21,7 @@ from mmoe_rec.errors import UserError
 @click.option("--add", type=COUNT, metavar="N", help="number of experts to add")
 @click.option("--remove", type=int, metavar="E", help="number of the expert to take away")
 @click.option("--mask", type=int, metavar="E", help="number of the expert to put out of use")
-@out_option("data.work/edited", "where the edited model goes")
+@out_option("data.work_dir/edited", "where the edited model goes")
 def edit_experts(
     configuration: Configuration, model: str, add: int | None, remove: int | None, mask: int | None, out: Path | None
 ) -> None:
@@ -29,7 +29,7 @@ def edit_experts(
     uri, name = settings.tracking.address, settings.registered_model
     if sum(each is not None for each in (add, remove, mask)) != 1:
         raise UserError("give one of --add, --remove and --mask")
-    out = out or Path(settings.data.work) / "edited"
+    out = out or Path(settings.data.work_dir) / "edited"
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
     from mmoe_rec.inference.artifact import read_artifact, read_stored

@@ -1,7 +1,7 @@
 """mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion
 
 Measures how well candidates are ranked and behavior is predicted. Prints a table, and writes a report and
-`metrics.json` to --out (default: `data.work`/evaluation, or evaluation_validation).
+`metrics.json` to --out (default: `data.work_dir`/evaluation, or evaluation_validation).
 
 `--model M` scores the rows of a split with a model: its URI in MLflow, or its folder. The scored rows are written to
 `predictions.parquet`, and the metrics are logged to the run that trained the model. `--split validation` takes the rows
@@ -15,10 +15,10 @@ metrics of tasks. `--columns` names columns that are called otherwise, such as r
 of the settings, or of `--tasks`: NAME for a binary task, NAME:regression for another, each maybe with its weight in
 what a row is worth, such as `--tasks bought stars:regression=0.2`.
 
-`--against` compares with other models, or with other predictions of the same rows. It prints the differences of all
-metrics with intervals, and says which is better: by `evaluation.decide_by`, with no loss for any task
-(`evaluation.margin`). `--slices` (default: `evaluation.slices`) measures parts of the rows too, by columns of the
-log or of the files.
+`--compare-to` compares with other models, or with other predictions of the same rows. It prints the differences of all
+metrics with intervals, and says which is better: by `evaluation.primary_metric`, with no loss for any task
+(`evaluation.max_metric_drop`). `--slices` (default: `evaluation.slices`) measures parts of the rows too, by columns of
+the log or of the files.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 @settings_command(__doc__, needs_file=False)
 @click.option("--model", metavar="M", help=MODEL)
 @click.option("--predictions", metavar="P", help="instead of a model: a folder of Parquet files, one, or a glob")
-@click.option("--against", multiple=True, metavar="M...", help="other models, or predictions, to compare with")
+@click.option("--compare-to", multiple=True, metavar="M...", help="other models, or predictions, to compare with")
 @click.option("--split", type=click.Choice(["test", "validation"]), help="rows of a model to measure (test)")
 @slices_option
 @click.option("--tasks", multiple=True, metavar="T...", help="what was predicted, without a settings file")
 @click.option("--columns", multiple=True, metavar="PART=COLUMN...", help="names of columns of --predictions")
-@click.option("--against-columns", multiple=True, metavar="PART=COLUMN...", help="names that differ in --against")
+@click.option("--compare-to-columns", multiple=True, metavar="PART=COLUMN...", help="names that differ in --compare-to")
 @click.option("--keep-duplicates", is_flag=True, help="a request of --predictions may hold a candidate twice")
 @click.option("--out", type=FOLDER, metavar="DIR", help="where metrics.json goes (of --predictions: metrics)")
 @click.option("--resamples", type=click.IntRange(min=20), metavar="N", help="redraws of the users, for the intervals")
@@ -53,7 +53,7 @@ def evaluate(
     configuration: Configuration | None,
     model: str | None,
     predictions: str | None,
-    against: tuple[str, ...],
+    compare_to: tuple[str, ...],
     split: Literal["test", "validation"] | None,
     slices: tuple[str, ...],
     out: Path | None,
@@ -71,7 +71,7 @@ def evaluate(
         if split is not None:
             raise UserError("--split chooses rows of the log for --model; name files with --predictions")
         out = out or Path("metrics")
-        results = measure_files(settings, rules, predictions, out, against, **of_files)
+        results = measure_files(settings, rules, predictions, out, compare_to, **of_files)
     else:
         if given := next((name for name, value in of_files.items() if value), None):
             raise UserError(f"--{given.replace('_', '-')} is an option of --predictions; leave it out with --model")
@@ -80,12 +80,12 @@ def evaluate(
         from mmoe_rec.preprocessing.logs import short_names
         from mmoe_rec.tracking.registry import find_model
 
-        short = short_names([model, *against])
+        short = short_names([model, *compare_to])
         models = {name: find_model(each, settings.tracking.address) for each, name in short.items()}
         from mmoe_rec.evaluation.evaluate import PREDICTIONS, evaluate_found, place_of
 
         split = split or "test"
-        out = out or Path(settings.data.work) / place_of(split)
+        out = out or Path(settings.data.work_dir) / place_of(split)
         settings = settings.model_copy(update={"evaluation": rules})
         results = evaluate_found(settings, models, out, split)
     from mmoe_rec.evaluation.results_report import make_report
@@ -102,31 +102,31 @@ def measure_files(
     rules: Evaluation,
     predictions: str,
     out: Path,
-    against: tuple[str, ...],
+    compare_to: tuple[str, ...],
     *,
     tasks: tuple[str, ...],
     columns: tuple[str, ...],
-    against_columns: tuple[str, ...],
+    compare_to_columns: tuple[str, ...],
     keep_duplicates: bool,
 ) -> Results:
     """Measure predictions in files, by the tasks of settings or of the options, which are those of the command."""
     if (settings is None) != bool(tasks):
         given = "both are given" if tasks else "neither is given"
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
-    if against_columns and not against:
-        raise UserError("--against-columns names columns of the files of --against, which is not given")
+    if compare_to_columns and not compare_to:
+        raise UserError("--compare-to-columns names columns of the files of --compare-to, which is not given")
     from mmoe_rec.evaluation.prediction_files import columns_of_settings, columns_of_tasks, measure_predictions
     from mmoe_rec.evaluation.slices import SliceBy
 
     if settings is not None:
         _check_weights(settings, columns)
-    if rules.guarded_slices is not None:  # users and candidates of training are unknown
-        guarded = tuple(each for each in rules.guarded_slices if each in rules.slices)
-        rules = rules.model_copy(update={"guarded_slices": guarded})
+    if rules.guardrail_slices is not None:  # users and candidates of training are unknown
+        guarded = tuple(each for each in rules.guardrail_slices if each in rules.slices)
+        rules = rules.model_copy(update={"guardrail_slices": guarded})
     rows = columns_of_tasks(tasks) if settings is None else columns_of_settings(settings)
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in rules.slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    return measure_predictions(rows, predictions, out, rules, against, against_columns)
+    return measure_predictions(rows, predictions, out, rules, compare_to, compare_to_columns)
 
 
 def _check_weights(settings: Settings, columns: tuple[str, ...]) -> None:

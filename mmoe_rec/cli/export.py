@@ -3,7 +3,7 @@
 Makes another form of a trained model, and tells how near it is to the model itself.
 
 --int8 writes a model folder with int8 tables, about .28 of their bytes, in memory too; it is loaded and served like any
-other, and `mmoe-rec evaluate --model small --against models:/shop@champion` measures both on the test rows.
+other, and `mmoe-rec evaluate --model small --compare-to models:/shop@champion` measures both on the test rows.
 
 --onnx writes all that comes after the features, tables and trees included, as one ONNX file for other servers; the
 README.md beside it says how to use it. It needs the extra `onnx`.

@@ -1,8 +1,8 @@
 """mmoe-rec features --config configs/complete_journey.yaml
 mmoe-rec features --config configs/complete_journey.yaml --extend
 
-Fits the features to the log and encodes the training, validation and test rows into `data.work`/features. Training and
-evaluation do this themselves when it has not been done or when log, features or split have changed.
+Fits the features to the log and encodes the training, validation and test rows into `data.work_dir`/features. Training
+and evaluation do this themselves when it has not been done or when log, features or split have changed.
 
 --extend adds new files of the log, with later requests, to existing features and reads nothing else: statistics and
 the table rows of known ids stay, frequent new ids get further rows, and only the new rows are encoded, into the splits

@@ -32,7 +32,7 @@ COMMANDS = {
     "tune-weights": "weights of the tasks in the score, for a goal and with a guardrail",
     "score": "predictions, scores and ranks of a log or of candidates",
     "serve": "serves a model over HTTP",
-    "join-outcomes": "requests that were served and what happened then, as a log",
+    "join-labels": "requests that were served and what happened then, as a log",
     "check-skew": "checks for training-serving skew",
     "features": "fits features and encodes rows, or adds new days",
     "refresh": "new tables for the model that is served, and a training when one is due",

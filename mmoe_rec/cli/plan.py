@@ -4,7 +4,7 @@ Prints which rank would hold which part of the embedding tables, how much memory
 them up takes in a step, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do
 not fit are refused, with their sizes.
 
-The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
+The sizes of tables are those of the features in `data.work_dir`, if they are built; else the largest that the settings
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found:
 good for comparing settings, no promise.
 """
@@ -59,7 +59,7 @@ def plan(
     from mmoe_rec.model.tables import torchrec_tables, used_tables
     from mmoe_rec.training.sharding import Machines, Planning, check_sharding, merge_neighbours, table_bytes
 
-    built = Path(settings.data.work) / "features" / "encoded"
+    built = Path(settings.data.work_dir) / "features" / "encoded"
     if (built / "layout.json").is_file():
         layout, where = Layout.read(built), f"of the features in '{built.parent}'"
     else:

@@ -5,13 +5,13 @@ Takes new files of the log, and of logs of events, into what a model's counters,
 registers the result as a new version: the same weights, calibration and vocabularies, new tables. The alias moves to
 it, if no other version has taken it meanwhile; a server that was started with --poll goes on with the new version.
 Where there are no new files, nothing happens. Only rows of new files are read; those that come late count, too, and
-are told. Features in `data.work` stay as they are: days are added to them for the next training. Of
+are told. Features in `data.work_dir` stay as they are: days are added to them for the next training. Of
 the versions that refreshes made, `tracking.keep_versions` stay besides those that an alias needs.
 
 --journal A first writes what a server (serve --journal A) has accepted into files of `data.log` and of the logs of
 events, which the features for the next training then take as well.
 
---anew makes the tables of all files that the log has now, as where an old file was put right.
+--rebuild makes the tables of all files that the log has now, as where an old file was put right.
 """
 
 from typing import Any
@@ -24,14 +24,14 @@ from mmoe_rec.errors import UserError
 
 @settings_command(__doc__)
 @click.option("--model", metavar="M", help="models:/NAME@ALIAS (default: the settings' registered model and alias)")
-@click.option("--anew", is_flag=True, help="make tables of all files, instead of going on")
+@click.option("--rebuild", is_flag=True, help="make tables of all files, instead of going on")
 @click.option("--journal", metavar="A", help="address of a server's journal, whose events come into the logs first")
 @click.option("--remove-events", is_flag=True, help="remove from the journal what the tables held already")
 @click.option("--other-journal", is_flag=True, help="go over to this journal: the one that the tables hold is gone")
 def refresh(
     configuration: Configuration,
     model: str | None,
-    anew: bool,
+    rebuild: bool,
     journal: str | None,
     **options: Any,
 ) -> None:
@@ -43,11 +43,11 @@ def refresh(
     from mmoe_rec.log.checks import format_time
 
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    refreshed = tables.refresh(settings, address, anew=anew, journal=journal, **options)
+    refreshed = tables.refresh(settings, address, rebuild=rebuild, journal=journal, **options)
     before, made, now = refreshed.before, refreshed.tables, refreshed.after
     holder = f"'{before.alias}' of '{before.version.name}'"
     if made is None:
-        why = "tables of all files are the same" if anew else f"no new files in '{settings.data.log}'"
+        why = "tables of all files are the same" if rebuild else f"no new files in '{settings.data.log}'"
         print(f"{why}: {holder} stays version {before.version.number}, with tables as of {before.about.tables_as_of}")
         return
     print(f"version {refreshed.number}: tables as of {format_time(made.as_of)}, before {before.about.tables_as_of}")

@@ -5,7 +5,7 @@ Serves a model over HTTP: POST /invocations ranks, as MLflow's server does; GET 
 was accepted is answered. --drain-seconds S makes /health answer 503 for S seconds before that, in which callers are
 still served, so that a load balancer can send them elsewhere.
 
---log-requests writes a share of requests and replies into a folder, as Parquet, from which `mmoe-rec join-outcomes`
+--log-requests writes a share of requests and replies into a folder, as Parquet, from which `mmoe-rec join-labels`
 makes a log to train on. --poll S looks every S seconds whether the alias has moved, and takes the new model up.
 
 Where MMOE_REC_TOKEN stands in the environment, or --token-file is given, callers must send
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mmoe_rec.inference.artifact import Source
 
 TOKEN_VARIABLE = "MMOE_REC_TOKEN"
-_OF_MODELS = ("max_candidates", "stale_after_days", "products")  # settings that each model has for itself
+_OF_MODELS = ("max_candidates", "stale_after_days", "matmul_backend")  # settings that each model has for itself
 _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consists of, and loading reads or refuses
 
 
@@ -67,7 +67,7 @@ _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consi
 @click.option("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="further name in header Host, such as a proxy's")
 @click.option("--log-requests", type=FOLDER, metavar="DIR", help="log requests and replies there (default: not)")
-@click.option("--log-share", type=NumberBetween(0, 1), metavar="S", help="share of requests that are logged (0.1)")
+@click.option("--log-fraction", type=NumberBetween(0, 1), metavar="S", help="share of requests that are logged (0.1)")
 @click.option("--log-seconds", type=NumberBetween(1, 86_400), metavar="S", help="seconds between files (default: 300)")
 @overrides_argument
 def serve(
@@ -83,7 +83,7 @@ def serve(
     token_file: str | None,
     allow_host: tuple[str, ...],
     log_requests: Path | None,
-    log_share: float | None,
+    log_fraction: float | None,
     log_seconds: float | None,
     overrides: tuple[str, ...],
 ) -> None:
@@ -96,10 +96,10 @@ def serve(
     from mmoe_rec.server.options import Options, listening_socket, log_to_stderr
     from mmoe_rec.settings.sections import Tracking
 
-    given: dict[str, Any] = {"share": log_share, "seconds": log_seconds}
+    given: dict[str, Any] = {"share": log_fraction, "seconds": log_seconds}
     given = {name: value for name, value in given.items() if value is not None}
     if given and log_requests is None:
-        raise UserError("--log-share and --log-seconds need --log-requests DIR, which is missing")
+        raise UserError("--log-fraction and --log-seconds need --log-requests DIR, which is missing")
     token = read_token(token_file)
     log = None if log_requests is None else LogOptions(log_requests.resolve(), **given)
     finder = AtAddress(model, Tracking(uri=tracking_uri).address)

@@ -4,7 +4,7 @@ mmoe-rec train --config configs/complete_journey.yaml --resume
 mmoe-rec train --config configs/complete_journey.yaml --from models:/complete_journey@champion
 
 Fits features (or takes existing ones), trains the model over sharded tables, keeps the best one by validation, writes
-it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
+it to `data.work_dir`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
 
 --resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
 in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
@@ -16,7 +16,7 @@ away: --resume registers it.
 `mmoe-rec features --extend`); optimizers start afresh.
 
 The model takes over the alias if it is shown to be better than the one that holds it, on validation rows of users that
-chose nothing about it; otherwise it is registered as challenger. One process trains in a `data.work` at a time.
+chose nothing about it; otherwise it is registered as challenger. One process trains in a `data.work_dir` at a time.
 """
 
 import click

@@ -7,8 +7,8 @@ Trials that fall behind the median are cut short, and values that don't go toget
 
 A least-squares fit over the trials estimates what each value gives. The best trial or the best values by the fit,
 whichever new runs on the selecting validation rows prefer, is compared with the settings by further runs on the judging
-rows. If it is better, the command prints the overrides to adopt, and `data.work`/tuning/best.yaml has them; otherwise
-best.yaml has the settings as they are. Test rows play no part.
+rows. If it is better, the command prints the overrides to adopt, and `data.work_dir`/tuning/best.yaml has them;
+otherwise best.yaml has the settings as they are. Test rows play no part.
 
 --minutes covers trials and confirmation. In a short time the fit chooses alone and fewer runs confirm, but at least 3,
 for which the command may take longer. After a stop, repeat the command: complete trials and runs stay.
@@ -36,6 +36,6 @@ def tune(configuration: Configuration, minutes: float | None, trials: int | None
 
     trials = 20 if trials is None and minutes is None else trials
     show_report(make_report(tune_settings(settings, minutes, trials, seeds)))
-    folder = Path(settings.data.work) / FOLDER
+    folder = Path(settings.data.work_dir) / FOLDER
     print(f"report: {folder / PAGE}")
     print(f"next: mmoe-rec train --config {folder / BEST}")

@@ -1,8 +1,8 @@
 """Compares a model with others on the same rows, and decides which one is better.
 
 README.md has the rule (Is a model better?), which `decide` is in code. p-values of the metrics in tables are corrected
-for how many they are by Holm's method (1979); those of what decides, `evaluation.decide_by`, for the number of models
-alone, as it was named before anything was measured.
+for how many they are by Holm's method (1979); those of what decides, `evaluation.primary_metric`, for the number of
+models alone, as it was named before anything was measured.
 
 Another training, and other users, would have given other metrics, so a mean over S trainings errs by both. Its variance
 is the variance of the trainings / S plus the variance by the users, from the bootstrap of the mean of all S on the same
@@ -105,7 +105,7 @@ def compare(
     where the rows are not the same, or for a metric that there is not.
     """
     mine, others = models[model].sums, {name: each.sums for name, each in models.items() if name != model}
-    objective = Objective.of(rules.decide_by, mine, tasks)
+    objective = Objective.of(rules.primary_metric, mine, tasks)
     alone = ((name, [sums]) for name, sums in others.items())
     against = correct(mine, find_differences([mine], alone, objective, rules.resamples, name=model), others)
     labels = {task: count_rarer_label(mine, task) for task in tasks}
@@ -114,7 +114,7 @@ def compare(
     for other, versus in against.items():
         summaries = {name: models[name].summary for name in (model, other)}
         guards = list(find_guards(versus, summaries, judged, rules))
-        if (of_slices := guard_slices(slices, other, judged, rules.margin)) is not None:
+        if (of_slices := guard_slices(slices, other, judged, rules.max_metric_drop)) is not None:
             guards.append(of_slices)
         verdicts[other] = decide(model, other, objective, versus, guards)
     left_out = {task: rows for task, rows in labels.items() if rows < FEWEST}
@@ -222,12 +222,15 @@ def find_guards(
     """
     other, (mine, its) = list(summaries)[-1], summaries.values()
     for task in judged:
-        metric, limit = mine.tasks[task].guarded, f"a loss of more than {rules.margin:g} (evaluation.margin)"
+        metric = mine.tasks[task].guarded
+        limit = f"a loss of more than {rules.max_metric_drop:g} (evaluation.max_metric_drop)"
         loss = versus.groups.get(task, {}).get(metric, Difference(None))
         end = f"so {limit} can't be ruled out"
-        if passed := loss.low is not None and loss.low >= -rules.margin:  # the interval rules a larger loss out
+        if (
+            passed := loss.low is not None and loss.low >= -rules.max_metric_drop
+        ):  # the interval rules a larger loss out
             end = f"so {limit} is ruled out"
-        elif loss.high is not None and loss.high < -rules.margin:
+        elif loss.high is not None and loss.high < -rules.max_metric_drop:
             end = f"which is {limit}"
         told = f"the {metric} of {task} changes by {loss.shown()}"
         if loss.low is None:
@@ -238,12 +241,12 @@ def find_guards(
         if ratio.value is None or its_ratio.value is None:
             continue
         low, high = (ratio.value if end is None else end for end in (ratio.low, ratio.high))
-        is_outside = low > rules.calibration or high < 1 / rules.calibration
+        is_outside = low > rules.max_calibration_ratio or high < 1 / rules.max_calibration_ratio
         passed = not (is_outside and distance_from_one(ratio.value) > distance_from_one(its_ratio.value))
         told = (
             f"the probabilities of {task} are {ratio.shown(2)} times what was observed, which is "
-            f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {rules.calibration:g} "
-            f"(evaluation.calibration); those of '{other}' are {its_ratio.value:.2f} times"
+            f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {rules.max_calibration_ratio:g} "
+            f"(evaluation.max_calibration_ratio); those of '{other}' are {its_ratio.value:.2f} times"
         )
         yield Guard(task, "calibration", passed, told)
 
@@ -264,7 +267,7 @@ def guard_slices(slices: Sequence[SliceRecord], other: str, tasks: Sequence[str]
     number, by = len(looked_at), ", ".join(dict.fromkeys(by for by, _ in looked_at))
     told, limit = (
         f"of {number} slices by {by} none is shown to have",
-        f"a loss of more than {margin:g} (evaluation.margin)",
+        f"a loss of more than {margin:g} (evaluation.max_metric_drop)",
     )
     if losing:
         more = f", and in {len(losing) - MOST_SLICES} more" if len(losing) > MOST_SLICES else ""
@@ -378,10 +381,10 @@ class Results:
         """
         if len(self.models) == 1:
             return None
-        wanted, there = self.rules.guarded_slices, dict.fromkeys(by for by, _ in self.first.slices)
+        wanted, there = self.rules.guardrail_slices, dict.fromkeys(by for by, _ in self.first.slices)
         if unknown := [each for each in wanted or () if each not in there]:
             sliced = f"rows are sliced by: {', '.join(there) or 'nothing'}"
-            raise UserError(f"evaluation.guarded_slices names '{unknown[0]}', and {sliced}")
+            raise UserError(f"evaluation.guardrail_slices names '{unknown[0]}', and {sliced}")
         slices = [each for each in self.slices if wanted is None or each.by in wanted]
         return compare(self.models, self.name, self.tasks, self.rules, slices)
 

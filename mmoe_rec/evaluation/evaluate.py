@@ -145,7 +145,7 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
     artifact: where the ranker was loaded from; split: of the rows. Raises UserError where its tasks are not the same.
     """
     check_tasks(settings, ranker.pipeline.schema)
-    work, what = Path(settings.data.work), "an evaluation"
+    work, what = Path(settings.data.work_dir), "an evaluation"
     with reading(work / "features", what):
         prepared = existing(BuildInputs.of(settings))
         if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
@@ -157,7 +157,7 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
         files = f"1 is gone, '{gone[0]}'" if len(gone) == 1 else f"{len(gone):,} are gone, such as '{gone[0]}'"
         told = "the features that the model was trained on are not there, so counters and histories are rebuilt from"
         say(f"{told} the files that are left in the log: {files}")
-    with writing(encoded, what, "set `data.work` to another folder", queue=True):
+    with writing(encoded, what, "set `data.work_dir` to another folder", queue=True):
         encode_with(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
         yield encoded / split
 
@@ -241,7 +241,7 @@ def evaluate_model(
 
 
 def place_of(split: str) -> str:
-    """The folder, in `data.work` and among a run's files, of what is measured on a split."""
+    """The folder, in `data.work_dir` and among a run's files, of what is measured on a split."""
     return "evaluation" if split == "test" else f"evaluation_{split}"
 
 
@@ -254,7 +254,7 @@ def evaluate_found(
     """
     rules, place = settings.evaluation, place or place_of(split)
     check_out(out, settings)
-    find_objective(rules.decide_by)
+    find_objective(rules.primary_metric)
     measured: dict[str, MeasuredModel] = {}
     (first, *_) = models.values()
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
@@ -311,7 +311,7 @@ def _facts(settings: Settings, split: str) -> dict[str, str]:
         facts["requests"] = f"from {begin:%Y-%m-%d %H:%M} UTC to {until}"
     if split == "validation":
         facts["caution"] = "these rows chose the state of the model, so it looks better on them than on others"
-    facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
+    facts["decides"] = f"{settings.evaluation.primary_metric}, margin {settings.evaluation.max_metric_drop:g}"
     return facts
 
 

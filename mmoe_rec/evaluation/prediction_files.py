@@ -108,7 +108,11 @@ def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
 def columns_of_settings(settings: Settings) -> PredictionColumns:
     """The tasks of settings, their outcomes, and the log's names of users, requests and candidates."""
     tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
-    outcomes = [outcome_name(task.given, name) for name, task in settings.tasks.items() if task.given is not None]
+    outcomes = [
+        outcome_name(task.conditional_on, name)
+        for name, task in settings.tasks.items()
+        if task.conditional_on is not None
+    ]
     tasks += [MeasuredTask(name, weight=0.0) for name in outcomes]
     log = settings.schema_.columns
     user = log.user if log.has_user else log.request or ROW
@@ -128,7 +132,7 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
         optional=frozenset(optional),
         outcomes=frozenset(outcomes),
         by_log=frozenset(_OWN),
-        duplicates=settings.data.duplicates,
+        duplicates=settings.data.on_duplicates,
     )
 
 
@@ -335,7 +339,7 @@ def measure_predictions(
     out: str | Path,
     rules: Evaluation,
     against: Sequence[str] = (),
-    against_columns: Sequence[str] = (),
+    compare_to_columns: Sequence[str] = (),
 ) -> Results:
     """Measure rows of Parquet files and write `metrics.json` and other files to a folder.
 
@@ -345,7 +349,7 @@ def measure_predictions(
         out: Folder for the results.
         rules: Rules of intervals and comparisons.
         against: Other predictions of the same rows, to compare with.
-        against_columns: PART=COLUMN for columns that have other names in `against`.
+        compare_to_columns: PART=COLUMN for columns that have other names in `against`.
 
     Raises:
         UserError: A file, a column or a value is wrong.
@@ -357,8 +361,10 @@ def measure_predictions(
     out = Path(os.path.abspath(out))
     check_out(out)
     names = short_names([source, *against])
-    find_objective(rules.decide_by)
-    listed = {each: find_files(each, "--predictions" if each == source else "--against") for each in (source, *against)}
+    find_objective(rules.primary_metric)
+    listed = {
+        each: find_files(each, "--predictions" if each == source else "--compare-to") for each in (source, *against)
+    }
     real = Path(os.path.realpath(out))
     for each, files in listed.items():
         is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
@@ -369,9 +375,9 @@ def measure_predictions(
     mine = {source: match_columns(columns, listed[source])}
     for each in against:
         try:
-            mine[each] = match_columns(columns.with_columns(against_columns, "--against-columns"), listed[each])
+            mine[each] = match_columns(columns.with_columns(compare_to_columns, "--compare-to-columns"), listed[each])
         except BadFile as error:
-            raise BadFile(str(error).replace("--columns", "--against-columns"), error.address) from None
+            raise BadFile(str(error).replace("--columns", "--compare-to-columns"), error.address) from None
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         measured = {
             names[each]: _measure_files(mine[each], files, each, rules.resamples) for each, files in listed.items()

@@ -111,7 +111,7 @@ def compare_with_holder(
         rows = _open_judging_rows(prepared.split("validation"), layout)  # too few users are found before any is scored
         its = _score_by_holder(settings, prepared, ranker, folder, its_name)
         mine = score_rows(settings, model, layout, rows, calibration, name)
-        slicing = None if settings.evaluation.guarded_slices == () else Slicing(settings, artifact)
+        slicing = None if settings.evaluation.guardrail_slices == () else Slicing(settings, artifact)
         models = {
             each: measure_model(scored, _RESAMPLES, {} if slicing is None else slicing.find(scored))
             for each, scored in ((name, mine), (its_name, its))

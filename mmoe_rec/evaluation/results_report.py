@@ -38,9 +38,11 @@ _INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
 _SLICES = 12  # rows of slices that are not folded
 _MEASURES = {
-    "Verdict": "A model is better if the interval of `evaluation.decide_by` lies above that of the other model, no "
-    "task lost more than `evaluation.margin`, no slice of `evaluation.guarded_slices` is shown to have lost more, and "
-    "probabilities are not off by more than `evaluation.calibration`.",
+    "Verdict": "A model is better if the interval of `evaluation.primary_metric` lies above that of the other "
+    "model, no "
+    "task lost more than `evaluation.max_metric_drop`, no slice of `evaluation.guardrail_slices` is shown to "
+    "have lost more, and "
+    "probabilities are not off by more than `evaluation.max_calibration_ratio`.",
     "Many differences": "Of twenty differences by chance alone, one is outside of its interval. So p-values are "
     "corrected by Holm's method: the chance that any of the colored differences is none is below 5%.",
     "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` is "

@@ -33,14 +33,14 @@ class Objective:
     better: str
 
     @staticmethod
-    def of(decide_by: str, sums: EvaluationSums, tasks: Collection[str]) -> "Objective | None":
+    def of(primary_metric: str, sums: EvaluationSums, tasks: Collection[str]) -> "Objective | None":
         """The objective of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
 
         A metric of tasks is averaged over those `tasks` that have it and enough labels; where none has, it is R2 of
         the regressions, and None where there are none either. Raises UserError for what is no such metric.
         """
-        metric = find_objective(decide_by)
-        if decide_by.startswith(f"{SCORE}."):
+        metric = find_objective(primary_metric)
+        if primary_metric.startswith(f"{SCORE}."):
             return Objective(metric.name, (SCORE,), metric.better)
         for each in (metric, find_objective("r2")):
             having = {task.name for task in sums.tasks if each.is_of(task.kind)}
@@ -56,15 +56,16 @@ class Objective:
         return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"
 
 
-def find_objective(decide_by: str) -> Metric[Any]:
+def find_objective(primary_metric: str) -> Metric[Any]:
     """The metric of a setting. Raises UserError where models can't be told apart by it."""
-    group, _, name = decide_by.rpartition(".")
+    group, _, name = primary_metric.rpartition(".")
     for metric in every.METRICS:
         is_of = SCORE in metric.kinds if group == SCORE else {*metric.kinds} - {SCORE}
         if metric.name == name and group in ("", SCORE) and is_of and metric.has_interval and metric.better != "one":
             return metric
     raise UserError(
-        f"evaluation.decide_by is '{decide_by}'; expected a metric of tasks, such as auc, gauc_user or logloss, or "
+        f"evaluation.primary_metric is '{primary_metric}'; expected a metric of tasks, such as auc, gauc_user "
+        "or logloss, or "
         "one of the score, such as score.ndcg_at_10"
     )
 

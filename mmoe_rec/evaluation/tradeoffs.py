@@ -34,8 +34,8 @@ def choose_weights(
     Args:
         settings: Settings with the tasks.
         goal: The task to serve better.
-        margins: Other tasks -> NDCG@10 that they may lose, where it is not `evaluation.margin`.
-        sources: Predictions of validation and test rows, None for those in `data.work`.
+        margins: Other tasks -> NDCG@10 that they may lose, where it is not `evaluation.max_metric_drop`.
+        sources: Predictions of validation and test rows, None for those in `data.work_dir`.
 
     Raises:
         UserError: A task is unknown, or no weights can rank the rows.
@@ -47,9 +47,11 @@ def choose_weights(
         raise UserError(f"there is no task '{unknown[0]}'; the settings have {', '.join(tasks)}")
     if goal in margins:
         raise UserError(f"'{goal}' is the goal, and can't be kept as well")
-    margins = {name: margins.get(name, settings.evaluation.margin) for name in tasks if name != goal}
+    margins = {name: margins.get(name, settings.evaluation.max_metric_drop) for name in tasks if name != goal}
     weights = make_grid([task.score_weight for task in settings.tasks.values()])
-    sources = sources or [f"{settings.data.work}/{place_of(split)}/{PREDICTIONS}" for split in ("validation", "test")]
+    sources = sources or [
+        f"{settings.data.work_dir}/{place_of(split)}/{PREDICTIONS}" for split in ("validation", "test")
+    ]
     rows = [open_predictions(columns_of_settings(settings), source, "--predictions") for source in sources]
     if any(len(each.requests.unique()) == len(each.requests) for each in rows):
         raise UserError("every request of the validation or test rows has one row, which no weights can rank")

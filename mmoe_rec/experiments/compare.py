@@ -1,7 +1,7 @@
 """Compares variants of settings over several runs: `compare_variants`, `judge`. Says which variant is better, and what
 to write into the settings.
 
-data.work/comparison/comparison.json, report.html    what was found
+data.work_dir/comparison/comparison.json, report.html    what was found
 """
 
 import json
@@ -189,7 +189,7 @@ def compare_variants(settings: Settings, variants: Sequence[Variant], seeds: int
     """
     check(settings, variants, seeds)
     with open_runner(settings, "compare", "test", folder=FOLDER) as runner:
-        report = judge(runner, variants, seeds, settings.evaluation.margin)
+        report = judge(runner, variants, seeds, settings.evaluation.max_metric_drop)
         keep(runner, report)
     return report
 
@@ -198,7 +198,7 @@ def check(settings: Settings, variants: Sequence[Variant], seeds: int) -> None:
     """Raise UserError for a wrong variant or too few seeds, before features are built."""
     if seeds < 2:
         raise UserError(f"{seeds} run of each variant can't show how far runs differ. Give --seeds 2 or more.")
-    find_objective(settings.evaluation.decide_by)
+    find_objective(settings.evaluation.primary_metric)
     names = [variant.name for variant in variants]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two variants are named '{twice}'. Give each variant another name.")
@@ -233,7 +233,7 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
     base, *others = trained
     measured = base.measure()
     metrics = _choose_metrics(settings, measured[0])
-    objective = Objective.of(settings.evaluation.decide_by, measured[0], list(settings.tasks))
+    objective = Objective.of(settings.evaluation.primary_metric, measured[0], list(settings.tasks))
     wanted, resamples = {metric.name for metric in metrics.values()}, settings.evaluation.resamples
     theirs = ((other.variant.name, other.measure()) for other in others)
     differences: Differences = {}
@@ -292,8 +292,8 @@ def keep(runner: Runner, report: ExperimentResult) -> None:
 
 def _choose_metrics(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
     """Return the metric that judges each task with enough labels: the one that decides, if it is of such tasks."""
-    decide_by = settings.evaluation.decide_by
-    decides, of_score = find_objective(decide_by), decide_by.startswith(f"{SCORE}.")
+    primary_metric = settings.evaluation.primary_metric
+    decides, of_score = find_objective(primary_metric), primary_metric.startswith(f"{SCORE}.")
     return {
         task.name: decides if decides.is_of(task.kind) and not of_score else find_objective(task.kind.guarded)
         for task in sums.tasks

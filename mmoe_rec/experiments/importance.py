@@ -128,7 +128,7 @@ def permute(runner: Runner, network: Network, features: Sequence[str], margin: f
         return known.with_predictions(predicted, score).sum()
 
     base = measure(rows)
-    objective = Objective.of(settings.evaluation.decide_by, base, list(settings.tasks))
+    objective = Objective.of(settings.evaluation.primary_metric, base, list(settings.tasks))
     if objective is None:
         raise UserError("no task has enough labels in the validation rows to compare features. Move the split.")
     resamples = min(settings.evaluation.resamples, RESAMPLES_OF_SLICES)

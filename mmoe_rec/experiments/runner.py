@@ -178,7 +178,7 @@ def open_runner(
         name: Name of the command and of its run in MLflow.
         split: Split whose rows judge the variants.
         part: Part of the split's users that judges, None for all.
-        folder: Folder in `data.work`, None for the name.
+        folder: Folder in `data.work_dir`, None for the name.
 
     Raises:
         UserError: Features can't be built, a split has no rows, or MLflow can't be used.
@@ -186,13 +186,13 @@ def open_runner(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} trains in one process. Start it without torchrun.")
-    work, tracking = Path(settings.data.work), settings.tracking.address
+    work, tracking = Path(settings.data.work_dir), settings.tracking.address
     unsent, own = work / "unsent", work / (folder or name)
     runs.check_server(tracking, settings.experiment, unsent=unsent)
     with ExitStack() as held:
         needs = ("train", "validation", split)
         prepared = held.enter_context(features_in_use(BuildInputs.of(settings), f"the command {name}", needs))
-        held.enter_context(writing(own, f"the command {name}", "set `data.work` to another folder"))
+        held.enter_context(writing(own, f"the command {name}", "set `data.work_dir` to another folder"))
         key, patience = f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'])}", PATIENCE_SECONDS
         run = held.enter_context(
             runs.open_run(tracking, settings.experiment, run_name=name, key=key, unsent=unsent, patience=patience)
@@ -295,7 +295,7 @@ class Runner:
             run_name=name,
             key=f"{self.run.run_id}-{task.file.stem}",
             parent=self.run.run_id,
-            unsent=Path(self.settings.data.work) / "unsent",
+            unsent=Path(self.settings.data.work_dir) / "unsent",
             patience=PATIENCE_SECONDS,
         ) as run:
             run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
@@ -314,7 +314,7 @@ class Runner:
             The result, whose checkpoints stay until the next run, and the precision.
         """
         settings, shared = task.settings, self._kept / "choices.json"
-        training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})
+        training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "keep_checkpoints": 1})
         layout = ModelLayout.of(task.prepared.layout, settings)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         with training_ranks(training) as (device, _):
@@ -335,7 +335,7 @@ class Runner:
 
     def judge(self, best: Validation) -> float:
         """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
-        return best.objective(self.settings.training.select_by, ModelLayout.of(self.prepared.layout, self.settings))
+        return best.objective(self.settings.training.monitor, ModelLayout.of(self.prepared.layout, self.settings))
 
     def _train_network(self, task: Task, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
         """Train as `train_model` does, without keeping anything. Returns the network and facts about the run."""
@@ -374,7 +374,7 @@ class Runner:
         return self._features[key]
 
     def _identify(self, settings: Settings) -> str:
-        data = settings.data.model_dump(mode="json", exclude={"work"})
+        data = settings.data.model_dump(mode="json", exclude={"work_dir"})
         return digest(settings.schema_.identity(), settings.split.windows(), data)
 
 

@@ -1,8 +1,8 @@
 """Searches for better settings with Optuna, and confirms what it finds by new runs: `tune_settings`.
 
-    data.work/tuning/study.db                          trials, with which a stopped search goes on
-    data.work/tuning/best.yaml                         the settings to take
-    data.work/tuning/comparison.json, report.html      what was found
+    data.work_dir/tuning/study.db                          trials, with which a stopped search goes on
+    data.work_dir/tuning/best.yaml                         the settings to take
+    data.work_dir/tuning/comparison.json, report.html      what was found
 
 Trials are judged by the selecting rows of the validation users, the final candidate by the judging rows. A
 least-squares fit over the trials estimates the effect of each value: every trial tells about every setting, where the

@@ -66,7 +66,7 @@ class DenseInput(_OfFeature):
 
 @dataclass(frozen=True)
 class TaskOutput(_AsJson):
-    """One logit a row; `kind` and `given` as in `mmoe_rec.settings.log_columns.Task`.
+    """One logit a row; `kind` and `conditional_on` as in `mmoe_rec.settings.log_columns.Task`.
 
     mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
     decide how much a task counts, and predicts in the label's own unit.
@@ -76,15 +76,16 @@ class TaskOutput(_AsJson):
     kind: NamedKind
     mean: float = field(default=0.0, kw_only=True)
     deviation: float = field(default=1.0, kw_only=True)
-    given: str | None = field(default=None, kw_only=True)
+    conditional_on: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", find_kind(self.kind))
 
     @property
     def learnt_from(self) -> str:
-        """Name of the label that the loss is computed from: the task's or, with `given`, its outcome's of all rows."""
-        return self.name if self.given is None else outcome_name(self.given, self.name)
+        """Name of the label that the loss is computed from: the task's or, with `conditional_on`, its outcome's of all
+        rows."""
+        return self.name if self.conditional_on is None else outcome_name(self.conditional_on, self.name)
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,10 @@ class Layout(_AsJson):
 
     @property
     def outcomes(self) -> dict[str, tuple[int, int]]:
-        """Name of an outcome of two tasks -> their places: of the `given` task, and of the task that follows it."""
+        """Name of an outcome of two tasks -> their places: of the `conditional_on` task, and of the task that follows
+        it."""
         places = {task.name: place for place, task in enumerate(self.tasks)}
-        given = {task: task.given for task in self.tasks if task.given is not None}
+        given = {task: task.conditional_on for task in self.tasks if task.conditional_on is not None}
         return {task.learnt_from: (places[name], places[task.name]) for task, name in given.items()}
 
     def id_names(self, placement: bool) -> list[str]:
@@ -149,8 +151,8 @@ class Layout(_AsJson):
         """The layout of the same rows for a model that never sees these features, or single inputs of features, or does
         not learn these tasks.
 
-        A task that is learnt from what follows a `given` one is learnt from its own label where that one is left out.
-        Raises UserError where a feature or task is none of the rows, or no task is left.
+        A task that is learnt from what follows a `conditional_on` one is learnt from its own label where that one is
+        left out. Raises UserError where a feature or task is none of the rows, or no task is left.
         """
         inputs = (*self.ids, *self.dense)
         known = {"feature": {n for each in inputs for n in (each.feature, each.name)}}
@@ -170,7 +172,7 @@ class Layout(_AsJson):
             tables=tuple(each for each in self.tables if each.name in looked_up),
             ids=ids,
             dense=tuple(each for each in self.dense if not {each.feature, each.name} & {*features}),
-            tasks=tuple(replace(each, given=None) if each.given in tasks else each for each in left),
+            tasks=tuple(replace(each, conditional_on=None) if each.conditional_on in tasks else each for each in left),
         )
 
     def to_json(self) -> str:

@@ -213,7 +213,9 @@ class FeaturePipeline:
         tasks = []
         for name, task in self.schema.tasks.items():
             mean, deviation = self.label_scales.get(name, (0.0, 1.0))
-            tasks.append(TaskOutput(name, task.kind, mean=mean, deviation=deviation, given=task.given))
+            tasks.append(
+                TaskOutput(name, task.kind, mean=mean, deviation=deviation, conditional_on=task.conditional_on)
+            )
         return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
 
     def inputs(self, rows: LogRows) -> Inputs:

@@ -110,7 +110,8 @@ def score_log(
     for key, _ in given:
         if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
             raise UserError(
-                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products "
+                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, "
+                "serving.matmul_backend "
                 "and tracking.uri; all others are those that the model was trained with"
             )
     uri = next((value for key, value in reversed(given) if key == ["tracking", "uri"]), None)
@@ -162,9 +163,9 @@ class _Scoring:
         self.known = known_of(about)
         self.constants = {"model": model.address, "model_version": version_of(model.folder)}
         built = self.logs.options
-        options = [built.duplicates, built.several_times, built.rows_in_memory]
+        options = [built.on_duplicates, built.on_conflicting_times, built.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
-        self.products = settings.serving.products
+        self.products = settings.serving.matmul_backend
         how = [options, split, self.products, self.kept]
         self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how])
 
@@ -283,7 +284,7 @@ class ScoreJob:
     Attributes:
         model: Artifact folder.
         version: Checksum of the artifact.
-        products: Value of `serving.products`.
+        products: Value of `serving.matmul_backend`.
         reader: Reads the log.
         results: Values of counters and histories for the rows, None if the model's own tables are asked.
         window: Request times to score, microseconds.
@@ -440,7 +441,7 @@ def open_logs(
     read = _read_schema(schema, settings, as_of, lacking, labels)
     options = replace(BuildOptions.of(settings.data), skip_bad_files=False)
     if as_of == "tables":  # requests that are yet to come may be scored by what is known now
-        options = replace(options, future_times="keep")
+        options = replace(options, on_future_times="keep")
     of_log, *of_events = key_types(pipeline, read)
     more: dict[str, Use] = {name: "any" for name in keep if name not in column_uses(read)}
     split = settings.split.column
@@ -469,7 +470,7 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
     tasks = set[str | None]()
     if as_of == "log":
         tasks.update(each.task for each in features.values() if isinstance(each, Remembering))
-        tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
+        tasks |= {task.conditional_on for name, task in schema.tasks.items() if name in tasks}
     if labels:
         tasks = set(schema.tasks)
     events = {name: settings.data.events.get(name, each) for name, each in schema.events.items()}

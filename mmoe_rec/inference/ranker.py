@@ -157,7 +157,7 @@ class Ranker:
         self.reader.max_candidates = self.about.max_candidates
 
     def use_products(self) -> None:
-        """Multiply by the library that the setting `serving.products` asks for from now on."""
+        """Multiply by the library that the setting `serving.matmul_backend` asks for from now on."""
         self.scorer.multiply_by(serving_products(self.about.products))
 
     # Learning what happened since

@@ -211,7 +211,7 @@ class RequestReader:
     """Checks requests and completes them: given values win, others come from the latest known users and candidates.
 
     Besides the log's columns a request may give its id, where the log has one, and precomputed values, which win over
-    what the model's tables say: counters under the names of their outputs (such as `user_product_positives`), histories
+    what the model's tables say: counters under the names of their outputs (such as `user_product_log_sum`), histories
     under the feature's name, oldest first. A given null means missing. Values of unknown users and candidates, and of
     the context, that are not given are null; the request's time is now. A model of a plain table, which knows no ids of
     users or candidates, needs what describes them.

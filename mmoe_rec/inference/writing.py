@@ -68,7 +68,7 @@ def write_artifact(
         model=settings.model.model_dump(mode="json"),
         layout=ModelLayout.of(prepared.layout, settings),
         max_candidates=settings.serving.max_candidates,
-        products=settings.serving.products,
+        products=settings.serving.matmul_backend,
         stale_after_days=settings.serving.stale_after_days,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,

@@ -77,7 +77,7 @@ class JoinResult:
     left_out: list[str]
 
 
-def join_outcomes(
+def join_labels(
     settings: Settings,
     requests: str,
     events: str | None,
@@ -91,7 +91,7 @@ def join_outcomes(
     Args:
         settings: Settings of the log.
         requests: Folder that `serve --log-requests` writes.
-        events: Folder with a folder for each of `outcomes.events`. Others are at `data.events.NAME.path`.
+        events: Folder with a folder for each of `labels.events`. Others are at `data.events.NAME.path`.
         out: Folder of the log, which is new, empty, or has joined outcomes.
         until: Time up to which all events are there, microseconds. By default the last event's of each log.
         now: Later events are mistakes. By default the clock's time.
@@ -202,27 +202,27 @@ class _Join:
 
     def __init__(self, settings: Settings, requests: str, events: str | None, folder: Path, now: int) -> None:
         self.settings, self.folder, self.now = settings, folder, now
-        self.columns, self.outcomes, schema = settings.columns, settings.outcomes, settings.schema_
+        self.columns, self.labels, schema = settings.columns, settings.labels, settings.schema_
         for column, tasks in label_columns(schema).items():
-            if column not in self.outcomes.labels:
+            if column not in self.labels.sources:
                 raise UserError(
-                    f"outcomes.labels does not say where column '{column}' comes from, which task '{tasks[0]}' reads; "
-                    f"add outcomes.labels.{column} with the log of events and within_days"
+                    f"labels.sources does not say where column '{column}' comes from, which task '{tasks[0]}' reads; "
+                    f"add labels.sources.{column} with the log of events and attribution_days"
                 )
         roles, self.uses = schema.input_columns(), column_uses(schema)
         self.inputs = [name for name, role in roles.items() if role != "placement"]
         self.placement = [name for name, role in roles.items() if role == "placement"]
-        if self.outcomes.shown is None and (unknown := [name for name in self.placement if name != self.outcomes.rank]):
+        if self.labels.shown is None and (unknown := [name for name in self.placement if name != self.labels.rank]):
             raise UserError(
                 f"features read column '{unknown[0]}' of role placement, but nothing says where candidates were shown: "
-                "set outcomes.shown to a log of events with that column, or outcomes.rank to its name if it holds the "
+                "set labels.shown to a log of events with that column, or labels.rank to its name if it holds the "
                 "rank in the reply"
             )
         self.requests = self._open_requests(requests)
-        logs = dict.fromkeys(window.events for window in self.outcomes.windows)
+        logs = dict.fromkeys(window.events for window in self.labels.windows)
         self.events = {name: self._open_events(name, events) for name in logs}
         self.tables = {name: f"events_{number}" for number, name in enumerate(logs)}
-        self.by_user = [name for name in logs if self.outcomes.events[name].request is None]
+        self.by_user = [name for name in logs if self.labels.events[name].request is None]
         self.last_run = max((path.name for path in folder.iterdir() if _RUN.fullmatch(path.name)), default="run-000000")
         self.after, self.read_files = self._read_state()
         self.files, self.counts = dict[str, tuple[int, int]](), Counter[str]()
@@ -238,7 +238,7 @@ class _Join:
         return _Source.open(self.settings, address, "--requests", read)
 
     def _open_events(self, name: str, folder: str | None) -> _Source:
-        section, given = self.outcomes.events[name], self.settings.data.events
+        section, given = self.labels.events[name], self.settings.data.events
         if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
             address, setting = f"{folder.rstrip('/')}/{name}", "--events"
         elif name in given:
@@ -252,10 +252,10 @@ class _Join:
         if section.request is not None:
             read["request"] = section.request, "key"
         keys, read["time"] = [*read], (section.time, "time")
-        for place, label in enumerate(self.outcomes.labels.values()):
+        for place, label in enumerate(self.labels.sources.values()):
             if label.events == name and label.value is not None:
                 read[f"v{place}"] = label.value, "number"
-        if self.outcomes.shown is not None and self.outcomes.shown.events == name:
+        if self.labels.shown is not None and self.labels.shown.events == name:
             read |= {f"p{place}": (column, self.uses[column]) for place, column in enumerate(self.placement)}
         if any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting)):
             read["event_id"] = EVENT_ID, "key"
@@ -283,10 +283,10 @@ class _Join:
             raise UserError(f"'{path}' is missing or damaged: restore it, or join into another folder") from None
 
     def run(self, database: Database, given: int | None) -> JoinResult:
-        """Add a folder of rows. given: see `join_outcomes.until`."""
+        """Add a folder of rows. given: see `join_labels.until`."""
         self.database, rows, folder = database, 0, self.folder / f"run-{int(self.last_run[-6:]) + 1:06d}"
         until = min(self._read_events(name, given) for name in self.events)
-        until -= round(self.outcomes.wait_days * MICROSECONDS_PER_DAY)
+        until -= round(self.labels.wait_days * MICROSECONDS_PER_DAY)
         if until > self.after:
             self._find_candidates(until)
             self._find_labels(until)
@@ -342,7 +342,7 @@ class _Join:
         columns = ", ".join(source.columns[key] for key in keys)
         self.counts[f"events '{name}' that came again, lie in the future or lack a value of {columns}"] = rows - count
         complete = (_BEGIN if last is None else last) if given is None else given
-        return complete - max(window.microseconds for window in self.outcomes.windows if window.events == name)
+        return complete - max(window.microseconds for window in self.labels.windows if window.events == name)
 
     def _find_candidates(self, until: int) -> None:
         """Make the table of candidates that were shown."""
@@ -351,19 +351,19 @@ class _Join:
         if self.by_user and share is not None and share < 1:
             raise UserError(
                 f"a share of {share:g} of all requests was logged, so an event '{self.by_user[0]}' may come from one "
-                f"that was not: name the column with the request's id in outcomes.events.{self.by_user[0]}.request, or "
-                "log all requests with --log-share 1"
+                f"that was not: name the column with the request's id in labels.events.{self.by_user[0]}.request, or "
+                "log all requests with --log-fraction 1"
             )
         self.database.run(_CANDIDATES, f"DELETE FROM candidates WHERE time <= {self.after}")
-        if (shown := self.outcomes.shown) is not None:
+        if (shown := self.labels.shown) is not None:
             self.database.run(
                 f"CREATE TABLE shown AS SELECT * FROM ({self._query_owned(shown.events)}) "
                 f"WHERE delay <= {shown.microseconds} "
                 "QUALIFY row_number() OVER (PARTITION BY owner ORDER BY time, number) = 1",
                 "DELETE FROM candidates WHERE number NOT IN (SELECT owner FROM shown)",
             )
-        elif self.outcomes.top is not None:
-            self.database.run(f"DELETE FROM candidates WHERE NOT coalesce(rank <= {self.outcomes.top}, false)")
+        elif self.labels.top is not None:
+            self.database.run(f"DELETE FROM candidates WHERE NOT coalesce(rank <= {self.labels.top}, false)")
         self.counts["requests"], self.counts["requests that wait"] = self.database.row(
             f"SELECT count(DISTINCT key) FILTER (time <= {until}), count(DISTINCT key) FILTER (time > {until}) "
             "FROM candidates"
@@ -385,7 +385,7 @@ class _Join:
 
     def _find_labels(self, until: int) -> None:
         """Make the table of candidates with labels `l0`, `l1`, and the numbers `n0`, `n1` of events in the windows."""
-        labels, values = list(enumerate(self.outcomes.labels.items())), list[str]()
+        labels, values = list(enumerate(self.labels.sources.items())), list[str]()
         query = "candidates"
         for name, table in self.tables.items():
             mine = ", ".join(_combine(place, label) for place, (_, label) in labels if label.events == name)
@@ -393,7 +393,7 @@ class _Join:
                 owned = f"SELECT owner, {mine} FROM ({self._query_owned(name)}) GROUP BY owner"
                 query += f" LEFT JOIN ({owned}) of_{table} ON of_{table}.owner = candidates.number"
         for place, (_, label) in labels:
-            otherwise = "NULL" if label.otherwise is None else f"'{label.otherwise!r}'"
+            otherwise = "NULL" if label.default is None else f"'{label.default!r}'"
             values.append(f"coalesce(l{place}, {otherwise}::DOUBLE) AS l{place}, coalesce(n{place}, 0) AS n{place}")
         self.database.run(
             "CREATE TABLE labelled AS SELECT candidates.number, candidates.key, candidates.time, candidates.rank, "
@@ -407,13 +407,13 @@ class _Join:
             for task, about in self.settings.tasks.items():
                 if wrong is not None and about.label == name and about.kind.is_binary:
                     raise UserError(
-                        f"outcomes.labels.{name} gives {wrong:g}, but the label of the binary task '{task}' is 0 or 1: "
+                        f"labels.sources.{name} gives {wrong:g}, but the label of the binary task '{task}' is 0 or 1: "
                         "name another column of values, leave `value` out, or make the task a regression"
                     )
 
     def _write(self, until: int, folder: Path) -> None:
         """Write the rows of requests up to a time. A column of which no value is known is null, of any type."""
-        columns, shown = self.columns, self.outcomes.shown
+        columns, shown = self.columns, self.labels.shown
         chosen: dict[str, tuple[str, pa.DataType]] = {}  # SQL and type of each column
         if columns.request is not None:
             chosen[columns.request] = "r.request", self.requests.type_of("request")
@@ -425,7 +425,7 @@ class _Join:
                 chosen[name] = f"s.p{place}", self.events[shown.events].type_of(f"p{place}")
         chosen[columns.time] = "l.time", UTC_MICROSECONDS
         of_tasks = {task.label for task in self.settings.tasks.values()}
-        for place, (name, label) in enumerate(self.outcomes.labels.items()):
+        for place, (name, label) in enumerate(self.labels.sources.items()):
             chosen[name] = f"l.l{place}", pa.float64() if label.value or name in of_tasks else pa.int64()
         if columns.sampling_rate is not None:
             chosen[columns.sampling_rate] = "r.share", pa.float64()

@@ -72,29 +72,29 @@ def refresh(
     settings: Settings,
     address: str,
     *,
-    anew: bool = False,
+    rebuild: bool = False,
     journal: str | None = None,
     remove_events: bool = False,
     other_journal: bool = False,
 ) -> RefreshResult:
     """Registers a version with new tables of the model that holds an alias, moves the alias, and removes old versions.
 
-    anew: make the tables of all rows of the log, instead of going on; journal, remove_events, other_journal: see
-    `write_journal`. One refresh at a time in `data.work`: another one waits. Raises UserError as `write_journal` and
-    `renew_tables`, and where MLflow is away or refuses.
+    rebuild: make the tables of all rows of the log, instead of going on; journal, remove_events, other_journal: see
+    `write_journal`. One refresh at a time in `data.work_dir`: another one waits. Raises UserError as `write_journal`
+    and `renew_tables`, and where MLflow is away or refuses.
     """
-    uri, work = settings.tracking.address, Path(settings.data.work)
+    uri, work = settings.tracking.address, Path(settings.data.work_dir)
     check_apart(settings.data.log, settings.schema_, work)
     runs.check_server(uri, settings.experiment, unsent=work / "unsent")
     out = work / "refreshed"
-    with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
+    with writing(out, "a refresh", "set `data.work_dir` to another folder", queue=True):
         served = AliasHolder.at(address, uri)
         artifact = out / "model"
         try:
             known = None
             if journal is not None:
                 known = write_journal(served, settings, journal, remove_events, other_journal)
-            tables = renew_tables(served.folder, settings, artifact, anew=anew, journal=known)
+            tables = renew_tables(served.folder, settings, artifact, rebuild=rebuild, journal=known)
             if tables is None or version_of(artifact) == version_of(served.folder):
                 return RefreshResult(served, served.version)
             return _register(settings, served, tables, artifact)
@@ -190,27 +190,27 @@ def renew_tables(
     settings: Settings,
     out: Path,
     *,
-    anew: bool = False,
+    rebuild: bool = False,
     journal: Mapping[str, Any] | None = None,
 ) -> Tables | None:
     """Writes the artifact of a folder to `out` with tables that go on with new files of the settings' log; gives None,
     and writes nothing, where there are none.
 
-    anew: make the tables of all rows of the log instead; journal: what of a journal the files of the log hold, see
+    rebuild: make the tables of all rows of the log instead; journal: what of a journal the files of the log hold, see
     `Artifact`; None for what their names say, or what the model knew before, as segments without a row that counts
     leave no file. Raises UserError as `extend_tables` or `remake_tables`, and where the features are not those of the
     settings.
     """
     about, features = read_artifact(artifact), artifact / "features"
     taken = HeldFiles.read(features)
-    logs = _logs(features, settings, None if anew else taken)
-    if gone := [address for each in taken.changes(logs) for address in each.gone] if anew else None:
+    logs = _logs(features, settings, None if rebuild else taken)
+    if gone := [address for each in taken.changes(logs) for address in each.gone] if rebuild else None:
         such_as = f"({len(gone):,}, such as '{gone[0]}')"
         say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as scratch:
         (tables := Path(scratch, "tables")).mkdir()
-        if anew:
+        if rebuild:
             made: Tables | None = remake_tables(features, logs, tables)
         else:
             made = extend_tables(features, as_of(about), logs, taken, tables)

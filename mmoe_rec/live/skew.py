@@ -92,9 +92,9 @@ def check_skew(
         raise UserError(f"--from {format_time(start)} is not before --to {format_time(end)}")
     require_all(settings.schema_, "a skew check")
     model = find_model(address, settings.tracking.address).folder
-    window, folder = {"version": version_of(model), "start": start, "end": end}, Path(settings.data.work) / "skew"
+    window, folder = {"version": version_of(model), "start": start, "end": end}, Path(settings.data.work_dir) / "skew"
     weights = {task.name: task.score_weight for task in read_artifact(model).tasks if task.kind.is_linear}
-    with writing(folder, "a skew check", "set `data.work` to another folder"):
+    with writing(folder, "a skew check", "set `data.work_dir` to another folder"):
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed check
         try:
             folder.mkdir(parents=True)

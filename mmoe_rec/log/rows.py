@@ -2,8 +2,8 @@
 request stands once, and is spread over its candidates where rows need it.
 
 Labels are each task's own, and the outcome over all rows of a satisfaction that follows engagement. A task with
-`given` exists only where the given task's label is 1. Its own label is unobserved elsewhere; its outcome (engaged and
-satisfied, as in ESMM: Ma et al., SIGIR 2018) is 0 where there was no engagement.
+`conditional_on` exists only where the given task's label is 1. Its own label is unobserved elsewhere; its outcome
+(engaged and satisfied, as in ESMM: Ma et al., SIGIR 2018) is 0 where there was no engagement.
 
 A row of a plain table gets what stands in for what the table lacks: for a user, its request or its number in the log;
 for a candidate, its number; for a time, the place of its split among `SPLITS`, microseconds. So nothing that reads rows
@@ -166,11 +166,11 @@ class LogRows:
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
         """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a
-        task whose `given` task did not happen."""
+        task whose `conditional_on` task did not happen."""
         labels = self.numbers(task.label)
         observed = self.times() + maturity(task, self.schema) <= known_by
-        if task.given is not None:
-            observed &= self.labels(self.schema.tasks[task.given], known_by) == 1
+        if task.conditional_on is not None:
+            observed &= self.labels(self.schema.tasks[task.conditional_on], known_by) == 1
         if task.observed_when is not None:
             rule = task.observed_when
             observed &= _equals(self.column(rule.column), rule.column, rule.equals)
@@ -194,7 +194,7 @@ class StoredColumn:
 
 @dataclass(frozen=True)
 class Stored:
-    """N values of a stored column, by (N,) int64 places; -1 is null, or what is `given` there, (N,) values.
+    """N values of a stored column, by (N,) int64 places; -1 is null, or what is `conditional_on` there, (N,) values.
 
     known: (N,) bool which values are known, though they may not be stored; None where all that are known are stored.
     """
@@ -309,9 +309,10 @@ def _numbers(column: pa.Array) -> np.ndarray:
 
 
 def maturity(task: Task, schema: Schema) -> int:
-    """Microseconds from a request until the task's label is final: one with `given` no sooner than that task's."""
-    own = round(task.matures_after_days * MICROSECONDS_PER_DAY)
-    return own if task.given is None else max(own, maturity(schema.tasks[task.given], schema))
+    """Microseconds from a request until the task's label is final: one with `conditional_on` no sooner than that
+    task's."""
+    own = round(task.label_delay_days * MICROSECONDS_PER_DAY)
+    return own if task.conditional_on is None else max(own, maturity(schema.tasks[task.conditional_on], schema))
 
 
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
@@ -343,10 +344,10 @@ def labels_of(rows: LogRows, known_by: int) -> dict[str, np.ndarray]:
     labels = {name: rows.labels(task, known_by) for name, task in tasks.items()}
     outcomes = {}
     for name, task in tasks.items():
-        if task.given is not None:
+        if task.conditional_on is not None:
             matured = rows.times() + maturity(task, rows.schema) <= known_by
-            not_engaged = (labels[task.given] == 0) & matured
-            outcomes[outcome_name(task.given, name)] = np.where(not_engaged, 0.0, labels[name])
+            not_engaged = (labels[task.conditional_on] == 0) & matured
+            outcomes[outcome_name(task.conditional_on, name)] = np.where(not_engaged, 0.0, labels[name])
     return labels | outcomes
 
 

@@ -68,7 +68,7 @@ def fused_logits(mixture: Mixture, products: Products) -> Callable[[Tensor], Ten
         outputs = outputs.view(len(inputs), experts.count, -1).transpose(0, 1)  # (E, B, U)
         for weights in deeper:
             outputs = experts.activate(_each(outputs, weights))
-        if experts.normalise:
+        if experts.normalize:
             outputs = functional.layer_norm(outputs, outputs.shape[-1:])
         shares = linear(hidden, of_gates, bias_of_gates).view(len(inputs), *usable.shape).softmax(2)
         of_tasks = (shares @ outputs.transpose(0, 1)).transpose(0, 1)  # (G, B, U)

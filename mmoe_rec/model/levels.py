@@ -226,7 +226,7 @@ def keep_some(keep: Tensor, allowed: Tensor) -> Tensor:
 
 class Experts(nn.Module):
     """E small networks of one shape on one hidden vector (Ma et al., KDD 2018): linear layers, each followed by the
-    activation; normalise: then each output to mean 0, variance 1, as HoME (Kuaishou, 2024) found experts of different
+    activation; normalize: then each output to mean 0, variance 1, as HoME (Kuaishou, 2024) found experts of different
     scales.
 
     compute: `dense` runs all experts on all rows in few large products, `grouped` each on the rows sent to it, `auto`
@@ -238,7 +238,7 @@ class Experts(nn.Module):
         self.count = count
         # Activations are named as torch names them.
         self.activate: Callable[[Tensor], Tensor] = getattr(functional, settings.activation)
-        self.normalise, self.compute = settings.normalise, settings.compute
+        self.normalize, self.compute = settings.normalize, settings.compute
         widths = [inputs, *settings.units]
         self.weights_each = sum(width * below for below, width in pairwise(widths))
         self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))
@@ -290,7 +290,7 @@ class Experts(nn.Module):
         return self.weights_each >= GROUPED_FROM_WEIGHTS or int(used.sum()) <= GROUPED_BELOW * used.numel()
 
     def _normalised(self, outputs: Tensor) -> Tensor:
-        return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalise else outputs
+        return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalize else outputs
 
 
 def set_compute(model: nn.Module, compute: Compute) -> None:

@@ -62,7 +62,7 @@ def choose_products(choice: Literal["auto"] | Products, device: str) -> Products
     and as long on others (`tests/benchmarks/LOG.md`).
 
     Args:
-        choice: The setting `training.products`.
+        choice: The setting `training.matmul_backend`.
         device: "cpu" or "cuda".
 
     Raises:
@@ -71,10 +71,10 @@ def choose_products(choice: Literal["auto"] | Products, device: str) -> Products
     if choice == "auto":
         return "onednn" if device == "cpu" and has_onednn() else "blas"
     if choice == "onednn" and device == "cuda":
-        raise UserError("training.products is onednn, a library of CPUs: set it to auto")
+        raise UserError("training.matmul_backend is onednn, a library of CPUs: set it to auto")
     if choice == "onednn" and not has_onednn():
         raise UserError(
-            "training.products is onednn, but torch does not multiply by it in fp32 here: set it to auto or blas"
+            "training.matmul_backend is onednn, but torch does not multiply by it in fp32 here: set it to auto or blas"
         )
     return choice
 
@@ -83,7 +83,7 @@ def serving_products(choice: str) -> Products:
     """Return the library to serve by. oneDNN, also of a model from another machine, gives way to BLAS without it.
 
     Args:
-        choice: The setting `serving.products`.
+        choice: The setting `serving.matmul_backend`.
     """
     return "onednn" if choice != "blas" and has_onednn() else "blas"
 

@@ -42,8 +42,8 @@ def joint_logit(given: Tensor, conditional: Tensor) -> Tensor:
 
 
 def add_outcomes(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    """Predictions (N, T) by name of the task; then for each task with `given`, which predicts the probability given the
-    other one, that of both: `GIVEN_and_TASK`, (N,).
+    """Predictions (N, T) by name of the task; then for each task with `conditional_on`, which predicts the probability
+    given the other one, that of both: `GIVEN_and_TASK`, (N,).
     """
     tasks = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
     return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in layout.outcomes.items()}

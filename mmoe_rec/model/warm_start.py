@@ -32,7 +32,7 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import differences
 
 # Settings without a weight of their own, by the last part of their name.
-_FREE = frozenset({"dropout", "given"})
+_FREE = frozenset({"dropout", "conditional_on"})
 _FREE |= {"top_k", "random_top_k", "serving_top_k", "noise", "compute"}
 _FREE |= {"balance", "balance_weight", "bias_rate", "z_loss", "ramp_steps"}
 

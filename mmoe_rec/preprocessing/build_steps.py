@@ -236,7 +236,9 @@ class Steps:
             pieces = [each for log in self.logs.all for each in log.pieces()]
             faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
             self.logs = self.logs.without(list(faults))
-        look = (self.logs.options.duplicates == "error" or kept is not None) and self.logs.schema.columns.has_candidate
+        look = (
+            self.logs.options.on_duplicates == "error" or kept is not None
+        ) and self.logs.schema.columns.has_candidate
         while True:
             self.requests = self._find_requests(before, kept)
             self._counted = self._count(statistics, look)

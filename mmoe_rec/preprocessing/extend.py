@@ -106,7 +106,7 @@ class NewFiles:
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
         """Raises UserError where new files may hold all events of a file that is gone: as many, of its times. Tells of
         those that may hold the events of a file that is still there."""
-        if new.options.duplicates == "keep":
+        if new.options.on_duplicates == "keep":
             return
         for log, changes in zip(new.events, self.changes[1:], strict=True):
             spans = {file: counted.spans.get((log.name, file.address)) for file in log.files}  # None without rows
@@ -125,7 +125,7 @@ class NewFiles:
                     continue
                 raise UserError(
                     f"{told}It is gone: put it back and remove the new ones, or {self.anew}. If they are others, set "
-                    "data.duplicates to keep"
+                    "data.on_duplicates to keep"
                 )
 
 
@@ -238,7 +238,7 @@ def _check_splits(files: NewFiles, counted: LogCounts, steps: Steps) -> None:
     )
 
 
-REMAKE = "make the tables anew with --anew, which reads all files of the log"
+REMAKE = "make the tables anew with --rebuild, which reads all files of the log"
 
 
 @dataclass(frozen=True)

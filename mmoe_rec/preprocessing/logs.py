@@ -41,9 +41,9 @@ class BuildOptions:
     rows_in_memory: int = 1_048_576
     memory_gib: float = MEMORY_GIB
     skip_bad_files: bool = False
-    duplicates: ErrorOrKeep = "error"
-    future_times: ErrorOrKeep = "error"
-    several_times: FirstOrError = "first"
+    on_duplicates: ErrorOrKeep = "error"
+    on_future_times: ErrorOrKeep = "error"
+    on_conflicting_times: FirstOrError = "first"
 
     @staticmethod
     def of(data: Data) -> "BuildOptions":
@@ -53,12 +53,12 @@ class BuildOptions:
     @property
     def unchecked(self) -> list[str]:
         """Settings by which a build does not look for rows that most logs hold only by mistake."""
-        return [name for name in ("duplicates", "future_times") if getattr(self, name) == "keep"]
+        return [name for name in ("on_duplicates", "on_future_times") if getattr(self, name) == "keep"]
 
     @property
     def now(self) -> int | None:
         """The moment, microseconds, that no time of the log may lie after; None is the clock's."""
-        return None if self.future_times == "error" else _NEVER
+        return None if self.on_future_times == "error" else _NEVER
 
 
 DEFAULTS = BuildOptions()
@@ -86,7 +86,9 @@ class BuildInputs:
     def of(settings: Settings) -> "BuildInputs":
         """Return the inputs that settings name."""
         data = settings.data
-        return BuildInputs(data.log, settings.schema_, settings.split.windows(), Path(data.work), BuildOptions.of(data))
+        return BuildInputs(
+            data.log, settings.schema_, settings.split.windows(), Path(data.work_dir), BuildOptions.of(data)
+        )
 
     @cached_property
     def logs(self) -> "Logs":
@@ -94,7 +96,7 @@ class BuildInputs:
         return Logs(self.source, self.schema, self.options)
 
 
-# One of each kind of Parquet file that is written to `data.work`.
+# One of each kind of Parquet file that is written to `data.work_dir`.
 _SERVED = ("features/serving", "model/features", "refreshed/model/features")
 _WRITTEN = (
     *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
@@ -112,8 +114,9 @@ def check_apart(log_source: str, schema: Schema, work: Path) -> None:
     for setting, source in sources.items():
         if takes_in(source, [work / each for each in _WRITTEN]):
             raise UserError(
-                f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
-                "the log; set `data.work` to a folder that lies outside"
+                f"`{setting}` '{source}' takes in what is written to `data.work_dir` '{work}': it would be read "
+                "as rows of "
+                "the log; set `data.work_dir` to a folder that lies outside"
             )
 
 
@@ -415,7 +418,7 @@ def short_names(addresses: Sequence[str]) -> dict[str, str]:
     """Addresses with names for files and folders, by the ends of their paths that tell them apart; other addresses are
     names. Raises UserError where one comes twice."""
     if twice := next((each for each in addresses if addresses.count(each) > 1), None):
-        raise UserError(f"'{twice}' is given twice, and would be compared with itself; give --against another one")
+        raise UserError(f"'{twice}' is given twice, and would be compared with itself; give --compare-to another one")
     parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(each[-length:]) for each in parts]
@@ -430,7 +433,7 @@ def check_out(out: Path, settings: Settings | None = None) -> None:
         raise UserError(f"--out '{out}' is a file; name a folder")
     if settings is None:
         return
-    real, work = Path(os.path.realpath(out)), Path(settings.data.work)
+    real, work = Path(os.path.realpath(out)), Path(settings.data.work_dir)
     sources = [settings.data.log, *(each.path for each in settings.data.events.values())]
     taken = [Path(each) for each in sources if not is_remote(each) and Path(each).is_dir()]
     ours = ("features", "checkpoints", "model", "comparison", "tuning", "unsent")

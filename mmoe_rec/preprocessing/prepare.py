@@ -40,7 +40,7 @@ from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
 # For those that come while features are built, and for those who would build them while they are read.
-BUILD = ("a build of features", "set `data.work` to another folder")
+BUILD = ("a build of features", "set `data.work_dir` to another folder")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class FeatureFolder:
         may_lack_files = may_lack_files and manifest["log"] == logs.log.source
         if not may_lack_files and any(each.gone or each.bad for each in changes):
             return False
-        if options.several_times == "error" and (manifest["requests"] or {}).get("several_times"):
+        if options.on_conflicting_times == "error" and (manifest["requests"] or {}).get("on_conflicting_times"):
             return False
         if not set(manifest["unchecked"]) <= set(options.unchecked):
             return False
@@ -273,7 +273,7 @@ def empty_split(split: str, folder: Path) -> str:
     return (
         f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
         "and none of these lies in that split. Set `split` around the requests of the next new files before you add "
-        "them with --extend, or set another `data.work`, where features are built anew from all files of the log"
+        "them with --extend, or set another `data.work_dir`, where features are built anew from all files of the log"
     )
 
 
@@ -285,10 +285,10 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             reasons = [f"column '{task.label}' is null in all training rows"]
             if task.observed_when is not None:
                 reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
-            if task.given is not None:
-                reasons.append(f"task '{task.given}' never happened where it has a value")
-            if task.matures_after_days:
-                reasons.append(f"no label had matured by split.train_end, {task.matures_after_days:g} days after it")
+            if task.conditional_on is not None:
+                reasons.append(f"task '{task.conditional_on}' never happened where it has a value")
+            if task.label_delay_days:
+                reasons.append(f"no label had matured by split.train_end, {task.label_delay_days:g} days after it")
             raise UserError(
                 f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
                 "give it labels, train on a longer period, or remove the task"

@@ -49,7 +49,7 @@ class Requests:
 
     Attributes:
         count: Number of requests.
-        several_times: Number of requests with rows of several times.
+        conflicting_times: Number of requests with rows of several times.
         longest_microseconds: Greatest difference of times within a request.
         several_users: Number of requests with rows of several users.
         continued: Number of requests that began in files of earlier days.
@@ -61,7 +61,7 @@ class Requests:
     """
 
     count: int = 0
-    several_times: int = 0
+    conflicting_times: int = 0
     longest_microseconds: int = 0
     several_users: int = 0
     continued: int = 0
@@ -73,7 +73,7 @@ class Requests:
 
     def describe(self) -> dict[str, int]:
         """What a manifest says of them."""
-        names = ("count", "several_times", "longest_microseconds", "continued", "continued_rows")
+        names = ("count", "conflicting_times", "longest_microseconds", "continued", "continued_rows")
         return {name: getattr(self, name) for name in names}
 
 
@@ -106,9 +106,11 @@ def find_requests(
     with open_database(scratch / "database", options.memory_gib, options.workers) as database:
         database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
         _group(database, requests, before)
-        if requests.several_times:
+        if requests.conflicting_times:
             # Without times a request's rows of several splits have several.
-            _find_first_times(database, requests, first_times, options.several_times == "error" or not columns.has_time)
+            _find_first_times(
+                database, requests, first_times, options.on_conflicting_times == "error" or not columns.has_time
+            )
         if requests.several_users:
             one_user = (
                 "FROM runs JOIN (SELECT request, coalesce(before.least, mine.least) AS agreed FROM mine "
@@ -156,7 +158,7 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
         "CREATE TABLE every AS SELECT request, min(least) AS least, max(greatest) AS greatest, min(first) AS first, "
         "max(last) AS last, sum(rows)::BIGINT AS rows FROM (FROM mine UNION ALL FROM before) GROUP BY request"
     )
-    requests.count, requests.several_times, requests.several_users, requests.longest_microseconds = database.row(
+    requests.count, requests.conflicting_times, requests.several_users, requests.longest_microseconds = database.row(
         "SELECT count(*), count(*) FILTER (last > first), count(*) FILTER (greatest > least), "
         "coalesce(max(last - first), 0) FROM every"
     )
@@ -205,10 +207,10 @@ def check_requests(log: Log, requests: Requests) -> None:
         raise _clash(log, requests.users_clash, columns.user, requests.several_users, advice)
     if requests.times_clash is not None and split is not None:
         advice = "a request is ranked as a whole: give all its rows one split"
-        raise _clash(log, requests.times_clash, split.column, requests.several_times, advice)
+        raise _clash(log, requests.times_clash, split.column, requests.conflicting_times, advice)
     if requests.times_clash is not None:
-        advice = "write the request's time into all its rows, or set data.several_times to first"
-        raise _clash(log, requests.times_clash, columns.time, requests.several_times, advice)
+        advice = "write the request's time into all its rows, or set data.on_conflicting_times to first"
+        raise _clash(log, requests.times_clash, columns.time, requests.conflicting_times, advice)
 
 
 def _clash(log: Log, clash: Clash, column: str, count: int, advice: str) -> UserError:
@@ -252,18 +254,18 @@ def check_duplicates(
             "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
             "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
         )
-        if count and options.duplicates == "error":
+        if count and options.on_duplicates == "error":
             such_as = f"such as {place(log, row)}"
             say(f"left out: {count:,} rows of new files that came before, {such_as}; the first ones count")
             database.write("SELECT row FROM known ORDER BY row", repeats, pa.schema({"row": pa.int64()}))
             return True
-        if repeated is not None and options.duplicates == "error":
+        if repeated is not None and options.on_duplicates == "error":
             names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
             if not columns.has_time and not columns.request:
                 names = f"'{columns.user}', within a split,"
             raise UserError(
                 f"{place(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
-                f"{place(log, pair[1])}; {repeated:,} rows of the log do so: remove them, or set data.duplicates to "
+                f"{place(log, pair[1])}; {repeated:,} rows of the log do so: remove them, or set data.on_duplicates to "
                 "keep if they are meant"
             )
         if kept is not None:

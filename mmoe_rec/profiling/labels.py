@@ -53,7 +53,7 @@ def find_tasks(meaning: Meaning) -> None:
         near = "".join(f" '{name}' {why}." for name, why in list(near_labels.items())[:3])
         raise UserError(
             f"'{meaning.profile.name}' has no column that looks like a label, 0 or 1 in each row.{near} Write a column "
-            "of 0 and 1 for each behavior, or name a label with --task (mmoe-rec join-outcomes makes such a log)"
+            "of 0 and 1 for each behavior, or name a label with --task (mmoe-rec join-labels makes such a log)"
         )
 
 
@@ -214,15 +214,15 @@ def find_maturity(meaning: Meaning) -> None:
             if meaning.profile.share(happened, there) > 0.98 and meaning.profile.share(there, happened) > 0.98:
                 late = meaning.profile.quantile(f"{each.microseconds} - {t}", 0.999, there)
                 if late is not None and late > 0:
-                    task.matures_after_days = _rounded_up(days(late))
+                    task.label_delay_days = _rounded_up(days(late))
                     task.notes.append(f"{each.name} is at most so much later than the request")
         # A label means something only in the rows of its condition.
         seen = "true" if task.observed_when is None else meaning.columns[task.observed_when[0]].is_one
-        if not task.matures_after_days and (late_by := _null_at_end(meaning, label, seen)) is not None:
-            task.matures_after_days = late_by
+        if not task.label_delay_days and (late_by := _null_at_end(meaning, label, seen)) is not None:
+            task.label_delay_days = late_by
             task.notes.append("its label is null in all later rows")
         late = task.objective == "satisfaction" or task.kind == "regression"
-        if late and not task.matures_after_days:
+        if late and not task.label_delay_days:
             task.checks.append("after how many days is it final? at once, as no column says more")
 
 

@@ -25,7 +25,7 @@ class TaskGuess:
     kind: Literal["binary", "regression"] = "binary"
     objective: Literal["engagement", "satisfaction"] = "engagement"
     observed_when: tuple[str, Any] | None = None
-    matures_after_days: float = 0.0
+    label_delay_days: float = 0.0
     score_weight: float = 1.0
     notes: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)

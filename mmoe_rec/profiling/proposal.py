@@ -86,7 +86,7 @@ class Proposal:
             return
         t = self.columns[self.keys["time"]].microseconds
         first, last = self.profile.row_of_times(t)
-        mature = max((each.matures_after_days for each in meaning.tasks), default=0.0)
+        mature = max((each.label_delay_days for each in meaning.tasks), default=0.0)
         end = last - round(mature * MICROSECONDS_PER_DAY) if mature else last + 1
         usable = f"{t} < {end}"
         if end <= first or self.profile.count(usable) < 0.2 * self.profile.rows:
@@ -293,12 +293,12 @@ class Proposal:
             for by, many in self._counter_keys(self.columns, later):
                 windows, more = self._windows(many), dict[str, Any]()
                 if later:
-                    windows, more = windows[:2] if many else [None], {"outputs": ["rows", "rate"], "smoothing": 5}
+                    windows, more = windows[:2] if many else [None], {"outputs": ["log_count", "rate"], "smoothing": 5}
                 self._add_counter("task", task.name, by, windows, more)
         for log in self.events:
             for by, many in self._counter_keys(log.profile.columns):
                 windows = self._windows(many, events=True)
-                self._add_counter("events", log.name, by, windows, {"outputs": ["positives", "recency"]})
+                self._add_counter("events", log.name, by, windows, {"outputs": ["log_sum", "recency"]})
 
     def _add_counter(
         self, source: str, name: str, by: list[str], windows: list[float | None], more: Mapping[str, Any]
@@ -342,8 +342,8 @@ def describe_task(task: TaskGuess) -> dict[str, Any]:
         value["kind"] = task.kind
     if task.observed_when is not None:
         value["observed_when"] = dict(zip(("column", "equals"), task.observed_when, strict=True))
-    if task.matures_after_days:
-        value["matures_after_days"] = task.matures_after_days
+    if task.label_delay_days:
+        value["label_delay_days"] = task.label_delay_days
     if task.score_weight != 1:
         value["score_weight"] = task.score_weight
     return value

@@ -67,7 +67,7 @@ def describe_guesses(meaning: Meaning) -> Iterator[Any]:
             table.add_row(purpose, meaning.keys[purpose], meaning.key_checks.get(purpose, ""))
     for task in meaning.tasks:
         seen = f"where {task.observed_when[0]}" if task.observed_when else ""
-        late = f"final after {task.matures_after_days:g} days" if task.matures_after_days else ""
+        late = f"final after {task.label_delay_days:g} days" if task.label_delay_days else ""
         table.add_row("task", task.column, ", ".join(filter(None, (task.objective, seen, late))))
     for role, names in meaning.roles.items():
         if names:
@@ -128,7 +128,7 @@ def _parts(name: str, log: str, work: str, meaning: Meaning, proposal: Proposal)
         data += _lines(2, each.name, Entry({"path": each.path, "time": each.time}, check=each.check))
     data.append(f"  work: {_flow(work)}")
     if "duplicates" in meaning.key_checks:
-        data += _lines(1, "duplicates", Entry("keep", check=meaning.key_checks["duplicates"]))
+        data += _lines(1, "on_duplicates", Entry("keep", check=meaning.key_checks["duplicates"]))
     roles: dict[str, Entry] = {
         role: Entry(names, check="see the features" if set(names) & set(checks) else "")
         for role, names in meaning.roles.items()

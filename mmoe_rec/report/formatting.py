@@ -40,12 +40,12 @@ def rate(value: float | None, kind: str) -> str:
 
 def describe_request_times(requests: Mapping[str, Any] | None) -> str | None:
     """How many requests have several times, of a manifest's `requests`; None where none has."""
-    if not requests or not requests["several_times"]:
+    if not requests or not requests["conflicting_times"]:
         return None
     longest = requests["longest_microseconds"]
     again = "; are ids used again?" if longest > _DAY else ""
     return (
-        f"{requests['several_times']:,} of {requests['count']:,} requests have rows of several times, up to "
+        f"{requests['conflicting_times']:,} of {requests['count']:,} requests have rows of several times, up to "
         f"{span(longest)} apart: all rows of a request take its first time{again}"
     )
 

@@ -189,13 +189,13 @@ async def read_body(request: HttpRequest, limits: Serving) -> bytes:
     parts: list[bytes] = []
     size, most = 0, limits.max_body_mib * MEBIBYTE
     try:
-        async with asyncio.timeout(limits.read_seconds):
+        async with asyncio.timeout(limits.read_timeout_seconds):
             async for part in request.stream():
                 size += len(part)
                 if size <= most:
                     parts.append(part)
     except TimeoutError:
-        slow = f"did not arrive within {limits.read_seconds:g} seconds (setting `serving.read_seconds`)"
+        slow = f"did not arrive within {limits.read_timeout_seconds:g} seconds (setting `serving.read_timeout_seconds`)"
         raise Refused(408, f"the body {slow}", "too_slow", "REQUEST_TIMEOUT") from None
     if size > most:
         sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"

@@ -24,25 +24,26 @@ _KEEP_ALIVE_SECONDS = 5.0
 class Server(uvicorn.Server):
     """uvicorn's server of an application, which a worker's parent tells when to end."""
 
-    def __init__(self, app: ASGIApp, read_seconds: float, grace: float) -> None:
+    def __init__(self, app: ASGIApp, read_timeout_seconds: float, grace: float) -> None:
         """Prepare to serve.
 
         Args:
             app: The application.
-            read_seconds: Time for the headers of a request to arrive, and for the caller to take the reply. Up to
+            read_timeout_seconds: Time for the headers of a request to arrive, and for the caller to take the reply. Up
+            to
                 twice as much.
             grace: Time to answer what was accepted once the server ends. A call that takes longer is given up.
         """
         config = uvicorn.Config(
             app,
-            http=partial(BoundedProtocol, read_seconds),  # type: ignore[arg-type]
+            http=partial(BoundedProtocol, read_timeout_seconds),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_keep_alive=min(_KEEP_ALIVE_SECONDS, read_seconds),  # type: ignore[arg-type]  # fractions work
+            timeout_keep_alive=min(_KEEP_ALIVE_SECONDS, read_timeout_seconds),  # type: ignore[arg-type]  # fractions work
             timeout_graceful_shutdown=grace,  # type: ignore[arg-type]
         )
         super().__init__(config)
@@ -73,9 +74,9 @@ class BoundedProtocol(_Base):
     _unfinished = 0  # bytes of headers that are not whole
     _progress = 0  # requests begun and replies ended
 
-    def __init__(self, read_seconds: float, **uvicorns: Any) -> None:
+    def __init__(self, read_timeout_seconds: float, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
-        self._seconds = read_seconds
+        self._seconds = read_timeout_seconds
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -55,7 +55,7 @@ class Accepting:
         require_json(request)
         if strange := request.query_params.keys():
             raise Refused(400, f"/events has no query parameter {quoted(min(strange))}", "body")
-        body, limit = await read_body(request, self._limits), self._limits.answer_seconds
+        body, limit = await read_body(request, self._limits), self._limits.call_timeout_seconds
         run = partial(asyncio.get_running_loop().run_in_executor, self._threads)
         try:
             async with asyncio.timeout(limit):
@@ -64,7 +64,7 @@ class Accepting:
                     await self._following.reach_end()  # what was acknowledged before may say what it lacks
                 return orjson.dumps(await run(self._append, source, table, lacking))
         except TimeoutError:
-            sentence = f"/events: no answer within {limit:g} seconds (setting `serving.answer_seconds`)"
+            sentence = f"/events: no answer within {limit:g} seconds (setting `serving.call_timeout_seconds`)"
             told = f"{sentence}, but the rows may still be kept. Send the call again"
             told += "; events without event_id may count twice."
             raise Refused(503, told, "too_long", "TEMPORARILY_UNAVAILABLE", 1) from None

@@ -133,7 +133,7 @@ class ServedModel:
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,
             "tables_as_of": about.tables_as_of,
-            "products": self.ranker.scorer.products,
+            "matmul_backend": self.ranker.scorer.products,
         }
 
 

@@ -63,7 +63,8 @@ class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
 
 
 class Places:
-    """So many calls of a page are let in at a time as a worker takes (`max_waiting`); each page has its own."""
+    """So many calls of a page are let in at a time as a worker takes (`max_concurrent_calls`); each page has its
+    own."""
 
     def __init__(self, limits: Serving, calls: str, show: Callable[[int], object] = lambda taken: None) -> None:
         """calls: what they are, for people; show: is told whenever another number of places is taken."""
@@ -73,9 +74,9 @@ class Places:
     @contextmanager
     def take(self) -> Iterator[None]:
         """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
-        if self.taken >= self._limits.max_waiting:
+        if self.taken >= self._limits.max_concurrent_calls:
             sentence = f"{self.taken} {self._calls} are under way, as many as this server takes at a time"
-            hint = "(setting `serving.max_waiting`); come again"
+            hint = "(setting `serving.max_concurrent_calls`); come again"
             raise Refused(503, f"{sentence} {hint}", "busy", "RESOURCE_EXHAUSTED", 1)
         self.taken += 1
         self._show(self.taken)

@@ -77,7 +77,7 @@ class RankingQueue:
     def is_stuck(self) -> bool:
         """Whether a pass has taken so long that it will hardly end."""
         since = self._busy_since
-        return since is not None and monotonic() - since > 3 * self._limits.answer_seconds
+        return since is not None and monotonic() - since > 3 * self._limits.call_timeout_seconds
 
     @property
     def is_busy(self) -> bool:
@@ -100,10 +100,11 @@ class RankingQueue:
         self._metrics.waiting.set(len(self._queue))
         self._start_pass()
         try:
-            async with asyncio.timeout(self._limits.answer_seconds):
+            async with asyncio.timeout(self._limits.call_timeout_seconds):
                 return await call.answers
         except TimeoutError:
-            sentence = f"no answer within {self._limits.answer_seconds:g} seconds (setting `serving.answer_seconds`)"
+            sentence = f"no answer within {self._limits.call_timeout_seconds:g} seconds (setting "
+            "`serving.call_timeout_seconds`)"
             raise Refused(504, sentence, "too_long", "DEADLINE_EXCEEDED") from None
 
     def _start_pass(self) -> None:
@@ -194,7 +195,7 @@ class Following:
 
         Raises Refused for a text that is no position, and after too long a time.
         """
-        until = time.monotonic() + self._limits.answer_seconds
+        until = time.monotonic() + self._limits.call_timeout_seconds
         try:
             position = parse_position(text)
         except RequestError as error:
@@ -203,7 +204,7 @@ class Following:
 
     async def reach_end(self) -> None:
         """Ends once the current model knows all that the journal holds now. Raises Refused after too long a time."""
-        until = time.monotonic() + self._limits.answer_seconds
+        until = time.monotonic() + self._limits.call_timeout_seconds
         await self._reach(await asyncio.get_running_loop().run_in_executor(None, self.learning.journal.end), until)
 
     async def _reach(self, position: int, until: float) -> None:
@@ -211,7 +212,7 @@ class Following:
             if self.failure is None:
                 self._asked.set()  # so that the thread does not rest
             if time.monotonic() > until:
-                why = self.failure or "setting `serving.answer_seconds`"
+                why = self.failure or "setting `serving.call_timeout_seconds`"
                 sentence = f"the model has not learnt all events up to {position} in time ({why}); come again"
                 raise Refused(503, sentence, "behind", "TEMPORARILY_UNAVAILABLE", 1)
             await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -433,7 +433,7 @@ class _Serving:
         self._models = Models(options, self._open(state.path))
         self._metrics.show_model(self._models.current.about())
         self.app = Application(self._models, self._metrics, self.reload)
-        self.server = Server(self.app, options.limits.read_seconds, _FRACTION_OF_CALLS * options.grace)
+        self.server = Server(self.app, options.limits.read_timeout_seconds, _FRACTION_OF_CALLS * options.grace)
         self._follow(state)
 
     def _open(self, path: str) -> Any:

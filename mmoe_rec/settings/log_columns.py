@@ -159,8 +159,8 @@ class Task(Section):
     label: str = Field(description="column with the label; null means unobserved")
     kind: NamedKind = Field(DEFAULT, description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
-    given: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
-    matures_after_days: float = Field(0.0, ge=0, le=36_500, description="days until its label is final; unknown before")
+    conditional_on: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
+    label_delay_days: float = Field(0.0, ge=0, le=36_500, description="days until its label is final; unknown before")
 
 
 # A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
@@ -176,5 +176,6 @@ class TaskSettings(Task):
 
 
 def outcome_name(given: str, task: str) -> str:
-    """Name of the outcome that a task and the one it is `given` both happened; it stands beside names of tasks."""
+    """Name of the outcome that a task and the one it is `conditional_on` both happened; it stands beside names of
+    tasks."""
     return f"{given}_and_{task}"

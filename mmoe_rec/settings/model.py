@@ -35,7 +35,7 @@ class Experts(Section):
     levels: int = Field(1, ge=1, le=4, description="levels of experts on top of each other; more than one is PLE")
     units: tuple[Width, ...] = Field((128, 64), min_length=1, description="widths of an expert's layers")
     activation: Literal["silu", "relu"] = Field("silu", description="activation after each layer")
-    normalise: bool = Field(False, description="bring each expert's output to mean 0 and variance 1")
+    normalize: bool = Field(False, description="bring each expert's output to mean 0 and variance 1")
     raw_inputs: bool = Field(False, description="experts read the inputs besides the bottom's output")
     compute: Literal["auto", "dense", "grouped"] = Field(
         "auto", description="all experts on all rows (dense), each on the rows sent to it (grouped), or the faster one"
@@ -104,7 +104,7 @@ class Placement(Section):
 class Trees(Section):
     """Boosted trees beside the mixture (LightGBM's), on its numbers: each task's logit is a weighted sum of both."""
 
-    number: int = Field(1000, ge=1, description="most trees of a task; validation rows say how many count")
+    max_trees: int = Field(1000, ge=1, description="most trees of a task; validation rows say how many count")
     leaves: int = Field(31, ge=2, le=1024, description="most leaves of a tree")
     learning_rate: float = Field(0.05, gt=0, le=1, description="what a tree adds, as a share of what it has learnt")
 

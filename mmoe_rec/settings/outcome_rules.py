@@ -1,4 +1,4 @@
-"""The `outcomes` section of a settings file: how logged requests and events become rows of the interaction log."""
+"""The `labels` section of a settings file: how logged requests and events become rows of the interaction log."""
 
 from typing import Literal
 
@@ -28,13 +28,13 @@ class OutcomeEvents(Section):
 class Window(Section):
     """Events that count for a request."""
 
-    events: str = Field(description="a name under outcomes.events")
-    within_days: float = Field(gt=0, le=36_500, description="days after the request in which an event counts")
+    events: str = Field(description="a name under labels.events")
+    attribution_days: float = Field(gt=0, le=36_500, description="days after the request in which an event counts")
 
     @property
     def microseconds(self) -> int:
         """The window's length."""
-        return round(self.within_days * _MICROSECONDS_PER_DAY)
+        return round(self.attribution_days * _MICROSECONDS_PER_DAY)
 
 
 class LabelSource(Window):
@@ -42,11 +42,11 @@ class LabelSource(Window):
 
     value: str | None = Field(None, description="column of the events with the label; null: 1 if there is an event")
     combine: Literal["last", "first", "sum", "max"] = Field("last", description="label of several events with a value")
-    otherwise: float | None = Field(0.0, description="the label of a row without one; null where that says nothing")
+    default: float | None = Field(0.0, description="the label of a row without one; null where that says nothing")
 
 
-class Outcomes(Section):
-    """What `join-outcomes` makes of requests that the server logged and of events: rows of the interaction log."""
+class Labels(Section):
+    """What `join-labels` makes of requests that the server logged and of events: rows of the interaction log."""
 
     events: dict[str, OutcomeEvents] = Field(default_factory=dict, description="name -> a log of what happened")
     shown: Window | None = Field(
@@ -56,19 +56,19 @@ class Outcomes(Section):
     )
     top: int | None = Field(None, ge=1, description="so many best of a request were shown; null with `shown`")
     rank: str | None = Field(None, description="placement column with the rank in the reply, from 1; null with `shown`")
-    labels: dict[str, LabelSource] = Field({}, description="column of a label or observed_when -> events it is from")
+    sources: dict[str, LabelSource] = Field({}, description="column of a label or observed_when -> events it is from")
     wait_days: float = Field(0.05, ge=0, le=365, description="days for events to arrive after a request's last window")
 
     @model_validator(mode="after")
-    def _check_names(self) -> "Outcomes":
-        used = {**{f"labels.{name}": each for name, each in self.labels.items()}, "shown": self.shown}
+    def _check_names(self) -> "Labels":
+        used = {**{f"sources.{name}": each for name, each in self.sources.items()}, "shown": self.shown}
         for place, each in used.items():
             if each is not None and each.events not in self.events:
                 known = ", ".join(self.events) or "none, add it"
-                raise ValueError(f"{place}.events names '{each.events}'; logs under outcomes.events are: {known}")
+                raise ValueError(f"{place}.events names '{each.events}'; logs under labels.events are: {known}")
         for name in self.events:
             if not name.replace("_", "").isalnum():
-                raise ValueError(f"name '{name}' of outcomes.events may hold letters, digits and underscores only")
+                raise ValueError(f"name '{name}' of labels.events may hold letters, digits and underscores only")
         if self.shown is not None and (self.top is not None or self.rank is not None):
             raise ValueError("`shown` says what was shown and where: leave out `top` and `rank`")
         return self
@@ -76,34 +76,35 @@ class Outcomes(Section):
     @property
     def windows(self) -> list[Window]:
         """The windows of all labels, and of what was shown."""
-        return [*self.labels.values(), *([] if self.shown is None else [self.shown])]
+        return [*self.sources.values(), *([] if self.shown is None else [self.shown])]
 
     def check(self, schema: Schema) -> None:
         """Raises ValueError where the section does not fit the others."""
         labels = label_columns(schema)
         if self.events and schema.columns.weight is not None:
             raise ValueError(
-                f"outcomes.events make rows of the log, but nothing says what goes into columns.weight "
+                f"labels.events make rows of the log, but nothing says what goes into columns.weight "
                 f"('{schema.columns.weight}'): leave out one of them"
             )
-        for column, source in self.labels.items():
+        for column, source in self.sources.items():
             if column not in labels:
                 raise ValueError(
-                    f"outcomes.labels names '{column}', which is neither the label nor the observed_when of a task; "
+                    f"labels.sources names '{column}', which is neither the label nor the observed_when of a task; "
                     f"these are: {', '.join(labels)}"
                 )
             for name in labels[column]:
                 task = schema.tasks[name]
-                given = 0.0 if task.given is None else schema.tasks[task.given].matures_after_days
-                days = max(task.matures_after_days, given)
-                if days < source.within_days:
+                given = 0.0 if task.conditional_on is None else schema.tasks[task.conditional_on].label_delay_days
+                days = max(task.label_delay_days, given)
+                if days < source.attribution_days:
                     raise ValueError(
-                        f"outcomes.labels.{column}.within_days is {source.within_days:g}, but task '{name}' takes its "
-                        f"label as final after {days:g} days: set tasks.{name}.matures_after_days to "
-                        f"{source.within_days:g} or more, or training would see what was not known yet"
+                        f"labels.sources.{column}.attribution_days is {source.attribution_days:g}, but task "
+                        f"'{name}' takes its "
+                        f"label as final after {days:g} days: set tasks.{name}.label_delay_days to "
+                        f"{source.attribution_days:g} or more, or training would see what was not known yet"
                     )
         if self.rank is not None and schema.column_roles.get(self.rank) != "placement":
-            raise ValueError(f"outcomes.rank names '{self.rank}', which is no column of roles.placement")
+            raise ValueError(f"labels.rank names '{self.rank}', which is no column of roles.placement")
 
 
 def label_columns(schema: Schema) -> dict[str, list[str]]:

@@ -155,21 +155,22 @@ class Schema(Section):
     def _check_given(self) -> None:
         taken = dict.fromkeys(self.tasks, "a task")
         for name, task in self.tasks.items():
-            if task.given is None:
+            if task.conditional_on is None:
                 continue
             if not task.kind.is_binary:
-                raise ValueError(f"task '{name}' has `given`, which only a binary task can have")
+                raise ValueError(f"task '{name}' has `conditional_on`, which only a binary task can have")
             others = {each: other for each, other in self.tasks.items() if each != name}
-            plain = [each for each, other in others.items() if other.kind.is_binary and other.given is None]
-            if task.given not in plain:
+            plain = [each for each, other in others.items() if other.kind.is_binary and other.conditional_on is None]
+            if task.conditional_on not in plain:
                 raise ValueError(
-                    f"task '{name}' is given '{task.given}', which is not another binary task without `given`; such "
+                    f"task '{name}' is given '{task.conditional_on}', which is not another binary task without "
+                    "`conditional_on`; such "
                     f"tasks are: {', '.join(plain) or 'none'}"
                 )
-            outcome = outcome_name(task.given, name)
+            outcome = outcome_name(task.conditional_on, name)
             if outcome in taken:
                 raise ValueError(
-                    f"the outcome of tasks '{task.given}' and '{name}' together is called '{outcome}', as is "
+                    f"the outcome of tasks '{task.conditional_on}' and '{name}' together is called '{outcome}', as is "
                     f"{taken[outcome]}; rename one"
                 )
             taken[outcome] = "that of two other tasks"
@@ -189,9 +190,9 @@ class Schema(Section):
                 raise ValueError(
                     f"the label of task '{name}' is column '{task.label}', which is {purposes[task.label]} too"
                 )
-            if task.matures_after_days and not self.columns.has_time:
+            if task.label_delay_days and not self.columns.has_time:
                 raise ValueError(
-                    f"task '{name}' has matures_after_days, which needs columns.time: without times it can't be told "
+                    f"task '{name}' has label_delay_days, which needs columns.time: without times it can't be told "
                     "which labels had matured"
                 )
 

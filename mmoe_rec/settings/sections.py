@@ -30,7 +30,7 @@ from mmoe_rec.settings.log_columns import (
     TaskSettings,
 )
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.outcome_rules import Outcomes
+from mmoe_rec.settings.outcome_rules import Labels
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.training import Training
 
@@ -185,17 +185,21 @@ class Data(Section):
 
     log: str = Field(description="interaction log: folder of Parquet files, a file or a glob; a path or s3:// address")
     events: dict[str, EventLog] = Field({}, description="name -> a further log of events for counters and histories")
-    work: str = Field(description="folder for encoded features, checkpoints and models")
+    work_dir: str = Field(description="folder for encoded features, checkpoints and models")
     engine: EngineName = Field("local", description="what builds features: threads or processes, or a Ray cluster")
     workers: int | None = Field(None, ge=1, description="threads for features (processes above 4); null: one per core")
     rows_in_memory: int = Field(1_048_576, ge=1024, description="rows of a counter or history that a worker holds")
     memory_gib: float = Field(4, ge=0.25, description="GiB in which whole logs are joined; more goes through files")
     skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them; false stops")
-    duplicates: ErrorOrKeep = Field("error", description="what to do if a candidate occurs twice in a request")
-    future_times: ErrorOrKeep = Field("error", description="what to do about times after now, likely in another unit")
-    several_times: FirstOrError = Field("first", description="what to do if rows of a request have several times")
+    on_duplicates: ErrorOrKeep = Field("error", description="what to do if a candidate occurs twice in a request")
+    on_future_times: ErrorOrKeep = Field(
+        "error", description="what to do about times after now, likely in another unit"
+    )
+    on_conflicting_times: FirstOrError = Field(
+        "first", description="what to do if rows of a request have several times"
+    )
 
-    @field_validator("work")
+    @field_validator("work_dir")
     @classmethod
     def _local(cls, work: str) -> str:
         if "://" in work:
@@ -208,19 +212,23 @@ class Evaluation(Section):
 
     batch_size: int = Field(16_384, ge=1, description="rows scored at a time")
     resamples: int = Field(1000, ge=20, description="bootstrap resamples over users for the 95% intervals")
-    decide_by: str = Field(
+    primary_metric: str = Field(
         "auc",
         description="which of two models is better: a metric of tasks, as the mean over those with 50 rows of either "
         "label (R2, if there are none), or one of the score, such as score.ndcg_at_10",
     )
-    margin: float = Field(0.005, ge=0, description="AUC, or R2, that a model may lose for any task, with its interval")
-    calibration: float = Field(1.25, gt=1, description="factor by which probabilities may be off, or the other's are")
+    max_metric_drop: float = Field(
+        0.005, ge=0, description="AUC, or R2, that a model may lose for any task, with its interval"
+    )
+    max_calibration_ratio: float = Field(
+        1.25, gt=1, description="factor by which probabilities may be off, or the other's are"
+    )
     slices: tuple[str, ...] = Field(
         (),
         description="what reports slice rows by, besides new users and candidates and activity: columns of the log, or "
         "bucket(COLUMN, N) of a number",
     )
-    guarded_slices: tuple[str, ...] | None = Field(
+    guardrail_slices: tuple[str, ...] | None = Field(
         None,
         description="slices of which none may be shown to lose more than `margin`: by user, candidate, training rows "
         "of the user, or what `slices` names; null takes all of them",
@@ -231,7 +239,7 @@ class Serving(Section):
     """How a model is served: limits of a request (max_candidates) and of calls to the command `serve` (the others),
     when it says that it is out of date (stale_after_days), and what multiplies (products)."""
 
-    products: Literal["auto", "blas", "onednn"] = Field(
+    matmul_backend: Literal["auto", "blas", "onednn"] = Field(
         "auto",
         description="library of fp32 products when serving and scoring; auto takes onednn where torch has it; scores "
         "are equal but for rounding",
@@ -243,9 +251,11 @@ class Serving(Section):
     max_events: int = Field(10_000, ge=1, description="rows of a call that sends events")
     max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")
     max_depth: int = Field(16, ge=6, le=100, description="deepest nesting of lists and objects in a body")
-    max_waiting: int = Field(64, ge=1, description="calls of /invocations at a time in a worker, as many of /events")
-    read_seconds: float = Field(10, gt=0, description="time for a caller to send a call, or to take its reply")
-    answer_seconds: float = Field(30, gt=0, description="time to answer a call once it has been read")
+    max_concurrent_calls: int = Field(
+        64, ge=1, description="calls of /invocations at a time in a worker, as many of /events"
+    )
+    read_timeout_seconds: float = Field(10, gt=0, description="time for a caller to send a call, or to take its reply")
+    call_timeout_seconds: float = Field(30, gt=0, description="time to answer a call once it has been read")
 
 
 class Tracking(Section):
@@ -287,11 +297,11 @@ class Settings(Section):
     serving: Serving = Serving()
     tuning: Tuning = Tuning()
     tracking: Tracking = Tracking()
-    outcomes: Outcomes = Outcomes()
+    labels: Labels = Labels()
 
     @model_validator(mode="after")
     def _check_schema(self) -> "Settings":
-        self.outcomes.check(self.schema_)
+        self.labels.check(self.schema_)
         self.split.check(self.columns)
         for name in self.tuning.search:
             section, asked, *_ = name.split(".")

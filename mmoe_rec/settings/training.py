@@ -29,12 +29,12 @@ class Training(Section):
         description="of products; auto takes bf16 where a step of this model is a fifth faster with it. On a GPU fp32 "
         "is TF32, except in gates",
     )
-    products: Literal["auto", "blas", "onednn"] = Field(
+    matmul_backend: Literal["auto", "blas", "onednn"] = Field(
         "auto",
         description="what multiplies fp32 matrices on a CPU: torch's BLAS library, or oneDNN. Which is faster depends "
         "on the processor; results are equal but for rounding. auto takes oneDNN where torch has it",
     )
-    tables: Literal["auto", "fbgemm", "torch"] = Field(
+    table_backend: Literal["auto", "fbgemm", "torch"] = Field(
         "auto",
         description="how embedding tables are looked up and updated on a CPU: by fbgemm's kernels, or by PyTorch "
         "alone. Which is faster depends on the processor; results are equal but for rounding. auto takes fbgemm where "
@@ -49,7 +49,7 @@ class Training(Section):
     shard_columns: int = Field(
         32, ge=4, multiple_of=4, description="fewest columns of a part under column_wise and grid_shard"
     )
-    communication: Literal["fp32", "bf16"] = Field(
+    communication_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="numbers in which processes send each other embeddings and their gradients"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")
@@ -62,12 +62,12 @@ class Training(Section):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
     table_learning_rate: float = Field(0.05, gt=0, description="peak learning rate of row-wise Adagrad on the tables")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of the dense part")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the learning rates rise")
-    clip_gradient: float = Field(1.0, gt=0, description="largest norm of the dense part's gradient")
-    shuffle_window: int = Field(262_144, ge=1, description="rows that are shuffled together; bounds memory")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the learning rates rise")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the dense part's gradient")
+    shuffle_buffer_rows: int = Field(262_144, ge=1, description="rows that are shuffled together; bounds memory")
     validations_per_epoch: int = Field(2, ge=1, description="times per epoch that the validation rows are scored")
     patience: int = Field(4, ge=1, description="validations without a better result until training stops")
-    select_by: Literal["auc", "loss"] = Field(
+    monitor: Literal["auc", "loss"] = Field(
         "auc",
         description="best model: highest mean AUC over the binary tasks with 50 validation rows of each label (loss, "
         "if there are none), or lowest weighted loss",
@@ -83,7 +83,7 @@ class Training(Section):
     )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")
-    checkpoints_kept: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
+    keep_checkpoints: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")
 
     def rows_of_step(self, rows: int) -> int:

@@ -49,7 +49,7 @@ def measure_baselines(
         models |= {each: measure_model(rows, settings.evaluation.resamples) for each, rows in scored.items()}
         facts = ({"log": settings.data.log} if evaluated is None else evaluated.facts) | trees
         title = f"Baselines of {settings.name}"
-        rules = settings.evaluation.model_copy(update={"guarded_slices": ()})  # no slices of baselines are measured
+        rules = settings.evaluation.model_copy(update={"guardrail_slices": ()})  # no slices of baselines are measured
         results = Results(models, tuple(settings.tasks), rules, title, facts)
         write_results(results, out)
     return results

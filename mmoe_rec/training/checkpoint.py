@@ -82,7 +82,7 @@ class FinishedTraining:
 
     @staticmethod
     def read(work: Path) -> "FinishedTraining | None":
-        """The ended training in `data.work`; None where none has ended. Raises UserError where it can't be read."""
+        """The ended training in `data.work_dir`; None where none has ended. Raises UserError where it can't be read."""
         file = work / "checkpoints" / _FINISHED
         return _read(FinishedTraining, file, artifact=work / "model", before=True) if file.exists() else None
 

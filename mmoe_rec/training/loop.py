@@ -162,8 +162,8 @@ class Trainer:
         self.reader = self._reader(prepared, "train", self.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(self.batch_size, 8192))
         self.position = self.reader.position(0)
-        self.products = choose_products(settings.products, device.type)
-        self.tables = choose_way(settings.tables, device.type, self.world_size)
+        self.products = choose_products(settings.matmul_backend, device.type)
+        self.tables = choose_way(settings.table_backend, device.type, self.world_size)
         self.threads = (settings.threads or torch.get_num_threads()) if device.type == "cpu" else 0
         choices = choices if resume is None else resume.state.choices
         self.sharded, self.choices = self._shard(model_settings, warm_start, choices, prepared)
@@ -180,10 +180,10 @@ class Trainer:
             self.layout,
             device,
             bf16=self.choices.precision == "bf16",
-            clip_gradient=settings.clip_gradient,
+            max_grad_norm=settings.max_grad_norm,
             stop=self.stop,
         )
-        self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
+        self.checkpoints = CheckpointWriter(checkpoints, settings.keep_checkpoints, resume)
         if resume is not None:
             self.optimizer.init_state()
             restore(resume.folder, self.sharded.model, self.optimizer)
@@ -199,7 +199,7 @@ class Trainer:
         return TrainingReader(
             EncodedRows(prepared.split(split), self.layout, outcomes=True, weighted=weighted, part=part),
             batch_size=batch_size,
-            shuffle_window=self.settings.shuffle_window,
+            shuffle_buffer_rows=self.settings.shuffle_buffer_rows,
             seed=self.settings.seed,
             rank=self.rank,
             world_size=self.world_size,
@@ -297,7 +297,7 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
         """Trains on the next batch; whether any rank was asked to stop, None after the last batch."""
-        share = learning_rate_share(self.result.steps, self.total_steps, self.settings.warmup_share)
+        share = learning_rate_share(self.result.steps, self.total_steps, self.settings.warmup_fraction)
         step = self.steps.next(batches, share)
         if step is None:
             return None
@@ -329,7 +329,7 @@ class Trainer:
         meter.left_out += time.perf_counter() - start
         if now is None:  # a rank was asked to stop
             self._save_and_stop()
-        result, best, by = self.result, self.result.best, (self.settings.select_by, self.layout)
+        result, best, by = self.result, self.result.best, (self.settings.monitor, self.layout)
         result.history.append((result.steps, now))
         self.log_metrics(now.flat() | now.experts.flat([task.name for task in self.layout.tasks]), result.steps)
         if self.watch is not None:

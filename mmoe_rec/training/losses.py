@@ -54,15 +54,15 @@ def masked_loss(
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
     """(B, T) loss of every row and task.
 
-    labels: of each task's `learnt_from`. That of a task with `given` is its outcome over all rows, predicted by the
-    product of both tasks' probabilities, through which both learn (ESMM: Ma et al., SIGIR 2018).
+    labels: of each task's `learnt_from`. That of a task with `conditional_on` is its outcome over all rows, predicted
+    by the product of both tasks' probabilities, through which both learn (ESMM: Ma et al., SIGIR 2018).
     """
     places = {task.name: index for index, task in enumerate(tasks)}
     columns = []
     for index, task in enumerate(tasks):
         logit, label = logits[:, index], labels[:, index]
-        if task.given is not None:
-            logit = joint_logit(logits[:, places[task.given]], logit)
+        if task.conditional_on is not None:
+            logit = joint_logit(logits[:, places[task.conditional_on]], logit)
         columns.append(task.kind.loss(logit, label, task.deviation))
     return torch.stack(columns, dim=1)
 

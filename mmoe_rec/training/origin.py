@@ -8,7 +8,7 @@ from mmoe_rec.settings.sections import Settings, differences
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {
     "checkpoint_steps",
-    "checkpoints_kept",
+    "keep_checkpoints",
     "device",
     "threads",
     "timeout_minutes",

@@ -1,4 +1,4 @@
-"""The reports of all commands in one `data.work`, as one report.
+"""The reports of all commands in one `data.work_dir`, as one report.
 
 Each report says which features, model and settings it depends on, so this module can tell whether it still holds.
 """
@@ -31,17 +31,18 @@ PARTS = {
     "comparison": ("Comparison of variants", "compare"),
     "tuning": ("Search for settings", "tune --minutes 30"),
 }
-"""Folder in `data.work` -> its title, and the command that makes its report. Without one, the report is optional."""
+"""Folder in `data.work_dir` -> its title, and the command that makes its report. Without one, the report is
+optional."""
 
 
 def join_reports(settings: Settings, complete: Callable[..., str]) -> Report:
-    """Join the reports in `data.work`: the headlines first, then all figures and tables.
+    """Join the reports in `data.work_dir`: the headlines first, then all figures and tables.
 
     Args:
         settings: The settings.
         complete: Returns a command, given in words, with the options of these settings.
     """
-    work, address = Path(settings.data.work), f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    work, address = Path(settings.data.work_dir), f"models:/{settings.registered_model}@{settings.tracking.alias}"
     sentences = [Sentence(each, "warning") for each in _find_cautions(settings)]
     figures, tables, found = list[Figure](), list[Table](), list[str]()
     for folder, (title, words) in PARTS.items():
@@ -71,8 +72,8 @@ def join_reports(settings: Settings, complete: Callable[..., str]) -> Report:
 
 
 def _find_cautions(settings: Settings) -> Iterator[str]:
-    """Yield why everything in `data.work` may belong to other settings."""
-    features = Path(settings.data.work) / "features"
+    """Yield why everything in `data.work_dir` may belong to other settings."""
+    features = Path(settings.data.work_dir) / "features"
     try:
         if features.is_dir() and existing(BuildInputs.of(settings)) is None:
             yield f"the features in '{features}' are of other settings, or files of the log, than these"

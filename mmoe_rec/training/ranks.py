@@ -68,12 +68,13 @@ def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     """The device and the process group of a training. Raises UserError for what this machine does not offer."""
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
     check_sharding(settings.sharding, device.type)
-    if choose_way(settings.tables, device.type, ranks) == "torch" and settings.sharding != "auto":
+    if choose_way(settings.table_backend, device.type, ranks) == "torch" and settings.sharding != "auto":
         raise UserError(
-            f"training.sharding is {settings.sharding}, and training.tables is torch, which spreads no tables. Set one "
+            f"training.sharding is {settings.sharding}, and training.table_backend is torch, which spreads no "
+            "tables. Set one "
             "of them to auto."
         )
-    choose_products(settings.products, device.type)
+    choose_products(settings.matmul_backend, device.type)
     with process_group(device, settings.timeout_minutes) as group:
         yield device, group
 

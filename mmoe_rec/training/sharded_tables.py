@@ -63,7 +63,7 @@ def choose_way(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Wa
     """Return the backend of tables that a setting asks for, and fbgemm for `auto` where it is installed.
 
     Args:
-        choice: The setting `training.tables`.
+        choice: The setting `training.table_backend`.
         device: "cpu" or "cuda".
         ranks: Number of processes that train together.
 
@@ -75,9 +75,11 @@ def choose_way(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Wa
     if device == "cuda":
         require_torchrec("training on a GPU", "set training.device to cpu")
     if choice == "torch" and (ranks > 1 or device == "cuda"):
-        raise UserError("training.tables is torch, which trains in one process on a CPU. Set it to auto.")
+        raise UserError("training.table_backend is torch, which trains in one process on a CPU. Set it to auto.")
     if choice == "fbgemm" and not torchrec_installed():
-        raise UserError("training.tables is fbgemm, but torchrec and fbgemm are not installed: set it to auto or torch")
+        raise UserError(
+            "training.table_backend is fbgemm, but torchrec and fbgemm are not installed: set it to auto or torch"
+        )
     return "fbgemm" if choice != "torch" and torchrec_installed() else "torch"
 
 
@@ -85,7 +87,7 @@ class OneProcessTables(nn.Module):
     """The tables of a layout, as wide as they are stored; zeros until they are filled.
 
     A checkpoint holds the same state under the same names as with torchrec's collection and its fused optimizer, so a
-    training with `training.tables` auto may go on with or without torchrec.
+    training with `training.table_backend` auto may go on with or without torchrec.
 
     Attributes:
         embedding_bags: The state, `embedding_bags.<table>.weight`. There are no parameters, as the backward pass itself

@@ -109,7 +109,7 @@ class Planning:
         """What knows how to spread tables."""
         from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-        if self.settings.communication == "fp32":
+        if self.settings.communication_dtype == "fp32":
             return [EmbeddingBagCollectionSharder()]
         from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
         from torchrec.distributed.types import CommOp

@@ -101,14 +101,14 @@ def fit_task(
             replace(each, x=each.x[:, :width], labels=(each.labels - task.mean) / task.deviation)
             for each in (learnt, held_out)
         )
-        shape = section.leaves, seed, section.learning_rate, section.number
+        shape = section.leaves, seed, section.learning_rate, section.max_trees
         booster = grow_lightgbm(task.kind, train, selecting, *shape)
         most = booster.best_iteration  # further trees lost more on the selecting rows
         texts["without ids" if width == learnt.numbers else "with ids"] = booster.model_to_string(num_iteration=most)
         # Both sets together have no more trees than one may have.
-        halves.append(booster.model_to_string(num_iteration=min(most, max(1, section.number // 2))))
+        halves.append(booster.model_to_string(num_iteration=min(most, max(1, section.max_trees // 2))))
     ways = [(name, text, certainty) for name, text in texts.items()]
-    if 1 < len(ways) <= section.number:
+    if 1 < len(ways) <= section.max_trees:
         ways.append(("in all, without ids and with them", "\n".join(halves), 0.0))
     labels, weights, taken = held_out.labels, held_out.weights, None
     _, deviation = task.kind.standard(labels)

@@ -69,7 +69,7 @@ class Step:
 class Steps:
     """Trains on batches, one a step, all ranks together.
 
-    optimizer: of all parameters, with peak learning rates; bf16: whether products are in bf16; clip_gradient: largest
+    optimizer: of all parameters, with peak learning rates; bf16: whether products are in bf16; max_grad_norm: largest
     norm of the dense part's gradient; stop: asked at each step.
     """
 
@@ -81,11 +81,11 @@ class Steps:
         device: torch.device,
         *,
         bf16: bool,
-        clip_gradient: float,
+        max_grad_norm: float,
         stop: StopRequest,
     ) -> None:
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
-        self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
+        self._device, self._bf16, self._clip, self._stop = device, bf16, max_grad_norm, stop
         self._mixture: Mixture = sharded.model.module.mixture
         self._gates = self._mixture.gates[0].settings  # those of all levels
         self._peaks = [group["lr"] for group in optimizer.param_groups]
@@ -215,9 +215,9 @@ class Steps:
 # When learning rates rise and fall, and when validation rows are scored.
 
 
-def learning_rate_share(step: int, total: int, warmup_share: float) -> float:
+def learning_rate_share(step: int, total: int, warmup_fraction: float) -> float:
     """Share of the peak learning rate at a step: linear rise, then a cosine down to 1% (Loshchilov & Hutter 2017)."""
-    warmup = math.ceil(total * warmup_share)
+    warmup = math.ceil(total * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total - warmup)

@@ -61,7 +61,7 @@ class Ready:
     """All that a run needs on one rank.
 
     Attributes:
-        folder: Folder of the run, `data.work`.
+        folder: Folder of the run, `data.work_dir`.
         first: Whether this rank writes down results that all ranks share.
         prepared: Features.
         manifest: Manifest of the features.
@@ -91,7 +91,7 @@ def train_model(
     start: address of a model to start from, which needs existing features that were extended from that model's. resume:
     go on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
     features go on to a later day. register: whether the model goes into the registry. Raises UserError where another
-    process trains in `data.work`.
+    process trains in `data.work_dir`.
     """
     with open_workspace(settings, start, resume) as ready:
         if not isinstance(ready, Ready):
@@ -128,7 +128,7 @@ def train_model(
 
 
 def _log_choices(run: Run, trainer: Trainer) -> None:
-    names = ("products", "tables", "threads", "batch_size")
+    names = ("matmul_backend", "table_backend", "threads", "batch_size")
     values = asdict(trainer.choices) | {name: getattr(trainer, name) for name in names}
     tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "measured"}
     run.record(tags=tags, files={"choices.json": values})
@@ -295,10 +295,10 @@ def open_workspace(
 
     def open_first() -> str:
         """Decide on the first rank what all ranks do, and hold what they use from now on."""
-        find_objective(settings.evaluation.decide_by)
+        find_objective(settings.evaluation.primary_metric)
         has_features = existing(inputs) is not None
         for name in ("checkpoints", "model"):
-            held.enter_context(writing(folder / name, "a training", "set `data.work` to another folder"))
+            held.enter_context(writing(folder / name, "a training", "set `data.work_dir` to another folder"))
         status = _decide(settings, inputs, address, has_features) if resume else RunStatus.NEW
         if status is RunStatus.NEW and address is not None and not has_features:
             raise _needs_features(folder)
@@ -343,7 +343,7 @@ def open_workspace(
 
 
 def _decide(settings: Settings, inputs: BuildInputs, address: str | None, has_features: bool) -> RunStatus:
-    """Return whether the run in `data.work` is resumed, has finished, or gives way to one on a later day.
+    """Return whether the run in `data.work_dir` is resumed, has finished, or gives way to one on a later day.
 
     Raises:
         UserError: The run there is not the one that is asked for.

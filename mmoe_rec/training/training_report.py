@@ -13,7 +13,7 @@ from mmoe_rec.training.origin import fixed_settings
 from mmoe_rec.training.validation import Validation, explain_choice, warnings_of
 
 FOLDER = "training"
-"""Folder of the report in `data.work`."""
+"""Folder of the report in `data.work_dir`."""
 _METRICS = {"loss ↓": "loss", "auc ↑": "auc", "calibration → 1": "calibration"}
 
 
@@ -56,7 +56,7 @@ def make_report(trained: FinishedTraining, settings: Settings) -> Report:
     if (checkpoint := latest_checkpoint(trained.artifact.parent / "checkpoints")) is not None:
         history = checkpoint.state.history
         tables.append(validations_table(history, trained.best_step, trained.best, trained.network))
-        why = explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.select_by)
+        why = explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.monitor)
         sentences += map(Sentence, why)
     warnings = [f"the model {about.early_end}"] if about.early_end else []
     warnings += warnings_of(trained.best, settings.training.calibration)
@@ -91,7 +91,7 @@ def _headline(areas: Mapping[str, float | None], step: int) -> str:
 
 
 def write(trained: FinishedTraining, settings: Settings) -> Report:
-    """Write the report beside the model, in `data.work`/training."""
+    """Write the report beside the model, in `data.work_dir`/training."""
     report = make_report(trained, settings)
-    write_report(report, Path(settings.data.work) / FOLDER)
+    write_report(report, Path(settings.data.work_dir) / FOLDER)
     return report

@@ -42,13 +42,13 @@ class Validation:
     calibration: dict[str, float] = field(default_factory=dict)
     rarer: dict[str, int] = field(default_factory=dict)
 
-    def tasks_judged_by_auc(self, select_by: str) -> list[str]:
+    def tasks_judged_by_auc(self, monitor: str) -> list[str]:
         """The tasks whose AUC decides which model is best: those with FEWEST rows of either label. None: by loss."""
-        return [task for task in self.auc if select_by == "auc" and self.rarer.get(task, FEWEST) >= FEWEST]
+        return [task for task in self.auc if monitor == "auc" and self.rarer.get(task, FEWEST) >= FEWEST]
 
-    def objective(self, select_by: str, layout: ModelLayout) -> float:
+    def objective(self, monitor: str, layout: ModelLayout) -> float:
         """What the best model has the most of: mean AUC of `tasks_judged_by_auc`, or minus the weighted loss."""
-        if told := self.tasks_judged_by_auc(select_by):
+        if told := self.tasks_judged_by_auc(monitor):
             return sum(self.auc[task] for task in told) / len(told)
         tasks = [task for task in layout.tasks if task.learnt_from in self.loss]
         return -sum(task.loss_weight * self.loss[task.learnt_from] for task in tasks)
@@ -85,7 +85,7 @@ class ValidationSums:
         losses = row_losses(logits, labels, self.layout.tasks) * batch.observed
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
         self.loss += torch.stack([weighted.double().sum(0), batch.observed_weights.double()], dim=1)
-        if self.layout.outcomes:  # of a task with `given`, the rows in which the given one came true
+        if self.layout.outcomes:  # of a task with `conditional_on`, the rows in which the given one came true
             own = own.clone()
             for given, task in self.layout.outcomes.values():
                 own[:, task] &= labels[:, given] == 1
@@ -191,19 +191,19 @@ GAIN = 0.005
 """Of the mean AUC or the loss: what the second half of the steps, in which the learning rate falls, may always gain."""
 
 
-def explain_choice(best: Validation, step: int, select_by: str) -> list[str]:
+def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
     """One sentence, then one for each binary task whose AUC had no say although it was asked for."""
-    how = f"{_name_objective(best, select_by)} is the {'highest' if best.tasks_judged_by_auc(select_by) else 'lowest'}"
+    how = f"{_name_objective(best, monitor)} is the {'highest' if best.tasks_judged_by_auc(monitor) else 'lowest'}"
     without = [
         f"the AUC of '{task}' had no say: {rows} selecting rows have its rarer label, and it takes {FEWEST}"
         for task, rows in best.rarer.items()
-        if select_by == "auc" and rows < FEWEST
+        if monitor == "auc" and rows < FEWEST
     ]
     return [f"best validation, at step {step}: {how}", *without]
 
 
-def _name_objective(best: Validation, select_by: str) -> str:
-    judged = best.tasks_judged_by_auc(select_by)
+def _name_objective(best: Validation, monitor: str) -> str:
+    judged = best.tasks_judged_by_auc(monitor)
     names = " and ".join(filter(None, (", ".join(judged[:-1]), *judged[-1:])))
     return f"the {'mean ' if len(judged) > 1 else ''}AUC of {names}" if judged else "the weighted loss"
 
@@ -217,7 +217,7 @@ def find_early_end(
     that is the best, and better than after half of the steps: after fewer than `SHORT` steps by what four digits show,
     else by more than a share of `GAIN`. What was started from another model is held to `GAIN` alone.
     """
-    (steps, last), by, is_new = history[-1], settings.select_by, history[0][0] > 0
+    (steps, last), by, is_new = history[-1], settings.monitor, history[0][0] > 0
     advice = (
         f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
         f"{settings.batch_size}), or a higher training.learning_rate (now {settings.learning_rate:g})"

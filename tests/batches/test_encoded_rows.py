@@ -135,7 +135,7 @@ def test_weights_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
 
 def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
     click, stars = LAYOUT.tasks
-    layout = replace(LAYOUT, tasks=(click, replace(stars, kind="binary", given="click")))
+    layout = replace(LAYOUT, tasks=(click, replace(stars, kind="binary", conditional_on="click")))
     both = pa.array([0.0, 1.0, None], pa.float32())
     (tmp_path / "rows").mkdir()
     rows = table(range(3)).append_column("label.click_and_stars", both)

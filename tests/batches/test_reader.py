@@ -33,7 +33,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> EncodedRows:
 
 
 def readers(rows: EncodedRows, world_size: int, **changes: int) -> list[TrainingReader]:
-    options = {"batch_size": 12, "shuffle_window": 30, "seed": 5, **changes}
+    options = {"batch_size": 12, "shuffle_buffer_rows": 30, "seed": 5, **changes}
     return [TrainingReader(rows, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
 
 
@@ -59,12 +59,19 @@ def order(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> lis
     position=st.integers(0, TOTAL),
     world_size=st.sampled_from([1, 2, 3, 5, 8]),
     batch_size=st.integers(2, 90),
-    shuffle_window=st.integers(1, 90),
+    shuffle_buffer_rows=st.integers(1, 90),
 )
 def test_resume_gives_exactly_the_rest(
-    rows: EncodedRows, *, seed: int, epoch: int, position: int, world_size: int, batch_size: int, shuffle_window: int
+    rows: EncodedRows,
+    *,
+    seed: int,
+    epoch: int,
+    position: int,
+    world_size: int,
+    batch_size: int,
+    shuffle_buffer_rows: int,
 ) -> None:
-    options = {"seed": seed, "shuffle_window": shuffle_window}
+    options = {"seed": seed, "shuffle_buffer_rows": shuffle_buffer_rows}
     whole = order(readers(rows, 1, batch_size=1, **options), epoch)
     assert sorted(whole) == list(range(TOTAL))
     resumed = readers(rows, world_size, batch_size=batch_size, **options)
@@ -97,7 +104,7 @@ def test_each_rank_decodes_only_its_row_groups_each_once(tmp_path: Path, monkeyp
     orders = []
     for world_size in (1, 2, 4):
         decoded.clear()
-        orders.append(order(readers(rows, world_size, batch_size=64, shuffle_window=512, seed=2)))
+        orders.append(order(readers(rows, world_size, batch_size=64, shuffle_buffer_rows=512, seed=2)))
         assert sorted(decoded) == rows.groups
     assert sorted(orders[0]) == list(range(2048))
     assert orders[1] == orders[2] == orders[0]
@@ -114,7 +121,7 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.M
         return read
 
     monkeypatch.setattr(rows, "read_row_group", tracked)
-    reader = readers(rows, 1, batch_size=16, shuffle_window=64)[0]
+    reader = readers(rows, 1, batch_size=16, shuffle_buffer_rows=64)[0]
     for _ in reader.resume(reader.position(0), epochs=2):
         assert 4 <= sum(each() is not None for each in references) <= 2 * 4
     assert len(references) == 64
@@ -132,22 +139,22 @@ def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
 # The order, without files.
 
 
-def epoch_order(sizes: list[int], shuffle_window: int, seed: int = 3, epoch: int = 0) -> EpochOrder:
-    return EpochOrder(np.array(sizes, np.int64), shuffle_window=shuffle_window, seed=seed, epoch=epoch)
+def epoch_order(sizes: list[int], shuffle_buffer_rows: int, seed: int = 3, epoch: int = 0) -> EpochOrder:
+    return EpochOrder(np.array(sizes, np.int64), shuffle_buffer_rows=shuffle_buffer_rows, seed=seed, epoch=epoch)
 
 
 @given(
     sizes=st.lists(st.integers(1, 200), min_size=1, max_size=40),
-    shuffle_window=st.integers(1, 3000),
+    shuffle_buffer_rows=st.integers(1, 3000),
     seed=st.integers(0, 1000),
 )
 def test_every_stretch_holds_rows_of_each_group_in_proportion(
-    *, sizes: list[int], shuffle_window: int, seed: int
+    *, sizes: list[int], shuffle_buffer_rows: int, seed: int
 ) -> None:
-    order = epoch_order(sizes, shuffle_window, seed)
+    order = epoch_order(sizes, shuffle_buffer_rows, seed)
     for window in order.windows:
         total = int(window.sizes.sum())
-        assert total <= shuffle_window or len(window.sizes) == 1
+        assert total <= shuffle_buffer_rows or len(window.sizes) == 1
         groups = np.arange(len(window.sizes))
         counts = np.cumsum(window.mixed()[:, None] == groups, axis=0)
         assert counts[-1].tolist() == window.sizes.tolist()

@@ -83,7 +83,7 @@ def main() -> None:
     }
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     options = parser.parse_args()
-    found: dict[str, float] = {"margin": Evaluation().margin}
+    found: dict[str, float] = {"margin": Evaluation().max_metric_drop}
     for part in options.only:
         found |= parts[part](options)
     print(json.dumps(found))
@@ -229,7 +229,7 @@ def settings_of(folder: Path, seed: int, day: str, strength: float) -> Settings:
     features |= {f"item_{task}": {"kind": "counter", "task": task, "by": ["item"]} for task in NAMES}
     tree = settings_tree(
         folder,
-        data={"log": str(folder / "log"), "work": str(folder / day)},
+        data={"log": str(folder / "log"), "work_dir": str(folder / day)},
         roles={"user": ["user"], "candidate": ["item", *numbers]},
         tasks={
             name: {"label": name, "objective": objective}
@@ -241,10 +241,10 @@ def settings_of(folder: Path, seed: int, day: str, strength: float) -> Settings:
             "bottom": {"units": [16]},
             "experts": {"count": 2, "units": [8]},
             "towers": {"units": [4]},
-            "trees": {"number": 60, "leaves": 15, "learning_rate": 0.1},
+            "trees": {"max_trees": 60, "leaves": 15, "learning_rate": 0.1},
         },
         training={
-            **{"device": "cpu", "precision": "fp32", "products": "blas", "tables": "fbgemm", "threads": 1},
+            **{"device": "cpu", "precision": "fp32", "matmul_backend": "blas", "table_backend": "fbgemm", "threads": 1},
             **{"batch_size": 256, "epochs": 2, "learning_rate": 0.01, "calibration": "temperature", "seed": seed},
         },
         evaluation={"resamples": RESAMPLES, "margin": 0.05},

@@ -77,7 +77,7 @@ def settings_of(folder: Path, log: pa.Table) -> Settings:
             "experts": {"count": 4, "units": [16]},
             "towers": {"units": [8]},
         },
-        training=training | {"precision": "fp32", "products": "blas", "tables": "torch"},
+        training=training | {"precision": "fp32", "matmul_backend": "blas", "table_backend": "torch"},
         evaluation={"resamples": 200},
         tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}"},
     )

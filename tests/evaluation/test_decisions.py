@@ -55,7 +55,7 @@ def verdict(
     slices: Any = (),
     **groups: Any,
 ) -> Verdict:
-    versus, rules = Versus(objective, groups), Evaluation(margin=margin)
+    versus, rules = Versus(objective, groups), Evaluation(max_metric_drop=margin)
     guards = [*find_guards(versus, summaries, judged, rules), guard_slices(slices, "old", judged, margin)]
     known = [guard for guard in guards if guard is not None]
     return decide("new", "old", replace(DECIDES, better=better), versus, known)
@@ -84,7 +84,7 @@ def test_an_interval_without_0_decides(sign: int, value: float | None, reach: fl
     assert verdict(objective, "higher" if sign > 0 else "lower", **WELL).kind == kind
 
 
-LIMIT = "a loss of more than 0.005 (evaluation.margin)"
+LIMIT = "a loss of more than 0.005 (evaluation.max_metric_drop)"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_model_that_is_held_back_says_why() -> None:
     assert found.message == (
         "'new' is not called better, although mean auc of bought, liked is higher than that of 'old' by 0.0030 (0.0010 "
         "to 0.0050): the r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
-        "(evaluation.margin)"
+        "(evaluation.max_metric_drop)"
     )
     assert [(guard.task, guard.metric, guard.passed) for guard in found.guards] == [
         ("bought", "auc", True),
@@ -151,10 +151,10 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
         assert found.message.endswith(told)
         assert told == (
             "in slice country: E (99 rows): auc of bought is 0.480, where that of 'old' is 0.530, which is a loss of "
-            "more than 0.005 (evaluation.margin), corrected for the 10 slices by country"
+            "more than 0.005 (evaluation.max_metric_drop), corrected for the 10 slices by country"
         )
     else:
-        assert " slices by country none is shown to have a loss of more than 0.005 (evaluation.margin)" in told
+        assert " slices by country none is shown to have a loss of more than 0.005 (evaluation.max_metric_drop)" in told
 
 
 def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_once() -> None:
@@ -165,9 +165,9 @@ def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_onc
     assert guard.message == (
         "in slice country: C (99 rows): auc of liked is 0.700, where that of 'old' is 0.790; in slice country: B (99 "
         "rows): auc of bought is 0.700, where that of 'old' is 0.760, which is a loss of more than 0.005 "
-        "(evaluation.margin), corrected for the 3 slices by country"
+        "(evaluation.max_metric_drop), corrected for the 3 slices by country"
     )
-    told = "of 3 slices by country none is shown to have a loss of more than 0.2 (evaluation.margin)"
+    told = "of 3 slices by country none is shown to have a loss of more than 0.2 (evaluation.max_metric_drop)"
     assert guard_slices(records, "old", tasks, 0.2) == Guard(None, "slices", True, told)
     assert guard_slices(records, "old", [], 0.005) is guard_slices(records, "another", tasks, 0.005) is None
 
@@ -196,7 +196,8 @@ def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its
     is_outside = (ratio.low or ratio.value) > 1.25 or (ratio.high or ratio.value) < 0.8
     assert told == (
         f"the probabilities of bought are {ratio.shown(2)} times what was observed, which is "
-        f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of 1.25 (evaluation.calibration); those of "
+        f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of 1.25 "
+        "(evaluation.max_calibration_ratio); those of "
         f"'old' are {other.value:.2f} times"
     )
 

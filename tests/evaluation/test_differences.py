@@ -99,7 +99,7 @@ def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
     few = log.take(np.arange(80))
     assert Objective.of("auc", few.measure(), ["bought", "liked"]) is None
     for wrong in ("acu", "calibration", "score.auc", "bought.auc", "ece"):
-        with pytest.raises(UserError, match=f"evaluation.decide_by is '{wrong}'; expected a metric of tasks"):
+        with pytest.raises(UserError, match=f"evaluation.primary_metric is '{wrong}'; expected a metric of tasks"):
             Objective.of(wrong, sums, ["bought"])
 
 
@@ -146,7 +146,9 @@ def test_other_weights_of_tasks_have_another_truth_of_the_score(log: Log) -> Non
         name: typed.MeasuredModel(each, typed.summarise(each, 1))
         for name, each in (("a", heavier.measure()), ("b", log.measure()))
     }
-    assert compare(models, "a", [], Evaluation(decide_by="score.mrr", resamples=20)).verdicts["b"].kind == "undecided"
+    assert (
+        compare(models, "a", [], Evaluation(primary_metric="score.mrr", resamples=20)).verdicts["b"].kind == "undecided"
+    )
     assert compare(models, "a", ["bought"], Evaluation(resamples=20)).verdicts["b"].kind == "not shown"
     # A task of no weight is worth nothing in a row, so a model without it has the same truth.
     weightless = replace(log, tasks=(*log.tasks[:2], replace(SPENT, weight=0.0)))

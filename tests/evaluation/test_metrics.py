@@ -283,7 +283,7 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     names = ["user=viewer", "predicted_stars=p"]
     out = tmp_path / "out"
     words = ["--tasks", *TASKS, "--resamples", "200", "--out", str(out)]
-    run("evaluate", "--predictions", str(source), "--against", str(others), "--against-columns", *names, *words)
+    run("evaluate", "--predictions", str(source), "--compare-to", str(others), "--compare-to-columns", *names, *words)
     printed = capsys.readouterr().out
     comparison = read_metrics(out)["comparison"]
     told = comparison["against"]["theirs"]
@@ -294,8 +294,8 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     assert told["verdict"]["kind"] == "better"
     assert "'ours[a]' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
     assert read_metrics(out)["against"]["theirs"]["predictions"] == str(others)
-    words += ["--against-columns", "user=user", "predicted_stars=predicted_stars"]
-    run("evaluate", "--predictions", str(others), "--against", str(source), "--columns", *names, *words)
+    words += ["--compare-to-columns", "user=user", "predicted_stars=predicted_stars"]
+    run("evaluate", "--predictions", str(others), "--compare-to", str(source), "--columns", *names, *words)
     assert read_metrics(out)["comparison"]["against"]["ours[a]"]["verdict"]["kind"] == "worse"
     run("evaluate", "--predictions", str(source), *words[:-3])
     found = read_metrics(out)
@@ -311,17 +311,17 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
         [
             (frame.assign(label_bought=wrong), r"on the same rows \(labels of 'bought' differ"),
             (frame.drop(columns="candidate"), r"on the same rows \(their requests or candidates differ"),
-            (frame.rename(columns={"predicted_bought": "p"}), "one with --against-columns predicted_bought=COLUMN"),
+            (frame.rename(columns={"predicted_bought": "p"}), "one with --compare-to-columns predicted_bought=COLUMN"),
             (frame.assign(user=frame["user"].astype(str)), r"users of rows differ\)"),
         ]
     ):
         with pytest.raises(UserError, match=told):
             measured(TASKS, source, out, against=[str(written(other, tmp_path / str(number)))])
-    with pytest.raises(UserError, match="is given twice, and would be compared with itself; give --against another"):
+    with pytest.raises(UserError, match="is given twice, and would be compared with itself; give --compare-to another"):
         measured(TASKS, source, out, against=[source])
     assert not (out / "metrics.json").exists()
-    with pytest.raises(UserError, match=r"evaluation\.decide_by is 'acu'"):  # before anything is read
-        measured(TASKS, source, out, rules=Evaluation(decide_by="acu"))
+    with pytest.raises(UserError, match=r"evaluation\.primary_metric is 'acu'"):  # before anything is read
+        measured(TASKS, source, out, rules=Evaluation(primary_metric="acu"))
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

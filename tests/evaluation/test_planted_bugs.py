@@ -148,7 +148,9 @@ def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.
     ends = {"train_end": end.replace(day=end.day - 3), "validation_end": end.replace(day=end.day - 1)}
     earlier = Split.model_validate(ends)
     settings = model.settings.model_copy(update={"split": earlier})
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"work": str(tmp_path / "other")})})
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"work_dir": str(tmp_path / "other")})}
+    )
     found = evaluate_model(settings, str(model.folder), out)
     assert checks(found).count("seen") == 1
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
@@ -202,6 +204,6 @@ def test_what_an_evaluation_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = SmallModel(tmp_path / "work")
     (tmp_path / "file").write_text("mine")
     data, work = model.settings.data, tmp_path / "work"
-    for place in (data.log, data.work, work / "features", work / "features" / "train", tmp_path / "file"):
+    for place in (data.log, data.work_dir, work / "features", work / "features" / "train", tmp_path / "file"):
         with pytest.raises(UserError, match=r"which holds other things; name another|is a file; name a folder"):
             evaluate_model(model.settings, str(model.folder), place)

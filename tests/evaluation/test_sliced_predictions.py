@@ -79,7 +79,7 @@ def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path) -> None:
         found["rank"] = found.groupby("request")["score"].rank(ascending=False, method="first").astype(int)
         (tmp_path / name).mkdir()
         found.to_parquet(tmp_path / name / "0.parquet", index=False)
-    words = ["--predictions", str(tmp_path / "mine"), "--against", str(tmp_path / "theirs"), "--tasks", "bought"]
+    words = ["--predictions", str(tmp_path / "mine"), "--compare-to", str(tmp_path / "theirs"), "--tasks", "bought"]
     run("evaluate", *words, "--out", str(tmp_path / "out"), "--resamples", "20", "--slices", "rank", "device")
     table = pd.read_parquet(tmp_path / "out" / "slices.parquet")
     assert set(table[table["by"] == "rank"]["beside"]) == {"all rows"}

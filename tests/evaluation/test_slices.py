@@ -244,13 +244,13 @@ def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded,
     models = {
         name: model(log.with_predictions(bought=each), of_rows) for name, each in (("new", spoilt), ("old", noisy))
     }
-    rules = Evaluation(resamples=200, calibration=9, slices=("kind",), guarded_slices=guarded)
+    rules = Evaluation(resamples=200, calibration=9, slices=("kind",), guardrail_slices=guarded)
     results = Results(models, ("bought",), rules, "", {})
     assert results.comparison.verdicts["old"].kind == kind
     told = results.comparison.verdicts["old"].message
     assert ("slice kind: 3 (" in told) == (kind != "better")
-    with pytest.raises(UserError, match=r"guarded_slices names 'kin', and rows are sliced by: kind"):
-        _ = replace(results, rules=Evaluation(slices=("kin",), guarded_slices=("kin",))).comparison
+    with pytest.raises(UserError, match=r"guardrail_slices names 'kin', and rows are sliced by: kind"):
+        _ = replace(results, rules=Evaluation(slices=("kin",), guardrail_slices=("kin",))).comparison
 
 
 @pytest.mark.parametrize("again", [False, True])

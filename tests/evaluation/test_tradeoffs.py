@@ -128,11 +128,11 @@ def run(model: SmallModel, *words: str) -> int:
 
 
 def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.CaptureFixture) -> None:
-    work = Path(model.settings.data.work)
+    work = Path(model.settings.data.work_dir)
     for split in ("validation", "test"):
         words = ("--config", model.config(), "--model", model.folder, "--split", split)
         assert exit_code("evaluate", *words) == 0
-    assert run(model, "--goal", "click", "--keep", "liked=100", "spent=100") == 0  # few users rule out little
+    assert run(model, "--goal", "click", "--max-drop", "liked=100", "spent=100") == 0  # few users rule out little
     printed = capsys.readouterr().out
     report = read_report(work / "tradeoffs")
     assert report is not None
@@ -149,14 +149,14 @@ def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.Captu
     assert report.headline in " ".join(printed.split())
     assert len(table.rows) + len(table.more) == len(make_grid([1.0, 0.5, 0.2]))
     # None gains without a loss, so the weights of the settings stay.
-    assert run(model, "--goal", "click", "--keep", "liked=0", "spent=0") == 0
+    assert run(model, "--goal", "click", "--max-drop", "liked=0", "spent=0") == 0
     assert "no weights serve click better within the losses allowed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_weights_of_the_settings_rank_as_the_model(model: SmallModel) -> None:
     """One of the tasks is a regression."""
     assert exit_code("evaluate", "--config", model.config(), "--model", model.folder) == 0
-    file, settings = Path(model.settings.data.work) / "evaluation" / "predictions.parquet", model.settings
+    file, settings = Path(model.settings.data.work_dir) / "evaluation" / "predictions.parquet", model.settings
     given, tasks = open_predictions(columns_of_settings(settings), str(file), "--predictions"), list(settings.tasks)
     weights = make_grid([task.score_weight for task in settings.tasks.values()])[:1]
     (found,) = Sweep(given, tasks, weights, 1).values
@@ -170,10 +170,10 @@ def test_weights_of_the_settings_rank_as_the_model(model: SmallModel) -> None:
 def test_what_is_asked_for_wrongly_is_told(model: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for words, sentence in (
         (("--goal", "loved"), "there is no task 'loved'; the settings have click, liked, spent"),
-        (("--keep", "loved=0.1"), "there is no task 'loved'"),
-        (("--keep", "liked"), "--keep takes TASK=LOSS, such as rebought=0.002; found 'liked'"),
-        (("--keep", "liked=much"), "found 'liked=much'"),
-        (("--goal", "liked", "--keep", "liked=0.1"), "'liked' is the goal, and can't be kept as well"),
+        (("--max-drop", "loved=0.1"), "there is no task 'loved'"),
+        (("--max-drop", "liked"), "--max-drop takes TASK=LOSS, such as rebought=0.002; found 'liked'"),
+        (("--max-drop", "liked=much"), "found 'liked=much'"),
+        (("--goal", "liked", "--max-drop", "liked=0.1"), "'liked' is the goal, and can't be kept as well"),
         (("--predictions", str(tmp_path / "nowhere"), "b"), "nowhere' does not exist; set `--predictions`"),
     ):
         assert run(model, *words) == 2

@@ -163,12 +163,12 @@ def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequen
     for section, names in (("features", features), ("tasks", tasks)):
         for name in names:
             del tree[section][name]
-    tree["data"]["work"] = str(world.folder / f"without_{'_'.join([*features, *tasks])}")
+    tree["data"]["work_dir"] = str(world.folder / f"without_{'_'.join([*features, *tasks])}")
     path = world.folder / "anew.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     settings = load_settings(path)
     train_model(settings, register=False)
-    artifact = Path(tree["data"]["work"]) / "model"
+    artifact = Path(tree["data"]["work_dir"]) / "model"
     scored = scored_rows(settings, Source(artifact, str(artifact)), "model")
     return np.column_stack(list(scored.predictions.values()))
 
@@ -211,7 +211,7 @@ def test_all_runs_compute_in_what_the_first_one_chose(
     """Also in a later command, whatever a busy machine would choose by then."""
     tree = settings.model_dump()
     tree["training"]["precision"] = "auto"
-    tree["data"]["work"] = str(tmp_path)
+    tree["data"]["work_dir"] = str(tmp_path)
     settings, chosen, choose = Settings.model_validate(tree), list[int](), loop.choose_precision
 
     def busy(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> Choices:

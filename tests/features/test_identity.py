@@ -15,14 +15,14 @@ from mmoe_rec.settings.sections import Settings
 from tests.inference.small_model import small_settings
 from tests.log.small_logs import ALL_KINDS, BASE, random_log, write_log
 
-EVENTS = {"seen": {"kind": "counter", "events": "views", "by": ["item"], "outputs": ["rows"]}}
+EVENTS = {"seen": {"kind": "counter", "events": "views", "by": ["item"], "outputs": ["log_count"]}}
 
 
 def settings_of(work: Path, path: str = "log", **sections: Any) -> Settings:
     """Settings of the log in a folder, whose rows are read as events too, from a path in it."""
     features = {**sections.pop("features", ALL_KINDS), **EVENTS}
     events = {"views": {"path": str(work / path), "time": "time"}}
-    data = {"log": str(work / "log"), "work": str(work), "events": events}
+    data = {"log": str(work / "log"), "work_dir": str(work), "events": events}
     return small_settings(work, data=data, features=features, **sections)
 
 
@@ -66,8 +66,8 @@ def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sec
 @pytest.mark.parametrize(
     "sections",
     [
-        changed("tasks", "liked", matures_after_days=1),
-        changed("tasks", "liked", given="click"),
+        changed("tasks", "liked", label_delay_days=1),
+        changed("tasks", "liked", conditional_on="click"),
         {"tasks": dict(reversed(BASE["tasks"].items()))},
         {"features": dict(reversed(ALL_KINDS.items()))},
         changed("features", "item", oov_buckets=5),

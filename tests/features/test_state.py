@@ -112,13 +112,14 @@ def test_a_request_may_bring_its_own_history_and_statistics():
     known = pipeline.encoders["item"].vocabulary.ids[:4].to_pylist()
     given = rows.table.append_column("clicked", pa.array([known, None], pa.list_(pa.int64())))
     given = given.append_column(
-        "item_click_rows", pa.array([pipeline.encoders["item_click"].numbers["item_click_rows"].standardiser.mean] * 2)
+        "item_click_log_count",
+        pa.array([pipeline.encoders["item_click"].numbers["item_click_log_count"].standardiser.mean] * 2),
     )
     encoded = pipeline.encode(type(rows)(given, SCHEMA))
     history = encoded.ids["clicked"]
     assert history.lengths.tolist() == [3, 0]
     assert history.values.tolist() == [6, 7, 8]  # the last three of four, oldest first
-    index = [each.name for each in pipeline.layout.dense].index("item_click_rows")
+    index = [each.name for each in pipeline.layout.dense].index("item_click_log_count")
     assert encoded.dense[:, index].tolist() == [0.0, 0.0]
 
 

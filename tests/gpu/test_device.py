@@ -48,7 +48,7 @@ CASES |= {
     "one gate": {"gates": {"routing": "top_k", "per_task": False}},
     "levels": {"gates": {"routing": "top_k"}, "experts": EXPERTS | {"count": 4, "task_count": 2, "levels": 2}},
     "wide": {"bottom": {"units": (16,), "piecewise": True, "cross_layers": 2, "dropout": 0.1}},
-    "normalised": {"experts": EXPERTS | {"normalise": True, "raw_inputs": True}},
+    "normalised": {"experts": EXPERTS | {"normalize": True, "raw_inputs": True}},
     "placement": {"placement": {"dropout": 0.3}},
 }
 
@@ -77,7 +77,7 @@ def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf1
         model=Whole(), dense_parameters=lambda: dict(model.named_parameters()), pipelined=False
     )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return Steps(sharded, optimizer, layout, device, bf16=bf16, clip_gradient=1.0, stop=StopRequest())
+    return Steps(sharded, optimizer, layout, device, bf16=bf16, max_grad_norm=1.0, stop=StopRequest())
 
 
 @pytest.fixture

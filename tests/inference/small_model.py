@@ -45,12 +45,12 @@ def small_settings(work: Path, **sections: Any) -> Settings:
     return Settings.model_validate(
         {
             "name": "small",
-            "data": {"log": str(work / "log"), "work": str(work)},
+            "data": {"log": str(work / "log"), "work_dir": str(work)},
             **BASE,
             "features": ALL_KINDS | ATTENTION,
             "split": {"train_end": day[0], "validation_end": day[1]},
             "model": {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}},
-            "serving": {"max_candidates": 50, "products": "blas"},
+            "serving": {"max_candidates": 50, "matmul_backend": "blas"},
             **sections,
         }
     )
@@ -92,7 +92,7 @@ class SmallModel:
 
     def config(self) -> Path:
         """A settings file, for commands."""
-        file = Path(self.settings.data.work) / "settings.yaml"
+        file = Path(self.settings.data.work_dir) / "settings.yaml"
         file.write_text(self.settings.to_yaml(), encoding="utf-8")
         return file
 

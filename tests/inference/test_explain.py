@@ -92,8 +92,8 @@ def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, rank
         positive = [row["time"] for row in of_item if row["click"] == 1]
         observed = [row for row in of_item if row["click"] is not None]
         expected: dict[str, float | None] = {
-            "item_click_positives": math.log1p(len(positive)),
-            "item_click_rows": math.log1p(len(observed)),
+            "item_click_log_sum": math.log1p(len(positive)),
+            "item_click_log_count": math.log1p(len(observed)),
             "item_click_rate": rate(of_item, "click"),
             "item_click_recency": None,
             "item_click_positives_1d": 0.0,
@@ -118,7 +118,7 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert by_place[0].counters["brand_spent_rate"] == 0.25
     assert by_place[1].counters["brand_spent_rate"] is None
     assert by_place[0].counters["item_click_recency"] is None
-    assert by_place[0].counters["item_click_positives"] == 0
+    assert by_place[0].counters["item_click_log_sum"] == 0
     assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None, "liked_items_brand": None}
     json.dumps(ranking.to_dict(), allow_nan=False)
     encoders = ranker.pipeline.memory_encoders.values()

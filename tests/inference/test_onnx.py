@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "one gate": {
         "bottom": {"units": [], "cross_layers": 0},
-        "experts": {"count": 3, "units": [8, 6], "normalise": True, "activation": "relu"},
+        "experts": {"count": 3, "units": [8, 6], "normalize": True, "activation": "relu"},
         "gates": {"per_task": False},
     },
     "top_k": {
@@ -129,7 +129,7 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     work = tmp_path_factory.mktemp("given")
     tasks = small.settings.model_dump(mode="json", exclude_unset=True)["tasks"]
     del tasks["spent"]
-    tasks["liked"] |= {"given": "click", "score_weight": 0.5}
+    tasks["liked"] |= {"conditional_on": "click", "score_weight": 0.5}
     features = {name: each for name, each in ALL_KINDS.items() if name != "brand_spent"}
     model = SmallModel(work, tasks=tasks, features=features)
     for name in ("int8", "onnx"):

@@ -154,7 +154,7 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
 @pytest.mark.parametrize(("setting", "taken"), [("auto", "onednn"), ("onednn", "onednn"), ("blas", "blas")])
 def test_products_are_those_of_the_setting(small: SmallModel, setting: str, taken: Products) -> None:
     ranker = Ranker.load(small.folder)
-    ranker.take_settings({"products": setting})
+    ranker.take_settings({"matmul_backend": setting})
     before = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS})
     ranker.use_products()
     layers = {each.products for each in ranker.model.modules() if hasattr(each, "products")}

@@ -279,7 +279,7 @@ def test_a_time_that_does_not_fit_is_told_once(ranker: Ranker, later: timedelta,
 
 @pytest.mark.parametrize("days", [0.5, None])
 def test_the_setting_travels_with_the_artifact(tmp_path: Path, days: float | None) -> None:
-    small = SmallModel(tmp_path, serving={"products": "blas", "stale_after_days": days})
+    small = SmallModel(tmp_path, serving={"matmul_backend": "blas", "stale_after_days": days})
     assert read_artifact(small.folder).stale_after_days == days
     ranker = Ranker.load(small.folder)
     assert asked(ranker, timedelta(hours=11)) == []

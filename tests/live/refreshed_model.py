@@ -121,7 +121,7 @@ class RefreshedModel(Registered):
             self.refresh(*words)
         assert ended.value.code == 2
         assert (self.holder(), len(self.versions()), files_of(self.log)) == before
-        assert not (Path(self.settings.data.work) / "refreshed").exists()
+        assert not (Path(self.settings.data.work_dir) / "refreshed").exists()
         (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
         return line
 

@@ -20,7 +20,7 @@ from tests.server.asking import as_json
 COLUMNS = {"user": "user", "candidate": "item", "time": "time", "request": "request", "sampling_rate": "rate"}
 FEATURES = {
     **ALL_KINDS,
-    "viewed": {"kind": "counter", "events": "views", "by": ["user", "brand"], "outputs": ["positives"]},
+    "viewed": {"kind": "counter", "events": "views", "by": ["user", "brand"], "outputs": ["log_sum"]},
     "taste": {"kind": "vector", "column": "taste", "size": 2},
 }
 ROLES = {"user": ["age"], "candidate": ["brand", "price", "tags", "taste"], "context": ["born"], "placement": ["slot"]}

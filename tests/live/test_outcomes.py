@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.live import outcomes as joining
-from mmoe_rec.live.outcomes import JoinResult, join_outcomes
+from mmoe_rec.live.outcomes import JoinResult, join_labels
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.settings.sections import Settings
 from tests.live.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
@@ -24,27 +24,27 @@ BY_REQUEST = {
         "clicks": {"time": "at", "request": "page"},
         "orders": {"time": "at", "request": "page"},
     },
-    "shown": {"events": "impressions", "within_days": 0.25},
-    "labels": {
-        "clicked": {"events": "clicks", "within_days": 0.125},
-        "spent": {"events": "orders", "within_days": 1, "value": "amount", "combine": "sum", "otherwise": None},
+    "shown": {"events": "impressions", "attribution_days": 0.25},
+    "sources": {
+        "clicked": {"events": "clicks", "attribution_days": 0.125},
+        "spent": {"events": "orders", "attribution_days": 1, "value": "amount", "combine": "sum", "default": None},
     },
 }
 BY_USER = {
     "events": {"clicks": {"time": "at"}, "orders": {"time": "at"}},
     "top": 3,
     "rank": "slot",
-    "labels": {
-        "clicked": {"events": "clicks", "within_days": 0.125},
-        "spent": {"events": "orders", "within_days": 1, "value": "amount", "combine": "last", "otherwise": 0},
+    "sources": {
+        "clicked": {"events": "clicks", "attribution_days": 0.125},
+        "spent": {"events": "orders", "attribution_days": 1, "value": "amount", "combine": "last", "default": 0},
     },
 }
 MIXED = {
     "events": {**BY_REQUEST["events"], "orders": {"time": "at"}},
     "shown": BY_REQUEST["shown"],
-    "labels": {
+    "sources": {
         "clicked": BY_REQUEST["labels"]["clicked"],
-        "spent": {"events": "orders", "within_days": 0.5, "value": "amount", "combine": "max"},
+        "spent": {"events": "orders", "attribution_days": 0.5, "value": "amount", "combine": "max"},
     },
 }
 
@@ -91,7 +91,7 @@ def drawn_world(seed: int, user_ids: bool = False, repeats: bool = False) -> Wor
 
 
 def joined(folder: Path, about: Any, **options: Any) -> JoinResult:
-    return join_outcomes(about, str(folder / "requests"), str(folder / "events"), folder / "out", now=NOW, **options)
+    return join_labels(about, str(folder / "requests"), str(folder / "events"), folder / "out", now=NOW, **options)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,9 @@ def test_names_and_types_are_the_users(tmp_path: Path) -> None:
     for name, columns in (("requests", requests), ("events/clicks", clicks)):
         (folder / name).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / name / "part '0'.parquet")
-    source = {"events": "clicks", "within_days": 1}
-    labels = {"clicked": source, "spent": {**source, "value": "amount", "combine": "sum", "otherwise": None}}
-    about = settings({"events": {"clicks": {"time": "at"}}, "labels": labels}, placed=False, user="select")
+    source = {"events": "clicks", "attribution_days": 1}
+    labels = {"clicked": source, "spent": {**source, "value": "amount", "combine": "sum", "default": None}}
+    about = settings({"events": {"clicks": {"time": "at"}}, "sources": labels}, placed=False, user="select")
     features = {f"{name}_1": {"kind": "numeric", "column": each} for name, each in (("a", "Price"), ("b", "price"))}
     tree = about.model_dump(mode="json", exclude_unset=True, by_alias=True)
     tree["features"] = features | {"tags": {"kind": "ids", "column": "tags", "dim": 4, "max_length": 3}}

@@ -32,12 +32,12 @@ from tests.server.asking import ask, logging_app
 BEGIN = datetime(2024, 3, 11, 6, tzinfo=UTC)
 HALF_AN_HOUR, BETWEEN = timedelta(minutes=30), timedelta(minutes=75)
 TASKS = {
-    "click": {"label": "click", "objective": "engagement", "matures_after_days": 0.021},
+    "click": {"label": "click", "objective": "engagement", "label_delay_days": 0.021},
     "liked": {
         "label": "liked",
         "objective": "satisfaction",
         "observed_when": {"column": "click", "equals": 1},
-        "matures_after_days": 2,
+        "label_delay_days": 2,
     },
 }
 OUTCOMES = {
@@ -46,10 +46,10 @@ OUTCOMES = {
         "clicks": {"time": "at", "request": "page"},
         "ratings": {"time": "at"},
     },
-    "shown": {"events": "impressions", "within_days": 0.02},
-    "labels": {
-        "click": {"events": "clicks", "within_days": 1 / 48},
-        "liked": {"events": "ratings", "within_days": 2, "value": "liked", "otherwise": None},
+    "shown": {"events": "impressions", "attribution_days": 0.02},
+    "sources": {
+        "click": {"events": "clicks", "attribution_days": 1 / 48},
+        "liked": {"events": "ratings", "attribution_days": 2, "value": "liked", "default": None},
     },
     "wait_days": 0,
 }
@@ -122,7 +122,7 @@ class Loop:
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     """A server has ranked 150 requests, and a user has acted."""
     folder = tmp_path_factory.mktemp("loop")
-    path = write_files(folder, tasks=TASKS, outcomes=OUTCOMES)
+    path = write_files(folder, tasks=TASKS, labels=OUTCOMES)
     settings = load_settings(path)
     prepared = prepare(replace(BuildInputs.of(settings), work=folder / "work"))
     layout = ModelLayout.of(prepared.layout, settings)
@@ -147,7 +147,7 @@ def found(rows: pa.Table) -> dict[tuple[int, int], Any]:
 
 
 def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> None:
-    commands.run("join-outcomes", *loop.words())
+    commands.run("join-labels", *loop.words())
     rows = loop.rows()
     assert len(rows) == 150 * 5
     labels = found(rows)
@@ -155,12 +155,12 @@ def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> 
     assert 50 < sum(click for _, click, _ in labels.values()) < 500
     assert {liked for _, _, liked in labels.values()} == {None, 0, 1}
     first = [*loop.out.glob("run-*")]
-    commands.run("join-outcomes", *loop.words())
+    commands.run("join-labels", *loop.words())
     assert [*loop.out.glob("run-*")] == first
     with logging_app(loop.folder / "model", LogOptions(loop.folder / "requests", share=1.0)) as app:
         loop.live(app, 600, 50)
     loop.end(60)
-    commands.run("join-outcomes", *loop.words())
+    commands.run("join-labels", *loop.words())
     assert len(loop.rows()) == 200 * 5
     assert loop.rows().slice(0, len(rows)) == rows
     assert found(loop.rows()) == loop.truth
@@ -169,18 +169,18 @@ def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> 
 def test_training_takes_the_rows_as_they_are(loop: Loop) -> None:
     """As further days of the log that the model was trained on, and as a log of their own."""
     if not loop.out.exists():
-        commands.run("join-outcomes", *loop.words())
+        commands.run("join-labels", *loop.words())
     added = loop.folder / "log" / "served"
     for run in sorted(loop.out.glob("run-*")):
         (added / run.name).mkdir(parents=True)
         for file in run.glob("*.parquet"):
             (added / run.name / file.name).write_bytes(file.read_bytes())
     split = {"train_end": "2024-03-16", "validation_end": "2024-03-18"}
-    tree = settings_tree(loop.folder, tasks=TASKS, outcomes=OUTCOMES, split=split)
+    tree = settings_tree(loop.folder, tasks=TASKS, labels=OUTCOMES, split=split)
     config = loop.folder / "next.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     commands.run("features", "--config", str(config), "--extend")
-    tree["data"] = {"log": str(loop.out), "work": str(loop.folder / "own")}
+    tree["data"] = {"log": str(loop.out), "work_dir": str(loop.folder / "own")}
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     commands.run("train", "--config", str(config), "--training.batch_size", "32")
 
@@ -199,7 +199,7 @@ def join_and_stop(moment: str, marker: Path, words: list[str]) -> None:
         time.sleep(600)
 
     setattr(module, name, stop)
-    commands.run("join-outcomes", *words)
+    commands.run("join-labels", *words)
 
 
 @pytest.mark.parametrize("moment", ["joining", "writing", "rename"])
@@ -207,14 +207,14 @@ def test_a_run_that_is_killed_leaves_nothing_and_the_next_one_does_the_same(
     loop: Loop, tmp_path: Path, moment: str
 ) -> None:
     expected, killed = tmp_path / "expected", tmp_path / "killed"
-    commands.run("join-outcomes", *loop.words()[:-1], str(expected))
+    commands.run("join-labels", *loop.words()[:-1], str(expected))
     marker = tmp_path / "reached"
     process = call(join_and_stop, moment, marker, [*loop.words()[:-1], str(killed)])
     until(lambda: marker.exists() or process.poll() is not None)
     assert process.poll() is None
     process.kill()
     assert all(each.name.startswith(".") for each in killed.iterdir())
-    commands.run("join-outcomes", *loop.words()[:-1], str(killed))
+    commands.run("join-labels", *loop.words()[:-1], str(killed))
     names = {str(each.relative_to(expected)) for each in expected.rglob("*")}
     assert names == {str(each.relative_to(killed)) for each in killed.rglob("*")}
     for name in names:

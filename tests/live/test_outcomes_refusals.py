@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.outcomes import describe as lines_about
-from mmoe_rec.live.outcomes import join_outcomes
+from mmoe_rec.live.outcomes import join_labels
 from tests.live.test_outcomes import BY_REQUEST, BY_USER, drawn_world, joined
 from tests.live.worlds import EVENT_TYPES, HOUR, NOW, START, World, naive, ordered, read_rows, settings, write_rows
 from tests.log.small_logs import with_column
@@ -49,7 +49,7 @@ def _cast(column: str, kind: pa.DataType) -> Any:
 
 
 WITHOUT_RANK = {name: value for name, value in BY_USER.items() if name != "rank"}
-WITHOUT_SPENT = {**BY_REQUEST, "labels": {"clicked": BY_REQUEST["labels"]["clicked"]}}
+WITHOUT_SPENT = {**BY_REQUEST, "sources": {"clicked": BY_REQUEST["labels"]["clicked"]}}
 SUMS = {**BY_USER, "labels": {**BY_USER["labels"], "clicked": {**BY_USER["labels"]["spent"], "combine": "sum"}}}
 
 
@@ -58,11 +58,11 @@ SUMS = {**BY_USER, "labels": {**BY_USER["labels"], "clicked": {**BY_USER["labels
     [
         ("events/clicks", _drop("user"), BY_REQUEST, "has no column 'user'; it has amount, at, event_id, item, page"),
         ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
-        (None, None, WITHOUT_RANK, "set outcomes.shown to a log of events with that column, or outcomes.rank"),
+        (None, None, WITHOUT_RANK, "set labels.shown to a log of events with that column, or labels.rank"),
         ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' holds string, and"),
         ("requests", _drop("price"), BY_REQUEST, "has no column 'price'"),
         (None, None, SUMS, "but the label of the binary task 'click' is 0 or 1"),
-        (None, None, WITHOUT_SPENT, "outcomes.labels does not say where column 'spent' comes from"),
+        (None, None, WITHOUT_SPENT, "labels.sources does not say where column 'spent' comes from"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -89,9 +89,9 @@ def test_an_output_that_holds_something_else(world: World, tmp_path: Path) -> No
     assert "holds something else, such as 'notes.txt'" in refused(tmp_path)
     (tmp_path / "out" / "notes.txt").unlink()
     with pytest.raises(UserError, match="takes in the files of --out"):
-        join_outcomes(settings(BY_REQUEST), str(tmp_path), str(tmp_path / "events"), tmp_path / "requests" / "out")
+        join_labels(settings(BY_REQUEST), str(tmp_path), str(tmp_path / "events"), tmp_path / "requests" / "out")
     with pytest.raises(UserError, match="must be a folder of this machine"):
-        join_outcomes(settings(BY_REQUEST), str(tmp_path / "requests"), str(tmp_path / "events"), "s3://bucket/out")
+        join_labels(settings(BY_REQUEST), str(tmp_path / "requests"), str(tmp_path / "events"), "s3://bucket/out")
 
 
 def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: P
 @pytest.mark.parametrize(
     ("outcomes", "sentence"),
     [
-        ({"labels": {"clicked": {"events": "views", "within_days": 1}}}, "labels.clicked.events names 'views'"),
-        ({**BY_USER, "rank": "price"}, "outcomes.rank names 'price', which is no column of roles.placement"),
+        ({"sources": {"clicked": {"events": "views", "attribution_days": 1}}}, "labels.clicked.events names 'views'"),
+        ({**BY_USER, "rank": "price"}, "labels.rank names 'price', which is no column of roles.placement"),
         ({**BY_REQUEST, "top": 3}, "leave out `top` and `rank`"),
         (
-            {**BY_USER, "labels": {"clicked": {"events": "clicks", "within_days": 2}}},
-            "set tasks.click.matures_after_days to 2 or more",
+            {**BY_USER, "sources": {"clicked": {"events": "clicks", "attribution_days": 2}}},
+            "set tasks.click.label_delay_days to 2 or more",
         ),
-        ({**BY_USER, "labels": {"liked": {"events": "clicks", "within_days": 1}}}, "these are: clicked, spent"),
+        ({**BY_USER, "sources": {"liked": {"events": "clicks", "attribution_days": 1}}}, "these are: clicked, spent"),
     ],
 )
 def test_wrong_settings(outcomes: Any, sentence: str) -> None:

@@ -29,7 +29,7 @@ ADDRESS = f"models:/{NAME}@champion"
 
 def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     first = model.about("1")
-    features = files_of(Path(model.settings.data.work) / "features")
+    features = files_of(Path(model.settings.data.work_dir) / "features")
     model.refresh()
     assert f"'champion' of '{NAME}' stays version 1, with tables as of {first.tables_as_of}" in capsys.readouterr().out
     assert len(model.versions()) == 1
@@ -62,7 +62,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     one, three = model.folder_of("1"), model.folder_of("3")
     for name in ("weights.safetensors", "layout.json", "settings.yaml"):
         assert (one / name).read_bytes() == (three / name).read_bytes()
-    renew_tables(one, model.settings, tmp_path / "anew", anew=True)
+    renew_tables(one, model.settings, tmp_path / "anew", rebuild=True)
     assert assert_same_tables(three / "features", tmp_path / "anew" / "features") > 100
     assert version_of(three) == version_of(tmp_path / "anew")
     # What is served has changed, and says so.
@@ -81,7 +81,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     counters = [each.explanations[0].counters for each in found if each.explanations is not None]
     assert len(counters) == 2
     assert counters[0] != counters[1]
-    assert files_of(Path(model.settings.data.work) / "features") == features, "days are added for a training alone"
+    assert files_of(Path(model.settings.data.work_dir) / "features") == features, "days are added for a training alone"
 
 
 def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
@@ -95,10 +95,10 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
     pq.write_table(pq.read_table(old).slice(1), old)
     told = model.refused(capsys)
     assert f"'{old}' has changed since the model's tables were built from it; put it back, or make" in told
-    model.refresh("--anew")
+    model.refresh("--rebuild")
     assert model.holder().number == "2"
     capsys.readouterr()
-    model.refresh("--anew")
+    model.refresh("--rebuild")
     assert "tables of all files are the same" in capsys.readouterr().out
     (model.log / "bad.parquet").write_bytes(b"PAR1")
     assert "bad.parquet" in model.refused(capsys)
@@ -112,8 +112,8 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
 
 def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     model.add(9, 10)
-    told = model.refused(capsys, "--tasks.click.matures_after_days", "3")
-    assert "setting 'tasks.click.matures_after_days' is 0.0 in the model's features and 3.0 in the settings" in told
+    told = model.refused(capsys, "--tasks.click.label_delay_days", "3")
+    assert "setting 'tasks.click.label_delay_days' is 0.0 in the model's features and 3.0 in the settings" in told
     assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", f"models:/{NAME}/1")
     assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", str(model.folder_of("1")))
     assert "no version of the model 'small' holds the alias 'best'" in model.refused(
@@ -124,14 +124,14 @@ def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, caps
 def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     model.add(9, 11)
-    renew_tables(model.folder_of("1"), model.settings, whole, anew=True)
+    renew_tables(model.folder_of("1"), model.settings, whole, rebuild=True)
     for path in model.log.glob("*.parquet"):
         if "days" not in path.name:
             path.unlink()
     model.refresh()
     assert "files that are gone from the log stay counted: 1" in capsys.readouterr().out
     assert_same_tables(model.folder_of("2") / "features", whole / "features")
-    model.refresh("--anew")
+    model.refresh("--rebuild")
     assert "are gone (1, such as" in capsys.readouterr().err
     assert as_of(model.about("3")) == model.last_time()
 

@@ -235,7 +235,7 @@ def test_a_row_that_came_by_the_journal_and_in_a_file_counts_once(
     assert model.holder().number == "3"
     one, other = (each.folder_of(each.holder().number) / "features" for each in (model, whole))
     assert_same_tables(one, other, compare_files=False)
-    told = model.refused(capsys, "--anew")
+    told = model.refused(capsys, "--rebuild")
     assert f"; {again:,} rows of the log do so" in told
     assert "repeats request and candidate" in told
 
@@ -255,7 +255,7 @@ def test_without_requests_ids_new_files_of_another_program_are_refused(
     assert model.holder().number == "4"
 
 
-@pytest.mark.parametrize("words", [(), ("--anew",)])
+@pytest.mark.parametrize("words", [(), ("--rebuild",)])
 def test_the_known_position_of_a_journal_never_falls(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Duplicates leave no file, and a refresh without the journal knows them all the same."""
     model = RefreshedModel(tmp_path, requests=True)

@@ -20,7 +20,7 @@ from tests.log.small_logs import DAY, START, schema_of
 
 FEATURES = {
     "item": {"kind": "id", "column": "item"},
-    "viewed": {"kind": "counter", "events": "views", "by": ["user"], "outputs": ["positives"]},
+    "viewed": {"kind": "counter", "events": "views", "by": ["user"], "outputs": ["log_sum"]},
     "clicked": {"kind": "counter", "task": "click", "by": ["item"]},
 }
 VIEWS = {"views": {"path": "views", "time": "at"}}

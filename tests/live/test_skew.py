@@ -29,12 +29,12 @@ FEATURES: dict[str, Any] = {
     "age": {"kind": "id", "column": "age", "min_count": 1},
     "seen": {"kind": "history", "events": "views", "of": "item", "length": 4},
     "viewed": {"kind": "history", "events": "views", "of": "item", "length": 3, "attributes": ["brand"]},
-    "shown": {"kind": "history", "task": "click", "of": "item", "length": 60, "at_least": 0},
+    "shown": {"kind": "history", "task": "click", "of": "item", "length": 60, "min_label": 0},
     "seen_brand": {
         "kind": "counter",
         "events": "views",
         "by": ["user", "brand"],
-        "outputs": ["positives", "rows", "recency"],
+        "outputs": ["log_sum", "log_count", "recency"],
         "window_days": [None, 0.5, 2],
     },
     "carts": {"kind": "counter", "events": "carts", "by": ["item"], "window_days": [1]},
@@ -69,7 +69,7 @@ def model_of(work: Path, ids: bool) -> SmallModel:
     write_log(work / "carts", drawn_events(log, 3, 200, "time"))
     times = {"views": "viewed_at", "carts": "time"}
     events = {name: {"path": str(work / name), "time": time} for name, time in times.items()}
-    data = {"log": str(work / "log"), "work": str(work), "events": events}
+    data = {"log": str(work / "log"), "work_dir": str(work), "events": events}
     weights = {"click": 10, "spent": 0.1}  # scores are small, and a regression enters them
     tasks = BASE["tasks"] | {name: {**BASE["tasks"][name], "score_weight": each} for name, each in weights.items()}
     shuffled = log.take(pa.array(np.random.default_rng(1).permutation(len(log))))
@@ -86,14 +86,14 @@ def freeze(small: SmallModel, out: Path) -> None:
     times = {"log": "time", **{name: each.time for name, each in data.events.items()}}
     for name, column in times.items():
         (before / name).mkdir(parents=True)
-        for path in (Path(data.work) / name).glob("*.parquet"):
+        for path in (Path(data.work_dir) / name).glob("*.parquet"):
             table = pq.read_table(path)
             early = table[column].cast(pa.int64()).to_numpy() < FROM
             pq.write_table(table.filter(pa.array(early)), before / name / path.name)
     events = {name: each.model_copy(update={"path": str(before / name)}) for name, each in data.events.items()}
     data = data.model_copy(update={"log": str(before / "log"), "events": events})
     settings = small.settings.model_copy(update={"data": data})
-    renew_tables(small.folder, settings, out, anew=True)
+    renew_tables(small.folder, settings, out, rebuild=True)
 
 
 PREDICTED = ("click", "liked", "spent", "score")
@@ -189,7 +189,7 @@ def test_ctrl_c_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(job, "read_logged", stop)
     with pytest.raises(KeyboardInterrupt):
         world.check(Path("requests"))
-    assert not (Path(world.small.settings.data.work) / "skew").exists()
+    assert not (Path(world.small.settings.data.work_dir) / "skew").exists()
 
 
 def test_refusals(world: World, request_logs: dict[str, tuple[World, pa.Table]], tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_refusals(world: World, request_logs: dict[str, tuple[World, pa.Table]],
     def refused(start: int, end: int, model: str = model, requests: Path = tmp_path) -> str:
         with pytest.raises(UserError) as refused:
             check_skew(settings, start, end, model, requests)
-        assert not (Path(settings.data.work) / "skew").exists()
+        assert not (Path(settings.data.work_dir) / "skew").exists()
         return str(refused.value)
 
     assert "is not before --to" in refused(FROM, FROM)
@@ -363,7 +363,7 @@ def test_a_row_that_the_log_lost_is_not_compared_and_later_features_differ(
     assert sum(is_lost) == 1
     write_log(tmp_path / "log", files.filter(pa.array(~np.array(is_lost))))
     pq.write_table(table, tmp_path / "requests.parquet")
-    data = settings.data.model_copy(update={"log": str(tmp_path / "log"), "work": str(tmp_path)})
+    data = settings.data.model_copy(update={"log": str(tmp_path / "log"), "work_dir": str(tmp_path)})
     settings = settings.model_copy(update={"data": data})
     report = check_skew(settings, FROM, SHORT, str(world.frozen), tmp_path / "requests.parquet")
     assert report["not_compared"] == {"not in the log": 1}
@@ -385,7 +385,7 @@ def test_the_command(
     assert report["mismatches"] == 0
     assert report["logged_rows"] == report["compared_rows"] == report["rows_with_reply"] == report["rows"] > 5
     assert "features are equal to the last bit" in capsys.readouterr().out
-    assert not (Path(world.small.settings.data.work) / "skew").exists()
+    assert not (Path(world.small.settings.data.work_dir) / "skew").exists()
     table = changed(table, "served_digest_item_click", lambda each: each ^ 1)
     pq.write_table(table, tmp_path / "requests" / "0.parquet")
     with pytest.raises(SystemExit) as ended:

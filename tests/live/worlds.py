@@ -27,16 +27,16 @@ def settings(outcomes: dict[str, Any], *, request: bool = True, placed: bool = T
     return Settings.model_validate(
         {
             "name": "served",
-            "data": {"log": "log", "work": "work"},
+            "data": {"log": "log", "work_dir": "work"},
             "columns": names,
             "roles": {"candidate": ["price"], "placement": ["slot"]},
             "tasks": {
-                "click": {"label": "clicked", "objective": "engagement", "matures_after_days": 1},
-                "spent": {"label": "spent", "kind": "regression", "objective": "satisfaction", "matures_after_days": 1},
+                "click": {"label": "clicked", "objective": "engagement", "label_delay_days": 1},
+                "spent": {"label": "spent", "kind": "regression", "objective": "satisfaction", "label_delay_days": 1},
             },
             "features": features | ({"slot": PLACED} if placed else {}),
             "split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"},
-            "outcomes": {"wait_days": 0, **outcomes},
+            "sources": {"wait_days": 0, **outcomes},
         }
     )
 
@@ -106,7 +106,7 @@ def read_rows(out: Path) -> list[Row]:
 
 def naive(world: World, about: Settings, until: int) -> list[Row]:
     """The rows that are to be written of requests up to a time, by loops over all pairs of rows and events."""
-    outcomes = about.outcomes
+    outcomes = about.labels
     first: dict[Any, int] = {}
     for row in world.requests:
         key = (row["user"], row["served_request"])
@@ -142,7 +142,7 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
         rows = [{**row, "slot": seen[id(row)]["slot"]} for row in rows if id(row) in seen]
     elif outcomes.top is not None:
         rows = [row for row in rows if row["served_rank"] <= outcomes.top]
-    for name, source in outcomes.labels.items():
+    for name, source in outcomes.sources.items():
         said: dict[int, list[Row]] = {}
         for row, event in belongs(source.events, rows):
             has_value = source.value is None or event[source.value] not in (None, math.nan)
@@ -151,8 +151,8 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
         for row in rows:
             values = [1.0 if source.value is None else each[source.value] for each in said.get(id(row), [])]
             combined = {"last": lambda v: v[-1], "first": lambda v: v[0], "sum": sum, "max": max}[source.combine]
-            row[name] = combined(values) if values else source.otherwise
-    columns = ["user", "item", "time", "price", *outcomes.labels]
+            row[name] = combined(values) if values else source.default
+    columns = ["user", "item", "time", "price", *outcomes.sources]
     columns += ["slot"] if outcomes.shown is not None else []
     named = {name: name for name in columns}
     named |= {outcomes.rank: "served_rank"} if outcomes.rank else {}

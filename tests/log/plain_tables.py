@@ -44,7 +44,7 @@ def plain_settings(work: Path, *tables: pa.Table, **sections: Any) -> Settings:
     return Settings.model_validate(
         {
             "name": "plain",
-            "data": {"log": str(work / "log"), "work": str(work)},
+            "data": {"log": str(work / "log"), "work_dir": str(work)},
             "columns": {},
             "split": {"column": "fold", **SPLIT_VALUES},
             "roles": {"candidate": ["x", "word", "code"]},
@@ -60,7 +60,7 @@ def plain_settings(work: Path, *tables: pa.Table, **sections: Any) -> Settings:
             "model": {"bottom": {"units": [16]}, "experts": {"count": 2, "units": [8]}, "towers": {"units": [4]}},
             "training": {"batch_size": 32, "epochs": 3, "learning_rate": 0.01, "device": "cpu", "precision": "fp32"},
             "evaluation": {"resamples": 50},
-            "serving": {"products": "blas"},
+            "serving": {"matmul_backend": "blas"},
             **sections,
         }
     )

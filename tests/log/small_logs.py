@@ -33,7 +33,7 @@ BASE: dict[str, Any] = {
             "label": "liked",
             "objective": "satisfaction",
             "observed_when": {"column": "click", "equals": 1},
-            "matures_after_days": LATE_DAYS,
+            "label_delay_days": LATE_DAYS,
         },
         "spent": {"label": "spent", "kind": "regression", "objective": "engagement"},
     },
@@ -56,17 +56,17 @@ ALL_KINDS: dict[str, Any] = {
         "kind": "counter",
         "task": "click",
         "by": ["item"],
-        "outputs": ["positives", "rows", "rate", "recency"],
+        "outputs": ["log_sum", "log_count", "rate", "recency"],
         "window_days": [None, 1, 3.5],
     },
     "user_brand_liked": {
         "kind": "counter",
         "task": "liked",
         "by": ["user", "brand"],
-        "outputs": ["positives", "rows", "rate", "recency"],
+        "outputs": ["log_sum", "log_count", "rate", "recency"],
         "window_days": [None, 2],
     },
-    "brand_spent": {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["positives", "rate"]},
+    "brand_spent": {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["log_sum", "rate"]},
 }
 
 

@@ -95,7 +95,7 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([THREE, SECOND], SCHEMA, r"0.parquet': column 'click' of binary task 'click' holds 3, neither"),
     ([with_column(TABLE, "liked", [0] * 300)], _task(), "task 't' has one class .*'liked' are 0;"),
     ([with_column(TABLE, "liked", [1] * 300)], _task(), "task 't' has one class .*'liked' are 1;"),
-    ([TABLE], _task(matures_after_days=30), "task 't' has no observed label in training: .*split.train_end, 30 days"),
+    ([TABLE], _task(label_delay_days=30), "task 't' has no observed label in training: .*split.train_end, 30 days"),
     ([TABLE], OF_NO_BRAND, "task 't' has no observed label in training: .*column 'brand' never equals 'z'"),
     ([TABLE], _task(observed_when={"column": "age", "equals": "1"}), "column 'age' holds numbers, but .* with '1'"),
 ]

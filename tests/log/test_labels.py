@@ -20,7 +20,7 @@ FEATURES = {"item": {"kind": "id", "column": "item"}}
 
 def tasks(**liked: Any) -> dict[str, Any]:
     """Those of the small logs, where liked is given click; its label matures late."""
-    return BASE["tasks"] | {"liked": BASE["tasks"]["liked"] | {"given": "click"} | liked}
+    return BASE["tasks"] | {"liked": BASE["tasks"]["liked"] | {"conditional_on": "click"} | liked}
 
 
 def expected_rows(rows: LogRows, known_by: int) -> tuple[list[float | None], list[float | None]]:

@@ -22,7 +22,7 @@ from tests.log.small_logs import with_column, with_values
 HISTORY = {"kind": "history", "task": "label", "of": "code"}
 COUNTER = {"kind": "counter", "task": "label", "by": ["word"]}
 AGE = {"kind": "time", "column": "x", "parts": ["age"]}
-LATE = {"label": "label", "objective": "engagement", "matures_after_days": 1}
+LATE = {"label": "label", "objective": "engagement", "label_delay_days": 1}
 TIMED = {
     "columns": {"time": "at", "candidate": "code"},
     "split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"},
@@ -120,7 +120,7 @@ def test_a_table_that_is_refused(tmp_path: Path, table: pa.Table, sections: dict
         ({"features": {**FEATURES, "rate": COUNTER}}, "feature 'rate' needs columns.time, which is left out: it knows"),
         ({"features": {"when": {"kind": "time"}}}, "feature 'when' needs columns.time, which is left out: it has no `"),
         ({"features": {"f": AGE}}, "feature 'f' needs columns.time, which is left out: its part `age` ends at the r"),
-        ({"tasks": {"label": LATE}}, "task 'label' has matures_after_days, which needs columns.time"),
+        ({"tasks": {"label": LATE}}, "task 'label' has label_delay_days, which needs columns.time"),
         ({"columns": {"request": "group", "request_scope": "user"}}, "request_scope is user, which needs columns.user"),
         ({"features": {"fold": {"kind": "numeric", "column": "fold"}}}, "reads column 'fold', which says what a row i"),
         ({"split": {"column": "label"}}, "the label of task 'label' is column 'label', which is split.column too"),

@@ -154,7 +154,7 @@ def reference_logits(
         rule=settings.gates.routing,
         k=settings.gates.top_k,
         activation=getattr(functional, settings.experts.activation),
-        normalise=settings.experts.normalise,
+        normalize=settings.experts.normalize,
         raw_inputs=settings.experts.raw_inputs,
     )
     logits = mixture.forward(inputs(False), inputs(True) if placement else None)

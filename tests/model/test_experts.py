@@ -65,13 +65,13 @@ def mixed(experts: Experts, hidden: Tensor, weights: Tensor, used: Tensor | None
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("units", [(16, 8), (9, 5)])
 def test_a_mix_is_that_of_all_experts_on_all_rows(
-    monkeypatch: pytest.MonkeyPatch, units: tuple[int, ...], normalise: bool, precision: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, units: tuple[int, ...], normalize: bool, precision: torch.dtype
 ) -> None:
     weights, used = drawn(2, 3, empty=True)
-    hidden, experts = torch.randn(ROWS, 7), made_of(EXPERTS, 7, units, normalise=normalise, compute="grouped")
+    hidden, experts = torch.randn(ROWS, 7), made_of(EXPERTS, 7, units, normalize=normalize, compute="grouped")
     dense = mixed(experts, hidden, weights, None)
     of = Dispatch.of
     for most in (None, 6):

@@ -44,7 +44,7 @@ def settings_tree(folder: Path, **sections: Any) -> dict[str, Any]:
     """Settings whose log, work folder and MLflow store lie in a folder; `sections` replace whole sections."""
     return {
         "name": "learnable",
-        "data": {"log": str(folder / "log"), "work": str(folder / "work")},
+        "data": {"log": str(folder / "log"), "work_dir": str(folder / "work")},
         "columns": {"request": "request", "user": "user", "candidate": "item", "time": "time"},
         "roles": {"user": ["user"], "candidate": ["item", "price"], "placement": ["slot"]},
         "tasks": {
@@ -69,8 +69,8 @@ def settings_tree(folder: Path, **sections: Any) -> dict[str, Any]:
         "training": {
             "device": "cpu",
             "precision": "fp32",
-            "products": "blas",
-            "tables": "fbgemm",
+            "matmul_backend": "blas",
+            "table_backend": "fbgemm",
             "threads": 1,
             "batch_size": 128,
             "learning_rate": 0.01,

@@ -22,8 +22,8 @@ FIRST_DAY = {"train_end": "2024-03-06", "validation_end": "2024-03-08"}
 SECOND_DAY = {"train_end": "2024-03-10", "validation_end": "2024-03-10T12:00"}
 SMALL = {
     "precision": "fp32",
-    "products": "blas",
-    "tables": "fbgemm",
+    "matmul_backend": "blas",
+    "table_backend": "fbgemm",
     "threads": 1,
     "device": "cpu",
     "batch_size": 64,

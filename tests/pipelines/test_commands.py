@@ -72,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def two_ranks(world: World) -> World:
     """The same training by two processes under torchrun, into a folder and a store of its own."""
     folder = world.folder / "two"
-    tree = settings_tree(folder, data={"log": str(world.folder / "log"), "work": str(folder / "work")})
+    tree = settings_tree(folder, data={"log": str(world.folder / "log"), "work_dir": str(folder / "work")})
     folder.mkdir()
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -239,7 +239,7 @@ def test_rows_that_are_encoded_anew_give_the_same_metrics(
 ) -> None:
     """Twice, as the folder of the first time lies there already; nothing is built that the model does not need."""
     work = tmp_path / "work"
-    overrides = ["--data.work", work]
+    overrides = ["--data.work_dir", work]
     if change == "features of other settings":
         overrides += ["--features.user.dim", "4", "--features.item_click.window_days", "[1, 2]"]
         run("features", "--config", world.config, *overrides)
@@ -270,7 +270,7 @@ def test_wrong_settings_are_refused(
     world: World, capsys: pytest.CaptureFixture, tmp_path: Path, command: str, words: list[str], sentence: str
 ) -> None:
     model = ["--model", world.artifact] if command == "evaluate" else []
-    own = ["--config", world.config, "--data.work", tmp_path / "work"]
+    own = ["--config", world.config, "--data.work_dir", tmp_path / "work"]
     assert sentence in refuse(capsys, command, *own, *model, *words)
     assert not files(tmp_path)
 
@@ -279,7 +279,7 @@ def test_what_is_missing_is_told_before_anything_is_built(
     world: World, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    own = ["--config", world.config, "--data.work", tmp_path / "work"]
+    own = ["--config", world.config, "--data.work_dir", tmp_path / "work"]
     assert "training.device is cuda" in refuse(capsys, "train", *own, "--training.device", "cuda")
     own += ["--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     assert "train first" in refuse(capsys, "evaluate", *own, "--model", "models:/learnable@champion")
@@ -291,7 +291,7 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
 ) -> None:
     work = tmp_path / "work"
     shutil.copytree(world.folder / "work" / "features", work / "features")
-    own = ["--data.work", work, "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    own = ["--data.work_dir", work, "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     wrong = ["train", "--config", world.config, *own, "--tracking.alias", "latest"]
     assert "with 'tracking.alias' 'latest'" in refuse(capsys, *wrong), "before any work"
     monkeypatch.setattr("mmoe_rec.tracking.registry.check_names", lambda *_: None)
@@ -310,7 +310,7 @@ def test_training_that_dies_keeps_the_old_model(world: World, tmp_path: Path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mmoe_rec.training.loop.Trainer._log", die)
-    own = ["--data.work", work, "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    own = ["--data.work_dir", work, "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     with pytest.raises(KeyboardInterrupt):
         run("train", "--config", world.config, *own)
     assert {path: path.read_bytes() for path in (work / "model").rglob("*") if path.is_file()} == before

@@ -77,7 +77,7 @@ def test_the_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert check_folder(tmp_path / "later" / "work").fix == ""
     assert not (tmp_path / "later").exists()
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    assert check_folder(tmp_path / "work").fix.startswith("set data.work to a folder")
+    assert check_folder(tmp_path / "work").fix.startswith("set data.work_dir to a folder")
 
 
 def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -54,7 +54,7 @@ def test_adding_experts_keeps_predictions_and_training_goes_on(
     client = mlflow.MlflowClient(uri, uri)
     assert client.get_model_version_by_alias("learnable", "challenger")
     shutil.copytree(soft.parent / "work" / "features", tmp_path / "features")
-    own = ("--model.experts.count", "6", "--data.work", str(tmp_path))
+    own = ("--model.experts.count", "6", "--data.work_dir", str(tmp_path))
     run("train", "--config", str(soft), "--from", str(folder), *own)
     assert "validation of the network that it was started from" in capsys.readouterr().out
 

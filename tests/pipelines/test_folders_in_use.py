@@ -1,4 +1,4 @@
-"""What writes or reads a folder is not disturbed by another command of the same `data.work`."""
+"""What writes or reads a folder is not disturbed by another command of the same `data.work_dir`."""
 
 import os
 from pathlib import Path
@@ -43,8 +43,8 @@ def content(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("folder", "words", "advice"),
     [
-        ("checkpoints", ["train"], ": wait until that has ended, or set `data.work` to another folder"),
-        ("checkpoints", ["train", "--resume"], "or set `data.work` to another folder"),
+        ("checkpoints", ["train"], ": wait until that has ended, or set `data.work_dir` to another folder"),
+        ("checkpoints", ["train", "--resume"], "or set `data.work_dir` to another folder"),
         ("tuning", ["tune", "--tuning.search", '{"training.seed": {"low": 1, "high": 2}}'], ""),
         ("model", ["edit-experts", "--mask", "1", "--model", "MODEL", "--out", "MODEL"], "another folder with --out"),
     ],

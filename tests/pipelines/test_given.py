@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(log.filter(pa.array(kept)), folder / "log" / "0.parquet")
     tree = settings_tree(folder)
     tree["columns"]["sampling_rate"] = "rate"
-    tree["tasks"]["liked"] |= {"given": "click", "score_weight": 0.5}
+    tree["tasks"]["liked"] |= {"conditional_on": "click", "score_weight": 0.5}
     tree["training"] |= {"sampling_correction": "weights", "task_weighting": "uncertainty"}
     (folder / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     run("train", "--config", str(folder / "settings.yaml"))

@@ -123,7 +123,7 @@ def test_features_without_training_rows_are_not_trained_on(
     days: Days, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     shutil.copytree(days.folder / "before", tmp_path / "features")
-    config = ("--config", str(days.folder / "first.yaml"), "--data.work", str(tmp_path))
+    config = ("--config", str(days.folder / "first.yaml"), "--data.work_dir", str(tmp_path))
     commands.run("features", *config, "--extend")
     printed = capsys.readouterr().out
     assert "  train: no rows" in printed

@@ -25,7 +25,7 @@ from mmoe_rec.training.train import train_model
 from tests.commands import read_metrics
 from tests.pipelines.learnable_log import write_files
 
-OPTIONS = ("--training.calibration", "temperature", "--model.trees.number", "20", "--model.trees.leaves", "8")
+OPTIONS = ("--training.calibration", "temperature", "--model.trees.max_trees", "20", "--model.trees.leaves", "8")
 SPLIT = {"train_end": "2024-03-06", "validation_end": "2024-03-10"}
 NAMES = ("click", "liked")
 
@@ -40,14 +40,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 def parts_of(settings: Settings) -> dict[str, str]:
     """Checksums of what validation rows select: the network's state, the trees, the blends and the calibration."""
-    artifact = Path(settings.data.work) / "model"
+    artifact = Path(settings.data.work_dir) / "model"
     files = [artifact / "weights.safetensors", artifact / "calibration.json", *artifact.glob("trees/*")]
     return {file.name: checksum(file) for file in files if file.exists()}
 
 
 def flip_labels(settings: Settings, part: Part) -> None:
     """Turn each label of one half of the validation users into its opposite."""
-    (file,) = (Path(settings.data.work) / "features" / "encoded" / "validation").glob("*.parquet")
+    (file,) = (Path(settings.data.work_dir) / "features" / "encoded" / "validation").glob("*.parquet")
     table = pq.read_table(file)
     its = pa.array(part.holds(table["user"].combine_chunks()))
     for name in (f"label.{task}" for task in NAMES):
@@ -58,9 +58,9 @@ def flip_labels(settings: Settings, part: Part) -> None:
 
 def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settings: Settings) -> None:
     """By scikit-learn; the network alone, which has a row of its own, has others."""
-    ended, artifact = FinishedTraining.read(Path(settings.data.work)), Path(settings.data.work) / "model"
+    ended, artifact = FinishedTraining.read(Path(settings.data.work_dir)), Path(settings.data.work_dir) / "model"
     ranker = Ranker.load(artifact)
-    rows = EncodedRows(Path(settings.data.work) / "features/encoded/validation", ranker.layout, part=Part.JUDGING)
+    rows = EncodedRows(Path(settings.data.work_dir) / "features/encoded/validation", ranker.layout, part=Part.JUDGING)
     scored = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
     assert ended is not None
     assert ended.network is not None
@@ -75,7 +75,7 @@ def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settin
 
 
 def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_path: Path) -> None:
-    work = Path(settings.data.work)
+    work = Path(settings.data.work_dir)
     evaluate_model(settings, str(work / "model"), tmp_path)
     found, ranker = read_metrics(tmp_path)["tasks"], Ranker.load(work / "model")
     rows = EncodedRows(work / "features" / "encoded" / "test", ranker.layout)
@@ -90,12 +90,12 @@ def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_p
 
 
 def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:
-    before, figures = parts_of(settings), FinishedTraining.read(Path(settings.data.work))
+    before, figures = parts_of(settings), FinishedTraining.read(Path(settings.data.work_dir))
     flip_labels(settings, Part.JUDGING)
     train_model(settings, register=False)
     assert parts_of(settings) == before
     assert {"weights.safetensors", "calibration.json", "blends.json", "click.txt"} <= before.keys()
-    judged = FinishedTraining.read(Path(settings.data.work))
+    judged = FinishedTraining.read(Path(settings.data.work_dir))
     assert figures is not None
     assert judged is not None
     for name in NAMES:
@@ -107,10 +107,10 @@ def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:
 
 def test_a_user_of_one_half_alone_judges_nothing(settings: Settings, tmp_path: Path) -> None:
     """All rows select, and a comparison with the champion is refused."""
-    (file,) = (Path(settings.data.work) / "features" / "encoded" / "validation").glob("*.parquet")
+    (file,) = (Path(settings.data.work_dir) / "features" / "encoded" / "validation").glob("*.parquet")
     table = pq.read_table(file)
     pq.write_table(table.filter(pc.equal(table["user"], table["user"][0])), tmp_path / "part-00000.parquet")
-    layout = Ranker.load(Path(settings.data.work) / "model").layout
+    layout = Ranker.load(Path(settings.data.work_dir) / "model").layout
     selecting = EncodedRows(tmp_path, layout, part=Part.SELECTING)
     assert not selecting.is_divided
     assert selecting.rows == pq.read_metadata(tmp_path / "part-00000.parquet").num_rows

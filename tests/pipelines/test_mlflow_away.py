@@ -67,7 +67,7 @@ class Training:
     """The command in a folder of its own."""
 
     def __init__(self, folder: Path, log: Path, server: TrackingServer, name: str) -> None:
-        tree = settings_tree(folder, data={"log": str(log), "work": str(folder / "work")})
+        tree = settings_tree(folder, data={"log": str(log), "work_dir": str(folder / "work")})
         tree |= {"name": name, "tracking": {"uri": server.uri}}
         self.work, self.server, self.name = folder / "work", server, name
         self.config = folder / "settings.yaml"

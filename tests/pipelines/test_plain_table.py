@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.batches.encoded_rows import Part
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.live.outcomes import join_outcomes
+from mmoe_rec.live.outcomes import join_labels
 from mmoe_rec.live.skew import check_skew
 from mmoe_rec.model.warm_start import base_rates
 from mmoe_rec.preprocessing.prepare import build_features
@@ -252,7 +252,7 @@ def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys
     with pytest.raises(UserError, match=f"a skew check {needs}"):
         check_skew(world.settings, 0, 1, str(world.model), tmp_path)
     with pytest.raises(UserError, match=f"joining outcomes {needs}"):
-        join_outcomes(world.settings, str(tmp_path), None, tmp_path / "out")
+        join_labels(world.settings, str(tmp_path), None, tmp_path / "out")
     told = refuse(capsys, "refresh", "--config", world.config, "--model", "models:/plain@champion")
     assert f"a refresh of a model's tables {needs}" in told
 

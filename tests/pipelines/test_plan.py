@@ -77,7 +77,7 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
     built = replace(built, tables=tuple(replace(table, rows=200) for table in built.tables))
     (tmp_path / "features" / "encoded").mkdir(parents=True)
     (tmp_path / "features" / "encoded" / "layout.json").write_text(built.to_json())
-    work = ["--data.work", str(tmp_path)]
+    work = ["--data.work_dir", str(tmp_path)]
     code, said = run(capsys, "--world-size", "2", "--local-world-size", "2", "--device", "cpu", *work)
     assert code == 0, said
     assert f"of the features in '{tmp_path / 'features'}'" in said
@@ -87,7 +87,7 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
 def test_half_of_the_bits_take_less_of_a_step(capsys: pytest.CaptureFixture) -> None:
     one = ["--world-size", "16", "--local-world-size", "4", "--host-gib", "256", "--training.batch_size", "32768"]
     times = []
-    for arguments in (one, [*one, "--training.communication", "bf16"]):
+    for arguments in (one, [*one, "--training.communication_dtype", "bf16"]):
         code, said = run(capsys, *arguments)
         assert code == 0, said
         times.append(float(re.search(r"tables in a step: ([\d.]+)", said)[1]))

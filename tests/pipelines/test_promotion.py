@@ -32,7 +32,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world with two versions: one that has learnt nothing, and the champion."""
     world = World.of(tmp_path_factory.mktemp("template"))
     world.train(*SLOW, "--model.experts.count", "2")
-    world.train("--evaluation.slices", '["slot"]', "--evaluation.guarded_slices", '["slot"]')
+    world.train("--evaluation.slices", '["slot"]', "--evaluation.guardrail_slices", '["slot"]')
     assert world.holder() == "2"
     return world
 
@@ -134,7 +134,7 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
 
 def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
     split = ["--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-05"]
-    assert promote(world, "--challenger", "2", *split, "--data.work", str(world.folder / "earlier")) == 1
+    assert promote(world, "--challenger", "2", *split, "--data.work_dir", str(world.folder / "earlier")) == 1
     assert world.holder() == "1"
     printed = capsys.readouterr().out
     for version in (1, 2):
@@ -245,7 +245,7 @@ def test_rows_of_another_split_are_logged_to_a_run_of_their_own(world: World) ->
     commands.run("evaluate", *words)
     run_id = world.client.get_model_version(NAME, "2").run_id
     before = world.client.get_run(run_id)
-    other = ["--data.work", str(world.folder / "few"), "--split.validation_end", "2024-03-08T12:00"]
+    other = ["--data.work_dir", str(world.folder / "few"), "--split.validation_end", "2024-03-08T12:00"]
     commands.run("evaluate", *words, *other)
     after = world.client.get_run(run_id)
     assert before.data.metrics["test/liked.auc"] > 0
@@ -287,7 +287,7 @@ def test_a_worse_model_leaves_the_alias(second: World, capsys: pytest.CaptureFix
 def test_a_holder_of_other_features_is_measured_on_its_own(second: World) -> None:
     """Its rows are encoded by its own features; the same weights on them give the same value as at first."""
     elsewhere = second.folder / "elsewhere"
-    second.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work", str(elsewhere))
+    second.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work_dir", str(elsewhere))
     assert second.holder() == "2"
     reason, _ = said(elsewhere)
     found = re.search(r"is worse than 'version 2': mean auc of click, liked is lower by ([.\d]+) ", reason)
@@ -296,9 +296,9 @@ def test_a_holder_of_other_features_is_measured_on_its_own(second: World) -> Non
 
 
 def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(second: World, tmp_path: Path) -> None:
-    second.train("--data.work", str(tmp_path), "--tasks.liked.matures_after_days", "1")
+    second.train("--data.work_dir", str(tmp_path), "--tasks.liked.label_delay_days", "1")
     reason, now = said(tmp_path)
-    assert "trained with 'tasks.liked.matures_after_days' 0.0, and it is 1.0 in the settings" in reason
+    assert "trained with 'tasks.liked.label_delay_days' 0.0, and it is 1.0 in the settings" in reason
     assert "point the alias at another one yourself" in reason
     assert now.startswith("'champion' stays version 2; ")
     assert second.holder() == "2"

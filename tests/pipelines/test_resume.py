@@ -30,9 +30,9 @@ class Training:
     def command(self) -> list[str]:
         """The same before and after a kill."""
         command = [*self.program, "train", "--config", "configs/synthetic.yaml", "--resume"]
-        command += ["--data.log", str(self.log), "--data.work", str(self.work)]
+        command += ["--data.log", str(self.log), "--data.work_dir", str(self.work)]
         command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db"]
-        same = {"precision": "fp32", "products": "blas", "tables": "fbgemm", "threads": 1}
+        same = {"precision": "fp32", "matmul_backend": "blas", "table_backend": "fbgemm", "threads": 1}
         training = same | {"batch_size": 64, "checkpoint_steps": 20}
         return [*command, *(f"--training.{name}={value}" for name, value in training.items())]
 
@@ -79,7 +79,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Training:
     """A training that is not killed, on a synthetic log."""
     folder = tmp_path_factory.mktemp("trainings")
     log = folder / "log"
-    built = ["--data.log", str(log), "--data.work", str(folder / "built")]
+    built = ["--data.log", str(log), "--data.work_dir", str(folder / "built")]
     for words in (
         ["pipelines.make_synthetic_log", "--out", str(log), "--rows", "20000"],
         ["mmoe_rec", "features", "--config", "configs/synthetic.yaml", *built],

@@ -23,7 +23,7 @@ from mmoe_rec.training.train import train_model
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 HERE = [
     *["--data.engine=local", "--data.workers=1", "--training.device=cpu", "--training.precision=fp32"],
-    *["--training.products=blas", "--training.tables=fbgemm", "--training.threads=1"],
+    *["--training.matmul_backend=blas", "--training.table_backend=fbgemm", "--training.threads=1"],
 ]
 SHORT = ["--training.batch_size=100", "--training.epochs=1"]
 NARROW = ["--model.bottom.units=[32]", "--model.experts.units=[16]"]
@@ -42,7 +42,7 @@ def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) ->
     _, validation_end = windows["validation"]
     assert train_end is not None
     assert validation_end is not None
-    maturing = max(int(task.matures_after_days * DAY) for task in schema.tasks.values())
+    maturing = max(int(task.label_delay_days * DAY) for task in schema.tasks.values())
     first, last = train_end - maturing - 30 * DAY, windows["test"][1] or validation_end + 7 * DAY
     times = np.linspace(first, last, requests, endpoint=False).astype(np.int64).repeat(CANDIDATES)
     names, rows = schema.columns, requests * CANDIDATES
@@ -127,7 +127,7 @@ def _smaller(settings: Settings) -> Iterator[str]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
-    overrides = [*HERE, *SHORT, *NARROW, *_smaller(load_settings(config)), "--data.work", str(tmp_path / "work")]
+    overrides = [*HERE, *SHORT, *NARROW, *_smaller(load_settings(config)), "--data.work_dir", str(tmp_path / "work")]
     overrides += ["--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     settings = load_settings(config, [*overrides, *write_fitting_logs(load_settings(config), tmp_path)])
     trained = train_model(settings, register=False)

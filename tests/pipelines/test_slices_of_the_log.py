@@ -153,7 +153,7 @@ def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted
         "no Beside 'version 1': in slice country: E"
         in Page((tmp_path / "work/promotion/report.html").read_text(encoding="utf-8")).words
     )
-    run("promote", *words, "--challenger", "2", "--evaluation.guarded_slices", '["user"]')
+    run("promote", *words, "--challenger", "2", "--evaluation.guardrail_slices", '["user"]')
     assert world.holder() == "2"
 
 

@@ -57,7 +57,7 @@ def test_the_time_of_events_may_be_called_as_a_key_of_the_log(tmp_path: Path) ->
         "brand": {"kind": "id", "column": "brand"},
         "bought": {"kind": "counter", "events": "bought", "by": ["user"]},
     }
-    data = {"log": str(tmp_path / "log"), "work": str(tmp_path / "work"), "events": events}
+    data = {"log": str(tmp_path / "log"), "work_dir": str(tmp_path / "work"), "events": events}
     settings = small_settings(tmp_path, data=data, features=features)
     pipeline = FeaturePipeline(settings.schema_)
     pipeline.note_types(log_rows(log, settings.schema_))
@@ -79,8 +79,8 @@ def test_the_time_of_events_may_be_called_as_a_key_of_the_log(tmp_path: Path) ->
             r"was trained with 'tasks.liked.observed_when",
         ),
         (
-            {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "given": "click"}},
-            r"'tasks.liked.given' missing, and it is \"click\"",
+            {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "conditional_on": "click"}},
+            r"'tasks.liked.conditional_on' missing, and it is \"click\"",
         ),
     ],
 )

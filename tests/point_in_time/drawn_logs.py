@@ -136,13 +136,19 @@ def _settings(rng: np.random.Generator, stages: int) -> dict[str, Any]:
     if kind != "none":
         columns |= {"request": "request", "request_scope": str(kind)}
     late = [0, 0, 0.5, 1.25, 3, 1 / 86_400]
-    liked: dict[str, Any] = {"label": "liked", "objective": "satisfaction", "matures_after_days": _pick(rng, late)}
+    liked: dict[str, Any] = {"label": "liked", "objective": "satisfaction", "label_delay_days": _pick(rng, late)}
     liked |= _pick(
-        rng, [{}, {"given": "click"}, {"given": "click"}, {"observed_when": {"column": "click", "equals": 1}}]
+        rng,
+        [
+            {},
+            {"conditional_on": "click"},
+            {"conditional_on": "click"},
+            {"observed_when": {"column": "click", "equals": 1}},
+        ],
     )
-    spent = {"label": "spent", "kind": "regression", "objective": "engagement", "matures_after_days": _pick(rng, late)}
+    spent = {"label": "spent", "kind": "regression", "objective": "engagement", "label_delay_days": _pick(rng, late)}
     spent |= _pick(rng, [{}, {"observed_when": {"column": "answered", "equals": _pick(rng, [True, 1])}}])
-    click = {"label": "click", "objective": "engagement", "matures_after_days": _pick(rng, [0, 0, 0, 0.75])}
+    click = {"label": "click", "objective": "engagement", "label_delay_days": _pick(rng, [0, 0, 0, 0.75])}
     features: dict[str, Any] = {
         # Where days are added, no id becomes known later: a history remembers the rows that ids had.
         "item": {
@@ -168,7 +174,7 @@ def _counter(rng: np.random.Generator) -> dict[str, Any]:
     by = _pick(rng, [["user"], ["item"], ["brand"], ["user", "brand"], ["brand", "item"]])
     counter: dict[str, Any] = {"kind": "counter", "by": by}
     source = _pick(rng, [*TASKS, "liked", "bought"])
-    outputs = ["positives", "rows", "rate", "recency"]
+    outputs = ["log_sum", "log_count", "rate", "recency"]
     if source == "bought":
         counter["events"] = "bought"
         outputs.remove("rate")
@@ -190,14 +196,14 @@ def _history(rng: np.random.Generator) -> dict[str, Any]:
     history = {"kind": "history", "of": "item", "length": int(rng.integers(1, 5))}
     history["events" if source == "bought" else "task"] = source
     if source == "spent" or rng.random() < 0.2:
-        history["at_least"] = _pick(rng, [0.0, 1.0, 0.5])
+        history["min_label"] = _pick(rng, [0.0, 1.0, 0.5])
     return history
 
 
 def _log(rng: np.random.Generator, settings: dict[str, Any]) -> pd.DataFrame:
     requests = int(rng.integers(12, 28))
     strings = rng.random() < 0.3
-    late = sorted({round(task["matures_after_days"] * DAY) for task in settings["tasks"].values()})
+    late = sorted({round(task["label_delay_days"] * DAY) for task in settings["tasks"].values()})
     # Few different times, some a label's maturity or a window apart, or a microsecond beside that.
     grid = rng.integers(0, 6 * DAY, 8)
     steps = [*late, 1, DAY, DAY // 2, round(2.25 * DAY)]
@@ -270,7 +276,7 @@ def _ask_for_more_of_events(seed: int, settings: dict[str, Any]) -> None:
         settings["features"] = {"brand": item | {"column": "brand", "oov_buckets": 2}, **settings["features"]}
         history["attributes"] = ["brand"]
     if "task" in history and rng.random() < 0.5:
-        history["at_least"] = 0.0  # what was shown, taken or not
+        history["min_label"] = 0.0  # what was shown, taken or not
 
 
 def _in_files(rng: np.random.Generator, table: pd.DataFrame) -> pd.DataFrame:

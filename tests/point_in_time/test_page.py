@@ -18,8 +18,8 @@ from tests.log.small_logs import DAY, log_rows
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "mmoe_rec" / "point_in_time" / "README.md").read_text(encoding="utf-8")
 WEEK = 7 * DAY
-CLICKS = {"kind": "counter", "task": "clicked", "by": ["user"], "outputs": ["positives"], "window_days": [7]}
-CLICKED = {"label": "clicked", "objective": "engagement", "matures_after_days": 1}
+CLICKS = {"kind": "counter", "task": "clicked", "by": ["user"], "outputs": ["log_sum"], "window_days": [7]}
+CLICKED = {"label": "clicked", "objective": "engagement", "label_delay_days": 1}
 COLUMNS = {"user": "user", "candidate": "item", "time": "time"}
 SCHEMA = schema_of({"columns": COLUMNS, "tasks": {"clicked": CLICKED}, "features": {"clicks": CLICKS}})
 

@@ -19,7 +19,7 @@ OF_PURCHASES = {
         "kind": "counter",
         "events": "purchases",
         "by": ["user", "brand"],
-        "outputs": ["positives", "rows", "recency"],
+        "outputs": ["log_sum", "log_count", "recency"],
         "window_days": [None, 1],
     },
 }

@@ -140,7 +140,7 @@ def test_events_of_a_file_that_is_gone_do_not_count_twice(growing, how):
     old.unlink()
     with pytest.raises(UserError, match=r"^new files of events 'purchases', such as .* '.*98.parquet': .* It is gone"):
         growing.extend(LATER)
-    assert growing.extend(LATER, duplicates="keep") is not None
+    assert growing.extend(LATER, on_duplicates="keep") is not None
 
 
 def test_events_that_may_have_come_twice_are_told(growing, capsys):

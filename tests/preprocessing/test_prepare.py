@@ -112,7 +112,7 @@ def test_two_workers_change_no_byte(tmp_path, two_workers):
     alone = prepare(
         BuildInputs(source, schema, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
     )
-    assert alone.manifest["requests"]["several_times"] > 10
+    assert alone.manifest["requests"]["conflicting_times"] > 10
     options = BuildOptions(**two_workers, rows_in_memory=300)
     assert files_of(prepare(BuildInputs(source, schema, WINDOWS, tmp_path / "many", options)).folder) == files_of(
         alone.folder
@@ -137,7 +137,7 @@ def test_rows_that_occur_twice(tmp_path, small_pieces):
     ):
         prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50)))
     prepared = prepare(
-        BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50, duplicates="keep"))
+        BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50, on_duplicates="keep"))
     )
     assert prepared.manifest["rows"] == 202
 
@@ -150,7 +150,7 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
     late = {name: tuple(t if t is None else t + 40_000 * DAY for t in each) for name, each in WINDOWS.items()}
     cases = {
         "duplicates": (twice, WINDOWS, "repeats request and candidate"),
-        "future_times": (future, late, "a request in the future"),
+        "on_future_times": (future, late, "a request in the future"),
     }
     for setting, (source, windows, message) in cases.items():
         place, keep = (source, SCHEMA, windows, tmp_path / setting), BuildOptions(**{setting: "keep"})
@@ -193,8 +193,9 @@ def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_pat
     source = write_log(tmp_path / "log", random_log(0, 300))
     events = {"purchases": {"path": str(tmp_path), "time": "time"}}
     inside, apart = source / "work", tmp_path / "apart"
-    own = r"`data.log` '.*/log' takes in what is written to `data.work` '.*/log/work'.*set `data.work` to a folder that"
-    theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work` '.*/apart'"
+    own = r"`data.log` '.*/log' takes in what is written to `data.work_dir` '.*/log/work'.*set `data.work_dir` "
+    r"to a folder that"
+    theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work_dir` '.*/apart'"
     for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), apart, theirs)):
         for built in (prepare, existing, extend):
             with pytest.raises(UserError, match=message):
@@ -236,7 +237,7 @@ def test_names_of_columns_change_nothing(tmp_path, names):
     events = random_log(1, 200).rename_columns({"time": "at"})
     features = ALL_KINDS | {
         "bought": {"kind": "history", "events": "bought", "of": "item"},
-        "rows": {"kind": "counter", "events": "bought", "by": ["user", "brand"], "outputs": ["rows", "recency"]},
+        "rows": {"kind": "counter", "events": "bought", "by": ["user", "brand"], "outputs": ["log_count", "recency"]},
     }
     prepared = []
     for renamed in ({}, names):

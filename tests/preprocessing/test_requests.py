@@ -68,11 +68,12 @@ def test_all_is_that_of_a_log_with_the_first_times(
     told, plain = found.manifest["requests"], expected.manifest["requests"]
     frame = pd.DataFrame({"request": table["request"].to_pylist(), "time": times_of(table)}).groupby("request")["time"]
     assert told["count"] == plain["count"] == frame.ngroups
-    assert (told["several_times"], plain["several_times"]) == ((frame.nunique() > 1).sum(), 0)
+    assert (told["conflicting_times"], plain["conflicting_times"]) == ((frame.nunique() > 1).sum(), 0)
     assert told["longest_microseconds"] == (frame.max() - frame.min()).max()
     assert describe_request_times(plain) is None
     assert describe_request_times(told) == (
-        f"{told['several_times']} of {told['count']} requests have rows of several times, up to 48.0 hours apart: all "
+        f"{told['on_conflicting_times']} of {told['count']} requests have rows of several times, up to 48.0 "
+        "hours apart: all "
         "rows of a request take its first time; are ids used again?"
     )
 
@@ -120,8 +121,8 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     times = START + np.repeat(np.arange(10), 4) * DAY + np.where(np.arange(40) == 6, 5_000_000, 0)
     log_folder = write_log(tmp_path / "log", at_times(table, times).slice(0, 5), at_times(table, times).slice(5))
     place = str(log_folder), SCHEMA, WINDOWS, tmp_path / "work"
-    keep = BuildOptions(duplicates="keep")
-    refused = BuildOptions(duplicates="keep", several_times="error")
+    keep = BuildOptions(on_duplicates="keep")
+    refused = BuildOptions(on_duplicates="keep", on_conflicting_times="error")
     prepare(BuildInputs(*place, keep))
     assert existing(BuildInputs(*place, keep)) is not None
     assert existing(BuildInputs(*place, refused)) is None
@@ -130,7 +131,7 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     assert str(caught.value) == (
         f"row 4 of '{log_folder}/0.parquet' and row 1 of '{log_folder}/1.parquet' are of one request (column "
         "'request') and differ in column 'time', as do rows of 1 request: write the request's time into all its "
-        "rows, or set data.several_times to first"
+        "rows, or set data.on_conflicting_times to first"
     )
     assert existing(BuildInputs(*place, keep)) is not None
 
@@ -214,7 +215,7 @@ def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: 
     assert (told["continued"], told["continued_rows"]) == (len(set(moved["request"].to_pylist())), 7)
     whole = pd.DataFrame({"request": days.table["request"].to_pylist(), "time": times_of(days.table)})
     assert told["count"] == whole["request"].nunique()
-    assert told["several_times"] == (whole.groupby("request")["time"].nunique() > 1).sum()
+    assert told["conflicting_times"] == (whole.groupby("request")["time"].nunique() > 1).sum()
     assert prepared.manifest["splits"]["test"]["rows"] == days.new.num_rows
     encoded = pq.read_table(prepared.split("test"))["request"].to_pylist()
     assert set(encoded) == set(days.new["request"].to_pylist())
@@ -269,7 +270,7 @@ def test_rows_that_came_before_count_once(
 def test_rows_that_came_before_are_kept_if_that_is_meant(tmp_path: Path) -> None:
     days = _Days(tmp_path)
     new = pa.concat_tables([days.new, days.old.slice(40, 7)])
-    prepared = days.extend(new, options=BuildOptions(duplicates="keep"))
+    prepared = days.extend(new, options=BuildOptions(on_duplicates="keep"))
     assert (prepared.manifest["rows"], prepared.manifest["requests"]["continued_rows"]) == (407, 7)
 
 
@@ -281,7 +282,7 @@ def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
         again = with_column(again, column, values)
     again = at_times(again, times_of(again) + np.arange(20))
     with pytest.raises(UserError, match=r"^none of the 20 new rows is of a new request later .* not used before"):
-        days.extend(again, options=BuildOptions(duplicates="keep"))
+        days.extend(again, options=BuildOptions(on_duplicates="keep"))
 
 
 def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def _judge_tasks(text: str, settings: Settings, answers: Answers) -> Iterator[st
             continue
         observed = None if task.observed_when is None else task.observed_when.column
         is_right = task.kind == right.kind and observed in right.observed
-        is_right &= right.days[0] <= task.matures_after_days <= right.days[1]
+        is_right &= right.days[0] <= task.label_delay_days <= right.days[1]
         if not is_right and not marked(text, label):
-            days = task.matures_after_days
+            days = task.label_delay_days
             yield f"tasks.{label}: {task.kind}, observed by {observed}, after {days:g} days, not {right}"
 
 

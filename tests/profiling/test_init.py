@@ -57,7 +57,7 @@ def test_a_log_without_lists_may_repeat_a_row(tmp_path: Path, capsys: pytest.Cap
     run("init", tmp_path / "shop.parquet", "--out", tmp_path / "shop.yaml")
     assert "1 of 12,001 rows repeat a candidate of their request" in "".join(capsys.readouterr())
     settings = yaml.safe_load((tmp_path / "shop.yaml").read_text())
-    assert settings["data"]["duplicates"] == "keep"
+    assert settings["data"]["on_duplicates"] == "keep"
     counted = [each["by"] for each in settings["features"].values() if each["kind"] == "counter"]
     assert ["page"] in counted
     assert ["item_id", "page"] in counted

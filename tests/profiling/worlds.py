@@ -89,7 +89,7 @@ class World:
         return self.random.choice(np.asarray(values), which.max() + 1)[which]
 
     def some(self, given: np.ndarray, share: float, strength: float = 1.0) -> np.ndarray:
-        """(N,) 0 or 1 where `given`, else 0: likelier where a click was."""
+        """(N,) 0 or 1 where `conditional_on`, else 0: likelier where a click was."""
         pull = strength * (np.log(self.probability / (1 - self.probability)) + 1)
         return (given & (self.random.random(self.rows) < 1 / (1 + np.exp(-np.log(share / (1 - share)) - pull)))) * 1
 

@@ -43,8 +43,8 @@ def counter(log: Log, name: str, overall_mean: float, rows: list[Row] | None = N
         statistics: dict[Statistic, Any] = {}
         for days in feature.get("window_days", [None]):
             count, labels = totals(visible, now, _microseconds(days))
-            statistics["rows", days] = math.log1p(count)
-            statistics["positives", days] = math.log1p(max(labels, 0.0))
+            statistics["log_count", days] = math.log1p(count)
+            statistics["log_sum", days] = math.log1p(max(labels, 0.0))
             statistics["rate", days] = (labels + smoothing * overall_mean) / (count + smoothing)
         last = last_positive(visible)
         statistics["recency", None] = None if last is None else math.log1p((now - last) / DAY)
@@ -59,7 +59,7 @@ def history(
     the same of each attribute's. table_rows: of each id feature."""
     feature = log.features[name]
     user, ids = log.columns["user"], [feature["of"], *feature.get("attributes", [])]
-    least, length = feature.get("at_least", 1.0), feature.get("length", 20)
+    least, length = feature.get("min_label", 1.0), feature.get("length", 20)
     events = [
         (row[user], known, (number, row))
         for number, (row, known, label) in enumerate(_remembered(log, feature))

@@ -47,7 +47,7 @@ class Log:
     def label(self, row: Row, name: str) -> float | None:
         """A row's label of a task, whenever it becomes known; None if it has none."""
         task = self.tasks[name]
-        if task.get("given") is not None and self.label(row, task["given"]) != 1:
+        if task.get("conditional_on") is not None and self.label(row, task["conditional_on"]) != 1:
             return None
         rule = task.get("observed_when")
         if rule is not None and row[rule["column"]] != rule["equals"]:
@@ -55,10 +55,11 @@ class Log:
         return row[task["label"]]
 
     def matures_after(self, name: str) -> int:
-        """Microseconds until a label is known; a label with `given` is not known before the label that it is given."""
+        """Microseconds until a label is known; a label with `conditional_on` is not known before the label that it is
+        given."""
         task = self.tasks[name]
-        own = round(task.get("matures_after_days", 0) * DAY)
-        return own if task.get("given") is None else max(own, self.matures_after(task["given"]))
+        own = round(task.get("label_delay_days", 0) * DAY)
+        return own if task.get("conditional_on") is None else max(own, self.matures_after(task["conditional_on"]))
 
     def label_known_by(self, row: Row, name: str, moment: int) -> float | None:
         """A row's label of a task, None if it is not known at `moment`."""

@@ -62,7 +62,7 @@ class Mixture:
     rule: str = "soft"
     k: int = 2
     activation: Any = functional.silu
-    normalise: bool = False
+    normalize: bool = False
     raw_inputs: bool = False
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class Mixture:
             prefix = f"levels.{level}.experts.{number}.layers"
             for expert in range(size):
                 output = layers(self.weights, prefix, expert_inputs[source], expert, self.activation)
-                outputs.append(functional.layer_norm(output, output.shape) if self.normalise else output)
+                outputs.append(functional.layer_norm(output, output.shape) if self.normalize else output)
         return outputs
 
     def _tower(self, x: Tensor, task: int) -> Tensor:
@@ -182,7 +182,7 @@ def loss(
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum over tasks of weight x mean loss of the observed labels, and each task's sum.
 
-    tasks: with `name`, `kind`, `loss_weight`, `deviation` and `given`; weights: (B,) of rows.
+    tasks: with `name`, `kind`, `loss_weight`, `deviation` and `conditional_on`; weights: (B,) of rows.
     """
     total, sums = logits.new_zeros(()), []
     for place, task in enumerate(tasks):
@@ -204,8 +204,8 @@ def _row_loss(logits: Tensor, label: Tensor, tasks: Sequence[Any], place: int) -
     if task.kind == "regression":
         return ((logits[place] - label) / task.deviation) ** 2
     probability = logits[place].sigmoid()
-    if task.given is not None:  # the probability of both
-        probability = probability * logits[[each.name for each in tasks].index(task.given)].sigmoid()
+    if task.conditional_on is not None:  # the probability of both
+        probability = probability * logits[[each.name for each in tasks].index(task.conditional_on)].sigmoid()
     return -(label * probability.log() + (1 - label) * (1 - probability).log())
 
 

@@ -33,7 +33,7 @@ FEATURES = {
         "kind": "counter",
         "task": "click",
         "by": ["item"],
-        "outputs": ["rows", "positives", "rate", "recency"],
+        "outputs": ["log_count", "log_sum", "rate", "recency"],
         "window_days": [None, 1.5],
     },
     "likes": {"kind": "counter", "task": "liked", "by": ["user", "brand"], "outputs": ["rate"], "smoothing": 2.0},

@@ -37,4 +37,4 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
             slices={("kind", each): of(np.flatnonzero(kind == each)) for each in ("few & far", "many")},
         )
     facts = {f"log of {tasks[0]}": "somewhere"}
-    return Results(models, tasks, Evaluation(decide_by="auc"), f"Evaluation of {tasks[0]}", facts)
+    return Results(models, tasks, Evaluation(primary_metric="auc"), f"Evaluation of {tasks[0]}", facts)

@@ -80,7 +80,7 @@ def test_the_terminal_shows_every_feature_in_80_columns(health):
 
 
 def test_requests_of_several_times_and_labels_that_had_not_matured_are_told(tmp_path):
-    requests = {"count": 1234, "several_times": 56, "longest_microseconds": 5_400_000_000}
+    requests = {"count": 1234, "conflicting_times": 56, "longest_microseconds": 5_400_000_000}
     splits = {"train": {"rows": 9, "known_by": 1_714_521_600_000_000, "unmatured": {"like": 1, "click": 0}}}
     health = health_of_frames(tmp_path, random_frames(22), requests=requests, splits=splits)
     sentences = [

@@ -1,4 +1,4 @@
-"""One page of the reports in a `data.work`: what is there, what is missing, and what no longer holds."""
+"""One page of the reports in a `data.work_dir`: what is there, what is missing, and what no longer holds."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from tests.server.browser import browser
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `data.work` with an inspection, an evaluation, a comparison and a model."""
+    """A `data.work_dir` with an inspection, an evaluation, a comparison and a model."""
     folder = tmp_path_factory.mktemp("world")
     write_files(folder)
     work = folder / "work"
@@ -99,5 +99,5 @@ def test_the_page_holds_all_parts_and_opens_in_a_browser(world: Path, tmp_path: 
 
 
 def test_nothing_found_is_said(world: Path, tmp_path: Path) -> None:
-    settings = load_settings(world / "settings.yaml", ["--data.work", str(tmp_path)])
+    settings = load_settings(world / "settings.yaml", ["--data.work_dir", str(tmp_path)])
     assert join_reports(settings, lambda *words: " ".join(words)).headline == "nothing is known yet"

@@ -184,14 +184,14 @@ def test_what_headers_say_of_a_body(app: Application) -> None:
 
 
 def test_a_body_that_stops_coming(models: Models) -> None:
-    app = application(models, read_seconds=0.01)
+    app = application(models, read_timeout_seconds=0.01)
     answer = ask(app, b"", parts=silent())
     assert answer.status == 408
     assert "within 0.01 seconds" in answer.message
 
 
 def test_calls_beyond_the_limit_are_told_to_come_again(models: Models) -> None:
-    app = application(models, max_waiting=2)
+    app = application(models, max_concurrent_calls=2)
     answers = ask(app, *[GOOD] * 5)
     assert sorted(each.status for each in answers) == [200, 200, 503, 503, 503]
     refused = next(each for each in answers if each.status == 503)
@@ -486,7 +486,7 @@ def test_a_pass_takes_no_more_than_is_worth_waiting_for(models: Models) -> None:
 
 
 def test_a_call_without_an_answer_in_time_and_those_behind_it(models: Models) -> None:
-    app, ranker = watched(models, answer_seconds=0.05)
+    app, ranker = watched(models, call_timeout_seconds=0.05)
 
     async def scenario() -> list[Answer]:
         ranker.go_on.clear()

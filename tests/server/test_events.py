@@ -199,7 +199,7 @@ def test_a_new_model_knows_all_that_the_one_before_took_meanwhile(
 
 def test_a_call_that_takes_too_long_is_told_to_come_again(small: SmallModel, tmp_path: Path) -> None:
     """More calls come than threads wait for a journal that another program has locked."""
-    app, journal = Application(_models(small, tmp_path, answer_seconds=0.5)), Journal(tmp_path / "journal.db")
+    app, journal = Application(_models(small, tmp_path, call_timeout_seconds=0.5)), Journal(tmp_path / "journal.db")
     rows = as_json(later_log(20, rows=9))
 
     async def scenario() -> list[Answer]:
@@ -318,7 +318,7 @@ def test_positions_of_removed_batches_are_answered(small, tmp_path):
 
 
 def test_events_that_can_not_be_learnt_hold_up_only_who_waits_for_them(small, tmp_path, monkeypatch):
-    app = Application(_models(small, tmp_path, answer_seconds=1))
+    app = Application(_models(small, tmp_path, call_timeout_seconds=1))
 
     def fails(*_: Any) -> None:
         raise OSError("the disk is gone")
@@ -358,7 +358,7 @@ def test_threads_end_with_their_server(small: SmallModel, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("full", ["/invocations", "/events"])
 def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, tmp_path: Path, full: str) -> None:
-    app = Application(_models(small, tmp_path, max_waiting=2))
+    app = Application(_models(small, tmp_path, max_concurrent_calls=2))
     places = {"/invocations": app.calls.places, "/events": app.events.places}
     bodies = {"/invocations": {"inputs": [element()]}, "/events": {"events": as_json(later_log(3, rows=2))}}
 

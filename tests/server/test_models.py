@@ -258,7 +258,7 @@ def test_a_model_is_gone_once_another_one_is_served(small: SmallModel, asked: Ca
         (["--serving.stale_after_days", "0.5"], [False, True, True, True], 50, "blas"),
         (["--serving.stale_after_days", "null", "--serving.max_elements", "4"], [False] * 4, 50, "blas"),
         (["--serving", "{stale_after_days: 100, max_candidates: 9}"], [False, False, False, True], 9, "blas"),
-        (["--serving.products", "onednn"], [False, False, True, True], 50, "onednn"),
+        (["--serving.matmul_backend", "onednn"], [False, False, True, True], 50, "onednn"),
     ],
     ids=str,
 )

@@ -32,7 +32,7 @@ LARGE = -(10**17) - 1  # which no double can hold
 CELLS = """
     const text = (cell) => (cell.querySelector("button") ?? cell).textContent;
     return [...document.querySelector(arguments[0]).rows].map(row => [...row.cells].map(text))"""
-STATISTICS = {"positives": ("", " 3.5d", " 2d", " 1d"), "rows": ("", " 3.5d", " 2d", " 1d")}
+STATISTICS = {"log_sum": ("", " 3.5d", " 2d", " 1d"), "log_count": ("", " 3.5d", " 2d", " 1d")}
 STATISTICS |= {"rate": ("", " 3.5d", " 2d", " 1d"), "recency": ("",)}
 ROWS = "return document.querySelectorAll('#ranking tbody tr').length"
 
@@ -208,7 +208,7 @@ def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
     table = {row[0].replace("\u200b", ""): dict(zip(statistics, row[1:], strict=True)) for row in rows}
     assert [*table] == ["item_click", "user_brand_liked", "brand_spent"]
     for name, value in why.counters.items():
-        counter, kind, days = re.fullmatch(r"(.*)_(positives|rows|rate|recency)_?(.*)", name).groups()
+        counter, kind, days = re.fullmatch(r"(.*)_(log_sum|log_count|rate|recency)_?(.*)", name).groups()
         text = table[counter].pop(f"{kind} {days.replace('p', '.')}".strip())
         number = value if kind == "rate" or value is None else np.expm1(value)
         assert text == "missing" if value is None else float(text) == pytest.approx(number, rel=1e-3, abs=1e-3), name

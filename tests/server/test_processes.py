@@ -137,8 +137,18 @@ def half_sent(running: Running) -> Iterator[socket.socket]:
 def test_signals_that_come_twice_lose_no_call(small: SmallModel, tmp_path: Path, workers: str) -> None:
     """As where `uv run` passes on a signal that its group has had already, or a terminal closes."""
     (temporary := tmp_path / "temporary").mkdir()
-    log = ("--log-requests", str(tmp_path / "log"), "--log-share", "1", "--log-seconds", "80000")
-    words = ("--workers", workers, "--grace", "200", "--drain-seconds", "1", "--serving.read_seconds", "200", *log)
+    log = ("--log-requests", str(tmp_path / "log"), "--log-fraction", "1", "--log-seconds", "80000")
+    words = (
+        "--workers",
+        workers,
+        "--grace",
+        "200",
+        "--drain-seconds",
+        "1",
+        "--serving.read_timeout_seconds",
+        "200",
+        *log,
+    )
     with served(small.folder, tmp_path, *words, TMPDIR=str(temporary)) as running:
         for _ in range(4):
             assert running.send(GOOD)[0] == 200
@@ -185,7 +195,7 @@ def test_sighup_stays_ignored_if_it_was(small: SmallModel, tmp_path: Path) -> No
 def impatient(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server that waits for nobody, and takes small bodies; a test leaves it as it was."""
     folder = tmp_path_factory.mktemp("impatient")
-    words = ("--serving.read_seconds", "3", "--serving.max_body_mib", "1", "--allow-host", "shop.example")
+    words = ("--serving.read_timeout_seconds", "3", "--serving.max_body_mib", "1", "--allow-host", "shop.example")
     with served(small.folder, folder, *words) as running:
         yield running
 

@@ -277,7 +277,7 @@ def ids_of(running: Running, calls: int) -> set[str]:
 @pytest.mark.thorough
 def test_a_worker_that_is_killed_loses_what_it_has_not_written(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "log"
-    words = ["--workers", "2", "--log-requests", str(folder), "--log-share", "1", "--log-seconds", "1"]
+    words = ["--workers", "2", "--log-requests", str(folder), "--log-fraction", "1", "--log-seconds", "1"]
     with served(small.folder, tmp_path, *words) as running:
         ids = ids_of(running, 10)
         until(lambda: 'request_log_total{outcome="written"} 20.0' in _metrics(running))

@@ -110,14 +110,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tree = settings_tree(folder)
     tasks: dict[str, Any] = tree["tasks"]
     tasks["click"]["kind"] = "focal"
-    tasks["liked"] = {"label": "liked", "objective": "satisfaction", "given": "click"}
+    tasks["liked"] = {"label": "liked", "objective": "satisfaction", "conditional_on": "click"}
     tasks["views"] = {"label": "views", "kind": "count", "objective": "engagement"}
     features = tree["features"] | {"item_views": {"kind": "counter", "task": "views", "by": ["item"]}}
     write_files(
         folder,
         tasks=tasks,
         features=features,
-        model=tree["model"] | {"trees": {"number": 60}},
+        model=tree["model"] | {"trees": {"max_trees": 60}},
         training=tree["training"] | {"task_weighting": "uncertainty", "calibration": "temperature"},
     )
     random = np.random.default_rng(1)

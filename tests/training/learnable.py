@@ -42,13 +42,13 @@ TRAINING = Training.model_validate(
     {
         "device": "cpu",
         "precision": "fp32",
-        "products": "blas",
-        "tables": "fbgemm",
+        "matmul_backend": "blas",
+        "table_backend": "fbgemm",
         "threads": 1,
         "batch_size": 60,
         "learning_rate": 0.01,
         "table_learning_rate": 0.1,
-        "shuffle_window": 2_000,
+        "shuffle_buffer_rows": 2_000,
         "validations_per_epoch": 1,
     }
 )
@@ -60,7 +60,7 @@ FIVE_TASKS = (
     ModelTask("rating", "regression", "satisfaction", mean=500.0, deviation=300.0),
 )
 # A like needs a click.
-GIVEN = replace(LAYOUT, tasks=(LAYOUT.tasks[0], replace(LAYOUT.tasks[1], given="click"), LAYOUT.tasks[2]))
+GIVEN = replace(LAYOUT, tasks=(LAYOUT.tasks[0], replace(LAYOUT.tasks[1], conditional_on="click"), LAYOUT.tasks[2]))
 LAYOUTS = {
     "everything": LAYOUT,
     "five tasks": replace(LAYOUT, tasks=FIVE_TASKS),

@@ -205,7 +205,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 def run(model: SmallModel, *words: str) -> Path:
     commands.run("baselines", "--config", str(model.config()), *words)
-    return Path(model.settings.data.work) / "baselines"
+    return Path(model.settings.data.work_dir) / "baselines"
 
 
 def test_a_model_stands_beside_what_it_has_to_beat(
@@ -218,7 +218,7 @@ def test_a_model_stands_beside_what_it_has_to_beat(
     comparison = json.loads((out / "metrics.json").read_text())["comparison"]
     assert comparison["model"] == "model"
     assert list(comparison["against"]) == ["gradient boosting", "popularity"]
-    evaluation = Path(model.settings.data.work) / "evaluation"
+    evaluation = Path(model.settings.data.work_dir) / "evaluation"
     mine = json.loads((evaluation / "metrics.json").read_text())
     assert json.loads((out / "metrics.json").read_text())["tasks"]["click"]["auc"] == mine["tasks"]["click"]["auc"]
     printed, said = capsys.readouterr()
@@ -230,7 +230,7 @@ def test_a_model_stands_beside_what_it_has_to_beat(
 
 def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
     """By a loop over training rows; alone, without a model."""
-    out = run(model, "--evaluation.guarded_slices", '["user"]')  # baselines are not sliced
+    out = run(model, "--evaluation.guardrail_slices", '["user"]')  # baselines are not sliced
     assert json.loads((out / "metrics.json").read_text())["comparison"]["model"] == baselines.TREES
     train, test = (pq.read_table(model.prepared.split(name)).to_pandas() for name in ("train", "test"))
     overall = train["label.click"].mean()
@@ -317,4 +317,4 @@ def test_a_task_whose_last_rows_say_nothing_is_told_with_their_number(
     """Labels that are known late may all lie before them."""
     monkeypatch.setattr(trees, "MOST_ROWS", 1)
     with pytest.raises(UserError, match="no baseline can learn task 'click': "):
-        measure_baselines(model.settings, Path(model.settings.data.work) / "last")
+        measure_baselines(model.settings, Path(model.settings.data.work_dir) / "last")

@@ -89,8 +89,8 @@ def test_a_crash_changes_no_bit(
 
 def test_a_crash_without_torchrec_changes_no_bit(prepared: FeatureFolder, tmp_path: Path) -> None:
     with pytest.raises(CrashError):
-        train(prepared, tmp_path / "crashed", crash(81), tables="torch", epochs=1)
-    found, whole = (train(prepared, tmp_path / name, tables="torch", epochs=1) for name in ("crashed", "whole"))
+        train(prepared, tmp_path / "crashed", crash(81), table_backend="torch", epochs=1)
+    found, whole = (train(prepared, tmp_path / name, table_backend="torch", epochs=1) for name in ("crashed", "whole"))
     assert_same(prepared, found, whole)
 
 
@@ -127,7 +127,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(prepared: FeatureFolder, tmp
 
     (tmp_path / "step-00099999").mkdir()
     (tmp_path / ".step-00000007.tmp").mkdir()
-    result = train(prepared, tmp_path, at, checkpoints_kept=2)
+    result = train(prepared, tmp_path, at, keep_checkpoints=2)
     assert seen[0] == {99999}, "what others left stays until there is something better"
     assert all(len(steps) <= 3 for steps in seen)
     last = {int(each.name.removeprefix("step-")) for each in tmp_path.glob("step-*")}

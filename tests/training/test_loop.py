@@ -100,7 +100,7 @@ def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine() -> None:
 def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The first update of a row by row-wise Adagrad has a root mean square of exactly the learning rate."""
     looked_at = tuple(f"{each.table}.weight" for each in LAYOUT.ids if each.feature == "history")
-    with trainer(prepared, tmp_path / "best", warmup_share=0.5) as one:
+    with trainer(prepared, tmp_path / "best", warmup_fraction=0.5) as one:
         before = first = weights(one, tmp_path / "now")
         for step, batch in enumerate(one._batches(one.reader, one.position, 1)):
             one._step(iter([batch]), meter(one))
@@ -130,7 +130,7 @@ def batch_of(one: Trainer, seed: int, torchrec: bool = True) -> Batch:
 
 def test_a_step_is_that_of_the_plain_gradient(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The first step of row-wise Adagrad is the rate times each row's gradient over its root mean square."""
-    with trainer(prepared, tmp_path / "best", clip_gradient=1e9, warmup_share=0.0) as one:
+    with trainer(prepared, tmp_path / "best", max_grad_norm=1e9, warmup_fraction=0.0) as one:
         save_weights(one.sharded.model, tmp_path / "before")
         batch = batch_of(one, 7)
         one._step(iter([batch]), meter(one))
@@ -182,7 +182,7 @@ def test_rows_without_labels_do_not_count_in_balance(prepared: FeatureFolder, tm
         ("alone", alone, Gates(balance="loss", balance_weight=20.0, z_loss=5.0)),
         ("unbalanced", alone, Gates()),
     ):
-        with trainer(prepared, tmp_path / "best", warmup_share=0.0) as one:
+        with trainer(prepared, tmp_path / "best", warmup_fraction=0.0) as one:
             one.steps._gates = gates_settings
             one._step(iter([replace(batch, position=one.position)]), meter(one))
             found[name] = weights(one, tmp_path / name)
@@ -260,7 +260,7 @@ def test_metrics_are_logged_on_the_way(prepared: FeatureFolder, tmp_path: Path) 
     train = [(step, metrics) for step, metrics in found.logged if "train/learning_rate" in metrics]
     assert [step for step, _ in train] == list(range(25, 401, 25))
     for step, metrics in train:
-        share = learning_rate_share(step - 1, 2 * STEPS, TRAINING.warmup_share)
+        share = learning_rate_share(step - 1, 2 * STEPS, TRAINING.warmup_fraction)
         assert metrics["train/learning_rate"] == pytest.approx(TRAINING.learning_rate * share)
         assert 0 <= metrics["train/waiting_share"] <= 1
         assert {f"train/{task.name}.loss" for task in LAYOUT.tasks} <= set(metrics)
@@ -290,12 +290,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[floa
     return found
 
 
-@pytest.mark.parametrize(("select_by", "best"), [("auc", 1), ("loss", 2)])
+@pytest.mark.parametrize(("monitor", "best"), [("auc", 1), ("loss", 2)])
 def test_the_best_model_is_kept(
-    prepared: FeatureFolder, tmp_path: Path, scripted: list[tuple[float, float]], select_by: str, best: int
+    prepared: FeatureFolder, tmp_path: Path, scripted: list[tuple[float, float]], monitor: str, best: int
 ) -> None:
     scripted += [(0.6, 0.9), (0.8, 0.8), (0.7, 0.3), (0.8, 0.7), (0.5, 0.9)]
-    found = trained(prepared, tmp_path / "best", validations_per_epoch=5, select_by=select_by)
+    found = trained(prepared, tmp_path / "best", validations_per_epoch=5, monitor=monitor)
     assert found.result.best_step == (best + 1) * STEPS // 5
     assert found.result.best is found.result.history[best][1]
     assert not found.result.stopped_early

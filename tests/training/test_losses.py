@@ -44,7 +44,7 @@ TASKS = (
 
 
 # Liked is only what was clicked.
-BOTH = (TASKS[0], TASKS[1], replace(TASKS[2], given="clicked"))
+BOTH = (TASKS[0], TASKS[1], replace(TASKS[2], conditional_on="clicked"))
 
 
 def random_labels(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,7 +159,7 @@ def test_weight_decay_leaves_them_alone(prepared: FeatureFolder, tmp_path: Path)
 
 RATED = (
     TaskOutput("click", "binary"),
-    TaskOutput("kept", "binary", given="click"),
+    TaskOutput("kept", "binary", conditional_on="click"),
     TaskOutput("stars", "regression", mean=3.0),
     TaskOutput("survey", "binary"),
 )
@@ -249,7 +249,7 @@ def mean_prediction(found: SmallTraining, whole: ModelLayout) -> tuple[float, fl
 
 
 def test_predictions_are_those_of_the_whole_log(sampled: FeatureFolder, tmp_path: Path) -> None:
-    changes = {"epochs": 4, "select_by": "loss"}
+    changes = {"epochs": 4, "monitor": "loss"}
     plain = trained(sampled, tmp_path / "plain", **changes)
     weighted = trained(sampled, tmp_path / "weighted", sampling_correction="weights", **changes)
     predicted, rate = mean_prediction(weighted, ONE_TASK)

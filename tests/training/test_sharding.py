@@ -154,7 +154,7 @@ def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch) 
     with process_group(CPU):
         sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=ROWS, settings=Training())
         steps = Steps(
-            sharded, Optimizers(sharded, Training()), LAYOUT, CPU, bf16=False, clip_gradient=1.0, stop=StopRequest()
+            sharded, Optimizers(sharded, Training()), LAYOUT, CPU, bf16=False, max_grad_norm=1.0, stop=StopRequest()
         )
         assert type(steps._pipeline) is TrainPipelineSparseDist
         for part in ([first, second], [third]):
@@ -195,7 +195,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
             shutil.copytree(folder / f"{before}", folder / f"{before}-{ranks}")
         jobs = [(folder / f"{before}-{ranks}", None if before == ranks else 120, COLUMNS) for before in RANKS]
         if ranks == 2:
-            jobs.append((folder / "bf16", None, COLUMNS | {"communication": "bf16"}))
+            jobs.append((folder / "bf16", None, COLUMNS | {"communication_dtype": "bf16"}))
         spawn(record_losses, prepared, jobs, ranks=ranks)
     found = {}
     for file in folder.glob("*/losses.json"):

@@ -36,7 +36,7 @@ MODEL: dict[str, Any] = {
     "bottom": {"units": [16]},
     "experts": {"count": 3, "units": [8]},
     "towers": {"units": [4]},
-    "trees": {"number": 30, "leaves": 8, "learning_rate": 0.5},
+    "trees": {"max_trees": 30, "leaves": 8, "learning_rate": 0.5},
 }
 
 

@@ -34,7 +34,7 @@ def test_the_setting_takes_what_there_is() -> None:
 
 
 def test_plain_tables_are_not_spread() -> None:
-    settings = Training(device="cpu", tables="torch", sharding="column_wise")
+    settings = Training(device="cpu", table_backend="torch", sharding="column_wise")
     with pytest.raises(UserError, match=r"sharding is column_wise, and .* Set one of them"), training_ranks(settings):
         pass
 

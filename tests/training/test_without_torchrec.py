@@ -40,7 +40,7 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 
 def test_commands_work_in_a_process_that_finds_neither_package(tmp_path: Path) -> None:
-    write_files(tmp_path, training=settings_tree(tmp_path)["training"] | {"tables": "auto"})
+    write_files(tmp_path, training=settings_tree(tmp_path)["training"] | {"table_backend": "auto"})
     words = [sys.executable, "-c", SCRIPT, str(tmp_path / "settings.yaml"), str(tmp_path / "work" / "model")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

@@ -33,9 +33,10 @@ class CounterFeature(Remembering):
     by: Annotated[tuple[str, ...], Once] = Field(
         min_length=1, description="columns that form the key, such as [user_id, brand]"
     )
-    outputs: Annotated[tuple[Literal["positives", "rows", "rate", "recency"], ...], Once] = Field(
-        ("positives", "rate", "recency"),
-        description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label, not of events; "
+    outputs: Annotated[tuple[Literal["log_sum", "log_count", "rate", "recency"], ...], Once] = Field(
+        ("log_sum", "rate", "recency"),
+        description="log_sum: log(1 + sum of labels); log_count: log(1 + rows); rate: smoothed mean label, not "
+        "of events; "
         "recency: log(1 + days since the last row with a positive label became known), missing if never",
     )
     window_days: Annotated[tuple[Days | None, ...], Once] = Field(
@@ -48,13 +49,13 @@ class CounterFeature(Remembering):
     def _outputs_of_events(cls, values: Any) -> Any:
         """Events have no labels, so their default has no rate."""
         if isinstance(values, dict) and values.get("events") is not None and "outputs" not in values:
-            return {**values, "outputs": ("positives", "recency")}
+            return {**values, "outputs": ("log_sum", "recency")}
         return values
 
     @model_validator(mode="after")
     def _rate_has_labels(self) -> Self:
         if self.events is not None and "rate" in self.outputs:
-            raise ValueError("events have no rate; set outputs, say, to [positives, recency]")
+            raise ValueError("events have no rate; set outputs, say, to [log_sum, recency]")
         return self
 
     def reads(self) -> Mapping[str, Use]:
@@ -342,7 +343,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return memory.compacted(moment, max(filter(None, self._windows.values()), default=0), forever)
 
     def result_columns(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
-        """The statistics under their names, such as `user_product_positives`."""
+        """The statistics under their names, such as `user_product_log_sum`."""
         return dict.fromkeys(self.numbers, ("number", pa.float64()))
 
     def distinct_results(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray]:
@@ -399,9 +400,9 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: float, prior: float) -> np.ndarray:
     """An output of totals: numbers of rows and sums of labels."""
     match output:
-        case "positives":
+        case "log_sum":
             return np.log1p(np.maximum(labels, 0.0))
-        case "rows":
+        case "log_count":
             return np.log1p(rows)
         case _:
             return (labels + smoothing * prior) / (rows + smoothing)

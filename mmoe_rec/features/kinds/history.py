@@ -33,7 +33,7 @@ class HistoryFeature(Remembering):
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
     length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
-    at_least: float = Field(1.0, description="smallest label that counts as engaged")
+    min_label: float = Field(1.0, description="smallest label that counts as engaged")
     attributes: Annotated[tuple[str, ...], Once] = Field(
         (), description="further id features of the candidate, such as its brand, that each has too"
     )
@@ -166,7 +166,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
 
     def events(self, rows: LogRows) -> pa.Table:
         """Engaged rows with the candidate's ids; each becomes visible only when its label is known."""
-        engaged = np.flatnonzero(rows.labels(self.task, _FOREVER) >= self.feature.at_least)
+        engaged = np.flatnonzero(rows.labels(self.task, _FOREVER) >= self.feature.min_label)
         known = known_at(rows.times()[engaged], self.matures_after)
         columns = {
             _column(place): rows.column(each.feature.column).take(pa.array(engaged))

@@ -5,7 +5,7 @@ from mmoe_rec.preprocessing import build_steps as steps
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, random_log, with_requests
 
-TASKS = {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "given": "click", "score_weight": 0.7}}
+TASKS = {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "conditional_on": "click", "score_weight": 0.7}}
 
 
 @pytest.fixture(scope="session")

@@ -234,7 +234,7 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     assert "80 rows scored" in (told := capsys.readouterr().out)
     assert "their future" not in told
     assert len(read(tmp_path / "out")) == 80
-    run("score", *arguments, "--start", start, "--data.duplicates", "keep")
+    run("score", *arguments, "--start", start, "--data.on_duplicates", "keep")
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["as_of"] == "log"
 
 

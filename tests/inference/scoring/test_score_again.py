@@ -68,7 +68,7 @@ def test_other_scores_take_the_place_of_those_that_were_there(
     log, model = (shutil.copytree(each, tmp_path / each.name) for each in (source, small.folder))
     out = score_log(model, log, tmp_path / "out").folder
     as_of: Any = "tables" if changed == "option" else "log"
-    overrides = ["--serving.products", "onednn"] if changed == "setting" else []
+    overrides = ["--serving.matmul_backend", "onednn"] if changed == "setting" else []
     if changed == "input":
         shutil.rmtree(log)
         write_finely(log, with_requests(random_log(9, rows=200), seed=9))

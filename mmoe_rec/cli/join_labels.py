@@ -1,7 +1,7 @@
-"""mmoe-rec join-outcomes --config C --requests DIR --events DIR --out DIR
+"""mmoe-rec join-labels --config C --requests DIR --events DIR --out DIR
 
 Joins the requests that `serve --log-requests` wrote with events into an interaction log that training takes as it is:
-what was shown, in which place, and what happened then. Section `outcomes` of the settings says where labels come from
+what was shown, in which place, and what happened then. Section `labels` of the settings says where labels come from
 and how long after a request an event counts.
 
 A request is written once, as soon as all its windows have ended and the logs of events have gone on that far; later
@@ -19,11 +19,11 @@ from mmoe_rec.cli.main import Configuration, settings_command
 @click.option("--events", metavar="DIR", help="holds a folder for each log (default: data.events.NAME.path)")
 @click.option("--out", required=True, metavar="DIR", help="folder of the interaction log that is added to")
 @click.option("--until", metavar="T", help="time up to which all events are there (default: each log's last event)")
-def join_outcomes(configuration: Configuration, requests: str, events: str | None, out: str, until: str | None) -> None:
+def join_labels(configuration: Configuration, requests: str, events: str | None, out: str, until: str | None) -> None:
     from mmoe_rec.live import outcomes
     from mmoe_rec.log.given import parse_time
 
     end = None if until is None else parse_time(until)
-    joined = outcomes.join_outcomes(configuration.settings, requests, events, out, until=end)
+    joined = outcomes.join_labels(configuration.settings, requests, events, out, until=end)
     for line in outcomes.describe(joined):
         print(line)
