@@ -264,7 +264,7 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         ("columns.user", _DROPPED, "feature 'last' needs columns.user, which is left out: it is a user's"),
         ("columns.time", _DROPPED, "feature 'last' needs columns.time, which is left out: it knows what happened "),
         ("split.train_end", _DROPPED, "'split': needs train_end: give the times of the split, or `column` in a"),
-        ("features.last.of", _DROPPED, "key {} is missing; --help describes all settings"),
+        ("features.last.of", _DROPPED, "key {} is missing; `mmoe-rec settings` lists them"),
         (
             "features.item.kind",
             _DROPPED,
@@ -430,9 +430,9 @@ def test_every_setting_is_documented():
             if not held and name not in ("tasks", "features", "events") and not names_kind:
                 assert field.description, (model, name)
                 assert field.description in text, (model, name)
-    assert "--model.experts.count  <whole number> (default 8)" in text
-    assert "--columns.time_unit  <s | ms | us | ns | null> (default null)" in text
-    assert "--features.NAME.window_days  <list of number | null> (default [null])" in text
+    assert "--model.experts.count  <whole number> (default: 8)" in text
+    assert "--columns.time_unit  <s | ms | us | ns | null> (default: null)" in text
+    assert "--features.NAME.window_days  <list of number | null> (default: [null])" in text
 
 
 def test_the_template_mentions_every_key():

@@ -19,7 +19,7 @@ from rich.text import Text
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
 from mmoe_rec.progress import open_console
 from mmoe_rec.report.parts import Report, to_terminal
-from mmoe_rec.settings.load import TEMPLATE, check_names, describe, load_settings
+from mmoe_rec.settings.load import TEMPLATE, check_names, load_settings
 from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
@@ -42,6 +42,7 @@ COMMANDS = {
     "plan": "which rank would hold which part of the tables",
     "edit-experts": "adds, masks or removes experts of a model",
     "export": "a model in int8, or as an ONNX file",
+    "settings": "lists settings with their defaults",
     "doctor": "checks the packages, the devices, MLflow and the work folder",
 }
 """Command -> what it does. Its function and its file have its name, with underscores, unless `FILES` names the file."""
@@ -74,7 +75,7 @@ overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSE
 class Command(click.Command):
     """Takes `--option A B` as `--option A --option B` where an option may be repeated, and prints its text as it is.
 
-    section: the section of settings that `--help` lists, "" for all of them, None for none.
+    section: the section of settings that may be overridden, "" for all of them, None for none.
     """
 
     def __init__(self, *arguments: Any, section: str | None = None, **attributes: Any) -> None:
@@ -104,7 +105,8 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.section is not None:
-            formatter.write(f"\nsettings (in the YAML file, or as overrides):\n{describe(self.section or None)}\n")
+            named = f" {self.section}" if self.section else " [SECTION]"
+            formatter.write(f"\nOverride a setting with --SECTION.KEY VALUE. List the settings: mmoe-rec settings{named}\n")
 
 
 def command(doc: str | None = None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
@@ -212,7 +214,7 @@ First steps: settings for your log, and a model that is served
 def commands() -> None:
     """Trains and evaluates multi-gate mixture-of-experts ranking models on interaction logs.
 
-    `mmoe-rec COMMAND --help` describes a command and all settings.
+    `mmoe-rec COMMAND --help` describes a command, and `mmoe-rec settings` the settings.
     """
 
 
@@ -230,4 +232,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(EXIT_CODE) from None
     except click.ClickException as error:
         message = error.format_message().rstrip(".")
-        raise UserError(f"{message[:1].lower()}{message[1:]}; --help lists all options and settings") from None
+        raise UserError(f"{message[:1].lower()}{message[1:]}; --help lists the options, `mmoe-rec settings` the settings") from None

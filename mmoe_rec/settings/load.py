@@ -1,5 +1,5 @@
 """Reads a settings file and command-line overrides, strictly, and says what is wrong in sentences for their author;
-all settings as text, for `--help`."""
+all settings as text, for `mmoe-rec settings`."""
 
 import builtins
 import json
@@ -56,7 +56,7 @@ def _sentence(problem: Any) -> str:
         keys = [*KINDS[place[2]].feature.model_fields] if is_feature else _keys_at(location[:-1])
         return f"unknown key '{name}'; {suggest(location[-1], keys)}"
     if kind == "missing":
-        return f"key '{name}' is missing; --help describes all settings"
+        return f"key '{name}' is missing; `mmoe-rec settings` lists them"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"'{name}' must hold keys ({', '.join(_keys_at(location))})"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -227,16 +227,18 @@ def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str
 
 
 def describe(section: str | None = None) -> str:
-    """Every setting, or those of one section, with type, default and meaning: the body of `--help`."""
-    if section is None:
-        return "\n".join(_describe(Settings, ""))
-    inner = Settings.model_fields[section].annotation
-    assert isinstance(inner, type), f"'{section}' is no section"
-    return "\n".join(_describe(inner, f"{section}."))
+    """Return the type, default and meaning of each setting.
+
+    Args:
+        section: Section to describe, such as `training`. None for all of them.
+    """
+    return "\n".join(_describe(Settings, "", section)).strip("\n")
 
 
-def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _describe(model: type[BaseModel], prefix: str, only: str | None = None) -> Iterator[str]:
     for name, field in model.model_fields.items():
+        if only not in (None, name):
+            continue
         inner = without_none(field.annotation)
         sections: dict[str, Any] = {}
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -257,7 +259,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return f"<{kind}> (required)"
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    return f"<{kind}> (default {json.dumps(default)})"
+    return f"<{kind}> (default: {json.dumps(default)})"
 
 
 def _words(annotation: Any) -> str:

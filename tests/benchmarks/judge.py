@@ -130,7 +130,7 @@ def select(seed: int, divided: bool) -> Verdict:
     for place, name in enumerate(NAMES):
         rows = Inputs(x[0], COLUMNS, labels[0][place]), Inputs(x[1][selects], COLUMNS, labels[1][place][selects])
         own = network[place][selects], validation.user[selects]
-        grown, _ = fit_task(TaskOutput(name, "binary"), Trees(number=200), 17, *rows, *own)
+        grown, _ = fit_task(TaskOutput(name, "binary"), Trees(max_trees=200), 17, *rows, *own)
         text, blend = grown or ("", Blend(1.0, 0.0, 0.0))
         trees = Forest([read_ensemble(text)]).sums(x[1])[:, 0] if text else np.zeros(len(judging))
         both[place] = blend.apply(network[place], trees)
@@ -247,7 +247,7 @@ def settings_of(folder: Path, seed: int, day: str, strength: float) -> Settings:
             **{"device": "cpu", "precision": "fp32", "matmul_backend": "blas", "table_backend": "fbgemm", "threads": 1},
             **{"batch_size": 256, "epochs": 2, "learning_rate": 0.01, "calibration": "temperature", "seed": seed},
         },
-        evaluation={"resamples": RESAMPLES, "margin": 0.05},
+        evaluation={"resamples": RESAMPLES, "max_metric_drop": 0.05},
     )
     path = folder / f"{day}.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")

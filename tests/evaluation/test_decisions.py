@@ -290,7 +290,7 @@ def test_what_speaks_against_a_version(
     }
     if "seen" in changes:
         models["old"] = replace(models["old"], seen=["has seen these rows"])
-    rules = Evaluation(resamples=100, margin=0.05, calibration=changes.get("calibration", 9))
+    rules = Evaluation(resamples=100, max_metric_drop=0.05, max_calibration_ratio=changes.get("calibration", 9))
     results = Results(models, tasks, rules, "", {})
     found = _find_objections(results, "new", "old")
     assert len(found) == len(against)

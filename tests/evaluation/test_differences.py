@@ -109,7 +109,7 @@ def test_tasks_with_fifty_rows_of_the_rarer_label_are_judged(log: Log, rarer: in
     given = np.where(np.arange(len(log.score)) < rarer, label, 1 - label)
     sums = [each.with_labels(liked=given).measure() for each in (other(log), log)]
     models = dict(zip("ab", (typed.MeasuredModel(each, typed.summarise(each, 1)) for each in sums), strict=True))
-    rules = Evaluation(margin=0.5, resamples=20)
+    rules = Evaluation(max_metric_drop=0.5, resamples=20)
     found = Results(models, ("liked", "bought"), rules, "", {}).comparison
     judged = ("bought",) if rarer < FEWEST else ("liked", "bought")
     assert found.judged == found.objective.groups == judged

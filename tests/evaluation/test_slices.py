@@ -244,7 +244,7 @@ def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded,
     models = {
         name: model(log.with_predictions(bought=each), of_rows) for name, each in (("new", spoilt), ("old", noisy))
     }
-    rules = Evaluation(resamples=200, calibration=9, slices=("kind",), guardrail_slices=guarded)
+    rules = Evaluation(resamples=200, max_calibration_ratio=9, slices=("kind",), guardrail_slices=guarded)
     results = Results(models, ("bought",), rules, "", {})
     assert results.comparison.verdicts["old"].kind == kind
     told = results.comparison.verdicts["old"].message

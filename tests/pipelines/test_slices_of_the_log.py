@@ -140,7 +140,7 @@ def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted
         tree["features"] |= signals
         tree["roles"] |= {"context": ["country"], "candidate": ["item", "price", *signals]}
         tree["training"] |= {"calibration": "temperature"}
-        tree["evaluation"] = {"margin": 0.02, "resamples": 200, "slices": ["country"]}
+        tree["evaluation"] = {"max_metric_drop": 0.02, "resamples": 200, "slices": ["country"]}
         (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
         world.train()
     told = r"'{}' is not called better, although .*: in slice country: E \([\d,]+ rows\): auc of click is 0.4"

@@ -218,7 +218,7 @@ def test_no_task_has_more_trees_than_the_settings_allow(ids: int, most: int) -> 
     x = np.column_stack([random.normal(size=(4000, 2)), random.integers(0, 30, (4000, ids))]).astype(np.float32)
     truth = x[:, 0] + (x[:, -1] % 3 if ids else 0)
     labels = (truth + random.normal(size=4000) > 1).astype(float)
-    rows, section = Inputs(x, 2, labels), Settings().model_copy(update={"number": most})
+    rows, section = Inputs(x, 2, labels), Settings().model_copy(update={"max_trees": most})
     task = TaskOutput("click", "binary")
     users = np.arange(4000)
     (found, told) = fit_task(task, section, 0, rows, rows, np.full(4000, labels.mean()), users, 1e9)
