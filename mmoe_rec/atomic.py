@@ -38,7 +38,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     temporary = _temporary(target)
     try:
         yield temporary
-        flush(temporary)
+        fsync_path(temporary)
         if replace:
             os.replace(temporary, target)
         else:
@@ -47,7 +47,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
             except OSError:  # it is there, or the file system has no links
                 if not target.exists():
                     os.replace(temporary, target)
-        flush(target.parent)
+        fsync_path(target.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # which a full disk does not name
         raise
@@ -75,19 +75,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         _make_folder(temporary)
         yield temporary
-        put_folder(temporary, target)
+        replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def put_folder(temporary: Path, target: Path) -> None:
+def replace_folder(temporary: Path, target: Path) -> None:
     """Flushes a filled folder beside the target to disk, several files at a time, and renames it over the target."""
     with ThreadPoolExecutor(8) as pool:
         for parent, _, names in os.walk(temporary, topdown=False):
-            list(pool.map(flush, (Path(parent, name) for name in names)))
-            flush(Path(parent))
+            list(pool.map(fsync_path, (Path(parent, name) for name in names)))
+            fsync_path(Path(parent))
     _put_folder(temporary, target)
-    flush(target.parent)
+    fsync_path(target.parent)
     shutil.rmtree(temporary, ignore_errors=True)  # after an exchange it is the old one
 
 
@@ -108,7 +108,7 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
-def find_leftovers(path: str | Path) -> list[Path]:
+def find_temporary_paths(path: str | Path) -> list[Path]:
     """What processes that were killed left beside the file or folder `path`, or others are writing for it by now."""
     target = _real(path)
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
@@ -138,7 +138,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
-def flush(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Force a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -7,12 +7,12 @@ exact, in whatever order; rows may also have weights.
 
 import numpy as np
 
-FEWEST = 50
+MIN_RARER_ROWS = 50
 """Rows of the rarer label below which an AUC says little: at 50, one of .75 has a standard error of about .03 (Hanley
 and McNeil, 1982), more than states of one training differ by."""
-TOO_GOOD = 0.995
+SUSPICIOUS_AUC = 0.995
 """AUC of a model above which a feature holds the outcome, more likely than not."""
-WHY_TOO_GOOD = (
+SUSPICIOUS_AUC_ADVICE = (
     "too good to be true: a feature may hold the outcome, or what was written after it; mmoe-rec inspect tells how "
     "well each feature ranks alone"
 )
@@ -54,8 +54,8 @@ def grouped_auc(
     """
     order = np.lexsort((value, group))
     group, value = group[order], value[order]
-    run = runs(group, value)
-    run_group = group[starts(run)]
+    run = run_index(group, value)
+    run_group = group[run_starts(run)]
     run_positives = np.bincount(run, positives[order])
     run_negatives = np.bincount(run, negatives[order])
     all_positives = np.bincount(run_group, run_positives, groups)
@@ -70,8 +70,8 @@ def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
     """(N,) sum of the values before each one in its group, the groups (N,) rising; `values` are not negative."""
     total = values.sum()
     if total < 2**53 and (values == np.rint(values)).all():  # a running sum of all is exact
-        before = exclusive_sum(values)
-        first = starts(group)
+        before = exclusive_cumsum(values)
+        first = run_starts(group)
         return before - np.repeat(before[first], np.diff(first, append=len(group)))
     # Else it would round small groups by the size of those before them: sums of 1, 2, 4, ... values of a group.
     found, step = values.copy(), 1
@@ -81,18 +81,18 @@ def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
     return found - values
 
 
-def runs(group: np.ndarray, value: np.ndarray) -> np.ndarray:
+def run_index(group: np.ndarray, value: np.ndarray) -> np.ndarray:
     """(N,) index of the run of each row, rows of a group with equal values, for rows sorted by group and value."""
     is_new = np.ones(len(group), dtype=bool)
     is_new[1:] = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
     return np.cumsum(is_new) - 1
 
 
-def starts(run: np.ndarray) -> np.ndarray:
+def run_starts(run: np.ndarray) -> np.ndarray:
     """(runs,) index of the first row of each run."""
     return np.flatnonzero(np.diff(run, prepend=-1))
 
 
-def exclusive_sum(values: np.ndarray) -> np.ndarray:
+def exclusive_cumsum(values: np.ndarray) -> np.ndarray:
     """Sum of all values before each one."""
     return np.cumsum(values) - values

@@ -1,8 +1,8 @@
 """Which device and precision a machine offers, what a GPU needs beyond a CPU, and how freed memory is kept.
 
 On a GPU, products of fp32 matrices may be computed in TF32: fp32's range with 10 bits of mantissa, between bf16's 7 and
-fp32's 23, at several times the speed. Training takes it for all products but those of gates (`fp32_products`), which
-choose experts: an expert that training chose by a rounded number would not be the one that serving chooses.
+fp32's 23, at several times the speed. Training takes it for all products but those of gates (`fp32_matmul_precision`),
+which choose experts: an expert that training chose by a rounded number would not be the one that serving chooses.
 
 By default glibc gives each freed array of megabytes back to the system, which then clears and maps its pages anew: a
 tenth of the time of building features, a quarter of a training step's. Another C library is left as it is.
@@ -66,7 +66,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def fp32_products(precision: Literal["ieee", "tf32"], device: torch.device) -> Iterator[None]:
+def fp32_matmul_precision(precision: Literal["ieee", "tf32"], device: torch.device) -> Iterator[None]:
     """Products of fp32 matrices on a GPU are in this precision within the block; on a CPU they are fp32 anyway."""
     if device.type != "cuda":
         yield
@@ -83,7 +83,7 @@ def fp32_products(precision: Literal["ieee", "tf32"], device: torch.device) -> I
 
 
 @lru_cache(maxsize=256)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(n,) numbers that do not change, on a device where they stay: making a tensor of them anew at each step would
     copy them there, for which host and device wait for each other.
     """
@@ -94,7 +94,7 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 
 @contextlib.contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def keeping_freed_memory() -> Iterator[None]:
     """Keeps what is freed until the block ends, when all of it goes back."""
     import pyarrow as pa
 

@@ -29,13 +29,13 @@ class StoppedError(Exception):
     """One sentence when the user, or a cluster, has asked the command to stop: what was kept, how to go on."""
 
 
-LONGEST_QUOTE = 60
+MAX_QUOTE_CHARS = 60
 
 
 def quoted(value: object) -> str:
     """A name or value of the caller's as a sentence gives it, in quotes if it is text: enough of it to find it by."""
     text = value if isinstance(value, str) else str(value)
-    text = text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
+    text = text if len(text) <= MAX_QUOTE_CHARS else f"{text[:MAX_QUOTE_CHARS]}..."
     return repr(text) if isinstance(value, str) else text
 
 

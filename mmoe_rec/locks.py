@@ -18,17 +18,17 @@ from io import StringIO
 from pathlib import Path
 from typing import TextIO
 
-from mmoe_rec.atomic import find_leftovers
+from mmoe_rec.atomic import find_temporary_paths
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
-SECONDS_TO_LET_GO = 5.0
+LOCK_TIMEOUT_SECONDS = 5.0
 """A process that was killed may need a moment to be gone, and with it its lock."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
 
 
 @contextmanager
-def writing(folder: Path, what: str, advice: str, *, queue: bool = False) -> Iterator[None]:
+def write_lock(folder: Path, what: str, advice: str, *, wait: bool = False) -> Iterator[None]:
     """Lets one process write a folder that nobody else writes or reads, and removes what killed ones left beside it.
 
     what: kind of this process, for messages to others; advice: what to do where the folder is in use, besides waiting;
@@ -37,8 +37,8 @@ def writing(folder: Path, what: str, advice: str, *, queue: bool = False) -> Ite
     """
     made = [each for each in Path(os.path.realpath(folder)).parents if not each.exists()]
     try:
-        with _hold(folder, what, "writing", advice, queue):
-            for left in find_leftovers(folder):
+        with _hold(folder, what, "writing", advice, wait):
+            for left in find_temporary_paths(folder):
                 shutil.rmtree(left, ignore_errors=True)
             yield
     finally:
@@ -48,13 +48,13 @@ def writing(folder: Path, what: str, advice: str, *, queue: bool = False) -> Ite
 
 
 @contextmanager
-def reading(folder: Path, what: str) -> Iterator[None]:
+def read_lock(folder: Path, what: str) -> Iterator[None]:
     """Keeps others from writing a folder while this process reads it, as any number may; first waits for a writer."""
     # Nobody writes to a folder for which no lock can be made, or to one that is not there.
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
         yield
         return
-    with _hold(folder, what, "reading", "try it again", queue=True):
+    with _hold(folder, what, "reading", "try it again", wait=True):
         yield
 
 
@@ -65,8 +65,8 @@ def lock_file(folder: Path) -> Path:
 
 
 @contextmanager
-def _hold(folder: Path, what: str, role: str, advice: str, queue: bool) -> Iterator[None]:
-    path, told, file, give_up = lock_file(folder), False, None, time.monotonic() + SECONDS_TO_LET_GO
+def _hold(folder: Path, what: str, role: str, advice: str, wait: bool) -> Iterator[None]:
+    path, told, file, give_up = lock_file(folder), False, None, time.monotonic() + LOCK_TIMEOUT_SECONDS
     while file is None:
         try:
             file = _lock(path, shared=role == "reading")
@@ -79,10 +79,10 @@ def _hold(folder: Path, what: str, role: str, advice: str, queue: bool) -> Itera
         if file is None:
             with suppress(FileNotFoundError):
                 holder, _, who = path.read_text(encoding="utf-8").partition(" ")
-                if queue and holder == "writing":
+                if wait and holder == "writing":
                     if not told:
                         say(f"waiting for {who}, which is writing '{folder}'")
-                    told, give_up = True, time.monotonic() + SECONDS_TO_LET_GO
+                    told, give_up = True, time.monotonic() + LOCK_TIMEOUT_SECONDS
                 elif time.monotonic() > give_up:
                     raise UserError(f"'{folder}' is in use by {who}: wait until that has ended, or {advice}")
                 time.sleep(0.1)

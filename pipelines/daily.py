@@ -9,9 +9,9 @@ exit code, and may be started again at any time: a training that was stopped goe
 from collections.abc import Sequence
 
 from mmoe_rec.cli.main import main as run
-from mmoe_rec.cli.results import REFUSED
+from mmoe_rec.cli.results import REFUSED_EXIT_CODE
 from mmoe_rec.errors import UserError, exit_with_message
-from pipelines.data_sets.sampled_log import command_parser
+from pipelines.data_sets.ingest_common import command_parser
 
 
 @exit_with_message()
@@ -23,23 +23,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.settings.load import load_settings
 
     settings = load_settings(options.config, overrides)
-    from mmoe_rec.tracking.registry import find_holder
+    from mmoe_rec.tracking.registry import find_champion
 
-    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
-    before = find_holder(name, alias, uri)
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
+    before = find_champion(name, alias, uri)
     if before is None:
         raise UserError(f"no version of '{name}' holds '{alias}': train the first model by mmoe-rec train")
     words = ["--config", options.config, *overrides]
     run(["features", *words, "--extend"])
     run(["train", *words, "--from", f"models:/{name}/{before.number}", "--resume"])
-    is_champion = find_holder(name, alias, uri) != before
+    is_champion = find_champion(name, alias, uri) != before
     trained = f"models:/{name}@{alias if is_champion else 'challenger'}"
     run(["evaluate", *words, "--model", trained, "--compare-to", f"models:/{name}/{before.number}"])
     if not is_champion:
         try:
             run(["promote", *words, "--challenger", "challenger"])
         except SystemExit as end:
-            if end.code != REFUSED:  # where it is refused, the alias stays where it was
+            if end.code != REFUSED_EXIT_CODE:  # where it is refused, the alias stays where it was
                 raise
     run(["refresh", *words])
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
-from pipelines.data_sets.sampled_log import command_parser, non_negative, run_ingest, write_log_file
+from pipelines.data_sets.ingest_common import command_parser, non_negative, run_ingest, write_log_file
 
 COLUMNS: dict[str, pa.DataType] = {
     "age": pa.int64(),

@@ -36,20 +36,20 @@ from pipelines.data_sets.complete_journey import (
     PRODUCTS,
     TRANSACTIONS,
     WeekPromotions,
-    changes,
     collapse_promotions,
     find_purchases,
     packaged_folder,
     read_promotions,
     read_table,
+    row_changes,
     to_numpy,
 )
-from pipelines.data_sets.sampled_log import (
+from pipelines.data_sets.ingest_common import (
     REQUEST_TIME,
     command_parser,
     non_negative,
     run_ingest,
-    sample_others,
+    sample_negatives,
     write_log_file,
 )
 
@@ -116,7 +116,7 @@ def select_purchases(purchases: pa.Table, selection: Selection) -> pa.Table:
     return purchases.filter(kept)
 
 
-def log_of_week(
+def build_week_log(
     purchases: pa.Table, promotions: WeekPromotions, products: pa.Table, demographics: pa.Table, selection: Selection
 ) -> pa.Table:
     """Build the log of one week, sorted by request time, request and product.
@@ -127,7 +127,7 @@ def log_of_week(
         purchases: the week's purchases, as `find_purchases` sorts them.
     """
     request, store, product = (to_numpy(purchases[name]) for name in ("request_id", "store_id", "product_id"))
-    starts = np.flatnonzero(changes(request))
+    starts = np.flatnonzero(row_changes(request))
     request_at, bought_at, shown_at, rates = [], [], [], []
     for start, end in zip(starts, np.append(starts[1:], len(product)), strict=True):
         where = promotions.slices.get(int(store[start]))
@@ -138,7 +138,7 @@ def log_of_week(
         promoted = np.flatnonzero(shown[np.minimum(found, len(shown) - 1)] == product[start:end])
         taken, others = found[promoted], len(shown) - len(promoted)
         wanted = selection.negatives_per_bought * len(taken)
-        sampled = sample_others(len(shown), taken, wanted, (selection.seed, int(request[start])))
+        sampled = sample_negatives(len(shown), taken, wanted, (selection.seed, int(request[start])))
         request_at.append(np.full(len(taken) + len(sampled), start))
         bought_at.append(np.append(start + promoted, np.full(len(sampled), -1)))
         shown_at.append(where.start + np.append(taken, sampled))
@@ -181,8 +181,8 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
     products = read_table(source / "products.parquet", PRODUCTS)
     demographics = read_table(source / "demographics.parquet", DEMOGRAPHICS)
     # Labels come from all purchases: a slice of the log holds the same rows as the whole.
-    every = find_purchases(read_table(source / "transactions.parquet", TRANSACTIONS))
-    purchases = select_purchases(every, selection)
+    all_purchases = find_purchases(read_table(source / "transactions.parquet", TRANSACTIONS))
+    purchases = select_purchases(all_purchases, selection)
     counts = dict.fromkeys(("rows", "requests", "bought", "rebought known", "rebought"), 0)
     # The log comes last: where there is one, its purchases are there too.
     with atomic_folder(out / "log") as folder, atomic_folder(out / "purchases") as events:
@@ -191,7 +191,7 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
             for week in progress.track(sorted(promotions), description="writing weeks"):
                 of_week = purchases.filter(pc.equal(purchases["week"], week))
                 shown = collapse_promotions(promotions.pop(week))
-                table = log_of_week(of_week, shown, products, demographics, selection)
+                table = build_week_log(of_week, shown, products, demographics, selection)
                 if table.num_rows:
                     write_log_file(table, folder / f"week-{week:02d}.parquet")
                     counts["rows"] += table.num_rows
@@ -201,14 +201,14 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
                     counts["rebought"] += pc.sum(table["rebought"]).as_py() or 0
         if counts["rows"] == 0:
             raise UserError("no basket of the selected weeks and households holds a promoted product: select more")
-        write_purchases(every, purchases, products, events)
+        write_purchases(all_purchases, purchases, products, events)
     return {"baskets with a purchase": pc.count_distinct(purchases["request_id"]).as_py(), **counts}
 
 
-def write_purchases(every: pa.Table, selected: pa.Table, products: pa.Table, folder: Path) -> None:
+def write_purchases(all_purchases: pa.Table, selected: pa.Table, products: pa.Table, folder: Path) -> None:
     """Write what the selected households bought in any week, promoted or not, one row a basket and product."""
     households = pc.unique(selected["household_id"].combine_chunks())
-    bought = every.filter(pc.is_in(every["household_id"], value_set=households))
+    bought = all_purchases.filter(pc.is_in(all_purchases["household_id"], value_set=households))
     product = products.take(pc.index_in(bought["product_id"], value_set=products["product_id"]))
     table = pa.table({f.name: (bought if f.name in bought.column_names else product)[f.name] for f in PURCHASES})
     for week in pc.unique(bought["week"]).to_pylist():

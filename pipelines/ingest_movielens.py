@@ -29,18 +29,18 @@ import pyarrow.compute as pc
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
-from pipelines.data_sets.sampled_log import (
+from pipelines.data_sets.ingest_common import (
     REQUEST_TIME,
     IntArray,
     command_parser,
     non_negative,
     run_ingest,
-    sample_others,
+    sample_negatives,
     write_log_file,
 )
 
 SESSION_GAP_S = 30 * 60
-LIKED_FROM = 4
+MIN_LIKED_RATING = 4
 
 LOG = pa.schema(
     [
@@ -107,13 +107,13 @@ def _stars(text: str) -> int:
     return int(text)
 
 
-Layout = Mapping[str, Callable[[str], Any]]
-RATINGS: Layout = {"UserID": _whole, "MovieID": _whole, "Rating": _stars, "Timestamp": _whole}
-USERS: Layout = {"UserID": _whole, "Gender": str, "Age": _whole, "Occupation": _whole, "Zip-code": str}
-MOVIES: Layout = {"MovieID": _whole, "Title": str, "Genres": str}
+LineFormat = Mapping[str, Callable[[str], Any]]
+RATINGS: LineFormat = {"UserID": _whole, "MovieID": _whole, "Rating": _stars, "Timestamp": _whole}
+USERS: LineFormat = {"UserID": _whole, "Gender": str, "Age": _whole, "Occupation": _whole, "Zip-code": str}
+MOVIES: LineFormat = {"MovieID": _whole, "Title": str, "Genres": str}
 
 
-def read_lines(path: Path, layout: Layout) -> Iterator[tuple[Any, ...]]:
+def read_lines(path: Path, line_format: LineFormat) -> Iterator[tuple[Any, ...]]:
     """Yield the fields of each line, converted.
 
     Raises:
@@ -125,9 +125,9 @@ def read_lines(path: Path, layout: Layout) -> Iterator[tuple[Any, ...]]:
         for number, raw in enumerate(file, start=1):
             line = raw.rstrip("\n")
             try:
-                yield tuple(read(text) for read, text in zip(layout.values(), line.split("::"), strict=True))
+                yield tuple(read(text) for read, text in zip(line_format.values(), line.split("::"), strict=True))
             except ValueError:
-                raise UserError(f"{path}, line {number}: expected {'::'.join(layout)}, found {line!r}") from None
+                raise UserError(f"{path}, line {number}: expected {'::'.join(line_format)}, found {line!r}") from None
 
 
 def read_ratings(path: Path) -> Ratings:
@@ -189,9 +189,9 @@ def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table
     # Movies by the moment of their first rating, then id.
     by_moment = np.lexsort((ratings.movie, ratings.moment))
     _, first = np.unique(ratings.movie[by_moment], return_index=True)
-    catalogue, first_seen = (each[by_moment][np.sort(first)] for each in (ratings.movie, ratings.moment))
-    order = np.argsort(catalogue)
-    place = order[np.searchsorted(catalogue, ratings.movie, sorter=order)]
+    catalog, first_seen = (each[by_moment][np.sort(first)] for each in (ratings.movie, ratings.moment))
+    order = np.argsort(catalog)
+    place = order[np.searchsorted(catalog, ratings.movie, sorter=order)]
     session_at, movies, stars, rates = [], [], [], []
     with bar() as progress:
         for index in progress.track(range(len(sessions.start)), description="drawing candidates"):
@@ -200,10 +200,10 @@ def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table
             taken = np.sort(place[sessions.user_start[index] : end])
             rated = end - start
             entropy = (seed, int(ratings.user[start]), int(ratings.moment[start]))
-            sampled = sample_others(known, taken, negatives_per_rated * int(rated), entropy)
+            sampled = sample_negatives(known, taken, negatives_per_rated * int(rated), entropy)
             rate = len(sampled) / max(known - len(taken), 1)
             session_at.append(np.full(rated + len(sampled), index))
-            movies.append(np.append(ratings.movie[start:end], catalogue[sampled]))
+            movies.append(np.append(ratings.movie[start:end], catalog[sampled]))
             stars.append(np.append(ratings.rating[start:end], np.zeros(len(sampled), dtype=np.int64)))
             rates.append(np.append(np.ones(rated), np.full(len(sampled), rate)))
     session, rating = np.concatenate(session_at), np.concatenate(stars)
@@ -215,7 +215,7 @@ def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table
             "user_id": ratings.user[first_rating],
             "movie_id": np.concatenate(movies),
             "rated": (rating > 0).astype(np.int8),
-            "liked": pa.array((rating >= LIKED_FROM).astype(np.int8), mask=rating == 0),
+            "liked": pa.array((rating >= MIN_LIKED_RATING).astype(np.int8), mask=rating == 0),
             "sampling_rate": np.concatenate(rates),
         }
     ).sort_by([("request_id", "ascending"), ("movie_id", "ascending")])
@@ -253,7 +253,7 @@ def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict
         "rows": len(log),
         "requests": pc.count_distinct(log["request_id"]).as_py(),
         "rated": len(ratings.movie),
-        "liked": int((ratings.rating >= LIKED_FROM).sum()),
+        "liked": int((ratings.rating >= MIN_LIKED_RATING).sum()),
     }
 
 

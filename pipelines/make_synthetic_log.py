@@ -40,14 +40,14 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
-from pipelines.data_sets.sampled_log import IntArray, command_parser, non_negative, print_summary
-from pipelines.data_sets.synthetic_rows import DAYS, LOG, START, Catalogue, Plan, make_rows, position_bias
+from pipelines.data_sets.ingest_common import IntArray, command_parser, non_negative, print_summary
+from pipelines.data_sets.synthetic_rows import DAYS, LOG, START, Catalog, Plan, make_rows, position_bias
 
 DEFAULT_OUT = Path("data/synthetic/log")
 REQUESTS_AT_A_TIME = 8_192
 
 
-class RankedPairs:
+class BinnedAuc:
     """AUC of scores in [0, 1] in bounded memory: counts of labels by score, to 1 in 10,000."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Oracle:
     """What an oracle, who knows the truth, would reach on the test rows of the split."""
 
     def __init__(self) -> None:
-        self.click, self.placed_click, self.like = RankedPairs(), RankedPairs(), RankedPairs()
+        self.click, self.click_at_position, self.like = BinnedAuc(), BinnedAuc(), BinnedAuc()
 
     def add(self, table: pa.Table) -> None:
         """Count rows."""
@@ -77,7 +77,7 @@ class Oracle:
         true_click, true_like, position, clicked = (table[name].to_numpy() for name in names)
         self.click.add(true_click, clicked)
         odds = true_click / (1 - true_click) * np.exp(position_bias(position))
-        self.placed_click.add(odds / (1 + odds), clicked)
+        self.click_at_position.add(odds / (1 + odds), clicked)
         liked = table["liked"].fill_null(-1).to_numpy()
         self.like.add(true_like, liked)
 
@@ -85,7 +85,8 @@ class Oracle:
         """What is compared with what, and the AUC."""
         return [
             f"  clicked, by true_click               {self.click.auc():.4f}  (the positions unknown, as to a model)",
-            f"  clicked, by true_click and position  {self.placed_click.auc():.4f}  (the most that anything can reach)",
+            f"  clicked, by true_click and position  {self.click_at_position.auc():.4f}  (the most that "
+            "anything can reach)",
             f"  liked of the clicked, by true_like   {self.like.auc():.4f}",
         ]
 
@@ -95,10 +96,10 @@ class Oracle:
 
 def generate(plan: Plan, requests_at_a_time: int = REQUESTS_AT_A_TIME) -> Iterator[tuple[int, pa.Table]]:
     """Yield (day, rows) in the order of time; how many requests come at a time changes no row."""
-    catalogue, edges, left = Catalogue.of(plan), plan.first_requests(), plan.rows
+    catalog, edges, left = Catalog.of(plan), plan.first_requests(), plan.rows
     for day in range(plan.days):
         for begin in range(edges[day], edges[day + 1], requests_at_a_time):
-            table = make_rows(plan, catalogue, day, begin, min(begin + requests_at_a_time, edges[day + 1]))
+            table = make_rows(plan, catalog, day, begin, min(begin + requests_at_a_time, edges[day + 1]))
             table = table.slice(0, left)
             left -= table.num_rows
             if table.num_rows:

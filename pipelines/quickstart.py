@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import exit_with_message
-from pipelines.data_sets.sampled_log import command_parser
+from pipelines.data_sets.ingest_common import command_parser
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.summary import Summary
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.cli.main import show, show_report
     from mmoe_rec.evaluation.evaluate import evaluate_model
     from mmoe_rec.evaluation.results_report import make_report
-    from mmoe_rec.inference.artifact import EXAMPLE, read_example
+    from mmoe_rec.inference.artifact import EXAMPLE_FILE, read_example
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.locks import reading
+    from mmoe_rec.locks import read_lock
     from mmoe_rec.progress import open_console
     from mmoe_rec.training import training_report
     from mmoe_rec.training.baselines import measure_baselines
@@ -73,22 +73,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     show_report(training_report.make_report(trained, settings))
     console.rule("evaluation on later weeks")
     work = Path(settings.data.work_dir)
-    with reading(work / "features", "a quickstart"):
-        evaluated = evaluate_model(settings, trained.address, work / "evaluation")
+    with read_lock(work / "features", "a quickstart"):
+        evaluated = evaluate_model(settings, trained.model_uri, work / "evaluation")
         if options.full:
             results = measure_baselines(settings, work / "baselines", evaluated, "MMoE")
             show_report(make_report(results))
         else:
             show(_describe(evaluated.summary))
     console.rule("one candidate list")
-    request, example = read_example(trained.artifact), trained.artifact / EXAMPLE
+    request, example = read_example(trained.artifact), trained.artifact / EXAMPLE_FILE
     ranking = Ranker.load(trained.artifact).rank(**request)
     console.print(f"household {request['user']}, {request['context']}")
     for position, (candidate, score) in enumerate(zip(ranking.candidates, ranking.scores, strict=True), start=1):
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
     print(f"report: {work / ('baselines' if options.full else 'evaluation') / 'report.html'}")
     print(f"{time.perf_counter() - started:.0f} s in all")
-    _next_commands(settings, trained.address, example)
+    _next_commands(settings, trained.model_uri, example)
 
 
 def ingest_log(out: Path, full: bool) -> None:
@@ -110,7 +110,7 @@ def _describe(summary: Summary) -> Iterator[str]:
 
 def _next_commands(settings: Settings, address: str, example: Path) -> None:
     print("\nnext:")
-    uri = settings.tracking.address
+    uri = settings.tracking.resolved_uri
     print(f"  MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {address} --env-manager local -p 5001")
     print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{shlex.quote(str(example))}")
     served = uri.startswith(("http://", "https://"))

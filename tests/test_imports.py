@@ -23,7 +23,7 @@ ORDER = [
         *(f"live.{name}" for name in ("__init__", "journal", "journal_rows")),
     },
     {"inference", "profiling"},
-    {f"live.{name}" for name in ("request_log", "outcomes")},
+    {f"live.{name}" for name in ("request_log", "label_join")},
     {"server"},
     {"tracking"},
     {"inference.batch_scoring"},

@@ -14,7 +14,7 @@ import pytest
 
 from mmoe_rec import locks
 from mmoe_rec.errors import UserError
-from mmoe_rec.locks import lock_file, reading, writing
+from mmoe_rec.locks import lock_file, read_lock, write_lock
 
 HOLD = """
 import sys, time
@@ -28,21 +28,21 @@ with writing(Path(sys.argv[1]), "a training", "wait"):
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "SECONDS_TO_LET_GO", 0.3)
+    monkeypatch.setattr(locks, "LOCK_TIMEOUT_SECONDS", 0.3)
 
 
 def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    with writing(folder, "a training", "wait"):
-        with pytest.raises(UserError) as refused, writing(folder, "an edit", "name another folder with --out"):
+    with write_lock(folder, "a training", "wait"):
+        with pytest.raises(UserError) as refused, write_lock(folder, "an edit", "name another folder with --out"):
             pass
-        with writing(tmp_path / "other", "an edit", "wait"):
+        with write_lock(tmp_path / "other", "an edit", "wait"):
             pass
     said = str(refused.value)
     who = f"a training (process {os.getpid()} on {socket.gethostname()}, since 2"
     assert said.startswith(f"'{folder}' is in use by {who}")
     assert said.endswith("): wait until that has ended, or name another folder with --out")
-    with writing(folder, "an edit", "wait"):
+    with write_lock(folder, "an edit", "wait"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -52,13 +52,13 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         sentence = rf"in use by a training \(process {process.pid} on "
-        with pytest.raises(UserError, match=sentence), writing(folder, "another", "wait"):
+        with pytest.raises(UserError, match=sentence), write_lock(folder, "another", "wait"):
             pass
         process.send_signal(signal.SIGKILL)
     assert lock_file(folder).is_file()
-    with reading(folder, "a reader"):
+    with read_lock(folder, "a reader"):
         assert [file.suffix for file in folder.parent.iterdir()] == [".lock"]
-    with writing(folder, "another", "wait"):
+    with write_lock(folder, "another", "wait"):
         pass
     assert not list(folder.parent.iterdir())
 
@@ -68,26 +68,26 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, 
     left, others = tmp_path / f".{name}.0123456789ab.tmp", tmp_path / f".{name}.v2.0123456789ab.tmp"
     for each in (left, others):
         each.mkdir()
-    with writing(tmp_path / name, "an evaluation", "wait"):
+    with write_lock(tmp_path / name, "an evaluation", "wait"):
         assert (left.exists(), others.exists()) == (False, True)
 
 
 def test_many_read_and_nobody_writes_meanwhile(tmp_path: Path) -> None:
     folder = tmp_path / "features"
     with ExitStack() as readers:
-        readers.enter_context(reading(folder, "a training"))
+        readers.enter_context(read_lock(folder, "a training"))
         last = pytest.raises(UserError, match=r"in use by an evaluation \(")
-        with reading(folder, "an evaluation"), last, writing(folder, "a build", "wait", queue=True):
+        with read_lock(folder, "an evaluation"), last, write_lock(folder, "a build", "wait", wait=True):
             pass
-        with pytest.raises(UserError, match="in use by"), writing(folder, "a build", "wait", queue=True):
+        with pytest.raises(UserError, match="in use by"), write_lock(folder, "a build", "wait", wait=True):
             pass
-        readers.enter_context(reading(folder, "a training"))
-    with writing(folder, "a build", "wait"):
+        readers.enter_context(read_lock(folder, "a training"))
+    with write_lock(folder, "a build", "wait"):
         pass
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("next_one", [reading, lambda *words: writing(*words, "wait", queue=True)])
+@pytest.mark.parametrize("next_one", [read_lock, lambda *words: write_lock(*words, "wait", wait=True)])
 def test_whoever_waits_for_a_writer_comes_after_it(tmp_path: Path, next_one, capsys: pytest.CaptureFixture) -> None:
     folder, order = tmp_path / "features", []
 
@@ -95,7 +95,7 @@ def test_whoever_waits_for_a_writer_comes_after_it(tmp_path: Path, next_one, cap
         with next_one(folder, "the next"):
             order.append("next")
 
-    with writing(folder, "a build", "wait"):
+    with write_lock(folder, "a build", "wait"):
         thread = threading.Thread(target=come)
         thread.start()
         thread.join(1)  # longer than a writer is given to let go
@@ -113,7 +113,7 @@ def test_writers_never_meet(tmp_path: Path) -> None:
 
     def write() -> None:
         for _ in range(20):
-            with writing(folder, "a build", "wait", queue=True):
+            with write_lock(folder, "a build", "wait", wait=True):
                 inside[0] += 1
                 met.append(inside[0])
                 inside[0] -= 1
@@ -135,7 +135,7 @@ def test_a_file_system_without_locks_is_told_of(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with writing(tmp_path / "model", "a training", "wait"):
+    with write_lock(tmp_path / "model", "a training", "wait"):
         pass
     assert not list(tmp_path.iterdir())
     assert re.search("note: the file system of .*model' has no locks", capsys.readouterr().err.replace("\n", " "))
@@ -143,5 +143,5 @@ def test_a_file_system_without_locks_is_told_of(
 
 def test_a_folder_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # as root may write anywhere
-    with reading(tmp_path / "features", "an evaluation"):
+    with read_lock(tmp_path / "features", "an evaluation"):
         assert not list(tmp_path.iterdir())

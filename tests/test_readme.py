@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec.cli.doctor import TOGETHER
+from mmoe_rec.cli.doctor import COMPATIBLE_VERSIONS
 from mmoe_rec.cli.serve import serve
-from mmoe_rec.server.app import ALIVE
+from mmoe_rec.server.app import LIVENESS_PATH
 from mmoe_rec.settings.load import load_settings
 from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port, running_program, serving
@@ -45,7 +45,7 @@ def pip_command() -> str:
     parts = extras["cpu"][0].removeprefix("mmoe-rec[").removesuffix("]").split(",")
     lines = [*project["project"]["dependencies"], *(each for part in parts for each in extras[part])]
     needed = {re.split(r"[^\w.-]", line)[0]: line for line in (*lines, *torchrec["requires-dist"])}
-    needed["torch"], last = f"torch=={[*TOGETHER][-1]}.*", needed.pop("torchrec")
+    needed["torch"], last = f"torch=={[*COMPATIBLE_VERSIONS][-1]}.*", needed.pop("torchrec")
     return f"pip install {' '.join(map(shlex.quote, needed.values()))} && pip install --no-deps {last}"
 
 
@@ -61,7 +61,7 @@ ELSEWHERE = {
     "refresh": "live/test_refresh.py",
     "refresh --journal": "live/test_refresh_from_journal.py",
     "check-skew --from --to --requests": "live/test_skew.py",
-    "join-labels --requests --events --out": "live/test_outcomes_loop.py",
+    "join-labels --requests --events --out": "live/test_label_join_loop.py",
     "serve --journal": "server/test_workers.py",
     "serve --journal --poll": "server/test_workers.py",
     "serve --workers --poll": "server/test_workers.py",
@@ -72,9 +72,9 @@ ELSEWHERE = {
     "compare --variant --variant": "experiments/test_comparisons.py",
     "compare --seeds": "experiments/test_comparisons.py",
     "compare --architectures --seeds": "experiments/test_comparisons.py",
-    "compare --features --seeds": "experiments/test_features_left_out.py",
-    "tune --minutes": "experiments/test_search.py",
-    "tune --trials": "experiments/test_search.py",
+    "compare --features --seeds": "experiments/test_importance.py",
+    "tune --minutes": "experiments/test_tuning.py",
+    "tune --trials": "experiments/test_tuning.py",
     "quickstart --full": "pipelines/test_end_to_end.py",
     "edit-experts --add": "pipelines/test_expert_commands.py",
     "export --out --int8": "pipelines/test_export.py",
@@ -395,9 +395,9 @@ def test_the_settings_of_kubernetes_fit_the_server() -> None:
     assert pod["terminationGracePeriodSeconds"] > options["drain_seconds"] + options["grace"]
     probes = {each: container[f"{each}Probe"]["httpGet"] for each in ("startup", "readiness", "liveness")}
     assert {each: probe["path"] for each, probe in probes.items()} == {
-        "startup": ALIVE,
+        "startup": LIVENESS_PATH,
         "readiness": "/health",
-        "liveness": ALIVE,
+        "liveness": LIVENESS_PATH,
     }
     assert {probe["port"] for probe in probes.values()} == {options["port"]}
 

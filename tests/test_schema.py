@@ -17,7 +17,7 @@ TREE = {
 
 
 def _schema(*features: tuple[str, dict], **sections) -> Schema:
-    return kinds.schema_of({**TREE, **sections, "features": {**TREE["features"], **dict(features)}})
+    return kinds.parse_schema({**TREE, **sections, "features": {**TREE["features"], **dict(features)}})
 
 
 def _refuses(message: str, *features: tuple[str, dict], **sections) -> None:
@@ -110,7 +110,11 @@ REFUSED: list[tuple[str, list, dict]] = [
     *((f"a task may not be called '{name}'", [], {"tasks": {name: _task("y")}}) for name in ("score", "ranking")),
     # A task that is given another one
     *(
-        (f"task 'liked' is given '{given}', {NO_GIVEN} click", [], {"tasks": {**_given(conditional_on=given), **MORE_TASKS}})
+        (
+            f"task 'liked' is given '{given}', {NO_GIVEN} click",
+            [],
+            {"tasks": {**_given(conditional_on=given), **MORE_TASKS}},
+        )
         for given in ("buy", "liked", "minutes", "shared")
     ),
     (f"is given 'liked', {NO_GIVEN} none", [], {"tasks": {**_given(), "click": _task("a", conditional_on="liked")}}),

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.kinds import KINDS
+from mmoe_rec.features.kinds import FEATURE_KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
-from mmoe_rec.settings.load import check_names, describe, load_settings, parse_overrides
+from mmoe_rec.settings.load import check_option_names, describe_settings, load_settings, parse_overrides
 from mmoe_rec.settings.log_columns import Section
 from mmoe_rec.settings.model import Trees
 from mmoe_rec.settings.sections import Settings, dump_yaml
@@ -89,7 +89,7 @@ def test_every_config_survives_a_round_trip_and_its_keys_are_options(path, tmp_p
             if isinstance(value, dict) and key != "search":  # whose keys have dots themselves
                 yield from names(value, f"{begin}{key}.")
 
-    check_names(names(settings.model_dump(mode="json")))
+    check_option_names(names(settings.model_dump(mode="json")))
 
 
 def test_defaults_and_names():
@@ -98,7 +98,11 @@ def test_defaults_and_names():
     assert settings.registered_model == "small"
     assert Settings.model_validate({**SMALL, "tracking": {"registered_model": "other"}}).registered_model == "other"
     assert settings.schema_.tasks["liked"].observed_when == settings.tasks["liked"].observed_when
-    assert settings.choices["tasks"]["click"] == {"objective": "engagement", "loss_weight": 1.0, "score_weight": 1.0}
+    assert settings.model_choices["tasks"]["click"] == {
+        "objective": "engagement",
+        "loss_weight": 1.0,
+        "score_weight": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_mlflows_variable_counts_where_the_settings_say_nothing(monkeypatch, giv
     if variable is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
     settings = Settings.model_validate({**SMALL, "tracking": {"uri": given}})
-    assert settings.tracking.address == address
+    assert settings.tracking.resolved_uri == address
     assert "secret" not in settings.to_yaml()
 
 
@@ -211,14 +215,14 @@ def test_a_wrong_file_is_blamed_whatever_is_overridden(tmp_path):
 def test_an_option_that_there_is_not_is_named_with_the_nearest(words, near):
     wrong = words.split()[-2] if words.endswith(" x") else words.replace("=", " ").split()[0]
     with pytest.raises(UserError) as caught:
-        check_names(words.split(), ["seeds", "resume", "config"])
+        check_option_names(words.split(), ["seeds", "resume", "config"])
     assert str(caught.value) == f"command line: there is no option or setting '{wrong}'. Did you mean '{near}'?"
 
 
 def test_an_option_like_no_other_leads_to_the_help():
     with pytest.raises(UserError, match=r"setting '--qqq'\. Run the command with --help to list options and set"):
-        check_names(["--qqq"])
-    check_names([*re.findall(r"^  (--\S+)", describe(), re.MULTILINE), "-h", "--", "x", "-1"])
+        check_option_names(["--qqq"])
+    check_option_names([*re.findall(r"^  (--\S+)", describe_settings(), re.MULTILINE), "-h", "--", "x", "-1"])
 
 
 def test_an_override_of_an_unknown_name_suggests_the_nearest(tmp_path):
@@ -300,7 +304,11 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         ("training.learning_rate", float("nan"), "{} must be a finite number, found nan"),
         ("training.learning_rate", True, "{} must be a number, found true"),
         ("data.skip_bad_files", "true", "{} must be true or false, found 'true'"),
-        ("features.item.kind", "idd", "{} must be one of " + ", ".join(KINDS) + ", found 'idd'; did you mean 'id'?"),
+        (
+            "features.item.kind",
+            "idd",
+            "{} must be one of " + ", ".join(FEATURE_KINDS) + ", found 'idd'; did you mean 'id'?",
+        ),
         ("features.user_brand.window_days", ["week"], "'features.user_brand.window_days.0' must be a number, f"),
         ("features.user_brand.window_days", [7, 7], "{} lists 7.0 twice"),
         ("tasks.liked.observed_when.equals", [1], "{} must be true or false, found [1]"),
@@ -419,7 +427,7 @@ def _models(model: type[BaseModel], seen: list[type[BaseModel]]) -> list[type[Ba
 def test_every_setting_is_documented():
     models = _models(Settings, [])
     assert CounterFeature in models
-    text = describe()
+    text = describe_settings()
     for model in models:
         assert issubclass(model, Section)
         assert model.__doc__
@@ -443,7 +451,7 @@ def test_the_template_mentions_every_key():
             return set(value).union(*map(keys, value.values()))
         return set()
 
-    used = {kind: set() for kind in KINDS}
+    used = {kind: set() for kind in FEATURE_KINDS}
     for feature in tree["features"].values():
         used[feature["kind"]] |= set(feature)
     for model in _models(Settings, []):
@@ -470,9 +478,9 @@ def test_the_templates_defaults_are_the_defaults():
 def test_an_automatic_batch_makes_about_a_thousand_steps(rows, epochs):
     sizes = [64, 128, 256, 512, 1024, 2048, 4096]
     nearest = min(sizes, key=lambda size: abs(math.log(rows * epochs / size / 1000)))
-    found = Training(epochs=epochs).rows_of_step(rows)
+    found = Training(epochs=epochs).resolve_batch_size(rows)
     assert math.isclose(*(abs(math.log(rows * epochs / size / 1000)) for size in (found, nearest)), abs_tol=1e-9)
-    assert Training(epochs=epochs, batch_size=700).rows_of_step(rows) == 700
+    assert Training(epochs=epochs, batch_size=700).resolve_batch_size(rows) == 700
 
 
 @pytest.mark.parametrize(("batch_size", "found"), [(1, "1"), ("many", "'many'"), (True, "true"), (2.5, "2.5")])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.batches.row_reader import Position
-from mmoe_rec.features.layout import Encoded, Layout, input_of_place
+from mmoe_rec.features.layout import EncodedInputs, Layout, position_input
 from mmoe_rec.point_in_time.arrays import Ragged
 
 
@@ -83,7 +83,7 @@ class KeyedIds(_Tensors):
 
 
 @dataclass(frozen=True, eq=False)
-class Events(_Tensors):
+class AttentionEvents(_Tensors):
     """The events of the histories that attention pools, one history after the other; those of each by row, the oldest
     first.
 
@@ -95,7 +95,7 @@ class Events(_Tensors):
 
     sizes: tuple[int, ...]
     rows: Tensor
-    places: Tensor
+    positions: Tensor
     later: Tensor
     same: Tensor
     vectors: tuple[Tensor, ...] = field(default=(), kw_only=True)
@@ -112,7 +112,7 @@ class Batch(_Tensors):
         observed: (B, T) bool, whether a label is known.
         position: Position at which a reader continues after this batch, None outside a training.
         weights: (B,) float64 weights of the rows in the loss, None if all rows count alike.
-        numbers: (B,) int64 numbers of the rows in the files, for `draws_of`.
+        row_numbers: (B,) int64 numbers of the rows in the files, for `seeded_draws`.
         ragged: Names of the R inputs that don't have exactly one id in every row.
         shares: (R, B) float32 weight of one id in the mean of its row: 1 / number of ids, or 0 without ids. None if
             R is 0.
@@ -125,10 +125,10 @@ class Batch(_Tensors):
     observed: Tensor
     position: Position | None = None
     weights: Tensor | None = None
-    numbers: Tensor | None = None
-    ragged: tuple[str, ...] = ()
-    shares: Tensor | None = None
-    events: Events | None = None
+    row_numbers: Tensor | None = None
+    ragged_inputs: tuple[str, ...] = ()
+    pooling_weights: Tensor | None = None
+    events: AttentionEvents | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -142,12 +142,12 @@ class Batch(_Tensors):
 
 
 def make_batch(
-    encoded: Encoded,
+    encoded: EncodedInputs,
     layout: Layout,
     labels: np.ndarray | None = None,
     position: Position | None = None,
     weights: np.ndarray | None = None,
-    numbers: np.ndarray | None = None,
+    row_numbers: np.ndarray | None = None,
     *,
     torchrec: bool,
 ) -> Batch:
@@ -163,7 +163,7 @@ def make_batch(
     in_order = sorted(layout.ids, key=lambda each: tables[each.table]) if torchrec else layout.ids
     inputs = {each.name: encoded.ids[each.name] for each in in_order}
     events = _events_of(inputs, layout) if layout.attention else None
-    looked_at = {name: each.length for each in layout.attention for name, _ in layout.parts(each)}
+    looked_at = {name: each.length for each in layout.attention for name, _ in layout.history_inputs(each)}
     values, lengths, totals = _key_major(list(inputs.values()), rows)
     ragged = {
         name: each
@@ -177,7 +177,7 @@ def make_batch(
     given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
     observed = ~given.isnan()
     rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights", np.float64)
-    rows_numbers = None if numbers is None else torch.from_numpy(np.require(numbers, np.int64, ["C", "W"]))
+    rows_numbers = None if row_numbers is None else torch.from_numpy(np.require(row_numbers, np.int64, ["C", "W"]))
     shares = None
     if ragged:
         counts = np.stack([each.lengths for each in ragged.values()])
@@ -190,7 +190,7 @@ def make_batch(
 
         names = list(inputs)
         if looked_at:
-            apart = by_place(ids, looked_at)
+            apart = split_by_position(ids, looked_at)
             names, values, lengths = list(apart.keys), apart.values, apart.lengths
             totals = lengths.view(len(names), rows).sum(1).tolist()
         # The totals are known on the host; without them torchrec would read them back from the device.
@@ -200,7 +200,7 @@ def make_batch(
     return Batch(ids, dense, known, observed, *rows_own, tuple(ragged), shares, events)
 
 
-def by_place(ids: KeyedIds, lengths: Mapping[str, int]) -> KeyedIds:
+def split_by_position(ids: KeyedIds, lengths: Mapping[str, int]) -> KeyedIds:
     """The same ids, those of the inputs named with an input for each place of their lists. lengths: name -> places.
 
     Raises ValueError for a list that has more ids.
@@ -216,17 +216,17 @@ def by_place(ids: KeyedIds, lengths: Mapping[str, int]) -> KeyedIds:
             raise ValueError(f"'{name}' has a list of {int(counted.max())} ids, and at most {lengths[name]} are read")
         place = torch.arange(lengths[name])[:, None]
         inside = place < counted  # (places, B)
-        keys += [input_of_place(name, each) for each in range(lengths[name])]
+        keys += [position_input(name, each) for each in range(lengths[name])]
         values.append(own[(offsets[:-1] + place)[inside]])
         counts.append(inside.flatten())
     return KeyedIds(tuple(keys), torch.cat(values), torch.cat([each.int() for each in counts]))
 
 
-def _events_of(inputs: Mapping[str, Any], layout: Layout) -> Events:
+def _events_of(inputs: Mapping[str, Any], layout: Layout) -> AttentionEvents:
     sizes, rows, places, later, same = list[int](), *(list[np.ndarray]() for _ in range(4))
-    parts = {each.history: layout.parts(each) for each in layout.attention}
-    most = max(sum(partner is not None for _, partner in each) for each in parts.values())
-    for name, own in parts.items():
+    history_inputs = {each.history: layout.history_inputs(each) for each in layout.attention}
+    most = max(sum(partner is not None for _, partner in each) for each in history_inputs.values())
+    for name, own in history_inputs.items():
         lists = inputs[name]
         row = np.arange(len(lists.lengths)).repeat(lists.lengths)
         sizes.append(len(row))
@@ -239,7 +239,7 @@ def _events_of(inputs: Mapping[str, Any], layout: Layout) -> Events:
             equal[:, column] = same_ids(inputs[part].values, inputs[partner][row])
         same.append(equal)
     joined = (torch.from_numpy(np.concatenate(each)) for each in (rows, places, later, same))
-    return Events(tuple(sizes), *joined)
+    return AttentionEvents(tuple(sizes), *joined)
 
 
 def same_ids(events: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -276,9 +276,9 @@ _DRAWS: ContextVar[tuple[Batch, Iterator[int]] | None] = ContextVar("draws", def
 
 
 @contextmanager
-def draws_of(batch: Batch) -> Iterator[None]:
-    """Within it, `draw_uniform` and `draw_whole` draw for a step of a batch, by the seed and epoch of its position, the
-    numbers of its rows and how many draws came before; elsewhere from torch's own generator.
+def seeded_draws(batch: Batch) -> Iterator[None]:
+    """Within it, `draw_uniform` and `draw_integer` draw for a step of a batch, by the seed and epoch of its position,
+    the numbers of its rows and how many draws came before; elsewhere from torch's own generator.
     """
     token = _DRAWS.set((batch, itertools.count(1)))
     try:
@@ -294,13 +294,13 @@ def draw_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
     if (draws := _DRAWS.get()) is None:
         return torch.rand(tuple(shape), device=device)
     (batch, draw), first = draws, int(_generator(draws[0], 0).integers(-(2**63), 2**63))
-    assert batch.numbers is not None, "these rows have no numbers"
+    assert batch.row_numbers is not None, "these rows have no numbers"
     places = torch.arange(math.prod(shape[1:]), device=device) + (next(draw) << 32)
-    bits = _mix(_mix(batch.numbers + first)[:, None] + places * -0x61C8864680B583EB) >> 41  # 23 of them
+    bits = _mix(_mix(batch.row_numbers + first)[:, None] + places * -0x61C8864680B583EB) >> 41  # 23 of them
     return (((bits & (1 << 23) - 1).float() + 0.5) * 2.0**-23).view(*shape)
 
 
-def draw_whole(low: int, high: int) -> int:
+def draw_integer(low: int, high: int) -> int:
     """A whole number from low to high, the same on all ranks."""
     if (draws := _DRAWS.get()) is None:
         return int(torch.randint(low, high + 1, ()))

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar, cast
 
 import numpy as np
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, LabeledRows
 
 GOLDEN = (5**0.5 - 1) / 2
 T = TypeVar("T")
@@ -32,7 +32,7 @@ _THREADS = 2  # that decode row groups
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class ShuffleWindow:
     """Places start to stop (exclusive) of an epoch's order: the rows of G row groups.
 
     groups: (G,) int64, which ones; sizes: (G,) int64, the rows of each; shift: in [0, 1), where u_g begins.
@@ -48,7 +48,7 @@ class Window:
         """The place after the window's last."""
         return self.start + int(self.sizes.sum())
 
-    def mixed(self) -> np.ndarray:
+    def group_per_row(self) -> np.ndarray:
         """(stop - start,) int64: to which of the window's groups, 0 to G - 1, the row at each place belongs."""
         numbers = np.arange(len(self.sizes))
         # Multiples of the golden ratio lie evenly, those of any few neighbouring groups too (Kronecker sequence): a
@@ -60,13 +60,13 @@ class Window:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class WindowSlice:
     """The rows of a global batch that lie in one window: of each of its G groups, permuted, `counts` from `starts` on.
 
     Both (G,) int64.
     """
 
-    window: Window
+    window: ShuffleWindow
     starts: np.ndarray
     counts: np.ndarray
 
@@ -82,33 +82,33 @@ class Part:
 class EpochOrder:
     """The order of one epoch. group_rows: (number of row groups,) int64, the rows of each, none of them 0."""
 
-    def __init__(self, group_rows: np.ndarray, *, shuffle_buffer_rows: int, seed: int, epoch: int) -> None:
-        self._group_rows, self._seed, self.epoch = group_rows, seed, epoch
+    def __init__(self, row_group_sizes: np.ndarray, *, shuffle_buffer_rows: int, seed: int, epoch: int) -> None:
+        self._group_rows, self._seed, self.epoch = row_group_sizes, seed, epoch
         self.windows = list(self._cut(shuffle_buffer_rows))
 
     def permutation(self, group: int) -> np.ndarray:
         """(rows of the group,) int64: the rows of a row group, in the order in which they come."""
         return self._generator(1 + group).permutation(int(self._group_rows[group]))
 
-    def batches(self, batch_size: int, position: int = 0) -> Iterator[list[Part]]:
+    def batches(self, batch_size: int, position: int = 0) -> Iterator[list[WindowSlice]]:
         """Global batches of the next `batch_size` rows (the last one fewer), from `position` on, as parts of windows.
 
-        The rows of a batch are arranged by `Part.keys`, so a slice of every batch at the same place needs only the same
-        few groups.
+        The rows of a batch are arranged by `WindowSlice.keys`, so a slice of every batch at the same place needs only
+        the same few groups.
         """
-        parts: list[Part] = []
+        parts: list[WindowSlice] = []
         wanted = batch_size
         for window in self.windows:
             size = window.stop - window.start
             if window.stop <= position:
                 continue
-            mixed = window.mixed()
+            group_per_row = window.group_per_row()
             place = max(position - window.start, 0)
-            starts = np.bincount(mixed[:place], minlength=len(window.groups))
+            starts = np.bincount(group_per_row[:place], minlength=len(window.groups))
             while place < size:
                 stop = min(place + wanted, size)
-                counts = np.bincount(mixed[place:stop], minlength=len(window.groups))
-                parts.append(Part(window, starts, counts))
+                counts = np.bincount(group_per_row[place:stop], minlength=len(window.groups))
+                parts.append(WindowSlice(window, starts, counts))
                 starts, wanted, place = starts + counts, wanted - (stop - place), stop
                 if not wanted:
                     yield parts
@@ -116,7 +116,7 @@ class EpochOrder:
         if parts:
             yield parts
 
-    def _cut(self, shuffle_buffer_rows: int) -> Iterator[Window]:
+    def _cut(self, shuffle_buffer_rows: int) -> Iterator[ShuffleWindow]:
         generator = self._generator(0)
         order = generator.permutation(len(self._group_rows))
         ends = np.cumsum(self._group_rows[order])
@@ -127,7 +127,7 @@ class EpochOrder:
             # As many groups as fit, but at least one.
             last = max(first + 1, int(np.searchsorted(ends, start + shuffle_buffer_rows, side="right")))
             groups = order[first:last]
-            yield Window(start, groups, self._group_rows[groups], float(shifts[first]))
+            yield ShuffleWindow(start, groups, self._group_rows[groups], float(shifts[first]))
             first = last
 
     def _generator(self, draw: int) -> np.random.Generator:
@@ -135,7 +135,7 @@ class EpochOrder:
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
+class RankSlice:
     """A rank's n rows of one global batch.
 
     pieces: where they are, a row group and rows start to stop (exclusive) of it, permuted; index: (n,) int64, each
@@ -145,20 +145,21 @@ class Share:
 
     pieces: list[tuple[int, int, int]]
     index: np.ndarray | None
-    copies: np.ndarray
+    is_copy: np.ndarray
 
 
-def take_share(parts: list[Part], *, rank: int, world_size: int, rank_rows: int) -> Share:
+def slice_for_rank(parts: list[WindowSlice], *, rank: int, world_size: int, rows_per_rank: int) -> RankSlice:
     """A rank's share of a global batch, found without reading any row.
 
-    Each rank has `rank_rows` slots, and some rows of a batch with fewer rows than slots take several, spread evenly.
+    Each rank has `rows_per_rank` slots, and some rows of a batch with fewer rows than slots take several, spread
+    evenly.
     """
     counts = np.concatenate([part.counts for part in parts])
-    size, all_slots = int(counts.sum()), rank_rows * world_size
+    size, all_slots = int(counts.sum()), rows_per_rank * world_size
     assert size <= all_slots
-    slots = rank * rank_rows + np.arange(rank_rows)
+    slots = rank * rows_per_rank + np.arange(rows_per_rank)
     within = slots * size // all_slots  # places in the batch, never falling
-    copies = within == (slots - 1) * size // all_slots
+    is_copy = within == (slots - 1) * size // all_slots
     first, stop = int(within[0]), int(within[-1]) + 1
     arranged = np.argsort(np.concatenate([part.keys() for part in parts]), kind="stable")
     chosen = arranged[first:stop]
@@ -171,7 +172,7 @@ def take_share(parts: list[Part], *, rank: int, world_size: int, rank_rows: int)
     starts = np.concatenate([part.starts for part in parts])
     pieces = [(int(groups[i]), int(starts[i] + low[i]), int(starts[i] + high[i])) for i in np.flatnonzero(high > low)]
     in_order = np.array_equal(index, np.arange(stop - first))
-    return Share(pieces, None if in_order else index, copies)
+    return RankSlice(pieces, None if in_order else index, is_copy)
 
 
 @dataclass(frozen=True)
@@ -190,15 +191,15 @@ class Position:
 class TrainingReader:
     """Reads one rank's share of every global batch.
 
-    Every rank gets `batches_per_epoch` batches of `rank_rows` = ceil(batch_size / world_size) rows. A global batch with
-    fewer rows than that takes is stretched: some rows appear again right after themselves, and such a copy has only NaN
-    labels. So no row is lost or counted twice, and the real rows are spread evenly over the ranks.
+    Every rank gets `batches_per_epoch` batches of `rows_per_rank` = ceil(batch_size / world_size) rows. A global batch
+    with fewer rows than that takes is stretched: some rows appear again right after themselves, and such a copy has
+    only NaN labels. So no row is lost or counted twice, and the real rows are spread evenly over the ranks.
 
     Row groups are decoded by threads of their own, one window ahead. Memory: this rank's row groups of two windows, the
     one in use and the one ahead. A window has at most `shuffle_buffer_rows` rows, or one row group where that has more.
     """
 
-    rows: EncodedRows
+    rows: EncodedDataset
     _: KW_ONLY
     batch_size: int
     shuffle_buffer_rows: int
@@ -209,21 +210,21 @@ class TrainingReader:
     def __post_init__(self) -> None:
         assert self.batch_size >= 1
         assert 0 <= self.rank < self.world_size
-        self.rank_rows = -(-self.batch_size // self.world_size)
+        self.rows_per_rank = -(-self.batch_size // self.world_size)
         self.batches_per_epoch = -(-self.rows.rows // self.batch_size)
 
     def position(self, epoch: int, row: int = 0) -> Position:
         """The position after `row` rows of an epoch."""
         return Position(epoch, row, self.seed)
 
-    def resume(self, position: Position, epochs: int) -> Iterator[tuple[Rows, Position]]:
+    def resume(self, position: Position, epochs: int) -> Iterator[tuple[LabeledRows, Position]]:
         """This rank's rows of each global batch after `position` and up to epoch `epochs` - 1, and the position then.
 
         From a position that this gave to all ranks, any world size and batch size gets exactly the rest. Raises
         UserError for a file that cannot be read.
         """
-        decoded: dict[tuple[int, int], Future[Rows]] = {}
-        current: list[tuple[EpochOrder, Share, Position]] = []
+        decoded: dict[tuple[int, int], Future[LabeledRows]] = {}
+        current: list[tuple[EpochOrder, RankSlice, Position]] = []
         pool = ThreadPoolExecutor(_THREADS, "reader")
         try:
             for ahead in chain(self._windows(position, epochs), [[]]):
@@ -233,20 +234,20 @@ class TrainingReader:
                 # Also lets go of the groups that no batch needs any more.
                 decoded = {
                     (epoch, group): decoded.get((epoch, group))
-                    or pool.submit(self.rows.read_row_group, self.rows.groups[group], order.permutation(group))
+                    or pool.submit(self.rows.read_row_group, self.rows.row_groups[group], order.permutation(group))
                     for (epoch, group), order in needed.items()
                 }
                 for order, share, after in current:
                     pieces = [decoded[order.epoch, group].result().slice(*ends) for group, *ends in share.pieces]
-                    rows = Rows.concatenate(pieces)
+                    rows = LabeledRows.concatenate(pieces)
                     rows = rows if share.index is None else rows.take(share.index)
-                    rows.labels[share.copies] = np.nan
+                    rows.labels[share.is_copy] = np.nan
                     yield rows, after
                 current = ahead
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _windows(self, start: Position, epochs: int) -> Iterator[list[tuple[EpochOrder, Share, Position]]]:
+    def _windows(self, start: Position, epochs: int) -> Iterator[list[tuple[EpochOrder, RankSlice, Position]]]:
         """This rank's share of each global batch after `start`, and the position after it; each list holds the batches
         that begin in the same window.
         """
@@ -257,13 +258,15 @@ class TrainingReader:
                 window = []
                 for parts in batches:
                     row += sum(int(part.counts.sum()) for part in parts)
-                    share = take_share(parts, rank=self.rank, world_size=self.world_size, rank_rows=self.rank_rows)
+                    share = slice_for_rank(
+                        parts, rank=self.rank, world_size=self.world_size, rows_per_rank=self.rows_per_rank
+                    )
                     window.append((order, share, self.position(epoch, row)))
                 yield window
 
     def order(self, epoch: int) -> EpochOrder:
         return EpochOrder(
-            self.rows.group_rows, shuffle_buffer_rows=self.shuffle_buffer_rows, seed=self.seed, epoch=epoch
+            self.rows.row_group_sizes, shuffle_buffer_rows=self.shuffle_buffer_rows, seed=self.seed, epoch=epoch
         )
 
 
@@ -272,11 +275,11 @@ class Prefetch(Generic[T]):
 
     An exception of the source is raised in the consumer, after the items before it. When the consumer stops early, the
     thread ends after the item that it is making, and the source is closed. No thread runs before the first item is
-    asked for. `waited`: seconds the consumer waited.
+    asked for. `wait_seconds`: seconds the consumer waited.
     """
 
     def __init__(self, source: Generator[T, None, None], depth: int = 4) -> None:
-        self.waited = 0.0
+        self.wait_seconds = 0.0
         self._source, self._depth = source, depth
 
     def __iter__(self) -> Generator[T, None, None]:
@@ -286,7 +289,7 @@ class Prefetch(Generic[T]):
             while True:
                 start = time.perf_counter()
                 item = ahead.popleft().result()
-                self.waited += time.perf_counter() - start
+                self.wait_seconds += time.perf_counter() - start
                 if item is _END:
                     return
                 ahead.append(pool.submit(next, self._source, _END))

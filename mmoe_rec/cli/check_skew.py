@@ -12,7 +12,7 @@ import click
 
 from mmoe_rec.cli.main import FOLDER, Configuration, settings_command, show
 
-DIFFERS = 1
+SKEW_EXIT_CODE = 1
 """Exit code where a served value differs."""
 
 
@@ -26,11 +26,11 @@ def check_skew(
     configuration: Configuration, start: str, end: str, requests: Path, model: str | None, out: Path | None
 ) -> None:
     from mmoe_rec.live import skew
-    from mmoe_rec.log.given import parse_time
+    from mmoe_rec.log.request_values import parse_time
 
     settings = configuration.settings
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     report = skew.check_skew(settings, parse_time(start), parse_time(end), address, requests, out)
     show(skew.describe(report))
     if report["mismatches"]:
-        raise SystemExit(DIFFERS)
+        raise SystemExit(SKEW_EXIT_CODE)

@@ -47,27 +47,27 @@ def compare(
     if (only or margin is not None) and not features:
         raise UserError("--only and --margin belong to --features. Add --features.")
     settings = configuration.settings
-    from mmoe_rec.preprocessing.logs import BuildInputs
+    from mmoe_rec.preprocessing.build_inputs import BuildInputs
 
     _ = BuildInputs.of(settings).logs  # a log that is missing is reported before torch is loaded
     from mmoe_rec.experiments.compare import (
-        FILE,
-        FOLDER,
+        COMPARISON_FILE,
+        COMPARISON_FOLDER,
         compare_variants,
         list_architectures,
         make_report,
         parse_variants,
     )
     from mmoe_rec.experiments.importance import compare_features
-    from mmoe_rec.experiments.runner import BASE
-    from mmoe_rec.report.report_files import PAGE
+    from mmoe_rec.experiments.runner import BASE_VARIANT
+    from mmoe_rec.report.report_files import REPORT_PAGE
 
     if features:
         report = compare_features(settings, only, 0.001 if margin is None else margin, seeds)
     else:
-        variants = list_architectures(settings) if architectures else [BASE, *parse_variants(words)]
+        variants = list_architectures(settings) if architectures else [BASE_VARIANT, *parse_variants(words)]
         report = compare_variants(settings, variants, seeds)
     show_report(make_report(report))
-    folder = Path(settings.data.work_dir) / FOLDER
-    print(f"all values: {folder / FILE}")
-    print(f"report: {folder / PAGE}")
+    folder = Path(settings.data.work_dir) / COMPARISON_FOLDER
+    print(f"all values: {folder / COMPARISON_FILE}")
+    print(f"report: {folder / REPORT_PAGE}")

@@ -11,12 +11,18 @@ import click
 from mmoe_rec.atomic import write_text
 from mmoe_rec.cli.main import Configuration, command, out_option, settings_command, show, show_report
 from mmoe_rec.errors import UserError
-from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.logs import BuildInputs, check_apart, check_out
-from mmoe_rec.preprocessing.prepare import features_in_use
-from mmoe_rec.profiling.data_health import inspect as inspect_features
-from mmoe_rec.profiling.meaning import PURPOSES
-from mmoe_rec.profiling.settings_file import CHECK, check_replaceable, describe_guesses, draft_settings, name_of
+from mmoe_rec.locks import write_lock
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, check_output_folder, check_work_outside_logs
+from mmoe_rec.preprocessing.prepare import lock_features
+from mmoe_rec.profiling.data_health import measure_health as inspect_features
+from mmoe_rec.profiling.inferred_schema import KEY_NAMES
+from mmoe_rec.profiling.settings_file import (
+    CHECK_MARK,
+    check_replaceable,
+    describe_guesses,
+    draft_settings,
+    name_from_path,
+)
 from mmoe_rec.settings.load import load_settings
 
 
@@ -44,15 +50,15 @@ def init(log: str, out: str | None, work: str | None, **given: Any) -> None:
 
     Correct a wrong guess with a further option, or edit the file. A file that was edited by hand is never replaced.
     """
-    path = Path(out or f"{name_of(log)}.yaml")
+    path = Path(out or f"{name_from_path(log)}.yaml")
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--out '{path}' is to be a YAML file, such as {name_of(log)}.yaml")
+        raise UserError(f"--out '{path}' is to be a YAML file, such as {name_from_path(log)}.yaml")
     before = check_replaceable(path, log)
-    name = name_of(str(path.with_suffix("")))
+    name = name_from_path(str(path.with_suffix("")))
     work = work or str(path.parent / f"{name}_work")
-    said = {each: (given[each],) for each in PURPOSES if given[each]}
-    said |= {each: given[each.replace("-", "_")] for each in ("task", "leave-out", "placement")}
-    text, meaning = draft_settings(name, log, work, given["events"], said, given["timezone"])
+    corrections = {each: (given[each],) for each in KEY_NAMES if given[each]}
+    corrections |= {each: given[each.replace("-", "_")] for each in ("task", "leave-out", "placement")}
+    text, schema = draft_settings(name, log, work, given["events"], corrections, given["timezone"])
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         draft.write_text(text, encoding="utf-8")
@@ -60,10 +66,10 @@ def init(log: str, out: str | None, work: str | None, **given: Any) -> None:
             settings = load_settings(draft)  # before anything is written, as it would be refused
         except UserError as error:
             raise UserError(str(error).replace(str(draft), str(path))) from None
-    check_apart(log, settings.schema_, Path(work))
+    check_work_outside_logs(log, settings.schema_, Path(work))
     write_text(path, text)
-    show(describe_guesses(meaning))
-    marks = len(re.findall(rf"{CHECK}\b", text)) - 1  # one is in the header, beside a checksum
+    show(describe_guesses(schema))
+    marks = len(re.findall(rf"{CHECK_MARK}\b", text)) - 1  # one is in the header, beside a checksum
     guesses = f", with {marks} guess{'es' if marks > 1 else ''} to check" if marks else ""
     if before:
         print(f"replaced: settings made by '{before}', whose options count only if this command repeats them")
@@ -83,19 +89,19 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
     """
     settings = configuration.settings
     out = out or Path(settings.data.work_dir) / "inspection"
-    check_out(out, settings)
+    check_output_folder(out, settings)
     # matplotlib and Jinja2 are for what there is to be shown.
     with (
-        features_in_use(BuildInputs.of(settings), "an inspection") as prepared,
-        writing(out, "an inspection", "give another --out"),
+        lock_features(BuildInputs.of(settings), "an inspection") as prepared,
+        write_lock(out, "an inspection", "give another --out"),
     ):
         data, scratch = settings.data, out / ".inspection_scratch"
         health = inspect_features(settings.name, prepared, settings.schema_, scratch, data.memory_gib, data.workers)
-        from mmoe_rec.profiling.health_report import FILE, make_report, write
-        from mmoe_rec.report.report_files import PAGE
+        from mmoe_rec.profiling.health_report import HEALTH_FILE, make_report, write_health
+        from mmoe_rec.report.report_files import REPORT_PAGE
 
-        write(health, out)
+        write_health(health, out)
     show_report(make_report(health))
-    print(f"report: {out / PAGE}")
-    print(f"numbers: {out / FILE}")
+    print(f"report: {out / REPORT_PAGE}")
+    print(f"numbers: {out / HEALTH_FILE}")
     print(f"next: mmoe-rec train {configuration.options()}")

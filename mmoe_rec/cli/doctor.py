@@ -21,7 +21,12 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Tracking
 
-TOGETHER = {"2.11": ("1.6.1", "1.6.0"), "2.12": ("1.7.0",) * 2, "2.13": ("1.8.0",) * 2, "2.14": ("1.9.2", "1.9.0")}
+COMPATIBLE_VERSIONS = {
+    "2.11": ("1.6.1", "1.6.0"),
+    "2.12": ("1.7.0",) * 2,
+    "2.13": ("1.8.0",) * 2,
+    "2.14": ("1.9.2", "1.9.0"),
+}
 """Release of torch -> the versions of torchrec and fbgemm that are built for it."""
 BUILDS = {"fbgemm-gpu-cpu": "cpu", "fbgemm-gpu": "cuda"}
 PROBE = "import {}; print(*map(torch.cuda.get_device_name, range(torch.cuda.device_count())), sep=', ')"
@@ -39,11 +44,11 @@ def check_packages(versions: Mapping[str, str]) -> Check:
     """Check that torch, torchrec and fbgemm go together."""
     builds, release = [name for name in BUILDS if name in versions], versions.get("torch", "none").rpartition(".")[0]
     text = ", ".join(" ".join(each) for each in versions.items())
-    if release in TOGETHER and not builds and "torchrec" not in versions:
+    if release in COMPATIBLE_VERSIONS and not builds and "torchrec" not in versions:
         return Check("packages", f"{text}; without torchrec and fbgemm: plain PyTorch tables, one process")
-    wanted = dict(zip(("torchrec", (builds or [*BUILDS])[0]), TOGETHER.get(release, ()), strict=False))
+    wanted = dict(zip(("torchrec", (builds or [*BUILDS])[0]), COMPATIBLE_VERSIONS.get(release, ()), strict=False))
     wrong = [f"{name}=={version}" for name, version in wanted.items() if versions.get(name) != version]
-    wrong += [] if wanted else [f"torch {' or '.join(TOGETHER)}"]
+    wrong += [] if wanted else [f"torch {' or '.join(COMPATIBLE_VERSIONS)}"]
     wrong += ["one build of fbgemm alone"] if len(builds) > 1 else []
     text += f"; needed: {', '.join(wrong)}" if wrong else ""
     return Check("packages", text, "uv sync --extra cpu, or cuda; or the pip command of README.md" if wrong else "")
@@ -95,7 +100,7 @@ def doctor(config: str | None) -> None:
             versions[name] = metadata.version(name)
     checks = [check_packages(versions), *check_imports(versions)]
     if checks[-1].name == "devices":
-        checks.append(check_mlflow((Tracking() if settings is None else settings.tracking).address))
+        checks.append(check_mlflow((Tracking() if settings is None else settings.tracking).resolved_uri))
     checks.append(check_folder(Path("." if settings is None else settings.data.work_dir)))
     for name, text, fix in checks:
         print(f"{'fix' if fix else 'ok':4} {name:12} {text}")

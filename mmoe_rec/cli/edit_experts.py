@@ -26,26 +26,26 @@ def edit_experts(
     configuration: Configuration, model: str, add: int | None, remove: int | None, mask: int | None, out: Path | None
 ) -> None:
     settings = configuration.settings
-    uri, name = settings.tracking.address, settings.registered_model
+    uri, name = settings.tracking.resolved_uri, settings.registered_model
     if sum(each is not None for each in (add, remove, mask)) != 1:
         raise UserError("give one of --add, --remove and --mask")
     out = out or Path(settings.data.work_dir) / "edited"
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
-    from mmoe_rec.inference.artifact import read_artifact, read_stored
-    from mmoe_rec.inference.writing import rewrite_artifact
-    from mmoe_rec.locks import writing
-    from mmoe_rec.model.tables import in_float32
+    from mmoe_rec.inference.artifact import read_artifact, read_tensors
+    from mmoe_rec.inference.artifact_writer import write_with_weights
+    from mmoe_rec.locks import write_lock
+    from mmoe_rec.model.tables import to_float32
     from mmoe_rec.model.warm_start import add_experts, mask_expert, remove_expert
     from mmoe_rec.settings.model import Model
     from mmoe_rec.tracking import registry, runs
-    from mmoe_rec.tracking.registry import CHALLENGER
-    from mmoe_rec.tracking.runs import as_code, command
+    from mmoe_rec.tracking.registry import CHALLENGER_ALIAS
+    from mmoe_rec.tracking.runs import code_block, command_line
 
-    with writing(out, "an edit of experts", "name another folder with --out"):
-        registry.check_names(uri, name, CHALLENGER)
-        found = registry.find_model(model, uri)
-        about, state = read_artifact(found.folder), in_float32(read_stored(found.folder / "weights.safetensors"))
+    with write_lock(out, "an edit of experts", "name another folder with --out"):
+        registry.check_registry_names(uri, name, CHALLENGER_ALIAS)
+        found = registry.resolve_model(model, uri)
+        about, state = read_artifact(found.folder), to_float32(read_tensors(found.folder / "weights.safetensors"))
         structure = Model.model_validate(about.model)
         if add is not None:
             chosen = [index % max(1, structure.experts.count) for index in range(add)]
@@ -57,15 +57,15 @@ def edit_experts(
         else:
             assert mask is not None, "one of the three is given"
             state, done = mask_expert(state, structure, mask), f"put expert {mask} out of use"
-        rewrite_artifact(found.folder, out, structure, state)
+        write_with_weights(found.folder, out, structure, state)
         with runs.open_run(uri, settings.experiment, run_name="edit_experts") as run:
             run.set_tags({"edited_from": model, "edited_from.run": found.run_id or "unknown", "edit": done})
-            edited = registry.Version(name, registry.register_model(run, out, name, CHALLENGER), run.run_id)
-            told = f"{model}: {done}, by\n\n{as_code(command())}"
-            run.describe("Experts", told)
+            edited = registry.ModelVersion(name, registry.register_model(run, out, name, CHALLENGER_ALIAS), run.run_id)
+            told = f"{model}: {done}, by\n\n{code_block(command_line())}"
+            run.write_section("Experts", told)
             registry.describe_version(edited, told, {}, uri)
     shared = structure.experts.count
     print(f"{done}; the model has {shared + structure.experts.task_count * len(about.tasks)} experts")
-    print(f"model: {out}, registered as {edited.address}")
+    print(f"model: {out}, registered as {edited.uri}")
     changed = ["--model.experts.count", str(shared)] if shared != settings.model.experts.count else []
-    print(f"next: mmoe-rec train {configuration.options('--from', edited.address, *changed)}")
+    print(f"next: mmoe-rec train {configuration.options('--from', edited.uri, *changed)}")

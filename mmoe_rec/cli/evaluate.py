@@ -77,22 +77,22 @@ def evaluate(
             raise UserError(f"--{given.replace('_', '-')} is an option of --predictions; leave it out with --model")
         if settings is None or model is None:
             raise UserError("--model needs the settings that name its rows: give --config C")
-        from mmoe_rec.preprocessing.logs import short_names
-        from mmoe_rec.tracking.registry import find_model
+        from mmoe_rec.preprocessing.build_inputs import short_names
+        from mmoe_rec.tracking.registry import resolve_model
 
         short = short_names([model, *compare_to])
-        models = {name: find_model(each, settings.tracking.address) for each, name in short.items()}
-        from mmoe_rec.evaluation.evaluate import PREDICTIONS, evaluate_found, place_of
+        models = {name: resolve_model(each, settings.tracking.resolved_uri) for each, name in short.items()}
+        from mmoe_rec.evaluation.evaluate import PREDICTIONS_FILE, evaluate_models, evaluation_folder
 
         split = split or "test"
-        out = out or Path(settings.data.work_dir) / place_of(split)
+        out = out or Path(settings.data.work_dir) / evaluation_folder(split)
         settings = settings.model_copy(update={"evaluation": rules})
-        results = evaluate_found(settings, models, out, split)
+        results = evaluate_models(settings, models, out, split)
     from mmoe_rec.evaluation.results_report import make_report
 
     show_report(make_report(results))
     if model is not None:
-        print(f"predictions: {out / PREDICTIONS}")
+        print(f"predictions: {out / PREDICTIONS_FILE}")
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")
 
@@ -115,18 +115,18 @@ def measure_files(
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     if compare_to_columns and not compare_to:
         raise UserError("--compare-to-columns names columns of the files of --compare-to, which is not given")
-    from mmoe_rec.evaluation.prediction_files import columns_of_settings, columns_of_tasks, measure_predictions
-    from mmoe_rec.evaluation.slices import SliceBy
+    from mmoe_rec.evaluation.prediction_files import columns_from_settings, evaluate_predictions, parse_tasks
+    from mmoe_rec.evaluation.slices import SliceSpec
 
     if settings is not None:
         _check_weights(settings, columns)
     if rules.guardrail_slices is not None:  # users and candidates of training are unknown
         guarded = tuple(each for each in rules.guardrail_slices if each in rules.slices)
         rules = rules.model_copy(update={"guardrail_slices": guarded})
-    rows = columns_of_tasks(tasks) if settings is None else columns_of_settings(settings)
-    rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in rules.slices))
+    rows = parse_tasks(tasks) if settings is None else columns_from_settings(settings)
+    rows = replace(rows.with_columns(columns), slices=tuple(SliceSpec.parse(each) for each in rules.slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    return measure_predictions(rows, predictions, out, rules, compare_to, compare_to_columns)
+    return evaluate_predictions(rows, predictions, out, rules, compare_to, compare_to_columns)
 
 
 def _check_weights(settings: Settings, columns: tuple[str, ...]) -> None:

@@ -34,18 +34,18 @@ def export(model: str, tracking_uri: str | None, out: Path, int8: bool, onnx: bo
         require_packages("ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
     from mmoe_rec.atomic import atomic_folder
     from mmoe_rec.inference.export import write_int8, write_onnx
-    from mmoe_rec.locks import writing
+    from mmoe_rec.locks import write_lock
     from mmoe_rec.settings.sections import Tracking
-    from mmoe_rec.tracking.registry import find_model
+    from mmoe_rec.tracking.registry import resolve_model
 
-    found = find_model(model, Tracking(uri=tracking_uri).address)
-    with writing(out, "an export", "name another folder with --out"):
+    found = resolve_model(model, Tracking(uri=tracking_uri).resolved_uri)
+    with write_lock(out, "an export", "name another folder with --out"):
         if out.exists() and out.resolve() == found.folder.resolve():
             raise UserError(f"'{out}' holds the model that is exported: name another folder with --out")
         if out.is_dir() and any(out.iterdir()) and not (out / REPORT).exists():
             raise UserError(f"'{out}' holds files that are no export: name another folder with --out, or remove it")
         with atomic_folder(out) as made:
-            report: dict[str, Any] = {"made": "onnx" if onnx else "int8", "of": found.address}
+            report: dict[str, Any] = {"made": "onnx" if onnx else "int8", "of": found.uri}
             report |= (write_onnx if onnx else write_int8)(found.folder, made)
             (made / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     for name, before in report.get("bytes", {}).get("model", {}).items():

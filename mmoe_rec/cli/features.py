@@ -13,12 +13,12 @@ import click
 
 from mmoe_rec.cli.main import Configuration, settings_command
 from mmoe_rec.log.checks import format_time
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.extend import extend as add_days
-from mmoe_rec.preprocessing.logs import BuildInputs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, empty_split, prepare
-from mmoe_rec.report.formatting import describe_request_times, describe_unmatured
+from mmoe_rec.preprocessing.prepare import FeatureFolder, empty_split_message, prepare
+from mmoe_rec.report.formatting import describe_conflicting_times, describe_pending_labels
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.task_kinds import DEFAULT
+from mmoe_rec.task_kinds import DEFAULT_KIND
 
 
 @settings_command(__doc__)
@@ -37,10 +37,10 @@ def features(configuration: Configuration, extend: bool) -> None:
         print("added " + " of ".join(f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in counts))
         if extended.new_ids:
             print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
-        if gone := extended.gone:
-            print(f"files that are gone from the log stay counted: {len(gone):,}, such as '{gone[0]}'")
+        if missing := extended.missing:
+            print(f"files that are gone from the log stay counted: {len(missing):,}, such as '{missing[0]}'")
     if empty := [name for name in ("train", "validation") if not features.manifest["splits"][name]["rows"]]:
-        print(f"no model can be trained on these: {empty_split(empty[0], features.folder)}")
+        print(f"no model can be trained on these: {empty_split_message(empty[0], features.folder)}")
     elif extend:
         champion = f"models:/{settings.registered_model}@{settings.tracking.alias}"
         print(f"next: mmoe-rec train {configuration.options('--from', champion)}")
@@ -53,14 +53,14 @@ def _print(features: FeatureFolder, settings: Settings) -> None:
     requests, kinds = features.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in features.manifest["splits"].items():
         labels = "; ".join(  # a name that is not a task's is the outcome of two
-            f"{task} {kinds.get(task, DEFAULT).describe_labels(split['label_sum'][task], observed)}"
+            f"{task} {kinds.get(task, DEFAULT_KIND).describe_labels(split['label_sum'][task], observed)}"
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
-        for task, number in split["unmatured"].items():
+        for task, number in split["pending_labels"].items():
             if number:
-                print(f"    {describe_unmatured(task, number, format_time(split['known_by']))}")
-    if sentence := describe_request_times(requests):
+                print(f"    {describe_pending_labels(task, number, format_time(split['known_by']))}")
+    if sentence := describe_conflicting_times(requests):
         print(sentence)
     if requests and requests["continued_rows"]:
         rows, begun = requests["continued_rows"], requests["continued"]
@@ -68,5 +68,5 @@ def _print(features: FeatureFolder, settings: Settings) -> None:
             f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
             "the files before: counters and histories take such labels, but the rows are not encoded"
         )
-    for each in features.manifest["left_out"]:
+    for each in features.manifest["skipped"]:
         print(f"left out: {each['reason']}")

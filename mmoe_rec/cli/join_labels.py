@@ -20,10 +20,10 @@ from mmoe_rec.cli.main import Configuration, settings_command
 @click.option("--out", required=True, metavar="DIR", help="folder of the interaction log that is added to")
 @click.option("--until", metavar="T", help="time up to which all events are there (default: each log's last event)")
 def join_labels(configuration: Configuration, requests: str, events: str | None, out: str, until: str | None) -> None:
-    from mmoe_rec.live import outcomes
-    from mmoe_rec.log.given import parse_time
+    from mmoe_rec.live import label_join
+    from mmoe_rec.log.request_values import parse_time
 
     end = None if until is None else parse_time(until)
-    joined = outcomes.join_labels(configuration.settings, requests, events, out, until=end)
-    for line in outcomes.describe(joined):
+    joined = label_join.join_labels(configuration.settings, requests, events, out, until=end)
+    for line in label_join.describe(joined):
         print(line)

@@ -19,7 +19,7 @@ from rich.text import Text
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
 from mmoe_rec.progress import open_console
 from mmoe_rec.report.parts import Report, to_terminal
-from mmoe_rec.settings.load import TEMPLATE, check_names, load_settings
+from mmoe_rec.settings.load import TEMPLATE, check_option_names, load_settings
 from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
@@ -45,8 +45,9 @@ COMMANDS = {
     "settings": "lists settings with their defaults",
     "doctor": "checks the packages, the devices, MLflow and the work folder",
 }
-"""Command -> what it does. Its function and its file have its name, with underscores, unless `FILES` names the file."""
-FILES = {
+"""Command -> what it does. Its function and its file have its name, with underscores, unless `COMMAND_FILES` names the
+file."""
+COMMAND_FILES = {
     **dict.fromkeys(("init", "inspect"), "data"),
     **dict.fromkeys(("baselines", "promote", "tune-weights", "report"), "results"),
 }
@@ -84,7 +85,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.section is not None:  # click checks the options of a command without settings
-            check_names(args, [name.lstrip("-") for each in self.get_params(ctx) for name in each.opts])
+            check_option_names(args, [name.lstrip("-") for each in self.get_params(ctx) for name in each.opts])
         return super().parse_args(ctx, list(self._repeat_options(args)))
 
     def _repeat_options(self, words: Iterable[str]) -> Iterator[str]:
@@ -106,7 +107,9 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.section is not None:
             named = f" {self.section}" if self.section else " [SECTION]"
-            formatter.write(f"\nOverride a setting with --SECTION.KEY VALUE. List the settings: mmoe-rec settings{named}\n")
+            formatter.write(
+                f"\nOverride a setting with --SECTION.KEY VALUE. List the settings: mmoe-rec settings{named}\n"
+            )
 
 
 def command(doc: str | None = None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
@@ -192,7 +195,7 @@ class Commands(click.Group):
             meant = f"; did you mean '{near[0]}'?" if near else "; mmoe-rec --help lists them"
             raise UserError(f"there is no command '{cmd_name}'{meant}")
         name = cmd_name.replace("-", "_")
-        command: click.Command = getattr(import_module(f"mmoe_rec.cli.{FILES.get(cmd_name, name)}"), name)
+        command: click.Command = getattr(import_module(f"mmoe_rec.cli.{COMMAND_FILES.get(cmd_name, name)}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -232,4 +235,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(EXIT_CODE) from None
     except click.ClickException as error:
         message = error.format_message().rstrip(".")
-        raise UserError(f"{message[:1].lower()}{message[1:]}; --help lists the options, `mmoe-rec settings` the settings") from None
+        raise UserError(
+            f"{message[:1].lower()}{message[1:]}; --help lists the options, `mmoe-rec settings` the settings"
+        ) from None

@@ -20,11 +20,11 @@ from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_comm
 from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
-    from mmoe_rec.training.sharding import RankPlan
+    from mmoe_rec.training.sharding import RankEstimate
 
 GIB = 2**30
-MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
-MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
+ASSUMED_TRAINING_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
+MAX_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 
 
@@ -45,45 +45,52 @@ def plan(
     settings = configuration.settings
     if world_size % local_world_size:
         raise UserError(f"--world-size {world_size} is not a multiple of --local-world-size {local_world_size}")
-    if world_size > MOST_RANKS:
-        raise UserError(f"--world-size {world_size} is more than a plan is made for, {MOST_RANKS:,}")
-    from mmoe_rec.training.sharded_tables import require_torchrec
+    if world_size > MAX_RANKS:
+        raise UserError(f"--world-size {world_size} is more than a plan is made for, {MAX_RANKS:,}")
+    from mmoe_rec.training.table_backends import require_torchrec
 
     require_torchrec("a plan")
     import torch
 
     from mmoe_rec.features.layout import Layout
-    from mmoe_rec.features.pipeline import largest_layout
+    from mmoe_rec.features.pipeline import max_layout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.model_layout import ModelLayout
     from mmoe_rec.model.tables import torchrec_tables, used_tables
-    from mmoe_rec.training.sharding import Machines, Planning, check_sharding, merge_neighbours, table_bytes
+    from mmoe_rec.training.sharding import Cluster, ShardingPlanner, check_sharding, merge_adjacent_ranks, table_bytes
 
     built = Path(settings.data.work_dir) / "features" / "encoded"
     if (built / "layout.json").is_file():
         layout, where = Layout.read(built), f"of the features in '{built.parent}'"
     else:
-        layout = largest_layout(settings.schema_)
+        layout = max_layout(settings.schema_)
         where = "the largest that the settings allow; features are not built yet"
     layout = ModelLayout.of(layout, settings)
     check_sharding(settings.training.sharding, device)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
-    machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
-    rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
+    machines = Cluster(world_size, local_world_size, device, hbm, int(host_gib * GIB))
+    rows = -(-settings.training.resolve_batch_size(ASSUMED_TRAINING_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = Planning(layout, machines, rows, settings.training).on_paper(model), used_tables(layout)
+    (text, ranks), tables = (
+        ShardingPlanner(layout, machines, rows, settings.training).estimate_plan(model),
+        used_tables(layout),
+    )
     print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
     print(text)
-    print("\n".join(merge_neighbours([(each.rank, describe_rank(each, machines.rank_bytes)) for each in ranks])))
-    print(f"estimated time of tables in a step: {max(rank.milliseconds for rank in ranks):.1f} ms")
+    print(
+        "\n".join(
+            merge_adjacent_ranks([(each.rank, describe_rank(each, machines.table_budget_bytes)) for each in ranks])
+        )
+    )
+    print(f"estimated time of tables in a step: {max(rank.step_ms for rank in ranks):.1f} ms")
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
 
-def describe_rank(rank: RankPlan, most: int) -> str:
+def describe_rank(rank: RankEstimate, most: int) -> str:
     """What a rank takes of so many bytes, and of a step's time."""
-    share = f"{rank.bytes / GIB:.2f} of {most / GIB:.2f} GiB ({rank.bytes / most:.0%})"
-    return f"{share} for tables ({rank.tables / GIB:.2f}) and their activations, {rank.milliseconds:.2f} ms a step"
+    share = f"{rank.total_bytes / GIB:.2f} of {most / GIB:.2f} GiB ({rank.total_bytes / most:.0%})"
+    return f"{share} for tables ({rank.table_bytes / GIB:.2f}) and their activations, {rank.step_ms:.2f} ms a step"

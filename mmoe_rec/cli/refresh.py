@@ -44,16 +44,21 @@ def refresh(
 
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     refreshed = tables.refresh(settings, address, rebuild=rebuild, journal=journal, **options)
-    before, made, now = refreshed.before, refreshed.tables, refreshed.after
-    holder = f"'{before.alias}' of '{before.version.name}'"
+    previous, made, now = refreshed.previous, refreshed.tables, refreshed.current
+    holder = f"'{previous.alias}' of '{previous.version.name}'"
     if made is None:
         why = "tables of all files are the same" if rebuild else f"no new files in '{settings.data.log}'"
-        print(f"{why}: {holder} stays version {before.version.number}, with tables as of {before.about.tables_as_of}")
+        print(
+            f"{why}: {holder} stays version {previous.version.number}, with tables as of "
+            f"{previous.artifact.tables_as_of}"
+        )
         return
-    print(f"version {refreshed.number}: tables as of {format_time(made.as_of)}, before {before.about.tables_as_of}")
+    print(
+        f"version {refreshed.number}: tables as of {format_time(made.as_of)}, before {previous.artifact.tables_as_of}"
+    )
     print(f"read {made.files:,} files, {made.rows:,} rows and {made.events:,} events")
-    if made.gone:
-        print(f"files that are gone from the log stay counted: {len(made.gone):,}, such as '{made.gone[0]}'")
+    if made.missing:
+        print(f"files that are gone from the log stay counted: {len(made.missing):,}, such as '{made.missing[0]}'")
     if now is not None and now.number == refreshed.number:
         print(f"{holder} is version {now.number} now")
     else:

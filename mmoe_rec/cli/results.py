@@ -26,13 +26,13 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     million training rows, or fewer of more than a hundred inputs, which takes some seven gigabytes.
     """
     from mmoe_rec.evaluation.evaluate import evaluate_model
-    from mmoe_rec.preprocessing.logs import check_out, short_names
+    from mmoe_rec.preprocessing.build_inputs import check_output_folder, short_names
     from mmoe_rec.training.baselines import measure_baselines
 
     settings = configuration.settings
     work = Path(settings.data.work_dir)
     out = out or work / "baselines"
-    check_out(out, settings)
+    check_output_folder(out, settings)
     evaluated, name = None, ""
     if model is not None:
         name = short_names([model])[model]
@@ -44,7 +44,7 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     print(f"report: {out / 'report.html'}")
 
 
-REFUSED = 1
+REFUSED_EXIT_CODE = 1
 
 
 @settings_command()
@@ -79,7 +79,7 @@ def promote(configuration: Configuration, challenger: str | None, rollback: bool
         print(f"report: {out / 'report.html'}")
     show(decision.reasons)
     if not decision.promoted:
-        raise SystemExit(REFUSED)
+        raise SystemExit(REFUSED_EXIT_CODE)
 
 
 @settings_command()
@@ -109,13 +109,13 @@ def tune_weights(
             raise UserError(f"--max-drop takes TASK=LOSS, such as rebought=0.002; found '{word}'")
         margins[found[1]] = float(found[2])
     from mmoe_rec.evaluation.tradeoffs import choose_weights
-    from mmoe_rec.report.report_files import PAGE, write_report
+    from mmoe_rec.report.report_files import REPORT_PAGE, write_report
 
     report = choose_weights(settings, goal or next(iter(settings.tasks)), margins, predictions)
     out = out or Path(settings.data.work_dir) / "tradeoffs"
     write_report(report, out)
     show_report(report)
-    print(f"report: {out / PAGE}")
+    print(f"report: {out / REPORT_PAGE}")
 
 
 @settings_command()
@@ -130,13 +130,13 @@ def report(configuration: Configuration, out: Path | None) -> None:
     that needs nothing else, to `data.work_dir`/report.
     """
     settings = configuration.settings
-    from mmoe_rec.preprocessing.logs import check_out
+    from mmoe_rec.preprocessing.build_inputs import check_output_folder
     from mmoe_rec.report.report_files import write_report
-    from mmoe_rec.training.overview import join_reports
+    from mmoe_rec.training.combined_report import combine_reports
 
     out = out or Path(settings.data.work_dir) / "report"
-    check_out(out, settings)
-    joined = join_reports(settings, lambda word, *words: f"mmoe-rec {word} {configuration.options(*words)}")
+    check_output_folder(out, settings)
+    joined = combine_reports(settings, lambda word, *words: f"mmoe-rec {word} {configuration.options(*words)}")
     write_report(joined, out)
     show_report(joined)
     print(f"report: {out / 'report.html'}")

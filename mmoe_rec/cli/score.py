@@ -43,13 +43,13 @@ def score(
     overrides: tuple[str, ...],
 ) -> None:
     from mmoe_rec.inference.batch_scoring import score_log
-    from mmoe_rec.log.given import parse_time
+    from mmoe_rec.log.request_values import parse_time
 
     words = [*overrides, *(["--data.engine", engine] if engine else [])]
     period = (None if start is None else parse_time(start), None if end is None else parse_time(end))
     done = score_log(model, log, output, as_of, period, words, labels, keep)
     about = done.manifest
-    if done.before:
+    if done.reused:
         print("these rows were already scored, by the same model and settings")
     print(f"{about['rows']:,} rows scored by {about['model']} (version {about['model_version']})")
     print(f"note: {about['meaning']}")

@@ -35,7 +35,7 @@ from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.sections import Serving
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.artifact import Source
+    from mmoe_rec.inference.artifact import ResolvedModel
 
 TOKEN_VARIABLE = "MMOE_REC_TOKEN"
 _OF_MODELS = ("max_candidates", "stale_after_days", "matmul_backend")  # settings that each model has for itself
@@ -92,19 +92,19 @@ def serve(
         if keys[0] != "serving":
             raise UserError(f"'--{'.'.join(keys)}' is no option of serve, nor a setting of section serving; see --help")
     require_packages("mmoe-rec serve", "serve", "uvicorn", "starlette", "orjson", "httptools", "prometheus_client")
-    from mmoe_rec.live.request_log import LogOptions, check_folder
-    from mmoe_rec.server.options import Options, listening_socket, log_to_stderr
+    from mmoe_rec.live.request_log import RequestLogOptions, check_log_folder
+    from mmoe_rec.server.options import ServerOptions, bind_socket, log_to_stderr
     from mmoe_rec.settings.sections import Tracking
 
-    given: dict[str, Any] = {"share": log_fraction, "seconds": log_seconds}
+    given: dict[str, Any] = {"fraction": log_fraction, "flush_seconds": log_seconds}
     given = {name: value for name, value in given.items() if value is not None}
     if given and log_requests is None:
         raise UserError("--log-fraction and --log-seconds need --log-requests DIR, which is missing")
     token = read_token(token_file)
-    log = None if log_requests is None else LogOptions(log_requests.resolve(), **given)
-    finder = AtAddress(model, Tracking(uri=tracking_uri).address)
+    log = None if log_requests is None else RequestLogOptions(log_requests.resolve(), **given)
+    finder = UriFinder(model, Tracking(uri=tracking_uri).resolved_uri)
     # Before the model is fetched and loaded, which may take minutes.
-    bound = listening_socket(host, port)
+    bound = bind_socket(host, port)
     log_to_stderr()
     is_local = ip_address(bound.getsockname()[0]).is_loopback
     if token is None and not is_local:
@@ -116,64 +116,64 @@ def serve(
     if journal is not None:
         _open_journal(journal)
     if log is not None:
-        check_folder(log.folder)
-    known, source = finder.state(), finder.find()
-    limits, instead = read_limits(source.folder, list(overrides))
-    options = Options(limits, instead, grace, token, journal, log, hosts, drain_seconds)
+        check_log_folder(log.folder)
+    known, source = finder.fingerprint(), finder.find()
+    limits, setting_overrides = read_serving_settings(source.folder, list(overrides))
+    options = ServerOptions(limits, setting_overrides, grace, token, journal, log, hosts, drain_seconds)
     from mmoe_rec.server.workers import serve_by_workers
 
     raise SystemExit(serve_by_workers(source, known, finder, bound, options, poll, workers))
 
 
 @dataclass(frozen=True)
-class AtAddress:
-    """The model at an address, which MLflow at `uri` knows; a `Finder`."""
+class UriFinder:
+    """The model at an address, which MLflow at `uri` knows; a `ModelFinder`."""
 
-    address: str
-    uri: str
+    model_uri: str
+    tracking_uri: str
 
-    def state(self) -> str | None:
+    def fingerprint(self) -> str | None:
         """Name and version that an alias stands for; of a folder, its manifest, and size and time of all its files; of
         other addresses, None.
 
         Of all, as a copy that is under way may be looked at: its last file changes the state once more.
         """
-        from mmoe_rec.inference.artifact import MANIFEST
-        from mmoe_rec.tracking.registry import fetch_model, pin_address
+        from mmoe_rec.inference.artifact import MANIFEST_FILE
+        from mmoe_rec.tracking.registry import fetch_model, pin_model_uri
 
-        permanent = pin_address(self.address, self.uri)
+        permanent = pin_model_uri(self.model_uri, self.tracking_uri)
         if not Path(permanent).exists():
             return permanent if permanent.startswith("models:/") else None
-        folder, state = fetch_model(permanent, self.uri), hashlib.sha256()
+        folder, state = fetch_model(permanent, self.tracking_uri), hashlib.sha256()
         with suppress(OSError):
-            state.update((folder / MANIFEST).read_bytes())  # files of two models may have the same sizes and times
+            state.update((folder / MANIFEST_FILE).read_bytes())  # files of two models may have the same sizes and times
         for path in sorted(folder.rglob("*")):
             with suppress(OSError):  # it has just been removed
                 if path.suffix in _READ and (found := path.stat()):
                     state.update(f"\n{path} {found.st_size} {found.st_mtime_ns}".encode(errors="surrogateescape"))
         return f"{permanent} {state.hexdigest()}"
 
-    def find(self) -> Source:
+    def find(self) -> ResolvedModel:
         """The model with its files on this machine."""
-        from mmoe_rec.tracking.registry import find_model
+        from mmoe_rec.tracking.registry import resolve_model
 
-        found = find_model(self.address, self.uri)
+        found = resolve_model(self.model_uri, self.tracking_uri)
         return replace(found, folder=found.folder.resolve())
 
 
-def _open_journal(address: str) -> None:
+def _open_journal(uri: str) -> None:
     """Makes the journal unless it is there. Raises UserError where events can't be written to it."""
     from mmoe_rec.live.journal import Journal
 
-    journal, log = Journal(address), logging.getLogger(__name__)
-    if end := journal.end():
-        log.info("going on with the journal '%s', %s, at position %s", journal.name, journal.id, end)
+    journal, log = Journal(uri), logging.getLogger(__name__)
+    if last_position := journal.last_position():
+        log.info("going on with the journal '%s', %s, at position %s", journal.name, journal.id, last_position)
     else:  # a mistyped address would become another journal, without what the model has learnt so far
         log.info("the journal '%s', %s, is empty: it begins now", journal.name, journal.id)
     journal.close()
 
 
-def read_limits(folder: Path, overrides: Sequence[str]) -> tuple[Serving, dict[str, Any]]:
+def read_serving_settings(folder: Path, overrides: Sequence[str]) -> tuple[Serving, dict[str, Any]]:
     """The section `serving` of the settings that a model was trained with, and of overrides; and what these alone say
     of settings that each model has for itself, which goes for models that are loaded later, too. Raises UserError."""
     serving, given = load_settings(folder / "settings.yaml", overrides).serving, set[str]()

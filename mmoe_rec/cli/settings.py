@@ -6,7 +6,7 @@ import sys
 import click
 
 from mmoe_rec.cli.main import command
-from mmoe_rec.settings.load import describe
+from mmoe_rec.settings.load import describe_settings
 from mmoe_rec.settings.sections import Settings
 
 
@@ -20,6 +20,6 @@ def settings(section: str | None) -> None:
     --SECTION.KEY VALUE. Name a section to list its settings alone.
     """
     try:
-        print(describe(section), flush=True)
+        print(describe_settings(section), flush=True)
     except BrokenPipeError:  # a reader such as `head` ended: Python would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,10 +28,10 @@ from mmoe_rec.cli.main import Configuration, settings_command, show_report
 @click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
 def train(configuration: Configuration, resume: bool, start: str | None) -> None:
-    from mmoe_rec.preprocessing.logs import BuildInputs
+    from mmoe_rec.preprocessing.build_inputs import BuildInputs
 
     _ = BuildInputs.of(configuration.settings).logs  # a log that is missing is reported before torch is loaded
-    from mmoe_rec.tracking.registry import CHALLENGER
+    from mmoe_rec.tracking.registry import CHALLENGER_ALIAS
     from mmoe_rec.training.train import train_model
 
     trained = train_model(configuration.settings, start, resume)
@@ -39,11 +39,11 @@ def train(configuration: Configuration, resume: bool, start: str | None) -> None
         return
     from mmoe_rec.training.training_report import make_report
 
-    if trained.before:
+    if trained.finished_earlier:
         print("this training has already ended, with the results below; without --resume a new one begins")
     show_report(make_report(trained, configuration.settings))
-    print(f"model: {trained.artifact}, registered as {trained.address}")
-    if trained.address.endswith(f"@{CHALLENGER}"):
-        options = configuration.options("--challenger", CHALLENGER)
+    print(f"model: {trained.artifact}, registered as {trained.model_uri}")
+    if trained.model_uri.endswith(f"@{CHALLENGER_ALIAS}"):
+        options = configuration.options("--challenger", CHALLENGER_ALIAS)
         print(f"to ask again, by the test rows: mmoe-rec promote {options}")
-    print(f"next: mmoe-rec evaluate {configuration.options('--model', trained.address)}")
+    print(f"next: mmoe-rec evaluate {configuration.options('--model', trained.model_uri)}")

@@ -27,15 +27,15 @@ from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_comm
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs that confirm the result (default: 5)")
 def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int) -> None:
     settings = configuration.settings
-    from mmoe_rec.preprocessing.logs import BuildInputs
+    from mmoe_rec.preprocessing.build_inputs import BuildInputs
 
     _ = BuildInputs.of(settings).logs  # a log that is missing is reported before torch is loaded
     from mmoe_rec.experiments.compare import make_report
-    from mmoe_rec.experiments.search import BEST, FOLDER, tune_settings
-    from mmoe_rec.report.report_files import PAGE
+    from mmoe_rec.experiments.tuning import BEST_FILE, TUNING_FOLDER, tune_settings
+    from mmoe_rec.report.report_files import REPORT_PAGE
 
     trials = 20 if trials is None and minutes is None else trials
     show_report(make_report(tune_settings(settings, minutes, trials, seeds)))
-    folder = Path(settings.data.work_dir) / FOLDER
-    print(f"report: {folder / PAGE}")
-    print(f"next: mmoe-rec train --config {folder / BEST}")
+    folder = Path(settings.data.work_dir) / TUNING_FOLDER
+    print(f"report: {folder / REPORT_PAGE}")
+    print(f"next: mmoe-rec train --config {folder / BEST_FILE}")

@@ -1,11 +1,12 @@
 """Fits `mmoe_rec.model.score` on rows that the model was not trained on.
 
-temperature: slope x logit + offset by logistic regression of the label on the logit (Platt, 1999; temperature scaling
-(Guo et al., ICML 2017) with an offset, as a model may also be too high everywhere). Two numbers: it needs few rows.
+fit_temperature: slope x logit + offset by logistic regression of the label on the logit (Platt, 1999; temperature
+scaling (Guo et al., ICML 2017) with an offset, as a model may also be too high everywhere). Two numbers: it needs few
+rows.
 
-isotonic: the rising step function with the least squared error (Zadrozny and Elkan, KDD 2002), which can take any
+fit_isotonic: the rising step function with the least squared error (Zadrozny and Elkan, KDD 2002), which can take any
 rising form, and needs thousands of rows. Its steps are flat, so they would tie candidates that the model tells apart.
-Hence the middles of the steps are joined by straight lines, which rise by at least FLATTEST; see `isotonic`.
+Hence the middles of the steps are joined by straight lines, which rise by at least FLATTEST; see `fit_isotonic`.
 """
 
 import math
@@ -16,31 +17,31 @@ import numpy as np
 import pyarrow as pa
 import torch
 from scipy.special import expit
-from sklearn.isotonic import IsotonicRegression
+from sklearn.fit_isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.devices import device_of, freed_memory_kept
+from mmoe_rec.batches.encoded_dataset import EncodedDataset
+from mmoe_rec.devices import device_of, keeping_freed_memory
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.progress import bar
-from mmoe_rec.task_kinds import DEFAULT
+from mmoe_rec.task_kinds import DEFAULT_KIND
 
-Method = Literal["temperature", "isotonic"]
+CalibrationMethod = Literal["temperature", "isotonic"]
 # Observed rows of the rarer label that a fit needs: their rate then has a standard error of about a tenth, or of 3%.
-FEWEST = {"temperature": 100, "isotonic": 1000}
+MIN_LABELS = {"temperature": 100, "isotonic": 1000}
 # The least slope of an isotonic fit. Logits that differ by 1e-4 then still differ in float32.
-FLATTEST = 0.01
+MIN_SLOPE = 0.01
 # Where a larger logit changes no probability, and the exponential of a far larger one has no float64.
 _LARGEST_LOGIT = 100.0
 
 
 def fit_calibration(
-    method: Method,
+    method: CalibrationMethod,
     tasks: Sequence[TaskOutput],
     logits: np.ndarray,
     labels: np.ndarray,
@@ -63,9 +64,9 @@ def fit_calibration(
         observed = ~np.isnan(labels[:, index])
         x, y = logits[observed, index].astype(np.float64), labels[observed, index].astype(np.float64)
         w = np.ones(len(y)) if weights is None else weights[observed].astype(np.float64)
-        rarer = task.kind.count_rarer(y)
-        if rarer < FEWEST[method]:
-            why = f"{rarer:,} observed selecting rows have its rarer label, {method} needs {FEWEST[method]:,}"
+        rarer = task.kind.count_minority(y)
+        if rarer < MIN_LABELS[method]:
+            why = f"{rarer:,} observed selecting rows have its rarer label, {method} needs {MIN_LABELS[method]:,}"
         elif (fitted := _FITS[method](x, y, w)) is None:
             why = "its logits do not rise with the label on validation rows, or tell the labels apart without an error"
         elif times is not None and (drift := _find_drift(method, x, y, w, times[observed])):
@@ -77,7 +78,9 @@ def fit_calibration(
     return Calibration(calibrated), left
 
 
-def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, times: np.ndarray) -> str | None:
+def _find_drift(
+    method: CalibrationMethod, x: np.ndarray, y: np.ndarray, w: np.ndarray, times: np.ndarray
+) -> str | None:
     """What a fit on the earlier half of rows does to the later half, if it makes them worse by two standard errors."""
     early, late = np.array_split(np.argsort(times, kind="stable"), 2)
     if len(np.unique(y[early])) < 2 or (fitted := _FITS[method](x[early], y[early], w[early])) is None:
@@ -85,7 +88,7 @@ def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, tim
     share, before = w[late] / w[late].sum(), x[late]
     after = fitted.apply(torch.from_numpy(before)).numpy()
     # A kind's own loss, such as a focal one, need not be least for the true probabilities.
-    losses = [DEFAULT.losses(each, y[late]) for each in (after, before)]
+    losses = [DEFAULT_KIND.losses(each, y[late]) for each in (after, before)]
     apart = losses[0] - losses[1]
     if share @ apart <= 2 * math.sqrt(share**2 @ (apart - share @ apart) ** 2):
         return None
@@ -95,7 +98,7 @@ def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, tim
     )
 
 
-def temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration | None:
+def fit_temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration | None:
     """slope x logit + offset of the largest likelihood; None where there is none with a slope above 0.
 
     x, y, weights: (N,) float64, logits, labels of both classes (0 or 1) and positive weights.
@@ -106,10 +109,10 @@ def temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibr
     # C of infinity is no regularisation: a and b are those of the likelihood alone.
     model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-8).fit(x[:, None], y, weights)
     slope, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
-    return TaskCalibration.line(slope, offset) if slope > 0 else None
+    return TaskCalibration.linear(slope, offset) if slope > 0 else None
 
 
-def isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration:
+def fit_isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration:
     """Straight lines between the middles of the steps of isotonic regression, in logits.
 
     A step's middle is (mean probability before, rate of the label): where the model is right on average, it stays as
@@ -117,7 +120,7 @@ def isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibrati
     not known to be 0 or 1. Beyond the outer middles the slope is 1: a logit is shifted as the outermost one is. So the
     function rises everywhere and the order of rows stays, but for logits that rounding to float32 makes equal.
 
-    x, y, weights: as for `temperature`.
+    x, y, weights: as for `fit_temperature`.
     """
     x = x.clip(-_LARGEST_LOGIT, _LARGEST_LOGIT)
     rates = IsotonicRegression().fit(x, y, weights).predict(x)
@@ -128,26 +131,26 @@ def isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibrati
     step -= step.min()
     high, low, positive, negative = (np.bincount(step, weights * each) for each in (expit(x), expit(-x), y, 1 - y))
     before, after = np.log(high / low), np.log(positive / negative)
-    after = np.maximum.accumulate(after - FLATTEST * before) + FLATTEST * before
+    after = np.maximum.accumulate(after - MIN_SLOPE * before) + MIN_SLOPE * before
     apart = np.diff(before, prepend=-np.inf) > 0  # steps a rounding error wide
     return TaskCalibration(tuple(before[apart].tolist()), tuple(after[apart].tolist()), 1.0)
 
 
-_FITS: dict[Method, Callable[[np.ndarray, np.ndarray, np.ndarray], TaskCalibration | None]] = {
-    "temperature": temperature,
-    "isotonic": isotonic,
+_FITS: dict[CalibrationMethod, Callable[[np.ndarray, np.ndarray, np.ndarray], TaskCalibration | None]] = {
+    "temperature": fit_temperature,
+    "isotonic": fit_isotonic,
 }
 
 
 @torch.inference_mode()
-def calibration_rows(
-    model: RankingModel, layout: ModelLayout, rows: EncodedRows, batch_size: int
+def predict_for_calibration(
+    model: RankingModel, layout: ModelLayout, rows: EncodedDataset, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Logits (N, T) without placement, labels (N, T), NaN where unobserved, weights (N,), if rows have them, and times
     of requests (N,) int64."""
     model.eval()
     logits, labels, weights, times = [], [], [], []
-    with bar() as progress, freed_memory_kept():
+    with bar() as progress, keeping_freed_memory():
         task = progress.add_task("calibrating", total=rows.rows)
         for part, table in rows.stream(batch_size, ("time",)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))

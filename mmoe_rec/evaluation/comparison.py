@@ -16,34 +16,34 @@ from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import MIN_RARER_ROWS
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
-    LEVEL,
+    ALPHA,
     Difference,
-    Key,
-    Resampled,
-    Values,
-    correct_all,
-    find_difference,
+    Estimate,
+    MetricKey,
+    Replicates,
+    compute_difference,
+    holm_correct,
 )
-from mmoe_rec.evaluation.metrics import metrics_of
+from mmoe_rec.evaluation.metrics import metrics_for_kind
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
 from mmoe_rec.evaluation.slices import SliceRecord, compare_slices
-from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, MeasuredModel, Objective, Summary, UserMetrics, nest
-from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows, count_rarer_label
-from mmoe_rec.report.formatting import signed
+from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, BootstrapMetrics, MeasuredModel, Objective, Summary, nest
+from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows, count_minority
+from mmoe_rec.report.formatting import format_signed
 from mmoe_rec.settings.sections import Evaluation
 from mmoe_rec.task_kinds import KINDS
 
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
-MOST_SLICES = 3
+MAX_LISTED_SLICES = 3
 """So many of the worst slices are told."""
-RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
+SLICE_RESAMPLES = 200  # standard errors are good to 5%
 
 
 @dataclass(frozen=True)
-class Guard:
+class Guardrail:
     """A guardrail: its task, None for slices; `auc`, `r2`, `calibration` or `slices`; and a sentence on the finding."""
 
     task: str | None
@@ -53,7 +53,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Versus:
+class ModelDifferences:
     """Differences of a model from another one: of the objective, and of all metrics, task or `score` -> metric."""
 
     objective: Difference
@@ -70,7 +70,7 @@ class Verdict:
 
     kind: str
     message: str
-    guards: tuple[Guard, ...]
+    guardrails: tuple[Guardrail, ...]
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Comparison:
 
     model: str
     objective: Objective | None
-    against: dict[str, Versus]
-    judged: tuple[str, ...]
-    left_out: dict[str, int]
+    differences: dict[str, ModelDifferences]
+    eligible_tasks: tuple[str, ...]
+    excluded_tasks: dict[str, int]
     verdicts: dict[str, Verdict]
 
 
@@ -105,19 +105,19 @@ def compare(
     where the rows are not the same, or for a metric that there is not.
     """
     mine, others = models[model].sums, {name: each.sums for name, each in models.items() if name != model}
-    objective = Objective.of(rules.primary_metric, mine, tasks)
+    objective = Objective.from_setting(rules.primary_metric, mine, tasks)
     alone = ((name, [sums]) for name, sums in others.items())
-    against = correct(mine, find_differences([mine], alone, objective, rules.resamples, name=model), others)
-    labels = {task: count_rarer_label(mine, task) for task in tasks}
-    judged = tuple(task for task, rows in labels.items() if rows >= FEWEST)
+    against = correct_differences(mine, find_differences([mine], alone, objective, rules.resamples, name=model), others)
+    labels = {task: count_minority(mine, task) for task in tasks}
+    judged = tuple(task for task, rows in labels.items() if rows >= MIN_RARER_ROWS)
     verdicts = {}
-    for other, versus in against.items():
+    for other, differences in against.items():
         summaries = {name: models[name].summary for name in (model, other)}
-        guards = list(find_guards(versus, summaries, judged, rules))
-        if (of_slices := guard_slices(slices, other, judged, rules.max_metric_drop)) is not None:
-            guards.append(of_slices)
-        verdicts[other] = decide(model, other, objective, versus, guards)
-    left_out = {task: rows for task, rows in labels.items() if rows < FEWEST}
+        guardrails = list(check_guardrails(differences, summaries, judged, rules))
+        if (of_slices := check_slice_guardrail(slices, other, judged, rules.max_metric_drop)) is not None:
+            guardrails.append(of_slices)
+        verdicts[other] = decide(model, other, objective, differences, guardrails)
+    left_out = {task: rows for task, rows in labels.items() if rows < MIN_RARER_ROWS}
     return Comparison(model, objective, against, judged, left_out, verdicts)
 
 
@@ -149,12 +149,12 @@ def find_differences(
     Raises:
         UserError: The trainings were measured on different rows.
     """
-    mine = resample_mean(sums, resamples, objective, metrics)
+    mine = bootstrap_mean(sums, resamples, objective, metrics)
     differences: Differences = {}
     for other, its in others:
         for each in its:
             check_same_rows(name, sums[0], other, each)
-        theirs = resample_mean(its, resamples, objective, metrics)
+        theirs = bootstrap_mean(its, resamples, objective, metrics)
         left_out = {SCORE} if _weights_of_tasks(sums[0]) != _weights_of_tasks(its[0]) else set[str]()
         if left_out and objective is not None and SCORE in objective.groups:
             left_out.add(OBJECTIVE[0])
@@ -162,59 +162,63 @@ def find_differences(
             (values, redrawn), (its_values, its_redrawn) = mine[key], theirs[key]
             sides = (values, its_values)
             of_seeds = [(each.var(ddof=1) / len(each), len(each) - 1) for each in sides if min(map(len, sides)) > 1]
-            differences[other, *key] = find_difference(redrawn, its_redrawn, of_seeds)
+            differences[other, *key] = compute_difference(redrawn, its_redrawn, of_seeds)
     return differences
 
 
-def resample_mean(
+def bootstrap_mean(
     sums: Sequence[EvaluationSums],
     resamples: int,
     objective: Objective | None = None,
     metrics: Collection[str] | None = None,
-) -> dict[Key, tuple[np.ndarray, Resampled]]:
+) -> dict[MetricKey, tuple[np.ndarray, Estimate]]:
     """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
-    trainings = [UserMetrics(each, objective, metrics) for each in sums]
+    trainings = [BootstrapMetrics(each, objective, metrics) for each in sums]
 
-    def mean_of(counts: np.ndarray) -> Values:
-        values = [each.at(counts) for each in trainings]
+    def mean_of(counts: np.ndarray) -> Replicates:
+        values = [each.compute(counts) for each in trainings]
         return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
 
-    once = [each.once for each in trainings]
-    means = trainings[0].resample(resamples, mean_of)
-    return {key: (np.array([each[key] for each in once]), mean) for key, mean in means.items()}
+    point_values = [each.point_values for each in trainings]
+    means = trainings[0].bootstrap(resamples, mean_of)
+    return {key: (np.array([each[key] for each in point_values]), mean) for key, mean in means.items()}
 
 
 def decide(
-    model: str, other: str, objective: Objective | None, versus: Versus, guards: Sequence[Guard] = ()
+    model: str,
+    other: str,
+    objective: Objective | None,
+    differences: ModelDifferences,
+    guardrails: Sequence[Guardrail] = (),
 ) -> Verdict:
     """The verdict on a model beside another one."""
-    apart, both = versus.objective, f"'{model}' and '{other}'"
-    if objective is None or apart.p is None or apart.value is None:
-        why = f"no task has labels enough ({FEWEST} rows of either)"
+    apart, both = differences.objective, f"'{model}' and '{other}'"
+    if objective is None or apart.p_value is None or apart.value is None:
+        why = f"no task has labels enough ({MIN_RARER_ROWS} rows of either)"
         if objective is not None:
             alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
             why = f"{objective.name} {'is undefined' if apart.value is None else alone}"
-        return Verdict(UNDECIDED, f"{both} can't be told apart: {why}", tuple(guards))
+        return Verdict(UNDECIDED, f"{both} can't be told apart: {why}", tuple(guardrails))
     what = objective.name
     if not apart.is_significant:
-        told = f"no difference is shown between {both}{apart.once_corrected}: {what} differs by {apart.shown()}"
+        told = f"no difference is shown between {both}{apart.correction_note}: {what} differs by {apart.format()}"
         if apart.low == apart.high == 0:
             told = f"{both} do not differ: {what} is the same"
-        return Verdict(NOT_SHOWN, told, tuple(guards))
+        return Verdict(NOT_SHOWN, told, tuple(guardrails))
     ends = sorted(abs(each or 0.0) for each in (apart.low, apart.high))
-    size, *reach = signed(abs(apart.value), *ends, sign=False)
+    size, *reach = format_signed(abs(apart.value), *ends, sign=False)
     which, size = "higher" if apart.value > 0 else "lower", f"{size} ({' to '.join(reach)})"
     is_gain = (apart.value > 0) == (objective.better == "higher")
-    if is_gain and (failed := [guard.message for guard in guards if not guard.passed]):
+    if is_gain and (failed := [guard.message for guard in guardrails if not guard.passed]):
         beats = f"although {what} is {which} than that of '{other}' by {size}"
-        return Verdict(HELD_BACK, f"'{model}' is not called better, {beats}: {'; '.join(failed)}", tuple(guards))
+        return Verdict(HELD_BACK, f"'{model}' is not called better, {beats}: {'; '.join(failed)}", tuple(guardrails))
     kind = BETTER if is_gain else WORSE
-    return Verdict(kind, f"'{model}' is {kind} than '{other}': {what} is {which} by {size}", tuple(guards))
+    return Verdict(kind, f"'{model}' is {kind} than '{other}': {what} is {which} by {size}", tuple(guardrails))
 
 
-def find_guards(
-    versus: Versus, summaries: Mapping[str, Summary], judged: Sequence[str], rules: Evaluation
-) -> Iterator[Guard]:
+def check_guardrails(
+    differences: ModelDifferences, summaries: Mapping[str, Summary], judged: Sequence[str], rules: Evaluation
+) -> Iterator[Guardrail]:
     """The guardrails of each judged task: its loss, and its probabilities, which pass unless they are shown to be off
     by more than the limit, and by more than the other model's.
 
@@ -222,9 +226,9 @@ def find_guards(
     """
     other, (mine, its) = list(summaries)[-1], summaries.values()
     for task in judged:
-        metric = mine.tasks[task].guarded
+        metric = mine.tasks[task].guardrail_metric
         limit = f"a loss of more than {rules.max_metric_drop:g} (evaluation.max_metric_drop)"
-        loss = versus.groups.get(task, {}).get(metric, Difference(None))
+        loss = differences.groups.get(task, {}).get(metric, Difference(None))
         end = f"so {limit} can't be ruled out"
         if (
             passed := loss.low is not None and loss.low >= -rules.max_metric_drop
@@ -232,11 +236,11 @@ def find_guards(
             end = f"so {limit} is ruled out"
         elif loss.high is not None and loss.high < -rules.max_metric_drop:
             end = f"which is {limit}"
-        told = f"the {metric} of {task} changes by {loss.shown()}"
+        told = f"the {metric} of {task} changes by {loss.format()}"
         if loss.low is None:
             missing = "is undefined" if loss.value is None else "has no interval"
             told = f"the difference in {metric} of {task} {missing}"
-        yield Guard(task, metric, passed, f"{told}, {end}")
+        yield Guardrail(task, metric, passed, f"{told}, {end}")
         ratio, its_ratio = (each.tasks[task].get("calibration") for each in (mine, its))
         if ratio.value is None or its_ratio.value is None:
             continue
@@ -244,25 +248,29 @@ def find_guards(
         is_outside = low > rules.max_calibration_ratio or high < 1 / rules.max_calibration_ratio
         passed = not (is_outside and distance_from_one(ratio.value) > distance_from_one(its_ratio.value))
         told = (
-            f"the probabilities of {task} are {ratio.shown(2)} times what was observed, which is "
+            f"the probabilities of {task} are {ratio.format(2)} times what was observed, which is "
             f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {rules.max_calibration_ratio:g} "
             f"(evaluation.max_calibration_ratio); those of '{other}' are {its_ratio.value:.2f} times"
         )
-        yield Guard(task, "calibration", passed, told)
+        yield Guardrail(task, "calibration", passed, told)
 
 
-def guard_slices(slices: Sequence[SliceRecord], other: str, tasks: Sequence[str], margin: float) -> Guard | None:
+def check_slice_guardrail(
+    slices: Sequence[SliceRecord], other: str, tasks: Sequence[str], margin: float
+) -> Guardrail | None:
     """Passes unless a slice is shown to lose more than the margin, corrected for how many are looked at: all of them
     together hold an equal model back in at most 2.5% of the cases, as the interval of a single one does.
 
     None where no slice can be judged.
     """
-    guarded = {kind.guarded for kind in KINDS.values()}
-    beside = [each for each in slices if each.beside == other and each.group in tasks and each.metric in guarded]
-    judged = [(each, each.test_loss(margin)) for each in beside if each.freedom]
+    guardrail_metric = {kind.guardrail_metric for kind in KINDS.values()}
+    compared_to = [
+        each for each in slices if each.compared_to == other and each.group in tasks and each.metric in guardrail_metric
+    ]
+    judged = [(each, each.loss_p_value(margin)) for each in compared_to if each.degrees_of_freedom]
     if not judged:
         return None
-    losing = sorted((each for each, p in judged if p * len(judged) < LEVEL), key=lambda each: each.apart or 0.0)
+    losing = sorted((each for each, p in judged if p * len(judged) < ALPHA), key=lambda each: each.difference or 0.0)
     looked_at = dict.fromkeys((each.by, each.slice) for each, _ in judged)
     number, by = len(looked_at), ", ".join(dict.fromkeys(by for by, _ in looked_at))
     told, limit = (
@@ -270,13 +278,15 @@ def guard_slices(slices: Sequence[SliceRecord], other: str, tasks: Sequence[str]
         f"a loss of more than {margin:g} (evaluation.max_metric_drop)",
     )
     if losing:
-        more = f", and in {len(losing) - MOST_SLICES} more" if len(losing) > MOST_SLICES else ""
-        told = f"{'; '.join(f'in {each.message}' for each in losing[:MOST_SLICES])}{more}, which is"
+        more = f", and in {len(losing) - MAX_LISTED_SLICES} more" if len(losing) > MAX_LISTED_SLICES else ""
+        told = f"{'; '.join(f'in {each.message}' for each in losing[:MAX_LISTED_SLICES])}{more}, which is"
         limit += f", corrected for the {number} slices by {by}"
-    return Guard(None, "slices", not losing, f"{told} {limit}")
+    return Guardrail(None, "slices", not losing, f"{told} {limit}")
 
 
-def correct(base: EvaluationSums, differences: Differences, others: Iterable[str]) -> dict[str, Versus]:
+def correct_differences(
+    base: EvaluationSums, differences: Differences, others: Iterable[str]
+) -> dict[str, ModelDifferences]:
     """Each other model -> differences with corrected p-values: of the metrics that tables show, and of the objectives.
 
     differences: by (other model, task or `score`, metric).
@@ -285,17 +295,17 @@ def correct(base: EvaluationSums, differences: Differences, others: Iterable[str
     shown = {
         (group, each.name)
         for group, kind in kinds.items()
-        for each in metrics_of(kind)
+        for each in metrics_for_kind(kind)
         if each.is_shown(group == SCORE)
     }
     corrected = dict(differences)
     for family in (shown, {OBJECTIVE}):
         its = {key: each for key, each in differences.items() if key[1:] in family}
-        corrected |= dict(zip(its, correct_all(list(its.values())), strict=True))
+        corrected |= dict(zip(its, holm_correct(list(its.values())), strict=True))
     found = {}
     for other in others:
         flat = {key[1:]: each for key, each in corrected.items() if key[0] == other}
-        found[other] = Versus(flat.pop(OBJECTIVE, Difference(None)), nest(flat))
+        found[other] = ModelDifferences(flat.pop(OBJECTIVE, Difference(None)), nest(flat))
     return found
 
 
@@ -305,36 +315,39 @@ def _weights_of_tasks(sums: EvaluationSums) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class TrainingsMean:
+class RunsMean:
     """A metric over trainings: their mean with its 95% interval; between_trainings: their standard deviation;
-    between_users: the standard error of the mean from the choice of users; values: of each training."""
+    standard_error_over_users: the standard error of the mean from the choice of users; values: of each training."""
 
     mean: float | None
     low: float | None
     high: float | None
-    between_trainings: float | None
-    between_users: float | None
+    std_between_runs: float | None
+    standard_error_over_users: float | None
     values: tuple[float | None, ...]
 
 
-def average_trainings(
+def average_runs(
     sums: Sequence[EvaluationSums], resamples: int, objective: Objective | None = None
-) -> dict[str, dict[str, TrainingsMean]]:
+) -> dict[str, dict[str, RunsMean]]:
     """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows.
 
     objective: what decides, whose mean is under `OBJECTIVE`, if all of its tasks are measured.
     """
-    return nest({key: _mean_of(*each) for key, each in resample_mean(sums, resamples, objective).items()})
+    return nest({key: _mean_of(*each) for key, each in bootstrap_mean(sums, resamples, objective).items()})
 
 
-def _mean_of(values: np.ndarray, redrawn: Resampled) -> TrainingsMean:
+def _mean_of(values: np.ndarray, replicates: Estimate) -> RunsMean:
     each = tuple(float(value) if np.isfinite(value) else None for value in values)
-    spread, nothing = float(values.std(ddof=1)), Resampled(0.0, np.zeros_like(redrawn.redrawn), redrawn.users)
-    mean = find_difference(redrawn, nothing, [(spread**2 / len(values), len(values) - 1)])
+    spread, nothing = (
+        float(values.std(ddof=1)),
+        Estimate(0.0, np.zeros_like(replicates.replicates), replicates.effective_users),
+    )
+    mean = compute_difference(replicates, nothing, [(spread**2 / len(values), len(values) - 1)])
     if mean.value is None:
-        return TrainingsMean(None, None, None, None, None, each)
-    of_users = None if mean.low is None else redrawn.error
-    return TrainingsMean(mean.value, mean.low, mean.high, spread, of_users, each)
+        return RunsMean(None, None, None, None, None, each)
+    of_users = None if mean.low is None else replicates.standard_error
+    return RunsMean(mean.value, mean.low, mean.high, spread, of_users, each)
 
 
 @dataclass(frozen=True)
@@ -369,9 +382,9 @@ class Results:
         return {name: each.summary for name, each in self.models.items()}
 
     @property
-    def each_row_is_a_user(self) -> bool:
+    def one_row_per_user(self) -> bool:
         """True if each row has a user of its own, for all models."""
-        return all(each.each_row_is_a_user for each in self.summaries.values())
+        return all(each.one_row_per_user for each in self.summaries.values())
 
     @cached_property
     def comparison(self) -> Comparison | None:
@@ -391,5 +404,5 @@ class Results:
     @cached_property
     def slices(self) -> list[SliceRecord]:
         """All slices of the first model, beside all rows and other models."""
-        resamples = min(self.rules.resamples, RESAMPLES_OF_SLICES)
+        resamples = min(self.rules.resamples, SLICE_RESAMPLES)
         return compare_slices(self.models, self.name, resamples)

@@ -16,17 +16,17 @@ import numpy as np
 from scipy.stats import beta
 from scipy.stats import t as student
 
-from mmoe_rec.report.formatting import signed
+from mmoe_rec.report.formatting import format_signed
 
-Key = tuple[str, str]
-Values = dict[Any, np.ndarray]
+MetricKey = tuple[str, str]
+Replicates = dict[Any, np.ndarray]
 """What is redrawn, such as (task or `score`, metric) -> (R,) float64"""
 
-LEVEL = 0.05
+ALPHA = 0.05
 """Chance that equal models are told apart."""
 FEW_USERS = 30
 """Effective users, below which percentiles are too narrow."""
-LEAST_FREEDOM = 0.5
+MIN_DEGREES_OF_FREEDOM = 0.5
 """Degrees of freedom, below which an interval says nothing."""
 _ENTRIES_AT_A_TIME = 2_000_000
 _DEFINED_SHARE = 0.95
@@ -41,7 +41,7 @@ class Interval:
     low: float | None = None
     high: float | None = None
 
-    def shown(self, digits: int = 4) -> str:
+    def format(self, digits: int = 4) -> str:
         """Return the metric with its interval, if it has one."""
         if self.value is None:
             return "-"
@@ -64,15 +64,15 @@ class Difference:
     value: float | None
     low: float | None = None
     high: float | None = None
-    error: float | None = None
-    freedom: float | None = None
-    p: float | None = None
-    p_corrected: float | None = None
+    standard_error: float | None = None
+    degrees_of_freedom: float | None = None
+    p_value: float | None = None
+    corrected_p_value: float | None = None
 
     @property
     def is_significant(self) -> bool:
         """Whether the difference is shown after the correction."""
-        return self.p_corrected is not None and self.p_corrected < LEVEL
+        return self.corrected_p_value is not None and self.corrected_p_value < ALPHA
 
     @property
     def negated(self) -> "Difference":
@@ -80,21 +80,21 @@ class Difference:
         value, low, high = (None if each is None else 0.0 - each for each in (self.value, self.high, self.low))
         return replace(self, value=value, low=low, high=high)
 
-    def shown(self) -> str:
+    def format(self) -> str:
         """Return the difference with its interval, if it has one."""
         if self.value is None:
             return "-"
-        value, *ends = signed(*(each for each in (self.value, self.low, self.high) if each is not None))
+        value, *ends = format_signed(*(each for each in (self.value, self.low, self.high) if each is not None))
         return f"{value} ({' to '.join(ends)})" if ends else value
 
     @property
-    def once_corrected(self) -> str:
+    def correction_note(self) -> str:
         """What explains a difference that is not shown, although 0 is outside of its interval."""
         outside = self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
         return ", once corrected for the number of comparisons" if outside else ""
 
 
-def draw_users(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def draw_user_counts(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Chunks (users, R) float64 of how often each user is drawn: `resamples` columns, each summing to `users`."""
     generator = np.random.default_rng(seed)
     at_a_time = int(np.clip(_ENTRIES_AT_A_TIME // users, 1, 128))
@@ -112,92 +112,110 @@ def effective_sample_size(sizes: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Resampled:
+class Estimate:
     """A number. value: of all; redrawn: (R,) of the resamples; users: the effective number of users."""
 
     value: float
-    redrawn: np.ndarray
-    users: float
+    replicates: np.ndarray
+    effective_users: float
 
-    def interval(self, is_share: bool = False) -> Interval:
+    def interval(self, is_fraction: bool = False) -> Interval:
         """The number with its 95% interval.
 
-        is_share: whether it is a share, or a mean of what lies between 0 and 1. There is none with a single user, or
+        is_fraction: whether it is a share, or a mean of what lies between 0 and 1. There is none with a single user, or
         one who decides nearly alone, nor where the number is undefined in more than 5% of the resamples: the rest, from
         which others are left out, would be no fair sample.
         """
         if not np.isfinite(self.value):
             return UNDEFINED
-        error, freedom = self.error, self.users - 1
-        if error is None or freedom < LEAST_FREEDOM:
+        standard_error, freedom = self.standard_error, self.effective_users - 1
+        if standard_error is None or freedom < MIN_DEGREES_OF_FREEDOM:
             return Interval(self.value)
-        if is_share:
-            return self._share_interval(error)
-        if self.users < FEW_USERS:
-            reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
+        if is_fraction:
+            return self._share_interval(standard_error)
+        if self.effective_users < FEW_USERS:
+            reach = float(student.ppf(1 - ALPHA / 2, freedom)) * standard_error
             return Interval(self.value, self.value - reach, self.value + reach)
-        low, high = np.nanpercentile(self.redrawn, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)])
+        low, high = np.nanpercentile(self.replicates, [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)])
         return Interval(self.value, float(low), float(high))
 
-    def _share_interval(self, error: float) -> Interval:
+    def _share_interval(self, standard_error: float) -> Interval:
         """Jeffreys' (Brown, Cai and DasGupta, 2001) for as many trials as have this variance (Korn and Graubard, 1998).
 
         Where all users, or groups of them, agree, they are the trials.
         """
-        value, trials = min(max(self.value, 0.0), 1.0), self.users
-        if error > ROUNDING and 0 < value < 1:
-            reach = error * student.ppf(1 - LEVEL / 2, trials - 1) / student.ppf(1 - LEVEL / 2, np.inf)
+        value, trials = min(max(self.value, 0.0), 1.0), self.effective_users
+        if standard_error > ROUNDING and 0 < value < 1:
+            reach = standard_error * student.ppf(1 - ALPHA / 2, trials - 1) / student.ppf(1 - ALPHA / 2, np.inf)
             trials = value * (1 - value) / reach**2
-        low, high = beta.ppf([LEVEL / 2, 1 - LEVEL / 2], trials * value + 0.5, trials * (1 - value) + 0.5)
+        low, high = beta.ppf([ALPHA / 2, 1 - ALPHA / 2], trials * value + 0.5, trials * (1 - value) + 0.5)
         return Interval(self.value, min(low, value) if value else 0.0, max(high, value) if value < 1 else 1.0)
 
     @property
-    def error(self) -> float | None:
+    def standard_error(self) -> float | None:
         """The standard error by the choice of users, None where too many resamples leave the number undefined.
 
         A bootstrap over U users underestimates it by sqrt(U / (U - 1)).
         """
-        defined = self.redrawn[np.isfinite(self.redrawn)]
-        if len(defined) < _DEFINED_SHARE * len(self.redrawn):
+        defined = self.replicates[np.isfinite(self.replicates)]
+        if len(defined) < _DEFINED_SHARE * len(self.replicates):
             return None
-        return float(defined.std()) * (float(np.sqrt(self.users / (self.users - 1))) if self.users > 1 else 1.0)
+        return float(defined.std()) * (
+            float(np.sqrt(self.effective_users / (self.effective_users - 1))) if self.effective_users > 1 else 1.0
+        )
 
 
-def resample(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int = 0) -> dict[Any, Resampled]:
+def bootstrap(
+    compute: Callable[[np.ndarray], Replicates], users: int, resamples: int, seed: int = 0
+) -> dict[Any, Estimate]:
     """Numbers in resamples of users. What is compared is redrawn in one call, so that all see the same users.
 
-    at: gives the numbers (R,) for counts (U, R) of how often users are drawn; resamples: at least 1.
+    compute: gives the numbers (R,) for counts (U, R) of how often users are drawn; resamples: at least 1.
     """
-    once, redrawn = at(np.ones((users, 1))), [at(counts) for counts in draw_users(users, resamples, seed)]
+    once, replicates = (
+        compute(np.ones((users, 1))),
+        [compute(counts) for counts in draw_user_counts(users, resamples, seed)],
+    )
     return {
-        key: Resampled(float(value[0]), np.concatenate([each[key] for each in redrawn]), users)
+        key: Estimate(float(value[0]), np.concatenate([each[key] for each in replicates]), users)
         for key, value in once.items()
     }
 
 
-def find_difference(mine: Resampled, other: Resampled, besides: Sequence[tuple[float, float]] = ()) -> Difference:
+def compute_difference(
+    mine: Estimate, other: Estimate, extra_variances: Sequence[tuple[float, float]] = ()
+) -> Difference:
     """The difference of two models in one metric, by Student.
 
-    besides: what it errs by besides the choice of users, see `add_errors`.
+    extra_variances: what it errs by besides the choice of users, see `combine_variances`.
     """
-    rounding, users = rounding_of(mine.value, other.value), min(mine.users, other.users)
-    apart = Resampled(mine.value - other.value, mine.redrawn - other.redrawn, users)
+    rounding, effective_users = (
+        rounding_tolerance(mine.value, other.value),
+        min(mine.effective_users, other.effective_users),
+    )
+    apart = Estimate(mine.value - other.value, mine.replicates - other.replicates, effective_users)
     if not np.isfinite(apart.value):
         return Difference(None)
-    value, error, freedom = 0.0 if abs(apart.value) <= rounding else apart.value, apart.error, users - 1
-    if error is None or (error > rounding and freedom < LEAST_FREEDOM):
+    value, standard_error, freedom = (
+        0.0 if abs(apart.value) <= rounding else apart.value,
+        apart.standard_error,
+        effective_users - 1,
+    )
+    if standard_error is None or (standard_error > rounding and freedom < MIN_DEGREES_OF_FREEDOM):
         return Difference(value)
-    if besides:
-        error, freedom = add_errors([*besides, (0.0 if error <= rounding else error**2, freedom)])
-    if error <= rounding:
+    if extra_variances:
+        standard_error, freedom = combine_variances(
+            [*extra_variances, (0.0 if standard_error <= rounding else standard_error**2, freedom)]
+        )
+    if standard_error <= rounding:
         # A difference that does not vary rests on too few resamples, or users, to say how sure it is.
         return Difference(value) if value else Difference(value, value, value, 0.0, None, 1.0)
-    half = float(student.ppf(1 - LEVEL / 2, freedom) * error)
-    p = float(2 * student.sf(abs(value) / error, freedom))
-    return Difference(value, value - half, value + half, error, freedom, p)
+    half = float(student.ppf(1 - ALPHA / 2, freedom) * standard_error)
+    p = float(2 * student.sf(abs(value) / standard_error, freedom))
+    return Difference(value, value - half, value + half, standard_error, freedom, p)
 
 
-def add_errors(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def combine_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Standard error of a sum, and its degrees of freedom by Welch and Satterthwaite, infinite where nothing varies.
 
     parts: variance and degrees of freedom of each.
@@ -208,22 +226,26 @@ def add_errors(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(np.sqrt(total)), float(total**2 / sum(variance**2 / free for variance, free in parts if variance))
 
 
-def rounding_of(*values: float) -> float:
+def rounding_tolerance(*values: float) -> float:
     """Up to which size a difference of such values is none."""
     return ROUNDING * max(map(abs, values))
 
 
-Tested = TypeVar("Tested", bound=Any)  # a frozen dataclass with `p`, None where nothing was tested, and `p_corrected`
+Tested = TypeVar(
+    "Tested", bound=Any
+)  # a frozen dataclass with `p_value`, None where nothing was tested, and `corrected_p_value`
 
 
-def correct_all(tested: Sequence[Tested]) -> list[Tested]:
-    """The same with `p_corrected`, for as many as have a p-value, so that all together err as rarely as one.
+def holm_correct(tested: Sequence[Tested]) -> list[Tested]:
+    """The same with `corrected_p_value`, for as many as have a p-value, so that all together err as rarely as one.
 
     By Holm's method (1979).
     """
-    known = sorted((place for place, each in enumerate(tested) if each.p is not None), key=lambda at: tested[at].p)
+    known = sorted(
+        (place for place, each in enumerate(tested) if each.p_value is not None), key=lambda at: tested[at].p_value
+    )
     corrected, least = list(tested), 0.0
     for number, place in enumerate(known):
-        least = max(least, min(1.0, tested[place].p * (len(known) - number)))
-        corrected[place] = replace(tested[place], p_corrected=least)
+        least = max(least, min(1.0, tested[place].p_value * (len(known) - number)))
+        corrected[place] = replace(tested[place], corrected_p_value=least)
     return corrected

@@ -16,24 +16,31 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.slices import SliceBy
-from mmoe_rec.evaluation.summary import MeasuredModel, RowsBySlice, find_objective, measure_model
-from mmoe_rec.evaluation.sums import SCORES, WEIGHTS, MeasuredTask, PredictedRows
-from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.inference.scored_files import learnt_from
-from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, file_column, first_row, next_batch, open_parquet, with_path_values
-from mmoe_rec.log.columns import combine, hash_column
-from mmoe_rec.log.files import FoundFile, find_files, is_remote, path_values
-from mmoe_rec.log.rows import ROWS_AT_A_TIME
+from mmoe_rec.evaluation.slices import SliceSpec
+from mmoe_rec.evaluation.summary import MeasuredModel, RowsBySlice, find_objective_metric, measure_model
+from mmoe_rec.evaluation.sums import SCORE_RULE, WEIGHT_RULE, MeasuredTask, PredictedRows
+from mmoe_rec.inference.ranking import ROW_NUMBER_COLUMN
+from mmoe_rec.inference.scored_files import read_overlap_warnings
+from mmoe_rec.locks import write_lock
+from mmoe_rec.log.checks import (
+    BadFile,
+    add_path_columns,
+    canonicalize_file_column,
+    describe_row,
+    next_batch,
+    open_parquet,
+)
+from mmoe_rec.log.columns import combine_hashes, hash_column
+from mmoe_rec.log.files import FileInfo, find_files, is_remote, parse_path_columns
+from mmoe_rec.log.rows import FEATURE_BATCH_ROWS
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.preprocessing.logs import check_out, short_names
-from mmoe_rec.settings.log_columns import outcome_name
+from mmoe_rec.preprocessing.build_inputs import check_output_folder, short_names
+from mmoe_rec.settings.log_columns import joint_task_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Evaluation, Settings
-from mmoe_rec.task_kinds import DEFAULT, find_kind
-from mmoe_rec.task_kinds.task_kind import Check
+from mmoe_rec.task_kinds import DEFAULT_KIND, find_kind
+from mmoe_rec.task_kinds.task_kind import ValueRule
 
-JOINED, WEIGHT = "+", "weight"
+COLUMN_SEPARATOR, WEIGHT = "+", "weight"
 _OWN = ("user", "request", "candidate", WEIGHT)
 """What the files of `score --labels` and `evaluate --model` call them, whatever the log calls them."""
 
@@ -43,23 +50,24 @@ class PredictionColumns:
     """Tasks, and the columns that rows have.
 
     names: part (user, request, candidate, score, weight, predicted_TASK, label_TASK) -> column; of a request several,
-    joined by `JOINED`, whose values together tell requests apart; optional: parts that files need not have; outcomes:
-    names of tasks that they need not have; by_log: parts that are called as in the log, so that the names of `_OWN` are
-    meant where the files lack these; duplicates: whether a request may hold a candidate twice; slices: of rows.
+    joined by `COLUMN_SEPARATOR`, whose values together tell requests apart; optional: parts that files need not have;
+    outcomes: names of tasks that they need not have; by_log: parts that are called as in the log, so that the names of
+    `_OWN` are meant where the files lack these; duplicates: whether a request may hold a candidate twice; slices: of
+    rows.
     """
 
     tasks: tuple[MeasuredTask, ...]
     names: Mapping[str, str]
     optional: frozenset[str] = frozenset(("score", "candidate", WEIGHT))
     outcomes: frozenset[str] = frozenset()
-    by_log: frozenset[str] = frozenset()
+    log_named: frozenset[str] = frozenset()
     duplicates: ErrorOrKeep = "error"
-    slices: tuple[SliceBy, ...] = ()
+    slices: tuple[SliceSpec, ...] = ()
 
     @property
     def request(self) -> list[str]:
         """The columns that tell requests apart."""
-        return self.names["request"].split(JOINED)
+        return self.names["request"].split(COLUMN_SEPARATOR)
 
     def by_part(self) -> dict[str, str | None]:
         """Part -> column, None where rows have none."""
@@ -73,16 +81,16 @@ class PredictionColumns:
             if part not in parts or not column:
                 raise UserError(f"{option} {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
             given[part] = column
-        by_log = self.by_log - given.keys()
+        log_named = self.log_named - given.keys()
         if given.keys() & {"user", "request", "candidate"}:
-            by_log &= {WEIGHT}
-        return replace(self, names={**self.names, **given}, optional=self.optional - given.keys(), by_log=by_log)
+            log_named &= {WEIGHT}
+        return replace(self, names={**self.names, **given}, optional=self.optional - given.keys(), log_named=log_named)
 
     def match(self, there: Collection[str]) -> "PredictionColumns":
         """Those that files with the columns `there` have. All need what one has, or a task would be of some rows."""
         there, names = set(there), dict(self.names)
-        for part in self.by_log & there:
-            if not {*names[part].split(JOINED)} <= there:
+        for part in self.log_named & there:
+            if not {*names[part].split(COLUMN_SEPARATOR)} <= there:
                 names[part] = part
         for part in ("score", "candidate", WEIGHT):
             if part in self.optional and names[part] not in there:
@@ -105,24 +113,24 @@ def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
     return ["user", "candidate", "score", WEIGHT, "request", *its]
 
 
-def columns_of_settings(settings: Settings) -> PredictionColumns:
+def columns_from_settings(settings: Settings) -> PredictionColumns:
     """The tasks of settings, their outcomes, and the log's names of users, requests and candidates."""
     tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
     outcomes = [
-        outcome_name(task.conditional_on, name)
+        joint_task_name(task.conditional_on, name)
         for name, task in settings.tasks.items()
         if task.conditional_on is not None
     ]
     tasks += [MeasuredTask(name, weight=0.0) for name in outcomes]
     log = settings.schema_.columns
-    user = log.user if log.has_user else log.request or ROW
+    user = log.user if log.has_user else log.request or ROW_NUMBER_COLUMN
     if log.request is None:
         # A row of a plain table is a user of its own, and a user of a log without times makes one request.
         request = [user, log.time] if log.has_time and log.has_user else [user]
     else:
         request = [log.user, log.request] if log.request_scope == "user" else [log.request]
     names = {part: part for part in _list_parts(tasks)}
-    names |= {"user": user, "request": JOINED.join(request), "candidate": log.candidate}
+    names |= {"user": user, "request": COLUMN_SEPARATOR.join(request), "candidate": log.candidate}
     optional = {"score", "candidate", WEIGHT}
     if log.weight is not None:
         names[WEIGHT], optional = log.weight, {"score", "candidate"}
@@ -131,19 +139,19 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
         names,
         optional=frozenset(optional),
         outcomes=frozenset(outcomes),
-        by_log=frozenset(_OWN),
+        log_named=frozenset(_OWN),
         duplicates=settings.data.on_duplicates,
     )
 
 
-def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
+def parse_tasks(words: Sequence[str]) -> PredictionColumns:
     """Tasks as NAME, NAME:regression, NAME=WEIGHT or NAME:regression=WEIGHT. Raises UserError for anything else."""
     tasks = []
     for word in words:
         named, equals, weight = word.partition("=")
         name, colon, named_kind = named.partition(":")
         try:
-            kind = find_kind(named_kind) if colon else DEFAULT
+            kind = find_kind(named_kind) if colon else DEFAULT_KIND
             tasks.append(MeasuredTask(name, kind, float(weight) if equals else 1.0))
         except ValueError as error:
             raise UserError(
@@ -156,24 +164,24 @@ def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
     return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
 
-def match_columns(columns: PredictionColumns, files: Sequence[FoundFile]) -> PredictionColumns:
+def match_columns(columns: PredictionColumns, files: Sequence[FileInfo]) -> PredictionColumns:
     """Match columns with files. Raises BadFile if a file lacks a column, has several of one name, or is no Parquet."""
     names = dict[str, list[str]]()
     for file in files:
-        with open_parquet(file.address) as parquet:
+        with open_parquet(file.uri) as parquet:
             own = parquet.schema_arrow.names
-        names[file.address] = [*own, *(name for name in path_values(file.address) if name not in own)]
+        names[file.uri] = [*own, *(name for name in parse_path_columns(file.uri) if name not in own)]
     columns = columns.match({name for each in names.values() for name in each})
-    for address, its in names.items():
+    for uri, its in names.items():
         for name in columns.list_columns():
             if its.count(name) > 1:
-                raise BadFile(f"'{address}' has several columns '{name}'", address)
+                raise BadFile(f"'{uri}' has several columns '{name}'", uri)
             if name not in its:
-                raise BadFile(f"'{address}' has no column '{name}'{_hint(columns, name)}", address)
+                raise BadFile(f"'{uri}' has no column '{name}'{_hint(columns, name)}", uri)
     return columns
 
 
-def read_predictions(columns: PredictionColumns, files: Sequence[FoundFile]) -> tuple[PredictedRows, RowsBySlice]:
+def read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> tuple[PredictedRows, RowsBySlice]:
     """Read and check the rows of files.
 
     Args:
@@ -186,13 +194,13 @@ def read_predictions(columns: PredictionColumns, files: Sequence[FoundFile]) -> 
     Raises:
         UserError: A value is wrong, a request has rows of several users or a candidate twice, or there is no row.
     """
-    tables = [table for file in files if (table := _read_file(columns, file.address)) is not None]
+    tables = [table for file in files if (table := _read_file(columns, file.uri)) is not None]
     if not tables:
-        raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
+        raise UserError(f"'{files[0].uri}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
     try:
         table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     except pa.ArrowTypeError as error:
-        where = f"the {len(files):,} files such as '{files[0].address}'"
+        where = f"the {len(files):,} files such as '{files[0].uri}'"
         raise UserError(f"{where} hold columns of several types, which can't be compared: {error}") from None
     _check_requests(columns, table)
     slices = {by.name: by.find_slices(one_array(table[f"slice {by.name}"])) for by in columns.slices}
@@ -213,7 +221,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[FoundFile]) -> 
     return rows, slices
 
 
-def open_predictions(columns: PredictionColumns, source: str, option: str) -> PredictedRows:
+def load_predictions(columns: PredictionColumns, source: str, option: str) -> PredictedRows:
     """Read the rows of a folder of Parquet files, one file or a glob, which an option names; see `read_predictions`."""
     files = find_files(source, option)
     return read_predictions(match_columns(columns, files), files)[0]
@@ -223,7 +231,7 @@ def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> n
     """(N,) what ranks rows without a score: one task's prediction, or sum of weight x log(prediction) as in a model."""
     if len(tasks) == 1:
         return predictions[0]
-    least = [max(1e-12, task.kind.smallest) for task in tasks]
+    least = [max(1e-12, task.kind.min_prediction) for task in tasks]
     return np.log(np.maximum(np.stack(predictions, axis=1), least)) @ np.array([task.weight for task in tasks])
 
 
@@ -237,7 +245,7 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
         raise UserError(
             f"request {request!r} by '{columns.names['request']}' has rows of more than one user, {first!r} and "
             f"{other!r}: a request is one list shown to one user; name columns that tell lists apart with --columns "
-            f"request={JOINED.join((columns.names['user'], *columns.request))}"
+            f"request={COLUMN_SEPARATOR.join((columns.names['user'], *columns.request))}"
         )
     if "candidate" in columns.names and columns.duplicates == "error":
         shown = table.group_by(["request", "candidate"], use_threads=False).aggregate([([], "count_all")])
@@ -249,35 +257,35 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
             )
 
 
-def _read_file(columns: PredictionColumns, address: str) -> pa.Table | None:
+def _read_file(columns: PredictionColumns, uri: str) -> pa.Table | None:
     """The rows of a file, by parts, and `slice NAME` for each slice; None without rows. Raises BadFile for a wrong
     value."""
     wanted, names = columns.list_columns(), columns.names
-    with open_parquet(address) as parquet:
+    with open_parquet(uri) as parquet:
         if not parquet.metadata.num_rows:
             return None
         schema = parquet.schema_arrow
         held = [name for name in wanted if name in schema.names]
-        batches = parquet.iter_batches(ROWS_AT_A_TIME, columns=held)
-        read = list(iter(partial(next_batch, batches, address), None))
-    file = _FileRows(address, with_path_values(pa.Table.from_batches(read), address, wanted))
+        batches = parquet.iter_batches(FEATURE_BATCH_ROWS, columns=held)
+        read = list(iter(partial(next_batch, batches, uri), None))
+    file = _FileRows(uri, add_path_columns(pa.Table.from_batches(read), uri, wanted))
     request = [file.read_ids(name) for name in columns.request]
-    joined = combine([hash_column(each) for each in request]).view(np.int64) if len(request) > 1 else request[0]
+    joined = combine_hashes([hash_column(each) for each in request]).view(np.int64) if len(request) > 1 else request[0]
     parts = {"user": file.read_ids(names["user"]), "request": joined}
     if "candidate" in names:
         parts["candidate"] = file.read_ids(names["candidate"])
     for task in columns.tasks:
-        for part, check in (("predicted", task.kind.predictions), ("label", task.kind.labels)):
+        for part, check in (("predicted", task.kind.valid_predictions), ("label", task.kind.valid_labels)):
             name = f"{part}_{task.name}"
             parts[name] = file.read_numbers(names[name], check)
-    for part, check in (("score", SCORES), (WEIGHT, WEIGHTS)):
+    for part, check in (("score", SCORE_RULE), (WEIGHT, WEIGHT_RULE)):
         if part in names:
             parts[part] = file.read_numbers(names[part], check)
     for by in columns.slices:
         try:
             parts[f"slice {by.name}"] = by.read(one_array(file.table[by.column]))
         except (ValueError, pa.ArrowNotImplementedError) as error:
-            raise BadFile(f"'{address}': column '{by.column}' {error} (--slices)", address) from None
+            raise BadFile(f"'{uri}': column '{by.column}' {error} (--slices)", uri) from None
     return pa.table(parts)
 
 
@@ -285,7 +293,7 @@ def _read_file(columns: PredictionColumns, address: str) -> pa.Table | None:
 class _FileRows:
     """The rows of a file, in columns of any names. The methods raise BadFile for a wrong value."""
 
-    address: str
+    uri: str
     table: pa.Table
 
     def read_ids(self, name: str) -> pa.Array:
@@ -296,14 +304,14 @@ class _FileRows:
                 values = values.cast(pa.timestamp("us", tz=getattr(values.type, "tz", None))).cast(pa.int64())
             except pa.ArrowInvalid:
                 what = f"column '{name}' tells requests apart by less than a microsecond; write it as integers"
-                raise BadFile(f"'{self.address}': {what}", self.address) from None
-        values = file_column(self.address, name, "key", values, None)
+                raise BadFile(f"'{self.uri}': {what}", self.uri) from None
+        values = canonicalize_file_column(self.uri, name, "key", values, None)
         self._refuse(values.is_null().to_numpy(zero_copy_only=False), f"column '{name}' holds null")
         return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
 
-    def read_numbers(self, name: str, check: Check) -> np.ndarray:
+    def read_numbers(self, name: str, check: ValueRule) -> np.ndarray:
         """(N,) float64; NaN where null."""
-        values = file_column(self.address, name, "number", one_array(self.table[name]), None)
+        values = canonicalize_file_column(self.uri, name, "number", one_array(self.table[name]), None)
         numbers = np.full(len(values), np.nan)
         if not pt.is_null(values.type):
             numbers = np.asarray(values.to_numpy(zero_copy_only=False))
@@ -317,7 +325,7 @@ class _FileRows:
             if values is not None:
                 value = float(values[row])
                 what += f", found {'null or NaN' if np.isnan(value) else str(value).removesuffix('.0')}"
-            raise BadFile(f"'{self.address}': {what}{first_row(row)}", self.address)
+            raise BadFile(f"'{self.uri}': {what}{describe_row(row)}", self.uri)
 
 
 def _hint(columns: PredictionColumns, name: str) -> str:
@@ -333,7 +341,7 @@ def _hint(columns: PredictionColumns, name: str) -> str:
 # Measuring the rows of files
 
 
-def measure_predictions(
+def evaluate_predictions(
     columns: PredictionColumns,
     source: str,
     out: str | Path,
@@ -359,9 +367,9 @@ def measure_predictions(
     if is_remote(str(out)):
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
     out = Path(os.path.abspath(out))
-    check_out(out)
+    check_output_folder(out)
     names = short_names([source, *against])
-    find_objective(rules.primary_metric)
+    find_objective_metric(rules.primary_metric)
     listed = {
         each: find_files(each, "--predictions" if each == source else "--compare-to") for each in (source, *against)
     }
@@ -369,7 +377,7 @@ def measure_predictions(
     for each, files in listed.items():
         is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
         if is_inside or any(
-            Path(os.path.realpath(file.address)).is_relative_to(real) for file in files if not is_remote(file.address)
+            Path(os.path.realpath(file.uri)).is_relative_to(real) for file in files if not is_remote(file.uri)
         ):
             raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
     mine = {source: match_columns(columns, listed[source])}
@@ -377,8 +385,8 @@ def measure_predictions(
         try:
             mine[each] = match_columns(columns.with_columns(compare_to_columns, "--compare-to-columns"), listed[each])
         except BadFile as error:
-            raise BadFile(str(error).replace("--columns", "--compare-to-columns"), error.address) from None
-    with writing(out, "an evaluation", "give another folder with --out", queue=True):
+            raise BadFile(str(error).replace("--columns", "--compare-to-columns"), error.uri) from None
+    with write_lock(out, "an evaluation", "give another folder with --out", wait=True):
         measured = {
             names[each]: _measure_files(mine[each], files, each, rules.resamples) for each, files in listed.items()
         }
@@ -390,11 +398,9 @@ def measure_predictions(
     return results
 
 
-def _measure_files(
-    columns: PredictionColumns, files: Sequence[FoundFile], source: str, resamples: int
-) -> MeasuredModel:
+def _measure_files(columns: PredictionColumns, files: Sequence[FileInfo], source: str, resamples: int) -> MeasuredModel:
     rows, slices = read_predictions(columns, files)
     weights = {task.name: task.weight for task in columns.tasks}
     facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
-    seen = learnt_from(file.address for file in files)
-    return measure_model(rows, resamples, slices, facts, address=source, seen=seen)
+    training_overlap = read_overlap_warnings(file.uri for file in files)
+    return measure_model(rows, resamples, slices, facts, address=source, training_overlap=training_overlap)

@@ -12,24 +12,24 @@ than where it was written) keeps the alias. An outage of MLflow decides nothing.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.evaluation.evaluate import (
-    PROMOTION,
+    PROMOTION_FOLDER,
     NotFiniteError,
     check_tasks,
-    evaluate_found,
-    overlap,
-    rows_to_measure,
+    describe_training_overlap,
+    evaluate_models,
+    open_encoded_split,
     score_rows,
 )
-from mmoe_rec.evaluation.sentences import find_all
-from mmoe_rec.evaluation.slices import Slicing
+from mmoe_rec.evaluation.messages import find_suspicious_results
+from mmoe_rec.evaluation.slices import RowSlicer
 from mmoe_rec.evaluation.summary import SCORE, measure_model
 from mmoe_rec.evaluation.sums import PredictedRows
-from mmoe_rec.inference.artifact import Source, read_calibration
-from mmoe_rec.inference.ranker import OtherScoresError, Ranker
+from mmoe_rec.inference.artifact import ResolvedModel, read_calibration
+from mmoe_rec.inference.ranker import PredictionMismatchError, Ranker
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables
@@ -40,7 +40,7 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.client import UnreachableError
-from mmoe_rec.tracking.registry import CHALLENGER, Version
+from mmoe_rec.tracking.registry import CHALLENGER_ALIAS, ModelVersion
 from mmoe_rec.tracking.runs import Run
 
 _RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
@@ -66,52 +66,52 @@ def promote_trained(
     UnreachableError where MLflow does not answer, UserError where it refuses. When the same run does it again, nothing
     is registered twice. Where the alias moves meanwhile, the model becomes the challenger.
     """
-    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
-    holder = registry.find_holder(name, alias, uri)
-    if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
-        return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
+    champion = registry.find_champion(name, alias, uri)
+    if champion is not None and champion.run_id == run.run_id:  # a kill came between the alias and the training's end
+        return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {champion.number}, this model",))
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
-    number = registry.find_registered(run, name) or registry.register_model(run, artifact, name, tags=tags)
-    version = Version(name, number, run.run_id)
-    better, reason = compare_with_holder(settings, prepared, model, artifact, holder)
-    if (now := registry.find_holder(name, alias, uri)) != holder:
-        better, reason, holder = False, f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`", now
+    number = registry.find_registered_version(run, name) or registry.register_model(run, artifact, name, tags=tags)
+    version = ModelVersion(name, number, run.run_id)
+    better, reason = compare_with_champion(settings, prepared, model, artifact, champion)
+    if (now := registry.find_champion(name, alias, uri)) != champion:
+        better, reason, champion = False, f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`", now
     decision = {"promoted": str(better), "compared": reason}
     run.set_tags(decision)
     if better:
-        registry.move_alias(name, alias, number, uri, holder)
+        registry.move_alias(name, alias, number, uri, champion)
     registry.describe_version(version, f"{reason}\n\n{about}", decision, uri)
     if better:
         return Decision(f"models:/{name}@{alias}", True, (reason, f"'{alias}' is version {number} now, this model"))
-    stays = f"'{alias}' stays {'without a version' if holder is None else f'version {holder.number}'}"
-    if alias == CHALLENGER:
-        return Decision(version.address, False, (reason, stays))
-    registry.move_alias(name, CHALLENGER, number, uri)
-    stays += f"; this model, version {number}, is '{CHALLENGER}'"
-    return Decision(f"models:/{name}@{CHALLENGER}", False, (reason, stays))
+    stays = f"'{alias}' stays {'without a version' if champion is None else f'version {champion.number}'}"
+    if alias == CHALLENGER_ALIAS:
+        return Decision(version.uri, False, (reason, stays))
+    registry.move_alias(name, CHALLENGER_ALIAS, number, uri)
+    stays += f"; this model, version {number}, is '{CHALLENGER_ALIAS}'"
+    return Decision(f"models:/{name}@{CHALLENGER_ALIAS}", False, (reason, stays))
 
 
-def compare_with_holder(
-    settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, holder: Version | None
+def compare_with_champion(
+    settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, champion: ModelVersion | None
 ) -> tuple[bool, str]:
     """Whether a trained model is better than the version that holds the alias, and the sentence that says why."""
     alias, name = settings.tracking.alias, "this model"
-    if holder is None:
+    if champion is None:
         return True, f"no model held '{alias}' before"
     try:
-        folder = registry.fetch_model(holder.address, settings.tracking.address)
+        folder = registry.fetch_model(champion.uri, settings.tracking.resolved_uri)
         ranker = _load(folder)
         if isinstance(ranker, Exception):
-            return _judge_trouble(ranker, holder, alias)
-        if seen := overlap(settings, folder, "validation"):
+            return _judge_trouble(ranker, champion, alias)
+        if seen := describe_training_overlap(settings, folder, "validation"):
             raise UserError(f"it {seen[0]}")
-        its_name = f"version {holder.number}"
+        its_name = f"version {champion.number}"
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
         rows = _open_judging_rows(prepared.split("validation"), layout)  # too few users are found before any is scored
         its = _score_by_holder(settings, prepared, ranker, folder, its_name)
         mine = score_rows(settings, model, layout, rows, calibration, name)
-        slicing = None if settings.evaluation.guardrail_slices == () else Slicing(settings, artifact)
+        slicing = None if settings.evaluation.guardrail_slices == () else RowSlicer(settings, artifact)
         models = {
             each: measure_model(scored, _RESAMPLES, {} if slicing is None else slicing.find(scored))
             for each, scored in ((name, mine), (its_name, its))
@@ -123,15 +123,15 @@ def compare_with_holder(
     except NotFiniteError as error:
         return error.name != name, str(error)
     except UserError as error:
-        return _judge_trouble(error, holder, alias, is_loaded=True)
+        return _judge_trouble(error, champion, alias, is_loaded=True)
 
 
-def _judge_trouble(trouble: Exception, holder: Version, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
+def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
     """Whether a holder that can't be loaded, or else compared, gives way, and the sentence that says why."""
-    who, what = f"version {holder.number}, which holds '{alias}',", _one_line(trouble)
+    who, what = f"version {champion.number}, which holds '{alias}',", _one_line(trouble)
     # What is wrong with it wherever it is loaded; memory may lack here alone.
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in what
-    if is_broken and not is_loaded and not isinstance(trouble, OtherScoresError):
+    if is_broken and not is_loaded and not isinstance(trouble, PredictionMismatchError):
         return True, f"{who} can't be served any more: {what}"
     return False, f"{who} can't be compared here: {what}; point the alias at another one yourself if that is to serve"
 
@@ -154,19 +154,19 @@ def _score_by_holder(
 
     check_tasks(settings, ranker.pipeline.schema)
     manifest, validation = prepared.manifest, prepared.split("validation")
-    if manifest["fingerprint"] == ranker.about.fingerprint:
+    if manifest["fingerprint"] == ranker.info.fingerprint:
         return score(ranker.model, ranker.layout, validation)
     if "extends" in manifest and (grown := _grow(prepared, ranker, folder)) is not None:
         return score(*grown, validation)
     say(f"encoding the validation rows for {name}, which has other features")
-    with rows_to_measure(settings, folder, ranker, "validation") as rows:
+    with open_encoded_split(settings, folder, ranker, "validation") as rows:
         return score(ranker.model, ranker.layout, rows)
 
 
-def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedRows:
+def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
     """Open the validation rows of users that chose nothing. Raises UserError where there are too few users for that."""
-    rows = EncodedRows(folder, layout, part=Part.JUDGING)
-    if not rows.is_divided:
+    rows = EncodedDataset(folder, layout, part=ValidationPart.EVALUATION)
+    if not rows.uses_part:
         raise UserError(
             "the validation rows have too few users with labels: one half of them chooses the model, and the other has "
             "to judge it. Give the validation split rows of more users"
@@ -176,7 +176,7 @@ def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedRows:
 
 def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
     """A model and its layout on features that were extended from its own, with the same outputs; None for others."""
-    structure = Model.model_validate(ranker.about.model)
+    structure = Model.model_validate(ranker.info.model)
     rows = {table.name: table.rows for table in prepared.layout.tables}
     tables = tuple(replace(table, rows=rows.get(table.name, table.rows)) for table in ranker.layout.tables)
     layout = replace(ranker.layout, tables=tables)
@@ -196,44 +196,44 @@ def promote_version(settings: Settings, challenger: str, out: Path) -> Decision:
     challenger: number of a version, or an alias. Raises UserError for a version that there is not, or where the two
     can't be compared.
     """
-    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
-    version, holder = _find_version(name, challenger, uri), registry.find_holder(name, alias, uri)
-    if holder == version:
-        return Decision(version.address, True, (f"version {version.number} holds '{alias}' already",))
-    better, reasons, results = _judge_versions(settings, version, holder, out)
-    if better and registry.find_holder(name, alias, uri) != holder:
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
+    version, champion = _find_version(name, challenger, uri), registry.find_champion(name, alias, uri)
+    if champion == version:
+        return Decision(version.uri, True, (f"version {version.number} holds '{alias}' already",))
+    better, reasons, results = _judge_versions(settings, version, champion, out)
+    if better and registry.find_champion(name, alias, uri) != champion:
         better, reasons = False, [f"'{alias}' has moved meanwhile: run the command again"]
     if better:
-        registry.move_alias(name, alias, version.number, uri, holder)
+        registry.move_alias(name, alias, version.number, uri, champion)
     tags = {"promoted": f"'{alias}' since this comparison" if better else "no", "compared": "; ".join(reasons)[:4000]}
     registry.tag_version(version, tags, uri)
     now = f"'{alias}' is version {version.number} now" if better else f"'{alias}' stays as it was"
-    return Decision(version.address, better, (*reasons, now), results)
+    return Decision(version.uri, better, (*reasons, now), results)
 
 
 def _judge_versions(
-    settings: Settings, version: Version, holder: Version | None, out: Path
+    settings: Settings, version: ModelVersion, champion: ModelVersion | None, out: Path
 ) -> tuple[bool, list[str], Results | None]:
     """Whether a version is better than the holder, the reasons, and what was measured."""
-    alias, uri = settings.tracking.alias, settings.tracking.address
-    folder = registry.fetch_model(version.address, uri)
+    alias, uri = settings.tracking.alias, settings.tracking.resolved_uri
+    folder = registry.fetch_model(version.uri, uri)
     mine = _load(folder)
     if isinstance(mine, Exception):
         return False, [f"version {version.number} can't be served: {_one_line(mine)}"], None
-    if holder is None:
+    if champion is None:
         return True, [f"no version held '{alias}' before"], None
-    its_folder = registry.fetch_model(holder.address, uri)
+    its_folder = registry.fetch_model(champion.uri, uri)
     its = _load(its_folder)
     if isinstance(its, Exception):
-        better, why = _judge_trouble(its, holder, alias)
+        better, why = _judge_trouble(its, champion, alias)
         return better, [why], None
     models = {
-        f"version {each.number}": Source(where, each.address, each.run_id)
-        for each, where in ((version, folder), (holder, its_folder))
+        f"version {each.number}": ResolvedModel(where, each.uri, each.run_id)
+        for each, where in ((version, folder), (champion, its_folder))
     }
     name, its_name = models
     try:
-        results = evaluate_found(settings, models, out, place=PROMOTION)
+        results = evaluate_models(settings, models, out, artifact_path=PROMOTION_FOLDER)
     except NotFiniteError as error:
         return error.name == its_name, [str(error)], None
     against = _find_objections(results, name, its_name)
@@ -243,13 +243,17 @@ def _judge_versions(
 def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
     assert results.comparison is not None
-    (better, sentence), findings = _read_verdict(results), find_all(results)
-    objections = [f"{model} {seen}" for model, each in results.models.items() for seen in each.seen]
+    (better, sentence), findings = _read_verdict(results), find_suspicious_results(results)
+    objections = [
+        f"{model} {training_overlap}"
+        for model, each in results.models.items()
+        for training_overlap in each.training_overlap
+    ]
     objections += [] if better else [sentence]
     its = {(each.check, each.task) for each in findings if each.model == its_name}
     # What is found of a task that is not judged, as few rows have a label, decides nothing.
-    judged = (*results.comparison.judged, SCORE)
-    mine = [each for each in findings if each.model == name and each.task in judged]
+    eligible_tasks = (*results.comparison.eligible_tasks, SCORE)
+    mine = [each for each in findings if each.model == name and each.task in eligible_tasks]
     return objections + [each.message for each in mine if (each.check, each.task) not in its]
 
 
@@ -258,35 +262,35 @@ def roll_back(settings: Settings) -> Decision:
 
     Raises UserError where that is unknown, or can't be served any more, or the alias moves meanwhile.
     """
-    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
-    holder = registry.find_holder(name, alias, uri)
-    if holder is None:
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
+    champion = registry.find_champion(name, alias, uri)
+    if champion is None:
         raise UserError(f"no version of '{name}' holds '{alias}'")
-    before = holder.find_replaced(alias)
+    before = champion.find_previous_champion(alias)
     if before is None:
-        which = f"which version of '{name}' held '{alias}' before version {holder.number}"
+        which = f"which version of '{name}' held '{alias}' before version {champion.number}"
         raise UserError(f"it is not known {which}; point the alias at it by hand")
     version = registry.get_version(name, before, uri)
-    if isinstance(model := _load(registry.fetch_model(version.address, uri)), Exception):
+    if isinstance(model := _load(registry.fetch_model(version.uri, uri)), Exception):
         raise UserError(f"version {before}, which held '{alias}' before, can't be served: {_one_line(model)}")
-    if registry.find_holder(name, alias, uri) != holder:
+    if registry.find_champion(name, alias, uri) != champion:
         raise UserError(f"'{alias}' has moved meanwhile: run the command again")
     registry.move_alias(name, alias, before, uri)
-    registry.forget_replaced(holder, alias, uri)
-    registry.tag_version(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
-    registry.tag_version(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
-    sentence = f"'{alias}' is version {before} again, which held it before version {holder.number}"
-    if (as_of := model.about.tables_as_of) is None:  # of a log without times
-        return Decision(version.address, True, (sentence,))
+    registry.clear_previous_champion(champion, alias, uri)
+    registry.tag_version(champion, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
+    registry.tag_version(version, {"promoted": f"'{alias}' again, after version {champion.number}"}, uri)
+    sentence = f"'{alias}' is version {before} again, which held it before version {champion.number}"
+    if (as_of := model.info.tables_as_of) is None:  # of a log without times
+        return Decision(version.uri, True, (sentence,))
     tables = f"its tables are as of {as_of}: `mmoe-rec refresh` takes in what came since"
-    return Decision(version.address, True, (sentence, tables))
+    return Decision(version.uri, True, (sentence, tables))
 
 
-def _find_version(name: str, word: str, uri: str) -> Version:
+def _find_version(name: str, word: str, uri: str) -> ModelVersion:
     word = word.removeprefix(f"models:/{name}/").removeprefix(f"models:/{name}@")
     if word.isdigit():
         return registry.get_version(name, word, uri)
-    version = registry.find_holder(name, word, uri)
+    version = registry.find_champion(name, word, uri)
     if version is None:
         held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(registry.list_aliases(name, uri).items()))
         others = f"those that are held are {held}" if held else "none is held"

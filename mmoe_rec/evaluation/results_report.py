@@ -14,27 +14,27 @@ from matplotlib.figure import Figure as Drawing
 from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison, Results
-from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval
-from mmoe_rec.evaluation.metrics.metric import Named
-from mmoe_rec.evaluation.sentences import (
+from mmoe_rec.evaluation.intervals import ALPHA, Difference, Interval
+from mmoe_rec.evaluation.messages import (
     describe_cautions,
-    describe_left_out,
+    describe_excluded_tasks,
     describe_metrics,
     describe_slices,
-    find_all,
-    note_of,
-    note_of_group,
+    explain_group,
+    explain_summary,
+    find_suspicious_results,
 )
+from mmoe_rec.evaluation.metrics.metric import BaseMetric
 from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
-from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_metrics
+from mmoe_rec.evaluation.summary import CATALOG, SCORE, Summary, collect_metrics
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.report.charts import COLORS, SERIES, blank, plain, svg
-from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
+from mmoe_rec.report.charts import COLORS, SERIES_COLORS, new_figure, style_axes, to_svg
+from mmoe_rec.report.formatting import NO_VALUE, format_count, format_fixed, format_signed
 from mmoe_rec.report.parts import Cell, Figure, Mark, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
 from mmoe_rec.tracking.runs import Run
 
-_INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES[0]
+_INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES_COLORS[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
 _SLICES = 12  # rows of slices that are not folded
 _MEASURES = {
@@ -47,7 +47,7 @@ _MEASURES = {
     "corrected by Holm's method: the chance that any of the colored differences is none is below 5%.",
     "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` is "
     "the sum of the predictions over the sum of the labels, `ece` the mean distance of observed rates from predictions "
-    "in ten bins of equal mass, `normalised_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, "
+    "in ten bins of equal mass, `normalized_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, "
     "recall and hit rate are means over requests whose rows differ in relevance.",
     "Slices": "The AUC of a slice may be low because its rows are alike, not because the model is worse there. Between "
     "models, the difference on the same slice tells more. A range (1, 2] holds values above 1 and up to 2.",
@@ -66,9 +66,9 @@ def write_results(results: Results, out: Path) -> None:
         UserError: The models were not measured on the same rows. Nothing is written then.
     """
     report = make_report(results)
-    trees = {name: summary_tree(each) for name, each in results.summaries.items()}
+    trees = {name: summary_to_dict(each) for name, each in results.summaries.items()}
     tree = trees.pop(results.name) | {"facts": results.facts, "against": trees}
-    tree |= {} if results.comparison is None else {"comparison": comparison_tree(results.comparison)}
+    tree |= {} if results.comparison is None else {"comparison": comparison_to_dict(results.comparison)}
     write_text(out / "metrics.json", json.dumps(tree, indent=1))
     (out / "slices.parquet").unlink(missing_ok=True)
     if results.slices:
@@ -79,7 +79,7 @@ def write_results(results: Results, out: Path) -> None:
 
 def make_report(results: Results) -> Report:
     """Build the report of an evaluation: verdicts, calibration curves, metrics, differences, slices."""
-    comparison, findings, first = results.comparison, find_all(results), results.first
+    comparison, findings, first = results.comparison, find_suspicious_results(results), results.first
     several = len(results.models) > 1
     sentences = [
         Sentence(f"'{each.model}': {each.message}" if several else each.message, each.severity, each.check)
@@ -87,24 +87,24 @@ def make_report(results: Results) -> Report:
     ]
     sentences = sentences or [Sentence("nothing suspicious found", "good")]
     sentences += [Sentence(each) for each in describe_slices(results.slices)]
-    headline, guards = "; ".join(describe_metrics(first.summary)), list[Sentence]()
+    headline, guardrails = "; ".join(describe_metrics(first.summary)), list[Sentence]()
     if comparison is not None:
         headline, *others = [verdict.message for verdict in comparison.verdicts.values()]
         sentences = [*map(Sentence, others), *sentences]
         for other, verdict in comparison.verdicts.items():
-            for guard in verdict.guards:
+            for guard in verdict.guardrails:
                 mark: Mark = "good" if guard.passed else "problem"
                 label = "fine" if guard.passed else "no"
-                guards.append(Sentence(f"beside '{other}': {guard.message}", mark, label, page_only=True))
-        sentences += [Sentence(each) for each in describe_left_out(comparison)]
+                guardrails.append(Sentence(f"beside '{other}': {guard.message}", mark, label, page_only=True))
+        sentences += [Sentence(each) for each in describe_excluded_tasks(comparison)]
     sentences += [Sentence(each, "note") for each in describe_cautions(results)]
-    tables = [metrics_of_models(results.summaries)]
+    tables = [metrics_table(results.summaries)]
     tables += [] if comparison is None else [differences_table(comparison, first.summary)]
     slices = [_slice_cells(each) for each in sort_worst_first(results.slices)]
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
         tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
-    redrawn = "rows" if results.each_row_is_a_user else "users"
+    redrawn = "rows" if results.one_row_per_user else "users"
     intervals = (
         f"95%, by redrawing {redrawn}. Of a share, such as AUC, they are Jeffreys'; of other metrics percentiles, or "
         "Student's if few users decide; of a difference Student's, as models see the same redraws."
@@ -116,7 +116,7 @@ def make_report(results: Results) -> Report:
         about=_about(results),
         figures=list(_curves(results.summaries)),
         tables=tables,
-        sentences=[*sentences, *guards],
+        sentences=[*sentences, *guardrails],
         facts=results.facts,
         measures={"Intervals": intervals} | _MEASURES,
         identity={"model": results.facts["artifact"]} if "artifact" in results.facts else {},
@@ -126,7 +126,7 @@ def make_report(results: Results) -> Report:
 def _about(results: Results) -> str:
     models = " against ".join(model.address or name for name, model in results.models.items())
     summary = results.first.summary
-    users = "" if results.each_row_is_a_user else f", {summary.requests:,} requests, {summary.users:,} users"
+    users = "" if results.one_row_per_user else f", {summary.requests:,} requests, {summary.users:,} users"
     return f"{models}: {summary.rows:,} rows{users}"
 
 
@@ -134,10 +134,10 @@ def _mark(results: Results, has_problem: bool) -> Any:
     kinds = [] if results.comparison is None else [each.kind for each in results.comparison.verdicts.values()]
     if WORSE in kinds or has_problem:
         return "problem"
-    return "warning" if find_all(results) or any(kind != BETTER for kind in kinds) else "good"
+    return "warning" if find_suspicious_results(results) or any(kind != BETTER for kind in kinds) else "good"
 
 
-def metrics_of_models(summaries: Mapping[str, Summary]) -> Table:
+def metrics_table(summaries: Mapping[str, Summary]) -> Table:
     """Build the table of metrics: a row for each metric, a column for each model.
 
     Of how well a task's prediction ranks the rows of requests, the main rows hold GAUC alone. Values have half the
@@ -145,15 +145,15 @@ def metrics_of_models(summaries: Mapping[str, Summary]) -> Table:
     """
     main, more, all_of = list[Row](), list[Row](), list(summaries.values())
     for group in (*{name: None for summary in all_of for name in summary.tasks}, SCORE):
-        rows = rows_of_metrics(all_of, group).items()
+        rows = collect_metrics(all_of, group).items()
         counts = next(each.groups[group].counts for each in all_of if group in each.groups)
         _extend(main, _heading(group, counts), (each for each in rows if each[0].is_shown(group == SCORE)))
         _extend(more, group, (each for each in rows if not each[0].is_shown(group == SCORE)))
-    shown = [metric for metric in every.CATALOGUE_METRICS if metric.is_headline]
-    catalogues = [each.catalogue or {} for each in all_of]
+    shown = [metric for metric in every.CATALOG_METRICS if metric.is_headline]
+    catalogues = [each.catalog or {} for each in all_of]
     if any(catalogues):
-        _extend(main, CATALOGUE, ((each, [Interval(of.get(each.name)) for of in catalogues]) for each in shown))
-    redrawn = "rows" if all(each.each_row_is_a_user for each in all_of) else "users"
+        _extend(main, CATALOG, ((each, [Interval(of.get(each.name)) for of in catalogues]) for each in shown))
+    redrawn = "rows" if all(each.one_row_per_user for each in all_of) else "users"
     return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {redrawn}", more=more)
 
 
@@ -164,21 +164,21 @@ def _heading(group: str, counts: Mapping[str, int]) -> str:
     return f"{group}: {counts['rows']:,} rows{positive}"
 
 
-def _extend(rows: list[Row], heading: str, metrics: Iterable[tuple[Named, Sequence[Interval]]]) -> None:
+def _extend(rows: list[Row], heading: str, metrics: Iterable[tuple[BaseMetric, Sequence[Interval]]]) -> None:
     """Append the rows of metrics below a heading, if there are any."""
     found: list[Row] = [(metric.label, *_cells(metric, values)) for metric, values in metrics]
     rows += [(heading,), *found] if found else []
 
 
-def _cells(metric: Named, intervals: Sequence[Interval]) -> Iterator[Cell]:
+def _cells(metric: BaseMetric, intervals: Sequence[Interval]) -> Iterator[Cell]:
     losses = [float("inf") if each.value is None else metric.loss(each.value) for each in intervals]
     best = min(losses) if len(intervals) > 1 else None
     for each, loss in zip(intervals, losses, strict=True):
         if each.value is None:
-            yield Cell(NONE)
+            yield Cell(NO_VALUE)
             continue
-        half = "" if each.low is None or each.high is None else f"±{metric.shown((each.high - each.low) / 2)}"
-        yield Cell(metric.shown(each.value), half, "best" if loss == best else "")
+        half = "" if each.low is None or each.high is None else f"±{metric.format((each.high - each.low) / 2)}"
+        yield Cell(metric.format(each.value), half, "best" if loss == best else "")
 
 
 def differences_table(compared: Comparison, summary: Summary) -> Table:
@@ -191,25 +191,25 @@ def differences_table(compared: Comparison, summary: Summary) -> Table:
         compared: The comparison.
         summary: Metrics of the model.
     """
-    rows, others = list[Row](), [each.groups for each in compared.against.values()]
+    rows, others = list[Row](), [each.groups for each in compared.differences.values()]
     for group in dict.fromkeys(name for each in others for name in each):
         found = list[Row]()
         for metric in every.METRICS:
             apart = [each.get(group, {}).get(metric.name) for each in others]
             is_undefined = all(each is None or each.value is None for each in apart)
-            if any(apart) and metric.is_shown(group == SCORE) and not (metric.ranks_within and is_undefined):
+            if any(apart) and metric.is_shown(group == SCORE) and not (metric.is_within_group and is_undefined):
                 value = summary.groups[group].get(metric.name).value
                 found.append((metric.label, *(_difference_cell(each, metric, value) for each in apart)))
         rows += [(group,), *found] if found else []
-    note = f"± half the 95% interval; colored: shown (p < {LEVEL:g}, corrected)"
-    return Table(f"Differences: {compared.model} minus", ("", *compared.against), rows, note)
+    note = f"± half the 95% interval; colored: shown (p < {ALPHA:g}, corrected)"
+    return Table(f"Differences: {compared.model} minus", ("", *compared.differences), rows, note)
 
 
-def _difference_cell(apart: Difference | None, metric: Named, value: float | None) -> Cell:
+def _difference_cell(apart: Difference | None, metric: BaseMetric, value: float | None) -> Cell:
     if apart is None or apart.value is None or value is None:
-        return Cell(NONE)
+        return Cell(NO_VALUE)
     is_gain = metric.loss(value) < metric.loss(value - apart.value)
-    text, *half = signed(apart.value, *(() if apart.high is None else (apart.high - apart.value,)))
+    text, *half = format_signed(apart.value, *(() if apart.high is None else (apart.high - apart.value,)))
     if metric.better == "one" and apart.is_significant:
         text += " closer" if is_gain else " further"
     small = "".join(f"±{each.removeprefix('+')}" for each in half)
@@ -217,12 +217,14 @@ def _difference_cell(apart: Difference | None, metric: Named, value: float | Non
 
 
 def _slice_cells(each: SliceRecord) -> Row:
-    value, *ends = signed(*(end for end in (each.apart, each.low, each.high) if end is not None)) or [NONE]
-    mark = "problem" if each.is_worse else "good" if each.is_significant and each.apart else ""
-    beside = each.beside if each.beside == "all rows" else f"'{each.beside}' there"
+    value, *ends = format_signed(*(end for end in (each.difference, each.low, each.high) if end is not None)) or [
+        NO_VALUE
+    ]
+    mark = "problem" if each.is_worse else "good" if each.is_significant and each.difference else ""
+    compared_to = each.compared_to if each.compared_to == "all rows" else f"'{each.compared_to}' there"
     name = f"{each.by}: {each.slice}"
     apart = Cell(value, " to ".join(ends), mark)  # type: ignore[arg-type]
-    return (name, each.group, each.metric, beside, thousands(each.rows), fixed(each.value, 4), apart)
+    return (name, each.group, each.metric, compared_to, format_count(each.rows), format_fixed(each.value, 4), apart)
 
 
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
@@ -231,37 +233,37 @@ def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
         for name, summary in summaries.items():
             if task in summary.tasks and summary.tasks[task].details.get("calibration_bins"):
                 label = f"predicted against observed probabilities of {task} by {name}"
-                yield Figure(f"{task}, {name}", svg(calibration_figure(summary, task), label), note)
+                yield Figure(f"{task}, {name}", to_svg(calibration_figure(summary, task), label), note)
 
 
-def summary_tree(summary: Summary) -> dict[str, Any]:
+def summary_to_dict(summary: Summary) -> dict[str, Any]:
     """`metrics.json`."""
     names = ("rows", "users", "requests", "resamples")
     tree: dict[str, Any] = {name: getattr(summary, name) for name in names} | {"tasks": {}}
     for name, group in summary.groups.items():
         kind = {} if name == SCORE else {"kind": group.kind}
         metrics = {metric: asdict(each) for metric, each in group.metrics.items()}
-        part = kind | group.counts | metrics | _noted(note_of_group(summary, name)) | group.details
+        part = kind | group.counts | metrics | _noted(explain_group(summary, name)) | group.details
         (tree if name == SCORE else tree["tasks"])[name] = part
-    tree |= {} if summary.catalogue is None else {"catalogue": summary.catalogue}
-    return tree | _noted(note_of(summary)) | summary.facts
+    tree |= {} if summary.catalog is None else {"catalog": summary.catalog}
+    return tree | _noted(explain_summary(summary)) | summary.facts
 
 
 def _noted(note: str | None) -> dict[str, str]:
     return {} if note is None else {"note": note}
 
 
-def comparison_tree(compared: Comparison) -> dict[str, Any]:
+def comparison_to_dict(compared: Comparison) -> dict[str, Any]:
     """The differences and verdicts of `metrics.json`."""
-    objective, against = compared.objective, dict[str, Any]()
+    objective, differences = compared.objective, dict[str, Any]()
     for other, verdict in compared.verdicts.items():
-        against[other] = asdict(compared.against[other]) | {"verdict": asdict(verdict)}
+        differences[other] = asdict(compared.differences[other]) | {"verdict": asdict(verdict)}
     return {
         "model": compared.model,
-        "judged": compared.judged,
-        "left_out": compared.left_out,
+        "eligible_tasks": compared.eligible_tasks,
+        "excluded_tasks": compared.excluded_tasks,
         "objective": None if objective is None else asdict(objective) | {"name": objective.name},
-        "against": against,
+        "against": differences,
     }
 
 
@@ -275,8 +277,8 @@ def calibration_figure(summary: Summary, task: str) -> Drawing:
     observed = np.array(bins, dtype=np.float64)
     predicted = observed[:, 0]
     relative = observed / np.where(predicted > 0, predicted, np.nan)[:, None]  # a prediction of 0 has no ratio
-    figure = blank(5.6, 6.6)
-    axes, ratios = map(plain, figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]))
+    figure = new_figure(5.6, 6.6)
+    axes, ratios = map(style_axes, figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]))
     style: dict[str, Any] = {"color": _LINE, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 2.5}
     for each, values in ((axes, observed), (ratios, relative)):
         _, middle, low, high = values.T
@@ -300,7 +302,7 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
     """
     weights = np.array(list(mean_gate_weights.values()), dtype=np.float64)
     tasks, experts = weights.shape
-    figure = blank(2.6 + 0.72 * experts, 1.7 + 0.55 * tasks)
+    figure = new_figure(2.6 + 0.72 * experts, 1.7 + 0.55 * tasks)
     axes, top = figure.subplots(), float(np.nanmax(weights, initial=0.0)) or 1.0
     image = axes.imshow(np.ma.masked_invalid(weights), cmap="Blues", vmin=0, vmax=top, aspect="auto")
     for task, expert in np.argwhere(np.isfinite(weights)):
@@ -317,7 +319,7 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
     return figure
 
 
-def log_gates(run: Run, layout: Layout, experts: Any, name: str) -> None:
+def log_gate_weights(run: Run, layout: Layout, experts: Any, name: str) -> None:
     """Log the figure of the mean gate weights to a run. Ranks other than the first log nothing."""
     if run.run_id is not None:
         weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}

@@ -1,7 +1,7 @@
 """Slices of rows, and how well a model does on each: what it gives some users while the mean hides it.
 
 Rows are sliced by columns of the log or of files of predictions, and by what training knew of their users and
-candidates (`Slicing`). A slice is compared with all rows, by the same redraws of users, or with another model on the
+candidates (`RowSlicer`). A slice is compared with all rows, by the same redraws of users, or with another model on the
 rows of the slice. See README.md for which are judged (Slices and findings).
 """
 
@@ -20,49 +20,49 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 from scipy.stats import t as student
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import MIN_RARER_ROWS
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
-    LEVEL,
+    ALPHA,
     Difference,
-    Key,
-    Resampled,
-    Values,
-    correct_all,
-    find_difference,
-    resample,
+    Estimate,
+    MetricKey,
+    Replicates,
+    bootstrap,
+    compute_difference,
+    holm_correct,
 )
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
-from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, RowsBySlice, UserMetrics
-from mmoe_rec.evaluation.sums import PredictedRows, count_rarer_label, describe_other_rows
+from mmoe_rec.evaluation.summary import SCORE, BootstrapMetrics, MeasuredModel, RowsBySlice
+from mmoe_rec.evaluation.sums import PredictedRows, count_minority, describe_row_mismatch
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.columns import column_uses, combine, hash_column
-from mmoe_rec.log.reader import Log, find_fault
+from mmoe_rec.log.columns import column_uses, combine_hashes, hash_column
+from mmoe_rec.log.reader import Log, find_bad_file
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, adapt_schema
-from mmoe_rec.preprocessing.prepare import existing
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, BuildOptions, adapt_schema
+from mmoe_rec.preprocessing.prepare import find_existing_features
 from mmoe_rec.progress import bar
-from mmoe_rec.settings.log_columns import Use
+from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.sections import Settings
 
 _NDCG = "ndcg_at_10"
-METRICS_OF_SLICES = ("auc", "calibration", "r2", _NDCG)
+SLICE_METRICS = ("auc", "calibration", "r2", _NDCG)
 """The metrics of binary tasks, of a regression, and of the score."""
-ALL = "all rows"
-MOST_VALUES = 1_000
+ALL_ROWS = "all rows"
+MAX_COLUMN_VALUES = 1_000
 """A column of more values is an id or a number, and is not sliced."""
-SHOWN_VALUES = 20
+TOP_VALUES = 20
 """So many values with the most rows are slices; what is left is one more."""
 MISSING, OTHERS = "(missing)", "(all others)"
-ACTIVITY = 10  # groups of users of equal size, by how many training rows they have
+ACTIVITY_BUCKETS = 10  # groups of users of equal size, by how many training rows they have
 OPTION = "slices"
 _ADVICE = "leave out slices by columns of the log (--evaluation.slices '[]')"
 _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
 
 
 @dataclass(frozen=True)
-class SliceBy:
+class SliceSpec:
     """name: as it was asked for; column: of the rows; buckets: how many, None for the column's values."""
 
     name: str
@@ -70,7 +70,7 @@ class SliceBy:
     buckets: int | None = None
 
     @staticmethod
-    def of(word: str, option: str = "--slices") -> "SliceBy":
+    def parse(word: str, option: str = "--slices") -> "SliceSpec":
         """What `COLUMN` or `bucket(COLUMN, N)` says; option: the one that named it.
 
         Raises UserError for a number of buckets that there can't be.
@@ -79,10 +79,10 @@ class SliceBy:
         if found is None:
             if word.startswith("bucket("):
                 raise UserError(f"{option} {word}: expected 'bucket(COLUMN, N)', such as 'bucket(price, 10)'")
-            return SliceBy(word, word)
+            return SliceSpec(word, word)
         if not 2 <= int(found[2]) <= 100:
             raise UserError(f"{option} {word}: expected 2 to 100 buckets")
-        return SliceBy(word, found[1], int(found[2]))
+        return SliceSpec(word, found[1], int(found[2]))
 
     def read(self, values: pa.Array) -> pa.Array:
         """Values as strings, or numbers as float64; null where they are missing.
@@ -109,7 +109,7 @@ class SliceBy:
             Name of the slice -> numbers of its rows, for slices that have rows.
 
         Raises:
-            UserError: The column has more than `MOST_VALUES` values.
+            UserError: The column has more than `MAX_COLUMN_VALUES` values.
         """
         names, place = self._by_value(values) if self.buckets is None else self._by_bucket(values, self.buckets)
         place[values.is_null().to_numpy(zero_copy_only=False)] = len(names)
@@ -119,12 +119,13 @@ class SliceBy:
     def _by_value(self, values: pa.Array) -> tuple[list[str], np.ndarray]:
         counts = values.drop_null().value_counts().to_pylist()
         counts.sort(key=lambda each: (-each["counts"], each["values"]))
-        if len(counts) > MOST_VALUES:
+        if len(counts) > MAX_COLUMN_VALUES:
             raise UserError(
-                f"column '{self.column}' has more than {MOST_VALUES:,} values, such as {counts[0]['values']!r}: too "
+                f"column '{self.column}' has more than {MAX_COLUMN_VALUES:,} values, such as "
+                f"{counts[0]['values']!r}: too "
                 f"many to slice by; slice by 'bucket({self.column}, 10)' if it is a number"
             )
-        shown = sorted(each["values"] for each in counts[:SHOWN_VALUES])
+        shown = sorted(each["values"] for each in counts[:TOP_VALUES])
         place = pc.fill_null(pc.index_in(values, value_set=pa.array(shown, pa.string())), len(shown))
         names = [each if each.strip() and each not in (MISSING, OTHERS) else f"'{each}'" for each in shown]
         return [*names, OTHERS], place.to_numpy().astype(np.int64)
@@ -144,7 +145,7 @@ class SliceBy:
         return names, np.searchsorted(edges, pc.fill_null(values, 0.0).to_numpy(), side="left")
 
 
-class Slicing:
+class RowSlicer:
     """What models' rows, which are the same, are sliced by: `evaluation.slices`, by columns of the log; and, where
     features were built of the log, how users and candidates stand in training.
 
@@ -158,11 +159,11 @@ class Slicing:
         Raises:
             UserError: The log has no such column, or it can't be sliced by.
         """
-        self._by = [SliceBy.of(word, OPTION) for word in dict.fromkeys(settings.evaluation.slices)]
+        self._by = [SliceSpec.parse(word, OPTION) for word in dict.fromkeys(settings.evaluation.slices)]
         self._log = _open_log(settings, artifact, self._by) if self._by else None
         self._read: tuple[np.ndarray, RowsBySlice] | None = None
         self._skips = settings.data.skip_bad_files
-        prepared = existing(BuildInputs.of(settings))
+        prepared = find_existing_features(BuildInputs.of(settings))
         self._training = {
             name: _count_by(prepared.split("train"), name)
             for name, has in (("user", settings.columns.has_user), ("candidate", settings.columns.has_candidate))
@@ -178,11 +179,11 @@ class Slicing:
         Raises:
             UserError: The log has other rows by now, a column has too many values, or models have other rows.
         """
-        slices = slice_by_training(rows, self._training)
+        slices = slice_by_training_counts(rows, self._training)
         if self._log is None:
             return slices
         ids = rows.row if rows.candidates is None else rows.candidates
-        keys = combine([hash_column(rows.requests), hash_column(ids)])
+        keys = combine_hashes([hash_column(rows.requests), hash_column(ids)])
         order = np.argsort(keys, kind="stable")
         if self._read is None:
             self._read = keys[order], _read_slices(self._log, self._by, keys[order], self._skips)
@@ -195,8 +196,8 @@ class Slicing:
         return slices
 
 
-def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceBy]) -> Log:
-    options, pipeline = BuildOptions.of(settings.data), FeaturePipeline.load(artifact / "features", memories=False)
+def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceSpec]) -> Log:
+    options, pipeline = BuildOptions.of(settings.data), FeaturePipeline.load(artifact / "features", stores=False)
     schema = adapt_schema(settings, pipeline.schema)
     uses = column_uses(schema)
     if not schema.columns.has_candidate and options.skip_bad_files:
@@ -204,28 +205,35 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceBy]) -> 
             "slices by columns of the log need columns.candidate where files may be left out (data.skip_bad_files): "
             f"without it rows are known by their number in the log; {_ADVICE}"
         )
-    more: dict[str, Use] = {each.column: "any" for each in slices if each.column not in uses}
+    extra_columns: dict[str, ColumnUse] = {each.column: "any" for each in slices if each.column not in uses}
     types, source = pipeline.key_types, settings.data.log
     try:
-        log = Log(source, schema, skip_bad_files=options.skip_bad_files, types=types, now=options.now, more=more)
+        log = Log(
+            source,
+            schema,
+            skip_bad_files=options.skip_bad_files,
+            types=types,
+            max_time=options.max_time,
+            extra_columns=extra_columns,
+        )
     except BadFile as error:
-        raise UserError(f"{error} ({OPTION})" if more else str(error)) from None
+        raise UserError(f"{error} ({OPTION})" if extra_columns else str(error)) from None
     for each in slices:  # before rows are scored
         _values_of(each, pa.nulls(0, log.types.get(each.column, pa.null())))
     return log
 
 
-def _read_slices(log: Log, slices: Sequence[SliceBy], wanted: np.ndarray, skips: bool) -> RowsBySlice:
+def _read_slices(log: Log, slices: Sequence[SliceSpec], wanted: np.ndarray, skips: bool) -> RowsBySlice:
     """Slices of rows by the places of their keys (N,) uint64, which rise."""
     names, split, columns = log.schema.columns, log.schema.split, dict.fromkeys(each.column for each in slices)
     needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column, *columns}
     reader = replace(log.reader, uses={name: use for name, use in log.uses.items() if name in needed})
-    log = log.without(map(find_fault, log.pieces(reader))) if skips else log
+    log = log.without_bad_files(map(find_bad_file, log.pieces(reader))) if skips else log
     keys, parts = list[np.ndarray](), list[pa.Table]()
     with bar() as progress:
         task = progress.add_task("slicing", total=log.rows)
         for rows in chain.from_iterable(map(reader.read, log.parts())):
-            its = combine([hash_column(rows.requests()), rows.hashes([names.candidate])])
+            its = combine_hashes([hash_column(rows.requests()), rows.hashes([names.candidate])])
             progress.advance(task, len(its))
             there = wanted[np.minimum(np.searchsorted(wanted, its), len(wanted) - 1)] == its
             keys.append(its[there])
@@ -241,14 +249,16 @@ def _read_slices(log: Log, slices: Sequence[SliceBy], wanted: np.ndarray, skips:
     return {each.name: each.find_slices(_values_of(each, one_array(table[each.column]))) for each in slices}
 
 
-def _values_of(by: SliceBy, values: pa.Array) -> pa.Array:
+def _values_of(by: SliceSpec, values: pa.Array) -> pa.Array:
     try:
         return by.read(values)
     except (ValueError, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{by.column}' of the log {error} ({OPTION})") from None
 
 
-def slice_by_training(rows: PredictedRows, training: Mapping[str, pd.Series]) -> dict[str, Mapping[str, np.ndarray]]:
+def slice_by_training_counts(
+    rows: PredictedRows, training: Mapping[str, pd.Series]
+) -> dict[str, Mapping[str, np.ndarray]]:
     """Slice rows by what training knew of their users and candidates.
 
     Args:
@@ -262,7 +272,7 @@ def slice_by_training(rows: PredictedRows, training: Mapping[str, pd.Series]) ->
         slices[name] = {"new": np.flatnonzero(known == 0), "returning": np.flatnonzero(known)}
         if name == "user":
             rows_of_user = pa.array(known.astype(float), mask=known == 0)
-            activity = SliceBy("training rows of the user", name, ACTIVITY).find_slices(rows_of_user)
+            activity = SliceSpec("training rows of the user", name, ACTIVITY_BUCKETS).find_slices(rows_of_user)
             slices["training rows of the user"] = {each: of for each, of in activity.items() if each != MISSING}
     return {by: {name: places for name, places in each.items() if len(places)} for by, each in slices.items()}
 
@@ -278,8 +288,8 @@ class SliceRecord:
     """A metric of a model in a slice, beside its value on all rows, or that of another model in the slice.
 
     by, slice: what rows are sliced by, and the value; group: the task, or `score`; labels: rows of the rarer label,
-    None of the score; requests: of NDCG, those that rank anything; beside: `ALL`, or the name of another model; apart:
-    by how much the value differs, with its interval, its standard error, degrees of freedom and p-values. What
+    None of the score; requests: of NDCG, those that rank anything; beside: `ALL_ROWS`, or the name of another model;
+    apart: by how much the value differs, with its interval, its standard error, degrees of freedom and p-values. What
     can't be judged for want of labels is None.
     """
 
@@ -291,56 +301,56 @@ class SliceRecord:
     labels: int | None
     requests: int | None
     value: float | None
-    beside: str
-    apart: float | None
+    compared_to: str
+    difference: float | None
     low: float | None
     high: float | None
-    error: float | None
-    freedom: float | None
-    p: float | None
-    p_corrected: float | None = None
+    standard_error: float | None
+    degrees_of_freedom: float | None
+    p_value: float | None
+    corrected_p_value: float | None = None
 
     @property
     def is_worse(self) -> bool:
         """True if the metric is shown to be lower, or the probabilities to be further off."""
-        if self.value is None or self.apart is None or not self.is_significant:
+        if self.value is None or self.difference is None or not self.is_significant:
             return False
         if self.metric != "calibration":
-            return self.apart < 0
-        return distance_from_one(self.value) > distance_from_one(self.value - self.apart)
+            return self.difference < 0
+        return distance_from_one(self.value) > distance_from_one(self.value - self.difference)
 
     @property
     def is_significant(self) -> bool:
         """True if the difference is shown after the correction for how many slices are compared."""
-        return self.p_corrected is not None and self.p_corrected < LEVEL
+        return self.corrected_p_value is not None and self.corrected_p_value < ALPHA
 
-    def test_loss(self, margin: float) -> float:
+    def loss_p_value(self, margin: float) -> float:
         """The p-value of a loss of more than the margin, by both tails as an interval's; 1 where it can't be tested."""
-        if self.apart is None or self.freedom is None or not self.error:
+        if self.difference is None or self.degrees_of_freedom is None or not self.standard_error:
             return 1.0
-        return float(2 * student.cdf((self.apart + margin) / self.error, self.freedom))
+        return float(2 * student.cdf((self.difference + margin) / self.standard_error, self.degrees_of_freedom))
 
     @property
     def message(self) -> str:
         """The slice beside all rows or another model."""
-        beside = "that of all rows" if self.beside == ALL else f"that of '{self.beside}'"
-        value, apart = self.value or 0.0, self.apart or 0.0
+        compared_to = "that of all rows" if self.compared_to == ALL_ROWS else f"that of '{self.compared_to}'"
+        value, difference = self.value or 0.0, self.difference or 0.0
         which = f"slice {self.by}: {self.slice} ({self.rows:,} rows)"
-        return f"{which}: {self.metric} of {self.group} is {value:.3f}, where {beside} is {value - apart:.3f}"
+        return f"{which}: {self.metric} of {self.group} is {value:.3f}, where {compared_to} is {value - difference:.3f}"
 
 
 def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int) -> list[SliceRecord]:
     """A record for each slice of a model, task or `score`, metric, and what the slice is compared with."""
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
-    measured, records = UserMetrics(whole, names=METRICS_OF_SLICES), list[SliceRecord]()
+    measured, records = BootstrapMetrics(whole, names=SLICE_METRICS), list[SliceRecord]()
     # The same redraws as in each slice.
-    of_all = measured.resample(resamples) if slices else {}
+    of_all = measured.bootstrap(resamples) if slices else {}
     for (by, _), sums in slices.items():
         requests[by] += sums.total("requests")
     for key in slices:
         is_cut = requests[key[0]] > whole.total("requests")
         records += _compare_slice(key, models, model, of_all, resamples, is_cut)
-    return correct_all(records)
+    return holm_correct(records)
 
 
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
@@ -349,8 +359,8 @@ def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
 
     def place(each: SliceRecord) -> tuple[bool, bool, bool, float]:
         is_ratio = each.metric == "calibration"
-        size = -distance_from_one(each.value or 0.0) if is_ratio else each.apart or 0.0
-        return not each.is_worse, is_ratio, not is_ratio and each.beside == ALL, size
+        size = -distance_from_one(each.value or 0.0) if is_ratio else each.difference or 0.0
+        return not each.is_worse, is_ratio, not is_ratio and each.compared_to == ALL_ROWS, size
 
     shown = [each for each in records if each.value is not None and (each.metric != "calibration" or each.is_worse)]
     return sorted(shown, key=place)
@@ -360,42 +370,46 @@ def _compare_slice(
     key: tuple[str, str],
     models: Mapping[str, MeasuredModel],
     model: str,
-    of_all: Mapping[Key, Resampled],
+    of_all: Mapping[MetricKey, Estimate],
     resamples: int,
     cut: bool,
 ) -> Iterator[SliceRecord]:
     """of_all: metrics of all rows; cut: whether requests have rows in other slices too."""
     here, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
     others = {name: each.slices[key] for name, each in models.items() if key in each.slices}
-    sides = {name: its for name, its in others.items() if describe_other_rows(here, its) is None}
+    sides = {name: its for name, its in others.items() if describe_row_mismatch(here, its) is None}
     place = pc.index_in(here.tables["ranking"]["user"], value_set=units).to_numpy()  # of the slice's users
-    measured = {side: UserMetrics(sums, names=METRICS_OF_SLICES) for side, sums in sides.items()}
+    measured = {side: BootstrapMetrics(sums, names=SLICE_METRICS) for side, sums in sides.items()}
 
-    def values_of(counts: np.ndarray) -> Values:
+    def values_of(counts: np.ndarray) -> Replicates:
         counts = np.ascontiguousarray(counts[place])
-        return {(side, *metric): value for side, its in measured.items() for metric, value in its.at(counts).items()}
+        return {
+            (side, *metric): value for side, its in measured.items() for metric, value in its.compute(counts).items()
+        }
 
-    resampled = {(ALL, *metric): each for metric, each in of_all.items()}
-    for (side, *metric), each in resample(values_of, len(units), resamples).items():
+    resampled = {(ALL_ROWS, *metric): each for metric, each in of_all.items()}
+    for (side, *metric), each in bootstrap(values_of, len(units), resamples).items():
         if metric[0] not in measured[model].groups:  # an outcome that only the other side has
             continue
-        users = measured[model].effective_users((metric[0], metric[1]))
-        resampled[side, *metric] = replace(each, users=users)
+        effective_users = measured[model].effective_users((metric[0], metric[1]))
+        resampled[side, *metric] = replace(each, effective_users=effective_users)
     for group, metric in [metric for side, *metric in resampled if side == model]:
         its, ranks = resampled[model, group, metric], metric == _NDCG
         task = None if group == SCORE else group
-        labels = None if task is None else count_rarer_label(here, task)
+        labels = None if task is None else count_minority(here, task)
         requests = here.total("ranked_requests", task) if ranks else None
-        is_judged = min(each for each in (labels, requests, FEWEST) if each is not None) >= FEWEST
-        for side in (ALL, *sides):
+        is_judged = min(each for each in (labels, requests, MIN_RARER_ROWS) if each is not None) >= MIN_RARER_ROWS
+        for side in (ALL_ROWS, *sides):
             if side == model or (side, group, metric) not in resampled:
                 continue
-            of_shorter_lists = ranks and cut and side == ALL
+            of_shorter_lists = ranks and cut and side == ALL_ROWS
             if of_shorter_lists and len(sides) > 1:
                 continue  # another model is what it can be compared with
             apart = Difference(None)
             if is_judged and not of_shorter_lists:
-                apart = find_difference(its, resampled[side, group, metric])
+                apart = compute_difference(its, resampled[side, group, metric])
             value = its.value if is_judged and np.isfinite(its.value) else None
             told = (*key, group, metric, here.total("rows", task), labels, requests, value, side)
-            yield SliceRecord(*told, apart.value, apart.low, apart.high, apart.error, apart.freedom, apart.p)
+            yield SliceRecord(
+                *told, apart.value, apart.low, apart.high, apart.standard_error, apart.degrees_of_freedom, apart.p_value
+            )

@@ -6,19 +6,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import MIN_RARER_ROWS
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
-from mmoe_rec.evaluation.intervals import FEW_USERS, UNDEFINED, Interval, Key, Resampled, Values, resample, rounding_of
+from mmoe_rec.evaluation.intervals import (
+    FEW_USERS,
+    UNDEFINED,
+    Estimate,
+    Interval,
+    MetricKey,
+    Replicates,
+    bootstrap,
+    rounding_tolerance,
+)
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
-from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows, count_rarer_label
+from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows, count_minority
 from mmoe_rec.task_kinds import KINDS
 
-SCORE, CATALOGUE = "score", "catalogue"
-LEFT_OUT = ("requests_of_one_row", "requests_without_relevant_row", "requests_of_equal_relevance")
+SCORE, CATALOG = "score", "catalog"
+UNINFORMATIVE_REQUESTS = ("requests_of_one_row", "requests_without_relevant_row", "requests_of_equal_relevance")
 """Requests that rank nothing."""
-OBJECTIVE: Key = ("objective", "objective")
-Each = TypeVar("Each")
+OBJECTIVE: MetricKey = ("objective", "objective")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -33,18 +42,20 @@ class Objective:
     better: str
 
     @staticmethod
-    def of(primary_metric: str, sums: EvaluationSums, tasks: Collection[str]) -> "Objective | None":
+    def from_setting(primary_metric: str, sums: EvaluationSums, tasks: Collection[str]) -> "Objective | None":
         """The objective of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
 
         A metric of tasks is averaged over those `tasks` that have it and enough labels; where none has, it is R2 of
         the regressions, and None where there are none either. Raises UserError for what is no such metric.
         """
-        metric = find_objective(primary_metric)
+        metric = find_objective_metric(primary_metric)
         if primary_metric.startswith(f"{SCORE}."):
             return Objective(metric.name, (SCORE,), metric.better)
-        for each in (metric, find_objective("r2")):
-            having = {task.name for task in sums.tasks if each.is_of(task.kind)}
-            if judged := tuple(task for task in tasks if task in having and count_rarer_label(sums, task) >= FEWEST):
+        for each in (metric, find_objective_metric("r2")):
+            having = {task.name for task in sums.tasks if each.applies_to(task.kind)}
+            if judged := tuple(
+                task for task in tasks if task in having and count_minority(sums, task) >= MIN_RARER_ROWS
+            ):
                 return Objective(each.name, judged, each.better)
         return None
 
@@ -56,7 +67,7 @@ class Objective:
         return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"
 
 
-def find_objective(primary_metric: str) -> Metric[Any]:
+def find_objective_metric(primary_metric: str) -> Metric[Any]:
     """The metric of a setting. Raises UserError where models can't be told apart by it."""
     group, _, name = primary_metric.rpartition(".")
     for metric in every.METRICS:
@@ -70,7 +81,7 @@ def find_objective(primary_metric: str) -> Metric[Any]:
     )
 
 
-class UserMetrics:
+class BootstrapMetrics:
     """The metrics of a model that have intervals, and what decides, in resamples of users, or groups of them.
 
     groups: task name -> its sums, and `score` -> those of the score; names: of the metrics that are wanted besides the
@@ -80,41 +91,45 @@ class UserMetrics:
     def __init__(
         self, sums: EvaluationSums, objective: Objective | None = None, names: Collection[str] | None = None
     ) -> None:
-        self.units, self.objective = len(sums.tables["ranking"]), objective
+        self.num_units, self.objective = len(sums.tables["ranking"]), objective
         self.groups: dict[str, UserSums] = {}
         for name, kind in {**{task.name: task.kind for task in sums.tasks}, SCORE: SCORE}.items():
             decides = "" if objective is None or name not in objective.groups else objective.metric
             metrics = [
                 each
-                for each in every.metrics_of(kind)
+                for each in every.metrics_for_kind(kind)
                 if names is None or each.name == decides or (each.name in names and each.is_shown(kind == SCORE))
             ]
             if metrics:
                 self.groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
 
-    def at(self, counts: np.ndarray) -> Values:
+    def compute(self, counts: np.ndarray) -> Replicates:
         """All in R resamples, which draw the users `counts` (U, R) float64 times; no objective that lacks a part."""
-        values = {(name, key): each for name, group in self.groups.items() for key, each in group.at(counts).items()}
+        values = {
+            (name, key): each for name, group in self.groups.items() for key, each in group.compute(counts).items()
+        }
         parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
         if parts and values.keys() >= {*parts}:
             values[OBJECTIVE] = np.mean([values[part] for part in parts], axis=0)
         return values
 
     @property
-    def once(self) -> dict[Key, float]:
+    def point_values(self) -> dict[MetricKey, float]:
         """All of the users as they are."""
-        return {key: float(each[0]) for key, each in self.at(np.ones((self.units, 1))).items()}
+        return {key: float(each[0]) for key, each in self.compute(np.ones((self.num_units, 1))).items()}
 
-    def effective_users(self, key: Key) -> float:
+    def effective_users(self, key: MetricKey) -> float:
         """The effective number of users of a metric; of the objective, the least of its parts."""
         if key == OBJECTIVE and self.objective is not None:
             return min(self.groups[group].effective_users[self.objective.metric] for group in self.objective.groups)
         return self.groups[key[0]].effective_users[key[1]]
 
-    def resample(self, resamples: int, at: Callable[[np.ndarray], Values] | None = None) -> dict[Key, Resampled]:
-        """All metrics, or other numbers by metric (`at`) of the same users, when users are redrawn."""
-        found = resample(at or self.at, self.units, resamples)
-        return {key: replace(each, users=self.effective_users(key)) for key, each in found.items()}
+    def bootstrap(
+        self, resamples: int, compute: Callable[[np.ndarray], Replicates] | None = None
+    ) -> dict[MetricKey, Estimate]:
+        """All metrics, or other numbers by metric (`compute`) of the same users, when users are redrawn."""
+        found = bootstrap(compute or self.compute, self.num_units, resamples)
+        return {key: replace(each, effective_users=self.effective_users(key)) for key, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -122,8 +137,8 @@ class GroupSummary:
     """The metrics of a task, or of the score.
 
     kind: of the task, or `score`; counts: a task's `rows` and, if it is binary, `positives` and `requests`; the score's
-    requests `LEFT_OUT`; metrics: those that have intervals; details: those that have none, and what else metrics say;
-    effective_users: None if there are enough.
+    requests `UNINFORMATIVE_REQUESTS`; metrics: those that have intervals; details: those that have none, and what else
+    metrics say; effective_users: None if there are enough.
     """
 
     kind: str
@@ -133,9 +148,9 @@ class GroupSummary:
     effective_users: float | None = None
 
     @property
-    def guarded(self) -> str:
+    def guardrail_metric(self) -> str:
         """The metric of which the task may not lose more than the margin."""
-        return KINDS[self.kind].guarded
+        return KINDS[self.kind].guardrail_metric
 
     def get(self, metric: str) -> Interval:
         """A metric, undefined where it was not measured."""
@@ -158,7 +173,7 @@ class Summary:
     resamples: int
     tasks: dict[str, GroupSummary]
     score: GroupSummary
-    catalogue: dict[str, float] | None = None
+    catalog: dict[str, float] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -167,7 +182,7 @@ class Summary:
         return {**self.tasks, SCORE: self.score}
 
     @property
-    def each_row_is_a_user(self) -> bool:
+    def one_row_per_user(self) -> bool:
         """True if each row has a user of its own, as in a plain table: then nothing ranks within users or requests."""
         return self.users == self.rows
 
@@ -184,8 +199,8 @@ class MeasuredModel:
     sums: EvaluationSums
     summary: Summary
     address: str = ""
-    seen: Sequence[str] = ()
-    early_end: str | None = None
+    training_overlap: Sequence[str] = ()
+    undertraining: str | None = None
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
 
 
@@ -219,57 +234,57 @@ def measure_model(
         for by, named in (slices or {}).items()
         for name, places in named.items()
     }
-    summary = replace(summarise(sums, resamples), facts=dict(facts or {}))
+    summary = replace(summarize(sums, resamples), facts=dict(facts or {}))
     return MeasuredModel(sums, summary, slices=of_slices, **about)
 
 
-def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
+def summarize(sums: EvaluationSums, resamples: int = 1000) -> Summary:
     """All metrics of a model, with 95% bootstrap intervals over users.
 
     resamples: how often users are redrawn, at least 1; 1,000 make ends steady. The same are drawn for all models.
     """
-    measured = UserMetrics(sums)
-    groups, units = measured.groups, measured.units
-    shares = {metric.name for metric in every.METRICS if metric.is_share}
-    of_all = {key: each.interval(key[1] in shares) for key, each in measured.resample(resamples).items()}
+    measured = BootstrapMetrics(sums)
+    groups, num_units = measured.groups, measured.num_units
+    shares = {metric.name for metric in every.METRICS if metric.is_fraction}
+    of_all = {key: each.interval(key[1] in shares) for key, each in measured.bootstrap(resamples).items()}
     for key, at in of_all.items():  # what is the same for all users does not say how sure it is
-        if at.low is not None and at.high is not None and at.high - at.low <= rounding_of(at.low):
+        if at.low is not None and at.high is not None and at.high - at.low <= rounding_tolerance(at.low):
             of_all[key] = Interval(at.value)
     metrics = nest(of_all)
 
     def summary_of(name: str, kind: str, counts: Sequence[str], **details: Any) -> GroupSummary:
         group, its = groups[name], metrics.get(name, {})
-        for metric in every.metrics_of(kind):
+        for metric in every.metrics_for_kind(kind):
             if not metric.has_interval:
-                value = float(metric.summarise(group.drawn(np.ones((units, 1))))[0])
+                value = float(metric.summarize(group.resamples(np.ones((num_units, 1))))[0])
                 details[metric.name] = value if np.isfinite(value) else None
             details |= metric.details(group, resamples)
         fewest = min((group.effective_users[each] for each, at in its.items() if at.value is not None), default=np.inf)
-        few = fewest if fewest < min(FEW_USERS, units / 2) else None
+        few = fewest if fewest < min(FEW_USERS, num_units / 2) else None
         task = None if name == SCORE else name
         return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few)
 
     counted = {True: ["rows", "positives", "requests"], False: ["rows"]}
     tasks = {task.name: summary_of(task.name, task.kind, counted[task.kind.is_binary]) for task in sums.tasks}
-    random, requests, catalogue = dict[str, float](), sums.total("requests"), None
+    random, requests, catalog = dict[str, float](), sums.total("requests"), None
     if ranked := sums.total("ranked_requests"):
         random = {"random_ndcg_at_10": float(np.sum(sums.tables["ranking"]["random_ndcg"])) / ranked}
-    score = summary_of(SCORE, SCORE, LEFT_OUT, **random)
-    if (table := sums.tables.get(CATALOGUE)) is not None:
-        shown = {metric.name: metric.summarise(table, requests) for metric in every.CATALOGUE_METRICS}
-        catalogue = {"candidates": len(table), **shown}
-    return Summary(sums.total("rows"), sums.users, requests, resamples, tasks, score, catalogue)
+    score = summary_of(SCORE, SCORE, UNINFORMATIVE_REQUESTS, **random)
+    if (table := sums.tables.get(CATALOG)) is not None:
+        shown = {metric.name: metric.summarize(table, requests) for metric in every.CATALOG_METRICS}
+        catalog = {"candidates": len(table), **shown}
+    return Summary(sums.total("rows"), sums.users, requests, resamples, tasks, score, catalog)
 
 
-def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any], list[Interval]]:
+def collect_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any], list[Interval]]:
     """What is measured of a task, or of the score: metric -> its value for each model. Where each row is a user of its
     own, how well rows are ranked within users and requests is left out."""
-    groups, alone = [each.groups.get(group) for each in summaries], all(each.each_row_is_a_user for each in summaries)
+    groups, alone = [each.groups.get(group) for each in summaries], all(each.one_row_per_user for each in summaries)
     return {
         metric: [UNDEFINED if each is None else each.get(metric.name) for each in groups]
         for metric in every.METRICS
         if any(metric.name in {**each.metrics, **each.details} for each in groups if each is not None)
-        and not (alone and metric.ranks_within)
+        and not (alone and metric.is_within_group)
     }
 
 
@@ -279,7 +294,7 @@ def flatten(summary: Summary) -> dict[str, float]:
     What is undefined is left out.
     """
     numbers: dict[str, Any] = {name: getattr(summary, name) for name in ("rows", "users", "requests")}
-    numbers |= {f"{CATALOGUE}.{name}": value for name, value in (summary.catalogue or {}).items()}
+    numbers |= {f"{CATALOG}.{name}": value for name, value in (summary.catalog or {}).items()}
     for group, its in summary.groups.items():
         parts: dict[str, Any] = dict(its.counts)
         for name, each in its.metrics.items():
@@ -291,9 +306,9 @@ def flatten(summary: Summary) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
 
 
-def nest(flat: Mapping[Key, Each]) -> dict[str, dict[str, Each]]:
+def nest(flat: Mapping[MetricKey, Item]) -> dict[str, dict[str, Item]]:
     """(task or `score`, metric) -> something, as task or `score` -> metric -> it."""
-    groups: dict[str, dict[str, Each]] = {}
+    groups: dict[str, dict[str, Item]] = {}
     for (group, metric), each in flat.items():
         groups.setdefault(group, {})[metric] = each
     return groups

@@ -1,7 +1,7 @@
 """Everything the metrics need to know about any number of rows, as sums per user, because the intervals redraw users.
 
-Of more than `MOST_UNITS` users, groups by a hash are redrawn instead, so that a resample costs no more: groups are as
-independent of each other as users are, and differ as much as their users do.
+Of more than `MAX_BOOTSTRAP_UNITS` users, groups by a hash are redrawn instead, so that a resample costs no more: groups
+are as independent of each other as users are, and differ as much as their users do.
 
 AUC and average precision need the order of all rows: so a binary task's rows are kept in bins of rising prediction.
 """
@@ -15,23 +15,28 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
-from mmoe_rec.evaluation.metrics.lists import RankedLists, random_ndcg, ranks_nothing, shown_rows
+from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_for_kind
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
-from mmoe_rec.evaluation.metrics.tasks import bin_edges, counts_by_value
-from mmoe_rec.log.columns import combine, hash_column
-from mmoe_rec.task_kinds import DEFAULT, find_kind
-from mmoe_rec.task_kinds.task_kind import Check, TaskKind
+from mmoe_rec.evaluation.metrics.ranking_metrics import (
+    RankedRequests,
+    exposure_by_row,
+    find_uninformative_requests,
+    random_ndcg,
+)
+from mmoe_rec.evaluation.metrics.task_metrics import bin_edges, counts_by_value
+from mmoe_rec.log.columns import combine_hashes, hash_column
+from mmoe_rec.task_kinds import DEFAULT_KIND, find_kind
+from mmoe_rec.task_kinds.task_kind import TaskKind, ValueRule
 
-MOST_UNITS = 4_096
+MAX_BOOTSTRAP_UNITS = 4_096
 """At most so many users, or groups of users, are kept apart; a power of two."""
 _KEYS = ("user", "bin")
 
 
-SCORES: Check = ("a number", lambda values: ~np.isnan(values))
+SCORE_RULE: ValueRule = ("a number", lambda values: ~np.isnan(values))
 # Products of sums of larger weights would overflow, and of smaller ones vanish.
 _LEAST, _LARGEST = np.float64(1e-50), np.float64(1e50)
-WEIGHTS: Check = ("a positive number, 1e-50 to 1e50", lambda values: (values > _LEAST) & (values < _LARGEST))
+WEIGHT_RULE: ValueRule = ("a positive number, 1e-50 to 1e50", lambda values: (values > _LEAST) & (values < _LARGEST))
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,11 @@ class MeasuredTask:
     """
 
     name: str
-    kind: TaskKind = DEFAULT
+    kind: TaskKind = DEFAULT_KIND
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name in ("score", "ranking", "catalogue"):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name in ("score", "ranking", "catalog"):
             raise ValueError(
                 f"task name {self.name!r} cannot be used in metric names: expected letters, digits, '_' and '-', "
                 "and neither 'score' nor 'ranking' nor 'catalogue'"
@@ -82,8 +87,8 @@ class EvaluationSums:
             `TASK.counts` has the weights of `positive` and `negative` rows for each predicted `value`, for binary
             tasks.
 
-            `catalogue` has one row for each `candidate`, if candidates were given: `rows`, and for each cutoff the
-            number of times that it is shown, and the logarithm of the probability that it never is (`shown_rows`).
+            `catalog` has one row for each `candidate`, if candidates were given: `rows`, and for each cutoff the
+            number of times that it is shown, and the logarithm of the probability that it never is (`exposure_by_row`).
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -147,7 +152,8 @@ class PredictedRows:
         ranks nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
 
         Args:
-            grouped: Whether units are groups of users, None for groups where there are more than `MOST_UNITS` users.
+            grouped: Whether units are groups of users, None for groups where there are more than `MAX_BOOTSTRAP_UNITS`
+            users.
 
         Raises:
             UserError: There is no row.
@@ -159,15 +165,15 @@ class PredictedRows:
         weight = np.ones(rows) if self.weight is None else np.asarray(self.weight, np.float64)
         known = {task.name: np.asarray(self.labels[task.name], np.float64) for task in self.tasks}
         gain = _gain([(task.weight, known[task.name]) for task in self.tasks], rows)
-        lists = RankedLists.of(request, self.score, gain, len(all_requests))
+        lists = RankedRequests.of(request, self.score, gain, len(all_requests))
         keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
         if self.candidates is not None:
             all_candidates, candidate = _index(self.candidates)
             keys.append(hash_column(all_candidates)[candidate])
-            shown = {"rows": np.ones(rows, dtype=np.int64), **shown_rows(lists, CUTOFFS)}
-            tables["catalogue"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
-        unit, units = units_of(all_users, grouped)
-        given = _Rows(user, request, unit[user], units, weight, combine(keys))
+            shown = {"rows": np.ones(rows, dtype=np.int64), **exposure_by_row(lists, CUTOFFS)}
+            tables["catalog"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
+        unit, units = assign_units(all_users, grouped)
+        given = _Rows(user, request, unit[user], units, weight, combine_hashes(keys))
         tables["ranking"] = _ranking_table(given, lists)
         for task in self.tasks:
             tables |= _task_tables(task, given, np.asarray(self.predictions[task.name]), known[task.name])
@@ -194,7 +200,7 @@ class PredictedRows:
         )
 
 
-def count_rarer_label(sums: EvaluationSums, task: str) -> int:
+def count_minority(sums: EvaluationSums, task: str) -> int:
     """How many rows have the rarer label of a binary task, or an observed label of a regression."""
     rows = sums.total("rows", task)
     if "positives" not in sums.tables[f"{task}.users"].column_names:
@@ -205,14 +211,14 @@ def count_rarer_label(sums: EvaluationSums, task: str) -> int:
 
 def check_same_rows(name: str, sums: EvaluationSums, against: str, base: EvaluationSums) -> None:
     """Raises UserError where two models were not measured on the same rows with the same labels."""
-    if (what := describe_other_rows(sums, base)) is not None:
+    if (what := describe_row_mismatch(sums, base)) is not None:
         raise UserError(
             f"'{name}' and '{against}' were not measured on the same rows ({what}): differences of models need the "
             "same requests and candidates, with the same labels"
         )
 
 
-def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | None:
+def describe_row_mismatch(sums: EvaluationSums, base: EvaluationSums) -> str | None:
     """What differs between the rows of two models, or their labels; None where they are the same."""
     for task in [None, *(task.name for task in base.tasks if f"{task.name}.users" in sums.tables)]:
         table, of = ("ranking", "") if task is None else (f"{task}.users", f" with a label of '{task}'")
@@ -227,25 +233,25 @@ def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | Non
     return None
 
 
-def group_of(users: np.ndarray) -> np.ndarray:
+def hash_to_group(users: np.ndarray) -> np.ndarray:
     """(N,) int64 in [0, MOST_UNITS), the group of each user of a hash (N,) uint64: rising with the hash."""
-    return (users >> np.uint64(64 - (MOST_UNITS - 1).bit_length())).astype(np.int64)
+    return (users >> np.uint64(64 - (MAX_BOOTSTRAP_UNITS - 1).bit_length())).astype(np.int64)
 
 
-def units_of(users: pa.Array, grouped: bool | None = None) -> tuple[np.ndarray, pa.Array]:
+def assign_units(users: pa.Array, grouped: bool | None = None) -> tuple[np.ndarray, pa.Array]:
     """(N,) int64, which of the V units that are redrawn each row belongs to; and (V,) the users, or groups of them.
 
     users: (N,) integers or strings; grouped: as for `PredictedRows.sum`.
     """
     encoded = users.dictionary_encode()
     codes, distinct = encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
-    if not (len(distinct) > MOST_UNITS if grouped is None else grouped):
+    if not (len(distinct) > MAX_BOOTSTRAP_UNITS if grouped is None else grouped):
         return codes, distinct
-    groups, place = np.unique(group_of(hash_column(distinct)), return_inverse=True)
+    groups, place = np.unique(hash_to_group(hash_column(distinct)), return_inverse=True)
     return place[codes], pa.array(groups)
 
 
-def _ranking_table(rows: _Rows, lists: RankedLists) -> pa.Table:
+def _ranking_table(rows: _Rows, lists: RankedRequests) -> pa.Table:
     request_user, request_unit, users, digest = np.zeros((4, lists.requests), np.int64)
     request_user[rows.request], request_unit[rows.request] = rows.user, rows.unit
     users[np.unique(request_user, return_index=True)[1]] = 1
@@ -262,17 +268,19 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
     ids = (np.unique(each[observed], return_inverse=True)[1] for each in (rows.user, rows.request, rows.unit))
     known = TaskRows(label, prediction, weight, *ids)
     requests = int(known.request.max(initial=-1)) + 1
-    lists = RankedLists.of(known.request, prediction, np.maximum(label, 0.0), requests)
+    lists = RankedRequests.of(known.request, prediction, np.maximum(label, 0.0), requests)
     units = rows.units.take(pa.array(unit))
     sums = {"rows": np.ones(len(label), dtype=np.int64)}
     sums |= {"positives": label.astype(np.int64)} if task.kind.is_binary else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
     # Fractions are the same that single precision has the same; whole numbers, such as moments, are not. -0 is 0.
     known_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
-    own = {"digest": _digest(combine([key, known_label.view(np.uint64)]))}
-    own |= _measure_own([each for each in metrics_of(task.kind) if not each.of_lists], known, {*sums, *own})
+    own = {"digest": _digest(combine_hashes([key, known_label.view(np.uint64)]))}
+    own |= _measure_own(
+        [each for each in metrics_for_kind(task.kind) if not each.is_ranking_metric], known, {*sums, *own}
+    )
     of_requests = {"requests": np.ones(requests, np.int64)} | _sums_of_lists(task.kind, lists, {*sums, *own})
-    own |= known.at_first_rows(known.request, of_requests)
+    own |= known.assign_to_first_rows(known.request, of_requests)
     tables = {f"{task.name}.users": _sum_by({"user": units, **sums, **own})}
     if task.kind.is_binary:
         edges = bin_edges(*counts_by_value(prediction, label, 1 - label))
@@ -285,13 +293,13 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
     return tables
 
 
-def _sums_of_lists(kind: str, lists: RankedLists, taken: Iterable[str]) -> dict[str, np.ndarray]:
+def _sums_of_lists(kind: str, lists: RankedRequests, taken: Iterable[str]) -> dict[str, np.ndarray]:
     """What requests add, name -> (Q,), to the sums of the score, or of a task of this kind; taken: names of others."""
-    left_out = ranks_nothing(lists)
+    left_out = find_uninformative_requests(lists)
     ranked = ~np.any(list(left_out.values()), axis=0)
     counted = {f"requests_{why}": each for why, each in left_out.items()} | {"ranked_requests": ranked}
     measured = {"random_ndcg": random_ndcg(lists, 10)} if kind == "score" else {}
-    metrics = [each for each in metrics_of(kind) if each.of_lists or kind == "score"]
+    metrics = [each for each in metrics_for_kind(kind) if each.is_ranking_metric or kind == "score"]
     measured |= _measure_own(metrics, lists, {*taken, *counted, *measured})
     found = {name: each.astype(np.int64) for name, each in counted.items()}
     return found | {name: np.where(ranked, each, 0.0) for name, each in measured.items()}

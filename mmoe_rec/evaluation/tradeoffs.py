@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.evaluate import PREDICTIONS, place_of
-from mmoe_rec.evaluation.intervals import Difference, Values, find_difference, resample
-from mmoe_rec.evaluation.prediction_files import columns_of_settings, open_predictions
-from mmoe_rec.evaluation.summary import SCORE, UserMetrics
+from mmoe_rec.evaluation.evaluate import PREDICTIONS_FILE, evaluation_folder
+from mmoe_rec.evaluation.intervals import Difference, Replicates, bootstrap, compute_difference
+from mmoe_rec.evaluation.prediction_files import columns_from_settings, load_predictions
+from mmoe_rec.evaluation.summary import SCORE, BootstrapMetrics
 from mmoe_rec.evaluation.sums import PredictedRows
 from mmoe_rec.report.parts import Report, Row, Sentence, Table
 from mmoe_rec.settings.sections import Settings
@@ -50,13 +50,13 @@ def choose_weights(
     margins = {name: margins.get(name, settings.evaluation.max_metric_drop) for name in tasks if name != goal}
     weights = make_grid([task.score_weight for task in settings.tasks.values()])
     sources = sources or [
-        f"{settings.data.work_dir}/{place_of(split)}/{PREDICTIONS}" for split in ("validation", "test")
+        f"{settings.data.work_dir}/{evaluation_folder(split)}/{PREDICTIONS_FILE}" for split in ("validation", "test")
     ]
-    rows = [open_predictions(columns_of_settings(settings), source, "--predictions") for source in sources]
+    rows = [load_predictions(columns_from_settings(settings), source, "--predictions") for source in sources]
     if any(len(each.requests.unique()) == len(each.requests) for each in rows):
         raise UserError("every request of the validation or test rows has one row, which no weights can rank")
-    on_validation, on_test = (Sweep(each, tasks, weights, settings.evaluation.resamples) for each in rows)
-    chosen, front = on_validation.choose(goal, margins), on_test.find_front()
+    on_validation, on_test = (WeightSweep(each, tasks, weights, settings.evaluation.resamples) for each in rows)
+    chosen, front = on_validation.choose(goal, margins), on_test.find_pareto_front()
     marks, main, more = {chosen: "chosen", 0: "the settings'"}, list[Row](), list[Row]()
     for number, values in enumerate(on_test.values):
         ratios = " : ".join(f"{weight:.3g}" for weight in weights[number])
@@ -66,8 +66,8 @@ def choose_weights(
     if chosen:  # the first weights are those of the settings
         named = zip(tasks, weights[chosen], strict=True)
         headline = f"set {', '.join(f'tasks.{task}.score_weight to {weight:.4g}' for task, weight in named)}"
-        apart = on_test.compare_with_first(chosen)
-        told = {task: "nothing" if each.value is None else each.shown() for task, each in apart.items()}
+        apart = on_test.compare_with_deployed(chosen)
+        told = {task: "nothing" if each.value is None else each.format() for task, each in apart.items()}
         sentences = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in told.items()]
         if (apart[goal].low or 0.0) <= 0:
             sentences.append(f"a gain of {goal} is not shown on the test rows: the settings' weights may be as good")
@@ -94,7 +94,7 @@ def make_grid(deployed: Sequence[float]) -> list[Weights]:
     return [first, *(each for each in grid if not np.allclose(each, first))]
 
 
-class Sweep:
+class WeightSweep:
     """NDCG@10 of T tasks by P rankings.
 
     Attributes:
@@ -103,25 +103,29 @@ class Sweep:
 
     def __init__(self, rows: PredictedRows, tasks: Sequence[str], weights: Sequence[Weights], resamples: int) -> None:
         self.tasks, specs = list(tasks), {task.name: replace(task, weight=1.0) for task in rows.tasks}
-        least = {task: max(_LEAST, specs[task].kind.smallest) for task in tasks}
+        least = {task: max(_LEAST, specs[task].kind.min_prediction) for task in tasks}
         logs = np.log([np.maximum(rows.predictions[task].astype(float), least[task]) for task in tasks])
         rankings = {
-            (number, task): UserMetrics(replace(rows, tasks=(specs[task],), score=each @ logs).sum(), names=(NDCG,))
+            (number, task): BootstrapMetrics(
+                replace(rows, tasks=(specs[task],), score=each @ logs).sum(), names=(NDCG,)
+            )
             for number, each in enumerate(np.array(weights))
             for task in tasks
         }
 
-        def at(counts: np.ndarray) -> Values:
-            return {key: of.groups[SCORE].at(counts)[NDCG] for key, of in rankings.items()}
+        def at(counts: np.ndarray) -> Replicates:
+            return {key: of.groups[SCORE].compute(counts)[NDCG] for key, of in rankings.items()}
 
-        found = resample(at, rankings[0, tasks[0]].units, resamples)
-        users = {task: rankings[0, task].effective_users((SCORE, NDCG)) for task in tasks}
-        self._resampled = {key: replace(each, users=users[key[1]]) for key, each in found.items()}
+        found = bootstrap(at, rankings[0, tasks[0]].num_units, resamples)
+        effective_users = {task: rankings[0, task].effective_users((SCORE, NDCG)) for task in tasks}
+        self._resampled = {key: replace(each, effective_users=effective_users[key[1]]) for key, each in found.items()}
         self.values = np.array([[self._resampled[n, task].value for task in tasks] for n in range(len(weights))])
 
-    def compare_with_first(self, number: int) -> dict[str, Difference]:
+    def compare_with_deployed(self, number: int) -> dict[str, Difference]:
         """Compute the difference of each task's NDCG@10 by some weights from that by the first ones."""
-        return {task: find_difference(self._resampled[number, task], self._resampled[0, task]) for task in self.tasks}
+        return {
+            task: compute_difference(self._resampled[number, task], self._resampled[0, task]) for task in self.tasks
+        }
 
     def choose(self, goal: str, margins: Mapping[str, float]) -> int:
         """Choose the number of the weights that serve a task best.
@@ -134,12 +138,12 @@ class Sweep:
         served, best = self.values[:, self.tasks.index(goal)], 0
         for number in range(1, len(served)):
             if served[number] > served[best]:
-                lows = {task: each.low for task, each in self.compare_with_first(number).items()}
+                lows = {task: each.low for task, each in self.compare_with_deployed(number).items()}
                 if all((low := lows[task]) is not None and low >= -margin for task, margin in margins.items()):
                     best = number
         return best
 
-    def find_front(self) -> np.ndarray:
+    def find_pareto_front(self) -> np.ndarray:
         """(P,) bool, the weights that no others beat: for some task by no loss of another."""
         known = self.values[:, ~np.isnan(self.values).any(axis=0)]
         return np.array([not ((known >= mine).all(1) & (known > mine).any(1)).any() for mine in known])

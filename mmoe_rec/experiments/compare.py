@@ -1,5 +1,5 @@
-"""Compares variants of settings over several runs: `compare_variants`, `judge`. Says which variant is better, and what
-to write into the settings.
+"""Compares variants of settings over several runs: `compare_variants`, `train_and_compare`. Says which variant is
+better, and what to write into the settings.
 
 data.work_dir/comparison/comparison.json, report.html    what was found
 """
@@ -13,29 +13,29 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import MIN_RARER_ROWS
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
-from mmoe_rec.evaluation.comparison import Differences, TrainingsMean, average_trainings, find_differences
-from mmoe_rec.evaluation.intervals import Difference, correct_all
-from mmoe_rec.evaluation.metrics.metric import Metric, Named
-from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective
-from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
+from mmoe_rec.evaluation.comparison import Differences, RunsMean, average_runs, find_differences
+from mmoe_rec.evaluation.intervals import Difference, holm_correct
+from mmoe_rec.evaluation.metrics.metric import BaseMetric, Metric
+from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, find_objective_metric
+from mmoe_rec.evaluation.sums import EvaluationSums, count_minority
 from mmoe_rec.experiments.runner import Runner, TrainedVariant, Variant, open_runner
-from mmoe_rec.report.formatting import NONE, fixed, signed, thousands
+from mmoe_rec.report.formatting import NO_VALUE, format_count, format_fixed, format_signed
 from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
-from mmoe_rec.report.report_files import PAGE, write_report
+from mmoe_rec.report.report_files import REPORT_PAGE, write_report
 from mmoe_rec.settings.model import Experts, Gates, Model
-from mmoe_rec.settings.sections import Settings, differences
-from mmoe_rec.tracking.runs import as_code, command, quoted
-from mmoe_rec.training.origin import fixed_settings
+from mmoe_rec.settings.sections import Settings, diff_settings
+from mmoe_rec.tracking.runs import bullet_list, code_block, command_line
+from mmoe_rec.training.provenance import fixed_settings
 
-MAX_UNITS = 4096
+MAX_BOTTOM_UNITS = 4096
 """Most units of a shared bottom's first layer."""
-FOLDER, FILE = "comparison", "comparison.json"
+COMPARISON_FOLDER, COMPARISON_FILE = "comparison", "comparison.json"
 BETTER, WORSE, NOT_SHOWN, UNKNOWN = "better", "worse", "not shown", "unknown"
 _MARKS: dict[str, Mark] = {BETTER: "good", WORSE: "problem"}
-Columns = dict[tuple[str, str], tuple[str, str]]
+MetricColumns = dict[tuple[str, str], tuple[str, str]]
 """Task and metric -> the metric in words, and whether higher or lower values are better."""
 
 
@@ -46,33 +46,39 @@ class MetricMean:
     Attributes:
         better: Which values are better, `higher` or `lower`.
         mean: The mean over runs.
-        apart: The difference from the base variant, None for the base.
+        difference: The difference from the base variant, None for the base.
     """
 
     better: str
     mean: float | None
-    apart: Difference | None = None
+    difference: Difference | None = None
 
     @property
-    def call(self) -> str:
+    def verdict(self) -> str:
         """How the variant compares with the base in this metric."""
-        apart = self.apart
-        if apart is None or apart.value is None or apart.low is None or apart.high is None:
+        difference = self.difference
+        if difference is None or difference.value is None or difference.low is None or difference.high is None:
             return UNKNOWN
-        if not apart.is_significant:
+        if not difference.is_significant:
             return NOT_SHOWN
-        return BETTER if (apart.value > 0) == (self.better == "higher") else WORSE
+        return BETTER if (difference.value > 0) == (self.better == "higher") else WORSE
 
     @property
     def gain(self) -> float:
         """The difference, positive if the variant is better, 0 if undefined."""
-        value = 0.0 if self.apart is None else self.apart.value or 0.0
+        value = 0.0 if self.difference is None else self.difference.value or 0.0
         return value if self.better == "higher" else -value
 
     @property
-    def max_loss(self) -> float | None:
+    def max_drop(self) -> float | None:
         """The largest loss that the interval allows."""
-        end = None if self.apart is None else self.apart.low if self.better == "higher" else self.apart.high
+        end = (
+            None
+            if self.difference is None
+            else self.difference.low
+            if self.better == "higher"
+            else self.difference.high
+        )
         return None if end is None else max(0.0, -end if self.better == "higher" else end)
 
 
@@ -82,19 +88,19 @@ class VariantResult:
 
     Attributes:
         name: Its name.
-        change: The options that adopt it.
-        simpler: Whether it is worth adopting if it loses nothing.
-        cells: Metric, such as `auc of click` -> its mean over runs.
-        judged: The metrics that judge the variant.
+        cli_options: The options that adopt it.
+        is_simpler: Whether it is worth adopting if it loses nothing.
+        metric_means: Metric, such as `auc of click` -> its mean over runs.
+        verdict_metrics: The metrics that judge the variant.
         parameters: Parameters of its network, None without one.
         seconds: Mean seconds of a run.
     """
 
     name: str
-    change: str
-    simpler: bool
-    cells: Mapping[str, MetricMean]
-    judged: tuple[str, ...]
+    cli_options: str
+    is_simpler: bool
+    metric_means: Mapping[str, MetricMean]
+    verdict_metrics: tuple[str, ...]
     parameters: int | None
     seconds: float
 
@@ -107,11 +113,11 @@ class ExperimentResult:
         title: Title of the page.
         seeds: Seeds of the runs.
         rows: Rows that judged.
-        units: What was redrawn for intervals, `users` or `rows`.
+        resampling_units: What was redrawn for intervals, `users` or `rows`.
         means: Task or `score` -> metric -> its mean over the runs of the base variant.
         variants: The base variant first.
         margin: Largest loss at which a simpler variant is adopted.
-        few: Task that isn't judged -> rows of its rarer label.
+        skipped_tasks: Task that isn't judged -> rows of its rarer label.
         notes: Further sentences, which come first.
         tables: Further tables.
         warnings: Reasons for distrust.
@@ -121,11 +127,11 @@ class ExperimentResult:
     title: str
     seeds: tuple[int, ...]
     rows: int
-    units: str
-    means: Mapping[str, Mapping[str, TrainingsMean]]
+    resampling_units: str
+    means: Mapping[str, Mapping[str, RunsMean]]
     variants: Sequence[VariantResult]
     margin: float
-    few: Mapping[str, int] = field(default_factory=dict)
+    skipped_tasks: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
     tables: Sequence[Table] = ()
     warnings: Sequence[str] = ()
@@ -137,25 +143,30 @@ class ExperimentResult:
         return self.variants[0].name
 
     @property
-    def adopted(self) -> VariantResult | None:
+    def recommended(self) -> VariantResult | None:
         """The variant to adopt: the best one that is better, or the first simpler one that loses nothing."""
-        others = [each for each in self.variants[1:] if each.judged]
+        others = [each for each in self.variants[1:] if each.verdict_metrics]
         better = [
-            each for each in others if each.change and {each.cells[name].call for name in each.judged} == {BETTER}
+            each
+            for each in others
+            if each.cli_options and {each.metric_means[name].verdict for name in each.verdict_metrics} == {BETTER}
         ]
         if better:
-            return max(better, key=lambda each: each.cells[each.judged[0]].gain)
+            return max(better, key=lambda each: each.metric_means[each.verdict_metrics[0]].gain)
         for each in others:
-            losses = [each.cells[name].max_loss for name in each.judged]
-            if each.simpler and all(loss is not None and loss <= self.margin for loss in losses):
+            losses = [each.metric_means[name].max_drop for name in each.verdict_metrics]
+            if each.is_simpler and all(loss is not None and loss <= self.margin for loss in losses):
                 return each
         return None
 
     @property
     def sentences(self) -> list[str]:
         """The verdicts."""
-        found = [*self.notes, *(_describe(self.base, each, name) for each in self.variants[1:] for name in each.judged)]
-        for task, rows in self.few.items():
+        found = [
+            *self.notes,
+            *(_describe(self.base, each, name) for each in self.variants[1:] for name in each.verdict_metrics),
+        ]
+        for task, rows in self.skipped_tasks.items():
             found.append(f"`{task}` is not judged: {rows:,} rows have its rarer label, which are too few")
         return found
 
@@ -164,14 +175,14 @@ class ExperimentResult:
         """The variant to adopt. Without variants, the number of runs."""
         if not self.variants[1:]:
             return f"{len(self.seeds)} runs of `{self.base}`"
-        adopted = self.adopted
-        if adopted is None:
+        recommended = self.recommended
+        if recommended is None:
             return f"nothing to adopt: no variant is better than `{self.base}`, or simpler and as good"
-        cells = [adopted.cells[name] for name in adopted.judged]
-        if all(cell.call == BETTER for cell in cells):
-            return f"adopt `{adopted.change}`, since `{adopted.name}` is better"
-        (loss,) = signed(max(cell.max_loss or 0.0 for cell in cells), sign=False)
-        return f"adopt `{adopted.change}`, since `{adopted.name}` is simpler and loses at most {loss}"
+        metric_means = [recommended.metric_means[name] for name in recommended.verdict_metrics]
+        if all(cell.verdict == BETTER for cell in metric_means):
+            return f"adopt `{recommended.cli_options}`, since `{recommended.name}` is better"
+        (loss,) = format_signed(max(cell.max_drop or 0.0 for cell in metric_means), sign=False)
+        return f"adopt `{recommended.cli_options}`, since `{recommended.name}` is simpler and loses at most {loss}"
 
 
 def compare_variants(settings: Settings, variants: Sequence[Variant], seeds: int) -> ExperimentResult:
@@ -187,18 +198,18 @@ def compare_variants(settings: Settings, variants: Sequence[Variant], seeds: int
             no test rows.
         StoppedError: A signal came. Complete runs stay.
     """
-    check(settings, variants, seeds)
-    with open_runner(settings, "compare", "test", folder=FOLDER) as runner:
-        report = judge(runner, variants, seeds, settings.evaluation.max_metric_drop)
-        keep(runner, report)
+    check_variants(settings, variants, seeds)
+    with open_runner(settings, "compare", "test", folder=COMPARISON_FOLDER) as runner:
+        report = train_and_compare(runner, variants, seeds, settings.evaluation.max_metric_drop)
+        save_result(runner, report)
     return report
 
 
-def check(settings: Settings, variants: Sequence[Variant], seeds: int) -> None:
+def check_variants(settings: Settings, variants: Sequence[Variant], seeds: int) -> None:
     """Raise UserError for a wrong variant or too few seeds, before features are built."""
     if seeds < 2:
         raise UserError(f"{seeds} run of each variant can't show how far runs differ. Give --seeds 2 or more.")
-    find_objective(settings.evaluation.primary_metric)
+    find_objective_metric(settings.evaluation.primary_metric)
     names = [variant.name for variant in variants]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two variants are named '{twice}'. Give each variant another name.")
@@ -210,7 +221,7 @@ def check(settings: Settings, variants: Sequence[Variant], seeds: int) -> None:
                 raise UserError(f"{variant.name}: there is no feature '{name}' to leave out. Features are {there}.")
 
 
-def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float) -> ExperimentResult:
+def train_and_compare(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float) -> ExperimentResult:
     """Train variants, the base first, and judge their differences from the base.
 
     Args:
@@ -221,26 +232,26 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
     """
     settings, first = runner.settings, runner.settings.training.seed
     numbers, warnings = range(first, first + seeds), list[str]()
-    trained = runner.train([each for each in variants if not each.trees_alone], numbers)
-    for variant in (each for each in variants if each.trees_alone):
+    trained = runner.train([each for each in variants if not each.trees_only], numbers)
+    for variant in (each for each in variants if each.trees_only):
         try:
             trained += runner.train([variant], numbers)
         except UserError as error:  # Trees may have no input to learn from, and the networks' verdicts stand.
             warnings.append(f"{variant.name} is left out: {error}")
     for each in trained:
-        if reason := next(filter(None, (facts.get("early_end") for facts in each.facts)), None):
+        if reason := next(filter(None, (facts.get("undertraining") for facts in each.facts)), None):
             warnings.append(f"the network of `{each.variant.name}` {reason}")
     base, *others = trained
     measured = base.measure()
     metrics = _choose_metrics(settings, measured[0])
-    objective = Objective.of(settings.evaluation.primary_metric, measured[0], list(settings.tasks))
+    objective = Objective.from_setting(settings.evaluation.primary_metric, measured[0], list(settings.tasks))
     wanted, resamples = {metric.name for metric in metrics.values()}, settings.evaluation.resamples
     theirs = ((other.variant.name, other.measure()) for other in others)
     differences: Differences = {}
     if others and (wanted or objective is not None):
         differences = find_differences(measured, theirs, objective, resamples, wanted)
-    means = average_trainings(measured, resamples, objective)
-    columns: Columns = {
+    means = average_runs(measured, resamples, objective)
+    columns: MetricColumns = {
         (task, metric.name): (f"{metric.name} of {task}", metric.better) for task, metric in metrics.items()
     }
     decides = None
@@ -256,100 +267,104 @@ def judge(runner: Runner, variants: Sequence[Variant], seeds: int, margin: float
         title=f"Comparison of variants of {settings.name}" if others else f"{seeds} runs of {settings.name}",
         seeds=base.seeds,
         rows=rows,
-        units="rows" if rows == measured[0].users else "users",
+        resampling_units="rows" if rows == measured[0].users else "users",
         means=means,
-        variants=correct_cells(results),
+        variants=correct_p_values(results),
         margin=margin,
-        few={task: count_rarer_label(measured[0], task) for task in settings.tasks if task not in metrics},
+        skipped_tasks={task: count_minority(measured[0], task) for task in settings.tasks if task not in metrics},
         warnings=warnings,
         facts={
             "log": settings.data.log,
             "judged by": f"{'' if runner.part is None else f'the {runner.part} part of the '}{runner.split} rows",
             "precision": " or ".join(precisions),
-            "command": command(),
+            "command": command_line(),
         },
     )
 
 
-def keep(runner: Runner, report: ExperimentResult) -> None:
+def save_result(runner: Runner, report: ExperimentResult) -> None:
     """Write the report and log it to MLflow."""
     settings, run = runner.settings, runner.run
     identity = {"features": runner.prepared.manifest["fingerprint"], "settings": fixed_settings(settings)}
-    adopted = None if report.adopted is None else report.adopted.name
-    write_text(runner.folder / FILE, json.dumps({"adopted": adopted, **asdict(report)}, indent=1))
+    recommended = None if report.recommended is None else report.recommended.name
+    write_text(runner.folder / COMPARISON_FILE, json.dumps({"recommended": recommended, **asdict(report)}, indent=1))
     write_report(make_report(report, identity), runner.folder)
-    for name in (FILE, PAGE):
+    for name in (COMPARISON_FILE, REPORT_PAGE):
         run.log_artifact(runner.folder / name)
     means = {
         re.sub(r"[^\w\-. :/]", "", f"{each.name}/{name}"): cell.mean  # MLflow allows no other characters.
         for each in report.variants
-        for name, cell in each.cells.items()
+        for name, cell in each.metric_means.items()
         if cell.mean is not None
     }
     run.log_metrics(means)
-    run.describe("Comparison", "\n\n".join([as_code(command()), quoted([report.headline, *report.sentences])]))
+    run.write_section(
+        "Comparison", "\n\n".join([code_block(command_line()), bullet_list([report.headline, *report.sentences])])
+    )
 
 
 def _choose_metrics(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
     """Return the metric that judges each task with enough labels: the one that decides, if it is of such tasks."""
     primary_metric = settings.evaluation.primary_metric
-    decides, of_score = find_objective(primary_metric), primary_metric.startswith(f"{SCORE}.")
+    decides, of_score = find_objective_metric(primary_metric), primary_metric.startswith(f"{SCORE}.")
     return {
-        task.name: decides if decides.is_of(task.kind) and not of_score else find_objective(task.kind.guarded)
+        task.name: decides
+        if decides.applies_to(task.kind) and not of_score
+        else find_objective_metric(task.kind.guardrail_metric)
         for task in sums.tasks
-        if count_rarer_label(sums, task.name) >= FEWEST
+        if count_minority(sums, task.name) >= MIN_RARER_ROWS
     }
 
 
 def _summarize(
     trained: TrainedVariant,
     base: TrainedVariant,
-    columns: Columns,
+    columns: MetricColumns,
     decides: tuple[str, str] | None,
     means: Mapping[tuple[str, str], float | None],
     differences: Differences,
 ) -> VariantResult:
     """Return the result of a variant, not corrected. A variant without a task is judged by the others, one by one."""
-    variant, cells = trained.variant, dict[str, MetricMean]()
+    variant, metric_means = trained.variant, dict[str, MetricMean]()
     for key, (label, better) in columns.items():
-        mean, apart = means.get(key), None
+        mean, difference = means.get(key), None
         if trained is not base:
-            apart = differences.get((variant.name, *key), Difference(None)).negated
-            mean = None if mean is None or apart.value is None else mean + apart.value
-        cells[label] = MetricMean(better, mean, apart)
-    judged = [] if decides is None else [decides]
+            difference = differences.get((variant.name, *key), Difference(None)).negated
+            mean = None if mean is None or difference.value is None else mean + difference.value
+        metric_means[label] = MetricMean(better, mean, difference)
+    verdict_metrics = [] if decides is None else [decides]
     if variant.without_tasks:
-        judged = [key for key in columns if key != OBJECTIVE and key[0] not in variant.without_tasks]
-    change = "--model.trees={}" if variant.trees_alone else variant.change
+        verdict_metrics = [key for key in columns if key != OBJECTIVE and key[0] not in variant.without_tasks]
+    cli_options = "--model.trees={}" if variant.trees_only else variant.cli_options
     return VariantResult(
         name=variant.name,
-        change="" if variant.without_tasks else change,
-        simpler=variant.simpler,
-        cells=cells,
-        judged=() if trained is base else tuple(columns[key][0] for key in judged),
+        cli_options="" if variant.without_tasks else cli_options,
+        is_simpler=variant.is_simpler,
+        metric_means=metric_means,
+        verdict_metrics=() if trained is base else tuple(columns[key][0] for key in verdict_metrics),
         parameters=trained.facts[0].get("parameters"),
         seconds=float(np.mean([facts["seconds"] for facts in trained.facts])),
     )
 
 
-def correct_cells(variants: Sequence[VariantResult]) -> list[VariantResult]:
+def correct_p_values(variants: Sequence[VariantResult]) -> list[VariantResult]:
     """Correct the p-values of all judged cells by Holm's method for their number."""
-    places = [(number, name) for number, each in enumerate(variants) for name in each.judged]
-    cells = [dict(each.cells) for each in variants]
-    apart = correct_all([cells[number][name].apart or Difference(None) for number, name in places])
-    for (number, name), corrected in zip(places, apart, strict=True):
-        cells[number][name] = replace(cells[number][name], apart=corrected)
-    return [replace(each, cells=own) for each, own in zip(variants, cells, strict=True)]
+    places = [(number, name) for number, each in enumerate(variants) for name in each.verdict_metrics]
+    metric_means = [dict(each.metric_means) for each in variants]
+    difference = holm_correct([metric_means[number][name].difference or Difference(None) for number, name in places])
+    for (number, name), corrected in zip(places, difference, strict=True):
+        metric_means[number][name] = replace(metric_means[number][name], difference=corrected)
+    return [replace(each, metric_means=own) for each, own in zip(variants, metric_means, strict=True)]
 
 
 def _describe(base: str, variant: VariantResult, name: str) -> str:
-    cell = variant.cells[name]
-    if cell.apart is None or cell.call == UNKNOWN:
+    cell = variant.metric_means[name]
+    if cell.difference is None or cell.verdict == UNKNOWN:
         return f"how `{variant.name}` differs from `{base}` can't be told: too few labels, or users"
-    told = f"{name} differs by {cell.apart.shown()}"
-    if cell.call == NOT_SHOWN:
-        return f"`{variant.name}` is not shown to differ from `{base}`{cell.apart.once_corrected}: {told}"
-    return f"`{variant.name}` is {cell.call} than `{base}`: {told}"
+    told = f"{name} differs by {cell.difference.format()}"
+    if cell.verdict == NOT_SHOWN:
+        return f"`{variant.name}` is not shown to differ from `{base}`{cell.difference.correction_note}: {told}"
+    return f"`{variant.name}` is {cell.verdict} than `{base}`: {told}"
 
 
 def make_report(experiment: ExperimentResult, identity: Mapping[str, Any] | None = None) -> Report:
@@ -362,7 +377,7 @@ def make_report(experiment: ExperimentResult, identity: Mapping[str, Any] | None
     warnings = [Sentence(each, "warning") for each in experiment.warnings]
     tables = [] if len(experiment.variants) == 1 else [_table_of_variants(experiment)]
     tables += experiment.tables
-    heads = ("", "mean", "95% interval", "between runs", f"between {experiment.units}")
+    heads = ("", "mean", "95% interval", "between runs", f"between {experiment.resampling_units}")
     means = [
         (f"{group} {metric.label}", *_mean_cells(metric, mean))
         for group, metrics in experiment.means.items()
@@ -383,27 +398,29 @@ def make_report(experiment: ExperimentResult, identity: Mapping[str, Any] | None
         measures={
             "Differences": (
                 f"Differences of means over runs from {experiment.base}. They err by the seeds, with the variance of "
-                f"either side's runs / their number, and by the {experiment.units}, which are redrawn for both sides "
+                f"either side's runs / their number, and by the {experiment.resampling_units}, which are "
+                "redrawn for both sides "
                 "alike. Intervals are 95% and Student's. A verdict rests on the p-value, corrected by Holm's method "
                 "for "
                 "all questions; intervals are not corrected."
             ),
             "Between runs": "The standard deviation over runs.",
-            f"Between {experiment.units}": f"The standard error of the mean from the choice of {experiment.units}.",
+            f"Between {experiment.resampling_units}": f"The standard error of the mean from the choice of "
+            f"{experiment.resampling_units}.",
         },
         identity=identity or {},
     )
 
 
 def _table_of_variants(experiment: ExperimentResult) -> Table:
-    names = list(experiment.variants[0].cells)
+    names = list(experiment.variants[0].metric_means)
     heads = ("", *names, "parameters", "seconds")
     rows: list[Row] = [
         (
             each.name,
-            *(_cell(each.cells.get(name)) for name in names),
-            thousands(each.parameters),
-            fixed(each.seconds, 1),
+            *(_cell(each.metric_means.get(name)) for name in names),
+            format_count(each.parameters),
+            format_fixed(each.seconds, 1),
         )
         for each in experiment.variants
     ]
@@ -413,17 +430,17 @@ def _table_of_variants(experiment: ExperimentResult) -> Table:
 
 def _cell(cell: MetricMean | None) -> Cell:
     if cell is None or cell.mean is None:
-        return Cell(NONE)
-    apart = "" if cell.apart is None or cell.apart.value is None else cell.apart.shown()
-    return Cell(f"{cell.mean:.4f}", apart, _MARKS.get(cell.call, ""))
+        return Cell(NO_VALUE)
+    difference = "" if cell.difference is None or cell.difference.value is None else cell.difference.format()
+    return Cell(f"{cell.mean:.4f}", difference, _MARKS.get(cell.verdict, ""))
 
 
-def _mean_cells(metric: Named, mean: TrainingsMean) -> list[str]:
+def _mean_cells(metric: BaseMetric, mean: RunsMean) -> list[str]:
     """Return a mean, its interval, the spread between runs, the error by users, and the value of each run."""
-    numbers = [mean.mean, mean.between_trainings, mean.between_users, *mean.values]
-    value, *others = (NONE if number is None else metric.shown(number) for number in numbers)
-    ends = [metric.shown(end) for end in (mean.low, mean.high) if end is not None]
-    return [value, " to ".join(ends) or NONE, *others]
+    numbers = [mean.mean, mean.std_between_runs, mean.standard_error_over_users, *mean.values]
+    value, *others = (NO_VALUE if number is None else metric.format(number) for number in numbers)
+    ends = [metric.format(end) for end in (mean.low, mean.high) if end is not None]
+    return [value, " to ".join(ends) or NO_VALUE, *others]
 
 
 # The variants of a command
@@ -475,21 +492,21 @@ def list_architectures(settings: Settings) -> list[Variant]:
     variants = [Variant(name, base)]
     for other, model in models.items():
         if other != name:
-            simpler = name not in order or order.index(other) < order.index(name)
-            variants.append(Variant(other, (*base, *_describe_change(own, model)), simpler=simpler))
+            is_simpler = name not in order or order.index(other) < order.index(name)
+            variants.append(Variant(other, (*base, *_describe_change(own, model)), is_simpler=is_simpler))
     if len(tasks) > 1:
         for task in tasks:
             others = tuple(other for other in tasks if other != task)
             variants.append(Variant(f"only {task}", base, without_tasks=others))
     if len(tasks) > 2:
         variants += [Variant(f"without {task}", base, without_tasks=(task,)) for task in tasks]
-    return [*variants, Variant("trees alone", base, trees_alone=True)]
+    return [*variants, Variant("trees alone", base, trees_only=True)]
 
 
 def _describe_change(own: Model, model: Model) -> Iterator[str]:
     for section in ("experts", "gates"):
         before, after = (getattr(each, section).model_dump(mode="json") for each in (own, model))
-        for name, *_ in differences(before, after):
+        for name, *_ in diff_settings(before, after):
             yield f"model.{section}.{name}={json.dumps(after[name])}"
 
 
@@ -502,7 +519,7 @@ def _list_models(own: Model, tasks: int) -> Iterator[tuple[str, Model]]:
     else:  # The budget is what a row takes.
         total = min(total, gates.serving_top_k or gates.top_k)
         gates = Gates(dropout=gates.dropout)
-    width, (first, *rest) = min(total * experts.units[0], MAX_UNITS), experts.units
+    width, (first, *rest) = min(total * experts.units[0], MAX_BOTTOM_UNITS), experts.units
     if total == 1:  # A shared bottom is divided into experts.
         total = max(2, min(Experts().count, first // 8))
         first = max(1, first // total)

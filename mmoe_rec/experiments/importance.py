@@ -19,27 +19,33 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.atomic import digest, write_text
-from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, LabeledRows
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import RESAMPLES_OF_SLICES, find_differences
-from mmoe_rec.evaluation.evaluate import COLUMNS, ROWS_AT_A_TIME, join_labels, predict_rows
-from mmoe_rec.evaluation.intervals import Difference, correct_all
+from mmoe_rec.evaluation.comparison import SLICE_RESAMPLES, find_differences
+from mmoe_rec.evaluation.evaluate import ID_COLUMNS, ROWS_AT_A_TIME, collect_labels, predict_rows
+from mmoe_rec.evaluation.intervals import Difference, holm_correct
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
-from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
-from mmoe_rec.experiments.compare import FOLDER, ExperimentResult, check, judge, keep
-from mmoe_rec.experiments.runner import BASE, Network, Runner, Variant, open_runner
-from mmoe_rec.features.layout import Encoded, Layout
+from mmoe_rec.evaluation.sums import MAX_BOOTSTRAP_UNITS, EvaluationSums
+from mmoe_rec.experiments.compare import (
+    COMPARISON_FOLDER,
+    ExperimentResult,
+    check_variants,
+    save_result,
+    train_and_compare,
+)
+from mmoe_rec.experiments.runner import BASE_VARIANT, Network, Runner, Variant, open_runner
+from mmoe_rec.features.layout import EncodedInputs, Layout
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.progress import bar, say
 from mmoe_rec.report.parts import Table
-from mmoe_rec.settings.schema import Remembering, Schema
+from mmoe_rec.settings.schema import EventFeature, Schema
 from mmoe_rec.settings.sections import Settings
 
-MAX_ROWS, EXCHANGED_ROWS, MAX_REPEATS = 100_000, 200_000, 10
+MAX_ROWS, TARGET_PERMUTED_ROWS, MAX_REPEATS = 100_000, 200_000, 10
 """Validation rows that are permuted, of whole users; exchanged rows of each feature; and most repeats."""
-JOINT = "the joint candidates"
+JOINT_NAME = "the joint candidates"
 
 
 def compare_features(settings: Settings, only: Sequence[str], margin: float, seeds: int) -> ExperimentResult:
@@ -55,35 +61,35 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
         UserError: There is no such feature, or too few labels to judge.
     """
     schema = settings.schema_
-    check(settings, [replace(BASE, name="--only", without_features=tuple(only))], seeds)
+    check_variants(settings, [replace(BASE_VARIANT, name="--only", without_features=tuple(only))], seeds)
     alone = [name for name in only or schema.features if schema.role_of(name) != "placement"]
-    with open_runner(settings, "compare features", "test", folder=FOLDER) as runner:
+    with open_runner(settings, "compare features", "test", folder=COMPARISON_FOLDER) as runner:
         found = _permute_once(runner, alone, margin)
         joint, order = found["joint"], {row[0]: place for place, row in enumerate(found["rows"])}
-        groups = list((({name: (name,) for name in only}) or find_sources(schema)).items())
+        groups = list((({name: (name,) for name in only}) or group_by_source(schema)).items())
         groups.sort(key=lambda group: max(order.get(name, -1) for name in group[1]))
         if joint:
             groups.insert(0, (", ".join(joint), tuple(joint)))
         unique: dict[frozenset[str], Variant] = {}
         for name, features in groups:
-            variant = Variant(f"without {name}", without_features=features, simpler=True)
+            variant = Variant(f"without {name}", without_features=features, is_simpler=True)
             if schema.can_rank_without(features):
                 unique.setdefault(frozenset(features), variant)
-        report = judge(runner, [BASE, *unique.values()], seeds, margin)
+        report = train_and_compare(runner, [BASE_VARIANT, *unique.values()], seeds, margin)
         heads = ("feature", "loss of a model that has it", "verdict")
         rows = [tuple(row) for row in found["rows"]]
         table = Table(f"Loss of {found['objective']} when a feature is permuted", heads, rows)
         report = replace(report, notes=found["notes"], tables=[table])
-        keep(runner, report)
+        save_result(runner, report)
     return report
 
 
-def find_sources(schema: Schema) -> dict[str, tuple[str, ...]]:
+def group_by_source(schema: Schema) -> dict[str, tuple[str, ...]]:
     """Group features by their source: values of a role, and counters or histories of a task or of an event log."""
     sources: dict[str, list[str]] = {}
     for name, feature in schema.features.items():
         source = f"values of {schema.role_of(name)}"
-        if isinstance(feature, Remembering):
+        if isinstance(feature, EventFeature):
             kind = "histories" if feature.kind == "history" else f"{feature.kind}s"
             source = f"{kind} of {feature.task or feature.events}"
         sources.setdefault(source, []).append(name)
@@ -93,18 +99,18 @@ def find_sources(schema: Schema) -> dict[str, tuple[str, ...]]:
 def _permute_once(runner: Runner, features: Sequence[str], margin: float) -> dict[str, Any]:
     """Permute the features of a network with the first seed, unless an earlier command did."""
     seed = runner.settings.training.seed
-    task = runner.make_task(BASE, seed)
+    task = runner.plan_run(BASE_VARIANT, seed)
     file = task.file.with_name(f"{task.file.stem}-{digest(list(features), margin)}.json")
     if not file.exists():
         say(f"run: {task.name}")
-        network = runner.train_task(task)
+        network = runner.train_run(task)
         assert network is not None, "only trees alone have no network"
-        write_text(file, json.dumps(permute(runner, network, features, margin)))
+        write_text(file, json.dumps(permutation_importance(runner, network, features, margin)))
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
-def permute(runner: Runner, network: Network, features: Sequence[str], margin: float) -> dict[str, Any]:
+def permutation_importance(runner: Runner, network: Network, features: Sequence[str], margin: float) -> dict[str, Any]:
     """Measure the loss of a network when features are permuted among validation rows.
 
     Returns:
@@ -115,12 +121,12 @@ def permute(runner: Runner, network: Network, features: Sequence[str], margin: f
         UserError: No task has enough labels.
     """
     settings, schema, layout = runner.settings, runner.settings.schema_, network.layout
-    rows, beside = hold_rows(settings, runner.prepared.split("validation"), layout, MAX_ROWS)
-    repeats = int(np.clip(-(-EXCHANGED_ROWS // len(rows)), 2, MAX_REPEATS))
-    known = join_labels(settings, layout, [(rows.labels, beside)])
+    rows, beside = sample_rows(settings, runner.prepared.split("validation"), layout, MAX_ROWS)
+    repeats = int(np.clip(-(-TARGET_PERMUTED_ROWS // len(rows)), 2, MAX_REPEATS))
+    known = collect_labels(settings, layout, [(rows.labels, beside)])
     request = one_array(beside["request"]).dictionary_encode().indices.to_numpy().astype(np.int64)
 
-    def measure(rows: Rows) -> EvaluationSums:
+    def measure(rows: LabeledRows) -> EvaluationSums:
         size = settings.evaluation.batch_size
         parts = (rows.slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
         values, score = predict_rows(network.model, layout, parts, network.calibration)
@@ -128,16 +134,16 @@ def permute(runner: Runner, network: Network, features: Sequence[str], margin: f
         return known.with_predictions(predicted, score).sum()
 
     base = measure(rows)
-    objective = Objective.of(settings.evaluation.primary_metric, base, list(settings.tasks))
+    objective = Objective.from_setting(settings.evaluation.primary_metric, base, list(settings.tasks))
     if objective is None:
         raise UserError("no task has enough labels in the validation rows to compare features. Move the split.")
-    resamples = min(settings.evaluation.resamples, RESAMPLES_OF_SLICES)
+    resamples = min(settings.evaluation.resamples, SLICE_RESAMPLES)
 
     def measure_loss(name: str, features: Sequence[str]) -> Difference:
         without = []
         for repeat in range(repeats):
             generator = np.random.default_rng([zlib.crc32(name.encode()), repeat])
-            without.append(measure(exchange(rows, request, layout, schema, features, generator)))
+            without.append(measure(permute_features(rows, request, layout, schema, features, generator)))
         apart = find_differences([base], [(name, without)], objective, resamples, ())[(name, *OBJECTIVE)]
         return apart if objective.better == "higher" else apart.negated
 
@@ -147,36 +153,36 @@ def permute(runner: Runner, network: Network, features: Sequence[str], margin: f
         for name in features:
             found.append(measure_loss(name, [name]))
             progress.advance(step)
-    losses = dict(zip(features, correct_all(found), strict=True))
-    names = choose_joint(losses, margin, partial(measure_loss, JOINT), find_readers(layout))
+    losses = dict(zip(features, holm_correct(found), strict=True))
+    names = choose_removable(losses, margin, partial(measure_loss, JOINT_NAME), find_dependents(layout))
     table = []
     for name, loss in sorted(losses.items(), key=lambda item: item[1].value or 0.0):
-        verdict = "candidate" if name in names else "used" if is_shown(loss) else "open"
-        table.append((name, loss.shown(), verdict))
+        verdict = "candidate" if name in names else "used" if is_significant_loss(loss) else "open"
+        table.append((name, loss.format(), verdict))
     notes = ["no feature is a candidate to leave out: this model uses each, or these rows can't tell"]
     if names:
         notes = [f"candidates to leave out together: {', '.join(f'`{name}`' for name in names)}"]
     return {"objective": objective.name, "rows": table, "joint": names, "notes": notes}
 
 
-def is_shown(loss: Difference) -> bool:
+def is_significant_loss(loss: Difference) -> bool:
     """Return whether a loss is significant."""
     return loss.is_significant and (loss.low or 0.0) > 0
 
 
-def is_harmless(loss: Difference, margin: float) -> bool:
+def is_negligible(loss: Difference, margin: float) -> bool:
     """Return whether the interval rules out a loss above the margin, or above half of it if there is a loss for sure.
 
     Validation rows selected the model, so they like what it learned from noise in them.
     """
-    return loss.high is not None and loss.high <= (margin / 2 if is_shown(loss) else margin)
+    return loss.high is not None and loss.high <= (margin / 2 if is_significant_loss(loss) else margin)
 
 
-def choose_joint(
+def choose_removable(
     losses: Mapping[str, Difference],
     margin: float,
     measure_loss: Callable[[Sequence[str]], Difference],
-    readers: Mapping[str, Sequence[str]],
+    dependents: Mapping[str, Sequence[str]],
 ) -> list[str]:
     """Choose features that are harmless together, none if there are none.
 
@@ -184,36 +190,36 @@ def choose_joint(
         losses: Losses of single features, corrected.
         margin: Loss that counts as none.
         measure_loss: Measures the loss of several features.
-        readers: Feature -> features that can't be without it.
+        dependents: Feature -> features that can't be without it.
     """
-    names = [name for name, loss in losses.items() if is_harmless(loss, margin)]
+    names = [name for name, loss in losses.items() if is_negligible(loss, margin)]
     names.sort(key=lambda name: losses[name].high or 0.0)
-    while names := [name for name in names if set(readers.get(name, ())) <= set(names)]:
-        (joint,) = correct_all([measure_loss(names)])
-        if is_harmless(joint, margin):
+    while names := [name for name in names if set(dependents.get(name, ())) <= set(names)]:
+        (joint,) = holm_correct([measure_loss(names)])
+        if is_negligible(joint, margin):
             break
         names = names[: len(names) - max(1, len(names) // 4)]  # Features that may lose most stay in the model.
     return names
 
 
-def find_readers(layout: Layout) -> dict[str, list[str]]:
+def find_dependents(layout: Layout) -> dict[str, list[str]]:
     """Return for each feature the others that look ids up in its tables."""
     features = {each.feature for each in layout.ids}
-    readers: dict[str, list[str]] = {each.table: [] for each in layout.ids if each.table in features}
+    dependents: dict[str, list[str]] = {each.table: [] for each in layout.ids if each.table in features}
     for each in layout.ids:
-        if each.feature != each.table and each.feature not in readers.get(each.table, [each.feature]):
-            readers[each.table].append(each.feature)
-    return readers
+        if each.feature != each.table and each.feature not in dependents.get(each.table, [each.feature]):
+            dependents[each.table].append(each.feature)
+    return dependents
 
 
-def exchange(
-    rows: Rows,
+def permute_features(
+    rows: LabeledRows,
     request: np.ndarray,
     layout: Layout,
     schema: Schema,
     features: Iterable[str],
     generator: np.random.Generator,
-) -> Rows:
+) -> LabeledRows:
     """Return N rows with the inputs of some features from other rows, all of them by the same permutations.
 
     request: (N,) int64 from 0 on.
@@ -229,26 +235,29 @@ def exchange(
             ids[each.name] = held[donors] if isinstance(held, np.ndarray) else held.take(donors)
         columns = np.flatnonzero([each.feature == name for each in layout.dense])
         dense[:, columns] = encoded.dense[np.ix_(donors, columns)]
-    return replace(rows, encoded=Encoded(ids, dense))
+    return replace(rows, encoded=EncodedInputs(ids, dense))
 
 
-def hold_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows: int) -> tuple[Rows, pa.Table]:
+def sample_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows: int) -> tuple[LabeledRows, pa.Table]:
     """Read all rows, with the columns beside them, of as many users as have about `max_rows` rows, drawn by hashes."""
-    rows = EncodedRows(folder, layout)
-    no_inputs = EncodedRows(folder, replace(layout, tables=(), ids=(), dense=(), attention=()))
+    rows = EncodedDataset(folder, layout)
+    no_inputs = EncodedDataset(folder, replace(layout, tables=(), ids=(), dense=(), attention=()))
 
     def groups_of(table: pa.Table) -> np.ndarray:
         # Other bits of the hash than metrics use to group users, so that the number of their groups stays.
-        return (hash_column(one_array(table["user"])) % np.uint64(MOST_UNITS)).astype(np.int64)
+        return (hash_column(one_array(table["user"])) % np.uint64(MAX_BOOTSTRAP_UNITS)).astype(np.int64)
 
-    counts = np.zeros(MOST_UNITS, np.int64)
+    counts = np.zeros(MAX_BOOTSTRAP_UNITS, np.int64)
     for _, table in no_inputs.stream(ROWS_AT_A_TIME, ("user",)):
-        counts += np.bincount(groups_of(table), minlength=MOST_UNITS)
+        counts += np.bincount(groups_of(table), minlength=MAX_BOOTSTRAP_UNITS)
     taken = np.cumsum(counts) <= max(max_rows, counts[np.flatnonzero(counts)[0]])
-    weighted, outcomes = settings.training.sampling_correction == "weights", [f"label.{n}" for n in layout.outcomes]
-    parts, tables = list[Rows](), list[pa.Table]()
-    for part, table in rows.stream(ROWS_AT_A_TIME, (*COLUMNS, *outcomes, *rows.weighing(weighted))):
+    weighted, joint_outcomes = (
+        settings.training.sampling_correction == "weights",
+        [f"label.{n}" for n in layout.joint_outcomes],
+    )
+    parts, tables = list[LabeledRows](), list[pa.Table]()
+    for part, table in rows.stream(ROWS_AT_A_TIME, (*ID_COLUMNS, *joint_outcomes, *rows.weight_columns(weighted))):
         places = np.flatnonzero(taken[groups_of(table)])
         parts.append(part.take(places))
         tables.append(table.take(pa.array(places)))
-    return Rows.concatenate(parts), pa.concat_tables(tables).combine_chunks()
+    return LabeledRows.concatenate(parts), pa.concat_tables(tables).combine_chunks()

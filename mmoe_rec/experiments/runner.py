@@ -24,31 +24,31 @@ import pyarrow.parquet as pq
 
 from mmoe_rec import __version__
 from mmoe_rec.atomic import atomic_file, digest
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.evaluation.evaluate import predict_rows, read_labels
 from mmoe_rec.evaluation.sums import EvaluationSums, PredictedRows
-from mmoe_rec.locks import writing
+from mmoe_rec.locks import write_lock
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration
-from mmoe_rec.preprocessing.logs import BuildInputs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
+from mmoe_rec.preprocessing.prepare import FeatureFolder, lock_features
 from mmoe_rec.progress import say
 from mmoe_rec.settings.load import override_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.runs import PATIENCE_SECONDS
-from mmoe_rec.training.baselines import boost_tasks, predict_calibrated, read_inputs
+from mmoe_rec.tracking.runs import MAX_WAIT_SECONDS
+from mmoe_rec.training.baselines import fit_trees_per_task, predict_calibrated, read_tree_inputs
+from mmoe_rec.training.distributed import training_process_group
 from mmoe_rec.training.loop import Trainer, TrainingResult
-from mmoe_rec.training.origin import fixed_settings
-from mmoe_rec.training.ranks import training_ranks
+from mmoe_rec.training.provenance import fixed_settings
 from mmoe_rec.training.stacking import grow_trees
-from mmoe_rec.training.steps import read_choices, write_choices
-from mmoe_rec.training.train import best_network, calibrate
-from mmoe_rec.training.validation import Validation, find_early_end
+from mmoe_rec.training.steps import read_precision_choice, write_precision_choice
+from mmoe_rec.training.train import calibrate, load_best_network
+from mmoe_rec.training.validation import Validation, find_undertraining
 
-Watch = Callable[[Validation, int], None]
+ValidationCallback = Callable[[Validation, int], None]
 _FACTS = b"mmoe_rec"  # The key of a file's metadata.
 
 
@@ -61,16 +61,16 @@ class Variant:
         overrides: Overrides of the settings, such as `model.experts.count=1`.
         without_features: Features that the model never sees. They need no features of their own.
         without_tasks: Tasks that the model doesn't learn. Features made from their labels stay.
-        trees_alone: Whether to grow boosted trees instead of training a network.
-        simpler: Whether the variant is worth adopting if it loses nothing.
+        trees_only: Whether to grow boosted trees instead of training a network.
+        is_simpler: Whether the variant is worth adopting if it loses nothing.
     """
 
     name: str
     overrides: tuple[str, ...] = ()
     without_features: tuple[str, ...] = ()
     without_tasks: tuple[str, ...] = ()
-    trees_alone: bool = False
-    simpler: bool = False
+    trees_only: bool = False
+    is_simpler: bool = False
 
     def apply(self, settings: Settings) -> Settings:
         """Return the settings with the overrides. Raises UserError for an unknown key or a wrong value."""
@@ -78,13 +78,13 @@ class Variant:
         return override_settings(settings, words, f"variant '{self.name}'") if words else settings
 
     @property
-    def change(self) -> str:
+    def cli_options(self) -> str:
         """The options that adopt the variant in another command."""
         words = [*self.overrides, *(f"features.{name}=null" for name in self.without_features)]
         return " ".join(shlex.quote(f"--{word}") for word in words)
 
 
-BASE = Variant("these settings")
+BASE_VARIANT = Variant("these settings")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ class Network:
     calibration: Calibration
 
 
-def write_predictions(file: Path, tasks: Mapping[str, np.ndarray], score: np.ndarray, facts: Mapping[str, Any]) -> None:
+def write_run_predictions(
+    file: Path, tasks: Mapping[str, np.ndarray], score: np.ndarray, facts: Mapping[str, Any]
+) -> None:
     """Write the predictions of a run.
 
     Args:
@@ -110,7 +112,7 @@ def write_predictions(file: Path, tasks: Mapping[str, np.ndarray], score: np.nda
         pq.write_table(table, path, compression="zstd")
 
 
-def read_predictions(file: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+def read_run_predictions(file: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
     """Read the predictions of the tasks, the scores, and the facts. Raises UserError for a damaged file."""
     try:
         table = pq.read_table(file)
@@ -122,7 +124,7 @@ def read_predictions(file: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dic
 
 
 @dataclass(frozen=True)
-class Task:
+class RunSpec:
     """One run.
 
     Attributes:
@@ -163,13 +165,13 @@ class TrainedVariant:
 
     def measure(self) -> list[EvaluationSums]:
         """Measure each run. The sums aren't kept, because those of many runs would fill the memory."""
-        predicted = (read_predictions(file) for file in self.files)
+        predicted = (read_run_predictions(file) for file in self.files)
         return [self.rows.with_predictions(tasks, score).sum() for tasks, score, _ in predicted]
 
 
 @contextmanager
 def open_runner(
-    settings: Settings, name: str, split: str, part: Part | None = None, folder: str | None = None
+    settings: Settings, name: str, split: str, part: ValidationPart | None = None, folder: str | None = None
 ) -> Iterator["Runner"]:
     """Prepare features and hold everything that the runs of a command need.
 
@@ -186,18 +188,28 @@ def open_runner(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} trains in one process. Start it without torchrun.")
-    work, tracking = Path(settings.data.work_dir), settings.tracking.address
-    unsent, own = work / "unsent", work / (folder or name)
-    runs.check_server(tracking, settings.experiment, unsent=unsent)
-    with ExitStack() as held:
+    work, tracking = Path(settings.data.work_dir), settings.tracking.resolved_uri
+    outbox_folder, own = work / "unsent", work / (folder or name)
+    runs.check_server(tracking, settings.experiment, outbox_folder=outbox_folder)
+    with ExitStack() as exit_stack:
         needs = ("train", "validation", split)
-        prepared = held.enter_context(features_in_use(BuildInputs.of(settings), f"the command {name}", needs))
-        held.enter_context(writing(own, f"the command {name}", "set `data.work_dir` to another folder"))
-        key, patience = f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'])}", PATIENCE_SECONDS
-        run = held.enter_context(
-            runs.open_run(tracking, settings.experiment, run_name=name, key=key, unsent=unsent, patience=patience)
+        prepared = exit_stack.enter_context(lock_features(BuildInputs.of(settings), f"the command {name}", needs))
+        exit_stack.enter_context(write_lock(own, f"the command {name}", "set `data.work_dir` to another folder"))
+        resume_key, max_wait_seconds = (
+            f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'])}",
+            MAX_WAIT_SECONDS,
         )
-        runner = Runner(settings, prepared, own, split, part, run, held)
+        run = exit_stack.enter_context(
+            runs.open_run(
+                tracking,
+                settings.experiment,
+                run_name=name,
+                resume_key=resume_key,
+                outbox_folder=outbox_folder,
+                max_wait_seconds=max_wait_seconds,
+            )
+        )
+        runner = Runner(settings, prepared, own, split, part, run, exit_stack)
         try:
             yield runner
         except StoppedError as stopped:
@@ -218,16 +230,16 @@ class Runner:
         split: Split whose rows judge.
         part: Part of the split's users that judges, None for all.
         run: Run in MLflow, which holds a run for each variant and seed.
-        held: Holds features of variants until the command ends.
+        exit_stack: Holds features of variants until the command ends.
     """
 
     settings: Settings
     prepared: FeatureFolder
     folder: Path
     split: str
-    part: Part | None
+    part: ValidationPart | None
     run: runs.Run
-    held: ExitStack
+    exit_stack: ExitStack
 
     def __post_init__(self) -> None:
         self.checkpoints, self._kept = self.folder / "checkpoints", self.folder / self.prepared.manifest["fingerprint"]
@@ -245,123 +257,127 @@ class Runner:
             UserError: A variant has an unknown key, or can't be trained.
             StoppedError: A signal came.
         """
-        wanted = {variant.name: [self.make_task(variant, seed) for seed in seeds] for variant in variants}
-        by_seed = [task for same_seed in zip(*wanted.values(), strict=True) for task in same_seed]
-        tasks = list({task.file: task for task in by_seed if not task.file.exists()}.values())
+        wanted = {variant.name: [self.plan_run(variant, seed) for seed in seeds] for variant in variants}
+        by_seed = [spec for same_seed in zip(*wanted.values(), strict=True) for spec in same_seed]
+        tasks = list({spec.file: spec for spec in by_seed if not spec.file.exists()}.values())
         begun = time.monotonic()
-        for done, task in enumerate(tasks):
+        for done, spec in enumerate(tasks):
             minutes = (time.monotonic() - begun) / max(1, done) * (len(tasks) - done) / 60
             left = f" (about {max(1, round(minutes))} minutes left)" if done else ""
-            say(f"run {done + 1} of {len(tasks)}: {task.name}{left}")
-            self.train_task(task)
+            say(f"run {done + 1} of {len(tasks)}: {spec.name}{left}")
+            self.train_run(spec)
         return [self._read(variant, seeds, wanted[variant.name]) for variant in variants]
 
-    def make_task(self, variant: Variant, seed: int) -> Task:
+    def plan_run(self, variant: Variant, seed: int) -> RunSpec:
         """Return the run of a variant with a seed."""
         changed = variant.apply(self.settings)
         prepared = replace(self._find_features(changed), left_out=(variant.without_features, variant.without_tasks))
         training = changed.training.model_copy(update={"seed": seed})
         changed = changed.model_copy(update={"training": training})
-        depends = [__version__, fixed_settings(changed), changed.training.calibration, variant.trees_alone]
+        depends = [__version__, fixed_settings(changed), changed.training.calibration, variant.trees_only]
         depends += [sorted(variant.without_features), sorted(variant.without_tasks), self.split, self.part]
         key = digest(*depends, prepared.manifest["fingerprint"])
-        return Task(variant, changed, prepared, self._kept / f"{key}.parquet")
+        return RunSpec(variant, changed, prepared, self._kept / f"{key}.parquet")
 
-    def train_task(self, task: Task) -> Network | None:
+    def train_run(self, spec: RunSpec) -> Network | None:
         """Train, predict the rows that judge and write the predictions. Returns the network, None for trees alone."""
-        settings, layout, network = task.settings, ModelLayout.of(task.prepared.layout, task.settings), None
-        rows = EncodedRows(task.prepared.split(self.split), layout, part=self.part)
-        with self.open_run(task.name, task) as run:
+        settings, layout, network = spec.settings, ModelLayout.of(spec.prepared.layout, spec.settings), None
+        rows = EncodedDataset(spec.prepared.split(self.split), layout, part=self.part)
+        with self.open_run(spec.name, spec) as run:
             begun = time.perf_counter()
-            if task.variant.trees_alone:
-                values, score, facts = _grow_trees(task, layout, rows)
+            if spec.variant.trees_only:
+                values, score, facts = _grow_trees(spec, layout, rows)
             else:
-                network, facts = self._train_network(task, layout, run)
+                network, facts = self._train_network(spec, layout, run)
                 parts = (part for part, _ in rows.stream(settings.evaluation.batch_size))
                 values, score = predict_rows(network.model, layout, parts, network.calibration)
             facts["seconds"] = time.perf_counter() - begun
             tasks = {each.name: values[:, place] for place, each in enumerate(layout.tasks)}
-            write_predictions(task.file, tasks, score, facts)
+            write_run_predictions(spec.file, tasks, score, facts)
             run.log_text(facts, "facts.json")
         return network
 
     @contextmanager
-    def open_run(self, name: str, task: Task) -> Iterator[runs.Run]:
+    def open_run(self, name: str, spec: RunSpec) -> Iterator[runs.Run]:
         """Open the run of a task in MLflow, with its settings as parameters."""
-        settings, tracking = task.settings, self.settings.tracking
+        settings, tracking = spec.settings, self.settings.tracking
         with runs.open_run(
-            tracking.address,
+            tracking.resolved_uri,
             self.settings.experiment,
             run_name=name,
-            key=f"{self.run.run_id}-{task.file.stem}",
-            parent=self.run.run_id,
-            unsent=Path(self.settings.data.work_dir) / "unsent",
-            patience=PATIENCE_SECONDS,
+            resume_key=f"{self.run.run_id}-{spec.file.stem}",
+            parent_run_id=self.run.run_id,
+            outbox_folder=Path(self.settings.data.work_dir) / "unsent",
+            max_wait_seconds=MAX_WAIT_SECONDS,
         ) as run:
-            run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
-            run.set_tags({"variant": task.variant.name})
+            run.log_params(
+                {**settings.model_dump(mode="json", include={"model", "training"}), **settings.model_choices}
+            )
+            run.set_tags({"variant": spec.variant.name})
             yield run
 
-    def fit(self, task: Task, run: runs.Run, watch: Watch | None = None) -> tuple[TrainingResult, str]:
+    def fit(
+        self, spec: RunSpec, run: runs.Run, on_validation: ValidationCallback | None = None
+    ) -> tuple[TrainingResult, str]:
         """Train the network of a task.
 
         Args:
-            task: The task.
+            spec: The task.
             run: Its run in MLflow.
-            watch: Function that is called with each validation and its step.
+            on_validation: Function that is called with each validation and its step.
 
         Returns:
             The result, whose checkpoints stay until the next run, and the precision.
         """
-        settings, shared = task.settings, self._kept / "choices.json"
+        settings, shared = spec.settings, self._kept / "choices.json"
         training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "keep_checkpoints": 1})
-        layout = ModelLayout.of(task.prepared.layout, settings)
+        layout = ModelLayout.of(spec.prepared.layout, settings)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        with training_ranks(training) as (device, _):
+        with training_process_group(training) as (device, _):
             trainer = Trainer(
-                task.prepared,
+                spec.prepared,
                 layout,
                 settings.model,
                 training,
                 device,
                 self.checkpoints,
                 run.log_metrics,
-                watch=watch,
-                choices=read_choices(shared),
+                on_validation=on_validation,
+                precision_choice=read_precision_choice(shared),
             )
             if training.precision == "auto" and not shared.exists():
-                write_choices(shared, trainer.choices)
-            return trainer.run(), trainer.choices.precision
+                write_precision_choice(shared, trainer.precision_choice)
+            return trainer.run(), trainer.precision_choice.precision
 
-    def judge(self, best: Validation) -> float:
+    def monitored_metric(self, best: Validation) -> float:
         """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
         return best.objective(self.settings.training.monitor, ModelLayout.of(self.prepared.layout, self.settings))
 
-    def _train_network(self, task: Task, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
+    def _train_network(self, spec: RunSpec, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
         """Train as `train_model` does, without keeping anything. Returns the network and facts about the run."""
-        settings, prepared = task.settings, task.prepared
-        result, precision = self.fit(task, run)
-        model = best_network(settings, prepared, result)
+        settings, prepared = spec.settings, spec.prepared
+        result, precision = self.fit(spec, run)
+        model = load_best_network(settings, prepared, result)
         assert result.best is not None, "every training is validated at its end"
-        run.log_metrics(result.best.flat("best"), result.best_step)
+        run.log_metrics(result.best.to_metrics("best"), result.best_step)
         if settings.model.trees is not None:
             model.trees = grow_trees(settings, prepared, layout, model)
         facts = {
-            "selecting": self.judge(result.best),
+            "monitored_metric": self.monitored_metric(result.best),
             "best_step": result.best_step,
             "steps": result.steps,
             "precision": precision,
-            "early_end": find_early_end(result.history, result.best_step, layout, settings.training),
+            "undertraining": find_undertraining(result.history, result.best_step, layout, settings.training),
             "parameters": sum(each.numel() for each in model.parameters()),
         }
         return Network(model, layout, calibrate(settings, prepared, model)), facts
 
-    def _read(self, variant: Variant, seeds: Sequence[int], tasks: Sequence[Task]) -> TrainedVariant:
-        files, folder = tuple(task.file for task in tasks), tasks[0].prepared.folder
+    def _read(self, variant: Variant, seeds: Sequence[int], tasks: Sequence[RunSpec]) -> TrainedVariant:
+        files, folder = tuple(spec.file for spec in tasks), tasks[0].prepared.folder
         if folder not in self._rows:
             whole = replace(tasks[0].prepared, left_out=((), ()))
             self._rows[folder] = read_labels(self.settings, whole, self.split, self.part)
-        facts = tuple(read_predictions(file)[2] for file in files)
+        facts = tuple(read_run_predictions(file)[2] for file in files)
         return TrainedVariant(variant, tuple(seeds), self._rows[folder], files, facts)
 
     def _find_features(self, settings: Settings) -> FeatureFolder:
@@ -370,7 +386,7 @@ class Runner:
         if key not in self._features:
             inputs = replace(BuildInputs.of(settings), work=self.folder / "features" / key)
             needs = ("train", "validation", self.split)
-            self._features[key] = self.held.enter_context(features_in_use(inputs, "a comparison", needs))
+            self._features[key] = self.exit_stack.enter_context(lock_features(inputs, "a comparison", needs))
         return self._features[key]
 
     def _identify(self, settings: Settings) -> str:
@@ -378,11 +394,13 @@ class Runner:
         return digest(settings.schema_.identity(), settings.split.windows(), data)
 
 
-def _grow_trees(task: Task, layout: ModelLayout, rows: EncodedRows) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _grow_trees(
+    spec: RunSpec, layout: ModelLayout, rows: EncodedDataset
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Grow the trees of `baselines` in place of a network. Returns predictions (N, T), scores (N,), and facts."""
-    settings = task.settings
-    learnt, held_out = read_inputs(settings, task.prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out)
+    settings = spec.settings
+    train_rows, held_out = read_tree_inputs(settings, spec.prepared, layout)
+    boosted, facts = fit_trees_per_task(settings, layout, train_rows, held_out)
     values = predict_calibrated(settings, layout, boosted, held_out, rows)
     weights = np.array([each.score_weight for each in layout.tasks])
     return values, np.log(np.clip(values, 1e-12, None)) @ weights, {"trees": facts}

@@ -16,8 +16,8 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.arrays import Ragged, one_array
-from mmoe_rec.settings.log_columns import outcome_name
-from mmoe_rec.task_kinds import NamedKind, find_kind
+from mmoe_rec.settings.log_columns import joint_task_name
+from mmoe_rec.task_kinds import TaskKindField, find_kind
 
 
 class _AsJson:
@@ -25,7 +25,7 @@ class _AsJson:
 
 
 @dataclass(frozen=True)
-class Table(_AsJson):
+class TableSpec(_AsJson):
     """What ids are looked up in: ids 0 to rows - 1. feature: the one that owns it, if its name differs."""
 
     name: str
@@ -45,11 +45,11 @@ class _OfFeature(_AsJson):
 
 @dataclass(frozen=True)
 class IdInput(_OfFeature):
-    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros."""
+    """Ids looked up in `table`: one a row, or any number a row (`is_list`), then averaged; no id gives zeros."""
 
     name: str
     table: str
-    many: bool = False
+    is_list: bool = False
     placement: bool = False
     feature: str = field(default="", kw_only=True)
 
@@ -73,23 +73,23 @@ class TaskOutput(_AsJson):
     """
 
     name: str
-    kind: NamedKind
+    kind: TaskKindField
     mean: float = field(default=0.0, kw_only=True)
-    deviation: float = field(default=1.0, kw_only=True)
+    std: float = field(default=1.0, kw_only=True)
     conditional_on: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", find_kind(self.kind))
 
     @property
-    def learnt_from(self) -> str:
+    def loss_label(self) -> str:
         """Name of the label that the loss is computed from: the task's or, with `conditional_on`, its outcome's of all
         rows."""
-        return self.name if self.conditional_on is None else outcome_name(self.conditional_on, self.name)
+        return self.name if self.conditional_on is None else joint_task_name(self.conditional_on, self.name)
 
 
 @dataclass(frozen=True)
-class Attention(_AsJson):
+class AttentionHistory(_AsJson):
     """A history that a model pools by attention, which looks at each of its events. history: the feature; length: the
     most events of a row."""
 
@@ -97,7 +97,7 @@ class Attention(_AsJson):
     length: int
 
 
-def input_of_place(name: str, place: int) -> str:
+def position_input(name: str, place: int) -> str:
     """What sharded tables call the input of the ids at one place of an input's lists."""
     return f"{name}@{place}"
 
@@ -106,21 +106,21 @@ def input_of_place(name: str, place: int) -> str:
 class Layout(_AsJson):
     """Inputs and labels of rows. The order of the tuples is the order of every tensor made from them."""
 
-    tables: tuple[Table, ...]
+    tables: tuple[TableSpec, ...]
     ids: tuple[IdInput, ...]
     dense: tuple[DenseInput, ...]
     tasks: tuple[TaskOutput, ...]
 
-    def table(self, name: str) -> Table:
+    def table(self, name: str) -> TableSpec:
         return next(table for table in self.tables if table.name == name)
 
     @property
-    def outcomes(self) -> dict[str, tuple[int, int]]:
+    def joint_outcomes(self) -> dict[str, tuple[int, int]]:
         """Name of an outcome of two tasks -> their places: of the `conditional_on` task, and of the task that follows
         it."""
         places = {task.name: place for place, task in enumerate(self.tasks)}
         given = {task: task.conditional_on for task in self.tasks if task.conditional_on is not None}
-        return {task.learnt_from: (places[name], places[task.name]) for task, name in given.items()}
+        return {task.loss_label: (places[name], places[task.name]) for task, name in given.items()}
 
     def id_names(self, placement: bool) -> list[str]:
         """Names of the id inputs that describe placement, or of all others."""
@@ -128,7 +128,7 @@ class Layout(_AsJson):
 
     def single_ids(self) -> list[str]:
         """Inputs with one id a row, without placement and values of numbers (which trees see as numbers)."""
-        single = (each for each in self.ids if not each.many and not each.placement)
+        single = (each for each in self.ids if not each.is_list and not each.placement)
         return [each.name for each in single if each.name != f"{each.feature}_value"]
 
     def dense_names(self, placement: bool) -> list[str]:
@@ -136,11 +136,11 @@ class Layout(_AsJson):
         return [each.name for each in self.dense if each.placement == placement]
 
     @property
-    def attention(self) -> tuple[Attention, ...]:
+    def attention(self) -> tuple[AttentionHistory, ...]:
         """The histories that are pooled by it: none of rows, as it is a model's choice."""
         return ()
 
-    def parts(self, attention: Attention) -> list[tuple[str, str | None]]:
+    def history_inputs(self, attention: AttentionHistory) -> list[tuple[str, str | None]]:
         """Inputs of a history's events, the history itself first, and of each the candidate's input with the same
         table, if there is one."""
         single = self.single_ids()
@@ -196,11 +196,11 @@ def label_types(layout: Layout) -> dict[str, pa.DataType]:
     A regression's are float64: float32 numbers near 1.7e9, such as times in seconds, are 128 apart.
     """
     types = {task.name: pa.float64() if task.kind.is_linear else pa.float32() for task in layout.tasks}
-    return types | dict.fromkeys(layout.outcomes, pa.float32())
+    return types | dict.fromkeys(layout.joint_outcomes, pa.float32())
 
 
 # Lists of ids in an encoded file.
-IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+ID_LIST_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
 
 
 def arrow_columns(
@@ -216,7 +216,7 @@ def arrow_columns(
         if isinstance(value, Ragged):
             offsets = np.concatenate([[0], np.cumsum(value.lengths)]).astype(np.int32)
             values = pa.array(value.values.astype(np.int32, copy=False))
-            columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=IDS)
+            columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=ID_LIST_TYPE)
         else:
             columns[f"id.{each.name}"] = pa.array(value.astype(np.int32))
     for number in layout.dense:
@@ -225,7 +225,7 @@ def arrow_columns(
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedInputs:
     """N rows as a fitted pipeline encodes them.
 
     ids: name -> (N,) int64, or int32 from files, for one id a row, `Ragged` for any number; dense: (N, D) float32,
@@ -238,24 +238,24 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.dense)
 
-    def slice(self, start: int, stop: int) -> "Encoded":
+    def slice(self, start: int, stop: int) -> "EncodedInputs":
         """Rows start to stop (exclusive, at most N), as views."""
         ids = {
             name: each.slice(start, stop) if isinstance(each, Ragged) else each[start:stop]
             for name, each in self.ids.items()
         }
-        return Encoded(ids, self.dense[start:stop])
+        return EncodedInputs(ids, self.dense[start:stop])
 
-    def take(self, rows: np.ndarray) -> "Encoded":
-        return Encoded({name: each.take(rows) for name, each in self.ids.items()}, self.dense.take(rows, axis=0))
+    def take(self, rows: np.ndarray) -> "EncodedInputs":
+        return EncodedInputs({name: each.take(rows) for name, each in self.ids.items()}, self.dense.take(rows, axis=0))
 
     @staticmethod
-    def from_arrow(table: pa.Table, layout: Layout) -> "Encoded":
+    def from_arrow(table: pa.Table, layout: Layout) -> "EncodedInputs":
         """Reads columns of `arrow_columns`. Ids stay int32, as rows are copied several times until in a batch."""
         ids: dict[str, np.ndarray | Ragged] = {}
         for each in layout.ids:
             column = one_array(table.column(f"id.{each.name}"))
-            if each.many:
+            if each.is_list:
                 lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32)
                 ids[each.name] = Ragged(column.flatten().to_numpy(), lengths)
             else:
@@ -263,4 +263,4 @@ class Encoded:
         dense = np.empty((table.num_rows, len(layout.dense)), np.float32)
         for index, each_dense in enumerate(layout.dense):
             dense[:, index] = table.column(f"dense.{each_dense.name}").to_numpy()
-        return Encoded(ids, dense)
+        return EncodedInputs(ids, dense)

@@ -18,9 +18,9 @@ from pydantic import Field
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import hash_column
-from mmoe_rec.point_in_time.arrays import filled
+from mmoe_rec.point_in_time.arrays import fill_nulls
 from mmoe_rec.settings.log_columns import Role
-from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
+from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, InputSemantics, Schema
 
 _FEW = 32  # ids that are found one by one, as a call for any number of them takes as long as 70
 
@@ -76,20 +76,20 @@ class VocabularyFeature(Feature):
     )
 
     @property
-    def shares(self) -> str | None:
+    def table_owner(self) -> str | None:
         return self.table
 
     def check(self, name: str, schema: Schema) -> None:
         """Raises ValueError where `table` does not name a feature with a table of its own."""
         if self.table is not None:
-            check_owner(schema, name, "table", self.table)
+            check_table_owner(schema, name, "table", self.table)
 
-    def meaning(self, schema: Schema) -> Meaning:
+    def semantics(self, schema: Schema) -> InputSemantics:
         """Row 0 is the missing id, the buckets of unknown ids follow, then the known ones."""
-        return meaning_of_ids(schema, tuple(self.reads()), self.shares or self)
+        return meaning_of_ids(schema, tuple(self.reads()), self.table_owner or self)
 
 
-def check_owner(
+def check_table_owner(
     schema: Schema,
     name: str,
     key: str,
@@ -112,11 +112,11 @@ def check_owner(
         )
 
 
-def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> Meaning:
+def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> InputSemantics:
     """The meaning of rows of a table of ids; owner: its feature, or that feature's name."""
     feature = schema.features[owner] if isinstance(owner, str) else owner
     assert isinstance(feature, VocabularyFeature)
-    return Meaning(columns, unknown=feature.oov_buckets)
+    return InputSemantics(columns, unknown=feature.oov_buckets)
 
 
 class Vocabulary:
@@ -190,8 +190,8 @@ class Vocabulary:
         if pt.is_string(kind):
             encoded = values.dictionary_encode()
             rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
-            return rows[filled(encoded.indices, -1).to_numpy()]
-        rows = self._encode_known_or_hashed(filled(values, 0))
+            return rows[fill_nulls(encoded.indices, -1).to_numpy()]
+        rows = self._encode_known_or_hashed(fill_nulls(values, 0))
         if values.null_count:
             rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
         return rows
@@ -231,18 +231,18 @@ def _as_numpy(values: pa.Array) -> np.ndarray:
     return array.astype(object) if pt.is_string(values.type) else array
 
 
-def row_names(meaning: Meaning, table: str, rows: list[int | str], fitted: Path) -> list[str]:
+def row_names(semantics: InputSemantics, table: str, rows: list[int | str], fitted: Path) -> list[str]:
     """Names for a reader of `rows`, numbers of table rows or words; fitted: folder of the fitted features.
 
     Where the vocabulary can't be read, the row's number is name enough.
     """
     numbers = [row for row in rows if isinstance(row, int)]
-    if meaning.row_name is not None:
-        known = {row: meaning.row_name(table, row) for row in numbers}
+    if semantics.row_name is not None:
+        known = {row: semantics.row_name(table, row) for row in numbers}
     else:
         known = {row: f"row {row}" for row in numbers}
         with suppress(OSError, pa.ArrowException, KeyError):
             ids = pq.read_table(fitted / f"{table}.vocabulary.parquet", columns=["id"])["id"]
-            places = pa.array([row - meaning.first_known for row in numbers], pa.int64())
+            places = pa.array([row - semantics.first_seen_row for row in numbers], pa.int64())
             known |= zip(numbers, map(str, ids.take(places).to_pylist()), strict=True)
     return [known[row] if isinstance(row, int) else row for row in rows]

@@ -11,9 +11,9 @@
         example_request.json   the body of a call to /invocations, which `predict` of the MLflow model takes as well
         example_scores.json    what the model gave for it when the folder was written, and the versions that computed it
         features/              what encoders have learnt, and tables: what counters and histories remember, latest
-                               values, and which files of the log these hold (see `mmoe_rec.preprocessing.logs`)
+                               values, and which files of the log these hold (see `mmoe_rec.preprocessing.build_inputs`)
 
-The folder appears whole or not at all (`mmoe_rec.inference.writing`). Whoever takes it up checks it against the
+The folder appears whole or not at all (`mmoe_rec.inference.artifact_writer`). Whoever takes it up checks it against the
 manifest: a lost file of a counter, a missing calibration or one changed bit of a weight would give other scores
 without an error.
 """
@@ -35,7 +35,7 @@ from pydantic import TypeAdapter
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.given import microseconds
+from mmoe_rec.log.request_values import parse_microseconds
 from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 
 if TYPE_CHECKING:
@@ -45,26 +45,26 @@ if TYPE_CHECKING:
     from mmoe_rec.model.score import Calibration
 
 FORMAT = 6
-MANIFEST = "manifest.json"
-EXAMPLE = "example_request.json"
-SCORES = "example_scores.json"
+MANIFEST_FILE = "manifest.json"
+EXAMPLE_FILE = "example_request.json"
+EXAMPLE_SCORES_FILE = "example_scores.json"
 # Libraries and processors round otherwise: fp32 logits then differ by some 1e-6, half precision by 1e-2.
 TOLERANCE = 1e-4
 _NOTHING = 1e-30  # Probabilities below are 0, as rounding has it.
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedModel:
     """Where a model lies. address: permanent, unlike one with an alias, or the folder's path; run_id: of the run that
     made it, where that is known and was not deleted."""
 
     folder: Path
-    address: str
+    uri: str
     run_id: str | None = None
 
 
 @dataclass(frozen=True)
-class Artifact:
+class ArtifactInfo:
     """What `model.json` says, and the layout of the model.
 
     model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
@@ -73,28 +73,28 @@ class Artifact:
     trained_as_of: as tables_as_of, of the features that the model was trained on, None where the tables are still
     these; files: digest of the files of the log that the tables hold, None where it is unknown; journal: what of the
     journal of live events the tables hold, {"id": ..., "through": number of the last segment}, None for nothing;
-    early_end: what `mmoe_rec.training.validation.find_early_end` says of its training.
+    undertraining: what `mmoe_rec.training.validation.find_undertraining` says of its training.
     """
 
     name: str
     model: dict[str, Any]
     layout: ModelLayout
     max_candidates: int
-    products: str
+    matmul_backend: str
     fingerprint: str
     tables_as_of: str | None
     stale_after_days: float | None
     trained_as_of: str | None = None
-    files: str | None = None
+    files_digest: str | None = None
     journal: dict[str, Any] | None = None
-    early_end: str | None = None
+    undertraining: str | None = None
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:
         return self.layout.tasks
 
 
-def read_artifact(folder: Path, verify: bool = True) -> Artifact:
+def read_artifact(folder: Path, verify: bool = True) -> ArtifactInfo:
     """What an artifact folder says about itself. verify: check its files first, as `check_files` does.
 
     Raises UserError where there is no model, one that another version made, or one that is not as it was written.
@@ -102,25 +102,25 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
     tree = _read_object(folder / "model.json")
     if tree is not None and tree.get("format") != FORMAT:
         raise UserError(f"The model in '{folder}' was made by another version of mmoe_rec. Train it again.")
-    if verify and (tree is not None or (folder / MANIFEST).is_file()):
+    if verify and (tree is not None or (folder / MANIFEST_FILE).is_file()):
         check_files(folder)
     if tree is None:
         raise UserError(f"'{folder}' holds no model (model.json)")
     del tree["format"]
-    return Artifact(layout=ModelLayout.read(folder), **tree)
+    return ArtifactInfo(layout=ModelLayout.read(folder), **tree)
 
 
-def known_of(about: Artifact) -> int:
+def tables_as_of_us(info: ArtifactInfo) -> int:
     """Return the time of the last request that the tables of an artifact know, microseconds."""
-    return 0 if about.tables_as_of is None else microseconds("tables_as_of", about.tables_as_of)
+    return 0 if info.tables_as_of is None else parse_microseconds("tables_as_of", info.tables_as_of)
 
 
 def read_example(folder: Path) -> dict[str, Any]:
     """Return the request in the example of an artifact folder, as arguments of `Ranker.rank`."""
-    return json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))["inputs"][0]
+    return json.loads((folder / EXAMPLE_FILE).read_text(encoding="utf-8"))["inputs"][0]
 
 
-def read_stored(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """What a file of weights holds by name, as it is stored. Raises UserError for a missing or damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -144,32 +144,32 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def read_model(about: Artifact, folder: Path) -> RankingModel:
+def read_model(info: ArtifactInfo, folder: Path) -> RankingModel:
     """The model with its weights. Raises UserError where a file is missing, damaged or of another model."""
     from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import PlainTables, in_float32, name_weight, take_table
+    from mmoe_rec.model.tables import PlainTables, pop_table, table_weight_name, to_float32
     from mmoe_rec.model.trees import Trees
     from mmoe_rec.settings.model import Model
 
-    layout, path = about.layout, folder / "weights.safetensors"
-    stored = read_stored(path)
+    layout, path = info.layout, folder / "weights.safetensors"
+    stored = read_tensors(path)
     # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
     tables = PlainTables(replace(layout, tables=tuple(replace(table, rows=1) for table in layout.tables)))
     for table in layout.tables:
         if table.name in tables.embedding_bags:
-            bag = take_table(stored, name_weight(table.name))
+            bag = pop_table(stored, table_weight_name(table.name))
             if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
                 raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
             tables.embedding_bags[table.name] = bag
-    settings = Model.model_validate(about.model)
+    settings = Model.model_validate(info.model)
     model = build_model(layout, settings, tables)
-    dense = {name.removeprefix("mixture."): each for name, each in in_float32(stored).items()}
+    dense = {name.removeprefix("mixture."): each for name, each in to_float32(stored).items()}
     try:
         model.mixture.load_state_dict(dense)
     except RuntimeError as error:
         raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
     if settings.trees is not None:
-        model.trees = Trees.read(folder, len(model.dense_columns), len(model.trees_ids))
+        model.trees = Trees.read(folder, len(model.dense_columns), len(model.tree_id_names))
     return model
 
 
@@ -210,9 +210,11 @@ class ExampleScores:
 
     @staticmethod
     def read(folder: Path) -> ExampleScores:
-        return ExampleScores(**json.loads((folder / SCORES).read_text(encoding="utf-8")))
+        return ExampleScores(**json.loads((folder / EXAMPLE_SCORES_FILE).read_text(encoding="utf-8")))
 
-    def difference(self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
+    def describe_difference(
+        self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration
+    ) -> str | None:
         """Return a part of a sentence on a prediction of `now` that rounding does not explain, None without one.
 
         A prediction may be off by TOLERANCE of its task's scale: the largest one in the example, or a regression's
@@ -220,9 +222,9 @@ class ExampleScores:
         """
         for task in tasks:
             before, after = np.array(self.predictions[task.name]), np.array(now.predictions[task.name])
-            scale = max(np.abs(before).max(), task.deviation if task.kind.is_linear else 0.0)
-            steepest = calibration.tasks[task.name].steepest if task.name in calibration.tasks else 1.0
-            fits = np.abs(after - before) <= TOLERANCE * scale * max(1.0, steepest) + _NOTHING
+            scale = max(np.abs(before).max(), task.std if task.kind.is_linear else 0.0)
+            max_slope = calibration.tasks[task.name].max_slope if task.name in calibration.tasks else 1.0
+            fits = np.abs(after - before) <= TOLERANCE * scale * max(1.0, max_slope) + _NOTHING
             if not fits.all():
                 place = int(np.argmin(fits))
                 return f"'{task.name}' of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
@@ -235,21 +237,21 @@ class ExampleScores:
 
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of a folder that holds all the other files by now."""
-    files = _sum_files(folder, sorted(name for name in _names(folder) if name != MANIFEST))
+    files = _sum_files(folder, sorted(name for name in _names(folder) if name != MANIFEST_FILE))
     tree = {"sha256": _sum(files), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
     """The SHA-256 of an artifact's files by their names in the folder. Raises UserError without a whole manifest."""
-    tree = _read_object(folder / MANIFEST) or {}
+    tree = _read_object(folder / MANIFEST_FILE) or {}
     files = tree.get("files")
     if not isinstance(files, dict) or tree.get("sha256") != _sum(files):
-        raise _damaged(folder, MANIFEST)
+        raise _damaged(folder, MANIFEST_FILE)
     return files
 
 
-def version_of(folder: Path) -> str:
+def artifact_version(folder: Path) -> str:
     """What tells an artifact from any other: 16 hexadecimal digits that follow from all of its files."""
     return _sum(read_manifest(folder))[:16]
 

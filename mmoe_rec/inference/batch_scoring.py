@@ -25,46 +25,52 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Results
+from mmoe_rec.features.encoder import LookupResults
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import Source, known_of, read_artifact, version_of
-from mmoe_rec.inference.ranking import ROW, prediction_columns, scored_table
+from mmoe_rec.inference.artifact import ResolvedModel, artifact_version, read_artifact, tables_as_of_us
+from mmoe_rec.inference.ranking import ROW_NUMBER_COLUMN, prediction_columns, scored_table
 from mmoe_rec.inference.scored_files import (
     FORMAT,
     check_output,
-    describe_learnt,
-    find_learnt,
-    finished_name,
+    describe_training_overlap,
+    find_training_rows,
     has_split,
-    is_whole,
+    is_complete,
+    part_file_name,
     read_manifest,
     write_manifest,
 )
-from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import columns_of, format_time
+from mmoe_rec.locks import write_lock
+from mmoe_rec.log.checks import format_time, read_column_names
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files, is_remote
 from mmoe_rec.log.reader import LogPart, LogReader
-from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, labels_of
+from mmoe_rec.log.rows import FEATURE_BATCH_ROWS, LogRows, compute_labels
 from mmoe_rec.point_in_time.join import Window, in_window
-from mmoe_rec.preprocessing.build_steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results, open_engine
-from mmoe_rec.preprocessing.logs import BuildOptions, Logs, key_types
+from mmoe_rec.preprocessing.build_inputs import BuildOptions, Logs, key_types
+from mmoe_rec.preprocessing.build_steps import (
+    MIN_ROWS_FOR_PROCESSES,
+    BuildSteps,
+    open_engine,
+    open_reader,
+    open_results,
+)
 from mmoe_rec.preprocessing.look_up import ResultExchange, ResultReader
-from mmoe_rec.preprocessing.prepare import fingerprint_of
+from mmoe_rec.preprocessing.prepare import compute_fingerprint
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.load import load_settings, parse_overrides
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Remembering, Schema
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import EventFeature, Schema
 from mmoe_rec.settings.sections import Settings, Split, Tracking
-from mmoe_rec.tracking.registry import find_model
+from mmoe_rec.tracking.registry import resolve_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
 AsOf = Literal["log", "tables"]
 """Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
-ALL: Window = (None, None)
+ALL_TIMES: Window = (None, None)
 _HERE = ("--data.engine", "local", "--data.workers", "null")  # not those of the machines that trained the model
 
 
@@ -74,7 +80,7 @@ class ScoredLog:
 
     folder: Path
     manifest: dict[str, Any]
-    before: bool = False
+    reused: bool = False
 
 
 def score_log(
@@ -82,7 +88,7 @@ def score_log(
     source: str | Path,
     output: str | Path,
     as_of: AsOf = "log",
-    window: Window = ALL,
+    window: Window = ALL_TIMES,
     overrides: Sequence[str] = (),
     labels: bool = False,
     keep: Sequence[str] = (),
@@ -92,7 +98,7 @@ def score_log(
     If the folder already has these scores of the same input, model and settings, nothing is scored again.
 
     Args:
-        model: An address as `find_model` takes it.
+        model: An address as `resolve_model` takes it.
         source: A folder of Parquet files, one file or a glob.
         output: A folder, new or empty, or with scores that are replaced once the new ones are whole.
         as_of: `log` gives each row what the log, and the logs of events, knew before its request; `tables` what the
@@ -108,7 +114,7 @@ def score_log(
     model, source, out = str(model), str(source), Path(output)
     given = list(parse_overrides(overrides))
     for key, _ in given:
-        if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
+        if key[0] != "data" and key not in (["serving", "matmul_backend"], ["tracking", "uri"]):
             raise UserError(
                 f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, "
                 "serving.matmul_backend "
@@ -120,18 +126,18 @@ def score_log(
         raise UserError(f"--start {format_time(start)} is not before --end {format_time(end)}: no request lies between")
     if labels and as_of != "log":
         raise UserError(f"--labels writes what the log says of its rows; leave it out with --as-of {as_of}")
-    artifact = find_model(model, Tracking(uri=uri).address)  # before the model's own settings are known
+    artifact = resolve_model(model, Tracking(uri=uri).resolved_uri)  # before the model's own settings are known
     read_artifact(artifact.folder)  # which says what is wrong with a damaged one
     settings = load_settings(artifact.folder / "settings.yaml", [*_HERE, *overrides])
     if is_remote(str(output)):
         raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
     check_output(out, source)
-    with writing(out, "a scoring", "give another folder with --output"):
+    with write_lock(out, "a scoring", "give another folder with --output"):
         check_output(out, source)
         scoring = _Scoring(artifact, settings, source, as_of, window, labels, keep)
-        before = read_manifest(out)
-        if before is not None and before["fingerprint"] == scoring.fingerprint and is_whole(out, before):
-            return ScoredLog(out, before, before=True)
+        reused = read_manifest(out)
+        if reused is not None and reused["fingerprint"] == scoring.fingerprint and is_complete(out, reused):
+            return ScoredLog(out, reused, reused=True)
         with atomic_folder(out) as folder:
             manifest = scoring.write(folder)
     return ScoredLog(out, manifest)
@@ -142,7 +148,7 @@ class _Scoring:
 
     def __init__(
         self,
-        model: Source,
+        model: ResolvedModel,
         settings: Settings,
         source: str,
         as_of: AsOf,
@@ -152,30 +158,32 @@ class _Scoring:
     ) -> None:
         self.settings, self.source = settings, source
         self.as_of, self.window, self.labels, self.artifact = as_of, window, labels, model.folder
-        self.kept = tuple(keep)
-        self.pipeline = FeaturePipeline.load(model.folder / "features", memories=False)
+        self.extra_columns = tuple(keep)
+        self.pipeline = FeaturePipeline.load(model.folder / "features", stores=False)
         self.has_time = self.pipeline.schema.columns.has_time
-        if window != ALL and not self.has_time:
+        if window != ALL_TIMES and not self.has_time:
             raise UserError("--start and --end need times, which the model's table does not have: leave them out")
         self.logs, self.lacking = open_logs(source, self.pipeline, settings, as_of, labels, keep)
         self.split = settings.split if labels and has_split(self.logs, settings.split) else None
-        self.tables_as_of = (about := read_artifact(model.folder, verify=False)).tables_as_of
-        self.known = known_of(about)
-        self.constants = {"model": model.address, "model_version": version_of(model.folder)}
+        self.tables_as_of = (info := read_artifact(model.folder, verify=False)).tables_as_of
+        self.known = tables_as_of_us(info)
+        self.constants = {"model": model.uri, "model_version": artifact_version(model.folder)}
         built = self.logs.options
         options = [built.on_duplicates, built.on_conflicting_times, built.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
-        self.products = settings.serving.matmul_backend
-        how = [options, split, self.products, self.kept]
-        self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how])
+        self.matmul_backend = settings.serving.matmul_backend
+        how = [options, split, self.matmul_backend, self.extra_columns]
+        self.fingerprint = compute_fingerprint(
+            self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how]
+        )
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the files of the output to a folder, and return the manifest."""
         options, scratch = self.logs.options, folder / "scratch"
-        with Steps(self.logs, {"scored": self.window}, scratch) as steps:
+        with BuildSteps(self.logs, {"scored": self.window}, scratch) as steps:
             facts = self._look_up(steps)
             with open_database(scratch / "database", options.memory_gib, options.workers) as database:
-                database.fill("rows", _RANKED, self._score_parts(steps, scratch, facts))
+                database.create_table("rows", _RANKED, self._score_parts(steps, scratch, facts))
                 facts["rows"], facts["early"], facts["learnt"] = database.row(
                     f"SELECT count(*), count(*) FILTER (time <= {self.known}), count(*) FILTER (learnt) FROM rows"
                 )
@@ -188,17 +196,17 @@ class _Scoring:
         write_manifest(folder, manifest)
         return manifest
 
-    def _look_up(self, steps: Steps) -> dict[str, Any]:
+    def _look_up(self, steps: BuildSteps) -> dict[str, Any]:
         """Look up what counters and histories know of the rows, and return facts for the manifest."""
         facts: dict[str, Any] = {"first": None}
         if self.as_of == "tables":
             steps.find_requests()
         else:
-            counted, memories = steps.count(statistics=False), steps.scratch / "compacted"
+            counted, stores = steps.count(statistics=False), steps.scratch / "compacted"
             if not counted.rows["scored"]:
                 raise self._no_rows()
-            memories.mkdir(parents=True)
-            steps.look_up(self.pipeline, memories, end=counted.last + 1, training=None)
+            stores.mkdir(parents=True)
+            steps.look_up(self.pipeline, stores, end=counted.last + 1, training=None)
             facts |= {"first": counted.first, "last": counted.last}
         return facts
 
@@ -206,19 +214,19 @@ class _Scoring:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _score_parts(self, steps: Steps, scratch: Path, facts: Mapping[str, Any]) -> Iterator[pa.Table]:
+    def _score_parts(self, steps: BuildSteps, scratch: Path, facts: Mapping[str, Any]) -> Iterator[pa.Table]:
         """Score the parts of the log into files, and yield the keys that rank their rows, see `_RANKED`."""
         options, total, tasks = self.logs.options, self.logs.log.rows, list(enumerate(steps.parts))
-        processes = total >= ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
+        processes = total >= MIN_ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
         job = ScoreJob(
             model=self.artifact,
             version=self.constants["model_version"],
-            products=self.products,
-            reader=kept_reader(scratch, self.logs.log),
-            results=kept_results(scratch, self.logs.log) if self.as_of == "log" else None,
+            matmul_backend=self.matmul_backend,
+            reader=open_reader(scratch, self.logs.log),
+            results=open_results(scratch, self.logs.log) if self.as_of == "log" else None,
             window=self.window,
-            labels_known_by=facts["last"] if self.labels else None,
-            kept=self.kept,
+            labels_as_of=facts["last"] if self.labels else None,
+            extra_columns=self.extra_columns,
             split=self.split,
             folder=scratch,
         )
@@ -233,14 +241,14 @@ class _Scoring:
                 _load.cache_clear()  # which frees the memory of the model
 
     def _manifest(self, parts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
-        from mmoe_rec.model.products import serving_products
+        from mmoe_rec.model.matmul import choose_serving_backend
 
         return {
             "fingerprint": self.fingerprint,
             **self.constants,
             "tables_as_of": self.tables_as_of,
             "as_of": self.as_of,
-            "products": serving_products(self.products),
+            "matmul_backend": choose_serving_backend(self.matmul_backend),
             "meaning": self._describe_past(facts),
             "learnt": self._describe_learnt(facts["learnt"], facts["rows"]),
             "input": self.source,
@@ -274,7 +282,7 @@ class _Scoring:
                 f"was trained on some of the rows that column '{self.settings.split.column}' splits, which the input "
                 "lacks: metrics of such rows flatter it, and it can't be told whether there are any"
             )
-        return describe_learnt(self.split, learnt, rows)
+        return describe_training_overlap(self.split, learnt, rows)
 
 
 @dataclass(frozen=True)
@@ -284,11 +292,11 @@ class ScoreJob:
     Attributes:
         model: Artifact folder.
         version: Checksum of the artifact.
-        products: Value of `serving.matmul_backend`.
+        matmul_backend: Value of `serving.matmul_backend`.
         reader: Reads the log.
         results: Values of counters and histories for the rows, None if the model's own tables are asked.
         window: Request times to score, microseconds.
-        labels_known_by: Time as of which labels are written, microseconds, None for no labels.
+        labels_as_of: Time as of which labels are written, microseconds, None for no labels.
         kept: Further columns of the log to write.
         split: Tells which rows the model has learned from, None if nobody asks.
         folder: Folder that gets a file for each part.
@@ -296,12 +304,12 @@ class ScoreJob:
 
     model: Path
     version: str
-    products: str
+    matmul_backend: str
     reader: LogReader
     results: ResultExchange | None
     window: Window
-    labels_known_by: int | None
-    kept: tuple[str, ...]
+    labels_as_of: int | None
+    extra_columns: tuple[str, ...]
     split: Split | None
     folder: Path
 
@@ -334,7 +342,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
     """Score part number `task[0]` of a log into a file, and return the keys that rank its rows, see `_RANKED`."""
     import torch
 
-    from mmoe_rec.model.products import serving_products
+    from mmoe_rec.model.matmul import choose_serving_backend
 
     number, part = task
     torch.set_num_threads(1)
@@ -342,24 +350,24 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
         ranker = _load(job.model)
     if ranker.version != job.version:
         raise UserError(f"the model in '{job.model}' was replaced while rows were scored: start the command again")
-    ranker.scorer.multiply_by(serving_products(job.products))
+    ranker.scorer.set_matmul_backend(choose_serving_backend(job.matmul_backend))
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANKED.empty_table()]
     with pa.OSFile(str(scored_file(job.folder, number)), "wb") as file:
-        for rows in known_rows(job.reader, results, job.window, part):
-            values, log_scores = ranker.score(ranker.reader.completed(rows))
+        for rows in read_window(job.reader, results, job.window, part):
+            values, log_scores = ranker.score(ranker.reader.fill_attributes(rows))
             table = scored_table(rows, values, log_scores, ranker.layout)
-            if job.labels_known_by is not None:
-                for name, values in labels_of(rows, job.labels_known_by).items():
+            if job.labels_as_of is not None:
+                for name, values in compute_labels(rows, job.labels_as_of).items():
                     table = table.append_column(f"label_{name}", pa.array(values, from_pandas=True))
                 if (weight := rows.schema.columns.weight) is not None:
                     table = table.append_column("weight", pa.array(rows.numbers(weight)))
-            for name in job.kept:
+            for name in job.extra_columns:
                 if name not in table.column_names:
                     table = table.append_column(name, rows.column(name))
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
-            learnt = np.zeros(len(rows), bool) if job.split is None else find_learnt(job.split, rows)
+            learnt = np.zeros(len(rows), bool) if job.split is None else find_training_rows(job.split, rows)
             part_number = np.full(len(rows), number, np.int32)
             its = [part_number, rows.request_hashes(), log_scores, rows.row_numbers, rows.times(), learnt]
             ranked.append(pa.table(its, schema=_RANKED))
@@ -404,8 +412,8 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
                 table = rows.append_column("rank", ranks["rank"])
                 for name, value in constants.items():
                     table = table.append_column(name, pa.repeat(value, len(rows)))
-                pq.write_table(table, folder / finished_name(part), row_group_size=ROWS_PER_GROUP, compression="zstd")
-            written[finished_name(part)] = len(rows)
+                pq.write_table(table, folder / part_file_name(part), row_group_size=ROWS_PER_GROUP, compression="zstd")
+            written[part_file_name(part)] = len(rows)
     return written
 
 
@@ -431,7 +439,7 @@ def open_logs(
         UserError: The log is not there, has no rows or lacks a column, or a column has the name of one that scoring
             adds.
     """
-    files = [set(columns_of(each.address)) for each in find_files(source, "--input")]
+    files = [set(read_column_names(each.uri)) for each in find_files(source, "--input")]
     schema, columns, lacking = pipeline.schema, pipeline.schema.columns, list[str]()
     if as_of == "tables":
         has = {"user": columns.has_user, "candidate": columns.has_candidate}
@@ -443,14 +451,14 @@ def open_logs(
     if as_of == "tables":  # requests that are yet to come may be scored by what is known now
         options = replace(options, on_future_times="keep")
     of_log, *of_events = key_types(pipeline, read)
-    more: dict[str, Use] = {name: "any" for name in keep if name not in column_uses(read)}
+    more: dict[str, ColumnUse] = {name: "any" for name in keep if name not in column_uses(read)}
     split = settings.split.column
     if labels and split is not None and all(split in names for names in files):
         of_log = {name: each for name, each in of_log.items() if name != split}  # no feature reads that one
         more[split] = "any"
     predicted = prediction_columns(pipeline.layout)
     added = {*predicted, *(each.replace("predicted", "label", 1) for each in predicted), "score", "rank"}
-    added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW}
+    added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW_NUMBER_COLUMN}
     if taken := next((name for name in (*schema.columns.names, *keep) if name in added), None):
         raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes; rename it")
     return Logs(source, read, options, [of_log, *of_events], more), lacking
@@ -461,7 +469,7 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
     count or are split to, nor what the log lacks, and only those labels and events that counters and histories
     remember, unless all `labels` are asked for."""
     scored = [name for name in schema.features if schema.role_of(name) != "placement"]
-    kept = {*scored, *(schema.features[name].shares for name in scored)}
+    kept = {*scored, *(schema.features[name].table_owner for name in scored)}
     features = {
         name: feature
         for name, feature in schema.features.items()
@@ -469,7 +477,7 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
     }
     tasks = set[str | None]()
     if as_of == "log":
-        tasks.update(each.task for each in features.values() if isinstance(each, Remembering))
+        tasks.update(each.task for each in features.values() if isinstance(each, EventFeature))
         tasks |= {task.conditional_on for name, task in schema.tasks.items() if name in tasks}
     if labels:
         tasks = set(schema.tasks)
@@ -486,13 +494,15 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
     )
 
 
-def known_rows(reader: LogReader, results: ResultReader | None, window: Window, part: LogPart) -> Iterator[LogRows]:
+def read_window(reader: LogReader, results: ResultReader | None, window: Window, part: LogPart) -> Iterator[LogRows]:
     """The rows of a part that lie in the window, some at a time.
 
-    results: what `Steps` looked up for the window, None where rows come without.
+    results: what `BuildSteps` looked up for the window, None where rows come without.
     """
     for rows in reader.read(part):
         inside = rows.filter(in_window(rows.times(), window))
         if len(inside):
-            looked_up: Results = {} if results is None else results.of(inside.row_numbers)
-            yield from LogRows(inside.table, rows.schema, looked_up, inside.row_numbers).cut(ROWS_AT_A_TIME)
+            looked_up: LookupResults = {} if results is None else results.of(inside.row_numbers)
+            yield from LogRows(inside.table, rows.schema, looked_up, inside.row_numbers).iter_batches(
+                FEATURE_BATCH_ROWS
+            )

@@ -25,23 +25,30 @@ from mmoe_rec.errors import RequestError, UserError, one_line
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import (
-    EXAMPLE,
-    Artifact,
+    EXAMPLE_FILE,
+    ArtifactInfo,
     ExampleScores,
-    known_of,
+    artifact_version,
     read_artifact,
     read_calibration,
     read_example,
     read_model,
-    version_of,
+    tables_as_of_us,
 )
-from mmoe_rec.inference.ranking import RankedRequest, Ranking, doubt_time, explain, new_id, scored_table
-from mmoe_rec.inference.request_reader import Request, RequestReader, fused_weights, read_rows
-from mmoe_rec.inference.scorer import ExpertOptions, RequestInputs, Scored, Scorer
-from mmoe_rec.log.given import iso_time
-from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
-from mmoe_rec.model.products import serving_products
-from mmoe_rec.model.score import add_outcomes, scores_from_logs
+from mmoe_rec.inference.ranking import (
+    RankedRequest,
+    Ranking,
+    build_explanations,
+    check_request_time,
+    new_request_id,
+    scored_table,
+)
+from mmoe_rec.inference.request_reader import Request, RequestReader, read_rows, resolve_task_weights
+from mmoe_rec.inference.scorer import ExpertOptions, InputMatrixBuilder, Scored, Scorer
+from mmoe_rec.log.request_values import iso_time
+from mmoe_rec.log.rows import FEATURE_BATCH_ROWS, LogRows, RequestRows
+from mmoe_rec.model.matmul import choose_serving_backend
+from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores
 from mmoe_rec.model.tables import PlainTables
 
 if TYPE_CHECKING:
@@ -50,17 +57,17 @@ if TYPE_CHECKING:
     Rows: TypeAlias = LogRows | pa.Table | pd.DataFrame
 
 
-class OtherScoresError(UserError):
+class PredictionMismatchError(UserError):
     """A model that is as it was written gives other predictions here: the fault of this machine or its packages."""
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class LiveState:
     """What a ranker knows of what happened. pipeline, reader: that know it; known: up to when, microseconds."""
 
     pipeline: FeaturePipeline
     reader: RequestReader
-    known: int
+    updated_until: int
 
 
 class _Checked(NamedTuple):
@@ -73,40 +80,41 @@ class _Checked(NamedTuple):
 
 
 class Ranker:
-    """A loaded model with its features and calibration. version: of its artifact, as `version_of` gives it.
+    """A loaded model with its features and calibration. version: of its artifact, as `artifact_version` gives it.
 
     Threads may rank, score and learn with one ranker. What it knows of events is one object that never changes, which
     each call reads once: so each answer is that of one moment.
     """
 
-    def __init__(self, folder: Path, about: Artifact, version: str = "") -> None:
+    def __init__(self, folder: Path, info: ArtifactInfo, version: str = "") -> None:
         """Opens an artifact folder as it is; `load` also checks it."""
         features = folder / "features"
         pipeline = FeaturePipeline.load(features)
-        if pipeline.layout != about.layout.of_rows():
+        if pipeline.layout != info.layout.row_layout():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
-        self.about, self.version, self.layout = about, version, about.layout
-        self.scorer = Scorer(about, read_model(about, folder), read_calibration(folder))
+        self.info, self.version, self.layout = info, version, info.layout
+        self.scorer = Scorer(info, read_model(info, folder), read_calibration(folder))
         self.model, self.calibration = self.scorer.model, self.scorer.calibration
-        self.names = self.scorer.names
+        self.task_names = self.scorer.task_names
         tables = self.model.tables
         assert isinstance(tables, PlainTables)
         with_ids, histories = self.model.trees is not None, self.model.mixture.histories
-        self.request_inputs = RequestInputs(self.layout, tables, with_ids, histories)
-        reader = RequestReader(pipeline, features, about.max_candidates)
-        self._knowledge = Knowledge(pipeline, reader, known_of(about))
-        self.keeps_seen = False
-        """Whether rankings hold what features saw of their request (`Ranking.seen`), and its id, for who logs it."""
+        self.request_inputs = InputMatrixBuilder(self.layout, tables, with_ids, histories)
+        reader = RequestReader(pipeline, features, info.max_candidates)
+        self._state = LiveState(pipeline, reader, tables_as_of_us(info))
+        self.keep_inputs = False
+        """Whether rankings hold what features saw of their request (`Ranking.ranked_request`), and its id, for who logs
+        it."""
 
     @property
     def pipeline(self) -> FeaturePipeline:
         """The features, with what they have learnt up to now."""
-        return self._knowledge.pipeline
+        return self._state.pipeline
 
     @property
     def reader(self) -> RequestReader:
         """What reads requests, with the latest values that are known now."""
-        return self._knowledge.reader
+        return self._state.reader
 
     # Loading
 
@@ -118,15 +126,15 @@ class Ranker:
 
         Raises:
             UserError: The folder is incomplete, changed or made by another version.
-            OtherScoresError: The model gives other predictions here than where it was written.
+            PredictionMismatchError: The model gives other predictions here than where it was written.
         """
         if re.match(r"(models|runs):/", str(folder)) and not Path(folder).exists():
             raise UserError(f"'{folder}' is a URI, and Ranker.load takes a folder. Use mmoe_rec.load_ranker.")
         folder = Path(folder)
         try:
-            about, version = read_artifact(folder), version_of(folder)
-            ranker = Ranker(folder, about, version)
-            if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
+            info, version = read_artifact(folder), artifact_version(folder)
+            ranker = Ranker(folder, info, version)
+            if (artifact_version(folder), read_artifact(folder, verify=False)) != (version, info):
                 raise UserError(f"another model took the place of '{folder}' while it was loaded: load it again")
             ranker._check_example(folder)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -138,48 +146,48 @@ class Ranker:
 
         This also builds the indexes that encoders make at their first use, so that no request waits for them.
         """
-        now, before = self.example_scores(folder), ExampleScores.read(folder)
-        if difference := before.difference(now, self.about.tasks, self.calibration):
+        now, before = self.score_example(folder), ExampleScores.read(folder)
+        if describe_difference := before.describe_difference(now, self.info.tasks, self.calibration):
             versions = ", ".join(f"{name} {version}" for name, version in before.computed_with.items())
-            raise OtherScoresError(
-                f"the model in '{folder}' gives other predictions here than where it was written: for {EXAMPLE}, "
-                f"{difference}. It was written with {versions}: install these versions, or train again here"
+            raise PredictionMismatchError(
+                f"the model in '{folder}' gives other predictions here than where it was written: for {EXAMPLE_FILE}, "
+                f"{describe_difference}. It was written with {versions}: install these versions, or train again here"
             )
 
-    def example_scores(self, folder: Path) -> ExampleScores:
+    def score_example(self, folder: Path) -> ExampleScores:
         """What the model gives for the example in an artifact folder."""
         with _products_in_fp32():
-            return ExampleScores.of(self.rank(**read_example(folder)), self.about.tasks)
+            return ExampleScores.of(self.rank(**read_example(folder)), self.info.tasks)
 
-    def take_settings(self, serving: Mapping[str, Any]) -> None:
-        """Serves by these of max_candidates, stale_after_days and products (which `use_products` looks at)."""
-        self.about = replace(self.about, **serving)
-        self.reader.max_candidates = self.about.max_candidates
+    def apply_serving_settings(self, serving: Mapping[str, Any]) -> None:
+        """Serves by these of max_candidates, stale_after_days and products (which `apply_matmul_backend` looks at)."""
+        self.info = replace(self.info, **serving)
+        self.reader.max_candidates = self.info.max_candidates
 
-    def use_products(self) -> None:
+    def apply_matmul_backend(self) -> None:
         """Multiply by the library that the setting `serving.matmul_backend` asks for from now on."""
-        self.scorer.multiply_by(serving_products(self.about.products))
+        self.scorer.set_matmul_backend(choose_serving_backend(self.info.matmul_backend))
 
     # Learning what happened since
 
     @property
-    def tables_known(self) -> int:
+    def tables_as_of_us(self) -> int:
         """The time of the last request that its tables know, microseconds."""
-        return known_of(self.about)
+        return tables_as_of_us(self.info)
 
-    def prepare(self, rows: Mapping[str | None, LogRows]) -> Knowledge:
+    def build_state(self, rows: Mapping[str | None, LogRows]) -> LiveState:
         """What `take` takes. rows: of the interaction log (None) and of logs of events, with all of their columns."""
-        before, rows = self._knowledge, {source: each for source, each in rows.items() if len(each)}
+        before, rows = self._state, {source: each for source, each in rows.items() if len(each)}
         pipeline, reader = before.pipeline, copy(before.reader)
         if None in rows:
             reader.users = reader.users.extended(rows[None], "user")
             reader.candidates = reader.candidates.extended(rows[None], "candidate")
-        known = max([before.known, *(int(each.times().max()) for each in rows.values())])
-        return Knowledge(pipeline.with_live(pipeline.live.extended(rows)), reader, known)
+        updated_until = max([before.updated_until, *(int(each.times().max()) for each in rows.values())])
+        return LiveState(pipeline.with_live(pipeline.live.extended(rows)), reader, updated_until)
 
-    def take(self, knowledge: Knowledge) -> None:
+    def set_state(self, state: LiveState) -> None:
         """Knows what was prepared last from now on; requests that are under way are answered as before."""
-        self._knowledge = knowledge
+        self._state = state
 
     # Ranking requests
 
@@ -203,7 +211,7 @@ class Ranker:
                 where the log has such.
             candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
                 the candidates' ids are required.
-            task_weights: task or objective -> weight, see `mmoe_rec.inference.request_reader.fused_weights`.
+            task_weights: task or objective -> weight, see `mmoe_rec.inference.request_reader.resolve_task_weights`.
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
             mask_experts: numbers of experts to score without.
@@ -225,7 +233,7 @@ class Ranker:
 
         Requests that give the same columns and ask for the same experts share one pass of features and model.
         """
-        knowledge = self._knowledge
+        state = self._state
         answers: dict[int, Ranking | RequestError] = {}
         groups: dict[Any, list[_Checked]] = {}
         for number, request in enumerate(requests):
@@ -239,73 +247,75 @@ class Ranker:
                 answers[number] = error
         for group in groups.values():
             for part in _parts(group):
-                answers.update(zip((each.number for each in part), self._rank(knowledge, part), strict=True))
+                answers.update(zip((each.number for each in part), self._rank(state, part), strict=True))
         return [answers[number] for number in range(len(requests))]
 
     def check_options(self, request: Request) -> tuple[np.ndarray, ExpertOptions]:
         """(T,) weights of the tasks in the score, and experts, that a request asks for. Raises RequestError for a wrong
         option."""
-        weights = fused_weights(self.layout.tasks, request.task_weights)
-        return weights, self.scorer.options(request.gate_top_k, request.mask_experts)
+        weights = resolve_task_weights(self.layout.tasks, request.task_weights)
+        return weights, self.scorer.check_expert_options(request.gate_top_k, request.mask_experts)
 
-    def _rank(self, knowledge: Knowledge, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
+    def _rank(self, state: LiveState, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
         try:
-            rows = knowledge.reader.rows([each.request for each in part])
-            inputs = knowledge.pipeline.request_inputs(rows)
+            rows = state.reader.rows([each.request for each in part])
+            inputs = state.pipeline.request_inputs(rows)
             explain = any(each.request.explain for each in part)
-            matrix = self.request_inputs.matrix(*inputs, rows.of)
-            scored = self.scorer.score(matrix, part[0].experts, explain)
-            return self._put_in_order(knowledge, part, rows, inputs, scored)
+            build_matrix = self.request_inputs.build_matrix(*inputs, rows.request_index)
+            scored = self.scorer.score(build_matrix, part[0].experts, explain)
+            return self._put_in_order(state, part, rows, inputs, scored)
         except UserError as error:
             if len(part) == 1:
                 return [error if isinstance(error, RequestError) else RequestError(str(error))]
         # Some of them are wrong, or give values of other types than the others: halves find out which.
         half = len(part) // 2
-        return [*self._rank(knowledge, part[:half]), *self._rank(knowledge, part[half:])]
+        return [*self._rank(state, part[:half]), *self._rank(state, part[half:])]
 
     def _put_in_order(
         self,
-        knowledge: Knowledge,
+        state: LiveState,
         part: Sequence[_Checked],
         rows: RequestRows,
         inputs: tuple[Inputs, Inputs],
         scored: Scored,
     ) -> list[Ranking]:
-        pipeline = knowledge.pipeline
+        pipeline = state.pipeline
         weights = np.array([each.weights for each in part])
-        log_scores = (scored.logs * weights[rows.of]).sum(1)
+        log_scores = (scored.log_predictions * weights[rows.request_index]).sum(1)
         if not np.isfinite(log_scores).all():
-            raise RuntimeError(f"model '{self.about.name}' gives scores that are not finite numbers")
-        starts = np.searchsorted(rows.of, np.arange(len(part) + 1))
+            raise RuntimeError(f"model '{self.info.name}' gives scores that are not finite numbers")
+        starts = np.searchsorted(rows.request_index, np.arange(len(part) + 1))
         # By request, then by falling score; equal ones keep their order.
-        order = np.lexsort((-log_scores, rows.of))
+        order = np.lexsort((-log_scores, rows.request_index))
         names = pipeline.schema.columns
         ids = rows.column(names.candidate).to_pylist()
         # Of a plain table there are no ids to be known.
-        new = rows.unknown(names.candidate) & names.has_candidate
-        unknown = np.bincount(rows.of, new, len(part)).astype(int).tolist()
-        unknown_users = (rows.shared.unknown(names.user) & names.has_user).astype(int).tolist()
-        best = scored.values[order].astype(np.float64)
-        lists = {name: each.tolist() for name, each in add_outcomes(best, self.layout).items()}
-        logs, scores = log_scores[order].tolist(), scores_from_logs(log_scores[order]).tolist()
-        places, positions = order.tolist(), (order - starts[rows.of]).tolist()
+        new = rows.unseen(names.candidate) & names.has_candidate
+        unknown = np.bincount(rows.request_index, new, len(part)).astype(int).tolist()
+        unknown_users = (rows.shared.unseen(names.user) & names.has_user).astype(int).tolist()
+        best = scored.predictions[order].astype(np.float64)
+        lists = {name: each.tolist() for name, each in add_joint_predictions(best, self.layout).items()}
+        logs, scores = log_scores[order].tolist(), scores_from_log_scores(log_scores[order]).tolist()
+        places, positions = order.tolist(), (order - starts[rows.request_index]).tolist()
         times = rows.shared.times().tolist()
-        doubts = partial(doubt_time, self.about, knowledge.known) if pipeline.memory_encoders else None
+        doubts = (
+            partial(check_request_time, self.info, state.updated_until) if pipeline.point_in_time_encoders else None
+        )
         read = pipeline.explain(rows) if scored.gates is not None else None
         name, request_ids = names.request, [None] * len(part)
-        if name is not None and rows.shared.has(name):
+        if name is not None and rows.shared.has_column(name):
             request_ids = rows.shared.column(name).to_pylist()
         integer_ids = pipeline.key_types.get(name or "") == "int64"
         rankings = []
         for number, each in enumerate(part):
             start, end, moment = int(starts[number]), int(starts[number + 1]), times[number]
-            seen = RankedRequest(rows, inputs, self.layout, number, start, end)
+            ranked_request = RankedRequest(rows, inputs, self.layout, number, start, end)
             if each.request.top_k is not None:
                 end = min(end, start + each.request.top_k)
-            request_id = new_id(integer_ids) if request_ids[number] is None else request_ids[number]
+            request_id = new_request_id(integer_ids) if request_ids[number] is None else request_ids[number]
             explanations = None
             if read is not None and each.request.explain:
-                explanations = explain(scored, read, self.names, places[start:end])
+                explanations = build_explanations(scored, read, self.task_names, places[start:end])
             rankings.append(
                 Ranking(
                     candidates=[ids[place] for place in places[start:end]],
@@ -314,13 +324,13 @@ class Ranker:
                     predictions={name: every[start:end] for name, every in lists.items()},
                     order=positions[start:end],
                     request_time=iso_time(moment),
-                    tables_as_of=self.about.tables_as_of,
+                    tables_as_of=self.info.tables_as_of,
                     warnings=[*scored.warnings, *(doubts(moment) if doubts else ())],
-                    model={"name": self.about.name, "version": self.version},
+                    model={"name": self.info.name, "version": self.version},
                     explanations=explanations,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
-                    request_id=request_id if self.keeps_seen else None,
-                    seen=seen if self.keeps_seen else None,
+                    request_id=request_id if self.keep_inputs else None,
+                    ranked_request=ranked_request if self.keep_inputs else None,
                 )
             )
         return rankings
@@ -338,14 +348,14 @@ class Ranker:
         pipeline, parts = self.pipeline, []
         rows = read_rows(pipeline, rows)
         if weights is None:
-            weights = fused_weights(self.about.tasks, None)
-        for part in rows.cut(ROWS_AT_A_TIME):
+            weights = resolve_task_weights(self.info.tasks, None)
+        for part in rows.iter_batches(FEATURE_BATCH_ROWS):
             batch = make_batch(pipeline.encode(part), self.layout, torchrec=False)
             with torch.inference_mode():
-                inputs = self.model.side_by_side(batch)[0]
+                inputs = self.model.concat_inputs(batch)[0]
             parts.append(self.scorer.score(inputs))
-        scored = Scored.join(parts, len(self.names))
-        return scored.values, scored.logs @ weights
+        scored = Scored.join(parts, len(self.task_names))
+        return scored.predictions, scored.log_predictions @ weights
 
     def score_table(self, rows: Rows) -> pa.Table:
         """What `score` gives, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
@@ -358,11 +368,11 @@ def _parts(group: Sequence[_Checked]) -> Iterator[Sequence[_Checked]]:
     part: list[_Checked] = []
     rows = 0
     for each in group:
-        if part and rows + each.request.count > ROWS_AT_A_TIME:
+        if part and rows + each.request.candidate_count > FEATURE_BATCH_ROWS:
             yield part
             part, rows = [], 0
         part.append(each)
-        rows += each.request.count
+        rows += each.request.candidate_count
     yield part
 
 

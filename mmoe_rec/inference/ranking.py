@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.inference.artifact import Artifact, known_of
-from mmoe_rec.log.given import iso_time
+from mmoe_rec.inference.artifact import ArtifactInfo, tables_as_of_us
+from mmoe_rec.log.request_values import iso_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, RequestRows
 from mmoe_rec.settings.log_columns import NO_CANDIDATE
 
@@ -41,7 +41,7 @@ class Explanation:
     histories: dict[str, list[int | None] | list[str | None] | None]
 
 
-def new_id(integer: bool) -> int | str:
+def new_request_id(integer: bool) -> int | str:
     """An id for a request that has none: a random integer from 1 to 2^53, or 32 hexadecimal digits."""
     return secrets.randbelow(2**_JAVASCRIPT_BITS) + 1 if integer else uuid.uuid4().hex
 
@@ -66,7 +66,7 @@ class RankedRequest:
         return self.rows.shared.column(self.rows.schema.columns.user)[self.number].as_py()
 
 
-UNSENT = ("unknown_ids", "seen")
+INTERNAL_FIELDS = ("unknown_ids", "ranked_request")
 """What a ranking holds for the server's metrics and its log of requests alone."""
 _IF_THERE = ("explanations", "request_id")
 
@@ -75,22 +75,22 @@ _IF_THERE = ("explanations", "request_id")
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    Replies leave out the attributes that `UNSENT` names.
+    Replies leave out the attributes that `INTERNAL_FIELDS` names.
 
     Attributes:
         candidates: Ids.
         scores: exp(sum of weight x log prediction).
         log_scores: The sums. They still differ if scores are too small or too large.
-        predictions: Values by the names that `add_outcomes` gives.
+        predictions: Values by the names that `add_joint_predictions` gives.
         order: Positions of the candidates in the request.
         request_time: ISO time of the request.
         tables_as_of: ISO time of the last logged request that the model's tables know, None if the log has no times.
-        warnings: Tasks without experts (`mmoe_rec.inference.scorer`) and doubts about its time (`doubt_time`).
-        model: The artifact's `name` and `version` (`version_of`).
+        warnings: Tasks without experts (`mmoe_rec.inference.scorer`) and doubts about its time (`check_request_time`).
+        model: The artifact's `name` and `version` (`artifact_version`).
         explanations: An explanation of each candidate, if the request asked for them.
         unknown_ids: Number of unknown ids of `user` and `candidate`.
         request_id: The caller's own or a new one, if requests are logged.
-        seen: The request as the features read it (`RankedRequest`).
+        ranked_request: The request as the features read it (`RankedRequest`).
     """
 
     candidates: list[int] | list[str]
@@ -105,17 +105,17 @@ class Ranking:
     explanations: list[Explanation] | None = None
     unknown_ids: dict[str, int] = field(default_factory=dict)
     request_id: int | str | None = None
-    seen: Any = field(default=None, compare=False, repr=False)
+    ranked_request: Any = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for, or an id."""
-        tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in UNSENT}
+        tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in INTERNAL_FIELDS}
         if self.explanations is not None:
             tree["explanations"] = [dict(vars(each)) for each in self.explanations]
         return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
 
 
-def explain(
+def build_explanations(
     scored: Scored, read: tuple[Mapping[str, Any], Mapping[str, Any]], tasks: Sequence[str], places: Sequence[int]
 ) -> list[Explanation]:
     """The explanations of a request's candidates, which lie at these places of a pass.
@@ -125,7 +125,7 @@ def explain(
     assert scored.uncalibrated is not None
     assert scored.gates is not None
     chosen = np.array(places, np.int64)
-    after, before = (each[chosen].astype(np.float64).tolist() for each in (scored.values, scored.uncalibrated))
+    after, before = (each[chosen].astype(np.float64).tolist() for each in (scored.predictions, scored.uncalibrated))
     numbers, lists = ({name: each[chosen].tolist() for name, each in part.items()} for part in read)
     return [
         Explanation(
@@ -139,44 +139,48 @@ def explain(
     ]
 
 
-def doubt_time(about: Artifact, known: int, time: int) -> list[str]:
+def check_request_time(info: ArtifactInfo, updated_until: int, time: int) -> list[str]:
     """Return a sentence about a request's time that does not fit what counters and histories know, or none.
 
     Args:
-        about: The model.
-        known: Time of the last event that counters and histories know, microseconds.
+        info: The model.
+        updated_until: Time of the last event that counters and histories know, microseconds.
         time: Time of the request, microseconds.
     """
-    if time <= known_of(about):
+    if time <= tables_as_of_us(info):
         return [
-            f"the request's time {iso_time(time)} is not after {about.tables_as_of}, as of which counters and "
+            f"the request's time {iso_time(time)} is not after {info.tables_as_of}, as of which counters and "
             "histories answer: so they know its future, and predictions look better than they are"
         ]
-    if about.stale_after_days is not None and time > known + about.stale_after_days * MICROSECONDS_PER_DAY:
+    if info.stale_after_days is not None and time > updated_until + info.stale_after_days * MICROSECONDS_PER_DAY:
         return [
-            f"the request's time {iso_time(time)} is more than {about.stale_after_days:g} days after "
-            f"{iso_time(known)}, up to which counters and histories count what happened: they are stale (setting "
+            f"the request's time {iso_time(time)} is more than {info.stale_after_days:g} days after "
+            f"{iso_time(updated_until)}, up to which counters and histories count what happened: they are stale "
+            "(setting "
             "`serving.stale_after_days`)"
         ]
     return []
 
 
-ROW = "row"  # the column of a scored row's number in its log, from 0, where nothing else tells it from others
+ROW_NUMBER_COLUMN = (
+    "row"  # the column of a scored row's number in its log, from 0, where nothing else tells it from others
+)
 
 
 def prediction_columns(layout: Layout) -> list[str]:
     """The columns of predictions, each task's and then each outcome's."""
-    return [f"predicted_{name}" for name in (*(task.name for task in layout.tasks), *layout.outcomes)]
+    return [f"predicted_{name}" for name in (*(task.name for task in layout.tasks), *layout.joint_outcomes)]
 
 
 def scored_table(rows: LogRows, values: np.ndarray, log_scores: np.ndarray, layout: Layout) -> pa.Table:
-    """The keys of N rows (without candidates also their number `ROW`), their predictions (N, T), and `score` (N,)."""
-    from mmoe_rec.model.score import add_outcomes, scores_from_logs  # which imports torch
+    """The keys of N rows (without candidates also their number `ROW_NUMBER_COLUMN`), their predictions (N, T), and
+    `score` (N,)."""
+    from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores  # which imports torch
 
-    columns = {name: rows.column(name) for name in rows.schema.columns.names if rows.has(name)}
-    if rows.has(NO_CANDIDATE):
-        columns[ROW] = rows.column(NO_CANDIDATE)
-    for name, each in zip(prediction_columns(layout), add_outcomes(values, layout).values(), strict=True):
+    columns = {name: rows.column(name) for name in rows.schema.columns.names if rows.has_column(name)}
+    if rows.has_column(NO_CANDIDATE):
+        columns[ROW_NUMBER_COLUMN] = rows.column(NO_CANDIDATE)
+    for name, each in zip(prediction_columns(layout), add_joint_predictions(values, layout).values(), strict=True):
         columns[name] = pa.array(each)
-    columns["score"] = pa.array(scores_from_logs(log_scores))
+    columns["score"] = pa.array(scores_from_log_scores(log_scores))
     return pa.table(columns)

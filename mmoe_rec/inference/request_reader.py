@@ -17,20 +17,20 @@ import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmoe_rec.errors import RequestError, UserError, quoted, suggest
-from mmoe_rec.features.latest import LatestValues
+from mmoe_rec.features.latest_values import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
-from mmoe_rec.log.given import find_twice, plain, plain_option, to_arrow
-from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonicalize, column_uses
+from mmoe_rec.log.request_values import find_duplicate, numpy_to_python, to_arrow, to_python_list
+from mmoe_rec.log.rows import CachedValues, LogRows, RequestRows, ServingRows
 from mmoe_rec.model.model_layout import ModelTask
-from mmoe_rec.point_in_time.arrays import filled
-from mmoe_rec.settings.log_columns import Role, Use
+from mmoe_rec.point_in_time.arrays import fill_nulls
+from mmoe_rec.settings.log_columns import ColumnUse, Role
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
-OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
+REQUEST_KEYS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
+REQUEST_OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
 _WANTED = {"user": "an object", "context": "an object", "candidates": "an object of lists"}
 _WANTED |= dict.fromkeys(("top_k", "gate_top_k"), "an integer of at least 1")
 _WANTED |= {"mask_experts": "a list of integers", "explain": "true or false"}
@@ -67,16 +67,21 @@ class Request(BaseModel):
                     f"a request has no key {quoted(str(name))}; {suggest(str(name), Request.model_fields)}"
                 )
         # MLflow's server makes arrays of the parts of a request.
-        given = {name: plain_option(each) if name in OPTIONS else plain(each) for name, each in element.items()}
+        given = {
+            name: numpy_to_python(each) if name in REQUEST_OPTIONS else to_python_list(each)
+            for name, each in element.items()
+        }
         given |= {
-            name: plain_option(each) for name, each in params.items() if name in OPTIONS and given.get(name) is None
+            name: numpy_to_python(each)
+            for name, each in params.items()
+            if name in REQUEST_OPTIONS and given.get(name) is None
         }
         columns: Any = given.get("candidates")
         if hasattr(columns, "items"):  # a dict, or a data frame
-            pairs = [(name, plain(each)) for name, each in columns.items()]
+            pairs = [(name, to_python_list(each)) for name, each in columns.items()]
             given["candidates"] = dict(pairs)
             if len(given["candidates"]) < len(pairs):
-                raise RequestError(f"'candidates' has column {quoted(find_twice(name for name, _ in pairs))} twice")
+                raise RequestError(f"'candidates' has column {quoted(find_duplicate(name for name, _ in pairs))} twice")
         try:
             return Request.model_validate(given)
         except ValidationError as error:
@@ -92,7 +97,7 @@ class Request(BaseModel):
         return tuple(self.user), tuple(self.context), tuple(self.candidates)
 
     @property
-    def count(self) -> int:
+    def candidate_count(self) -> int:
         """How many candidates there are, by the longest column."""
         lists = (each for each in self.candidates.values() if isinstance(each, Sequence) and not isinstance(each, str))
         return max(map(len, lists), default=0)
@@ -109,7 +114,7 @@ def read_requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Re
     return requests
 
 
-def split_rows(
+def group_rows_by_request(
     reader: RequestReader, names: Sequence[Any], columns: Iterable[Any], params: Mapping[str, Any]
 ) -> tuple[list[Any], list[list[int]]]:
     """The elements of a call, and the rows of each, in a table with a row for each candidate, in which values of user
@@ -123,9 +128,9 @@ def split_rows(
         raise RequestError(f"{wrong} is not for data frames, each of whose rows gets one prediction: send 'inputs'")
     names = [str(name) for name in names]
     roles = {name: reader.role_of(name, "the data frame") for name in names}
-    if (twice := find_twice(names)) is not None:
+    if (twice := find_duplicate(names)) is not None:
         raise RequestError(f"the data frame has column {quoted(twice)} twice")
-    values = {name: reader.frame_column(name, each) for name, each in zip(names, columns, strict=True)}
+    values = {name: reader.read_frame_column(name, each) for name, each in zip(names, columns, strict=True)}
     request, groups = reader.schema.columns.request, dict[str, list[int]]()
     for row, each in enumerate(values.get(request or "", [None] * max(map(len, values.values()), default=0))):
         groups.setdefault(repr(each), []).append(row)
@@ -133,26 +138,26 @@ def split_rows(
         raise RequestError(f"column '{request}' is null in row {rows[0]}: give each row the id of its request")
     elements: list[Any] = []
     for rows in groups.values():
-        elements.append({part: {} for part in PARTS.values()})
+        elements.append({part: {} for part in REQUEST_KEYS.values()})
         for name, role in roles.items():
             its = [values[name][row] for row in rows]
-            texts = [] if role == "candidate" else [repr(plain(each)) for each in its]
+            texts = [] if role == "candidate" else [repr(to_python_list(each)) for each in its]
             if other := next((row for row, text in zip(rows, texts, strict=False) if text != texts[0]), None):
                 hint = "" if request in (None, *names) else f"; give each request an id of its own in '{request}'"
                 differs = f"describes the {role} of a request, and differs in its rows {rows[0]} and {other}"
                 elements[-1] = RequestError(f"column '{name}' {differs}{hint}")
                 break
-            elements[-1][PARTS[role]][name] = its if role == "candidate" else its[0]
+            elements[-1][REQUEST_KEYS[role]][name] = its if role == "candidate" else its[0]
     return elements, list(groups.values())
 
 
-def name_element(error: RequestError, index: int, count: int, rows: Sequence[Sequence[int]] = ()) -> str:
+def format_request_error(error: RequestError, index: int, count: int, rows: Sequence[Sequence[int]] = ()) -> str:
     """The sentence about a wrong element, with its place in a call of several. rows: of a table, of each element."""
     where = f"the request of row {rows[index][0]}" if rows else f"inputs[{index}]"
     return f"{where}: {error}" if count > 1 else str(error)
 
 
-def rows_of_candidates(replies: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def flatten_rankings(replies: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Rankings, or errors, of a table's requests as JSON values: one for each row of the table."""
     found: dict[int, dict[str, Any]] = {}
     for reply, places in zip(replies, rows, strict=True):
@@ -167,7 +172,7 @@ def rows_of_candidates(replies: Sequence[Mapping[str, Any]], rows: Sequence[Sequ
     return [found[row] for row in sorted(found)]
 
 
-def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
+def resolve_task_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
     """(T,) float64 weights of the tasks in the score: each one's own, which replaces its `score_weight`, times that of
     its objective, else 1. A name that is both a task's and an objective's means the task.
 
@@ -202,9 +207,9 @@ class RequestColumn:
 
     name: str
     role: Role
-    use: Use
+    use: ColumnUse
     expected: pa.DataType | None
-    booleans: bool = False
+    is_boolean: bool = False
 
 
 class RequestReader:
@@ -237,7 +242,7 @@ class RequestReader:
         }
         self._log_columns = list(self._columns)
         # A log's own column comes first: that is what a feature would read.
-        for name, memory in pipeline.memory_encoders.items():
+        for name, memory in pipeline.point_in_time_encoders.items():
             for column, (use, kind) in memory.result_columns().items():
                 self._columns.setdefault(column, RequestColumn(column, schema.role_of(name), use, kind))
         if (request := names.request) is not None:  # features may not read it, and the server logs it
@@ -248,7 +253,7 @@ class RequestReader:
         """Return the columns of each part of a request, with their types in the log or else their use."""
         return {
             part: {each.name: str(each.expected or each.use) for each in self._columns.values() if each.role == role}
-            for role, part in PARTS.items()
+            for role, part in REQUEST_KEYS.items()
         }
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:
@@ -274,29 +279,30 @@ class RequestReader:
             one[names.user] = pa.array(np.arange(len(requests)))
         if not names.has_candidate:  # which is then told by its place
             given[names.candidate] = pa.array(np.concatenate([np.arange(count) for count in counts]))
-        shared, own = self.users.completed(one), self.candidates.completed(given)
+        shared, own = self.users.fill_missing_columns(one), self.candidates.fill_missing_columns(given)
         for name in self._log_columns:
             if name not in own and name not in shared:
                 shared[name] = pa.nulls(len(requests))
-        return RequestRows(FewRows(shared, len(requests), self.schema), own, of)
+        return RequestRows(ServingRows(shared, len(requests), self.schema), own, of)
 
-    def completed(self, rows: LogRows) -> LogRows:
+    def fill_attributes(self, rows: LogRows) -> LogRows:
         """Rows with those attributes that they have no column for, as they were last known; null of unknown ids."""
         table = rows.table
         for latest in (self.users, self.candidates):
-            if lacking := [name for name in latest.columns if not rows.has(name)]:
-                known = latest.completed({latest.key: rows.column(latest.key)})
+            if lacking := [name for name in latest.columns if not rows.has_column(name)]:
+                known = latest.fill_missing_columns({latest.key: rows.column(latest.key)})
                 for name in lacking:
                     each = known[name]
-                    table = table.append_column(name, each.array() if isinstance(each, Stored) else each)
+                    table = table.append_column(name, each.array() if isinstance(each, CachedValues) else each)
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
     def _columns_of(self, role: Role, names: Collection[str]) -> list[RequestColumn]:
         """The columns of these names, without those that the settings list and no feature reads."""
         for name in names:
-            if (actual := self.role_of(name, f"'{PARTS[role]}'", role)) != role:
+            if (actual := self.role_of(name, f"'{REQUEST_KEYS[role]}'", role)) != role:
                 raise RequestError(
-                    f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
+                    f"column '{name}' describes the {actual}: give it in '{REQUEST_KEYS[actual]}', not in "
+                    f"'{REQUEST_KEYS[role]}'"
                 )
         return [self._columns[name] for name in names if name not in self._unread]
 
@@ -313,9 +319,9 @@ class RequestReader:
             raise RequestError(f"{where} has an unknown column {quoted(name)}; {hint}")
         return actual
 
-    def frame_column(self, name: str, values: Any) -> Sequence[Any]:
+    def read_frame_column(self, name: str, values: Any) -> Sequence[Any]:
         """Values of a column; ids that pandas made floats, as some are missing, are integers again."""
-        found: Sequence[Any] = plain(values)
+        found: Sequence[Any] = to_python_list(values)
         is_float = getattr(getattr(values, "dtype", None), "kind", "") == "f"
         if is_float and None in found and name in self._columns and self._columns[name].use == "key":
             whole = [each is None or (each.is_integer() and abs(each) < 2**53) for each in found]
@@ -353,15 +359,16 @@ class RequestReader:
 
     def _array(self, column: RequestColumn, values: Sequence[Any]) -> pa.Array:
         unit = self.schema.columns.time_unit
-        array = to_arrow(column.name, values, column.use, column.expected, unit, column.booleans)
-        return filled(array, _now()) if column.name == self.schema.columns.time else array
+        array = to_arrow(column.name, values, column.use, column.expected, unit, column.is_boolean)
+        return fill_nulls(array, _now()) if column.name == self.schema.columns.time else array
 
     def _require(self, one: dict[str, pa.Array], given: dict[str, pa.Array]) -> None:
         names = self.schema.columns
         for column, role in self._uncompleted.items():
             if column not in (given if role == "candidate" else one):
                 raise RequestError(
-                    f"'{PARTS[role]}' lacks column '{column}', which the model reads; give null where it is not known"
+                    f"'{REQUEST_KEYS[role]}' lacks column '{column}', which the model reads; give null where it "
+                    "is not known"
                 )
         if names.has_user and (names.user not in one or one[names.user].null_count):
             raise RequestError(f"'user' needs a column '{names.user}' with the user's id")
@@ -378,7 +385,7 @@ def as_table(given: pa.Table | pd.DataFrame) -> pa.Table:
     several types."""
     if (names := getattr(given, "column_names" if isinstance(given, pa.Table) else "columns", None)) is None:
         raise UserError(f"rows are given as a pyarrow Table or a pandas DataFrame, not as a {type(given).__name__}")
-    if (twice := find_twice(names)) is not None:
+    if (twice := find_duplicate(names)) is not None:
         raise UserError(f"column {quoted(twice)} is given twice")
     try:
         return given if isinstance(given, pa.Table) else pa.Table.from_pandas(given, preserve_index=False)
@@ -402,7 +409,7 @@ def read_rows(pipeline: FeaturePipeline, given: LogRows | pa.Table | pd.DataFram
     uses, names = column_uses(schema), schema.columns
     columns = {name: rows[name] for name in rows.column_names}
     for name in read.keys() & columns.keys():
-        values = columns[name] = canonical(name, uses[name], rows[name], names.time_unit)
+        values = columns[name] = canonicalize(name, uses[name], rows[name], names.time_unit)
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         logged = pipeline.key_types.get(name)
         if logged is not None and not pa.types.is_null(kind) and str(kind) != logged:

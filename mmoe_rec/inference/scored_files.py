@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.files import is_remote, local_path, takes_in
+from mmoe_rec.log.files import is_remote, local_path, source_includes
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.build_inputs import Logs
 from mmoe_rec.settings.log_columns import Scalar
 from mmoe_rec.settings.sections import Split
 
@@ -23,14 +23,14 @@ FORMAT = 1
 _MANIFEST = "_manifest.json"
 
 
-def finished_name(number: int) -> str:
+def part_file_name(number: int) -> str:
     """The name of the file of a part of the log."""
     return f"part-{number:05d}.parquet"
 
 
 def check_output(folder: Path, source: str) -> None:
     """Raise UserError if the output would be read as input, or the folder holds files that are no scores."""
-    if takes_in(source, [folder / finished_name(0)]):
+    if source_includes(source, [folder / part_file_name(0)]):
         raise UserError(f"--input '{source}' takes in the files of --output '{folder}'; give a folder outside it")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output '{folder}' is a file; give a new or empty folder")
@@ -57,7 +57,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / _MANIFEST).write_text(json.dumps({"format": FORMAT, **manifest}, indent=1), encoding="utf-8")
 
 
-def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
+def is_complete(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether the files of a manifest are there, with as many rows as it says."""
     try:
         return all(pq.read_metadata(folder / name).num_rows == rows for name, rows in manifest["parts"].items())
@@ -65,7 +65,7 @@ def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
         return False
 
 
-def learnt_from(files: Iterable[str]) -> list[str]:
+def read_overlap_warnings(files: Iterable[str]) -> list[str]:
     """What is to be said, after a model's name, of rows that it has learnt from, where `score` wrote them to files."""
     folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
     sentences = [(read_manifest(each) or {}).get("learnt") for each in sorted(folders)]
@@ -75,7 +75,7 @@ def learnt_from(files: Iterable[str]) -> list[str]:
 # Rows that a model was trained on, or its best state chosen by, whose metrics flatter it
 
 
-def text_of(value: Scalar) -> str:
+def format_split_value(value: Scalar) -> str:
     """A value of a column of splits, so that numbers equal the same as text."""
     return value if isinstance(value, str) else str(int(value))
 
@@ -85,18 +85,21 @@ def has_split(logs: Logs, split: Split) -> bool:
     return split.column is None or split.column in logs.log.uses
 
 
-def find_learnt(split: Split, rows: LogRows) -> np.ndarray:
+def find_training_rows(split: Split, rows: LogRows) -> np.ndarray:
     """Tell which rows a model with this split has learnt from. Returns shape (N,), bool."""
     if split.column is None:
         windows = split.windows()
         return in_window(rows.times(), (windows["train"][0], windows["validation"][1]))
     # As text: a column may hold numbers in one log, and the same as strings in another.
-    values, learnt = rows.coded(split.column), [text_of(each) for each in (*split.train, *split.validation)]
+    values, learnt = (
+        rows.raw_column(split.column),
+        [format_split_value(each) for each in (*split.train, *split.validation)],
+    )
     values = (values.cast(pa.int8()) if pt.is_boolean(values.type) else values).cast(pa.string())
     return np.asarray(pc.is_in(values, value_set=pa.array(learnt)).to_numpy(zero_copy_only=False))
 
 
-def describe_learnt(split: Split | None, learnt: int, rows: int) -> str | None:
+def describe_training_overlap(split: Split | None, learnt: int, rows: int) -> str | None:
     """Return the sentence about rows that a model has learnt from, after the model's name. None without such rows."""
     if split is None or not learnt:
         return None

@@ -12,28 +12,32 @@ from torch.nn import functional
 from mmoe_rec.batches.batch import same_ids
 from mmoe_rec.errors import RequestError
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.inference.artifact import Artifact
-from mmoe_rec.model.attention import Histories
-from mmoe_rec.model.fused import check_fused, fused_logits
+from mmoe_rec.inference.artifact import ArtifactInfo
+from mmoe_rec.model.attention import HistoryAttention
+from mmoe_rec.model.fused import build_fused_forward, check_fused_forward
+from mmoe_rec.model.matmul import MatmulBackend, set_matmul_backend
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.products import Products, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
-from mmoe_rec.model.tables import Int8Bag, PlainTables
-from mmoe_rec.point_in_time.arrays import Ragged, consecutive
+from mmoe_rec.model.tables import Int8EmbeddingBag, PlainTables
+from mmoe_rec.point_in_time.arrays import Ragged, concat_ranges
 
 
-class RequestInputs:
-    """Puts the inputs of requests (all but placement) side by side, as `RankingModel.side_by_side` does those of a
+class InputMatrixBuilder:
+    """Puts the inputs of requests (all but placement) side by side, as `RankingModel.concat_inputs` does those of a
     batch: what describes user and context is looked up once, and spread over candidates.
     """
 
-    def __init__(self, layout: ModelLayout, tables: PlainTables, with_ids: bool, histories: Histories | None) -> None:
+    def __init__(
+        self, layout: ModelLayout, tables: PlainTables, with_ids: bool, histories: HistoryAttention | None
+    ) -> None:
         """with_ids: for a model with trees; histories: those that attention pools."""
         self._tables, self._histories = tables, histories
-        self._parts = {each.history: layout.parts(each) for each in layout.attention}
+        self._parts = {each.history: layout.history_inputs(each) for each in layout.attention}
         bags: Mapping[str, Any] = dict(tables.embedding_bags.items())
-        self._weights = {name: b.weight.detach().numpy() for name, b in bags.items() if not isinstance(b, Int8Bag)}
+        self._weights = {
+            name: b.weight.detach().numpy() for name, b in bags.items() if not isinstance(b, Int8EmbeddingBag)
+        }
         self._table_of = {each.name: each.table for each in layout.ids}
         self._columns: list[tuple[str, str, slice]] = []  # input, table, columns of the matrix
         width = 0
@@ -46,7 +50,7 @@ class RequestInputs:
         self._ids = list(enumerate(layout.single_ids() if with_ids else [], width))
         self.width = width + len(self._ids)
 
-    def matrix(self, shared: Inputs, own: Inputs, of: np.ndarray) -> Tensor:
+    def build_matrix(self, shared: Inputs, own: Inputs, of: np.ndarray) -> Tensor:
         """(N, width) float32 of N candidates. shared: inputs of R requests; own: of the candidates; of: (N,) int64 the
         request of each."""
         requests = int(of[-1]) + 1 if len(of) else 0
@@ -72,7 +76,7 @@ class RequestInputs:
         assert self._histories is not None
         assert isinstance(lists, Ragged)
         lengths = lists.lengths[of]
-        events, rows = consecutive(lists.offsets[of], lengths), np.arange(len(of)).repeat(lengths)
+        events, rows = concat_ranges(lists.offsets[of], lengths), np.arange(len(of)).repeat(lengths)
         values = {part: ids[part].values for part, _ in parts}
         pairs = [(part, partner) for part, partner in parts if partner is not None]
         same = np.empty((len(rows), len(pairs)), np.float32)
@@ -82,7 +86,7 @@ class RequestInputs:
         with torch.inference_mode():
             own = [self._tables.rows(self._table_of[part], torch.from_numpy(each)) for part, each in values.items()]
             of_events = (torch.from_numpy(each) for each in (later, rows, same, events))
-            return self._histories.look(name, inputs, torch.cat(own, dim=1), *of_events)
+            return self._histories.attend(name, inputs, torch.cat(own, dim=1), *of_events)
 
     def _write(self, matrix: np.ndarray, inputs: Inputs) -> None:
         for name, table, columns in self._columns:
@@ -107,7 +111,7 @@ class RequestInputs:
 
 
 # What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
-PIECE = 1_024
+CHUNK_ROWS = 1_024
 
 
 class ExpertOptions(NamedTuple):
@@ -127,8 +131,8 @@ class Scored:
     float64; sentences about tasks without experts; and where it was asked for, predictions before calibration (N, T)
     and gates (N, T, E) float32, each task's weights of the experts of the last level."""
 
-    values: np.ndarray
-    logs: np.ndarray
+    predictions: np.ndarray
+    log_predictions: np.ndarray
     warnings: tuple[str, ...] = ()
     uncalibrated: np.ndarray | None = None
     gates: np.ndarray | None = None
@@ -139,90 +143,92 @@ class Scored:
             return parts[0]
         if not parts:
             return Scored(np.empty((0, tasks), np.float32), np.empty((0, tasks)))
-        every = ("values", "logs", "uncalibrated", "gates")
+        every = ("predictions", "log_predictions", "uncalibrated", "gates")
         names = [name for name in every if getattr(parts[0], name) is not None]
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         return Scored(**joined, warnings=parts[0].warnings)
 
 
 class Scorer:
-    """A `RankingModel` over `PlainTables` with its calibration. Raises UserError where `check_fused` does.
+    """A `RankingModel` over `PlainTables` with its calibration. Raises UserError where `check_fused_forward` does.
 
     fused: gives the network's logits where the model and a request allow it, None where no request does.
     """
 
-    def __init__(self, about: Artifact, model: RankingModel, calibration: Calibration) -> None:
-        self.about, self.model, self.calibration = about, model.eval(), calibration
-        self.names, self._kinds = [task.name for task in about.tasks], [task.kind for task in about.tasks]
-        self.experts = model.visible_experts.shape[1]
-        self.products: Products = "blas"
-        self.fused = fused_logits(model.mixture, self.products)
+    def __init__(self, info: ArtifactInfo, model: RankingModel, calibration: Calibration) -> None:
+        self.info, self.model, self.calibration = info, model.eval(), calibration
+        self.task_names, self._kinds = [task.name for task in info.tasks], [task.kind for task in info.tasks]
+        self.num_experts = model.visible_experts.shape[1]
+        self.matmul_backend: MatmulBackend = "blas"
+        self.fused = build_fused_forward(model.mixture, self.matmul_backend)
         if self.fused is not None:
-            check_fused(model)
+            check_fused_forward(model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "fused"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.fused = fused_logits(self.model.mixture, self.products)
+        self.fused = build_fused_forward(self.model.mixture, self.matmul_backend)
 
-    def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
+    def check_expert_options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
-        if top_k is not None and top_k > self.experts:
-            raise RequestError(f"gate_top_k is {top_k}, and the model has {self.experts} experts")
+        if top_k is not None and top_k > self.num_experts:
+            raise RequestError(f"gate_top_k is {top_k}, and the model has {self.num_experts} experts")
         for expert in masked or ():
             if isinstance(expert, bool) or not isinstance(expert, int):
                 raise RequestError("mask_experts must be a list of experts' numbers, such as [0, 3]")
-            if not 0 <= expert < self.experts:
-                raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.experts - 1}")
+            if not 0 <= expert < self.num_experts:
+                raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.num_experts - 1}")
         return ExpertOptions(top_k, tuple(sorted(set(masked or ()))))
 
-    def multiply_by(self, products: Products) -> None:
+    def set_matmul_backend(self, matmul_backend: MatmulBackend) -> None:
         """Multiply by this library from now on; results are equal but for rounding."""
-        if products != self.products:
-            self.products = products
-            self.fused = fused_logits(self.model.mixture, products)
-            set_products(self.model, products)
+        if matmul_backend != self.matmul_backend:
+            self.matmul_backend = matmul_backend
+            self.fused = build_fused_forward(self.model.mixture, matmul_backend)
+            set_matmul_backend(self.model, matmul_backend)
 
     def score(self, inputs: Tensor, options: ExpertOptions = _MODELS_OWN, explain: bool = False) -> Scored:
-        """Predictions of inputs (N, W), see `RankingModel.side_by_side`. explain: give what they come from, too.
+        """Predictions of inputs (N, W), see `RankingModel.concat_inputs`. explain: give what they come from, too.
 
         Raises RuntimeError where the model gives values that are not finite numbers.
         """
-        pieces = inputs.split(PIECE) if len(inputs) else ()
-        return Scored.join([self._score(piece, options, explain) for piece in pieces], len(self.names))
+        pieces = inputs.split(CHUNK_ROWS) if len(inputs) else ()
+        return Scored.join([self._score(piece, options, explain) for piece in pieces], len(self.task_names))
 
     def _score(self, inputs: Tensor, options: ExpertOptions, explain: bool) -> Scored:
         rows, usable, explained = len(inputs), self._usable(options), dict[str, np.ndarray]()
-        if self.products == "onednn":
+        if self.matmul_backend == "onednn":
             inputs = _filled_up(inputs)
         with torch.inference_mode():
             if self.fused is not None and options == _MODELS_OWN:  # also where it is to be explained: equal to the bit
                 logits = self.fused(inputs[:, : self.model.width])
-                outputs = self.model.finish(inputs, Outputs(logits, ()))
+                outputs = self.model.postprocess(inputs, Outputs(logits, ()))
                 plain = outputs.logits[:rows]
                 if explain:
-                    outputs = self.model.of_inputs(inputs, None)
+                    outputs = self.model.forward_inputs(inputs, None)
             else:
-                outputs = self.model.of_inputs(inputs, None, options.top_k, usable)
+                outputs = self.model.forward_inputs(inputs, None, options.top_k, usable)
                 plain = outputs.logits[:rows]
-            logits = self.calibration.apply(plain, self.names)
+            logits = self.calibration.apply(plain, self.task_names)
             values = predictions(logits, self._kinds).numpy()
             logs = log_predictions(logits.double(), self._kinds).numpy()
             if explain:
-                gates = outputs.routings[-1].weights.expand(-1, len(self.names), -1)  # one gate may serve all tasks
+                gates = outputs.routings[-1].weights.expand(
+                    -1, len(self.task_names), -1
+                )  # one gate may serve all tasks
                 explained = {"uncalibrated": predictions(plain, self._kinds).numpy(), "gates": gates[:rows].numpy()}
         if not (np.isfinite(values).all() and np.isfinite(logs).all()):
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
-            raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
+            raise RuntimeError(f"model '{self.info.name}' gives predictions that are not finite numbers")
         return Scored(values, logs, self._warn(usable), **explained)
 
     def _usable(self, options: ExpertOptions) -> Tensor | None:
         """(E,) bool: False for the experts that a request leaves out. None if there are none."""
         if not options.masked:
             return None
-        usable = torch.ones(self.experts, dtype=torch.bool)
+        usable = torch.ones(self.num_experts, dtype=torch.bool)
         usable[list(options.masked)] = False
         return usable
 
@@ -232,7 +238,7 @@ class Scorer:
         left = (in_use if usable is None else in_use & usable).any(1).tolist()
         return tuple(
             f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
-            for task, any_left in zip(self.names, left, strict=True)
+            for task, any_left in zip(self.task_names, left, strict=True)
             if not any_left
         )
 

@@ -33,17 +33,17 @@ from mmoe_rec.errors import RequestError, UserError, first_line, quoted
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 
-ROWS_AT_A_TIME = 65_536
-MOST_BATCH_BYTES = 2**28
-LOCK_SECONDS = 60
+READ_CHUNK_ROWS = 65_536
+MAX_BATCH_BYTES = 2**28
+LOCK_TIMEOUT_SECONDS = 60
 """How long to wait for a process that appends."""
-REMEMBERED_DAYS = 30
+KEY_RETENTION_DAYS = 30
 """A refresh forgets keys of rows that were accepted earlier than this before it."""
 _ADVISORY_LOCK = 0x6D6D6F65
 _KEYS_AT_A_TIME = 1_000  # of a query; SQLite takes at most 32,766
 _METADATA = sql.MetaData()
 _BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
-Types = dict[tuple[str, str], str]
+ColumnTypes = dict[tuple[str, str], str]
 """Log of events, "" for the interaction log, and column -> the column's type."""
 
 
@@ -83,7 +83,7 @@ class RowKeys:
         requests: N requests with their users, None where requests have no IDs.
     """
 
-    time: str
+    time_column: str
     times: np.ndarray
     keys: list[tuple[int, ...]]
     requests: list[tuple[int, int]] | None
@@ -93,12 +93,12 @@ class RowKeys:
 class Batch:
     """Rows that were accepted together.
 
-    source: name of the log of events, None for the interaction log; accepted_at: microseconds since 1970 UTC, by the
+    log_name: name of the log of events, None for the interaction log; accepted_at: microseconds since 1970 UTC, by the
     clock of the server; table: columns in canonical types (see `mmoe_rec.log.columns`); position: 0 before it has one;
     duplicates: number of rows that came before and were left out; keys: tell the rows that count, None if all do.
     """
 
-    source: str | None
+    log_name: str | None
     accepted_at: int
     table: pa.Table
     position: int = 0
@@ -124,8 +124,8 @@ class Journal:
     Raises UserError where there is none, the address is something else, or, with `create`, nothing can be appended.
     """
 
-    def __init__(self, address: str | Path, create: bool = True) -> None:
-        self._url = _parse_address(str(address))
+    def __init__(self, url: str | Path, create: bool = True) -> None:
+        self._url = _parse_address(str(url))
         self.name = self._url.render_as_string(hide_password=True)
         self._file = Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
         self._last = 0  # position of the last batch that this process has appended
@@ -133,7 +133,9 @@ class Journal:
         self._writer = threading.Lock()
         if self._file is not None:
             _check_file(self._file, create)
-        with self.appending() if create else self.reading() as connection:  # appending fails where nothing can be
+        with (
+            self.write_transaction() if create else self.read_transaction() as connection
+        ):  # appending fails where nothing can be
             if create:
                 _METADATA.create_all(connection)
                 if connection.execute(sql.select(_ABOUT.c.id)).first() is None:
@@ -155,7 +157,7 @@ class Journal:
             RequestError: A column is of another type than in earlier rows, or a batch is too large.
             UserError: Nothing was appended, or it is not known: the disk is full, fails, or a server is away.
         """
-        with self._writer, self.appending() as connection:
+        with self._writer, self.write_transaction() as connection:
             end, types = _find_ends(connection)[1], _read_types(connection)
             if end < self._last:
                 raise self._lost(end, self._last)
@@ -166,22 +168,22 @@ class Journal:
         self._last = end
         return end
 
-    def end(self) -> int:
+    def last_position(self) -> int:
         """The position of the last batch, 0 for none."""
-        with self.reading() as connection:
+        with self.read_transaction() as connection:
             return _find_ends(connection)[1]
 
-    def removed(self) -> int:
+    def removed_until(self) -> int:
         """The position up to which batches were removed once the logs' files held them, 0 for none."""
-        with self.reading() as connection:
+        with self.read_transaction() as connection:
             return _find_ends(connection)[0]
 
-    def read(self, after: int, most_rows: int = ROWS_AT_A_TIME, through: int | None = None) -> list[Batch]:
+    def read(self, after: int, max_rows: int = READ_CHUNK_ROWS, through: int | None = None) -> list[Batch]:
         """Read the next batches after a position, until there are so many rows.
 
         Args:
             after: The position.
-            most_rows: Batches are read until they have so many rows.
+            max_rows: Batches are read until they have so many rows.
             through: The last position to read. By default the journal's end.
 
         Returns:
@@ -191,7 +193,7 @@ class Journal:
             UserError: The next batch is damaged, lost or was removed.
         """
         batches, rows, place = list[Batch](), 0, _BATCHES.c.position
-        with self.reading() as connection:
+        with self.read_transaction() as connection:
             removed, end = _find_ends(connection)
             if end < after:
                 raise self._lost(end, after)
@@ -212,20 +214,20 @@ class Journal:
                 table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
                 batches.append(Batch(row.log or None, row.accepted_at, table, row.position, row.duplicates))
                 rows += len(table)
-                if rows >= most_rows:
+                if rows >= max_rows:
                     break
         return batches
 
-    def remove(self, position: int) -> None:
+    def remove_until(self, position: int) -> None:
         """Remove the batches up to a position, once the logs' files hold their rows."""
-        with self.appending() as connection:
+        with self.write_transaction() as connection:
             connection.execute(sql.delete(_BATCHES).where(_BATCHES.c.position <= position))
             connection.execute(sql.update(_ABOUT).where(_ABOUT.c.removed < position).values(removed=position))
 
-    def forget(self) -> None:
+    def forget_old_keys(self) -> None:
         """Forget the keys of rows that were accepted long ago."""
-        first_day = time.time_ns() // 1_000 // MICROSECONDS_PER_DAY - REMEMBERED_DAYS
-        with self.appending() as connection:
+        first_day = time.time_ns() // 1_000 // MICROSECONDS_PER_DAY - KEY_RETENTION_DAYS
+        with self.write_transaction() as connection:
             for table in (_KEYS, _REQUESTS):
                 connection.execute(sql.delete(table).where(table.c.day < first_day))
 
@@ -234,7 +236,7 @@ class Journal:
         self._engine.dispose()
 
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def read_transaction(self) -> Iterator[Connection]:
         """A transaction that sees one state. Raises UserError where the database can't be read."""
         with self._failing("can't be read"), self._engine.connect() as connection:
             if self._file is None:
@@ -243,7 +245,7 @@ class Journal:
                 yield connection
 
     @contextmanager
-    def appending(self) -> Iterator[Connection]:
+    def write_transaction(self) -> Iterator[Connection]:
         """A transaction in which nobody else appends. Raises UserError where the database can't be written."""
         failing = self._failing("can't be written, so nothing was appended")
         with failing, self._engine.connect() as connection:
@@ -267,7 +269,7 @@ class Journal:
             "restore its files from a copy"
         )
 
-    def _insert(self, connection: Connection, batch: Batch, position: int, types: Types) -> None:
+    def _insert(self, connection: Connection, batch: Batch, position: int, types: ColumnTypes) -> None:
         """Insert the rows of a batch that count."""
         if new := _find_new_types(types, batch):
             types |= new
@@ -277,9 +279,9 @@ class Journal:
             batch.table if batch.keys is None else _leave_out(connection, batch.table, batch.keys, batch.accepted_at)
         )
         payload = _encode(table)
-        if len(payload) > MOST_BATCH_BYTES:
-            raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MOST_BATCH_BYTES:,}")
-        row = {"position": position, "log": batch.source or "", "accepted_at": batch.accepted_at}
+        if len(payload) > MAX_BATCH_BYTES:
+            raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MAX_BATCH_BYTES:,}")
+        row = {"position": position, "log": batch.log_name or "", "accepted_at": batch.accepted_at}
         row["duplicates"] = len(batch) - len(table)
         checksum = _checksum(self.id, row, payload)
         connection.execute(sql.insert(_BATCHES).values(**row, checksum=checksum, payload=payload))
@@ -315,11 +317,11 @@ def _check_file(file: Path, create: bool) -> None:
 def _create_engine(url: URL) -> Engine:
     if url.get_backend_name() == "postgresql":
         try:
-            options = f"{url.query.get('options', '')} -c lock_timeout={LOCK_SECONDS}s -c synchronous_commit=on"
+            options = f"{url.query.get('options', '')} -c lock_timeout={LOCK_TIMEOUT_SECONDS}s -c synchronous_commit=on"
             return sql.create_engine(url, connect_args={"options": options})
         except ModuleNotFoundError:
             raise UserError("a journal in PostgreSQL needs psycopg: install the extra `postgres`") from None
-    engine = sql.create_engine(url, connect_args={"timeout": LOCK_SECONDS})
+    engine = sql.create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_SECONDS})
 
     @sql.event.listens_for(engine, "connect")
     def set_up(connection: Any, record: object) -> None:
@@ -373,7 +375,7 @@ def _leave_out(connection: Connection, table: pa.Table, keys: RowKeys, accepted_
         return kept
     settled = requests | begun
     times = pa.array([settled[keys.requests[row][0]][1] for row in accepted], pa.int64())
-    return kept.set_column(kept.column_names.index(keys.time), keys.time, times.cast(UTC_MICROSECONDS))
+    return kept.set_column(kept.column_names.index(keys.time_column), keys.time_column, times.cast(UTC_MICROSECONDS))
 
 
 def _find(connection: Connection, key: sql.Column[int], wanted: Collection[int]) -> dict[int, Any]:
@@ -403,21 +405,21 @@ def _find_ends(connection: Connection) -> tuple[int, int]:
     return removed, max(removed, last or 0)
 
 
-def _read_types(connection: Connection) -> Types:
+def _read_types(connection: Connection) -> ColumnTypes:
     return {(log, name): kind for log, name, kind in connection.execute(sql.select(_COLUMNS))}
 
 
-def _find_new_types(types: Types, batch: Batch) -> Types:
+def _find_new_types(types: ColumnTypes, batch: Batch) -> ColumnTypes:
     """The types of columns of a batch that have none yet.
 
     Raises RequestError where a column is of another type than before: its hashes, too, would be others.
     """
-    new: Types = {}
+    new: ColumnTypes = {}
     for column in batch.table.schema:
         if not pt.is_null(column.type):
-            before, kind = types.get((batch.source or "", column.name)), str(column.type)
+            before, kind = types.get((batch.log_name or "", column.name)), str(column.type)
             if before is None:
-                new[batch.source or "", column.name] = kind
+                new[batch.log_name or "", column.name] = kind
             elif before != kind:
                 raise RequestError(f"column '{column.name}' holds {kind}, but {before} in earlier rows of this journal")
     return new

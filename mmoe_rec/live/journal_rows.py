@@ -25,53 +25,53 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import RequestError, UserError, first_line, quoted, suggest
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.journal import Batch, Journal, RowKeys
-from mmoe_rec.log.checks import event_value_checks, find_first_fault, log_value_checks
-from mmoe_rec.log.columns import column_uses, combine, event_uses, hash_column, list_label_columns
-from mmoe_rec.log.files import is_remote, local_path, split_glob, takes_in
-from mmoe_rec.log.given import to_arrow
+from mmoe_rec.log.checks import event_value_checks, find_first_invalid, log_value_checks
+from mmoe_rec.log.columns import column_uses, combine_hashes, event_column_uses, hash_column, list_label_columns
+from mmoe_rec.log.files import is_remote, local_path, source_includes, split_glob
 from mmoe_rec.log.reader import event_rows
+from mmoe_rec.log.request_values import to_arrow
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.progress import say
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Remembering, Schema
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import EventFeature, Schema
 
 EVENT_ID = "event_id"
 """The column in which a caller may give an event's ID, where the log has no column of that name."""
-ROWS_OF_A_FILE = 2**20
+MAX_FILE_ROWS = 2**20
 
 
-def find_uses(schema: Schema) -> dict[str | None, dict[str, Use]]:
+def column_uses_by_log(schema: Schema) -> dict[str | None, dict[str, ColumnUse]]:
     """Return the columns of each log, and the use that each column is read as. None is the interaction log."""
-    uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
-    return uses | {name: event_uses(schema, name) for name in schema.events}
+    uses: dict[str | None, dict[str, ColumnUse]] = {None: column_uses(schema)}
+    return uses | {name: event_column_uses(schema, name) for name in schema.events}
 
 
-def make_batch(source: str | None, table: pa.Table, schema: Schema, accepted_at: int | None = None) -> Batch:
+def make_batch(log_name: str | None, table: pa.Table, schema: Schema, accepted_at: int | None = None) -> Batch:
     """Make a batch whose duplicate rows the journal leaves out.
 
     Args:
-        source: Name of the log of events, None for the interaction log.
+        log_name: Name of the log of events, None for the interaction log.
         table: Canonical rows.
         schema: Schema of the model whose server has accepted them.
         accepted_at: Microseconds since 1970 UTC. By default the clock's.
     """
-    columns = find_uses(schema)[source]
+    columns = column_uses_by_log(schema)[log_name]
     rows = LogRows(_completed(table, columns), schema)
     moment = time.time_ns() // 1_000 if accepted_at is None else accepted_at
-    return Batch(source, moment, table, keys=_find_keys(rows, source, columns))
+    return Batch(log_name, moment, table, keys=_find_keys(rows, log_name, columns))
 
 
-def _find_keys(rows: LogRows, source: str | None, columns: Collection[str]) -> RowKeys:
+def _find_keys(rows: LogRows, log_name: str | None, columns: Collection[str]) -> RowKeys:
     """Compute the keys of rows of a log of which the schema reads some columns."""
     schema: Schema = rows.schema
-    time = schema.columns.time if source is None else schema.events[source].time
+    time = schema.columns.time if log_name is None else schema.events[log_name].time
     keys: list[tuple[int, ...]] = [()] * len(rows)
-    if rows.has(EVENT_ID) and EVENT_ID not in columns:
-        ids, log = rows.column(EVENT_ID), hash_column(pa.array([f"event {source or ''}"] * len(rows)))
+    if rows.has_column(EVENT_ID) and EVENT_ID not in columns:
+        ids, log = rows.column(EVENT_ID), hash_column(pa.array([f"event {log_name or ''}"] * len(rows)))
         events = zip(_signed(log, hash_column(ids)), ids.is_valid().to_pylist(), strict=True)
         keys = [(key,) if is_given else () for key, is_given in events]
     requests = None
-    if source is None:
+    if log_name is None:
         keys = [(*events, row) for events, row in zip(keys, _signed(rows.row_hashes()), strict=True)]
         if schema.columns.request is not None:
             users = _signed(rows.hashes([schema.columns.user]))
@@ -81,7 +81,7 @@ def _find_keys(rows: LogRows, source: str | None, columns: Collection[str]) -> R
 
 def _signed(*hashes: np.ndarray) -> list[int]:
     """Combine (N,) uint64 hashes to integers that SQL can hold."""
-    signed: list[int] = combine(hashes).view(np.int64).tolist()
+    signed: list[int] = combine_hashes(hashes).view(np.int64).tolist()
     return signed
 
 
@@ -94,7 +94,7 @@ class JournalRows:
         table: Columns that the log must have, null where not given, and columns that other models read.
     """
 
-    source: str | None
+    log_name: str | None
     table: pa.Table
 
     @staticmethod
@@ -105,41 +105,43 @@ class JournalRows:
             table = pa.concat_tables(tables, promote_options="default").combine_chunks()
         except pa.ArrowException as error:
             raise UserError(f"rows of the journal do not fit together: {first_line(error)}") from None
-        source = batches[0].source
-        time = schema.columns.time if source is None else schema.events[source].time
+        log_name = batches[0].log_name
+        time = schema.columns.time if log_name is None else schema.events[log_name].time
         if time not in table.column_names:
             raise UserError(f"rows of the journal have no column '{time}', so it is another model's")
-        uses = find_uses(schema)[source]
+        uses = column_uses_by_log(schema)[log_name]
         others = [name for name in table.column_names if name not in uses and name != EVENT_ID]
-        return JournalRows(source, _completed(table, uses).select([*uses, *others]))
+        return JournalRows(log_name, _completed(table, uses).select([*uses, *others]))
 
     def rows(self, schema: Schema) -> LogRows:
         """Return the rows as features read them."""
-        return LogRows(self.table, schema) if self.source is None else event_rows(self.table, schema, self.source)
+        return LogRows(self.table, schema) if self.log_name is None else event_rows(self.table, schema, self.log_name)
 
 
 def _group_by_log(batches: Iterable[Batch]) -> dict[str | None, list[Batch]]:
     """Group batches by their log, None for the interaction log."""
     logs: dict[str | None, list[Batch]] = {}
     for batch in batches:
-        logs.setdefault(batch.source, []).append(batch)
+        logs.setdefault(batch.log_name, []).append(batch)
     return logs
 
 
 def join_by_log(batches: Iterable[Batch], schema: Schema) -> dict[str | None, JournalRows]:
     """Join the batches of each log that the schema has."""
     logs = _group_by_log(batches).items()
-    return {source: JournalRows.join(some, schema) for source, some in logs if source in (None, *schema.events)}
+    return {log_name: JournalRows.join(some, schema) for log_name, some in logs if log_name in (None, *schema.events)}
 
 
-def _completed(table: pa.Table, columns: dict[str, Use]) -> pa.Table:
+def _completed(table: pa.Table, columns: dict[str, ColumnUse]) -> pa.Table:
     for column in columns:
         if column not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table)))
     return table
 
 
-def write_files(journal: Journal, schema: Schema, log: str, after: int = 0, later_than: int | None = None) -> int:
+def write_journal_files(
+    journal: Journal, schema: Schema, log: str, after: int = 0, later_than: int | None = None
+) -> int:
     """Write the rows of a journal into files of the logs. Files that are there stay as they are.
 
     Args:
@@ -156,18 +158,18 @@ def write_files(journal: Journal, schema: Schema, log: str, after: int = 0, late
     Raises:
         UserError: A folder can't take files, or the journal is damaged.
     """
-    position, through, left_out, folders = after, journal.end(), Counter[str](), dict[str | None, Path]()
+    position, through, left_out, folders = after, journal.last_position(), Counter[str](), dict[str | None, Path]()
     places: dict[str | None, tuple[str, str]] = {None: (log, "data.log")}
     places |= {name: (events.path, f"data.events.{name}.path") for name, events in schema.events.items()}
-    while batches := journal.read(position, ROWS_OF_A_FILE, through):
+    while batches := journal.read(position, MAX_FILE_ROWS, through):
         position = batches[-1].position
-        for source, new in _group_by_log(batches).items():
-            if source not in places:
-                left_out[f"of a log of events '{source}', which the settings do not have"] += sum(map(len, new))
+        for log_name, new in _group_by_log(batches).items():
+            if log_name not in places:
+                left_out[f"of a log of events '{log_name}', which the settings do not have"] += sum(map(len, new))
                 continue
-            if source not in folders:
-                folders[source] = _find_folder(*places[source], _name(journal, position))
-            names = (path.stem for path in folders[source].glob(_name(journal)))
+            if log_name not in folders:
+                folders[log_name] = _find_folder(*places[log_name], _name(journal, position))
+            names = (path.stem for path in folders[log_name].glob(_name(journal)))
             held = max((int(name.rpartition("-")[2]) for name in names), default=0)
             if not (new := [batch for batch in new if batch.position > held]):
                 continue
@@ -177,7 +179,7 @@ def write_files(journal: Journal, schema: Schema, log: str, after: int = 0, late
                 table = table.filter(pa.array(rows.rows(schema).times() > later_than))
                 left_out["no later than the model's tables, which may hold them"] += len(rows.table) - len(table)
             if len(table):
-                path = folders[source] / _name(journal, position)
+                path = folders[log_name] / _name(journal, position)
                 try:
                     with atomic_file(path) as temporary:
                         pq.write_table(table, temporary, compression="zstd")
@@ -200,7 +202,7 @@ def _find_folder(source: str, setting: str, name: str) -> Path:
             f"`{setting}` '{source}' is remote, where no journal's files can be written; use a local folder"
         )
     folder = Path(split_glob(local_path(source))[0])
-    if folder.is_dir() and takes_in(source, [folder / name]):
+    if folder.is_dir() and source_includes(source, [folder / name]):
         return folder
     raise UserError(
         f"`{setting}` '{source}' is no folder, and no pattern that takes in '{name}' in a folder: the journal's files "
@@ -208,8 +210,8 @@ def _find_folder(source: str, setting: str, name: str) -> Path:
     )
 
 
-MOST_ROWS = 10_000
-TOLERANCE_MICROSECONDS = 60_000_000
+MAX_CALL_ROWS = 10_000
+CLOCK_TOLERANCE_US = 60_000_000
 """A caller's clock may be so far ahead of the server's."""
 _FOREVER = np.iinfo(np.int64).max
 _LONGEST_SENTENCE = 400
@@ -220,68 +222,68 @@ class _EventColumn:
     """use: what it is read as; expected: its type, None where any that `use` allows will do; booleans: whether it may
     hold true and false, as the log does."""
 
-    use: Use
+    use: ColumnUse
     required: bool
     expected: pa.DataType | None
     booleans: bool
 
 
-class RowChecks:
+class RowValidator:
     """What rows of the interaction log, and of each log of events, must hold.
 
     pipeline: that was fitted to the log; most_rows: of a batch.
     """
 
-    def __init__(self, pipeline: FeaturePipeline, most_rows: int = MOST_ROWS) -> None:
-        self.schema, self.most_rows = pipeline.schema, most_rows
+    def __init__(self, pipeline: FeaturePipeline, max_rows: int = MAX_CALL_ROWS) -> None:
+        self.schema, self.max_rows = pipeline.schema, max_rows
         schema, known = pipeline.schema, pipeline.column_types()
         self._columns: dict[str | None, dict[str, _EventColumn]] = {}
         ids = {schema.columns.user, schema.columns.candidate, schema.columns.request}
-        for source, uses in find_uses(schema).items():
-            required = _required(schema) if source is None else uses.keys()
-            self._columns[source] = {
+        for log_name, uses in column_uses_by_log(schema).items():
+            required = _required(schema) if log_name is None else uses.keys()
+            self._columns[log_name] = {
                 name: _EventColumn(
                     use, name in required, known.get(name) if use != "time" else None, name in pipeline.booleans
                 )
                 for name, use in uses.items()
             }
-            self._columns[source].setdefault(EVENT_ID, _EventColumn("key", False, None, False))
+            self._columns[log_name].setdefault(EVENT_ID, _EventColumn("key", False, None, False))
         inputs = schema.input_columns().items()
-        self.attributes = [name for name, role in inputs if role in ("user", "candidate") and name not in ids]
+        self.optional_attributes = [name for name, role in inputs if role in ("user", "candidate") and name not in ids]
         """Columns of users and candidates that features read, and that rows of the interaction log may leave out."""
         # Columns of a role that no feature reads are left out, as those of a request are.
         self._unread = schema.column_roles.keys() - self._columns[None].keys()
 
-    def read_json(self, source: str | None, rows: Any, now: int | None = None) -> pa.Table:
+    def read_json(self, log_name: str | None, rows: Any, now: int | None = None) -> pa.Table:
         """A canonical table of rows as JSON gives them, a list of objects of columns and values.
 
-        source: name of a log of events, None for the interaction log; now: microseconds since 1970 UTC; later times are
-        refused. By default the clock's. Raises RequestError naming the row and the column.
+        log_name: name of a log of events, None for the interaction log; now: microseconds since 1970 UTC; later times
+        are refused. By default the clock's. Raises RequestError naming the row and the column.
         """
-        columns = self._of(source)
+        columns = self._of(log_name)
         if not isinstance(rows, list) or not rows:
             raise RequestError("the rows must be a list of at least one object of columns and values")
-        if len(rows) > self.most_rows:
-            raise RequestError(f"there are more than {self.most_rows:,} rows; send them in several calls")
+        if len(rows) > self.max_rows:
+            raise RequestError(f"there are more than {self.max_rows:,} rows; send them in several calls")
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise RequestError(f"row {number} must be an object of columns and values, found {type(row).__name__}")
-            if (wrong := self._wrong_names(source, row)) is not None:
+            if (wrong := self._wrong_names(log_name, row)) is not None:
                 raise _in_row(number, wrong)
         given = [name for name in columns if any(name in row for row in rows)]
         arrays = {name: self._read_column(name, columns[name], [row.get(name) for row in rows]) for name in given}
-        return self._check(source, arrays, now)
+        return self._check(log_name, arrays, now)
 
-    def _of(self, source: str | None) -> dict[str, _EventColumn]:
-        if source not in self._columns:
+    def _of(self, log_name: str | None) -> dict[str, _EventColumn]:
+        if log_name not in self._columns:
             known = ", ".join(self.schema.events) or "none"
-            raise RequestError(f"there is no log of events {quoted(source)}; there are: {known}")
-        return self._columns[source]
+            raise RequestError(f"there is no log of events {quoted(log_name)}; there are: {known}")
+        return self._columns[log_name]
 
-    def _wrong_names(self, source: str | None, given: Collection[str]) -> str | None:
+    def _wrong_names(self, log_name: str | None, given: Collection[str]) -> str | None:
         """What is wrong with the columns that are given, as a sentence."""
-        columns, wrong = self._columns[source], []
-        unread = self._unread if source is None else set()
+        columns, wrong = self._columns[log_name], []
+        unread = self._unread if log_name is None else set()
         if unknown := [name for name in given if name not in columns and name not in unread]:
             # A model knows only what it reads of its log, so this may be a column of the log, or a mistyped one.
             hint = f"leave it out; {suggest(unknown[0], columns)}"
@@ -301,36 +303,36 @@ class RowChecks:
             return read(values)
         except UserError as error:
             reason = error
-        row = find_first_fault(read, values)
+        row = find_first_invalid(read, values)
         try:
             read(values[row : row + 1])
         except UserError as error:
             reason = error
         raise _in_row(row, _short(reason))
 
-    def _check(self, source: str | None, arrays: dict[str, pa.Array], now: int | None) -> pa.Table:
+    def _check(self, log_name: str | None, arrays: dict[str, pa.Array], now: int | None) -> pa.Table:
         size = len(next(iter(arrays.values())))
         table = {}
         for name, array in arrays.items():
             table[name] = array if array.null_count < size else pa.nulls(size)
         rate = self.schema.columns.sampling_rate
-        if source is None and rate is not None:  # rows that no one has sampled were kept for certain
+        if log_name is None and rate is not None:  # rows that no one has sampled were kept for certain
             is_given = rate in table and not pt.is_null(table[rate].type)
             table[rate] = table[rate].fill_null(1.0) if is_given else pa.array(np.ones(size))
         rows = LogRows(pa.table(table), self.schema)
-        latest = (time.time_ns() // 1_000 if now is None else now) + TOLERANCE_MICROSECONDS
+        latest = (time.time_ns() // 1_000 if now is None else now) + CLOCK_TOLERANCE_US
         for check in (
             log_value_checks(self.schema, latest)
-            if source is None
-            else event_value_checks(self.schema.events[source].time, latest)
+            if log_name is None
+            else event_value_checks(self.schema.events[log_name].time, latest)
         ):
-            if rows.has(check.column) and (wrong := check.find(rows)) is not None:
+            if rows.has_column(check.column) and (wrong := check.find(rows)) is not None:
                 raise _in_row(*wrong)
         ids = table.get(EVENT_ID)
         if ids is not None and pt.is_string(ids.type) and (row := pc.index(ids, "").as_py()) >= 0:
             what = "is empty, as which all rows would be the same event; give null where a row has no id"
             raise _in_row(row, f"column '{EVENT_ID}' {what}")
-        if source is None:
+        if log_name is None:
             self._check_requests(rows)
             self._check_labels(rows)
         return rows.table
@@ -362,7 +364,7 @@ def _required(schema: Schema) -> set[str]:
     names = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request, columns.weight])}
     names.update(list_label_columns(schema))
     for feature in schema.features.values():
-        if isinstance(feature, Remembering) and feature.events is None:
+        if isinstance(feature, EventFeature) and feature.events is None:
             names |= feature.event_reads(schema).keys()
     # Attributes of users and candidates are known to whoever takes the rows, and completed where they are left out.
     attributes = {name for name, role in schema.column_roles.items() if role in ("user", "candidate")}

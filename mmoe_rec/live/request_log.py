@@ -32,36 +32,36 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.inference.ranking import RankedRequest, Ranking
-from mmoe_rec.log.columns import UTC_MICROSECONDS, mix
+from mmoe_rec.log.columns import UTC_MICROSECONDS, splitmix64
 from mmoe_rec.point_in_time.arrays import Ragged
 
 REQUEST = "served_request"
 AT = "served_at"
 RANK = "served_rank"
-CANDIDATES = "served_candidates"
-REPLIED = "served_replied"
+CANDIDATE_COUNT = "served_candidates"
+REPLIED_COUNT = "served_replied"
 SCORE = "served_score"
-PREDICTED = "served_predicted_"
+PREDICTION_PREFIX = "served_predicted_"
 WEIGHTS = "served_weights"
-DIGEST = "served_digest_"
+DIGEST_PREFIX = "served_digest_"
 ARTIFACT = "served_artifact"
-SHARE = "served_share"
+FRACTION = "served_fraction"
 
-MOST_WAITING = 100_000
+MAX_QUEUED_CANDIDATES = 100_000
 """Candidates of replies that wait to be made rows of."""
 ROWS_PER_FILE = 262_144
 
 _log = logging.getLogger(__name__)
-Count = Callable[[str, int], None]
+CountReplies = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
-class LogOptions:
+class RequestLogOptions:
     """How requests are logged. share: of requests, 0 to 1; seconds: between files."""
 
     folder: Path
-    share: float = 0.1
-    seconds: float = 300.0
+    fraction: float = 0.1
+    flush_seconds: float = 300.0
 
 
 class RequestLog:
@@ -71,10 +71,10 @@ class RequestLog:
     in which no file can be written.
     """
 
-    def __init__(self, options: LogOptions, count: Count) -> None:
-        check_folder(options.folder)
+    def __init__(self, options: RequestLogOptions, count: CountReplies) -> None:
+        check_log_folder(options.folder)
         self.options, self._count = options, count
-        self._queue: SimpleQueue[Record | None] = SimpleQueue()  # None ends it
+        self._queue: SimpleQueue[LoggedReply | None] = SimpleQueue()  # None ends it
         self._lock = threading.Lock()
         self._candidates, self._is_closing = 0, False
         self._has_failed = self._has_dropped = False
@@ -84,17 +84,17 @@ class RequestLog:
     def offer(self, reply: Ranking, weights: Mapping[str, Any] | None, name: str | None, version: str | None) -> None:
         """Takes a reply, if it is one of those that are logged, and never waits.
 
-        reply: with an id; the rest as in `Record`.
+        reply: with an id; the rest as in `LoggedReply`.
         """
         request: Any = reply.request_id
-        if reply.seen.rows.schema.columns.request_scope == "user":
-            request = f"{reply.seen.user} {request}"
-        if not is_logged(request, self.options.share):
+        if reply.ranked_request.rows.schema.columns.request_scope == "user":
+            request = f"{reply.ranked_request.user} {request}"
+        if not is_sampled(request, self.options.fraction):
             self._count("unsampled", 1)
             return
-        record = Record(reply, weights, name, version, self.options.share, time_ns() // 1_000)
+        record = LoggedReply(reply, weights, name, version, self.options.fraction, time_ns() // 1_000)
         with self._lock:
-            has_room = not self._candidates or self._candidates + len(record) <= MOST_WAITING
+            has_room = not self._candidates or self._candidates + len(record) <= MAX_QUEUED_CANDIDATES
             if has_room and not self._is_closing:
                 self._candidates += len(record)
                 self._queue.put(record)
@@ -133,7 +133,7 @@ class RequestLog:
                 self._fail(1, error)
                 continue
             if not tables:
-                rows, artifact, until = 0, record.reply.model["version"], monotonic() + self.options.seconds
+                rows, artifact, until = 0, record.reply.model["version"], monotonic() + self.options.flush_seconds
             tables.append(table)
             rows += len(table)
             if rows >= ROWS_PER_FILE or monotonic() >= until:
@@ -143,7 +143,9 @@ class RequestLog:
         """Write the rows of replies into a file. Returns the rows of the next file, none."""
         if tables:
             try:  # a column without a value has no type yet
-                write_file(self.options.folder, pa.concat_tables(tables, promote_options="default").combine_chunks())
+                write_log_file(
+                    self.options.folder, pa.concat_tables(tables, promote_options="default").combine_chunks()
+                )
             except Exception as error:
                 self._fail(len(tables), error)
             else:
@@ -160,18 +162,18 @@ class RequestLog:
         self._has_failed = True
 
 
-def is_logged(request: int | str, share: float) -> bool:
+def is_sampled(request: int | str, fraction: float) -> bool:
     """Whether a request is one of the share that is logged.
 
     It depends on the id alone, so all servers, and all calls with one id, agree.
     """
-    if share >= 1:
+    if fraction >= 1:
         return True
     digest = hashlib.blake2b(str(request).encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def check_folder(folder: Path) -> None:
+def check_log_folder(folder: Path) -> None:
     """Makes the folder, and raises UserError where no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"requests can't be logged in '{folder}': {error.strerror}") from None
 
 
-def write_file(folder: Path, rows: pa.Table) -> Path:
+def write_log_file(folder: Path, rows: pa.Table) -> Path:
     """Writes rows into a new file of the folder, which appears whole. Raises OSError."""
     if not folder.is_dir():  # it may be a disk that has gone, so it is not made again on the one below
         raise FileNotFoundError(2, "the folder is gone")
@@ -194,7 +196,7 @@ def write_file(folder: Path, rows: pa.Table) -> Path:
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class LoggedReply:
     """A reply to be logged. weights: the caller's `task_weights`; name, version: of the registered model, None where it
     is not known; share: of requests that are logged; served_at: microseconds since 1970 UTC."""
 
@@ -202,61 +204,61 @@ class Record:
     weights: Mapping[str, Any] | None
     name: str | None
     version: str | None
-    share: float
+    fraction: float
     served_at: int
 
     def __len__(self) -> int:
         """How many candidates it holds the rows of: also those that `top_k` leaves out."""
-        return int(self.reply.seen.end - self.reply.seen.first)
+        return int(self.reply.ranked_request.end - self.reply.ranked_request.first)
 
     def table(self) -> pa.Table:
         """A row for each candidate of the reply, best first.
 
         Raises UserError where a column of the log has the name of one that is added.
         """
-        reply, seen, count = self.reply, self.reply.seen, len(self.reply.scores)
-        places = seen.first + np.array(reply.order, np.int64)
-        inputs = seen.rows.schema.input_columns()
-        columns = {name: seen.rows.taken(name, places) for name, role in inputs.items() if role != "placement"}
+        reply, ranked_request, count = self.reply, self.reply.ranked_request, len(self.reply.scores)
+        places = ranked_request.first + np.array(reply.order, np.int64)
+        inputs = ranked_request.rows.schema.input_columns()
+        columns = {name: ranked_request.rows.take(name, places) for name, role in inputs.items() if role != "placement"}
         weights = None if self.weights is None else json.dumps(self.weights, sort_keys=True)
         added = {
             REQUEST: pa.repeat(reply.request_id, count),
             AT: pa.repeat(pa.scalar(self.served_at, UTC_MICROSECONDS), count),
             RANK: pa.array(np.arange(1, count + 1, dtype=np.int32)),
-            CANDIDATES: pa.repeat(pa.scalar(seen.end - seen.first, pa.int32()), count),
-            REPLIED: pa.repeat(pa.scalar(count, pa.int32()), count),
+            CANDIDATE_COUNT: pa.repeat(pa.scalar(ranked_request.end - ranked_request.first, pa.int32()), count),
+            REPLIED_COUNT: pa.repeat(pa.scalar(count, pa.int32()), count),
             SCORE: pa.array(reply.scores, pa.float64()),
         }
         for name, values in reply.predictions.items():
-            added[f"{PREDICTED}{name}"] = pa.array(np.array(values, np.float32))
+            added[f"{PREDICTION_PREFIX}{name}"] = pa.array(np.array(values, np.float32))
         added[WEIGHTS] = pa.repeat(pa.scalar(weights, pa.string()), count)
-        for name, hashes in _hash_seen(seen, places).items():
-            added[f"{DIGEST}{name}"] = pa.array(hashes)
+        for name, hashes in _hash_seen(ranked_request, places).items():
+            added[f"{DIGEST_PREFIX}{name}"] = pa.array(hashes)
         texts = {"served_model": self.name, "served_version": self.version, ARTIFACT: reply.model["version"]}
         texts["served_tables_as_of"] = reply.tables_as_of
         added |= {name: pa.repeat(pa.scalar(value, pa.string()), count) for name, value in texts.items()}
-        added[SHARE] = pa.repeat(float(self.share), count)
-        refuse_own(columns, added)
+        added[FRACTION] = pa.repeat(float(self.fraction), count)
+        check_reserved_columns(columns, added)
         return pa.table(columns | added)
 
 
-def refuse_own(columns: Iterable[str], added: Iterable[str]) -> None:
+def check_reserved_columns(columns: Iterable[str], added: Iterable[str]) -> None:
     """Raises UserError where a column of the log has the name of one that is added to its rows."""
     if both := {*columns} & {*added}:
         raise UserError(f"column '{min(both)}' has a name that logged requests use for their own; rename it")
 
 
-def _hash_seen(seen: RankedRequest, places: np.ndarray) -> dict[str, np.ndarray]:
+def _hash_seen(ranked_request: RankedRequest, places: np.ndarray) -> dict[str, np.ndarray]:
     """Feature -> (M,) int32 hashes of what the model read of the candidates at these (M,) rows of the pass."""
-    shared, own = seen.inputs
-    request = np.full(len(places), seen.number)
+    shared, own = ranked_request.inputs
+    request = np.full(len(places), ranked_request.number)
 
     def take(mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
         values = [*((name, each, places) for name, each in mine.items())]
         values += [(name, each, request) for name, each in spread.items()]
         return {name: each.take(at) if isinstance(each, Ragged) else each[at] for name, each, at in values}
 
-    return hash_features(take(own.ids, shared.ids), take(own.dense, shared.dense), seen.layout)
+    return hash_features(take(own.ids, shared.ids), take(own.dense, shared.dense), ranked_request.layout)
 
 
 def hash_features(
@@ -275,9 +277,9 @@ def hash_features(
     inputs.sort(key=attrgetter("feature"))
     columns = [_numbers(ids[each.name] if isinstance(each, IdInput) else dense[each.name]) for each in inputs]
     names, starts = np.unique([each.feature for each in inputs], return_index=True)
-    factors = mix(np.arange(len(inputs), dtype=np.uint64)) | np.uint64(1)
+    factors = splitmix64(np.arange(len(inputs), dtype=np.uint64)) | np.uint64(1)
     with np.errstate(over="ignore"):
-        hashes = mix(np.add.reduceat((np.column_stack(columns) + np.uint64(1)) * factors, starts, axis=1))
+        hashes = splitmix64(np.add.reduceat((np.column_stack(columns) + np.uint64(1)) * factors, starts, axis=1))
     return dict(zip(names.tolist(), (hashes >> np.uint64(32)).astype(np.uint32).view(np.int32).T, strict=True))
 
 
@@ -291,6 +293,6 @@ def _numbers(values: np.ndarray | Ragged) -> np.ndarray:
     starts = ends - values.lengths
     within = np.arange(len(values.values)) - np.repeat(starts, values.lengths)
     with np.errstate(over="ignore"):
-        each = mix(values.values.astype(np.int64).view(np.uint64) + mix(within.astype(np.uint64)))
+        each = splitmix64(values.values.astype(np.int64).view(np.uint64) + splitmix64(within.astype(np.uint64)))
         sums = np.append(np.uint64(0), np.cumsum(each, dtype=np.uint64))
-        return mix(sums[ends] - sums[starts] + values.lengths.astype(np.uint64))
+        return splitmix64(sums[ends] - sums[starts] + values.lengths.astype(np.uint64))

@@ -17,32 +17,38 @@ from mmoe_rec.atomic import write_text
 from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import RequestError, UserError, first_line
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.inference.batch_scoring import known_rows
+from mmoe_rec.inference.artifact import artifact_version, read_artifact
+from mmoe_rec.inference.batch_scoring import read_window
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.live import request_log as names
-from mmoe_rec.locks import writing
+from mmoe_rec.live import request_log
+from mmoe_rec.locks import write_lock
 from mmoe_rec.log.checks import format_time, open_parquet
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files
-from mmoe_rec.log.given import iso_time
-from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.model.score import add_outcomes, scores_from_logs
-from mmoe_rec.preprocessing.build_steps import Steps, kept_reader, kept_results
-from mmoe_rec.preprocessing.logs import Logs, logs_for
+from mmoe_rec.log.request_values import iso_time
+from mmoe_rec.log.rows import LogRows, reject_plain_table
+from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores
+from mmoe_rec.preprocessing.build_inputs import Logs, open_model_logs
+from mmoe_rec.preprocessing.build_steps import BuildSteps, open_reader, open_results
 from mmoe_rec.preprocessing.look_up import ResultReader
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE
-from mmoe_rec.tracking.registry import find_model
+from mmoe_rec.task_kinds.task_kind import MIN_LINEAR_PREDICTION
+from mmoe_rec.tracking.registry import resolve_model
 
-REPORT = "skew.json"
-TOLERANCE = 1e-5
+REPORT_FILE = "skew.json"
+ABSOLUTE_TOLERANCE = 1e-5
 """Predictions and scores may differ by this, times their size above 1: libraries sum products in different orders."""
 RELATIVE_TOLERANCE = 1e-3
 """Probabilities and scores may differ by this fraction of themselves at most, as small ones are never far apart."""
-EXAMPLES = 3
-_OF_REPLY = [names.AT, names.CANDIDATES, names.REPLIED, names.ARTIFACT, names.WEIGHTS]
+MAX_EXAMPLES = 3
+_OF_REPLY = [
+    request_log.AT,
+    request_log.CANDIDATE_COUNT,
+    request_log.REPLIED_COUNT,
+    request_log.ARTIFACT,
+    request_log.WEIGHTS,
+]
 # `reason` says why a logged row is not compared. A request ID may match a row of the log although the logged time lies
 # outside of the period. Whole replies rank all candidates of their requests.
 _JOIN = """
@@ -90,17 +96,20 @@ def check_skew(
     """
     if start >= end:
         raise UserError(f"--from {format_time(start)} is not before --to {format_time(end)}")
-    require_all(settings.schema_, "a skew check")
-    model = find_model(address, settings.tracking.address).folder
-    window, folder = {"version": version_of(model), "start": start, "end": end}, Path(settings.data.work_dir) / "skew"
+    reject_plain_table(settings.schema_, "a skew check")
+    model = resolve_model(address, settings.tracking.resolved_uri).folder
+    window, folder = (
+        {"version": artifact_version(model), "start": start, "end": end},
+        Path(settings.data.work_dir) / "skew",
+    )
     weights = {task.name: task.score_weight for task in read_artifact(model).tasks if task.kind.is_linear}
-    with writing(folder, "a skew check", "set `data.work_dir` to another folder"):
+    with write_lock(folder, "a skew check", "set `data.work_dir` to another folder"):
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed check
         try:
             folder.mkdir(parents=True)
-            pipeline = FeaturePipeline.load(model / "features", memories=False)
-            served = read_logged(requests, pipeline.schema)
-            offline = score_offline(logs_for(settings, pipeline), model, (start, end), folder)
+            pipeline = FeaturePipeline.load(model / "features", stores=False)
+            served = read_request_log(requests, pipeline.schema)
+            offline = score_offline(open_model_logs(settings, pipeline), model, (start, end), folder)
             with open_database(folder / "database", settings.data.memory_gib) as database:
                 report = _compare(database, offline, served, pipeline.schema, window, weights)
         except RequestError as error:
@@ -111,22 +120,22 @@ def check_skew(
     report = {"model": address, "model_version": window["version"], **period, **report}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False, default=str))
+        write_text(out / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False, default=str))
     return report
 
 
-def read_logged(folder: Path, schema: Schema) -> pa.Table:
+def read_request_log(folder: Path, schema: Schema) -> pa.Table:
     """Read the files of a request log. Raises UserError where they can't be read, or lack a column."""
     columns, tables = schema.columns, list[pa.Table]()
     try:
         for file in find_files(str(folder), "--requests"):
-            with open_parquet(file.address) as parquet:
+            with open_parquet(file.uri) as parquet:
                 tables.append(parquet.read())
         table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"the files in '{folder}' can't be read together: {first_line(error)}") from None
-    _require(table, [names.REQUEST, *_OF_REPLY, columns.user, columns.candidate, columns.time])
-    return table if columns.request is None else table.append_column(columns.request, table[names.REQUEST])
+    _require(table, [request_log.REQUEST, *_OF_REPLY, columns.user, columns.candidate, columns.time])
+    return table if columns.request is None else table.append_column(columns.request, table[request_log.REQUEST])
 
 
 def _require(table: pa.Table, columns: list[str]) -> None:
@@ -150,8 +159,8 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
     Raises:
         UserError: The log can't be read, or no row was requested in the period, or none before it.
     """
-    kept, steps = scratch / "kept", Steps(logs, {"served": window}, scratch / "steps")
-    memories, ranker, parts = scratch / "steps" / "memories", Ranker.load(model), list[pa.Table]()
+    kept, steps = scratch / "kept", BuildSteps(logs, {"served": window}, scratch / "steps")
+    stores, ranker, parts = scratch / "steps" / "memories", Ranker.load(model), list[pa.Table]()
     kept.mkdir()
     with steps:
         counted = steps.count(statistics=False)
@@ -161,14 +170,14 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
                 "--from, --to: the period needs rows of the log in it and before it. The log has requests from "
                 f"{format_time(first)} to {format_time(last)}. Change the period."
             )
-        memories.mkdir()
-        steps.look_up(ranker.pipeline, memories, end=last + 1, training=None)
-        steps.keep(kept)
-    reader = kept_reader(kept, steps.logs.log)
-    results = ResultReader(kept_results(kept, steps.logs.log), list(ranker.pipeline.key_groups))
+        stores.mkdir()
+        steps.look_up(ranker.pipeline, stores, end=last + 1, training=None)
+        steps.move_results(kept)
+    reader = open_reader(kept, steps.logs.log)
+    results = ResultReader(open_results(kept, steps.logs.log), list(ranker.pipeline.key_groups))
     with limit_threads(1):
         for part in steps.parts:
-            parts += [_score(ranker, rows) for rows in known_rows(reader, results, window, part)]
+            parts += [_score(ranker, rows) for rows in read_window(reader, results, window, part)]
     for log in steps.logs.all:
         log.check_unchanged()
     return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
@@ -177,14 +186,17 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
 def _score(ranker: Ranker, rows: LogRows) -> pa.Table:
     """Compute digests, predictions and scores of rows that come with their counters and histories."""
     schema, layout = ranker.pipeline.schema, ranker.pipeline.layout
-    completed, ids = ranker.reader.completed(LogRows(rows.table, schema, rows.results)), schema.columns
-    inputs, (values, logs) = ranker.pipeline.inputs(completed), ranker.score(completed)
+    fill_attributes, ids = ranker.reader.fill_attributes(LogRows(rows.table, schema, rows.results)), schema.columns
+    inputs, (values, logs) = ranker.pipeline.inputs(fill_attributes), ranker.score(fill_attributes)
     read = [name for name in (ids.request, ids.user, ids.candidate, ids.time) if name is not None]
     columns: dict[str, Any] = {name: rows.column(name) for name in read}
-    digests = names.hash_features(inputs.ids, inputs.dense, layout)
-    columns |= {f"{names.DIGEST}{name}": digest for name, digest in digests.items()}
-    columns |= {f"{names.PREDICTED}{name}": each for name, each in add_outcomes(values, ranker.layout).items()}
-    return pa.table(columns | {names.SCORE: scores_from_logs(logs)})
+    digests = request_log.hash_features(inputs.ids, inputs.dense, layout)
+    columns |= {f"{request_log.DIGEST_PREFIX}{name}": digest for name, digest in digests.items()}
+    columns |= {
+        f"{request_log.PREDICTION_PREFIX}{name}": each
+        for name, each in add_joint_predictions(values, ranker.layout).items()
+    }
+    return pa.table(columns | {request_log.SCORE: scores_from_log_scores(logs)})
 
 
 def _fill(database: Database, name: str, table: pa.Table, schema: Schema, values: list[str], more: list[str]) -> None:
@@ -196,7 +208,7 @@ def _fill(database: Database, name: str, table: pa.Table, schema: Schema, values
         side |= {} if column is None else {each: table[column].cast(pa.string())}
     side |= {f"v{number}": table[value] for number, value in enumerate(values)} | {each: table[each] for each in more}
     filled = pa.table(side)
-    database.fill(name, filled.schema, [filled])
+    database.create_table(name, filled.schema, [filled])
 
 
 def _compare(
@@ -208,7 +220,11 @@ def _compare(
     weights: Mapping[str, float],
 ) -> dict[str, Any]:
     """Join both sides and compare values; see `check_skew`."""
-    values = [name for name in offline.column_names if name.startswith((names.DIGEST, names.PREDICTED, names.SCORE))]
+    values = [
+        name
+        for name in offline.column_names
+        if name.startswith((request_log.DIGEST_PREFIX, request_log.PREDICTION_PREFIX, request_log.SCORE))
+    ]
     _require(served, values)
     _fill(database, "every", offline, schema, values, [])
     _fill(database, "served", served, schema, values, _OF_REPLY)
@@ -226,18 +242,22 @@ def _compare(
         if schema.columns.request is not None:
             compared.append(_compare_value(database, name, "column", f"s.{key} <> o.{key}", rows))
     for number, column in enumerate(values):
-        mine, other, is_score = f"s.v{number}", f"o.v{number}", column == names.SCORE
-        name = "score" if is_score else column.removeprefix(names.DIGEST).removeprefix(names.PREDICTED)
-        if column.startswith(names.DIGEST):
+        mine, other, is_score = f"s.v{number}", f"o.v{number}", column == request_log.SCORE
+        name = (
+            "score"
+            if is_score
+            else column.removeprefix(request_log.DIGEST_PREFIX).removeprefix(request_log.PREDICTION_PREFIX)
+        )
+        if column.startswith(request_log.DIGEST_PREFIX):
             compared.append(_compare_value(database, name, "feature", f"{mine} IS DISTINCT FROM {other}", rows))
             continue
         other = f"{other}::DOUBLE * {_score_of_served(values, weights) if is_score else 1}"
-        allowed = f"{TOLERANCE} * greatest(1, abs({other}))"
+        allowed = f"{ABSOLUTE_TOLERANCE} * greatest(1, abs({other}))"
         if is_score or name not in weights:
             allowed = f"least({allowed}, {RELATIVE_TOLERANCE} * {other})"
         is_wrong = f"NOT coalesce(abs({mine} - {other}) <= {allowed}, false)"
         if is_score:  # the caller's own weights change it
-            is_wrong = f"s.{names.WEIGHTS} IS NULL AND {is_wrong}"
+            is_wrong = f"s.{request_log.WEIGHTS} IS NULL AND {is_wrong}"
         compared.append(
             _compare_value(database, name, "score" if is_score else "prediction", is_wrong, rows, (mine, other))
         )
@@ -259,7 +279,7 @@ def _score_of_served(values: list[str], weights: Mapping[str, float]) -> str:
     rounding may change much of a small one, and so of the score."""
     factor = "1.0"
     for task, weight in weights.items():
-        column = f"v{values.index(f'{names.PREDICTED}{task}')}::DOUBLE, {SMALLEST_VALUE!r}"
+        column = f"v{values.index(f'{request_log.PREDICTION_PREFIX}{task}')}::DOUBLE, {MIN_LINEAR_PREDICTION!r}"
         factor += f" * pow(greatest(s.{column}) / greatest(o.{column}), {weight!r})"
     return factor
 
@@ -282,7 +302,7 @@ def _result(*values: Any) -> dict[str, Any]:
 def _examples(database: Database, query: str) -> list[dict[str, Any]]:
     """Describe the first rows of a query for people."""
     found = list[dict[str, Any]]()
-    for row in database.table(f"{query} LIMIT {EXAMPLES}").to_pylist():
+    for row in database.table(f"{query} LIMIT {MAX_EXAMPLES}").to_pylist():
         moment, mine = iso_time(row["moment"]), row.get("mine")
         why = row.get("why") or ("" if mine is None else f"served {mine}, offline {row['other']}")
         request = row.get("request", f"{row['user']} at {moment}")
@@ -305,7 +325,10 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
             told = f"  request {each['request']}, candidate {each['candidate']}, at {each['time']}"
             yield told + (f": {each['why']}" if each["why"] else "")
     if not report["mismatches"]:
-        yield f"replies are whole, features are equal to the last bit, predictions and scores within {TOLERANCE:g}"
+        yield (
+            f"replies are whole, features are equal to the last bit, predictions and scores within "
+            f"{ABSOLUTE_TOLERANCE:g}"
+        )
     reasons = f". Not compared: {_list(report['not_compared'])}" if report["not_compared"] else ""
     yield f"{report['compared_rows']:,} of {report['logged_rows']:,} logged rows are compared{reasons}"
     requests, rows, replied = report["requests"], report["rows"], report["rows_with_reply"]

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError, first_line
-from mmoe_rec.log.columns import canonical, canonical_type, element_type
-from mmoe_rec.log.files import OPEN_AT_ONCE, FoundFile, is_remote, open_file, path_values
-from mmoe_rec.log.rows import LogRows, places_of
-from mmoe_rec.settings.log_columns import Use
+from mmoe_rec.log.columns import canonical_type, canonicalize, element_type
+from mmoe_rec.log.files import MAX_OPEN_FILES, FileInfo, is_remote, open_file, parse_path_columns
+from mmoe_rec.log.rows import LogRows, split_indices
+from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.task_kinds.task_kind import TaskKind
 
@@ -30,32 +30,32 @@ PathColumns = tuple[tuple[str, int | str | None], ...]
 
 
 class BadFile(UserError):  # noqa: N818 - named for what it is about
-    """An error about one file of a log; `address` is the file."""
+    """An error about one file of a log; `uri` is the file."""
 
-    def __init__(self, message: str, address: str) -> None:
+    def __init__(self, message: str, uri: str) -> None:
         super().__init__(message)
-        self.address = address
+        self.uri = uri
 
     def __reduce__(self) -> "tuple[type[BadFile], tuple[Any, ...]]":
-        return BadFile, (str(self), self.address)
+        return BadFile, (str(self), self.uri)
 
 
 @dataclass(frozen=True)
-class LogFile(FoundFile):
+class LogFile(FileInfo):
     """One Parquet file of a log: rows of its row groups, columns in its path, and those that hold true and false."""
 
-    group_rows: tuple[int, ...]
-    in_path: PathColumns = ()
+    row_group_sizes: tuple[int, ...]
+    path_columns: PathColumns = ()
     booleans: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> int:
         """Rows of all groups."""
-        return sum(self.group_rows)
+        return sum(self.row_group_sizes)
 
 
 @dataclass(frozen=True)
-class LeftOut(FoundFile):
+class SkippedFile(FileInfo):
     """A file of a log that is not read, as it was then, and why."""
 
     reason: str
@@ -67,16 +67,16 @@ def format_time(microseconds: int) -> str:
 
 
 @contextmanager
-def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; strings of the columns in `coded` are read dictionary-coded. Raises BadFile where it is not one,
-    UserError where its place can't be reached."""
+def open_parquet(uri: str, dictionary_columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; strings of the columns in `dictionary_columns` are read dictionary-coded. Raises BadFile where it
+    is not one, UserError where its place can't be reached."""
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open_file(address))
+            file = stack.enter_context(open_file(uri))
             parquet = pq.ParquetFile(
                 file,
-                read_dictionary=coded,
-                pre_buffer=is_remote(address),
+                read_dictionary=dictionary_columns,
+                pre_buffer=is_remote(uri),
                 # As nanoseconds, the year 9999 that many systems write for "never" would wrap around.
                 coerce_int96_timestamp_unit="us",
                 page_checksum_verification=True,
@@ -84,11 +84,11 @@ def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.Parquet
         except (pa.ArrowException, OSError) as error:
             why = first_line(error).rstrip(".")
             reason = f"is not a readable Parquet file: {why}; write it again, or move it out of the log"
-            raise BadFile(f"'{address}' {reason}", address) from None
+            raise BadFile(f"'{uri}' {reason}", uri) from None
         yield stack.enter_context(parquet)
 
 
-def word_of(kind: pa.DataType) -> str | None:
+def type_name(kind: pa.DataType) -> str | None:
     """A canonical type in a word; None for that of an all-null column."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_list(kind):  # whatever a file calls the elements
@@ -96,18 +96,18 @@ def word_of(kind: pa.DataType) -> str | None:
     return None if pa.types.is_null(kind) else str(kind)
 
 
-def words_of(types: Mapping[str, pa.DataType]) -> dict[str, str]:
+def type_names(types: Mapping[str, pa.DataType]) -> dict[str, str]:
     """The types of columns in words, as far as they are known."""
-    return {column: word for column, kind in types.items() if (word := word_of(kind)) is not None}
+    return {column: word for column, kind in types.items() if (word := type_name(kind)) is not None}
 
 
 def check_files(
-    found: Sequence[FoundFile],
-    uses: dict[str, Use],
+    found: Sequence[FileInfo],
+    uses: dict[str, ColumnUse],
     time_unit: str | None,
     skip_bad_files: bool,
     fitted: Mapping[str, str],
-) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
+) -> tuple[list[LogFile], dict[str, pa.DataType], list[SkippedFile]]:
     """Reads every file's footer once; gives the files, each column's canonical type (none for a column that is null
     everywhere), and what was left out.
 
@@ -117,28 +117,28 @@ def check_files(
 
     integers = _find_integers(found, fitted)
 
-    def read(file: FoundFile) -> tuple[LogFile, dict[str, pa.DataType]] | BadFile:
+    def read(file: FileInfo) -> tuple[LogFile, dict[str, pa.DataType]] | BadFile:
         try:
             return _read_footer(file, uses, time_unit, integers)
         except BadFile as problem:
             return problem
 
-    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_OPEN_FILES) as pool:
         footers = list(pool.map(read, found))
     good = [each for each in footers if not isinstance(each, BadFile)]
     types, problems = _common_types(good, uses, fitted)
-    problems |= {each.address: each for each in footers if isinstance(each, BadFile)}
-    bad = [file for file in found if file.address in problems]
+    problems |= {each.uri: each for each in footers if isinstance(each, BadFile)}
+    bad = [file for file in found if file.uri in problems]
     if bad and not skip_bad_files:
-        raise problems[bad[0].address]
-    left_out = [LeftOut(file.address, file.bytes, file.version, str(problems[file.address])) for file in bad]
-    return [file for file, _ in good if file.address not in problems], types, left_out
+        raise problems[bad[0].uri]
+    skipped = [SkippedFile(file.uri, file.bytes, file.version, str(problems[file.uri])) for file in bad]
+    return [file for file, _ in good if file.uri not in problems], types, skipped
 
 
-def _find_integers(found: Sequence[FoundFile], fitted: Mapping[str, str]) -> set[str]:
+def _find_integers(found: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[str]:
     """The columns in paths that hold integers: those of such a fitted type, or whose values are 64-bit integers in all
     files."""
-    pairs = (pair for file in found for pair in path_values(file.address).items())
+    pairs = (pair for file in found for pair in parse_path_columns(file.uri).items())
     values = [(column, value) for column, value in pairs if value is not None]
     integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
     integers -= {column for column, word in fitted.items() if word == "string"}
@@ -146,18 +146,18 @@ def _find_integers(found: Sequence[FoundFile], fitted: Mapping[str, str]) -> set
 
 
 def _read_footer(
-    found: FoundFile, uses: dict[str, Use], time_unit: str | None, integers: set[str]
+    found: FileInfo, uses: dict[str, ColumnUse], time_unit: str | None, integers: set[str]
 ) -> tuple[LogFile, dict[str, pa.DataType]]:
     """The file, and the kinds of the columns that are used, none where it has no rows, so that none could be wrong."""
-    address = found.address
-    with open_parquet(address) as parquet:
+    uri = found.uri
+    with open_parquet(uri) as parquet:
         arrow, metadata = parquet.schema_arrow, parquet.metadata
-        group_rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    paths = path_values(address)
-    kinds, in_path, booleans = dict[str, pa.DataType](), list[tuple[str, int | str | None]](), set[str]()
+        row_group_sizes = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    paths = parse_path_columns(uri)
+    kinds, path_columns, booleans = dict[str, pa.DataType](), list[tuple[str, int | str | None]](), set[str]()
     for column, use in uses.items():
         if (wrong := _find_wrong_column(column, use, arrow.names, paths)) is not None:
-            raise BadFile(f"'{address}' {wrong}", address)
+            raise BadFile(f"'{uri}' {wrong}", uri)
         if column in arrow.names:
             kind, place = arrow.field(column).type, ""
             if pa.types.is_boolean(element_type(kind)):
@@ -167,17 +167,19 @@ def _read_footer(
             kind = pa.null() if value is None else pa.string()
             if value is not None and column in integers and _is_integer(value):
                 kind = pa.int64()
-            in_path.append((column, int(value) if value is not None and kind == pa.int64() else value))
-        if any(group_rows):
+            path_columns.append((column, int(value) if value is not None and kind == pa.int64() else value))
+        if any(row_group_sizes):
             try:
                 kinds[column] = canonical_type(column, use, kind, time_unit)
             except UserError as error:
-                raise BadFile(f"'{address}': {error}{place}", address) from None
-    file = LogFile(address, found.bytes, found.version, group_rows, tuple(in_path), frozenset(booleans))
+                raise BadFile(f"'{uri}': {error}{place}", uri) from None
+    file = LogFile(uri, found.bytes, found.version, row_group_sizes, tuple(path_columns), frozenset(booleans))
     return file, kinds
 
 
-def _find_wrong_column(column: str, use: Use, names: Sequence[str], paths: Mapping[str, str | None]) -> str | None:
+def _find_wrong_column(
+    column: str, use: ColumnUse, names: Sequence[str], paths: Mapping[str, str | None]
+) -> str | None:
     """What is wrong with where a file has a column, None for nothing. names, paths: its columns, and those in its
     path."""
     if (times := names.count(column)) > 1:
@@ -201,73 +203,75 @@ def _is_integer(text: str) -> bool:
 
 
 def _common_types(
-    footers: Sequence[tuple[LogFile, dict[str, pa.DataType]]], uses: dict[str, Use], fitted: Mapping[str, str]
+    footers: Sequence[tuple[LogFile, dict[str, pa.DataType]]], uses: dict[str, ColumnUse], fitted: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
     """The fitted type of each column, or that of most files (the first of equals), and the files with another."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
-        kinds = [(kinds.get(column, pa.null()), file.address) for file, kinds in footers]
-        having = [(kind, address) for kind, address in kinds if not pa.types.is_null(kind)]
+        kinds = [(kinds.get(column, pa.null()), file.uri) for file, kinds in footers]
+        having = [(kind, uri) for kind, uri in kinds if not pa.types.is_null(kind)]
         if not having:
             continue
         common, count = Counter(kind for kind, _ in having).most_common(1)[0]
-        word, share = word_of(common), f" ({count} of {len(having)} files have {common})"
-        there = f"'{next(address for kind, address in having if kind == common)}'"
+        word, share = type_name(common), f" ({count} of {len(having)} files have {common})"
+        there = f"'{next(uri for kind, uri in having if kind == common)}'"
         if column in fitted:
             word, there, share = fitted[column], "the fitted features", ""
-        for kind, address in having:
-            if word_of(kind) == word:
+        for kind, uri in having:
+            if type_name(kind) == word:
                 types[column] = kind
                 continue
             message = (
-                f"column '{column}' changes its type: {word} in {there}, {kind} in '{address}'; "
+                f"column '{column}' changes its type: {word} in {there}, {kind} in '{uri}'; "
                 f"write all files with one type{share}"
             )
-            deviating.setdefault(address, BadFile(message, address))
+            deviating.setdefault(uri, BadFile(message, uri))
     return types, deviating
 
 
 # Values
 
 
-def columns_of(address: str) -> set[str]:
+def read_column_names(uri: str) -> set[str]:
     """Those of a file, with those that stand in its path. Raises BadFile where it is no Parquet file."""
-    with open_parquet(address) as parquet:
-        return {*parquet.schema_arrow.names, *path_values(address)}
+    with open_parquet(uri) as parquet:
+        return {*parquet.schema_arrow.names, *parse_path_columns(uri)}
 
 
-def with_path_values(table: pa.Table, address: str, names: Iterable[str]) -> pa.Table:
+def add_path_columns(table: pa.Table, uri: str, names: Iterable[str]) -> pa.Table:
     """A file's columns, with those that stand in its path instead, of these names, as strings."""
-    for name, value in path_values(address).items():
+    for name, value in parse_path_columns(uri).items():
         if name in set(names) - set(table.column_names):
             table = table.append_column(name, pa.array([value] * len(table), pa.string()))
     return table
 
 
-def next_batch(batches: Iterator[pa.RecordBatch], address: str) -> pa.RecordBatch | None:
+def next_batch(batches: Iterator[pa.RecordBatch], uri: str) -> pa.RecordBatch | None:
     """The next batch of a file, None after the last. Raises BadFile where it can't be read."""
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
-        raise BadFile(f"'{address}' is damaged: {first_line(error)}; write the file again", address) from None
+        raise BadFile(f"'{uri}' is damaged: {first_line(error)}; write the file again", uri) from None
 
 
-def file_column(address: str, column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
+def canonicalize_file_column(
+    uri: str, column: str, use: ColumnUse, values: pa.Array, time_unit: str | None
+) -> pa.Array:
     """A column in its canonical type. Raises BadFile."""
     try:
-        array = canonical(column, use, values, time_unit, coded=True)
+        array = canonicalize(column, use, values, time_unit, encode_strings=True)
         words = array.dictionary if pt.is_dictionary(array.type) else array
         if pt.is_string(words.type) or words.type == pa.list_(pa.string()):
             words.validate(full=True)
         return array
     except pa.ArrowInvalid as error:
-        raise BadFile(f"'{address}': column '{column}' holds text that is not UTF-8: {error}", address) from None
+        raise BadFile(f"'{uri}': column '{column}' holds text that is not UTF-8: {error}", uri) from None
     except UserError as error:
-        raise BadFile(f"'{address}': {first_line(error)}", address) from None
+        raise BadFile(f"'{uri}': {first_line(error)}", uri) from None
 
 
-def find_first_fault(read: Callable[[Sequence[Any]], object], values: Sequence[Any]) -> int:
+def find_first_invalid(read: Callable[[Sequence[Any]], object], values: Sequence[Any]) -> int:
     """The first row that `read` can't read, as it raises UserError. It can't read all of them."""
 
     def fails(row: int) -> bool:
@@ -280,12 +284,12 @@ def find_first_fault(read: Callable[[Sequence[Any]], object], values: Sequence[A
     return bisect_left(range(len(values) - 1), True, key=fails)
 
 
-def first_row(row: int) -> str:
+def describe_row(row: int) -> str:
     """The end of a sentence about rows of a file."""
     return f" (the first is row {row} of the file, counted from 0)"
 
 
-LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
+MAX_FLOAT32 = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 @dataclass(frozen=True)
@@ -312,12 +316,12 @@ def _show(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else repr(value)
 
 
-def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
+def log_value_checks(schema: Schema, max_time: int) -> list[ValueCheck]:
     """What a log's values must hold so that features and labels mean something."""
     columns, split = schema.columns, schema.split
     keys = filter(None, (columns.user, columns.candidate, columns.time, columns.request))
     checks = [_no_null(column, "every row needs one") for column in keys]
-    checks.append(_no_future(columns.time, now, "a request"))
+    checks.append(_no_future(columns.time, max_time, "a request"))
     if columns.sampling_rate is not None:
         checks.append(_positive(columns.sampling_rate, 1e-30, 1.0, "columns.sampling_rate"))
     if columns.weight is not None:
@@ -328,7 +332,7 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
         checks.append(
             ValueCheck(
                 split.column,
-                lambda rows: places_of(rows.coded(split.column), split) < 0,
+                lambda rows: split_indices(rows.raw_column(split.column), split) < 0,
                 lambda value: f"of split.column holds {_show(value)}, and not one of {listed}: {advice}",
             )
         )
@@ -338,25 +342,28 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
     return checks
 
 
-def event_value_checks(time: str, now: int) -> list[ValueCheck]:
+def event_value_checks(time: str, max_time: int) -> list[ValueCheck]:
     """What the values of a log of events must hold."""
-    return [_no_null(time, "every event needs a time"), _no_future(time, now, "an event")]
+    return [_no_null(time, "every event needs a time"), _no_future(time, max_time, "an event")]
 
 
 def _no_null(column: str, need: str) -> ValueCheck:
     return ValueCheck(
-        column, lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False), lambda _: f"is null; {need}"
+        column,
+        lambda rows: rows.raw_column(column).is_null().to_numpy(zero_copy_only=False),
+        lambda _: f"is null; {need}",
     )
 
 
-def _no_future(column: str, now: int, what: str) -> ValueCheck:
+def _no_future(column: str, max_time: int, what: str) -> ValueCheck:
     def says(value: int) -> str:
         return (
-            f"holds {what} in the future, {format_time(value)}, later than {format_time(now)}; fix the data, or set "
+            f"holds {what} in the future, {format_time(value)}, later than {format_time(max_time)}; fix the "
+            "data, or set "
             "`columns.time_unit` if the column holds integers in another unit"
         )
 
-    return ValueCheck(column, lambda rows: rows.times(column) > now, says)
+    return ValueCheck(column, lambda rows: rows.times(column) > max_time, says)
 
 
 def _positive(column: str, least: float, most: float, setting: str) -> ValueCheck:
@@ -371,9 +378,9 @@ def _positive(column: str, least: float, most: float, setting: str) -> ValueChec
 def _label_check(task: str, label: str, kind: TaskKind) -> ValueCheck:
     def wrong(rows: LogRows) -> np.ndarray:
         values = rows.numbers(label)
-        return ~kind.labels[1](values) | (np.abs(values) > LARGEST)
+        return ~kind.valid_labels[1](values) | (np.abs(values) > MAX_FLOAT32)
 
-    return ValueCheck(label, wrong, lambda value: f"of {kind.wrong_label.format(task, _show(value))}")
+    return ValueCheck(label, wrong, lambda value: f"of {kind.label_error.format(task, _show(value))}")
 
 
 def _vector_check(feature: str, column: str, size: int) -> ValueCheck:

@@ -20,16 +20,16 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.point_in_time.arrays import filled, one_array
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Remembering, Schema
+from mmoe_rec.point_in_time.arrays import fill_nulls, one_array
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import EventFeature, Schema
 
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
 _DICTIONARY_KEPT = 1024  # words, though fewer may be in use
 
-EXPECTED: dict[Use, str] = {
+EXPECTED: dict[ColumnUse, str] = {
     "key": "integers or strings",
     "keys": "lists of integers or lists of strings",
     "number": "numbers",
@@ -47,14 +47,14 @@ _HINTS = {
 }
 
 
-def column_uses(schema: Schema) -> dict[str, Use]:
+def column_uses(schema: Schema) -> dict[str, ColumnUse]:
     """What each column that a log must have is read as. A key may also be read as a number; it stays a key.
 
     Raises UserError where two readers of a column contradict each other.
     """
-    uses: dict[str, dict[Use, str]] = defaultdict(dict)
+    uses: dict[str, dict[ColumnUse, str]] = defaultdict(dict)
 
-    def reads(reader: str, use: Use, *columns: str | None) -> None:
+    def reads(reader: str, use: ColumnUse, *columns: str | None) -> None:
         for column in columns:
             if column is not None:
                 uses[column].setdefault(use, reader)
@@ -83,13 +83,13 @@ def list_label_columns(schema: Schema) -> list[str]:
     return list(dict.fromkeys([*(task.label for task in tasks), *conditions]))
 
 
-def event_uses(schema: Schema, events: str) -> dict[str, Use]:
+def event_column_uses(schema: Schema, events: str) -> dict[str, ColumnUse]:
     """What each column that a log of events must have is read as; the time column goes by its name in that log. Raises
     UserError where it is a key as well."""
     time = schema.events[events].time
-    uses: dict[str, Use] = {}
+    uses: dict[str, ColumnUse] = {}
     for feature in schema.features.values():
-        if isinstance(feature, Remembering) and feature.events == events:
+        if isinstance(feature, EventFeature) and feature.events == events:
             uses |= feature.event_reads(schema)
     if time in uses:
         raise UserError(
@@ -99,7 +99,7 @@ def event_uses(schema: Schema, events: str) -> dict[str, Use]:
     return {time: "time", **uses}
 
 
-def _one_use(column: str, found: dict[Use, str]) -> Use:
+def _one_use(column: str, found: dict[ColumnUse, str]) -> ColumnUse:
     if len(found) > 1:
         found = {use: reader for use, reader in found.items() if use != "any"}
     if set(found) == {"key", "number"}:
@@ -111,7 +111,7 @@ def _one_use(column: str, found: dict[Use, str]) -> Use:
 
 
 def canonical_type(  # noqa: PLR0911 - one line a case reads best
-    column: str, use: Use, found: pa.DataType, time_unit: str | None = None
+    column: str, use: ColumnUse, found: pa.DataType, time_unit: str | None = None
 ) -> pa.DataType:
     """The canonical type of a column. Raises UserError when values of type `found` can't be read that way."""
     kind = found.value_type if pt.is_dictionary(found) else found
@@ -147,8 +147,8 @@ def _is_number(kind: pa.DataType) -> bool:
     return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
 
 
-def canonical(
-    column: str, use: Use, values: pa.ChunkedArray, time_unit: str | None = None, coded: bool = False
+def canonicalize(
+    column: str, use: ColumnUse, values: pa.ChunkedArray, time_unit: str | None = None, encode_strings: bool = False
 ) -> pa.Array:
     """Values in the canonical type; an all-null column stays of type null. coded: whether strings, but not lists of
     them, are given dictionary-coded. Raises UserError naming the column."""
@@ -156,7 +156,7 @@ def canonical(
     target = canonical_type(column, use, array.type, time_unit)
     if pt.is_null(target):
         return pa.nulls(len(array))
-    if coded and array.type == _CODED and len(array.dictionary) <= max(len(array), _DICTIONARY_KEPT):
+    if encode_strings and array.type == _CODED and len(array.dictionary) <= max(len(array), _DICTIONARY_KEPT):
         return array
     if pt.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -170,13 +170,13 @@ def canonical(
         array = array if array.type == target else array.cast(target, safe=use not in ("number", "vector"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None
-    return array.dictionary_encode() if coded and target == pa.string() else array
+    return array.dictionary_encode() if encode_strings and target == pa.string() else array
 
 
 _MISSING = np.uint64(0x9AE16A3B2F90404F)
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def splitmix64(values: np.ndarray) -> np.ndarray:
     """Bijective scrambling of (N,) uint64 (the finaliser of splitmix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
@@ -195,19 +195,21 @@ def hash_column(column: pa.Array) -> np.ndarray:
         import pandas as pd  # which --help does not need
 
         table = np.append(pd.util.hash_array(words, categorize=False).astype(np.uint64), _MISSING)
-        return table[filled(encoded.indices, len(words)).to_numpy()]
-    hashes = mix(filled(column, 0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False).view(np.uint64))
+        return table[fill_nulls(encoded.indices, len(words)).to_numpy()]
+    hashes = splitmix64(
+        fill_nulls(column, 0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False).view(np.uint64)
+    )
     if column.null_count:
         hashes[column.is_null().to_numpy(zero_copy_only=False)] = _MISSING
     return hashes
 
 
-def combine(hashes: Sequence[np.ndarray]) -> np.ndarray:
+def combine_hashes(hashes: Sequence[np.ndarray]) -> np.ndarray:
     """(N,) uint64 hash of the ordered combination of several (N,) hashes."""
     result = hashes[0]
     with np.errstate(over="ignore"):
         for each in hashes[1:]:
-            result = mix(result * np.uint64(3) + each)
+            result = splitmix64(result * np.uint64(3) + each)
     return result
 
 
@@ -217,11 +219,11 @@ def hash_rows(table: pa.Table) -> np.ndarray:
     for column in map(one_array, table.columns):
         if pt.is_floating(column.type):
             numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False) + 0.0  # one zero
-            hashes.append(np.where(np.isnan(numbers), _MISSING, mix(numbers.view(np.uint64))))
+            hashes.append(np.where(np.isnan(numbers), _MISSING, splitmix64(numbers.view(np.uint64))))
         elif pt.is_timestamp(column.type):
             hashes.append(hash_column(column.cast(pa.int64())))
         elif pt.is_nested(column.type):
             hashes.append(hash_column(pa.array(map(repr, column.to_pylist()), pa.string())))
         else:
             hashes.append(hash_column(column))
-    return combine(hashes)
+    return combine_hashes(hashes)

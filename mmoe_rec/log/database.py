@@ -20,7 +20,7 @@ from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.files import file_system
 from mmoe_rec.point_in_time.arrays import rebatch
 
-MEMORY_GIB = 4.0
+DEFAULT_MEMORY_GIB = 4.0
 """Memory of a database, by default."""
 
 
@@ -30,11 +30,11 @@ class Database:
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._connection = connection
 
-    def reach(self, address: str) -> None:
+    def register_remote(self, uri: str) -> None:
         """Lets queries read the files of a remote place."""
-        self._connection.register_filesystem(file_system(address)[0])
+        self._connection.register_filesystem(file_system(uri)[0])
 
-    def fill(self, table: str, schema: pa.Schema, batches: Iterable[pa.Table]) -> int:
+    def create_table(self, table: str, schema: pa.Schema, batches: Iterable[pa.Table]) -> int:
         """Makes a table of Arrow tables whose columns have the names and types of `schema`; gives its rows."""
         rows = 0
         self._connection.register("batch", schema.empty_table())
@@ -83,7 +83,9 @@ class Database:
 
 
 @contextmanager
-def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | None = None) -> Iterator[Database]:
+def open_database(
+    folder: Path, memory_gib: float = DEFAULT_MEMORY_GIB, workers: int | None = None
+) -> Iterator[Database]:
     """A new database that is gone afterwards. It holds `memory_gib` in memory and the rest in `folder`, which it makes
     and removes, with what a killed process has left there. workers: threads; None is one a core. Raises UserError where
     it needs more memory, or the disk is full.

@@ -33,25 +33,25 @@ _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "
 
 
 @dataclass(frozen=True)
-class FoundFile:
+class FileInfo:
     """A file that was found; `version` changes when it is written again."""
 
-    address: str
+    uri: str
     bytes: int
     version: str
 
 
-def is_remote(address: str) -> bool:
+def is_remote(uri: str) -> bool:
     """Whether an address is not a local path."""
-    return "://" in address and _protocol(address) not in ("file", "local")
+    return "://" in uri and _protocol(uri) not in ("file", "local")
 
 
-def local_path(address: str) -> str:
+def local_path(uri: str) -> str:
     """The path of a local address, which may begin with file://."""
-    return address.partition("://")[2] if "://" in address else address
+    return uri.partition("://")[2] if "://" in uri else uri
 
 
-def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
+def find_files(source: str, setting: str = "data.log") -> list[FileInfo]:
     """Parquet files of a folder (also nested), a glob or a single file, sorted by address.
 
     What writers leave behind is left out: `_temporary/...`, `.log.1a2b.tmp/...`, `_metadata.parquet`; a part of a glob
@@ -77,7 +77,7 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     if not files:
         what = "holds no *.parquet file" if is_folder else "does not exist"
         raise UserError(f"the log '{source}' {what}; set `{setting}` to a folder, file or glob of Parquet files")
-    return sorted(files, key=lambda file: file.address)
+    return sorted(files, key=lambda file: file.uri)
 
 
 def find_local(source: str) -> list[Path]:
@@ -100,7 +100,7 @@ def find_local(source: str) -> list[Path]:
     return files
 
 
-def takes_in(source: str, files: Sequence[Path]) -> bool:
+def source_includes(source: str, files: Sequence[Path]) -> bool:
     """Whether a source would find any of these local files if they were there, by their paths."""
     if is_remote(source):
         return False
@@ -153,55 +153,55 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
     return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
 
 
-def _stat(path: Path) -> FoundFile:
+def _stat(path: Path) -> FileInfo:
     try:
         status = path.stat()
     except OSError:  # such as a broken link: whoever reads the file reports it
-        return FoundFile(str(path), 0, "unknown")
-    return FoundFile(str(path), status.st_size, str(status.st_mtime_ns))
+        return FileInfo(str(path), 0, "unknown")
+    return FileInfo(str(path), status.st_size, str(status.st_mtime_ns))
 
 
-def path_values(address: str) -> dict[str, str | None]:
+def parse_path_columns(uri: str) -> dict[str, str | None]:
     """The columns in a Hive-partitioned folder's path: `day=7/brand=a%2Fb/` is {"day": "7", "brand": "a/b"}."""
-    folders = address.replace(os.sep, "/").split("/")[:-1]
+    folders = uri.replace(os.sep, "/").split("/")[:-1]
     pairs = [folder.partition("=") for folder in folders if "=" in folder]
     null = "__HIVE_DEFAULT_PARTITION__"
     return {unquote(name): None if value == null else unquote(value) for name, _, value in pairs}
 
 
 @contextmanager
-def open_file(address: str) -> Iterator[pa.NativeFile]:
+def open_file(uri: str) -> Iterator[pa.NativeFile]:
     """A file as pyarrow reads it; local ones by pyarrow itself, without a memory map. Raises UserError where a remote
     place can't be reached, now or while it is read, and OSError for a file that can't be opened."""
-    if not is_remote(address):
-        with pa.OSFile(local_path(address), "rb") as file:
+    if not is_remote(uri):
+        with pa.OSFile(local_path(uri), "rb") as file:
             yield file
         return
-    system, path = file_system(address)
-    options = {"cache_type": "none"} if _protocol(address) in _READ_BY_RANGE else {}
-    with _reaching(address):
+    system, path = file_system(uri)
+    options = {"cache_type": "none"} if _protocol(uri) in _READ_BY_RANGE else {}
+    with _reaching(uri):
         handle = system.open(path, "rb", **options)
-    with pa.PythonFile(_RemoteFile(address, handle), mode="r") as file:
+    with pa.PythonFile(_RemoteFile(uri, handle), mode="r") as file:
         yield file
 
 
-OPEN_AT_ONCE = 16
-AnyFile = TypeVar("AnyFile", bound=FoundFile)
+MAX_OPEN_FILES = 16
+AnyFile = TypeVar("AnyFile", bound=FileInfo)
 
 
-def find_checksums(files: Sequence[AnyFile]) -> dict[AnyFile, str | None]:
-    """What `find_checksum` gives of each, several at a time."""
-    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
-        return dict(zip(files, pool.map(find_checksum, files), strict=True))
+def compute_checksums(files: Sequence[AnyFile]) -> dict[AnyFile, str | None]:
+    """What `compute_checksum` gives of each, several at a time."""
+    with ThreadPoolExecutor(MAX_OPEN_FILES) as pool:
+        return dict(zip(files, pool.map(compute_checksum, files), strict=True))
 
 
 @lru_cache(4096)  # a command may ask several times whether features are of the log
-def find_checksum(file: FoundFile) -> str | None:
+def compute_checksum(file: FileInfo) -> str | None:
     """A fingerprint of a file's bytes, 32 hexadecimal digits; None for one that can't be read. Raises UserError where a
     remote place can't be reached."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        with open_file(file.address) as opened:
+        with open_file(file.uri) as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
     except OSError:
@@ -209,7 +209,7 @@ def find_checksum(file: FoundFile) -> str | None:
     return digest.hexdigest()
 
 
-def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
+def _find_remote(source: str) -> tuple[list[FileInfo], bool]:
     """The files, and whether the source is a folder."""
     if "::" in source:
         raise UserError(f"'{source}' is a chain of addresses; give the address of the log itself")
@@ -231,29 +231,29 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
         files = []
         for info in infos:
             version = next((info[key] for key in _VERSIONS if info.get(key)), None) or system.ukey(info["name"])
-            files.append(FoundFile(system.unstrip_protocol(info["name"]), int(info["size"] or 0), str(version)))
+            files.append(FileInfo(system.unstrip_protocol(info["name"]), int(info["size"] or 0), str(version)))
     return files, not parts and top["type"] == "directory"
 
 
-def _protocol(address: str) -> str:
-    return address.partition("://")[0].lower()
+def _protocol(uri: str) -> str:
+    return uri.partition("://")[0].lower()
 
 
-def file_system(address: str) -> tuple[Any, str]:
+def file_system(uri: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it."""
-    protocol = _protocol(address)
+    protocol = _protocol(uri)
     try:
-        return url_to_fs(address, **(_s3_defaults() if protocol in ("s3", "s3a") else {}))
+        return url_to_fs(uri, **(_s3_defaults() if protocol in ("s3", "s3a") else {}))
     except ImportError as error:
         cause = first_line(error.__cause__ or error)
         raise UserError(
-            f"'{address}' needs a package that is missing: {first_line(error)} ({cause}); for s3:// and gs://, install "
+            f"'{uri}' needs a package that is missing: {first_line(error)} ({cause}); for s3:// and gs://, install "
             "mmoe-rec with its extra `s3` or `gs`"
         ) from None
     except ValueError as error:
-        raise UserError(f"'{address}' is not an address that can be read: {first_line(error)}") from None
+        raise UserError(f"'{uri}' is not an address that can be read: {first_line(error)}") from None
     except Exception as error:
-        _raise_unreachable(address, error)
+        _raise_unreachable(uri, error)
 
 
 def _s3_defaults() -> dict[str, Any]:
@@ -268,8 +268,8 @@ def _s3_defaults() -> dict[str, Any]:
 class _RemoteFile:
     """A file whose reads fail with a UserError, to tell a place that fails from a damaged file."""
 
-    def __init__(self, address: str, handle: Any) -> None:
-        self._address, self._handle = address, handle
+    def __init__(self, uri: str, handle: Any) -> None:
+        self._address, self._handle = uri, handle
         self.seek, self.tell, self.close = handle.seek, handle.tell, handle.close
 
     @property
@@ -282,17 +282,17 @@ class _RemoteFile:
 
 
 @contextmanager
-def _reaching(address: str) -> Iterator[None]:
+def _reaching(uri: str) -> Iterator[None]:
     """Errors in reaching a remote place become UserErrors; that a file is gone passes."""
     try:
         yield
     except (UserError, FileNotFoundError):
         raise
     except Exception as error:
-        _raise_unreachable(address, error)
+        _raise_unreachable(uri, error)
 
 
-def _raise_unreachable(address: str, error: Exception) -> NoReturn:
+def _raise_unreachable(uri: str, error: Exception) -> NoReturn:
     what = f"cannot be reached ({type(error).__name__}: {first_line(error)})"
     to_do = "check the address, the credentials, the network and the endpoint"
-    raise UserError(f"'{address}' {what}; {to_do}") from None
+    raise UserError(f"'{uri}' {what}; {to_do}") from None

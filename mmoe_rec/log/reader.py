@@ -18,23 +18,23 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import (
     BadFile,
-    LeftOut,
     LogFile,
     PathColumns,
+    SkippedFile,
     ValueCheck,
+    canonicalize_file_column,
     check_files,
+    describe_row,
     event_value_checks,
-    file_column,
-    first_row,
     log_value_checks,
     next_batch,
     open_parquet,
 )
-from mmoe_rec.log.columns import column_uses, event_uses
+from mmoe_rec.log.columns import column_uses, event_column_uses
 from mmoe_rec.log.files import find_files
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, with_ids, with_times
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, add_missing_ids, add_missing_times
 from mmoe_rec.point_in_time.arrays import rebatch
-from mmoe_rec.settings.log_columns import EVENT, Use
+from mmoe_rec.settings.log_columns import EVENT_TASK, ColumnUse
 from mmoe_rec.settings.schema import Schema
 
 
@@ -42,9 +42,9 @@ from mmoe_rec.settings.schema import Schema
 class Piece:
     """Consecutive row groups of one file, their number of rows, and the columns in the file's path."""
 
-    address: str
+    uri: str
     groups: tuple[int, ...]
-    in_path: PathColumns
+    path_columns: PathColumns
     rows: int
 
 
@@ -57,14 +57,14 @@ class LogPart:
     pieces: tuple[Piece, ...]
 
 
-def cut(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
+def split_into_parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
     """The files as parts of at least `rows_per_part` rows (except the last), cut between row groups."""
     parts: list[LogPart] = []
     groups: list[tuple[LogFile, int]] = []
     start, rows = 0, 0
-    for file, group in [(each, number) for each in files for number, count in enumerate(each.group_rows) if count]:
+    for file, group in [(each, number) for each in files for number, count in enumerate(each.row_group_sizes) if count]:
         groups.append((file, group))
-        rows += file.group_rows[group]
+        rows += file.row_group_sizes[group]
         if rows >= rows_per_part:
             parts.append(LogPart(start, rows, _pieces_of(groups)))
             groups, start, rows = [], start + rows, 0
@@ -75,11 +75,13 @@ def _pieces_of(groups: Sequence[tuple[LogFile, int]]) -> tuple[Piece, ...]:
     pieces = []
     for file, its in groupby(groups, key=lambda group: group[0]):
         numbers = tuple(number for _, number in its)
-        pieces.append(Piece(file.address, numbers, file.in_path, sum(file.group_rows[number] for number in numbers)))
+        pieces.append(
+            Piece(file.uri, numbers, file.path_columns, sum(file.row_group_sizes[number] for number in numbers))
+        )
     return tuple(pieces)
 
 
-ROWS_AT_A_TIME = 131_072
+READ_BATCH_ROWS = 131_072
 ROWS_PER_PART = 262_144
 
 
@@ -89,17 +91,17 @@ class LogReader:
 
     uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
     events: name of the log of events, None for the interaction log;
-    first_times: Parquet file of each `row` that gets the `time` of its request, rising by row (see
-    `mmoe_rec.preprocessing.requests`); None: rows have their own times; repeats: Parquet file of each `row` that does
-    not count, None for none.
+    time_overrides: Parquet file of each `row` that gets the `time` of its request, rising by row (see
+    `mmoe_rec.preprocessing.request_times`); None: rows have their own times; repeats: Parquet file of each `row` that
+    does not count, None for none.
     """
 
     schema: Schema
-    uses: dict[str, Use]
-    now: int
+    uses: dict[str, ColumnUse]
+    max_time: int
     events: str | None = None
-    first_times: Path | None = None
-    repeats: Path | None = None
+    time_overrides: Path | None = None
+    excluded_rows: Path | None = None
 
     @property
     def time(self) -> str:
@@ -110,35 +112,35 @@ class LogReader:
     def checks(self) -> list[ValueCheck]:
         """What the values must hold."""
         if self.events is not None:
-            return event_value_checks(self.time, self.now)
-        return [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
+            return event_value_checks(self.time, self.max_time)
+        return [each for each in log_value_checks(self.schema, self.max_time) if each.column in self.uses]
 
     def read(self, part: LogPart, spans: dict[str, tuple[int, int]] | None = None) -> Iterator[LogRows]:
-        """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked;
-        events as rows of the task `EVENT` at the time of each event.
+        """Batches of at most `READ_BATCH_ROWS` rows in canonical types, with the values that features rely on checked;
+        events as rows of the task `EVENT_TASK` at the time of each event.
 
         spans: gets file -> first and last time of its rows, microseconds.
 
         Raises BadFile for a damaged, changed or invalid file, and UserError where a remote place can't be reached.
         """
-        row, (repeats,) = part.start, _read_columns(self.repeats, part, "row")
+        row, (excluded_rows,) = part.start, _read_columns(self.excluded_rows, part, "row")
         # Rows of the part, rising, and the time that each has instead of its own.
-        moved, time = _read_columns(self.first_times, part, "row", "time")
+        moved, time = _read_columns(self.time_overrides, part, "row", "time")
         # Those of small files are joined, so that a batch is worth its overhead.
         tables = (table for piece in part.pieces for table in self._checked(piece, spans))
-        for table in rebatch(tables, ROWS_AT_A_TIME):
+        for table in rebatch(tables, READ_BATCH_ROWS):
             if self.events is not None:
                 yield event_rows(table, self.schema, self.events)
                 continue
             numbers = row + np.arange(len(table))
-            rows = LogRows(with_ids(table, self.schema, row), self.schema, row_numbers=numbers)
+            rows = LogRows(add_missing_ids(table, self.schema, row), self.schema, row_numbers=numbers)
             here = slice(*np.searchsorted(moved, [row, row + len(table)]))
             if len(moved[here]):
                 times = rows.times().copy()
                 times[moved[here] - row] = time[here]
                 rows = rows.with_times(times)
             row += len(table)
-            if len(counted := rows.filter(~np.isin(numbers, repeats))):
+            if len(counted := rows.filter(~np.isin(numbers, excluded_rows))):
                 yield counted
 
     def _checked(self, piece: Piece, spans: dict[str, tuple[int, int]] | None) -> Iterator[pa.Table]:
@@ -150,19 +152,19 @@ class LogReader:
                 try:
                     wrong = check.find(rows)
                 except UserError as error:
-                    raise BadFile(f"'{piece.address}': {error}", piece.address) from None
+                    raise BadFile(f"'{piece.uri}': {error}", piece.uri) from None
                 if wrong is not None:
                     row, what = wrong
-                    raise BadFile(f"'{piece.address}': {what}{first_row(start + row)}", piece.address)
-            timed = with_times(table, self.schema)
+                    raise BadFile(f"'{piece.uri}': {what}{describe_row(start + row)}", piece.uri)
+            timed = add_missing_times(table, self.schema)
             if spans is not None and len(times := LogRows(timed, self.schema).times(self.time)):
                 first, last = int(times.min()), int(times.max())
-                before = spans.get(piece.address, (first, last))
-                spans[piece.address] = min(first, before[0]), max(last, before[1])
+                before = spans.get(piece.uri, (first, last))
+                spans[piece.uri] = min(first, before[0]), max(last, before[1])
             yield timed
 
 
-def find_fault(task: tuple[LogReader, Piece]) -> BadFile | None:
+def find_bad_file(task: tuple[LogReader, Piece]) -> BadFile | None:
     """Read a piece of a file to its end. Returns what is wrong with the file, None for nothing."""
     reader, piece = task
     try:
@@ -182,13 +184,13 @@ def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndar
 
 
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
-    """Canonical columns of the log of events of that name, as far as they were read, as rows of the task `EVENT` at the
-    time of each event."""
+    """Canonical columns of the log of events of that name, as far as they were read, as rows of the task `EVENT_TASK`
+    at the time of each event."""
     time = schema.events[name].time
-    uses = [column for column in event_uses(schema, name) if column != time]
+    uses = [column for column in event_column_uses(schema, name) if column != time]
     keys = {column: table.column(column) for column in uses if column in table.column_names}
     label = pa.array(np.ones(table.num_rows))
-    return LogRows(pa.table({**keys, schema.columns.time: table.column(time), EVENT.label: label}), schema)
+    return LogRows(pa.table({**keys, schema.columns.time: table.column(time), EVENT_TASK.label: label}), schema)
 
 
 class Log:
@@ -211,15 +213,15 @@ class Log:
         *,
         skip_bad_files: bool = False,
         types: Mapping[str, str] | None = None,
-        now: int | None = None,
-        more: Mapping[str, Use] | None = None,
+        max_time: int | None = None,
+        extra_columns: Mapping[str, ColumnUse] | None = None,
     ) -> None:
         """Read every file's footer and check columns and types.
 
         Args:
             source: A folder of Parquet files, one file or a glob, as a local path or an fsspec address.
             schema: Schema of the log.
-            skip_bad_files: Whether to list unusable files in `left_out` instead of raising an error.
+            skip_bad_files: Whether to list unusable files in `skipped` instead of raising an error.
             types: Required types of columns, in words. By default the types of most files.
             now: Microseconds since 1970 UTC. Reading a later request is an error. By default a day from now.
             more: Further columns that all files must have, and how to read them.
@@ -228,19 +230,19 @@ class Log:
             BadFile: A file is unreadable, lacks a column or has another type than most. The first such file is named.
             UserError: There is no log, it has no rows, or it can't be reached.
         """
-        self.source, self.schema, self.uses = source, schema, column_uses(schema) | dict(more or {})
-        self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
+        self.source, self.schema, self.uses = source, schema, column_uses(schema) | dict(extra_columns or {})
+        self.max_time = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if max_time is None else max_time
         self._open("data.log", skip_bad_files, types)
         if not self.rows:
             raise UserError(f"the log '{source}' has no rows")
 
     def _open(self, setting: str, skip_bad_files: bool, types: Mapping[str, str] | None) -> None:
-        found, unit = find_files(self.source, setting), self.schema.columns.time_unit
-        self.found = {file.address: file for file in found}
-        self.files, self.types, self.left_out = check_files(found, self.uses, unit, skip_bad_files, types or {})
+        found_files, unit = find_files(self.source, setting), self.schema.columns.time_unit
+        self.found_files = {file.uri: file for file in found_files}
+        self.files, self.types, self.skipped = check_files(found_files, self.uses, unit, skip_bad_files, types or {})
         if not self.files:
-            raise none_usable(self.source, self.left_out)
-        self.reader = LogReader(self.schema, self.uses, self.now, self.name)
+            raise no_usable_files_error(self.source, self.skipped)
+        self.reader = LogReader(self.schema, self.uses, self.max_time, self.name)
 
     @property
     def rows(self) -> int:
@@ -249,7 +251,7 @@ class Log:
 
     def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
         """The files as parts of at least `rows_per_part` rows (except the last), cut between row groups."""
-        return cut(self.files, rows_per_part)
+        return split_into_parts(self.files, rows_per_part)
 
     def stream(self) -> Iterator[LogRows]:
         """All rows in order, see the reader."""
@@ -258,41 +260,41 @@ class Log:
 
     def check_unchanged(self) -> None:
         """Raises BadFile where a file has been written again since the log was opened; one that is gone passes."""
-        now = {file.address: (file.bytes, file.version) for file in find_files(self.source)}
+        now = {file.uri: (file.bytes, file.version) for file in find_files(self.source)}
         for file in self.files:
-            if now.get(file.address, (file.bytes, file.version)) != (file.bytes, file.version):
-                raise _changed(file.address)
+            if now.get(file.uri, (file.bytes, file.version)) != (file.bytes, file.version):
+                raise _changed(file.uri)
 
     def pieces(self, reader: LogReader | None = None) -> list[tuple[LogReader, Piece]]:
-        """Every piece of all files, with its reader, by default the log's own: tasks of `find_fault`."""
+        """Every piece of all files, with its reader, by default the log's own: tasks of `find_bad_file`."""
         return [(reader or self.reader, piece) for part in self.parts() for piece in part.pieces]
 
-    def without(self, faults: Iterable[BadFile | None]) -> Self:
+    def without_bad_files(self, faults: Iterable[BadFile | None]) -> Self:
         """The same log with further files left out, each with its first fault. Types stay those of all files."""
-        bad = {fault.address: str(fault) for fault in reversed(list(faults)) if fault is not None}
-        fewer = self.skip(bad)
-        more = [LeftOut(f.address, f.bytes, f.version, bad[f.address]) for f in self.files if f.address in bad]
-        fewer.left_out = [*self.left_out, *more]
+        bad = {fault.uri: str(fault) for fault in reversed(list(faults)) if fault is not None}
+        fewer = self.without_files(bad)
+        more = [SkippedFile(f.uri, f.bytes, f.version, bad[f.uri]) for f in self.files if f.uri in bad]
+        fewer.skipped = [*self.skipped, *more]
         return fewer
 
-    def skip(self, addresses: Collection[str]) -> Self:
+    def without_files(self, addresses: Collection[str]) -> Self:
         """The same log without the files at these addresses."""
         fewer = copy.copy(self)
-        fewer.files = [file for file in self.files if file.address not in addresses]
+        fewer.files = [file for file in self.files if file.uri not in addresses]
         return fewer
 
 
-class EventRows(Log):
-    """The files of a further log of events, see `EventLog`, with the `now` of the interaction log, whose types its key
-    columns must have. Errors are those of `Log`."""
+class EventLogFiles(Log):
+    """The files of a further log of events, see `EventLog`, with the `max_time` of the interaction log, whose types its
+    key columns must have. Errors are those of `Log`."""
 
     name: str
 
     def __init__(
         self, name: str, log: Log, *, skip_bad_files: bool = False, types: Mapping[str, str] | None = None
     ) -> None:
-        self.name, self.schema, self.now = name, log.schema, log.now
-        self.uses, self.source = event_uses(self.schema, name), self.schema.events[name].path
+        self.name, self.schema, self.max_time = name, log.schema, log.max_time
+        self.uses, self.source = event_column_uses(self.schema, name), self.schema.events[name].path
         self._open(f"data.events.{name}.path", skip_bad_files, types)
         for column, kind in self.types.items():
             if column in log.types and log.types[column] != kind and column != self.reader.time:
@@ -302,30 +304,33 @@ class EventRows(Log):
                 )
 
 
-def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
+def no_usable_files_error(source: str, skipped: Sequence[SkippedFile]) -> UserError:
     """The error when all files of a log are left out."""
-    first = min(left_out, key=lambda each: each.address)
-    return UserError(f"none of the {len(left_out)} files of the log '{source}' can be used; the first: {first.reason}")
+    first = min(skipped, key=lambda each: each.uri)
+    return UserError(f"none of the {len(skipped)} files of the log '{source}' can be used; the first: {first.reason}")
 
 
-def read_piece(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
+def read_piece(piece: Piece, uses: dict[str, ColumnUse], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
     """Batches in canonical types, each with the number of its first row within the file. Raises BadFile."""
-    address, in_path = piece.address, dict(piece.in_path)
-    in_file = [column for column in uses if column not in in_path]
+    uri, path_columns = piece.uri, dict(piece.path_columns)
+    in_file = [column for column in uses if column not in path_columns]
     coded = [column for column in in_file if uses[column] in ("key", "any")]
-    with open_parquet(address, coded) as parquet:
-        group_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-        there = sum(group_rows[group] for group in piece.groups if group < len(group_rows))
+    with open_parquet(uri, coded) as parquet:
+        row_group_sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+        there = sum(row_group_sizes[group] for group in piece.groups if group < len(row_group_sizes))
         if there != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
-            raise _changed(address)
-        start = sum(group_rows[: piece.groups[0]])
-        batches = parquet.iter_batches(ROWS_AT_A_TIME, list(piece.groups), in_file, use_threads=False)
-        while (batch := next_batch(batches, address)) is not None:
+            raise _changed(uri)
+        start = sum(row_group_sizes[: piece.groups[0]])
+        batches = parquet.iter_batches(READ_BATCH_ROWS, list(piece.groups), in_file, use_threads=False)
+        while (batch := next_batch(batches, uri)) is not None:
             raw = {column: batch.column(column) for column in in_file}
-            raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in in_path.items()}
-            yield start, pa.table({c: file_column(address, c, use, raw[c], time_unit) for c, use in uses.items()})
+            raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in path_columns.items()}
+            yield (
+                start,
+                pa.table({c: canonicalize_file_column(uri, c, use, raw[c], time_unit) for c, use in uses.items()}),
+            )
             start += batch.num_rows
 
 
-def _changed(address: str) -> BadFile:
-    return BadFile(f"'{address}' has changed since the log was opened; start again", address)
+def _changed(uri: str) -> BadFile:
+    return BadFile(f"'{uri}' has changed since the log was opened; start again", uri)

@@ -20,16 +20,16 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column
-from mmoe_rec.point_in_time.arrays import SharedRagged, filled, one_array
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.settings.log_columns import SplitColumn, Task, outcome_name
+from mmoe_rec.log.columns import UTC_MICROSECONDS, combine_hashes, hash_column
+from mmoe_rec.point_in_time.arrays import DedupedRagged, fill_nulls, one_array
+from mmoe_rec.point_in_time.join import Lookups
+from mmoe_rec.settings.log_columns import SplitColumn, Task, joint_task_name
 from mmoe_rec.settings.schema import Schema
 
 MICROSECONDS_PER_DAY = 86_400_000_000
-ROWS_AT_A_TIME = 16_384
+FEATURE_BATCH_ROWS = 16_384
 """Rows whose features are made together, at most, unless a single request has more."""
-Function = Callable[[pa.Array], np.ndarray]
+ColumnFunction = Callable[[pa.Array], np.ndarray]
 
 
 class LogRows:
@@ -40,7 +40,7 @@ class LogRows:
     """
 
     _row_numbers: np.ndarray | None = None
-    _ask = staticmethod(LookUps.sort)
+    _ask = staticmethod(Lookups.sort)
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class LogRows:
         self.schema = schema
         self.results = dict(results or {})
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
-        self._look_ups: dict[tuple[str, ...], LookUps] = {}
+        self._look_ups: dict[tuple[str, ...], Lookups] = {}
         self._times: dict[str | None, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -76,14 +76,14 @@ class LogRows:
         numbers = None if self._row_numbers is None else self._row_numbers[mask]
         return LogRows(self.table.filter(pa.array(mask)), self.schema, row_numbers=numbers)
 
-    def cut(self, rows: int) -> "Iterator[LogRows]":
+    def iter_batches(self, rows: int) -> "Iterator[LogRows]":
         """The rows with their results, at most so many at a time."""
         if 0 < len(self) <= rows:
             yield self
             return
         for start in range(0, len(self), rows):
             its = slice(start, start + rows)
-            known = {n: e.take(its) if isinstance(e, SharedRagged) else e[its] for n, e in self.results.items()}
+            known = {n: e.take(its) if isinstance(e, DedupedRagged) else e[its] for n, e in self.results.items()}
             numbers = None if self._row_numbers is None else self._row_numbers[its]
             yield LogRows(self.table.slice(start, rows), self.schema, known, numbers)
 
@@ -94,27 +94,27 @@ class LogRows:
         table = self.table.set_column(self.table.column_names.index(name), name, column)
         return LogRows(table, self.schema, row_numbers=self._row_numbers)
 
-    def has(self, name: str) -> bool:
+    def has_column(self, name: str) -> bool:
         """Whether the rows have this column."""
         return bool(self.table.schema.get_field_index(name) >= 0)
 
     def column(self, name: str) -> pa.Array:
         """A column as one array."""
-        column = self.coded(name)
+        column = self.raw_column(name)
         return column.dictionary_decode() if pt.is_dictionary(column.type) else column
 
-    def coded(self, name: str) -> pa.Array:
+    def raw_column(self, name: str) -> pa.Array:
         """A column as one array, with strings as they are held."""
         return one_array(self.table.column(name))
 
-    def each(self, name: str, function: Function) -> np.ndarray:
+    def apply(self, name: str, function: ColumnFunction) -> np.ndarray:
         """(N,) what a function makes of a column's values (as `coded` gives them), of each value for itself."""
-        return function(self.coded(name))
+        return function(self.raw_column(name))
 
     def numbers(self, name: str) -> np.ndarray:
         """(N,) float64 of a column of numbers, NaN where null."""
         try:
-            return self.each(name, _numbers)
+            return self.apply(name, _numbers)
         except UserError as error:
             raise UserError(f"column '{name}' {error}") from None
 
@@ -122,11 +122,11 @@ class LogRows:
         """(N,) uint64 hash of one column or of the combination of several."""
         key = tuple(names)
         if key not in self._hashes:
-            parts = [self.hashes([name]) for name in names] if len(key) > 1 else [self.each(names[0], hash_column)]
-            self._hashes[key] = combine(parts)
+            parts = [self.hashes([name]) for name in names] if len(key) > 1 else [self.apply(names[0], hash_column)]
+            self._hashes[key] = combine_hashes(parts)
         return self._hashes[key]
 
-    def look_ups(self, names: Sequence[str]) -> LookUps:
+    def lookups(self, names: Sequence[str]) -> Lookups:
         """The rows' look-ups by these columns."""
         key = tuple(names)
         if key not in self._look_ups:
@@ -138,7 +138,7 @@ class LogRows:
         if name not in self._times:
             column = self.column(name or self.schema.columns.time)
             null = np.iinfo(np.int64).min
-            times = np.full(len(column), null) if pt.is_null(column.type) else filled(column.cast(pa.int64()), null)
+            times = np.full(len(column), null) if pt.is_null(column.type) else fill_nulls(column.cast(pa.int64()), null)
             self._times[name] = np.asarray(times)
         return self._times[name]
 
@@ -151,7 +151,7 @@ class LogRows:
                 return self.column(columns.request)
             return pa.array(self.hashes([columns.user, columns.request]).view(np.int64))
         hashed = self.hashes([columns.user])
-        return pa.array(combine([hashed, self.times().view(np.uint64)]).view(np.int64))
+        return pa.array(combine_hashes([hashed, self.times().view(np.uint64)]).view(np.int64))
 
     def request_hashes(self) -> np.ndarray:
         """(N,) uint64 hash of the request's id."""
@@ -162,139 +162,147 @@ class LogRows:
 
     def row_hashes(self) -> np.ndarray:
         """(N,) uint64 hash of request and candidate, by which two rows are known as the same one."""
-        return combine([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
+        return combine_hashes([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
 
-    def labels(self, task: Task, known_by: int) -> np.ndarray:
-        """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a
-        task whose `conditional_on` task did not happen."""
+    def labels(self, task: Task, label_cutoff: int) -> np.ndarray:
+        """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `label_cutoff` (microseconds), or
+        of a task whose `conditional_on` task did not happen."""
         labels = self.numbers(task.label)
-        observed = self.times() + maturity(task, self.schema) <= known_by
+        observed = self.times() + label_delay(task, self.schema) <= label_cutoff
         if task.conditional_on is not None:
-            observed &= self.labels(self.schema.tasks[task.conditional_on], known_by) == 1
+            observed &= self.labels(self.schema.tasks[task.conditional_on], label_cutoff) == 1
         if task.observed_when is not None:
             rule = task.observed_when
             observed &= _equals(self.column(rule.column), rule.column, rule.equals)
         return np.where(observed, labels, np.nan)
 
 
-class StoredColumn:
+class CachedColumn:
     """A column of (S,) values that stays as it is. What functions make of each value is computed once, when first asked
     for; after that, a request only looks the results up."""
 
     def __init__(self, values: pa.Array) -> None:
         self.values = values
-        self._made: dict[Function, np.ndarray] = {}
+        self._made: dict[ColumnFunction, np.ndarray] = {}
 
-    def each(self, function: Function, places: np.ndarray) -> np.ndarray:
+    def apply(self, function: ColumnFunction, indices: np.ndarray) -> np.ndarray:
         """(N,) what a function makes of the values at (N,) int64 places, and of null at place -1."""
         if function not in self._made:
             self._made[function] = np.append(function(self.values), function(pa.nulls(1, self.values.type)))
-        return self._made[function].take(places, mode="wrap")
+        return self._made[function].take(indices, mode="wrap")
 
 
 @dataclass(frozen=True)
-class Stored:
+class CachedValues:
     """N values of a stored column, by (N,) int64 places; -1 is null, or what is `conditional_on` there, (N,) values.
 
     known: (N,) bool which values are known, though they may not be stored; None where all that are known are stored.
     """
 
-    column: StoredColumn
-    places: np.ndarray
-    given: pa.Array | None = None
-    known: np.ndarray | None = None
+    column: CachedColumn
+    indices: np.ndarray
+    fallback: pa.Array | None = None
+    seen: np.ndarray | None = None
 
     @property
-    def unknown(self) -> np.ndarray:
+    def unseen(self) -> np.ndarray:
         """(N,) bool whether a value is not known."""
-        return self.places < 0 if self.known is None else (self.places < 0) & ~self.known
+        return self.indices < 0 if self.seen is None else (self.indices < 0) & ~self.seen
 
     def array(self) -> pa.Array:
         """The values."""
-        if self.given is not None:
-            return self.given
-        return self.column.values.take(pa.array(self.places, mask=self.places < 0))
+        if self.fallback is not None:
+            return self.fallback
+        return self.column.values.take(pa.array(self.indices, mask=self.indices < 0))
 
-    def each(self, function: Function) -> np.ndarray:
+    def apply(self, function: ColumnFunction) -> np.ndarray:
         """(N,) what a function makes of each value."""
-        made = self.column.each(function, self.places)
-        if self.given is not None and len(unknown := np.flatnonzero(self.places < 0)):
-            made[unknown] = function(self.given.take(pa.array(unknown)))
+        made = self.column.apply(function, self.indices)
+        if self.fallback is not None and len(unknown := np.flatnonzero(self.indices < 0)):
+            made[unknown] = function(self.fallback.take(pa.array(unknown)))
         return made
 
-    def take(self, rows: np.ndarray) -> "Stored":
+    def take(self, rows: np.ndarray) -> "CachedValues":
         """The values of the given rows, (M,) int64, in the given order."""
-        given = None if self.given is None else self.given.take(pa.array(rows))
-        return Stored(self.column, self.places[rows], given, None if self.known is None else self.known[rows])
+        fallback = None if self.fallback is None else self.fallback.take(pa.array(rows))
+        return CachedValues(self.column, self.indices[rows], fallback, None if self.seen is None else self.seen[rows])
 
 
-class FewRows(LogRows):
+class ServingRows(LogRows):
     """N rows given as canonical columns, which ask few of many events: each look-up is searched for itself."""
 
-    _ask = staticmethod(LookUps.of_each)
+    _ask = staticmethod(Lookups.one_per_row)
 
-    def __init__(self, columns: Mapping[str, pa.Array | Stored], rows: int, schema: Schema) -> None:
+    def __init__(self, columns: Mapping[str, pa.Array | CachedValues], rows: int, schema: Schema) -> None:
         self._columns, self._rows = columns, rows
         self._start(schema)
 
-    def unknown(self, name: str) -> np.ndarray:
+    def unseen(self, name: str) -> np.ndarray:
         """(N,) bool whether a column's values are none of those that are known; False where none are stored."""
         column = self._columns[name]
-        return column.unknown if isinstance(column, Stored) else np.zeros(self._rows, bool)
+        return column.unseen if isinstance(column, CachedValues) else np.zeros(self._rows, bool)
 
     def __len__(self) -> int:
         return self._rows
 
-    def has(self, name: str) -> bool:
+    def has_column(self, name: str) -> bool:
         return name in self._columns
 
-    def coded(self, name: str) -> pa.Array:
+    def raw_column(self, name: str) -> pa.Array:
         column = self._columns[name]
-        return column.array() if isinstance(column, Stored) else column
+        return column.array() if isinstance(column, CachedValues) else column
 
-    def each(self, name: str, function: Function) -> np.ndarray:
+    def apply(self, name: str, function: ColumnFunction) -> np.ndarray:
         column = self._columns[name]
-        return column.each(function) if isinstance(column, Stored) else function(column)
+        return column.apply(function) if isinstance(column, CachedValues) else function(column)
 
 
-class RequestRows(FewRows):
+class RequestRows(ServingRows):
     """N candidates of R requests. shared: the R requests, with the columns of user and context; columns: of the
     candidates, N values each; of: (N,) int64 the request of each candidate."""
 
-    def __init__(self, shared: FewRows, columns: Mapping[str, pa.Array | Stored], of: np.ndarray) -> None:
-        super().__init__(columns, len(of), shared.schema)
-        self.shared, self.of = shared, of
+    def __init__(
+        self, shared: ServingRows, columns: Mapping[str, pa.Array | CachedValues], request_index: np.ndarray
+    ) -> None:
+        super().__init__(columns, len(request_index), shared.schema)
+        self.shared, self.request_index = shared, request_index
         self._spread: dict[str, pa.Array] = {}
 
-    def has(self, name: str) -> bool:
-        return name in self._columns or self.shared.has(name)
+    def has_column(self, name: str) -> bool:
+        return name in self._columns or self.shared.has_column(name)
 
-    def coded(self, name: str) -> pa.Array:
+    def raw_column(self, name: str) -> pa.Array:
         if name in self._columns:
-            return super().coded(name)
+            return super().raw_column(name)
         if name not in self._spread:
-            self._spread[name] = self.shared.coded(name).take(pa.array(self.of))
+            self._spread[name] = self.shared.raw_column(name).take(pa.array(self.request_index))
         return self._spread[name]
 
-    def taken(self, name: str, rows: np.ndarray) -> pa.Array:
+    def take(self, name: str, rows: np.ndarray) -> pa.Array:
         """A column's values of the given candidates, (M,) int64, in the given order."""
-        columns, places = (self._columns, rows) if name in self._columns else (self.shared._columns, self.of[rows])
+        columns, places = (
+            (self._columns, rows) if name in self._columns else (self.shared._columns, self.request_index[rows])
+        )
         column = columns[name]
-        return column.take(places).array() if isinstance(column, Stored) else column.take(pa.array(places))
+        return column.take(places).array() if isinstance(column, CachedValues) else column.take(pa.array(places))
 
-    def each(self, name: str, function: Function) -> np.ndarray:
-        return super().each(name, function) if name in self._columns else self.shared.each(name, function)[self.of]
+    def apply(self, name: str, function: ColumnFunction) -> np.ndarray:
+        return (
+            super().apply(name, function)
+            if name in self._columns
+            else self.shared.apply(name, function)[self.request_index]
+        )
 
     def times(self, name: str | None = None) -> np.ndarray:
         name = name or self.schema.columns.time
         if name not in self._columns and name not in self._times:
-            self._times[name] = self.shared.times(name)[self.of]
+            self._times[name] = self.shared.times(name)[self.request_index]
         return super().times(name)
 
     def hashes(self, names: Sequence[str]) -> np.ndarray:
         key = tuple(names)
         if key not in self._hashes and not any(name in self._columns for name in key):
-            self._hashes[key] = self.shared.hashes(key)[self.of]
+            self._hashes[key] = self.shared.hashes(key)[self.request_index]
         return super().hashes(key)
 
 
@@ -308,11 +316,11 @@ def _numbers(column: pa.Array) -> np.ndarray:
     return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
-def maturity(task: Task, schema: Schema) -> int:
+def label_delay(task: Task, schema: Schema) -> int:
     """Microseconds from a request until the task's label is final: one with `conditional_on` no sooner than that
     task's."""
     own = round(task.label_delay_days * MICROSECONDS_PER_DAY)
-    return own if task.conditional_on is None else max(own, maturity(schema.tasks[task.conditional_on], schema))
+    return own if task.conditional_on is None else max(own, label_delay(schema.tasks[task.conditional_on], schema))
 
 
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
@@ -321,7 +329,7 @@ def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.
     _check_written(column, name, "an `observed_when`", value)
     if not pt.is_string(column.type):
         return _numbers(column) == float(value)
-    return filled(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
+    return fill_nulls(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
 
 
 def _check_written(column: pa.Array, name: str, setting: str, value: bool | int | float | str) -> None:
@@ -334,42 +342,42 @@ def _check_written(column: pa.Array, name: str, setting: str, value: bool | int 
 _FOREVER = np.iinfo(np.int64).max
 
 
-def labels_of(rows: LogRows, known_by: int) -> dict[str, np.ndarray]:
-    """Task or outcome -> (N,) float64 labels, NaN where unobserved at `known_by` (microseconds since 1970 UTC).
+def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
+    """Task or outcome -> (N,) float64 labels, NaN where unobserved at `label_cutoff` (microseconds since 1970 UTC).
 
     An outcome is unobserved, engagement or not, until the satisfaction's label could have matured: if the zeros of
     recent rows were known before their ones, satisfaction would seem lower than it is.
     """
     tasks = rows.schema.tasks
-    labels = {name: rows.labels(task, known_by) for name, task in tasks.items()}
+    labels = {name: rows.labels(task, label_cutoff) for name, task in tasks.items()}
     outcomes = {}
     for name, task in tasks.items():
         if task.conditional_on is not None:
-            matured = rows.times() + maturity(task, rows.schema) <= known_by
+            matured = rows.times() + label_delay(task, rows.schema) <= label_cutoff
             not_engaged = (labels[task.conditional_on] == 0) & matured
-            outcomes[outcome_name(task.conditional_on, name)] = np.where(not_engaged, 0.0, labels[name])
+            outcomes[joint_task_name(task.conditional_on, name)] = np.where(not_engaged, 0.0, labels[name])
     return labels | outcomes
 
 
-def unmatured(rows: LogRows, known_by: int) -> dict[str, int]:
-    """Task -> number of labels that the log holds but that had not matured at `known_by`."""
+def pending_labels(rows: LogRows, label_cutoff: int) -> dict[str, int]:
+    """Task -> number of labels that the log holds but that had not matured at `label_cutoff`."""
     counts = {}
     for name, task in rows.schema.tasks.items():
-        late = rows.times() + maturity(task, rows.schema) > known_by
+        late = rows.times() + label_delay(task, rows.schema) > label_cutoff
         counts[name] = int((~np.isnan(rows.labels(task, _FOREVER)[late])).sum()) if late.any() else 0
     return counts
 
 
-def with_times(table: pa.Table, schema: Schema) -> pa.Table:
+def add_missing_times(table: pa.Table, schema: Schema) -> pa.Table:
     """Canonical columns of rows, with times where the log has none."""
     if schema.columns.has_time:
         return table
     split = schema.split
-    places = np.zeros(len(table), np.int64) if split is None else places_of(table.column(split.column), split)
+    places = np.zeros(len(table), np.int64) if split is None else split_indices(table.column(split.column), split)
     return table.append_column(schema.columns.time, pa.array(places).cast(UTC_MICROSECONDS))
 
 
-def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
+def add_missing_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
     """Canonical columns of rows, with users and candidates where the log has none; first_row: number of the first."""
     columns, numbers = schema.columns, pa.array(np.arange(first_row, first_row + len(table)))
     if not columns.has_user:
@@ -380,7 +388,7 @@ def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
     return table if columns.has_candidate else table.append_column(columns.candidate, numbers)
 
 
-def require_all(schema: Schema, what: str) -> None:
+def reject_plain_table(schema: Schema, what: str) -> None:
     """Raises UserError where a log is a plain table, which can't have what needs users, candidates and times."""
     columns = schema.columns
     there = {"user": columns.has_user, "candidate": columns.has_candidate, "time": columns.has_time}
@@ -388,7 +396,7 @@ def require_all(schema: Schema, what: str) -> None:
         raise UserError(f"{what} needs {' and '.join(lacking)}, which the settings leave out, as for a plain table")
 
 
-def places_of(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:
+def split_indices(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:
     """(N,) int64 the place of each row's split among `SPLITS`, -1 for a value that none lists. Raises UserError where
     the settings list values of another type than the column's."""
     values = one_array(column) if isinstance(column, pa.ChunkedArray) else column
@@ -400,5 +408,5 @@ def places_of(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndar
         for each in listed:
             _check_written(values, split.column, f"split.{name}", each)
         wanted = pa.array([each if isinstance(each, str) else int(each) for each in listed], values.type)
-        places[filled(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = place
+        places[fill_nulls(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = place
     return places

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import Events
+from mmoe_rec.batches.batch import AttentionEvents
+from mmoe_rec.model.matmul import Linear
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.products import Linear
 
-UNITS = 32
+HIDDEN_UNITS = 32
 _PAIRS = 65_536  # at a time, where no gradient needs all of them
 
 
@@ -33,15 +33,15 @@ class TargetAttention(nn.Module):
     def __init__(self, shared: Sequence[int], own: Sequence[int], outputs: int, length: int) -> None:
         super().__init__()
         self.parts, self._shared, self._scale = len(shared), sum(shared), length**-0.5
-        self.event = Linear(self._shared + sum(own), UNITS)
-        self.candidate = Linear(self._shared, UNITS, bias=False)
-        self.product = Linear(self._shared, UNITS, bias=False)
-        self.same = Linear(self.parts, UNITS, bias=False)
-        self.later = nn.Parameter(torch.zeros(length, UNITS))
-        self.output = Linear(UNITS, outputs, bias=False)
+        self.event = Linear(self._shared + sum(own), HIDDEN_UNITS)
+        self.candidate = Linear(self._shared, HIDDEN_UNITS, bias=False)
+        self.product = Linear(self._shared, HIDDEN_UNITS, bias=False)
+        self.same = Linear(self.parts, HIDDEN_UNITS, bias=False)
+        self.later = nn.Parameter(torch.zeros(length, HIDDEN_UNITS))
+        self.output = Linear(HIDDEN_UNITS, outputs, bias=False)
         nn.init.zeros_(self.output.weight)
 
-    def read_events(self, vectors: Tensor, later: Tensor) -> Tensor:
+    def encode_events(self, vectors: Tensor, later: Tensor) -> Tensor:
         """What does not depend on candidates: (E, W) float32, and (E,) int64 events that come after each -> (E, U)."""
         hidden: Tensor = self.event(vectors)
         return hidden + self.later.index_select(0, later).to(hidden.dtype)
@@ -57,12 +57,12 @@ class TargetAttention(nn.Module):
     ) -> Tensor:
         """(N, outputs) float32.
 
-        read: (E, U), see `read_events`; vectors: (E, W); candidates: (N, C); rows: (P,) int64 the candidate of each
-        pair; same: (P, number of `shared`) float32, see `Events`; events: (P,) int64 the event of each, None where
-        pairs are events.
+        read: (E, U), see `encode_events`; vectors: (E, W); candidates: (N, C); rows: (P,) int64 the candidate of each
+        pair; same: (P, number of `shared`) float32, see `AttentionEvents`; events: (P,) int64 the event of each, None
+        where pairs are events.
         """
         asked = self.candidate(candidates)
-        added = read.new_zeros(len(candidates), UNITS)
+        added = read.new_zeros(len(candidates), HIDDEN_UNITS)
         step = max(1, len(rows)) if torch.is_grad_enabled() else _PAIRS
         for first in range(0, max(1, len(rows)), step):
             pairs = slice(first, first + step)
@@ -76,7 +76,7 @@ class TargetAttention(nn.Module):
         return self.output(added * self._scale).float()
 
 
-class Histories(nn.ModuleDict):
+class HistoryAttention(nn.ModuleDict):
     """All histories of a model that attention pools, by name: what they add to the inputs that hold their means."""
 
     def __init__(self, layout: ModelLayout) -> None:
@@ -88,22 +88,22 @@ class Histories(nn.ModuleDict):
             start += dims[name]
         self._columns: dict[str, tuple[slice, list[slice]]] = {}  # of the mean, and of the candidate's counterparts
         for each in layout.attention:
-            parts = layout.parts(each)
+            parts = layout.history_inputs(each)
             partners = [partner for _, partner in parts if partner is not None]
             widths = [dims[name] for name in partners], [dims[name] for name, partner in parts if partner is None]
             self[each.history] = TargetAttention(*widths, dims[each.history], each.length)
             self._columns[each.history] = columns[each.history], [columns[name] for name in partners]
 
-    def forward(self, inputs: Tensor, events: Events, vectors: Sequence[Tensor]) -> Tensor:
+    def forward(self, inputs: Tensor, events: AttentionEvents, vectors: Sequence[Tensor]) -> Tensor:
         """(N, W) inputs of N rows with their own events -> the same, with what these say. vectors: as of the events."""
         first = 0
         for name, size, own in zip(self, events.sizes, vectors, strict=True):
             rows, later, same = (each[first : first + size] for each in (events.rows, events.later, events.same))
-            inputs = self.look(name, inputs, own, later, rows, same)
+            inputs = self.attend(name, inputs, own, later, rows, same)
             first += size
         return inputs
 
-    def look(
+    def attend(
         self,
         name: str,
         inputs: Tensor,
@@ -117,5 +117,5 @@ class Histories(nn.ModuleDict):
         pool, (own, partners) = self[name], self._columns[name]
         assert isinstance(pool, TargetAttention)
         asked = torch.cat([inputs[:, columns] for columns in partners], dim=1)
-        said = pool(pool.read_events(vectors, later), vectors, asked, rows, same[:, : pool.parts], events)
+        said = pool(pool.encode_events(vectors, later), vectors, asked, rows, same[:, : pool.parts], events)
         return torch.cat([inputs[:, : own.start], inputs[:, own] + said, inputs[:, own.stop :]], dim=1)

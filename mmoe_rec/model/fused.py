@@ -2,7 +2,8 @@
 
 `mmoe_rec.model.mmoe` computes the same for training and for all that a request may ask of experts: with a module for
 each layer, and a product for each expert. For five rows it spends most of its time calling a hundred operators. The
-operators here take a third of that time, and nine tenths for five hundred rows. Most models fit: see `fused_logits`.
+operators here take a third of that time, and nine tenths for five hundred rows. Most models fit: see
+`build_fused_forward`.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.model.matmul import Linear, MatmulBackend, StackedLinear, onednn_linear
 from mmoe_rec.model.mmoe import Mixture, RankingModel
-from mmoe_rec.model.products import Linear, Products, StackedLinear, by_onednn
 from mmoe_rec.model.routing import Soft
 
 Weights = tuple[Tensor, Tensor | None]
@@ -25,15 +26,15 @@ Weights = tuple[Tensor, Tensor | None]
 _ROWS, _TOLERANCE = 16, 1e-4
 
 
-def fused_logits(mixture: Mixture, products: Products) -> Callable[[Tensor], Tensor] | None:
+def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Callable[[Tensor], Tensor] | None:
     """What gives the logits (B, T) float32 of a mixture by its inputs (B, W), with its weights as they are now: of
     experts on one level, where each gate mixes all experts that it may use.
 
     None where there are several levels, gates that choose some of the experts or may use none, experts that read raw
     inputs, or experts that are still being let in.
     """
-    level, *others = mixture.each_level()
-    gates, (experts, *groups) = level.gates, level.each_group()
+    level, *others = mixture.expert_levels()
+    gates, (experts, *groups) = level.gates, level.expert_groups()
     chooses = not isinstance(gates.rule, Soft) or gates.settings.serving_top_k is not None
     usable = gates.visible & gates.in_use
     if others or groups or chooses or mixture.raw_inputs or bool(gates.ramp.any()) or not bool(usable.any(1).all()):
@@ -51,15 +52,15 @@ def fused_logits(mixture: Mixture, products: Products) -> Callable[[Tensor], Ten
     of_towers = [_apart(layer) for layer in mixture.towers.layers]
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return by_onednn(x, weight.t(), bias) if products == "onednn" else functional.linear(x, weight, bias)
+        return onednn_linear(x, weight.t(), bias) if matmul_backend == "onednn" else functional.linear(x, weight, bias)
 
     def logits(inputs: Tensor) -> Tensor:
         """(B, W) float32 -> (B, T) float32, as `Mixture` gives them."""
         crossed = inputs
         for (down, _), (up, bias) in of_crosses:
             crossed = torch.addcmul(crossed, inputs, linear(linear(crossed, down, None), up, bias))
-        if bottom.bends is not None:
-            crossed = torch.cat([crossed, bottom.bends(inputs[:, -bottom.dense :])], dim=1)
+        if bottom.piecewise_linear is not None:
+            crossed = torch.cat([crossed, bottom.piecewise_linear(inputs[:, -bottom.dense :])], dim=1)
         hidden = crossed  # (B, H)
         for weight, bias in of_hidden:
             hidden = functional.silu(linear(hidden, weight, bias), inplace=True)
@@ -80,10 +81,10 @@ def fused_logits(mixture: Mixture, products: Products) -> Callable[[Tensor], Ten
     return logits
 
 
-def check_fused(model: RankingModel) -> None:
+def check_fused_forward(model: RankingModel) -> None:
     """Raise UserError if the fused pass gives other logits than the model's own forward pass.
 
-    An added type of expert, gate or tower may compute something that `fused_logits` does not know. Where float32
+    An added type of expert, gate or tower may compute something that `build_fused_forward` does not know. Where float32
     differs, float64 decides, because a processor may round products of float32 to bf16.
     """
     inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
@@ -94,7 +95,8 @@ def check_fused(model: RankingModel) -> None:
     if not off <= _TOLERANCE:
         raise UserError(
             "mmoe_rec/model/fused.py: the fused pass gives other logits than the model's forward pass, off by "
-            f"{off:.2g} of the largest. Make `fused_logits` return None for the part that it does not know, such as an "
+            f"{off:.2g} of the largest. Make `build_fused_forward` return None for the part that it does not "
+            "know, such as an "
             "expert."
         )
 
@@ -102,7 +104,7 @@ def check_fused(model: RankingModel) -> None:
 def _find_difference(mixture: Mixture, inputs: Tensor) -> float:
     """Return the largest difference between logits of both passes, as a fraction of the largest logit."""
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        plain, fused = mixture(inputs, None).logits, fused_logits(mixture, "blas")
+        plain, fused = mixture(inputs, None).logits, build_fused_forward(mixture, "blas")
         finite = plain.isfinite().all(1)  # scoring refuses other rows
         if fused is None or not finite.any():
             return 0.0

@@ -18,24 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import draw_uniform, draw_whole
-from mmoe_rec.devices import fp32_products
-from mmoe_rec.model.products import BLOCK, Dispatch, StackedLinear, for_products, multiplies_by_expert
-from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
+from mmoe_rec.batches.batch import draw_integer, draw_uniform
+from mmoe_rec.devices import fp32_matmul_precision
+from mmoe_rec.model.matmul import GROUPED_MM_ALIGNMENT, Dispatch, StackedLinear, cast_for_matmul, supports_grouped_mm
+from mmoe_rec.model.routing import GateOutput, Routing, get_rule, masked_softmax, select_top_k
 from mmoe_rec.settings import model as section
 
 # Grouped products are worth it while rows are sent to at most this share of the experts, and always if an expert has
 # this many weights (measured, see tests/benchmarks/LOG.md).
-GROUPED_BELOW = 0.75
-GROUPED_FROM_WEIGHTS = 100_000
+GROUPED_MAX_FRACTION = 0.75
+GROUPED_MIN_WEIGHTS = 100_000
 # On a GPU, one product for the rows of all experts is taken where a row uses at most this share of them. A guess from
 # the numbers of operations, not measured: see tests/benchmarks/gpu.py.
-ONE_PRODUCT_BELOW = 0.5
+GROUPED_MAX_FRACTION_GPU = 0.5
 # An added expert's logits begin this far below their own value, then rise to it.
-RAMP = 10.0
+RAMP_LOGIT_OFFSET = 10.0
 
 
-Compute = Literal["auto", "dense", "grouped"]
+ComputeMode = Literal["auto", "dense", "grouped"]
 
 
 class Level(nn.Module):
@@ -78,15 +78,17 @@ class Level(nn.Module):
         inputs = gate_inputs[0] if self.first else gate_inputs[: len(self.gates.visible)]
         routing: Routing = self.gates(inputs, top_k, usable)  # weights (B, G, E)
         # Where some experts may not be run at all, none is run on rows that do not use it.
-        alone = usable is not None
-        used = (routing.weights > 0).any(1) if alone else routing.used()  # (B, E), or None: all of them
+        force_grouped = usable is not None
+        used = (routing.weights > 0).any(1) if force_grouped else routing.used()  # (B, E), or None: all of them
         mixed: list[Tensor] = []
         start = 0
-        for source, experts, readers in zip(self.sources, self.each_group(), self.readers, strict=True):
+        for source, experts, readers in zip(self.sources, self.expert_groups(), self.readers, strict=True):
             part = slice(start, start + experts.count)
             of_part = None if used is None else used[:, part]
-            most = None if routing.at_most is None else routing.at_most * readers
-            mixed.append(experts.mix(expert_inputs[source], routing.weights[:, :, part], of_part, alone, most))
+            max_per_row = None if routing.max_selected is None else routing.max_selected * readers
+            mixed.append(
+                experts.mix(expert_inputs[source], routing.weights[:, :, part], of_part, force_grouped, max_per_row)
+            )
             start = part.stop
         total = sum(mixed[1:], start=mixed[0])  # (B, G, U)
         if not self.per_task:
@@ -94,7 +96,7 @@ class Level(nn.Module):
             routing = routing._replace(weights=routing.weights.expand(-1, self.tasks, -1))
         return total, routing
 
-    def each_group(self) -> "list[Experts]":
+    def expert_groups(self) -> "list[Experts]":
         """The experts that read the same input, group by group."""
         return [module for module in self.experts if isinstance(module, Experts)]
 
@@ -125,9 +127,9 @@ class Gates(nn.Module):
     def __init__(self, inputs: int, visible: Tensor, settings: section.Gates) -> None:
         super().__init__()
         gates, experts = visible.shape
-        self.settings, self.rule = settings, rule_named(settings.routing)
+        self.settings, self.rule = settings, get_rule(settings.routing)
         self.linear = StackedLinear(gates, inputs, experts)
-        self.route = StackedLinear(1, inputs, experts) if self.rule.one_router else None
+        self.route = StackedLinear(1, inputs, experts) if self.rule.shared_router else None
         self.visible = nn.Buffer(visible.clone(), persistent=False)
         self._sees_all = not visible.is_meta and bool(visible.all())
         self.masked = nn.Buffer(torch.zeros(experts, dtype=torch.bool))
@@ -142,21 +144,25 @@ class Gates(nn.Module):
         """
         allowed = self.visible & self.in_use if usable is None else self.visible & self.in_use & usable  # (G, E)
         device = self.visible.device
-        with torch.autocast(device.type, enabled=False), fp32_products("ieee", device):
+        with torch.autocast(device.type, enabled=False), fp32_matmul_precision("ieee", device):
             gates = logits = self._logits(inputs)  # (B, G, E)
             if self.route is None:
-                routers = logits - RAMP * self.ramp
+                routers = logits - RAMP_LOGIT_OFFSET * self.ramp
             else:
                 assert isinstance(inputs, Tensor), "one router has one input"
                 allowed = allowed[:1]
-                routers = logits = self.route.shared(inputs.float()).unsqueeze(1) - RAMP * self.ramp  # (B, 1, E)
+                routers = logits = (
+                    self.route.shared(inputs.float()).unsqueeze(1) - RAMP_LOGIT_OFFSET * self.ramp
+                )  # (B, 1, E)
             probabilities = self._probabilities(routers, allowed)  # (B, R, E)
-            k = self.experts_a_row(top_k)
-            gated = Gated(gates, routers, probabilities, allowed, self.selection_bias, k)
+            k = self.experts_per_row(top_k)
+            gated = GateOutput(gates, routers, probabilities, allowed, self.selection_bias, k)
             fewer = not self.training and k is not None
-            selected = largest(gated) if fewer else self.rule.select(gated)  # (B, R, E), or None: all of them
+            selected = select_top_k(gated) if fewer else self.rule.select(gated)  # (B, R, E), or None: all of them
             weights = self.rule.weigh(gated, selected, self._renormalises(k))  # (B, G, E)
-            return Routing(weights, probabilities, selected, logits, k if fewer or self.rule.k_a_row else None)
+            return Routing(
+                weights, probabilities, selected, logits, k if fewer or self.rule.selects_at_most_k else None
+            )
 
     def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
         """(B, G, E) float32, minus infinity for what a gate does not see."""
@@ -179,23 +185,23 @@ class Gates(nn.Module):
             noise = torch.erfinv(2 * draw_uniform(logits.shape, logits.device) - 1) * math.sqrt(2)  # normal
             logits = logits + self.settings.noise * noise
         if self.training and self.settings.dropout > 0:
-            allowed = keep_some(draw_uniform(logits.shape, logits.device) >= self.settings.dropout, allowed)
+            allowed = restrict_unless_empty(draw_uniform(logits.shape, logits.device) >= self.settings.dropout, allowed)
         return masked_softmax(logits, allowed)
 
-    def experts_a_row(self, asked: int | None = None) -> int | None:
+    def experts_per_row(self, asked: int | None = None) -> int | None:
         """Experts per row and router, None where the rule takes no k; outside training `asked` overrides settings."""
         if not self.training:
             k = self.settings.serving_top_k if asked is None else asked
             if k is not None:
                 return k
-            if self.rule.rows_compete:
+            if self.rule.depends_on_batch:
                 raise ValueError(
                     f"{self.rule.name} depends on which rows are scored together: it needs a k to score with"
                 )
         if not self.rule.takes_k:
             return None
         if self.training and self.settings.random_top_k:
-            return draw_whole(1, self.settings.top_k)
+            return draw_integer(1, self.settings.top_k)
         return self.settings.top_k
 
     def _renormalises(self, k: int | None) -> bool:
@@ -203,7 +209,7 @@ class Gates(nn.Module):
         return not self.rule.takes_k or (self.settings.top_k > 1 and (k != 1 or not self.settings.random_top_k))
 
     @torch.no_grad()
-    def even_out(self, loads: Tensor, rate: float) -> None:
+    def update_selection_bias(self, loads: Tensor, rate: float) -> None:
         """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks;
         not those of experts that are masked or being let in, which would make up for what keeps them out.
         """
@@ -213,12 +219,12 @@ class Gates(nn.Module):
         self.selection_bias.copy_(torch.where(settled, moved, self.selection_bias))
 
     @torch.no_grad()
-    def let_in(self, steps: int) -> None:
+    def advance_ramp(self, steps: int) -> None:
         """Lets added experts in a little more: `steps` calls let them in fully."""
         self.ramp.sub_(1 / steps).clamp_(min=0)
 
 
-def keep_some(keep: Tensor, allowed: Tensor) -> Tensor:
+def restrict_unless_empty(keep: Tensor, allowed: Tensor) -> Tensor:
     """(..., E) bool: what is kept of what is allowed, or all of it where nothing would be kept."""
     kept_here = keep & allowed
     return torch.where(kept_here.any(-1, keepdim=True), kept_here, allowed)
@@ -240,7 +246,7 @@ class Experts(nn.Module):
         self.activate: Callable[[Tensor], Tensor] = getattr(functional, settings.activation)
         self.normalize, self.compute = settings.normalize, settings.compute
         widths = [inputs, *settings.units]
-        self.weights_each = sum(width * below for below, width in pairwise(widths))
+        self.weights_per_expert = sum(width * below for below, width in pairwise(widths))
         self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -261,39 +267,44 @@ class Experts(nn.Module):
         return self._normalised(x)
 
     def mix(
-        self, hidden: Tensor, weights: Tensor, used: Tensor | None, alone: bool = False, most: int | None = None
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        used: Tensor | None,
+        force_grouped: bool = False,
+        max_per_row: int | None = None,
     ) -> Tensor:
         """(B, H), weights (B, G, E) float32 -> (B, G, U), the experts' weighted sum for each gate.
 
         used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert only on
         rows that use it, whatever `compute` says. most: experts that a row uses, at most; None if not known.
         """
-        if used is None or not (alone or self.runs_sparse(for_products(hidden), used, most)):
+        if used is None or not (force_grouped or self.uses_grouped(cast_for_matmul(hidden), used, max_per_row)):
             experts = self(hidden)
             return torch.bmm(weights.to(experts.dtype), experts)
-        hidden = for_products(hidden)
+        hidden = cast_for_matmul(hidden)
         # In half precision oneDNN prepares products anew for each new number of rows, which takes as long as the
         # product of some hundred rows: whole blocks of rows keep these numbers few.
-        block = BLOCK if used.is_cuda else 2 * BLOCK if hidden.dtype.itemsize == 2 else 1
-        # With `most`, every expert has a row at least: of one that may be broken, none must be read.
-        dispatch = Dispatch.of(used, block, most if used.is_cuda and not alone else None)
+        block = GROUPED_MM_ALIGNMENT if used.is_cuda else 2 * GROUPED_MM_ALIGNMENT if hidden.dtype.itemsize == 2 else 1
+        # With `max_per_row`, every expert has a row at least: of one that may be broken, none must be read.
+        dispatch = Dispatch.of(used, block, max_per_row if used.is_cuda and not force_grouped else None)
         return dispatch.combine(self.run(hidden, dispatch), weights)
 
-    def runs_sparse(self, hidden: Tensor, used: Tensor, most: int | None) -> bool:
+    def uses_grouped(self, hidden: Tensor, used: Tensor, max_per_row: int | None) -> bool:
         """Whether `mix` runs experts on their own rows only, where (B, E) of them are in use."""
-        if self.compute == "dense" or (used.is_cuda and not (most is not None and multiplies_by_expert(hidden))):
+        if self.compute == "dense" or (used.is_cuda and not (max_per_row is not None and supports_grouped_mm(hidden))):
             return False
         if self.compute == "grouped":
             return True
         if used.is_cuda:  # counting them would make the host wait
-            return most is not None and most <= ONE_PRODUCT_BELOW * self.count
-        return self.weights_each >= GROUPED_FROM_WEIGHTS or int(used.sum()) <= GROUPED_BELOW * used.numel()
+            return max_per_row is not None and max_per_row <= GROUPED_MAX_FRACTION_GPU * self.count
+        return self.weights_per_expert >= GROUPED_MIN_WEIGHTS or int(used.sum()) <= GROUPED_MAX_FRACTION * used.numel()
 
     def _normalised(self, outputs: Tensor) -> Tensor:
         return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalize else outputs
 
 
-def set_compute(model: nn.Module, compute: Compute) -> None:
+def set_compute(model: nn.Module, compute: ComputeMode) -> None:
     """Makes all levels compute their experts in this way."""
     for each in model.modules():
         if isinstance(each, Experts):

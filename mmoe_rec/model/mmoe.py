@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import Batch, Events, draw_uniform
+from mmoe_rec.batches.batch import AttentionEvents, Batch, draw_uniform
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.attention import Histories
+from mmoe_rec.model.attention import HistoryAttention
 from mmoe_rec.model.levels import Gates, Level
+from mmoe_rec.model.matmul import Linear, StackedLinear, cast_for_matmul
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
-from mmoe_rec.model.tables import by_name, look_at_events
+from mmoe_rec.model.tables import mean_embeddings, pool_histories
 from mmoe_rec.model.trees import Trees
 from mmoe_rec.settings import model as section
 
 # torchrec's pipeline traces the model down to its parts, and these are some.
-torch.fx.wrap("by_name")
-torch.fx.wrap("look_at_events")
+torch.fx.wrap("mean_embeddings")
+torch.fx.wrap("pool_histories")
 
 
 class Outputs(NamedTuple):
@@ -60,20 +60,20 @@ class RankingModel(nn.Module):
     def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: "Mixture") -> None:
         super().__init__()
         self.tables = tables
-        self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.look_ups()]}
-        self.histories = [(each.length, [name for name, _ in layout.parts(each)]) for each in layout.attention]
+        self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.lookup_inputs()]}
+        self.histories = [(each.length, [name for name, _ in layout.history_inputs(each)]) for each in layout.attention]
         self.id_names = {placement: layout.id_names(placement) for placement in (False, True)}
         is_placement = torch.tensor([each.placement for each in layout.dense], dtype=torch.bool)
         self.dense_columns = nn.Buffer((~is_placement).nonzero()[:, 0], persistent=False)
         self.placement_columns = nn.Buffer(is_placement.nonzero()[:, 0], persistent=False)
         units = torch.float64 if any(task.kind.is_linear for task in layout.tasks) else torch.float32
-        deviations, means = zip(*((task.deviation, task.mean) for task in layout.tasks), strict=True)
+        deviations, means = zip(*((task.std, task.mean) for task in layout.tasks), strict=True)
         self.scale = nn.Buffer(torch.tensor(deviations, dtype=units), persistent=False)
         self.mean = nn.Buffer(torch.tensor(means, dtype=units), persistent=False)
         self.mixture = mixture
         self.names = [task.name for task in layout.tasks]
         self.width = layout.width(placement=False)
-        self.trees_ids = layout.single_ids()
+        self.tree_id_names = layout.single_ids()
 
     @property
     def visible_experts(self) -> Tensor:
@@ -89,9 +89,9 @@ class RankingModel(nn.Module):
     def forward(self, batch: Batch, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
         """Logits and routings of a batch; the options are those of `Mixture`. Over sharded tables a collective call."""
         inputs, placement, events = self._look_up(batch)
-        return self.of_inputs(inputs, placement, top_k, usable, events)
+        return self.forward_inputs(inputs, placement, top_k, usable, events)
 
-    def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def concat_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order, with trees also single ids; and
         its placement, (B, P)."""
         inputs, placement, events = self._look_up(batch)
@@ -100,46 +100,48 @@ class RankingModel(nn.Module):
             inputs = self.mixture.histories(inputs, events, events.vectors)
         return inputs, placement
 
-    def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, Events | None]:
-        """What `side_by_side` gives, with means for what attention pools, and the events of these."""
+    def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionEvents | None]:
+        """What `concat_inputs` gives, with means for what attention pools, and the events of these."""
         pooled = self.tables(batch.ids)
-        embeddings = by_name(pooled, self.dims, batch.ragged, batch.shares)  # of each id input (B, its dim)
+        embeddings = mean_embeddings(
+            pooled, self.dims, batch.ragged_inputs, batch.pooling_weights
+        )  # of each id input (B, its dim)
         events = None
         if self.histories:
             assert batch.events is not None
-            embeddings, events = look_at_events(embeddings, batch.events, self.histories, batch.dense)
+            embeddings, events = pool_histories(embeddings, batch.events, self.histories, batch.dense)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         if self.trees is not None:
-            ids = [batch.ids.column(name)[0][:, None] for name in self.trees_ids]
+            ids = [batch.ids.column(name)[0][:, None] for name in self.tree_id_names]
             inputs = torch.cat([inputs, *(each.to(inputs) for each in ids)], dim=1)
         return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns), events
 
-    def of_inputs(
+    def forward_inputs(
         self,
         inputs: Tensor,
         placement: Tensor | None,
         top_k: int | None = None,
         usable: Tensor | None = None,
-        events: Events | None = None,
+        events: AttentionEvents | None = None,
     ) -> Outputs:
-        """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only. events: of
+        """Logits and routings of inputs as `concat_inputs` gives them; placement is read in training only. events: of
         histories that attention has not pooled yet."""
         of_network = inputs if self.trees is None else inputs[:, : self.width]
         # Vectors are arguments of their own: where these enter the mixture, training cuts the graph in front of tables.
         vectors = [] if events is None else [events.vectors[each] for each in range(len(self.histories))]
         outputs = self.mixture(of_network, placement, top_k, usable, *((events, *vectors) if vectors else ()))
-        return self.finish(inputs, outputs)
+        return self.postprocess(inputs, outputs)
 
-    def finish(self, inputs: Tensor, outputs: Outputs) -> Outputs:
-        """The model's outputs from its inputs, see `side_by_side`, and those of its mixture."""
-        logits = self.in_units(outputs.logits)
+    def postprocess(self, inputs: Tensor, outputs: Outputs) -> Outputs:
+        """The model's outputs from its inputs, see `concat_inputs`, and those of its mixture."""
+        logits = self.to_label_units(outputs.logits)
         if self.trees is None:
             return outputs._replace(logits=logits)
         grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names)
-        grown = self.in_units(grown.to(logits))
+        grown = self.to_label_units(grown.to(logits))
         return outputs._replace(logits=self.trees.blend(logits, grown, self.names))
 
-    def in_units(self, logits: Tensor) -> Tensor:
+    def to_label_units(self, logits: Tensor) -> Tensor:
         """(B, T) with those of a regression in the label's own unit, in float64; of binary tasks alone as they are."""
         if self.mean.dtype == torch.float32:
             return logits
@@ -165,7 +167,7 @@ class Mixture(nn.Module):
         raw_inputs: bool = False,
     ) -> None:
         super().__init__()
-        self.histories: Histories | None = None
+        self.histories: HistoryAttention | None = None
         self.bottom = bottom
         self.levels = nn.ModuleList(levels)
         self.towers = towers
@@ -176,13 +178,13 @@ class Mixture(nn.Module):
         """(B, P) -> (B, T) what the placement tower adds in training; None without such inputs."""
         return None if self.placement is None else self.placement(placement)
 
-    def each_level(self) -> list[Level]:
+    def expert_levels(self) -> list[Level]:
         return [module for module in self.levels if isinstance(module, Level)]
 
     @property
     def gates(self) -> list[Gates]:
         """The gates of each level, the last level's last."""
-        return [level.gates for level in self.each_level()]
+        return [level.gates for level in self.expert_levels()]
 
     def forward(
         self,
@@ -190,20 +192,21 @@ class Mixture(nn.Module):
         placement: Tensor | None,
         top_k: int | None = None,
         usable: Tensor | None = None,
-        events: Events | None = None,
+        events: AttentionEvents | None = None,
         *vectors: Tensor,
     ) -> Outputs:
         """inputs (B, sum of widths), placement (B, P), which counts in training only -> logits and routings.
 
         top_k: experts per row and gate, outside training, instead of the model's own number; usable: (E,) bool, the
-        only experts that may be run; events, vectors: see `Histories`, where inputs hold no more than means of these.
+        only experts that may be run; events, vectors: see `HistoryAttention`, where inputs hold no more than means of
+        these.
         """
         if events is not None:
             assert self.histories is not None
             inputs = self.histories(inputs, events, vectors)
         hidden = self.bottom(inputs)  # (B, H)
         gate_inputs = [hidden]
-        rounded = for_products(hidden)
+        rounded = cast_for_matmul(hidden)
         expert_inputs = [torch.cat([rounded, inputs.to(rounded.dtype)], dim=1) if self.raw_inputs else rounded]
         routings = []
         for level in self.levels:
@@ -226,29 +229,31 @@ class Bottom(nn.Module):
     def __init__(self, inputs: int, edges: Sequence[Sequence[float]], settings: section.Bottom) -> None:
         super().__init__()
         self.dense = len(edges)
-        self.crosses = Crosses(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
-        bends = settings.piecewise and any(len(each) > 1 for each in edges)
-        self.bends = PiecewiseLinear(edges) if bends else None
-        width = inputs + (len(self.bends.column) if self.bends else 0)
+        self.crosses = (
+            CrossNetwork(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
+        )
+        piecewise_linear = settings.piecewise and any(len(each) > 1 for each in edges)
+        self.piecewise_linear = PiecewiseLinear(edges) if piecewise_linear else None
+        width = inputs + (len(self.piecewise_linear.column) if self.piecewise_linear else 0)
         self.layers = mlp(width, settings.units, settings.dropout)
         self.outputs = settings.units[-1] if settings.units else width
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, W) float32 -> (B, H)."""
         crossed = x if self.crosses is None else self.crosses(x)  # (B, W)
-        if self.bends is None:
+        if self.piecewise_linear is None:
             return self.layers(crossed)
-        bends = self.bends(x[:, -self.dense :])
+        piecewise_linear = self.piecewise_linear(x[:, -self.dense :])
         if not self.layers:
-            return torch.cat([crossed, bends.to(crossed.dtype)], dim=1)
+            return torch.cat([crossed, piecewise_linear.to(crossed.dtype)], dim=1)
         first, *others = self.layers
-        hidden: Tensor = first(crossed, bends)
+        hidden: Tensor = first(crossed, piecewise_linear)
         for layer in others:
             hidden = layer(hidden)
         return hidden
 
 
-class Crosses(nn.Module):
+class CrossNetwork(nn.Module):
     """Feature crosses: DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
 
     x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l, for `layers` layers of the given rank.
@@ -298,7 +303,7 @@ def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
 
 
 class RowDropout(nn.Dropout):
-    """Dropout of (B, W) that draws for rows, see `mmoe_rec.batches.batch.draws_of`."""
+    """Dropout of (B, W) that draws for rows, see `mmoe_rec.batches.batch.seeded_draws`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -362,7 +367,7 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
         torch.manual_seed(seed)
         widths = layout.width(placement=False), layout.width(placement=True)
         mixture = build_mixture(widths[0], edges, widths[1], len(layout.tasks), model)
-        mixture.histories = Histories(layout) if layout.attention else None
+        mixture.histories = HistoryAttention(layout) if layout.attention else None
     return RankingModel(tables, layout, mixture)
 
 

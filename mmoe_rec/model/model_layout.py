@@ -8,17 +8,17 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Attention, IdInput, Layout, Table, TaskOutput, input_of_place
-from mmoe_rec.settings.log_columns import CHOICES
+from mmoe_rec.features.layout import AttentionHistory, IdInput, Layout, TableSpec, TaskOutput, position_input
+from mmoe_rec.settings.log_columns import MODEL_CHOICES
 
 if TYPE_CHECKING:
     from mmoe_rec.settings.sections import Settings
 
-T = TypeVar("T", Table, TaskOutput)
+T = TypeVar("T", TableSpec, TaskOutput)
 
 
 @dataclass(frozen=True)
-class EmbeddingTable(Table):
+class EmbeddingTable(TableSpec):
     """An embedding table: `rows` x `dim` float32."""
 
     dim: int
@@ -42,7 +42,7 @@ class ModelLayout(Layout):
 
     tables: tuple[EmbeddingTable, ...]
     tasks: tuple[ModelTask, ...]
-    attention: tuple[Attention, ...] = ()
+    attention: tuple[AttentionHistory, ...] = ()
 
     @staticmethod
     def of(layout: Layout, settings: "Settings") -> "ModelLayout":
@@ -61,21 +61,24 @@ class ModelLayout(Layout):
             chosen = settings.tasks.get(task.name)
             if chosen is None:
                 raise _unknown("task", task.name)
-            choices = {name: getattr(chosen, name) for name in CHOICES["tasks"]}
+            choices = {name: getattr(chosen, name) for name in MODEL_CHOICES["tasks"]}
             tasks.append(ModelTask(**vars(task), **choices))
         features: dict[str, Any] = {each.name: settings.features.get(each.name) for each in layout.ids}
         asked = {name: each for name, each in features.items() if getattr(each, "pooling", None) == "attention"}
-        pooled = (Attention(name, each.length) for name, each in asked.items())
+        pooled = (AttentionHistory(name, each.length) for name, each in asked.items())
         # Where what is looked at is left out, a history is pooled by its mean.
-        attention = tuple(each for each in pooled if any(partner for _, partner in layout.parts(each)))
+        attention = tuple(each for each in pooled if any(partner for _, partner in layout.history_inputs(each)))
         return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks), attention)
 
-    def of_rows(self) -> Layout:
+    def row_layout(self) -> Layout:
 
         def plain(kind: type[T], of: T) -> T:
             return kind(**{each.name: getattr(of, each.name) for each in fields(kind)})
 
-        tables, tasks = (plain(Table, each) for each in self.tables), (plain(TaskOutput, each) for each in self.tasks)
+        tables, tasks = (
+            (plain(TableSpec, each) for each in self.tables),
+            (plain(TaskOutput, each) for each in self.tasks),
+        )
         return Layout(tuple(tables), self.ids, self.dense, tuple(tasks))
 
     def table(self, name: str) -> EmbeddingTable:
@@ -88,17 +91,17 @@ class ModelLayout(Layout):
 
     def id_names(self, placement: bool) -> list[str]:
         """As of any layout, but all that attention pools of a history is one input, of the history's name."""
-        others = {name for each in self.attention for name, _ in self.parts(each)[1:]}
+        others = {name for each in self.attention for name, _ in self.history_inputs(each)[1:]}
         return [name for name in super().id_names(placement) if name not in others]
 
-    def look_ups(self) -> list[IdInput]:
+    def lookup_inputs(self) -> list[IdInput]:
         """The inputs of sharded tables, which add up all ids of a row: where attention looks at each event, the ids at
         each place of a list are an input of their own."""
-        lengths = {name: each.length for each in self.attention for name, _ in self.parts(each)}
+        lengths = {name: each.length for each in self.attention for name, _ in self.history_inputs(each)}
         found = list[IdInput]()
         for each in self.ids:
             places = range(lengths.get(each.name, 0))
-            found += [IdInput(input_of_place(each.name, place), each.table) for place in places] or [each]
+            found += [IdInput(position_input(each.name, place), each.table) for place in places] or [each]
         return found
 
 

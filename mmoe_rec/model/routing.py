@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Gated:
+class GateOutput:
     """What a rule chooses from: what gates made of B rows.
 
     gates: (B, G, E) float32 logits; routers: (B, R, E) float32 logits of the gates, or of the one router that chooses
@@ -31,8 +31,8 @@ class Gated:
     None for a rule that takes no k.
     """
 
-    gates: Tensor
-    routers: Tensor
+    gate_logits: Tensor
+    router_logits: Tensor
     probabilities: Tensor
     allowed: Tensor
     bias: Tensor
@@ -51,7 +51,7 @@ class Routing(NamedTuple):
     probabilities: Tensor
     selected: Tensor | None
     logits: Tensor
-    at_most: int | None = None
+    max_selected: int | None = None
 
     def used(self) -> Tensor | None:
         """(B, E) bool, the experts that some gate chose for a row; None where all are."""
@@ -65,29 +65,29 @@ class RoutingRule(ABC):
     """What settings call it."""
     summary: str
     """What the help says of it after "mix"."""
-    mixes_all = False
+    selects_all = False
     """A row goes to all experts in training: a copy of an expert can share its weight, and none can starve."""
     takes_k = True
     """`gates.top_k` says how many experts each row gets in training."""
-    takes_bias = False
-    """`Gated.bias` moves what is selected, so that `gates.balance: bias` can even loads."""
-    rows_compete = False
+    uses_selection_bias = False
+    """`GateOutput.bias` moves what is selected, so that `gates.balance: bias` can even loads."""
+    depends_on_batch = False
     """A row's experts depend on the batch's other rows: the rule is for training, and scoring takes the k largest."""
-    k_a_row = False
-    """A router selects at most `Gated.k` experts for a row, so that a GPU can make room for them beforehand."""
-    one_router = False
+    selects_at_most_k = False
+    """A router selects at most `GateOutput.k` experts for a row, so that a GPU can make room for them beforehand."""
+    shared_router = False
     """One router chooses for all tasks, which then see the same experts."""
 
     @abstractmethod
-    def select(self, gated: Gated) -> Tensor | None:
+    def select(self, gated: GateOutput) -> Tensor | None:
         """(B, R, E) bool, the experts of each row; None for all. Never one of probability 0."""
 
-    def weigh(self, gated: Gated, selected: Tensor | None, renormalise: bool) -> Tensor:
+    def weigh(self, gated: GateOutput, selected: Tensor | None, renormalize: bool) -> Tensor:
         """(B, G, E) float32, each gate's weights of the selected experts, 0 elsewhere.
 
-        renormalise: whether the weights of a row sum to 1, or to the probability of what was selected.
+        renormalize: whether the weights of a row sum to 1, or to the probability of what was selected.
         """
-        return gated.probabilities if selected is None else keep_selected(gated.probabilities, selected, renormalise)
+        return gated.probabilities if selected is None else keep_selected(gated.probabilities, selected, renormalize)
 
 
 def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous() * some
 
 
-def largest(gated: Gated) -> Tensor:
+def select_top_k(gated: GateOutput) -> Tensor:
     """(B, R, E) bool: each router's k experts of largest log probability plus bias. Never one of probability 0."""
     import torch
 
@@ -110,12 +110,12 @@ def largest(gated: Gated) -> Tensor:
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, chosen, True) & (probabilities > 0)
 
 
-def keep_selected(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
+def keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) -> Tensor:
     """The selected probabilities, 0 elsewhere, and if asked for divided by their sum."""
     import torch
 
     weights = probabilities * selected
-    if not renormalise:
+    if not renormalize:
         return weights
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
@@ -124,37 +124,37 @@ def keep_selected(probabilities: Tensor, selected: Tensor, renormalise: bool) ->
 # a mean over rows.
 
 
-def expert_loads(routing: Routing, counted: Tensor) -> Tensor:
+def expert_loads(routing: Routing, row_mask: Tensor) -> Tensor:
     """(E,) float32: each expert's share of all routers' choices together, or its mean probability where every expert is
     used; without gradient. Evenness within each task would forbid tasks to use different experts.
 
-    counted: (B,) float32, 1 for a row that counts and 0 for another.
+    row_mask: (B,) float32, 1 for a row that counts and 0 for another.
     """
     import torch
 
     if routing.selected is None:
-        loads = torch.tensordot(counted, routing.probabilities.detach(), dims=1) / counted.sum().clamp(min=1)
+        loads = torch.tensordot(row_mask, routing.probabilities.detach(), dims=1) / row_mask.sum().clamp(min=1)
     else:
-        chosen = torch.tensordot(counted, routing.selected.float(), dims=1)
+        chosen = torch.tensordot(row_mask, routing.selected.float(), dims=1)
         loads = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
     return loads.mean(0)
 
 
-def balance_loss(routing: Routing, loads: Tensor, shares: Tensor) -> Tensor:
+def balance_loss(routing: Routing, loads: Tensor, row_weights: Tensor) -> Tensor:
     """E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4): 1 where all are even. loads:
     (E,) of `expert_loads`, over all ranks.
     """
     import torch
 
-    importance = torch.tensordot(shares, routing.probabilities.mean(1), dims=1)
+    importance = torch.tensordot(row_weights, routing.probabilities.mean(1), dims=1)
     return importance.shape[0] * (loads * importance).sum()
 
 
-def z_loss(routing: Routing, shares: Tensor) -> Tensor:
+def z_loss(routing: Routing, row_weights: Tensor) -> Tensor:
     """Mean squared logsumexp of the routers' logits (Zoph et al., 2022, eq. 5), which keeps logits small."""
     import torch
 
-    return torch.tensordot(shares, routing.logits.logsumexp(-1).square().mean(1), dims=1)
+    return torch.tensordot(row_weights, routing.logits.logsumexp(-1).square().mean(1), dims=1)
 
 
 # The rules themselves.
@@ -165,10 +165,10 @@ class Soft(RoutingRule):
 
     name = "soft"
     summary = "all experts"
-    mixes_all = True
+    selects_all = True
     takes_k = False
 
-    def select(self, gated: Gated) -> None:
+    def select(self, gated: GateOutput) -> None:
         """Selects all experts."""
 
 
@@ -177,11 +177,11 @@ class TopK(RoutingRule):
 
     name = "top_k"
     summary = "the k best of each task's gate"
-    takes_bias = True
-    k_a_row = True
+    uses_selection_bias = True
+    selects_at_most_k = True
 
-    def select(self, gated: Gated) -> Tensor:
-        return largest(gated)
+    def select(self, gated: GateOutput) -> Tensor:
+        return select_top_k(gated)
 
 
 class ExpertChoice(RoutingRule):
@@ -191,9 +191,9 @@ class ExpertChoice(RoutingRule):
 
     name = "expert_choice"
     summary = "in training the rows that each expert wants most"
-    rows_compete = True
+    depends_on_batch = True
 
-    def select(self, gated: Gated) -> Tensor:
+    def select(self, gated: GateOutput) -> Tensor:
         import torch
 
         assert gated.k is not None
@@ -216,15 +216,15 @@ class SharedRoute(TopK):
 
     name = "shared_route"
     summary = "k experts chosen for all tasks together"
-    one_router = True
+    shared_router = True
 
-    def weigh(self, gated: Gated, selected: Tensor | None, renormalise: bool) -> Tensor:
+    def weigh(self, gated: GateOutput, selected: Tensor | None, renormalize: bool) -> Tensor:
         """Each gate's softmax over the selected."""
         assert selected is not None
         # The router's logits are part of the weights, or it would get no gradient.
-        weights = masked_softmax(gated.gates + gated.routers, selected)
-        if not renormalise:
-            weights = weights * keep_selected(gated.probabilities, selected, renormalise=False).sum(-1, keepdim=True)
+        weights = masked_softmax(gated.gate_logits + gated.router_logits, selected)
+        if not renormalize:
+            weights = weights * keep_selected(gated.probabilities, selected, renormalize=False).sum(-1, keepdim=True)
         return weights
 
 
@@ -232,6 +232,6 @@ RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]
 """The rules that settings may name."""
 
 
-def rule_named(name: str) -> RoutingRule:
+def get_rule(name: str) -> RoutingRule:
     """The rule that settings call by this name, which they have checked."""
     return next(rule for rule in RULES if rule.name == name)

@@ -29,27 +29,27 @@ def log_predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
     return _by_kind(logits, kinds, lambda kind: kind.log_prediction(logits))
 
 
-def logits_of(values: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
+def predictions_to_logits(values: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
     """(B, T) predictions -> (B, T) finite logits, by the kind of each task."""
     return _by_kind(values, kinds, lambda kind: kind.logits(values))
 
 
-def joint_logit(given: Tensor, conditional: Tensor) -> Tensor:
+def joint_logit(condition: Tensor, conditional: Tensor) -> Tensor:
     """Logit of p q, two probabilities' product, from their logits a and b: -log(e^-a + e^-b + e^-(a + b)). Exact for
     any logits, as nothing is subtracted from 1.
     """
-    return -torch.logaddexp(torch.logaddexp(-given, -conditional), -(given + conditional))
+    return -torch.logaddexp(torch.logaddexp(-condition, -conditional), -(condition + conditional))
 
 
-def add_outcomes(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+def add_joint_predictions(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """Predictions (N, T) by name of the task; then for each task with `conditional_on`, which predicts the probability
     given the other one, that of both: `GIVEN_and_TASK`, (N,).
     """
     tasks = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
-    return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in layout.outcomes.items()}
+    return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in layout.joint_outcomes.items()}
 
 
-def fuse(logits: Tensor, kinds: Sequence[TaskKind], score_weights: Sequence[float]) -> Tensor:
+def compute_log_scores(logits: Tensor, kinds: Sequence[TaskKind], score_weights: Sequence[float]) -> Tensor:
     """(B, T) logits -> (B,) log score: sum over tasks of weight x log prediction.
 
     Rank by the log score: its exponential, the score, may be too small for float32 where the log is not.
@@ -66,7 +66,7 @@ def _by_kind(logits: Tensor, kinds: Sequence[TaskKind], values_of: Callable[[Tas
     return torch.stack([values[kind][..., task] for task, kind in enumerate(kinds)], dim=-1) if others else first
 
 
-def scores_from_logs(log_scores: np.ndarray) -> np.ndarray:
+def scores_from_log_scores(log_scores: np.ndarray) -> np.ndarray:
     """(N,) float64 scores of (N,) log scores; what is too large for a float64 becomes the largest."""
     return np.exp(np.minimum(log_scores, _LARGEST_LOG))
 
@@ -97,12 +97,12 @@ class TaskCalibration:
             raise ValueError("knots and slope must rise")
 
     @staticmethod
-    def line(slope: float, offset: float) -> "TaskCalibration":
+    def linear(slope: float, offset: float) -> "TaskCalibration":
         """slope x logit + offset."""
         return TaskCalibration((0.0,), (offset,), slope)
 
     @property
-    def steepest(self) -> float:
+    def max_slope(self) -> float:
         knots = zip(pairwise(self.logits), pairwise(self.calibrated), strict=True)
         return max([self.slope, *((high - low) / (right - left) for (left, right), (low, high) in knots)])
 

@@ -2,8 +2,8 @@
 
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
 `mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, and give, read by
-`by_name`, the mean of an input's ids (no id gives zeros). The latter's state is as wide as kernels need it, see
-`stored_width`; and it adds ids up, as kernels that average them are slow on some processors: `by_name` divides.
+`mean_embeddings`, the mean of an input's ids (no id gives zeros). The latter's state is as wide as kernels need it, see
+`padded_dim`; and it adds ids up, as kernels that average them are slow on some processors: `mean_embeddings` divides.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import Events, KeyedIds
-from mmoe_rec.features.layout import input_of_place
+from mmoe_rec.batches.batch import AttentionEvents, KeyedIds
+from mmoe_rec.features.layout import position_input
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 
 # New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
-INITIAL_DEVIATION = 0.01
+INITIAL_STD = 0.01
 # Rows that share a generator. A rank fills any range of rows by drawing only the blocks that the range touches.
 BLOCK_ROWS = 65_536
-Pooled = tuple[list[str], list[int], Tensor]
+PooledEmbeddings = tuple[list[str], list[int], Tensor]
 """Names of inputs, the width of each, and the sums of their embeddings side by side, (B, sum of widths) float32."""
 
 
@@ -44,7 +44,7 @@ def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Ten
         begin, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table.rows)
         key = hashlib.blake2b(f"{seed}/{table.name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-        drawn = torch.empty(end - begin, table.dim).normal_(0.0, INITIAL_DEVIATION, generator=generator)
+        drawn = torch.empty(end - begin, table.dim).normal_(0.0, INITIAL_STD, generator=generator)
         low, high = max(first, begin), min(last, end)
         weights[low - first : high - first] = drawn[low - begin : high - begin]
     return weights
@@ -62,7 +62,7 @@ class PlainTables(nn.Module):
                 weight, freeze=False, mode="mean", include_last_offset=True
             )
         self.table_of = {each.name: each.table for each in layout.ids}
-        self._looked_at = {name for each in layout.attention for name, _ in layout.parts(each)}
+        self._looked_at = {name for each in layout.attention for name, _ in layout.history_inputs(each)}
 
     def forward(self, ids: KeyedIds) -> dict[str, Tensor]:
         """Mean embedding of every input: name -> (B, dim) float32; (E, dim) of each id where attention looks at it."""
@@ -76,14 +76,14 @@ class PlainTables(nn.Module):
     def rows(self, table: str, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., dim) float32 of a table."""
         bag: Any = self.embedding_bags[table]
-        return bag.rows(ids) if isinstance(bag, Int8Bag) else functional.embedding(ids, bag.weight)
+        return bag.rows(ids) if isinstance(bag, Int8EmbeddingBag) else functional.embedding(ids, bag.weight)
 
 
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
     Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
-    KeyedJaggedTensor and gives sums, to be read by `by_name`, as their order follows the sharding plan.
+    KeyedJaggedTensor and gives sums, to be read by `mean_embeddings`, as their order follows the sharding plan.
     """
     tables = used_tables(layout)
     if not tables:
@@ -94,8 +94,8 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
         EmbeddingBagConfig(
             name=table.name,
             num_embeddings=table.rows,
-            embedding_dim=stored_width(table.dim),
-            feature_names=[each.name for each in layout.look_ups() if each.table == table.name],
+            embedding_dim=padded_dim(table.dim),
+            feature_names=[each.name for each in layout.lookup_inputs() if each.table == table.name],
             pooling=PoolingType.SUM,
             init_fn=nn.init.zeros_,  # torchrec's own would draw from the global generator, differently on each rank
         )
@@ -104,11 +104,13 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
     return EmbeddingBagCollection(tables=configs, device=torch.device(device))
 
 
-def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares: Tensor | None) -> dict[str, Tensor]:
+def mean_embeddings(
+    embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares: Tensor | None
+) -> dict[str, Tensor]:
     """Mean embeddings from what a collection of either form gives: input name -> (B, dim) float32.
 
-    embeddings: means by name; or sums, as `Pooled` or torchrec's KeyedTensor. dims: width of each input's embedding;
-    ragged, shares: see `Batch`, of the inputs whose sums have to be divided.
+    embeddings: means by name; or sums, as `PooledEmbeddings` or torchrec's KeyedTensor. dims: width of each input's
+    embedding; ragged, shares: see `Batch`, of the inputs whose sums have to be divided.
     """
     if isinstance(embeddings, dict):
         return embeddings
@@ -119,29 +121,32 @@ def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares
     )
     # One split, whose gradient is one tensor; inputs picked one by one would each give a gradient as wide as all.
     parts = pooled.split(widths, dim=1)
-    sums = {name: from_stored(part, dims[name]) for name, part in zip(names, parts, strict=True)}
+    sums = {name: from_padded(part, dims[name]) for name, part in zip(names, parts, strict=True)}
     if shares is None:
         return sums
     return sums | {name: sums[name] * each[:, None] for name, each in zip(ragged, shares, strict=True)}
 
 
-def look_at_events(
-    embeddings: Mapping[str, Tensor], events: Events, histories: Sequence[tuple[int, Sequence[str]]], rows: Tensor
-) -> tuple[dict[str, Tensor], Events]:
+def pool_histories(
+    embeddings: Mapping[str, Tensor],
+    events: AttentionEvents,
+    histories: Sequence[tuple[int, Sequence[str]]],
+    rows: Tensor,
+) -> tuple[dict[str, Tensor], AttentionEvents]:
     """The embeddings with the mean of each history, which is that of its first input, and the events with what they
     hold.
 
-    embeddings: as `by_name` gives them, of each event, or of each place of lists; histories: the most events of a row
-    of each, and its inputs; rows: (B, ...) what else the same rows have.
+    embeddings: as `mean_embeddings` gives them, of each event, or of each place of lists; histories: the most events of
+    a row of each, and its inputs; rows: (B, ...) what else the same rows have.
     """
     means, vectors, first = dict(embeddings), list[Tensor](), 0
     for (length, names), size in zip(histories, events.sizes, strict=True):
-        row, place, later = (each[first : first + size] for each in (events.rows, events.places, events.later))
+        row, place, later = (each[first : first + size] for each in (events.rows, events.positions, events.later))
         parts = []
         for name in names:
             own = embeddings.get(name)
             if own is None:  # of each place, (B, dim): (B * length, dim), of which some are no events
-                by_row = torch.stack([embeddings[input_of_place(name, each)] for each in range(length)], dim=1)
+                by_row = torch.stack([embeddings[position_input(name, each)] for each in range(length)], dim=1)
                 own = by_row.flatten(0, 1).index_select(0, row * length + place)
             parts.append(own)
         shares = parts[0] / (place + later + 1)[:, None]
@@ -162,22 +167,22 @@ def look_at_events(
 # Only training stores tables so; a trained model, as it is served, started from or evaluated, has D columns.
 
 
-COLUMNS = 4
+COLUMN_MULTIPLE = 4
 
 
-def stored_width(dim: int) -> int:
+def padded_dim(dim: int) -> int:
     """Columns in which a table of that width is stored."""
-    return -(-dim // COLUMNS) * COLUMNS
+    return -(-dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
-def to_stored(weights: Tensor) -> Tensor:
+def to_padded(weights: Tensor) -> Tensor:
     """Rows (N, D) as they are stored: (N, D')."""
     dim = weights.shape[1]
-    width = stored_width(dim)
+    width = padded_dim(dim)
     return weights if width == dim else functional.pad(weights * math.sqrt(width / dim), (0, width - dim))
 
 
-def from_stored(weights: Tensor, dim: int) -> Tensor:
+def from_padded(weights: Tensor, dim: int) -> Tensor:
     """Stored rows (N, D'), or means of such rows, as weights: (N, D)."""
     width = weights.shape[1]
     return weights if width == dim else weights[:, :dim] * math.sqrt(dim / width)
@@ -190,17 +195,17 @@ def from_stored(weights: Tensor, dim: int) -> Tensor:
 # model for Complete Journey, the root mean square of the error is .48% of that of the weights.
 
 
-LARGEST = 127
-SHARING = 16  # numbers, at least, that share a scale
-SCALES = ".scales"  # what a file calls the scales of a weight, behind its name
+INT8_LIMIT = 127
+MIN_WEIGHTS_PER_SCALE = 16  # numbers, at least, that share a scale
+SCALES_SUFFIX = ".scales"  # what a file calls the scales of a weight, behind its name
 
 
-def rows_a_scale(width: int) -> int:
+def rows_per_scale(width: int) -> int:
     """How many rows of so many numbers share a scale."""
-    return -(-SHARING // max(1, width))
+    return -(-MIN_WEIGHTS_PER_SCALE // max(1, width))
 
 
-def quantised(weights: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Float weights (..., D), their rows in order, as codes of that shape, int8, and scales (S,) bfloat16.
 
     Raises ValueError for a number that is not finite.
@@ -209,16 +214,16 @@ def quantised(weights: Tensor) -> tuple[Tensor, Tensor]:
     rows = weights.detach().float().reshape(-1, width)
     if not rows.isfinite().all():
         raise ValueError("a number is not finite")
-    together = rows_a_scale(width)
+    together = rows_per_scale(width)
     blocks = functional.pad(rows, (0, 0, 0, -len(rows) % together)).reshape(-1, together * width)
-    scales = (blocks.abs().amax(1) / LARGEST).bfloat16()
+    scales = (blocks.abs().amax(1) / INT8_LIMIT).bfloat16()
     steps = _of_rows(scales, len(rows), width)
     # A scale is 0 where all is 0, or so near to it that bfloat16 has nothing between.
-    codes = torch.where(steps > 0, rows / steps, 0.0).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    codes = torch.where(steps > 0, rows / steps, 0.0).round().clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)
     return codes.reshape(weights.shape), scales
 
 
-def dequantised(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 weights of codes (..., D) and scales (S,)."""
     rows = codes.reshape(-1, codes.shape[-1])
     return (rows.float() * _of_rows(scales, *rows.shape)).reshape(codes.shape)
@@ -226,19 +231,19 @@ def dequantised(codes: Tensor, scales: Tensor) -> Tensor:
 
 def _of_rows(scales: Tensor, rows: int, width: int) -> Tensor:
     """(rows, 1) float32: each row's scale."""
-    return scales.float().repeat_interleave(rows_a_scale(width))[:rows, None]
+    return scales.float().repeat_interleave(rows_per_scale(width))[:rows, None]
 
 
-class Int8Bag(nn.Module):
+class Int8EmbeddingBag(nn.Module):
     """An embedding table in int8, looked up as `nn.EmbeddingBag` is.
 
-    codes: (N, D) int8; scales: (S,) bfloat16, as `quantised` gives them. Raises ValueError for shapes that don't fit.
+    codes: (N, D) int8; scales: (S,) bfloat16, as `quantize` gives them. Raises ValueError for shapes that don't fit.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = codes.shape  # as `nn.EmbeddingBag` calls them
-        self._together = rows_a_scale(codes.shape[1])
+        self._together = rows_per_scale(codes.shape[1])
         if scales.shape != (-(-len(codes) // self._together),):
             raise ValueError(f"{len(codes)} rows of {codes.shape[1]} numbers don't have {tuple(scales.shape)} scales")
         self.codes, self.scales = nn.Buffer(codes), nn.Buffer(scales)
@@ -246,7 +251,7 @@ class Int8Bag(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(N, D) float32: the whole table."""
-        return dequantised(self.codes, self.scales)
+        return dequantize(self.codes, self.scales)
 
     def rows(self, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., D) float32."""
@@ -261,12 +266,12 @@ class Int8Bag(nn.Module):
         return functional.embedding_bag(places, self.rows(ids), offsets, mode="mean", include_last_offset=True)
 
 
-def name_weight(table: str) -> str:
+def table_weight_name(table: str) -> str:
     """What a file of weights calls a table."""
     return f"tables.embedding_bags.{table}.weight"
 
 
-def take_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8Bag | None:
+def pop_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8EmbeddingBag | None:
     """The table that a file's weights hold under a name, which are taken out; None where they hold none.
 
     Raises KeyError or ValueError for codes without scales that fit.
@@ -275,21 +280,21 @@ def take_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8Ba
     if weight is None:
         return None
     if weight.dtype == torch.int8:
-        return Int8Bag(weight, stored.pop(name + SCALES))
+        return Int8EmbeddingBag(weight, stored.pop(name + SCALES_SUFFIX))
     return nn.EmbeddingBag.from_pretrained(weight, mode="mean", include_last_offset=True)
 
 
-def in_float32(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_float32(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights of a file as they are computed with: those in int8, and in half precision, as float32."""
     weights = {}
     for name, weight in stored.items():
         if weight.dtype == torch.int8:
-            weights[name] = dequantised(weight, stored[name + SCALES])
-        elif not name.endswith(SCALES):
+            weights[name] = dequantize(weight, stored[name + SCALES_SUFFIX])
+        elif not name.endswith(SCALES_SUFFIX):
             weights[name] = weight.float()
     return weights
 
 
-def some_in_int8(names: Iterable[str]) -> bool:
+def has_int8_weights(names: Iterable[str]) -> bool:
     """Whether some weights of a file are in int8, from the names in it."""
-    return any(name.endswith(SCALES) for name in names)
+    return any(name.endswith(SCALES_SUFFIX) for name in names)

@@ -25,11 +25,11 @@ from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.tables import some_in_int8, used_tables
+from mmoe_rec.model.tables import has_int8_weights, used_tables
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.settings.load import explain
+from mmoe_rec.settings.load import describe_errors
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import differences
+from mmoe_rec.settings.sections import diff_settings
 
 # Settings without a weight of their own, by the last part of their name.
 _FREE = frozenset({"dropout", "conditional_on"})
@@ -50,14 +50,14 @@ class WarmStart:
     ) -> None:
         self.folder, self.layout = folder, layout
         with _weights(folder) as weights:
-            if some_in_int8(weights.keys()):
+            if has_int8_weights(weights.keys()):
                 raise UserError(
                     f"the model in '{folder}' is an export in int8, which is too coarse to be trained on: start from "
                     "the model that it was made from"
                 )
         before = ModelLayout.read(folder)
-        old = FeaturePipeline.load(folder / "features", memories=False)
-        new = FeaturePipeline.load(prepared.serving, memories=False)
+        old = FeaturePipeline.load(folder / "features", stores=False)
+        new = FeaturePipeline.load(prepared.serving, stores=False)
         described = _describe(old, before, structure), _describe(new, layout, settings)
         found = next(_misfits(*described, old, new), None)
         if found is not None:
@@ -126,7 +126,7 @@ def _describe(pipeline: FeaturePipeline, layout: ModelLayout, model: Model) -> d
 
 def _misfits(one: dict[str, Any], other: dict[str, Any], old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
     """Yield each difference that keeps weights from fitting, as a part of a sentence."""
-    for where, was, now in differences(one, other):
+    for where, was, now in diff_settings(one, other):
         if where.rpartition(".")[2] not in _FREE:
             yield f"its '{where}' is {was}, and {now} in the settings or features"
     for name, vocabulary in old.vocabularies.items():
@@ -154,7 +154,7 @@ def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighte
     the loss, or else by their weight alone.
     """
     counts = manifest["splits"]["train"]
-    rows, positives = ("weight", "weighted_sum") if weighted else ("given_weight", "given_sum")
+    rows, positives = ("weight", "weighted_sum") if weighted else ("row_weight", "row_weighted_sum")
     rates = []
     for task in tasks:
         observed, positive = counts[rows].get(task.name, 0), counts[positives].get(task.name, 0)
@@ -197,7 +197,7 @@ def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0
     Raises UserError for an expert that is not shared or is out of use.
     """
     generator = torch.Generator().manual_seed(seed)
-    soft = model.gates.rule.mixes_all and model.gates.serving_top_k is None
+    soft = model.gates.rule.selects_all and model.gates.serving_top_k is None
     for expert in copied:
         _check_shared(model, expert, "copied")
         if any(state[name][expert] for name in state if name.endswith("gates.masked")):
@@ -297,4 +297,4 @@ def _with_count(model: Model, count: int) -> Model:
     try:
         return Model.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(explain(error, lambda _: f"with {count} shared experts"))) from None
+        raise UserError("; ".join(describe_errors(error, lambda _: f"with {count} shared experts"))) from None

@@ -13,7 +13,7 @@ def one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def join_tables(tables: Sequence[pa.Table]) -> pa.Table:
+def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
     """The rows of all tables (at least one), in order."""
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if len(tables) > 1 else tables[0]
 
@@ -23,16 +23,16 @@ def rebatch(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     waiting, wanted = list[pa.Table](), rows
     for table in tables:
         while len(table) >= wanted:
-            yield join_tables([*waiting, table.slice(0, wanted)])
+            yield concat_tables([*waiting, table.slice(0, wanted)])
             table, waiting, wanted = table.slice(wanted), [], rows  # noqa: PLW2901 - the rest of it
         if len(table):
             waiting.append(table)
             wanted -= len(table)
     if waiting:
-        yield join_tables(waiting)
+        yield concat_tables(waiting)
 
 
-def filled(array: pa.Array, value: object) -> pa.Array:
+def fill_nulls(array: pa.Array, value: object) -> pa.Array:
     """An array with `value` for nulls; one without nulls is given as it is, while pyarrow would copy it."""
     return array.fill_null(value) if array.null_count else array
 
@@ -55,10 +55,10 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> "Ragged":
         lengths = self.lengths.take(rows)
-        return Ragged(self.values.take(consecutive(self.offsets.take(rows), lengths)), lengths)
+        return Ragged(self.values.take(concat_ranges(self.offsets.take(rows), lengths)), lengths)
 
 
-def consecutive(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def concat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """(sum of lengths,) int64: start, start + 1 and so on of each of N lists, one list after the other."""
     if not lengths.all():
         filled = np.flatnonzero(lengths)
@@ -71,26 +71,26 @@ def consecutive(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class SharedRagged:
+class DedupedRagged:
     """Any number of ids a row, where many rows have the same: row i has list `number[i]`, (N,) int64."""
 
     lists: Ragged
-    number: np.ndarray
+    inverse: np.ndarray
 
-    def take(self, rows: np.ndarray | slice) -> "SharedRagged":
-        return SharedRagged(self.lists, self.number[rows])
+    def take(self, rows: np.ndarray | slice) -> "DedupedRagged":
+        return DedupedRagged(self.lists, self.inverse[rows])
 
     def expand(self) -> Ragged:
         """A list for each row."""
-        return self.lists.take(self.number)
+        return self.lists.take(self.inverse)
 
     @staticmethod
-    def join(parts: "Sequence[SharedRagged]") -> "SharedRagged":
+    def concat(parts: "Sequence[DedupedRagged]") -> "DedupedRagged":
         firsts = np.cumsum([0, *(len(part.lists.lengths) for part in parts)])[:-1]
-        lists = join([part.lists for part in parts])
-        return SharedRagged(lists, np.concatenate([p.number + first for p, first in zip(parts, firsts, strict=True)]))
+        lists = concat_ragged([part.lists for part in parts])
+        return DedupedRagged(lists, np.concatenate([p.inverse + first for p, first in zip(parts, firsts, strict=True)]))
 
 
-def join(parts: Sequence[Ragged]) -> Ragged:
+def concat_ragged(parts: Sequence[Ragged]) -> Ragged:
     """The rows of all parts (at least one), in order."""
     return Ragged(np.concatenate([part.values for part in parts]), np.concatenate([part.lengths for part in parts]))

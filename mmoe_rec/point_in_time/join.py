@@ -33,12 +33,12 @@ def in_window(times: np.ndarray, window: Window) -> np.ndarray:
     return inside
 
 
-def in_any(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
+def in_any_window(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
     """(N,) bool: whether a time lies in one of several windows."""
     return np.any([np.zeros(len(times), bool), *(in_window(times, window) for window in windows)], axis=0)
 
 
-def find_keys(keys: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_keys(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find (N,) uint64 keys among (G,) distinct rising ones.
 
     Returns:
@@ -46,17 +46,17 @@ def find_keys(keys: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """
     if not len(keys):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    number = np.searchsorted(keys, asked)
-    found = (keys.take(number, mode="clip") == asked).nonzero()[0]
+    number = np.searchsorted(keys, queries)
+    found = (keys.take(number, mode="clip") == queries).nonzero()[0]
     return found, number[found]
 
 
-class KnownEvents:
+class SortedEvents:
     """Events sorted by (key, known time); events of one key make a group. key: (E,) uint64; known: (E,) int64
     microseconds."""
 
-    def __init__(self, key: np.ndarray, known: np.ndarray) -> None:
-        self.key, self.known = key, known
+    def __init__(self, key: np.ndarray, available_at: np.ndarray) -> None:
+        self.key, self.available_at = key, available_at
 
     def __len__(self) -> int:
         return len(self.key)
@@ -67,12 +67,12 @@ class KnownEvents:
         return np.append(np.flatnonzero(self._begins), len(self.key)).astype(np.int64)
 
     @cached_property
-    def distinct(self) -> np.ndarray:
+    def unique_keys(self) -> np.ndarray:
         """(G,) uint64 the distinct keys, rising."""
         return self.key[self.starts[:-1]]
 
     @cached_property
-    def number(self) -> np.ndarray:
+    def group_ids(self) -> np.ndarray:
         """(E,) int64 group of each event."""
         return np.cumsum(self._begins) - 1  # `np.repeat` would keep other threads waiting
 
@@ -80,13 +80,13 @@ class KnownEvents:
     def _begins(self) -> np.ndarray:
         return np.append(True, self.key[1:] != self.key[:-1])[: len(self.key)]
 
-    def take(self, kept: np.ndarray) -> "KnownEvents":
+    def take(self, kept: np.ndarray) -> "SortedEvents":
         """The events at (K,) rising indices, or where (E,) bool is true."""
-        return KnownEvents(self.key[kept], self.known[kept])
+        return SortedEvents(self.key[kept], self.available_at[kept])
 
 
 @dataclass(frozen=True)
-class LookUps:
+class Lookups:
     """What N rows ask: D look-ups, distinct and sorted by key, then time, or one for each row.
 
     key: (D,) uint64; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row.
@@ -94,98 +94,98 @@ class LookUps:
 
     key: np.ndarray
     time: np.ndarray
-    number: np.ndarray
+    inverse: np.ndarray
     is_sorted: bool = True
 
     def __len__(self) -> int:
         return len(self.time)
 
     @staticmethod
-    def of_each(keys: np.ndarray, times: np.ndarray) -> "LookUps":
+    def one_per_row(keys: np.ndarray, times: np.ndarray) -> "Lookups":
         """One for each of N rows, which is cheapest for few."""
-        return LookUps(keys, times, np.arange(len(keys)), is_sorted=False)
+        return Lookups(keys, times, np.arange(len(keys)), is_sorted=False)
 
     @staticmethod
-    def sort(keys: np.ndarray, times: np.ndarray) -> "LookUps":
+    def sort(keys: np.ndarray, times: np.ndarray) -> "Lookups":
         """Look-ups of (N,) uint64 keys at (N,) int64 times, in any order."""
         order = np.lexsort((times, keys))
-        return LookUps.in_order(keys[order], times[order], order)
+        return Lookups.from_sorted(keys[order], times[order], order)
 
     @staticmethod
-    def in_order(keys: np.ndarray, times: np.ndarray, order: np.ndarray) -> "LookUps":
+    def from_sorted(keys: np.ndarray, times: np.ndarray, order: np.ndarray) -> "Lookups":
         """Look-ups that are sorted by key and time already; `order`: (N,) int64 the row of each."""
         first = np.append(len(keys) > 0, (keys[1:] != keys[:-1]) | (times[1:] != times[:-1]))
-        number = np.empty(len(keys), np.int64)
-        number[order] = np.cumsum(first) - 1
+        inverse = np.empty(len(keys), np.int64)
+        inverse[order] = np.cumsum(first) - 1
         kept = np.flatnonzero(first)
-        return LookUps(keys[kept], times[kept], number)
+        return Lookups(keys[kept], times[kept], inverse)
 
-    def where(self, wanted: np.ndarray) -> "LookUps":
+    def select_rows(self, wanted: np.ndarray) -> "Lookups":
         """The sorted look-ups of those of the rows, (N,) bool."""
-        number = self.number[wanted]
+        inverse = self.inverse[wanted]
         asked = np.zeros(len(self), bool)
-        asked[number] = True
+        asked[inverse] = True
         kept = np.flatnonzero(asked)
-        return LookUps(self.key[kept], self.time[kept], (np.cumsum(asked) - 1)[number])
+        return Lookups(self.key[kept], self.time[kept], (np.cumsum(asked) - 1)[inverse])
 
-    def as_of(self, floor: int | None) -> "LookUps":
-        """The same look-ups, but none of an earlier time than `floor`."""
-        if floor is None or not len(self) or self.time.min() >= floor:
+    def clamp_times(self, min_time: int | None) -> "Lookups":
+        """The same look-ups, but none of an earlier time than `min_time`."""
+        if min_time is None or not len(self) or self.time.min() >= min_time:
             return self
-        return replace(self, time=np.maximum(self.time, floor))
+        return replace(self, time=np.maximum(self.time, min_time))
 
 
-class Search:
+class SearchJoin:
     """Events and look-ups, each of which is searched by its key, then by its time: a request's few, at a cost that does
     not grow with what is remembered."""
 
-    def __init__(self, events: KnownEvents, asked: LookUps) -> None:
-        self.events, self.asked = events, asked
+    def __init__(self, events: SortedEvents, lookups: Lookups) -> None:
+        self.events, self.lookups = events, lookups
 
     @cached_property
     def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
         """The look-ups whose keys have events: (K,) int64 their numbers, rising, and the groups of these events."""
-        return find_keys(self.events.distinct, self.asked.key)
+        return find_keys(self.events.unique_keys, self.lookups.key)
 
     @cached_property
     def first(self) -> np.ndarray:
         """(D,) int64 first event of each look-up's key, the number of all events where it has none."""
-        first = np.full(len(self.asked), len(self.events))
+        first = np.full(len(self.lookups), len(self.events))
         rows, group = self._remembered
         first[rows] = self.events.starts[group]
         return first
 
-    def last(self, earlier: int = 0) -> np.ndarray:
-        """(D,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
+    def last(self, lag_us: int = 0) -> np.ndarray:
+        """(D,) int64 index of the last event of each look-up's key that was known `lag_us` microseconds before its
         time; -1 for none."""
-        last = np.full(len(self.asked), -1, np.int64)
+        last = np.full(len(self.lookups), -1, np.int64)
         rows, group = self._remembered
         if len(rows):
-            last[rows] = self._last(group, self.asked.time[rows] - earlier)
+            last[rows] = self._last(group, self.lookups.time[rows] - lag_us)
         return last
 
     def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
         starts = self.events.starts
-        return last_known(self.events.known, starts[group], starts[group + 1], times)
+        return last_available(self.events.available_at, starts[group], starts[group + 1], times)
 
 
-class Join(Search):
+class MergeJoin(SearchJoin):
     """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
 
     @cached_property
     def _span(self) -> tuple[int, int]:
         """A moment before all events, and the moments from it to the last one."""
-        first, last = int(self.events.known.min()), int(self.events.known.max())
+        first, last = int(self.events.available_at.min()), int(self.events.available_at.max())
         return first - 1, last - first + 2
 
     @cached_property
     def _known(self) -> np.ndarray:
         origin, moments = self._span
-        return self.events.known - origin + self.events.number * moments
+        return self.events.available_at - origin + self.events.group_ids * moments
 
     def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
         origin, moments = self._span
-        if moments * len(self.events.distinct) >= 2**63:
+        if moments * len(self.events.unique_keys) >= 2**63:
             return super()._last(group, times)
         asked = np.clip(times - origin, 0, moments - 1) + group * moments
         # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
@@ -195,17 +195,17 @@ class Join(Search):
         return before * (before > self.events.starts[group]) - 1
 
 
-def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:
+def last_available(available_at: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:
     """(K,) int64 index of the last of the events from `first` to `end` (exclusive, at least one) that was known at
     each of the `times`; -1 for none. known: (E,) int64, rising from each `first` to its `end`."""
     last = end - 1
     # Most requests are later than all that is remembered of their keys.
-    open_ = (known.take(last) > times).nonzero()[0]
+    open_ = (available_at.take(last) > times).nonzero()[0]
     low, high, asked, earliest = first[open_], last[open_], times[open_], first[open_]
     last[open_] = -1
     while len(open_):
         middle = (low + high) >> 1
-        is_known = known[middle] <= asked
+        is_known = available_at[middle] <= asked
         low, high = np.where(is_known, middle + 1, low), np.where(is_known, high, middle)
         last[open_] = np.where(low > earliest, low - 1, -1)
         left = (low < high).nonzero()[0]
@@ -213,9 +213,9 @@ def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.
     return last
 
 
-def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:
+def availability_times(times: np.ndarray, label_delay_us: int) -> np.ndarray:
     """(N,) int64 microseconds at which the labels of rows requested at `times` become known."""
-    return times + max(1, matures_after)
+    return times + max(1, label_delay_us)
 
 
 # With this many times more events than look-ups, nothing is computed for all events.
@@ -224,51 +224,51 @@ NEVER = np.iinfo(np.int64).min
 
 
 @dataclass(eq=False)
-class Memory(ABC):
+class EventStore(ABC):
     """Events per key.
 
-    floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
-    look-up at an earlier moment is answered as of `floor`. levels: memories of events that came later, the largest
-    first.
+    compacted_at: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
+    look-up at an earlier moment is answered as of `compacted_at`. levels: memories of events that came later, the
+    largest first.
     """
 
-    events: KnownEvents
-    floor: int | None = field(default=None, kw_only=True)
+    events: SortedEvents
+    compacted_at: int | None = field(default=None, kw_only=True)
     levels: tuple[Self, ...] = field(default=(), init=False)
 
     def __len__(self) -> int:
         return len(self.events)
 
-    def join(self, asked: LookUps) -> Search:
+    def join(self, lookups: Lookups) -> SearchJoin:
         """The events beside look-ups of them."""
-        few = len(asked) * _EVENTS_OF_A_SEARCH < len(self.events)
-        return Search(self.events, asked) if few or not asked.is_sorted else Join(self.events, asked)
+        few = len(lookups) * _EVENTS_OF_A_SEARCH < len(self.events)
+        return SearchJoin(self.events, lookups) if few or not lookups.is_sorted else MergeJoin(self.events, lookups)
 
     def with_levels(self, levels: Sequence[Self]) -> Self:
         """Return the same memory with other levels, all of which share the arrays that look-ups search."""
         for each in (self, *levels):
-            _ = each.events.distinct
-        memory = copy(self)
-        memory.levels = tuple(levels)
-        return memory
+            _ = each.events.unique_keys
+        store = copy(self)
+        store.levels = tuple(levels)
+        return store
 
     @abstractmethod
     def merged(self, other: Self) -> Self:
-        """The events of both, of the same kind; as of this one's `floor`."""
+        """The events of both, of the same kind; as of this one's `compacted_at`."""
 
     @abstractmethod
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""
 
     @abstractmethod
-    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> Self:
+    def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> Self:
         """A memory of this one's kind, which `to_columns` gave."""
 
     def _later_floor(self, moment: int) -> int:
-        return moment if self.floor is None else max(moment, self.floor)
+        return moment if self.compacted_at is None else max(moment, self.compacted_at)
 
 
-def at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
+def take_or_default(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
     """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
     if not len(values):
         return np.full(len(index), nothing, values.dtype)
@@ -280,14 +280,14 @@ def at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
     return found
 
 
-LEVELS = 3
-SMALLEST = 32_768  # events up to which a level grows, whatever the size of the next larger one
+MAX_LEVELS = 3
+MIN_LEVEL_SIZE = 32_768  # events up to which a level grows, whatever the size of the next larger one
 _GROWTH = 16
-_MANY = 32 * SMALLEST  # from which on a level takes in more than `SMALLEST` events at a time
+_MANY = 32 * MIN_LEVEL_SIZE  # from which on a level takes in more than `MIN_LEVEL_SIZE` events at a time
 _Level = TypeVar("_Level", bound=Sized)
 
 
-def grown(levels: Sequence[_Level], new: _Level, merged: Callable[[_Level, _Level], _Level]) -> tuple[_Level, ...]:
+def add_level(levels: Sequence[_Level], new: _Level, merged: Callable[[_Level, _Level], _Level]) -> tuple[_Level, ...]:
     """Levels, the largest first, after a further one was taken in; `merged` makes one of a larger and a smaller one."""
     after = [*levels, new]
     while len(after) > 1 and _has_outgrown(list(map(len, after))):
@@ -299,6 +299,6 @@ def grown(levels: Sequence[_Level], new: _Level, merged: Callable[[_Level, _Leve
 def _has_outgrown(sizes: Sequence[int]) -> bool:
     """True if the last level, of as many events, belongs into the one before it."""
     largest, larger, small = sizes[0], *sizes[-2:]
-    levels = LEVELS if largest >= _MANY else LEVELS - 1
-    most = SMALLEST if len(sizes) == levels else SMALLEST * _GROWTH
+    levels = MAX_LEVELS if largest >= _MANY else MAX_LEVELS - 1
+    most = MIN_LEVEL_SIZE if len(sizes) == levels else MIN_LEVEL_SIZE * _GROWTH
     return len(sizes) > levels or small >= min(larger, max(most, larger // _GROWTH))

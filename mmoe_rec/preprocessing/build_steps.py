@@ -1,6 +1,6 @@
 """The steps of a feature build, each a job of independent tasks on an engine: requests, count, look up, encode.
 
-    requests parts of the log      -> one time for each request (see `mmoe_rec.preprocessing.requests`)
+    requests parts of the log      -> one time for each request (see `mmoe_rec.preprocessing.request_times`)
     count    parts of the logs     -> counts, merged here; events and look-ups, to partitions of keys through files
     look up  partitions of keys    -> results, to blocks of rows through files; memories, kept
     encode   parts of the log      -> encoded rows
@@ -28,40 +28,40 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from mmoe_rec.devices import freed_memory_kept, keep_freed_memory, usable_cores
+from mmoe_rec.devices import keep_freed_memory, keeping_freed_memory, usable_cores
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import MemoryEncoder
+from mmoe_rec.features.encoder import PointInTimeEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_fault
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_bad_file
 from mmoe_rec.point_in_time.join import Window
+from mmoe_rec.preprocessing.build_inputs import Logs
 from mmoe_rec.preprocessing.count_and_encode import (
     CountJob,
     LogCounts,
     SplitCounts,
-    check_times,
+    check_time_units,
     count_part,
     encode_part,
 )
-from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import (
-    DUPLICATES,
+    ROW_KEYS_CHANNEL,
     Exchange,
-    LookUpJob,
-    Partition,
+    KeyPartition,
+    LookupJob,
     ResultExchange,
-    events_of,
+    events_channel,
     load_pipeline,
     look_up_partition,
-    look_ups_of,
+    lookups_channel,
 )
-from mmoe_rec.preprocessing.requests import Requests, check_duplicates, check_requests, find_requests
+from mmoe_rec.preprocessing.request_times import RequestCounts, check_duplicates, check_requests, find_requests
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import EngineName
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 # This many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
-THREADS_AT_MOST = 4
+MAX_THREADS = 4
 
 
 @contextmanager
@@ -70,19 +70,19 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
     may start processes, for more workers than threads suit."""
     workers = workers or usable_cores()
     if not processes and name == "local":
-        workers = min(workers, THREADS_AT_MOST)
+        workers = min(workers, MAX_THREADS)
     if name == "ray":
         with closing(_RayEngine(workers)) as engine:
             yield engine
         return
     pool: Executor | None = None
-    if workers > THREADS_AT_MOST:
+    if workers > MAX_THREADS:
         # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
     elif workers > 1:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
-    with freed_memory_kept():
+    with keeping_freed_memory():
         try:
             yield _LocalEngine(pool)
         finally:
@@ -178,22 +178,22 @@ Engine = _LocalEngine | _RayEngine
 
 
 # Fewer rows are done before further processes have started.
-ROWS_FOR_PROCESSES = 500_000
+MIN_ROWS_FOR_PROCESSES = 500_000
 _FIRST_TIMES, _RESULTS, _REPEATS = "first_times.parquet", "results", "repeats.parquet"
 
 
-def kept_reader(folder: Path, log: Log) -> LogReader:
-    """Reads parts of a log after the steps that found its requests, see `Steps.keep`."""
+def open_reader(folder: Path, log: Log) -> LogReader:
+    """Reads parts of a log after the steps that found its requests, see `BuildSteps.move_results`."""
     path = folder / _FIRST_TIMES
-    return replace(log.reader, first_times=path if path.exists() else None)
+    return replace(log.reader, time_overrides=path if path.exists() else None)
 
 
-def kept_results(folder: Path, log: Log) -> ResultExchange:
-    """What counters and histories knew of the rows, see `Steps.keep`."""
+def open_results(folder: Path, log: Log) -> ResultExchange:
+    """What counters and histories knew of the rows, see `BuildSteps.move_results`."""
     return ResultExchange(folder / _RESULTS, log.rows)
 
 
-class Steps:
+class BuildSteps:
     """The steps of one build, in a scratch folder that is removed at the end. Use it as a context. logs: as they are
     read, without files that turned out to be bad; requests: what was found out about them."""
 
@@ -201,12 +201,12 @@ class Steps:
         self.logs, self.windows, self.scratch = logs, windows, scratch
         self._stack = ExitStack()
         self._counted = LogCounts()
-        self.requests = Requests()
+        self.requests = RequestCounts()
         self._repeats = scratch.with_name(_REPEATS)  # outlives what was read with them
 
-    def __enter__(self) -> "Steps":
+    def __enter__(self) -> "BuildSteps":
         options = self.logs.options
-        few = self.logs.rows < ROWS_FOR_PROCESSES
+        few = self.logs.rows < MIN_ROWS_FOR_PROCESSES
         in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
         engine = open_engine(options.engine, options.workers, processes=not (few or in_memory))
         self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
@@ -222,30 +222,30 @@ class Steps:
         # A row of the log is both an event and a look-up.
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
-    def count(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> LogCounts:
+    def count(self, statistics: bool, requests_dir: Path | None = None, previous: Path | None = None) -> LogCounts:
         """Finds the times of requests and reads the logs, and does both again without rows that came before. Where bad
         files are skipped, it first reads all files for what is wrong with them.
 
         statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
-        before: such a folder of the files that are not read.
+        previous: such a folder of the files that are not read.
 
         Raises UserError for a bad file, unless such files are skipped, for rows that occur twice, and for requests of
         several users, or times where that is wanted.
         """
         if self.logs.options.skip_bad_files:
             pieces = [each for log in self.logs.all for each in log.pieces()]
-            faults = self._run(find_fault, pieces, [piece.rows for _, piece in pieces], "checking")
-            self.logs = self.logs.without(list(faults))
+            faults = self._run(find_bad_file, pieces, [piece.rows for _, piece in pieces], "checking")
+            self.logs = self.logs.without_bad_files(list(faults))
         look = (
-            self.logs.options.on_duplicates == "error" or kept is not None
+            self.logs.options.on_duplicates == "error" or requests_dir is not None
         ) and self.logs.schema.columns.has_candidate
         while True:
-            self.requests = self._find_requests(before, kept)
+            self.requests = self._find_requests(previous, requests_dir)
             self._counted = self._count(statistics, look)
-            check_times(self.logs.log, self._counted)
+            check_time_units(self.logs.log, self._counted)
             check_requests(self.logs.log, self.requests)
-            sent, database = self._events.folder / DUPLICATES, self.scratch / "database"
-            if not look or not check_duplicates(self.logs, sent, database, self._repeats, before, kept):
+            sent, database = self._events.folder / ROW_KEYS_CHANNEL, self.scratch / "database"
+            if not look or not check_duplicates(self.logs, sent, database, self._repeats, previous, requests_dir):
                 return self._counted
             shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
 
@@ -255,16 +255,18 @@ class Steps:
         self.requests = self._find_requests()
         check_requests(self.logs.log, self.requests)
 
-    def keep(self, folder: Path) -> None:
-        """Moves what `kept_reader` reads, and the results of look-ups, out of the scratch folder, to `folder`, which is
+    def move_results(self, folder: Path) -> None:
+        """Moves what `open_reader` reads, and the results of look-ups, out of the scratch folder, to `folder`, which is
         of the same file system and is there."""
         for name in (_FIRST_TIMES, _RESULTS):
             if (self.scratch / name).exists():
                 (self.scratch / name).rename(folder / name)
 
-    def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
-        scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
-        return find_requests(self.logs, self._reader, self.parts, self._run, scratch, first_times, before, kept)
+    def _find_requests(self, previous: Path | None = None, requests_dir: Path | None = None) -> RequestCounts:
+        scratch, time_overrides = self.scratch / "requests", self.scratch / _FIRST_TIMES
+        return find_requests(
+            self.logs, self._reader, self.parts, self._run, scratch, time_overrides, previous, requests_dir
+        )
 
     def _count(self, statistics: bool, look: bool) -> LogCounts:
         job = CountJob(self.logs.schema, self.windows, self._events, statistics, look)
@@ -280,8 +282,8 @@ class Steps:
 
     @property
     def _reader(self) -> LogReader:
-        reader = kept_reader(self.scratch, self.logs.log)
-        return replace(reader, repeats=self._repeats if self._repeats.exists() else None)
+        reader = open_reader(self.scratch, self.logs.log)
+        return replace(reader, excluded_rows=self._repeats if self._repeats.exists() else None)
 
     @property
     def parts(self) -> list[LogPart]:
@@ -290,36 +292,36 @@ class Steps:
         return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 2), ROWS_PER_PART))
 
     def look_up(
-        self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, before: Path | None = None
+        self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, previous: Path | None = None
     ) -> None:
         """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder.
 
         pipeline: with complete vocabularies; where `training` is given, it counts results of rows requested then.
-        before: folder with memories to go on from.
+        previous: folder with memories to go on from.
         """
-        state = self.scratch / "state"
-        state.mkdir(parents=True)
-        pipeline.save(state)
+        pipeline_dir = self.scratch / "state"
+        pipeline_dir.mkdir(parents=True)
+        pipeline.save(pipeline_dir)
         options, partitions = self.logs.options, self._partitions
-        job = LookUpJob(
-            state=state,
-            before=before,
+        job = LookupJob(
+            pipeline_dir=pipeline_dir,
+            previous=previous,
             windows=self.windows,
             training=training,
-            memories=folder,
+            stores=folder,
             end=end,
             events=self._events,
-            results=kept_results(self.scratch, self.logs.log),
+            results=open_results(self.scratch, self.logs.log),
             rows_in_memory=options.rows_in_memory,
             scratch=self.scratch / "pieces",
         )
         tasks = [
-            Partition(name, number, self._count_sent(group, number))
+            KeyPartition(name, number, self._count_sent(group, number))
             for name, group in pipeline.key_groups.items()
             for number in range(partitions)
         ]
         tasks.sort(key=lambda task: -task.rows)  # so that workers end at about the same time
-        encoders = pipeline.memory_encoders
+        encoders = pipeline.point_in_time_encoders
         done = self._run(
             partial(look_up_partition, job), tasks, [task.rows for task in tasks], "counters and histories"
         )
@@ -333,26 +335,26 @@ class Steps:
     def _events(self) -> Exchange:
         return Exchange(self.scratch / "events", self._partitions)
 
-    def _count_sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
+    def _count_sent(self, group: Sequence[PointInTimeEncoder[Any]], partition: int) -> int:
         """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
         sent = self._counted.sent
-        look_ups, *events = (
+        lookups, *events = (
             int(sent[channel][partition]) if channel in sent else 0
-            for channel in (look_ups_of(group[0].name), *(events_of(encoder.name) for encoder in group))
+            for channel in (lookups_channel(group[0].name), *(events_channel(encoder.name) for encoder in group))
         )
-        return look_ups + max(events)
+        return lookups + max(events)
 
-    def encode(self, state: Path, folder: Path, known_by: Mapping[str, int]) -> dict[str, SplitCounts]:
+    def encode(self, pipeline_dir: Path, folder: Path, label_cutoff: Mapping[str, int]) -> dict[str, SplitCounts]:
         """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
 
-        state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
+        pipeline_dir: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
 
         Raises UserError for a file that has changed meanwhile: what was counted of its rows no longer holds.
         """
         tasks = list(enumerate(self.parts))
-        counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
-        results = kept_results(self.scratch, self.logs.log)
-        function = partial(encode_part, state, self.windows, known_by, results, folder, self._reader)
+        counts = {name: SplitCounts(label_cutoff=label_cutoff[name]) for name in self.windows}
+        results = open_results(self.scratch, self.logs.log)
+        function = partial(encode_part, pipeline_dir, self.windows, label_cutoff, results, folder, self._reader)
         sizes = [part.rows for _, part in tasks]
         for part in self._run(function, tasks, sizes, "encoding"):
             for name, each in part.items():
@@ -360,7 +362,7 @@ class Steps:
         for log in self.logs.all:
             log.check_unchanged()
         folder.mkdir(exist_ok=True)
-        layout = load_pipeline(state).layout
+        layout = load_pipeline(pipeline_dir).layout
         (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
         return counts
 

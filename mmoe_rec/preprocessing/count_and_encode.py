@@ -19,24 +19,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.latest import LatestRole, LatestValues
+from mmoe_rec.features.latest_values import LatestRole, LatestValues
 from mmoe_rec.features.layout import Layout, arrow_columns, label_types
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
-from mmoe_rec.log.rows import LogRows, labels_of, unmatured
-from mmoe_rec.point_in_time.arrays import join_tables
-from mmoe_rec.point_in_time.join import Window, grown, in_any, in_window
+from mmoe_rec.log.rows import LogRows, compute_labels, pending_labels
+from mmoe_rec.point_in_time.arrays import concat_tables
+from mmoe_rec.point_in_time.join import Window, add_level, in_any_window, in_window
 from mmoe_rec.preprocessing.look_up import (
-    DUPLICATES,
+    ROW_KEYS_CHANNEL,
     Exchange,
     ResultExchange,
     ResultReader,
-    events_of,
-    label_of,
+    assign_partitions,
+    events_channel,
+    label_column,
     load_pipeline,
-    look_ups_of,
-    partition_of,
+    lookups_channel,
 )
 from mmoe_rec.settings.schema import Schema
 
@@ -70,7 +70,7 @@ class LogCounts:
         first: First request time, microseconds.
         last: Last request time, microseconds.
         rows: Split -> its rows.
-        seen: Log of events, None for the interaction log -> its rows.
+        rows_by_log: Log of events, None for the interaction log -> its rows.
         latest: Role -> latest attributes of its users or candidates.
         sent: Channel -> rows sent to each partition, shape (partitions,), int64.
         spans: Log of events or None, and file -> first and last time of the file's rows, microseconds.
@@ -81,7 +81,7 @@ class LogCounts:
     first: int = np.iinfo(np.int64).max
     last: int = np.iinfo(np.int64).min
     rows: Counter[str] = field(default_factory=Counter)
-    seen: Counter[str | None] = field(default_factory=Counter)
+    rows_by_log: Counter[str | None] = field(default_factory=Counter)
     latest: dict[LatestRole, tuple[LatestValues, ...]] = field(default_factory=dict)
     sent: dict[str, np.ndarray] = field(default_factory=dict)
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class LogCounts:
         self.key_types |= other.key_types
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
         self.rows.update(other.rows)
-        self.seen.update(other.seen)
+        self.rows_by_log.update(other.rows_by_log)
         self.add_latest(other.latest)
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
@@ -108,9 +108,9 @@ class LogCounts:
         """Adds attributes of users and candidates."""
         for role, parts in latest.items():
             for each in parts:
-                self.latest[role] = grown(self.latest.get(role, ()), each, LatestValues.merged)
+                self.latest[role] = add_level(self.latest.get(role, ()), each, LatestValues.merged)
 
-    def add_latest_of(self, folder: Path, schema: Schema) -> None:
+    def load_latest(self, folder: Path, schema: Schema) -> None:
         """Adds the latest attributes that `save_latest` wrote."""
         columns = schema.columns
         self.add_latest({role: (LatestValues.load(folder, role, getattr(columns, role)),) for role in _ROLES})
@@ -118,10 +118,10 @@ class LogCounts:
     def save_latest(self, folder: Path) -> None:
         """Writes the latest attributes of users and candidates."""
         for role, parts in self.latest.items():
-            LatestValues.together(parts).save(folder, role)
+            LatestValues.merge_all(parts).save(folder, role)
 
 
-def check_times(log: Log, counted: LogCounts) -> None:
+def check_time_units(log: Log, counted: LogCounts) -> None:
     """Raise UserError if some times are in 1970 and others are not, as they have different units."""
     if counted.first < _YEAR and counted.last > 20 * _YEAR:
         raise UserError(
@@ -137,23 +137,23 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
     sender = _Sender(job, part, source)
     start, train_end = job.windows["train"] if job.statistics else (None, 0)
     for rows in readers[source].read(part, spans):
-        counted.seen[source] += len(rows)
+        counted.rows_by_log[source] += len(rows)
         if source is None:
             times = rows.times()
             counted.first, counted.last = min(counted.first, int(times.min())), max(counted.last, int(times.max()))
             for split, window in job.windows.items():
                 counted.rows[split] += int(in_window(times, window).sum())
-            counted.add_latest({role: (LatestValues.of(rows, role),) for role in _ROLES})
-            pipeline.note_types(rows)
+            counted.add_latest({role: (LatestValues.from_rows(rows, role),) for role in _ROLES})
+            pipeline.record_key_types(rows)
             assert train_end is not None
             if job.statistics and len(learnt := rows.filter(in_window(times, (start, train_end)))):
-                pipeline.learn(learnt, train_end)
+                pipeline.partial_fit(learnt, train_end)
         sender.add(pipeline, rows)
     sender.flush()
     if source is None:
         counted.counts, counted.key_types = pipeline.counts if job.statistics else {}, pipeline.key_types
     counted.sent = sender.sent
-    counted.spans = {(source, address): span for address, span in spans.items()}
+    counted.spans = {(source, uri): span for uri, span in spans.items()}
     return counted
 
 
@@ -171,9 +171,9 @@ class _Sender:
         """Takes rows."""
         if self.source is None:
             self._add_look_ups(pipeline, rows)
-        for name, encoder in pipeline.memory_encoders.items():
+        for name, encoder in pipeline.point_in_time_encoders.items():
             if encoder.source == self.source and encoder.label is None:
-                self._waiting[events_of(name)].append(encoder.events(rows))
+                self._waiting[events_channel(name)].append(encoder.events(rows))
         self._rows += len(rows)
         # A part may be larger than usual: a row group is never divided.
         if self._rows >= ROWS_PER_PART:
@@ -182,26 +182,26 @@ class _Sender:
     def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
         times, number = rows.times(), rows.row_numbers
         if self.job.duplicates:
-            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number}))
-        wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
+            self._waiting[ROW_KEYS_CHANNEL].append(pa.table({"key": rows.row_hashes(), "row": number}))
+        wanted = np.flatnonzero(in_any_window(times, self.job.windows.values()))
         of_tasks: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
-            look_ups = {"key": rows.hashes(group[0].by), "time": times, "row": number}
+            lookups = {"key": rows.hashes(group[0].key_columns), "time": times, "row": number}
             labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
             for task, encoder in labelled.items():
                 if task not in of_tasks:
                     of_tasks[task] = encoder.labels(rows)
-                look_ups[label_of(task)] = of_tasks[task]
+                lookups[label_column(task)] = of_tasks[task]
             if not labelled and len(wanted) < len(rows):
-                look_ups = {column: values[wanted] for column, values in look_ups.items()}
-            self._waiting[look_ups_of(name)].append(pa.table(look_ups))
+                lookups = {column: values[wanted] for column, values in lookups.items()}
+            self._waiting[lookups_channel(name)].append(pa.table(lookups))
 
     def flush(self) -> None:
         """Writes what is waiting."""
         sender = (self.part.start, self._turn)
         for channel, tables in self._waiting.items():
-            table = join_tables(tables)
-            receiver = partition_of(table["key"].to_numpy(), self.job.exchange.receivers)
+            table = concat_tables(tables)
+            receiver = assign_partitions(table["key"].to_numpy(), self.job.exchange.receivers)
             rows = self.job.exchange.send(channel, sender, table, receiver)
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         self._waiting.clear()
@@ -220,15 +220,15 @@ class SplitCounts:
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)
     label_sum: dict[str, float] = field(default_factory=dict)
-    given_weight: dict[str, float] = field(default_factory=dict)
-    given_sum: dict[str, float] = field(default_factory=dict)
+    row_weight: dict[str, float] = field(default_factory=dict)
+    row_weighted_sum: dict[str, float] = field(default_factory=dict)
     weight: dict[str, float] = field(default_factory=dict)
     weighted_sum: dict[str, float] = field(default_factory=dict)
-    unmatured: dict[str, int] = field(default_factory=dict)
-    known_by: int | None = None
+    pending_labels: dict[str, int] = field(default_factory=dict)
+    label_cutoff: int | None = None
 
     def add(
-        self, labels: Mapping[str, np.ndarray], given: np.ndarray, rates: np.ndarray, unmatured: Mapping[str, int]
+        self, labels: Mapping[str, np.ndarray], given: np.ndarray, rates: np.ndarray, pending_labels: Mapping[str, int]
     ) -> None:
         """Counts the labels of N rows: task -> (N,), NaN where unobserved; given: (N,) their weights; rates: (N,) at
         which they were sampled; unmatured: task -> how many of the labels had not matured."""
@@ -241,27 +241,35 @@ class SplitCounts:
                 SplitCounts(
                     observed={task: len(found)},
                     label_sum={task: float(found.sum())},
-                    given_weight={task: float(own.sum())},
-                    given_sum={task: float((own * found).sum())},
+                    row_weight={task: float(own.sum())},
+                    row_weighted_sum={task: float((own * found).sum())},
                     weight={task: float(weights.sum())},
                     weighted_sum={task: float((weights * found).sum())},
                 )
             )
-        self.merge(SplitCounts(rows=len(given), unmatured=dict(unmatured)))
+        self.merge(SplitCounts(rows=len(given), pending_labels=dict(pending_labels)))
 
     def merge(self, other: "SplitCounts") -> None:
         """Adds what another one counted."""
         self.rows += other.rows
-        for name in ("observed", "label_sum", "given_weight", "given_sum", "weight", "weighted_sum", "unmatured"):
+        for name in (
+            "observed",
+            "label_sum",
+            "row_weight",
+            "row_weighted_sum",
+            "weight",
+            "weighted_sum",
+            "pending_labels",
+        ):
             mine = getattr(self, name)
             for task, each in getattr(other, name).items():
                 mine[task] = mine.get(task, 0) + each
 
 
 def encode_part(
-    state: Path,
+    pipeline_dir: Path,
     windows: Mapping[str, Window],
-    known_by: Mapping[str, int],
+    label_cutoff: Mapping[str, int],
     exchange: ResultExchange,
     encoded: Path,
     reader: LogReader,
@@ -269,13 +277,13 @@ def encode_part(
 ) -> dict[str, SplitCounts]:
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
 
-    state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
-    labels must have matured to count (both in microseconds); exchange: results of counters and histories.
+    pipeline_dir: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a
+    split's labels must have matured to count (both in microseconds); exchange: results of counters and histories.
     """
     number, part = task
-    pipeline, columns = load_pipeline(state), reader.schema.columns
+    pipeline, columns = load_pipeline(pipeline_dir), reader.schema.columns
     results = ResultReader(exchange, list(pipeline.key_groups))
-    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_columns()}
+    asked = {name for encoder in pipeline.point_in_time_encoders.values() for name in encoder.result_columns()}
     counts = {name: SplitCounts() for name in windows}
     writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
     for rows in reader.read(part):
@@ -285,16 +293,16 @@ def encode_part(
                 its = results.of(inside.row_numbers)
                 assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
                 inside = LogRows(inside.table, rows.schema, its)
-                labels, late = labels_of(inside, known_by[name]), unmatured(inside, known_by[name])
+                labels, late = compute_labels(inside, label_cutoff[name]), pending_labels(inside, label_cutoff[name])
                 weights, rates = numbers_or_ones(inside, columns.weight), numbers_or_ones(inside, columns.sampling_rate)
                 counts[name].add(labels, weights, rates, late)
-                writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
+                writers[name].write(encode_rows(pipeline, pipeline.layout, inside, labels))
     for writer in writers.values():
         writer.close()
     return counts
 
 
-def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
+def encode_rows(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
     """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
     encoded = pipeline.inputs(rows)
     columns = arrow_columns(encoded.ids, encoded.dense, layout)  # a matrix of numbers would only be taken apart again

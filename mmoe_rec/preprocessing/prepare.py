@@ -3,7 +3,7 @@
     <work>/features/
         manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
                                each split
-        files.json             the files of the logs that were taken in or left out (see `HeldFiles`)
+        files.json             the files of the logs that were taken in or left out (see `IncludedFiles`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (`extend`)
         requests/              requests.parquet: times and users of requests, so that rows of one that come later
@@ -28,19 +28,19 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
-from mmoe_rec.locks import reading, writing
+from mmoe_rec.locks import read_lock, write_lock
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.build_steps import Steps
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, FileChanges, IncludedFiles, Logs, check_work_outside_logs
+from mmoe_rec.preprocessing.build_steps import BuildSteps
 from mmoe_rec.preprocessing.count_and_encode import LogCounts, SplitCounts
-from mmoe_rec.preprocessing.logs import BuildInputs, Changes, HeldFiles, Logs, check_apart
 from mmoe_rec.progress import say
 from mmoe_rec.settings.log_columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
 # For those that come while features are built, and for those who would build them while they are read.
-BUILD = ("a build of features", "set `data.work_dir` to another folder")
+BUILD_LOCK_TEXTS = ("a build of features", "set `data.work_dir` to another folder")
 
 
 @dataclass(frozen=True)
@@ -75,35 +75,35 @@ class FeatureFolder:
         """Whether days were added, so that there may be no log from which these features could be built anew."""
         return "extends" in self._manifest_or_none
 
-    def stands(self, logs: Logs, windows: dict[str, Window], may_lack_files: bool) -> bool:
+    def is_up_to_date(self, logs: Logs, windows: dict[str, Window], allow_missing_files: bool) -> bool:
         """Whether these are features of the log by this schema and these splits, with all its files as they are and all
         the checks that are asked for.
 
-        may_lack_files: whether files may be gone that they hold, if the log has the same address.
+        allow_missing_files: whether files may be gone that they hold, if the log has the same address.
         """
         manifest, options, changes = self._manifest_or_none, logs.options, self._changes(logs)
-        if not changes or manifest.get("settings") != settings_of(logs.schema, windows):
+        if not changes or manifest.get("settings") != settings_fingerprint(logs.schema, windows):
             return False
         if any(each.changed or each.new for each in changes):
             return False
-        may_lack_files = may_lack_files and manifest["log"] == logs.log.source
-        if not may_lack_files and any(each.gone or each.bad for each in changes):
+        allow_missing_files = allow_missing_files and manifest["log"] == logs.log.source
+        if not allow_missing_files and any(each.missing or each.bad for each in changes):
             return False
         if options.on_conflicting_times == "error" and (manifest["requests"] or {}).get("on_conflicting_times"):
             return False
-        if not set(manifest["unchecked"]) <= set(options.unchecked):
+        if not set(manifest["skipped_checks"]) <= set(options.skipped_checks):
             return False
         # A file that an extension left out may be fine by now but for its times, and is no reason to lose days.
-        return options.skip_bad_files or self.is_extended or not any(each.left_out for each in changes)
+        return options.skip_bad_files or self.is_extended or not any(each.skipped for each in changes)
 
-    def gone(self, logs: Logs) -> list[str]:
+    def missing(self, logs: Logs) -> list[str]:
         """Files that these features hold and the logs don't."""
-        return [address for each in self._changes(logs) for address in each.gone]
+        return [uri for each in self._changes(logs) for uri in each.missing]
 
-    def _changes(self, logs: Logs) -> list[Changes]:
+    def _changes(self, logs: Logs) -> list[FileChanges]:
         """What has become of the files; none where there are no features."""
         try:
-            return HeldFiles.read(self.folder).changes(logs)
+            return IncludedFiles.read(self.folder).changes(logs)
         except UserError:
             return []
 
@@ -112,7 +112,7 @@ class FeatureFolder:
         counts = self.manifest["splits"]
         for name in splits:
             if name in counts and not counts[name]["rows"]:
-                raise UserError(empty_split(name, self.folder))
+                raise UserError(empty_split_message(name, self.folder))
 
     @property
     def _manifest_or_none(self) -> dict[str, Any]:
@@ -128,24 +128,25 @@ def build_features(settings: Settings) -> FeatureFolder:
     return prepare(BuildInputs.of(settings))
 
 
-def prepare(inputs: BuildInputs, *, going_on: bool = False) -> FeatureFolder:
+def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolder:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
-    Features to which days were added stay where files have gone since, as `existing` says; others are built anew.
+    Features to which days were added stay where files have gone since, as `find_existing_features` says; others are
+    built anew.
 
-    going_on: whether a model goes on from the existing features, so that these stay although files are gone.
+    keep_existing: whether a model goes on from the existing features, so that these stay although files are gone.
 
     Raises UserError where the log can't be read or would take in what is built, a split is empty, a binary task has one
     class in training, or features would be replaced that hold rows of files that are gone.
     """
-    check_apart(inputs.source, inputs.schema, inputs.work)
+    check_work_outside_logs(inputs.source, inputs.schema, inputs.work)
     features, logs, windows = FeatureFolder(inputs.work / "features"), inputs.logs, inputs.windows
 
     def stand() -> bool:
-        return features.stands(logs, windows, may_lack_files=going_on or features.is_extended)
+        return features.is_up_to_date(logs, windows, allow_missing_files=keep_existing or features.is_extended)
 
     if not stand():
-        with writing(features.folder, *BUILD, queue=True):
+        with write_lock(features.folder, *BUILD_LOCK_TEXTS, wait=True):
             # Another process may have built them while this one waited.
             if not stand():
                 _check_replaceable(features, logs)
@@ -156,74 +157,75 @@ def prepare(inputs: BuildInputs, *, going_on: bool = False) -> FeatureFolder:
 
 def _check_replaceable(features: FeatureFolder, logs: Logs) -> None:
     """Raises UserError where files are gone that extended features hold; for others it only says so."""
-    gone = features.gone(logs)
-    if gone and not features.is_extended:
-        such_as = f"({len(gone):,}, such as '{gone[0]}')"
+    missing = features.missing(logs)
+    if missing and not features.is_extended:
+        such_as = f"({len(missing):,}, such as '{missing[0]}')"
         say(f"files that the features hold are gone {such_as}: the features are built anew without them")
-    elif gone:
+    elif missing:
         raise UserError(
             f"the features in '{features.folder}' are not of this log and these settings, and hold rows of files that "
-            f"are gone ({len(gone):,}, such as '{gone[0]}'), which building them anew would lose. To go on from them, "
+            f"are gone ({len(missing):,}, such as '{missing[0]}'), which building them anew would lose. To go "
+            "on from them, "
             "add new files with --extend, or restore the settings; to build features from the log as it is, remove "
             "that folder first"
         )
 
 
-def existing(inputs: BuildInputs) -> FeatureFolder | None:
+def find_existing_features(inputs: BuildInputs) -> FeatureFolder | None:
     """Features of this schema and these splits that hold all files of the log as they are, or None.
 
     They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
     """
-    check_apart(inputs.source, inputs.schema, inputs.work)
+    check_work_outside_logs(inputs.source, inputs.schema, inputs.work)
     features = FeatureFolder(inputs.work / "features")
-    return features if features.stands(inputs.logs, inputs.windows, may_lack_files=True) else None
+    return features if features.is_up_to_date(inputs.logs, inputs.windows, allow_missing_files=True) else None
 
 
 @contextmanager
-def features_in_use(
-    inputs: BuildInputs, what: str, splits: Sequence[str] = (), going_on: bool = False
+def lock_features(
+    inputs: BuildInputs, what: str, splits: Sequence[str] = (), keep_existing: bool = False
 ) -> Iterator[FeatureFolder]:
     """Features, newly built or existing (see `prepare`), that nobody replaces meanwhile.
 
     what: uses them, such as "a training"; splits: that must have rows.
     """
     while True:
-        features = prepare(inputs, going_on=going_on)
-        with reading(features.folder, what):
+        features = prepare(inputs, keep_existing=keep_existing)
+        with read_lock(features.folder, what):
             # Before the lock was taken, another process may have built others.
-            if existing(inputs) is not None:
+            if find_existing_features(inputs) is not None:
                 features.require_rows(*splits)
                 yield features
                 return
 
 
-def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
+def encode_splits(pipeline_dir: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
     """Encodes splits of a log with features that were fitted to another one, as `folder`/SPLIT.
 
-    state: folder of the fitted features; windows: of validation or test. Counters and histories remember the log that
-    is encoded. Files that are left out are said. Raises UserError for a split without rows.
+    pipeline_dir: folder of the fitted features; windows: of validation or test. Counters and histories remember the log
+    that is encoded. Files that are left out are said. Raises UserError for a split without rows.
     """
-    with atomic_folder(folder) as encoded, Steps(logs, windows, encoded / "scratch") as steps:
+    with atomic_folder(folder) as encoded, BuildSteps(logs, windows, encoded / "scratch") as steps:
         counted = steps.count(statistics=False)
         check_splits(counted, windows, logs.log.source, logs.schema.split)
-        memories = encoded / "scratch" / "compacted"
-        memories.mkdir(parents=True)
+        stores = encoded / "scratch" / "compacted"
+        stores.mkdir(parents=True)
         last = counted.last
-        steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None)
-        counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
-        for each in (left for log in steps.logs.all for left in log.left_out):
+        steps.look_up(FeaturePipeline.load(pipeline_dir, stores=False), stores, last + 1, None)
+        counts = steps.encode(pipeline_dir, encoded, dict.fromkeys(windows, last))
+        for each in (left for log in steps.logs.all for left in log.skipped):
             say(f"left out: {each.reason}")
     return counts
 
 
-def fingerprint_of(logs: Logs, windows: object) -> str:
+def compute_fingerprint(logs: Logs, windows: object) -> str:
     """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
     the schema, or with splits (`windows`, or what else rows depend on, as JSON); not with what a model makes of
     features."""
     found = [
         [
-            [(file.address, file.bytes, file.version, file.in_path) for file in each.files],
-            [left.address for left in each.left_out],
+            [(file.uri, file.bytes, file.version, file.path_columns) for file in each.files],
+            [left.uri for left in each.skipped],
         ]
         for each in logs.all
     ]
@@ -231,7 +233,7 @@ def fingerprint_of(logs: Logs, windows: object) -> str:
     return _digest(FORMAT, found, logs.schema.identity(), windows)
 
 
-def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
+def settings_fingerprint(schema: Schema, windows: dict[str, Window]) -> str:
     """A fingerprint of all that features depend on besides the logs."""
     return _digest(FORMAT, schema.identity(), windows)
 
@@ -241,14 +243,16 @@ def _digest(*parts: object) -> str:
 
 
 def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
-    with Steps(logs.without_copies(), windows, folder / "scratch") as steps:
-        counted = steps.count(statistics=True, kept=folder / "requests")
+    with BuildSteps(logs.without_copies(), windows, folder / "scratch") as steps:
+        counted = steps.count(statistics=True, requests_dir=folder / "requests")
         check_splits(counted, windows, logs.log.source, logs.schema.split)
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(counted.counts, counted.key_types)
-        pipeline.finish()
-        manifest = write_features(steps, pipeline, counted, HeldFiles.of(steps.logs, counted.spans), windows, folder)
-    write_manifest(folder, {"fingerprint": fingerprint_of(logs, windows), **manifest})
+        pipeline.finish_fit()
+        manifest = write_features(
+            steps, pipeline, counted, IncludedFiles.of(steps.logs, counted.spans), windows, folder
+        )
+    write_manifest(folder, {"fingerprint": compute_fingerprint(logs, windows), **manifest})
 
 
 def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, split: SplitColumn | None = None) -> None:
@@ -268,7 +272,7 @@ def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, sp
             )
 
 
-def empty_split(split: str, folder: Path) -> str:
+def empty_split_message(split: str, folder: Path) -> str:
     """The sentence on features that have no rows of a split, which only an extension leaves behind."""
     return (
         f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
@@ -301,13 +305,13 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
 
 
 def write_features(
-    steps: Steps,
+    steps: BuildSteps,
     pipeline: FeaturePipeline,
     counted: LogCounts,
-    taken: HeldFiles,
+    included: IncludedFiles,
     windows: dict[str, Window],
     folder: Path,
-    before: Path | None = None,
+    previous: Path | None = None,
 ) -> dict[str, Any]:
     """Writes what was fitted and encodes the rows, into an empty folder; gives what a manifest says of that.
 
@@ -321,30 +325,30 @@ def write_features(
         pq.write_table(its.to_table(), counts / f"{name}.parquet", compression="zstd")
     counted.save_latest(serving)
     first, last = counted.first, counted.last
-    steps.look_up(pipeline, serving, end=last + 1, training=train if before is None else None, before=before)
-    if before is None:
-        pipeline.finish_results()
+    steps.look_up(pipeline, serving, end=last + 1, training=train if previous is None else None, previous=previous)
+    if previous is None:
+        pipeline.finish_fit_results()
     pipeline.booleans.update(*(file.booleans for log in logs.all for file in log.files))
     pipeline.save(serving)
     assert train[1] is not None
     # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
     splits = steps.encode(serving, folder / "encoded", {"train": train[1], "validation": last, "test": last})
-    if before is None:
+    if previous is None:
         check_classes(logs.schema, splits["train"])
-    taken.write(folder)
-    (log, *events), columns = taken.logs, logs.schema.columns
+    included.write(folder)
+    (log, *events), columns = included.logs, logs.schema.columns
     return {
-        "settings": settings_of(logs.schema, windows),
+        "settings": settings_fingerprint(logs.schema, windows),
         "log": logs.log.source,
         "digest": log.digest,
         "files": len(log.files),
         "rows": log.rows,
         "events": {
-            each.name: {"files": len(held.files), "rows": held.rows}
-            for each, held in zip(logs.events, events, strict=True)
+            each.name: {"files": len(included.files), "rows": included.rows}
+            for each, included in zip(logs.events, events, strict=True)
         },
-        "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
-        "unchecked": logs.options.unchecked,
+        "skipped": [{"file": each.uri, "reason": each.reason} for each in included.skipped],
+        "skipped_checks": logs.options.skipped_checks,
         "first_request": format_time(first) if columns.has_time else None,
         "last_request": format_time(last) if columns.has_time else None,
         "request_microseconds": [first, last],

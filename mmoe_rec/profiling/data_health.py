@@ -1,6 +1,7 @@
-"""The health of a data set, from its encoded rows: counts by SQL, and features by at most `SAMPLE` rows of a split.
+"""The health of a data set, from its encoded rows: counts by SQL, and features by at most `MAX_SAMPLE_ROWS` rows of a
+split.
 
-`inspect` returns plain data, as `health.json` holds it. Unknown values are None.
+`measure_health` returns plain data, as `health.json` holds it. Unknown values are None.
 
 overview    the log and its splits
 features    each feature with its inputs: coverage, unknown ids, drift, AUC alone
@@ -31,34 +32,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.auc import auc_of_counts
-from mmoe_rec.batches.encoded_rows import ADVICE, EncodedRows
+from mmoe_rec.batches.encoded_dataset import ADVICE, EncodedDataset
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
+from mmoe_rec.log.database import DEFAULT_MEMORY_GIB, Database, open_database
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.profiling.health_findings import describe, find
+from mmoe_rec.profiling.health_findings import describe_findings, list_findings
 from mmoe_rec.progress import bar
-from mmoe_rec.settings.schema import Meaning, Schema
+from mmoe_rec.settings.schema import InputSemantics, Schema
 
-SAMPLE = 1_000_000
+MAX_SAMPLE_ROWS = 1_000_000
 """Rows of a split that features are measured by. Of more rows, those of some users are read."""
 SPLITS = ("train", "validation", "test")
-COMPARED = ("train", "test")
-WHOS = ("user", "candidate", "request")  # read beside the model's inputs, as is the time
+COMPARED_SPLITS = ("train", "test")
+ID_COLUMNS = ("user", "candidate", "request")  # read beside the model's inputs, as is the time
 RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
-FREQUENT = 50  # most frequent table rows that drift is measured in
+MAX_FREQUENT_IDS = 50  # most frequent table rows that drift is measured in
 PSI_BINS = 20
 
 
-def inspect(
+def measure_health(
     name: str,
     prepared: FeatureFolder,
     schema: Schema,
     scratch: Path,
-    memory_gib: float = MEMORY_GIB,
+    memory_gib: float = DEFAULT_MEMORY_GIB,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Describe the health of a data set, ready for JSON.
@@ -77,7 +78,7 @@ def inspect(
     prepared.require_rows(*SPLITS)
     layout, manifest = prepared.layout, prepared.manifest
     for split in SPLITS:
-        EncodedRows(prepared.split(split), layout)  # It explains wrong files better than DuckDB does.
+        EncodedDataset(prepared.split(split), layout)  # It explains wrong files better than DuckDB does.
     try:
         with open_database(scratch, memory_gib, workers) as database:
             for split in SPLITS:
@@ -90,34 +91,36 @@ def inspect(
                     for feature in progress.track(list(schema.features), description="inspecting")
                 ]
             both = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
-            (users_in_both,) = database.row(both)
+            (shared_user_fraction,) = database.row(both)
     except duckdb.Error as error:
         raise UserError(f"the rows in '{prepared.folder}' can't be read ({first_line(error)}); {ADVICE}") from None
     health = {
         "name": name,
         "fingerprint": manifest.get("fingerprint"),
-        "overview": _overview(manifest, splits, schema, users_in_both),
+        "overview": _overview(manifest, splits, schema, shared_user_fraction),
         "features": features,
         "weeks": [] if manifest.get("first_request") is None else weeks,
     }
     # Python's numbers for NumPy's, and None for what is not finite.
-    text = json.dumps({**health, "findings": find(health)}, default=lambda each: each.item())
+    text = json.dumps({**health, "findings": list_findings(health)}, default=lambda each: each.item())
     found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return found | {"headline": describe(found["findings"])}
+    return found | {"headline": describe_findings(found["findings"])}
 
 
 def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
     """Make a view of the rows of a split.
 
-    It has `WHOS` as w0 to w2 and the time t. By their place in the layout it has ids as i0 and so on, lists all of
-    them, and numbers as d0. Of tasks it has labels l0, null where unobserved, and p0, whether they are positive.
+    It has `ID_COLUMNS` as w0 to w2 and the time t. By their place in the layout it has ids as i0 and so on, lists all
+    of them, and numbers as d0. Of tasks it has labels l0, null where unobserved, and p0, whether they are positive.
     """
     layout, files = prepared.layout, sorted(prepared.split(split).glob("*.parquet"))
     places = {name: f"c{place}" for place, name in enumerate(pq.read_schema(files[0]).names)}
-    columns = {f"w{place}": places[name] for place, name in enumerate(WHOS)} | {"t": f"epoch_us({places['time']})"}
+    columns = {f"w{place}": places[name] for place, name in enumerate(ID_COLUMNS)} | {
+        "t": f"epoch_us({places['time']})"
+    }
     for place, each in enumerate(layout.ids):
         column = places[f"id.{each.name}"]
-        columns[f"i{place}"] = f"CASE WHEN len({column}) = 0 THEN [0] ELSE {column} END" if each.many else column
+        columns[f"i{place}"] = f"CASE WHEN len({column}) = 0 THEN [0] ELSE {column} END" if each.is_list else column
     columns |= {f"d{place}": places[f"dense.{number.name}"] for place, number in enumerate(layout.dense)}
     for place, task in enumerate(layout.tasks):
         label = places[f"label.{task.name}"]
@@ -134,7 +137,7 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
     """Describe the rows and labels of each split, and the labels by week, from Monday 00:00 UTC."""
     splits, weeks = dict[str, dict[str, Any]](), dict[int, dict[str, Any]]()
     labels = "".join(f", count(l{task}), coalesce(sum(l{task}), 0)" for task in range(len(layout.tasks)))
-    who = "".join(f", count(DISTINCT w{place})" for place in range(len(WHOS)))
+    who = "".join(f", count(DISTINCT w{place})" for place in range(len(ID_COLUMNS)))
     week = "epoch_us(date_trunc('week', make_timestamp(t)))"
 
     def describe_tasks(*its: float) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
         rows, *its = database.row(f"SELECT count(*){labels} FROM {split}")
         splits[split] = {
             "rows": rows,
-            **{f"{name}s": count for name, count in zip(WHOS, different, strict=True)},
+            **{f"{name}s": count for name, count in zip(ID_COLUMNS, different, strict=True)},
             "first_request": format_time(first),
             "last_request": format_time(last),
             "tasks": describe_tasks(*its),
@@ -163,43 +166,43 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
 
 
 def _overview(
-    manifest: Mapping[str, Any], counted: Mapping[str, dict[str, Any]], schema: Schema, users_in_both: float
+    manifest: Mapping[str, Any], counted: Mapping[str, dict[str, Any]], schema: Schema, shared_user_fraction: float
 ) -> dict[str, Any]:
     """Describe the files, rows and times of the log (None if it has none), files left out, and the splits."""
     splits = dict[str, dict[str, Any]]()
     for split, counts in counted.items():
         told = manifest.get("splits", {}).get(split, {})
         splits[split] = counts | {
-            "labels_known_by": format_time(told["known_by"]) if told.get("known_by") is not None else None,
-            "unmatured": {task: count for task, count in told.get("unmatured", {}).items() if count},
+            "labels_known_by": format_time(told["label_cutoff"]) if told.get("label_cutoff") is not None else None,
+            "pending_labels": {task: count for task, count in told.get("pending_labels", {}).items() if count},
         }
         if manifest.get("first_request") is None:
             splits[split] |= dict.fromkeys(("first_request", "last_request", "labels_known_by"))
     names = ("log", "digest", "files", "rows", "first_request", "last_request", "requests")
     return {name: manifest.get(name) for name in names} | {
         "rows_in_splits": sum(split["rows"] for split in splits.values()),
-        "left_out": [{name: str(each[name]) for name in ("file", "reason")} for each in manifest.get("left_out", [])],
+        "skipped": [{name: str(each[name]) for name in ("file", "reason")} for each in manifest.get("skipped", [])],
         "split_column": None if schema.split is None else schema.split.column,
         # Where times split rows, users are in both by right.
-        "users_in_both": users_in_both if schema.split is not None and schema.columns.has_user else None,
+        "shared_user_fraction": shared_user_fraction if schema.split is not None and schema.columns.has_user else None,
         "splits": splits,
     }
 
 
 def _feature(name: str, schema: Schema, counts: "_Counts") -> dict[str, Any]:
     settings, keys = schema.features[name], schema.columns
-    meaning = settings.meaning(schema)
+    semantics = settings.semantics(schema)
     ids = [each for each in counts.layout.ids if each.feature == name]
-    inputs = [counts.count_ids(each, meaning.parts.get(each.table, meaning)) for each in ids]
-    inputs += counts.count_numbers(number_places(counts.layout, name), meaning.zeros_missing)
+    inputs = [counts.count_ids(each, semantics.parts.get(each.table, semantics)) for each in ids]
+    inputs += counts.count_numbers(find_dense_inputs(counts.layout, name), semantics.zeros_missing)
     return {
         "name": name,
         "kind": settings.kind,
         "role": schema.role_of(name),
-        "columns": meaning.columns,
-        "is_key": settings.kind == "id" and meaning.columns in ((keys.user,), (keys.candidate,)),
-        "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in COMPARED},
-        "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in COMPARED},
+        "columns": semantics.columns,
+        "is_key": settings.kind == "id" and semantics.columns in ((keys.user,), (keys.candidate,)),
+        "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in COMPARED_SPLITS},
+        "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in COMPARED_SPLITS},
         "psi": _best(max, (each["psi"] for each in inputs)),
         "auc": {task.name: _best(max, (each["auc"][task.name] for each in inputs)) for task in counts.layout.tasks},
         "inputs": inputs,
@@ -211,7 +214,7 @@ def _best(pick: Callable[..., float], values: Iterable[float | None]) -> float |
     return pick(known) if known else None
 
 
-def number_places(layout: Layout, feature: str) -> dict[int, int | None]:
+def find_dense_inputs(layout: Layout, feature: str) -> dict[int, int | None]:
     """Return the dense inputs of a feature and the indicators of their missing values, by their places."""
     places = {each.name: place for place, each in enumerate(layout.dense) if each.feature == feature}
     indicators = {f"{name}_missing" for name in places}.intersection(places)
@@ -219,11 +222,12 @@ def number_places(layout: Layout, feature: str) -> dict[int, int | None]:
 
 
 class _Counts:
-    """Counts of the inputs of a data set over at most about `SAMPLE` rows of a split, as `health.json` holds them."""
+    """Counts of the inputs of a data set over at most about `MAX_SAMPLE_ROWS` rows of a split, as `health.json` holds
+    them."""
 
     def __init__(self, database: Database, prepared: FeatureFolder, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self.prepared, self.layout, self._database = prepared, prepared.layout, database
-        self._every = {split: -(-counted["rows"] // SAMPLE) for split, counted in splits.items()}
+        self._every = {split: -(-counted["rows"] // MAX_SAMPLE_ROWS) for split, counted in splits.items()}
 
     def _read(self, split: str, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
         """Read columns of a split. Returns them with the (N, tasks) labels: 1 if positive, NaN where unobserved."""
@@ -236,12 +240,12 @@ class _Counts:
         """Read the lookups of an input: (M,) place of the row, (M,) id, and the (N, tasks) labels."""
         table, labels = self._read(split, [column := f"i{self.layout.ids.index(each)}"])
         values = one_array(table[column])
-        if not each.many:
+        if not each.is_list:
             return np.arange(len(values)), values.to_numpy(), labels
         row = np.repeat(np.arange(len(values)), values.value_lengths().to_numpy())
         return row, values.flatten().to_numpy(), labels
 
-    def count_ids(self, each: IdInput, meaning: Meaning) -> dict[str, Any]:
+    def count_ids(self, each: IdInput, semantics: InputSemantics) -> dict[str, Any]:
         """Count the lookups of an input. A row without any id counts as a lookup of row 0, as missing."""
         rows = self.layout.table(each.table).rows
         row, ids, labels = self._read_ids("train", each)
@@ -258,30 +262,32 @@ class _Counts:
             rates = (positives + RATE_SMOOTHING * positives.sum() / max(seen.sum(), 1)) / (observed + RATE_SMOOTHING)
             scores = np.bincount(validation_row, rates[validation_ids]) / np.bincount(validation_row)
             areas[task.name] = _area(scores, validation_labels[:, place]) if seen.any() else None
-        missing, first = int(meaning.missing), meaning.first_known
-        frequent = np.argsort(-lookups["train"][first:], kind="stable")[:FREQUENT] + first
+        missing, first = int(semantics.missing), semantics.first_seen_row
+        frequent = np.argsort(-lookups["train"][first:], kind="stable")[:MAX_FREQUENT_IDS] + first
         others = (
-            ["all others"] * (rows - first > FREQUENT) + ["unknown"] * bool(meaning.unknown) + ["missing"] * missing
+            ["all others"] * (rows - first > MAX_FREQUENT_IDS)
+            + ["unknown"] * bool(semantics.unknown)
+            + ["missing"] * missing
         )
         unknown, drift = dict[str, float | None](), list[np.ndarray]()
         for split, of_split in lookups.items():
             given, out = of_split[missing:].sum(), of_split[missing:first].sum()
-            unknown[split] = out / given if meaning.unknown and given else None
+            unknown[split] = out / given if semantics.unknown and given else None
             rest = {"all others": of_split[first:].sum() - of_split[frequent].sum(), "unknown": out}
             rest["missing"] = of_split[0]
             drift.append(np.array([*of_split[frequent], *(rest[name] for name in others)], np.float64))
         return {
             "name": each.name,
             "table": each.table,
-            "coverage": shares if meaning.missing else dict.fromkeys(COMPARED),
+            "coverage": shares if semantics.missing else dict.fromkeys(COMPARED_SPLITS),
             "constant": int((lookups["train"] > 0).sum()) <= 1,
             "unknown": unknown,
-            **_drift(row_names(meaning, each.table, [*frequent.tolist(), *others], self.prepared.serving), *drift),
+            **_drift(row_names(semantics, each.table, [*frequent.tolist(), *others], self.prepared.serving), *drift),
             "auc": areas,
         }
 
     def count_numbers(self, numbers: Mapping[int, int | None], zeros_missing: bool) -> list[dict[str, Any]]:
-        """Count the numbers of a feature, given with their indicators by `number_places`.
+        """Count the numbers of a feature, given with their indicators by `find_dense_inputs`.
 
         A missing vector is all zeros. Any other number without an indicator was never missing in training rows.
         """
@@ -312,16 +318,18 @@ class _Counts:
             ends = [_area(each, labels[:, task_place]) for each in ranked]
             areas[task.name] = max((max(each, 1 - each) for each in ends if each is not None), default=None)
         names, counts = _count_bins(number.edges, values)
-        missing = {split: float(np.isnan(values[split]).mean()) for split in COMPARED}
+        missing = {split: float(np.isnan(values[split]).mean()) for split in COMPARED_SPLITS}
         bins = slice(None) if tells else slice(-1)
         return {
             "name": number.name,
             "table": None,
             # Without an indicator every training row had a value. Whether test rows do cannot be seen.
-            "coverage": {split: 1 - missing[split] for split in COMPARED} if tells else {"train": 1.0, "test": None},
+            "coverage": {split: 1 - missing[split] for split in COMPARED_SPLITS}
+            if tells
+            else {"train": 1.0, "test": None},
             "constant": len(np.unique(values["train"])) <= 1,  # one value, or none
-            "unknown": dict.fromkeys(COMPARED),
-            **_drift(names[bins], *(counts[split][bins] for split in COMPARED)),
+            "unknown": dict.fromkeys(COMPARED_SPLITS),
+            **_drift(names[bins], *(counts[split][bins] for split in COMPARED_SPLITS)),
             "auc": areas,
         }
 
@@ -340,7 +348,7 @@ def _count_bins(edges: Sequence[float], values: Mapping[str, np.ndarray]) -> tup
         parts = np.arange(1, PSI_BINS + 1) / PSI_BINS
         edges = tuple(np.unique(np.quantile(known, parts, method="inverted_cdf")))
     counts = {}
-    for split in COMPARED:
+    for split in COMPARED_SPLITS:
         bin_ = np.where(np.isnan(values[split]), len(edges) + 1, np.searchsorted(edges, values[split]))
         counts[split] = np.bincount(bin_, minlength=len(edges) + 2)
     words = [f"{edge:.3g}" for edge in edges]

@@ -6,8 +6,8 @@ the warnings by their cost. The cost estimates the fraction of test predictions 
     fraction of the rows affected x weight of the feature in these rows
 
 The weight of a feature is its own ranking power on validation rows: 2 AUC - 1, for the task that it ranks best. An
-unknown user or candidate has weight 1, because the model knows nothing of it. Other ids have at least weight `LEAST`,
-because unknown ids lower their own AUC. The order says nothing of a model's gain.
+unknown user or candidate has weight 1, because the model knows nothing of it. Other ids have at least weight
+`MIN_ID_WEIGHT`, because unknown ids lower their own AUC. The order says nothing of a model's gain.
 """
 
 from collections import Counter
@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import MIN_RARER_ROWS
 from mmoe_rec.task_kinds import KINDS
 
-LEAST = 0.3
+MIN_ID_WEIGHT = 0.3
 LEAK_AUC = 0.98
-UNKNOWN = 0.20
-DRIFT, STRONG_DRIFT = 0.10, 0.25
-LEAST_COVERAGE = 0.05
-RATE_CHANGE = 2.0
+MAX_UNKNOWN_FRACTION = 0.20
+DRIFT_PSI, STRONG_DRIFT_PSI = 0.10, 0.25
+MIN_COVERAGE = 0.05
+MAX_RATE_RATIO = 2.0
 _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _ERRORS = 3.0  # how many standard errors rates must differ by
 
@@ -31,7 +31,7 @@ Health = Mapping[str, Any]
 Finding = dict[str, Any]
 
 
-def find(health: Health) -> list[Finding]:
+def list_findings(health: Health) -> list[Finding]:
     """Return all findings, problems first, the costliest of each first."""
     features, splits = health["features"], health["overview"]["splits"]
     found = [*_files(health["overview"]), *_labels(splits), *_users(health["overview"]), *_rare(splits)]
@@ -41,14 +41,14 @@ def find(health: Health) -> list[Finding]:
     return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
 
 
-def describe(findings: Sequence[Finding]) -> str:
+def describe_findings(findings: Sequence[Finding]) -> str:
     """Say how many findings there are and which costs most."""
     kinds = Counter(each["severity"] for each in findings)
     told = [f"{kinds[word]} {word}{'s' * (kinds[word] > 1)}" for word in ("problem", "warning") if kinds[word]]
     return f"{' and '.join(told)} found; above all: {findings[0]['message']}" if told else "nothing suspicious found"
 
 
-def importance(feature: Mapping[str, Any]) -> float:
+def predictive_power(feature: Mapping[str, Any]) -> float:
     """Return how well a feature alone ranks the task that it ranks best. 0 is chance, 1 is perfect."""
     known = [auc for auc in feature["auc"].values() if auc is not None]
     return max(0.0, 2 * max(known, default=0.5) - 1)
@@ -65,14 +65,14 @@ def _finding(severity: str, check: str, about: str, message: str, cost: float = 
 
 
 def _files(overview: Health) -> Iterator[Finding]:
-    if left_out := overview["left_out"]:
-        number = f"{len(left_out)} file{'s' * (len(left_out) > 1)}"
-        message = f"{number} of the log could not be used, such as '{left_out[0]['file']}' ({left_out[0]['reason']})"
+    if skipped := overview["skipped"]:
+        number = f"{len(skipped)} file{'s' * (len(skipped) > 1)}"
+        message = f"{number} of the log could not be used, such as '{skipped[0]['file']}' ({skipped[0]['reason']})"
         yield _finding("problem", "files", "files left out", message)
 
 
 def _users(overview: Health) -> Iterator[Finding]:
-    if share := overview["users_in_both"]:
+    if share := overview["shared_user_fraction"]:
         column = overview["split_column"]
         message = f"{share:.1%} of the users of test rows have training rows as well, as column '{column}' splits them"
         yield _finding("warning", "users", "users in training and test", message, share)
@@ -81,7 +81,7 @@ def _users(overview: Health) -> Iterator[Finding]:
 def _rare(splits: Health) -> Iterator[Finding]:
     for name, task in splits["test"]["tasks"].items():
         # Half of the validation users select a state, the others judge it.
-        for split, needed in (("test", FEWEST), ("validation", 2 * FEWEST)):
+        for split, needed in (("test", MIN_RARER_ROWS), ("validation", 2 * MIN_RARER_ROWS)):
             observed, rate = (splits[split]["tasks"][name][key] for key in ("observed", "rate"))
             if KINDS[task["kind"]].is_binary and observed and (rarer := round(min(rate, 1 - rate) * observed)) < needed:
                 message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {needed} are needed"
@@ -100,17 +100,17 @@ def _labels(splits: Health) -> Iterator[Finding]:
         ]
         if changed := {split: rated[split]["rate"] for split in rated if split in sum(pairs, ())}:
             rates = ", ".join(f"{rate:.3g} in {split}" for split, rate in changed.items())
-            message = f"the rate of '{name}' changes more than {RATE_CHANGE:g} times between splits: {rates}"
+            message = f"the rate of '{name}' changes more than {MAX_RATE_RATIO:g} times between splits: {rates}"
             low, high = min(changed.values()), max(changed.values())
             yield _finding("warning", "rate", name, message, 1 - low / high)
 
 
 def _differ(one: Health, other: Health, kind: str) -> bool:
-    """Whether one rate is more than `RATE_CHANGE` times the other and, of a binary task, not by chance."""
+    """Whether one rate is more than `MAX_RATE_RATIO` times the other and, of a binary task, not by chance."""
     if not one["observed"] or not other["observed"]:
         return False
     (low, few), (high, many) = sorted((each["rate"], each["observed"]) for each in (one, other))
-    if low < 0 or high <= RATE_CHANGE * low:
+    if low < 0 or high <= MAX_RATE_RATIO * low:
         return False
     share = (low * few + high * many) / (few + many)
     error = (share * (1 - share) * (1 / few + 1 / many)) ** 0.5 if KINDS[kind].is_binary else 0.0
@@ -141,35 +141,35 @@ def _constants(feature: Health) -> Iterator[Finding]:
 
 def _coverage(feature: Health) -> Iterator[Finding]:
     shares = {split: share for split, share in feature["coverage"].items() if share is not None}
-    if low := [f"{share:.1%} of the {split} rows" for split, share in shares.items() if share < LEAST_COVERAGE]:
+    if low := [f"{share:.1%} of the {split} rows" for split, share in shares.items() if share < MIN_COVERAGE]:
         message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}"
         lost = max(0.0, shares.get("train", 0.0) - shares.get("test", 1.0))
-        yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature))
+        yield _finding("warning", "coverage", feature["name"], message, lost * predictive_power(feature))
 
 
 def _unknown(feature: Health) -> Iterator[Finding]:
     share = feature["unknown"]["test"]
-    if share is not None and share > UNKNOWN:
+    if share is not None and share > MAX_UNKNOWN_FRACTION:
         message = (
             f"{share:.1%} of the ids of feature '{feature['name']}' in test rows have no table row of their own (in "
             f"training {feature['unknown']['train'] or 0:.1%}): lower its min_count, or train on later rows"
         )
-        cost = share * (1.0 if feature["is_key"] else max(importance(feature), LEAST))
+        cost = share * (1.0 if feature["is_key"] else max(predictive_power(feature), MIN_ID_WEIGHT))
         yield _finding("warning", "unknown", feature["name"], message, cost)
 
 
 def _drift(feature: Health) -> Iterator[Finding]:
     worst = worst_drift(feature)
-    if worst is not None and worst["psi"] > STRONG_DRIFT:
-        message = f"feature '{feature['name']}' drifts strongly, PSI {worst['psi']:.2f}: {describe_move(worst)}"
+    if worst is not None and worst["psi"] > STRONG_DRIFT_PSI:
+        message = f"feature '{feature['name']}' drifts strongly, PSI {worst['psi']:.2f}: {describe_shift(worst)}"
         if feature["kind"] == "counter":
             message += ". A count of all of the past grows with any log, and `window_days` bounds it"
         # Values that are more than twice as frequent as in training.
         moved = sum(bin_["test"] - bin_["train"] for bin_ in worst["bins"] if bin_["test"] > 2 * bin_["train"])
-        yield _finding("warning", "drift", feature["name"], message, moved * importance(feature))
+        yield _finding("warning", "drift", feature["name"], message, moved * predictive_power(feature))
 
 
-def describe_move(each: Mapping[str, Any]) -> str:
+def describe_shift(each: Mapping[str, Any]) -> str:
     """Name the bin of an input whose fraction of the rows has changed most."""
     most = max(each["bins"], key=lambda part: abs(part["test"] - part["train"]))
     words = {"missing": "without a value", "unknown": "of unknown ids", "all others": "of all less frequent ids"}

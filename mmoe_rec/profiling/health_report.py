@@ -10,23 +10,23 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.profiling.health_findings import DRIFT, LEAK_AUC, STRONG_DRIFT, describe_move, worst_drift
-from mmoe_rec.report.charts import COLORS, blank, plain, svg
+from mmoe_rec.profiling.health_findings import DRIFT_PSI, LEAK_AUC, STRONG_DRIFT_PSI, describe_shift, worst_drift
+from mmoe_rec.report.charts import COLORS, new_figure, style_axes, to_svg
 from mmoe_rec.report.formatting import (
-    NONE,
-    day,
-    describe_request_times,
-    describe_unmatured,
-    fixed,
-    percent,
-    rate,
-    thousands,
+    NO_VALUE,
+    describe_conflicting_times,
+    describe_pending_labels,
+    format_count,
+    format_fixed,
+    format_minute,
+    format_percent,
+    format_rate,
 )
 from mmoe_rec.report.parts import Cell, Figure, Mark, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
 from mmoe_rec.task_kinds import KINDS
 
-FILE = "health.json"
+HEALTH_FILE = "health.json"
 _DRAWN = 12  # features whose drift is drawn
 _SHOWN = 5  # warnings that the terminal shows
 _MEASURES = {
@@ -40,10 +40,10 @@ _MEASURES = {
 }
 
 
-def write(health: Mapping[str, Any], folder: Path) -> None:
+def write_health(health: Mapping[str, Any], folder: Path) -> None:
     """Write `health.json` with all values, and the report. Raises UserError if the folder can't be made."""
     report = make_report(health)
-    write_text(folder / FILE, json.dumps(health, indent=1, allow_nan=False))
+    write_text(folder / HEALTH_FILE, json.dumps(health, indent=1, allow_nan=False))
     write_report(report, folder)
 
 
@@ -54,7 +54,7 @@ def make_report(health: Mapping[str, Any]) -> Report:
     mark: Mark = "problem" if "problem" in severities else "warning" if severities else "good"
     shown = severities.count("problem") + _SHOWN
     sentences = [
-        Sentence(f"left out: {each['file']}: {each['reason']}", "problem", "file") for each in overview["left_out"]
+        Sentence(f"left out: {each['file']}: {each['reason']}", "problem", "file") for each in overview["skipped"]
     ]
     sentences += [
         Sentence(each["message"], each["severity"], each["check"], page_only=place >= shown)
@@ -62,7 +62,7 @@ def make_report(health: Mapping[str, Any]) -> Report:
     ]
     if len(findings) > shown:
         sentences.append(Sentence(f"{len(findings) - shown} more warnings, which cost less, are in the report"))
-    sentences += [Sentence(each, "note") for each in describe_rows(overview)]
+    sentences += [Sentence(each, "note") for each in describe_time_issues(overview)]
     return Report(
         title=f"Data set health: {health['name']}",
         headline=health["headline"],
@@ -79,28 +79,34 @@ def make_report(health: Mapping[str, Any]) -> Report:
 def _about(overview: Mapping[str, Any]) -> str:
     files, times = overview["files"] or 0, "without times"
     if overview["first_request"]:
-        times = f"requests from {day(overview['first_request'])} to {day(overview['last_request'])} UTC"
-    return f"{overview['log'] or NONE}: {files:,} file{'s' * (files != 1)}, {overview['rows'] or 0:,} rows, {times}"
+        times = (
+            f"requests from {format_minute(overview['first_request'])} to {format_minute(overview['last_request'])} UTC"
+        )
+    return f"{overview['log'] or NO_VALUE}: {files:,} file{'s' * (files != 1)}, {overview['rows'] or 0:,} rows, {times}"
 
 
-def describe_rows(overview: Mapping[str, Any]) -> list[str]:
+def describe_time_issues(overview: Mapping[str, Any]) -> list[str]:
     """Describe requests of several times, and labels that have not matured.
 
     Args:
         overview: The log and its splits, as in a health.
     """
-    told = describe_request_times(overview["requests"])
+    told = describe_conflicting_times(overview["requests"])
     return [each for each in (told,) if each] + [
-        f"{name}: {describe_unmatured(task, number, split['labels_known_by'])}"
+        f"{name}: {describe_pending_labels(task, number, split['labels_known_by'])}"
         for name, split in overview["splits"].items()
-        for task, number in split["unmatured"].items()
+        for task, number in split["pending_labels"].items()
     ]
 
 
 def _splits(overview: Mapping[str, Any]) -> Iterator[Table]:
     splits, who = overview["splits"], ("rows", "requests", "users", "candidates")
     rows = [
-        (name, f"{day(each['first_request'])} to {day(each['last_request'])}", *(thousands(each[of]) for of in who))
+        (
+            name,
+            f"{format_minute(each['first_request'])} to {format_minute(each['last_request'])}",
+            *(format_count(each[of]) for of in who),
+        )
         for name, each in splits.items()
     ]
     if overview["first_request"] is None:
@@ -110,7 +116,7 @@ def _splits(overview: Mapping[str, Any]) -> Iterator[Table]:
     labels = list[Row]()
     for name in next(iter(splits.values()))["tasks"]:
         tasks = [each["tasks"][name] for each in splits.values()]
-        labels.append((name, *(Cell(rate(t["rate"], t["kind"]), f"of {t['observed']:,}") for t in tasks)))
+        labels.append((name, *(Cell(format_rate(t["rate"], t["kind"]), f"of {t['observed']:,}") for t in tasks)))
     yield Table("Labels", ("task", *splits), labels, "rate (or mean) of the observed labels")
 
 
@@ -124,31 +130,31 @@ def _features(health: Mapping[str, Any]) -> Table:
             (
                 each["name"],
                 ", ".join(found["check"] for found in health["findings"] if found["about"] == each["name"]),
-                percent(each["coverage"]["train"]),
-                percent(each["unknown"]["test"]),
+                format_percent(each["coverage"]["train"]),
+                format_percent(each["unknown"]["test"]),
                 _psi_cell(each["psi"]),
-                Cell(fixed(best), "", mark),
+                Cell(format_fixed(best), "", mark),
             )
         )
     return Table("Features", heads, rows, "PSI: drift to test; AUC: the feature alone, of its best task", left=2)
 
 
 def _psi_cell(psi: float | None) -> Cell:
-    mark: Mark = "problem" if (psi or 0) > STRONG_DRIFT else "warning" if (psi or 0) > DRIFT else ""
-    return Cell(fixed(psi, 2), "", mark)
+    mark: Mark = "problem" if (psi or 0) > STRONG_DRIFT_PSI else "warning" if (psi or 0) > DRIFT_PSI else ""
+    return Cell(format_fixed(psi, 2), "", mark)
 
 
 def _weeks(health: Mapping[str, Any]) -> Iterator[Figure]:
     if health["weeks"]:
         for name, task in next(iter(health["overview"]["splits"].values()))["tasks"].items():
-            note = f"{KINDS[task['kind']].mean_name}, and observed rows; weeks start on Monday, 00:00 UTC"
-            yield Figure(f"{name} by week", weeks_figure(health["weeks"], name), note)
+            note = f"{KINDS[task['kind']].mean_label_name}, and observed rows; weeks start on Monday, 00:00 UTC"
+            yield Figure(f"{name} by week", draw_label_rates(health["weeks"], name), note)
 
 
-def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
+def draw_label_rates(weeks: list[dict[str, Any]], task: str) -> str:
     """Draw the rate of a task's label by week, above its observed rows. Each split has a color."""
-    figure = blank(12.8, 3.6)
-    line, bars = map(plain, figure.subplots(2, 1, sharex=True, height_ratios=[4, 1]))
+    figure = new_figure(12.8, 3.6)
+    line, bars = map(style_axes, figure.subplots(2, 1, sharex=True, height_ratios=[4, 1]))
     below, rates, kind = Counter[int](), list[float](), ""
     for split in dict.fromkeys(split for week in weeks for split in week["splits"]):
         labels = {
@@ -172,15 +178,15 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
     bars.set_yticks([0, most], ["rows", f"{most:,}"])
     every = range(0, len(weeks), -(-len(weeks) // 12))
     bars.set_xticks(every, [date.fromisoformat(weeks[place]["week"]).strftime("%-d %b %y") for place in every])
-    return svg(figure, f"rate of {task} by week")
+    return to_svg(figure, f"rate of {task} by week")
 
 
 def _drift(features: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     """Draw the features that drift most, each by its worst input."""
     worst = filter(None, map(worst_drift, features))
     for each in sorted(worst, key=lambda each: -float(each["psi"]))[:_DRAWN]:
-        figure, places = blank(5.6, 2.6), range(len(each["bins"]))
-        axes = plain(figure.subplots())
+        figure, places = new_figure(5.6, 2.6), range(len(each["bins"]))
+        axes = style_axes(figure.subplots())
         for split, shift in (("train", -0.2), ("test", 0.2)):
             shares = [part[split] for part in each["bins"]]
             axes.bar([place + shift for place in places], shares, 0.4, color=COLORS[split], label=split)
@@ -191,4 +197,4 @@ def _drift(features: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
         axes.set_xticks(ticks, [names[place][:24] for place in ticks], rotation=20, ha="right")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
         label = f"shares of training and test rows in the bins of {each['name']}"
-        yield Figure(f"{each['name']}: PSI {each['psi']:.2f}", svg(figure, label), describe_move(each))
+        yield Figure(f"{each['name']}: PSI {each['psi']:.2f}", to_svg(figure, label), describe_shift(each))

@@ -23,17 +23,17 @@ from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.checks import open_parquet
 from mmoe_rec.log.columns import canonical_type
 from mmoe_rec.log.database import Database, open_database
-from mmoe_rec.log.files import find_files, is_remote, path_values
+from mmoe_rec.log.files import find_files, is_remote, parse_path_columns
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.profiling.words import names_a_thing
-from mmoe_rec.settings.log_columns import Use
+from mmoe_rec.profiling.name_hints import is_id_name
+from mmoe_rec.settings.log_columns import ColumnUse
 
-Kind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
-SAMPLE = 300_000
+ColumnKind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
+SAMPLE_ROWS = 300_000
 """Rows in which one looks for what goes together."""
-IN_MEMORY = 4_000_000
+MAX_ROWS_IN_MEMORY = 4_000_000
 """Rows of a log that is read once; of a larger one, the files are read for each sample."""
-HALF = "\0half"
+HALF_COLUMN = "\0half"
 """Column of a sample that says to which half of the keys a row belongs."""
 _AT_ONCE = 64
 """Columns that are sorted at a time."""
@@ -60,43 +60,43 @@ class Column:
         distinct: Approximate number of distinct values.
         low: Least value of numbers and text.
         high: Greatest value of numbers and text.
-        binary: Whether all values are 0 or 1.
+        is_binary: Whether all values are 0 or 1.
         lengths: Lengths of the shortest and the longest list.
-        long: Mean characters of a text.
+        mean_length: Mean characters of a text.
         unit: Time unit of integers that may be times, None for others.
     """
 
     name: str
     sql: str
     type: str
-    kind: Kind
+    kind: ColumnKind
     rows: int
     nulls: int
     distinct: int
     low: Any = None
     high: Any = None
-    binary: bool = False
-    lengths: tuple[int, int] = (0, 0)
-    long: float = 0.0
+    is_binary: bool = False
+    length_range: tuple[int, int] = (0, 0)
+    mean_length: float = 0.0
     unit: str | None = None
 
     @property
-    def is_key(self) -> bool:
+    def can_be_key(self) -> bool:
         """Whether rows can be grouped by it."""
         return self.kind in ("integer", "text") and not self.nulls
 
     @property
-    def is_time(self) -> bool:
+    def may_be_time(self) -> bool:
         """Whether it holds moments, or may."""
         return self.kind == "time" or self.unit is not None
 
     @property
-    def is_one(self) -> str:
+    def positive_sql(self) -> str:
         """SQL of the rows where what a binary column tells has happened."""
         return f"{self.sql} = {'true' if self.kind == 'boolean' else '1'}"
 
     @property
-    def microseconds(self) -> str:
+    def time_sql(self) -> str:
         """SQL of its time, microseconds since 1970 UTC."""
         if self.kind == "time":
             return f"epoch_us({self.sql}::TIMESTAMP)" if self.type == "DATE" else f"epoch_us({self.sql})"
@@ -104,7 +104,7 @@ class Column:
         return f"({self.sql}::BIGINT * {factor})" if factor else f"({self.sql}::BIGINT // 1000)"
 
 
-def _kind_of(kind: str) -> Kind:
+def _kind_of(kind: str) -> ColumnKind:
     inner = kind[:-2] if kind.endswith("[]") else kind.partition("[")[0] if re.search(r"\[\d+\]$", kind) else None
     if inner is not None:
         element = _kind_of(inner)
@@ -128,8 +128,8 @@ def open_profile(source: str, folder: Path, setting: str = "the log") -> "Iterat
     with open_database(folder) as database:
         try:
             if is_remote(source):
-                database.reach(source)
-            yield Profile(database, [file.address for file in files], source)
+                database.register_remote(source)
+            yield Profile(database, [file.uri for file in files], source)
         except duckdb.Error as error:
             raise UserError(f"the log '{source}' can't be read as Parquet files: {first_line(error)}") from None
 
@@ -143,7 +143,7 @@ class Profile:
 
     def __init__(self, database: Database, files: Sequence[str], name: str) -> None:
         self._database, self.name = database, name
-        self.in_path = {each for file in files for each in path_values(file)}
+        self.path_columns = {each for file in files for each in parse_path_columns(file)}
         listed = ", ".join(f"'{file.replace(chr(39), chr(39) * 2)}'" for file in files)
         # Columns of paths are text: what they look like is nobody's type.
         options = "hive_partitioning = true, hive_types_autocast = false, union_by_name = true"
@@ -164,7 +164,7 @@ class Profile:
         self.rows = int(database.row(f"SELECT count(*) FROM {scan}")[0])
         if not self.rows:
             raise UserError(f"the log '{name}' holds no row")
-        made = "TABLE" if self.rows <= IN_MEMORY else "VIEW"
+        made = "TABLE" if self.rows <= MAX_ROWS_IN_MEMORY else "VIEW"
         database.run(f"CREATE {made} log AS {view}")
         self.columns = self._read_columns(kinds)
         self._differ: dict[str, float] = {}  # column -> how often two rows of the log differ in it
@@ -188,7 +188,7 @@ class Profile:
         (values,) = self._database.rows(f"SELECT {', '.join(parts)} FROM log")
         found = {}
         for place, (name, sql) in enumerate(self._sql.items()):
-            count, distinct, low, high, binary, shortest, longest, length = values[8 * place : 8 * place + 8]
+            count, distinct, low, high, is_binary, shortest, longest, length = values[8 * place : 8 * place + 8]
             kind = _kind_of(kinds[name]) if count else "empty"
             found[name] = Column(
                 name,
@@ -200,14 +200,14 @@ class Profile:
                 min(int(distinct), count),
                 low,
                 high,
-                kind == "boolean" or (bool(binary) and low == 0 and high == 1),
+                kind == "boolean" or (bool(is_binary) and low == 0 and high == 1),
                 (shortest or 0, longest or 0),
                 (length or 0) / max(count, 1),
-                _unit_of(low, high) if kind == "integer" and not names_a_thing(name) else None,
+                _unit_of(low, high) if kind == "integer" and not is_id_name(name) else None,
             )
         return found
 
-    def row_of_times(self, time: str) -> tuple[int, int]:
+    def time_range(self, time: str) -> tuple[int, int]:
         """The first and the last of SQL times, microseconds."""
         first, last = self._database.row(f"SELECT min({time}), max({time}) FROM log")
         return int(first), int(last)
@@ -216,17 +216,17 @@ class Profile:
         """The single row that a query on `log` gives."""
         return self._database.row(query)
 
-    def number(self, query: str) -> Any:
+    def scalar(self, query: str) -> Any:
         """The single value of a query on `log`."""
         return self.row(query)[0]
 
-    def _sample(self, keys: Sequence[str], limit: int = SAMPLE) -> str:
+    def _sample(self, keys: Sequence[str], limit: int = SAMPLE_ROWS) -> str:
         """SQL of all rows of some values of keys, about `limit` in all."""
         every = -(-self.rows // limit)
         return "log" if every <= 1 else f"(FROM log WHERE hash({', '.join(keys)}) % {every} = 0)"
 
-    def changes(
-        self, keys: Sequence[str], among: Sequence[str], order: str = "0", at_once: bool = False
+    def change_rates(
+        self, keys: Sequence[str], columns: Sequence[str], order: str = "0", merge_ties: bool = False
     ) -> dict[str, float]:
         """How often each column changes from one row of the same keys to the next, as a share of how often it differs
         in two rows of the log: 0 where the keys determine it, about 1 where they say nothing of it.
@@ -234,23 +234,23 @@ class Profile:
         keys, among: names of columns; order: SQL of what orders the rows of a key; at_once: rows of the same keys and
         order are one. A column without two values has 0; all have NaN where no key has two rows.
         """
-        if not among:
+        if not columns:
             return {}
         by = [self._sql[each] for each in keys]
         found = {}
-        for begin in range(0, len(among), _AT_ONCE):
-            names = among[begin : begin + _AT_ONCE]
+        for begin in range(0, len(columns), _AT_ONCE):
+            names = columns[begin : begin + _AT_ONCE]
             hashes = [f"hash({self._sql[each]})" for each in names]
             row, values, group = self._row_hash, ", ".join(hashes), ""
-            if at_once:
+            if merge_ties:
                 row, values, group = "0", ", ".join(f"min({each})" for each in hashes), " GROUP BY ALL"
             rows = f"SELECT hash({', '.join(by)}), {order}, {row}, {values} FROM {self._sample(by)}{group}"
             within = self._count_changes(rows, len(names))
             if any(each not in self._differ for each in names):
                 mixed = f"SELECT 0, 0, {self._row_hash}, {', '.join(hashes)} FROM {self._sample([self._row_hash])}"
                 self._differ |= zip(names, self._count_changes(mixed, len(names)), strict=True)
-            for name, share in zip(names, within, strict=True):
-                found[name] = float(share / of) if (of := self._differ[name]) else 0.0
+            for name, fraction in zip(names, within, strict=True):
+                found[name] = float(fraction / of) if (of := self._differ[name]) else 0.0
         return found
 
     def _count_changes(self, rows: str, number: int) -> np.ndarray:
@@ -271,26 +271,28 @@ class Profile:
         )
         return float(count) / max(groups, 1)
 
-    def count_repeats(self, keys: Sequence[str]) -> int:
+    def count_duplicates(self, keys: Sequence[str]) -> int:
         """Rows that have the same keys as another one, less one of each."""
         by = ", ".join(self._sql[each] for each in keys)
-        return self.rows - self.number(f"SELECT count(DISTINCT hash({by})) FROM log")
+        return self.rows - self.scalar(f"SELECT count(DISTINCT hash({by})) FROM log")
 
-    def share(self, condition: str, of: str = "true") -> float:
+    def fraction(self, condition: str, of: str = "true") -> float:
         """Share of the rows of one condition that fulfil another; 0 where there is none."""
         both, some = self._database.row(
             f"SELECT count(*) FILTER (({condition}) AND ({of})), count(*) FILTER ({of}) FROM log"
         )
         return both / some if some else 0.0
 
-    def count(self, condition: str) -> int:
+    def count_rows(self, condition: str) -> int:
         """Rows that fulfil a condition."""
         return int(self._database.row(f"SELECT count(*) FILTER ({condition}) FROM log")[0])
 
-    def quantile(self, expression: str, share: float, where: str = "true") -> Any:
+    def quantile(self, expression: str, fraction: float, where: str = "true") -> Any:
         """An exact quantile of SQL, None where there is no row."""
-        query = f"SELECT quantile_disc({expression}, {share}) FROM log WHERE ({where}) AND ({expression}) IS NOT NULL"
-        return self.number(query)
+        query = (
+            f"SELECT quantile_disc({expression}, {fraction}) FROM log WHERE ({where}) AND ({expression}) IS NOT NULL"
+        )
+        return self.scalar(query)
 
     def sample(self, keys: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Columns of all rows of some values of keys, lists by their lengths, in an order of the rows alone."""
@@ -300,13 +302,13 @@ class Profile:
         named = ", ".join(f"{sql} AS v{place}" for place, sql in enumerate(read))
         half = f"hash({', '.join(by)}, 1) % 2 = 0 AS half"
         found = self._database.table(f"SELECT {named}, {half} FROM {self._sample(by)} ORDER BY {self._row_hash}")
-        return found.rename_columns([*columns, HALF])
+        return found.rename_columns([*columns, HALF_COLUMN])
 
     def is_unique(self, column: str) -> bool:
         """Whether each row has a value of its own."""
         each = self.columns[column]
         likely = not each.nulls and each.distinct > 0.9 * each.rows
-        return likely and self.number(f"SELECT count(DISTINCT {each.sql}) FROM log") == each.rows
+        return likely and self.scalar(f"SELECT count(DISTINCT {each.sql}) FROM log") == each.rows
 
     def values(self, column: str, limit: int) -> list[Any]:
         """The most frequent values of a column."""
@@ -317,7 +319,7 @@ class Profile:
         return [row[0] for row in self._database.rows(query)]
 
 
-_USES: dict[Kind, Use] = {"number": "number", "time": "time", "keys": "keys", "vector": "vector"}
+_USES: dict[ColumnKind, ColumnUse] = {"number": "number", "time": "time", "keys": "keys", "vector": "vector"}
 
 
 def _is_readable(field: pa.Field, kind: str) -> bool:
@@ -357,14 +359,16 @@ def _unit_of(low: int, high: int) -> str | None:
     return None
 
 
-def auc_alone(codes: np.ndarray, labels: np.ndarray, half: np.ndarray, fewest: int = 3) -> tuple[float, float]:
+def target_encoding_auc(
+    codes: np.ndarray, labels: np.ndarray, fit_mask: np.ndarray, min_class_rows: int = 3
+) -> tuple[float, float]:
     """Rank rows by the mean label of their value, learned from one half of the keys, and judge the other half.
 
     Args:
-        codes: (N,) int64 from 0, the value of each row, see `codes_of`.
+        codes: (N,) int64 from 0, the value of each row, see `factorize_binned`.
         labels: (N,) between 0 and 1, NaN where not observed.
-        half: (N,) bool, whether the mean label is learned from the row.
-        fewest: Number of rows of either label, in whole or in part, that each half needs.
+        fit_mask: (N,) bool, whether the mean label is learned from the row.
+        min_class_rows: Number of rows of either label, in whole or in part, that each half needs.
 
     Returns:
         The area under the ROC curve, and the fraction of the rarer label among as many top rows as there are rows of
@@ -372,22 +376,22 @@ def auc_alone(codes: np.ndarray, labels: np.ndarray, half: np.ndarray, fewest: i
         are NaN if there are too few rows to tell.
     """
     observed = ~np.isnan(labels)
-    codes, labels, half = codes[observed], labels[observed], half[observed]
+    codes, labels, fit_mask = codes[observed], labels[observed], fit_mask[observed]
     labels = 1 - labels if labels.sum() > 0.5 * len(labels) else labels
-    known, asked = labels[half], labels[~half]
+    known, asked = labels[fit_mask], labels[~fit_mask]
     least = min((rows > 0).sum() for part in (known, asked) for rows in (part, 1 - part))
-    if least < fewest or len(asked) < _FEWEST_ROWS:
+    if least < min_class_rows or len(asked) < _FEWEST_ROWS:
         return math.nan, math.nan
     places = codes.max(initial=0) + 1
-    rows, positives = (np.bincount(codes[half], weights, places) for weights in (None, known))
+    rows, positives = (np.bincount(codes[fit_mask], weights, places) for weights in (None, known))
     means = (positives + _PRIOR * known.mean()) / (rows + _PRIOR)
-    predicted, place = np.unique(np.round(means, 12)[codes[~half]], return_inverse=True)
+    predicted, place = np.unique(np.round(means, 12)[codes[~fit_mask]], return_inverse=True)
     ones, every = np.bincount(place, asked, len(predicted)), np.bincount(place, minlength=len(predicted))
     top = np.interp(ones.sum(), [0, *np.cumsum(every[::-1])], [0, *np.cumsum(ones[::-1])])
     return float(auc_of_counts(ones, every - ones)), float(top / ones.sum())
 
 
-def tells_it(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray | float) -> bool:
+def implies_positive(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray | float) -> bool:
     """Whether a column has another value than its most frequent one only in rows of label 1, by more than chance.
 
     Args:
@@ -401,7 +405,7 @@ def tells_it(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray | float) 
     return bool(-np.log(np.broadcast_to(chance, len(codes))[others]).sum() > 20)
 
 
-def codes_of(values: pa.ChunkedArray) -> np.ndarray:
+def factorize_binned(values: pa.ChunkedArray) -> np.ndarray:
     """Number the values of a column. Returns (N,) int64 from 0: one for each text, range of numbers, and for null."""
     kind = values.type
     if pa.types.is_temporal(kind):
@@ -417,16 +421,16 @@ def codes_of(values: pa.ChunkedArray) -> np.ndarray:
         usual, parts = held[rows.argmax()], np.linspace(0, 1, _BINS + 1)[1:-1]
         edges = [*np.quantile(known, parts), *np.quantile(held, parts), usual, np.nextafter(usual, np.inf)]
         return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(np.unique(edges), numbers, side="right"))
-    return keys_of(values)
+    return factorize(values)
 
 
-def keys_of(values: pa.ChunkedArray) -> np.ndarray:
+def factorize(values: pa.ChunkedArray) -> np.ndarray:
     """Number the different values of a column. Returns (N,) int64 from 0, null has its own."""
     codes = values.combine_chunks().dictionary_encode()
     codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
     return codes.indices.fill_null(-1).to_numpy().astype(np.int64) + 1
 
 
-def days(microseconds: float) -> float:
+def to_days(microseconds: float) -> float:
     """Days of so many microseconds."""
     return microseconds / MICROSECONDS_PER_DAY

@@ -23,19 +23,19 @@ COLORS = {
     "validation": "#b98a2f",
     "test": "#1f6fd1",
 }
-SERIES = (COLORS["test"], "#c2571a", "#2f855a", "#7c3aed", "#b83280")
+SERIES_COLORS = (COLORS["test"], "#c2571a", "#2f855a", "#7c3aed", "#b83280")
 """Colors of lines side by side, such as one for each task."""
 _NAMES = {color: f"var(--{name})" for name, color in COLORS.items()}
 
 
-def blank(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches, whose parts make room for each other."""
     made = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=COLORS["card"])
     FigureCanvasAgg(made)
     return made
 
 
-def plain(axes: Axes) -> Axes:
+def style_axes(axes: Axes) -> Axes:
     """Gives axes a light grid, no ticks, and no frame except left and bottom."""
     axes.grid(color=COLORS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
@@ -49,7 +49,7 @@ def plain(axes: Axes) -> Axes:
     return axes
 
 
-def svg(drawn: Figure, label: str) -> str:
+def to_svg(drawn: Figure, label: str) -> str:
     """The figure as an `svg` element for the middle of a page, without a background; the same for the same figure.
 
     drawn: with texts and sizes in points, which become the units of the element; label: what it shows, for readers who

@@ -6,16 +6,16 @@ from typing import Any
 
 from mmoe_rec.task_kinds import KINDS
 
-NONE = "-"
+NO_VALUE = "-"
 _DAY = 86_400_000_000
 _DECIMALS = 4
 _MOST_DECIMALS = 7  # what is smaller is written like 1.5e-08
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """A share; 99.96% does not become 100%, nor 0.03% nothing."""
     if share is None:
-        return NONE
+        return NO_VALUE
     if 0 < share < 0.001:
         return "<0.1%"
     if 0.999 < share < 1:
@@ -23,22 +23,22 @@ def percent(share: float | None) -> str:
     return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
-def fixed(value: float | None, digits: int = 3) -> str:
+def format_fixed(value: float | None, digits: int = 3) -> str:
     """A number with a fixed number of digits after the point."""
-    return NONE if value is None else f"{value:.{digits}f}"
+    return NO_VALUE if value is None else f"{value:.{digits}f}"
 
 
-def thousands(value: int | None) -> str:
+def format_count(value: int | None) -> str:
     """A whole number, its thousands apart."""
-    return NONE if value is None else f"{value:,}"
+    return NO_VALUE if value is None else f"{value:,}"
 
 
-def rate(value: float | None, kind: str) -> str:
+def format_rate(value: float | None, kind: str) -> str:
     """The mean label of a task of a kind."""
-    return NONE if value is None else KINDS[kind].show_mean(value)
+    return NO_VALUE if value is None else KINDS[kind].format_mean(value)
 
 
-def describe_request_times(requests: Mapping[str, Any] | None) -> str | None:
+def describe_conflicting_times(requests: Mapping[str, Any] | None) -> str | None:
     """How many requests have several times, of a manifest's `requests`; None where none has."""
     if not requests or not requests["conflicting_times"]:
         return None
@@ -46,17 +46,17 @@ def describe_request_times(requests: Mapping[str, Any] | None) -> str | None:
     again = "; are ids used again?" if longest > _DAY else ""
     return (
         f"{requests['conflicting_times']:,} of {requests['count']:,} requests have rows of several times, up to "
-        f"{span(longest)} apart: all rows of a request take its first time{again}"
+        f"{format_duration(longest)} apart: all rows of a request take its first time{again}"
     )
 
 
-def describe_unmatured(task: str, labels: int, known_by: str | None) -> str:
+def describe_pending_labels(task: str, labels: int, label_cutoff: str | None) -> str:
     """How many labels of a split do not count, as they had not matured."""
     noun, verb = ("label", "does") if labels == 1 else ("labels", "do")
-    return f"{labels:,} {noun} of {task} had not matured by {day(known_by)} UTC and {verb} not count"
+    return f"{labels:,} {noun} of {task} had not matured by {format_minute(label_cutoff)} UTC and {verb} not count"
 
 
-def span(microseconds: int) -> str:
+def format_duration(microseconds: int) -> str:
     """A time in a unit that makes it a small number."""
     for unit, size_of in (("days", 86_400e6), ("hours", 3_600e6), ("minutes", 60e6), ("seconds", 1e6)):
         if microseconds >= 2 * size_of:
@@ -64,12 +64,12 @@ def span(microseconds: int) -> str:
     return f"{microseconds / 1e6:g} seconds"
 
 
-def day(time: str | None) -> str:
+def format_minute(time: str | None) -> str:
     """The day and minute of an ISO time."""
-    return NONE if time is None else time[:16].replace("T", " ")
+    return NO_VALUE if time is None else time[:16].replace("T", " ")
 
 
-def signed(*values: float, sign: bool = True) -> list[str]:
+def format_signed(*values: float, sign: bool = True) -> list[str]:
     """Differences that stand together, such as one and the ends of its interval, with as many decimals.
 
     They have four decimals, or two digits where the largest is small; there are more where one that is not 0 would else

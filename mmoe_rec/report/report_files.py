@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from mmoe_rec.atomic import write_text
 from mmoe_rec.report.parts import Report
 
-JSON, PAGE = "report.json", "report.html"
+REPORT_JSON, REPORT_PAGE = "report.json", "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 _ADAPTER = TypeAdapter(Report)
 _ENVIRONMENT = Environment(
@@ -30,13 +30,13 @@ def to_html(report: Report) -> str:
 def write_report(report: Report, folder: Path) -> None:
     """Write `report.json` and `report.html`, the page last. Raises UserError if the folder can't be made."""
     text = to_html(report)
-    write_text(folder / JSON, _ADAPTER.dump_json(report, indent=1).decode())
-    write_text(folder / PAGE, text)
+    write_text(folder / REPORT_JSON, _ADAPTER.dump_json(report, indent=1).decode())
+    write_text(folder / REPORT_PAGE, text)
 
 
 def read_report(folder: Path) -> Report | None:
     """Read the report of a folder. Returns None if there is none that can be read."""
     try:
-        return _ADAPTER.validate_json((folder / JSON).read_bytes())
+        return _ADAPTER.validate_json((folder / REPORT_JSON).read_bytes())
     except (OSError, ValidationError):
         return None

@@ -23,19 +23,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mmoe_rec.errors import UserError, quoted
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.request_log import RequestLog
-from mmoe_rec.server.calls import Calls, refusal, require_json
-from mmoe_rec.server.events import Accepting
-from mmoe_rec.server.measurements import CONTENT_TYPE, Metrics
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import INTERNAL, Refused
+from mmoe_rec.server.events import EventHandler
+from mmoe_rec.server.invocations import InvocationHandler, error_response, require_json
+from mmoe_rec.server.models import ModelManager
+from mmoe_rec.server.options import INTERNAL_ERROR, HttpError
+from mmoe_rec.server.server_metrics import CONTENT_TYPE, Metrics
 
 Reload = Callable[[], Awaitable[None]]
 """Takes up the model that the server's address names now. Raises UserError for one that can't be loaded."""
-Page = Callable[[HttpRequest], Awaitable[Response]]
+Handler = Callable[[HttpRequest], Awaitable[Response]]
 
-ALIVE = "/ping"  # Stays 200 while the server drains, so that no liveness probe ends it early.
-OPEN_PATHS = ("/health", ALIVE)
-PAGE = "/"  # which asks a person for the token
+LIVENESS_PATH = "/ping"  # Stays 200 while the server drains, so that no liveness probe ends it early.
+PUBLIC_PATHS = ("/health", LIVENESS_PATH)
+PAGE_PATH = "/"  # which asks a person for the token
 
 VERSION = version("mmoe-rec")
 _log = logging.getLogger(__name__)
@@ -44,21 +44,21 @@ _log = logging.getLogger(__name__)
 class Application:
     """The ASGI application of a worker, and the parts that others ask about it."""
 
-    def __init__(self, models: Models, metrics: Metrics | None = None, reload: Reload | None = None) -> None:
+    def __init__(self, models: ModelManager, metrics: Metrics | None = None, reload: Reload | None = None) -> None:
         options = models.options
         self.models, self.token, self._reload = models, options.token, reload
         self.metrics = metrics or Metrics()
-        count = self.metrics.logged.labels
+        count = self.metrics.logged_replies.labels
         self._log = None
-        if options.log is not None:
-            self._log = RequestLog(options.log, lambda outcome, many: count(outcome).inc(many))
-        self.calls = Calls(models, self.metrics, self._log)
-        self.events: Accepting | None = None
-        if options.journal is not None and (following := self.calls.following) is not None:
-            self.events = Accepting(options.limits, options.journal, self.metrics, following)
-        self._pages: list[tuple[str, str, Page]] = [
-            *(("GET", path, self._health) for path in OPEN_PATHS),
-            ("GET", PAGE, self._page),
+        if options.request_log is not None:
+            self._log = RequestLog(options.request_log, lambda outcome, many: count(outcome).inc(many))
+        self.invocations = InvocationHandler(models, self.metrics, self._log)
+        self.events: EventHandler | None = None
+        if options.journal is not None and (follower := self.invocations.follower) is not None:
+            self.events = EventHandler(options.limits, options.journal, self.metrics, follower)
+        self._pages: list[tuple[str, str, Handler]] = [
+            *(("GET", path, self._health) for path in PUBLIC_PATHS),
+            ("GET", PAGE_PATH, self._page),
             ("GET", "/version", self._version),
             ("GET", "/model", self._model),
             ("GET", "/metrics", self._metrics),
@@ -81,50 +81,50 @@ class Application:
         page: ASGIApp = self._app
         if scope["type"] == "http" and (refused := self._refuse(scope)) is not None:
             self.metrics.refusals.labels(refused.reason).inc()
-            page = refusal(refused)
+            page = error_response(refused)
         await page(scope, receive, send)
 
-    def _refuse(self, scope: Scope) -> Refused | None:
-        is_open = scope["path"] in (*OPEN_PATHS, PAGE)
-        if self.token is None and not is_open and (hosts := self.models.options.hosts) is not None:
+    def _refuse(self, scope: Scope) -> HttpError | None:
+        is_open = scope["path"] in (*PUBLIC_PATHS, PAGE_PATH)
+        if self.token is None and not is_open and (allowed_hosts := self.models.options.allowed_hosts) is not None:
             # By DNS rebinding a web page gives this server a name of the page's own.
             for host in Headers(scope=scope).getlist("host"):
-                if re.sub(r":\d*$", "", host).strip("[]").lower() not in hosts:
+                if re.sub(r":\d*$", "", host).strip("[]").lower() not in allowed_hosts:
                     told = f"header Host: {quoted(host)} is no name of this server. Start it with --allow-host NAME."
-                    return Refused(403, told, "foreign", "PERMISSION_DENIED")
+                    return HttpError(403, told, "foreign", "PERMISSION_DENIED")
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if self.token is not None and not is_open:
             scheme, _, token = given.partition(b" ")
             # Takes the same time whatever is given, so that the token can't be found letter by letter.
             if not hmac.compare_digest(token.strip(), self.token.encode()) or scheme.lower() != b"bearer":
                 sentence = "this server asks for a token: send the header Authorization: Bearer TOKEN"
-                return Refused(401, sentence, "unauthorised", "UNAUTHENTICATED")
+                return HttpError(401, sentence, "unauthorised", "UNAUTHENTICATED")
         return None
 
     async def _health(self, request: HttpRequest) -> Response:
         """200 once the model has answered its own example. 503 if it does not answer; /health also while it drains."""
-        if self.calls.queue.is_stuck:
+        if self.invocations.queue.is_stuck:
             return _json({"status": "stuck"}, 503)
-        is_draining = self.calls.is_draining and request.scope["path"] != ALIVE
+        is_draining = self.invocations.is_draining and request.scope["path"] != LIVENESS_PATH
         return _json({"status": "draining"}, 503) if is_draining else _json({"status": "ok"})
 
     async def _page(self, request: HttpRequest) -> Response:
         """The page for people."""
-        return page()
+        return page_response()
 
     async def _version(self, request: HttpRequest) -> Response:
         """The model that is served, the version of this package, and why a newer model is not served, if so."""
-        tree: dict[str, Any] = {**self.models.current.about(), "mmoe_rec": VERSION}
-        tree["reload_failure"] = self.models.failure
-        if (following := self.calls.following) is not None:
-            tree |= {"position": str(following.learning.position), "events_failure": following.gap}
+        tree: dict[str, Any] = {**self.models.current.describe(), "mmoe_rec": VERSION}
+        tree["reload_failure"] = self.models.reload_failure
+        if (follower := self.invocations.follower) is not None:
+            tree |= {"position": str(follower.ingester.position), "events_failure": follower.events_failure}
         return _json(tree)
 
     async def _model(self, request: HttpRequest) -> Response:
         """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
         served, names = self.models.current, ("name", "kind", "objective", "score_weight")
-        tasks = [{name: getattr(task, name) for name in names} for task in served.ranker.about.tasks]
-        return _json({**served.about(), "tasks": tasks, "example": served.example})
+        tasks = [{name: getattr(task, name) for name in names} for task in served.ranker.info.tasks]
+        return _json({**served.describe(), "tasks": tasks, "example": served.example})
 
     async def _metrics(self, request: HttpRequest) -> Response:
         """What the server counts, in Prometheus' text format."""
@@ -132,13 +132,13 @@ class Application:
 
     async def _rank(self, request: HttpRequest) -> Response:
         """Rank the candidates of each element."""
-        return await self.calls.answer(request)
+        return await self.invocations.answer(request)
 
     async def _take(self, request: HttpRequest) -> Response:
         """Take events, all rows or none."""
         if self.events is None:
             sentence = "this server takes no events: start it with --journal ADDRESS"
-            return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
+            return error_response(HttpError(404, sentence, "no_journal", "NOT_FOUND"))
         return await self.events.answer(request)
 
     async def _take_up(self, request: HttpRequest) -> Response:
@@ -148,10 +148,12 @@ class Application:
             require_json(request)
             await self._reload()
             return await self._version(request)
-        except Refused as refused:
-            return refusal(refused)
+        except HttpError as refused:
+            return error_response(refused)
         except UserError as error:
-            return refusal(Refused(503, f"the previous model goes on serving: {error}", "reload", INTERNAL))
+            return error_response(
+                HttpError(503, f"the previous model goes on serving: {error}", "reload", INTERNAL_ERROR)
+            )
 
     async def _describe(self, request: HttpRequest) -> Response:
         """The OpenAPI description of all pages, with the columns and the example of the served model."""
@@ -189,18 +191,18 @@ async def _no_page(request: HttpRequest, error: Any) -> Response:
     sentences = {404: "there is no such page; POST /invocations ranks", 405: "this page has another method"}
     sentence = sentences.get(error.status_code, "this request can't be answered")
     code = "RESOURCE_DOES_NOT_EXIST" if error.status_code == 404 else "BAD_REQUEST"
-    response = refusal(Refused(error.status_code, sentence, "page", code))
+    response = error_response(HttpError(error.status_code, sentence, "page", code))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _failed(request: HttpRequest, error: Exception) -> Response:
     _log.error("a request failed", exc_info=error)
-    return refusal(Refused(500, "the server failed; the log says why", "internal", INTERNAL))
+    return error_response(HttpError(500, "the server failed; the log says why", "internal", INTERNAL_ERROR))
 
 
 @cache
-def page() -> Response:
+def page_response() -> Response:
     """The page, which holds nothing of the model, so that everybody may see it.
 
     A browser runs nothing but the script and style in it, which it knows by their checksums, and lets them ask nobody

@@ -17,14 +17,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mmoe_rec.server.options import BACKLOG
 
-MOST_HEADER_BYTES = 64 * 2**10
+MAX_HEADER_BYTES = 64 * 2**10
 _KEEP_ALIVE_SECONDS = 5.0
 
 
 class Server(uvicorn.Server):
     """uvicorn's server of an application, which a worker's parent tells when to end."""
 
-    def __init__(self, app: ASGIApp, read_timeout_seconds: float, grace: float) -> None:
+    def __init__(self, app: ASGIApp, read_timeout_seconds: float, grace_seconds: float) -> None:
         """Prepare to serve.
 
         Args:
@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
             read_timeout_seconds: Time for the headers of a request to arrive, and for the caller to take the reply. Up
             to
                 twice as much.
-            grace: Time to answer what was accepted once the server ends. A call that takes longer is given up.
+            grace_seconds: Time to answer what was accepted once the server ends. A call that takes longer is given up.
         """
         config = uvicorn.Config(
             app,
@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=min(_KEEP_ALIVE_SECONDS, read_timeout_seconds),  # type: ignore[arg-type]  # fractions work
-            timeout_graceful_shutdown=grace,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=grace_seconds,  # type: ignore[arg-type]
         )
         super().__init__(config)
 
@@ -86,8 +86,8 @@ class BoundedProtocol(_Base):
         if self.cycle is None or not self.cycle.more_body:
             self._unfinished += len(data)
         super().data_received(data)
-        if self._unfinished > MOST_HEADER_BYTES:
-            self.send_400_response(f"The request's headers have more than {MOST_HEADER_BYTES // 2**10} KiB.")
+        if self._unfinished > MAX_HEADER_BYTES:
+            self.send_400_response(f"The request's headers have more than {MAX_HEADER_BYTES // 2**10} KiB.")
 
     def _unsupported_upgrade_warning(self) -> None:
         # The parser takes what follows for the other protocol, and would never give another request.

@@ -4,9 +4,9 @@ A new model answers its own example beside the old one, which goes on serving un
 writes it to memory that all workers map. Its arrays (tables of counters and histories, weights) are most of a model,
 and each worker holds only small objects of its own.
 
-With a journal, a model learns events (`Learning`). Its tables hold a part of the journal already, up to a position that
-the artifact names; of a journal that it does not name, the rows no later than the tables. It learns the rest in the
-journal's order, so that every worker, and a server that starts again, comes to the same.
+With a journal, a model learns events (`EventIngester`). Its tables hold a part of the journal already, up to a position
+that the artifact names; of a journal that it does not name, the rows no later than the tables. It learns the rest in
+the journal's order, so that every worker, and a server that starts again, comes to the same.
 """
 
 import io
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.errors import RequestError, UserError, one_line
-from mmoe_rec.inference.artifact import Source, read_example
-from mmoe_rec.inference.ranker import Knowledge, Ranker
-from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
-from mmoe_rec.live.journal_rows import MOST_ROWS, RowChecks, join_by_log
-from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.server.options import Options
+from mmoe_rec.inference.artifact import ResolvedModel, read_example
+from mmoe_rec.inference.ranker import LiveState, Ranker
+from mmoe_rec.live.journal import READ_CHUNK_ROWS, Journal
+from mmoe_rec.live.journal_rows import MAX_CALL_ROWS, RowValidator, join_by_log
+from mmoe_rec.log.rows import LogRows, reject_plain_table
+from mmoe_rec.server.options import ServerOptions
 
 _log = logging.getLogger(__name__)
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
@@ -42,73 +42,73 @@ class ModelUpdate:
     """What was read of the journal and is to be learnt. prepared: what the model can take; position: up to where;
     accepted_at: of the batches, microseconds; counts: rows by outcome."""
 
-    prepared: Knowledge
+    prepared: LiveState
     position: int
     accepted_at: list[int]
     counts: Mapping[str, int]
 
 
-class Learning:
-    """What one model learns. `read` and `take` alternate, in whatever thread. position: up to where the model knows the
-    journal; gap: what it does not know of it and can't learn, as a sentence; checks: of rows that are to come.
+class EventIngester:
+    """What one model learns. `read` and `apply` alternate, in whatever thread. position: up to where the model knows
+    the journal; gap: what it does not know of it and can't learn, as a sentence; checks: of rows that are to come.
 
     Raises UserError for an address that holds no journal.
     """
 
-    def __init__(self, ranker: Ranker, address: str, most_rows: int = MOST_ROWS) -> None:
+    def __init__(self, ranker: Ranker, url: str, max_rows: int = MAX_CALL_ROWS) -> None:
         """address: of the journal; most_rows: of a batch to come."""
-        self.ranker, self.journal = ranker, Journal(address, create=False)
+        self.ranker, self.journal = ranker, Journal(url, create=False)
         self.schema = ranker.pipeline.schema
-        require_all(self.schema, "a journal of events")
-        self.checks = RowChecks(ranker.pipeline, most_rows)
-        about = ranker.about.journal
-        self._is_known = about is not None and about["id"] == self.journal.id
-        if about is not None and not self._is_known:
+        reject_plain_table(self.schema, "a journal of events")
+        self.validator = RowValidator(ranker.pipeline, max_rows)
+        info = ranker.info.journal
+        self._is_known = info is not None and info["id"] == self.journal.id
+        if info is not None and not self._is_known:
             _log.warning(
                 "the model's tables hold another journal than '%s': rows of this one that are no later than the tables "
                 "(%s) are taken for known",
                 self.journal.name,
-                ranker.about.tables_as_of,
+                ranker.info.tables_as_of,
             )
-        through = int(about["through"]) if about is not None and self._is_known else 0
-        self.position = max(through, self.journal.removed())
-        self.gap: str | None = None
+        through = int(info["through"]) if info is not None and self._is_known else 0
+        self.position = max(through, self.journal.removed_until())
+        self.events_failure: str | None = None
         if through < self.position:
-            self.gap = (
+            self.events_failure = (
                 f"the journal begins after position {self.position}, and the model's tables know it up to "
                 f"{through} only: what was removed is in the logs' files, and mmoe-rec refresh --config FILE --model "
                 "models:/NAME@ALIAS, without --journal, makes a version that knows it"
             )
-            _log.warning("%s", self.gap)
+            _log.warning("%s", self.events_failure)
 
     def catch_up(self) -> None:
         """Learns all that there is; for a model that nobody asks yet."""
-        while (learnt := self.read()) is not None:
-            self.take(learnt)
+        while (update := self.read()) is not None:
+            self.apply(update)
 
-    def read(self, most_rows: int = ROWS_AT_A_TIME) -> ModelUpdate | None:
+    def read(self, max_rows: int = READ_CHUNK_ROWS) -> ModelUpdate | None:
         """Reads what is new, and prepares what the model is to take; None where nothing is new.
 
         Raises UserError where the journal is damaged.
         """
-        if not (batches := self.journal.read(self.position, most_rows)):
+        if not (batches := self.journal.read(self.position, max_rows)):
             return None
         counts, rows = Counter(duplicate=sum(batch.duplicates for batch in batches)), dict[str | None, LogRows]()
-        for source, new in join_by_log(batches, self.schema).items():
+        for log_name, new in join_by_log(batches, self.schema).items():
             known = new.rows(self.schema)
-            rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
-            counts.update(accepted=len(known), in_tables=len(known) - len(rows[source]))
+            rows[log_name] = known if self._is_known else known.filter(known.times() > self.ranker.tables_as_of_us)
+            counts.update(accepted=len(known), in_tables=len(known) - len(rows[log_name]))
         accepted_at = [batch.accepted_at for batch in batches]
-        return ModelUpdate(self.ranker.prepare(rows), batches[-1].position, accepted_at, +counts)
+        return ModelUpdate(self.ranker.build_state(rows), batches[-1].position, accepted_at, +counts)
 
-    def count_known(self, times: np.ndarray) -> int:
+    def count_ignored(self, times: np.ndarray) -> int:
         """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""
-        return 0 if self._is_known else int(np.sum(times <= self.ranker.tables_known))
+        return 0 if self._is_known else int(np.sum(times <= self.ranker.tables_as_of_us))
 
-    def take(self, learnt: ModelUpdate) -> None:
+    def apply(self, update: ModelUpdate) -> None:
         """Has the model take what was prepared; no pass may be under way."""
-        self.ranker.take(learnt.prepared)
-        self.position = learnt.position
+        self.ranker.set_state(update.prepared)
+        self.position = update.position
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,67 +117,67 @@ class ServedModel:
     None without a journal."""
 
     ranker: Ranker
-    source: Source
+    source: ResolvedModel
     example: dict[str, Any]
-    learning: Learning | None = None
+    ingester: EventIngester | None = None
 
-    def about(self) -> dict[str, str | None]:
+    def describe(self) -> dict[str, str | None]:
         """What tells this model from others; name and version are those of the registry, where it comes from there, and
         artifact is the version that rankings carry."""
-        registered = _REGISTERED.match(self.source.address)
-        about = self.ranker.about
+        registered = _REGISTERED.match(self.source.uri)
+        info = self.ranker.info
         return {
-            "model": registered[1] if registered else about.name,
+            "model": registered[1] if registered else info.name,
             "version": registered[2] if registered else None,
-            "address": self.source.address,
+            "address": self.source.uri,
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,
-            "tables_as_of": about.tables_as_of,
-            "matmul_backend": self.ranker.scorer.products,
+            "tables_as_of": info.tables_as_of,
+            "matmul_backend": self.ranker.scorer.matmul_backend,
         }
 
 
-class Models:
+class ModelManager:
     """The current model. failure: why a newer model does not take its place, None if there is none."""
 
-    def __init__(self, options: Options, first: Source | ServedModel) -> None:
+    def __init__(self, options: ServerOptions, first: ResolvedModel | ServedModel) -> None:
         """Opens the first model, unless it is open. Raises UserError as `open` does."""
         self.options = options
-        self.failure: str | None = None
-        self.current = self.open(first) if isinstance(first, Source) else first
+        self.reload_failure: str | None = None
+        self.current = self.open(first) if isinstance(first, ResolvedModel) else first
 
-    def exchange(self, served: ServedModel) -> None:
+    def switch_to(self, served: ServedModel) -> None:
         """Serve a model that was opened, once it has learnt all that the journal holds and the one before knows."""
-        before, learning = self.current.learning, served.learning
-        if learning is not None:
-            learning.catch_up()
+        before, ingester = self.current.ingester, served.ingester
+        if ingester is not None:
+            ingester.catch_up()
             # The one before may have taken more meanwhile, and callers may ask for that.
-            while before is not None and learning.position < before.position and (new := learning.read()) is not None:
-                learning.take(new)
+            while before is not None and ingester.position < before.position and (new := ingester.read()) is not None:
+                ingester.apply(new)
         self.current = served
         if before is not None:
             before.journal.close()
 
-    def open(self, source: Source) -> ServedModel:
+    def open(self, source: ResolvedModel) -> ServedModel:
         """Load a model; the current one goes on. Raises UserError for one that can't be loaded or can't answer."""
         try:
             ranker = Ranker.load(source.folder)
-            ranker.take_settings(self.options.instead)
-            ranker.use_products()
-            ranker.keeps_seen = self.options.log is not None
+            ranker.apply_serving_settings(self.options.setting_overrides)
+            ranker.apply_matmul_backend()
+            ranker.keep_inputs = self.options.request_log is not None
             example = read_example(source.folder)
-            learning = None
+            ingester = None
             if self.options.journal is not None:
-                learning = Learning(ranker, self.options.journal, self.options.limits.max_events)
-                learning.catch_up()
+                ingester = EventIngester(ranker, self.options.journal, self.options.limits.max_events)
+                ingester.catch_up()
             ranker.rank(**example)
         except RequestError as error:
-            raise UserError(f"the model at '{source.address}' refuses its own example: {error}") from None
+            raise UserError(f"the model at '{source.uri}' refuses its own example: {error}") from None
         except UserError:
             raise
         except Exception as error:  # whatever it is, the model before goes on
-            raise UserError(f"the model at '{source.address}' can't be loaded ({one_line(error)})") from error
-        return ServedModel(ranker, source, example, learning)
+            raise UserError(f"the model at '{source.uri}' can't be loaded ({one_line(error)})") from error
+        return ServedModel(ranker, source, example, ingester)
 
 
 _ALIGNMENT = 64  # bytes, as numpy, torch and Arrow ask for at most

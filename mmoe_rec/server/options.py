@@ -10,89 +10,89 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.live.request_log import LogOptions
+from mmoe_rec.live.request_log import RequestLogOptions
 from mmoe_rec.settings.sections import Serving
 
-MOST_CHARACTERS = 400
+MAX_MESSAGE_CHARACTERS = 400
 MEBIBYTE = 2**20
 BACKLOG = 1_024
-INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
+INVALID_PARAMETER, INTERNAL_ERROR = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """Options of a server.
 
     Attributes:
         limits: Limits of calls.
-        instead: Settings that replace those of each served model.
-        grace: Seconds from SIGTERM, or from the end of the drain, to the end of the process.
+        setting_overrides: Settings that replace those of each served model.
+        grace_seconds: Seconds from SIGTERM, or from the end of the drain, to the end of the process.
         token: Token that callers have to show. None lets all in.
         journal: Address of the journal of events. None takes no events.
         log: Options of the request log. None logs no requests.
-        hosts: Names of the server that the header Host may hold. None allows any.
-        drain: Seconds from SIGTERM until the port closes. Health checks fail meanwhile.
+        allowed_hosts: Names of the server that the header Host may hold. None allows any.
+        drain_seconds: Seconds from SIGTERM until the port closes. Health checks fail meanwhile.
     """
 
     limits: Serving = field(default_factory=Serving)
-    instead: Mapping[str, Any] = field(default_factory=dict)
-    grace: float = 10.0
+    setting_overrides: Mapping[str, Any] = field(default_factory=dict)
+    grace_seconds: float = 10.0
     token: str | None = None
     journal: str | None = None
-    log: LogOptions | None = None
-    hosts: frozenset[str] | None = None
-    drain: float = 0.0
+    request_log: RequestLogOptions | None = None
+    allowed_hosts: frozenset[str] | None = None
+    drain_seconds: float = 0.0
 
 
 @dataclass(eq=False)
-class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
+class HttpError(Exception):
     """A call that gets no rankings: an HTTP status and one sentence for the caller.
 
     reason: one of few words, for the metrics; retry_after: seconds after which the same call may succeed.
     """
 
     status: int
-    sentence: str
+    message: str
     reason: str
-    error_code: str = INVALID
+    error_code: str = INVALID_PARAMETER
     retry_after: int | None = None
 
     def body(self) -> dict[str, str]:
         """The reply, in MLflow's form."""
-        return {"error_code": self.error_code, "message": shortened(self.sentence)}
+        return {"error_code": self.error_code, "message": truncate(self.message)}
 
 
-class Places:
+class CallLimiter:
     """So many calls of a page are let in at a time as a worker takes (`max_concurrent_calls`); each page has its
     own."""
 
-    def __init__(self, limits: Serving, calls: str, show: Callable[[int], object] = lambda taken: None) -> None:
+    def __init__(self, limits: Serving, calls: str, on_change: Callable[[int], object] = lambda active: None) -> None:
         """calls: what they are, for people; show: is told whenever another number of places is taken."""
-        self._limits, self._calls, self._show = limits, calls, show
-        self.taken = 0
+        self._limits, self._calls, self._on_change = limits, calls, on_change
+        self.active = 0
 
     @contextmanager
-    def take(self) -> Iterator[None]:
+    def acquire(self) -> Iterator[None]:
         """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
-        if self.taken >= self._limits.max_concurrent_calls:
-            sentence = f"{self.taken} {self._calls} are under way, as many as this server takes at a time"
+        if self.active >= self._limits.max_concurrent_calls:
+            sentence = f"{self.active} {self._calls} are under way, as many as this server takes at a time"
             hint = "(setting `serving.max_concurrent_calls`); come again"
-            raise Refused(503, f"{sentence} {hint}", "busy", "RESOURCE_EXHAUSTED", 1)
-        self.taken += 1
-        self._show(self.taken)
+            raise HttpError(503, f"{sentence} {hint}", "busy", "RESOURCE_EXHAUSTED", 1)
+        self.active += 1
+        self._on_change(self.active)
         try:
             yield
         finally:
-            self.taken -= 1
-            self._show(self.taken)
+            self.active -= 1
+            self._on_change(self.active)
 
 
-def shortened(sentence: str) -> str:
+def truncate(sentence: str) -> str:
     """A sentence of bounded length: it may quote a value or name of the caller's, which can be as long as the body."""
-    return sentence if len(sentence) <= MOST_CHARACTERS else f"{sentence[: MOST_CHARACTERS - 3]}..."
+    return sentence if len(sentence) <= MAX_MESSAGE_CHARACTERS else f"{sentence[: MAX_MESSAGE_CHARACTERS - 3]}..."
 
 
-def listening_socket(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket bound to an address, on which nobody listens yet. port: 0 takes a free one.
 
     Raises UserError for an address that a server listens at, or that is not this machine's.
@@ -112,14 +112,14 @@ def listen(bound: socket.socket) -> None:
     try:
         bound.listen(BACKLOG)
     except OSError as error:
-        raise _taken(address_of(bound).removeprefix("http://"), error) from None
+        raise _taken(url_of(bound).removeprefix("http://"), error) from None
 
 
 def _taken(address: str, error: OSError) -> UserError:
     return UserError(f"{address} can't be listened on: {error.strerror or error}")
 
 
-def address_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket) -> str:
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -132,7 +132,7 @@ def log_to_stderr() -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
-def sentence_of(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """A sentence that was written for people, or else an error's kind and text in one line."""
     return str(error) if isinstance(error, UserError) else one_line(error)
 

@@ -34,9 +34,9 @@ from typing import Any, Protocol
 from prometheus_client.multiprocess import mark_process_dead
 
 from mmoe_rec.errors import STOP_SIGNALS, UserError, catch_stop_signals
-from mmoe_rec.inference.artifact import Source
-from mmoe_rec.server.measurements import FOLDER_VARIABLE, Metrics
-from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr, sentence_of
+from mmoe_rec.inference.artifact import ResolvedModel
+from mmoe_rec.server.options import ServerOptions, end_process, error_message, listen, log_to_stderr, url_of
+from mmoe_rec.server.server_metrics import METRICS_FOLDER_VARIABLE, Metrics
 
 TICK_SECONDS = 0.2
 _LOAD_SECONDS, _EXCHANGE_SECONDS = 600.0, 30.0  # a process that takes longer hangs, and is killed
@@ -47,40 +47,40 @@ _FRACTION_OF_CALLS, _FRACTION_OF_WORKERS = 0.8, 0.9  # of the time to stop: a wo
 _log = logging.getLogger(__name__)
 
 
-class Finder(Protocol):
+class ModelFinder(Protocol):
     """Finds the model at the server's address."""
 
-    def state(self) -> str | None:
+    def fingerprint(self) -> str | None:
         """Return what changes whenever another model lies at the address, found at little cost.
 
         None if that can't be told without fetching the model. Raises UserError.
         """
 
-    def find(self) -> Source:
+    def find(self) -> ResolvedModel:
         """The model that lies there now. Raises UserError."""
 
 
-Reply = Callable[[str | None], object]
+ReloadCallback = Callable[[str | None], object]
 """Takes the outcome of a reload: why it failed, None if it did not."""
 
 
-class Reloads:
+class Reloader:
     """Finds the model at the address and takes it up, again and again, one attempt after the other."""
 
-    def __init__(self, finder: Finder, state: str | None, take_up: Callable[[Source], None]) -> None:
+    def __init__(self, finder: ModelFinder, fingerprint: str | None, deploy: Callable[[ResolvedModel], None]) -> None:
         """Prepare to look.
 
         Args:
             finder: Finds models.
-            state: The finder's state before it found the model that is served.
-            take_up: Loads a model and serves it. Raises UserError for a model that can't be loaded.
+            fingerprint: The finder's state before it found the model that is served.
+            deploy: Loads a model and serves it. Raises UserError for a model that can't be loaded.
         """
-        self._finder, self._take_up = finder, take_up
-        self._tried = self._served = state
+        self._finder, self._deploy = finder, deploy
+        self._tried = self._served = fingerprint
         self._reported: str | None = None
-        self._replies, self._asked = list[Reply](), threading.Event()
+        self._replies, self._asked = list[ReloadCallback](), threading.Event()
 
-    def ask(self, reply: Reply) -> None:
+    def request_reload(self, reply: ReloadCallback) -> None:
         """Ask for an attempt, which all share who ask before it begins."""
         self._replies.append(reply)
         self._asked.set()
@@ -91,37 +91,43 @@ class Reloads:
             self._asked.wait(poll or None)
             self._asked.clear()
             replies, self._replies = self._replies, []
-            failure = self.attempt(bool(replies))
+            failure = self.reload_if_changed(bool(replies))
             for reply in replies:
                 reply(failure)
 
-    def attempt(self, is_asked: bool) -> str | None:
+    def reload_if_changed(self, is_requested: bool) -> str | None:
         """Take up the model at the address if it is another one. Return why that failed, None if it did not.
 
         A model that can't be loaded is not tried again before the address's state changes, unless somebody asks.
         """
         try:
-            state = self._finder.state()
-            if state == self._served and state is not None if is_asked else state == self._tried:
+            fingerprint = self._finder.fingerprint()
+            if fingerprint == self._served and fingerprint is not None if is_requested else fingerprint == self._tried:
                 return None
             source = self._finder.find()
         except Exception as error:  # whatever it is, the next look may succeed, and nobody else would look
-            if (sentence := sentence_of(error)) != self._reported:
+            if (sentence := error_message(error)) != self._reported:
                 _log.warning("can't look for another model: %s", sentence)
             self._reported = sentence
             return sentence
-        self._tried, self._served, self._reported = state, None, None
+        self._tried, self._served, self._reported = fingerprint, None, None
         try:
-            self._take_up(source)
+            self._deploy(source)
         except Exception as error:
-            _log.warning("the previous model goes on serving: %s", sentence_of(error))
-            return sentence_of(error)
-        self._served = state
+            _log.warning("the previous model goes on serving: %s", error_message(error))
+            return error_message(error)
+        self._served = fingerprint
         return None
 
 
 def serve_by_workers(
-    source: Source, state: str | None, finder: Finder, bound: socket.socket, options: Options, poll: float, workers: int
+    source: ResolvedModel,
+    fingerprint: str | None,
+    finder: ModelFinder,
+    bound: socket.socket,
+    options: ServerOptions,
+    poll: float,
+    workers: int,
 ) -> int:
     """Serve a model by one or more processes until a signal asks to stop.
 
@@ -149,11 +155,11 @@ def serve_by_workers(
             reason = error.strerror or error
             raise UserError(f"the temporary folder can't be written to ({reason}): set TMPDIR") from None
         # Read when packages are imported. Threads of OpenBLAS would not be there after a fork.
-        os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
+        os.environ.update({METRICS_FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
         # The fork server's socket is removed with its folder. multiprocessing has no public setting for it.
         vars(multiprocessing.current_process())["_config"]["tempdir"] = sockets
         parent = _Parent(bound, options, workers)
-        return parent.run(source, Reloads(finder, state, parent.take_up), poll)
+        return parent.run(source, Reloader(finder, fingerprint, parent.deploy), poll)
 
 
 class _SharedFile:
@@ -172,7 +178,7 @@ class _SharedFile:
 
 
 @dataclass(frozen=True)
-class State:
+class WorkerState:
     """What workers do.
 
     Attributes:
@@ -182,7 +188,7 @@ class State:
     """
 
     path: str
-    failure: str | None = None
+    reload_failure: str | None = None
     is_draining: bool = False
 
 
@@ -204,7 +210,7 @@ class _Worker:
 class _Parent:
     """Keeps workers. Its main thread listens to them, and another one has other models loaded and taken."""
 
-    def __init__(self, bound: socket.socket, options: Options, workers: int) -> None:
+    def __init__(self, bound: socket.socket, options: ServerOptions, workers: int) -> None:
         self._bound, self._options = bound, options
         self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         self._context.set_forkserver_preload(["mmoe_rec.server.preload"])
@@ -213,9 +219,9 @@ class _Parent:
         self._metrics = Metrics("parent")
         self._lock = threading.Lock()  # of all workers, and of the state that a new one starts with
         self._stopping = threading.Event()
-        self._state = State("")
+        self._state = WorkerState("")
 
-    def run(self, source: Source, reloads: Reloads, poll: float) -> int:
+    def run(self, source: ResolvedModel, reloads: Reloader, poll: float) -> int:
         """Serve until a signal. Returns the exit code."""
         catch_stop_signals(lambda *_: self._stopping.set())
         try:
@@ -224,15 +230,15 @@ class _Parent:
             if self._stopping.is_set():
                 return 0
             raise
-        self._state = State(self._model.path)
+        self._state = WorkerState(self._model.path)
         listen(self._bound)  # here, as an address that is taken ends the start
-        _log.info("serving %s at %s/invocations", source.address, address_of(self._bound))
+        _log.info("serving %s at %s/invocations", source.uri, url_of(self._bound))
         threading.Thread(target=reloads.run, args=(poll,), name="reloads", daemon=True).start()
         try:
             while not self._stopping.is_set():
                 self._step(reloads)
             self._tell(is_draining=True)
-            until = time.monotonic() + self._options.drain
+            until = time.monotonic() + self._options.drain_seconds
             while time.monotonic() < until:
                 self._step(reloads)
             return self._end()
@@ -240,7 +246,7 @@ class _Parent:
             for worker in self._workers.values():
                 worker.process.kill()
 
-    def _step(self, reloads: Reloads) -> None:
+    def _step(self, reloads: Reloader) -> None:
         """Start workers that lack, and hear what others say."""
         for number, moment in list(self._starts.items()):
             if time.monotonic() >= moment:
@@ -256,7 +262,7 @@ class _Parent:
                 self._bury(number)
                 continue
             if message == "reload":
-                reloads.ask(lambda failure, worker=worker: self._reply(worker, failure))  # type: ignore[misc]
+                reloads.request_reload(lambda failure, worker=worker: self._reply(worker, failure))  # type: ignore[misc]
             else:
                 worker.taken.set()
 
@@ -284,7 +290,7 @@ class _Parent:
         with self._lock:
             worker.send(("reloaded", failure))
 
-    def _load(self, source: Source) -> _SharedFile:
+    def _load(self, source: ResolvedModel) -> _SharedFile:
         """Have the loader write a model to shared memory, or end it once the server ends.
 
         Raises:
@@ -294,7 +300,7 @@ class _Parent:
         loader = self._context.Process(target=run_loader, args=(source, self._options, model.path, theirs))
         loader.start()
         theirs.close()
-        until, error = time.monotonic() + _LOAD_SECONDS, UserError(f"'{source.address}' was not loaded in time")
+        until, error = time.monotonic() + _LOAD_SECONDS, UserError(f"'{source.uri}' was not loaded in time")
         try:
             while not self._stopping.is_set() and time.monotonic() < until:
                 if ours.poll(TICK_SECONDS):
@@ -303,7 +309,7 @@ class _Parent:
         except EOFError:
             loader.join()
             how = f"was ended by {_end_of(loader)}; is memory short?"
-            error = UserError(f"the process that loads the model at '{source.address}' {how}")
+            error = UserError(f"the process that loads the model at '{source.uri}' {how}")
         finally:
             loader.kill()
             loader.join()
@@ -313,16 +319,16 @@ class _Parent:
             raise error
         return model
 
-    def take_up(self, source: Source) -> None:
+    def deploy(self, source: ResolvedModel) -> None:
         """Have a model loaded, and then taken by all workers. Raises UserError for one that can't be loaded."""
         try:
             model = self._load(source)
         except UserError as error:
-            self._tell(failure=str(error))
+            self._tell(reload_failure=str(error))
             self._metrics.reloads.labels("failed").inc()
             raise
         before, self._model = self._model, model
-        workers = self._tell(path=model.path, failure=None)
+        workers = self._tell(path=model.path, reload_failure=None)
         until = time.monotonic() + _EXCHANGE_SECONDS
         for worker in workers:
             if not worker.taken.wait(max(until - time.monotonic(), 0.0)):
@@ -330,7 +336,7 @@ class _Parent:
                 worker.process.kill()
         before.close()
         self._metrics.reloads.labels("done").inc()
-        _log.info("serving %s", source.address)
+        _log.info("serving %s", source.uri)
 
     def _tell(self, **changes: Any) -> list[_Worker]:
         """Change the state, tell it to all workers, and return them."""
@@ -350,7 +356,7 @@ class _Parent:
             for worker in self._workers.values():
                 worker.send("stop")
         self._bound.close()
-        until = time.monotonic() + _FRACTION_OF_WORKERS * self._options.grace
+        until = time.monotonic() + _FRACTION_OF_WORKERS * self._options.grace_seconds
         processes = [worker.process for worker in self._workers.values()]
         for process in processes:
             process.join(max(until - time.monotonic(), 0.0))
@@ -367,22 +373,22 @@ def _end_of(process: BaseProcess) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def run_loader(source: Source, options: Options, path: str, pipe: Connection) -> None:
+def run_loader(source: ResolvedModel, options: ServerOptions, path: str, pipe: Connection) -> None:
     """Load a model and write it to shared memory. Sends None, or the error of a model that can't be loaded."""
-    from mmoe_rec.server.models import Models, write_shared
+    from mmoe_rec.server.models import ModelManager, write_shared
 
-    leave_signals()
+    ignore_stop_signals()
     log_to_stderr()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        write_shared(Models(options, source).current, path)
+        write_shared(ModelManager(options, source).current, path)
         pipe.send(None)
     except UserError as error:
         pipe.send(error)
     end_process(0)
 
 
-def leave_signals() -> None:
+def ignore_stop_signals() -> None:
     """Ignore signals that ask to stop. Any may reach all processes of a service, and the parent passes it on."""
     for kind in STOP_SIGNALS:
         signal.signal(kind, signal.SIG_IGN)
@@ -395,7 +401,7 @@ def _end_with_parent() -> None:
     end_process(1)
 
 
-def run_worker(state: State, bound: socket.socket, options: Options, number: int, pipe: Connection) -> None:
+def run_worker(state: WorkerState, bound: socket.socket, options: ServerOptions, number: int, pipe: Connection) -> None:
     """Serve until the parent says otherwise, or has ended.
 
     Args:
@@ -405,14 +411,14 @@ def run_worker(state: State, bound: socket.socket, options: Options, number: int
         number: Number of this worker. A later worker of this number continues its metric files.
         pipe: Pipe to the parent.
     """
-    leave_signals()
+    ignore_stop_signals()
     log_to_stderr()
     worker = _Serving(state, options, number, pipe)
     worker.server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), worker.obey))
     worker.app.close()
     if worker.is_orphan:  # the parent was killed, and removes no folder
-        shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
-    end_process(int(worker.app.calls.queue.is_busy))
+        shutil.rmtree(os.environ[METRICS_FOLDER_VARIABLE], ignore_errors=True)
+    end_process(int(worker.app.invocations.queue.is_busy))
 
 
 class _Serving:
@@ -420,20 +426,20 @@ class _Serving:
 
     is_orphan = False
 
-    def __init__(self, state: State, options: Options, number: int, pipe: Connection) -> None:
+    def __init__(self, state: WorkerState, options: ServerOptions, number: int, pipe: Connection) -> None:
         from mmoe_rec.server.app import Application
         from mmoe_rec.server.connections import Server
-        from mmoe_rec.server.models import Models, map_shared
-        from mmoe_rec.server.ranking_queue import take_one_thread
+        from mmoe_rec.server.models import ModelManager, map_shared
+        from mmoe_rec.server.ranking_queue import use_one_thread
 
         self._pipe, self._path, self._metrics, self._map = pipe, state.path, Metrics(str(number)), map_shared
         self._replies = list[asyncio.Future[str | None]]()  # replies come in this order
-        self._thread = ThreadPoolExecutor(1, "loading", initializer=take_one_thread)
-        take_one_thread()
-        self._models = Models(options, self._open(state.path))
-        self._metrics.show_model(self._models.current.about())
+        self._thread = ThreadPoolExecutor(1, "loading", initializer=use_one_thread)
+        use_one_thread()
+        self._models = ModelManager(options, self._open(state.path))
+        self._metrics.set_model(self._models.current.describe())
         self.app = Application(self._models, self._metrics, self.reload)
-        self.server = Server(self.app, options.limits.read_timeout_seconds, _FRACTION_OF_CALLS * options.grace)
+        self.server = Server(self.app, options.limits.read_timeout_seconds, _FRACTION_OF_CALLS * options.grace_seconds)
         self._follow(state)
 
     def _open(self, path: str) -> Any:
@@ -459,7 +465,7 @@ class _Serving:
             self.is_orphan = True
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             message = "stop"
-        if isinstance(message, State):
+        if isinstance(message, WorkerState):
             self._follow(message)
         elif isinstance(message, tuple):
             if not (done := self._replies.pop(0)).done():
@@ -467,9 +473,9 @@ class _Serving:
         else:
             self.server.should_exit = True
 
-    def _follow(self, state: State) -> None:
+    def _follow(self, state: WorkerState) -> None:
         """Take over a state. A model is exchanged in a thread of its own."""
-        self._models.failure, self.app.calls.is_draining = state.failure, state.is_draining
+        self._models.reload_failure, self.app.invocations.is_draining = state.reload_failure, state.is_draining
         if state.path != self._path:
             self._path = state.path
             self._thread.submit(self._take, state.path)
@@ -478,8 +484,8 @@ class _Serving:
         """Exchange the model. A worker that can't ends, and the next one begins with the new model."""
         try:
             served = self._open(path)
-            self._models.exchange(served)
-            self._metrics.show_model(served.about())
+            self._models.switch_to(served)
+            self._metrics.set_model(served.describe())
             gc.collect()  # the model before goes at once
             self._send("taken")
         except Exception:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mmoe_rec.errors import UserError, suggest
-from mmoe_rec.features.kinds import KINDS
+from mmoe_rec.features.kinds import FEATURE_KINDS
 from mmoe_rec.settings.log_columns import TaskSettings
 from mmoe_rec.settings.sections import Settings, load_yaml
 
@@ -34,7 +34,7 @@ _WORDS = {
 """Words of pydantic -> the words of settings."""
 
 
-def explain(error: ValidationError, where: Callable[[Any], str]) -> Iterator[str]:
+def describe_errors(error: ValidationError, where: Callable[[Any], str]) -> Iterator[str]:
     """Explain each problem in one sentence: its key, the expected and the given value, the nearest valid key.
 
     Args:
@@ -53,7 +53,7 @@ def _sentence(problem: Any) -> str:
     name = ".".join(location)
     if kind == "extra_forbidden":
         is_feature = place[0] == "features"
-        keys = [*KINDS[place[2]].feature.model_fields] if is_feature else _keys_at(location[:-1])
+        keys = [*FEATURE_KINDS[place[2]].feature.model_fields] if is_feature else _keys_at(location[:-1])
         return f"unknown key '{name}'; {suggest(location[-1], keys)}"
     if kind == "missing":
         return f"key '{name}' is missing; `mmoe-rec settings` lists them"
@@ -61,7 +61,10 @@ def _sentence(problem: Any) -> str:
         return f"'{name}' must hold keys ({', '.join(_keys_at(location))})"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         given = str(value.get("kind", "nothing"))
-        return f"'{name}.kind' must be one of {', '.join(KINDS)}, found '{given}'{_nearest(given, [*KINDS])}"
+        return (
+            f"'{name}.kind' must be one of {', '.join(FEATURE_KINDS)}, found "
+            f"'{given}'{_nearest(given, [*FEATURE_KINDS])}"
+        )
     if location and location[-1] in ("bool", "int", "constrained-int", "float", "str"):
         name = ".".join(location[:-1])
     for old, new in _WORDS.items():
@@ -82,7 +85,7 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 @cache
 def _all_settings() -> list[list[str]]:
     """Return the keys that lead to each setting. NAME stands for the name of a task, a feature or a log."""
-    names = re.findall(r"^  --(\S+)", describe(), re.MULTILINE)
+    names = re.findall(r"^  --(\S+)", describe_settings(), re.MULTILINE)
     return [name.split(".") for name in (*names, "features.NAME.kind")]
 
 
@@ -104,13 +107,13 @@ def without_none(annotation: Any) -> Any:
     return annotation
 
 
-def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str = "command line") -> Settings:
+def load_settings(path: str | Path, overrides: Sequence[str] = (), source: str = "command line") -> Settings:
     """Read a settings file, apply overrides and check every key.
 
     Args:
         path: A YAML file.
         overrides: Words such as `--model.experts.count 16`. `--features.NAME null` leaves a feature out.
-        given_by: The source of the overrides, for error messages.
+        source: The source of the overrides, for error messages.
 
     Returns:
         The checked settings.
@@ -129,7 +132,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
         raise UserError(f"settings file '{path}' can't be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"settings file '{path}' must hold keys such as name, data, columns, tasks, features, split")
-    check_names(overrides, given_by=given_by)
+    check_option_names(overrides, source=source)
     given = list(parse_overrides(overrides))
     for key, value in given:
         _set(tree, key, value)
@@ -137,34 +140,34 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
     if isinstance(found, Settings):
         return found
     if not given or not isinstance(_validate(own), Settings):
-        raise UserError("; ".join(explain(found, lambda _: str(path))))
+        raise UserError("; ".join(describe_errors(found, lambda _: str(path))))
     new = {
         f". '{path}' has no '{'.'.join(key[:2])}'{_nearest(key[1], [*own[key[0]]])}"
         for key, _ in given
         if len(key) > 2 and isinstance(own.get(key[0]), dict) and key[1] not in own[key[0]]
     }
     words = ", ".join(dict.fromkeys(f"--{'.'.join(key)}" for key, _ in given))
-    raise UserError("".join(["; ".join(explain(found, lambda _: f"{given_by} ({words})")), *sorted(new)]))
+    raise UserError("".join(["; ".join(describe_errors(found, lambda _: f"{source} ({words})")), *sorted(new)]))
 
 
-def override_settings(settings: Settings, overrides: Sequence[str], given_by: str) -> Settings:
+def override_settings(settings: Settings, overrides: Sequence[str], source: str) -> Settings:
     """Return settings with overrides, checked.
 
     Args:
         settings: The settings to change.
         overrides: Words such as `--model.experts.count=16`.
-        given_by: The source of the overrides, for error messages.
+        source: The source of the overrides, for error messages.
 
     Raises:
         UserError: A key or value is wrong.
     """
-    check_names(overrides, given_by=given_by)
+    check_option_names(overrides, source=source)
     tree = settings.model_dump(mode="json")
     for key, value in parse_overrides(overrides):
         _set(tree, key, value)
     if isinstance(found := _validate(tree), Settings):
         return found
-    raise UserError("; ".join(explain(found, lambda _: given_by)))
+    raise UserError("; ".join(describe_errors(found, lambda _: source)))
 
 
 def _validate(tree: Any) -> Settings | ValidationError:
@@ -206,13 +209,13 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         raise UserError(f"'--features.{keys[-1]} null' leaves out a feature that is not there{near}")
 
 
-def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str = "command line") -> None:
+def check_option_names(words: Iterable[str], options: Sequence[str] = (), source: str = "command line") -> None:
     """Raise UserError for an option that neither the command nor the settings have, and suggest the nearest one.
 
     Args:
         words: Options, overrides and their values, as they were typed. A value never begins with two dashes.
         options: Names of the command's own options, such as `seeds`.
-        given_by: The source of the words, for the error message.
+        source: The source of the words, for the error message.
     """
     valid = [*options, *(".".join(each[:depth]) for each in _all_settings() for depth in range(1, len(each) + 1))]
     by_last = {each.rpartition(".")[2]: each for each in reversed(valid)}
@@ -223,10 +226,10 @@ def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str
         last = [by_last[each] for each in get_close_matches(typed[-1], by_last, 1)]
         near = (last if typed[-1] in by_last else get_close_matches(name, valid, 1)) or last
         hint = f"Did you mean '--{near[0]}'?" if near else "Run the command with --help to list options and settings."
-        raise UserError(f"{given_by}: there is no option or setting '--{name}'. {hint}")
+        raise UserError(f"{source}: there is no option or setting '--{name}'. {hint}")
 
 
-def describe(section: str | None = None) -> str:
+def describe_settings(section: str | None = None) -> str:
     """Return the type, default and meaning of each setting.
 
     Args:
@@ -244,7 +247,7 @@ def _describe(model: type[BaseModel], prefix: str, only: str | None = None) -> I
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             sections = {f"{prefix}{name}": inner}
         elif name == "features":
-            sections = {f"features.NAME (kind: {kind})": each.feature for kind, each in KINDS.items()}
+            sections = {f"features.NAME (kind: {kind})": each.feature for kind, each in FEATURE_KINDS.items()}
         elif typing.get_origin(inner) is dict:
             sections = {f"{prefix}{name}.NAME": typing.get_args(inner)[1]}
         for heading, section in sections.items():

@@ -15,11 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from mmoe_rec.task_kinds import DEFAULT, NamedKind
+from mmoe_rec.task_kinds import DEFAULT_KIND, TaskKindField
 
 Scalar = bool | int | float | str
 Role = Literal["user", "candidate", "context", "placement"]
-Use = Literal["key", "keys", "number", "vector", "time", "any"]
+ColumnUse = Literal["key", "keys", "number", "vector", "time", "any"]
 """What a column is read as: see `mmoe_rec.log.columns`."""
 
 SPLITS = ("train", "validation", "test")
@@ -132,14 +132,17 @@ class EventLog(Section):
 
 
 # Keys of tasks and features that say what a model makes of them; no encoded row depends on these.
-CHOICES = {"tasks": frozenset({"objective", "loss_weight", "score_weight"}), "features": frozenset({"dim", "pooling"})}
+MODEL_CHOICES = {
+    "tasks": frozenset({"objective", "loss_weight", "score_weight"}),
+    "features": frozenset({"dim", "pooling"}),
+}
 
 
-def without_choices(section: str, tree: Any) -> Any:
+def drop_model_choices(section: str, tree: Any) -> Any:
     """The section `tasks` or `features` of a settings file, name -> keys, without what a model makes of each."""
     if not isinstance(tree, dict):
         return tree
-    choices = CHOICES[section]
+    choices = MODEL_CHOICES[section]
     return {
         name: {key: value for key, value in each.items() if key not in choices} if isinstance(each, dict) else each
         for name, each in tree.items()
@@ -157,14 +160,14 @@ class Task(Section):
     """One predicted behaviour. A null label is always unobserved."""
 
     label: str = Field(description="column with the label; null means unobserved")
-    kind: NamedKind = Field(DEFAULT, description="binary (labels 0 and 1) or regression")
+    kind: TaskKindField = Field(DEFAULT_KIND, description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     conditional_on: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
     label_delay_days: float = Field(0.0, ge=0, le=36_500, description="days until its label is final; unknown before")
 
 
 # A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
-EVENT = Task(label="\0event")
+EVENT_TASK = Task(label="\0event")
 
 
 class TaskSettings(Task):
@@ -175,7 +178,7 @@ class TaskSettings(Task):
     score_weight: float = Field(1.0, ge=0, description="weight of log probability in the score; 0 leaves the task out")
 
 
-def outcome_name(given: str, task: str) -> str:
+def joint_task_name(given: str, task: str) -> str:
     """Name of the outcome that a task and the one it is `conditional_on` both happened; it stands beside names of
     tasks."""
     return f"{given}_and_{task}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmoe_rec.model.routing import RULES, RoutingRule, rule_named
+from mmoe_rec.model.routing import RULES, RoutingRule, get_rule
 from mmoe_rec.settings.log_columns import Section
 
 if TYPE_CHECKING:
@@ -69,18 +69,18 @@ class Gates(Section):
     @property
     def rule(self) -> RoutingRule:
         """What `routing` names."""
-        return rule_named(self.routing)
+        return get_rule(self.routing)
 
     @model_validator(mode="after")
     def _check_routing(self) -> Gates:
-        if self.rule.rows_compete and self.serving_top_k is None:
+        if self.rule.depends_on_batch and self.serving_top_k is None:
             raise ValueError(
                 f"routing {self.routing} depends on which rows are scored together, so it can't serve: set "
                 "serving_top_k to the number of experts that a row gets outside training"
             )
         for asked, name, fits in (
-            (self.random_top_k, "random_top_k", [rule for rule in RULES if rule.takes_k and not rule.rows_compete]),
-            (self.balance == "bias", "balance bias", [rule for rule in RULES if rule.takes_bias]),
+            (self.random_top_k, "random_top_k", [rule for rule in RULES if rule.takes_k and not rule.depends_on_batch]),
+            (self.balance == "bias", "balance bias", [rule for rule in RULES if rule.uses_selection_bias]),
         ):
             if asked and self.rule not in fits:
                 instead = " or ".join(rule.name for rule in fits)
@@ -122,11 +122,11 @@ class Model(Section):
     @model_validator(mode="after")
     def _check_together(self) -> Model:
         experts, gates = self.experts, self.gates
-        one_for_all = not gates.per_task or gates.rule.one_router
+        one_for_all = not gates.per_task or gates.rule.shared_router
         if one_for_all and (experts.task_count or experts.levels > 1):
             name = f"gates.routing {gates.routing}" if gates.per_task else "gates.per_task false"
             raise ValueError(f"{name} needs experts that all tasks see, in one level: set task_count 0 and levels 1")
-        if not gates.per_task and gates.rule.one_router:
+        if not gates.per_task and gates.rule.shared_router:
             raise ValueError(f"gates.routing {gates.routing} has a gate for each task: leave gates.per_task true")
         seen = experts.count + experts.task_count
         for name in ("top_k", "serving_top_k"):

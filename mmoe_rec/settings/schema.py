@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
-from mmoe_rec.settings.log_columns import Columns, EventLog, Role, Roles, Section, SplitColumn, Task, Use, outcome_name
+from mmoe_rec.settings.log_columns import (
+    Columns,
+    ColumnUse,
+    EventLog,
+    Role,
+    Roles,
+    Section,
+    SplitColumn,
+    Task,
+    joint_task_name,
+)
 
 MAX_TABLE_ROWS = 2**31
 """Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
@@ -20,7 +30,7 @@ Days = Annotated[float, Field(gt=0, le=36_500)]
 
 
 @dataclass(frozen=True)
-class Meaning:
+class InputSemantics:
     """A feature as the health report reads it.
 
     Attributes:
@@ -37,10 +47,10 @@ class Meaning:
     missing: bool = True
     unknown: int = 0
     zeros_missing: bool = False
-    parts: Mapping[str, Meaning] = field(default_factory=dict)
+    parts: Mapping[str, InputSemantics] = field(default_factory=dict)
 
     @property
-    def first_known(self) -> int:
+    def first_seen_row(self) -> int:
         """The first row that stands for one known id, or for a bucket."""
         return self.missing + self.unknown
 
@@ -55,11 +65,11 @@ class Feature(Section, ABC):
     """The role of a kind's features, where their columns do not decide it."""
 
     @abstractmethod
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         """Columns of a row that the feature reads directly, and as what."""
 
     @abstractmethod
-    def meaning(self, schema: Schema) -> Meaning:
+    def semantics(self, schema: Schema) -> InputSemantics:
         """What the health report needs to know."""
 
     @property
@@ -68,31 +78,31 @@ class Feature(Section, ABC):
         return {}
 
     @property
-    def shares(self) -> str | None:
+    def table_owner(self) -> str | None:
         """Name of the feature whose vocabulary and table this one uses, None for its own or none."""
         return None
 
     @property
-    def has_dim(self) -> bool:
+    def has_own_table(self) -> bool:
         """Whether a `dim` means anything: the feature has an embedding table of its own."""
-        return self.shares is None and "dim" in type(self).model_fields
+        return self.table_owner is None and "dim" in type(self).model_fields
 
     def check(self, name: str, schema: Schema) -> None:
         """Raises ValueError where a feature of that name does not fit the other sections."""
 
-    def require(self, name: str, schema: Schema, purpose: Literal["user", "time"], why: str) -> None:
+    def require_column(self, name: str, schema: Schema, purpose: Literal["user", "time"], why: str) -> None:
         """Raises ValueError where the log has no column of users or times, which a feature of that name needs."""
         if not getattr(schema.columns, f"has_{purpose}"):
             raise ValueError(f"feature '{name}' needs columns.{purpose}, which is left out: {why}")
 
 
-class Embedded(Section):
+class EmbeddingChoices(Section):
     """What a model chooses for a kind with an embedding table."""
 
     dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
 
 
-class Remembering(Feature):
+class EventFeature(Feature):
     """A feature of earlier events: rows of the interaction log with a task's label, or of a further log."""
 
     task: str | None = Field(None, description="task whose labels in the interaction log are read")
@@ -105,7 +115,7 @@ class Remembering(Feature):
         return self
 
     @abstractmethod
-    def event_reads(self, schema: Schema) -> Mapping[str, Use]:
+    def event_reads(self, schema: Schema) -> Mapping[str, ColumnUse]:
         """Columns of the log of events that the feature reads, besides the time, and as what."""
 
     def check(self, name: str, schema: Schema) -> None:
@@ -115,7 +125,7 @@ class Remembering(Feature):
         if self.events is not None and self.events not in schema.events:
             known = ", ".join(schema.events) or "none, add it"
             raise ValueError(f"feature '{name}' names events '{self.events}'; logs under data.events are: {known}")
-        self.require(name, schema, "time", "it knows what happened before a row's request")
+        self.require_column(name, schema, "time", "it knows what happened before a row's request")
 
 
 class Schema(Section):
@@ -167,7 +177,7 @@ class Schema(Section):
                     "`conditional_on`; such "
                     f"tasks are: {', '.join(plain) or 'none'}"
                 )
-            outcome = outcome_name(task.conditional_on, name)
+            outcome = joint_task_name(task.conditional_on, name)
             if outcome in taken:
                 raise ValueError(
                     f"the outcome of tasks '{task.conditional_on}' and '{name}' together is called '{outcome}', as is "
@@ -252,7 +262,7 @@ class Schema(Section):
                     "roles.candidate, roles.context or roles.placement"
                 )
             roles.add(self.column_roles[column])
-        if "placement" in roles and (len(roles) > 1 or isinstance(feature, Remembering)):
+        if "placement" in roles and (len(roles) > 1 or isinstance(feature, EventFeature)):
             raise ValueError(
                 f"feature '{name}' reads placement together with other columns or past labels, but placement is "
                 "absent in serving; a feature of placement may read placement columns only"
@@ -264,7 +274,7 @@ class Schema(Section):
 
     def table_of(self, name: str) -> str:
         """Name of the id feature that owns the vocabulary and the embedding table of an id-like feature."""
-        return self.features[name].shares or name
+        return self.features[name].table_owner or name
 
     def identity(self) -> dict[str, Any]:
         """What the settings decide of features, as JSON values, without the paths of event logs: of these, as of the
@@ -278,7 +288,7 @@ class Schema(Section):
         return {column: role for column, role in self.column_roles.items() if column in read}
 
 
-def each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def check_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The values. Raises ValueError where one is listed twice."""
     twice = [value for index, value in enumerate(values) if value in values[:index]]
     if twice:
@@ -286,4 +296,4 @@ def each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-Once = AfterValidator(each_once)
+Unique = AfterValidator(check_unique)

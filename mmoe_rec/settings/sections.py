@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mmoe_rec.features.kinds import FeatureSettings, schema_of
+from mmoe_rec.features.kinds import FeatureSettings, parse_schema
+from mmoe_rec.settings.label_rules import LabelRules
 from mmoe_rec.settings.log_columns import (
-    CHOICES,
+    MODEL_CHOICES,
     SPLITS,
     Columns,
     EventLog,
@@ -30,7 +31,6 @@ from mmoe_rec.settings.log_columns import (
     TaskSettings,
 )
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.outcome_rules import Labels
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.training import Training
 
@@ -100,7 +100,7 @@ class Split(Section):
             )
 
     @property
-    def by_column(self) -> SplitColumn | None:
+    def split_column(self) -> SplitColumn | None:
         """The column that splits the rows, None where times do."""
         if self.column is None:
             return None
@@ -117,7 +117,7 @@ class Split(Section):
         return {"train": (start, train), "validation": (train, validation), "test": (validation, test)}
 
 
-class Search(Section):
+class SearchRange(Section):
     """Values that tuning tries for one setting: `choices`, or all between `low` and `high`."""
 
     choices: tuple[Any, ...] | None = Field(None, min_length=1, description="the values to choose from")
@@ -126,7 +126,7 @@ class Search(Section):
     log: bool = Field(False, description="try numbers evenly by their logarithm, as suits learning rates")
 
     @model_validator(mode="after")
-    def _check_one_kind(self) -> "Search":
+    def _check_one_kind(self) -> "SearchRange":
         ends = self.low is not None and self.high is not None
         if ends == (self.choices is not None) or ((self.low is None) != (self.high is None)):
             raise ValueError("give either `choices`, or both `low` and `high`")
@@ -145,12 +145,12 @@ _SEARCHED = r"(model(?!\.trees)|training(?!\.calibration))\..+|tasks\.[^.]+\.los
 class Tuning(Section):
     """The search for better settings by `mmoe-rec tune`."""
 
-    search: dict[str, Search] = Field({}, description="a setting such as model.experts.count -> values to try")
+    search: dict[str, SearchRange] = Field({}, description="a setting such as model.experts.count -> values to try")
     startup_trials: int = Field(5, ge=1, description="trials with random values, none of which is cut short")
 
     @field_validator("search")
     @classmethod
-    def _check_names(cls, search: dict[str, Search]) -> dict[str, Search]:
+    def _check_names(cls, search: dict[str, SearchRange]) -> dict[str, SearchRange]:
         for name in search:
             if not re.fullmatch(_SEARCHED, name):
                 raise ValueError(
@@ -160,11 +160,11 @@ class Tuning(Section):
         return search
 
 
-def differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+def diff_settings(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
     """Name of each setting that differs, such as `model.experts.count`, and both values, as text."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in one | other:
-            yield from differences(one.get(name), other.get(name), f"{path}.{name}" if path else name)
+            yield from diff_settings(one.get(name), other.get(name), f"{path}.{name}" if path else name)
     elif one != other:
         yield path, _text(one), _text(other)
 
@@ -276,7 +276,7 @@ class Tracking(Section):
     system_metrics: bool = Field(True, description="log processors, memory, disk and network while a model is trained")
 
     @property
-    def address(self) -> str:
+    def resolved_uri(self) -> str:
         """MLflow's address. That of the environment is not kept with the settings: it may hold a password."""
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
 
@@ -297,7 +297,7 @@ class Settings(Section):
     serving: Serving = Serving()
     tuning: Tuning = Tuning()
     tracking: Tracking = Tracking()
-    labels: Labels = Labels()
+    labels: LabelRules = LabelRules()
 
     @model_validator(mode="after")
     def _check_schema(self) -> "Settings":
@@ -307,8 +307,8 @@ class Settings(Section):
             section, asked, *_ = name.split(".")
             if section == "tasks" and asked not in self.tasks:
                 raise ValueError(f"tuning.search names '{name}'; tasks are: {', '.join(self.tasks)}")
-            if section == "features" and (asked not in self.features or not self.features[asked].has_dim):
-                known = ", ".join(feature for feature, settings in self.features.items() if settings.has_dim)
+            if section == "features" and (asked not in self.features or not self.features[asked].has_own_table):
+                known = ", ".join(feature for feature, settings in self.features.items() if settings.has_own_table)
                 raise ValueError(f"tuning.search names '{name}'; features with a table of their own are: {known}")
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")
@@ -318,15 +318,15 @@ class Settings(Section):
     def schema_(self) -> Schema:
         """The part that says what the log means."""
         sections = self.model_dump(include={"columns", "roles", "tasks", "features"})
-        return schema_of({**sections, "events": self.data.events, "split": self.split.by_column})
+        return parse_schema({**sections, "events": self.data.events, "split": self.split.split_column})
 
     @property
-    def choices(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def model_choices(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What the model makes of tasks and features: `tasks` or `features` -> name -> key -> value."""
-        sections = self.model_dump(mode="json", include=set(CHOICES))
+        sections = self.model_dump(mode="json", include=set(MODEL_CHOICES))
         return {
             section: {
-                name: {key: value for key, value in each.items() if key in CHOICES[section]}
+                name: {key: value for key, value in each.items() if key in MODEL_CHOICES[section]}
                 for name, each in named.items()
             }
             for section, named in sections.items()
@@ -406,7 +406,7 @@ def dump_yaml(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def dump_flow(value: Any) -> str:
+def dump_inline_yaml(value: Any) -> str:
     """A value in one line, as it may stand behind a key."""
     text = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False

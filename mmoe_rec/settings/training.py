@@ -14,7 +14,7 @@ def _as_batch(value: Any) -> Any:
     raise ValueError("must be auto, or a whole number of at least 2")
 
 
-STEPS = 1000
+TARGET_STEPS = 1000
 """Of a training, which a network needs, and which `training.batch_size: auto` aims at."""
 SPLIT_COLUMNS = ("column_wise", "grid_shard")
 """Values of `training.sharding` under which each part of a row has a number of row-wise Adagrad of its own."""
@@ -86,8 +86,8 @@ class Training(Section):
     keep_checkpoints: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")
 
-    def rows_of_step(self, rows: int) -> int:
+    def resolve_batch_size(self, rows: int) -> int:
         """`batch_size`, for so many training rows."""
         if self.batch_size != "auto":
             return self.batch_size
-        return 2 ** round(math.log2(min(4096, max(64, rows * self.epochs / STEPS))))
+        return 2 ** round(math.log2(min(4096, max(64, rows * self.epochs / TARGET_STEPS))))

@@ -19,13 +19,13 @@ NAMES = (
 """Each is a `kind` of a task in a settings file, and the file of this folder whose `KIND` holds all of it."""
 
 KINDS: dict[str, TaskKind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}
-DEFAULT = KINDS[NAMES[0]]
+DEFAULT_KIND = KINDS[NAMES[0]]
 """The kind of a task that names none, and of the outcome of two tasks together."""
 
 if TYPE_CHECKING:
-    NamedKind = TaskKind
+    TaskKindField = TaskKind
 else:
-    NamedKind = Annotated[Literal[NAMES], AfterValidator(KINDS.get), PlainSerializer(str)]
+    TaskKindField = Annotated[Literal[NAMES], AfterValidator(KINDS.get), PlainSerializer(str)]
     """A kind in settings and layouts, which files hold by its name."""
 
 

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 class Binary(TaskKind):
     """Labels are 0 and 1, predictions are probabilities, and the loss is the cross-entropy in nats."""
 
-    labels = ("0, 1 or null where it is unobserved", lambda values: np.isnan(values) | (values == 0) | (values == 1))
-    predictions = ("a probability", lambda values: (values >= 0) & (values <= 1))
-    wrong_label = "binary task '{}' holds {}, neither 0 nor 1; fix the data or set the task's kind to regression"
+    valid_labels = (
+        "0, 1 or null where it is unobserved",
+        lambda values: np.isnan(values) | (values == 0) | (values == 1),
+    )
+    valid_predictions = ("a probability", lambda values: (values >= 0) & (values <= 1))
+    label_error = "binary task '{}' holds {}, neither 0 nor 1; fix the data or set the task's kind to regression"
     is_binary = True
-    guarded, loss_name, objective = "auc", "logloss", "binary"
-    mean_name = "share of positive labels"
+    guardrail_metric, loss_name, lightgbm_objective = "auc", "logloss", "binary"
+    mean_label_name = "share of positive labels"
 
-    def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
         from torch.nn import functional
 
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
@@ -38,7 +41,7 @@ class Binary(TaskKind):
     def logits(self, predictions: Tensor) -> Tensor:
         return predictions.double().logit(1e-12)
 
-    def show_mean(self, mean: float) -> str:
+    def format_mean(self, mean: float) -> str:
         return f"{mean:.2%}"
 
     def describe_labels(self, total: float, observed: int) -> str:

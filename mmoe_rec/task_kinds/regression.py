@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE, TaskKind
+from mmoe_rec.task_kinds.task_kind import MIN_LINEAR_PREDICTION, TaskKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 class Regression(TaskKind):
     """Labels and predictions are numbers, and the loss is the squared error of the standardized label."""
 
-    labels = ("a number or null where it is unobserved", lambda values: ~np.isinf(values))
-    predictions = ("a finite number", np.isfinite)
-    wrong_label = "task '{}' holds {}, too large for 32 bits; make it null"
+    valid_labels = ("a number or null where it is unobserved", lambda values: ~np.isinf(values))
+    valid_predictions = ("a finite number", np.isfinite)
+    label_error = "task '{}' holds {}, too large for 32 bits; make it null"
     is_linear = True
-    smallest, loss_factor = SMALLEST_VALUE, 0.5
-    loss_name, objective = "squared error", "regression"
+    min_prediction, loss_factor = MIN_LINEAR_PREDICTION, 0.5
+    loss_name, lightgbm_objective = "squared error", "regression"
 
-    def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:
-        return ((logits - labels) / deviation).square()
+    def loss(self, logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
+        return ((logits - labels) / label_std).square()
 
     def prediction(self, logits: Tensor) -> Tensor:
         return logits
 
     def log_prediction(self, logits: Tensor) -> Tensor:
-        return logits.clamp(min=SMALLEST_VALUE).log()
+        return logits.clamp(min=MIN_LINEAR_PREDICTION).log()
 
     def logits(self, predictions: Tensor) -> Tensor:
         return predictions

@@ -34,9 +34,9 @@ _QUIET_LOGGERS = {
 
 # MLflow's client would wait two minutes for a reply, and retry seven times for as long in all: training would stand
 # still. The environment's own values win.
-BRIEF = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # A model may be large, and is stored before the server replies.
-FOR_MODELS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+MODEL_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # A server's request to retry in minutes would stop the command for that long; and we print the run's address ourselves.
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
@@ -45,16 +45,16 @@ class UnreachableError(UserError):
     """Nobody answers, or not in time, which may pass by itself."""
 
 
-def read_sqlite_path(uri: str) -> Path | None:
+def read_sqlite_path(tracking_uri: str) -> Path | None:
     """The database file of a SQLite address; None for any other address."""
-    parsed = urlparse(uri)
+    parsed = urlparse(tracking_uri)
     # As in SQLAlchemy: three slashes are followed by a relative path, four by an absolute one.
     return Path(parsed.path[1:]) if parsed.scheme == "sqlite" else None
 
 
-def connect(uri: str) -> Any:
+def connect(tracking_uri: str) -> Any:
     """The mlflow module, set to an address."""
-    store = read_sqlite_path(uri)
+    store = read_sqlite_path(tracking_uri)
     if store is not None:
         try:
             store.parent.mkdir(parents=True, exist_ok=True)
@@ -67,31 +67,31 @@ def connect(uri: str) -> Any:
 
     # MLflow writes the addresses there, where they would pass for the user's.
     variables = {name: os.environ.get(name) for name in _ADDRESSES}
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
     _set_variables(variables)
     return mlflow
 
 
-def make_store(uri: str) -> None:
+def make_store(tracking_uri: str) -> None:
     """Makes a SQLite store with all its tables at once, as MLflow can't use one that a kill left half made."""
-    store = read_sqlite_path(uri)
+    store = read_sqlite_path(tracking_uri)
     if store is not None and not store.exists():
-        mlflow = connect(uri)
-        with translate_errors(uri), atomic_file(store, replace=False) as temporary:
+        mlflow = connect(tracking_uri)
+        with translate_errors(tracking_uri), atomic_file(store, replace=False) as temporary:
             mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 @contextmanager
-def translate_errors(uri: str, address: str | None = None, anything: bool = False) -> Iterator[None]:
+def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all: bool = False) -> Iterator[None]:
     """Quiet MLflow; what it raises becomes a UserError. anything: also what MLflow itself does not expect."""
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
-    place = f"MLflow at '{hide_password(uri)}'"
-    if uri == os.environ.get("MLFLOW_TRACKING_URI", "").strip():
+    place = f"MLflow at '{hide_password(tracking_uri)}'"
+    if tracking_uri == os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         place += " (the address in the variable MLFLOW_TRACKING_URI)"
-    refusal = f"'{address}' can't be loaded from {place}" if address else f"{place} refuses"
+    refusal = f"'{model_uri}' can't be loaded from {place}" if model_uri else f"{place} refuses"
     try:
         with quiet_loggers(_QUIET_LOGGERS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"mlflow\..*")
@@ -102,24 +102,26 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         status = error.get_http_status_code()
         # 500 is also MLflow's code for whatever has no other one.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
-            raise UnreachableError(f"{place} does not answer ({summarise(error)})") from None
-        raise UserError(f"{refusal}: {summarise(error).rstrip('.')}") from None
+            raise UnreachableError(f"{place} does not answer ({summarize(error)})") from None
+        raise UserError(f"{refusal}: {summarize(error).rstrip('.')}") from None
     except (sqlalchemy.exc.OperationalError, OSError) as error:
-        raise UnreachableError(f"{place} can't be used: {summarise(error)}") from None
+        raise UnreachableError(f"{place} can't be used: {summarize(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
-        raise UserError(f"{place} can't be used: {summarise(error)}") from None
+        raise UserError(f"{place} can't be used: {summarize(error)}") from None
     except Exception as error:  # of a vendor's library that stores files
-        if not anything:
+        if not catch_all:
             raise
         kind = UnreachableError if re.search("Connect|Timeout", type(error).__name__) else UserError
-        raise kind(f"{refusal}: {type(error).__name__}: {summarise(error)}") from None
+        raise kind(f"{refusal}: {type(error).__name__}: {summarize(error)}") from None
 
 
 @contextmanager
-def open_client(uri: str, address: str | None = None, limits: dict[str, str] = BRIEF) -> Iterator[Any]:
+def open_client(
+    tracking_uri: str, model_uri: str | None = None, timeouts: dict[str, str] = SHORT_TIMEOUTS
+) -> Iterator[Any]:
     """MLflow's client, whose errors become sentences. address: of a model that is looked up."""
-    mlflow = connect(uri)
-    with limit_waiting(limits), translate_errors(uri, address):
+    mlflow = connect(tracking_uri)
+    with client_timeouts(timeouts), translate_errors(tracking_uri, model_uri):
         yield mlflow.MlflowClient()
 
 
@@ -133,7 +135,7 @@ _CAUSES = (
 )
 
 
-def summarise(error: Exception) -> str:
+def summarize(error: Exception) -> str:
     """What is wrong, in a few words."""
     text = str(error)
     for pattern, cause in _CAUSES:
@@ -147,20 +149,20 @@ def hide_password(text: str) -> str:
     return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
-def shorten(markdown: str, most: int) -> str:
+def truncate_markdown(markdown: str, max_chars: int) -> str:
     """A text of at most so many characters; a block of code that is cut is closed."""
-    if len(markdown) <= most:
+    if len(markdown) <= max_chars:
         return markdown
-    cut = markdown[: most - 10].rstrip()
+    cut = markdown[: max_chars - 10].rstrip()
     return f"{cut} …" + ("\n```" if cut.count("```") % 2 else "")
 
 
 @contextmanager
-def limit_waiting(limits: dict[str, str]) -> Iterator[None]:
+def client_timeouts(timeouts: dict[str, str]) -> Iterator[None]:
     """How long MLflow's client waits and how often it tries, where the environment does not say so itself."""
-    wanted = limits | _ALWAYS
+    wanted = timeouts | _ALWAYS
     before = {name: os.environ.get(name) for name in wanted}
-    ours = {name: value for name, value in wanted.items() if before[name] in (None, BRIEF.get(name))}
+    ours = {name: value for name, value in wanted.items() if before[name] in (None, SHORT_TIMEOUTS.get(name))}
     _set_variables(dict(ours))
     try:
         yield

@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import Source, read_artifact, read_example
+from mmoe_rec.inference.artifact import ResolvedModel, read_artifact, read_example
 from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
-    FOR_MODELS,
+    MODEL_TIMEOUTS,
+    client_timeouts,
     connect,
     hide_password,
-    limit_waiting,
     make_store,
     open_client,
     read_sqlite_path,
-    shorten,
-    summarise,
+    summarize,
     translate_errors,
+    truncate_markdown,
 )
 from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
-CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
+CHALLENGER_ALIAS = "challenger"  # alias of a model that is no better than the one that holds the alias
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
 _NO_VERSION, _MISSING = "2147483647", "RESOURCE_DOES_NOT_EXIST"
@@ -59,7 +59,7 @@ def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
 
     mlflow = sys.modules.get("mlflow")
     own = mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
-    return Ranker.load(fetch_model(str(model), tracking_uri or own or Tracking().address))
+    return Ranker.load(fetch_model(str(model), tracking_uri or own or Tracking().resolved_uri))
 
 
 # The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm. tzdata is
@@ -82,59 +82,60 @@ SERVED_CODE = (
 )
 
 
-def find_model(address: str, uri: str) -> Source:
+def resolve_model(model_uri: str, tracking_uri: str) -> ResolvedModel:
     """The model at an address: an artifact folder's path, or an address that MLflow accepts (see `fetch_model`).
 
     What moves, such as an alias, is looked up once. Raises UserError for an address without a model.
     """
-    pinned = pin_address(address, uri)
-    return Source(fetch_model(pinned, uri), pinned, find_run(pinned, uri))
+    pinned = pin_model_uri(model_uri, tracking_uri)
+    return ResolvedModel(fetch_model(pinned, tracking_uri), pinned, find_run_id(pinned, tracking_uri))
 
 
-def fetch_model(address: str, uri: str) -> Path:
+def fetch_model(model_uri: str, tracking_uri: str) -> Path:
     """The artifact folder at an address.
 
-    address: a folder's path, of the artifact or of the MLflow model that holds it; `models:/NAME@ALIAS`,
+    model_uri: a folder's path, of the artifact or of the MLflow model that holds it; `models:/NAME@ALIAS`,
     `models:/NAME/VERSION`, `models:/NAME/latest`, `models:/m-ID`; `runs:/RUN/PATH`; or an address of files that MLflow
     can download, such as `mlflow-artifacts:/...`, `file:///...` and `s3://...`.
 
-    Raises UserError for a folder without a model, or an address that MLflow at `uri` does not know or can't read.
+    Raises UserError for a folder without a model, or an address that MLflow at `tracking_uri` does not know or can't
+    read.
     """
-    if Path(address).exists() or _read_scheme(address) is None:
-        folder = _find_artifact(Path(address))
+    if Path(model_uri).exists() or _read_scheme(model_uri) is None:
+        folder = _find_artifact(Path(model_uri))
         if folder is None:
-            raise UserError(f"'{address}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
+            raise UserError(f"'{model_uri}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
         return folder
-    artifact = _find_artifact(_download(address, uri))
+    artifact = _find_artifact(_download(model_uri, tracking_uri))
     if artifact is None:
-        raise UserError(f"'{address}' is not a ranking model: it holds no model.json")
+        raise UserError(f"'{model_uri}' is not a ranking model: it holds no model.json")
     return artifact
 
 
-def _download(address: str, uri: str) -> Path:
+def _download(model_uri: str, tracking_uri: str) -> Path:
     """The files at an address. MLflow copies nothing that lies on this machine."""
-    _require_store(address, uri)
-    mlflow = connect(uri)
-    with limit_waiting(FOR_MODELS), translate_errors(uri, address, anything=True):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+    _require_store(model_uri, tracking_uri)
+    mlflow = connect(tracking_uri)
+    with client_timeouts(MODEL_TIMEOUTS), translate_errors(tracking_uri, model_uri, catch_all=True):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
 
 
-def find_run(address: str, uri: str) -> str | None:
+def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
     """The run that made a model of the registry, None for any other address and where it was deleted.
 
     Raises UserError for an unknown name or alias.
     """
-    if _read_scheme(address) != "models":
+    if _read_scheme(model_uri) != "models":
         return None
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-    _require_store(address, uri)
-    with open_client(uri, address, FOR_MODELS) as client:
-        name, *version = get_model_name_and_version(client, address)
+    _require_store(model_uri, tracking_uri)
+    with open_client(tracking_uri, model_uri, MODEL_TIMEOUTS) as client:
+        name, *version = get_model_name_and_version(client, model_uri)
         made = client.get_model_version(name, *version) if version else client.get_logged_model(name)
         run_id: str | None = made.run_id if version else made.source_run_id
-    with open_client(uri, limits=FOR_MODELS) as client:
+    with open_client(tracking_uri, timeouts=MODEL_TIMEOUTS) as client:
         try:
             return run_id if run_id and client.get_run(run_id).info.lifecycle_stage == "active" else None
         except MlflowException as error:
@@ -143,27 +144,29 @@ def find_run(address: str, uri: str) -> str | None:
             raise
 
 
-def pin_address(address: str, uri: str) -> str:
+def pin_model_uri(model_uri: str, tracking_uri: str) -> str:
     """An address of the registry that does not move, any other one as it is: fetches nothing.
 
     Raises UserError for an unknown name or alias.
     """
-    if _read_scheme(address) != "models" or Path(address).exists():
-        return address
-    _require_store(address, uri)
-    with open_client(uri, address, FOR_MODELS) as client:
+    if _read_scheme(model_uri) != "models" or Path(model_uri).exists():
+        return model_uri
+    _require_store(model_uri, tracking_uri)
+    with open_client(tracking_uri, model_uri, MODEL_TIMEOUTS) as client:
         from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-        return "/".join(["models:", *map(str, get_model_name_and_version(client, address))])
+        return "/".join(["models:", *map(str, get_model_name_and_version(client, model_uri))])
 
 
-def _require_store(address: str, uri: str) -> None:
+def _require_store(model_uri: str, tracking_uri: str) -> None:
     """Raises UserError where mlflow is not installed, or there is no store yet: looking up would make one."""
     if find_spec("mlflow") is None:
-        raise UserError(f"'{address}' is looked up by mlflow, which is not installed: install it, or give a folder")
-    file = read_sqlite_path(uri)
-    if _read_scheme(address) in ("models", "runs") and file is not None and not file.is_file():
-        raise UserError(f"there is no MLflow store '{file}' to look up '{address}' in; train first or set tracking.uri")
+        raise UserError(f"'{model_uri}' is looked up by mlflow, which is not installed: install it, or give a folder")
+    file = read_sqlite_path(tracking_uri)
+    if _read_scheme(model_uri) in ("models", "runs") and file is not None and not file.is_file():
+        raise UserError(
+            f"there is no MLflow store '{file}' to look up '{model_uri}' in; train first or set tracking.uri"
+        )
 
 
 def _find_artifact(folder: Path) -> Path | None:
@@ -172,14 +175,14 @@ def _find_artifact(folder: Path) -> Path | None:
     return files[0].parent if files else None
 
 
-def _read_scheme(address: str) -> str | None:
+def _read_scheme(model_uri: str) -> str | None:
     """What stands before the colon of an address, None for a path."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", address)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", model_uri)
     return scheme[1].lower() if scheme else None
 
 
 @dataclass(frozen=True)
-class Version:
+class ModelVersion:
     """A version of a registered model. run_id: of the run that made it; tags: what it had when it was looked up."""
 
     name: str
@@ -188,23 +191,23 @@ class Version:
     tags: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
-    def address(self) -> str:
+    def uri(self) -> str:
         """Its permanent address, unlike one with an alias."""
         return f"models:/{self.name}/{self.number}"
 
-    def find_replaced(self, alias: str) -> str | None:
+    def find_previous_champion(self, alias: str) -> str | None:
         """The number of the version that held an alias before this one took it; None where that is unknown."""
         return self.tags.get(f"{_REPLACED_TAG}.{alias}")
 
 
-def list_aliases(name: str, uri: str) -> dict[str, str]:
+def list_aliases(name: str, tracking_uri: str) -> dict[str, str]:
     """Alias -> number of the version that holds it, of a registered model; none where there is no such model.
 
     Raises UserError where MLflow does not answer, as all that follow do.
     """
     from mlflow.exceptions import MlflowException
 
-    with open_client(uri) as client:
+    with open_client(tracking_uri) as client:
         try:
             aliases = client.get_registered_model(name).aliases
         except MlflowException as error:
@@ -214,37 +217,37 @@ def list_aliases(name: str, uri: str) -> dict[str, str]:
     return {str(alias): str(number) for alias, number in aliases.items()}
 
 
-def find_holder(name: str, alias: str, uri: str) -> Version | None:
+def find_champion(name: str, alias: str, tracking_uri: str) -> ModelVersion | None:
     """The version that holds an alias, None where none does."""
-    number = list_aliases(name, uri).get(alias)
-    return None if number is None else get_version(name, number, uri)
+    number = list_aliases(name, tracking_uri).get(alias)
+    return None if number is None else get_version(name, number, tracking_uri)
 
 
-def get_version(name: str, number: str, uri: str) -> Version:
+def get_version(name: str, number: str, tracking_uri: str) -> ModelVersion:
     """A version by its number. Raises UserError where there is none."""
-    with open_client(uri, f"models:/{name}/{number}") as client:
+    with open_client(tracking_uri, f"models:/{name}/{number}") as client:
         found = client.get_model_version(name, number)
-    return Version(name, str(found.version), found.run_id, found.tags)
+    return ModelVersion(name, str(found.version), found.run_id, found.tags)
 
 
-def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version | None = None) -> None:
+def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: ModelVersion | None = None) -> None:
     """Makes a version the one that holds an alias. Raises UserError where the registry refuses.
 
-    replaced: the one that held it, which is kept with the version (`Version.find_replaced`).
+    previous: the one that held it, which is kept with the version (`ModelVersion.find_previous_champion`).
     """
-    with open_client(uri) as client:
-        if replaced is not None and replaced.number != number:
-            client.set_model_version_tag(name, number, f"{_REPLACED_TAG}.{alias}", replaced.number)
+    with open_client(tracking_uri) as client:
+        if previous is not None and previous.number != number:
+            client.set_model_version_tag(name, number, f"{_REPLACED_TAG}.{alias}", previous.number)
         client.set_registered_model_alias(name, alias, number)
 
 
-def forget_replaced(version: Version, alias: str, uri: str) -> None:
+def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str) -> None:
     """Removes a version's note of the one that it replaced at an alias; it may get that again from another one."""
-    with open_client(uri) as client:
+    with open_client(tracking_uri) as client:
         client.delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
 
 
-def remove_versions(name: str, tag: str, keep: int, uri: str) -> list[str]:
+def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> list[str]:
     """Removes versions of a model that have a tag, with their files, but for the newest `keep`; gives their numbers.
 
     Those stay that hold an alias or have a stage, that a holder has replaced, and that others are copies of. Raises
@@ -253,9 +256,9 @@ def remove_versions(name: str, tag: str, keep: int, uri: str) -> list[str]:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     removed = []
-    with open_client(uri, limits=FOR_MODELS) as client, translate_errors(uri, anything=True):
+    with open_client(tracking_uri, timeouts=MODEL_TIMEOUTS) as client, translate_errors(tracking_uri, catch_all=True):
         versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda each: -int(each.version))
-        held = {*list_aliases(name, uri).values()}
+        held = {*list_aliases(name, tracking_uri).values()}
         staged = {str(each.version) for each in versions if each.current_stage not in (None, "None")}
         of_holders = [each.tags.items() for each in versions if str(each.version) in held]
         held |= {number for tags in of_holders for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
@@ -274,26 +277,26 @@ def remove_versions(name: str, tag: str, keep: int, uri: str) -> list[str]:
     return removed
 
 
-def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:
+def describe_version(version: ModelVersion, text: str, tags: Mapping[str, str], tracking_uri: str) -> None:
     """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
-    text = shorten(hide_password(text), _LONGEST_DESCRIPTION)
+    text = truncate_markdown(hide_password(text), _LONGEST_DESCRIPTION)
     try:
-        tag_version(version, {name: hide_password(value)[:_LONGEST_TAG] for name, value in tags.items()}, uri)
-        with open_client(uri) as client:
+        tag_version(version, {name: hide_password(value)[:_LONGEST_TAG] for name, value in tags.items()}, tracking_uri)
+        with open_client(tracking_uri) as client:
             if text:
                 client.update_model_version(version.name, version.number, text)
     except UserError as error:
-        say(f"{error}: {version.address} is not described in the registry")
+        say(f"{error}: {version.uri} is not described in the registry")
 
 
-def tag_version(version: Version, tags: Mapping[str, str], uri: str) -> None:
+def tag_version(version: ModelVersion, tags: Mapping[str, str], tracking_uri: str) -> None:
     """Writes tags of a version. Raises UserError where the registry refuses."""
-    with open_client(uri) as client:
+    with open_client(tracking_uri) as client:
         for name, value in tags.items():
             client.set_model_version_tag(version.name, version.number, name, value)
 
 
-def check_names(uri: str, model: str, alias: str) -> None:
+def check_registry_names(tracking_uri: str, model: str, alias: str) -> None:
     """Raises UserError where the registry would refuse to register a model under a name and an alias, by asking it."""
     given = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
     if not re.fullmatch(r"[^/:?#]+", model) or not alias:
@@ -302,13 +305,13 @@ def check_names(uri: str, model: str, alias: str) -> None:
         raise UserError(f"{given}: MLflow keeps this alias for itself; choose another one")
     from mlflow.exceptions import MlflowException
 
-    make_store(uri)
-    with open_client(uri) as client:
+    make_store(tracking_uri)
+    with open_client(tracking_uri) as client:
         try:  # a version that nobody has: names are looked at first
             client.set_registered_model_alias(model, alias, _NO_VERSION)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE":
-                raise UserError(f"MLflow refuses {given}: {summarise(error)}") from None
+                raise UserError(f"MLflow refuses {given}: {summarize(error)}") from None
             if error.error_code != _MISSING:
                 raise
 
@@ -333,15 +336,15 @@ def register_model(
     threads = torch.get_num_threads()
 
     # Progress bars of local copies and "Successfully registered" come from no logger.
-    uri, unread = mlflow.get_tracking_uri(), io.StringIO()
+    tracking_uri, unread = mlflow.get_tracking_uri(), io.StringIO()
     with (
-        limit_waiting(FOR_MODELS),
-        translate_errors(uri, anything=True),
+        client_timeouts(MODEL_TIMEOUTS),
+        translate_errors(tracking_uri, catch_all=True),
         redirect_stderr(unread),
         _no_bytecode(),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        arguments = describe_model(artifact_folder, Path(scratch))
+        arguments = build_log_model_args(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
         registered = mlflow.register_model(logged.model_uri, name, tags=dict(tags or {}))
@@ -350,7 +353,7 @@ def register_model(
     return str(registered.version)
 
 
-def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
+def build_log_model_args(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
     """Arguments of `mlflow.pyfunc.log_model`. scratch: an empty folder that lives until the model is logged."""
     package = Path(__file__).parents[1]
 
@@ -395,7 +398,7 @@ def _signature(tasks: Sequence[ModelTask]) -> Any:
     return ModelSignature(params=params)
 
 
-def find_registered(run: Run, name: str) -> str | None:
+def find_registered_version(run: Run, name: str) -> str | None:
     """The version as which a run has registered its model already; None where it has not."""
     import mlflow
 

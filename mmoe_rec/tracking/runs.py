@@ -16,22 +16,22 @@ from typing import Any, Literal
 
 from mmoe_rec.atomic import write_text
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.locks import writing
+from mmoe_rec.locks import write_lock
 from mmoe_rec.progress import quiet_loggers, say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.client import (
-    BRIEF,
+    SHORT_TIMEOUTS,
     UnreachableError,
+    client_timeouts,
     connect,
     hide_password,
-    limit_waiting,
     make_store,
     read_sqlite_path,
-    shorten,
     translate_errors,
+    truncate_markdown,
 )
 
-PATIENCE_SECONDS = 120.0  # how long a command that has nothing else to do waits for an answer
+MAX_WAIT_SECONDS = 120.0  # how long a command that has nothing else to do waits for an answer
 _PAUSE_SECONDS = 5.0  # between two tries
 _KEY_TAG = "training_key"
 _NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description, in Markdown
@@ -69,7 +69,7 @@ class Outbox:
             send: Delivers one message. Raises UnreachableError if nobody answers, UserError if it is refused.
         """
         self.file, self._send = file, send
-        self.trouble: UserError | None = None
+        self.last_error: UserError | None = None
 
     def put(self, message: Message) -> None:
         """Send a message, or keep it. Raises UserError if it can't be kept."""
@@ -79,28 +79,28 @@ class Outbox:
             file = None if message.file is None else (message.file.name, message.file.read_bytes().hex())
             tree = {"kind": message.kind, "values": message.values, "file": file}
             if not self.file.exists():
-                say(f"{self.trouble}. The command goes on: messages for MLflow are kept in '{self.file}'")
+                say(f"{self.last_error}. The command goes on: messages for MLflow are kept in '{self.file}'")
             try:
                 with self._locked(self.file), self.file.open("a", encoding="utf-8") as kept:
                     kept.write(f"\n{json.dumps(tree)}")  # A line that a kill cut off harms no other.
             except OSError as error:
-                raise UserError(f"{self.trouble}, nor can it be kept in '{self.file}': {error.strerror}") from None
+                raise UserError(f"{self.last_error}, nor can it be kept in '{self.file}': {error.strerror}") from None
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Send the kept messages, trying for some seconds while nobody answers. The rest stays: see `trouble`."""
+        """Send the kept messages, trying for some seconds while nobody answers. The rest stays: see `last_error`."""
         until = time.monotonic() + seconds
         while self.file is not None and self.file.exists():
             with self._locked(self.file):
                 if self.file.exists():  # another command may have sent it meanwhile
                     self._send_kept(self.file)
             left = until - time.monotonic()
-            if not isinstance(self.trouble, UnreachableError) or left <= 0:
+            if not isinstance(self.last_error, UnreachableError) or left <= 0:
                 return
             time.sleep(min(left, _PAUSE_SECONDS))
 
     def _send_kept(self, file: Path) -> None:
         """Send until nobody answers. A refused message stays, and the next ones are sent."""
-        left, self.trouble = list[str](), None
+        left, self.last_error = list[str](), None
         with tempfile.TemporaryDirectory() as scratch:
             for line in file.read_text(encoding="utf-8").split("\n"):
                 with suppress(ValueError):  # of a line that a kill cut off
@@ -118,21 +118,21 @@ class Outbox:
 
     def _deliver(self, message: Message) -> bool:
         """Send a message, unless nobody answers. Returns whether it was sent."""
-        if isinstance(self.trouble, UnreachableError):
+        if isinstance(self.last_error, UnreachableError):
             return False
         try:
             self._send(message)
             return True
         except UserError as error:
-            self.trouble = error
+            self.last_error = error
             return False
 
     @staticmethod
     def _locked(file: Path) -> AbstractContextManager[None]:
-        return writing(file, "messages for MLflow", "wait for the other command", queue=True)
+        return write_lock(file, "messages for MLflow", "wait for the other command", wait=True)
 
 
-def list_waiting_runs(folder: Path) -> list[str]:
+def list_unsent_runs(folder: Path) -> list[str]:
     """List the runs with kept messages in a folder."""
     return [each.stem for each in sorted(folder.glob("*.jsonl"))]
 
@@ -147,12 +147,12 @@ class Run:
 
     run_id: str | None
     outbox: Outbox | None = None
-    address: str = ""
+    url: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
-    steps: Mapping[str, int] = field(default_factory=dict)
-    note: str = ""
+    last_steps: Mapping[str, int] = field(default_factory=dict)
+    description: str = ""
 
-    def record(
+    def log_all(
         self,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
@@ -178,7 +178,9 @@ class Run:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers at a step. In a resumed run, those of steps that it has already are left out."""
-        new = {name: float(each) for name, each in metrics.items() if step is None or step > self.steps.get(name, -1)}
+        new = {
+            name: float(each) for name, each in metrics.items() if step is None or step > self.last_steps.get(name, -1)
+        }
         if new:
             # A number that is sent twice with one time and step counts once.
             self._put("metrics", {"time": _now(), "step": step or 0, "metrics": new})
@@ -186,20 +188,23 @@ class Run:
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         self._put("tags", {name: str(value) for name, value in tags.items()})
 
-    def describe(self, heading: str, text: str) -> None:
+    def write_section(self, heading: str, text: str) -> None:
         """Puts a section, in Markdown, into the description, in place of one of that heading; text above all stays."""
-        above, sections = _read_sections(self.note)
-        sections[heading] = shorten(hide_password(text.strip()), _LONGEST_SECTION)
-        self.note = "\n\n".join(filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())]))
-        self.set_tags({_NOTE: self.note})
+        above, sections = _read_sections(self.description)
+        sections[heading] = truncate_markdown(hide_password(text.strip()), _LONGEST_SECTION)
+        self.description = "\n\n".join(
+            filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())])
+        )
+        self.set_tags({_NOTE: self.description})
 
-    def log_inputs(self, sets: Sequence[Mapping[str, Any]]) -> None:
+    def log_inputs(self, datasets: Sequence[Mapping[str, Any]]) -> None:
         """Logs which rows the run reads.
 
-        sets: name and digest of each; source: the log's address; rows: how many; context: what for; split: which rows.
+        datasets: name and digest of each; source: the log's address; rows: how many; context: what for; split: which
+        rows.
         """
-        known = [{**each, "source": hide_password(each["source"])} for each in sets]
-        self._put("inputs", {"sets": known} if sets else {})
+        known = [{**each, "source": hide_password(each["source"])} for each in datasets]
+        self._put("inputs", {"datasets": known} if datasets else {})
 
     def log_text(self, content: str | Mapping[str, Any], name: str) -> None:
         """Logs a text, or values as JSON, as a file."""
@@ -238,52 +243,56 @@ class Run:
 
 @contextmanager
 def open_run(
-    uri: str,
+    tracking_uri: str,
     experiment: str,
     *,
     run_name: str | None = None,
     run_id: str | None = None,
-    key: str | None = None,
-    parent: str | None = None,
-    active: bool = True,
-    unsent: Path | None = None,
-    patience: float = 0.0,
-    watch_machine: bool = False,
+    resume_key: str | None = None,
+    parent_run_id: str | None = None,
+    enabled: bool = True,
+    outbox_folder: Path | None = None,
+    max_wait_seconds: float = 0.0,
+    log_system_metrics: bool = False,
 ) -> Iterator[Run]:
     """Records a run, or goes on with run `run_id`; it ends as finished, killed (if told to stop) or failed.
 
-    key: marks the run from its first moment on; the next one with this key goes on with it. parent: id of the open run
-    that this one is a part of. active: False, on every rank but the first, gives a run that records nothing. unsent:
-    folder in which messages wait while MLflow does not answer; those left there by any run are sent first. Without one,
-    a message that can't be sent raises UserError. patience: seconds to wait for MLflow to answer at the beginning.
-    watch_machine: have MLflow log what processors, memory, disk, network and GPUs do meanwhile.
+    resume_key: marks the run from its first moment on; the next one with this key goes on with it. parent: id of the
+    open run that this one is a part of. active: False, on every rank but the first, gives a run that records nothing.
+    unsent: folder in which messages wait while MLflow does not answer; those left there by any run are sent first.
+    Without one, a message that can't be sent raises UserError. patience: seconds to wait for MLflow to answer at the
+    beginning. log_system_metrics: have MLflow log what processors, memory, disk, network and GPUs do meanwhile.
 
     Raises UserError where the address can't be used, the experiment was deleted, or there is no such run.
     """
-    if not active:
+    if not enabled:
         yield Run(run_id)
         return
-    with limit_waiting(BRIEF), quiet_loggers(_QUIET):
-        mlflow = connect(uri)
-        experiment_id = _wait_for_experiment(mlflow, uri, experiment, patience)
-        if unsent is not None:
-            _send_waiting(mlflow, uri, unsent)
-        with translate_errors(uri):
-            if run_id is None and key is not None:
-                where = f"tags.{_KEY_TAG} = '{key}'"
+    with client_timeouts(SHORT_TIMEOUTS), quiet_loggers(_QUIET):
+        mlflow = connect(tracking_uri)
+        experiment_id = _wait_for_experiment(mlflow, tracking_uri, experiment, max_wait_seconds)
+        if outbox_folder is not None:
+            _send_waiting(mlflow, tracking_uri, outbox_folder)
+        with translate_errors(tracking_uri):
+            if run_id is None and resume_key is not None:
+                where = f"tags.{_KEY_TAG} = '{resume_key}'"
                 found = mlflow.search_runs([experiment_id], where, max_results=1, output_format="list")
                 run_id = found[0].info.run_id if found else None
             known = () if run_id is None else _read_run(mlflow, run_id)
-            new: dict[str, Any] = {"experiment_id": experiment_id, "run_name": run_name, "parent_run_id": parent}
-            new["tags"] = None if key is None else {_KEY_TAG: key}
+            new: dict[str, Any] = {"experiment_id": experiment_id, "run_name": run_name, "parent_run_id": parent_run_id}
+            new["tags"] = None if resume_key is None else {_KEY_TAG: resume_key}
             wanted = new if run_id is None else {"run_id": run_id}
-            info = mlflow.start_run(**wanted, nested=parent is not None, log_system_metrics=watch_machine).info
-        address = f"{info.run_id} of experiment '{experiment}' in {uri}"
-        if uri.startswith(("http://", "https://")):
+            info = mlflow.start_run(
+                **wanted, nested=parent_run_id is not None, log_system_metrics=log_system_metrics
+            ).info
+        url = f"{info.run_id} of experiment '{experiment}' in {tracking_uri}"
+        if tracking_uri.startswith(("http://", "https://")):
             # Without what follows the question mark, MLflow shows a browser that is new to it its menu for LLMs.
             page = f"#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
-            address = f"{uri.rstrip('/')}/{page}"
-        run = Run(info.run_id, _open_outbox(mlflow, uri, info.run_id, unsent), hide_password(address), *known)
+            url = f"{tracking_uri.rstrip('/')}/{page}"
+        run = Run(
+            info.run_id, _open_outbox(mlflow, tracking_uri, info.run_id, outbox_folder), hide_password(url), *known
+        )
         status = "FAILED"
         try:
             yield run
@@ -294,28 +303,28 @@ def open_run(
         finally:
             with nullcontext() if status == "FINISHED" else suppress(UserError):  # it would hide the original error
                 run.end(status)
-            with suppress(Exception), translate_errors(uri, anything=True):
+            with suppress(Exception), translate_errors(tracking_uri, catch_all=True):
                 mlflow.end_run(status)  # the process has no open run any more
 
 
-def _wait_for_experiment(mlflow: Any, uri: str, name: str, patience: float) -> str:
+def _wait_for_experiment(mlflow: Any, tracking_uri: str, name: str, max_wait_seconds: float) -> str:
     """The id of an experiment, which is made if it is not there; waits so many seconds for MLflow to answer."""
-    until = time.monotonic() + patience
+    until = time.monotonic() + max_wait_seconds
     while True:
         try:
-            with translate_errors(uri):
-                make_store(uri)
-                return _open_experiment(mlflow, uri, name)
+            with translate_errors(tracking_uri):
+                make_store(tracking_uri)
+                return _open_experiment(mlflow, tracking_uri, name)
         except UnreachableError:
             if time.monotonic() + _PAUSE_SECONDS > until:
                 raise
             time.sleep(_PAUSE_SECONDS)
 
 
-def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
+def _open_experiment(mlflow: Any, tracking_uri: str, name: str) -> str:
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
-        store = read_sqlite_path(uri)
+        store = read_sqlite_path(tracking_uri)
         place = None if store is None else (store.resolve().parent / "mlartifacts").as_uri()
         return mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
     if experiment.lifecycle_stage != "active":
@@ -335,33 +344,33 @@ def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int],
     return run.data.params, last, run.data.tags.get(_NOTE, "")
 
 
-def check_server(uri: str, experiment: str, *, unsent: Path) -> None:
+def check_server(tracking_uri: str, experiment: str, *, outbox_folder: Path) -> None:
     """Raises UserError where nobody answers at an address, or MLflow refuses the experiment, which is made if need be.
 
-    unsent: as in `open_run`.
+    outbox_folder: as in `open_run`.
     """
-    with limit_waiting(BRIEF):
-        mlflow = connect(uri)
-        _wait_for_experiment(mlflow, uri, experiment, 0.0)
-        _send_waiting(mlflow, uri, unsent)
+    with client_timeouts(SHORT_TIMEOUTS):
+        mlflow = connect(tracking_uri)
+        _wait_for_experiment(mlflow, tracking_uri, experiment, 0.0)
+        _send_waiting(mlflow, tracking_uri, outbox_folder)
 
 
-def _send_waiting(mlflow: Any, uri: str, unsent: Path) -> None:
-    for run_id in list_waiting_runs(unsent):
-        box = _open_outbox(mlflow, uri, run_id, unsent)
+def _send_waiting(mlflow: Any, tracking_uri: str, outbox_folder: Path) -> None:
+    for run_id in list_unsent_runs(outbox_folder):
+        box = _open_outbox(mlflow, tracking_uri, run_id, outbox_folder)
         box.flush()
-        if isinstance(box.trouble, UnreachableError):
-            raise box.trouble
-        if box.trouble is not None:
-            say(f"{box.trouble}: messages for MLflow stay in '{box.file}'")
+        if isinstance(box.last_error, UnreachableError):
+            raise box.last_error
+        if box.last_error is not None:
+            say(f"{box.last_error}: messages for MLflow stay in '{box.file}'")
 
 
-def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:
+def _open_outbox(mlflow: Any, tracking_uri: str, run_id: str, outbox_folder: Path | None) -> Outbox:
     def send(message: Message) -> None:
-        with translate_errors(uri, anything=True):
+        with translate_errors(tracking_uri, catch_all=True):
             _deliver(mlflow, run_id, message)
 
-    return Outbox(None if unsent is None else unsent / f"{run_id}.jsonl", send)
+    return Outbox(None if outbox_folder is None else outbox_folder / f"{run_id}.jsonl", send)
 
 
 def _deliver(mlflow: Any, run_id: str, message: Message) -> None:
@@ -376,7 +385,7 @@ def _deliver(mlflow: Any, run_id: str, message: Message) -> None:
         case "tags":
             client.log_batch(run_id, tags=[entities.RunTag(*each) for each in values.items()])
         case "inputs":
-            client.log_inputs(run_id, datasets=[_make_input(entities, each) for each in values["sets"]])
+            client.log_inputs(run_id, datasets=[_make_input(entities, each) for each in values["datasets"]])
         case "file":
             client.log_artifact(run_id, str(message.file), values["folder"])
         case "end":
@@ -396,9 +405,9 @@ def _make_input(entities: Any, values: Mapping[str, Any]) -> Any:
     return entities.DatasetInput(data_set, [entities.InputTag(*each) for each in tags.items()])
 
 
-def _read_sections(note: str) -> tuple[str, dict[str, str]]:
+def _read_sections(description: str) -> tuple[str, dict[str, str]]:
     """What stands above the sections of a description, and these by heading."""
-    above, *parts = re.split(r"^### (.+)$", note, flags=re.MULTILINE)
+    above, *parts = re.split(r"^### (.+)$", description, flags=re.MULTILINE)
     return above.strip(), {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
@@ -417,7 +426,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 # The words and data sets of a run's page in MLflow.
 
 
-def command() -> str:
+def command_line() -> str:
     """The command line of this process, without passwords."""
     first, *words = sys.argv
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -426,7 +435,7 @@ def command() -> str:
     return hide_password(" ".join([start, *(shlex.quote(word) for word in words)]))
 
 
-def name_training(settings: Settings, start: str | None = None) -> str:
+def name_run(settings: Settings, start: str | None = None) -> str:
     """What a training is called: until when its rows go, its start and its seed."""
     end = settings.split.train_end
     until = "" if end is None else f" until {end:%Y-%m-%d}"
@@ -434,25 +443,25 @@ def name_training(settings: Settings, start: str | None = None) -> str:
     return f"train{until}{begun}, seed {settings.training.seed}"
 
 
-def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[dict[str, Any]]:
+def describe_datasets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[dict[str, Any]]:
     """Splits of a log as the inputs of a run, by the manifest of its features.
 
     MLflow tells data sets apart by name and digest, so each split has a digest of its own.
     """
-    sets, windows, by_column = [], settings.split.windows(), settings.split.by_column
+    datasets, windows, split_column = [], settings.split.windows(), settings.split.split_column
     for split in splits:
-        text = f"{manifest['digest']} {split} {windows[split]} {by_column} {settings.columns.weight}"
+        text = f"{manifest['digest']} {split} {windows[split]} {split_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         about = {"name": settings.name, "digest": digest, "source": str(manifest["log"]), "context": _CONTEXTS[split]}
-        sets.append(about | {"rows": int(manifest["splits"][split]["rows"]), "split": split})
-    return sets
+        datasets.append(about | {"rows": int(manifest["splits"][split]["rows"]), "split": split})
+    return datasets
 
 
-def quoted(sentences: Iterable[str]) -> str:
+def bullet_list(sentences: Iterable[str]) -> str:
     """Sentences as a list of Markdown."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def as_code(text: str) -> str:
+def code_block(text: str) -> str:
     """A block of Markdown."""
     return f"```sh\n{text}\n```"

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import fit_calibration
 from mmoe_rec.evaluation.comparison import Results
@@ -16,16 +16,16 @@ from mmoe_rec.evaluation.results_report import write_results
 from mmoe_rec.evaluation.summary import measure_model
 from mmoe_rec.evaluation.sums import PredictedRows
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.locks import writing
+from mmoe_rec.locks import write_lock
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.score import add_outcomes, logits_of, predictions
-from mmoe_rec.preprocessing.logs import BuildInputs, check_out
-from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
+from mmoe_rec.model.score import add_joint_predictions, predictions, predictions_to_logits
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, check_output_folder
+from mmoe_rec.preprocessing.prepare import FeatureFolder, lock_features
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.training.boosting import Inputs, Predict, boost_trees, rate_candidates
+from mmoe_rec.training.boosting import Predictor, TreeInputs, fit_boosted_trees, fit_target_encoding
 
-TREES, POPULARITY = "gradient boosting", "popularity"
+TREES_BASELINE, POPULARITY_BASELINE = "gradient boosting", "popularity"
 
 
 def measure_baselines(
@@ -39,10 +39,10 @@ def measure_baselines(
     evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
     no rows of a split, or a task can't be learnt.
     """
-    check_out(out, settings)
+    check_output_folder(out, settings)
     with (
-        features_in_use(BuildInputs.of(settings), "baselines", ("train", "validation", "test")) as prepared,
-        writing(out, "an evaluation", "give another folder with --out"),
+        lock_features(BuildInputs.of(settings), "baselines", ("train", "validation", "test")) as prepared,
+        write_lock(out, "an evaluation", "give another folder with --out"),
     ):
         scored, trees = _predict(settings, prepared)
         models = {} if evaluated is None else {name: evaluated.first}
@@ -59,72 +59,79 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Pre
     """The baselines' predictions of the test rows, and what trees of each task selecting rows chose; without
     candidates, none is more popular than another."""
     layout = ModelLayout.of(prepared.layout, settings)
-    learnt, held_out = read_inputs(settings, prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out)
-    test, rows = EncodedRows(prepared.split("test"), layout), read_labels(settings, prepared, "test")
+    train_rows, held_out = read_tree_inputs(settings, prepared, layout)
+    boosted, facts = fit_trees_per_task(settings, layout, train_rows, held_out)
+    test, rows = EncodedDataset(prepared.split("test"), layout), read_labels(settings, prepared, "test")
     weights = np.array([settings.tasks[task.name].score_weight for task in layout.tasks])
 
     def score(values: np.ndarray) -> PredictedRows:
-        return rows.with_predictions(add_outcomes(values, layout), np.log(np.clip(values, 1e-12, None)) @ weights)
+        return rows.with_predictions(
+            add_joint_predictions(values, layout), np.log(np.clip(values, 1e-12, None)) @ weights
+        )
 
-    scored = {TREES: score(predict_calibrated(settings, layout, boosted, held_out, test))}
+    scored = {TREES_BASELINE: score(predict_calibrated(settings, layout, boosted, held_out, test))}
     if rows.candidates is not None:
-        rates = [rate_candidates(learnt.column("candidate"), of, learnt.weights) for of in learnt.labels.T]
+        rates = [
+            fit_target_encoding(train_rows.column("candidate"), of, train_rows.weights) for of in train_rows.labels.T
+        ]
         own, rated = (
             np.stack([rate(each) for rate in rates], 1) for each in (held_out.column("candidate"), rows.candidates)
         )
-        scored[POPULARITY] = score(_calibrate(settings, layout, held_out, own, rated))
+        scored[POPULARITY_BASELINE] = score(_calibrate(settings, layout, held_out, own, rated))
     return scored, facts
 
 
-def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[Inputs, Inputs]:
+def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[TreeInputs, TreeInputs]:
     """The last training rows, from which trees learn, and the last validation rows that select."""
     weighted = settings.training.sampling_correction == "weights"
-    train = EncodedRows(prepared.split("train"), layout)
-    selecting = EncodedRows(prepared.split("validation"), layout, part=Part.SELECTING)
-    learnt, held_out = (
-        Inputs.read(rows, layout, ("candidate", "time", *rows.weighing(weighted))) for rows in (train, selecting)
+    train = EncodedDataset(prepared.split("train"), layout)
+    selecting = EncodedDataset(prepared.split("validation"), layout, part=ValidationPart.SELECTION)
+    train_rows, held_out = (
+        TreeInputs.read(rows, layout, ("candidate", "time", *rows.weight_columns(weighted)))
+        for rows in (train, selecting)
     )
-    if len(learnt.labels) < train.rows:
-        say(f"the baselines learn from the last {len(learnt.labels):,} of {train.rows:,} training rows")
-    return learnt, held_out
+    if len(train_rows.labels) < train.rows:
+        say(f"the baselines learn from the last {len(train_rows.labels):,} of {train.rows:,} training rows")
+    return train_rows, held_out
 
 
-def boost_tasks(
-    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs
-) -> tuple[list[Predict], dict[str, str]]:
+def fit_trees_per_task(
+    settings: Settings, layout: Layout, train_rows: TreeInputs, held_out: TreeInputs
+) -> tuple[list[Predictor], dict[str, str]]:
     """The trees of all tasks, and what selecting rows chose. Raises UserError where a task can't be learnt."""
-    facts, boosted = dict[str, str](), list[Predict]()
+    facts, boosted = dict[str, str](), list[Predictor]()
     for index, task in enumerate(layout.tasks):
-        known = learnt.of_task(index), held_out.of_task(index)
+        known = train_rows.select_task(index), held_out.select_task(index)
         try:
-            predict, told = boost_trees(task.kind, *known, settings.training.seed)
+            predict, told = fit_boosted_trees(task.kind, *known, settings.training.seed)
         except UserError as error:
             raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
         boosted.append(predict)
-        facts[f"{TREES} of {task.name}"] = told
-        say(f"  {TREES} of {task.name}: {told}")
+        facts[f"{TREES_BASELINE} of {task.name}"] = told
+        say(f"  {TREES_BASELINE} of {task.name}: {told}")
     return boosted, facts
 
 
 def predict_calibrated(
-    settings: Settings, layout: Layout, trees: Sequence[Predict], held_out: Inputs, rows: EncodedRows
+    settings: Settings, layout: Layout, trees: Sequence[Predictor], held_out: TreeInputs, rows: EncodedDataset
 ) -> np.ndarray:
     """(N, T) what trees of all tasks predict for encoded rows, calibrated by the rows that are held out."""
 
-    def predict(part: Inputs) -> np.ndarray:
+    def predict(part: TreeInputs) -> np.ndarray:
         return np.stack([each(part) for each in trees], axis=1)
 
-    predicted = np.concatenate([predict(part) for part in Inputs.stream(rows, layout, ())])
+    predicted = np.concatenate([predict(part) for part in TreeInputs.iter_chunks(rows, layout, ())])
     return _calibrate(settings, layout, held_out, predict(held_out), predicted)
 
 
-def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _calibrate(
+    settings: Settings, layout: Layout, held_out: TreeInputs, own: np.ndarray, values: np.ndarray
+) -> np.ndarray:
     """Predictions (M, T), calibrated by those of the validation rows, `own` (N, T), as a model's are."""
     if settings.training.calibration == "none":
         return values
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
-    own_logits, logits = (logits_of(torch.from_numpy(each), kinds) for each in (own, values))
+    own_logits, logits = (predictions_to_logits(torch.from_numpy(each), kinds) for each in (own, values))
     times = held_out.column("time").cast(pa.int64()).to_numpy()
     known = held_out.labels, held_out.weights, times
     found, _ = fit_calibration(settings.training.calibration, layout.tasks, own_logits.numpy(), *known)

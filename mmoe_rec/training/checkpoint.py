@@ -22,12 +22,12 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mmoe_rec.atomic import atomic_file, put_folder, write_text
+from mmoe_rec.atomic import atomic_file, replace_folder, write_text
 from mmoe_rec.batches.row_reader import Position
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.tables import from_stored, stored_width
-from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.steps import Choices
+from mmoe_rec.model.tables import from_padded, padded_dim
+from mmoe_rec.training.provenance import Provenance
+from mmoe_rec.training.steps import PrecisionChoice
 from mmoe_rec.training.validation import Validation
 
 _DESCRIPTION = "training.json"
@@ -48,12 +48,12 @@ class TrainingState:
     position: Position
     history: tuple[tuple[int, Validation], ...]
     best_step: int
-    origin: Origin
-    choices: Choices | None = None
+    provenance: Provenance
+    precision_choice: PrecisionChoice | None = None
 
 
 @dataclass(frozen=True)
-class FinishedTraining:
+class FinishedRun:
     """A training that has ended.
 
     Attributes:
@@ -61,33 +61,33 @@ class FinishedTraining:
         address: Address of the model in the registry.
         best: Validation of the served model on the judging rows.
         compared: Sentences that compare it with the alias's earlier model and name the one that holds the alias now.
-        origin: Settings and data that it began with.
-        started_from: Validation of the network that it started from.
+        provenance: Settings and data that it began with.
+        start_validation: Validation of the network that it started from.
         network: Validation without trees and calibration, if the model has trees.
         before: Whether it had ended before this command.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     artifact: Path
-    address: str
+    model_uri: str
     best: Validation
     best_step: int
     rows_per_s: float
-    waiting: float
-    compared: tuple[str, ...]
-    origin: Origin
-    started_from: Validation | None = None
-    network: Validation | None = None
-    before: bool = False
+    data_wait_fraction: float
+    promotion_messages: tuple[str, ...]
+    provenance: Provenance
+    start_validation: Validation | None = None
+    network_validation: Validation | None = None
+    finished_earlier: bool = False
 
     @staticmethod
-    def read(work: Path) -> "FinishedTraining | None":
+    def read(work: Path) -> "FinishedRun | None":
         """The ended training in `data.work_dir`; None where none has ended. Raises UserError where it can't be read."""
         file = work / "checkpoints" / _FINISHED
-        return _read(FinishedTraining, file, artifact=work / "model", before=True) if file.exists() else None
+        return _read(FinishedRun, file, artifact=work / "model", finished_earlier=True) if file.exists() else None
 
     def write(self) -> None:
-        tree = {name: each for name, each in asdict(self).items() if name not in ("artifact", "before")}
+        tree = {name: each for name, each in asdict(self).items() if name not in ("artifact", "finished_earlier")}
         with atomic_file(self.artifact.parent / "checkpoints" / _FINISHED) as file:
             _write(tree, file)
 
@@ -142,8 +142,8 @@ class CheckpointWriter:
     which step another training in the folder had reached, whose checkpoints go once the first new one is whole.
     """
 
-    def __init__(self, folder: Path, kept: int, before: Checkpoint | None = None) -> None:
-        self.folder, self._kept = folder, kept
+    def __init__(self, folder: Path, keep_last: int, before: Checkpoint | None = None) -> None:
+        self.folder, self._kept = folder, keep_last
         self._steps = [before.state.step] if before is not None else []
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class CheckpointWriter:
 
     def _finish(self, temporary: Path, state: TrainingState) -> None:
         _write(asdict(state), temporary / _DESCRIPTION)
-        put_folder(temporary, step_folder(self.folder, state.step))
+        replace_folder(temporary, step_folder(self.folder, state.step))
         write_text(self.folder / _LATEST, json.dumps({"step": state.step}))
         self._steps = [*(step for step in self._steps if step < state.step), state.step]
         stay = {step_folder(self.folder, step) for step in [*self._steps[-self._kept :], state.best_step]}
@@ -208,7 +208,7 @@ def restore(folder: Path, model: Any, optimizer: Any) -> None:
     model.load_state_dict(tensors["model"])
 
 
-def load_plain(model: nn.Module, folder: Path) -> None:
+def load_unsharded(model: nn.Module, folder: Path) -> None:
     """Fills an unsharded model, on one process and without a process group, from a checkpoint's "model" state.
 
     model: a `RankingModel` over `PlainTables`. Raises UserError when the folder holds no checkpoint.
@@ -218,9 +218,9 @@ def load_plain(model: nn.Module, folder: Path) -> None:
     expected = model.state_dict()
     # Tables are read as wide as they are stored.
     tables = {name: each.shape for name, each in expected.items() if name.startswith("tables.")}
-    weights = expected | {name: torch.empty(rows, stored_width(dim)) for name, (rows, dim) in tables.items()}
+    weights = expected | {name: torch.empty(rows, padded_dim(dim)) for name, (rows, dim) in tables.items()}
     with warnings.catch_warnings():
         # That is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
-    model.load_state_dict(weights | {name: from_stored(weights[name], dim) for name, (_, dim) in tables.items()})
+    model.load_state_dict(weights | {name: from_padded(weights[name], dim) for name, (_, dim) in tables.items()})

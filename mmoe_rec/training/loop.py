@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.batches.row_reader import Position, Prefetch, TrainingReader
-from mmoe_rec.devices import freed_memory_kept, limit_threads
+from mmoe_rec.devices import keeping_freed_memory, limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest, UserError
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.matmul import choose_matmul_backend, set_matmul_backend
 from mmoe_rec.model.mmoe import Mixture, build_model
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.products import choose_products, set_products
 from mmoe_rec.model.warm_start import WarmStart, base_rates, set_base_rates
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
@@ -32,16 +32,16 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
-from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.sharded_tables import choose_way
+from mmoe_rec.training.provenance import Provenance
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import (
-    Choices,
-    Steps,
+    PrecisionChoice,
+    StepRunner,
     choose_precision,
-    learning_rate_share,
+    learning_rate_fraction,
     validation_steps,
 )
+from mmoe_rec.training.table_backends import choose_table_backend
 from mmoe_rec.training.validation import Validation, validate
 
 STEPS_BETWEEN_LOGS = 25
@@ -58,7 +58,7 @@ class TrainingResult:
     plan: str
     steps: int = 0
     rows_per_s: float = 0.0
-    waiting: float = 0.0
+    data_wait_fraction: float = 0.0
     best_step: int = 0
     best_checkpoint: Path = Path()
     history: list[tuple[int, Validation]] = field(default_factory=list)
@@ -78,10 +78,10 @@ class Meter:
     """
 
     def __init__(self, layout: Layout, world_size: int) -> None:
-        self._names = [task.learnt_from for task in layout.tasks]
+        self._names = [task.loss_label for task in layout.tasks]
         self._world_size, self.note = world_size, ""
         self._start = time.perf_counter()
-        self._rows, self.waited, self.left_out = 0, 0.0, 0.0
+        self._rows, self.wait_seconds, self.excluded_seconds = 0, 0.0, 0.0
         # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
         self._sums: torch.Tensor | int = 0
 
@@ -96,13 +96,13 @@ class Meter:
         return self._rows / self._seconds
 
     @property
-    def waiting(self) -> float:
+    def data_wait_fraction(self) -> float:
         """Share of the time so far."""
-        return self.waited / self._seconds
+        return self.wait_seconds / self._seconds
 
     @property
     def _seconds(self) -> float:
-        return max(1e-9, time.perf_counter() - self._start - self.left_out)
+        return max(1e-9, time.perf_counter() - self._start - self.excluded_seconds)
 
     def read(self) -> dict[str, float]:
         """Metrics since the last reading; losses are those of this rank's rows."""
@@ -112,9 +112,9 @@ class Meter:
             means = {name: total / count for name, total, count in sums if count > 0}
         self._sums = 0
         losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
+        self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.data_wait_fraction:.0%}"
         metrics = {f"train/{name}.loss": mean for name, mean in means.items()}
-        return metrics | {"train/rows_per_s": self.rows_per_s, "train/waiting_share": self.waiting}
+        return metrics | {"train/rows_per_s": self.rows_per_s, "train/waiting_share": self.data_wait_fraction}
 
 
 class Trainer:
@@ -130,9 +130,9 @@ class Trainer:
         log_metrics: Function that is called with metrics and the step.
         warm_start: Weights to start from, None for random ones.
         resume: Checkpoint to resume from, None to start anew.
-        origin: Settings and features that the checkpoints record.
-        watch: Function that is called with each validation and its step. An error that it raises ends the training.
-        choices: Precision and others to use, None to measure them.
+        provenance: Settings and features that the checkpoints record.
+        on_validation: Function that is called with each validation and its step. An error that it raises ends the
+        training. precision_choice: Precision and others to use, None to measure them.
 
     Raises:
         UserError: The tables do not fit into memory, or encoded rows or the checkpoint can't be read.
@@ -149,37 +149,37 @@ class Trainer:
         log_metrics: LogMetrics,
         warm_start: WarmStart | None = None,
         resume: Checkpoint | None = None,
-        origin: Origin = Origin(),  # noqa: B008 - it is frozen
-        watch: Callable[[Validation, int], None] | None = None,
-        choices: Choices | None = None,
+        provenance: Provenance = Provenance(),  # noqa: B008 - it is frozen
+        on_validation: Callable[[Validation, int], None] | None = None,
+        precision_choice: PrecisionChoice | None = None,
     ) -> None:
-        self.settings, self.device, self.origin = settings, device, origin
-        self.log_metrics, self.watch = log_metrics, watch
+        self.settings, self.device, self.provenance = settings, device, provenance
+        self.log_metrics, self.on_validation = log_metrics, on_validation
         self.layout = layout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        rows = EncodedRows(prepared.split("train"), layout).rows
-        self.batch_size = settings.rows_of_step(rows)
+        rows = EncodedDataset(prepared.split("train"), layout).rows
+        self.batch_size = settings.resolve_batch_size(rows)
         self.reader = self._reader(prepared, "train", self.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(self.batch_size, 8192))
         self.position = self.reader.position(0)
-        self.products = choose_products(settings.matmul_backend, device.type)
-        self.tables = choose_way(settings.table_backend, device.type, self.world_size)
+        self.matmul_backend = choose_matmul_backend(settings.matmul_backend, device.type)
+        self.tables = choose_table_backend(settings.table_backend, device.type, self.world_size)
         self.threads = (settings.threads or torch.get_num_threads()) if device.type == "cpu" else 0
-        choices = choices if resume is None else resume.state.choices
-        self.sharded, self.choices = self._shard(model_settings, warm_start, choices, prepared)
+        precision_choice = precision_choice if resume is None else resume.state.precision_choice
+        self.sharded, self.precision_choice = self._shard(model_settings, warm_start, precision_choice, prepared)
         self.optimizer = Optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
-        self.validate_at = validation_steps(self.reader.batches_per_epoch, settings)
+        self.steps_to_validate = validation_steps(self.reader.batches_per_epoch, settings)
         if warm_start is not None or (resume is not None and resume.state.step == 0):
-            self.validate_at.add(0)  # the model that is started from, to be compared with
+            self.steps_to_validate.add(0)  # the model that is started from, to be compared with
         self.stop = StopRequest()
-        self.steps = Steps(
+        self.steps = StepRunner(
             self.sharded,
             self.optimizer,
             self.layout,
             device,
-            bf16=self.choices.precision == "bf16",
+            bf16=self.precision_choice.precision == "bf16",
             max_grad_norm=settings.max_grad_norm,
             stop=self.stop,
         )
@@ -195,9 +195,9 @@ class Trainer:
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
         # The other part judges the model that these rows select.
-        part = Part.SELECTING if split == "validation" else None
+        part = ValidationPart.SELECTION if split == "validation" else None
         return TrainingReader(
-            EncodedRows(prepared.split(split), self.layout, outcomes=True, weighted=weighted, part=part),
+            EncodedDataset(prepared.split(split), self.layout, joint_labels=True, weighted=weighted, part=part),
             batch_size=batch_size,
             shuffle_buffer_rows=self.settings.shuffle_buffer_rows,
             seed=self.settings.seed,
@@ -206,8 +206,12 @@ class Trainer:
         )
 
     def _shard(
-        self, model_settings: Model, warm_start: WarmStart | None, before: Choices | None, prepared: FeatureFolder
-    ) -> tuple[ShardedModel, Choices]:
+        self,
+        model_settings: Model,
+        warm_start: WarmStart | None,
+        before: PrecisionChoice | None,
+        prepared: FeatureFolder,
+    ) -> tuple[ShardedModel, PrecisionChoice]:
         model = build_model(self.layout, model_settings, training_tables(self.layout, self.tables), self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)
@@ -217,29 +221,31 @@ class Trainer:
             set_base_rates(model.mixture.towers, self.layout.tasks, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
-        set_products(model, self.products)
-        choices = self._choose(model.mixture, before)
+        set_matmul_backend(model, self.matmul_backend)
+        precision_choice = self._choose(model.mixture, before)
         sharded = shard(
             model,
             self.layout,
             self.device,
             batch_size=math.ceil(self.batch_size / self.world_size),
             settings=self.settings,
-            first_rows=None if warm_start is None else warm_start.rows,
+            row_initializer=None if warm_start is None else warm_start.rows,
         )
-        return sharded, choices
+        return sharded, precision_choice
 
     def announce(self) -> None:
         """Print what the training computes in and how many steps it takes."""
         steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
-        say(f"computing in {self.choices}, products by {self.products}, tables by {self.tables}{threads}")
+        say(
+            f"computing in {self.precision_choice}, products by {self.matmul_backend}, tables by {self.tables}{threads}"
+        )
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
 
-    def _choose(self, mixture: Mixture, before: Choices | None) -> Choices:
+    def _choose(self, mixture: Mixture, before: PrecisionChoice | None) -> PrecisionChoice:
         """Return the precision of the settings, of the run that goes on, or the measured one."""
         if self.settings.precision != "auto":
-            return Choices(self.settings.precision)
+            return PrecisionChoice(self.settings.precision)
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
         return before or choose_precision(mixture, self.layout, self.device, rows)
 
@@ -253,33 +259,33 @@ class Trainer:
             self.announce()
         result, meter = self.result, Meter(self.layout, self.world_size)
         progress = bar("{task.fields[note]}", shown=self.rank == 0)
-        with progress, self.stop, freed_memory_kept(), limit_threads(self.threads):
+        with progress, self.stop, keeping_freed_memory(), limit_threads(self.threads):
             task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
             self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
         dist.barrier()
-        result.rows_per_s, result.waiting = meter.rows_per_s, meter.waiting
+        result.rows_per_s, result.data_wait_fraction = meter.rows_per_s, meter.data_wait_fraction
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
 
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         last = self.result.history[-1][0] if self.result.history else -1
-        if self.result.steps in self.validate_at and last < self.result.steps:
+        if self.result.steps in self.steps_to_validate and last < self.result.steps:
             self._validate(meter)
             if self.result.steps == 0:
                 self._save()
         source = self._batches(self.reader, self.position, self.settings.epochs)
         with contextlib.closing(iter(source)) as batches:
             while not self.result.stopped_early and self.result.steps < self.total_steps:
-                until = min(step for step in self.validate_at if step > self.result.steps)
+                until = min(step for step in self.steps_to_validate if step > self.result.steps)
                 part = itertools.islice(batches, until - self.result.steps)
-                while (stopping := self._step(part, meter)) is not None:
-                    meter.waited = source.waited
+                while (stop_requested := self._step(part, meter)) is not None:
+                    meter.wait_seconds = source.wait_seconds
                     show()
-                    if stopping:
+                    if stop_requested:
                         self._save_and_stop()
                     if self.result.steps % self.settings.checkpoint_steps == 0 and self.result.steps < until:
                         self._save()
-                self.steps.release()
+                self.steps.detach()
                 self._validate(meter)
                 self._save()
         if self.result.steps % STEPS_BETWEEN_LOGS:
@@ -289,7 +295,7 @@ class Trainer:
         def make() -> Generator[Batch, None, None]:
             keyed_jagged = self.tables == "fbgemm"
             for rows, position in reader.resume(start, epochs):
-                own = (position, rows.weights, rows.numbers)
+                own = (position, rows.weights, rows.row_numbers)
                 batch = make_batch(rows.encoded, self.layout, rows.labels, *own, torchrec=keyed_jagged)
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
 
@@ -297,14 +303,15 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
         """Trains on the next batch; whether any rank was asked to stop, None after the last batch."""
-        share = learning_rate_share(self.result.steps, self.total_steps, self.settings.warmup_fraction)
-        step = self.steps.next(batches, share)
+        lr_fraction = learning_rate_fraction(self.result.steps, self.total_steps, self.settings.warmup_fraction)
+        step = self.steps.run_next(batches, lr_fraction)
         if step is None:
             return None
         assert step.batch.position is not None
-        if step.bad is not None:  # on every rank
+        if step.nonfinite is not None:  # on every rank
             raise UserError(
-                f"the {step.bad} of step {self.result.steps + 1} is not finite: look for extreme inputs, or lower "
+                f"the {step.nonfinite} of step {self.result.steps + 1} is not finite: look for extreme inputs, "
+                "or lower "
                 "training.learning_rate or training.table_learning_rate"
             )
         meter.add(len(step.batch), step.losses, step.observed)
@@ -312,7 +319,7 @@ class Trainer:
         self.result.steps += 1
         if self.result.steps % STEPS_BETWEEN_LOGS == 0:
             self._log(meter)
-        return step.stopping
+        return step.stop_requested
 
     def _log(self, meter: Meter) -> None:
         metrics = meter.read()
@@ -326,14 +333,16 @@ class Trainer:
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
         now = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
-        meter.left_out += time.perf_counter() - start
+        meter.excluded_seconds += time.perf_counter() - start
         if now is None:  # a rank was asked to stop
             self._save_and_stop()
         result, best, by = self.result, self.result.best, (self.settings.monitor, self.layout)
         result.history.append((result.steps, now))
-        self.log_metrics(now.flat() | now.experts.flat([task.name for task in self.layout.tasks]), result.steps)
-        if self.watch is not None:
-            self.watch(now, result.steps)
+        self.log_metrics(
+            now.to_metrics() | now.experts.to_metrics([task.name for task in self.layout.tasks]), result.steps
+        )
+        if self.on_validation is not None:
+            self.on_validation(now, result.steps)
         if best is None or now.objective(*by) > best.objective(*by):
             result.best_step = result.steps
         result.stopped_early = self._out_of_patience()
@@ -345,7 +354,9 @@ class Trainer:
     def _save(self) -> None:
         result = self.result
         history = tuple(result.history)
-        state = TrainingState(result.steps, self.position, history, result.best_step, self.origin, self.choices)
+        state = TrainingState(
+            result.steps, self.position, history, result.best_step, self.provenance, self.precision_choice
+        )
         tensors = {"model": self.sharded.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(tensors, state)
 

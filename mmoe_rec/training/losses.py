@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmoe_rec.devices import constant
+from mmoe_rec.devices import cached_constant
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.model.score import joint_logit
@@ -36,7 +36,7 @@ def masked_loss(
     assert len(tasks) == logits.shape[1] == len(global_counts), "one entry per task"
     losses = row_losses(logits, labels, tasks) * observed
     totals = torch.where(global_counts > 0, global_counts, 1)
-    task_weights = constant(tuple(task.loss_weight for task in tasks), losses.dtype, losses.device)
+    task_weights = cached_constant(tuple(task.loss_weight for task in tasks), losses.dtype, losses.device)
     scale = world_size * task_weights
     if weights is None:
         parts = losses.sum(0)
@@ -54,7 +54,7 @@ def masked_loss(
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
     """(B, T) loss of every row and task.
 
-    labels: of each task's `learnt_from`. That of a task with `conditional_on` is its outcome over all rows, predicted
+    labels: of each task's `loss_label`. That of a task with `conditional_on` is its outcome over all rows, predicted
     by the product of both tasks' probabilities, through which both learn (ESMM: Ma et al., SIGIR 2018).
     """
     places = {task.name: index for index, task in enumerate(tasks)}
@@ -63,7 +63,7 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
         logit, label = logits[:, index], labels[:, index]
         if task.conditional_on is not None:
             logit = joint_logit(logits[:, places[task.conditional_on]], logit)
-        columns.append(task.kind.loss(logit, label, task.deviation))
+        columns.append(task.kind.loss(logit, label, task.std))
     return torch.stack(columns, dim=1)
 
 
@@ -89,4 +89,4 @@ def log_variances(model: nn.Module) -> nn.Parameter | None:
 
 def loss_factors(logs: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
     """(T,) log variances -> (T,) what each task's mean loss is multiplied by, besides its `loss_weight`."""
-    return constant(tuple(task.kind.loss_factor for task in tasks), logs.dtype, logs.device) * torch.exp(-logs)
+    return cached_constant(tuple(task.kind.loss_factor for task in tasks), logs.dtype, logs.device) * torch.exp(-logs)

@@ -21,25 +21,25 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.tables import initial_rows, stored_width, to_stored, torchrec_tables, used_tables
+from mmoe_rec.model.tables import initial_rows, padded_dim, to_padded, torchrec_tables, used_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import LOG_VARIANCES
-from mmoe_rec.training.sharded_tables import (
-    OneProcess,
-    OneProcessTables,
+from mmoe_rec.training.table_backends import (
     RowWiseAdagrad,
-    Way,
+    SingleProcessModel,
+    SingleProcessTables,
+    TableBackend,
+    copy_cpuinfo_to_fbgemm,
     require_torchrec,
-    share_cpuinfo,
 )
 
-RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
+RESERVED_FRACTION = 0.2  # of a rank's memory, for all but tables and their activations
 GIB = 2**30
 _FLOAT = 4
-WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
-ON_CPUS = ("auto", "table_wise", "column_wise")  # torchrec's own limit
+WHOLE_ROW_SHARDINGS = ("table_wise", "row_wise", "table_row_wise")
+CPU_SHARDINGS = ("auto", "table_wise", "column_wise")  # torchrec's own limit
 
-FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
+RowInitializer = Callable[[EmbeddingTable, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
 
 
@@ -50,42 +50,42 @@ def check_sharding(kind: str, device: str) -> None:
     """Raise UserError for a setting `training.sharding` that can't work on "cpu" or "cuda"."""
     if kind != "auto":
         require_torchrec(f"training.sharding {kind}", "set it to auto")
-    if device == "cpu" and kind not in ON_CPUS:
+    if device == "cpu" and kind not in CPU_SHARDINGS:
         raise UserError(
             f"training.sharding is {kind}, which torchrec has on GPUs alone: on CPUs set it to "
-            f"{', '.join(ON_CPUS[:-1])} or {ON_CPUS[-1]}"
+            f"{', '.join(CPU_SHARDINGS[:-1])} or {CPU_SHARDINGS[-1]}"
         )
 
 
 @dataclass(frozen=True)
-class Machines:
+class Cluster:
     """Ranks that train together, `local_world_size` of them on each machine.
 
-    card_bytes: memory of a rank's GPU, 0 on CPUs; host_bytes: main memory of a machine.
+    gpu_bytes: memory of a rank's GPU, 0 on CPUs; host_bytes: main memory of a machine.
     """
 
     world_size: int
     local_world_size: int
     device: Literal["cpu", "cuda"]
-    card_bytes: int
+    gpu_bytes: int
     host_bytes: int
 
     @property
-    def rank_bytes(self) -> int:
+    def table_budget_bytes(self) -> int:
         """Memory of a rank that tables and their activations may take."""
-        whole = self.card_bytes if self.device == "cuda" else self.host_bytes // self.local_world_size
-        return int(whole * (1 - RESERVED_SHARE))
+        whole = self.gpu_bytes if self.device == "cuda" else self.host_bytes // self.local_world_size
+        return int(whole * (1 - RESERVED_FRACTION))
 
 
-class RankPlan(NamedTuple):
+class RankEstimate(NamedTuple):
     """What is expected of a rank. tables: bytes of their weights and optimizer; bytes: of these and of activations, as
     torchrec estimates them; milliseconds: of a step, likewise.
     """
 
     rank: int
-    tables: int
-    bytes: int
-    milliseconds: float
+    table_bytes: int
+    total_bytes: int
+    step_ms: float
 
 
 def update_in_backward(model: nn.Module, learning_rate: float) -> None:
@@ -97,11 +97,11 @@ def update_in_backward(model: nn.Module, learning_rate: float) -> None:
 
 
 @dataclass(frozen=True)
-class Planning:
+class ShardingPlanner:
     """What a plan of the tables follows from. batch_size: rows a rank and step; settings: how tables are spread."""
 
     layout: ModelLayout
-    machines: Machines
+    machines: Cluster
     batch_size: int
     settings: Training
 
@@ -118,7 +118,7 @@ class Planning:
         # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
         return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
 
-    def make(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
+    def make_plan(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
         """torchrec's plan for a model over `torchrec_tables`, which the ranks of a process group make together.
 
         stats: receives the plan. Raises UserError, with what would help, when the tables don't fit.
@@ -141,7 +141,7 @@ class Planning:
                     part.storage += types.Storage(hbm=own, ddr=host)
 
         # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
-        by_default = WHOLE_ROWS if machines.device == "cuda" else ("table_wise",)
+        by_default = WHOLE_ROW_SHARDINGS if machines.device == "cuda" else ("table_wise",)
         # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
         # the state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
         constraints = {
@@ -156,7 +156,7 @@ class Planning:
             types.TrainerConfig(
                 world_size=machines.world_size,
                 local_world_size=machines.local_world_size,
-                hbm_cap_bytes=machines.card_bytes,
+                hbm_cap_bytes=machines.gpu_bytes,
                 ddr_cap_bytes=machines.host_bytes // machines.local_world_size,
             ),
             kernel_config=types.KernelConfig(compute_device=machines.device),
@@ -166,7 +166,7 @@ class Planning:
             topology=topology,
             batch_size=self.batch_size,
             enumerator=EmbeddingEnumerator(topology, self.batch_size, constraints, estimators),
-            storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
+            storage_reservation=FixedPercentageStorageReservation(RESERVED_FRACTION),
             constraints=constraints,
             stats=stats,
             debug=False,
@@ -178,7 +178,7 @@ class Planning:
 
     def _explain(self) -> UserError:
         tables, machines = used_tables(self.layout), self.machines
-        needed, offered = sum(map(table_bytes, tables)) / GIB, machines.world_size * machines.rank_bytes / GIB
+        needed, offered = sum(map(table_bytes, tables)) / GIB, machines.world_size * machines.table_budget_bytes / GIB
         largest = max(tables, key=table_bytes)
         return UserError(
             f"the embedding tables take {needed:,.1f} GiB with their optimizer and do not fit, beside a step of "
@@ -188,20 +188,20 @@ class Planning:
             "`training.batch_size` or a table's `max_size`, `buckets` or `dim`."
         )
 
-    def on_paper(self, model: nn.Module) -> tuple[str, list[RankPlan]]:
+    def estimate_plan(self, model: nn.Module) -> tuple[str, list[RankEstimate]]:
         """The plan for machines that need not be there, as `describe_plan` tells it, and what each rank bears.
 
         model: over `torchrec_tables` on the device "meta". Raises UserError as `make`.
         """
         options: list[Any] = []
         update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
-        plan = self.make(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
-        ranks = [RankPlan(rank, 0, 0, 0.0) for rank in range(self.machines.world_size)]
+        plan = self.make_plan(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
+        ranks = [RankEstimate(rank, 0, 0, 0.0) for rank in range(self.machines.world_size)]
         for part in (part for option in options for part in option.shards):
             rank, tables, taken, time = ranks[part.rank]
             tables += part.size[0] * (part.size[1] + 1) * _FLOAT
             taken += part.storage.hbm + part.storage.ddr
-            ranks[rank] = RankPlan(rank, tables, taken, time + part.perf.total)
+            ranks[rank] = RankEstimate(rank, tables, taken, time + part.perf.total)
         return describe_plan(plan), ranks
 
 
@@ -214,11 +214,11 @@ def describe_plan(plan: Any) -> str:
             split = len({each.shard_offsets[1] for each in shards}) > 1
             sizes = (f"{each.shard_sizes[0]:,} rows" + f" of {each.shard_sizes[1]} columns" * split for each in shards)
             places = list(zip((each.placement.rank() for each in shards), sizes, strict=True))
-            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})")
+            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_adjacent_ranks(places))})")
     return "\n".join(lines)
 
 
-def merge_neighbours(ranks: Sequence[tuple[int, str]]) -> list[str]:
+def merge_adjacent_ranks(ranks: Sequence[tuple[int, str]]) -> list[str]:
     """The text on each rank, once for neighbours with the same text."""
     lines = []
     for text, group in itertools.groupby(ranks, key=itemgetter(1)):
@@ -232,7 +232,7 @@ def merge_neighbours(ranks: Sequence[tuple[int, str]]) -> list[str]:
 
 def table_bytes(table: EmbeddingTable) -> int:
     """Bytes of a table's weights as they are stored, and of row-wise Adagrad's one number a row."""
-    return table.rows * (stored_width(table.dim) + 1) * _FLOAT
+    return table.rows * (padded_dim(table.dim) + 1) * _FLOAT
 
 
 # Models spread over the running ranks.
@@ -242,9 +242,9 @@ def table_bytes(table: EmbeddingTable) -> int:
 class ShardedModel:
     """A model spread over the ranks.
 
-    model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
-    row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
-    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored.
+    model: torchrec's DistributedModelParallel, or `SingleProcessModel`, called with a `Batch`; table_optimizer: its
+    fused row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from
+    `param_groups` at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored.
     """
 
     model: Any
@@ -254,7 +254,7 @@ class ShardedModel:
     @property
     def pipelined(self) -> bool:
         """Whether torchrec's pipeline takes the model: there are tables, on other ranks or on another device."""
-        if isinstance(self.model, OneProcess):
+        if isinstance(self.model, SingleProcessModel):
             return False
         elsewhere = dist.get_world_size() > 1 or self.model.device.type != "cpu"
         return bool(self.plan) and elsewhere
@@ -265,9 +265,9 @@ class ShardedModel:
         return {name: parameter for name, parameter in named if not name.startswith("tables.")}
 
 
-def training_tables(layout: ModelLayout, way: Way) -> nn.Module:
+def training_tables(layout: ModelLayout, way: TableBackend) -> nn.Module:
     """Return the tables of a backend, which `shard` takes as those of a model."""
-    return torchrec_tables(layout, torch.device("meta")) if way == "fbgemm" else OneProcessTables(layout)
+    return torchrec_tables(layout, torch.device("meta")) if way == "fbgemm" else SingleProcessTables(layout)
 
 
 def shard(
@@ -277,20 +277,20 @@ def shard(
     *,
     batch_size: int,
     settings: Training,
-    first_rows: FirstRows | None = None,
+    row_initializer: RowInitializer | None = None,
 ) -> ShardedModel:
     """Spreads a model over `training_tables` over the ranks of the current process group.
 
-    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows`. A
+    batch_size: rows a rank and step. Tables start from `row_initializer`, by default `initial_rows`. A
     layout without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory, or the
     sharding is not on offer.
     """
-    first_rows = first_rows or (lambda table, first, last: initial_rows(table, settings.seed, first, last))
+    row_initializer = row_initializer or (lambda table, first, last: initial_rows(table, settings.seed, first, last))
     check_sharding(settings.sharding, device.type)
     tables = model.get_submodule("tables")
-    if isinstance(tables, OneProcessTables):
-        one = OneProcess(model)
-        _fill_tables(one, layout, first_rows)
+    if isinstance(tables, SingleProcessTables):
+        one = SingleProcessModel(model)
+        _fill_tables(one, layout, row_initializer)
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
         return ShardedModel(one, RowWiseAdagrad(tables, settings.table_learning_rate), "\n".join(lines))
 
@@ -300,10 +300,10 @@ def shard(
 
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
     plan = ShardingPlan({})
-    planning = Planning(layout, _machines(device), batch_size, settings)
+    planning = ShardingPlanner(layout, _machines(device), batch_size, settings)
     if used_tables(layout):
         update_in_backward(model, settings.table_learning_rate)
-        plan = planning.make(model, dist.group.WORLD)
+        plan = planning.make_plan(model, dist.group.WORLD)
     with warnings.catch_warnings():
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -313,26 +313,26 @@ def shard(
             model, device=device, plan=plan, sharders=planning.sharders(), init_data_parallel=not alone
         )
     if device.type == "cpu":
-        share_cpuinfo()
-    _fill_tables(parallel, layout, first_rows)
+        copy_cpuinfo_to_fbgemm()
+    _fill_tables(parallel, layout, row_initializer)
     return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan))
 
 
-def _machines(device: torch.device) -> Machines:
+def _machines(device: torch.device) -> Cluster:
     """The machines that train."""
     kind = cast("Literal['cpu', 'cuda']", device.type)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
     ranks_of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun has started them
-    return Machines(dist.get_world_size(), ranks_of_machine, kind, card, host)
+    return Cluster(dist.get_world_size(), ranks_of_machine, kind, card, host)
 
 
 @torch.no_grad()
-def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> None:
+def _fill_tables(parallel: Any, layout: ModelLayout, row_initializer: RowInitializer) -> None:
     state = parallel.state_dict()
     for table in used_tables(layout):
         for (first, column), weights in _local_parts(state[f"tables.embedding_bags.{table.name}.weight"]):
-            rows = to_stored(first_rows(table, first, first + len(weights)))
+            rows = to_padded(row_initializer(table, first, first + len(weights)))
             weights.copy_(rows[:, column : column + weights.shape[1]])
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
-from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
+from mmoe_rec.evaluation.calibration import MIN_LABELS, predict_for_calibration
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.mmoe import RankingModel
@@ -19,20 +19,20 @@ from mmoe_rec.progress import say
 from mmoe_rec.settings.model import Trees as TreesSection
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.task_kinds.task_kind import TaskKind
-from mmoe_rec.training.boosting import Inputs, grow_lightgbm
+from mmoe_rec.training.boosting import TreeInputs, train_lightgbm
 
-SPREAD = 0.25
+BLEND_PRIOR_STD = 0.25
 """Standard deviation that is expected of the difference of both weights, as a fraction of their sum."""
-SCALE_SPREAD, LEAST_SCALE = 0.5, 0.1
+SCALE_PRIOR_STD, MIN_SCALE = 0.5, 0.1
 """Standard deviation that is expected of the scale around 1; and the least scale, as 0 would make all rows alike."""
-LEVEL_SPREAD = 0.03
+MEAN_PRIOR_STD = 0.03
 """Standard deviation that is expected of the mean prediction's error: of its logarithm, or in those of a regression."""
-CERTAINTY = 3.0
+ID_TREES_MIN_Z = 3.0
 """Standard errors by which trees with ids must be better to stand alone, since an id's worth lasts less long than a
 counter's. Where they help less, the mean of both sets stands."""
-EVEN = Blend(0.5, 0.5, 0.0)
+EQUAL_BLEND = Blend(0.5, 0.5, 0.0)
 """The blend of a task with too few labels to fit one."""
-LEAD = 1.0
+BLEND_MIN_Z = 1.0
 """Standard errors by which a blend must be better than the network alone, and trees alone better than a blend."""
 
 
@@ -45,37 +45,37 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     section = settings.model.trees
     assert section is not None
     weighted = settings.training.sampling_correction == "weights"
-    train = EncodedRows(prepared.split("train"), layout)
-    selecting = EncodedRows(prepared.split("validation"), layout, part=Part.SELECTING)
-    learnt = Inputs.read(train, layout, train.weighing(weighted))
-    held_out = Inputs.read(selecting, layout, [*selecting.weighing(weighted), "user"])
+    train = EncodedDataset(prepared.split("train"), layout)
+    selecting = EncodedDataset(prepared.split("validation"), layout, part=ValidationPart.SELECTION)
+    train_rows = TreeInputs.read(train, layout, train.weight_columns(weighted))
+    held_out = TreeInputs.read(selecting, layout, [*selecting.weight_columns(weighted), "user"])
     users = np.unique(hash_column(held_out.column("user")), return_inverse=True)[1]
-    logits, *_ = calibration_rows(model, layout, selecting, settings.evaluation.batch_size)
+    logits, *_ = predict_for_calibration(model, layout, selecting, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
     # In a table without times there is no later, and there are no counters that say what ids do.
-    certainty = CERTAINTY if settings.columns.has_time else 0.0
+    min_z = ID_TREES_MIN_Z if settings.columns.has_time else 0.0
     texts: dict[str, str] = {}
     blends: dict[str, Blend] = {}
     for index, task in enumerate(layout.tasks):
         observed = ~np.isnan(held_out.labels[:, index])
-        rows = learnt.of_task(index), held_out.of_task(index)
+        rows = train_rows.select_task(index), held_out.select_task(index)
         network = logits[observed, index].astype(np.float64)
-        found, told = fit_task(task, section, settings.training.seed, *rows, network, users[observed], certainty)
+        found, told = fit_task_trees(task, section, settings.training.seed, *rows, network, users[observed], min_z)
         if found is not None:
             texts[task.name], blends[task.name] = found
         say(f"  trees of {task.name}: {told}")
     return Trees(texts, blends)
 
 
-def fit_task(
+def fit_task_trees(
     task: TaskOutput,
     section: TreesSection,
     seed: int,
-    learnt: Inputs,
-    held_out: Inputs,
+    train_rows: TreeInputs,
+    held_out: TreeInputs,
     network: np.ndarray,
     users: np.ndarray,
-    certainty: float = CERTAINTY,
+    min_z: float = ID_TREES_MIN_Z,
 ) -> tuple[tuple[str, Blend] | None, str]:
     """Grow the trees of one task and fit how much they and the network count.
 
@@ -83,55 +83,57 @@ def fit_task(
         task: The task, for its kind and the mean and deviation of a regression.
         section: Settings of the trees.
         seed: Seed of the columns that each tree looks at.
-        learnt: Training rows with an observed label.
+        train_rows: Training rows with an observed label.
         held_out: Selecting rows with an observed label, N of them.
         network: The network's logits, or values of a regression, of the N rows. Shape (N,).
         users: Number of each row's user. Shape (N,) int64.
-        certainty: Standard errors by which trees with ids must be better than trees without.
+        min_z: Standard errors by which trees with ids must be better than trees without.
 
     Returns:
         The trees as LightGBM's text with their blend, or None for the network alone; and a sentence about the choice.
     """
-    inputs = sorted({learnt.numbers, learnt.x.shape[1]} - {0})
-    if not inputs or min(len(np.unique(each.labels)) for each in (learnt, held_out)) < 2:
+    inputs = sorted({train_rows.num_numeric, train_rows.x.shape[1]} - {0})
+    if not inputs or min(len(np.unique(each.labels)) for each in (train_rows, held_out)) < 2:
         return None, "no trees: training or validation rows lack labels that differ, or there is no input"
     texts, halves = dict[str, str](), list[str]()
     for width in inputs:
         train, selecting = (
-            replace(each, x=each.x[:, :width], labels=(each.labels - task.mean) / task.deviation)
-            for each in (learnt, held_out)
+            replace(each, x=each.x[:, :width], labels=(each.labels - task.mean) / task.std)
+            for each in (train_rows, held_out)
         )
         shape = section.leaves, seed, section.learning_rate, section.max_trees
-        booster = grow_lightgbm(task.kind, train, selecting, *shape)
+        booster = train_lightgbm(task.kind, train, selecting, *shape)
         most = booster.best_iteration  # further trees lost more on the selecting rows
-        texts["without ids" if width == learnt.numbers else "with ids"] = booster.model_to_string(num_iteration=most)
+        texts["without ids" if width == train_rows.num_numeric else "with ids"] = booster.model_to_string(
+            num_iteration=most
+        )
         # Both sets together have no more trees than one may have.
         halves.append(booster.model_to_string(num_iteration=min(most, max(1, section.max_trees // 2))))
-    ways = [(name, text, certainty) for name, text in texts.items()]
+    ways = [(name, text, min_z) for name, text in texts.items()]
     if 1 < len(ways) <= section.max_trees:
         ways.append(("in all, without ids and with them", "\n".join(halves), 0.0))
     labels, weights, taken = held_out.labels, held_out.weights, None
-    _, deviation = task.kind.standard(labels)
+    _, std = task.kind.label_mean_and_std(labels)
     for name, text, needed in ways:
         ensemble = read_ensemble(text)
-        trees = task.mean + task.deviation * Forest([ensemble]).sums(held_out.x, torch.get_num_threads())[:, 0]
+        trees = task.mean + task.std * Forest([ensemble]).sums(held_out.x, torch.get_num_threads())[:, 0]
         blend = fit_blend(task.kind, network, trees, labels, weights)
-        losses = task.kind.losses(blend.apply(network, trees), labels, deviation)
-        if taken is not None and not is_clearly_less(losses, taken.losses, weights, users, needed):
+        losses = task.kind.losses(blend.apply(network, trees), labels, std)
+        if taken is not None and not is_significantly_lower(losses, taken.losses, weights, users, needed):
             continue
         taken = _Taken(text, f"{len(ensemble.trees)} trees {name}", trees, blend, losses)
         if name == "with ids":
             break
     assert taken is not None, "the first way is taken where no other one is"
-    of_network, of_trees = (task.kind.losses(side, labels, deviation) for side in (network, taken.trees))
+    of_network, of_trees = (task.kind.losses(side, labels, std) for side in (network, taken.trees))
     blended, *alone = (np.average(each, weights=weights) for each in (taken.losses, of_network, of_trees))
     told = f"loss of selecting rows {alone[0]:.4g} by the network, {alone[1]:.4g} by the trees, {blended:.4g} by both"
-    is_better = is_clearly_less(taken.losses, of_network, weights, users, LEAD)
+    is_better = is_significantly_lower(taken.losses, of_network, weights, users, BLEND_MIN_Z)
     if taken.blend.trees == 0 or (alone[0] <= alone[1] and not is_better):
         return None, f"no trees: both together are not clearly better than the network alone; {told}"
-    trees_lead = is_clearly_less(of_trees, taken.losses, weights, users, LEAD)
+    trees_lead = is_significantly_lower(of_trees, taken.losses, weights, users, BLEND_MIN_Z)
     blend = Blend(0.0, 1.0, 0.0) if trees_lead else taken.blend
-    few = " (too few labels to fit the weights)" if blend == EVEN else ""
+    few = " (too few labels to fit the weights)" if blend == EQUAL_BLEND else ""
     return (taken.text, blend), f"{taken.name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees{few}; {told}"
 
 
@@ -146,14 +148,18 @@ class _Taken:
     losses: np.ndarray
 
 
-def is_clearly_less(
-    losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None, users: np.ndarray, certainty: float = CERTAINTY
+def is_significantly_lower(
+    losses: np.ndarray,
+    other_losses: np.ndarray,
+    weights: np.ndarray | None,
+    users: np.ndarray,
+    min_z: float = ID_TREES_MIN_Z,
 ) -> bool:
-    """Whether rows lose less by more than `certainty` standard errors, over users, since rows of a user are no
+    """Whether rows lose less by more than `min_z` standard errors, over users, since rows of a user are no
     independent witnesses."""
-    gains = (others - losses) * (1 if weights is None else weights)
+    gains = (other_losses - losses) * (1 if weights is None else weights)
     apart = np.bincount(users, gains - gains.mean())[np.unique(users)]
-    return len(apart) > 1 and bool(gains.sum() > certainty * math.sqrt(len(apart) / (len(apart) - 1) * (apart @ apart)))
+    return len(apart) > 1 and bool(gains.sum() > min_z * math.sqrt(len(apart) / (len(apart) - 1) * (apart @ apart)))
 
 
 def fit_blend(
@@ -179,9 +185,9 @@ def fit_blend(
     Returns:
         The blend, half of each without enough labels.
     """
-    if kind.count_rarer(labels) < FEWEST["temperature"]:
-        return EVEN
-    middle, unit = kind.standard(labels)
+    if kind.count_minority(labels) < MIN_LABELS["temperature"]:
+        return EQUAL_BLEND
+    middle, unit = kind.label_mean_and_std(labels)
     one, other, y = ((torch.from_numpy(each).double() - middle) / unit for each in (network, trees, labels))
     weight = torch.full_like(y, 1 / len(y)) if weights is None else torch.from_numpy(weights / weights.sum())
     levels = [weight @ kind.prediction(side) + 1e-300 for side in (one, other)]
@@ -192,12 +198,12 @@ def fit_blend(
         logits = scale * (w * one + (1 - w) * other) + offset
         level, expected = weight @ kind.prediction(logits) + 1e-300, w * levels[0] + (1 - w) * levels[1]
         far = level - expected if kind.is_linear else (level / expected).log()
-        uneven, steep = (2 * w - 1) / SPREAD, (scale - 1) / SCALE_SPREAD
-        priors = (uneven**2 + steep**2 + (far / LEVEL_SPREAD) ** 2) / 2
+        uneven, steep = (2 * w - 1) / BLEND_PRIOR_STD, (scale - 1) / SCALE_PRIOR_STD
+        priors = (uneven**2 + steep**2 + (far / MEAN_PRIOR_STD) ** 2) / 2
         loss = weight @ kind.loss(logits, y) + priors / len(y)
         (slopes,) = torch.autograd.grad(loss, parameters)
         return loss.item(), slopes.numpy()
 
-    bounds, most = [(LEAST_SCALE, None), (0, 1), (None, None)], {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
+    bounds, most = [(MIN_SCALE, None), (0, 1), (None, None)], {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
     scale, w, offset = minimize(objective, [1.0, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options=most).x
     return Blend(float(scale * w), float(scale * (1 - w)), float(unit * offset + middle * (1 - scale)))

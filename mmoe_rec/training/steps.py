@@ -6,7 +6,7 @@ updated.
 A GPU works through what the host has queued, and stands still whenever the host first waits for it and then queues the
 next. So the host waits for the device in these places only:
 
-- once a step, `Steps.step` reads whether loss and gradient are finite and whether a rank was asked to stop;
+- once a step, `StepRunner.step` reads whether loss and gradient are finite and whether a rank was asked to stop;
 - torchrec's pipeline, with several ranks: how many ids they send each other, on a stream of its own, a step ahead;
 - every `STEPS_BETWEEN_LOGS` steps `Meter.read` and the learnt task weights;
 - a validation reads the logits of each batch, with several ranks also whether one was asked to stop, and its sums;
@@ -32,8 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.batches.batch import Batch, draws_of
-from mmoe_rec.devices import fp32_products, freed_memory_kept
+from mmoe_rec.batches.batch import Batch, seeded_draws
+from mmoe_rec.devices import fp32_matmul_precision, keeping_freed_memory
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.mmoe import Mixture, Outputs
 from mmoe_rec.model.model_layout import ModelLayout
@@ -44,7 +44,7 @@ from mmoe_rec.training.sharding import ShardedModel
 
 
 @dataclass
-class Step:
+class StepResult:
     """A batch that was trained on.
 
     Attributes:
@@ -53,7 +53,7 @@ class Step:
         losses: Sums of the tasks' losses on this rank. Shape (T,).
         observed: Labels that the losses cover, or their weights. Shape (T,).
         signals: Above 0: a rank was asked to stop, a loss is not finite on some rank. Shape (2,).
-        stopping: Whether any rank was asked to stop.
+        stop_requested: Whether any rank was asked to stop.
         bad: What is not finite on some rank, "loss" or "gradient". Then the dense part was not updated.
     """
 
@@ -61,12 +61,12 @@ class Step:
     logits: Tensor
     losses: Tensor
     observed: Tensor
-    signals: Tensor
-    stopping: bool = False
-    bad: str | None = None
+    stop_and_nonfinite: Tensor
+    stop_requested: bool = False
+    nonfinite: str | None = None
 
 
-class Steps:
+class StepRunner:
     """Trains on batches, one a step, all ranks together.
 
     optimizer: of all parameters, with peak learning rates; bf16: whether products are in bf16; max_grad_norm: largest
@@ -93,7 +93,7 @@ class Steps:
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
-        self._now: Step | None = None
+        self._now: StepResult | None = None
         self._pipeline: Any = None
         if sharded.pipelined:
             from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -102,22 +102,22 @@ class Steps:
                 sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
             )
 
-    def next(self, batches: Iterator[Batch], share: float) -> Step | None:
+    def run_next(self, batches: Iterator[Batch], lr_fraction: float) -> StepResult | None:
         """Trains on the next batch, at a share of the peak learning rates; None after the last one.
 
         It looks two batches ahead. A collective call.
         """
-        self._share = share
+        self._share = lr_fraction
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * share
+            group["lr"] = peak * lr_fraction
         try:
-            with fp32_products("tf32", self._device):
-                step: Step = (self._pipeline or self).progress(batches)
+            with fp32_matmul_precision("tf32", self._device):
+                step: StepResult = (self._pipeline or self).progress(batches)
         except StopIteration:
             return None
         return step
 
-    def progress(self, batches: Iterator[Batch]) -> Step:
+    def progress(self, batches: Iterator[Batch]) -> StepResult:
         """The order of the pipeline's calls where no ids are to be sent ahead: without tables, or other ranks."""
         batch = next(batches)
         if self._device.type != "cpu":
@@ -128,7 +128,7 @@ class Steps:
         self.step()
         return step
 
-    def release(self) -> None:
+    def detach(self) -> None:
         """Gives the model back to other uses, once `next` has given None; `next` takes it again."""
         if self._pipeline is not None:
             self._pipeline.detach()
@@ -137,7 +137,7 @@ class Steps:
         """Clears the gradients; the pipeline calls it before the forward pass."""
         self._optimizer.zero_grad()
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Step]:
+    def _forward(self, batch: Batch) -> tuple[Tensor, StepResult]:
         observed = batch.observed_weights
         # The copies that stretch an epoch's last batch have no labels.
         counted = batch.observed.any(1).float()
@@ -146,7 +146,7 @@ class Steps:
         shared = torch.cat([observed, counted.sum()[None].to(observed), signalled])
         added = self._add_up(shared)  # beside the forward pass
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
-        with autocast, draws_of(batch):
+        with autocast, seeded_draws(batch):
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
         bad = (~logits.isfinite().all()).float()
@@ -171,7 +171,7 @@ class Steps:
             log_variances=log_variances(self._model.module),
         )
         total = total + self._balance_loss(outputs.routings, counted * (self._ranks / rows))
-        self._now = Step(batch, logits, losses, observed, torch.stack([shared[-1].float(), bad]))
+        self._now = StepResult(batch, logits, losses, observed, torch.stack([shared[-1].float(), bad]))
         return total, self._now
 
     def step(self) -> None:
@@ -182,17 +182,17 @@ class Steps:
         step = self._now
         assert step is not None
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)  # the same on all ranks
-        told = torch.cat([step.signals, (~norm.isfinite()).float()[None]])
-        step.stopping, bad_loss, bad_gradient = (told > 0).tolist()
-        step.bad = "loss" if bad_loss else "gradient" if bad_gradient else None
-        if step.bad is not None:
+        told = torch.cat([step.stop_and_nonfinite, (~norm.isfinite()).float()[None]])
+        step.stop_requested, bad_loss, bad_gradient = (told > 0).tolist()
+        step.nonfinite = "loss" if bad_loss else "gradient" if bad_gradient else None
+        if step.nonfinite is not None:
             return
         self._optimizer.step()
         for level, gates in enumerate(self._mixture.gates):
-            gates.let_in(self._gates.ramp_steps)
+            gates.advance_ramp(self._gates.ramp_steps)
             if self._gates.balance == "bias":
                 # It comes to rest with the learning rate, as the loads of one step are noisy.
-                gates.even_out(self._loads[level], self._gates.bias_rate * self._share)
+                gates.update_selection_bias(self._loads[level], self._gates.bias_rate * self._share)
 
     def _balance_loss(self, routings: Sequence[Routing], shares: Tensor) -> Tensor | float:
         """What keeps experts in use: the mean over levels of the weighted balance loss and z-loss.
@@ -215,7 +215,7 @@ class Steps:
 # When learning rates rise and fall, and when validation rows are scored.
 
 
-def learning_rate_share(step: int, total: int, warmup_fraction: float) -> float:
+def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> float:
     """Share of the peak learning rate at a step: linear rise, then a cosine down to 1% (Loshchilov & Hutter 2017)."""
     warmup = math.ceil(total * warmup_fraction)
     if step < warmup:
@@ -240,9 +240,9 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
 # timed in turns. The fastest step of each precision counts, and ranks decide together, by the slowest of them.
 
 
-SECONDS = 0.025  # to time steps for, besides the first step of each precision
-RUNS_AT_LEAST = 3
-CLEARLY = 1.2  # bf16 is taken if fp32 takes this many times as long
+TIMING_SECONDS = 0.025  # to time steps for, besides the first step of each precision
+MIN_TIMED_RUNS = 3
+MIN_BF16_SPEEDUP = 1.2  # bf16 is taken if fp32 takes this many times as long
 _OPERATIONS = 1.6e9  # floating-point operations of a timed step: some milliseconds in fp32 on two cores
 _FIRST_ROWS = 64
 _HOPELESS = 4.0  # bf16 that takes this many times as long as fp32 for a few rows is emulated, and not tried on more
@@ -251,41 +251,41 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Choices:
+class PrecisionChoice:
     """The precision of a run.
 
     Attributes:
         precision: The precision of matmuls.
-        measured: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings have one.
+        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings have one.
     """
 
     precision: Precision
-    measured: Mapping[str, float] = field(default_factory=dict)
+    step_ms: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        others = [f"{name} {time:.1f}" for name, time in self.measured.items() if name != self.precision]
-        times = f" ({self.measured[self.precision]:.1f} ms, {', '.join(others)})" if others else ""
+        others = [f"{name} {time:.1f}" for name, time in self.step_ms.items() if name != self.precision]
+        times = f" ({self.step_ms[self.precision]:.1f} ms, {', '.join(others)})" if others else ""
         return f"{self.precision}{times}"
 
 
-def read_choices(file: Path) -> Choices | None:
+def read_precision_choice(file: Path) -> PrecisionChoice | None:
     """Read the choices that the runs of a comparison share. Returns None if no run has made them.
 
     Raises:
         UserError: The file is damaged.
     """
     try:
-        return TypeAdapter(Choices).validate_json(file.read_bytes()) if file.exists() else None
+        return TypeAdapter(PrecisionChoice).validate_json(file.read_bytes()) if file.exists() else None
     except ValidationError:
         raise UserError(f"'{file}' is damaged: remove it, and the choices are measured again") from None
 
 
-def write_choices(file: Path, choices: Choices) -> None:
+def write_precision_choice(file: Path, precision_choice: PrecisionChoice) -> None:
     """Keep choices for further runs of a comparison."""
-    write_text(file, json.dumps(asdict(choices), indent=1))
+    write_text(file, json.dumps(asdict(precision_choice), indent=1))
 
 
-def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> Choices:
+def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> PrecisionChoice:
     """Time steps of a model in both precisions, and choose one. A collective call.
 
     Args:
@@ -303,17 +303,17 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
 
     def time_both(rows: int, seconds: float) -> dict[str, float]:
         steps = {name: partial(_step, mixture, [each[:rows] for each in inputs], name) for name in get_args(Precision)}
-        times = time_options(steps, seconds, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+        times = time_alternatives(steps, seconds, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
         slowest = torch.tensor(list(times.values()), dtype=torch.float64, device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return dict(zip(times, slowest.tolist(), strict=True))
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), freed_memory_kept():  # as in training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), keeping_freed_memory():  # as in training
         times = time_both(_FIRST_ROWS, 0)
         if times["bf16"] <= _HOPELESS * times["fp32"]:
-            times = time_both(rows, SECONDS)
-    return Choices("bf16" if times["fp32"] >= CLEARLY * times["bf16"] else "fp32", times)
+            times = time_both(rows, TIMING_SECONDS)
+    return PrecisionChoice("bf16" if times["fp32"] >= MIN_BF16_SPEEDUP * times["bf16"] else "fp32", times)
 
 
 def _step(mixture: Mixture, inputs: list[Tensor], precision: Precision) -> None:
@@ -325,20 +325,20 @@ def _step(mixture: Mixture, inputs: list[Tensor], precision: Precision) -> None:
     torch.autograd.grad(logits.float().square().mean(), [given, *weights], allow_unused=True)
 
 
-def time_options(
+def time_alternatives(
     options: Mapping[str, Callable[[], object]], seconds: float, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Return the milliseconds of each option's fastest run.
 
     Each option runs once before its time counts, because libraries prepare themselves at the first call. Then the
-    options run in turns until `seconds` have passed, and at least `RUNS_AT_LEAST` times.
+    options run in turns until `seconds` have passed, and at least `MIN_TIMED_RUNS` times.
     """
     for run in options.values():
         run()
         synchronize()
     fastest = dict.fromkeys(options, math.inf)
     begun, turns = time.perf_counter(), 0
-    while turns < RUNS_AT_LEAST or time.perf_counter() - begun < seconds:
+    while turns < MIN_TIMED_RUNS or time.perf_counter() - begun < seconds:
         for name, run in options.items():
             started = time.perf_counter()
             run()

@@ -1,7 +1,7 @@
 """A training, from settings to a registered model: `train_model` reads from top to bottom.
 
 Log, features, checkpoints and the model that it starts from are opened once and held (`open_workspace`). No other
-process replaces what is in use. `Ready` has all that the run needs.
+process replaces what is in use. `Workspace` has all that the run needs.
 """
 
 import json
@@ -15,49 +15,55 @@ from typing import Any
 import torch
 
 from mmoe_rec.atomic import checksum
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.evaluation.calibration import calibration_rows, fit_calibration
+from mmoe_rec.evaluation.calibration import fit_calibration, predict_for_calibration
 from mmoe_rec.evaluation.promotion import Decision, promote_trained
-from mmoe_rec.evaluation.results_report import log_gates
-from mmoe_rec.evaluation.summary import find_objective
+from mmoe_rec.evaluation.results_report import log_gate_weights
+from mmoe_rec.evaluation.summary import find_objective_metric
 from mmoe_rec.inference.artifact import read_artifact
-from mmoe_rec.inference.writing import write_artifact
-from mmoe_rec.locks import writing
+from mmoe_rec.inference.artifact_writer import write_artifact
+from mmoe_rec.locks import write_lock
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import UNCALIBRATED, Calibration
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.model.warm_start import WarmStart
-from mmoe_rec.preprocessing.logs import BuildInputs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use, fingerprint_of, prepare
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
+from mmoe_rec.preprocessing.prepare import (
+    FeatureFolder,
+    compute_fingerprint,
+    find_existing_features,
+    lock_features,
+    prepare,
+)
 from mmoe_rec.progress import say
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Settings, differences
+from mmoe_rec.settings.sections import Settings, diff_settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.runs import (
-    PATIENCE_SECONDS,
+    MAX_WAIT_SECONDS,
     Run,
-    as_code,
+    bullet_list,
     check_server,
-    command,
-    data_sets,
-    list_waiting_runs,
-    name_training,
-    quoted,
+    code_block,
+    command_line,
+    describe_datasets,
+    list_unsent_runs,
+    name_run,
 )
 from mmoe_rec.training import training_report
-from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining, latest_checkpoint, load_plain
+from mmoe_rec.training.checkpoint import Checkpoint, FinishedRun, latest_checkpoint, load_unsharded
+from mmoe_rec.training.distributed import training_process_group
 from mmoe_rec.training.loop import Trainer, TrainingResult
-from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
-from mmoe_rec.training.ranks import training_ranks
+from mmoe_rec.training.provenance import Provenance, WarmStartSource, artifact_settings, fixed_settings
 from mmoe_rec.training.stacking import grow_trees
-from mmoe_rec.training.validation import Validation, find_early_end, validate_alone
+from mmoe_rec.training.validation import Validation, find_undertraining, validate_on_one_process
 
 
 @dataclass(frozen=True)
-class Ready:
+class Workspace:
     """All that a run needs on one rank.
 
     Attributes:
@@ -66,26 +72,26 @@ class Ready:
         prepared: Features.
         manifest: Manifest of the features.
         layout: Layout of the model on the features.
-        origin: What the run begins with, or began with if it is resumed.
+        provenance: What the run begins with, or began with if it is resumed.
         checkpoint: Checkpoint to resume from.
         weights: Weights to start from instead of random ones.
     """
 
     settings: Settings
     folder: Path
-    first: bool
+    is_first: bool
     device: torch.device
     prepared: FeatureFolder
     manifest: Mapping[str, Any]
     layout: ModelLayout
-    origin: Origin
+    provenance: Provenance
     checkpoint: Checkpoint | None
     weights: WarmStart | None
 
 
 def train_model(
     settings: Settings, start: str | None = None, resume: bool = False, *, register: bool = True
-) -> FinishedTraining | None:
+) -> FinishedRun | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from, which needs existing features that were extended from that model's. resume:
@@ -94,17 +100,17 @@ def train_model(
     process trains in `data.work_dir`.
     """
     with open_workspace(settings, start, resume) as ready:
-        if not isinstance(ready, Ready):
+        if not isinstance(ready, Workspace):
             return ready
-        origin = ready.origin
+        provenance = ready.provenance
         with runs.open_run(
-            settings.tracking.address,
+            settings.tracking.resolved_uri,
             settings.experiment,
-            run_id=origin.run_id,
-            run_name=name_training(settings, None if origin.start is None else origin.start.exact),
-            active=ready.first,
-            unsent=ready.folder / "unsent",
-            watch_machine=settings.tracking.system_metrics,
+            run_id=provenance.run_id,
+            run_name=name_run(settings, None if provenance.start is None else provenance.start.pinned_uri),
+            enabled=ready.is_first,
+            outbox_folder=ready.folder / "unsent",
+            log_system_metrics=settings.tracking.system_metrics,
         ) as run:
             _log_start(run, ready)
             trainer = Trainer(
@@ -117,63 +123,65 @@ def train_model(
                 run.log_metrics,
                 ready.weights,
                 ready.checkpoint,
-                replace(origin, run_id=run.run_id),
-                watch=lambda validation, step: log_gates(
+                replace(provenance, run_id=run.run_id),
+                on_validation=lambda validation, step: log_gate_weights(
                     run, ready.layout, validation.experts, f"plots/gates/step_{step:07}.png"
                 ),
             )
             _log_choices(run, trainer)
             result = trainer.run()
-            return _finish(run, ready, result, register) if ready.first else None
+            return _finish(run, ready, result, register) if ready.is_first else None
 
 
 def _log_choices(run: Run, trainer: Trainer) -> None:
     names = ("matmul_backend", "table_backend", "threads", "batch_size")
-    values = asdict(trainer.choices) | {name: getattr(trainer, name) for name in names}
-    tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "measured"}
-    run.record(tags=tags, files={"choices.json": values})
+    values = asdict(trainer.precision_choice) | {name: getattr(trainer, name) for name in names}
+    tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "step_ms"}
+    run.log_all(tags=tags, files={"choices.json": values})
 
 
-def _log_start(run: Run, ready: Ready) -> None:
+def _log_start(run: Run, ready: Workspace) -> None:
     """What the run's page says before the first step."""
-    settings, manifest, start = ready.settings, ready.manifest, ready.origin.start
-    if ready.first:
-        say(f"MLflow run: {run.address}")
+    settings, manifest, start = ready.settings, ready.manifest, ready.provenance.start
+    if ready.is_first:
+        say(f"MLflow run: {run.url}")
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     tags = {"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]}
-    tags["data.files_left_out"] = len(manifest["left_out"])  # which and why is in data.json
+    tags["data.files_left_out"] = len(manifest["skipped"])  # which and why is in data.json
     if start is not None:
         # An alias such as `champion` will point at the new model soon.
-        tags |= {"warm_start": start.address, "warm_start.model": start.exact}
-        tags |= {"warm_start.run": start.run or "unknown", "warm_start.weights": start.weights}
-    run.record(
-        {**settings.model_dump(mode="json", include=sections), **settings.choices},
+        tags |= {"warm_start": start.uri, "warm_start.model": start.pinned_uri}
+        tags |= {"warm_start.run": start.run_id or "unknown", "warm_start.weights": start.weights_checksum}
+    run.log_all(
+        {**settings.model_dump(mode="json", include=sections), **settings.model_choices},
         tags,
         {"settings.yaml": settings.to_yaml(), "data.json": manifest},
-        data_sets(settings, manifest, "train", "validation"),
+        describe_datasets(settings, manifest, "train", "validation"),
     )
-    command_and_rows = f"{as_code(command())}\n\n{_describe_rows(manifest)}"
-    run.describe("Resumed" if "### Training\n" in run.note else "Training", command_and_rows)
+    command_and_rows = f"{code_block(command_line())}\n\n{_describe_rows(manifest)}"
+    run.write_section("Resumed" if "### Training\n" in run.description else "Training", command_and_rows)
 
 
-def _finish(run: Run, ready: Ready, result: TrainingResult, register: bool) -> FinishedTraining:
+def _finish(run: Run, ready: Workspace, result: TrainingResult, register: bool) -> FinishedRun:
     """Best state -> artifact -> registry -> result on disk."""
     settings, prepared, layout = ready.settings, ready.prepared, ready.layout
     artifact = ready.folder / "model"
-    model = best_network(settings, prepared, result)
+    model = load_best_network(settings, prepared, result)
     run.log_text(result.plan, "sharding_plan.txt")
-    run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
+    run.log_metrics(
+        {"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.data_wait_fraction}, result.steps
+    )
     network = None
     if settings.model.trees is not None:
-        network = measure_served(settings, prepared, model, UNCALIBRATED)
-        run.log_metrics(network.flat("network"), result.best_step)
+        network = validate_served(settings, prepared, model, UNCALIBRATED)
+        run.log_metrics(network.to_metrics("network"), result.best_step)
         model.trees = grow_trees(settings, prepared, layout, model)
     calibration = calibrate(settings, prepared, model)
     if calibration.tasks:
         run.log_text(calibration.to_dict(), "calibration.json")
-    served = measure_served(settings, prepared, model, calibration)
-    run.log_metrics(served.flat("best"), result.best_step)
-    log_gates(run, layout, served.experts, "plots/gate_weights.png")
+    served = validate_served(settings, prepared, model, calibration)
+    run.log_metrics(served.to_metrics("best"), result.best_step)
+    log_gate_weights(run, layout, served.experts, "plots/gate_weights.png")
     findings = served.experts.findings([task.name for task in layout.tasks])
     run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     write_artifact(
@@ -183,45 +191,45 @@ def _finish(run: Run, ready: Ready, result: TrainingResult, register: bool) -> F
         state_dict=model.state_dict(),
         trees=model.trees,
         calibration=calibration,
-        early_end=find_early_end(result.history, result.best_step, layout, settings.training),
+        undertraining=find_undertraining(result.history, result.best_step, layout, settings.training),
     )
     decision = Decision(str(artifact), False, ())
-    values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.flat("best").items()]
+    values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.to_metrics("best").items()]
     chosen = (
         f"The selecting rows of the validation split chose the network's state of step {result.best_step:,}. The model "
-        f"as it is served, on the judging rows:\n\n{quoted(values)}"
+        f"as it is served, on the judging rows:\n\n{bullet_list(values)}"
     )
     if register:
-        about = f"{as_code(command())}\n\n{_describe_rows(ready.manifest)}\n\n{chosen}"
+        about = f"{code_block(command_line())}\n\n{_describe_rows(ready.manifest)}\n\n{chosen}"
         with _wait_to_register(run, artifact):
             decision = promote_trained(run, settings, prepared, model, artifact, about)
-    run.describe("Result", f"{quoted(decision.reasons)}\n\n{chosen}\n\nModel: `{decision.address}`")
-    trained = FinishedTraining(
+    run.write_section("Result", f"{bullet_list(decision.reasons)}\n\n{chosen}\n\nModel: `{decision.address}`")
+    trained = FinishedRun(
         artifact,
         decision.address,
         served,
         result.best_step,
         result.rows_per_s,
-        result.waiting,
+        result.data_wait_fraction,
         decision.reasons,
-        replace(ready.origin, run_id=run.run_id),
+        replace(ready.provenance, run_id=run.run_id),
         dict(result.history).get(0),
         network,
     )
     trained.write()
-    training_report.write(trained, settings)
+    training_report.write_training_report(trained, settings)
     return trained
 
 
-def best_network(settings: Settings, prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
+def load_best_network(settings: Settings, prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
     """The network in the best state of a training."""
     layout = ModelLayout.of(prepared.layout, settings)
     model = build_model(layout, settings.model, PlainTables(layout))
-    load_plain(model, result.best_checkpoint)
+    load_unsharded(model, result.best_checkpoint)
     return model
 
 
-def measure_served(
+def validate_served(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
 ) -> Validation:
     """Measure a model as it is served, with its trees and calibration, on the validation rows of the users that judge.
@@ -230,10 +238,10 @@ def measure_served(
     """
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
     validation = prepared.split("validation")
-    rows = EncodedRows(validation, layout, outcomes=True, weighted=weighted, part=Part.JUDGING)
-    if not rows.is_divided:
+    rows = EncodedDataset(validation, layout, joint_labels=True, weighted=weighted, part=ValidationPart.EVALUATION)
+    if not rows.uses_part:
         say("note: too few validation users have labels to hold some out: all rows select the model and judge it")
-    return validate_alone(model, rows, layout, settings.evaluation.batch_size, calibration)
+    return validate_on_one_process(model, rows, layout, settings.evaluation.batch_size, calibration)
 
 
 @contextmanager
@@ -241,7 +249,7 @@ def _wait_to_register(run: Run, artifact: Path) -> Iterator[None]:
     """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits. Raises
     StoppedError where it does not answer, and UserError where it refuses, which say how to register the model later.
     """
-    run.flush(PATIENCE_SECONDS)
+    run.flush(MAX_WAIT_SECONDS)
     what = f"the trained model in '{artifact}' is whole but not registered: the same command with --resume does it"
     try:
         yield
@@ -265,8 +273,8 @@ def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) 
     layout = ModelLayout.of(prepared.layout, settings)
     # Without the weights that training had, it would undo what they correct.
     weighted = settings.training.sampling_correction == "weights"
-    rows = EncodedRows(prepared.split("validation"), layout, weighted=weighted, part=Part.SELECTING)
-    fitted_on = calibration_rows(model, layout, rows, settings.evaluation.batch_size)
+    rows = EncodedDataset(prepared.split("validation"), layout, weighted=weighted, part=ValidationPart.SELECTION)
+    fitted_on = predict_for_calibration(model, layout, rows, settings.evaluation.batch_size)
     calibration, left = fit_calibration(method, layout.tasks, *fitted_on)
     for sentence in left:
         say(sentence)
@@ -284,7 +292,7 @@ class RunStatus(StrEnum):
 @contextmanager
 def open_workspace(
     settings: Settings, address: str | None = None, resume: bool = False
-) -> Iterator[Ready | FinishedTraining | None]:
+) -> Iterator[Workspace | FinishedRun | None]:
     """Open all that a run needs on this rank.
 
     address, resume: as in `train_model`. Gives the result of a run that has ended before on the first rank, and None
@@ -295,51 +303,55 @@ def open_workspace(
 
     def open_first() -> str:
         """Decide on the first rank what all ranks do, and hold what they use from now on."""
-        find_objective(settings.evaluation.primary_metric)
-        has_features = existing(inputs) is not None
+        find_objective_metric(settings.evaluation.primary_metric)
+        has_features = find_existing_features(inputs) is not None
         for name in ("checkpoints", "model"):
-            held.enter_context(writing(folder / name, "a training", "set `data.work_dir` to another folder"))
+            held.enter_context(write_lock(folder / name, "a training", "set `data.work_dir` to another folder"))
         status = _decide(settings, inputs, address, has_features) if resume else RunStatus.NEW
         if status is RunStatus.NEW and address is not None and not has_features:
             raise _needs_features(folder)
-        if status is not RunStatus.FINISHED or list_waiting_runs(folder / "unsent"):
-            check_server(settings.tracking.address, settings.experiment, unsent=folder / "unsent")
-            registry.check_names(settings.tracking.address, settings.registered_model, settings.tracking.alias)
+        if status is not RunStatus.FINISHED or list_unsent_runs(folder / "unsent"):
+            check_server(settings.tracking.resolved_uri, settings.experiment, outbox_folder=folder / "unsent")
+            registry.check_registry_names(
+                settings.tracking.resolved_uri, settings.registered_model, settings.tracking.alias
+            )
         pinned, run = address, None
         if status is RunStatus.NEW and address is not None:
             # Looked up once, as an alias may move.
-            pinned = registry.pin_address(address, settings.tracking.address)
-            run = registry.find_run(pinned, settings.tracking.address)
+            pinned = registry.pin_model_uri(address, settings.tracking.resolved_uri)
+            run = registry.find_run_id(pinned, settings.tracking.resolved_uri)
         if status is not RunStatus.FINISHED:
-            going_on = address is not None or status is RunStatus.RESUMED
-            held.enter_context(features_in_use(inputs, "a training", ("train", "validation"), going_on))
+            keep_existing = address is not None or status is RunStatus.RESUMED
+            held.enter_context(lock_features(inputs, "a training", ("train", "validation"), keep_existing))
         return json.dumps([status, pinned, run])
 
-    with training_ranks(settings.training) as (device, ranks), ExitStack() as held:
-        status, pinned, run = json.loads(ranks.after_first(open_first))
+    with training_process_group(settings.training) as (device, ranks), ExitStack() as held:
+        status, pinned, run = json.loads(ranks.run_on_first_rank(open_first))
         if status == RunStatus.FINISHED:
-            yield FinishedTraining.read(folder) if ranks.first else None
+            yield FinishedRun.read(folder) if ranks.is_first else None
             return
         manifest, layout = prepared.manifest, ModelLayout.of(prepared.layout, settings)
         checkpoint, weights = None, None
         if status == RunStatus.RESUMED:
             checkpoint = latest_checkpoint(folder / "checkpoints")
             assert checkpoint is not None, "the first rank has read it"
-            origin = checkpoint.state.origin
+            provenance = checkpoint.state.provenance
         else:
             start = None
             if address is not None:
-                model = registry.fetch_model(pinned, settings.tracking.address)
+                model = registry.fetch_model(pinned, settings.tracking.resolved_uri)
                 about = read_artifact(model)  # it is as it was written
                 weights = WarmStart(model, Model.model_validate(about.model), prepared, layout, settings.model)
-                start = Start(address, pinned, checksum(model / "weights.safetensors"), run)
-            origin = Origin(
+                start = WarmStartSource(address, pinned, checksum(model / "weights.safetensors"), run)
+            provenance = Provenance(
                 fixed_settings(settings),
                 *_what_is_known(manifest),
                 start=start,
-                result=result_settings(settings),
+                artifact_settings=artifact_settings(settings),
             )
-        yield Ready(settings, folder, ranks.first, device, prepared, manifest, layout, origin, checkpoint, weights)
+        yield Workspace(
+            settings, folder, ranks.is_first, device, prepared, manifest, layout, provenance, checkpoint, weights
+        )
 
 
 def _decide(settings: Settings, inputs: BuildInputs, address: str | None, has_features: bool) -> RunStatus:
@@ -349,30 +361,30 @@ def _decide(settings: Settings, inputs: BuildInputs, address: str | None, has_fe
         UserError: The run there is not the one that is asked for.
     """
     checkpoints = inputs.work / "checkpoints"
-    finished, checkpoint = FinishedTraining.read(inputs.work), latest_checkpoint(checkpoints)
+    finished, checkpoint = FinishedRun.read(inputs.work), latest_checkpoint(checkpoints)
     if finished is not None:
-        before = finished.origin
+        before = finished.provenance
     elif checkpoint is not None:
-        before = checkpoint.state.origin
+        before = checkpoint.state.provenance
     else:
         return RunStatus.NEW
-    features, until = fingerprint_of(inputs.logs, inputs.windows), before.until
+    features, last_request_us = compute_fingerprint(inputs.logs, inputs.windows), before.last_request_us
     if not has_features and features != before.features and address is not None:
         raise _needs_features(inputs.work)
     if has_features or (finished is not None and features != before.features):
         # Work of a run that can be resumed isn't thrown away because the log has grown.
-        features, until = _what_is_known(prepare(inputs, going_on=has_features).manifest)
-    difference = before.find_difference(fixed_settings(settings), features, address)
+        features, last_request_us = _what_is_known(prepare(inputs, keep_existing=has_features).manifest)
+    difference = before.describe_mismatch(fixed_settings(settings), features, address)
     if difference is None and finished is not None:
-        for where, was, found in differences(before.result, result_settings(settings)):
+        for where, was, found in diff_settings(before.artifact_settings, artifact_settings(settings)):
             difference = f"it was begun with {where} {was}, now it is {found}; set it back"
-    weights = Path(address or "", "weights.safetensors")
-    if difference is None and before.start is not None and weights.is_file():
-        is_same = checksum(weights) == before.start.weights
+    weights_checksum = Path(address or "", "weights.safetensors")
+    if difference is None and before.start is not None and weights_checksum.is_file():
+        is_same = checksum(weights_checksum) == before.start.weights_checksum
         difference = None if is_same else f"the model in '{address}' is another one now"
     if difference is None:
         return RunStatus.RESUMED if finished is None else RunStatus.FINISHED
-    if until > before.until:
+    if last_request_us > before.last_request_us:
         say(f"the features go on to a later day than those of the training in '{checkpoints}': a new training begins")
         return RunStatus.NEW
     raise UserError(

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.report.formatting import NONE
+from mmoe_rec.inference.artifact import artifact_version, read_artifact
+from mmoe_rec.report.formatting import NO_VALUE
 from mmoe_rec.report.parts import Cell, Mark, Report, Row, Sentence, Table
 from mmoe_rec.report.report_files import write_report
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
-from mmoe_rec.training.origin import fixed_settings
-from mmoe_rec.training.validation import Validation, explain_choice, warnings_of
+from mmoe_rec.training.checkpoint import FinishedRun, latest_checkpoint
+from mmoe_rec.training.provenance import fixed_settings
+from mmoe_rec.training.validation import Validation, explain_choice, find_warnings
 
 FOLDER = "training"
 """Folder of the report in `data.work_dir`."""
@@ -38,48 +38,49 @@ def validations_table(
     for label, found in {**steps, **judged}.items():
         for place, name in enumerate(dict.fromkeys([*found.loss, *found.auc])):
             values = [getattr(found, metric).get(name) for metric in _METRICS.values()]
-            cells = [NONE if value is None else f"{value:.4f}" for value in values]
+            cells = [NO_VALUE if value is None else f"{value:.4f}" for value in values]
             mark: Mark = "best" if label == "served" else ""
             rows.append(("" if place else label, name, *(Cell(each, "", mark) for each in cells)))
     return Table("Validations", ("step", "task", *_METRICS), rows, note, left=2)
 
 
-def make_report(trained: FinishedTraining, settings: Settings) -> Report:
+def make_report(trained: FinishedRun, settings: Settings) -> Report:
     """Build the report of a training: its validations, why a state was chosen, warnings, and the speed."""
     about = read_artifact(trained.artifact, verify=False)
     sentences, tables = list[Sentence](), list[Table]()
-    if trained.started_from is not None:
-        values = trained.started_from.flat().items()
+    if trained.start_validation is not None:
+        values = trained.start_validation.to_metrics().items()
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
         told = f"validation of the network that it was started from, on the selecting rows: {text}"
         sentences.append(Sentence(told))
     if (checkpoint := latest_checkpoint(trained.artifact.parent / "checkpoints")) is not None:
         history = checkpoint.state.history
-        tables.append(validations_table(history, trained.best_step, trained.best, trained.network))
+        tables.append(validations_table(history, trained.best_step, trained.best, trained.network_validation))
         why = explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.monitor)
         sentences += map(Sentence, why)
-    warnings = [f"the model {about.early_end}"] if about.early_end else []
-    warnings += warnings_of(trained.best, settings.training.calibration)
+    warnings = [f"the model {about.undertraining}"] if about.undertraining else []
+    warnings += find_warnings(trained.best, settings.training.calibration)
     sentences += [Sentence(each, "warning") for each in warnings]
-    if not settings.model.gates.rule.mixes_all:  # else unused experts cost no accuracy
+    if not settings.model.gates.rule.selects_all:  # else unused experts cost no accuracy
         findings = trained.best.experts.findings([task.name for task in about.tasks])
         sentences += [Sentence(each, "note") for each in findings]
     if trained.rows_per_s:  # A resumed training that had no step left has no speed.
         speed = (
-            f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data"
+            f"{trained.rows_per_s:,.0f} rows/s in training, {trained.data_wait_fraction:.1%} of the time "
+            "spent waiting for data"
         )
         sentences.append(Sentence(speed))
-    sentences += map(Sentence, trained.compared)
+    sentences += map(Sentence, trained.promotion_messages)
     return Report(
         title=f"Training of {settings.name}",
         headline=_headline(trained.best.auc, trained.best_step),
         mark="warning" if warnings else "good",
-        about=f"registered as {trained.address}",
+        about=f"registered as {trained.model_uri}",
         tables=tables,
         sentences=sentences,
         identity={
             "features": about.fingerprint,
-            "model": version_of(trained.artifact),
+            "model": artifact_version(trained.artifact),
             "settings": fixed_settings(settings),
         },
     )
@@ -90,7 +91,7 @@ def _headline(areas: Mapping[str, float | None], step: int) -> str:
     return f"validation AUC of the model at step {step:,}: {found}" if found else f"the model of step {step:,}"
 
 
-def write(trained: FinishedTraining, settings: Settings) -> Report:
+def write_training_report(trained: FinishedRun, settings: Settings) -> Report:
     """Write the report beside the model, in `data.work_dir`/training."""
     report = make_report(trained, settings)
     write_report(report, Path(settings.data.work_dir) / FOLDER)

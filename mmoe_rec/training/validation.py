@@ -8,22 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD, auc_of_counts
+from mmoe_rec.auc import MIN_RARER_ROWS, SUSPICIOUS_AUC, SUSPICIOUS_AUC_ADVICE, auc_of_counts
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_dataset import EncodedDataset
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration
-from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
+from mmoe_rec.model.utilization import ExpertUtilization, UtilizationAccumulator
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import row_losses
 
 # Logits are counted in bins of 1/256 between -32 and 32: the AUC is exact up to ties within a bin.
 BINS_PER_UNIT = 256
-LARGEST_LOGIT = 32
-BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
+MAX_LOGIT = 32
+BINS = 2 * MAX_LOGIT * BINS_PER_UNIT
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,26 @@ class Validation:
 
     loss: dict[str, float]
     auc: dict[str, float]
-    experts: Utilisation
+    experts: ExpertUtilization
     calibration: dict[str, float] = field(default_factory=dict)
-    rarer: dict[str, int] = field(default_factory=dict)
+    rarer_label_rows: dict[str, int] = field(default_factory=dict)
 
-    def tasks_judged_by_auc(self, monitor: str) -> list[str]:
+    def tasks_monitored_by_auc(self, monitor: str) -> list[str]:
         """The tasks whose AUC decides which model is best: those with FEWEST rows of either label. None: by loss."""
-        return [task for task in self.auc if monitor == "auc" and self.rarer.get(task, FEWEST) >= FEWEST]
+        return [
+            task
+            for task in self.auc
+            if monitor == "auc" and self.rarer_label_rows.get(task, MIN_RARER_ROWS) >= MIN_RARER_ROWS
+        ]
 
     def objective(self, monitor: str, layout: ModelLayout) -> float:
-        """What the best model has the most of: mean AUC of `tasks_judged_by_auc`, or minus the weighted loss."""
-        if told := self.tasks_judged_by_auc(monitor):
+        """What the best model has the most of: mean AUC of `tasks_monitored_by_auc`, or minus the weighted loss."""
+        if told := self.tasks_monitored_by_auc(monitor):
             return sum(self.auc[task] for task in told) / len(told)
-        tasks = [task for task in layout.tasks if task.learnt_from in self.loss]
-        return -sum(task.loss_weight * self.loss[task.learnt_from] for task in tasks)
+        tasks = [task for task in layout.tasks if task.loss_label in self.loss]
+        return -sum(task.loss_weight * self.loss[task.loss_label] for task in tasks)
 
-    def flat(self, section: str = "validation") -> dict[str, float]:
+    def to_metrics(self, section: str = "validation") -> dict[str, float]:
         """Losses, areas and calibration by name, for a section of charts in MLflow."""
         names = ("loss", "auc", "calibration")
         return {f"{section}/{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
@@ -72,7 +76,7 @@ class ValidationSums:
         self.rows = torch.zeros(tasks, 2, dtype=torch.float64)
         self.loss = torch.zeros(tasks, 2, dtype=torch.float64)
         self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # of predictions and labels
-        self.utilisation = UtilisationSums(experts)
+        self.utilization = UtilizationAccumulator(experts)
 
     def add(self, outputs: Outputs, batch: Batch, counted: Tensor) -> None:
         """Adds a batch that was scored without placement, its tasks in the order of the layout.
@@ -80,36 +84,36 @@ class ValidationSums:
         outputs: on any device; batch: in main memory, as all is but what gates did; counted: (B,) bool, the rows with a
         label, on the device of the outputs.
         """
-        self.utilisation.add(outputs, counted)
+        self.utilization.add(outputs, counted)
         logits, labels, own = outputs.logits.cpu(), batch.labels, batch.observed
         losses = row_losses(logits, labels, self.layout.tasks) * batch.observed
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
         self.loss += torch.stack([weighted.double().sum(0), batch.observed_weights.double()], dim=1)
-        if self.layout.outcomes:  # of a task with `conditional_on`, the rows in which the given one came true
+        if self.layout.joint_outcomes:  # of a task with `conditional_on`, the rows in which the given one came true
             own = own.clone()
-            for given, task in self.layout.outcomes.values():
+            for given, task in self.layout.joint_outcomes.values():
                 own[:, task] &= labels[:, given] == 1
         _count(self.counts, self.rows, logits, labels, own, batch.weights)
         weights = own if batch.weights is None else own * batch.weights[:, None]
         predicted = weights * logits.double().sigmoid()
         self.calibration += torch.stack([predicted.sum(0), (weights * labels.double()).sum(0)], dim=1)
 
-    def exchange(self, device: torch.device) -> None:
+    def all_reduce(self, device: torch.device) -> None:
         """Makes the sums those of all ranks: a collective call."""
-        for total in (self.counts, self.rows, self.loss, self.calibration, self.utilisation.sums):
+        for total in (self.counts, self.rows, self.loss, self.calibration, self.utilization.sums):
             _add_up(total, device)
 
     def result(self) -> Validation:
         """The validation of all rows that were added. Raises UserError where no label was observed."""
-        if self.utilisation.sums[-1] == 0:
+        if self.utilization.sums[-1] == 0:
             raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
         losses = zip(self.layout.tasks, self.loss.tolist(), strict=True)
         counts, sums = self.counts.numpy(), self.calibration
         areas = {name: float(auc_of_counts(counts[t, 1], counts[t, 0])) for name, t in self.binary.items()}
         return Validation(
-            {task.learnt_from: total / weight for task, (total, weight) in losses if weight > 0},
+            {task.loss_label: total / weight for task, (total, weight) in losses if weight > 0},
             {name: area for name, area in areas.items() if not math.isnan(area)},
-            self.utilisation.result(),
+            self.utilization.result(),
             {name: float(sums[t, 0] / sums[t, 1]) for name, t in self.binary.items() if sums[t, 1] > 0},
             {name: int(self.rows[t].min()) for name, t in self.binary.items()},
         )
@@ -139,13 +143,13 @@ def validate(
         batch = each.to(device, non_blocking=True)
         sums.add(model(batch), each, batch.observed.any(1))
     model.train()
-    sums.exchange(device)
+    sums.all_reduce(device)
     return sums.result()
 
 
 @torch.no_grad()
-def validate_alone(
-    model: RankingModel, rows: EncodedRows, layout: ModelLayout, batch_size: int, calibration: Calibration
+def validate_on_one_process(
+    model: RankingModel, rows: EncodedDataset, layout: ModelLayout, batch_size: int, calibration: Calibration
 ) -> Validation:
     """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes."""
     sums = ValidationSums(layout, model.experts_in_use)
@@ -163,7 +167,7 @@ def _count(
     counts: Tensor, rows: Tensor, logits: Tensor, labels: Tensor, observed: Tensor, weights: Tensor | None
 ) -> None:
     """Adds rows to `counts` (T, 2, BINS), by their weights (B,), and to `rows` (T, 2), by their number."""
-    bins = ((logits.double() + LARGEST_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
+    bins = ((logits.double() + MAX_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
     for task in range(len(counts)):
         known = observed[:, task]
         for label in (0, 1):
@@ -184,49 +188,52 @@ def _add_up(total: Tensor, device: torch.device) -> None:
 # What a training's validations say in words: why a state was chosen, and what in them should worry its owner.
 
 
-FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
+MAX_PLAUSIBLE_RATIO = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 _ERRORS = 1.96
-FEW_STEPS, SHORT = 50, 300
-GAIN = 0.005
+MIN_STEPS, SHORT_RUN_STEPS = 50, 300
+MAX_LATE_GAIN = 0.005
 """Of the mean AUC or the loss: what the second half of the steps, in which the learning rate falls, may always gain."""
 
 
 def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
     """One sentence, then one for each binary task whose AUC had no say although it was asked for."""
-    how = f"{_name_objective(best, monitor)} is the {'highest' if best.tasks_judged_by_auc(monitor) else 'lowest'}"
+    how = f"{_name_objective(best, monitor)} is the {'highest' if best.tasks_monitored_by_auc(monitor) else 'lowest'}"
     without = [
-        f"the AUC of '{task}' had no say: {rows} selecting rows have its rarer label, and it takes {FEWEST}"
-        for task, rows in best.rarer.items()
-        if monitor == "auc" and rows < FEWEST
+        f"the AUC of '{task}' had no say: {rows} selecting rows have its rarer label, and it takes {MIN_RARER_ROWS}"
+        for task, rows in best.rarer_label_rows.items()
+        if monitor == "auc" and rows < MIN_RARER_ROWS
     ]
     return [f"best validation, at step {step}: {how}", *without]
 
 
 def _name_objective(best: Validation, monitor: str) -> str:
-    judged = best.tasks_judged_by_auc(monitor)
+    judged = best.tasks_monitored_by_auc(monitor)
     names = " and ".join(filter(None, (", ".join(judged[:-1]), *judged[-1:])))
     return f"the {'mean ' if len(judged) > 1 else ''}AUC of {names}" if judged else "the weighted loss"
 
 
-def find_early_end(
+def find_undertraining(
     history: Sequence[tuple[int, Validation]], best_step: int, layout: ModelLayout, settings: Training
 ) -> str | None:
     """What follows "the model" where its training seems to have ended too early; None where not.
 
     history: (step, validation), the last one of the last step. Too early is after a few steps, or with a last state
-    that is the best, and better than after half of the steps: after fewer than `SHORT` steps by what four digits show,
-    else by more than a share of `GAIN`. What was started from another model is held to `GAIN` alone.
+    that is the best, and better than after half of the steps: after fewer than `SHORT_RUN_STEPS` steps by what four
+    digits show, else by more than a share of `MAX_LATE_GAIN`. What was started from another model is held to
+    `MAX_LATE_GAIN` alone.
     """
     (steps, last), by, is_new = history[-1], settings.monitor, history[0][0] > 0
     advice = (
         f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
         f"{settings.batch_size}), or a higher training.learning_rate (now {settings.learning_rate:g})"
     )
-    if steps < FEW_STEPS and is_new:
+    if steps < MIN_STEPS and is_new:
         return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
     now = last.objective(by, layout)
     before = max((each.objective(by, layout) for step, each in history if 2 * step <= steps + 1), default=now)
-    if best_step < steps or now - before <= (1e-4 if steps < SHORT and is_new else GAIN * abs(before)):
+    if best_step < steps or now - before <= (
+        1e-4 if steps < SHORT_RUN_STEPS and is_new else MAX_LATE_GAIN * abs(before)
+    ):
         return None
     return (
         f"was still getting better when its training ended: {_name_objective(last, by)} was {abs(before):.4f} after "
@@ -234,7 +241,7 @@ def find_early_end(
     )
 
 
-def warnings_of(best: Validation, calibration: str) -> list[str]:
+def find_warnings(best: Validation, calibration: str) -> list[str]:
     """A sentence for each task that ranks worse than chance, or too well to be true, and for each whose probabilities
     are far off.
 
@@ -245,19 +252,19 @@ def warnings_of(best: Validation, calibration: str) -> list[str]:
     if calibration != "none":
         advice = f"the {calibration} calibration was left out or does not hold: look for drift with `mmoe-rec inspect`"
     for task, auc in best.auc.items():
-        rows = best.rarer.get(task, FEWEST)
+        rows = best.rarer_label_rows.get(task, MIN_RARER_ROWS)
         if auc < 0.5:
             found.append(
                 f"the validation AUC of '{task}' is {auc:.3f}, below .5: nothing shows that it ranks. It has {rows} "
                 "rows of its rarer label, the label may be inverted, or validation unlike training"
             )
-        elif auc > TOO_GOOD and rows >= FEWEST:
-            found.append(f"the validation AUC of '{task}' is {auc:.4f}, {WHY_TOO_GOOD}")
+        elif auc > SUSPICIOUS_AUC and rows >= MIN_RARER_ROWS:
+            found.append(f"the validation AUC of '{task}' is {auc:.4f}, {SUSPICIOUS_AUC_ADVICE}")
     for task, ratio in best.calibration.items():
         # Beyond FURTHEST, and the 95% interval for so many rows of the rarer label does not hold 1.
         apart = abs(math.log(ratio)) if ratio > 0 else math.inf
-        error = _ERRORS / math.sqrt(max(best.rarer.get(task, 0), 1))
-        if apart > max(math.log(FURTHEST), error):
+        error = _ERRORS / math.sqrt(max(best.rarer_label_rows.get(task, 0), 1))
+        if apart > max(math.log(MAX_PLAUSIBLE_RATIO), error):
             too = "high" if ratio > 1 else "low"
             off = f"the probabilities of '{task}' are too {too}: {ratio:.2f} times what was observed on validation rows"
             found.append(f"{off}; {advice}")

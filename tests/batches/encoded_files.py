@@ -7,20 +7,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.batches.encoded_rows import Rows
-from mmoe_rec.batches.row_reader import GOLDEN, EpochOrder, Window
-from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput, arrow_columns
+from mmoe_rec.batches.encoded_dataset import LabeledRows
+from mmoe_rec.batches.row_reader import GOLDEN, EpochOrder, ShuffleWindow
+from mmoe_rec.features.layout import DenseInput, EncodedInputs, IdInput, Layout, TableSpec, TaskOutput, arrow_columns
 from mmoe_rec.point_in_time.arrays import Ragged
 
 LAYOUT = Layout(
-    tables=(Table("items", 1000),),
-    ids=(IdInput("item", "items"), IdInput("history", "items", many=True), IdInput("slot", "items", placement=True)),
+    tables=(TableSpec("items", 1000),),
+    ids=(IdInput("item", "items"), IdInput("history", "items", is_list=True), IdInput("slot", "items", placement=True)),
     dense=(DenseInput("price"), DenseInput("age")),
     tasks=(TaskOutput("click", "binary"), TaskOutput("stars", "regression")),
 )
 
 
-def columns_of(encoded: Encoded, layout: Layout) -> dict[str, pa.Array]:
+def columns_of(encoded: EncodedInputs, layout: Layout) -> dict[str, pa.Array]:
     """Encoded rows as the columns of a file."""
     dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
     return arrow_columns(encoded.ids, dense, layout)
@@ -40,7 +40,7 @@ def table(rows: range) -> pa.Table:
     """Encoded rows of which each value is a function of the row's number."""
     lists = [history(row) for row in rows]
     lengths = np.array([len(ids) for ids in lists], np.int32)
-    encoded = Encoded(
+    encoded = EncodedInputs(
         {
             "item": np.array(rows, np.int64),
             "history": Ragged(np.array([each for ids in lists for each in ids], np.int64), lengths),
@@ -68,26 +68,26 @@ def write(folder: Path, files: list[list[int]]) -> int:
     return start
 
 
-def numbers(rows: Rows) -> np.ndarray:
+def row_numbers(rows: LabeledRows) -> np.ndarray:
     """The row numbers of rows, copies included. (N,) int64."""
     item = rows.encoded.ids["item"]
     assert isinstance(item, np.ndarray)
     return item
 
 
-def real(rows: Rows) -> list[int]:
+def real(rows: LabeledRows) -> list[int]:
     """The row numbers of rows, without copies: every real row has an observed click."""
-    return numbers(rows)[~np.isnan(rows.labels[:, 0])].tolist()
+    return row_numbers(rows)[~np.isnan(rows.labels[:, 0])].tolist()
 
 
-def assert_values(rows: Rows) -> None:
+def assert_values(rows: LabeledRows) -> None:
     """Every value of every row is that of its row number, checked by a loop; copies have no labels."""
     ragged = rows.encoded.ids["history"]
     slot = rows.encoded.ids["slot"]
     assert isinstance(ragged, Ragged)
     assert isinstance(slot, np.ndarray)
     begin = 0
-    for i, row in enumerate(numbers(rows).tolist()):
+    for i, row in enumerate(row_numbers(rows).tolist()):
         end = begin + int(ragged.lengths[i])
         assert ragged.values[begin:end].tolist() == history(row)
         begin = end
@@ -105,7 +105,7 @@ def assert_values(rows: Rows) -> None:
 Row = tuple[int, int]  # row group, row in it
 
 
-def window_order(order: EpochOrder, window: Window) -> list[Row]:
+def window_order(order: EpochOrder, window: ShuffleWindow) -> list[Row]:
     """The rows of a window by rising key."""
     keyed = []
     for number, group in enumerate(window.groups.tolist()):
@@ -121,7 +121,7 @@ def global_batches(order: EpochOrder, batch_size: int, position: int) -> list[li
     return [_arranged(placed[first : first + batch_size]) for first in range(position, len(placed), batch_size)]
 
 
-def _arranged(batch: list[tuple[Window, Row]]) -> list[Row]:
+def _arranged(batch: list[tuple[ShuffleWindow, Row]]) -> list[Row]:
     keyed = []
     seen: dict[int, int] = {}
     counts: dict[int, int] = {}
@@ -136,12 +136,12 @@ def _arranged(batch: list[tuple[Window, Row]]) -> list[Row]:
     return [row for *_, row in sorted(keyed)]
 
 
-def slots(batch: list[Row], rank: int, world_size: int, rank_rows: int) -> list[tuple[Row, bool]]:
+def slots(batch: list[Row], rank: int, world_size: int, rows_per_rank: int) -> list[tuple[Row, bool]]:
     """The rank's rows of a batch that is stretched over all slots, and whether each is a copy of the slot before."""
-    total = rank_rows * world_size
+    total = rows_per_rank * world_size
     taken = [slot * len(batch) // total for slot in range(total)]
     every = [(batch[place], slot > 0 and taken[slot - 1] == place) for slot, place in enumerate(taken)]
-    return every[rank * rank_rows : (rank + 1) * rank_rows]
+    return every[rank * rows_per_rank : (rank + 1) * rows_per_rank]
 
 
 def background_threads() -> list[threading.Thread]:

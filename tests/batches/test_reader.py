@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches import row_reader as reader_module
-from mmoe_rec.batches.batch import Batch, draw_uniform, draws_of
-from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.batches.batch import Batch, draw_uniform, seeded_draws
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, LabeledRows
 from mmoe_rec.batches.row_reader import EpochOrder, Position, Prefetch, TrainingReader
 from mmoe_rec.errors import UserError
-from tests.batches.encoded_files import LAYOUT, assert_values, background_threads, numbers, real, slots, write
+from tests.batches.encoded_files import LAYOUT, assert_values, background_threads, real, row_numbers, slots, write
 from tests.batches.encoded_files import global_batches as naive_batches
 from tests.processes import until
 
@@ -26,23 +26,25 @@ TOTAL = 75
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> EncodedRows:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
     folder = tmp_path_factory.mktemp("encoded") / "rows"
     assert write(folder, FILES) == TOTAL
-    return EncodedRows(folder, LAYOUT)
+    return EncodedDataset(folder, LAYOUT)
 
 
-def readers(rows: EncodedRows, world_size: int, **changes: int) -> list[TrainingReader]:
+def readers(rows: EncodedDataset, world_size: int, **changes: int) -> list[TrainingReader]:
     options = {"batch_size": 12, "shuffle_buffer_rows": 30, "seed": 5, **changes}
     return [TrainingReader(rows, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
 
 
-def epoch_of(reader: TrainingReader, number: int, row: int = 0) -> Iterator[tuple[Rows, Position]]:
+def epoch_of(reader: TrainingReader, number: int, row: int = 0) -> Iterator[tuple[LabeledRows, Position]]:
     """A rank's rows of each global batch of one epoch after its first `row` rows."""
     return reader.resume(reader.position(number, row), number + 1)
 
 
-def global_batches(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> Iterator[tuple[list[Rows], int]]:
+def global_batches(
+    ranks: list[TrainingReader], epoch: int = 0, position: int = 0
+) -> Iterator[tuple[list[LabeledRows], int]]:
     for parts in zip(*(epoch_of(rank, epoch, position) for rank in ranks), strict=True):
         after = parts[0][1].row
         assert {each for _, each in parts} == {ranks[0].position(epoch, after)}
@@ -62,7 +64,7 @@ def order(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> lis
     shuffle_buffer_rows=st.integers(1, 90),
 )
 def test_resume_gives_exactly_the_rest(
-    rows: EncodedRows,
+    rows: EncodedDataset,
     *,
     seed: int,
     epoch: int,
@@ -75,16 +77,16 @@ def test_resume_gives_exactly_the_rest(
     whole = order(readers(rows, 1, batch_size=1, **options), epoch)
     assert sorted(whole) == list(range(TOTAL))
     resumed = readers(rows, world_size, batch_size=batch_size, **options)
-    starts = np.cumsum(rows.group_rows) - rows.group_rows
+    starts = np.cumsum(rows.row_group_sizes) - rows.row_group_sizes
     assert resumed[0].batches_per_epoch == math.ceil(TOTAL / batch_size)
     expected = naive_batches(resumed[0].order(epoch), batch_size, position)
-    rank_rows = math.ceil(batch_size / world_size)
+    rows_per_rank = math.ceil(batch_size / world_size)
     for (parts, after), batch in zip(global_batches(resumed, epoch, position), expected, strict=True):
         for rank, part in enumerate(parts):
             assert_values(part)
-            np.testing.assert_array_equal(part.numbers, numbers(part))
-            found = zip(numbers(part).tolist(), np.isnan(part.labels[:, 0]).tolist(), strict=True)
-            taken = slots(batch, rank, world_size, rank_rows)
+            np.testing.assert_array_equal(part.row_numbers, row_numbers(part))
+            found = zip(row_numbers(part).tolist(), np.isnan(part.labels[:, 0]).tolist(), strict=True)
+            taken = slots(batch, rank, world_size, rows_per_rank)
             assert list(found) == [(int(starts[group]) + row, copy) for (group, row), copy in taken]
         assert sorted(row for part in parts for row in real(part)) == sorted(whole[position:after])
         position = after
@@ -93,30 +95,30 @@ def test_resume_gives_exactly_the_rest(
 
 def test_each_rank_decodes_only_its_row_groups_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "rows", [[64] * 16, [64] * 16])
-    rows = EncodedRows(tmp_path / "rows", LAYOUT)
+    rows = EncodedDataset(tmp_path / "rows", LAYOUT)
     decoded: list[tuple[int, int]] = []
 
-    def counting(group: tuple[int, int], take: np.ndarray) -> Rows:
+    def counting(group: tuple[int, int], take: np.ndarray) -> LabeledRows:
         decoded.append(group)
-        return EncodedRows.read_row_group(rows, group, take)
+        return EncodedDataset.read_row_group(rows, group, take)
 
     monkeypatch.setattr(rows, "read_row_group", counting)
     orders = []
     for world_size in (1, 2, 4):
         decoded.clear()
         orders.append(order(readers(rows, world_size, batch_size=64, shuffle_buffer_rows=512, seed=2)))
-        assert sorted(decoded) == rows.groups
+        assert sorted(decoded) == rows.row_groups
     assert sorted(orders[0]) == list(range(2048))
     assert orders[1] == orders[2] == orders[0]
 
 
 def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "rows", [[16] * 32])
-    rows = EncodedRows(tmp_path / "rows", LAYOUT)
-    references: list[weakref.ref[Rows]] = []
+    rows = EncodedDataset(tmp_path / "rows", LAYOUT)
+    references: list[weakref.ref[LabeledRows]] = []
 
-    def tracked(group: tuple[int, int], take: np.ndarray) -> Rows:
-        read = EncodedRows.read_row_group(rows, group, take)
+    def tracked(group: tuple[int, int], take: np.ndarray) -> LabeledRows:
+        read = EncodedDataset.read_row_group(rows, group, take)
         references.append(weakref.ref(read))
         return read
 
@@ -129,7 +131,7 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[50], [50]])
-    reader = readers(EncodedRows(tmp_path / "rows", LAYOUT), 1)[0]
+    reader = readers(EncodedDataset(tmp_path / "rows", LAYOUT), 1)[0]
     (tmp_path / "rows" / "001.parquet").unlink()
     with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
         list(epoch_of(reader, 0))
@@ -156,7 +158,7 @@ def test_every_stretch_holds_rows_of_each_group_in_proportion(
         total = int(window.sizes.sum())
         assert total <= shuffle_buffer_rows or len(window.sizes) == 1
         groups = np.arange(len(window.sizes))
-        counts = np.cumsum(window.mixed()[:, None] == groups, axis=0)
+        counts = np.cumsum(window.group_per_row()[:, None] == groups, axis=0)
         assert counts[-1].tolist() == window.sizes.tolist()
         even = np.arange(1, total + 1)[:, None] * window.sizes / total
         assert (np.abs(counts - even) <= 1 + len(groups) * window.sizes / total).all()
@@ -259,7 +261,7 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
     waiting = Prefetch(slow())
     for _ in waiting:
         clock.now += 100  # the consumer is busy
-    assert waiting.waited == 3 * 3
+    assert waiting.wait_seconds == 3 * 3
 
 
 def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch() -> None:
@@ -267,7 +269,7 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch() -> None:
 
     def draw(rows: np.ndarray, seed: int = 5, epoch: int = 0) -> np.ndarray:
         position = Position(epoch, int(rows[0]), seed)
-        with draws_of(Batch(None, *torch.zeros(3, len(rows), 1), position, numbers=torch.from_numpy(rows))):
+        with seeded_draws(Batch(None, *torch.zeros(3, len(rows), 1), position, row_numbers=torch.from_numpy(rows))):
             shapes = ((len(rows), 2, 3), (len(rows), 1), (len(rows), 1))
             return np.hstack([draw_uniform(shape, torch.device("cpu")).flatten(1).numpy() for shape in shapes])
 

@@ -90,8 +90,8 @@ def judge(seed: int, folder: Path, seeds: int) -> Counter[str]:
         kind = "worthless" if name in NOISE else "copies" if seed % 2 and name in ("strong", "same") else "useful"
         right, wrong = ("candidate", "used") if kind == "worthless" else ("used", "candidate")
         found[f"{kind} {'right' if verdict == right else 'wrong' if verdict == wrong else 'open'}"] += 1
-    adopted = report.adopted
-    names = set() if adopted is None else {*adopted.name.removeprefix("without ").split(", ")}
+    recommended = report.recommended
+    names = set() if recommended is None else {*recommended.name.removeprefix("without ").split(", ")}
     found[f"adopted {'nothing' if not names else 'noise' if names <= {*NOISE} else 'too much'}"] += 1
     return found
 

@@ -28,7 +28,7 @@ import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.devices import pick_device
-from mmoe_rec.features.layout import DenseInput, Encoded, IdInput
+from mmoe_rec.features.layout import DenseInput, EncodedInputs, IdInput
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import predictions
@@ -37,8 +37,8 @@ from mmoe_rec.preprocessing.count_and_encode import SplitCounts
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
-from mmoe_rec.training.ranks import process_group
 from tests.batches.encoded_files import columns_of
 
 IDS, DIM, NUMBERS, TASKS = 20, 16, 5, 2
@@ -96,12 +96,12 @@ def layout(table_rows: int) -> ModelLayout:
     )
 
 
-def draw(rows: int, table_rows: int) -> tuple[Encoded, np.ndarray]:
+def draw(rows: int, table_rows: int) -> tuple[EncodedInputs, np.ndarray]:
     """Draw encoded rows with uniform ids, the worst case for caches, and (rows, TASKS) float32 labels."""
     random = np.random.default_rng(0)
     numbers = random.normal(size=(rows, NUMBERS)).astype(np.float32)
     labels = (random.random((rows, TASKS)) < 1 / (1 + np.exp(-numbers[:, :TASKS]))).astype(np.float32)
-    return Encoded({f"id{index}": random.integers(0, table_rows, rows) for index in range(IDS)}, numbers), labels
+    return EncodedInputs({f"id{index}": random.integers(0, table_rows, rows) for index in range(IDS)}, numbers), labels
 
 
 def write(folder: Path, rows: int, table_rows: int, validation: int) -> None:
@@ -115,7 +115,7 @@ def write(folder: Path, rows: int, table_rows: int, validation: int) -> None:
         (folder / "encoded" / split).mkdir(parents=True)
         part = folder / "encoded" / split / "part-00000.parquet"
         pq.write_table(pa.table(columns).slice(0, count), part, row_group_size=65_536)
-    (folder / "encoded" / "layout.json").write_text(layout(table_rows).of_rows().to_json(), encoding="utf-8")
+    (folder / "encoded" / "layout.json").write_text(layout(table_rows).row_layout().to_json(), encoding="utf-8")
     (folder / "layout.json").write_text(layout(table_rows).to_json(), encoding="utf-8")
     counts = SplitCounts()
     counts.add(tasks, *[np.ones(rows)] * 2, {})
@@ -166,7 +166,9 @@ def scoring(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
             model = build_model(inputs, MODEL, PlainTables(inputs)).to(where).eval()
 
             @torch.inference_mode()
-            def score(model: torch.nn.Module = model, where: torch.device = where, encoded: Encoded = encoded) -> None:
+            def score(
+                model: torch.nn.Module = model, where: torch.device = where, encoded: EncodedInputs = encoded
+            ) -> None:
                 batch: Batch = make_batch(encoded, inputs, torchrec=False)
                 predictions(model(batch.to(where)).logits.cpu(), kinds).numpy()
 

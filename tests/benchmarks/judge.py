@@ -41,21 +41,21 @@ import yaml
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import Part
+from mmoe_rec.batches.encoded_dataset import ValidationPart
 from mmoe_rec.evaluation import promotion
 from mmoe_rec.evaluation.calibration import fit_calibration
 from mmoe_rec.evaluation.comparison import BETTER, Verdict, compare
-from mmoe_rec.evaluation.evaluate import scored_rows
-from mmoe_rec.evaluation.summary import MeasuredModel, summarise
+from mmoe_rec.evaluation.evaluate import score_split
+from mmoe_rec.evaluation.summary import MeasuredModel, summarize
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import ResolvedModel
 from mmoe_rec.model.trees import Blend, Forest, read_ensemble
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Trees
 from mmoe_rec.settings.sections import Evaluation, Settings
-from mmoe_rec.tracking.registry import find_model
-from mmoe_rec.training.boosting import Inputs
-from mmoe_rec.training.stacking import fit_task
+from mmoe_rec.tracking.registry import resolve_model
+from mmoe_rec.training.boosting import TreeInputs
+from mmoe_rec.training.stacking import fit_task_trees
 from mmoe_rec.training.train import train_model
 from tests.evaluation.judged_models import NAMES, NOISE, TASKS, World, noise_of_gain, verdicts
 from tests.evaluation.trees import measure
@@ -121,16 +121,19 @@ def select(seed: int, divided: bool) -> Verdict:
     """
     random = np.random.default_rng([13, seed])
     train, validation = World(random, 2 * USERS), World(random, 2 * USERS)
-    judging = Part.JUDGING.holds(pa.array(validation.user))
+    judging = ValidationPart.EVALUATION.contains(pa.array(validation.user))
     judges, selects = (judging, ~judging) if divided else (np.ones(len(judging), bool),) * 2
     x = [random.normal(size=(len(world.user), COLUMNS)).astype(np.float32) for world in (train, validation)]
     labels = [(random.random(world.labels.shape) < 0.25).astype(float) for world in (train, validation)]
     network = np.log(0.25 / 0.75) + 0.3 * random.normal(size=labels[1].shape)
     both = np.empty_like(network)
     for place, name in enumerate(NAMES):
-        rows = Inputs(x[0], COLUMNS, labels[0][place]), Inputs(x[1][selects], COLUMNS, labels[1][place][selects])
+        rows = (
+            TreeInputs(x[0], COLUMNS, labels[0][place]),
+            TreeInputs(x[1][selects], COLUMNS, labels[1][place][selects]),
+        )
         own = network[place][selects], validation.user[selects]
-        grown, _ = fit_task(TaskOutput(name, "binary"), Trees(max_trees=200), 17, *rows, *own)
+        grown, _ = fit_task_trees(TaskOutput(name, "binary"), Trees(max_trees=200), 17, *rows, *own)
         text, blend = grown or ("", Blend(1.0, 0.0, 0.0))
         trees = Forest([read_ensemble(text)]).sums(x[1])[:, 0] if text else np.zeros(len(judging))
         both[place] = blend.apply(network[place], trees)
@@ -141,7 +144,7 @@ def select(seed: int, divided: bool) -> Verdict:
         tensor = fitted.apply(torch.from_numpy(logits[:, judges].T.copy()), NAMES)
         given = [dict(zip(NAMES, each, strict=True)) for each in (expit(tensor.numpy().T), labels[1][:, judges])]
         sums = measure(TASKS, validation.user[judges], validation.request[judges], *given, score=sum(given[0].values()))
-        models[model] = MeasuredModel(sums, summarise(sums, 20))
+        models[model] = MeasuredModel(sums, summarize(sums, 20))
     return compare(models, "new", NAMES, Evaluation(resamples=RESAMPLES)).verdicts["old"]
 
 
@@ -180,11 +183,11 @@ def train_twice(seed: int, strength: float, folder: Path) -> tuple[bool, Verdict
     assert challenger is not None
     areas = []
     for trained, settings in ((champion, first), (challenger, second)):
-        model = find_model(str(trained.artifact), settings.tracking.address)
-        scored = scored_rows(second, Source(trained.artifact, model.address, None), "model", "test")
+        model = resolve_model(str(trained.artifact), settings.tracking.resolved_uri)
+        scored = score_split(second, ResolvedModel(trained.artifact, model.uri, None), "model", "test")
         columns = [(scored.labels[name], scored.predictions[name]) for name in NAMES]
         areas.append(np.mean([roc_auc_score(label, predicted) for label, predicted in columns]))
-    promoted = challenger.address.endswith("@champion")
+    promoted = challenger.model_uri.endswith("@champion")
     return promoted, verdicts[-1] if verdicts else None, float(areas[1] - areas[0])
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.experiments.compare import BETTER, WORSE, compare_variants
-from mmoe_rec.experiments.runner import BASE, Variant
+from mmoe_rec.experiments.runner import BASE_VARIANT, Variant
 from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import plain_settings
 
@@ -89,14 +89,16 @@ def judge_log(kind: str, seed: int, seeds: int) -> list[dict[str, Any]]:
         settings = settings_of(Path(scratch), draw_log(kind, seed))
         tasks = {"many": "few", "few": "many"}
         variants = [Variant(f"only {task}", without_tasks=(other,)) for task, other in tasks.items()]
-        report = compare_variants(settings, [BASE, *variants], seeds)
+        report = compare_variants(settings, [BASE_VARIANT, *variants], seeds)
     found = []
     for task, result in zip(tasks, report.variants[1:], strict=True):
-        cell = result.cells[result.judged[0]]
-        assert cell.apart is not None
-        call = {WORSE: "helps", BETTER: "harms"}.get(cell.call, "not shown")
-        half = (cell.apart.high - cell.apart.low) / 2
-        found.append({"kind": kind, "seed": seed, "task": task, "call": call, "value": -cell.apart.value, "half": half})
+        cell = result.metric_means[result.verdict_metrics[0]]
+        assert cell.difference is not None
+        verdict = {WORSE: "helps", BETTER: "harms"}.get(cell.verdict, "not shown")
+        half = (cell.difference.high - cell.difference.low) / 2
+        found.append(
+            {"kind": kind, "seed": seed, "task": task, "call": verdict, "value": -cell.difference.value, "half": half}
+        )
     return found
 
 

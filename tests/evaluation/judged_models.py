@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.comparison import Verdict, compare
 from mmoe_rec.evaluation.slices import compare_slices
-from mmoe_rec.evaluation.summary import MeasuredModel, summarise
+from mmoe_rec.evaluation.summary import MeasuredModel, summarize
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.trees import measure
@@ -47,7 +47,7 @@ class World:
 
         fifths = {(f"{by}", f"{value}"): self.fifth(by) == value for by in range(4 * slices) for value in range(5)}
         whole = sums(np.full(len(self.user), True))
-        return MeasuredModel(whole, summarise(whole, 20), slices={key: sums(rows) for key, rows in fifths.items()})
+        return MeasuredModel(whole, summarize(whole, 20), slices={key: sums(rows) for key, rows in fifths.items()})
 
     def fifth(self, by: int) -> np.ndarray:
         """(N,) of 0 to 4, by one of several columns."""
@@ -88,7 +88,7 @@ def verdicts(*arguments: Any, **options: Any) -> Counter[str]:
     counts = Counter[str]()
     for judged in compared(*arguments, **options):
         counts[judged.kind] += 1
-        failed = [guard.metric for guard in judged.guards if not guard.passed]
+        failed = [guard.metric for guard in judged.guardrails if not guard.passed]
         counts["only slices"] += judged.kind == "held back" and failed == ["slices"]
     return counts
 

@@ -12,8 +12,8 @@ from sklearn.metrics import brier_score_loss
 
 from mmoe_rec.evaluation import metrics as registered
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows
-from mmoe_rec.evaluation.results_report import metrics_of_models, summary_tree
-from mmoe_rec.evaluation.summary import flatten, summarise
+from mmoe_rec.evaluation.results_report import metrics_table, summary_to_dict
+from mmoe_rec.evaluation.summary import flatten, summarize
 from mmoe_rec.report.parts import to_rich
 from tests.evaluation.trees import compare
 
@@ -21,7 +21,7 @@ from tests.evaluation.trees import compare
 class Brier(Ratio[TaskRows]):
     """Mean squared deviation of the probability from the label (Brier, 1950)."""
 
-    name, kinds, better, totals = "brier", ("binary",), "lower", ("squared_deviation", "weight")
+    name, kinds, better, required_sums = "brier", ("binary",), "lower", ("squared_deviation", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
         return {"squared_deviation": rows.weight * (rows.prediction - rows.label) ** 2}
@@ -38,10 +38,10 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("toys")
 def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
     log = replace(log, weight=np.random.default_rng(5).uniform(0.5, 20, len(log.score)))
-    whole = summarise(log.measure(), resamples=200)
-    summary = json.loads(json.dumps(summary_tree(whole), allow_nan=False))
+    whole = summarize(log.measure(), resamples=200)
+    summary = json.loads(json.dumps(summary_to_dict(whole), allow_nan=False))
     stream = io.StringIO()
-    Console(file=stream, width=200).print(to_rich(metrics_of_models({"model": whole})))
+    Console(file=stream, width=200).print(to_rich(metrics_table({"model": whole})))
     lines = [line.strip("│ ") for line in stream.getvalue().splitlines()]
     for task in ("bought", "liked"):
         rows, label, prediction = log.observed(task)
@@ -61,21 +61,21 @@ def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
 def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
     other = log.with_predictions(bought=0.5 * log.predictions["bought"])
     sums = {"a": log.measure(), "b": other.measure()}
-    summaries = {name: summarise(each, 20) for name, each in sums.items()}
+    summaries = {name: summarize(each, 20) for name, each in sums.items()}
     difference = compare(sums, "a")["against"]["b"]["groups"]["bought"]["brier"]["value"]
     first, second = (each.tasks["bought"].get("brier").value for each in summaries.values())
     assert difference == pytest.approx(first - second)
-    row = next(row for row in metrics_of_models(summaries).rows if row[0] == "brier ↓")
+    row = next(row for row in metrics_table(summaries).rows if row[0] == "brier ↓")
     assert [cell.mark for cell in row[1:]] == (["best", ""] if first < second else ["", "best"])
 
 
 @pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize("has_interval", [True, False])
 def test_an_undefined_metric_has_a_note(log: Log, has_interval: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Brier, "summarise", lambda self, drawn: np.full(drawn.counts.shape[1], np.nan))
+    monkeypatch.setattr(Brier, "summarize", lambda self, resamples: np.full(resamples.counts.shape[1], np.nan))
     monkeypatch.setattr(Brier, "has_interval", has_interval)
-    found = summarise(log.measure(), 5)
-    bought = summary_tree(found)["tasks"]["bought"]
+    found = summarize(log.measure(), 5)
+    bought = summary_to_dict(found)["tasks"]["bought"]
     assert (bought["brier"]["value"] if has_interval else bought["brier"]) is None
     assert "brier is undefined: " in bought["note"]
     assert "bought.brier" not in flatten(found)
@@ -85,7 +85,7 @@ def test_sums_that_nobody_or_two_metrics_measure_are_named(log: Log, monkeypatch
     forgetful = type("Forgetful", (Brier,), {"measure": Metric.measure})
     monkeypatch.setattr(registered, "METRICS", (*registered.METRICS, forgetful()))
     with pytest.raises(ValueError, match="a metric reads 'squared_deviation', which no metric measures"):
-        summarise(log.measure(), 5)
+        summarize(log.measure(), 5)
     for taken in ("logloss", "rows"):
         twice = type("Twice", (Brier,), {"measure": lambda self, rows, taken=taken: {taken: rows.weight}})
         monkeypatch.setattr(registered, "METRICS", (*registered.METRICS[:-1], twice()))

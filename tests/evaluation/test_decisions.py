@@ -9,28 +9,28 @@ from simulated_log import simulate
 
 from mmoe_rec.evaluation.comparison import (
     Comparison,
-    Guard,
+    Guardrail,
+    ModelDifferences,
     Results,
     Verdict,
-    Versus,
+    check_guardrails,
+    check_slice_guardrail,
     decide,
-    find_guards,
-    guard_slices,
 )
 from mmoe_rec.evaluation.intervals import Difference, Interval
 from mmoe_rec.evaluation.promotion import _find_objections, _read_verdict
 from mmoe_rec.evaluation.results_report import differences_table
 from mmoe_rec.evaluation.slices import SliceRecord
-from mmoe_rec.evaluation.summary import GroupSummary, MeasuredModel, Objective, Summary, summarise
-from mmoe_rec.report.formatting import signed
+from mmoe_rec.evaluation.summary import GroupSummary, MeasuredModel, Objective, Summary, summarize
+from mmoe_rec.report.formatting import format_signed
 from mmoe_rec.settings.sections import Evaluation
 
 
-def apart(value: float | None, reach: float | None = None, p: float | None = None) -> Difference:
+def apart(value: float | None, reach: float | None = None, p_value: float | None = None) -> Difference:
     if value is None or reach is None:
-        return Difference(value, p=p, p_corrected=p)
-    p = p if p is not None else 0.01 if abs(value) > reach else 0.5
-    return Difference(value, value - reach, value + reach, reach / 1.96, 1e9, p, p)
+        return Difference(value, p_value=p_value, corrected_p_value=p_value)
+    p_value = p_value if p_value is not None else 0.01 if abs(value) > reach else 0.5
+    return Difference(value, value - reach, value + reach, reach / 1.96, 1e9, p_value, p_value)
 
 
 def summary(calibration: float = 1.0, reach: float | None = 0.1) -> Summary:
@@ -55,10 +55,13 @@ def verdict(
     slices: Any = (),
     **groups: Any,
 ) -> Verdict:
-    versus, rules = Versus(objective, groups), Evaluation(max_metric_drop=margin)
-    guards = [*find_guards(versus, summaries, judged, rules), guard_slices(slices, "old", judged, margin)]
-    known = [guard for guard in guards if guard is not None]
-    return decide("new", "old", replace(DECIDES, better=better), versus, known)
+    differences, rules = ModelDifferences(objective, groups), Evaluation(max_metric_drop=margin)
+    guardrails = [
+        *check_guardrails(differences, summaries, judged, rules),
+        check_slice_guardrail(slices, "old", judged, margin),
+    ]
+    known = [guard for guard in guardrails if guard is not None]
+    return decide("new", "old", replace(DECIDES, better=better), differences, known)
 
 
 WELL = {"bought": {"auc": apart(0.001, 0.002)}}
@@ -102,7 +105,7 @@ def test_no_task_may_lose_more_than_the_margin(low: Any, high: Any, kind: str, t
     loss = Difference(high, None, None) if low is None else Difference((low + high) / 2, low, high)
     found = verdict(apart(0.003, 0.002), bought={"auc": loss})
     assert found.kind == kind
-    assert found.guards[0].message.endswith(told)
+    assert found.guardrails[0].message.endswith(told)
     assert (told in found.message) == (kind == "held back")
     assert verdict(apart(0.003, 0.002)).kind == "held back", "a difference that there is not"
 
@@ -116,7 +119,7 @@ def test_a_model_that_is_held_back_says_why() -> None:
         "to 0.0050): the r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
         "(evaluation.max_metric_drop)"
     )
-    assert [(guard.task, guard.metric, guard.passed) for guard in found.guards] == [
+    assert [(guard.task, guard.metric, guard.passed) for guard in found.guardrails] == [
         ("bought", "auc", True),
         ("bought", "calibration", True),
         ("spent", "r2", False),
@@ -129,24 +132,24 @@ def test_a_model_that_is_held_back_says_why() -> None:
     [
         (10, {}, "held back"),
         (30, {}, "better"),  # of so many, one is as far off by chance
-        (10, {"apart": -0.03}, "better"),  # is not shown to be beyond the margin
+        (10, {"difference": -0.03}, "better"),  # is not shown to be beyond the margin
         (10, {"group": "liked"}, "better"),  # is not judged
-        (10, {"beside": "all rows"}, "better"),
+        (10, {"compared_to": "all rows"}, "better"),
         (10, {"metric": "ndcg_at_10"}, "better"),
-        (10, {"error": None}, "better"),
+        (10, {"standard_error": None}, "better"),
     ],
 )
 def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: int, changes: Any, kind: str) -> None:
     """Three standard errors beyond the margin: by chance 27 of 10,000."""
-    ends = {"low": -0.079, "high": -0.021, "error": 0.015, "freedom": 1e9, "p": 0.001}
+    ends = {"low": -0.079, "high": -0.021, "standard_error": 0.015, "degrees_of_freedom": 1e9, "p_value": 0.001}
     same = SliceRecord("country", "A", "bought", "auc", 99, 60, None, 0.7, "old", 0.0, 0.0, 0.0, 0.0, 1e9, 1.0)
-    lost = replace(same, **({"slice": "E", "apart": -0.05, "value": 0.48} | ends | changes))
+    lost = replace(same, **({"slice": "E", "difference": -0.05, "value": 0.48} | ends | changes))
     # Slices that can't be judged are none of those that the correction counts.
-    unknown = [replace(same, slice=f"{each} unknown", freedom=None) for each in range(50)]
+    unknown = [replace(same, slice=f"{each} unknown", degrees_of_freedom=None) for each in range(50)]
     slices = [lost, *(replace(same, slice=f"{each}") for each in range(number - 1)), *unknown]
     found = verdict(apart(0.003, 0.002), slices=slices, **WELL)
     assert found.kind == kind
-    (told,) = (each.message for each in found.guards if each.metric == "slices")
+    (told,) = (each.message for each in found.guardrails if each.metric == "slices")
     if kind == "held back":
         assert found.message.endswith(told)
         assert told == (
@@ -159,17 +162,21 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
 
 def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_once() -> None:
     same = SliceRecord("country", "A", "bought", "auc", 99, 60, None, 0.7, "old", 0.0, 0.0, 0.0, 0.01, 40.0, 1.0)
-    records = [same, replace(same, group="liked"), replace(same, slice="B", apart=-0.06)]
-    records += [replace(same, slice="C", apart=-0.09, group="liked")]
-    guard, tasks = guard_slices(records, "old", ["bought", "liked"], 0.005), ["bought", "liked"]
+    records = [same, replace(same, group="liked"), replace(same, slice="B", difference=-0.06)]
+    records += [replace(same, slice="C", difference=-0.09, group="liked")]
+    guard, tasks = check_slice_guardrail(records, "old", ["bought", "liked"], 0.005), ["bought", "liked"]
     assert guard.message == (
         "in slice country: C (99 rows): auc of liked is 0.700, where that of 'old' is 0.790; in slice country: B (99 "
         "rows): auc of bought is 0.700, where that of 'old' is 0.760, which is a loss of more than 0.005 "
         "(evaluation.max_metric_drop), corrected for the 3 slices by country"
     )
     told = "of 3 slices by country none is shown to have a loss of more than 0.2 (evaluation.max_metric_drop)"
-    assert guard_slices(records, "old", tasks, 0.2) == Guard(None, "slices", True, told)
-    assert guard_slices(records, "old", [], 0.005) is guard_slices(records, "another", tasks, 0.005) is None
+    assert check_slice_guardrail(records, "old", tasks, 0.2) == Guardrail(None, "slices", True, told)
+    assert (
+        check_slice_guardrail(records, "old", [], 0.005)
+        is check_slice_guardrail(records, "another", tasks, 0.005)
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,11 +198,11 @@ def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_onc
 def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its: Summary, kind: str) -> None:
     found = verdict(apart(0.003, 0.002), summaries={"new": mine, "old": its}, **WELL)
     assert found.kind == kind
-    (told,) = (each.message for each in found.guards if each.metric == "calibration")
+    (told,) = (each.message for each in found.guardrails if each.metric == "calibration")
     ratio, other = (each.tasks["bought"].get("calibration") for each in (mine, its))
     is_outside = (ratio.low or ratio.value) > 1.25 or (ratio.high or ratio.value) < 0.8
     assert told == (
-        f"the probabilities of bought are {ratio.shown(2)} times what was observed, which is "
+        f"the probabilities of bought are {ratio.format(2)} times what was observed, which is "
         f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of 1.25 "
         "(evaluation.max_calibration_ratio); those of "
         f"'old' are {other.value:.2f} times"
@@ -206,7 +213,7 @@ def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its
 def test_probabilities_that_either_model_lacks_are_not_guarded(undefined: str) -> None:
     lacking = replace(summary(), tasks={"bought": GroupSummary("binary", {}, {}, {})})
     summaries = {"new": summary(1.5), "old": summary()} | {undefined: lacking}
-    assert [guard.metric for guard in verdict(apart(0.003, 0.002), summaries=summaries, **WELL).guards] == ["auc"]
+    assert [guard.metric for guard in verdict(apart(0.003, 0.002), summaries=summaries, **WELL).guardrails] == ["auc"]
 
 
 def test_a_verdict_that_shows_nothing_says_so() -> None:
@@ -220,7 +227,7 @@ def test_a_verdict_that_shows_nothing_says_so() -> None:
     assert (
         verdict(apart(0.0, 0.0, 1.0)).message == "'new' and 'old' do not differ: mean auc of bought, liked is the same"
     )
-    assert decide("new", "old", None, Versus(apart(None), {})).message == (
+    assert decide("new", "old", None, ModelDifferences(apart(None), {})).message == (
         "'new' and 'old' can't be told apart: no task has labels enough (50 rows of either)"
     )
     assert verdict(apart(None)).message.endswith("mean auc of bought, liked is undefined")
@@ -230,8 +237,8 @@ def test_a_verdict_that_shows_nothing_says_so() -> None:
 @pytest.mark.parametrize(("mine", "its", "told"), [(1.2, 1.1, "further"), (0.9, 0.8, "closer"), (0.5, 1.6, "further")])
 def test_a_difference_of_calibration_says_which_way(mine: float, its: float, told: str) -> None:
     """By factors: 0.5 is further from 1 than 1.6."""
-    versus = Versus(apart(0.0, 0.1), {"bought": {"calibration": apart(mine - its, 0.05)}})
-    (_, (_, cell)) = differences_table(Comparison("new", None, {"old": versus}, (), {}, {}), summary(mine)).rows
+    differences = ModelDifferences(apart(0.0, 0.1), {"bought": {"calibration": apart(mine - its, 0.05)}})
+    (_, (_, cell)) = differences_table(Comparison("new", None, {"old": differences}, (), {}, {}), summary(mine)).rows
     assert cell.text.endswith(f" {told}")
 
 
@@ -250,8 +257,8 @@ def test_a_difference_of_calibration_says_which_way(mine: float, its: float, tol
     ],
 )
 def test_numbers_that_stand_together_have_as_many_decimals(values: tuple[float, ...], shown: list[str]) -> None:
-    assert signed(*values) == shown
-    assert signed(*values, sign=False) == [each.removeprefix("+") for each in shown]
+    assert format_signed(*values) == shown
+    assert format_signed(*values, sign=False) == [each.removeprefix("+") for each in shown]
 
 
 LOW, RANKS = (
@@ -285,11 +292,11 @@ def test_what_speaks_against_a_version(
     )
     its = log.with_predictions(bought=np.where(log.users % 2 == 0, chance, chance.mean()))
     models = {
-        name: MeasuredModel(sums, summarise(sums, 100))
+        name: MeasuredModel(sums, summarize(sums, 100))
         for name, sums in (("new", mine.measure()), ("old", its.measure()))
     }
     if "seen" in changes:
-        models["old"] = replace(models["old"], seen=["has seen these rows"])
+        models["old"] = replace(models["old"], training_overlap=["has seen these rows"])
     rules = Evaluation(resamples=100, max_metric_drop=0.05, max_calibration_ratio=changes.get("calibration", 9))
     results = Results(models, tasks, rules, "", {})
     found = _find_objections(results, "new", "old")

@@ -7,16 +7,16 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 from simulated_log import BOUGHT, SPENT, Log, simulate
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import MIN_RARER_ROWS
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import summary as typed
-from mmoe_rec.evaluation.comparison import Results, average_trainings, compare, find_differences
-from mmoe_rec.evaluation.intervals import Difference, correct_all
+from mmoe_rec.evaluation.comparison import Results, average_runs, compare, find_differences
+from mmoe_rec.evaluation.intervals import Difference, holm_correct
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.trees import compare as compare_sums
-from tests.evaluation.trees import measure, summarise
+from tests.evaluation.trees import measure, summarize
 
 
 def found(a: Log, b: Log, resamples: int = 400, tasks: tuple[str, ...] = ()) -> dict:
@@ -45,7 +45,7 @@ def test_a_difference_of_means_is_that_of_a_paired_t_test() -> None:
     assert difference["low"] == pytest.approx(low, abs=0.05 * (high - low))
     assert difference["high"] == pytest.approx(high, abs=0.05 * (high - low))
     weak = found(a, replace(a, predictions=a.predictions | {"bought": a.predictions["bought"] ** 1.01}), 50)
-    assert 0 <= weak["groups"]["bought"]["logloss"]["p"] <= 1
+    assert 0 <= weak["groups"]["bought"]["logloss"]["p_value"] <= 1
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 + 1e-15])
@@ -53,14 +53,17 @@ def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scal
     same = replace(log, predictions={name: each * scale for name, each in log.predictions.items()})
     result = found(same, log, 50, ("bought", "liked"))
     assert result["objective"]["value"] == 0
-    assert result["objective"]["p"] == 1
+    assert result["objective"]["p_value"] == 1
     for group in result["groups"].values():
         for name, each in group.items():
-            assert (each["value"], each["p"]) == (0, 1), name
+            assert (each["value"], each["p_value"]) == (0, 1), name
 
 
 def by_holm(differences: list[dict]) -> list[float | None]:
-    return [each.p_corrected for each in correct_all([Difference(0.0, p=each["p"]) for each in differences])]
+    return [
+        each.corrected_p_value
+        for each in holm_correct([Difference(0.0, p_value=each["p_value"]) for each in differences])
+    ]
 
 
 def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
@@ -71,51 +74,53 @@ def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
         for model in both.values()
         for group in model["groups"].values()
         for each in group.values()
-        if each["p_corrected"] is not None
+        if each["corrected_p_value"] is not None
     ]
-    assert [each["p_corrected"] for each in shown] == by_holm(shown)
-    assert both["a"]["groups"]["bought"]["ndcg_at_5"]["p_corrected"] is None
-    assert both["a"]["groups"]["score"]["ndcg_at_5"]["p_corrected"] is not None
+    assert [each["corrected_p_value"] for each in shown] == by_holm(shown)
+    assert both["a"]["groups"]["bought"]["ndcg_at_5"]["corrected_p_value"] is None
+    assert both["a"]["groups"]["score"]["ndcg_at_5"]["corrected_p_value"] is not None
     objectives = [both[name]["objective"] for name in "ac"]
-    assert [each["p_corrected"] for each in objectives] == by_holm(objectives)
+    assert [each["corrected_p_value"] for each in objectives] == by_holm(objectives)
 
 
 def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
     sums = log.measure()
-    objective = Objective.of("auc", sums, ["bought", "liked", "spent"])
+    objective = Objective.from_setting("auc", sums, ["bought", "liked", "spent"])
     assert objective == Objective("auc", ("bought", "liked"), "higher")
     assert objective.name == "mean auc of bought, liked"
     result = found(other(log), log, 100, objective.groups)
     areas = [result["groups"][task]["auc"]["value"] for task in ("bought", "liked")]
     assert result["objective"]["value"] == pytest.approx(np.mean(areas))
-    both = typed.UserMetrics(sums, objective)
+    both = typed.BootstrapMetrics(sums, objective)
     bought, liked = (both.effective_users((task, "auc")) for task in ("bought", "liked"))
     assert both.effective_users(OBJECTIVE) == min(bought, liked)
     assert bought != liked
-    assert OBJECTIVE not in typed.UserMetrics(replace(log, tasks=(BOUGHT, SPENT)).measure(), objective).once
-    assert Objective.of("auc", sums, ["spent"]) == Objective("r2", ("spent",), "higher")
-    assert Objective.of("score.mrr", sums, []) == Objective("mrr", ("score",), "higher")
-    assert Objective.of("logloss", sums, ["bought"]) == Objective("logloss", ("bought",), "lower")
+    assert (
+        OBJECTIVE not in typed.BootstrapMetrics(replace(log, tasks=(BOUGHT, SPENT)).measure(), objective).point_values
+    )
+    assert Objective.from_setting("auc", sums, ["spent"]) == Objective("r2", ("spent",), "higher")
+    assert Objective.from_setting("score.mrr", sums, []) == Objective("mrr", ("score",), "higher")
+    assert Objective.from_setting("logloss", sums, ["bought"]) == Objective("logloss", ("bought",), "lower")
     few = log.take(np.arange(80))
-    assert Objective.of("auc", few.measure(), ["bought", "liked"]) is None
+    assert Objective.from_setting("auc", few.measure(), ["bought", "liked"]) is None
     for wrong in ("acu", "calibration", "score.auc", "bought.auc", "ece"):
         with pytest.raises(UserError, match=f"evaluation.primary_metric is '{wrong}'; expected a metric of tasks"):
-            Objective.of(wrong, sums, ["bought"])
+            Objective.from_setting(wrong, sums, ["bought"])
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
-@pytest.mark.parametrize("rarer", [FEWEST - 1, FEWEST])
+@pytest.mark.parametrize("rarer", [MIN_RARER_ROWS - 1, MIN_RARER_ROWS])
 def test_tasks_with_fifty_rows_of_the_rarer_label_are_judged(log: Log, rarer: int, label: float) -> None:
     given = np.where(np.arange(len(log.score)) < rarer, label, 1 - label)
     sums = [each.with_labels(liked=given).measure() for each in (other(log), log)]
-    models = dict(zip("ab", (typed.MeasuredModel(each, typed.summarise(each, 1)) for each in sums), strict=True))
+    models = dict(zip("ab", (typed.MeasuredModel(each, typed.summarize(each, 1)) for each in sums), strict=True))
     rules = Evaluation(max_metric_drop=0.5, resamples=20)
     found = Results(models, ("liked", "bought"), rules, "", {}).comparison
-    judged = ("bought",) if rarer < FEWEST else ("liked", "bought")
-    assert found.judged == found.objective.groups == judged
-    assert found.left_out == ({"liked": rarer} if rarer < FEWEST else {})
-    alone = Objective.of("auc", sums[0], ["liked"])
-    assert alone == (None if rarer < FEWEST else Objective("auc", ("liked",), "higher"))
+    eligible_tasks = ("bought",) if rarer < MIN_RARER_ROWS else ("liked", "bought")
+    assert found.eligible_tasks == found.objective.groups == eligible_tasks
+    assert found.excluded_tasks == ({"liked": rarer} if rarer < MIN_RARER_ROWS else {})
+    alone = Objective.from_setting("auc", sums[0], ["liked"])
+    assert alone == (None if rarer < MIN_RARER_ROWS else Objective("auc", ("liked",), "higher"))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,7 @@ def test_other_weights_of_tasks_have_another_truth_of_the_score(log: Log) -> Non
     unlike = replace(log, tasks=log.tasks[:2])
     assert set(found(unlike, log, 20)["groups"]) == {"bought", "liked"}
     models = {
-        name: typed.MeasuredModel(each, typed.summarise(each, 1))
+        name: typed.MeasuredModel(each, typed.summarize(each, 1))
         for name, each in (("a", heavier.measure()), ("b", log.measure()))
     }
     assert (
@@ -160,7 +165,7 @@ def test_one_user_and_one_resample_have_differences_without_an_interval(log: Log
     for each, resamples in ((alone, 20), (log, 1)):
         difference = found(other(each), each, resamples)["groups"]["bought"]["auc"]
         assert difference["value"] != 0
-        assert difference["low"] is difference["p"] is None
+        assert difference["low"] is difference["p_value"] is None
 
 
 @pytest.mark.parametrize("few", ["weight", "positive labels"])
@@ -172,8 +177,8 @@ def test_users_that_hold_nearly_all_of_what_counts_tell_little(few: str) -> None
         log = replace(log, weight=np.where(of_few, 400.0, 1.0))
     else:
         log = log.with_labels(bought=np.where(of_few, log.labels["bought"], 0.0))
-    assert 1.5 < found(other(log), log, 20)["groups"]["bought"]["auc"]["freedom"] + 1 < 4
-    assert "Few users have most" in summarise(log.measure(), 10)["tasks"]["bought"]["note"]
+    assert 1.5 < found(other(log), log, 20)["groups"]["bought"]["auc"]["degrees_of_freedom"] + 1 < 4
+    assert "Few users have most" in summarize(log.measure(), 10)["tasks"]["bought"]["note"]
 
 
 @pytest.mark.parametrize(
@@ -211,10 +216,10 @@ def trained(labels: np.ndarray, shift: float) -> EvaluationSums:
 
 def test_the_same_training_again_has_the_interval_of_users() -> None:
     labels = np.random.default_rng(0).normal(5, 1, size=800)
-    found = average_trainings([trained(labels, 0.0)] * 3, 1000)["spent"]["mae"]
+    found = average_runs([trained(labels, 0.0)] * 3, 1000)["spent"]["mae"]
     assert found.mean == pytest.approx(labels.mean())
-    assert found.between_trainings == pytest.approx(0, abs=1e-12)
-    assert found.between_users == pytest.approx(labels.std(ddof=1) / np.sqrt(800), rel=0.05)
+    assert found.std_between_runs == pytest.approx(0, abs=1e-12)
+    assert found.standard_error_over_users == pytest.approx(labels.std(ddof=1) / np.sqrt(800), rel=0.05)
     low, high = ttest_1samp(labels, 0).confidence_interval()
     assert found.low == pytest.approx(low, abs=0.06 * (high - low))
     assert found.high == pytest.approx(high, abs=0.06 * (high - low))
@@ -223,10 +228,10 @@ def test_the_same_training_again_has_the_interval_of_users() -> None:
 def test_trainings_that_differ_for_all_users_have_the_interval_of_seeds() -> None:
     labels = np.full(50, 5.0) + np.arange(50) * 1e-9
     shifts = np.random.default_rng(1).normal(0, 0.3, size=6)
-    found = average_trainings([trained(labels, each) for each in shifts], 100)["spent"]["mae"]
+    found = average_runs([trained(labels, each) for each in shifts], 100)["spent"]["mae"]
     low, high = ttest_1samp(5 - shifts, 0).confidence_interval()
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6)
-    assert found.between_trainings == pytest.approx(shifts.std(ddof=1), rel=1e-6)
+    assert found.std_between_runs == pytest.approx(shifts.std(ddof=1), rel=1e-6)
     assert found.values == pytest.approx(5 - shifts, rel=1e-6)
 
 
@@ -240,7 +245,7 @@ def test_settings_that_differ_for_all_users_are_told_apart_as_by_welch() -> None
     low, high = welch.confidence_interval()
     assert found.value == pytest.approx(its.mean() - mine.mean(), rel=1e-6)
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6)
-    assert found.p == pytest.approx(welch.pvalue, rel=1e-6)
+    assert found.p_value == pytest.approx(welch.pvalue, rel=1e-6)
 
 
 def test_users_who_decide_nearly_alone_give_no_interval() -> None:
@@ -255,7 +260,7 @@ def test_users_who_decide_nearly_alone_give_no_interval() -> None:
     sides = [[model(shift + each) for each in (0.0, 0.1)] for shift in (0.2, 0.5)]
     found = find_differences(sides[0], [("it", sides[1])], resamples=50)["it", "spent", "mae"]
     assert found.value == pytest.approx(0.3 * np.abs(labels).mean(), rel=1e-6)
-    assert found.low is found.p is None
+    assert found.low is found.p_value is None
 
 
 def test_the_objective_has_a_mean_and_a_difference_of_rounding_is_none() -> None:
@@ -265,14 +270,14 @@ def test_the_objective_has_a_mean_and_a_difference_of_rounding_is_none() -> None
     found = find_differences(sides[0], [("far", sides[1]), ("same", sides[2])], objective, resamples=50)
     assert found["far", *OBJECTIVE].value == pytest.approx(0.1, rel=1e-6)
     assert found["same", *OBJECTIVE].value == 0
-    means = average_trainings(sides[0], 50, objective)
+    means = average_runs(sides[0], 50, objective)
     assert means[OBJECTIVE[0]][OBJECTIVE[1]].mean == pytest.approx(means["spent"]["mae"].mean)
 
 
 def test_what_is_undefined_is_none() -> None:
     log = simulate(seed=0)
     log.labels["liked"][:] = np.nan
-    found = average_trainings([log.measure()] * 2, 20)
+    found = average_runs([log.measure()] * 2, 20)
     assert found["liked"]["auc"].mean is found["liked"]["auc"].low is None
     assert found["liked"]["auc"].values == (None, None)
     assert found["bought"]["auc"].low < found["bought"]["auc"].mean
@@ -297,6 +302,6 @@ def test_a_task_that_one_side_lacks_and_the_score_are_left_out() -> None:
         ends = (each.value, each.low, each.high)
         assert ends == pytest.approx((found[key].value, found[key].low, found[key].high), rel=1e-9)
     alone = find_differences(both[:1], [("single", single[:1])], resamples=50)["single", "liked", "mae"]
-    assert alone.freedom <= 29
+    assert alone.degrees_of_freedom <= 29
     with_score = find_differences(both, [("same", both[::-1])], resamples=50)
     assert ("same", "score", "ndcg_at_10") in with_score

@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import calibration as module
-from mmoe_rec.evaluation.calibration import FLATTEST, fit_calibration, isotonic, temperature
+from mmoe_rec.evaluation.calibration import MIN_SLOPE, fit_calibration, fit_isotonic, fit_temperature
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.score import TaskCalibration
 
@@ -31,7 +31,7 @@ def test_temperature_solves_the_equations_of_the_likelihood(seed: int) -> None:
     random = np.random.default_rng(seed)
     x, w = random.normal(-2, 2, 3000), random.exponential(size=3000) + 0.1
     y = drawn(0.6 * x - 0.4, seed)
-    error = w * (expit(calibrated(temperature(x, y, w), x)) - y)
+    error = w * (expit(calibrated(fit_temperature(x, y, w), x)) - y)
     assert abs(error.sum()) < 1e-5 * w.sum()
     assert abs(error @ x) < 1e-5 * w.sum()
 
@@ -61,8 +61,8 @@ def test_isotonic_knots_are_the_middles_of_naive_steps(seed: int) -> None:
     assert len(steps) > 4
     before = [logit(np.average(expit(x[step]), weights=w[step])) for step in steps]
     after = [logit(np.average(y[step], weights=w[step])) for step in steps]
-    assert min((b - a) / (d - c) for (a, b), (c, d) in zip(pairwise(after), pairwise(before), strict=True)) > FLATTEST
-    fit = isotonic(x, y, w)
+    assert min((b - a) / (d - c) for (a, b), (c, d) in zip(pairwise(after), pairwise(before), strict=True)) > MIN_SLOPE
+    fit = fit_isotonic(x, y, w)
     np.testing.assert_allclose(fit.logits, before, atol=1e-9)
     np.testing.assert_allclose(fit.calibrated, after, atol=1e-9)
     assert fit.slope == 1
@@ -72,7 +72,7 @@ def test_isotonic_knots_are_the_middles_of_naive_steps(seed: int) -> None:
 def test_the_order_stays_in_float32_whatever_the_labels(form: str) -> None:
     x = np.random.default_rng(6).normal(0, 3, 40_000)
     truth = {"rising": x, "flat": 0 * x, "falling": -x, "steps": np.sign(x)}[form]
-    fit = isotonic(x, drawn(truth), np.ones(len(x)))
+    fit = fit_isotonic(x, drawn(truth), np.ones(len(x)))
     later = np.random.default_rng(7).normal(0, 3, 40_000).astype(np.float32)
     after = calibrated(fit, later)
     assert after.dtype == np.float32
@@ -87,21 +87,21 @@ def test_a_flat_stretch_keeps_a_slope() -> None:
     rows, positives = 10_000, (3000, 3001, 8000)
     x = np.repeat([-3.0, 2.0, 4.0], rows)
     y = np.concatenate([np.repeat([1.0, 0.0], [each, rows - each]) for each in positives])
-    fit = isotonic(x, y, np.ones(len(y)))
+    fit = fit_isotonic(x, y, np.ones(len(y)))
     slopes = np.diff(fit.calibrated) / np.diff(fit.logits)
-    assert slopes[0] == pytest.approx(FLATTEST)
+    assert slopes[0] == pytest.approx(MIN_SLOPE)
     assert fit.calibrated[::2] == (pytest.approx(logit(0.3)), pytest.approx(logit(0.8)))
 
 
 def test_labels_told_apart_without_an_error_stay_between_0_and_1() -> None:
     x = np.linspace(-3, 3, 5000)
-    fit = isotonic(x, (x > 1).astype(float), np.ones(len(x)))
+    fit = fit_isotonic(x, (x > 1).astype(float), np.ones(len(x)))
     assert fit.logits == (pytest.approx(logit(expit(x).mean())),)
     assert fit.calibrated == (pytest.approx(logit((x > 1).mean())),)
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
-def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.Method) -> None:
+def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.CalibrationMethod) -> None:
     tasks = [TASK, TaskOutput("spent", "regression"), TaskOutput("liked", "binary")]
     random = np.random.default_rng(10)
     logits = random.normal(size=(20_000, 3)).astype(np.float32)
@@ -141,7 +141,7 @@ def test_a_task_that_cannot_be_fitted_is_named(x: np.ndarray, y: np.ndarray, sen
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
-def test_what_drifts_is_not_calibrated_by_the_past(method: module.Method) -> None:
+def test_what_drifts_is_not_calibrated_by_the_past(method: module.CalibrationMethod) -> None:
     """Logits that are too high by as much as they become too low later, in rows of any order."""
     random = np.random.default_rng(4)
     x, times = random.normal(size=40_000), random.permutation(40_000)

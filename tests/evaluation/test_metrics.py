@@ -16,11 +16,11 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import prediction_files as metrics
-from mmoe_rec.evaluation.prediction_files import PredictionColumns, columns_of_tasks
-from mmoe_rec.evaluation.results_report import summary_tree
+from mmoe_rec.evaluation.prediction_files import PredictionColumns, parse_tasks
+from mmoe_rec.evaluation.results_report import summary_to_dict
 from mmoe_rec.settings.sections import Evaluation
 from tests.commands import read_metrics, run
-from tests.evaluation.trees import intervals, measure, summarise
+from tests.evaluation.trees import intervals, measure, summarize
 
 TASKS = ["bought", "stars:regression=0.2"]
 FEW = Evaluation(resamples=20)
@@ -34,8 +34,8 @@ def measured(
     against: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The summary of predictions. rows: their columns, or tasks."""
-    columns = rows if isinstance(rows, PredictionColumns) else columns_of_tasks(rows)
-    return summary_tree(metrics.measure_predictions(columns, str(source), out, rules, against).first.summary)
+    columns = rows if isinstance(rows, PredictionColumns) else parse_tasks(rows)
+    return summary_to_dict(metrics.evaluate_predictions(columns, str(source), out, rules, against).first.summary)
 
 
 RATE = ["--columns.sampling_rate", "rate"]
@@ -74,7 +74,7 @@ def written(frame: pd.DataFrame, folder: Path, files: int = 3, **options: Any) -
 def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.ROWS_AT_A_TIME", 100)
     frame = predicted(1, text=text)
-    asked, source = columns_of_tasks(TASKS), written(frame, tmp_path / "in")
+    asked, source = parse_tasks(TASKS), written(frame, tmp_path / "in")
     found = measured(asked, source, tmp_path / "out", Evaluation(resamples=50))
     names = ("bought", "stars")
     sums = measure(
@@ -86,12 +86,12 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
         score=frame["score"].to_numpy(),
         candidates=pa.array(frame["candidate"]),
     )
-    expected = summarise(sums, 50)
+    expected = summarize(sums, 50)
     for part in ("rows", "users", "requests"):
         assert found[part] == expected[part]
     for name, value in intervals(expected).items():
         assert intervals(found)[name] == pytest.approx(value, rel=1e-9), name
-    assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
+    assert found["catalog"] == pytest.approx(expected["catalog"], rel=1e-9)
     read = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {name: read.pop(name) for name in found} == found
     assert sorted(read) == ["against", "facts"]
@@ -106,7 +106,7 @@ def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> No
     renamed = frame.rename(columns={"user": "who", "predicted_bought": "p", "label_bought": "y", "score": "s"})
     source = written(renamed.drop(columns="request"), tmp_path / "other")
     words = ["user=who", "request=who+at", "predicted_bought=p", "label_bought=y", "score=s"]
-    found = measured(columns_of_tasks(["bought"]).with_columns(words), source, tmp_path / "b")
+    found = measured(parse_tasks(["bought"]).with_columns(words), source, tmp_path / "b")
     assert found["tasks"] == expected["tasks"]
     assert found["score"] == expected["score"]
 
@@ -118,7 +118,7 @@ def test_weights_count_rows(tmp_path: Path) -> None:
     expected = chance @ frame["weight"] / (label @ frame["weight"])
     for name, words in (("weight", []), ("w", ["weight=w"])):
         source = written(frame.rename(columns={"weight": name}), tmp_path / name)
-        asked = columns_of_tasks(["bought"]).with_columns(words)
+        asked = parse_tasks(["bought"]).with_columns(words)
         found = measured(asked, source, tmp_path / "out")
         assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
     with pytest.raises(UserError, match="has no column 'rate'; name another one with --columns weight=COLUMN"):
@@ -127,8 +127,8 @@ def test_weights_count_rows(tmp_path: Path) -> None:
 
 def test_without_candidates_there_is_no_catalogue(tmp_path: Path) -> None:
     source = str(written(predicted(4).drop(columns="candidate"), tmp_path / "in"))
-    assert "catalogue" not in measured(["bought"], source, tmp_path / "out")
-    asked = columns_of_tasks(["bought"]).with_columns(["candidate=item"])
+    assert "catalog" not in measured(["bought"], source, tmp_path / "out")
+    asked = parse_tasks(["bought"]).with_columns(["candidate=item"])
     with pytest.raises(UserError, match="has no column 'item'; name another one with --columns candidate=COLUMN"):
         measured(asked, source, tmp_path / "out")
 
@@ -208,7 +208,7 @@ def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
 
 def test_times_that_tell_requests_apart_are_whole_microseconds(tmp_path: Path) -> None:
     frame = predicted(8).assign(request=pd.to_datetime(predicted(8)["request"] // 10**15, unit="s"))
-    asked = columns_of_tasks(["bought"]).with_columns(["request=user+request"])
+    asked = parse_tasks(["bought"]).with_columns(["request=user+request"])
     source = written(frame, tmp_path / "in")
     assert measured(asked, source, tmp_path / "out")["requests"] == len(frame[["user", "request"]].drop_duplicates())
     fine = pd.to_datetime(np.arange(9), unit="ns")

@@ -16,10 +16,10 @@ from sklearn.isotonic import IsotonicRegression
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import evaluate
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.evaluate import evaluate_model, overlap
-from mmoe_rec.evaluation.prediction_files import columns_of_tasks, measure_predictions
-from mmoe_rec.evaluation.sentences import find_all
-from mmoe_rec.evaluation.slices import slice_by_training
+from mmoe_rec.evaluation.evaluate import describe_training_overlap, evaluate_model
+from mmoe_rec.evaluation.messages import find_suspicious_results
+from mmoe_rec.evaluation.prediction_files import evaluate_predictions, parse_tasks
+from mmoe_rec.evaluation.slices import slice_by_training_counts
 from mmoe_rec.settings.sections import Evaluation, Split
 from tests.inference.small_model import SmallModel
 from tests.log.plain_tables import plain_settings
@@ -51,12 +51,12 @@ def report(frame: pd.DataFrame, folder: Path) -> tuple[Results, str]:
     folder.mkdir(parents=True)
     frame.to_parquet(folder / "rows.parquet", index=False)
     out = folder.with_name("out")
-    results = measure_predictions(columns_of_tasks(["bought"]), str(folder), out, Evaluation(resamples=200))
+    results = evaluate_predictions(parse_tasks(["bought"]), str(folder), out, Evaluation(resamples=200))
     return results, Page((out / "report.html").read_text(encoding="utf-8")).words
 
 
 def checks(results: Results) -> list[str]:
-    return [each.check for each in find_all(results)]
+    return [each.check for each in find_suspicious_results(results)]
 
 
 def leak(frame: pd.DataFrame) -> pd.DataFrame:
@@ -168,13 +168,13 @@ def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
     ):
         trained = settings.model_copy(update={"split": Split.model_validate(split | changes)})
         (tmp_path / "settings.yaml").write_text(trained.to_yaml(), encoding="utf-8")
-        (said,) = overlap(settings, tmp_path)
+        (said,) = describe_training_overlap(settings, tmp_path)
         assert re.search(told, said), said
 
 
 def test_new_users_are_one_slice() -> None:
     scored: Any = SimpleNamespace(users=pa.array([1, 2, 9]), candidates=None)
-    slices = slice_by_training(scored, {"user": pd.Series({1: 3, 2: 1})})
+    slices = slice_by_training_counts(scored, {"user": pd.Series({1: 3, 2: 1})})
     found = {by: {name: rows.tolist() for name, rows in each.items()} for by, each in slices.items()}
     assert found == {
         "user": {"new": [2], "returning": [0, 1]},

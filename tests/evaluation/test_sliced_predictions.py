@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.slices import MISSING, OTHERS, SliceBy
+from mmoe_rec.evaluation.slices import MISSING, OTHERS, SliceSpec
 from tests.commands import run
 from tests.evaluation.test_planted_bugs import rows
 
@@ -82,8 +82,8 @@ def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path) -> None:
     words = ["--predictions", str(tmp_path / "mine"), "--compare-to", str(tmp_path / "theirs"), "--tasks", "bought"]
     run("evaluate", *words, "--out", str(tmp_path / "out"), "--resamples", "20", "--slices", "rank", "device")
     table = pd.read_parquet(tmp_path / "out" / "slices.parquet")
-    assert set(table[table["by"] == "rank"]["beside"]) == {"all rows"}
-    assert set(table[table["by"] == "device"]["beside"]) == {"all rows", "theirs"}
+    assert set(table[table["by"] == "rank"]["compared_to"]) == {"all rows"}
+    assert set(table[table["by"] == "device"]["compared_to"]) == {"all rows", "theirs"}
 
 
 def test_columns_of_the_path_are_sliced_by(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.Cap
 )
 @settings(max_examples=60, deadline=None)
 def test_every_row_is_in_one_bucket_and_buckets_are_even(values: list[Any], buckets: int) -> None:
-    by = SliceBy.of(f"bucket(x, {buckets})")
+    by = SliceSpec.parse(f"bucket(x, {buckets})")
     read = by.read(pa.array([None if each is None else float(each) for each in values], pa.float64()))
     found = by.find_slices(read)
     places = np.sort(np.concatenate(list(found.values())))
@@ -138,12 +138,12 @@ def test_every_row_is_in_one_bucket_and_buckets_are_even(values: list[Any], buck
 
 def test_no_two_slices_have_one_name() -> None:
     late = pa.array(1.7e9 + np.arange(1000.0))
-    by = SliceBy.of("bucket(at, 10)")
+    by = SliceSpec.parse("bucket(at, 10)")
     found = by.find_slices(late)
     assert len(found) == 10
     assert sum(map(len, found.values())) == 1000
     words = pa.array(["(missing)", "(all others)", "a", None])
-    by = SliceBy.of("word")
+    by = SliceSpec.parse("word")
     found = by.find_slices(words)
     assert {name: each.tolist() for name, each in found.items()} == {
         "'(all others)'": [1],

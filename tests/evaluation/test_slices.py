@@ -10,22 +10,22 @@ from scipy.stats import ttest_1samp
 from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import MIN_RARER_ROWS
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.intervals import effective_sample_size
-from mmoe_rec.evaluation.sentences import describe_slices
+from mmoe_rec.evaluation.messages import describe_slices
 from mmoe_rec.evaluation.slices import (
-    ALL,
+    ALL_ROWS,
     MISSING,
-    SliceBy,
     SliceRecord,
+    SliceSpec,
     _read_slices,
     compare_slices,
     sort_worst_first,
 )
-from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-from mmoe_rec.log.columns import combine, hash_column
+from mmoe_rec.evaluation.summary import MeasuredModel, summarize
+from mmoe_rec.log.columns import combine_hashes, hash_column
 from mmoe_rec.log.reader import Log as LogFiles
 from mmoe_rec.settings.sections import Evaluation
 from tests.log.small_logs import random_log, schema_of, with_column, write_log
@@ -38,7 +38,7 @@ def model(log: Log, of_rows: np.ndarray) -> MeasuredModel:
         ("kind", str(each)): log.take(np.flatnonzero(of_rows == each)).measure(grouped=grouped)
         for each in np.unique(of_rows)
     }
-    return MeasuredModel(sums, summarise(sums, 1), slices=slices)
+    return MeasuredModel(sums, summarize(sums, 1), slices=slices)
 
 
 @pytest.fixture
@@ -55,17 +55,17 @@ def test_slices_have_the_metrics_of_their_rows(log: Log) -> None:
         mine = of_rows == kind
         expected = roc_auc_score(log.labels["bought"][mine], log.predictions["bought"][mine])
         assert found.value == pytest.approx(expected)
-        assert found.apart == pytest.approx(expected - whole)
+        assert found.difference == pytest.approx(expected - whole)
         assert found.rows == mine.sum()
         assert found.labels == min(log.labels["bought"][mine].sum(), (1 - log.labels["bought"][mine]).sum())
-        assert found.low < found.apart < found.high
-        assert found.beside == ALL
-        assert found.p <= found.p_corrected
+        assert found.low < found.difference < found.high
+        assert found.compared_to == ALL_ROWS
+        assert found.p_value <= found.corrected_p_value
 
 
 def test_a_bucket_holds_its_largest_number() -> None:
     values = pa.array([1.0, 2.0, None, 3.0, 4.0])
-    found = SliceBy("bucket(price, 2)", "price", 2).find_slices(values)
+    found = SliceSpec("bucket(price, 2)", "price", 2).find_slices(values)
     rows = {name: numbers.tolist() for name, numbers in found.items()}
     assert rows == {"[1, 2]": [0, 1], "(2, 4]": [3, 4], MISSING: [2]}
 
@@ -75,7 +75,7 @@ def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log
     noise = np.random.default_rng(2).random(len(log.score))
     wrong = np.where(of_rows == 5, noise, log.predictions["bought"])
     records = compare_slices({"ours": model(log.with_predictions(bought=wrong), of_rows)}, "ours", 200)
-    shown = [each for each in records if each.metric == "auc" and (each.p_corrected or 1) < 0.05]
+    shown = [each for each in records if each.metric == "auc" and (each.corrected_p_value or 1) < 0.05]
     assert [(each.slice, each.group) for each in shown] == [("5", "bought")]
     assert sort_worst_first(records)[0] == shown[0]
 
@@ -98,10 +98,10 @@ def test_a_loss_beyond_the_margin_is_tested_as_by_scipy(margin: float) -> None:
     error = float(values.std(ddof=1) / np.sqrt(7))
     record = SliceRecord("a", "b", "it", "auc", 9, 99, None, 0.5, "old", values.mean(), 0.0, 0.0, error, 6.0, 0.1)
     expected = 2 * ttest_1samp(values, -margin, alternative="less").pvalue
-    assert record.test_loss(margin) == pytest.approx(expected, rel=1e-9)
-    for unknown in ("apart", "error", "freedom"):
-        assert replace(record, **{unknown: None}).test_loss(margin) == 1
-    assert replace(record, error=0.0).test_loss(margin) == 1
+    assert record.loss_p_value(margin) == pytest.approx(expected, rel=1e-9)
+    for unknown in ("difference", "standard_error", "degrees_of_freedom"):
+        assert replace(record, **{unknown: None}).loss_p_value(margin) == 1
+    assert replace(record, standard_error=0.0).loss_p_value(margin) == 1
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,17 @@ def test_what_is_worse_is_lower_or_further_off(
 
 def test_the_worst_come_first() -> None:
     """Beside other models before all rows, and probabilities by how far they are off."""
-    lost = SliceRecord("a", "b", "it", "auc", 9, 99, None, 0.6, ALL, -0.1, 0.0, 0.0, 0.1, 7.0, 0.001, 0.001)
-    off = replace(lost, metric="calibration", value=1.5, apart=0.3)
+    lost = SliceRecord("a", "b", "it", "auc", 9, 99, None, 0.6, ALL_ROWS, -0.1, 0.0, 0.0, 0.1, 7.0, 0.001, 0.001)
+    off = replace(lost, metric="calibration", value=1.5, difference=0.3)
     expected = [
-        replace(lost, beside="old", apart=-0.02),
-        replace(lost, beside="old", apart=-0.01),
-        replace(lost, apart=-0.2),
+        replace(lost, compared_to="old", difference=-0.02),
+        replace(lost, compared_to="old", difference=-0.01),
+        replace(lost, difference=-0.2),
         lost,
-        replace(off, value=0.5, apart=-0.4),
+        replace(off, value=0.5, difference=-0.4),
         off,
-        replace(lost, apart=0.1),
-        replace(lost, apart=0.3),
+        replace(lost, difference=0.1),
+        replace(lost, difference=0.3),
     ]
     assert sort_worst_first([expected[each] for each in (5, 3, 6, 1, 4, 2, 7, 0)]) == expected
 
@@ -148,13 +148,13 @@ def test_slices_of_other_rows_and_of_one_user_are_not_compared(log: Log) -> None
     mine = np.where(log.users == log.users[0], "one", np.where(log.users % 2 == 0, "even", "odd"))
     its = np.where((mine == "odd") & (log.users == log.users[mine == "odd"][0]), "even", mine)
     records = compare_slices({"new": model(log, mine), "old": model(log, its)}, "new", 100)
-    found = {(each.slice, each.beside): each for each in records if (each.group, each.metric) == ("bought", "auc")}
-    assert found.keys() == {(name, ALL) for name in ("one", "even", "odd")} | {("one", "old")}
-    for beside in (ALL, "old"):
-        assert found["one", beside].labels >= 50
-        assert found["one", beside].apart is not None
-        assert found["one", beside].error is found["one", beside].p is None
-    assert found["even", ALL].error > 0
+    found = {(each.slice, each.compared_to): each for each in records if (each.group, each.metric) == ("bought", "auc")}
+    assert found.keys() == {(name, ALL_ROWS) for name in ("one", "even", "odd")} | {("one", "old")}
+    for compared_to in (ALL_ROWS, "old"):
+        assert found["one", compared_to].labels >= 50
+        assert found["one", compared_to].difference is not None
+        assert found["one", compared_to].standard_error is found["one", compared_to].p_value is None
+    assert found["even", ALL_ROWS].standard_error > 0
 
 
 def test_slices_redraw_the_same_users_as_all_rows(log: Log) -> None:
@@ -175,18 +175,23 @@ def test_slices_redraw_the_same_users_as_all_rows(log: Log) -> None:
         redrawn.append(of_late - of_all)
     sizes = (labels, 1 - labels, np.ones(len(labels)))
     effective = min(effective_sample_size(np.bincount(place, each)[100:]) for each in sizes)
-    assert record.freedom + 1 == pytest.approx(effective)
+    assert record.degrees_of_freedom + 1 == pytest.approx(effective)
     expected = np.std(redrawn) * np.sqrt(effective / (effective - 1))
-    assert record.error == pytest.approx(expected, rel=0.25)
+    assert record.standard_error == pytest.approx(expected, rel=0.25)
 
 
-@pytest.mark.parametrize("rarer", [FEWEST - 1, FEWEST])
+@pytest.mark.parametrize("rarer", [MIN_RARER_ROWS - 1, MIN_RARER_ROWS])
 def test_slices_with_fifty_rows_of_the_rarer_label_are_judged(log: Log, rarer: int) -> None:
     given = np.where(np.cumsum(log.users % 2 == 0) <= rarer, 1.0, 0.0) * (log.users % 2 == 0)
     records = compare_slices({"ours": model(log.with_labels(bought=given), log.users % 2)}, "ours", 20)
     (found,) = (each for each in records if (each.slice, each.group, each.metric) == ("0", "bought", "auc"))
     assert found.labels == rarer
-    assert (found.value is None) == (found.apart is None) == (found.p_corrected is None) == (rarer < FEWEST)
+    assert (
+        (found.value is None)
+        == (found.difference is None)
+        == (found.corrected_p_value is None)
+        == (rarer < MIN_RARER_ROWS)
+    )
 
 
 def test_few_requests_are_counted_and_not_judged(log: Log) -> None:
@@ -194,7 +199,7 @@ def test_few_requests_are_counted_and_not_judged(log: Log) -> None:
     records = compare_slices({"ours": model(log, of_requests)}, "ours", 50)
     (found,) = (each for each in records if (each.slice, each.group) == ("few", "score"))
     assert found.requests <= 40
-    assert found.value is found.apart is None
+    assert found.value is found.difference is None
 
 
 def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,13 +220,13 @@ def test_lists_that_slices_cut_are_not_compared_with_whole_ones(log: Log) -> Non
     for each in ranked:
         assert each.value > 0
         assert each.requests >= 50
-        assert each.apart is each.p_corrected is None
+        assert each.difference is each.corrected_p_value is None
     whole = compare_slices({"ours": model(log, log.users % 3)}, "ours", 100)
-    assert all(each.apart is not None for each in whole if each.metric == "ndcg_at_10")
+    assert all(each.difference is not None for each in whole if each.metric == "ndcg_at_10")
     two = compare_slices({"ours": model(log, noise), "old": model(log, noise)}, "ours", 100)
-    beside = [each for each in two if each.metric == "ndcg_at_10"]
-    assert {each.beside for each in beside} == {"old"}
-    assert all(each.apart == 0 for each in beside)
+    compared_to = [each for each in two if each.metric == "ndcg_at_10"]
+    assert {each.compared_to for each in compared_to} == {"old"}
+    assert all(each.difference == 0 for each in compared_to)
 
 
 def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
@@ -261,12 +266,12 @@ def test_candidates_that_a_request_holds_twice_keep_their_slices(tmp_path: Path,
     table = with_column(pa.concat_tables([table, table]), "slot", [1] * 60 + [2] * 60)
     first = table.slice(0, 60)
     folder = write_log(tmp_path / "log", *([first, first.take(list(range(59, -1, -1)))] if again else [table]))
-    log = LogFiles(str(folder), schema, more={"slot": "any"})
+    log = LogFiles(str(folder), schema, extra_columns={"slot": "any"})
     keys = [
-        combine([hash_column(each.requests()), each.hashes(["item"])])
+        combine_hashes([hash_column(each.requests()), each.hashes(["item"])])
         for part in log.parts()
         for each in log.reader.read(part)
     ]
     wanted = np.sort(np.concatenate(keys)[: 60 if again else None])
-    found = _read_slices(log, [SliceBy("slot", "slot", None)], wanted, False)["slot"]
+    found = _read_slices(log, [SliceSpec("slot", "slot", None)], wanted, False)["slot"]
     assert {name: len(numbers) for name, numbers in found.items()} == ({"1": 60} if again else {"1": 60, "2": 60})

@@ -19,22 +19,22 @@ from sklearn.metrics import (
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import summary as typed
-from mmoe_rec.evaluation.intervals import draw_users
+from mmoe_rec.evaluation.intervals import draw_user_counts
+from mmoe_rec.evaluation.messages import describe_notes
 from mmoe_rec.evaluation.metrics.metric import Resamples
-from mmoe_rec.evaluation.metrics.tasks import NormalisedEntropy, bin_edges
-from mmoe_rec.evaluation.sentences import describe_notes
-from mmoe_rec.evaluation.summary import LEFT_OUT, UserMetrics, flatten
+from mmoe_rec.evaluation.metrics.task_metrics import NormalizedEntropy, bin_edges
+from mmoe_rec.evaluation.summary import UNINFORMATIVE_REQUESTS, BootstrapMetrics, flatten
 from mmoe_rec.evaluation.sums import MeasuredTask
-from tests.evaluation.trees import intervals, measure, summarise
+from tests.evaluation.trees import intervals, measure, summarize
 
 
 def notes(log: Log) -> list[str]:
-    return list(describe_notes(typed.summarise(log.measure(), 20)))
+    return list(describe_notes(typed.summarize(log.measure(), 20)))
 
 
 def values(log: Log) -> Callable[[str, str], float]:
     """The value of a task's metric."""
-    tasks = summarise(log.measure(), resamples=1)["tasks"]
+    tasks = summarize(log.measure(), resamples=1)["tasks"]
     return lambda task, metric: tasks[task][metric]["value"]
 
 
@@ -59,9 +59,9 @@ def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(sp
     log = log.with_predictions(bought=0.3 + spread * 0.5 * log.predictions["bought"])
     log = log.with_labels(bought=kept)
     _, label, prediction = log.observed("bought")
-    exact = summarise(log.measure(), resamples=200)["tasks"]["bought"]
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.tasks.MOST_BINS", 400)
-    found = summarise(log.measure(), resamples=200)["tasks"]["bought"]
+    exact = summarize(log.measure(), resamples=200)["tasks"]["bought"]
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.task_metrics.MOST_BINS", 400)
+    found = summarize(log.measure(), resamples=200)["tasks"]["bought"]
     for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
         assert found[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)
         width = exact[metric]["high"] - exact[metric]["low"]
@@ -83,7 +83,7 @@ def test_rows_count_by_their_weights_in_metrics_of_tasks_and_requests_alike(deci
     w = weight[rows]
     loss, rate = log_loss(label, prediction, sample_weight=w), w @ label / w.sum()
     assert heavy("liked", "logloss") == pytest.approx(loss, rel=1e-9)
-    assert heavy("liked", "normalised_entropy") == pytest.approx(loss / entropy_of([rate, 1 - rate]), rel=1e-9)
+    assert heavy("liked", "normalized_entropy") == pytest.approx(loss / entropy_of([rate, 1 - rate]), rel=1e-9)
     assert heavy("liked", "calibration") == pytest.approx((w @ prediction) / (w @ label), rel=1e-9)
     for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
         expected = area(label, prediction, sample_weight=w)
@@ -99,18 +99,18 @@ def test_rows_count_by_their_weights_in_metrics_of_tasks_and_requests_alike(deci
         ("rmse", root_mean_squared_error(label, prediction, sample_weight=w)),
     ):
         assert heavy("spent", metric) == pytest.approx(expected, rel=1e-9)
-    score, plain = (summarise(each.measure(), resamples=1) for each in (weighted, log))
+    score, plain = (summarize(each.measure(), resamples=1) for each in (weighted, log))
     assert score["score"] == plain["score"]
     assert score["tasks"]["liked"]["mrr"] == plain["tasks"]["liked"]["mrr"]
 
 
 def test_groups_left_out_are_counted(log: Log) -> None:
     rows, label, _ = log.observed("liked")
-    found = summarise(log.measure(), resamples=1)["tasks"]["liked"]
+    found = summarize(log.measure(), resamples=1)["tasks"]["liked"]
     for name, groups in (("single_class_users", log.users[rows]), ("single_class_requests", log.requests[rows])):
         single = [group for group in np.unique(groups) if len(np.unique(label[groups == group])) == 1]
         share = np.isin(groups, single).mean()
-        assert found[name] == {"count": len(single), "share_of_rows": pytest.approx(share)}
+        assert found[name] == {"count": len(single), "fraction_of_rows": pytest.approx(share)}
 
 
 def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
@@ -118,7 +118,7 @@ def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
     relevant[log.requests < 20 * 1_000_003] = 1.0  # whole requests of equal relevance
     labels = {"bought": relevant, "liked": np.zeros(len(relevant)), "spent": np.zeros(len(relevant))}
     log = replace(log, tasks=(replace(SPENT, name="bought", weight=1.0), *log.tasks[1:]), labels=labels)
-    naive, left_out = [], dict.fromkeys(LEFT_OUT, 0)
+    naive, left_out = [], dict.fromkeys(UNINFORMATIVE_REQUESTS, 0)
     for request in np.unique(log.requests):
         rows = np.flatnonzero(log.requests == request)
         ranked = relevant[rows[np.argsort(-log.score[rows])]]
@@ -130,7 +130,7 @@ def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
             left_out["requests_of_equal_relevance"] += 1
         else:
             naive.append(1 / (np.argmax(ranked > 0) + 1))
-    summary = summarise(log.measure(), resamples=1)
+    summary = summarize(log.measure(), resamples=1)
     assert summary["score"]["mrr"]["value"] == pytest.approx(np.mean(naive))
     assert {name: summary["score"][name] for name in left_out} == left_out
     assert min(left_out.values()) > 0
@@ -142,7 +142,7 @@ def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: 
     """Times in seconds: the worst order of all has an NDCG of 1 but for rounding."""
     times = 1.7e9 + 100 * np.random.default_rng(3).standard_normal(len(log.score))
     log = log.with_labels(spent=times)
-    summary = summarise(log.measure(), resamples=20)
+    summary = summarize(log.measure(), resamples=20)
     assert summary["score"]["ndcg_at_10"]["value"] > 0.999
     (note,) = [each for each in notes(log) if "nearly 1 in any order" in each]
     assert note.startswith("score: NDCG")
@@ -151,21 +151,21 @@ def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: 
     assert not any("in any order" in each for each in notes(log))
 
 
-def with_mean(log: Log, mean: float, deviation: float) -> Log:
+def with_mean(log: Log, mean: float, std: float) -> Log:
     """Labels and predictions of `spent` moved to another mean and deviation."""
     label = log.labels["spent"]
-    moved = mean + deviation * (label - np.nanmean(label)) / np.nanstd(label)
-    error = deviation * np.random.default_rng(3).normal(size=len(label))
+    moved = mean + std * (label - np.nanmean(label)) / np.nanstd(label)
+    error = std * np.random.default_rng(3).normal(size=len(label))
     predicted = np.nan_to_num(moved + 0.3 * error, nan=mean)
     return log.with_labels(spent=moved).with_predictions(spent=predicted)
 
 
-@pytest.mark.parametrize(("mean", "deviation"), [(1.7e9, 100.0), (-1.7e9, 100.0), (1e12, 1.0), (0.0, 1e-9)])
-def test_r2_where_the_mean_is_large_beside_the_deviation(log: Log, mean: float, deviation: float) -> None:
+@pytest.mark.parametrize(("mean", "std"), [(1.7e9, 100.0), (-1.7e9, 100.0), (1e12, 1.0), (0.0, 1e-9)])
+def test_r2_where_the_mean_is_large_beside_the_deviation(log: Log, mean: float, std: float) -> None:
     """The tolerance is that of sums of 1e12, between which float64 has steps of .0001 deviations."""
-    log = with_mean(log, mean, deviation)
+    log = with_mean(log, mean, std)
     _, label, prediction = log.observed("spent")
-    found = summarise(log.measure(), resamples=100)["tasks"]["spent"]
+    found = summarize(log.measure(), resamples=100)["tasks"]["spent"]
     assert found["r2"]["value"] == pytest.approx(r2_score(label - mean, prediction - mean), rel=1e-5)
     assert found["rmse"]["value"] == pytest.approx(root_mean_squared_error(label, prediction), rel=1e-6)
     assert found["r2"]["low"] < found["r2"]["value"] < found["r2"]["high"]
@@ -178,13 +178,13 @@ def test_r2_is_undefined_in_resamples_that_draw_equal_labels_alone() -> None:
     labels, weight = np.repeat(random.normal(size=30), 5), random.uniform(0.1, 9, 150)
     sums = measure((SPENT,), users, users, {"spent": labels + 1}, {"spent": labels}, score=labels, weight=weight)
     drawn = np.concatenate([30 * np.eye(30), np.ones((30, 1))], axis=1)  # each user alone, then all
-    found = UserMetrics(sums).groups["spent"].at(drawn)["r2"]
+    found = BootstrapMetrics(sums).groups["spent"].compute(drawn)["r2"]
     assert np.isnan(found).tolist() == [True] * 30 + [False]
 
 
 def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
     _, label, prediction = log.observed("bought")
-    found = summarise(log.measure(), resamples=50)["tasks"]["bought"]
+    found = summarize(log.measure(), resamples=50)["tasks"]["bought"]
     bins = found["calibration_bins"]
     assert len(bins) == 10
     assert sum(row["rows"] for row in bins) == len(label)
@@ -202,7 +202,7 @@ def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
 
 
 def test_flat_names_suit_mlflow(log: Log) -> None:
-    summary, flat = summarise(log.measure(), resamples=20), flatten(typed.summarise(log.measure(), resamples=20))
+    summary, flat = summarize(log.measure(), resamples=20), flatten(typed.summarize(log.measure(), resamples=20))
     assert flat["score.ndcg_at_10"] == summary["score"]["ndcg_at_10"]["value"]
     assert flat["bought.ece"] == summary["tasks"]["bought"]["ece"]
     assert {"rows", "users", "requests", "spent.rmse.high", "liked.single_class_users.share_of_rows"} <= flat.keys()
@@ -216,15 +216,15 @@ def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log, weighted: bool
     weight = np.random.default_rng(6).uniform(0.1, 9, len(log.score)) if weighted else np.ones(len(log.score))
     log = with_mean(replace(log, weight=weight), 1.7e9, 100.0)
     sums = log.measure()
-    counts = next(draw_users(len(sums.tables["ranking"]), 3, seed=4))
+    counts = next(draw_user_counts(len(sums.tables["ranking"]), 3, seed=4))
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
-    groups = UserMetrics(sums).groups
+    groups = BootstrapMetrics(sums).groups
     for task in ("bought", "liked", "spent"):
         rows, label, prediction = log.observed(task)
         areas = {"auc": roc_auc_score, "average_precision": average_precision_score, "logloss": log_loss}
         if task == "spent":
             label, prediction, areas = label - 1.7e9, prediction - 1.7e9, {"r2": r2_score}
-        found = groups[task].at(counts)
+        found = groups[task].compute(counts)
         for draw in range(3):
             times = np.array([drawn[user][draw] for user in log.users[rows]]) * weight[rows]
             for metric, area in areas.items():
@@ -254,12 +254,12 @@ UNDEFINED = {
     ),
     "no positive label": (
         lambda log: same_label(log, "bought", 0.0),
-        {"bought": ("auc", "gauc_user", "gauc_request", "normalised_entropy", "calibration")},
+        {"bought": ("auc", "gauc_user", "gauc_request", "normalized_entropy", "calibration")},
         {"bought": "auc, average_precision, gauc_user, gauc_request, "},
     ),
     "no negative label, by weights": (
         lambda log: replace(same_label(log, "liked", 1.0), weight=np.random.default_rng(7).uniform(0.1, 9, 2_435)),
-        {"liked": ("auc", "gauc_user", "normalised_entropy")},
+        {"liked": ("auc", "gauc_user", "normalized_entropy")},
         {"liked": "gauc_user, gauc_request, "},
     ),
     "no label": (
@@ -279,7 +279,7 @@ UNDEFINED = {
 @pytest.mark.parametrize("what", UNDEFINED)
 def test_what_is_undefined_has_a_note(log: Log, what: str) -> None:
     change, undefined, said = UNDEFINED[what]
-    summary = summarise(change(log).measure(), resamples=20)
+    summary = summarize(change(log).measure(), resamples=20)
     json.dumps(summary, allow_nan=False)
     groups = {**summary["tasks"], "score": summary["score"]}
     for group, metrics in undefined.items():
@@ -300,23 +300,23 @@ def test_counts_decide_whether_normalised_entropy_is_defined(positives: int, lab
     sums = simulate(seed=1, users=1, requests=3).measure()
     totals = {"logloss": 0.6, "label": label, "weight": 1.0, "positives": float(positives), "rows": 4.0}
     drawn = Resamples(
-        typed.UserMetrics(sums).groups["bought"],
+        typed.BootstrapMetrics(sums).groups["bought"],
         np.ones((1, 1)),
         {name: np.array([total]) for name, total in totals.items()},
     )
     expected = np.nan if positives in (0, 4) else 0.6 / entropy_of([label, 1 - label])
-    np.testing.assert_allclose(NormalisedEntropy().summarise(drawn), [expected], rtol=1e-12)
+    np.testing.assert_allclose(NormalizedEntropy().summarize(drawn), [expected], rtol=1e-12)
 
 
 def test_what_has_no_interval_is_said_and_why() -> None:
     """Two users, one of which has a single class: half of the resamples have no AUC. Of one user nothing has."""
     task, label, score = MeasuredTask("bought", "binary"), np.array([0.0, 1, 0, 0]), np.array([0.2, 0.7, 0.3, 0.4])
-    summary = summarise(measure((task,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": score}, {"bought": label}, score=score))
+    summary = summarize(measure((task,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": score}, {"bought": label}, score=score))
     found = summary["tasks"]["bought"]
     assert found["auc"] == {"value": 1, "low": None, "high": None}
     assert "auc, average_precision, gauc_user, " in found["note"]
     assert "no interval" in summary["score"]["note"]
-    alone = typed.summarise(simulate(seed=2, users=1, requests=30).measure(), resamples=20)
+    alone = typed.summarize(simulate(seed=2, users=1, requests=30).measure(), resamples=20)
     assert "one user" in next(describe_notes(alone))
     numbers = [each for group in alone.groups.values() for each in group.metrics.values()]
     assert all(each.value is not None and each.low is None and each.high is None for each in numbers)
@@ -327,11 +327,11 @@ def test_users_who_all_agree_leave_no_interval_of_no_width() -> None:
     users, label = np.repeat(np.arange(5), 4), np.tile([0.0, 0.0, 1.0, 1.0], 5)
     chance = 0.25 + label / 2
     task = MeasuredTask("bought", "binary")
-    found = summarise(measure((task,), users, users, {"bought": chance}, {"bought": label}, score=chance))
+    found = summarize(measure((task,), users, users, {"bought": chance}, {"bought": label}, score=chance))
     for auc in (found["tasks"]["bought"]["auc"], found["score"]["hit_rate_at_5"]):
         assert (auc["value"], auc["high"]) == (1.0, 1.0)
         assert 0.5 < auc["low"] < 0.7
-    for name in ("logloss", "calibration", "normalised_entropy"):
+    for name in ("logloss", "calibration", "normalized_entropy"):
         assert found["tasks"]["bought"][name]["low"] is None
     assert "have no interval: the same for all users, or undefined" in found["tasks"]["bought"]["note"]
 
@@ -394,11 +394,11 @@ def test_bad_tasks_are_named(arguments: tuple, message: str) -> None:
 def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bool, monkeypatch) -> None:
     log = simulate(seed=5, users=4000, requests=6000)
     log = replace(log, users=log.users.astype(str)) if text else log
-    alone = intervals(summarise(log.measure(grouped=False), 400))
+    alone = intervals(summarize(log.measure(grouped=False), 400))
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 512)
     grouped = log.measure()
     assert 505 < len(grouped.tables["ranking"]) <= 512
-    summary = summarise(grouped, 400)
+    summary = summarize(grouped, 400)
     assert summary["users"] == grouped.users == len(np.unique(log.users)) > 2000
     together = intervals(summary)
     assert alone.keys() == together.keys()

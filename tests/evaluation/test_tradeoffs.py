@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.metrics.lists import RankedLists, ndcg, ranks_nothing
-from mmoe_rec.evaluation.prediction_files import columns_of_settings, open_predictions
-from mmoe_rec.evaluation.summary import UserMetrics
+from mmoe_rec.evaluation.metrics.ranking_metrics import RankedRequests, find_uninformative_requests, ndcg
+from mmoe_rec.evaluation.prediction_files import columns_from_settings, load_predictions
+from mmoe_rec.evaluation.summary import BootstrapMetrics
 from mmoe_rec.evaluation.sums import MeasuredTask, PredictedRows
-from mmoe_rec.evaluation.tradeoffs import Sweep, make_grid
+from mmoe_rec.evaluation.tradeoffs import WeightSweep, make_grid
 from mmoe_rec.report.report_files import read_report
 from tests.commands import exit_code
 from tests.inference.small_model import SmallModel
@@ -34,8 +34,8 @@ def rows(seed: int = 0, users: int = 300) -> PredictedRows:
     return PredictedRows(tasks, pa.array(request // 4), pa.array(request), None, predicted, label, logit.sum(1))
 
 
-def sweep(given: PredictedRows, weights: list[tuple[float, ...]], resamples: int = 20) -> Sweep:
-    return Sweep(given, TASKS, weights, resamples)
+def sweep(given: PredictedRows, weights: list[tuple[float, ...]], resamples: int = 20) -> WeightSweep:
+    return WeightSweep(given, TASKS, weights, resamples)
 
 
 def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
@@ -50,20 +50,20 @@ def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
         )
         for place, task in enumerate(TASKS):
             request, gain = given.requests.to_numpy(), np.nan_to_num(given.labels[task])
-            lists = RankedLists.of(request, score, gain, request.max() + 1)
-            ranked = ~np.any(list(ranks_nothing(lists).values()), axis=0)
+            lists = RankedRequests.of(request, score, gain, request.max() + 1)
+            ranked = ~np.any(list(find_uninformative_requests(lists).values()), axis=0)
             assert found.values[number, place] == pytest.approx(ndcg(lists, 10)[ranked].mean(), rel=1e-9)
 
 
 def test_the_front_is_what_no_other_ranking_beats() -> None:
     weights = make_grid([1.0, 1.0])
     found = sweep(rows(), weights)
-    for is_front, mine in zip(found.find_front(), found.values, strict=True):
+    for is_front, mine in zip(found.find_pareto_front(), found.values, strict=True):
         better = [its for its in found.values if (its >= mine).all() and (its > mine).any()]
         assert is_front == (not better)
     for place in range(2):
         best = found.values[:, place].argmax()
-        assert found.find_front()[best]
+        assert found.find_pareto_front()[best]
         assert weights[best][place] > 0.8
 
 
@@ -72,10 +72,10 @@ def test_the_goal_is_raised_while_others_lose_no_more_than_they_may() -> None:
     found = sweep(rows(), weights, 200)
     number = found.choose("bought", {})
     assert weights[number][0] > 0.8
-    assert found.compare_with_first(number)["liked"].high < 0
+    assert found.compare_with_deployed(number)["liked"].high < 0
     number = found.choose("bought", {"liked": 0.03})
     assert 0.5 < weights[number][0] < 0.8
-    apart = found.compare_with_first(number)
+    apart = found.compare_with_deployed(number)
     assert apart["liked"].low >= -0.03
     assert apart["bought"].value > 0
     # None gains without a loss, so the deployed weights stay.
@@ -86,9 +86,9 @@ def test_users_without_labels_of_a_task_do_not_make_it_surer() -> None:
     given = rows()
     few = np.where(given.users.to_numpy() < 10, given.labels["liked"], np.nan)
     of_few = sweep(replace(given, labels=given.labels | {"liked": few}), [(0.5, 0.5), (1.0, 0.0)])
-    apart = of_few.compare_with_first(1)
-    assert apart["bought"].freedom > apart["liked"].freedom
-    assert apart["liked"].freedom <= 9
+    apart = of_few.compare_with_deployed(1)
+    assert apart["bought"].degrees_of_freedom > apart["liked"].degrees_of_freedom
+    assert apart["liked"].degrees_of_freedom <= 9
 
 
 def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
@@ -111,8 +111,8 @@ def test_a_task_without_a_relevant_row_is_undefined() -> None:
     found = sweep(replace(given, labels=unobserved), [(0.5, 0.5), (1.0, 0.0)])
     assert np.isnan(found.values[:, 1]).all()
     assert not np.isnan(found.values[:, 0]).any()
-    assert found.compare_with_first(1)["liked"].value is None
-    assert found.find_front().any()
+    assert found.compare_with_deployed(1)["liked"].value is None
+    assert found.find_pareto_front().any()
 
 
 # The command
@@ -157,13 +157,13 @@ def test_weights_of_the_settings_rank_as_the_model(model: SmallModel) -> None:
     """One of the tasks is a regression."""
     assert exit_code("evaluate", "--config", model.config(), "--model", model.folder) == 0
     file, settings = Path(model.settings.data.work_dir) / "evaluation" / "predictions.parquet", model.settings
-    given, tasks = open_predictions(columns_of_settings(settings), str(file), "--predictions"), list(settings.tasks)
+    given, tasks = load_predictions(columns_from_settings(settings), str(file), "--predictions"), list(settings.tasks)
     weights = make_grid([task.score_weight for task in settings.tasks.values()])[:1]
-    (found,) = Sweep(given, tasks, weights, 1).values
+    (found,) = WeightSweep(given, tasks, weights, 1).values
     assert np.isfinite(found).sum() >= 2
     for task, value in zip(tasks, found, strict=True):
         alone = replace(given, tasks=tuple(replace(each, weight=float(each.name == task)) for each in given.tasks))
-        expected = UserMetrics(alone.sum()).once["score", "ndcg_at_10"]  # of the model's own scores
+        expected = BootstrapMetrics(alone.sum()).point_values["score", "ndcg_at_10"]  # of the model's own scores
         assert value == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.evaluation import comparison, summary
-from mmoe_rec.evaluation.results_report import comparison_tree, summary_tree
+from mmoe_rec.evaluation.results_report import comparison_to_dict, summary_to_dict
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, PredictedRows
 from mmoe_rec.settings.sections import Evaluation
 
@@ -29,8 +29,8 @@ def measure(
     return PredictedRows(tuple(tasks), *ids, predictions, labels, np.asarray(score), weight).sum(grouped)
 
 
-def summarise(*arguments: Any, **options: Any) -> dict[str, Any]:
-    return summary_tree(summary.summarise(*arguments, **options))
+def summarize(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return summary_to_dict(summary.summarize(*arguments, **options))
 
 
 def intervals(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
@@ -48,6 +48,6 @@ def compare(
     sums: Mapping[str, EvaluationSums], model: str, tasks: Sequence[str] = (), resamples: int = 20
 ) -> dict[str, Any]:
     """tasks: those that decide, by their AUC."""
-    models = {name: summary.MeasuredModel(each, summary.summarise(each, 1)) for name, each in sums.items()}
+    models = {name: summary.MeasuredModel(each, summary.summarize(each, 1)) for name, each in sums.items()}
     compared = comparison.compare(models, model, tasks, Evaluation().model_copy(update={"resamples": resamples}))
-    return comparison_tree(compared)
+    return comparison_to_dict(compared)

@@ -11,7 +11,7 @@ from mmoe_rec.experiments.compare import (
     ExperimentResult,
     MetricMean,
     VariantResult,
-    correct_cells,
+    correct_p_values,
     list_architectures,
     parse_variants,
 )
@@ -55,7 +55,7 @@ def test_the_settings_own_architecture_comes_first_under_its_name(
             assert its.experts.units[0] * its.experts.count == units, "as many units, of which a row takes two experts"
     order = [name for name in ("shared bottom", "one gate", "MMoE", "PLE") if name in {each.name for each in variants}]
     if names[0] in order:
-        assert [each.name for each in variants if each.simpler] == order[: order.index(names[0])]
+        assert [each.name for each in variants if each.is_simpler] == order[: order.index(names[0])]
     if tasks == 3:
         assert [each.without_tasks for each in variants[4:10]] == [
             ("liked", "third"),
@@ -80,47 +80,51 @@ def test_variants_of_the_command_line() -> None:
         Variant("wide", ("model.experts.count=16", "training.epochs=4")),
         Variant("plain", ("features.x.dim=null",), ("price",)),
     ]
-    assert parse_variants(words)[1].change == "--features.x.dim=null --features.price=null"
+    assert parse_variants(words)[1].cli_options == "--features.x.dim=null --features.price=null"
 
 
 def apart(value: float, half: float, p: float) -> Difference:
     return Difference(value, value - half, value + half, half / 2, 50.0, p)
 
 
-def report_of(difference: Difference, better: str = "higher", simpler: bool = False) -> ExperimentResult:
+def report_of(difference: Difference, better: str = "higher", is_simpler: bool = False) -> ExperimentResult:
     name = "auc of bought"
     base = VariantResult("MMoE", "", False, {name: MetricMean(better, 0.7)}, (), 10, 1.0)
-    other = VariantResult("PLE", "--x=1", simpler, {name: MetricMean(better, 0.7, difference)}, (name,), 10, 1.0)
-    return ExperimentResult("Title", (1, 2), 100, "users", {}, correct_cells([base, other]), 0.005)
+    other = VariantResult("PLE", "--x=1", is_simpler, {name: MetricMean(better, 0.7, difference)}, (name,), 10, 1.0)
+    return ExperimentResult("Title", (1, 2), 100, "users", {}, correct_p_values([base, other]), 0.005)
 
 
 @pytest.mark.parametrize(
-    ("report", "says", "adopted"),
+    ("report", "says", "recommended"),
     [
         (report_of(apart(0.01, 0.005, 0.001)), "`PLE` is better than `MMoE`: auc of bought differs by +0.01", True),
         (report_of(apart(0.01, 0.005, 0.001)), "adopt `--x=1`, since `PLE` is better", True),
         (report_of(apart(-0.01, 0.005, 0.001)), "`PLE` is worse than `MMoE`: auc of bought differs by -0.01", False),
         (report_of(apart(-0.01, 0.005, 0.001), "lower"), "`PLE` is better than `MMoE`", True),
         (report_of(apart(0.0, 0.004, 0.9)), "`PLE` is not shown to differ from `MMoE`: ", False),
-        (report_of(apart(0.0, 0.004, 0.9), simpler=True), "since `PLE` is simpler and loses at most 0.0040", True),
+        (report_of(apart(0.0, 0.004, 0.9), is_simpler=True), "since `PLE` is simpler and loses at most 0.0040", True),
         (report_of(apart(0.002, 0.006, 0.9), "lower", True), "nothing to adopt", False),
-        (report_of(apart(0.0, 0.006, 0.9), simpler=True), "nothing to adopt", False),
+        (report_of(apart(0.0, 0.006, 0.9), is_simpler=True), "nothing to adopt", False),
         (report_of(apart(0.01, 0.009, 0.06)), ", once corrected for the number of comparisons", False),
         (report_of(Difference(None)), "how `PLE` differs from `MMoE` can't be told", False),
     ],
 )
-def test_verdicts_in_words(report: ExperimentResult, says: str, adopted: bool) -> None:
+def test_verdicts_in_words(report: ExperimentResult, says: str, recommended: bool) -> None:
     told = [report.headline, *report.sentences]
     assert any(says in sentence for sentence in told), told
-    assert (report.adopted is not None) == adopted
+    assert (report.recommended is not None) == recommended
 
 
 def test_verdicts_are_corrected_for_all_variants() -> None:
     """p of .03 is significant alone and not beside two others (Holm); the best variant is adopted."""
     base, other = report_of(apart(0.01, 0.005, 0.03)).variants
-    third = replace(other, name="third", cells={"auc of bought": MetricMean("higher", 0.7, apart(0.02, 0.005, 0.001))})
-    fourth = replace(other, name="fourth", cells={"auc of bought": MetricMean("higher", 0.7, apart(0.0, 0.005, 0.9))})
-    report = replace(report_of(Difference(None)), variants=correct_cells([base, other, third, fourth]))
-    corrected = [each.cells["auc of bought"].apart.p_corrected for each in report.variants[1:]]
+    third = replace(
+        other, name="third", metric_means={"auc of bought": MetricMean("higher", 0.7, apart(0.02, 0.005, 0.001))}
+    )
+    fourth = replace(
+        other, name="fourth", metric_means={"auc of bought": MetricMean("higher", 0.7, apart(0.0, 0.005, 0.9))}
+    )
+    report = replace(report_of(Difference(None)), variants=correct_p_values([base, other, third, fourth]))
+    corrected = [each.metric_means["auc of bought"].difference.corrected_p_value for each in report.variants[1:]]
     assert corrected == pytest.approx([0.06, 0.003, 0.9])
-    assert report.adopted.name == "third"
+    assert report.recommended.name == "third"

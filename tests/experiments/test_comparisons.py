@@ -16,16 +16,24 @@ import torch
 import yaml
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.evaluate import read_labels, scored_rows
+from mmoe_rec.evaluation.evaluate import read_labels, score_split
 from mmoe_rec.experiments.compare import UNKNOWN, compare_variants
-from mmoe_rec.experiments.runner import BASE, Runner, Task, Variant, open_runner, read_predictions, write_predictions
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.experiments.runner import (
+    BASE_VARIANT,
+    Runner,
+    RunSpec,
+    Variant,
+    open_runner,
+    read_run_predictions,
+    write_run_predictions,
+)
+from mmoe_rec.inference.artifact import ResolvedModel
 from mmoe_rec.model.mmoe import Mixture
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training import loop
-from mmoe_rec.training.steps import Choices
+from mmoe_rec.training.steps import PrecisionChoice
 from mmoe_rec.training.train import train_model
 from tests.commands import refuse, run_and_read, told_by
 from tests.pipelines.learnable_log import settings_tree
@@ -84,7 +92,7 @@ def test_runs_that_are_complete_stay(world: World) -> None:
     _check_runs(world.client)
 
 
-def plant(runner: Runner, task: Task) -> None:
+def plant(runner: Runner, task: RunSpec) -> None:
     """In the place of training: predictions that follow the labels, with 4 experts more than with others."""
     random = np.random.default_rng([task.settings.training.seed, zlib.crc32(task.variant.name.encode())])
     rows = read_labels(runner.settings, task.prepared, runner.split, runner.part)
@@ -95,12 +103,12 @@ def plant(runner: Runner, task: Task) -> None:
         name: 1 / (1 + np.exp(-gain * np.nan_to_num(rows.labels[name] - 0.5) - of))
         for name, of in zip(("click", "liked"), noise, strict=True)
     }
-    facts = {"seconds": 1.0, "precision": "fp32", "selecting": gain}
-    write_predictions(task.file, tasks, tasks["click"], facts)
+    facts = {"seconds": 1.0, "precision": "fp32", "monitored_metric": gain}
+    write_run_predictions(task.file, tasks, tasks["click"], facts)
 
 
 def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "train_task", plant)
+    monkeypatch.setattr(Runner, "train_run", plant)
     words = ["compare", "--config", world.folder / "first.yaml", "--seeds", "3", "--training.epochs", "3"]
     words += ["--variant", "better", "model.experts.count=4", "--variant", "equal", "model.experts.count=5"]
     printed = run_and_read(*words)
@@ -110,7 +118,7 @@ def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: p
     better, equal = "is better than `these settings`", "is not shown to differ from `these settings`"
     assert told[1].startswith(f"`better` {better}: mean auc of click, liked differs by +")
     assert told[2].startswith(f"`equal` {equal}: mean auc of click, liked differs by ")
-    assert found["adopted"] == "better"
+    assert found["recommended"] == "better"
     assert "adopt `--model.experts.count=4`, since `better` is better" in printed
     page = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).words.split())
     for sentence in told:
@@ -120,11 +128,13 @@ def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: p
     three = load_settings(world.folder / "first.yaml", ["--training.epochs", "3"])
     changed = [("better", "model.experts.count=4"), ("equal", "model.experts.count=5")]
     with open_runner(three, "compare", "test", folder="comparison") as opened:
-        base, *others = opened.train([BASE, *(Variant(name, (change,)) for name, change in changed)], [17, 18, 19])
+        base, *others = opened.train(
+            [BASE_VARIANT, *(Variant(name, (change,)) for name, change in changed)], [17, 18, 19]
+        )
     for number, other in enumerate(others, start=1):
-        apart = found["variants"][number]["cells"]["auc of click"]["apart"]
+        difference = found["variants"][number]["metric_means"]["auc of click"]["difference"]
         areas = [mean_area(world, each.files, "click") for each in (base, other)]
-        assert apart["value"] == pytest.approx(areas[1] - areas[0], abs=1e-6)
+        assert difference["value"] == pytest.approx(areas[1] - areas[0], abs=1e-6)
 
 
 def _check_runs(client: mlflow.MlflowClient) -> None:
@@ -141,9 +151,13 @@ def _check_runs(client: mlflow.MlflowClient) -> None:
 @pytest.mark.thorough
 def test_a_variant_with_other_features_has_features_of_its_own(world: World, settings: Settings) -> None:
     """The settings' own features stay, and a further run takes those that were built."""
-    variants = [BASE, Variant("short", ("features.clicked.length=2",)), Variant("one task", without_tasks=("liked",))]
+    variants = [
+        BASE_VARIANT,
+        Variant("short", ("features.clicked.length=2",)),
+        Variant("one task", without_tasks=("liked",)),
+    ]
     manifest = world.work / "features" / "manifest.json"
-    compare_variants(settings, [BASE], 2)
+    compare_variants(settings, [BASE_VARIANT], 2)
     before = manifest.stat().st_mtime_ns
     report = compare_variants(settings, variants, 2)
     (own,) = (world.work / "comparison" / "features").glob("*/features/manifest.json")
@@ -151,10 +165,10 @@ def test_a_variant_with_other_features_has_features_of_its_own(world: World, set
     assert compare_variants(settings, variants, 2).sentences == report.sentences
     assert (manifest.stat().st_mtime_ns, own.stat().st_mtime_ns) == (before, built)
     short, one_task = report.variants[1:]
-    assert short.judged == ("mean auc of click, liked",)
-    assert short.cells["auc of click"].apart.value != 0
-    assert one_task.judged == ("auc of click",)
-    assert one_task.cells["auc of liked"].call == UNKNOWN
+    assert short.verdict_metrics == ("mean auc of click, liked",)
+    assert short.metric_means["auc of click"].difference.value != 0
+    assert one_task.verdict_metrics == ("auc of click",)
+    assert one_task.metric_means["auc of liked"].verdict == UNKNOWN
 
 
 def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequence[str] = ()) -> np.ndarray:
@@ -169,13 +183,13 @@ def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequen
     settings = load_settings(path)
     train_model(settings, register=False)
     artifact = Path(tree["data"]["work_dir"]) / "model"
-    scored = scored_rows(settings, Source(artifact, str(artifact)), "model")
+    scored = score_split(settings, ResolvedModel(artifact, str(artifact)), "model")
     return np.column_stack(list(scored.predictions.values()))
 
 
 def predictions_of(opened: Runner, variant: Variant) -> np.ndarray:
     (trained,) = opened.train([variant], [17])
-    return np.column_stack(list(read_predictions(trained.files[0])[0].values()))
+    return np.column_stack(list(read_run_predictions(trained.files[0])[0].values()))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +228,7 @@ def test_all_runs_compute_in_what_the_first_one_chose(
     tree["data"]["work_dir"] = str(tmp_path)
     settings, chosen, choose = Settings.model_validate(tree), list[int](), loop.choose_precision
 
-    def busy(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> Choices:
+    def busy(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> PrecisionChoice:
         chosen.append(rows)
         return replace(choose(mixture, layout, device, rows), precision="fp32" if len(chosen) == 1 else "bf16")
 
@@ -233,9 +247,9 @@ def test_architectures_by_the_command(tmp_path: Path) -> None:
     found = json.loads((world.work / "comparison" / "comparison.json").read_text())
     names = ["MMoE", "shared bottom", "one gate", "PLE", "only click", "only liked", "trees alone"]
     assert [each["name"] for each in found["variants"]] == names
-    judged = {each["name"]: each["judged"] for each in found["variants"]}
-    assert judged["only click"] == ["auc of click"]
-    assert judged["trees alone"] == ["mean auc of click, liked"]
+    verdict_metrics = {each["name"]: each["verdict_metrics"] for each in found["variants"]}
+    assert verdict_metrics["only click"] == ["auc of click"]
+    assert verdict_metrics["trees alone"] == ["mean auc of click, liked"]
     assert found["variants"][-1]["parameters"] is None
     assert all(sentence in printed for sentence in told_by(world.work / "comparison"))
 

@@ -9,16 +9,16 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.kinds import KINDS, NAMES
-from mmoe_rec.features.pipeline import FeaturePipeline, largest_layout
+from mmoe_rec.features.encoder import PointInTimeEncoder
+from mmoe_rec.features.kinds import FEATURE_KINDS, NAMES
+from mmoe_rec.features.pipeline import FeaturePipeline, max_layout
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.settings.load import describe
-from mmoe_rec.settings.schema import Remembering, Schema
+from mmoe_rec.settings.load import describe_settings
+from mmoe_rec.settings.schema import EventFeature, Schema
 from tests.log.small_logs import BASE, DAY, START, assert_same, assert_same_inputs, fit, log_rows, random_log, schema_of
 
 ITEM = {"item": {"kind": "id", "column": "item", "min_count": 1, "max_size": 50}}
@@ -48,7 +48,7 @@ def _schema(kind: str) -> Schema:
 
 
 def test_every_kind_is_tested_and_described() -> None:
-    assert set(EXAMPLES) == set(NAMES) == set(KINDS)
+    assert set(EXAMPLES) == set(NAMES) == set(FEATURE_KINDS)
     files = Path("mmoe_rec/features/kinds").glob("*.py")
     assert {file.stem for file in files} - {"__init__"} == set(NAMES)
     guide = Path("configs/README.md").read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def test_every_kind_is_tested_and_described() -> None:
     for name in NAMES:
         assert f"\n| `{name}` | " in guide
         assert f"kind: {name}" in template
-        assert f"features.NAME (kind: {name}): " in describe()
+        assert f"features.NAME (kind: {name}): " in describe_settings()
 
 
 @lru_cache(1)
@@ -69,29 +69,29 @@ def _fitted(kind: str) -> tuple[Schema, FeaturePipeline, LogRows]:
 @pytest.mark.parametrize("kind", NAMES)
 def test_inputs_are_those_of_the_layout_and_survive_saving(kind: str, tmp_path: Path) -> None:
     schema, pipeline, rows = _fitted(kind)
-    outline, inputs = pipeline.encoders["f"].outline(), pipeline.encoders["f"].encode(rows).standardised()
-    assert [name for name, _, _ in outline.ids] == list(inputs.ids)
-    assert [each.name for each in outline.dense] == list(inputs.dense)
+    input_spec, inputs = pipeline.encoders["f"].input_spec(), pipeline.encoders["f"].encode(rows).standardized()
+    assert [name for name, _, _ in input_spec.ids] == list(inputs.ids)
+    assert [each.name for each in input_spec.dense] == list(inputs.dense)
     assert inputs.ids or inputs.dense
     sizes = {table.name: table.rows for table in pipeline.layout.tables}
-    for name, table, many in outline.ids:
+    for name, table, is_list in input_spec.ids:
         given = inputs.ids[name]
-        assert isinstance(given, Ragged) == many
+        assert isinstance(given, Ragged) == is_list
         values, count = (given.values, len(given.lengths)) if isinstance(given, Ragged) else (given, len(given))
         assert count == len(rows)
         assert (values.min() >= 0, values.max() < sizes[table]) == (True, True)
     for each in inputs.dense.values():
         assert (each.shape, each.dtype) == ((len(rows),), np.float32)
         assert np.isfinite(each).all()
-    planned = {table.name: table.rows for table in largest_layout(schema).tables}
+    planned = {table.name: table.rows for table in max_layout(schema).tables}
     assert sizes.keys() == planned.keys()
     assert all(size <= planned[name] for name, size in sizes.items()), "no log makes larger tables"
     pipeline.save(tmp_path)
-    restored = FeaturePipeline.load(tmp_path, memories=False)
-    for name, encoder in pipeline.memory_encoders.items():
-        restored.memory_encoders[name].memory = encoder.memory
+    restored = FeaturePipeline.load(tmp_path, stores=False)
+    for name, encoder in pipeline.point_in_time_encoders.items():
+        restored.point_in_time_encoders[name].store = encoder.store
     assert restored.layout == pipeline.layout
-    assert_same_inputs(restored.encoders["f"].encode(rows).standardised(), inputs)
+    assert_same_inputs(restored.encoders["f"].encode(rows).standardized(), inputs)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -101,12 +101,12 @@ def test_it_is_fitted_by_merging_what_parts_of_the_log_counted(kind: str) -> Non
     merged = FeaturePipeline(schema)
     for part in (_log(1).slice(0, 100), _log(1).slice(100)):
         worker, rows = FeaturePipeline(schema), log_rows(part, schema)
-        worker.learn(rows.filter(in_window(rows.times(), (None, UNTIL))), UNTIL)
+        worker.partial_fit(rows.filter(in_window(rows.times(), (None, UNTIL))), UNTIL)
         sent = {name: type(counts).from_table(counts.to_table()) for name, counts in worker.counts.items()}
         merged.merge(sent, worker.key_types)
-    merged.finish()
+    merged.finish_fit()
     one, other = merged.encoders["f"], whole.encoders["f"]
-    if isinstance(one, MemoryEncoder):
+    if isinstance(one, PointInTimeEncoder):
         assert getattr(one, "prior", 0) == getattr(other, "prior", 0)
     else:
         assert one.state() == other.state()
@@ -116,25 +116,25 @@ def test_it_is_fitted_by_merging_what_parts_of_the_log_counted(kind: str) -> Non
 def test_what_a_kind_may_leave_out_is_there_where_it_is_needed(kind: str) -> None:
     schema, pipeline, _ = _fitted(kind)
     feature, encoder = schema.features["f"], pipeline.encoders["f"]
-    reads, outline, meaning = feature.reads(), encoder.outline(), feature.meaning(schema)
+    reads, input_spec, semantics = feature.reads(), encoder.input_spec(), feature.semantics(schema)
     assert set(feature.list_lengths) == {column for column, use in reads.items() if use == "vector"}
-    others = {table for _, table, _ in outline.ids} - {table.name for table in outline.tables}
-    assert others == ({feature.shares} if feature.shares else set())
+    others = {table for _, table, _ in input_spec.ids} - {table.name for table in input_spec.tables}
+    assert others == ({feature.table_owner} if feature.table_owner else set())
     assert bool(encoder.column_types()) == isinstance(feature, VocabularyFeature)
     (use,) = set(reads.values()) or {"time"}
-    if len(reads) == 1 and use in ("key", "keys", "number") and not isinstance(feature, Remembering):
-        assert encoder.typical(use) is not None
-    assert meaning.zeros_missing == (use == "vector")
+    if len(reads) == 1 and use in ("key", "keys", "number") and not isinstance(feature, EventFeature):
+        assert encoder.example_value(use) is not None
+    assert semantics.zeros_missing == (use == "vector")
     assert reads or schema.role_of("f") in (feature.fixed_role, "context")
-    assert meaning.columns
-    assert set(meaning.columns) <= {*column_uses(schema)}
-    for table in outline.tables:
-        assert meaning.first_known < table.rows
-        if meaning.row_name is None:
+    assert semantics.columns
+    assert set(semantics.columns) <= {*column_uses(schema)}
+    for table in input_spec.tables:
+        assert semantics.first_seen_row < table.rows
+        if semantics.row_name is None:
             assert table.name in pipeline.vocabularies
         else:
-            rows = range(meaning.first_known, table.rows)
-            assert len({meaning.row_name(table.name, row) for row in rows}) == len(rows)
+            rows = range(semantics.first_seen_row, table.rows)
+            assert len({semantics.row_name(table.name, row) for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -147,11 +147,13 @@ def test_every_column_that_it_reads_is_told(kind: str) -> None:
             fit(_log(2).select(left), schema, UNTIL)
 
 
-@pytest.mark.parametrize("kind", [name for name, each in KINDS.items() if issubclass(each.encoder, MemoryEncoder)])
+@pytest.mark.parametrize(
+    "kind", [name for name, each in FEATURE_KINDS.items() if issubclass(each.encoder, PointInTimeEncoder)]
+)
 def test_what_a_request_may_give_instead_is_taken(kind: str) -> None:
     schema, pipeline, rows = _fitted(kind)
     before = pipeline.encode(rows)
-    for name, (use, _) in pipeline.memory_encoders["f"].result_columns().items():
+    for name, (use, _) in pipeline.point_in_time_encoders["f"].result_columns().items():
         given = pa.array([[0]] * len(rows)) if use == "keys" else pa.array(np.full(len(rows), 0.25))
         after = pipeline.encode(LogRows(rows.table.append_column(name, given), schema))
         with pytest.raises(AssertionError):

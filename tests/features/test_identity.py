@@ -8,9 +8,9 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, find_existing_features, prepare
 from mmoe_rec.settings.sections import Settings
 from tests.inference.small_model import small_settings
 from tests.log.small_logs import ALL_KINDS, BASE, random_log, write_log
@@ -43,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(work: Path, settings: Settings) -> FeatureFolder | None:
-    return existing(replace(BuildInputs.of(settings), work=work))
+    return find_existing_features(replace(BuildInputs.of(settings), work=work))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
         ("liked", "satisfaction", 1.0, 1.0),
         ("spent", "engagement", 1.0, 1.0),
     ]
-    assert layout.of_rows() == prepared.layout
+    assert layout.row_layout() == prepared.layout
     (work / "layout.json").write_text(layout.to_json())
     assert ModelLayout.read(work) == layout
 

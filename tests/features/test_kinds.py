@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import vocabulary
-from mmoe_rec.features.kinds.ids import ragged
-from mmoe_rec.features.layout import Encoded
+from mmoe_rec.features.kinds.ids import truncate_lists
+from mmoe_rec.features.layout import EncodedInputs
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import combine, hash_column
+from mmoe_rec.log.columns import combine_hashes, hash_column
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, fit, log_rows, random_log, schema_of
 from tests.reference import features as reference
@@ -31,14 +31,14 @@ def _table(**columns: pa.Array) -> pa.Table:
     return table
 
 
-def _fitted(feature: dict, **columns: pa.Array) -> tuple[FeaturePipeline, Schema, Encoded]:
+def _fitted(feature: dict, **columns: pa.Array) -> tuple[FeaturePipeline, Schema, EncodedInputs]:
     schema = schema_of({"f": feature}, roles=ROLES)
     table = _table(**columns)
     pipeline = fit(table, schema, START + 100 * DAY)
     return pipeline, schema, pipeline.encode(log_rows(table, schema))
 
 
-def _encode(pipeline: FeaturePipeline, schema: Schema, **columns: pa.Array) -> Encoded:
+def _encode(pipeline: FeaturePipeline, schema: Schema, **columns: pa.Array) -> EncodedInputs:
     return pipeline.encode(log_rows(_table(**columns), schema))
 
 
@@ -64,9 +64,9 @@ def test_hashes_never_change():
         0x640835BC0E0ACBFB,
     ]
     one, other = hash_column(pa.array([1, 2])), hash_column(pa.array(["a", None]))
-    assert combine([one, other]).tolist() == [0xBA9E1996D19BF03A, 0x21243F14C3FEC376]
-    assert combine([other, one]).tolist() == [0xE2CE56FFCC215E4C, 0x1DDFF565B386B380]
-    assert combine([one, other, one]).tolist() == [0x63EAC519AA5980EC, 0xF9F28B5D6AB6CBD4]
+    assert combine_hashes([one, other]).tolist() == [0xBA9E1996D19BF03A, 0x21243F14C3FEC376]
+    assert combine_hashes([other, one]).tolist() == [0xE2CE56FFCC215E4C, 0x1DDFF565B386B380]
+    assert combine_hashes([one, other, one]).tolist() == [0x63EAC519AA5980EC, 0xF9F28B5D6AB6CBD4]
 
 
 # id and ids
@@ -141,7 +141,7 @@ _LISTS = st.lists(st.none() | st.lists(st.none() | _INTEGERS, max_size=6), min_s
 
 @given(lists=_LISTS, max_length=st.integers(1, 4), offset=st.integers(0, 3))
 def test_lists_of_ids_equal_a_naive_loop(lists, max_length, offset):
-    values, lengths = ragged(pa.array(lists, pa.list_(pa.int64())).slice(offset), max_length)
+    values, lengths = truncate_lists(pa.array(lists, pa.list_(pa.int64())).slice(offset), max_length)
     expected = [[each for each in one or [] if each is not None][:max_length] for one in lists[offset:]]
     assert lengths.tolist() == [len(one) for one in expected]
     assert values.to_pylist() == [each for one in expected for each in one]
@@ -181,13 +181,13 @@ def test_numbers_are_standardised(values, transform, own):
     if transform == "log":
         numbers = np.array([math.copysign(math.log1p(abs(each)), each) for each in numbers])
     used = numbers[~np.array(missing)]
-    mean, deviation = (used.mean(), used.std()) if len(used) else (0.0, 1.0)
+    mean, std = (used.mean(), used.std()) if len(used) else (0.0, 1.0)
     slack = np.abs(used).max(initial=0.0) * 1e-13
-    found = pipeline.encoders["f"].number.standardiser
+    found = pipeline.encoders["f"].number.standardizer
     assert found.mean == pytest.approx(mean, abs=slack + 1e-300)
-    if deviation > 100 * slack:
-        assert found.deviation == pytest.approx(deviation, rel=1e-6)
-    expected = np.where(missing, 0.0, np.clip((numbers - found.mean) / found.deviation, -10, 10))
+    if std > 100 * slack:
+        assert found.std == pytest.approx(std, rel=1e-6)
+    expected = np.where(missing, 0.0, np.clip((numbers - found.mean) / found.std, -10, 10))
     np.testing.assert_allclose(encoded.dense[:, 0], expected, rtol=1e-5, atol=1e-6)
     assert encoded.dense.shape[1] == (2 if any(missing) else 1)
     if any(missing):
@@ -299,8 +299,8 @@ def test_vectors_share_one_mean_and_deviation():
     values = [[1.0, 2.0], None, [3.0, None]]
     for kind in (pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 2)):
         pipeline, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=pa.array(values, kind))
-        deviation = np.std([1.0, 2.0, 3.0])
-        expected = [[-1 / deviation, 0], [0, 0], [1 / deviation, 0]]
+        std = np.std([1.0, 2.0, 3.0])
+        expected = [[-1 / std, 0], [0, 0], [1 / std, 0]]
         np.testing.assert_allclose(encoded.dense, expected, rtol=1e-6)
         assert [each.name for each in pipeline.layout.dense] == ["f_0", "f_1"]
     _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=pa.nulls(2))
@@ -358,8 +358,8 @@ def test_age_is_the_logarithm_of_days_until_the_request():
     for row in table.to_pylist():
         days = None if row["born"] is None else (row["time"] - row["born"]).total_seconds() / 86_400
         ages.append(np.nan if days is None else math.copysign(math.log(1 + abs(days)), days))
-    found = pipeline.encoders["f"].number.standardiser
-    expected = np.nan_to_num((np.array(ages) - found.mean) / found.deviation)
+    found = pipeline.encoders["f"].number.standardizer
+    expected = np.nan_to_num((np.array(ages) - found.mean) / found.std)
     np.testing.assert_allclose(encoded.dense[:, 0], np.clip(expected, -10, 10), rtol=1e-4, atol=1e-5)
     assert encoded.dense[:, 1].tolist() == np.isnan(ages).tolist()
     assert found.mean == pytest.approx(np.nanmean(ages), rel=2**-12)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.rows import labels_of
-from mmoe_rec.preprocessing.count_and_encode import encoded_table
+from mmoe_rec.log.rows import compute_labels
+from mmoe_rec.preprocessing.count_and_encode import encode_rows
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
@@ -76,9 +76,9 @@ def test_the_latest_state_drops_what_no_later_request_can_ask_for(tmp_path):
     _saved(pipeline, tmp_path / "latest", START + 11 * DAY)
     loaded = FeaturePipeline.load(tmp_path / "latest")
     users = len(set(table["user"].to_pylist()))
-    assert len(loaded.encoders["clicked"].memory.events) <= users * 3
-    assert len(loaded.encoders["brand_spent"].memory.events) <= 4
-    assert len(pipeline.encoders["clicked"].memory.events) > users * 3
+    assert len(loaded.encoders["clicked"].store.events) <= users * 3
+    assert len(loaded.encoders["brand_spent"].store.events) <= 4
+    assert len(pipeline.encoders["clicked"].store.events) > users * 3
 
 
 def test_state_is_refused_where_there_is_none_or_another_format(tmp_path):
@@ -113,7 +113,7 @@ def test_a_request_may_bring_its_own_history_and_statistics():
     given = rows.table.append_column("clicked", pa.array([known, None], pa.list_(pa.int64())))
     given = given.append_column(
         "item_click_log_count",
-        pa.array([pipeline.encoders["item_click"].numbers["item_click_log_count"].standardiser.mean] * 2),
+        pa.array([pipeline.encoders["item_click"].numbers["item_click_log_count"].standardizer.mean] * 2),
     )
     encoded = pipeline.encode(type(rows)(given, SCHEMA))
     history = encoded.ids["clicked"]
@@ -133,11 +133,11 @@ def test_labels_and_rates_that_differ_by_little_stay_apart():
         pipeline = fit(table, SCHEMA, UNTIL)
         rows = log_rows(table, SCHEMA)
         place = [each.name for each in pipeline.layout.dense].index("brand_spent_rate")
-        labels = labels_of(rows, UNTIL + 1000 * DAY)
-        encoded = encoded_table(pipeline, pipeline.layout, rows, labels)
+        labels = compute_labels(rows, UNTIL + 1000 * DAY)
+        encoded = encode_rows(pipeline, pipeline.layout, rows, labels)
         task = next(each for each in pipeline.layout.tasks if each.name == "spent")
         label = encoded["label.spent"].to_numpy()
-        found.append((pipeline.encode(rows).dense[:, place], (label - task.mean) / task.deviation))
+        found.append((pipeline.encode(rows).dense[:, place], (label - task.mean) / task.std))
         assert len(np.unique(label)) == len(np.unique(table["spent"].to_numpy()))
     for one, other in zip(*found, strict=True):
         assert np.ptp(one) > 1

@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.devices import fp32_products
+from mmoe_rec.batches.encoded_dataset import EncodedDataset
+from mmoe_rec.devices import fp32_matmul_precision
 from mmoe_rec.errors import StopRequest
-from mmoe_rec.evaluation.calibration import calibration_rows
+from mmoe_rec.evaluation.calibration import predict_for_calibration
 from mmoe_rec.evaluation.evaluate import predict_rows
 from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.matmul import supports_grouped_mm
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.products import multiplies_by_expert
 from mmoe_rec.model.routing import RULES
 from mmoe_rec.model.score import UNCALIBRATED
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.settings import model as section
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.steps import Steps
+from mmoe_rec.training.steps import StepRunner
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.learnable import LAYOUTS, trained, write_prepared
 
@@ -58,11 +58,11 @@ def changes(case: str) -> dict[str, Any]:
     gates = found.get("gates", {})
     if gates.get("routing") == "expert_choice":
         gates = gates | {"serving_top_k": 2}
-    takes_bias = gates.get("routing") in ("top_k", "shared_route")
-    return found | {"gates": {"top_k": 2, "balance": "bias" if takes_bias else "loss", "z_loss": 0.1} | gates}
+    uses_selection_bias = gates.get("routing") in ("top_k", "shared_route")
+    return found | {"gates": {"top_k": 2, "balance": "bias" if uses_selection_bias else "loss", "z_loss": 0.1} | gates}
 
 
-def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf16: bool) -> Steps:
+def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf16: bool) -> StepRunner:
     class Whole(nn.Module):
         """As torchrec's wrapper has it."""
 
@@ -77,7 +77,7 @@ def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf1
         model=Whole(), dense_parameters=lambda: dict(model.named_parameters()), pipelined=False
     )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return Steps(sharded, optimizer, layout, device, bf16=bf16, max_grad_norm=1.0, stop=StopRequest())
+    return StepRunner(sharded, optimizer, layout, device, bf16=bf16, max_grad_norm=1.0, stop=StopRequest())
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def loss_of(model: RankingModel, batch: Batch) -> Tensor:
 def test_logits_are_those_of_a_cpu(case: str) -> None:
     """Without TF32, and so the same experts."""
     model, batch = small_model(PlainTables(LAYOUT), **changes(case)).eval(), batch_of()
-    with torch.inference_mode(), fp32_products("ieee", GPU):
+    with torch.inference_mode(), fp32_matmul_precision("ieee", GPU):
         cpu = model(batch)
         gpu = model.to(GPU)(batch.pin_memory().to(GPU, non_blocking=True))
     torch.testing.assert_close(gpu.logits.cpu(), cpu.logits, atol=1e-4, rtol=1e-4)
@@ -131,12 +131,12 @@ def test_the_host_waits_once_a_step() -> None:
         steps = steps_of(model, layout, GPU, bf16=True)
         batch = batch_of(layout).pin_memory()
         for _ in range(3):
-            assert steps.next(iter([batch]), 1.0) is not None
+            assert steps.run_next(iter([batch]), 1.0) is not None
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
-                assert steps.next(iter([batch]), 1.0) is not None
+                assert steps.run_next(iter([batch]), 1.0) is not None
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len([each for each in found if "synchronizing" in str(each.message)]) == 1
@@ -145,7 +145,7 @@ def test_the_host_waits_once_a_step() -> None:
 def test_experts_in_one_product_are_those_on_all_rows_and_the_same_each_time() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, 64, device=GPU).bfloat16()
-    if not multiplies_by_expert(hidden):
+    if not supports_grouped_mm(hidden):
         pytest.skip("this GPU has no product for all experts")
     experts = Experts(16, 64, section.Experts(units=(128, 64), compute="grouped")).to(GPU)
     probabilities = torch.rand(ROWS, 2, 16, device=GPU)
@@ -153,10 +153,10 @@ def test_experts_in_one_product_are_those_on_all_rows_and_the_same_each_time() -
     chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(2).indices, 1.0)
     weights, used = probabilities * chosen, chosen.bool().any(1)
     found = []
-    for most in (4, 4, None):  # by the product twice, then dense
+    for max_per_row in (4, 4, None):  # by the product twice, then dense
         x = hidden.clone().requires_grad_()
         experts.zero_grad()
-        mixed = experts.mix(x, weights, used, most=most)
+        mixed = experts.mix(x, weights, used, max_per_row=max_per_row)
         mixed.float().square().sum().backward()
         found.append([mixed.float(), x.grad, *(each.grad for each in experts.parameters())])
     for first, second, dense in zip(*found, strict=True):
@@ -169,13 +169,13 @@ def test_experts_in_one_product_are_those_on_all_rows_and_the_same_each_time() -
 def test_gates_take_no_tf32_where_other_products_do() -> None:
     made = small_model(PlainTables(LAYOUT), experts={"count": 8, "units": (16, 8)}).to(GPU).mixture.gates[0]
     hidden = torch.randn(ROWS, 12, device=GPU)
-    with fp32_products("ieee", GPU):
+    with fp32_matmul_precision("ieee", GPU):
         expected = made(hidden).logits
-    with fp32_products("tf32", GPU):
+    with fp32_matmul_precision("tf32", GPU):
         assert torch.equal(made(hidden).logits, expected)
         rough = hidden @ made.linear.weight[0].t()
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    with fp32_products("ieee", GPU):
+    with fp32_matmul_precision("ieee", GPU):
         assert not torch.equal(hidden @ made.linear.weight[0].t(), rough)
 
 
@@ -187,11 +187,11 @@ def test_evaluation_and_calibration_follow_the_model(tmp_path: Path) -> None:
     for name in ("request", "candidate"):
         table = table.append_column(name, pa.array(range(len(table))))
     pq.write_table(table, file)
-    rows = EncodedRows(prepared.split("validation"), LAYOUT)
+    rows = EncodedDataset(prepared.split("validation"), LAYOUT)
     found = []
     for device in (torch.device("cpu"), GPU):
         model.to(device)
-        logits, *_ = calibration_rows(model, LAYOUT, rows, 1_000)
+        logits, *_ = predict_for_calibration(model, LAYOUT, rows, 1_000)
         parts = (part for part, _ in rows.stream(1_000))
         found.append((logits, *predict_rows(model, LAYOUT, parts, UNCALIBRATED)))
     for cpu, gpu, tolerance in zip(*found, (1e-3, 1e-3, 1e-2), strict=True):

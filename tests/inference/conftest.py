@@ -20,7 +20,7 @@ def ranker(small: SmallModel) -> Ranker:
 @pytest.fixture(scope="session")
 def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Ranker:
     """The same model with a calibration by a line and one by pieces."""
-    line, pieces = TaskCalibration.line(0.6, -1.5), TaskCalibration((-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0), 2.0)
+    linear, pieces = TaskCalibration.linear(0.6, -1.5), TaskCalibration((-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0), 2.0)
     folder = tmp_path_factory.mktemp("calibrated") / "model"
-    small.write(folder, Calibration({"click": line, "liked": pieces}))
+    small.write(folder, Calibration({"click": linear, "liked": pieces}))
     return Ranker.load(folder)

@@ -9,7 +9,7 @@ def other_weights(model: Path, target: Path, low: float, high: float) -> Path:
     import numpy as np
     from safetensors.torch import load_file, save_file
 
-    from mmoe_rec.inference.writing import seal
+    from mmoe_rec.inference.artifact_writer import finalize_artifact
 
     shutil.copytree(model, target)
     weights = load_file(target / "weights.safetensors")
@@ -17,5 +17,5 @@ def other_weights(model: Path, target: Path, low: float, high: float) -> Path:
     for weight in weights.values():
         weight.copy_(weight * float(random.uniform(low, high)))
     save_file(weights, target / "weights.safetensors")
-    seal(target)
+    finalize_artifact(target)
     return target

@@ -12,8 +12,8 @@ import torch
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_example
+from mmoe_rec.inference.artifact_writer import write_artifact
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.mmoe import RankingModel, build_model
@@ -21,7 +21,7 @@ from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.stacking import grow_trees
@@ -117,9 +117,9 @@ def random_inputs(layout: ModelLayout, rows: int, random: np.random.Generator) -
     inputs = Inputs(dense={name: random.normal(size=rows).astype(np.float32) for name in layout.dense_names(False)})
     lengths = {each.feature: random.integers(0, 3, rows).astype(np.int32) for each in layout.ids}
     for each in layout.ids:
-        length = lengths[each.feature] if each.many else np.ones(rows, np.int32)
+        length = lengths[each.feature] if each.is_list else np.ones(rows, np.int32)
         drawn = random.integers(0, layout.table(each.table).rows, length.sum())
-        inputs.ids[each.name] = Ragged(drawn, length) if each.many else drawn
+        inputs.ids[each.name] = Ragged(drawn, length) if each.is_list else drawn
     return inputs
 
 

@@ -52,7 +52,7 @@ def test_other_logits_are_refused_where_the_model_is_written_and_loaded(
 
 def test_what_the_refusal_advises_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "Experts", Doubled)
-    monkeypatch.setattr(scorer, "fused_logits", lambda *_: None)
+    monkeypatch.setattr(scorer, "build_fused_forward", lambda *_: None)
     assert Ranker.load(SmallModel(tmp_path).folder).scorer.fused is None
 
 
@@ -72,4 +72,4 @@ def test_rounding_is_no_difference(small: SmallModel, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fused, "_each", rounded)
     off = fused._find_difference(small.model.mixture, torch.randn(8, small.model.width))
     assert off > 10 * fused._TOLERANCE
-    fused.check_fused(small.model)
+    fused.check_fused_forward(small.model)

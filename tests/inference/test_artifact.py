@@ -24,9 +24,9 @@ from mmoe_rec.inference.artifact import (
     read_manifest,
     write_manifest,
 )
+from mmoe_rec.inference.artifact_writer import finalize_artifact, write_artifact, write_with_weights
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.writing import rewrite_artifact, seal, write_artifact
 from mmoe_rec.model.model_layout import ModelTask
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 from mmoe_rec.settings.load import load_settings
@@ -36,15 +36,15 @@ from tests.log.small_logs import random_log, times_of
 
 
 def test_says_what_it_was_made_from(small: SmallModel) -> None:
-    about = read_artifact(small.folder)
-    assert about.name == "small"
-    assert about.fingerprint == small.prepared.manifest["fingerprint"]
-    assert about.max_candidates == 50
+    info = read_artifact(small.folder)
+    assert info.name == "small"
+    assert info.fingerprint == small.prepared.manifest["fingerprint"]
+    assert info.max_candidates == 50
     last = max(times_of(random_log(1, rows=600)))
-    assert datetime.fromisoformat(about.tables_as_of) == datetime(1970, 1, 1, tzinfo=UTC) + timedelta(
+    assert datetime.fromisoformat(info.tables_as_of) == datetime(1970, 1, 1, tzinfo=UTC) + timedelta(
         microseconds=int(last)
     )
-    assert [(task.name, task.kind, task.objective) for task in about.tasks] == [
+    assert [(task.name, task.kind, task.objective) for task in info.tasks] == [
         ("click", "binary", "engagement"),
         ("liked", "binary", "satisfaction"),
         ("spent", "regression", "engagement"),
@@ -180,7 +180,7 @@ def test_what_systems_leave_beside_breaks_no_load(folder: Path) -> None:
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_bytes(b"left")
     Ranker.load(folder)
-    seal(folder)
+    finalize_artifact(folder)
     assert not any("DS_Store" in name or "._" in name or "pycache" in name for name in read_manifest(folder))
 
 
@@ -204,7 +204,7 @@ def test_another_format_is_told_first(folder: Path, manifest: str | None) -> Non
 def test_a_rewritten_model_is_whole_and_has_scores_of_its_own(small: SmallModel, folder: Path, tmp_path: Path) -> None:
     (folder / ".DS_Store").write_bytes(b"left")
     state = {name: weight * 1.1 if "towers" in name else weight for name, weight in small.model.state_dict().items()}
-    rewrite_artifact(folder, tmp_path / "new", small.settings.model, state)
+    write_with_weights(folder, tmp_path / "new", small.settings.model, state)
     assert files_of(tmp_path / "new").keys() == files_of(folder).keys() - {".DS_Store"}
     one, other = ExampleScores.read(folder), ExampleScores.read(tmp_path / "new")
     assert one.predictions != other.predictions
@@ -216,7 +216,7 @@ def test_a_damaged_model_is_not_rewritten(small: SmallModel, folder: Path, tmp_p
     """It would get a manifest that says it is whole."""
     (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink()
     with pytest.raises(UserError, match=r"part-00000\.parquet' is missing"):
-        rewrite_artifact(folder, tmp_path / "new", small.settings.model, small.model.state_dict())
+        write_with_weights(folder, tmp_path / "new", small.settings.model, small.model.state_dict())
     assert not (tmp_path / "new").exists()
 
 
@@ -257,7 +257,7 @@ def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(
     try:
         with torch.autocast("cpu"):
             Ranker.load(folder)
-            seal(folder)
+            finalize_artifact(folder)
             assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
@@ -267,12 +267,12 @@ def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(
 def test_a_model_whose_predictions_are_not_finite_is_not_written(small: SmallModel, tmp_path: Path) -> None:
     state = {name: weight * 1e38 if "towers" in name else weight for name, weight in small.model.state_dict().items()}
     with pytest.raises(UserError, match=r"can't score its own example: .* not finite .*lower the learning rates"):
-        rewrite_artifact(small.folder, tmp_path / "new", small.settings.model, state)
+        write_with_weights(small.folder, tmp_path / "new", small.settings.model, state)
     assert not (tmp_path / "new").exists()
 
 
-def task(name: str, kind: str, deviation: float = 1.0) -> ModelTask:
-    return ModelTask(name, kind, deviation=deviation, objective="engagement", score_weight=1.0)  # type: ignore[arg-type]
+def task(name: str, kind: str, std: float = 1.0) -> ModelTask:
+    return ModelTask(name, kind, std=std, objective="engagement", score_weight=1.0)  # type: ignore[arg-type]
 
 
 def scores_of(predictions: dict[str, np.ndarray]) -> ExampleScores:
@@ -284,8 +284,8 @@ CASES = {
     "probabilities": ([task("a", "binary")], {"a": BINARY}, {"a": 0.9}),
     "rare": ([task("a", "binary")], {"a": BINARY * 1e-6}, {"a": 0.9e-6}),
     "all but impossible": ([task("a", "binary")], {"a": np.array([0.0, 1e-40, 1e-38])}, {"a": 1e-38}),
-    "a large amount": ([task("a", "regression", deviation=3e6)], {"a": np.array([2e6, 4e6, 9e6])}, {"a": 9e6}),
-    "around 0": ([task("a", "regression", deviation=3e6)], {"a": np.array([-1.0, 0.0, 2.0])}, {"a": 3e6}),
+    "a large amount": ([task("a", "regression", std=3e6)], {"a": np.array([2e6, 4e6, 9e6])}, {"a": 9e6}),
+    "around 0": ([task("a", "regression", std=3e6)], {"a": np.array([-1.0, 0.0, 2.0])}, {"a": 3e6}),
     "two tasks": (
         [task("a", "binary"), task("b", "regression")],
         {"a": BINARY, "b": np.array([1.0, 3.0, 2e3])},
@@ -298,15 +298,15 @@ CASES = {
 def test_the_tolerance_goes_with_the_scale(name: str) -> None:
     tasks, predictions, scales = CASES[name]
     expected = scores_of(predictions)
-    assert expected.difference(expected, tasks, UNCALIBRATED) is None
+    assert expected.describe_difference(expected, tasks, UNCALIBRATED) is None
     for task_name, scale in scales.items():
         for sign in (-1, 1):
             near, far = (
                 scores_of(predictions | {task_name: predictions[task_name] + sign * part * TOLERANCE * scale})
                 for part in (0.9, 1.5)
             )
-            assert expected.difference(near, tasks, UNCALIBRATED) is None
-            told = expected.difference(far, tasks, UNCALIBRATED)
+            assert expected.describe_difference(near, tasks, UNCALIBRATED) is None
+            told = expected.describe_difference(far, tasks, UNCALIBRATED)
             # What is all but 0 is as good as 0.
             assert told is None if scale < 1e-30 else told is not None and told.startswith(f"'{task_name}' of ")
 
@@ -314,11 +314,11 @@ def test_the_tolerance_goes_with_the_scale(name: str) -> None:
 def test_a_steep_calibration_multiplies_what_rounding_does() -> None:
     tasks = [task("a", "binary")]
     steep = Calibration({"a": TaskCalibration((0.0, 0.001, 5.0), (0.0, 0.1, 6.0), 0.5)})
-    assert steep.tasks["a"].steepest == pytest.approx(100)
-    assert TaskCalibration.line(2.5, -1).steepest == 2.5
+    assert steep.tasks["a"].max_slope == pytest.approx(100)
+    assert TaskCalibration.linear(2.5, -1).max_slope == 2.5
     expected, found = (scores_of({"a": np.array([0.1, each])}) for each in (0.4, 0.4 + 20 * TOLERANCE))
-    assert expected.difference(found, tasks, steep) is None
-    assert expected.difference(found, tasks, UNCALIBRATED) is not None
+    assert expected.describe_difference(found, tasks, steep) is None
+    assert expected.describe_difference(found, tasks, UNCALIBRATED) is not None
 
 
 # Files that are replaced while a model is used, or while it is loaded

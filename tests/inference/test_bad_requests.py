@@ -16,7 +16,7 @@ from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import read_requests
-from mmoe_rec.live.journal_rows import RowChecks
+from mmoe_rec.live.journal_rows import RowValidator
 from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log, with_column
@@ -116,9 +116,9 @@ def test_a_logs_own_booleans_are_taken_in_requests_and_events(tmp_path: Path) ->
     with pytest.raises(RequestError, match="'brand' must hold strings, as in the log; found true/false"):
         ranked(ranker, brand=[True] * 5)
     row = {"user": 5, "item": 3, "time": "2023-12-01", "click": True, "liked": None, "spent": 1, "brand": "a"}
-    assert RowChecks(ranker.pipeline).read_json(None, [row, row | {"click": 0}])["click"].to_pylist() == [1.0, 0.0]
+    assert RowValidator(ranker.pipeline).read_json(None, [row, row | {"click": 0}])["click"].to_pylist() == [1.0, 0.0]
     with pytest.raises(RequestError, match="'liked' must hold numbers; found true/false"):
-        RowChecks(ranker.pipeline).read_json(None, [row | {"liked": True}])
+        RowValidator(ranker.pipeline).read_json(None, [row | {"liked": True}])
 
 
 @pytest.mark.parametrize(

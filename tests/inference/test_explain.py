@@ -121,7 +121,7 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert by_place[0].counters["item_click_log_sum"] == 0
     assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None, "liked_items_brand": None}
     json.dumps(ranking.to_dict(), allow_nan=False)
-    encoders = ranker.pipeline.memory_encoders.values()
+    encoders = ranker.pipeline.point_in_time_encoders.values()
     shown = {*by_place[0].counters, *by_place[0].histories}
     assert shown == {name for encoder in encoders for name in encoder.result_columns()}
 

@@ -67,7 +67,7 @@ def test_an_expert_that_gives_no_numbers_is_an_error_until_it_is_masked(
     ranker = Ranker.load(small.folder)
     expected = values(rank(ranker, mask_experts=[0]))
     monkeypatch.setattr(ranker.scorer, "fused", None)  # which keeps the weights that were loaded
-    for parameter in ranker.model.mixture.each_level()[-1].experts[0].parameters():
+    for parameter in ranker.model.mixture.expert_levels()[-1].experts[0].parameters():
         parameter.data = parameter.index_fill(0, torch.tensor([0]), math.nan)
     with pytest.raises(RuntimeError, match="gives predictions that are not finite numbers"):
         rank(ranker)
@@ -81,7 +81,7 @@ def test_with_all_experts_lost_the_answer_is_flagged(small: SmallModel, ranker: 
     np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), rtol=1e-5)
     assert (np.ptp(values(rank(ranker)), axis=0) > 1e-4).all(), "with experts, candidates differ"
     assert ranking.warnings == [
-        f"no expert is left for '{task}': its prediction is the same for every candidate" for task in ranker.names
+        f"no expert is left for '{task}': its prediction is the same for every candidate" for task in ranker.task_names
     ]
 
 

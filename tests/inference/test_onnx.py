@@ -10,10 +10,19 @@ import torch
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.inference.export import Answers, Graph, answers_of, as_arrays, encode, load_onnx, write_int8, write_onnx
+from mmoe_rec.inference.artifact_writer import finalize_artifact, write_with_weights
+from mmoe_rec.inference.export import (
+    ExportModule,
+    ModelOutputs,
+    build_onnx_inputs,
+    encode_request,
+    load_onnx,
+    outputs_in_request_order,
+    write_int8,
+    write_onnx,
+)
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
-from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration, TaskCalibration
@@ -27,7 +36,7 @@ pytestmark = pytest.mark.thorough
 CALIBRATION = Calibration(
     {
         "click": TaskCalibration((-0.3, 0.0, 0.02, 0.4), (-1.0, -0.5, 0.1, 0.2), 0.7),
-        "liked": TaskCalibration.line(1.3, 0.1),
+        "liked": TaskCalibration.linear(1.3, 0.1),
     }
 )
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -68,20 +77,20 @@ def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> Ranker:
     for name, parameter in model.named_parameters():
         scale = 0.5 if name.startswith("tables") else 1.5 * parameter.shape[-1] ** -0.5
         parameter.data.normal_(0.0, scale, generator=generator)
-    for level in model.mixture.each_level():
+    for level in model.mixture.expert_levels():
         level.gates.masked[1] = True
         level.gates.selection_bias.normal_(0.0, 0.3, generator=generator)
-    rewrite_artifact(small.folder, folder, settings, model.state_dict())
+    write_with_weights(small.folder, folder, settings, model.state_dict())
     (folder / "calibration.json").write_text(json.dumps(CALIBRATION.to_dict()), encoding="utf-8")
-    seal(folder)
+    finalize_artifact(folder)
     return Ranker.load(folder)
 
 
-def pairs(folder: Path, ranker: Ranker, made: Path) -> list[tuple[Answers, Answers]]:
+def pairs(folder: Path, ranker: Ranker, made: Path) -> list[tuple[ModelOutputs, ModelOutputs]]:
     """What the ranker and the file give for requests that the ranker knows."""
     answer = load_onnx(made)
     return [
-        (answers_of(ranker.rank(**request)), answer(encode(ranker, request)))
+        (outputs_in_request_order(ranker.rank(**request)), answer(encode_request(ranker, request)))
         for request in draw_requests(folder, ranker, 8)
     ]
 
@@ -98,10 +107,10 @@ def assert_computes_the_same(ranker: Ranker, made: Path) -> None:
     random, answer = np.random.default_rng(0), load_onnx(made)
     for rows in (1, 2, 700):
         inputs, of = random_inputs(ranker.layout, rows, random), np.arange(rows)
-        scored = ranker.scorer.score(ranker.request_inputs.matrix(Inputs(), inputs, of))
-        found = answer(as_arrays(ranker.layout, Inputs(), inputs, of))
-        for place, task in enumerate(ranker.names):
-            np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+        scored = ranker.scorer.score(ranker.request_inputs.build_matrix(Inputs(), inputs, of))
+        found = answer(build_onnx_inputs(ranker.layout, Inputs(), inputs, of))
+        for place, task in enumerate(ranker.task_names):
+            np.testing.assert_allclose(found[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)
 
 
 def test_attention_is_refused(small: SmallModel, tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ def test_a_stranger_finds_the_inputs(given: tuple[Path, Ranker, Path]) -> None:
             lists = np.split(ids[name].values, ids[name].offsets[1:-1])
             padded = np.array([[*each, *[-1] * (9 - len(each))] for each in lists])
             inputs[f"ids.{name}"] = np.broadcast_to(padded, (count, 9))
-    found, expected = load_onnx(made)(inputs), answers_of(ranker.rank(**request))
+    found, expected = load_onnx(made)(inputs), outputs_in_request_order(ranker.rank(**request))
     for task, values in expected.items():
         np.testing.assert_allclose(found[task], values, rtol=1e-5)
 
@@ -179,13 +188,13 @@ def test_the_readme_runs(given: tuple[Path, Ranker, Path], monkeypatch: pytest.M
 
 
 def test_another_value_is_refused(means: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = Graph.dense
+    dense = ExportModule.dense
 
-    def off(self: Graph, inputs: torch.Tensor, grown: None) -> tuple[torch.Tensor, ...]:
-        values, *scores = dense(self, inputs, grown)
+    def off(self: ExportModule, inputs: torch.Tensor, tree_logits: None) -> tuple[torch.Tensor, ...]:
+        values, *scores = dense(self, inputs, tree_logits)
         return values + torch.tensor([0.0, 1e-4, 0.0]), *scores
 
-    monkeypatch.setattr(Graph, "dense", off)
+    monkeypatch.setattr(ExportModule, "dense", off)
     with pytest.raises(UserError, match=r"does not compute what the model does: .* 'liked' is off by 0\.0001"):
         write_onnx(means.folder, tmp_path)
 
@@ -193,9 +202,9 @@ def test_another_value_is_refused(means: SmallModel, tmp_path: Path, monkeypatch
 def test_a_model_that_the_exporter_can_not_follow_is_refused(
     means: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward(self: object, inputs: torch.Tensor, grown: None) -> torch.Tensor:
+    def forward(self: object, inputs: torch.Tensor, tree_logits: None) -> torch.Tensor:
         return inputs if inputs.sum() > 0 else -inputs
 
-    monkeypatch.setattr(Graph, "dense", forward)
+    monkeypatch.setattr(ExportModule, "dense", forward)
     with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
         write_onnx(means.folder, tmp_path)

@@ -18,9 +18,9 @@ from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.given import iso_time
+from mmoe_rec.log.request_values import iso_time
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.score import fuse, predictions
+from mmoe_rec.model.score import compute_log_scores, predictions
 from mmoe_rec.task_kinds import find_kind
 from tests.batches.encoded_files import columns_of
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -35,14 +35,14 @@ def offline(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
     with torch.inference_mode():
         logits = small.model(batch).logits
     weights = [task.score_weight for task in small.settings.tasks.values()]
-    return predictions(logits, KINDS).numpy(), fuse(logits, KINDS, weights).numpy()
+    return predictions(logits, KINDS).numpy(), compute_log_scores(logits, KINDS, weights).numpy()
 
 
 def in_request_order(ranking: object, ranker: Ranker) -> tuple[np.ndarray, np.ndarray]:
     """Predictions (N, T) and scores (N,) of a whole ranking in the order in which candidates were given."""
     tree = ranking.to_dict()  # type: ignore[attr-defined]
     back = np.argsort(tree["order"])
-    values = np.array([tree["predictions"][task.name] for task in ranker.about.tasks]).T
+    values = np.array([tree["predictions"][task.name] for task in ranker.info.tasks]).T
     return values[back], np.array(tree["scores"])[back]
 
 
@@ -250,7 +250,7 @@ def _by_place(ranking: Any) -> list[Any]:
 
 def asked(ranker: Ranker, later: timedelta) -> list[str]:
     """Warnings for a request so much later than `tables_as_of`."""
-    moment = datetime.fromisoformat(ranker.about.tables_as_of) + later
+    moment = datetime.fromisoformat(ranker.info.tables_as_of) + later
     return ranker.rank({"user": USER}, {"time": moment.isoformat()}, {"item": ITEMS}).warnings
 
 
@@ -272,7 +272,7 @@ def test_a_time_that_does_not_fit_is_told_once(ranker: Ranker, later: timedelta,
         return
     (told,) = found
     assert sentence in told
-    known = datetime.fromisoformat(ranker.about.tables_as_of)
+    known = datetime.fromisoformat(ranker.info.tables_as_of)
     assert f"{known.isoformat()}," in told
     assert f"the request's time {(known + later).isoformat()} is" in told
 

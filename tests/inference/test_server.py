@@ -17,7 +17,7 @@ import pytest
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.registry import SERVED_CODE, SERVED_PACKAGES, describe_model
+from mmoe_rec.tracking.registry import SERVED_CODE, SERVED_PACKAGES, build_log_model_args
 from tests.inference.running_server import Server, running_server
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
@@ -131,7 +131,7 @@ print(json.dumps({"files": files, "loaded": [name for name in sys.modules if "."
 def served(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder of the served code, and what `SCORES` says of a process that has no other code of ours."""
     folder = tmp_path_factory.mktemp("served")
-    (code,) = describe_model(small.folder, folder)["code_paths"]
+    (code,) = build_log_model_args(small.folder, folder)["code_paths"]
     env = {**os.environ, "PYTHONPATH": str(folder)}
     pq.write_table(small.later_rows()[0], folder / "rows.parquet")
     words = [sys.executable, "-c", SCORES, str(small.folder), str(folder / "rows.parquet")]

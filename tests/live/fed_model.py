@@ -13,16 +13,16 @@ import pyarrow.compute as pc
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.request_reader import PARTS
+from mmoe_rec.inference.request_reader import REQUEST_KEYS
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_rows import make_batch
-from mmoe_rec.live.request_log import Record, write_file
+from mmoe_rec.live.request_log import LoggedReply, write_log_file
 from mmoe_rec.log.columns import column_uses
-from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.log.reader import EventLogFiles, Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.server.models import Learning
-from mmoe_rec.settings.log_columns import EVENT
+from mmoe_rec.server.models import EventIngester
+from mmoe_rec.settings.log_columns import EVENT_TASK
 from tests.server.asking import as_json
 
 EVENTS_AT_A_TIME = 50
@@ -53,10 +53,10 @@ def read_period(log: Log, window: tuple[int, int]) -> Period:
     starts = np.append(np.flatnonzero(first), len(rows))
     logs: list[tuple[str | None, np.ndarray, pa.Table]] = [(None, times, table.select(list(column_uses(log.schema))))]
     for name in log.schema.events:
-        events = EventRows(name, log)
+        events = EventLogFiles(name, log)
         tables = [
             each.filter(in_window(each.times(), window))
-            .table.drop_columns([EVENT.label])
+            .table.drop_columns([EVENT_TASK.label])
             .rename_columns({events.schema.columns.time: events.reader.time})
             for each in events.stream()
         ]
@@ -86,27 +86,27 @@ class FedModel:
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.ranker, self.requests = Ranker.load(model), folder / "requests"
-        self.ranker.keeps_seen = True
+        self.ranker.keep_inputs = True
         self.requests.mkdir()
         address = f"sqlite:///{folder / 'journal.db'}"
         Journal(address).close()
-        self._learning = Learning(self.ranker, address)
+        self._ingester = EventIngester(self.ranker, address)
         self.logged: list[pa.Table] = []
 
     def send(self, table: pa.Table, log: str | None) -> None:
         """Accepts events of the interaction log (None), or of a named log, and learns them."""
-        checked = self._learning.checks.read_json(log, as_json(table))
-        self._learning.journal.append(make_batch(log, checked, self._learning.schema))
-        self._learning.catch_up()
+        checked = self._ingester.validator.read_json(log, as_json(table))
+        self._ingester.journal.append(make_batch(log, checked, self._ingester.schema))
+        self._ingester.catch_up()
 
     def rank(self, request: dict[str, Any]) -> None:
         """Ranks and logs a request."""
         ranking: Ranking = self.ranker.rank(**json.loads(json.dumps(request)))
-        self.logged.append(Record(ranking, None, None, None, 1.0, time.time_ns() // 1_000).table())
+        self.logged.append(LoggedReply(ranking, None, None, None, 1.0, time.time_ns() // 1_000).table())
 
     def write(self) -> None:
         """Writes the requests that it has logged."""
-        write_file(self.requests, pa.concat_tables(self.logged, promote_options="default"))
+        write_log_file(self.requests, pa.concat_tables(self.logged, promote_options="default"))
 
 
 def feed(period: Period, model: FedModel, most: int) -> None:
@@ -131,12 +131,12 @@ def feed(period: Period, model: FedModel, most: int) -> None:
 def _build_request(period: Period, start: int, end: int) -> dict[str, Any]:
     """A request for the rows of a period from one number to another; user and context are those of the first."""
     schema, table = period.rows.schema, period.rows.table
-    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS.values()}
+    parts: dict[str, dict[str, Any]] = {part: {} for part in REQUEST_KEYS.values()}
     for name, role in schema.input_columns().items():
-        if role in PARTS:
+        if role in REQUEST_KEYS:
             rows = table[name].slice(start, end - start if role == "candidate" else 1)
             values = [each.isoformat() if hasattr(each, "isoformat") else each for each in rows.to_pylist()]
-            parts[PARTS[role]][name] = values if role == "candidate" else values[0]
+            parts[REQUEST_KEYS[role]][name] = values if role == "candidate" else values[0]
     if schema.columns.request is not None:
         parts["context"][schema.columns.request] = table[schema.columns.request][start].as_py()
     return parts

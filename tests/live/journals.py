@@ -22,9 +22,9 @@ PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 THOUSANDS = 1_000_000
 
 
-def batch(*numbers: int, source: str | None = None, text: str = "x") -> Batch:
+def batch(*numbers: int, log_name: str | None = None, text: str = "x") -> Batch:
     """A batch of a row for each number, which need not mean anything to a schema."""
-    return Batch(source, 7, pa.table({"number": pa.array(numbers, pa.int64()), "text": [text] * len(numbers)}))
+    return Batch(log_name, 7, pa.table({"number": pa.array(numbers, pa.int64()), "text": [text] * len(numbers)}))
 
 
 def numbers_in(batches: list[Batch]) -> list[int]:
@@ -32,9 +32,9 @@ def numbers_in(batches: list[Batch]) -> list[int]:
     return [number for each in batches for number in each.table["number"].to_pylist()]
 
 
-def every_batch(journal: Journal, after: int = 0, most_rows: int = 1000) -> Iterator[Batch]:
+def every_batch(journal: Journal, after: int = 0, max_rows: int = 1000) -> Iterator[Batch]:
     """All batches of a journal after a position."""
-    while batches := journal.read(after, most_rows):
+    while batches := journal.read(after, max_rows):
         yield from batches
         after = batches[-1].position
 
@@ -117,11 +117,11 @@ def append_and_tell(address: str, writer: int, count: int, threads: int) -> None
         list(pool.map(append, range(count)))
 
 
-def follow_and_tell(address: str, rows: int, most_rows: int) -> None:
+def follow_and_tell(address: str, rows: int, max_rows: int) -> None:
     """Reads until there are so many rows, and prints their numbers. It is called in a process of its own."""
     journal, after, numbers = Journal(address), 0, list[int]()
     while len(numbers) < rows:
-        batches = until(lambda: journal.read(after, most_rows))  # noqa: B023
+        batches = until(lambda: journal.read(after, max_rows))  # noqa: B023
         assert batches[0].position == after + 1
         after = batches[-1].position
         numbers += numbers_in(batches)

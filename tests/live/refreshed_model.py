@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.inference.artifact import Artifact, read_artifact
+from mmoe_rec.inference.artifact import ArtifactInfo, read_artifact
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.registry import Version, fetch_model, find_holder, move_alias
+from mmoe_rec.tracking.registry import ModelVersion, fetch_model, find_champion, move_alias
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, files_of, random_log, times_of, with_requests
@@ -53,9 +53,9 @@ class Registered:
     def _kept(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.kept")
 
-    def holder(self, alias: str = "champion") -> Version:
+    def holder(self, alias: str = "champion") -> ModelVersion:
         """The version that holds an alias."""
-        found = find_holder(self.name, alias, self.uri)
+        found = find_champion(self.name, alias, self.uri)
         assert found is not None
         return found
 
@@ -68,7 +68,7 @@ class Registered:
         """The artifact folder of a version."""
         return fetch_model(f"models:/{self.name}/{number}", self.uri)
 
-    def about(self, number: str) -> Artifact:
+    def about(self, number: str) -> ArtifactInfo:
         """What the artifact of a version says, once its files are checked."""
         return read_artifact(self.folder_of(number))
 

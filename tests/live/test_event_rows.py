@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.journal_rows import TOLERANCE_MICROSECONDS, RowChecks
+from mmoe_rec.live.journal_rows import CLOCK_TOLERANCE_US, RowValidator
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from tests.log.small_logs import ALL_KINDS, DAY, START, log_rows, random_log, schema_of, with_requests
 from tests.server.asking import as_json
@@ -36,13 +36,13 @@ def _log() -> pa.Table:
 
 def _pipeline() -> FeaturePipeline:
     pipeline = FeaturePipeline(SCHEMA)
-    pipeline.learn(log_rows(_log(), SCHEMA), NOW)
-    pipeline.finish()
+    pipeline.partial_fit(log_rows(_log(), SCHEMA), NOW)
+    pipeline.finish_fit()
     pipeline.booleans = {"liked", "slot"}
     return pipeline
 
 
-CHECKS = RowChecks(_pipeline(), most_rows=500)
+CHECKS = RowValidator(_pipeline(), max_rows=500)
 ROW = {
     "user": 5, "item": 3, "time": "2024-01-01T00:00:00Z", "request": 12, "click": 1, "liked": None, "spent": 2.5,
     "age": 1, "brand": "a", "price": 3, "tags": ["x", None], "born": "2000-01-01", "slot": 2, "rate": 0.5,
@@ -128,9 +128,9 @@ def test_what_is_no_row_and_too_many():
 def test_times_up_to_a_little_later_than_now():
     row = {"user": 1, "brand": "a", "at": "2024-01-01T00:00:00Z"}
     at = 1_704_067_200_000_000
-    assert CHECKS.read_json("views", [row], at - TOLERANCE_MICROSECONDS).num_rows == 1
+    assert CHECKS.read_json("views", [row], at - CLOCK_TOLERANCE_US).num_rows == 1
     with pytest.raises(RequestError, match="row 0: column 'at' holds an event in the future, 2024-01-01T00:00:00"):
-        CHECKS.read_json("views", [row], at - TOLERANCE_MICROSECONDS - 1)
+        CHECKS.read_json("views", [row], at - CLOCK_TOLERANCE_US - 1)
     assert CHECKS.read_json("views", [row]).num_rows == 1, "by the clock"
 
 

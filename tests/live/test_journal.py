@@ -45,7 +45,7 @@ def test_batches_come_back_as_they_were(address: str) -> None:
     assert journal.append(Batch(None, 5, tables[0]), Batch("views", 3, tables[1])) == 2
     assert journal.append(Batch(None, 9, tables[2])) == journal.append() == journal.append(batch()) == 3
     batches = list(every_batch(Journal(address, create=False)))
-    assert [(each.source, each.accepted_at, each.position) for each in batches] == [
+    assert [(each.log_name, each.accepted_at, each.position) for each in batches] == [
         (None, 5, 1),
         ("views", 3, 2),
         (None, 9, 3),
@@ -56,13 +56,13 @@ def test_batches_come_back_as_they_were(address: str) -> None:
 
 def test_reading_goes_on_from_each_position(address: str) -> None:
     journal = Journal(address)
-    assert journal.end() == 0
+    assert journal.last_position() == 0
     assert journal.read(0) == []
     for number in range(12):
         assert journal.append(batch(2 * number, 2 * number + 1)) == number + 1
     for after in range(13):
-        assert numbers_in(list(every_batch(journal, after, most_rows=1))) == list(range(2 * after, 24))
-    assert [len(journal.read(0, most_rows)) for most_rows in (1, 2, 3, 1000)] == [1, 1, 2, 12]
+        assert numbers_in(list(every_batch(journal, after, max_rows=1))) == list(range(2 * after, 24))
+    assert [len(journal.read(0, max_rows)) for max_rows in (1, 2, 3, 1000)] == [1, 1, 2, 12]
     assert numbers_in(journal.read(3, through=5)) == [6, 7, 8, 9]
     with pytest.raises(UserError, match="it ends with batch 12, and 13 were acknowledged"):
         journal.read(13)
@@ -88,7 +88,7 @@ def test_columns_keep_their_types(address: str) -> None:
     other.append(Batch(None, 0, pa.table({"request": pa.nulls(1), "label": [1.0]})))
     with pytest.raises(RequestError, match="column 'label' holds string, but double"):
         journal.append(Batch(None, 0, pa.table({"label": ["1"]})))
-    assert journal.end() == 3
+    assert journal.last_position() == 3
     journal.append(Batch(None, 0, pa.table({"tags": [[12]]})))
     with pytest.raises(RequestError, match="column 'tags' holds"):
         journal.append(Batch(None, 0, pa.table({"tags": [None, [], ["12"]]})))
@@ -96,10 +96,10 @@ def test_columns_keep_their_types(address: str) -> None:
 
 def test_a_batch_has_a_largest_size(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(file)
-    monkeypatch.setattr(module, "MOST_BATCH_BYTES", 5000)
+    monkeypatch.setattr(module, "MAX_BATCH_BYTES", 5000)
     with pytest.raises(RequestError, match="a batch has at most 5,000"):
         journal.append(batch(1, text="v" * 5000))
-    assert journal.end() == 0
+    assert journal.last_position() == 0
 
 
 def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
@@ -128,9 +128,12 @@ def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
 
 def test_a_writer_that_never_ends_is_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(address)
-    monkeypatch.setattr(module, "LOCK_SECONDS", 1)
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_SECONDS", 1)
     other = Journal(address, create=False)
-    with journal.appending(), pytest.raises(UserError, match=r"can't be written, so nothing was appended: .*lock"):
+    with (
+        journal.write_transaction(),
+        pytest.raises(UserError, match=r"can't be written, so nothing was appended: .*lock"),
+    ):
         other.append(batch(1))
     assert other.append(batch(2)) == 1
 
@@ -165,7 +168,7 @@ def test_a_batch_that_was_changed_or_lost_is_told(address: str, column: str | No
         journal.append(batch(number))
     value = {"log": "views", "payload": b"x"}.get(str(column), 99)
     change = sql.delete(table) if column is None else sql.update(table).values({column: value})
-    with journal.appending() as connection:
+    with journal.write_transaction() as connection:
         connection.execute(change.where(table.c.position == 2))
     assert numbers_in(journal.read(0, 1)) == [0]
     with pytest.raises(UserError, match="is damaged at batch 2"):
@@ -241,7 +244,7 @@ def test_processes_append_while_others_follow(address: str) -> None:
     before an earlier one."""
     Journal(address)
     rows = 4 * 2 * 100
-    readers = [call(follow_and_tell, address, rows, most_rows) for most_rows in (1, 50, 10_000)]
+    readers = [call(follow_and_tell, address, rows, max_rows) for max_rows in (1, 50, 10_000)]
     writers = [call(append_and_tell, address, writer, 100, threads) for writer, threads in enumerate((1, 4, 1, 4))]
     assert [each.wait() for each in (*writers, *readers)] == [0] * 7, [each.stderr for each in (*writers, *readers)]
     numbers = [list(map(int, reader.stdout.split())) for reader in readers]

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from mmoe_rec.inference.artifact import read_artifact, version_of
+from mmoe_rec.inference.artifact import artifact_version, read_artifact
 from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live import refresh as job
-from mmoe_rec.live.refresh import as_of, renew_tables
-from mmoe_rec.log.given import iso_time
+from mmoe_rec.live.refresh import tables_time, update_tables
+from mmoe_rec.log.request_values import iso_time
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model, move_alias
 from tests.fork_server import Command
@@ -41,7 +41,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     assert f" {len(added)} rows and 0 events" in printed
     holder, second = model.holder(), model.about("2")
     assert holder.number == "2"
-    assert as_of(second) == int(times_of(added).max()) == model.last_time()
+    assert tables_time(second) == int(times_of(added).max()) == model.last_time()
     assert second.trained_as_of == first.tables_as_of
     assert (second.fingerprint, second.layout, second.journal) == (first.fingerprint, first.layout, None)
     run = mlflow.get_run(holder.run_id)
@@ -54,17 +54,17 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     assert version.tags["tables_as_of"] == second.tables_as_of
 
     last = model.add(11, 14)
-    move_alias(NAME, "champion", "2", model.uri, replaced=registry.get_version(NAME, "1", model.uri))
+    move_alias(NAME, "champion", "2", model.uri, previous=registry.get_version(NAME, "1", model.uri))
     model.refresh()
     assert model.holder().number == "3"
-    assert model.holder().find_replaced("champion") == "1", "a promotion is undone past refreshes"
+    assert model.holder().find_previous_champion("champion") == "1", "a promotion is undone past refreshes"
     assert model.about("3").trained_as_of == first.tables_as_of
     one, three = model.folder_of("1"), model.folder_of("3")
     for name in ("weights.safetensors", "layout.json", "settings.yaml"):
         assert (one / name).read_bytes() == (three / name).read_bytes()
-    renew_tables(one, model.settings, tmp_path / "anew", rebuild=True)
+    update_tables(one, model.settings, tmp_path / "anew", rebuild=True)
     assert assert_same_tables(three / "features", tmp_path / "anew" / "features") > 100
-    assert version_of(three) == version_of(tmp_path / "anew")
+    assert artifact_version(three) == artifact_version(tmp_path / "anew")
     # What is served has changed, and says so.
     rankers = [Ranker.load(each) for each in (one, three)]
     moment = iso_time(START + 20 * DAY)
@@ -124,7 +124,7 @@ def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, caps
 def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     model.add(9, 11)
-    renew_tables(model.folder_of("1"), model.settings, whole, rebuild=True)
+    update_tables(model.folder_of("1"), model.settings, whole, rebuild=True)
     for path in model.log.glob("*.parquet"):
         if "days" not in path.name:
             path.unlink()
@@ -133,7 +133,7 @@ def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.Captur
     assert_same_tables(model.folder_of("2") / "features", whole / "features")
     model.refresh("--rebuild")
     assert "are gone (1, such as" in capsys.readouterr().err
-    assert as_of(model.about("3")) == model.last_time()
+    assert tables_time(model.about("3")) == model.last_time()
 
 
 def test_an_alias_that_a_person_moved_meanwhile_stays(
@@ -175,7 +175,7 @@ def _dying(function: Callable[..., Any], after: bool, error: type[BaseException]
 @pytest.mark.parametrize(
     ("place", "name", "after", "versions"),
     [
-        (job, "renew_tables", True, 2),
+        (job, "update_tables", True, 2),
         (registry, "register_model", True, 3),
         (job, "move_alias", True, 2),
     ],
@@ -190,7 +190,7 @@ def test_a_refresh_that_was_killed_is_ended_by_the_next(
             model.refresh()
     model.refresh()
     assert model.holder().number == f"{versions}" == str(model.versions()[-1].version)
-    assert as_of(model.about(f"{versions}")) == int(times_of(added).max())
+    assert tables_time(model.about(f"{versions}")) == int(times_of(added).max())
     model.add(10, 11)
     model.refresh()
     assert len(model.versions()) == versions + 1
@@ -211,7 +211,7 @@ def test_old_versions_of_refreshes_go_with_their_files(
     for number in range(2, 6):
         assert "removed" not in refresh(number)
         if number == 2:
-            move_alias(NAME, "other", "1", model.uri, replaced=model.holder())
+            move_alias(NAME, "other", "1", model.uri, previous=model.holder())
         if number == 3:
             model.move_alias("3", "kept")
     client.copy_model_version(f"models:/{NAME}/4", "production")
@@ -258,4 +258,4 @@ def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
     model.refresh()
     three = model.folder_of(model.holder().number)
     assert (three / "weights.safetensors").read_bytes() == (small / "weights.safetensors").read_bytes()
-    assert as_of(Ranker.load(three).about) == model.last_time()
+    assert tables_time(Ranker.load(three).info) == model.last_time()

@@ -6,12 +6,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import ResolvedModel
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options
+from mmoe_rec.server.models import ModelManager
+from mmoe_rec.server.options import ServerOptions
 from tests.live.refreshed_model import RefreshedModel
 from tests.log.small_logs import DAY, START
 from tests.preprocessing.test_tables_of_models import assert_same_tables
@@ -26,8 +26,8 @@ TIMES = [START + 15 * DAY, START + 17 * DAY, START + 40 * DAY]
 def _served(model: RefreshedModel, number: str, journal: Path | None = None) -> Application:
     address = model.journal if journal is None else journal
     Journal(address).close()
-    source = Source(model.folder_of(number), f"models:/small/{number}")
-    return Application(Models(Options(journal=str(address)), source))
+    source = ResolvedModel(model.folder_of(number), f"models:/small/{number}")
+    return Application(ModelManager(ServerOptions(journal=str(address)), source))
 
 
 def _answers(app: Application, position: str) -> list[Any]:
@@ -98,7 +98,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel,
     model.take_in("--remove-events")
     assert "came late" in capsys.readouterr().err
     assert model.holder().number == "3"
-    assert Journal(model.journal).removed() == through
+    assert Journal(model.journal).removed_until() == through
     _check(_answers(_served(model, "3"), position), before)
     model.take_in()
     assert "no new files" in capsys.readouterr().out
@@ -136,14 +136,14 @@ def _rolled_back(model: RefreshedModel) -> str:
         _sent(app, rows[start : start + 20])
         model.take_in(*(["--remove-events"] if number == 2 else []))
     assert model.holder().number == "4"
-    assert Journal(model.journal).removed() == 4
+    assert Journal(model.journal).removed_until() == 4
     model.move_alias("2")
     return _sent(app, rows[60:])
 
 
 def _learnt(app: Application) -> int:
-    learning = app.models.current.learning
-    return learning.ranker.pipeline.live.rows
+    ingester = app.models.current.ingester
+    return ingester.ranker.pipeline.live.rows
 
 
 def _failure(app: Application) -> str | None:
@@ -163,7 +163,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     position = _rolled_back(model)
     app = _served(model, "4")
     assert _failure(app) is None
-    take_up(app.models, Source(model.folder_of("2"), "models:/small/2"))
+    take_up(app.models, ResolvedModel(model.folder_of("2"), "models:/small/2"))
     assert ask(app, b"", page="/version", method="GET").tree["address"] == "models:/small/2"
     told = _told(app)
     assert "begins after position 4, and the model's tables know it up to 2 only: what was removed is in the" in told
@@ -172,7 +172,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     # All that came after the removed batches it does know.
     assert ask(app, {"inputs": [asked(TIMES[0], 5)]}, page=f"/invocations?after={position}").status == 200
     assert _learnt(app) == len(model._days(9, 14)) - 40
-    take_up(app.models, Source(model.folder_of("4"), "models:/small/4"))
+    take_up(app.models, ResolvedModel(model.folder_of("4"), "models:/small/4"))
     assert _failure(app) is None
 
 

@@ -12,7 +12,7 @@ import sqlalchemy as sql
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.live.journal import _KEYS, _REQUESTS, REMEMBERED_DAYS, Batch, Journal
+from mmoe_rec.live.journal import _KEYS, _REQUESTS, KEY_RETENTION_DAYS, Batch, Journal
 from mmoe_rec.live.journal_rows import JournalRows, join_by_log, make_batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.settings.schema import Schema
@@ -31,13 +31,13 @@ def _schema(request: str | None = "request", scope: str = "log") -> Schema:
     return schema_of(FEATURES, columns=columns, events=VIEWS)
 
 
-def _table(rows: Sequence[dict], source: str | None = None) -> pa.Table:
+def _table(rows: Sequence[dict], log_name: str | None = None) -> pa.Table:
     """Days as times; columns that no row has are left out."""
     rows = [{"request": 1, "user": 1, "item": 1, "click": 0.0, "liked": None, "spent": 0.5, **row} for row in rows]
-    if source is not None:
+    if log_name is not None:
         rows = [{"user": row["user"], "at": row["time"], "event_id": row.get("event_id")} for row in rows]
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-    time = "time" if source is None else "at"
+    time = "time" if log_name is None else "at"
     columns[time] = pa.array([START + round(day * DAY) for day in columns[time]]).cast(UTC_MICROSECONDS)
     for name in ("click", "liked", "spent"):
         if name in columns:
@@ -51,15 +51,15 @@ class Taken:
     def __init__(self, address: object, schema: Schema) -> None:
         self.journal, self.schema = Journal(str(address)), schema
 
-    def take(self, *tables: pa.Table, source: str | None = None) -> JournalRows:
+    def take(self, *tables: pa.Table, log_name: str | None = None) -> JournalRows:
         """Append tables, a batch each, and return the rows of them that count."""
-        before = self.journal.end()
-        self.journal.append(*(make_batch(source, table, self.schema) for table in tables))
-        return join_by_log(self.journal.read(before), self.schema)[source]
+        before = self.journal.last_position()
+        self.journal.append(*(make_batch(log_name, table, self.schema) for table in tables))
+        return join_by_log(self.journal.read(before), self.schema)[log_name]
 
     def found(self, *tables: pa.Table) -> dict:
         """The items that count, and the number of duplicates."""
-        before = self.journal.end()
+        before = self.journal.last_position()
         items = self.take(*tables).table["item"].to_pylist()
         return {"items": items, "duplicates": sum(each.duplicates for each in self.journal.read(before))}
 
@@ -93,7 +93,7 @@ def test_events_count_once_by_their_id(address):
         {"time": 1, "event_id": id_, "user": user}
         for id_, user in ((1, 1), (2, 1), (1, 1), (1, 2), (None, 1), (None, 1))
     ]
-    views = taken.take(_table(rows, "views"), source="views")
+    views = taken.take(_table(rows, "views"), log_name="views")
     assert len(views.table) == 4
     assert views.table.column_names == ["at", "user"]
     assert taken.found(_table([{"time": 1, "event_id": 1}]))["items"] == [1], "ids are a log's own"
@@ -125,16 +125,16 @@ def test_calls_that_share_a_transaction_and_processes_know_each_others_rows(addr
     tables = [_table([{"time": 1, "item": 1}]), _table([{"time": 1, "item": 1}, {"time": 1, "item": 2}])]
     assert one.found(*tables)["items"] == [1, 2]
     assert other.found(*tables) == {"items": [], "duplicates": 3}, "a batch of duplicates alone has a position"
-    assert other.journal.end() == 4
+    assert other.journal.last_position() == 4
 
 
 def test_keys_are_forgotten_after_a_month(address, monkeypatch):
     taken, table, day = Taken(address, _schema()), _table([{"time": 1, "event_id": 3}]), 86_400_000_000
     taken.journal.append(make_batch(None, table, taken.schema, accepted_at=100 * day))
-    for now, keys in ((100 + REMEMBERED_DAYS, 2), (101 + REMEMBERED_DAYS, 0)):
+    for now, keys in ((100 + KEY_RETENTION_DAYS, 2), (101 + KEY_RETENTION_DAYS, 0)):
         monkeypatch.setattr(time, "time_ns", lambda now=now: now * day * 1_000)
-        taken.journal.forget()
-        with taken.journal.reading() as connection:
+        taken.journal.forget_old_keys()
+        with taken.journal.read_transaction() as connection:
             assert len(connection.execute(sql.select(_KEYS)).all()) == keys
             assert len(connection.execute(sql.select(_REQUESTS)).all()) == keys // 2
     assert taken.found(table)["items"] == [1]
@@ -195,7 +195,7 @@ def test_as_a_loop_over_rows_does(batches, data):
             taken.take(*waiting[:size])
             waiting = waiting[size:]
         duplicates, rows, position = 0, list[tuple](), 0
-        while read := taken.journal.read(position, most_rows=data.draw(st.integers(1, 20))):
+        while read := taken.journal.read(position, max_rows=data.draw(st.integers(1, 20))):
             found, position = join_by_log(read, schema)[None], read[-1].position
             duplicates += sum(each.duplicates for each in read)
             days = ((found.rows(schema).times() - START) / DAY).tolist()

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import version_of
-from mmoe_rec.live import request_log as names
+from mmoe_rec.inference.artifact import artifact_version
+from mmoe_rec.live import request_log
 from mmoe_rec.live import skew as job
-from mmoe_rec.live.refresh import renew_tables
+from mmoe_rec.live.refresh import update_tables
 from mmoe_rec.live.skew import check_skew, describe
 from mmoe_rec.log.reader import Log
 from tests.commands import run
@@ -93,7 +93,7 @@ def freeze(small: SmallModel, out: Path) -> None:
     events = {name: each.model_copy(update={"path": str(before / name)}) for name, each in data.events.items()}
     data = data.model_copy(update={"log": str(before / "log"), "events": events})
     settings = small.settings.model_copy(update={"data": data})
-    renew_tables(small.folder, settings, out, rebuild=True)
+    update_tables(small.folder, settings, out, rebuild=True)
 
 
 PREDICTED = ("click", "liked", "spent", "score")
@@ -154,7 +154,7 @@ def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_pat
 
     def plant(server: FedModel) -> None:
         for name in early:
-            server.ranker.pipeline.memory_encoders[name].matures_after = 0
+            server.ranker.pipeline.point_in_time_encoders[name].label_delay_us = 0
 
     live = world.fed(tmp_path, plant, read_period(world.log, (FROM, TO)))
     assert early <= wrong(world.check(live.requests, TO)).keys() <= {*early, *PREDICTED}
@@ -179,14 +179,14 @@ def test_an_event_that_is_swallowed_is_found(world: World, tmp_path: Path) -> No
 
 def test_a_column_with_a_name_of_the_request_log_is_refused() -> None:
     with pytest.raises(UserError, match="column 'served_score' has a name that logged requests use for their own"):
-        names.refuse_own(["item", "served_score"], [names.SCORE])
+        request_log.check_reserved_columns(["item", "served_score"], [request_log.SCORE])
 
 
 def test_ctrl_c_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "read_logged", stop)
+    monkeypatch.setattr(job, "read_request_log", stop)
     with pytest.raises(KeyboardInterrupt):
         world.check(Path("requests"))
     assert not (Path(world.small.settings.data.work_dir) / "skew").exists()
@@ -231,7 +231,7 @@ def test_rows_are_compared_or_counted_with_a_reason(
         UserError, match=f"none of {count} logged rows .* \\({count} answered by other versions of the m"
     ):
         check_skew(settings, FROM, SHORT, str(world.small.folder), file.parent)
-    mine = pa.array([version_of(world.frozen)] * (count - 3) + ["another"] * 3)
+    mine = pa.array([artifact_version(world.frozen)] * (count - 3) + ["another"] * 3)
     several = np.flatnonzero(table["served_candidates"].to_numpy() > 1)
     other, wrong_one = several[0], several[several > several[0] + 5][0]
     table = table.set_column(table.column_names.index("served_artifact"), "served_artifact", mine)

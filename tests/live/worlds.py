@@ -61,7 +61,7 @@ class World:
                     "served_request": page,
                     "served_at": START + round(served * HOUR),
                     "served_rank": rank,
-                    "served_share": 1.0,
+                    "served_fraction": 1.0,
                     "served_artifact": "a",
                 }
             )
@@ -137,7 +137,7 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
     if outcomes.shown is not None:
         seen: dict[int, Row] = {}
         for row, event in belongs(outcomes.shown.events, rows):
-            if event["at"] - row["time"] <= outcomes.shown.microseconds:
+            if event["at"] - row["time"] <= outcomes.shown.length_us:
                 seen.setdefault(id(row), event)
         rows = [{**row, "slot": seen[id(row)]["slot"]} for row in rows if id(row) in seen]
     elif outcomes.top is not None:
@@ -146,7 +146,7 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
         said: dict[int, list[Row]] = {}
         for row, event in belongs(source.events, rows):
             has_value = source.value is None or event[source.value] not in (None, math.nan)
-            if has_value and event["at"] - row["time"] <= source.microseconds:
+            if has_value and event["at"] - row["time"] <= source.length_us:
                 said.setdefault(id(row), []).append(event)
         for row in rows:
             values = [1.0 if source.value is None else each[source.value] for each in said.get(id(row), [])]

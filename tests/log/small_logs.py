@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.features import kinds
-from mmoe_rec.features.encoder import Inputs, MemoryEncoder
-from mmoe_rec.features.layout import Encoded
-from mmoe_rec.features.pipeline import FeaturePipeline, write_memory
-from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
+from mmoe_rec.features.encoder import Inputs, PointInTimeEncoder
+from mmoe_rec.features.layout import EncodedInputs
+from mmoe_rec.features.pipeline import FeaturePipeline, write_event_store
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonicalize, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.join import Window, in_window
@@ -72,7 +72,7 @@ ALL_KINDS: dict[str, Any] = {
 
 def schema_of(features: dict[str, Any], **sections: Any) -> Schema:
     """A schema over the columns of `random_log`; `sections` replace those of `BASE`."""
-    return kinds.schema_of({**BASE, **sections, "features": features})
+    return kinds.parse_schema({**BASE, **sections, "features": features})
 
 
 CLICKS = {"click": {"label": "click", "objective": "engagement"}}
@@ -152,7 +152,7 @@ def log_rows(table: pa.Table, schema: Schema) -> LogRows:
     """The table's rows in canonical types."""
     uses = column_uses(schema)
     unit = schema.columns.time_unit
-    return LogRows(pa.table({name: canonical(name, use, table[name], unit) for name, use in uses.items()}), schema)
+    return LogRows(pa.table({name: canonicalize(name, use, table[name], unit) for name, use in uses.items()}), schema)
 
 
 def stream_of(tables: Iterable[pa.Table], schema: Schema) -> list[LogRows]:
@@ -177,14 +177,14 @@ def fit_in_memory(
     inside = [rows.filter(in_window(rows.times(), training)) for rows in batches]
     assert training[1] is not None
     for rows, part in zip(batches, inside, strict=True):
-        pipeline.note_types(rows)
-        pipeline.learn(part, training[1])
-    pipeline.finish()
+        pipeline.record_key_types(rows)
+        pipeline.partial_fit(part, training[1])
+    pipeline.finish_fit()
     remember(pipeline, batches, events)
-    for encoder in pipeline.memory_encoders.values():
+    for encoder in pipeline.point_in_time_encoders.values():
         for part in inside:
-            encoder.learn_results(encoder.look_up(part))
-    pipeline.finish_results()
+            encoder.partial_fit_results(encoder.look_up(part))
+    pipeline.finish_fit_results()
     return pipeline
 
 
@@ -193,31 +193,31 @@ def remember(
 ) -> None:
     """Replaces what counters and histories remember by other logs."""
     logs = {None: batches, **(events or {})}
-    fresh = FeaturePipeline(pipeline.schema).memory_encoders
-    for name, encoder in pipeline.memory_encoders.items():
+    fresh = FeaturePipeline(pipeline.schema).point_in_time_encoders
+    for name, encoder in pipeline.point_in_time_encoders.items():
         parts = [encoder.events(rows) for rows in logs[encoder.source]]
         together = pa.concat_tables(parts, promote_options="permissive")
-        encoder.memory = encoder.extended(fresh[name].memory, together)
+        encoder.store = encoder.extended(fresh[name].store, together)
 
 
-def raw_results(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
+def raw_results(encoder: PointInTimeEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
     """What a counter or history says of rows, in full precision."""
-    asked = rows.look_ups(encoder.by)
+    asked = rows.lookups(encoder.key_columns)
     return {
-        name: each.take(asked.number) if isinstance(each, Ragged) else each[asked.number]
-        for name, each in encoder.distinct_results(encoder.memory, asked).items()
+        name: each.take(asked.inverse) if isinstance(each, Ragged) else each[asked.inverse]
+        for name, each in encoder.distinct_results(encoder.store, asked).items()
     }
 
 
 def save_memories(pipeline: FeaturePipeline, folder: Path, moment: int) -> None:
     """Writes what requests at `moment` or later can ask of a pipeline's memories."""
-    for name, encoder in pipeline.memory_encoders.items():
-        write_memory(encoder.compacted(encoder.memory, moment), folder, name)
+    for name, encoder in pipeline.point_in_time_encoders.items():
+        write_event_store(encoder.compacted(encoder.store, moment), folder, name)
 
 
-def memory_table(encoder: MemoryEncoder) -> pa.Table:
+def memory_table(encoder: PointInTimeEncoder) -> pa.Table:
     """What a counter or history remembers."""
-    return pa.table(encoder.memory.to_columns())
+    return pa.table(encoder.store.to_columns())
 
 
 def remembered(folder: Path) -> pa.Table:
@@ -230,7 +230,7 @@ def times_of(table: pa.Table) -> np.ndarray:
     return table["time"].cast(pa.int64()).to_numpy()
 
 
-def assert_same(one: Encoded, other: Encoded) -> None:
+def assert_same(one: EncodedInputs, other: EncodedInputs) -> None:
     """Both are equal to the last bit."""
     _assert_same_ids(one.ids, other.ids)
     np.testing.assert_array_equal(one.dense.view(np.uint32), other.dense.view(np.uint32))

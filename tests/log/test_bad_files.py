@@ -13,10 +13,10 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log_module
-from mmoe_rec.log.checks import BadFile, LeftOut, format_time
-from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.log.checks import BadFile, SkippedFile, format_time
+from mmoe_rec.log.reader import EventLogFiles, Log
 from mmoe_rec.preprocessing import build_steps as steps
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
@@ -95,15 +95,15 @@ def test_a_file_that_cannot_be_opened(tmp_path, kind):
     folder = _five(tmp_path)
     said = _spoil(kind, folder / "3.parquet")
     error = _opening(folder)
-    assert error.address == str(folder / "3.parquet")
+    assert error.uri == str(folder / "3.parquet")
     with pytest.raises(BadFile, match=f"^{said}"):
         raise error
     twin = pickle.loads(pickle.dumps(error))
-    assert (type(twin), str(twin), twin.address) == (BadFile, str(error), error.address)
+    assert (type(twin), str(twin), twin.uri) == (BadFile, str(error), error.uri)
 
     log = Log(str(folder), SCHEMA, skip_bad_files=True)
-    assert [(each.address, each.reason) for each in log.left_out] == [(error.address, str(error))]
-    assert [Path(file.address).stem for file in log.files] == ["0", "1", "2", "4"]
+    assert [(each.uri, each.reason) for each in log.skipped] == [(error.uri, str(error))]
+    assert [Path(file.uri).stem for file in log.files] == ["0", "1", "2", "4"]
     assert log.rows == sum(len(rows) for rows in log.stream()) == 240
 
 
@@ -111,16 +111,16 @@ def test_the_first_of_several_bad_files_is_named_and_all_are_left_out(tmp_path):
     folder = _five(tmp_path)
     for name, kind in (("4", "truncated"), ("1", "another type"), ("2", "lacks a column")):
         _spoil(kind, folder / f"{name}.parquet")
-    assert Path(_opening(folder).address).stem == "1"
+    assert Path(_opening(folder).uri).stem == "1"
     log = Log(str(folder), SCHEMA, skip_bad_files=True)
-    assert [Path(each.address).stem for each in log.left_out] == ["1", "2", "4"]
-    assert [Path(file.address).stem for file in log.files] == ["0", "3"]
-    found = log.found[str(folder / "3.parquet")]
-    fault = BadFile("found to be bad when it was read", found.address)
-    fewer = log.without([None, fault, BadFile("and so is another part", found.address)])
-    late = LeftOut(found.address, found.bytes, found.version, "found to be bad when it was read")
-    assert fewer.left_out == [*log.left_out, late]
-    assert [Path(file.address).stem for file in fewer.files] == ["0"]
+    assert [Path(each.uri).stem for each in log.skipped] == ["1", "2", "4"]
+    assert [Path(file.uri).stem for file in log.files] == ["0", "3"]
+    found_files = log.found_files[str(folder / "3.parquet")]
+    fault = BadFile("found to be bad when it was read", found_files.uri)
+    fewer = log.without_bad_files([None, fault, BadFile("and so is another part", found_files.uri)])
+    late = SkippedFile(found_files.uri, found_files.bytes, found_files.version, "found to be bad when it was read")
+    assert fewer.skipped == [*log.skipped, late]
+    assert [Path(file.uri).stem for file in fewer.files] == ["0"]
     assert fewer.types == log.types
 
 
@@ -159,10 +159,10 @@ def test_a_data_page_that_is_damaged(tmp_path, compression):
     content[middle : middle + 8] = bytes(byte ^ 0x55 for byte in content[middle : middle + 8])
     path.write_bytes(content)
     error = _reading(folder)
-    assert error.address == str(path)
+    assert error.uri == str(path)
     assert str(error).startswith(f"'{path}' is damaged: ")
     assert str(error).endswith("; write the file again")
-    log = Log(str(folder), SCHEMA).without([error])
+    log = Log(str(folder), SCHEMA).without_bad_files([error])
     assert sum(len(rows) for rows in log.stream()) == 240
 
 
@@ -206,7 +206,7 @@ NO_LABEL = "neither 0 nor 1; fix the data or set the task's kind to regression"
     ],
 )
 def test_the_first_wrong_value_is_told_in_any_part(tmp_path, monkeypatch, column, changes, row, message, rows_per_part):
-    monkeypatch.setattr(log_module, "ROWS_AT_A_TIME", 30)
+    monkeypatch.setattr(log_module, "READ_BATCH_ROWS", 30)
     tasks = {**CLICKS, "spent": {"label": "spent", "kind": "regression", "objective": "engagement"}}
     columns = {"user": "user", "candidate": "item", "time": "time", "sampling_rate": "price"}
     table = with_column(TABLE, "price", pa.array(np.full(300, 0.5)))
@@ -221,17 +221,17 @@ def test_times_of_the_future(tmp_path):
     last = START + 10 * DAY
     folder = write_log(tmp_path, TABLE, TABLE)
     times = TABLE["time"].cast(pa.int64()).to_numpy()
-    now = int(times[280])
-    later = np.flatnonzero(times > now)
+    max_time = int(times[280])
+    later = np.flatnonzero(times > max_time)
     assert len(later)
-    error = _reading(folder, now=now)
+    error = _reading(folder, max_time=max_time)
     assert str(error) == (
         f"'{folder}/0.parquet': column 'time' holds a request in the future, {format_time(int(times[later[0]]))}, "
-        f"later than {format_time(now)}; fix the data, or set `columns.time_unit` if the column holds integers in "
+        f"later than {format_time(max_time)}; fix the data, or set `columns.time_unit` if the column holds integers in "
         "another unit "
         f"(the first is row {later[0]} of the file, counted from 0)"
     )
-    assert sum(len(rows) for rows in Log(str(folder), SCHEMA, now=last).stream()) == 600
+    assert sum(len(rows) for rows in Log(str(folder), SCHEMA, max_time=last).stream()) == 600
 
 
 def test_without_a_now_tomorrow_passes_and_next_week_does_not(tmp_path):
@@ -279,19 +279,19 @@ def test_bad_files_of_events(tmp_path):
     log = Log(str(write_log(tmp_path / "log", TABLE)), _events(folder))
     said = _spoil("truncated", folder / "1.parquet")
     with pytest.raises(BadFile, match=said):
-        EventRows("purchases", log)
-    purchases = EventRows("purchases", log, skip_bad_files=True)
-    assert [Path(each.address).stem for each in purchases.left_out] == ["1"]
+        EventLogFiles("purchases", log)
+    purchases = EventLogFiles("purchases", log, skip_bad_files=True)
+    assert [Path(each.uri).stem for each in purchases.skipped] == ["1"]
     assert purchases.rows == 600
 
-    early = Log(log.source, log.schema, now=START)
+    early = Log(log.source, log.schema, max_time=START)
     message = r"0.parquet': column 'born' holds an event in the future, .*\(the first is row \d+"
     with pytest.raises(BadFile, match=message):
-        list(EventRows("purchases", early, skip_bad_files=True).stream())
+        list(EventLogFiles("purchases", early, skip_bad_files=True).stream())
     pq.write_table(with_values(events, "born", {77: None}), folder / "2.parquet")
     message = r"2.parquet': column 'born' is null; every event needs a time \(the first is row 77 "
     with pytest.raises(BadFile, match=message):
-        list(EventRows("purchases", log, skip_bad_files=True).stream())
+        list(EventLogFiles("purchases", log, skip_bad_files=True).stream())
 
 
 # While features are built
@@ -319,13 +319,13 @@ def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, c
     """Found by what reads it next, or at the end; no rows are encoded with what was counted of others."""
     folder = _five(tmp_path / "log")
     schema = schema_of({"item": ALL_KINDS["item"], "n": ALL_KINDS["item_click"]}, tasks=CLICKS)
-    run = getattr(steps.Steps, step)
+    run = getattr(steps.BuildSteps, step)
 
     def changing(*args: Any, **named: Any) -> Any:
         change(folder / "1.parquet")
         return run(*args, **named)
 
-    monkeypatch.setattr(steps.Steps, step, changing)
+    monkeypatch.setattr(steps.BuildSteps, step, changing)
     options = BuildOptions(skip_bad_files=skip)
     if step == "count" and (skip or change is _other_rows):
         # Nothing was learnt before: the file is left out as any bad one, or is what it is by now.
@@ -333,10 +333,8 @@ def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, c
             with pytest.raises(BadFile, match=r"1.parquet' has changed since the log was opened; start again"):
                 prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options))
         else:
-            left_out = prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options)).manifest[
-                "left_out"
-            ]
-            assert [Path(each["file"]).name for each in left_out] == ["1.parquet"]
+            skipped = prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options)).manifest["skipped"]
+            assert [Path(each["file"]).name for each in skipped] == ["1.parquet"]
         return
     with pytest.raises(BadFile) as caught:
         prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options))
@@ -384,5 +382,5 @@ def test_a_time_that_stands_for_never_has_an_hour(tmp_path):
     table = _with(pa.array(np.resize(values, 300), pa.timestamp("us", "UTC")))
     schema = _with_vectors(t={"kind": "time", "column": "x", "parts": ["hour", "weekday", "age"]})
     prepared = prepare(BuildInputs(str(_log(tmp_path / "log", table)), schema, WINDOWS, tmp_path / "work"))
-    encoded = FeaturePipeline.load(prepared.serving, memories=False).encode(log_rows(table, schema))
+    encoded = FeaturePipeline.load(prepared.serving, stores=False).encode(log_rows(table, schema))
     assert set(encoded.ids["t_weekday"].tolist()) == {1 + datetime(9999, 12, 30, tzinfo=UTC).weekday()}

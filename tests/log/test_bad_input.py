@@ -13,7 +13,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (

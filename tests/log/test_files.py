@@ -14,20 +14,20 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import files
-from mmoe_rec.log.files import find_files, open_file, path_values, takes_in
+from mmoe_rec.log.files import find_files, open_file, parse_path_columns, source_includes
 
 TABLE = pa.table({"x": [1, 2, 3]})
 VISIBLE = ["a-b.parquet", "a/0.parquet", "a/b/1.parquet", "day=__HIVE_DEFAULT_PARTITION__/2.parquet", "c.parquet"]
 HIDDEN = ["_metadata.parquet", ".c.parquet", "_temporary/0/3.parquet", ".log.1a2b.tmp/4.parquet", "a/readme.txt"]
 
 
-def _write(address: str, table: pa.Table = TABLE) -> None:
-    with fsspec.open(address, "wb", auto_mkdir=True) as handle:
+def _write(uri: str, table: pa.Table = TABLE) -> None:
+    with fsspec.open(uri, "wb", auto_mkdir=True) as handle:
         pq.write_table(table, handle)
 
 
 def _names(source: str, base: str) -> list[str]:
-    return [file.address.partition(base)[2].lstrip("/") for file in find_files(source)]
+    return [file.uri.partition(base)[2].lstrip("/") for file in find_files(source)]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_what_is_found_is_the_same_everywhere(place):
     assert _names(f"{place}/_metadata.parquet", "/log") == ["_metadata.parquet"]
     assert _names(f"{place}/a/b/1.parquet", "/log") == ["a/b/1.parquet"]
     for file in find_files(place):
-        with open_file(file.address) as handle:
+        with open_file(file.uri) as handle:
             assert handle.size() == file.bytes
             assert pq.read_table(handle).equals(TABLE)
 
@@ -144,22 +144,22 @@ def test_file_addresses_are_local_paths(tmp_path):
 
 
 def test_values_in_paths():
-    assert path_values("s3://b/log/day=7/brand=a%2Fb%20c/x=__HIVE_DEFAULT_PARTITION__/q=1.parquet") == {
+    assert parse_path_columns("s3://b/log/day=7/brand=a%2Fb%20c/x=__HIVE_DEFAULT_PARTITION__/q=1.parquet") == {
         "day": "7",
         "brand": "a/b c",
         "x": None,
     }
-    assert path_values("log/a=b=c/d=/0.parquet") == {"a": "b=c", "d": ""}
+    assert parse_path_columns("log/a=b=c/d=/0.parquet") == {"a": "b=c", "d": ""}
 
 
 # What can't be reached
 
 
-@pytest.mark.parametrize("address", ["s3://nowhere-at-all", "s3://nowhere-at-all/log", "s3://nowhere-at-all/log/*"])
-def test_a_missing_bucket(bucket, address):
+@pytest.mark.parametrize("uri", ["s3://nowhere-at-all", "s3://nowhere-at-all/log", "s3://nowhere-at-all/log/*"])
+def test_a_missing_bucket(bucket, uri):
     with pytest.raises(UserError) as caught:
-        find_files(address)
-    assert str(caught.value).startswith(f"the log '{address}' does not exist; set `data.log`")
+        find_files(uri)
+    assert str(caught.value).startswith(f"the log '{uri}' does not exist; set `data.log`")
 
 
 def test_an_unreachable_bucket_is_told_as_such(aws):
@@ -217,7 +217,7 @@ def test_a_file_that_is_gone_and_a_server_that_is_gone_differ(bucket, aws):
 
 
 def _found(source: str | Path) -> list[str]:
-    return [file.address for file in find_files(str(source))]
+    return [file.uri for file in find_files(str(source))]
 
 
 @pytest.fixture
@@ -321,4 +321,4 @@ def test_whether_a_log_takes_in_what_is_not_there_yet(tmp_path, monkeypatch, sou
     if there:
         _write(str(written))
     for each in (source, str(tmp_path / source)):
-        assert takes_in(each, [written]) == takes_in(each, [tmp_path / written]) == inside
+        assert source_includes(each, [written]) == source_includes(each, [tmp_path / written]) == inside

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.rows import LogRows, labels_of
-from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.log.rows import LogRows, compute_labels
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import BASE, DAY, LATE_DAYS, START, log_rows, random_log, schema_of, times_of, write_log
 
@@ -23,13 +23,13 @@ def tasks(**liked: Any) -> dict[str, Any]:
     return BASE["tasks"] | {"liked": BASE["tasks"]["liked"] | {"conditional_on": "click"} | liked}
 
 
-def expected_rows(rows: LogRows, known_by: int) -> tuple[list[float | None], list[float | None]]:
+def expected_rows(rows: LogRows, label_cutoff: int) -> tuple[list[float | None], list[float | None]]:
     """The own labels of liked, and those of click and liked together."""
     own: list[float | None] = []
     both: list[float | None] = []
     for row, time in zip(rows.table.to_pylist(), rows.times().tolist(), strict=True):
-        matured = time + LATE_DAYS * DAY <= known_by
-        clicked = None if time > known_by else row["click"]
+        matured = time + LATE_DAYS * DAY <= label_cutoff
+        clicked = None if time > label_cutoff else row["click"]
         own.append(row["liked"] if clicked == 1 and matured else None)
         both.append(0 if clicked == 0 and matured else own[-1])
     return own, both
@@ -38,10 +38,10 @@ def expected_rows(rows: LogRows, known_by: int) -> tuple[list[float | None], lis
 @pytest.mark.parametrize("liked", [{}, {"observed_when": None}])
 def test_equals_a_loop(liked: dict[str, Any]) -> None:
     rows = log_rows(random_log(3), schema_of(FEATURES, tasks=tasks(**liked)))
-    known_by = START + 6 * DAY
-    found = labels_of(rows, known_by)
+    label_cutoff = START + 6 * DAY
+    found = compute_labels(rows, label_cutoff)
     assert list(found) == ["click", "liked", "spent", "click_and_liked"]
-    own, both = expected_rows(rows, known_by)
+    own, both = expected_rows(rows, label_cutoff)
     np.testing.assert_equal(found["liked"], np.array(own, np.float64))
     np.testing.assert_equal(found["click_and_liked"], np.array(both, np.float64))
     assert {0.0, 1.0} == set(found["click_and_liked"][~np.isnan(found["click_and_liked"])])
@@ -53,8 +53,8 @@ def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
     edges = [START + days * DAY for days in (6, 8)]
     windows = {"train": (None, edges[0]), "validation": (edges[0], edges[1]), "test": (edges[1], None)}
     prepared = prepare(BuildInputs(str(write_log(tmp_path / "log", table)), schema, windows, tmp_path / "work"))
-    assert prepared.layout.outcomes == {"click_and_liked": (0, 1)}
-    assert [task.learnt_from for task in prepared.layout.tasks] == ["click", "click_and_liked", "spent"]
+    assert prepared.layout.joint_outcomes == {"click_and_liked": (0, 1)}
+    assert [task.loss_label for task in prepared.layout.tasks] == ["click", "click_and_liked", "spent"]
     train, last = pq.read_table(prepared.split("train")), int(times_of(table).max())
     observed = prepared.manifest["splits"]["train"]["observed"]
     for name in ("liked", "click_and_liked"):
@@ -62,13 +62,13 @@ def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
     assert observed["liked"] < observed["click_and_liked"] < observed["click"]
     for split, (start, end) in windows.items():
         told = prepared.manifest["splits"][split]
-        assert told["known_by"] == (edges[0] if split == "train" else last)
+        assert told["label_cutoff"] == (edges[0] if split == "train" else last)
         late = [
-            row["click"] == 1 and row["liked"] is not None and time + LATE_DAYS * DAY > told["known_by"]
+            row["click"] == 1 and row["liked"] is not None and time + LATE_DAYS * DAY > told["label_cutoff"]
             for row, time in zip(table.to_pylist(), times_of(table).tolist(), strict=True)
             if (start or 0) <= time < (end or last + 1)
         ]
-        assert told["unmatured"] == {"click": 0, "liked": sum(late), "spent": 0}
+        assert told["pending_labels"] == {"click": 0, "liked": sum(late), "spent": 0}
         assert sum(late) > 0
         rows = pq.read_table(prepared.split(split))
         assert told["rows"] == len(rows)

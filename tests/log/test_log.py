@@ -27,7 +27,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.preprocessing.logs import DEFAULTS, HeldFiles, Logs
+from mmoe_rec.preprocessing.build_inputs import DEFAULT_OPTIONS, IncludedFiles, Logs
 from tests.log.small_logs import ALL_KINDS, CLICKS, log_rows, random_log, schema_of, two_ids, with_column, write_log
 
 TABLE = random_log(0)
@@ -64,14 +64,14 @@ def memory() -> Iterator[MemoryFileSystem]:
 def test_parts_are_the_log(sizes, rows_per_part, rows_at_a_time):
     total = sum(map(sum, sizes))
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_module, "ROWS_AT_A_TIME", rows_at_a_time)
+        patch.setattr(log_module, "READ_BATCH_ROWS", rows_at_a_time)
         start = 0
         for index, groups in enumerate(sizes):
             start = _write_groups(Path(folder, f"{index}.parquet"), TABLE, groups, start)
         if not total:
             return
         log = Log(folder, SCHEMA)
-        assert [file.group_rows for file in log.files] == [tuple(groups) for groups in sizes]
+        assert [file.row_group_sizes for file in log.files] == [tuple(groups) for groups in sizes]
         parts = log.parts(rows_per_part)
         assert parts == Log(folder, SCHEMA).parts(rows_per_part)
         assert sum(part.rows for part in parts) == log.rows == total
@@ -86,8 +86,8 @@ def test_parts_are_the_log(sizes, rows_per_part, rows_at_a_time):
             next_row += part.rows
             # No part is longer than its last row group makes it.
             last = part.pieces[-1]
-            file = next(file for file in log.files if file.address == last.address)
-            assert part.rows - file.group_rows[last.groups[-1]] < rows_per_part
+            file = next(file for file in log.files if file.uri == last.uri)
+            assert part.rows - file.row_group_sizes[last.groups[-1]] < rows_per_part
         assert all(part.rows >= rows_per_part for part in parts[:-1])
         _assert_equal(_table(log.stream()), expected.slice(0, total))
 
@@ -102,8 +102,8 @@ def _assert_equal(one: pa.Table, other: pa.Table) -> None:
 
 def test_the_digest_changes_with_the_files(tmp_path):
     def digest(*tables: pa.Table) -> str:
-        logs = Logs(str(write_log(tmp_path, *tables)), SCHEMA, DEFAULTS)
-        return HeldFiles.of(logs, {}).logs[0].digest
+        logs = Logs(str(write_log(tmp_path, *tables)), SCHEMA, DEFAULT_OPTIONS)
+        return IncludedFiles.of(logs, {}).logs[0].digest
 
     tables = TABLE.slice(150), TABLE.slice(0, 150), TABLE.slice(0, 0)
     assert digest(*tables) == digest(*tables)
@@ -167,7 +167,7 @@ def test_columns_in_paths(tmp_path):
         rows["user"].to_pylist()
         == TABLE["user"].to_pylist()[100:200] + TABLE["user"].to_pylist()[:100] + TABLE["user"].to_pylist()[200:]
     )
-    assert [piece.in_path for piece in log.parts()[0].pieces] == [(("slot", value),) for value in (-8, 7, None)]
+    assert [piece.path_columns for piece in log.parts()[0].pieces] == [(("slot", value),) for value in (-8, 7, None)]
     pickle.dumps(log.parts())
 
 
@@ -202,7 +202,7 @@ def test_a_copy_of_arrow_files_does_not_need_them(tmp_path):
     with open_database(tmp_path / "database") as database:
         database.copy("log", dataset(tmp_path / "files", format="ipc"))
         shutil.rmtree(tmp_path / "files")
-        database.fill("nothing", pa.schema({"item": pa.int64()}), [])
+        database.create_table("nothing", pa.schema({"item": pa.int64()}), [])
         assert database.row("SELECT count(*), count(nothing.item) FROM log LEFT JOIN nothing USING (item)") == (900, 0)
 
 
@@ -247,7 +247,7 @@ def test_bad_files_in_memory_are_named_by_their_address(memory):
     memory.pipe_file("/log/1.parquet", b"half")
     with pytest.raises(BadFile) as caught:
         Log("memory://log", SCHEMA)
-    assert caught.value.address == "memory:///log/1.parquet"
+    assert caught.value.uri == "memory:///log/1.parquet"
 
 
 @pytest.mark.parametrize(("owner", "function"), [(MemoryFileSystem, "_open"), (MemoryFile, "read")])

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.reader import Log
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import build_features
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.log_columns import NO_CANDIDATE, NO_USER

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.features.layout import Attention, DenseInput, Encoded, IdInput
+from mmoe_rec.features.layout import AttentionHistory, DenseInput, EncodedInputs, IdInput
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.point_in_time.arrays import Ragged
@@ -26,12 +26,12 @@ LAYOUT = ModelLayout(
     ),
     ids=(
         IdInput("user", "t0"),
-        IdInput("tags", "t1", many=True),
+        IdInput("tags", "t1", is_list=True),
         IdInput("item", "item"),
-        IdInput("history", "item", many=True),
+        IdInput("history", "item", is_list=True),
         IdInput("city", "city"),
-        IdInput("history_city", "city", many=True, feature="history"),
-        IdInput("history_ages", "ages", many=True, feature="history"),
+        IdInput("history_city", "city", is_list=True, feature="history"),
+        IdInput("history_ages", "ages", is_list=True, feature="history"),
         IdInput("slot", "t4", placement=True),
     ),
     dense=(
@@ -42,20 +42,20 @@ LAYOUT = ModelLayout(
     tasks=(
         ModelTask("click", "binary", "engagement", 1.0, 1.0),
         ModelTask("like", "binary", "satisfaction", 2.0, 0.5),
-        ModelTask("rating", "regression", "satisfaction", 0.5, 2.0, mean=0.4, deviation=0.7),
+        ModelTask("rating", "regression", "satisfaction", 0.5, 2.0, mean=0.4, std=0.7),
     ),
-    attention=(Attention("history", 4),),
+    attention=(AttentionHistory("history", 4),),
 )
 KINDS = [task.kind for task in LAYOUT.tasks]
 
 
-def random_rows(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple[Encoded, np.ndarray]:
+def random_rows(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple[EncodedInputs, np.ndarray]:
     """Rows of a layout, and labels (rows, T) of which about a third are unobserved (NaN)."""
     random = np.random.default_rng(seed)
     ids: dict[str, np.ndarray | Ragged] = {}
     for each in layout.ids:
         size = layout.table(each.table).rows
-        if each.many:
+        if each.is_list:
             events = ids.get(each.feature)  # what they hold besides comes later in a layout
             lengths = events.lengths if isinstance(events, Ragged) else random.integers(0, 5, rows).astype(np.int32)
             ids[each.name] = Ragged(random.integers(0, size, lengths.sum()), lengths)
@@ -64,7 +64,7 @@ def random_rows(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple
     dense = random.normal(size=(rows, len(layout.dense))).astype(np.float32)
     labels = random.integers(0, 2, (rows, len(layout.tasks))).astype(np.float32)
     labels[random.random(labels.shape) < 1 / 3] = np.nan
-    return Encoded(ids, dense), labels
+    return EncodedInputs(ids, dense), labels
 
 
 def is_weight(name: str) -> bool:
@@ -103,7 +103,7 @@ def reference_weights(model: RankingModel) -> dict[str, Tensor]:
 
 
 def reference_logits(
-    weights: dict[str, Tensor], encoded: Encoded, layout: ModelLayout, settings: Model, placement: bool = True
+    weights: dict[str, Tensor], encoded: EncodedInputs, layout: ModelLayout, settings: Model, placement: bool = True
 ) -> Tensor:
     """(B, T) float64 logits by the reference; a regression's is in its own unit."""
 
@@ -158,5 +158,5 @@ def reference_logits(
         raw_inputs=settings.experts.raw_inputs,
     )
     logits = mixture.forward(inputs(False), inputs(True) if placement else None)
-    scales, means = (torch.tensor([getattr(task, name) for task in layout.tasks]) for name in ("deviation", "mean"))
+    scales, means = (torch.tensor([getattr(task, name) for task in layout.tasks]) for name in ("std", "mean"))
     return logits * scales + means

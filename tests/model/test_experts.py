@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mmoe_rec.model import levels, products
+from mmoe_rec.model import levels, matmul
 from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.matmul import GROUPED_MM_ALIGNMENT, Dispatch
 from mmoe_rec.model.mmoe import build_mixture
-from mmoe_rec.model.products import BLOCK, Dispatch
 from mmoe_rec.settings import model as section
 from tests.model.examples import small_settings
 
@@ -35,7 +35,7 @@ def drawn(k: int, gates: int, empty: bool = False) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("block", [1, BLOCK])
+@pytest.mark.parametrize("block", [1, GROUPED_MM_ALIGNMENT])
 @pytest.mark.parametrize(("k", "gates"), [(1, 1), (2, 2), (4, 3), (1, 3)])
 def test_every_row_has_its_places(k: int, gates: int, block: int, bounded: bool, empty: bool) -> None:
     _, used = drawn(k, gates, empty)
@@ -48,12 +48,12 @@ def test_every_row_has_its_places(k: int, gates: int, block: int, bounded: bool,
     else:
         assert dispatch.sizes.tolist() == [-(-count // block) * block for count in used.sum(0).tolist()]
     owners = torch.arange(EXPERTS).repeat_interleave(dispatch.sizes)
-    places = dispatch.places[dispatch.filled]
-    assert len(places.unique()) == int(used.sum()), "no two results share a place"
+    slots = dispatch.slots[dispatch.filled]
+    assert len(slots.unique()) == int(used.sum()), "no two results share a place"
     assert torch.equal(dispatch.filled.sum(1), used.sum(1))
-    assert torch.equal(dispatch.rows[places], dispatch.filled.nonzero()[:, 0])
-    assert torch.equal(owners[places], dispatch.experts[dispatch.filled])
-    assert used[dispatch.rows[places], owners[places]].all()
+    assert torch.equal(dispatch.rows[slots], dispatch.filled.nonzero()[:, 0])
+    assert torch.equal(owners[slots], dispatch.experts[dispatch.filled])
+    assert used[dispatch.rows[slots], owners[slots]].all()
 
 
 def mixed(experts: Experts, hidden: Tensor, weights: Tensor, used: Tensor | None) -> list[Tensor]:
@@ -103,9 +103,9 @@ def test_nothing_used_gives_zeros() -> None:
 def test_small_experts_that_most_rows_use_run_on_all_rows(units: tuple[int, ...], k: int, sparse: bool) -> None:
     used, hidden = drawn(k, 2)[1][:, :4], torch.zeros(ROWS, 150)
     used[:, :k] = True
-    assert made_of(4, 150, units).runs_sparse(hidden, used, None) == sparse
-    assert made_of(4, 150, units, compute="grouped").runs_sparse(hidden, used, None)
-    assert not made_of(4, 150, units, compute="dense").runs_sparse(hidden, used, None)
+    assert made_of(4, 150, units).uses_grouped(hidden, used, None) == sparse
+    assert made_of(4, 150, units, compute="grouped").uses_grouped(hidden, used, None)
+    assert not made_of(4, 150, units, compute="dense").uses_grouped(hidden, used, None)
 
 
 def test_a_gpu_runs_them_sparse_where_it_has_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +113,12 @@ def test_a_gpu_runs_them_sparse_where_it_has_the_product(monkeypatch: pytest.Mon
         used = torch.empty(ROWS, EXPERTS, dtype=torch.bool, device="cuda")
         hidden = torch.empty(ROWS, 8, dtype=torch.bfloat16, device="cuda")
         for capability, has_it in (((9, 0), True), ((10, 0), True), ((8, 0), False), ((12, 0), False)):
-            monkeypatch.setattr(products, "_capability", lambda device, found=capability: found)
+            monkeypatch.setattr(matmul, "_capability", lambda device, found=capability: found)
             for compute, most, sparse in (("auto", 2, True), ("auto", 4, False), ("grouped", 4, True)):
                 experts = made_of(EXPERTS, 8, (8,), compute=compute)
-                assert experts.runs_sparse(hidden, used, most) == (has_it and sparse)
-                assert not experts.runs_sparse(hidden.float(), used, most)
-                assert not experts.runs_sparse(hidden, used, None)
+                assert experts.uses_grouped(hidden, used, most) == (has_it and sparse)
+                assert not experts.uses_grouped(hidden.float(), used, most)
+                assert not experts.uses_grouped(hidden, used, None)
 
 
 def test_a_gpu_accepts_the_operands() -> None:
@@ -126,7 +126,7 @@ def test_a_gpu_accepts_the_operands() -> None:
     with FakeTensorMode():
         used = torch.empty(ROWS, EXPERTS, dtype=torch.bool, device="cuda")
         hidden = torch.empty(ROWS, 14, dtype=torch.bfloat16, device="cuda")
-        dispatch = Dispatch.of(used, BLOCK, 2)
+        dispatch = Dispatch.of(used, GROUPED_MM_ALIGNMENT, 2)
         places = hidden[dispatch.rows]
         out = dispatch.multiply(places, torch.empty(EXPERTS, 20, 14, device="cuda"), torch.empty(EXPERTS, 20).cuda())
         assert (out.shape, out.dtype, out.device.type) == ((len(places), 20), torch.bfloat16, "cuda")
@@ -153,12 +153,12 @@ def test_a_model_makes_room_for_all_that_its_rule_chooses(
 ) -> None:
     told: list[int | None] = []
 
-    def runs_sparse(experts: Experts, hidden: Tensor, used: Tensor, most: int | None) -> bool:
+    def uses_grouped(experts: Experts, hidden: Tensor, used: Tensor, most: int | None) -> bool:
         told.append(most)
         assert most is None or int(used.sum(1).max()) <= most
         return False
 
-    monkeypatch.setattr(levels.Experts, "runs_sparse", runs_sparse)
+    monkeypatch.setattr(levels.Experts, "uses_grouped", uses_grouped)
     settings = small_settings(
         experts={"units": (16, 8)} | SETTINGS[name]["experts"],
         gates={"routing": "top_k", "top_k": 2} | SETTINGS[name].get("gates", {}),

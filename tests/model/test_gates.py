@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmoe_rec.model.levels import RAMP, Gates, keep_some
-from mmoe_rec.model.routing import RULES, Gated, Routing, RoutingRule, balance_loss, expert_loads, rule_named, z_loss
+from mmoe_rec.model.levels import RAMP_LOGIT_OFFSET, Gates, restrict_unless_empty
+from mmoe_rec.model.routing import RULES, GateOutput, Routing, RoutingRule, balance_loss, expert_loads, get_rule, z_loss
 from mmoe_rec.settings import model as section
-from mmoe_rec.settings.load import describe
+from mmoe_rec.settings.load import describe_settings
 from tests.reference import model as reference
 
 GATES, EXPERTS, ROWS = 2, 5, 40
@@ -30,7 +30,7 @@ def hidden(rows: int = ROWS) -> Tensor:
     return torch.randn(rows, 6, generator=torch.Generator().manual_seed(1))
 
 
-def logits_of(layer: torch.nn.Module, x: Tensor) -> np.ndarray:
+def predictions_to_logits(layer: torch.nn.Module, x: Tensor) -> np.ndarray:
     weight, bias = (each.detach().double().numpy() for each in layer.parameters())
     return np.einsum("geh,bh->bge", weight, x.double().numpy()) + bias
 
@@ -54,7 +54,7 @@ def test_gates_choose_in_bf16_as_in_fp32(kind: Any) -> None:
 def test_expert_choice_is_the_references() -> None:
     made, x = gates("expert_choice", top_k=2, serving_top_k=2), hidden()
     routing = made(x)
-    expected = reference.expert_choice(torch.from_numpy(logits_of(made.linear, x)), k=2)
+    expected = reference.expert_choice(torch.from_numpy(predictions_to_logits(made.linear, x)), k=2)
     torch.testing.assert_close(routing.weights.double(), expected, atol=1e-6, rtol=1e-5)
     assert torch.equal(routing.selected, expected > 0)
 
@@ -84,7 +84,7 @@ def test_soft_gates_sum_to_one_and_serve_fewer() -> None:
     made, x = gates().eval(), hidden()
     routing = made(x)
     assert routing.selected is None
-    expected = np.apply_along_axis(softmax, 2, logits_of(made.linear, x))
+    expected = np.apply_along_axis(softmax, 2, predictions_to_logits(made.linear, x))
     np.testing.assert_allclose(routing.weights.detach().numpy(), expected, atol=1e-6)
     one = made(x, top_k=1).weights
     # Trained with weights that sum to 1, so served with such.
@@ -131,7 +131,10 @@ def test_gate_dropout_renormalises_the_kept_experts() -> None:
 
 def test_a_gate_never_loses_all_its_experts() -> None:
     keep = torch.tensor([[False, False, False], [False, True, True]])
-    assert keep_some(keep, torch.tensor([True, False, True])).tolist() == [[True, False, True], [False, False, True]]
+    assert restrict_unless_empty(keep, torch.tensor([True, False, True])).tolist() == [
+        [True, False, True],
+        [False, False, True],
+    ]
     made = gates(dropout=0.99)
     x = hidden(500).requires_grad_()
     weights = made(x).weights
@@ -164,22 +167,22 @@ def test_an_added_expert_is_let_in_step_by_step() -> None:
     before = made(x).weights
     made.ramp[4] = 1.0
     assert not made(x).weights[:, :, 4].any()
-    made.let_in(steps=4)
+    made.advance_ramp(steps=4)
     assert made.ramp.tolist() == [0, 0, 0, 0, 0.75]
-    expected = logits_of(made.linear, x)
-    expected[:, :, 4] -= 0.75 * RAMP
+    expected = predictions_to_logits(made.linear, x)
+    expected[:, :, 4] -= 0.75 * RAMP_LOGIT_OFFSET
     np.testing.assert_allclose(
         made(x).probabilities.detach().numpy(), np.apply_along_axis(softmax, 2, expected), atol=1e-6
     )
     for _ in range(5):
-        made.let_in(steps=4)
+        made.advance_ramp(steps=4)
     torch.testing.assert_close(made(x).weights, before)
 
 
 def test_a_selection_bias_changes_what_is_chosen_but_no_weight() -> None:
     made, x = gates("top_k", top_k=2).eval(), hidden()
     loads = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])
-    made.even_out(loads, rate=0.25)
+    made.update_selection_bias(loads, rate=0.25)
     assert made.selection_bias.tolist() == [-0.25, 0.0, 0.25, 0.25, 0.25]
     made.selection_bias[3] = 100.0  # more than any difference of logits
     routing = made(x)
@@ -195,16 +198,16 @@ def test_the_weights_of_a_shared_route_rise_with_the_ramp() -> None:
     made.ramp[4] = 0.0
     full = made(x).weights[:, :, 4]
     assert (weights > 0).all()
-    torch.testing.assert_close(weights.logit(), full.logit() - 0.5 * RAMP, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(weights.logit(), full.logit() - 0.5 * RAMP_LOGIT_OFFSET, atol=1e-4, rtol=1e-4)
 
 
 def test_experts_that_are_out_have_no_part_in_the_bias() -> None:
     made = gates("top_k", top_k=2)
     made.masked[0], made.ramp[1] = True, 0.5
-    made.even_out(torch.tensor([0.0, 0.05, 0.2, 0.3, 0.45]), rate=0.25)
+    made.update_selection_bias(torch.tensor([0.0, 0.05, 0.2, 0.3, 0.45]), rate=0.25)
     assert made.selection_bias.tolist() == [0.0, 0.0, 0.25, 0.25, -0.25]
     made.masked[:] = True
-    made.even_out(torch.zeros(EXPERTS), rate=0.25)
+    made.update_selection_bias(torch.zeros(EXPERTS), rate=0.25)
     assert made.selection_bias.tolist() == [0.0, 0.0, 0.25, 0.25, -0.25]
 
 
@@ -239,27 +242,27 @@ def test_loads_are_those_of_the_rows_that_count(chooses: bool) -> None:
 def test_names_are_unique_and_in_the_help() -> None:
     names = [rule.name for rule in RULES]
     assert len(set(names)) == len(names)
-    text = describe()
+    text = describe_settings()
     for rule in RULES:
-        assert rule_named(rule.name) is rule
+        assert get_rule(rule.name) is rule
         assert f"{rule.summary} ({rule.name})" in text
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_rule_gives_no_weight_to_what_may_not_be_used(rule: RoutingRule) -> None:
     """Whatever rule is in the list: weights are finite, and 0 for experts that are not allowed or not selected."""
-    logits = torch.randn(30, 1 if rule.one_router else 2, 5, generator=torch.Generator().manual_seed(3))
-    gates = logits if not rule.one_router else torch.randn(30, 2, 5, generator=torch.Generator().manual_seed(4))
+    logits = torch.randn(30, 1 if rule.shared_router else 2, 5, generator=torch.Generator().manual_seed(3))
+    gates = logits if not rule.shared_router else torch.randn(30, 2, 5, generator=torch.Generator().manual_seed(4))
     allowed = torch.ones(logits.shape[1], 5, dtype=torch.bool)
     allowed[:, 2] = False
     probabilities = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
-    gated = Gated(gates, logits, probabilities, allowed, torch.zeros(5), 2 if rule.takes_k else None)
+    gated = GateOutput(gates, logits, probabilities, allowed, torch.zeros(5), 2 if rule.takes_k else None)
     selected = rule.select(gated)
-    weights = rule.weigh(gated, selected, renormalise=True)
+    weights = rule.weigh(gated, selected, renormalize=True)
     assert weights.shape == (30, 2, 5)
     assert weights.isfinite().all()
     assert not weights[:, :, 2].any()
-    assert (selected is None) == rule.mixes_all
+    assert (selected is None) == rule.selects_all
     if selected is not None:
         assert not weights[~selected.expand_as(weights)].any()
         torch.testing.assert_close(weights.sum(-1), selected.any(-1).float().expand(-1, 2))

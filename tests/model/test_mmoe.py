@@ -11,13 +11,13 @@ import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Attention, Encoded
+from mmoe_rec.features.layout import AttentionHistory, EncodedInputs
 from mmoe_rec.model import tables as tables_module
-from mmoe_rec.model.fused import fused_logits
+from mmoe_rec.model.fused import build_fused_forward
+from mmoe_rec.model.matmul import has_onednn
 from mmoe_rec.model.mmoe import Outputs, RankingModel, build_model
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.products import has_onednn
-from mmoe_rec.model.tables import INITIAL_DEVIATION, PlainTables, initial_rows, torchrec_tables
+from mmoe_rec.model.tables import INITIAL_STD, PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.model import Model
 from tests.model.examples import (
@@ -31,7 +31,7 @@ from tests.model.examples import (
 )
 
 
-def plain_batch(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple[Encoded, Batch]:
+def plain_batch(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple[EncodedInputs, Batch]:
     encoded, labels = random_rows(rows, seed, layout)
     return encoded, make_batch(encoded, layout, labels, torchrec=False)
 
@@ -79,14 +79,14 @@ def test_logits_and_gradients_are_the_references(training: bool, structure: str)
     weights = reference_weights(model)
     expected = reference_logits(weights, encoded, LAYOUT, small_settings(**changes), placement=training)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
-    assert (fused_logits(model.mixture, "blas") is None) == (structure in BY_MODULES)
+    assert (build_fused_forward(model.mixture, "blas") is None) == (structure in BY_MODULES)
     if structure not in BY_MODULES and not training:
         with torch.inference_mode():
-            inputs, _ = model.side_by_side(batch)
-            for products in ("blas", *["onednn"] * has_onednn()):
-                fused = fused_logits(model.mixture, products)
+            inputs, _ = model.concat_inputs(batch)
+            for matmul_backend in ("blas", *["onednn"] * has_onednn()):
+                fused = build_fused_forward(model.mixture, matmul_backend)
                 assert fused is not None
-                found = model.finish(inputs, Outputs(fused(inputs), ())).logits
+                found = model.postprocess(inputs, Outputs(fused(inputs), ())).logits
                 torch.testing.assert_close(found, logits, atol=2e-6, rtol=2e-6)
     upstream = torch.linspace(-1, 2, logits.numel(), dtype=torch.float64).view(logits.shape)
     for each in (logits, expected):
@@ -206,7 +206,7 @@ def test_first_weights_differ_by_seed_table_and_block(monkeypatch: pytest.Monkey
     monkeypatch.setattr(tables_module, "BLOCK_ROWS", 500)
     table = EmbeddingTable("t", 1000, 8)
     weights = initial_rows(table, 1, 0, 1000)
-    assert weights.std().item() == pytest.approx(INITIAL_DEVIATION, rel=0.05)
+    assert weights.std().item() == pytest.approx(INITIAL_STD, rel=0.05)
     others = [
         initial_rows(table, 2, 0, 1000),
         initial_rows(EmbeddingTable("u", 1000, 8), 1, 0, 1000),
@@ -248,12 +248,13 @@ def test_ids_are_those_of_the_rows_and_of_torchrec(seed: int) -> None:
                     row[place : place + 1] for row in rows
                 ]
     assert apart.keys() == [
-        each.name for each in sorted(LAYOUT.look_ups(), key=lambda each: LAYOUT.tables.index(LAYOUT.table(each.table)))
+        each.name
+        for each in sorted(LAYOUT.lookup_inputs(), key=lambda each: LAYOUT.tables.index(LAYOUT.table(each.table)))
     ]
 
 
 def test_a_list_longer_than_attention_looks_at_is_refused() -> None:
-    layout = replace(LAYOUT, attention=(Attention("history", 3),))
+    layout = replace(LAYOUT, attention=(AttentionHistory("history", 3),))
     with pytest.raises(ValueError, match="'history' has a list of 4 ids, and at most 3 are read"):
         make_batch(random_rows(40)[0], layout, torchrec=True)
 
@@ -272,7 +273,7 @@ def test_what_does_not_fit_the_layout_is_named() -> None:
     encoded, labels = random_rows(5)
     with pytest.raises(ValueError, match=r"labels: expected shape \(5, 3\).*found \(5, 2\)"):
         make_batch(encoded, LAYOUT, labels[:, :2], torchrec=False)
-    without = Encoded({name: ids for name, ids in encoded.ids.items() if name != "city"}, encoded.dense)
+    without = EncodedInputs({name: ids for name, ids in encoded.ids.items() if name != "city"}, encoded.dense)
     with pytest.raises(KeyError, match="city"):
         make_batch(without, LAYOUT, labels, torchrec=False)
 

@@ -17,15 +17,23 @@ from mmoe_rec.model.score import (
     UNCALIBRATED,
     Calibration,
     TaskCalibration,
-    fuse,
+    compute_log_scores,
     joint_logit,
     predictions,
 )
-from mmoe_rec.model.tables import SCALES, Int8Bag, dequantised, in_float32, quantised, rows_a_scale, take_table
-from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
+from mmoe_rec.model.tables import (
+    SCALES_SUFFIX,
+    Int8EmbeddingBag,
+    dequantize,
+    pop_table,
+    quantize,
+    rows_per_scale,
+    to_float32,
+)
+from mmoe_rec.model.utilization import ExpertUtilization, UtilizationAccumulator
 from mmoe_rec.settings import model as section
 from mmoe_rec.task_kinds import KINDS
-from mmoe_rec.task_kinds.task_kind import SMALLEST_VALUE
+from mmoe_rec.task_kinds.task_kind import MIN_LINEAR_PREDICTION
 
 
 def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:
@@ -53,8 +61,8 @@ def test_placement_dropout_hides_whole_rows() -> None:
 
 def test_log_score_is_finite_for_extreme_logits() -> None:
     logits = torch.tensor([[-500.0, -3.0], [500.0, 0.0]])
-    log_score = fuse(logits, [*KINDS.values()], [1.0, 1.0])
-    tiny = math.log(SMALLEST_VALUE)
+    log_score = compute_log_scores(logits, [*KINDS.values()], [1.0, 1.0])
+    tiny = math.log(MIN_LINEAR_PREDICTION)
     np.testing.assert_allclose(log_score.numpy(), [-500.0 + tiny, tiny], rtol=1e-6)
 
 
@@ -112,7 +120,7 @@ def test_equals_interpolation_and_lines_beyond(knots: int) -> None:
 
 def test_tasks_are_found_by_name_and_others_stay() -> None:
     logits = torch.randn(7, 3)
-    calibrated = Calibration({"c": CURVE, "a": TaskCalibration.line(2.0, 1.0)}).apply(logits, ["a", "b", "c"])
+    calibrated = Calibration({"c": CURVE, "a": TaskCalibration.linear(2.0, 1.0)}).apply(logits, ["a", "b", "c"])
     assert calibrated.dtype == torch.float32
     torch.testing.assert_close(calibrated[:, 0], 2 * logits[:, 0] + 1)
     assert torch.equal(calibrated[:, 1], logits[:, 1])
@@ -141,14 +149,14 @@ def outputs(weights: Tensor, selected: Tensor | None = None) -> Outputs:
     return Outputs(torch.zeros(weights.shape[:2]), (Routing(weights, weights, selected, torch.zeros(())),))
 
 
-def used(*weights: list[float]) -> Utilisation:
-    return Utilisation(torch.tensor(weights, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+def used(*weights: list[float]) -> ExpertUtilization:
+    return ExpertUtilization(torch.tensor(weights, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
 
 
 def test_means_are_over_the_counted_rows_of_all_batches() -> None:
     torch.manual_seed(0)
     weights = torch.rand(10, 2, 3).softmax(-1)
-    sums = UtilisationSums(torch.ones(2, 3, dtype=torch.bool))
+    sums = UtilizationAccumulator(torch.ones(2, 3, dtype=torch.bool))
     counted = torch.arange(10) % 3 > 0
     sums.add(outputs(weights[:4]), counted[:4])
     sums.add(outputs(weights[4:]), counted[4:])
@@ -160,42 +168,42 @@ def test_means_are_over_the_counted_rows_of_all_batches() -> None:
 def test_loads_of_chosen_experts_are_shares_of_choices() -> None:
     """Two of three experts a row, one router for both tasks, of which the first row has only one."""
     selected = torch.tensor([[[True, False, False]], [[True, True, False]]])
-    sums = UtilisationSums(torch.ones(2, 3, dtype=torch.bool))
+    sums = UtilizationAccumulator(torch.ones(2, 3, dtype=torch.bool))
     sums.add(outputs(torch.full((2, 2, 3), 1 / 3), selected))
     assert sums.result().loads.tolist() == [[0.75, 0.25, 0.0]] * 2
 
 
 def test_experts_that_a_task_does_not_see_are_left_out() -> None:
     visible = torch.tensor([[True, True, False], [True, False, True]])
-    sums = UtilisationSums(visible)
+    sums = UtilizationAccumulator(visible)
     sums.add(outputs(torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]])))
     found = sums.result()
     assert torch.equal(found.weights.isnan(), ~visible)
-    entropies = [found.flat(["a", "b"])[f"gates/{task}.entropy"] for task in ("a", "b")]
+    entropies = [found.to_metrics(["a", "b"])[f"gates/{task}.entropy"] for task in ("a", "b")]
     assert entropies == pytest.approx([1.0, 1.0])
     assert found.total_loads.tolist() == [0.5, 0.25, 0.25]
     assert found.max_over_mean == pytest.approx(1.5)
     assert found.entropy == pytest.approx(1.5 * math.log(2) / math.log(3))
-    assert "gates/b/expert_1.weight" not in found.flat(["a", "b"])
+    assert "gates/b/expert_1.weight" not in found.to_metrics(["a", "b"])
 
 
 def test_what_gates_do_is_told_in_words() -> None:
     found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0])
-    assert found.polarised == [True, False]
-    assert found.hardly_used == [3]
+    assert found.polarized == [True, False]
+    assert found.underused == [3]
     dead, settled = found.findings(["bought", "liked"])
     assert dead.startswith("expert 3 is hardly used: it gets 0.00% of the load, where an even share is 25.0%")
     assert settled.startswith("the gate of 'bought' settles on expert 0 with 90% of its weight")
-    assert found.flat(["bought", "liked"])["gates/polarised_share"] == 0.5
+    assert found.to_metrics(["bought", "liked"])["gates/polarized_fraction"] == 0.5
 
 
 def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:
-    sums = UtilisationSums(torch.tensor([[True, False], [True, False]]))
+    sums = UtilizationAccumulator(torch.tensor([[True, False], [True, False]]))
     sums.add(outputs(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])))
     found = sums.result()
     assert found.findings(["a", "b"]) == []
     assert (found.max_over_mean, found.entropy) == (1.0, 1.0)
-    nothing = UtilisationSums(torch.zeros(2, 2, dtype=torch.bool))
+    nothing = UtilizationAccumulator(torch.zeros(2, 2, dtype=torch.bool))
     nothing.add(outputs(torch.zeros(1, 2, 2)))
     assert nothing.result().max_over_mean == 1.0
     assert nothing.result().findings(["a", "b"]) == []
@@ -240,20 +248,20 @@ def drawn_rows(seed: int, rows: int, width: int) -> np.ndarray:
 def test_equals_a_loop_over_rows(width: int) -> None:
     for rows in (1, 2, 3, 50):
         weights = drawn_rows(width, rows, width)
-        codes, scales = quantised(torch.from_numpy(weights))
+        codes, scales = quantize(torch.from_numpy(weights))
         expected_codes, expected_scales, expected = naive(weights)
         assert (codes.dtype, scales.dtype) == (torch.int8, torch.bfloat16)
         np.testing.assert_array_equal(codes.numpy(), expected_codes)
         np.testing.assert_array_equal(
-            scales.float().repeat_interleave(rows_a_scale(width))[:rows].numpy(), expected_scales
+            scales.float().repeat_interleave(rows_per_scale(width))[:rows].numpy(), expected_scales
         )
-        np.testing.assert_array_equal(dequantised(codes, scales).numpy(), expected)
+        np.testing.assert_array_equal(dequantize(codes, scales).numpy(), expected)
 
 
 def test_numbers_too_small_for_a_scale_become_zeros() -> None:
     weights = torch.full((3, 16), 1e-40)
     weights[1] = torch.linspace(-1, 1, 16)
-    found = dequantised(*quantised(weights))
+    found = dequantize(*quantize(weights))
     assert found.isfinite().all()
     assert (found[[0, 2]] == 0).all()
     assert torch.equal(found[1] == 0, torch.zeros(16, dtype=torch.bool))
@@ -264,15 +272,15 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     weights = torch.zeros(40, 4)
     weights[33, 2] = bad
     with pytest.raises(ValueError, match="not finite"):
-        quantised(weights)
+        quantize(weights)
 
 
 @pytest.mark.parametrize("width", [3, 4, 16, 24])
 def test_look_ups_are_those_of_a_table_of_floats(width: int) -> None:
     random = np.random.default_rng(width)
-    codes, scales = quantised(torch.from_numpy(random.normal(size=(37, width))))
-    bag = Int8Bag(codes, scales)
-    plain = nn.EmbeddingBag.from_pretrained(dequantised(codes, scales), mode="mean", include_last_offset=True)
+    codes, scales = quantize(torch.from_numpy(random.normal(size=(37, width))))
+    bag = Int8EmbeddingBag(codes, scales)
+    plain = nn.EmbeddingBag.from_pretrained(dequantize(codes, scales), mode="mean", include_last_offset=True)
     lengths = random.integers(0, 5, 60)
     ids, offsets = torch.from_numpy(random.integers(0, 37, lengths.sum())), np.concatenate([[0], np.cumsum(lengths)])
     assert torch.equal(bag(ids, torch.from_numpy(offsets)), plain(ids, torch.from_numpy(offsets)))
@@ -284,19 +292,19 @@ def test_look_ups_are_those_of_a_table_of_floats(width: int) -> None:
 
 
 def test_scales_that_do_not_fit_are_refused() -> None:
-    codes, scales = quantised(torch.randn(9, 4))
+    codes, scales = quantize(torch.randn(9, 4))
     with pytest.raises(ValueError, match="9 rows of 4 numbers"):
-        Int8Bag(codes, scales[:-1])
+        Int8EmbeddingBag(codes, scales[:-1])
     with pytest.raises(KeyError):
-        take_table({"t": codes}, "t")
+        pop_table({"t": codes}, "t")
 
 
 def test_a_file_is_read_as_floats() -> None:
-    codes, scales = quantised(torch.randn(9, 4))
+    codes, scales = quantize(torch.randn(9, 4))
     half, full = torch.randn(3, 4).bfloat16(), torch.randn(5)
-    stored = {"table": codes, "table" + SCALES: scales, "half": half, "full": full}
-    found = in_float32(stored)
+    stored = {"table": codes, "table" + SCALES_SUFFIX: scales, "half": half, "full": full}
+    found = to_float32(stored)
     assert {name: each.dtype for name, each in found.items()} == dict.fromkeys(("table", "half", "full"), torch.float32)
-    assert torch.equal(found["table"], dequantised(codes, scales))
+    assert torch.equal(found["table"], dequantize(codes, scales))
     assert torch.equal(found["half"].bfloat16(), half)
     assert torch.equal(found["full"], full)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec.tracking.registry import Version, find_holder
+from mmoe_rec.tracking.registry import ModelVersion, find_champion
 from mmoe_rec.training.loop import Trainer
 from tests.commands import refuse, run
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
@@ -76,9 +76,9 @@ class World:
         """MLflow's."""
         return mlflow.MlflowClient(self.uri, self.uri)
 
-    def champion(self, alias: str = "champion") -> Version | None:
+    def champion(self, alias: str = "champion") -> ModelVersion | None:
         """The version that holds an alias."""
-        return find_holder(NAME, alias, self.uri)
+        return find_champion(NAME, alias, self.uri)
 
     def holder(self, alias: str = "champion") -> str | None:
         """The number of that version."""

@@ -32,13 +32,13 @@ def test_bad_files_end_the_command_unless_they_are_to_be_skipped(tmp_path: Path,
 
     commands.run("inspect", *options)
     report = config.parent / "work" / "inspection"
-    listed = json.loads((report / "health.json").read_text())["overview"]["left_out"]
+    listed = json.loads((report / "health.json").read_text())["overview"]["skipped"]
     assert [Path(each["file"]).name for each in listed] == ["x-cut.parquet", "y-text.parquet"]
     assert "y-text.parquet" in (report / "report.html").read_text()
 
     commands.run("train", *options, "--training.epochs", "1", "--training.batch_size", "2048")
     uri = f"sqlite:///{config.parent / 'mlflow.db'}"
-    run = mlflow.get_run(registry.find_run("models:/learnable@champion", uri))
+    run = mlflow.get_run(registry.find_run_id("models:/learnable@champion", uri))
     assert run.data.tags["data.files_left_out"] == "2"
     manifest = json.loads(Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/data.json")).read_text())
-    assert manifest["left_out"] == listed
+    assert manifest["skipped"] == listed

@@ -50,7 +50,7 @@ class World:
 
     def run(self) -> Any:
         """The MLflow run that trained the model."""
-        return mlflow.get_run(registry.find_run("models:/learnable@champion", self.uri))
+        return mlflow.get_run(registry.find_run_id("models:/learnable@champion", self.uri))
 
     def text(self, name: str) -> str:
         """A text file of the run."""
@@ -298,7 +298,7 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
     told = refuse(capsys, *wrong)
     assert "refuses: 'latest' alias name" in told
     assert f"the trained model in '{work / 'model'}' is whole but not registered: the same command with" in told
-    assert Ranker.load(work / "model").about.name == "learnable"
+    assert Ranker.load(work / "model").info.name == "learnable"
 
 
 def test_training_that_dies_keeps_the_old_model(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

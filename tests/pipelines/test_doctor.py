@@ -7,7 +7,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from mmoe_rec.cli import doctor
-from mmoe_rec.cli.doctor import TOGETHER, check_folder, check_imports, check_mlflow, check_packages
+from mmoe_rec.cli.doctor import COMPATIBLE_VERSIONS, check_folder, check_imports, check_mlflow, check_packages
 from tests.commands import run
 from tests.inference.running_server import free_port
 
@@ -38,13 +38,13 @@ def test_torch_torchrec_and_fbgemm_go_together(changes: dict[str, str], needed: 
 
 def test_pyproject_asks_for_the_newest_trio_and_takes_every_torch_of_the_table() -> None:
     """So that `uv sync` in a new environment gives three that go together."""
-    torchrec, fbgemm = TOGETHER[[*TOGETHER][-1]]
+    torchrec, fbgemm = COMPATIBLE_VERSIONS[[*COMPATIBLE_VERSIONS][-1]]
     extras = PROJECT["project"]["optional-dependencies"]
     for build, extra in doctor.BUILDS.items():
         torch, *others = extras[f"tables-{extra}"]
         assert others == [f"torchrec=={torchrec}", f"{build}=={fbgemm}"]
         taken = SpecifierSet(torch.removeprefix("torch"))
-        assert [f"2.{minor}" for minor in range(5, 20) if taken.contains(f"2.{minor}.1")] == [*TOGETHER]
+        assert [f"2.{minor}" for minor in range(5, 20) if taken.contains(f"2.{minor}.1")] == [*COMPATIBLE_VERSIONS]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmoe_rec.inference.artifact import check_files, write_manifest
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.model.tables import Int8Bag
+from mmoe_rec.model.tables import Int8EmbeddingBag
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS
@@ -37,7 +37,7 @@ def test_a_model_in_int8_with_its_figures(small: SmallModel, tmp_path: Path, cap
     assert f"model: {out}, report: {out / 'export.json'}" in told
     check_files(out)
     before, now = Ranker.load(small.folder), Ranker.load(out)
-    assert all(isinstance(each, Int8Bag) for each in now.model.tables.embedding_bags.values())
+    assert all(isinstance(each, Int8EmbeddingBag) for each in now.model.tables.embedding_bags.values())
     assert (report["made"], report["of"]) == ("int8", str(small.folder))
     off = report["max_difference"]
     assert 0 < off["click"] < 0.05

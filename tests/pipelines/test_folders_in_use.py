@@ -8,9 +8,9 @@ import pytest
 
 from mmoe_rec import locks
 from mmoe_rec.evaluation.promotion import Decision
-from mmoe_rec.locks import lock_file, reading, writing
+from mmoe_rec.locks import lock_file, read_lock, write_lock
 from mmoe_rec.preprocessing import prepare as building
-from mmoe_rec.preprocessing.logs import BuildInputs
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.training import train as steps
 from tests.commands import refuse, run
@@ -27,7 +27,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(locks, "SECONDS_TO_LET_GO", 0.2)
+    monkeypatch.setattr(locks, "LOCK_TIMEOUT_SECONDS", 0.2)
     monkeypatch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
     return template
 
@@ -54,7 +54,7 @@ def test_a_second_writer_is_refused_and_leaves_all_as_it_is(
 ) -> None:
     work = world.folder / "work"
     command, *options = [each.replace("MODEL", str(work / "model")) for each in words]
-    with writing(work / folder, "a training", "wait"):
+    with write_lock(work / folder, "a training", "wait"):
         before = content(work)
         told = refused(capsys, command, world, *options)
         assert content(work) == before
@@ -82,7 +82,7 @@ def test_features_are_not_replaced_under_a_training(world: World, capsys: pytest
     later = world.folder / "log" / "later.parquet"
     (world.folder / "later.parquet").rename(later)
     try:
-        with reading(folder, "a training"):
+        with read_lock(folder, "a training"):
             before = content(folder)
             for words in (("--extend",), ()):
                 told = refused(capsys, "features", world, *words, day="second")
@@ -105,7 +105,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("mmoe_rec.evaluation.evaluate.score_rows", read)
     monkeypatch.setattr("mmoe_rec.cli.data.inspect_features", read)
-    monkeypatch.setattr("mmoe_rec.experiments.search.Study.run", read)
+    monkeypatch.setattr("mmoe_rec.experiments.tuning.Study.run", read)
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(out)]
     config = ["--config", str(world.folder / "first.yaml")]
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']
@@ -123,8 +123,8 @@ def test_features_that_another_process_builds_meanwhile_are_not_taken(
     """Between building and reading, another one may have built others in their place."""
     settings, prepare, built = load_settings(world.folder / "first.yaml"), building.prepare, []
 
-    def replaced_once(*arguments: Any, going_on: bool) -> Any:
-        prepared = prepare(*arguments, going_on=going_on)
+    def replaced_once(*arguments: Any, keep_existing: bool) -> Any:
+        prepared = prepare(*arguments, keep_existing=keep_existing)
         built.append(prepared.manifest["fingerprint"])
         if len(built) == 1:
             other = load_settings(world.folder / "first.yaml", ["--split.validation_end", "2024-03-07"])
@@ -132,5 +132,5 @@ def test_features_that_another_process_builds_meanwhile_are_not_taken(
         return prepared
 
     monkeypatch.setattr(building, "prepare", replaced_once)
-    with building.features_in_use(BuildInputs.of(settings), "a test") as prepared:
+    with building.lock_features(BuildInputs.of(settings), "a test") as prepared:
         assert prepared.manifest["fingerprint"] == built[0] == built[1]

@@ -11,7 +11,7 @@ import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.evaluation.evaluate import score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -55,7 +55,7 @@ def evaluated(folder: Path, name: str, *options: str) -> dict[str, Any]:
 def judged(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The metrics, and the model's predictions on the test rows with their labels and weights."""
     ranker = Ranker.load(folder / "work" / "model")
-    rows = EncodedRows(folder / "work" / "features" / "encoded" / "test", ranker.layout)
+    rows = EncodedDataset(folder / "work" / "features" / "encoded" / "test", ranker.layout)
     part, table = next(rows.stream(rows.rows, ("sampling_rate", "label.click_and_liked")))
     logits = ranker.model(make_batch(part.encoded, ranker.layout, torchrec=False)).logits.detach().numpy()
     click, liked = (1 / (1 + np.exp(-logits[:, task].astype(np.float64))) for task in (0, 1))
@@ -112,7 +112,7 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
 def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
     """A satisfaction's is that of its own label, which engaged rows have."""
     ranker, prepared = Ranker.load(folder / "work" / "model"), FeatureFolder(folder / "work" / "features")
-    rows = EncodedRows(prepared.split("validation"), ranker.layout, part=Part.SELECTING)
+    rows = EncodedDataset(prepared.split("validation"), ranker.layout, part=ValidationPart.SELECTION)
 
     def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:
         settings = load_settings(folder / "settings.yaml", ["--training.calibration", "temperature", *options])

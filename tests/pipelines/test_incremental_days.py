@@ -85,7 +85,7 @@ def test_a_day_goes_from_new_files_to_refreshed_tables(days: Days) -> None:
     assert places == sorted(places)
     last = next(line for line in reversed(printed.splitlines()) if "'champion' of 'learnable'" in line)
     assert printed.rindex(last) > places[-1], "tables are refreshed at the end"
-    holder = registry.find_holder("learnable", "champion", days.uri)
+    holder = registry.find_champion("learnable", "champion", days.uri)
     assert holder is not None
     assert f"version {holder.number}" in last
     assert "no version of 'learnable' holds 'champion'" in days.printed["nobody"]
@@ -109,11 +109,11 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     version = mlflow.MlflowClient(days.uri).get_model_version("learnable", "2")
     run = mlflow.get_run(version.run_id)
     assert run.data.tags["warm_start"] == "models:/learnable/1"
-    assert run.data.tags["warm_start.run"] == registry.find_run("models:/learnable/1", days.uri)
+    assert run.data.tags["warm_start.run"] == registry.find_run_id("models:/learnable/1", days.uri)
     one, two = (Ranker.load(registry.fetch_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
     assert two.layout.table("item").rows == one.layout.table("item").rows + 8
     first = json.loads((days.folder / "before" / "manifest.json").read_text())
-    assert one.about.fingerprint == first["fingerprint"] != two.about.fingerprint
+    assert one.info.fingerprint == first["fingerprint"] != two.info.fingerprint
     example = json.loads((days.folder / "work" / "model" / "example_request.json").read_text())["inputs"][0]
     ranking = two.rank(example["user"], example["context"], example["candidates"])
     assert len(set(ranking.scores)) == len(ranking.scores)

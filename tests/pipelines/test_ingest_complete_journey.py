@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from pipelines import ingest_complete_journey
-from pipelines.data_sets.sampled_log import sample_others
+from pipelines.data_sets.ingest_common import sample_negatives
 from pipelines.ingest_complete_journey import LOG, PURCHASES, Selection, ingest, main
 
 pytestmark = pytest.mark.thorough
@@ -226,7 +226,7 @@ def test_sampling_rate(tmp_path, shown, sampled):
 @given(st.integers(1, 60), st.sets(st.integers(0, 59)), st.integers(0, 80), st.integers(0, 2**40))
 def test_a_sample_is_distinct_free_and_complete(count, taken, wanted, basket):
     occupied = np.array(sorted(position for position in taken if position < count), dtype=np.int64)
-    drawn = sample_others(count, occupied, wanted, (17, basket))
+    drawn = sample_negatives(count, occupied, wanted, (17, basket))
     free = set(range(count)) - set(occupied.tolist())
     assert len(drawn) == len(set(drawn.tolist())) == min(wanted, len(free))
     assert set(drawn.tolist()) <= free

@@ -12,7 +12,7 @@ from scipy.special import logit
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.atomic import checksum
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import evaluate_model, score_rows
 from mmoe_rec.evaluation.promotion import _open_judging_rows
@@ -20,7 +20,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.score import UNCALIBRATED
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.training.checkpoint import FinishedTraining
+from mmoe_rec.training.checkpoint import FinishedRun
 from mmoe_rec.training.train import train_model
 from tests.commands import read_metrics
 from tests.pipelines.learnable_log import write_files
@@ -45,11 +45,11 @@ def parts_of(settings: Settings) -> dict[str, str]:
     return {file.name: checksum(file) for file in files if file.exists()}
 
 
-def flip_labels(settings: Settings, part: Part) -> None:
+def flip_labels(settings: Settings, part: ValidationPart) -> None:
     """Turn each label of one half of the validation users into its opposite."""
     (file,) = (Path(settings.data.work_dir) / "features" / "encoded" / "validation").glob("*.parquet")
     table = pq.read_table(file)
-    its = pa.array(part.holds(table["user"].combine_chunks()))
+    its = pa.array(part.contains(table["user"].combine_chunks()))
     for name in (f"label.{task}" for task in NAMES):
         flipped = pc.if_else(its, pc.subtract(pa.scalar(1, table[name].type), table[name]), table[name])
         table = table.set_column(table.column_names.index(name), name, flipped)
@@ -58,9 +58,11 @@ def flip_labels(settings: Settings, part: Part) -> None:
 
 def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settings: Settings) -> None:
     """By scikit-learn; the network alone, which has a row of its own, has others."""
-    ended, artifact = FinishedTraining.read(Path(settings.data.work_dir)), Path(settings.data.work_dir) / "model"
+    ended, artifact = FinishedRun.read(Path(settings.data.work_dir)), Path(settings.data.work_dir) / "model"
     ranker = Ranker.load(artifact)
-    rows = EncodedRows(Path(settings.data.work_dir) / "features/encoded/validation", ranker.layout, part=Part.JUDGING)
+    rows = EncodedDataset(
+        Path(settings.data.work_dir) / "features/encoded/validation", ranker.layout, part=ValidationPart.EVALUATION
+    )
     scored = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
     assert ended is not None
     assert ended.network is not None
@@ -78,7 +80,7 @@ def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_p
     work = Path(settings.data.work_dir)
     evaluate_model(settings, str(work / "model"), tmp_path)
     found, ranker = read_metrics(tmp_path)["tasks"], Ranker.load(work / "model")
-    rows = EncodedRows(work / "features" / "encoded" / "test", ranker.layout)
+    rows = EncodedDataset(work / "features" / "encoded" / "test", ranker.layout)
     scored = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
     plain = score_rows(settings, ranker.model, ranker.layout, rows, UNCALIBRATED)
     for name in NAMES:
@@ -90,17 +92,17 @@ def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_p
 
 
 def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:
-    before, figures = parts_of(settings), FinishedTraining.read(Path(settings.data.work_dir))
-    flip_labels(settings, Part.JUDGING)
+    before, figures = parts_of(settings), FinishedRun.read(Path(settings.data.work_dir))
+    flip_labels(settings, ValidationPart.EVALUATION)
     train_model(settings, register=False)
     assert parts_of(settings) == before
     assert {"weights.safetensors", "calibration.json", "blends.json", "click.txt"} <= before.keys()
-    judged = FinishedTraining.read(Path(settings.data.work_dir))
+    judged = FinishedRun.read(Path(settings.data.work_dir))
     assert figures is not None
     assert judged is not None
     for name in NAMES:
         assert logit(judged.best.auc[name]) == pytest.approx(-logit(figures.best.auc[name]), abs=0.02)
-    flip_labels(settings, Part.SELECTING)
+    flip_labels(settings, ValidationPart.SELECTION)
     train_model(settings, register=False)
     assert parts_of(settings)["blends.json"] != before["blends.json"]
 
@@ -111,8 +113,8 @@ def test_a_user_of_one_half_alone_judges_nothing(settings: Settings, tmp_path: P
     table = pq.read_table(file)
     pq.write_table(table.filter(pc.equal(table["user"], table["user"][0])), tmp_path / "part-00000.parquet")
     layout = Ranker.load(Path(settings.data.work_dir) / "model").layout
-    selecting = EncodedRows(tmp_path, layout, part=Part.SELECTING)
-    assert not selecting.is_divided
+    selecting = EncodedDataset(tmp_path, layout, part=ValidationPart.SELECTION)
+    assert not selecting.uses_part
     assert selecting.rows == pq.read_metadata(tmp_path / "part-00000.parquet").num_rows
     with pytest.raises(UserError, match="the validation rows have too few users"):
         _open_judging_rows(tmp_path, layout)

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from pipelines.data_sets import synthetic_rows
-from pipelines.data_sets.synthetic_rows import LOG, MATURES_AFTER_DAYS, START, Plan, position_bias
+from pipelines.data_sets.synthetic_rows import LABEL_DELAY_DAYS, LOG, START, Plan, position_bias
 from pipelines.make_synthetic_log import generate, main, make_log, next_command
 from tests.commands import run
 
@@ -85,7 +85,7 @@ def test_labels_follow_the_truth(log):
     # Better candidates stand higher, so a reader of positions would be misled.
     assert true_click[position == 1].mean() > true_click[position == 10].mean() + 0.05
     liked = log["liked"].to_pandas()
-    known = column(log, "request_time") < START + (60 - MATURES_AFTER_DAYS) * DAY
+    known = column(log, "request_time") < START + (60 - LABEL_DELAY_DAYS) * DAY
     assert (liked.notna().to_numpy() == ((clicked == 1) & known)).all()
     seen = liked.notna().to_numpy()
     assert within_error(liked[seen].to_numpy(), true_like[seen])
@@ -99,13 +99,13 @@ def test_truth_is_the_documented_formula():
     """The logit's differences between rows of one request are the candidates' own, whatever the request's share is."""
     plan = Plan(rows=20_000, users=1, candidates=500)
     table = all_rows(plan)
-    catalogue = synthetic_rows.Catalogue.of(plan)
+    catalog = synthetic_rows.Catalog.of(plan)
     candidate = column(table, "candidate_id")
     odds = column(table, "true_click") / (1 - column(table, "true_click"))
     price = np.where(np.isnan(column(table, "price")), 20, column(table, "price"))
-    rest = np.log(odds) - catalogue.quality[candidate] + 0.4 * np.log(price / 20)
+    rest = np.log(odds) - catalog.quality[candidate] + 0.4 * np.log(price / 20)
     like = column(table, "true_like")
-    affinity = (np.log(like / (1 - like)) - 0.2 - catalogue.craft[candidate]) / 0.7
+    affinity = (np.log(like / (1 - like)) - 0.2 - catalog.craft[candidate]) / 0.7
     hour = (column(table, "request_time").astype(np.int64) % 86_400_000_000) / 3.6e9
     effect = {"phone": 0.0, "desktop": -0.2, "tablet": 0.1, "tv": -0.6}
     device = np.array([effect[each] for each in table["device"].to_pylist()])

@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import Part
+from mmoe_rec.batches.encoded_dataset import ValidationPart
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.live.outcomes import join_labels
+from mmoe_rec.live.label_join import join_labels
 from mmoe_rec.live.skew import check_skew
 from mmoe_rec.model.warm_start import base_rates
 from mmoe_rec.preprocessing.prepare import build_features
-from mmoe_rec.training.checkpoint import FinishedTraining
+from mmoe_rec.training.checkpoint import FinishedRun
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from tests.commands import read_metrics, refuse, run
 from tests.log.plain_tables import plain_settings, plain_table
@@ -76,12 +76,12 @@ def scored(world: World) -> pd.DataFrame:
 
 
 def by_the_table(
-    world: World, scored: pd.DataFrame, folds: list[int], task: str, part: Part | None = None
+    world: World, scored: pd.DataFrame, folds: list[int], task: str, part: ValidationPart | None = None
 ) -> tuple[np.ndarray, ...]:
     """Labels, predictions and weights of rows that are observed, joined by their number alone, which is the user's."""
     inside = world.table["fold"].isin(folds) & world.table[task].notna()
     if part is not None:
-        inside &= part.holds(pa.array(world.table.index))
+        inside &= part.contains(pa.array(world.table.index))
     found = world.table[inside], scored[inside.to_numpy()]
     return found[0][task].to_numpy(), found[1][f"predicted_{task}"].to_numpy(float), found[0]["weight"].to_numpy()
 
@@ -116,13 +116,13 @@ def test_metrics_are_weighted_and_of_the_test_rows(
     assert "Each row is a user of its own" in printed
     words = world.page("weighted")
     assert "those with 4 in column 'fold'" in words
-    assert "catalogue" not in words.lower()
+    assert "catalog" not in words.lower()
 
 
 def test_a_model_is_judged_by_weighted_losses_and_areas(world: World, scored: pd.DataFrame) -> None:
-    best = FinishedTraining.read(world.folder / "work").best  # type: ignore[union-attr]
+    best = FinishedRun.read(world.folder / "work").best  # type: ignore[union-attr]
     for task in ("label", "other"):
-        labels, predicted, weights = by_the_table(world, scored, [3], task, Part.JUDGING)
+        labels, predicted, weights = by_the_table(world, scored, [3], task, ValidationPart.EVALUATION)
         expected = log_loss(labels, predicted, sample_weight=weights)
         assert best.loss[task] == pytest.approx(expected, rel=1e-4)
         assert abs(expected - log_loss(labels, predicted)) > 1e-3 * expected, "weights say nothing"

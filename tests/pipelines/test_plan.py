@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmoe_rec.features.pipeline import largest_layout
+from mmoe_rec.features.pipeline import max_layout
 from mmoe_rec.settings.load import load_settings
 from tests.commands import exit_code
 
@@ -73,7 +73,7 @@ def test_tables_that_do_not_fit_are_named_with_their_sizes(capsys: pytest.Captur
 
 
 def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    built = largest_layout(load_settings(CONFIG).schema_)
+    built = max_layout(load_settings(CONFIG).schema_)
     built = replace(built, tables=tuple(replace(table, rows=200) for table in built.tables))
     (tmp_path / "features" / "encoded").mkdir(parents=True)
     (tmp_path / "features" / "encoded" / "layout.json").write_text(built.to_json())

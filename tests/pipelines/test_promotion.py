@@ -11,12 +11,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import promotion
 from mmoe_rec.evaluation.evaluate import NotFiniteError, score_rows
 from mmoe_rec.inference.artifact import write_manifest
-from mmoe_rec.inference.ranker import OtherScoresError, Ranker
+from mmoe_rec.inference.ranker import PredictionMismatchError, Ranker
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
@@ -72,13 +72,13 @@ def newest(world: World) -> str:
 
 
 def said(work: Path) -> list[str]:
-    return json.loads((work / "checkpoints" / "finished.json").read_text())["compared"]
+    return json.loads((work / "checkpoints" / "finished.json").read_text())["promotion_messages"]
 
 
 def area(artifact: Path, work: Path) -> float:
     """The mean AUC of a model on the judging rows of the features in a folder, which are its own."""
     ranker = Ranker.load(artifact)
-    rows = EncodedRows(work / "features" / "encoded" / "validation", ranker.layout, part=Part.JUDGING)
+    rows = EncodedDataset(work / "features" / "encoded" / "validation", ranker.layout, part=ValidationPart.EVALUATION)
     scored = score_rows(load_settings(artifact / "settings.yaml"), ranker.model, ranker.layout, rows)
     found = []
     for name, label in scored.labels.items():
@@ -212,7 +212,7 @@ def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pyte
         assert promote(world, "--challenger", "2") == 2
     load = Ranker.load
 
-    for error in (OtherScoresError("gives other predictions here"), RuntimeError("can't allocate memory")):
+    for error in (PredictionMismatchError("gives other predictions here"), RuntimeError("can't allocate memory")):
         with monkeypatch.context() as patch:
             calls = iter([None, error])
 
@@ -234,7 +234,7 @@ def test_a_version_whose_predictions_are_not_finite(
     def evaluated(*_: Any, **__: Any) -> Any:
         raise NotFiniteError("it gives predictions that are not finite numbers", f"version {which}")
 
-    monkeypatch.setattr(promotion, "evaluate_found", evaluated)
+    monkeypatch.setattr(promotion, "evaluate_models", evaluated)
     assert promote(world, "--challenger", "2") == (0 if promoted else 1)
     assert (world.holder() == "2") == promoted
     assert tags(world, "2")["compared"] == "it gives predictions that are not finite numbers"
@@ -264,7 +264,9 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
     reason, now = said(template.work)
     assert now == "'champion' is version 2 now, this model"
     layout = Ranker.load(template.work / "model").layout
-    rows = EncodedRows(template.work / "features" / "encoded" / "validation", layout, part=Part.JUDGING).rows
+    rows = EncodedDataset(
+        template.work / "features" / "encoded" / "validation", layout, part=ValidationPart.EVALUATION
+    ).rows
     better = r"'this model' is better than 'version 1': mean auc of click, liked is higher by "
     found = re.fullmatch(
         rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows:,} judging rows of the validation split\)", reason
@@ -324,14 +326,14 @@ def test_an_outage_during_the_comparison_decides_nothing(
 
 
 def test_an_alias_that_moved_meanwhile_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare, holders = promotion.compare_with_holder, []
+    compare, holders = promotion.compare_with_champion, []
 
     def meanwhile(*rest: Any) -> tuple[bool, str]:
         holders.append(rest[-1].number)
         registry.move_alias(NAME, "champion", "2", world.uri)
         return compare(*rest)
 
-    monkeypatch.setattr(promotion, "compare_with_holder", meanwhile)
+    monkeypatch.setattr(promotion, "compare_with_champion", meanwhile)
     world.train(*SLOW, "--training.seed", "5")
     assert holders == ["1"]
     assert world.holder() == "2"

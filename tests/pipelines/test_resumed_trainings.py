@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mmoe_rec.evaluation.promotion import Decision
-from mmoe_rec.inference.writing import seal
+from mmoe_rec.inference.artifact_writer import finalize_artifact
 from mmoe_rec.training import train as steps
 from tests.pipelines.short_trainings import World, dying_after, refused
 
@@ -47,7 +47,7 @@ def other_model(world: World, name: str) -> Path:
         # Whether an expert is out of use is stored as a number too.
         save_file({name: each + 0.01 * (not name.endswith("masked")) for name, each in weights.items()}, folder / "w")
         (folder / "w").rename(folder / "weights.safetensors")
-        seal(folder)
+        finalize_artifact(folder)
     return folder
 
 
@@ -79,7 +79,7 @@ def test_another_training_than_the_one_that_died_is_refused_and_the_same_goes_on
     one, other = other_model(world, "one"), other_model(world, "other")
     weights = load_file(other / "weights.safetensors")
     save_file({name: weight * 2 for name, weight in weights.items()}, other / "weights.safetensors")
-    seal(other)
+    finalize_artifact(other)
     with dying_after(12):
         world.train("--from", str(one))
     assert latest_step(world) == 10

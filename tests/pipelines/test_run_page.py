@@ -11,7 +11,7 @@ import pytest
 
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.runs import command, data_sets, name_training
+from mmoe_rec.tracking.runs import command_line, describe_datasets, name_run
 from tests import commands
 from tests.pipelines.short_trainings import World
 
@@ -68,11 +68,11 @@ def test_rows_are_inputs_of_the_run(world: World, run: mlflow.entities.Run) -> N
 def test_digests_follow_log_and_split(world: World) -> None:
     settings = load_settings(world.folder / "first.yaml")
     manifest = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())
-    (mine,) = data_sets(settings, manifest, "test")
-    assert data_sets(settings, manifest, "test") == [mine]
-    (other,) = data_sets(settings, manifest | {"digest": "other"}, "test")
+    (mine,) = describe_datasets(settings, manifest, "test")
+    assert describe_datasets(settings, manifest, "test") == [mine]
+    (other,) = describe_datasets(settings, manifest | {"digest": "other"}, "test")
     later = load_settings(world.folder / "first.yaml", ["--split.test_end", "2024-03-09"])
-    assert len({each["digest"] for each in (mine, other, *data_sets(later, manifest, "test"))}) == 3
+    assert len({each["digest"] for each in (mine, other, *describe_datasets(later, manifest, "test"))}) == 3
 
 
 def test_charts_have_sections(run: mlflow.entities.Run) -> None:
@@ -114,7 +114,7 @@ def test_sections_are_replaced_and_cut_and_people_s_words_stay(tmp_path: Path) -
         pass
     client.set_tag(run.run_id, "mlflow.note.content", "Do not delete: the paper's run.\n\n## mine")
     with runs.open_run(uri, "notes", run_id=run.run_id) as again:
-        again.describe("Training", "first\n\n#### of it")
+        again.write_section("Training", "first\n\n#### of it")
         for name in ("Training", "Resumed", "Result", "Evaluation"):
             again.describe(name, f"verdict of {name}\n\n```sh\n{'x' * 9_000}\n```")
     said = client.get_run(run.run_id).data.tags["mlflow.note.content"]
@@ -144,7 +144,7 @@ def test_who_may_not_write_to_the_registry_gets_the_evaluation(
 
 def test_names_of_trainings_and_commands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(world.folder / "first.yaml")
-    assert name_training(settings, "models:/learnable/3") == "train until 2024-03-06 from models:/learnable/3, seed 17"
+    assert name_run(settings, "models:/learnable/3") == "train until 2024-03-06 from models:/learnable/3, seed 17"
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as where a script is started
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/mmoe-rec", "train", "--config", "a b.yaml"])
-    assert command() == "mmoe-rec train --config 'a b.yaml'"
+    assert command_line() == "mmoe-rec train --config 'a b.yaml'"

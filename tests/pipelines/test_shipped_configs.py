@@ -13,9 +13,9 @@ from mmoe_rec.features.kinds.cross import CrossFeature
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import IdsFeature
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
+from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_column_uses
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.settings.log_columns import Use
+from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.train import train_model
@@ -66,7 +66,7 @@ def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) ->
     _write(pa.table(columns), folder / "log")
     overrides = ["--data.log", str(folder / "log")]
     for name, log in schema.events.items():
-        found = {column: columns[column] for column in event_uses(schema, name) if column in columns}
+        found = {column: columns[column] for column in event_column_uses(schema, name) if column in columns}
         _write(pa.table({**found, log.time: columns[names.time]}), folder / name)
         overrides += [f"--data.events.{name}.path", str(folder / name)]
     return overrides
@@ -83,7 +83,7 @@ def _write_plain_table(schema: Schema, folder: Path, rng: np.random.Generator, r
     return ["--data.log", str(folder / "log")]
 
 
-def _column(use: Use, times: np.ndarray, rng: np.random.Generator) -> pa.Array:
+def _column(use: ColumnUse, times: np.ndarray, rng: np.random.Generator) -> pa.Array:
     rows = len(times)
     match use:
         case "key":

@@ -14,10 +14,10 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.evaluate import evaluate_model, scored_rows
-from mmoe_rec.evaluation.slices import MISSING, Slicing
+from mmoe_rec.evaluation.evaluate import evaluate_model, score_split
+from mmoe_rec.evaluation.slices import MISSING, RowSlicer
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.tracking.registry import find_model
+from mmoe_rec.tracking.registry import resolve_model
 from tests.commands import read_metrics, run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World
@@ -104,18 +104,18 @@ def test_columns_that_cannot_be_sliced_by(world: World, slices: str, told: str, 
 def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) -> None:
     """Encoded rows outlive the files of a log."""
     settings = load_settings(str(world.folder / "first.yaml"), ["--evaluation.slices", '["device"]'])
-    scored = scored_rows(settings, find_model("models:/learnable@champion", world.uri), "it")
+    scored = score_split(settings, resolve_model("models:/learnable@champion", world.uri), "it")
     other = settings.model_copy(update={"data": settings.data.model_copy(update={"log": str(tmp_path / "log")})})
     (tmp_path / "log").mkdir()
     log = pq.read_table(world.folder / "log")
     last = log.filter(pa.compute.equal(log["request"], pa.compute.max(log["request"])))
     pq.write_table(log.filter(pa.compute.less(log["request"], last["request"][0])), tmp_path / "log" / "0.parquet")
     model = world.folder / "work" / "model"
-    columns = Slicing(other, model)
+    columns = RowSlicer(other, model)
     pq.write_table(log, tmp_path / "log" / "again.parquet")
     found = []
     for asked in (settings, other):  # the second has a file that came again, whose rows count once
-        columns_of_all = Slicing(asked, model)
+        columns_of_all = RowSlicer(asked, model)
         found.append({name: rows.tolist() for name, rows in columns_of_all.find(scored)["device"].items()})
     assert found[0] == found[1]
     (tmp_path / "log" / "again.parquet").unlink()

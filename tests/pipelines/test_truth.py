@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.evaluate import rows_to_measure
+from mmoe_rec.evaluation.evaluate import open_encoded_split
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.preprocessing.logs import logs_for
+from mmoe_rec.preprocessing.build_inputs import open_model_logs
 from tests.inference.small_model import SmallModel, small_settings
 from tests.log.small_logs import BASE, log_rows, random_log, write_log
 
@@ -30,7 +30,7 @@ def ranker(model: SmallModel) -> Ranker:
 def test_rows_at_hand_are_taken_whatever_they_are_worth(model: SmallModel, ranker: Ranker) -> None:
     tasks = {**BASE["tasks"], "click": {**BASE["tasks"]["click"], "score_weight": 5.0, "loss_weight": 0.1}}
     settings = model.settings.model_copy(update={"tasks": small_settings(Path("x"), tasks=tasks).tasks})
-    with rows_to_measure(settings, model.folder, ranker) as folder:
+    with open_encoded_split(settings, model.folder, ranker) as folder:
         assert folder == model.prepared.split("test")
 
 
@@ -40,7 +40,7 @@ def test_sampling_rates_are_those_of_the_settings(model: SmallModel, ranker: Ran
     rates = np.random.default_rng(0).choice([0.25, 0.5, 1.0], len(log))
     write_log(tmp_path / "log", log.append_column("rate", pa.array(rates)))
     settings = small_settings(tmp_path, columns={**BASE["columns"], "sampling_rate": "rate"})
-    with rows_to_measure(settings, model.folder, ranker) as folder:
+    with open_encoded_split(settings, model.folder, ranker) as folder:
         rows = pq.read_table(folder)
     start, _ = settings.split.windows()["test"]
     assert start is not None
@@ -60,9 +60,9 @@ def test_the_time_of_events_may_be_called_as_a_key_of_the_log(tmp_path: Path) ->
     data = {"log": str(tmp_path / "log"), "work_dir": str(tmp_path / "work"), "events": events}
     settings = small_settings(tmp_path, data=data, features=features)
     pipeline = FeaturePipeline(settings.schema_)
-    pipeline.note_types(log_rows(log, settings.schema_))
+    pipeline.record_key_types(log_rows(log, settings.schema_))
     assert pipeline.key_types["brand"] == "string"
-    (bought,) = logs_for(settings, pipeline).events
+    (bought,) = open_model_logs(settings, pipeline).events
     assert bought.rows == log.num_rows
 
 
@@ -89,5 +89,5 @@ def test_other_labels_are_no_common_truth(
 ) -> None:
     features = {"item": {"kind": "id", "column": "item"}}
     settings = small_settings(tmp_path, tasks=tasks, features=features)
-    with pytest.raises(UserError, match=message), rows_to_measure(settings, model.folder, ranker):
+    with pytest.raises(UserError, match=message), open_encoded_split(settings, model.folder, ranker):
         pass

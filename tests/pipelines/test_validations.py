@@ -9,17 +9,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmoe_rec.model.utilisation import Utilisation
+from mmoe_rec.model.utilization import ExpertUtilization
 from mmoe_rec.report.parts import to_rich
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training.checkpoint import FinishedTraining
-from mmoe_rec.training.origin import Origin
+from mmoe_rec.training.checkpoint import FinishedRun
+from mmoe_rec.training.provenance import Provenance
 from mmoe_rec.training.training_report import make_report, validations_table
-from mmoe_rec.training.validation import Validation, find_early_end
+from mmoe_rec.training.validation import Validation, find_undertraining
 from tests.inference.small_model import SmallModel
 from tests.model.examples import LAYOUT
 
-EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
+EVEN = ExpertUtilization(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
 
 def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
@@ -41,7 +41,7 @@ def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
 def test_what_should_worry_about_the_served_model_is_told(tmp_path: Path) -> None:
     small = SmallModel(tmp_path)
     best = Validation({"click": 0.5}, {"click": 0.42}, EVEN, {"click": 11.0}, {"click": 9_000})
-    trained = FinishedTraining(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Origin())
+    trained = FinishedRun(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Provenance())
     report = make_report(trained, small.settings)
     assert {each.mark for each in report.sentences} == {"warning"}
     assert report.headline == "validation AUC of the model at step 300: click 0.4200"
@@ -73,11 +73,11 @@ def test_a_training_that_ends_too_early_is_told(steps: int, areas: list[float], 
     ]
     history = [(round(steps * number / len(found)), each) for number, each in enumerate(found, 1)]
     best, _ = max(history, key=lambda each: each[1].objective("auc", layout))
-    said = find_early_end(history, best, layout, Training()) or ""
+    said = find_undertraining(history, best, layout, Training()) or ""
     assert told in said
     assert bool(told) == bool(said)
 
 
 def test_few_steps_from_another_model_are_not_called_few() -> None:
     history = [(step, Validation({"click": 0.5}, {"click": 0.7 + step / 1e5}, EVEN)) for step in (0, 10, 20)]
-    assert find_early_end(history, 20, replace(LAYOUT, tasks=LAYOUT.tasks[:1]), Training()) is None
+    assert find_undertraining(history, 20, replace(LAYOUT, tasks=LAYOUT.tasks[:1]), Training()) is None

@@ -16,8 +16,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
-from mmoe_rec.features.layout import Encoded
-from mmoe_rec.features.numbers import CLIP
+from mmoe_rec.features.layout import EncodedInputs
+from mmoe_rec.features.numeric_statistics import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log import reader as log
@@ -27,8 +27,8 @@ from mmoe_rec.preprocessing import build_steps as steps
 from mmoe_rec.preprocessing import count_and_encode
 from mmoe_rec.preprocessing import look_up as answers
 from mmoe_rec.preprocessing import prepare as build
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from tests.log.small_logs import raw_results
 from tests.point_in_time.drawn_logs import DrawnLog, draw
@@ -46,7 +46,7 @@ def _small_pieces(drawn: DrawnLog) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (steps, count_and_encode):
             stack.enter_context(patch.object(module, "ROWS_PER_PART", drawn.small["part"]))
-        stack.enter_context(patch.object(log, "ROWS_AT_A_TIME", drawn.small["batch"]))
+        stack.enter_context(patch.object(log, "READ_BATCH_ROWS", drawn.small["batch"]))
         stack.enter_context(patch.object(answers, "ROWS_PER_BLOCK", drawn.small["block"]))
         stack.enter_context(patch.object(count_and_encode, "ROWS_PER_GROUP", 16))
         # A task that nothing can be learnt of has labels to compare too.
@@ -64,7 +64,7 @@ def compare(seed: int, folder: Path) -> int:
     """
     drawn = draw(seed)
     drawn.settings["events"]["bought"]["path"] = str(folder / "events")
-    schema = kinds.schema_of(drawn.settings)
+    schema = kinds.parse_schema(drawn.settings)
     compared, means = 0, {}
     with _small_pieces(drawn):
         for stage in range(drawn.stages):
@@ -108,7 +108,7 @@ class _Comparison(_Rows):
     def __init__(self, drawn: DrawnLog, stage: int, prepared: FeatureFolder) -> None:
         super().__init__(drawn, stage)
         self.drawn, self.prepared = drawn, prepared
-        self.pipeline = FeaturePipeline.load(prepared.serving, memories=False)
+        self.pipeline = FeaturePipeline.load(prepared.serving, stores=False)
         self.place = {row["row"]: place for place, row in enumerate(self.naive.rows)}
         self.last = max(row["time"] for row in self.naive.rows)
         self.compared = 0
@@ -116,7 +116,7 @@ class _Comparison(_Rows):
     def overall_means(self) -> dict[str, float]:
         """Of each counter's task."""
         means = {}
-        for name, encoder in self.pipeline.memory_encoders.items():
+        for name, encoder in self.pipeline.point_in_time_encoders.items():
             if isinstance(encoder, CounterEncoder):
                 task = encoder.feature.task
                 mean = 0.0 if task is None else self.naive.overall_mean(task, self.drawn.windows["train"])
@@ -129,7 +129,7 @@ class _Comparison(_Rows):
         counters = {name: features.counter(self.naive, name, mean) for name, mean in means.items()}
         histories = {
             name: features.history(self.naive, name, self._table_rows(encoder))
-            for name, encoder in self.pipeline.memory_encoders.items()
+            for name, encoder in self.pipeline.point_in_time_encoders.items()
             if isinstance(encoder, HistoryEncoder)
         }
         for split, window in self.drawn.windows.items():
@@ -140,7 +140,7 @@ class _Comparison(_Rows):
             if not rows:
                 continue
             places = [self.place[row] for row in rows]
-            encoded = Encoded.from_arrow(table, self.prepared.layout)
+            encoded = EncodedInputs.from_arrow(table, self.prepared.layout)
             self._labels(table, expected, split)
             for name, values in counters.items():
                 self._counter(name, [values[place] for place in places], encoded)
@@ -156,7 +156,7 @@ class _Comparison(_Rows):
         columns = {name: [row[name] for row in asking] for name in ("user", "item", "brand", "time")}
         table = pa.table({name: pa.array(each, self.drawn.types[name]) for name, each in columns.items()})
         rows = LogRows(table, self.pipeline.schema)
-        for name, encoder in FeaturePipeline.load(self.prepared.serving).memory_encoders.items():
+        for name, encoder in FeaturePipeline.load(self.prepared.serving).point_in_time_encoders.items():
             found = raw_results(encoder, rows)
             if isinstance(encoder, HistoryEncoder):
                 lists = features.history(self.naive, name, self._table_rows(encoder), asking)
@@ -186,26 +186,26 @@ class _Comparison(_Rows):
         return found
 
     def _labels(self, table: pa.Table, rows: list[dict], split: str) -> None:
-        known_by = self.drawn.windows["train"][1] if split == "train" else self.last
+        label_cutoff = self.drawn.windows["train"][1] if split == "train" else self.last
         for task in self.drawn.settings["tasks"]:
-            expected = [self.naive.label_known_by(row, task, known_by) for row in rows]
+            expected = [self.naive.label_known_by(row, task, label_cutoff) for row in rows]
             assert table[f"label.{task}"].to_pylist() == expected, self._says(f"labels {task} of {split}")
             self.compared += len(rows)
 
-    def _counter(self, name: str, expected: list[dict], encoded: Encoded) -> None:
+    def _counter(self, name: str, expected: list[dict], encoded: EncodedInputs) -> None:
         encoder = self.pipeline.encoders[name]
         assert isinstance(encoder, CounterEncoder)
         names = [each.name for each in self.prepared.layout.dense]
         for answer, statistics in self._by_name(encoder, expected).items():
-            values, numbers = statistics, encoder.numbers[answer].standardiser
+            values, numbers = statistics, encoder.numbers[answer].standardizer
             if encoder.task.kind == "regression" and answer.startswith(f"{name}_rate"):
                 values = statistics - encoder.prior  # which rates of a regression are kept as distances from
-            scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.deviation, -CLIP, CLIP))
+            scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.std, -CLIP, CLIP))
             found = encoded.dense[:, names.index(answer)]
             # A number is exchanged as float32, and its distance from the mean is encoded as such.
-            distances = scaled * numbers.deviation
+            distances = scaled * numbers.std
             largest = max(1, np.nan_to_num(np.abs(values)).max(), np.abs(distances).max())
-            self._close(found * numbers.deviation, distances, answer, TOLERANCE * largest)
+            self._close(found * numbers.std, distances, answer, TOLERANCE * largest)
             if numbers.has_missing:
                 missing = encoded.dense[:, names.index(f"{answer}_missing")]
                 assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import settings
 
 from mmoe_rec.features import kinds
-from mmoe_rec.features.pipeline import FeaturePipeline, Live, read_memory, write_memory
-from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
-from mmoe_rec.log.rows import FewRows, LogRows, RequestRows
+from mmoe_rec.features.pipeline import FeaturePipeline, LiveUpdates, read_event_store, write_event_store
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonicalize, column_uses
+from mmoe_rec.log.rows import LogRows, RequestRows, ServingRows
 from mmoe_rec.point_in_time import join as levels
-from mmoe_rec.settings.log_columns import EVENT
+from mmoe_rec.settings.log_columns import EVENT_TASK
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import assert_same, assert_same_inputs
 from tests.point_in_time.compared_logs import compare
@@ -24,13 +24,13 @@ from tests.reference.log import Log, Row
 def log_rows(drawn: DrawnLog, rows: list[Row], schema: Schema) -> LogRows:
     uses = column_uses(schema)
     table = {name: pa.array([row[name] for row in rows], drawn.types[name]) for name in uses}
-    return LogRows(pa.table({name: canonical(name, uses[name], each) for name, each in table.items()}), schema)
+    return LogRows(pa.table({name: canonicalize(name, uses[name], each) for name, each in table.items()}), schema)
 
 
 def event_rows(drawn: DrawnLog, rows: list[Row], schema: Schema) -> LogRows:
     keys = {name: pa.array([row[name] for row in rows], drawn.types[name]) for name in ("user", "item", "brand")}
     times = pa.array([row["bought_at"] for row in rows], pa.int64()).cast(UTC_MICROSECONDS)
-    return LogRows(pa.table({**keys, "time": times, EVENT.label: pa.array(np.ones(len(rows)))}), schema)
+    return LogRows(pa.table({**keys, "time": times, EVENT_TASK.label: pa.array(np.ones(len(rows)))}), schema)
 
 
 def batches(random: np.random.Generator, rows: list[Row]) -> list[list[Row]]:
@@ -47,7 +47,7 @@ def same(one: FeaturePipeline, other: FeaturePipeline, rows: LogRows) -> None:
 
     def requests() -> RequestRows:
         own, shared = ({name: rows.column(name) for name, is_own in names.items() if is_own == of} for of in (1, 0))
-        return RequestRows(FewRows(shared, len(rows), one.schema), own, np.arange(len(rows)))
+        return RequestRows(ServingRows(shared, len(rows), one.schema), own, np.arange(len(rows)))
 
     for mine, theirs in zip(one.request_inputs(requests()), other.request_inputs(requests()), strict=True):
         assert_same_inputs(mine, theirs)
@@ -61,10 +61,10 @@ def same(one: FeaturePipeline, other: FeaturePipeline, rows: LogRows) -> None:
 def test_live_rows_count_as_if_memories_had_been_extended(
     seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, value in {"SMALLEST": 6, "_GROWTH": 2, "_MANY": 12}.items():
+    for name, value in {"MIN_LEVEL_SIZE": 6, "_GROWTH": 2, "_MANY": 12}.items():
         monkeypatch.setattr(levels, name, value)
     drawn, random = draw(seed), np.random.default_rng(seed)
-    schema = kinds.schema_of(drawn.settings)
+    schema = kinds.parse_schema(drawn.settings)
     naive = Log(drawn.settings, drawn.log, {"bought": drawn.events})
     times = np.array([row["time"] for row in naive.rows])
     until = int(np.quantile(times, 0.6))
@@ -73,26 +73,26 @@ def test_live_rows_count_as_if_memories_had_been_extended(
         "bought": (naive.events["bought"], event_rows),
     }
     pipeline, extended = FeaturePipeline(schema), FeaturePipeline(schema)
-    live, learnt = Live(pipeline.memory_encoders), 0
+    live, learnt = LiveUpdates(pipeline.point_in_time_encoders), 0
     for source, (rows, canonical_rows) in of_logs.items():
-        encoders = {name: each for name, each in pipeline.memory_encoders.items() if each.source == source}
+        encoders = {name: each for name, each in pipeline.point_in_time_encoders.items() if each.source == source}
         # Some early rows come late, after what they are counted for had been compacted.
         at = [row["time"] if source is None else row["bought_at"] for row in rows]
         early = [row for row, time in zip(rows, at, strict=True) if time <= until and random.random() < 0.8]
         later = [row for row in rows if not any(row is other for other in early)]
         for name, encoder in encoders.items() if early else ():
             events = encoder.events(canonical_rows(drawn, early, schema))
-            write_memory(encoder.compacted(encoder.extended(encoder.memory, events), until + 1), tmp_path, name)
-            encoder.memory = extended.memory_encoders[name].memory = read_memory(encoder, tmp_path)
-            for column in encoder.memory.to_columns().values():
+            write_event_store(encoder.compacted(encoder.extended(encoder.store, events), until + 1), tmp_path, name)
+            encoder.store = extended.point_in_time_encoders[name].store = read_event_store(encoder, tmp_path)
+            for column in encoder.store.to_columns().values():
                 column.flags.writeable = False
         for some in batches(random, later):
             live = live.extended({source: canonical_rows(drawn, some, schema)})
             learnt += len(some)
             for name in encoders:
-                encoder = extended.memory_encoders[name]
+                encoder = extended.point_in_time_encoders[name]
                 events = encoder.events(canonical_rows(drawn, some, schema))
-                encoder.memory = encoder.extended(encoder.memory, events)
+                encoder.store = encoder.extended(encoder.store, events)
     assert live.rows == learnt
     moments = [until + 1, until + 2, int(times.max()), *(times.max() + np.array([1, DAY // 2, 2 * DAY, 9 * DAY]))]
     asking = naive.at_moments(6, [int(each) for each in [*moments, *random.choice(times[times > until], 3)]])

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps, Search
+from mmoe_rec.point_in_time.join import Lookups, MergeJoin, SearchJoin, SortedEvents
 
-WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, LookUps.of_each))
+WAYS = ((MergeJoin, Lookups.sort), (SearchJoin, Lookups.sort), (SearchJoin, Lookups.one_per_row))
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
 KEYS = np.array([0, 1, 2, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 
@@ -31,15 +31,15 @@ def test_the_last_known_event_is_that_of_a_loop(data, rows, way, unit, start):
     if start > 2**61 and len(known):
         known[random.integers(len(known))] = -(2**62)
     order = np.lexsort((known, key))
-    events = KnownEvents(key[order], known[order])
+    events = SortedEvents(key[order], known[order])
     keys, times = random.choice(KEYS, rows), start + unit * random.integers(-7, 17, rows)
     kind, ask = way
     asked = ask(keys, times)
     join = kind(events, asked)
     for earlier in (0, 3 * unit, unit // 1000, 6 * unit, 2 * unit):  # windows of several units share a join
-        found = join.last(earlier)[asked.number]
+        found = join.last(earlier)[asked.inverse]
         for row in range(rows):
-            before = np.flatnonzero((events.key == keys[row]) & (events.known <= times[row] - earlier))
+            before = np.flatnonzero((events.key == keys[row]) & (events.available_at <= times[row] - earlier))
             assert found[row] == (before[-1] if len(before) else -1)
             if len(before):
-                assert join.first[asked.number][row] == np.flatnonzero(events.key == keys[row])[0]
+                assert join.first[asked.inverse][row] == np.flatnonzero(events.key == keys[row])[0]

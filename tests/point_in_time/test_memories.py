@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.features.kinds.counter import CounterMemory, SeenTotals, round_labels
-from mmoe_rec.features.kinds.history import HistoryMemory
+from mmoe_rec.features.kinds.counter import CounterStore, LookupTotals, round_labels
+from mmoe_rec.features.kinds.history import HistoryStore
 from mmoe_rec.point_in_time import join
-from mmoe_rec.point_in_time.join import LEVELS, NEVER, LookUps, grown
+from mmoe_rec.point_in_time.join import MAX_LEVELS, NEVER, Lookups, add_level
 from tests.reference.features import Event, last_positive, totals, visible_events
 
 KEYS = np.array([0, 5, 2**40, 2**64 - 1], np.uint64)
 WINDOW, UNTIL = 3, 45
 # Outliers beside small labels, exact opposites, and the smallest label.
 FRACTIONS = round_labels(np.array([1e11, -1e11, 1e-5, 0.1, -0.3, 3.0, 2.0**-20, 2.0**30 + 2.0**-19, 0.0]))
-ASKING: tuple[Callable[[np.ndarray, np.ndarray], LookUps], ...] = (LookUps.sort, LookUps.of_each)
+ASKING: tuple[Callable[[np.ndarray, np.ndarray], Lookups], ...] = (Lookups.sort, Lookups.one_per_row)
 
 
 def drawn(seed: int, size: int, labels: str = "whole") -> tuple[np.random.Generator, list[Event], np.ndarray]:
@@ -35,18 +35,18 @@ def columns_of(events: list[Event]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return np.array(key, np.uint64), np.array(known, np.int64), np.array(value)
 
 
-def counter_of(events: list[Event], labels: str = "whole") -> CounterMemory:
-    return extended(CounterMemory.empty(labels != "none"), events)
+def counter_of(events: list[Event], labels: str = "whole") -> CounterStore:
+    return extended(CounterStore.empty(labels != "none"), events)
 
 
-def extended(memory: CounterMemory, events: list[Event]) -> CounterMemory:
+def extended(store: CounterStore, events: list[Event]) -> CounterStore:
     key, known, label = columns_of(events)
-    return memory.extended(key, known, None if memory.label_sum is None else label)
+    return store.extended(key, known, None if store.label_sum is None else label)
 
 
-def history_of(events: list[Event]) -> HistoryMemory:
+def history_of(events: list[Event]) -> HistoryStore:
     key, known, item = columns_of(events)
-    return HistoryMemory.empty(1).extended(key, known, item.astype(np.int64), attribute_of(known))
+    return HistoryStore.empty(1).extended(key, known, item.astype(np.int64), attribute_of(known))
 
 
 def attribute_of(known: np.ndarray) -> np.ndarray:
@@ -60,19 +60,19 @@ def counted(events: list[Event], key: int, now: int) -> tuple[Any, ...]:
     return *totals(seen, now, WINDOW), *totals(seen, now), last_positive(seen, NEVER)
 
 
-def answers(memory: CounterMemory, asked: LookUps) -> list[tuple[Any, ...]]:
-    found = SeenTotals(memory, asked)
+def answers(store: CounterStore, asked: Lookups) -> list[tuple[Any, ...]]:
+    found = LookupTotals(store, asked)
     columns = *found.totals(WINDOW), *found.totals(None), found.last_positive()
-    return list(zip(*(each[asked.number].tolist() for each in columns), strict=True))
+    return list(zip(*(each[asked.inverse].tolist() for each in columns), strict=True))
 
 
-def lists_of(memory: Any, asked: LookUps, length: int) -> list[list[tuple[int, ...]]]:
+def lists_of(store: Any, asked: Lookups, length: int) -> list[list[tuple[int, ...]]]:
     """Items and their attributes."""
-    parts = memory.last_events(asked, length)
+    parts = store.last_events(asked, length)
     for each in parts:
         assert (each.values.dtype, each.lengths.dtype) == (np.int64, np.int32)
         assert each.lengths.tolist() == parts[0].lengths.tolist()
-    parts = [each.take(asked.number) for each in parts]
+    parts = [each.take(asked.inverse) for each in parts]
     events = list(zip(*(each.values.tolist() for each in parts), strict=True))
     return [events[a:b] for a, b in pairwise(parts[0].offsets.tolist())]
 
@@ -89,20 +89,20 @@ def lists_of(memory: Any, asked: LookUps, length: int) -> list[list[tuple[int, .
 def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, forever, cuts, late, labels, asking):
     random, events, known = drawn(seed, size, labels)
     arrives = known + random.integers(0, late + 1, size)
-    memory, asked_for = counter_of([], labels), slice(None if forever else 2)
+    store, asked_for = counter_of([], labels), slice(None if forever else 2)
     for start, end in pairwise([-1, *cuts, UNTIL]):
-        memory = extended(memory, [e for e, at in zip(events, arrives, strict=True) if start <= at < end])
+        store = extended(store, [e for e, at in zip(events, arrives, strict=True) if start <= at < end])
         here = [event for event, at in zip(events, arrives, strict=True) if at < end]
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
         expected = [counted(here, *each)[asked_for] for each in zip(keys.tolist(), times.tolist(), strict=True)]
-        assert [each[asked_for] for each in answers(memory, asking(keys, times))] == expected
-        memory = memory.with_columns(memory.compacted(end, WINDOW, forever).to_columns(), end)
+        assert [each[asked_for] for each in answers(store, asking(keys, times))] == expected
+        store = store.with_columns(store.compacted(end, WINDOW, forever).to_columns(), end)
         last = {key: max(moment for other, moment, _ in here if other == key) for key, _, _ in here}
         remembered = {key for key, moment in last.items() if forever or moment > end - WINDOW}
-        assert set(memory.events.key.tolist()) == remembered
+        assert set(store.events.key.tolist()) == remembered
     if late == 0 and forever:
         at_once = counter_of(events, labels).compacted(UNTIL, WINDOW, forever).to_columns()
-        for name, column in memory.to_columns().items():
+        for name, column in store.to_columns().items():
             np.testing.assert_array_equal(column, at_once[name], err_msg=name)
 
 
@@ -116,28 +116,28 @@ def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
 def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, cuts, length, asking):
     random, events, known = drawn(seed, size)
     arrives = known + random.integers(0, 7, size)
-    memory = HistoryMemory.empty(1)
+    store = HistoryStore.empty(1)
     for start, end in pairwise([-1, *cuts, UNTIL]):
         key, moments, item = columns_of([e for e, at in zip(events, arrives, strict=True) if start <= at < end])
-        memory = memory.extended(key, moments, item.astype(np.int64), attribute_of(moments))
+        store = store.extended(key, moments, item.astype(np.int64), attribute_of(moments))
         here = [event for event, at in zip(events, arrives, strict=True) if at < end]
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
         asked = zip(keys.tolist(), times.tolist(), strict=True)
         seen = [visible_events(here, *each)[-length:] for each in asked]
         expected = [[(item, int(attribute_of(known))) for _, known, item in events] for events in seen]
-        assert lists_of(memory, asking(keys, times), length) == expected
-        memory = memory.with_columns(memory.compacted(end, length).to_columns(), end)
+        assert lists_of(store, asking(keys, times), length) == expected
+        store = store.with_columns(store.compacted(end, length).to_columns(), end)
 
 
 def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
-    memory, level = (history_of(drawn(seed, 30)[1]) for seed in (0, 1))
-    one, two = memory.with_levels([level]), memory.with_levels([level, level])
+    store, level = (history_of(drawn(seed, 30)[1]) for seed in (0, 1))
+    one, two = store.with_levels([level]), store.with_levels([level, level])
     assert one.events is two.events
-    assert "distinct" in vars(one.events), "no request has to wait for it"
+    assert "unique_keys" in vars(one.events), "no request has to wait for it"
 
 
 def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SMALLEST": 64, "_GROWTH": 8, "_MANY": 2048}.items():
+    for name, value in {"MIN_LEVEL_SIZE": 64, "_GROWTH": 8, "_MANY": 2048}.items():
         monkeypatch.setattr(join, name, value)
     copied, several, most = 0, tuple[range, ...](), 0
 
@@ -147,10 +147,10 @@ def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pyte
         return range(len(one) + len(other))
 
     for _ in range(4096):
-        several = grown(several, range(4), merged)
+        several = add_level(several, range(4), merged)
         most = max(most, len(several))
     sizes = list(map(len, several))
     assert sum(sizes) == 4 * 4096
-    assert most == LEVELS
+    assert most == MAX_LEVELS
     assert sizes == sorted(sizes, reverse=True)
     assert copied < 60 * 4 * 4096  # of one level it would be 2,048 times

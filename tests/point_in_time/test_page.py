@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.features.kinds import schema_of
-from mmoe_rec.features.kinds.counter import UNITS, CounterEncoder, SeenTotals
+from mmoe_rec.features.kinds import parse_schema
+from mmoe_rec.features.kinds.counter import LABEL_SCALE, CounterEncoder, LookupTotals
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
@@ -21,7 +21,7 @@ WEEK = 7 * DAY
 CLICKS = {"kind": "counter", "task": "clicked", "by": ["user"], "outputs": ["log_sum"], "window_days": [7]}
 CLICKED = {"label": "clicked", "objective": "engagement", "label_delay_days": 1}
 COLUMNS = {"user": "user", "candidate": "item", "time": "time"}
-SCHEMA = schema_of({"columns": COLUMNS, "tasks": {"clicked": CLICKED}, "features": {"clicks": CLICKS}})
+SCHEMA = parse_schema({"columns": COLUMNS, "tasks": {"clicked": CLICKED}, "features": {"clicks": CLICKS}})
 
 
 def tables() -> list[list[dict[str, str]]]:
@@ -54,7 +54,7 @@ def rows_of(table: list[dict[str, str]]) -> LogRows:
 
 @pytest.fixture
 def encoder() -> CounterEncoder:
-    (found,) = FeaturePipeline(SCHEMA).memory_encoders.values()
+    (found,) = FeaturePipeline(SCHEMA).point_in_time_encoders.values()
     assert isinstance(found, CounterEncoder)
     return found
 
@@ -67,12 +67,12 @@ def test_labels_become_known_when_the_page_says(encoder):
 def test_the_memory_is_that_of_the_page(encoder):
     log = rows_of(LOG)
     names = dict(zip(log.hashes(["user"]).tolist(), log.column("user").to_pylist(), strict=True))
-    memory = encoder.extended(encoder.memory, encoder.events(log))
-    for left, when in (memory, ""), (encoder.compacted(memory, 11 * DAY), " on day 11"):
+    store = encoder.extended(encoder.store, encoder.events(log))
+    for left, when in (store, ""), (encoder.compacted(store, 11 * DAY), " on day 11"):
         columns = left.to_columns()
         users = [names[key] for key in columns["key"].tolist()]
-        clicks = (columns["label_sum"] / UNITS).tolist()
-        found = zip(users, columns["known"].tolist(), columns["rows"].tolist(), clicks, strict=True)
+        clicks = (columns["label_sum"] / LABEL_SCALE).tolist()
+        found = zip(users, columns["available_at"].tolist(), columns["rows"].tolist(), clicks, strict=True)
         rows, sums = "rows" + when, "clicks" + when
         expected = [(row["user"], moment(row["known"]), int(row[rows]), int(row[sums])) for row in MEMORY if row[rows]]
         assert sorted(found) == sorted(expected)
@@ -82,26 +82,26 @@ def test_the_memory_is_that_of_the_page(encoder):
 def test_requests_get_what_the_page_says(encoder, cuts):
     """Also where the memory is carried from one chunk of time to the next."""
     events, requests = encoder.events(rows_of(LOG)), rows_of(REQUESTS)
-    memory, edges = encoder.memory, [-1, *cuts, 99 * DAY]
+    store, edges = encoder.store, [-1, *cuts, 99 * DAY]
     for start, end in pairwise(edges):
-        known = events["known"].to_numpy()
-        memory = encoder.extended(memory, events.filter(pa.array((known > start) & (known <= end))))
+        available_at = events["available_at"].to_numpy()
+        store = encoder.extended(store, events.filter(pa.array((available_at > start) & (available_at <= end))))
         if end in cuts:
-            memory = encoder.compacted(memory, min(end, 5 * DAY))
-    asked = requests.look_ups(["user"])
-    join = memory.join(asked)
+            store = encoder.compacted(store, min(end, 5 * DAY))
+    asked = requests.lookups(["user"])
+    join = store.join(asked)
     if not cuts:
         for index, name in ((join.last(), "total now"), (join.last(WEEK), "total 7 days earlier")):
-            clicks = memory.sums(index)[1][asked.number] / UNITS
+            clicks = store.sums(index)[1][asked.inverse] / LABEL_SCALE
             assert clicks.tolist() == [int(row[name]) for row in REQUESTS]
-    clicks = SeenTotals(memory, asked).totals(WEEK)[1][asked.number]
+    clicks = LookupTotals(store, asked).totals(WEEK)[1][asked.inverse]
     assert clicks.tolist() == [int(row["clicks in 7 days"]) for row in REQUESTS]
 
-    encoder.memory = memory
-    encoder.learn_results(encoder.look_up(requests))
+    encoder.store = store
+    encoder.partial_fit_results(encoder.look_up(requests))
     for number in encoder.numbers.values():
-        number.finish()
-    results, inputs = encoder.look_up(requests), encoder.encode(requests).standardised().dense
+        number.finish_fit()
+    results, inputs = encoder.look_up(requests), encoder.encode(requests).standardized().dense
     for found, name in ((results, "log(1 + clicks)"), (inputs, "standardised")):
         np.testing.assert_allclose(found["clicks_positives_7d"], [float(row[name]) for row in REQUESTS], atol=5e-5)
 

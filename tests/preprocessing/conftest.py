@@ -12,4 +12,4 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ROWS_PER_PART", 60)
     monkeypatch.setattr(look_up, "ROWS_PER_BLOCK", 64)
     monkeypatch.setattr(count_and_encode, "ROWS_PER_GROUP", 32)
-    monkeypatch.setattr(reader, "ROWS_AT_A_TIME", 50)
+    monkeypatch.setattr(reader, "READ_BATCH_ROWS", 50)

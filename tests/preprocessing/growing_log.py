@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.point_in_time.join import in_window
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, windows_of, with_column

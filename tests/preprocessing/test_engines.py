@@ -14,11 +14,11 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.vocabulary import Vocabulary
-from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
+from mmoe_rec.point_in_time.arrays import DedupedRagged, Ragged
 from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import look_up
 from mmoe_rec.preprocessing.build_steps import open_engine
-from mmoe_rec.preprocessing.look_up import Exchange, ResultExchange, key_range, partition_of
+from mmoe_rec.preprocessing.look_up import Exchange, ResultExchange, assign_partitions, key_range
 from tests.processes import is_running, until
 
 
@@ -36,7 +36,7 @@ def _die(_: int) -> None:
 @pytest.fixture
 def processes(monkeypatch):
     """Two workers are processes, as many are."""
-    monkeypatch.setattr(engines, "THREADS_AT_MOST", 0)
+    monkeypatch.setattr(engines, "MAX_THREADS", 0)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -66,7 +66,7 @@ def _place_beside_another(number: int) -> tuple[int, str]:
 
 
 def test_few_workers_are_threads_and_many_are_processes(monkeypatch):
-    monkeypatch.setattr(engines, "THREADS_AT_MOST", 2)
+    monkeypatch.setattr(engines, "MAX_THREADS", 2)
     with open_engine("local", 2) as engine:
         places = set(engine.map(_place_beside_another, range(4)))
     assert {pid for pid, _ in places} == {os.getpid()}
@@ -137,7 +137,7 @@ def test_partitions_are_ranges_of_keys(partitions):
     assert firsts == [0, *(last + 1 for last in lasts[:-1])]
     assert lasts[-1] == 2**64 - 1
     for keys in (firsts, lasts):
-        assert partition_of(np.array(keys, np.uint64), partitions).tolist() == list(range(partitions))
+        assert assign_partitions(np.array(keys, np.uint64), partitions).tolist() == list(range(partitions))
 
 
 def test_rows_arrive_by_sender_and_no_file_stays_once_it_is_removed(tmp_path):
@@ -155,7 +155,7 @@ def test_rows_arrive_by_sender_and_no_file_stays_once_it_is_removed(tmp_path):
 def test_a_shared_list_is_sent_once_a_block(tmp_path, monkeypatch):
     monkeypatch.setattr(look_up, "ROWS_PER_BLOCK", 16)
     exchange, rows = ResultExchange(tmp_path, 32), np.arange(32)
-    exchange.send("group", (0, 0), rows, {"list": SharedRagged(Ragged(np.arange(7), np.array([7])), rows * 0)})
+    exchange.send("group", (0, 0), rows, {"list": DedupedRagged(Ragged(np.arange(7), np.array([7])), rows * 0)})
     for block in (0, 1):
         (table,) = exchange.exchange.receive("group", block)
         assert table["list"].to_pylist() == [list(range(7))] + [None] * 15

@@ -14,10 +14,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing import extend as extend_module
-from mmoe_rec.preprocessing.build_steps import Steps
-from mmoe_rec.preprocessing.logs import BuildInputs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
-from mmoe_rec.profiling.data_health import inspect
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
+from mmoe_rec.preprocessing.build_steps import BuildSteps
+from mmoe_rec.preprocessing.prepare import FeatureFolder, find_existing_features
+from mmoe_rec.profiling.data_health import measure_health
 from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, times_of, windows_of
 from tests.preprocessing.growing_log import WINDOWS, Growing, training_items
 
@@ -29,7 +29,7 @@ def growing(tmp_path: Path) -> Growing:
 
 
 def _known(prepared: FeatureFolder, feature: str = "item") -> list:
-    return FeaturePipeline.load(prepared.serving, memories=False).vocabularies[feature].ids.to_pylist()
+    return FeaturePipeline.load(prepared.serving, stores=False).vocabularies[feature].ids.to_pylist()
 
 
 def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):
@@ -80,7 +80,7 @@ def test_the_manifest_and_what_is_at_hand(growing):
     assert after["files"] == 2
     assert after["first_request"] == before["first_request"]
     assert after["request_microseconds"] == [times_of(growing.table).min(), times_of(growing.table).max()]
-    taken = existing(BuildInputs(growing.source, growing.schema, windows, growing.work))
+    taken = find_existing_features(BuildInputs(growing.source, growing.schema, windows, growing.work))
     assert taken is not None
     assert taken.manifest == after
     built = growing.prepare("whole", windows)
@@ -101,7 +101,7 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     message = r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data"
 
     def count(features: FeatureFolder) -> None:
-        inspect("log", features, growing.schema, growing.folder / "scratch")
+        measure_health("log", features, growing.schema, growing.folder / "scratch")
 
     for needs_rows in (
         lambda: prepared.require_rows("train", "validation"),
@@ -126,7 +126,7 @@ def _write_last_again(log: Growing) -> None:
 
 def _with_features(log: Growing, change: Callable[[dict], dict]) -> None:
     tree = log.schema.model_dump()
-    log.schema = kinds.schema_of({**tree, "features": change(tree["features"])})
+    log.schema = kinds.parse_schema({**tree, "features": change(tree["features"])})
 
 
 def _change_schema(log: Growing) -> None:
@@ -183,7 +183,9 @@ def test_new_rows_outside_of_all_splits(growing):
 # Failures
 
 
-@pytest.mark.parametrize(("owner", "step"), [(Steps, "look_up"), (Steps, "encode"), (extend_module, "write_manifest")])
+@pytest.mark.parametrize(
+    ("owner", "step"), [(BuildSteps, "look_up"), (BuildSteps, "encode"), (extend_module, "write_manifest")]
+)
 def test_a_failed_extension_leaves_the_old_folder(growing, monkeypatch, owner, step):
     growing.add(8, 12.1)
     before = files_of(growing.work)

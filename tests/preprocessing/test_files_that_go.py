@@ -11,8 +11,8 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, BuildOptions
+from mmoe_rec.preprocessing.prepare import FeatureFolder, find_existing_features, prepare
 from tests.log.small_logs import files_of, remembered, windows_of, with_column
 from tests.preprocessing.growing_log import FEATURES, WINDOWS, Growing, schema_with_purchases
 
@@ -40,7 +40,7 @@ def _remove(log: Growing, number: int) -> None:
 
 
 def _existing(log: Growing, windows: dict, **options: object) -> FeatureFolder | None:
-    return existing(BuildInputs(log.source, log.schema, windows, log.work, BuildOptions(**options)))
+    return find_existing_features(BuildInputs(log.source, log.schema, windows, log.work, BuildOptions(**options)))
 
 
 def _memories(prepared: FeatureFolder) -> dict[str, bytes]:
@@ -57,7 +57,7 @@ def test_days_go_on_as_if_old_files_were_still_there(growing, tmp_path):
             log.add(start, end)
             extended = log.extend(windows)
             assert extended is not None
-            assert len(extended.gone) == (2 * (number + 1) if log is growing else 0)
+            assert len(extended.missing) == (2 * (number + 1) if log is growing else 0)
         prepared, reference = (FeatureFolder(log.work / "features") for log in (growing, whole))
         assert files_of(prepared.folder / "encoded") == files_of(reference.folder / "encoded")
         assert _memories(prepared) == _memories(reference)
@@ -86,7 +86,10 @@ def test_features_that_were_not_extended_are_built_anew_unless_a_model_goes_on_f
     _remove(growing, 100)
     found = _existing(growing, WINDOWS)
     assert found.manifest == before
-    assert prepare(BuildInputs(growing.source, growing.schema, WINDOWS, growing.work), going_on=True).manifest == before
+    assert (
+        prepare(BuildInputs(growing.source, growing.schema, WINDOWS, growing.work), keep_existing=True).manifest
+        == before
+    )
     shorter = growing.prepare().manifest
     assert shorter["rows"] < before["rows"]
     assert shorter["files"] == 2
@@ -104,7 +107,7 @@ def test_extended_features_are_not_replaced_by_those_of_a_shorter_log(growing, w
         windows = windows_of(9, 9.5)
     if what == "other log":
         source = str(growing.folder / "log" / "9*.parquet")
-    assert existing(BuildInputs(source, growing.schema, windows, growing.work)) is None
+    assert find_existing_features(BuildInputs(source, growing.schema, windows, growing.work)) is None
     before = files_of(growing.work)
     with pytest.raises(UserError, match=r"rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"):
         prepare(BuildInputs(source, growing.schema, windows, growing.work))
@@ -191,7 +194,7 @@ def test_a_file_that_is_delivered_again_counts_once(growing, tmp_path, monkeypat
                 for name in ("log", "events"):
                     (log.folder / name / "97.parquet").rename(log.folder / name / "99.parquet")
             extended = log.extend(LATER)
-            assert extended.gone == []
+            assert extended.missing == []
         prepared, reference = (FeatureFolder(log.work / "features") for log in (growing, whole))
         assert files_of(prepared.folder / "encoded") == files_of(reference.folder / "encoded")
         assert _memories(prepared) == _memories(reference)
@@ -207,7 +210,10 @@ def test_files_with_the_same_bytes_count_once_in_a_build(growing, capsys):
     found = growing.prepare("other")
     assert capsys.readouterr().err.count("left out: 2 files with the bytes of another one, such as ") == 1
     assert (files_of(found.folder / "encoded"), _memories(found)) == expected
-    assert existing(BuildInputs(growing.source, growing.schema, WINDOWS, growing.folder / "other")) is not None
+    assert (
+        find_existing_features(BuildInputs(growing.source, growing.schema, WINDOWS, growing.folder / "other"))
+        is not None
+    )
 
 
 def test_new_files_have_the_types_of_those_that_are_gone(growing):
@@ -224,7 +230,7 @@ def test_new_files_have_the_types_of_those_that_are_gone(growing):
         growing.extend(LATER)
     growing.add(10, 12.1)
     extended = growing.extend(LATER, **SKIP)
-    assert [Path(each["file"]).name for each in extended.features.manifest["left_out"]] == ["97.parquet"]
+    assert [Path(each["file"]).name for each in extended.features.manifest["skipped"]] == ["97.parquet"]
 
 
 # Files that were left out
@@ -243,7 +249,7 @@ def _spoil(path: Path, how: str) -> bytes:
 
 
 def _left_out(prepared: FeatureFolder) -> list[str]:
-    return [Path(each["file"]).name for each in prepared.manifest["left_out"]]
+    return [Path(each["file"]).name for each in prepared.manifest["skipped"]]
 
 
 @pytest.mark.parametrize("how", ["cut", "label"])
@@ -261,7 +267,7 @@ def test_a_file_that_was_left_out_is_removed(tmp_path, how):
     log.add(9, 12.1)
     extended = log.extend(LATER)
     assert _left_out(extended.features) == []
-    assert extended.gone == []
+    assert extended.missing == []
     assert extended.features.manifest["files"] == 4
 
 
@@ -291,8 +297,10 @@ def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(
         columns = ["user", "candidate", "time", "label.click"]
         one, two = (pq.read_table(each.features.split(split), columns=columns) for each in (mine, theirs))
         assert one.equals(two)
-    clicks = [FeaturePipeline.load(each.features.serving).memory_encoders["item_click"] for each in (mine, theirs)]
-    one, two = (pa.table(each.memory.to_columns()) for each in clicks)
+    clicks = [
+        FeaturePipeline.load(each.features.serving).point_in_time_encoders["item_click"] for each in (mine, theirs)
+    ]
+    one, two = (pa.table(each.store.to_columns()) for each in clicks)
     assert one.equals(two)
 
 

@@ -12,16 +12,16 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
-from mmoe_rec.features.layout import Encoded
+from mmoe_rec.features.layout import EncodedInputs
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing import build_steps as engines
 from mmoe_rec.preprocessing import build_steps as steps
 from mmoe_rec.preprocessing import look_up
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, BuildOptions, check_work_outside_logs
 from mmoe_rec.preprocessing.build_steps import open_engine
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, check_apart
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, find_existing_features, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,
@@ -51,9 +51,9 @@ def _cut(table: pa.Table, *edges: int) -> list[pa.Table]:
     return [table.slice(start, end - start) for start, end in pairwise(rows)]
 
 
-def _encoded(prepared: FeatureFolder, split: str) -> tuple[Encoded, pa.Table]:
+def _encoded(prepared: FeatureFolder, split: str) -> tuple[EncodedInputs, pa.Table]:
     table = pq.read_table(prepared.split(split))
-    return Encoded.from_arrow(table, prepared.layout), table
+    return EncodedInputs.from_arrow(table, prepared.layout), table
 
 
 @pytest.mark.parametrize("strings", [False, True])
@@ -61,12 +61,12 @@ def _encoded(prepared: FeatureFolder, split: str) -> tuple[Encoded, pa.Table]:
 def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, monkeypatch, strings, rows_in_memory):
     asked = []
 
-    class CountedChunk(look_up.Chunk):
+    class CountedChunk(look_up.TimeChunk):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             asked.append(len(self.rows))
 
-    monkeypatch.setattr(look_up, "Chunk", CountedChunk)
+    monkeypatch.setattr(look_up, "TimeChunk", CountedChunk)
     table = random_log(5, rows=500, strings=strings)
     source = str(write_log(tmp_path / "log", *_cut(table, 13, 240, 240, 400)))
     prepared = prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=rows_in_memory)))
@@ -98,8 +98,8 @@ def ray_is_running():
 def two_workers(request, monkeypatch) -> dict[str, Any]:
     """Options for two workers: threads, processes as many are, or Ray's."""
     if request.param == "processes":
-        monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
-        monkeypatch.setattr(engines, "THREADS_AT_MOST", 0)
+        monkeypatch.setattr(steps, "MIN_ROWS_FOR_PROCESSES", 0)
+        monkeypatch.setattr(engines, "MAX_THREADS", 0)
     if request.param == "ray":
         request.getfixturevalue("ray_is_running")
     return {"engine": "ray" if request.param == "ray" else "local", "workers": 2}
@@ -155,11 +155,11 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
     for setting, (source, windows, message) in cases.items():
         place, keep = (source, SCHEMA, windows, tmp_path / setting), BuildOptions(**{setting: "keep"})
         prepared = prepare(BuildInputs(*place, keep))
-        assert existing(BuildInputs(*place, keep)) == prepared
-        assert existing(BuildInputs(*place)) is None
+        assert find_existing_features(BuildInputs(*place, keep)) == prepared
+        assert find_existing_features(BuildInputs(*place)) is None
         with pytest.raises(UserError, match=message):
             prepare(BuildInputs(*place))
-        assert existing(BuildInputs(*place, keep)) == prepared
+        assert find_existing_features(BuildInputs(*place, keep)) == prepared
 
 
 def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
@@ -169,35 +169,37 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
     (folder / "9.parquet").write_bytes(b"not Parquet")
     place, skipping = (str(folder), SCHEMA, WINDOWS, tmp_path / "some"), BuildOptions(skip_bad_files=True)
     prepared = prepare(BuildInputs(*place, skipping))
-    left_out = prepared.manifest["left_out"]
-    assert [Path(each["file"]).name for each in left_out] == ["1.parquet", "9.parquet"]
-    assert "holds 7" in left_out[0]["reason"]
+    skipped = prepared.manifest["skipped"]
+    assert [Path(each["file"]).name for each in skipped] == ["1.parquet", "9.parquet"]
+    assert "holds 7" in skipped[0]["reason"]
     good = write_log(tmp_path / "good", table.slice(0, 150), table.slice(150))
     whole = prepare(BuildInputs(str(good), SCHEMA, WINDOWS, tmp_path / "whole"))
     assert files_of(prepared.folder / "encoded") == files_of(whole.folder / "encoded")
     assert files_of(prepared.serving) == files_of(whole.serving)
     # They do not stand where none may be skipped, also where one can be opened.
     (folder / "9.parquet").unlink()
-    assert existing(BuildInputs(*place)) is None
+    assert find_existing_features(BuildInputs(*place)) is None
     with pytest.raises(UserError, match=r"1\.parquet': column 'click' .* holds 7"):
         prepare(BuildInputs(*place))
     # What was built stays, and stands where bad files may be skipped, however the log is addressed.
     for source in (str(folder), f"{folder}/", f"{folder}/*.parquet"):
-        assert existing(BuildInputs(source, *place[1:], skipping)) == prepared
+        assert find_existing_features(BuildInputs(source, *place[1:], skipping)) == prepared
     # Without these files, they are what a build would give.
     (folder / "1.parquet").unlink()
-    assert existing(BuildInputs(*place)) == prepare(BuildInputs(*place)) == prepared
+    assert find_existing_features(BuildInputs(*place)) == prepare(BuildInputs(*place)) == prepared
 
 
 def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_path):
     source = write_log(tmp_path / "log", random_log(0, 300))
     events = {"purchases": {"path": str(tmp_path), "time": "time"}}
     inside, apart = source / "work", tmp_path / "apart"
-    own = r"`data.log` '.*/log' takes in what is written to `data.work_dir` '.*/log/work'.*set `data.work_dir` "
-    r"to a folder that"
+    own = (
+        r"`data.log` '.*/log' takes in what is written to `data.work_dir` '.*/log/work'.*set `data.work_dir` "
+        r"to a folder that"
+    )
     theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work_dir` '.*/apart'"
     for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), apart, theirs)):
-        for built in (prepare, existing, extend):
+        for built in (prepare, find_existing_features, extend):
             with pytest.raises(UserError, match=message):
                 built(BuildInputs(str(source), schema, WINDOWS, work))
         assert not work.exists()
@@ -216,12 +218,12 @@ def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
         name = "part-*.parquet" if file.name.startswith("part-") else "*.parquet"
         pattern = "/".join(["work", *("*" for _ in file.parents[1:]), name])
         with pytest.raises(UserError, match=r"takes in what is written to `data\.work` 'work'"):
-            check_apart(pattern, schema, Path("work"))
+            check_work_outside_logs(pattern, schema, Path("work"))
     for source in ("work/features", "work/features/encoded/*/*.parquet", "work/model/**/*.parquet", "work/champion"):
         with pytest.raises(UserError, match=r"takes in what is written to `data\.work` 'work'"):
-            check_apart(source, schema, Path("work"))
+            check_work_outside_logs(source, schema, Path("work"))
     # Logs may lie beside what is written.
-    check_apart("work/*/*.parquet", schema, Path("work"))
+    check_work_outside_logs("work/*/*.parquet", schema, Path("work"))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_names_of_columns_change_nothing(tmp_path, names):
         source = write_log(folder / "log", _renamed(random_log(0, 300), renamed))
         bought = write_log(folder / "bought", _renamed(events, renamed))
         tree = schema_of(features, events={"bought": {"path": str(bought), "time": "at"}}).model_dump(mode="json")
-        schema = kinds.schema_of(_with_columns(tree, renamed))
+        schema = kinds.parse_schema(_with_columns(tree, renamed))
         prepared.append(prepare(BuildInputs(str(source), schema, WINDOWS, folder / "work")))
     plain, odd = prepared
     for split in WINDOWS:

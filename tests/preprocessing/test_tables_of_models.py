@@ -10,8 +10,8 @@ from hypothesis import settings
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
-from mmoe_rec.preprocessing.logs import BuildInputs, BuildOptions, HeldFiles, Logs
+from mmoe_rec.preprocessing.build_inputs import BuildInputs, BuildOptions, IncludedFiles, Logs
+from mmoe_rec.preprocessing.extend import WrittenTables, extend_tables, rebuild_tables
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from tests.log.small_logs import remembered, windows_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
@@ -30,15 +30,15 @@ class ServedModel:
         if (prepared.folder / "requests").is_dir():
             shutil.copytree(prepared.folder / "requests", self.features / "requests")
         self.last = prepared.manifest["request_microseconds"][1]
-        self.schema = FeaturePipeline.load(self.features, memories=False).schema
+        self.schema = FeaturePipeline.load(self.features, stores=False).schema
 
-    def logs(self, taken: HeldFiles | None = None) -> Logs:
+    def logs(self, taken: IncludedFiles | None = None) -> Logs:
         return Logs(
             self.source, self.schema, self.options, None if taken is None else [log.types for log in taken.logs]
         )
 
-    def go_on(self) -> Tables | None:
-        taken = HeldFiles.read(self.features)
+    def go_on(self) -> WrittenTables | None:
+        taken = IncludedFiles.read(self.features)
         self.number += 1
         out = self.folder / f"{self.number}"
         out.mkdir()
@@ -47,11 +47,11 @@ class ServedModel:
             self.features, self.last = out, made.as_of
         return made
 
-    def anew(self) -> tuple[Path, Tables]:
+    def anew(self) -> tuple[Path, WrittenTables]:
         out = self.folder / "anew"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        return out, remake_tables(self.folder / "0", self.logs(), out)
+        return out, rebuild_tables(self.folder / "0", self.logs(), out)
 
 
 def assert_same_tables(one: Path, other: Path, compare_files: bool = True) -> int:
@@ -80,16 +80,16 @@ def assert_same_tables(one: Path, other: Path, compare_files: bool = True) -> in
         compared += len(tables[0]) * name.endswith(".memory")
     if compare_files:
         mine, its = (
-            [{each.address: each for each in log.files.values()} for log in HeldFiles.read(each).logs]
+            [{each.uri: each for each in log.files.values()} for log in IncludedFiles.read(each).logs]
             for each in (one, other)
         )
         assert mine == its
-        assert HeldFiles.read(one).digest == HeldFiles.read(other).digest
+        assert IncludedFiles.read(one).digest == IncludedFiles.read(other).digest
     return compared
 
 
 def ids_of(features: Path) -> list:
-    pipeline = FeaturePipeline.load(features, memories=False)
+    pipeline = FeaturePipeline.load(features, stores=False)
     return [each.ids.to_pylist() for each in pipeline.vocabularies.values()]
 
 
@@ -101,7 +101,7 @@ def test_drawn_logs_with_all_that_a_log_may_hold(tmp_path: Path, seed: int) -> N
     """Among them rows of a request that come with a later stage, regressions, late labels, events of any time."""
     drawn = draw(seed)
     drawn.settings["events"]["bought"]["path"] = str(tmp_path / "events")
-    schema, options = kinds.schema_of(drawn.settings), BuildOptions(**drawn.options)
+    schema, options = kinds.parse_schema(drawn.settings), BuildOptions(**drawn.options)
     with _small_pieces(drawn):
         served = _steps(drawn, tmp_path, schema, options)
         if served is None:
@@ -137,7 +137,7 @@ def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -
     log.extend(windows_of(10, 11))
     assert ids_of(log.work / "features" / "serving") != known == ids_of(served.features)
     mine, its = (remembered(each / "bought.memory") for each in (served.features, log.work / "features" / "serving"))
-    assert mine.select(["key", "known"]).equals(its.select(["key", "known"]))
+    assert mine.select(["key", "available_at"]).equals(its.select(["key", "available_at"]))
     assert not mine.equals(its)
     assert_same_tables(served.features, served.anew()[0])
 

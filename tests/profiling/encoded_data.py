@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.features import kinds
-from mmoe_rec.features.layout import IDS, DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import ID_LIST_TYPE, DenseInput, IdInput, Layout, TableSpec, TaskOutput
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.profiling.data_health import inspect
+from mmoe_rec.profiling.data_health import measure_health
 
 ROWS = {"train": 6000, "validation": 2000, "test": 3000}
 STARTS = {"train": "2024-01-03", "validation": "2024-01-20", "test": "2024-01-27"}
@@ -20,7 +20,7 @@ DAYS = {"train": 17, "validation": 7, "test": 10}
 UNKNOWN, ITEMS = 4, 85  # hashed rows, and rows of the table of items with them and the missing id
 EDGES = (-1.0, 0.0, 1.0)
 
-SCHEMA = kinds.schema_of(
+SCHEMA = kinds.parse_schema(
     {
         "columns": {"user": "user_id", "candidate": "item_id", "time": "at"},
         "roles": {"candidate": ["tags", "price", "look", "weight"], "context": ["hour"]},
@@ -42,10 +42,10 @@ SCHEMA = kinds.schema_of(
 )
 
 LAYOUT = Layout(
-    tables=(Table("item", ITEMS), Table("user_item", 1000), Table("when_weekday", 8, feature="when")),
+    tables=(TableSpec("item", ITEMS), TableSpec("user_item", 1000), TableSpec("when_weekday", 8, feature="when")),
     ids=(
         IdInput("item", "item"),
-        IdInput("tags", "item", many=True),
+        IdInput("tags", "item", is_list=True),
         IdInput("user_item", "user_item"),
         IdInput("when_weekday", "when_weekday", feature="when"),
     ),
@@ -57,7 +57,7 @@ LAYOUT = Layout(
         DenseInput("look_1", feature="look"),
         DenseInput("item_click_rate", edges=EDGES, feature="item_click"),
     ),
-    tasks=(TaskOutput("click", "binary"), TaskOutput("stars", "regression", mean=3.0, deviation=1.0)),
+    tasks=(TaskOutput("click", "binary"), TaskOutput("stars", "regression", mean=3.0, std=1.0)),
 )
 
 Frames = dict[str, pd.DataFrame]
@@ -121,7 +121,7 @@ def write(folder: Path, frames: Frames, **manifest: object) -> FeatureFolder:
 
 def health_of_frames(folder: Path, frames: Frames, **manifest: object) -> dict:
     """The health of rows that are written to a folder."""
-    return inspect("made up", write(folder, frames, **manifest), SCHEMA, folder / "database")
+    return measure_health("made up", write(folder, frames, **manifest), SCHEMA, folder / "database")
 
 
 def changed(seed: int, change: Change) -> Frames:
@@ -172,7 +172,7 @@ def _table(frame: pd.DataFrame) -> pa.Table:
     for name in frame:
         kind = name.split(".")[0]
         values = frame[name].astype(np.float32) if kind == "dense" else frame[name]
-        wanted = {"id.tags": IDS, "label.stars": pa.float64()}.get(name, types.get(kind))
+        wanted = {"id.tags": ID_LIST_TYPE, "label.stars": pa.float64()}.get(name, types.get(kind))
         if kind == "time":
             values, wanted = values.dt.tz_convert(None).to_numpy(), pa.timestamp("us", tz="UTC")
         columns[name] = pa.array(values, type=wanted, from_pandas=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmoe_rec.profiling.health_findings import find, importance
+from mmoe_rec.profiling.health_findings import list_findings, predictive_power
 from tests.profiling.encoded_data import (
     changed,
     drifting,
@@ -114,7 +114,7 @@ def test_costs_are_those_of_rows_and_importance(tmp_path):
     health = health_of_frames(tmp_path, random_frames(5))
     price = feature(health, "price")
     price |= {"auc": {"click": 0.75, "like": None}, "unknown": {"train": 0.0, "test": 0.4}}
-    assert importance(price) == 0.5
+    assert predictive_power(price) == 0.5
     # Only the last bin has more than twice the share that it had in training.
     bins = [{"train": 0.6, "test": 0.3}, {"train": 0.3, "test": 0.35}, {"train": 0.1, "test": 0.35}]
     price["inputs"][0] |= {"psi": 0.5, "bins": [each | {"bin": "x"} for each in bins]}
@@ -124,7 +124,7 @@ def test_costs_are_those_of_rows_and_importance(tmp_path):
         ({"is_key": False, "auc": {"click": None}}, 0.4 * 0.3, 0),
     ):
         price |= changes
-        assert {each["check"]: each["cost"] for each in find(health)} == pytest.approx(
+        assert {each["check"]: each["cost"] for each in list_findings(health)} == pytest.approx(
             {"unknown": unknown, "drift": drift}
         )
 
@@ -163,7 +163,7 @@ def test_a_rate_that_differs_by_chance_is_not_found(tmp_path):
 
 
 def test_files_left_out_are_a_problem(tmp_path):
-    left_out = [{"file": "logs/x/7.parquet", "reason": "is truncated"}]
-    health = health_of_frames(tmp_path, random_frames(14), left_out=left_out)
+    skipped = [{"file": "logs/x/7.parquet", "reason": "is truncated"}]
+    health = health_of_frames(tmp_path, random_frames(14), skipped=skipped)
     assert health["findings"][0]["severity"] == "problem"
     assert message(health, "files") == "1 file of the log could not be used, such as 'logs/x/7.parquet' (is truncated)"

@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.profiling import data_health
-from mmoe_rec.profiling.data_health import SPLITS, inspect, psi
+from mmoe_rec.profiling.data_health import SPLITS, measure_health, psi
 from mmoe_rec.settings.log_columns import SplitColumn
 from tests.profiling.encoded_data import (
     EDGES,
@@ -66,8 +66,8 @@ def test_users_of_test_rows_that_training_has_too(tmp_path):
     folder.parent.mkdir(parents=True)
     split = SplitColumn(column="part", **{name: (name,) for name in SPLITS})
     schema = SCHEMA.model_copy(update={"split": split})
-    health = inspect("made up", write(folder, frames), schema, folder / "database")
-    found = health["overview"]["users_in_both"]
+    health = measure_health("made up", write(folder, frames), schema, folder / "database")
+    found = health["overview"]["shared_user_fraction"]
     assert 0 < found < 1
     assert ("users", "users in training and test") in {(each["check"], each["about"]) for each in health["findings"]}
     assert found == pytest.approx(len(both) / frames["test"]["user"].nunique())
@@ -186,7 +186,7 @@ def test_drift_of_ids_is_that_of_the_50_most_frequent(health, frames):
 
 
 def test_a_sample_of_users_tells_about_the_same(health, frames, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_health, "SAMPLE", 1_500)
+    monkeypatch.setattr(data_health, "MAX_SAMPLE_ROWS", 1_500)
     sampled = health_of_frames(tmp_path, frames)
     assert sampled["overview"] == health["overview"]
     for each in health["features"]:

@@ -171,7 +171,7 @@ def test_files_row_groups_and_memory_change_nothing(name: str, tmp_path: Path, m
     for turn, (files, group) in enumerate([(held_out.files, 1000), (held_out.files, 1000), (parts, 333)]):
         monkeypatch.chdir((folder := tmp_path / str(turn)).mkdir() or folder)
         if turn == 2:
-            monkeypatch.setattr(profile, "IN_MEMORY", 10)  # as of a log that is read again for each question
+            monkeypatch.setattr(profile, "MAX_ROWS_IN_MEMORY", 10)  # as of a log that is read again for each question
         run("init", *HeldOut(files, held_out.answers).write(Path(), group), "--out", "settings.yaml")
         texts.append((folder / "settings.yaml").read_text(encoding="utf-8"))
     assert texts[0] == texts[1] == texts[2]

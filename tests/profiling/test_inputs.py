@@ -5,9 +5,9 @@ import pytest
 from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import DenseInput, Layout, TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.profiling.data_health import number_places
+from mmoe_rec.profiling.data_health import find_dense_inputs
 
-SCHEMA = kinds.schema_of(
+SCHEMA = kinds.parse_schema(
     {
         "columns": {"user": "u", "candidate": "c", "time": "t"},
         "roles": {"candidate": ["price", "age", "text"]},
@@ -34,7 +34,7 @@ SCHEMA = kinds.schema_of(
 def test_numbers_of_a_pipeline_find_their_features():
     """The counter 'item' has an input 'item_rate', which is also the name of another counter."""
     layout = FeaturePipeline(SCHEMA).layout
-    places = {name: number_places(layout, name) for name in SCHEMA.features}
+    places = {name: find_dense_inputs(layout, name) for name in SCHEMA.features}
     numbers = {name: [layout.dense[place].name for place in its] for name, its in places.items() if its}
     assert numbers == {
         "a_b": ["a_b_log_sum", "a_b_rate", "a_b_positives_0p5d", "a_b_rate_0p5d", "a_b_recency"],
@@ -51,14 +51,14 @@ def test_an_indicator_belongs_to_the_number_of_its_feature():
     names = ("price", "price_missing", "price_missing_missing")
     dense = (*map(DenseInput, names[:2]), DenseInput(names[2], feature="price_missing"))
     layout = Layout((), (), dense, (TaskOutput("click", "binary"),))
-    assert number_places(layout, "price") == {0: None}
-    assert number_places(layout, "price_missing") == {1: 2}
+    assert find_dense_inputs(layout, "price") == {0: None}
+    assert find_dense_inputs(layout, "price_missing") == {1: 2}
 
 
 def test_rows_of_tables_have_names_and_features_have_columns():
-    meanings = {name: feature.meaning(SCHEMA) for name, feature in SCHEMA.features.items()}
+    meanings = {name: feature.semantics(SCHEMA) for name, feature in SCHEMA.features.items()}
     others = meanings["years"]
-    assert (others.first_known, others.unknown) == (0, 0), "a number that is not frequent is no unknown id"
+    assert (others.first_seen_row, others.unknown) == (0, 0), "a number that is not frequent is no unknown id"
     assert others.row_name is not None
     assert [others.row_name("years_value", row) for row in range(2)] == ["others", "frequent value 1"]
     assert meanings["seen"].columns == ("u", "c")
@@ -70,5 +70,5 @@ def test_rows_of_tables_have_names_and_features_have_columns():
     [("a", 1, 3), ("a_b_rows", 1, 3), ("seen", 1, 3), ("coarse", 1, 0), ("when", 1, 0), ("both", 0, 0)],
 )
 def test_what_rows_of_tables_stand_for(feature, missing, unknown):
-    meaning = SCHEMA.features[feature].meaning(SCHEMA)
-    assert (meaning.missing, meaning.unknown, meaning.first_known) == (missing, unknown, missing + unknown)
+    semantics = SCHEMA.features[feature].semantics(SCHEMA)
+    assert (semantics.missing, semantics.unknown, semantics.first_seen_row) == (missing, unknown, missing + unknown)

@@ -109,20 +109,20 @@ def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float]:
     """Of the values that are there; the deviation of equal values is 1."""
     there = [value for value in values if value is not None]
     mean = math.fsum(there) / len(there) if there else 0.0
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in there) / max(len(there), 1))
-    return mean, deviation if deviation > 1e-15 * max(map(abs, there), default=0.0) else 1.0
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in there) / max(len(there), 1))
+    return mean, std if std > 1e-15 * max(map(abs, there), default=0.0) else 1.0
 
 
-def standardised(value: float | None, mean: float, deviation: float) -> float:
+def standardized(value: float | None, mean: float, std: float) -> float:
     """(value - mean) / deviation within +-10; 0, the mean, for a missing value."""
-    return 0.0 if value is None else min(10.0, max(-10.0, (value - mean) / deviation))
+    return 0.0 if value is None else min(10.0, max(-10.0, (value - mean) / std))
 
 
 def encode_number(name: str, values: list[float | None], training: list[bool]) -> dict[str, list[float]]:
     """The dense inputs of a number: standardised by training rows, and an indicator if one of those was missing."""
     training_values = [value for value, trains in zip(values, training, strict=True) if trains]
-    mean, deviation = mean_and_deviation(training_values)
-    inputs = {name: [standardised(value, mean, deviation) for value in values]}
+    mean, std = mean_and_deviation(training_values)
+    inputs = {name: [standardized(value, mean, std) for value in values]}
     return inputs | ({f"{name}_missing": [float(value is None) for value in values]} if None in training_values else {})
 
 

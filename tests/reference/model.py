@@ -182,7 +182,7 @@ def loss(
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum over tasks of weight x mean loss of the observed labels, and each task's sum.
 
-    tasks: with `name`, `kind`, `loss_weight`, `deviation` and `conditional_on`; weights: (B,) of rows.
+    tasks: with `name`, `kind`, `loss_weight`, `std` and `conditional_on`; weights: (B,) of rows.
     """
     total, sums = logits.new_zeros(()), []
     for place, task in enumerate(tasks):
@@ -202,7 +202,7 @@ def loss(
 def _row_loss(logits: Tensor, label: Tensor, tasks: Sequence[Any], place: int) -> Tensor:
     task = tasks[place]
     if task.kind == "regression":
-        return ((logits[place] - label) / task.deviation) ** 2
+        return ((logits[place] - label) / task.std) ** 2
     probability = logits[place].sigmoid()
     if task.conditional_on is not None:  # the probability of both
         probability = probability * logits[[each.name for each in tasks].index(task.conditional_on)].sigmoid()

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.summary import summarize
 from mmoe_rec.evaluation.sums import MeasuredTask
 from mmoe_rec.features import kinds
-from mmoe_rec.log.rows import labels_of
+from mmoe_rec.log.rows import compute_labels
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
-from mmoe_rec.model.score import fuse, predictions, scores_from_logs
+from mmoe_rec.model.score import compute_log_scores, predictions, scores_from_log_scores
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.training.losses import masked_loss
@@ -45,17 +45,17 @@ BOTTOM = {"cross_layers": 1, "cross_rank": 2, "piecewise": True}
 TASKS = (
     ModelTask("click", "binary", "engagement", 1.0, 0.7),
     ModelTask("liked", "binary", "satisfaction", 2.0, 0.5),
-    ModelTask("spent", "regression", "engagement", 0.5, 1.0, mean=0.1, deviation=1.3),
+    ModelTask("spent", "regression", "engagement", 0.5, 1.0, mean=0.1, std=1.3),
 )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_log_becomes_the_same_features_losses_scores_and_metrics(seed: int) -> None:
-    table, schema = random_log(seed, rows=100, strings=seed == 1), kinds.schema_of(SETTINGS)
+    table, schema = random_log(seed, rows=100, strings=seed == 1), kinds.parse_schema(SETTINGS)
     frame = pa.table({**{name: table[name] for name in table.column_names}, "time": table["time"].cast(pa.int64())})
     log, rows = Log(SETTINGS, frame.to_pandas()), log_rows(table, schema)
     pipeline = fit(table, schema, TRAINING[1], TRAINING[0])
-    encoded, known = pipeline.encode(rows), labels_of(rows, TRAINING[1])
+    encoded, known = pipeline.encode(rows), compute_labels(rows, TRAINING[1])
     ids, dense = features.encode(log, TRAINING)
     compare_features(pipeline.layout, encoded, ids, dense)
     for task in TASKS:
@@ -100,7 +100,7 @@ def compare_models(rows_layout, encoded, known) -> torch.Tensor:
 def compare_metrics(log, logits, known) -> None:
     """Scores, and metrics of them and of a task."""
     names = [task.kind for task in TASKS]
-    scores = scores_from_logs(fuse(logits, names, [task.score_weight for task in TASKS]).numpy())
+    scores = scores_from_log_scores(compute_log_scores(logits, names, [task.score_weight for task in TASKS]).numpy())
     np.testing.assert_allclose(scores, model.score(logits, TASKS).numpy(), rtol=1e-12)
     scores = np.round(scores / scores.mean(), 1)  # some are equal
     measured = [MeasuredTask(task.name, task.kind, task.score_weight) for task in TASKS]
@@ -111,7 +111,7 @@ def compare_metrics(log, logits, known) -> None:
         zip([task.name for task in TASKS], predictions(logits, names).float().double().numpy().T, strict=True)
     )
     sums = measure(measured, users, requests, values, known, score=scores)
-    summary = summarise(sums, resamples=2)
+    summary = summarize(sums, resamples=2)
     gains = sum(np.nan_to_num(known[task.name]).clip(0) * task.score_weight for task in TASKS)
     ranked = list(zip(users, requests, scores, gains, strict=True))
     for name, metric, cutoff in (

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.summary import MeasuredModel, summarise
+from mmoe_rec.evaluation.summary import MeasuredModel, summarize
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.trees import measure
@@ -31,9 +31,9 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
         whole = of(np.arange(len(user)))
         models[name] = MeasuredModel(
             whole,
-            summarise(whole, 50),
+            summarize(whole, 50),
             f"models:/{name}",
-            seen=[f"was trained on rows of '{name}'"] if name == second else [],
+            training_overlap=[f"was trained on rows of '{name}'"] if name == second else [],
             slices={("kind", each): of(np.flatnonzero(kind == each)) for each in ("few & far", "many")},
         )
     facts = {f"log of {tasks[0]}": "somewhere"}

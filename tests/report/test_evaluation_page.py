@@ -15,10 +15,10 @@ from mmoe_rec.evaluation.results_report import (
     calibration_figure,
     gate_weights_figure,
     make_report,
-    metrics_of_models,
+    metrics_table,
     write_results,
 )
-from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.summary import summarize
 from mmoe_rec.report.parts import to_rich
 from mmoe_rec.report.report_files import to_html
 from tests.evaluation.simulated_log import simulate
@@ -44,8 +44,8 @@ def test_the_verdict_comes_first_and_values_stand_with_intervals(results: Result
     for summary in results.summaries.values():
         auc = summary.tasks["bought"].get("auc")
         assert f"{auc.value:.4f}±{(auc.high - auc.low) / 2:.4f}" in words
-    assert f"{compared.against['old'].groups['bought']['auc'].value:+.4f}" in words
-    for each in ("bought: 3,600 rows", "mrr ↑", "catalogue"):
+    assert f"{compared.differences['old'].groups['bought']['auc'].value:+.4f}" in words
+    for each in ("bought: 3,600 rows", "mrr ↑", "catalog"):
         assert each in words
     assert words.index("kind: few & far") < words.index("kind: many"), "a slice that is worse stands first"
 
@@ -78,11 +78,11 @@ def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
     compared = results.comparison
     assert compared is not None
     apart = tree["comparison"]["against"]["old"]
-    assert apart["groups"]["score"]["mrr"]["p"] == compared.against["old"].groups["score"]["mrr"].p
-    assert apart["objective"] == asdict(compared.against["old"].objective)
+    assert apart["groups"]["score"]["mrr"]["p_value"] == compared.differences["old"].groups["score"]["mrr"].p_value
+    assert apart["objective"] == asdict(compared.differences["old"].objective)
     verdict = compared.verdicts["old"]
     assert apart["verdict"]["kind"] == verdict.kind
-    assert [each["passed"] for each in apart["verdict"]["guards"]] == [each.passed for each in verdict.guards]
+    assert [each["passed"] for each in apart["verdict"]["guardrails"]] == [each.passed for each in verdict.guardrails]
     write_results(replace(results, models={"new": replace(results.first, slices={})}), tmp_path)
     assert {each.name for each in tmp_path.iterdir()} == {"metrics.json", "report.json", "report.html"}
 
@@ -96,7 +96,7 @@ LOG = simulate(seed=0)
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_calibration_figure_draws_the_bins(scale: float) -> None:
     log = LOG.with_predictions(bought=scale * LOG.predictions["bought"])
-    summary = summarise(log.measure(), 50)
+    summary = summarize(log.measure(), 50)
     figure = calibration_figure(summary, "bought")
     figure.canvas.draw()
     points = figure.axes[0].containers[0].lines[0].get_xydata()
@@ -108,7 +108,7 @@ def test_calibration_figure_draws_the_bins(scale: float) -> None:
 
 def test_a_prediction_of_0_has_no_ratio() -> None:
     log = LOG.with_predictions(bought=np.where(LOG.predictions["bought"] < 0.5, 0.0, 0.7))
-    ratio = calibration_figure(summarise(log.measure(), 20), "bought").axes[1].containers[0].lines[0].get_ydata()
+    ratio = calibration_figure(summarize(log.measure(), 20), "bought").axes[1].containers[0].lines[0].get_ydata()
     assert np.isnan(ratio).tolist() == [True, False]
 
 
@@ -122,8 +122,8 @@ def test_gate_weights_figure_writes_every_weight() -> None:
 
 
 def test_three_models_fit_a_narrow_terminal_and_what_one_lacks_is_a_dash() -> None:
-    summary, one = (summarise(replace(LOG, tasks=LOG.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
-    table = metrics_of_models({"MMoE": summary, "gradient boosting": summary, "popularity": one})
+    summary, one = (summarize(replace(LOG, tasks=LOG.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
+    table = metrics_table({"MMoE": summary, "gradient boosting": summary, "popularity": one})
     stream = io.StringIO()
     Console(file=stream, width=80).print(to_rich(table))
     assert stream.getvalue().count(f"{summary.tasks['bought'].get('auc').value:.4f} ±") == 3

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from mmoe_rec.profiling.health_report import make_report, weeks_figure, write
+from mmoe_rec.profiling.health_report import draw_label_rates, make_report, write_health
 from mmoe_rec.report.charts import COLORS
 from mmoe_rec.report.parts import to_terminal
 from mmoe_rec.report.report_files import TEMPLATES, to_html
@@ -18,8 +18,8 @@ from tests.report.parsed import Page
 
 @pytest.fixture(scope="module")
 def health(tmp_path_factory) -> dict:
-    left_out = [{"file": "logs/7.parquet", "reason": "is truncated"}]
-    return health_of_frames(tmp_path_factory.mktemp("rows"), changed(1, spoiling), left_out=left_out)
+    skipped = [{"file": "logs/7.parquet", "reason": "is truncated"}]
+    return health_of_frames(tmp_path_factory.mktemp("rows"), changed(1, spoiling), skipped=skipped)
 
 
 def page(health: dict) -> str:
@@ -61,7 +61,7 @@ def test_files_are_json_without_nan_and_the_page(health, tmp_path):
     def forbidden(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    write(health, tmp_path / "out")
+    write_health(health, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["health.json", "report.html", "report.json"]
     read = json.loads((tmp_path / "out" / "health.json").read_text(), parse_constant=forbidden)
     assert read == health
@@ -81,7 +81,7 @@ def test_the_terminal_shows_every_feature_in_80_columns(health):
 
 def test_requests_of_several_times_and_labels_that_had_not_matured_are_told(tmp_path):
     requests = {"count": 1234, "conflicting_times": 56, "longest_microseconds": 5_400_000_000}
-    splits = {"train": {"rows": 9, "known_by": 1_714_521_600_000_000, "unmatured": {"like": 1, "click": 0}}}
+    splits = {"train": {"rows": 9, "label_cutoff": 1_714_521_600_000_000, "pending_labels": {"like": 1, "click": 0}}}
     health = health_of_frames(tmp_path, random_frames(22), requests=requests, splits=splits)
     sentences = [
         "56 of 1,234 requests have rows of several times, up to 90.0 minutes apart: all rows of a request take its "
@@ -126,7 +126,7 @@ def heights(figure: str, split: str) -> list[float]:
 
 
 def test_bars_are_as_high_as_rows_are_many_and_the_figure_names_weeks_and_splits() -> None:
-    figure = weeks_figure(weeks(), "like")
+    figure = draw_label_rates(weeks(), "like")
     found = [height for split in ROWS for height in heights(figure, split)]
     expected = [rows / 40 for own in ROWS.values() for rows in own]
     assert [each / found[1] for each in found] == pytest.approx(expected, abs=2e-3)
@@ -134,15 +134,15 @@ def test_bars_are_as_high_as_rows_are_many_and_the_figure_names_weeks_and_splits
 
 
 def test_the_same_figure_is_the_same_text_and_holds_nothing_but_itself() -> None:
-    drawn = weeks_figure(weeks(), "like")
-    assert drawn == weeks_figure(weeks(), "like")
+    drawn = draw_label_rates(weeks(), "like")
+    assert drawn == draw_label_rates(weeks(), "like")
     assert not re.search(r"metadata|<style|xmlns|DejaVu|\d{4}-\d\d-\d\dT", drawn)
     assert not re.search(r"#[0-9a-f]{6}\b(?![\"0-9a-f])", drawn), "a color that the page cannot turn dark"
     ids = re.findall(r' id="([^"]+)"', drawn)
     assert len(ids) == len(set(ids))
     assert set(ids) == set(re.findall(r"(?:href=\"|url\()#([^\")]+)", drawn))
     assert ids
-    assert set(ids).isdisjoint(re.findall(r' id="([^"]+)"', weeks_figure(weeks("x"), "x")))
+    assert set(ids).isdisjoint(re.findall(r' id="([^"]+)"', draw_label_rates(weeks("x"), "x")))
 
 
 def test_figures_have_the_colors_of_the_style_sheet() -> None:

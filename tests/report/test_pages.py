@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.report.charts import blank, svg
-from mmoe_rec.report.formatting import rate
+from mmoe_rec.report.charts import new_figure, to_svg
+from mmoe_rec.report.formatting import format_rate
 from mmoe_rec.report.parts import Cell, Figure, Report, Sentence, Table
 from mmoe_rec.report.report_files import read_report, to_html, write_report
 from mmoe_rec.task_kinds import KINDS
@@ -19,9 +19,9 @@ FROM_ELSEWHERE = {"script", "link", "img", "iframe", "object", "embed", "image",
 
 
 def drawn(name: str) -> Figure:
-    figure = blank(4, 2)
+    figure = new_figure(4, 2)
     figure.subplots().plot([0, 1], label="line")
-    return Figure(name, svg(figure, name), f"{name} note")
+    return Figure(name, to_svg(figure, name), f"{name} note")
 
 
 def report() -> Report:
@@ -84,7 +84,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
 )
 def test_a_mean_is_told_to_the_unit(value: float | None, kind: str, told: str) -> None:
     """Means of times lie close together beside their size."""
-    assert rate(value, kind) == told
+    assert format_rate(value, kind) == told
 
 
 def test_a_regression_has_a_mean_and_no_positives() -> None:

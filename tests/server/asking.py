@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from starlette.types import ASGIApp
 
-from mmoe_rec.inference.artifact import Source
-from mmoe_rec.live.request_log import LogOptions
+from mmoe_rec.inference.artifact import ResolvedModel
+from mmoe_rec.live.request_log import RequestLogOptions
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models, ServedModel
-from mmoe_rec.server.options import Options
+from mmoe_rec.server.models import ModelManager, ServedModel
+from mmoe_rec.server.options import ServerOptions
 from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import CONTEXT, ITEMS, USER
 
@@ -124,18 +124,18 @@ async def _pieces(parts: Iterable[bytes] | AsyncIterator[bytes], left: asyncio.E
 
 
 def application(
-    models: Models, token: str | None = None, hosts: frozenset[str] | None = None, **limits: Any
+    models: ModelManager, token: str | None = None, allowed_hosts: frozenset[str] | None = None, **limits: Any
 ) -> Application:
     """An application around the current model, with limits of its own."""
     own = copy(models)
-    own.options = Options(Serving(**limits), token=token, hosts=hosts)
+    own.options = ServerOptions(Serving(**limits), token=token, allowed_hosts=allowed_hosts)
     return Application(own)
 
 
-def take_up(models: Models, source: Source) -> ServedModel:
+def take_up(models: ModelManager, source: ResolvedModel) -> ServedModel:
     """Open another model and serve it, as a worker does."""
     served = models.open(source)
-    models.exchange(served)
+    models.switch_to(served)
     return served
 
 
@@ -154,9 +154,11 @@ def element(**changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def logging_app(model: Path, log: LogOptions, journal: Path | None = None) -> Iterator[Application]:
+def logging_app(model: Path, request_log: RequestLogOptions, journal: Path | None = None) -> Iterator[Application]:
     """An application that serves the model in a folder; what is to be logged is written when the block ends."""
-    models = Models(Options(journal=journal, log=log), Source(model, "models:/small/7", "a_run"))
+    models = ModelManager(
+        ServerOptions(journal=journal, request_log=request_log), ResolvedModel(model, "models:/small/7", "a_run")
+    )
     app = Application(models)
     try:
         yield app

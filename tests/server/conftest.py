@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import ResolvedModel
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options
+from mmoe_rec.server.models import ModelManager
+from mmoe_rec.server.options import ServerOptions
 from tests.inference.small_model import SmallModel
 from tests.server.asking import application
 
@@ -16,10 +16,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 @pytest.fixture(scope="session")
-def models(small: SmallModel) -> Models:
-    return Models(Options(), Source(small.folder, "models:/small/7", "a_run"))
+def models(small: SmallModel) -> ModelManager:
+    return ModelManager(ServerOptions(), ResolvedModel(small.folder, "models:/small/7", "a_run"))
 
 
 @pytest.fixture(scope="session")
-def app(models: Models) -> Application:
+def app(models: ModelManager) -> Application:
     return application(models, max_total_candidates=120, max_elements=9, max_body_mib=1)

@@ -16,14 +16,14 @@ import sqlalchemy as sql
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import ResolvedModel
 from mmoe_rec.inference.request_reader import Request, RequestReader
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.journal_rows import make_batch, write_files
+from mmoe_rec.live.journal_rows import make_batch, write_journal_files
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options
+from mmoe_rec.server.models import ModelManager
+from mmoe_rec.server.options import ServerOptions
 from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import ITEMS, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log
@@ -35,19 +35,19 @@ EXPLAIN = {"explain": True}
 
 
 @pytest.fixture
-def models(small: SmallModel, tmp_path: Path) -> Models:
+def models(small: SmallModel, tmp_path: Path) -> ModelManager:
     return _models(small, tmp_path)
 
 
-def _models(small: SmallModel, work: Path, address: str | None = None, **limits: Any) -> Models:
+def _models(small: SmallModel, work: Path, address: str | None = None, **limits: Any) -> ModelManager:
     address = address or str(work / "journal.db")
     Journal(address).close()
-    options = Options(Serving(**limits), journal=address)
-    return Models(options, Source(small.folder, "models:/small/7", "a_run"))
+    options = ServerOptions(Serving(**limits), journal=address)
+    return ModelManager(options, ResolvedModel(small.folder, "models:/small/7", "a_run"))
 
 
 @pytest.fixture
-def app(models: Models) -> Application:
+def app(models: ModelManager) -> Application:
     return Application(models)
 
 
@@ -77,8 +77,8 @@ def explained(app: Application, after: str, time: int, user: int) -> list[dict[s
 def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[dict[str, Any]]:
     """What the memories of the model say once all events have been added to them, without anything live."""
     pipeline = FeaturePipeline.load(small.folder / "features")
-    for encoder in pipeline.memory_encoders.values():
-        encoder.memory = encoder.extended(encoder.memory, encoder.events(events))
+    for encoder in pipeline.point_in_time_encoders.values():
+        encoder.store = encoder.extended(encoder.store, encoder.events(events))
     reader = RequestReader(pipeline, small.folder / "features", 50)
     numbers, lists = pipeline.explain(reader.rows([Request(**asked(time, user))]))
     return [
@@ -163,13 +163,13 @@ def test_what_was_learnt_is_known_afterwards(small, tmp_path, app, models, how):
     if how == "the server starts again":
         app = Application(_models(small, tmp_path))
     else:
-        take_up(models, Source(small.folder, "models:/small/8", "a_run"))
+        take_up(models, ResolvedModel(small.folder, "models:/small/8", "a_run"))
     assert ask(app, b"", page="/version", method="GET").tree["position"] == position
     assert explained(app, position, time, 5) == before
 
 
 def test_a_server_without_a_journal_says_so(small):
-    app = Application(Models(Options(), Source(small.folder, "models:/small/7")))
+    app = Application(ModelManager(ServerOptions(), ResolvedModel(small.folder, "models:/small/7")))
     assert "--journal" in ask(app, {"events": [{}]}, page="/events").message
     answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page="/invocations?after=1")
     assert answer.status == 400
@@ -180,21 +180,21 @@ def test_a_new_model_knows_all_that_the_one_before_took_meanwhile(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = _models(small, tmp_path)
-    before, served = models.current.learning, models.open(Source(small.folder, "models:/small/8"))
+    before, served = models.current.ingester, models.open(ResolvedModel(small.folder, "models:/small/8"))
     assert before is not None
-    assert served.learning is not None
-    catch_up = served.learning.catch_up
+    assert served.ingester is not None
+    catch_up = served.ingester.catch_up
 
     def and_meanwhile() -> None:
         catch_up()
-        rows = before.checks.read_json(None, as_json(later_log(20, rows=9)))
+        rows = before.validator.read_json(None, as_json(later_log(20, rows=9)))
         before.journal.append(make_batch(None, rows, before.schema))
         before.catch_up()
 
-    monkeypatch.setattr(served.learning, "catch_up", and_meanwhile)
-    models.exchange(served)
+    monkeypatch.setattr(served.ingester, "catch_up", and_meanwhile)
+    models.switch_to(served)
     assert models.current is served
-    assert served.learning.position == before.position == 1
+    assert served.ingester.position == before.position == 1
 
 
 def test_a_call_that_takes_too_long_is_told_to_come_again(small: SmallModel, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_call_that_takes_too_long_is_told_to_come_again(small: SmallModel, tmp
     rows = as_json(later_log(20, rows=9))
 
     async def scenario() -> list[Answer]:
-        with journal.appending():
+        with journal.write_transaction():
             refused = await asyncio.gather(*(reply(app, {"events": [row]}, "/events") for row in rows[:8]))
         while (last := await reply(app, {"events": rows}, "/events")).status == 503:
             assert "no answer within" in last.message, "as on a slow machine"
@@ -227,7 +227,7 @@ def test_what_a_row_leaves_out_is_what_was_acknowledged_before(small, app):
         position = ask(app, {"events": sent}, page="/events").tree["position"]
         ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page=f"/invocations?after={position}")
         ids = LogRows(pa.table({"user": [5], "item": [5]}), small.settings.schema_)
-        return app.models.current.ranker.reader.completed(ids).table["brand"][0].as_py()
+        return app.models.current.ranker.reader.fill_attributes(ids).table["brand"][0].as_py()
 
     for number in range(12):
         told = {**rows[number], "item": 5, "time": iso(START + 12 * DAY + 2 * number), "brand": brands[number % 3]}
@@ -253,10 +253,10 @@ def test_models_that_are_replaced_keep_no_file_open(small, app, models):
                 found += "journal" in os.readlink(f"/proc/self/fd/{each}")
         return found
 
-    take_up(models, Source(small.folder, "models:/small/8"))
+    take_up(models, ResolvedModel(small.folder, "models:/small/8"))
     before = journals()
     for _ in range(4):
-        take_up(models, Source(small.folder, "models:/small/8"))
+        take_up(models, ResolvedModel(small.folder, "models:/small/8"))
     assert journals() <= before + 1
 
 
@@ -268,7 +268,7 @@ def test_a_journal_of_another_model_is_told(small, tmp_path):
 
 def test_a_lost_journal_is_told_by_the_server_that_has_written_it(app, tmp_path):
     ask(app, {"events": as_json(later_log(18, rows=5))}, page="/events")
-    with Journal(tmp_path / "journal.db").appending() as connection:
+    with Journal(tmp_path / "journal.db").write_transaction() as connection:
         connection.execute(sql.text("DELETE FROM journal_batches"))
     answer = ask(app, {"events": as_json(later_log(19, rows=5))}, page="/events")
     assert (answer.status, "can't be kept" in answer.message) == (503, True)
@@ -308,8 +308,8 @@ def test_positions_of_removed_batches_are_answered(small, tmp_path):
     assert after(app, old).status == 200
     journal, place = Journal(tmp_path / "journal.db"), tmp_path / "log"
     place.mkdir()
-    write_files(journal, small.settings.schema_, str(place))
-    journal.remove(old)
+    write_journal_files(journal, small.settings.schema_, str(place))
+    journal.remove_until(old)
     assert after(app, positions(app, 2, seed=6)[-1]).status == 200
     assert after(app, old).status == 200
     answer = after(Application(_models(small, tmp_path)), old)
@@ -323,7 +323,7 @@ def test_events_that_can_not_be_learnt_hold_up_only_who_waits_for_them(small, tm
     def fails(*_: Any) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(app.models.current.learning.ranker, "prepare", fails)
+    monkeypatch.setattr(app.models.current.ingester.ranker, "build_state", fails)
     (position,) = positions(app, 1)
     body = {"inputs": [asked(START + 20 * DAY, 5)]}
 
@@ -346,7 +346,7 @@ def test_threads_end_with_their_server(small: SmallModel, tmp_path: Path) -> Non
     positions(app, 3)
     assert ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}).status == 200
     threads = set(threading.enumerate()) - before
-    assert {"following", "ranking_0"} <= {each.name for each in threads}
+    assert {"follower", "ranking_0"} <= {each.name for each in threads}
     del app
 
     def have_ended() -> bool:
@@ -359,7 +359,7 @@ def test_threads_end_with_their_server(small: SmallModel, tmp_path: Path) -> Non
 @pytest.mark.parametrize("full", ["/invocations", "/events"])
 def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, tmp_path: Path, full: str) -> None:
     app = Application(_models(small, tmp_path, max_concurrent_calls=2))
-    places = {"/invocations": app.calls.places, "/events": app.events.places}
+    limiter = {"/invocations": app.invocations.limiter, "/events": app.events.limiter}
     bodies = {"/invocations": {"inputs": [element()]}, "/events": {"events": as_json(later_log(3, rows=2))}}
 
     async def statuses() -> dict[str, int]:
@@ -370,7 +370,7 @@ def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, 
             await end.wait()
 
         held = [asyncio.ensure_future(reply(app, page=full, parts=slow())) for _ in range(2)]
-        while places[full].taken < 2:
+        while limiter[full].active < 2:
             await asyncio.sleep(0)
         found = {page: (await reply(app, body, page=page)).status for page, body in bodies.items()}
         end.set()
@@ -378,4 +378,4 @@ def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, 
         return found
 
     assert asyncio.run(statuses()) == {page: 503 if page == full else 200 for page in bodies}
-    assert [each.taken for each in places.values()] == [0, 0]
+    assert [each.active for each in limiter.values()] == [0, 0]

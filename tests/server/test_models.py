@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.cli.serve import AtAddress, read_limits
+from mmoe_rec.cli.serve import UriFinder, read_serving_settings
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import Source, version_of
-from mmoe_rec.model.products import has_onednn
+from mmoe_rec.inference.artifact import ResolvedModel, artifact_version
+from mmoe_rec.model.matmul import has_onednn
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options
-from mmoe_rec.server.workers import Reloads
+from mmoe_rec.server.models import ModelManager
+from mmoe_rec.server.options import ServerOptions
+from mmoe_rec.server.workers import Reloader
 from tests.inference.other_weights import other_weights
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
@@ -28,23 +28,23 @@ from tests.server.asking import ask, element, take_up
 
 
 class Address:
-    """A `Finder` at whose address lies, or goes wrong, what a test says: the last one again and again."""
+    """A `ModelFinder` at whose address lies, or goes wrong, what a test says: the last one again and again."""
 
     def __init__(self, *states: str | Exception | None) -> None:
         self.states, self.told = list(states), ""
 
-    def state(self) -> str | None:
+    def fingerprint(self) -> str | None:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, Exception):
             raise state
         self.told = str(state)
         return state
 
-    def find(self) -> Source:
-        return Source(Path("unused"), self.told)
+    def find(self) -> ResolvedModel:
+        return ResolvedModel(Path("unused"), self.told)
 
 
-class HeldFiles(list[str]):
+class IncludedFiles(list[str]):
     """The models that were taken up; broken ones can't be.
 
     go_on: taking one up takes as long as it is not set.
@@ -55,36 +55,36 @@ class HeldFiles(list[str]):
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def __call__(self, source: Source) -> None:
-        self.append(source.address)
+    def __call__(self, source: ResolvedModel) -> None:
+        self.append(source.uri)
         assert self.go_on.wait(PATIENCE)
-        if source.address == "broken":
+        if source.uri == "broken":
             raise UserError("it is broken")
 
 
 def test_those_who_ask_meanwhile_share_one_further_attempt() -> None:
-    address, taken, replies = Address("1"), HeldFiles(), queue.Queue[str | None]()
-    reloads = Reloads(address, "0", taken)
+    address, taken, replies = Address("1"), IncludedFiles(), queue.Queue[str | None]()
+    reloads = Reloader(address, "0", taken)
     threading.Thread(target=reloads.run, args=(0.0,), daemon=True).start()
     taken.go_on.clear()
-    reloads.ask(replies.put)
+    reloads.request_reload(replies.put)
     until(lambda: taken == ["1"])
     address.states = ["2"]
     for _ in range(150):
-        reloads.ask(replies.put)
+        reloads.request_reload(replies.put)
     assert replies.empty()
     taken.go_on.set()
     assert [replies.get(timeout=PATIENCE) for _ in range(151)] == [None] * 151
     assert taken == ["1", "2"]
     address.states = ["broken"]
-    reloads.ask(replies.put)
+    reloads.request_reload(replies.put)
     assert replies.get(timeout=PATIENCE) == "it is broken"
     assert taken == ["1", "2", "broken"], "and it goes on afterwards"
 
 
 def test_looks_come_again_and_again() -> None:
-    address, taken = Address("1"), HeldFiles()
-    threading.Thread(target=Reloads(address, "1", taken).run, args=(0.001,), daemon=True).start()
+    address, taken = Address("1"), IncludedFiles()
+    threading.Thread(target=Reloader(address, "1", taken).run, args=(0.001,), daemon=True).start()
     for state in ("2", "3"):
         assert state not in taken
         address.states = [state]
@@ -95,9 +95,9 @@ def test_looks_come_again_and_again() -> None:
 def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    address, taken = Address("1"), HeldFiles()
-    reloads = Reloads(address, "1", taken)
-    for state, is_asked, loads in (
+    address, taken = Address("1"), IncludedFiles()
+    reloads = Reloader(address, "1", taken)
+    for state, is_requested, loads in (
         ("1", True, 0),
         ("2", True, 1),
         ("2", True, 1),
@@ -110,7 +110,7 @@ def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed(
     ):
         address.states = [state]
         before = len(taken)
-        failure = reloads.attempt(is_asked)
+        failure = reloads.reload_if_changed(is_requested)
         assert len(taken) == loads
         assert (failure is not None) == (state == "broken" and loads > before)
     told = "the previous model goes on serving: it is broken"
@@ -119,20 +119,20 @@ def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed(
 
 def test_a_model_of_unknown_state_is_loaded_again_if_asked_for() -> None:
     """As at an address of object storage."""
-    assert AtAddress("file:///nowhere", "unused").state() is None
-    address, taken = Address(None), HeldFiles()
-    reloads = Reloads(address, None, taken)
-    assert [reloads.attempt(is_asked) for is_asked in (True, False, True)] == [None] * 3
+    assert UriFinder("file:///nowhere", "unused").fingerprint() is None
+    address, taken = Address(None), IncludedFiles()
+    reloads = Reloader(address, None, taken)
+    assert [reloads.reload_if_changed(is_requested) for is_requested in (True, False, True)] == [None] * 3
     assert len(taken) == 2
 
 
 def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
     down, gone = OSError("the store\nis down"), UserError("there is no such alias")
     address = Address("1", down, down, gone, "1", gone, RuntimeError("can't start new thread"), "2")
-    reloads = Reloads(address, "1", taken := HeldFiles())
+    reloads = Reloader(address, "1", taken := IncludedFiles())
     failures = list[str | None]()
     while not taken:
-        failures.append(reloads.attempt(False))
+        failures.append(reloads.reload_if_changed(False))
     told = ["OSError: the store is down", "there is no such alias", "RuntimeError: can't start new thread"]
     assert failures == [None, told[0], told[0], told[1], None, told[1], told[2], None]
     assert [record.getMessage() for record in caplog.records] == [
@@ -147,11 +147,11 @@ class Copied:
     """A watched folder, and what was loaded from there: versions, or why not."""
 
     def __init__(self, folder: Path) -> None:
-        self.finder = AtAddress(str(folder), "unused")
-        self.models, self.loads = Models(Options(), self.finder.find()), list[str]()
-        self.reloads = Reloads(self.finder, self.finder.state(), self.take_up)
+        self.finder = UriFinder(str(folder), "unused")
+        self.models, self.loads = ModelManager(ServerOptions(), self.finder.find()), list[str]()
+        self.reloads = Reloader(self.finder, self.finder.fingerprint(), self.take_up)
 
-    def take_up(self, source: Source) -> None:
+    def take_up(self, source: ResolvedModel) -> None:
         try:
             self.loads.append(take_up(self.models, source).ranker.version)
         except UserError as error:
@@ -161,7 +161,7 @@ class Copied:
     def look(self) -> list[str]:
         """What a look loads."""
         before = len(self.loads)
-        self.reloads.attempt(False)
+        self.reloads.reload_if_changed(False)
         return self.loads[before:]
 
 
@@ -181,10 +181,10 @@ def test_a_copy_under_way_is_tried_again_when_more_of_it_is_there(small: SmallMo
     copy(made, folder, "model.json", "manifest.json", "example_scores.json")
     (told,) = copied.look()
     assert "'weights.safetensors' is missing or has changed" in told
-    assert copied.models.current.ranker.version == version_of(small.folder), "which goes on"
+    assert copied.models.current.ranker.version == artifact_version(small.folder), "which goes on"
     assert copied.look() == [], "what stays broken is not loaded again"
     copy(made, folder, "weights.safetensors")
-    assert copied.look() == [version_of(made)]
+    assert copied.look() == [artifact_version(made)]
     assert copied.look() == []
 
 
@@ -196,12 +196,12 @@ def test_what_only_the_manifest_tells_apart_and_what_is_no_part_of_it(small: Sma
     copied = Copied(folder)
     shutil.rmtree(folder)
     shutil.copytree(made, folder)
-    assert copied.look() == [version_of(made)]
+    assert copied.look() == [artifact_version(made)]
     (folder / "features" / "left.parquet").touch()
     (told,) = copied.look()
     assert "'features/left.parquet' is no part of it" in told
     (folder / "features" / "left.parquet").unlink()
-    assert copied.look() == [version_of(made)]
+    assert copied.look() == [artifact_version(made)]
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__" / "a.pyc").touch()
     assert copied.look() == []
@@ -212,11 +212,11 @@ def test_the_artifact_in_a_model_of_mlflow_is_watched(small: SmallModel, tmp_pat
     shutil.copytree(small.folder, folder)
     copied = Copied(tmp_path / "ranking_model")
     copy(small.folder, folder, "model.json")
-    assert copied.look() == [version_of(folder)]
+    assert copied.look() == [artifact_version(folder)]
     shutil.rmtree(folder)
     assert copied.look() == []
     shutil.copytree(small.folder, folder)
-    assert copied.look() == [version_of(folder)], "other files, though of the same model"
+    assert copied.look() == [artifact_version(folder)], "other files, though of the same model"
 
 
 # The memory of a model is free once another one is served
@@ -234,11 +234,11 @@ def call(app: Application) -> None:
 
 @pytest.mark.parametrize("asked", [schema, call])
 def test_a_model_is_gone_once_another_one_is_served(small: SmallModel, asked: Callable[[Application], None]) -> None:
-    models = Models(Options(), Source(small.folder, "models:/small/1"))
+    models = ModelManager(ServerOptions(), ResolvedModel(small.folder, "models:/small/1"))
     app = Application(models)
     asked(app)
     before = weakref.ref(models.current.ranker)
-    take_up(models, Source(small.folder, "models:/small/2"))
+    take_up(models, ResolvedModel(small.folder, "models:/small/2"))
 
     def is_gone() -> bool:
         gc.collect()
@@ -252,7 +252,7 @@ def test_a_model_is_gone_once_another_one_is_served(small: SmallModel, asked: Ca
 
 
 @pytest.mark.parametrize(
-    ("overrides", "stale", "most", "products"),
+    ("overrides", "stale", "most", "matmul_backend"),
     [
         ([], [False, False, True, True], 50, "blas"),
         (["--serving.stale_after_days", "0.5"], [False, True, True, True], 50, "blas"),
@@ -263,14 +263,14 @@ def test_a_model_is_gone_once_another_one_is_served(small: SmallModel, asked: Ca
     ids=str,
 )
 def test_what_the_command_line_gives_goes_for_every_model(
-    small: SmallModel, overrides: list[str], stale: list[bool], most: int, products: str
+    small: SmallModel, overrides: list[str], stale: list[bool], most: int, matmul_backend: str
 ) -> None:
-    source = Source(small.folder, "models:/small/1")
-    models = Models(Options(*read_limits(small.folder, overrides)), source)
+    source = ResolvedModel(small.folder, "models:/small/1")
+    models = ModelManager(ServerOptions(*read_serving_settings(small.folder, overrides)), source)
     for served in models.current, take_up(models, source):
         ranker = served.ranker
-        assert ranker.scorer.products == (products if has_onednn() else "blas")
-        app, known = Application(models), datetime.fromisoformat(str(ranker.about.tables_as_of))
+        assert ranker.scorer.matmul_backend == (matmul_backend if has_onednn() else "blas")
+        app, known = Application(models), datetime.fromisoformat(str(ranker.info.tables_as_of))
         later = [known + timedelta(days=days) for days in (0.4, 0.6, 8, 200)]
         call = {"inputs": [element(context={"time": each.isoformat()}) for each in later]}
         rankings: list[Any] = ask(app, call).tree["predictions"]

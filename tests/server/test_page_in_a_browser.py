@@ -17,11 +17,11 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp
 
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import ResolvedModel
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options
+from mmoe_rec.server.models import ModelManager
+from mmoe_rec.server.options import ServerOptions
 from tests.inference.small_model import SmallModel
 from tests.server.asking import application, ask
 from tests.server.browser import Browser, browser
@@ -53,7 +53,7 @@ def test_the_page_is_bound_to_what_it_was_written_with(app: Application) -> None
         assert forbidden not in text
 
 
-def test_everybody_may_see_the_page_and_nobody_the_model(models: Models) -> None:
+def test_everybody_may_see_the_page_and_nobody_the_model(models: ModelManager) -> None:
     app = application(models, token=TOKEN)
     assert ask(app, b"", page="/", method="GET").status == 200
     assert ask(app, b"", page="/model", method="GET").status == 401
@@ -67,7 +67,7 @@ def test_everybody_may_see_the_page_and_nobody_the_model(models: Models) -> None
 @contextmanager
 def serving(small: SmallModel, token: str | None) -> Iterator[str]:
     """The address of a running server."""
-    app = Application(Models(Options(token=token), Source(small.folder, "models:/small/7", "a_run")))
+    app = Application(ModelManager(ServerOptions(token=token), ResolvedModel(small.folder, "models:/small/7", "a_run")))
     with running(app) as address:
         yield address
 

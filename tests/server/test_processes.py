@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.server.options import listen, listening_socket
+from mmoe_rec.server.options import bind_socket, listen
 from tests.fork_server import Command, run_command
 from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, serving
@@ -402,15 +402,15 @@ TAKEN = "can't be listened on: Address already in use"
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_an_address_that_a_server_listens_at_is_taken(host: str) -> None:
     try:
-        first = listening_socket(host, 0)
+        first = bind_socket(host, 0)
     except UserError:
         pytest.skip("this machine has no IPv6")
     listen(first)
     port = first.getsockname()[1]
     with pytest.raises(UserError, match=f"{port} {TAKEN}"):
-        listening_socket(host, port)
+        bind_socket(host, port)
     first.close()
-    listening_socket(host, port).close()
+    bind_socket(host, port).close()
 
 
 def opened(pipe: Path) -> int | None:

@@ -15,9 +15,9 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.ranking import new_id
+from mmoe_rec.inference.ranking import new_request_id
 from mmoe_rec.live import request_log
-from mmoe_rec.live.request_log import LogOptions, RequestLog, check_folder, hash_features, is_logged
+from mmoe_rec.live.request_log import RequestLog, RequestLogOptions, check_log_folder, hash_features, is_sampled
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -41,7 +41,7 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
     table, rows = small.later_rows()
     weights = {"click": 2.0}
     first, second = as_request(table), element(task_weights=weights)
-    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+    with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
         one, two = ask(app, {"inputs": [first, second], "params": {"top_k": 15, "task_weights": {"spent": 0.5}}}).tree[
             "predictions"
         ]
@@ -59,8 +59,8 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
         assert mine[name].to_pylist() == rows.column(name).take(pa.array(place)).to_pylist(), name
     assert "slot" not in found.column_names
     assert {*mine["served_weights"].to_pylist()} == {'{"spent": 0.5}'}
-    about = {name: {*mine[f"served_{name}"].to_pylist()} for name in ("model", "version", "artifact", "share")}
-    assert about == {"model": {"small"}, "version": {"7"}, "artifact": {one["model"]["version"]}, "share": {1.0}}
+    about = {name: {*mine[f"served_{name}"].to_pylist()} for name in ("model", "version", "artifact", "fraction")}
+    assert about == {"model": {"small"}, "version": {"7"}, "artifact": {one["model"]["version"]}, "fraction": {1.0}}
     # The second request gave ids only: the rest is what the model knows of them, and null of the unknown one.
     other = found.filter(pa.array(np.array(found["served_request"].to_pylist()) == two["request_id"]))
     assert other["item"].to_pylist() == two["candidates"]
@@ -73,7 +73,7 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
 
 def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:
     table, _ = small.later_rows()
-    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+    with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
         ask(app, {"inputs": [element(), as_request(table)]})
     rows = logged(tmp_path)
     pipeline = FeaturePipeline.load(small.folder / "features")
@@ -113,7 +113,7 @@ def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, t
 
 def test_the_callers_own_id_is_kept_and_checked(with_ids: SmallModel, tmp_path: Path) -> None:
     own = element(context={**CONTEXT, "page": "a page"})
-    with logging_app(with_ids.folder, LogOptions(tmp_path, share=1.0)) as app:
+    with logging_app(with_ids.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
         one, two, three = ask(app, {"inputs": [own, element(), element(context={**CONTEXT, "page": None})]}).tree[
             "predictions"
         ]
@@ -130,29 +130,29 @@ def test_a_server_that_does_not_log_gives_no_id_and_keeps_nothing(with_ids: Smal
     from mmoe_rec.inference.ranker import Ranker
 
     ranking = Ranker.load(with_ids.folder).rank({"user": USER}, {**CONTEXT, "page": "x"}, {"item": ITEMS})
-    assert ranking.seen is None
+    assert ranking.ranked_request is None
     assert "request_id" not in ranking.to_dict()
 
 
 def test_the_share_is_by_the_id_alone(small: SmallModel, tmp_path: Path) -> None:
     numbers = [*range(20_000)]
-    for share in (0.0, 0.1, 0.5):
-        found = np.mean([is_logged(each, share) for each in numbers])
-        assert abs(found - share) < 0.02
-    assert all(is_logged(each, 0.5) for each in numbers if is_logged(each, 0.1))
-    assert is_logged(5, 0.3) == is_logged("5", 0.3)
-    assert {new_id(True) <= 2**53 for _ in range(99)} == {True}
-    with logging_app(small.folder, LogOptions(tmp_path, share=0.3)) as app:
+    for fraction in (0.0, 0.1, 0.5):
+        found = np.mean([is_sampled(each, fraction) for each in numbers])
+        assert abs(found - fraction) < 0.02
+    assert all(is_sampled(each, 0.5) for each in numbers if is_sampled(each, 0.1))
+    assert is_sampled(5, 0.3) == is_sampled("5", 0.3)
+    assert {new_request_id(True) <= 2**53 for _ in range(99)} == {True}
+    with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=0.3)) as app:
         replies = ask(app, *({"inputs": [element()] * 9} for _ in range(12)))
     ids = [each["request_id"] for reply in replies for each in reply.tree["predictions"]]
-    expected = {each for each in ids if is_logged(each, 0.3)}
+    expected = {each for each in ids if is_sampled(each, 0.3)}
     assert 10 < len(expected) < 60
     assert set(logged(tmp_path)["served_request"].to_pylist()) == expected
     assert outcomes(app) == {"written": len(expected), "unsampled": 108 - len(expected)}
 
 
 def test_what_was_refused_is_not_logged(small: SmallModel, tmp_path: Path) -> None:
-    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+    with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
         assert ask(app, {"inputs": [element(), element(user={})]}).status == 400
         reply = ask(app, {"inputs": [element(), element(user={})]}, page="/invocations?partial=true").tree
     assert set(logged(tmp_path)["served_request"].to_pylist()) == {reply["predictions"][0]["request_id"]}
@@ -161,18 +161,18 @@ def test_what_was_refused_is_not_logged(small: SmallModel, tmp_path: Path) -> No
 def test_a_full_queue_drops_and_counts_and_answers(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(request_log, "MOST_WAITING", 12)  # two requests of five, whatever of them is replied
+    monkeypatch.setattr(request_log, "MAX_QUEUED_CANDIDATES", 12)  # two requests of five, whatever of them is replied
     go_on, began = threading.Event(), threading.Event()
-    write_file = request_log.write_file
+    write_log_file = request_log.write_log_file
 
     def slow(*arguments: Any) -> Path:
         began.set()
         go_on.wait()
-        return write_file(*arguments)
+        return write_log_file(*arguments)
 
-    monkeypatch.setattr(request_log, "write_file", slow)
+    monkeypatch.setattr(request_log, "write_log_file", slow)
     monkeypatch.setattr(request_log, "ROWS_PER_FILE", 1)
-    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+    with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
         ask(app, {"inputs": [element(top_k=1)]})
         assert began.wait(600)
         replies = [ask(app, {"inputs": [element(top_k=1)]}) for _ in range(5)]
@@ -201,7 +201,7 @@ def test_each_reply_that_waits_for_a_file_is_counted_once(tmp_path: Path, monkey
 
     monkeypatch.setattr(RequestLog, "_write", lambda log, tables: written.append(len(tables)) or [])
     monkeypatch.setattr(request_log, "ROWS_PER_FILE", 500)
-    written, log = list[int](), RequestLog(LogOptions(tmp_path), lambda *_: None)
+    written, log = list[int](), RequestLog(RequestLogOptions(tmp_path), lambda *_: None)
     for _ in range(250):
         log._queue.put(Replied())
     log.close()
@@ -215,7 +215,7 @@ def test_a_disk_that_fails_is_told_once_and_serving_goes_on(
 ) -> None:
     folder = tmp_path / "log"
     monkeypatch.setattr(request_log, "ROWS_PER_FILE", 1)
-    with logging_app(small.folder, LogOptions(folder, share=1.0)) as app:
+    with logging_app(small.folder, RequestLogOptions(folder, fraction=1.0)) as app:
         if problem == "gone":
             folder.rmdir()
         else:
@@ -242,17 +242,17 @@ def _no_space(path: Path) -> Any:
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"requests can't be logged in '.*file'"):
-        check_folder(tmp_path / "file")
-    check_folder(tmp_path / "new" / "folder")
+        check_log_folder(tmp_path / "file")
+    check_log_folder(tmp_path / "new" / "folder")
     assert [*(tmp_path / "new" / "folder").iterdir()] == []
 
 
 def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallModel, tmp_path: Path) -> None:
-    from mmoe_rec.inference.artifact import Source
+    from mmoe_rec.inference.artifact import ResolvedModel
 
-    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+    with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
         one = ask(app, {"inputs": [element()]}).tree["predictions"][0]
-        take_up(app.models, Source(with_ids.folder, "models:/small/8"))
+        take_up(app.models, ResolvedModel(with_ids.folder, "models:/small/8"))
         two = ask(app, {"inputs": [element()]}).tree["predictions"][0]
     files = [pq.read_table(each) for each in sorted(tmp_path.iterdir())]
     assert [set(each["served_artifact"].to_pylist()) for each in files] == [

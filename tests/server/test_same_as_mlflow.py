@@ -11,12 +11,12 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from mmoe_rec.errors import RequestError
-from mmoe_rec.inference.artifact import Source
-from mmoe_rec.inference.mlflow_model import ARTIFACT, RankingPythonModel
-from mmoe_rec.inference.request_reader import PARTS, split_rows
+from mmoe_rec.inference.artifact import ResolvedModel
+from mmoe_rec.inference.mlflow_model import ARTIFACT_KEY, RankingPythonModel
+from mmoe_rec.inference.request_reader import REQUEST_KEYS, group_rows_by_request
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options
+from mmoe_rec.server.models import ModelManager
+from mmoe_rec.server.options import ServerOptions
 from tests.inference.small_model import ITEMS, SmallModel, as_request
 from tests.log.small_logs import random_log, with_requests
 from tests.server.asking import ask, element
@@ -28,7 +28,7 @@ PARAMS: list[Any] = [None, {}, {"top_k": 2}, {"task_weights": {"click": 2}, "mas
 @pytest.fixture(scope="module")
 def mlflow_model(small: SmallModel) -> RankingPythonModel:
     model = RankingPythonModel()
-    model.load_context(SimpleNamespace(artifacts={ARTIFACT: str(small.folder)}))
+    model.load_context(SimpleNamespace(artifacts={ARTIFACT_KEY: str(small.folder)}))
     return model
 
 
@@ -133,7 +133,7 @@ def test_a_row_for_each_candidate_gets_what_its_request_gets(
 ) -> None:
     random = np.random.default_rng(4)
     for _ in range(12):
-        made = {name: each for name, each in random_element(random, small).items() if name in PARTS.values()}
+        made = {name: each for name, each in random_element(random, small).items() if name in REQUEST_KEYS.values()}
         options = {"task_weights": {"engagement": 3}} if random.random() < 0.5 else {}
         (ranking,) = mlflow_model.predict(None, [made], options)
         rows, expected = as_rows(made, ranking)
@@ -176,8 +176,11 @@ def test_a_wrong_data_frame(
 def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
     columns = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
     small = SmallModel(tmp_path, columns=columns, log=[with_requests(random_log(1, rows=600))])
-    app, model = Application(Models(Options(), Source(small.folder, "small", None))), RankingPythonModel()
-    model.load_context(SimpleNamespace(artifacts={ARTIFACT: str(small.folder)}))
+    app, model = (
+        Application(ModelManager(ServerOptions(), ResolvedModel(small.folder, "small", None))),
+        RankingPythonModel(),
+    )
+    model.load_context(SimpleNamespace(artifacts={ARTIFACT_KEY: str(small.folder)}))
     user, time = {"user": -7}, "2023-11-29T10:00:00"
     elements = [
         element(context={"time": time, "request": 31}),
@@ -211,6 +214,6 @@ def test_values_of_a_data_frame_are_made_only_where_its_names_and_number_are_rig
 ) -> None:
     columns = (pytest.fail("as many values as names times rows") for _ in "ab")
     with pytest.raises(RequestError, match="unknown column 'a'"):
-        split_rows(mlflow_model.ranker.reader, ["a", "b"], columns, {})
+        group_rows_by_request(mlflow_model.ranker.reader, ["a", "b"], columns, {})
     says = "the call has 121 candidates in all; this server takes at most 120"
     assert ask(app, {"dataframe_records": [{"no_column": 1}] * 121}).message.startswith(says)

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import ResolvedModel
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.server.models import Models, map_shared, write_shared
-from mmoe_rec.server.options import Options
+from mmoe_rec.server.models import ModelManager, map_shared, write_shared
+from mmoe_rec.server.options import ServerOptions
 from tests.inference.small_model import SmallModel
 
 
@@ -21,17 +21,19 @@ def test_a_shared_model_answers_as_the_model_does(small: SmallModel, tmp_path: P
     address = f"sqlite:///{tmp_path / 'journal.db'}" if journal else None
     if address is not None:
         Journal(address)
-    served = Models(Options(journal=address), Source(small.folder, "models:/small/7", "a_run")).current
+    served = ModelManager(
+        ServerOptions(journal=address), ResolvedModel(small.folder, "models:/small/7", "a_run")
+    ).current
     write_shared(served, str(tmp_path / "shared"))
     mapped = map_shared(str(tmp_path / "shared"))
-    assert mapped.about() == served.about()
+    assert mapped.describe() == served.describe()
     assert mapped.example == served.example
     one, other = (each.ranker.rank(**served.example, explain=True) for each in (served, mapped))
     assert one.to_dict() | {"request_time": None} == other.to_dict() | {"request_time": None}
     if journal:
-        assert mapped.learning is not None
-        assert mapped.learning.ranker is mapped.ranker
-        assert mapped.learning.read() is None
+        assert mapped.ingester is not None
+        assert mapped.ingester.ranker is mapped.ranker
+        assert mapped.ingester.read() is None
 
 
 def test_arrays_lie_in_the_file(tmp_path: Path) -> None:

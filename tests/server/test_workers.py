@@ -17,7 +17,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference import artifact
-from mmoe_rec.inference.artifact import EXAMPLE, MANIFEST, read_manifest
+from mmoe_rec.inference.artifact import EXAMPLE_FILE, MANIFEST_FILE, read_manifest
 from mmoe_rec.server.workers import serve_by_workers
 from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port
@@ -42,11 +42,11 @@ def folder(small: SmallModel, tmp_path: Path) -> Path:
 def hang_at_loading(folder: Path) -> None:
     """Makes whoever loads the model wait for ever, as one of its files is a pipe."""
     files = read_manifest(folder)
-    files[EXAMPLE] = ""
+    files[EXAMPLE_FILE] = ""
     tree = {"sha256": artifact._sum(files), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
-    (folder / EXAMPLE).unlink()
-    os.mkfifo(folder / EXAMPLE)
+    (folder / MANIFEST_FILE).write_text(json.dumps(tree), encoding="utf-8")
+    (folder / EXAMPLE_FILE).unlink()
+    os.mkfifo(folder / EXAMPLE_FILE)
 
 
 def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_loading_that_is_killed_is_reported_and_the_model_before_goes_on(folde
         workers, expected = running.workers(), version(running)
         hang_at_loading(folder)
         reload = threads.submit(running.send, None, "/reload")
-        writing = until(lambda: opened(folder / EXAMPLE))
+        writing = until(lambda: opened(folder / EXAMPLE_FILE))
         assert version(running) == expected, "while another process loads"
         (loader,) = running.workers() - workers
         os.kill(loader, signal.SIGKILL)
@@ -175,7 +175,7 @@ def test_sigterm_while_another_model_is_loaded(folder: Path, tmp_path: Path) -> 
         until(lambda: model_count(running) == 2)
         hang_at_loading(folder)
         threads.submit(running.send, None, "/reload")
-        writing = until(lambda: opened(folder / EXAMPLE))
+        writing = until(lambda: opened(folder / EXAMPLE_FILE))
         processes = running.workers()
         assert len(processes) == 3, "the loader is one of them"
         running.process.send_signal(signal.SIGTERM)

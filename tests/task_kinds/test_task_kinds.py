@@ -23,13 +23,13 @@ def test_a_kind_is_its_name(name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_logits_and_predictions_fit(kind) -> None:
     """Predictions are valid, and logits, log predictions and losses follow from them."""
-    predictions = kind.prediction(LOGITS)
-    assert kind.predictions[1](predictions.numpy()).all()
-    torch.testing.assert_close(kind.logits(predictions), LOGITS)
-    torch.testing.assert_close(kind.log_prediction(LOGITS), predictions.clamp(min=kind.smallest).log())
+    valid_predictions = kind.prediction(LOGITS)
+    assert kind.valid_predictions[1](valid_predictions.numpy()).all()
+    torch.testing.assert_close(kind.logits(valid_predictions), LOGITS)
+    torch.testing.assert_close(kind.log_prediction(LOGITS), valid_predictions.clamp(min=kind.min_prediction).log())
     assert kind.log_prediction(LOGITS * 1e3).isfinite().all()
     assert kind.logits(torch.tensor([0.0, 1.0])).isfinite().all()
-    assert kind.labels[1](np.array([0.0, 1.0, np.nan])).all()
+    assert kind.valid_labels[1](np.array([0.0, 1.0, np.nan])).all()
 
 
 @pytest.mark.parametrize("kind", KINDS.values())

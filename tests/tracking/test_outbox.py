@@ -9,7 +9,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.client import UnreachableError
-from mmoe_rec.tracking.runs import Message, Outbox, list_waiting_runs
+from mmoe_rec.tracking.runs import Message, Outbox, list_unsent_runs
 
 
 class Post:
@@ -84,11 +84,11 @@ def test_kept_messages_outlive_the_process(file: Path, post: Post) -> None:
     with file.open("a") as cut_off:
         cut_off.write('\n{"kind": "tags", "val')  # by a kill
     Outbox(file, post.send).put(text(2))
-    assert list_waiting_runs(file.parent) == ["run"]
+    assert list_unsent_runs(file.parent) == ["run"]
     post.away = False
     Outbox(file, post.send).flush()
     assert post.got == ["0", "1", "2"]
-    assert list_waiting_runs(file.parent) == []
+    assert list_unsent_runs(file.parent) == []
     assert not list(file.parent.iterdir())
 
 
@@ -115,11 +115,11 @@ def test_flush_waits_for_an_answer_but_not_for_ever(file: Path, post: Post) -> N
     box.put(text(0))
     box.flush(120)
     assert 110 < post.slept <= 120
-    assert isinstance(box.trouble, UnreachableError)
-    assert list_waiting_runs(file.parent) == ["run"]
+    assert isinstance(box.last_error, UnreachableError)
+    assert list_unsent_runs(file.parent) == ["run"]
     post.away, post.slept = False, 0.0
     box.flush(120)
-    assert box.trouble is None
+    assert box.last_error is None
     assert post.slept == 0
     assert post.got == ["0"]
 
@@ -132,7 +132,7 @@ def test_a_refused_message_stays_and_stops_nothing_else(file: Path, post: Post, 
     box.flush(120)
     assert post.got == ["0", "2", "3"]
     assert post.slept == 0, "waiting would not help"
-    assert str(box.trouble) == "the post refuses 1"
+    assert str(box.last_error) == "the post refuses 1"
     assert capsys.readouterr().err.count("the post refuses 1") == 1
     post.refused = ""
     Outbox(file, post.send).flush()
@@ -151,6 +151,6 @@ def test_a_full_disk_ends_it(file: Path, post: Post, monkeypatch: pytest.MonkeyP
 
     box = Outbox(file, post.send)
     post.away = True
-    monkeypatch.setattr(runs, "writing", full)
+    monkeypatch.setattr(runs, "write_lock", full)
     with pytest.raises(UserError, match=r"does not answer, nor can it be kept in .*: No space left on device"):
         box.put(text(0))

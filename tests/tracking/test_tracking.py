@@ -13,7 +13,7 @@ import torch
 import mmoe_rec
 from mmoe_rec.errors import UserError
 from mmoe_rec.tracking import client, registry, runs
-from mmoe_rec.tracking.registry import find_model
+from mmoe_rec.tracking.registry import resolve_model
 from tests.commands import refuse
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, BASE
@@ -76,7 +76,7 @@ def test_a_failed_run_says_so(uri: str) -> None:
 
 
 def test_other_ranks_record_nothing(tmp_path: Path) -> None:
-    with runs.open_run(f"sqlite:///{tmp_path / 'none.db'}", "x", active=False) as run:
+    with runs.open_run(f"sqlite:///{tmp_path / 'none.db'}", "x", enabled=False) as run:
         run.log_params({"a": 1})
         run.log_metrics({"a": 1.0}, 1)
         run.log_text("a", "a.txt")
@@ -90,13 +90,13 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
 def test_what_a_run_has_registered_is_found_again(uri: str, small: SmallModel, capfd: pytest.CaptureFixture) -> None:
     """After a kill or an outage."""
     with runs.open_run(uri, "found again") as run:
-        assert registry.find_registered(run, "found") is None
+        assert registry.find_registered_version(run, "found") is None
         version = registry.register_model(run, small.folder, "found")
         assert capfd.readouterr() == ("", "")
-        assert registry.find_registered(run, "found") == version
-        assert registry.find_registered(run, "another") is None
+        assert registry.find_registered_version(run, "found") == version
+        assert registry.find_registered_version(run, "another") is None
     with runs.open_run(uri, "found again") as other:
-        assert registry.find_registered(other, "found") is None
+        assert registry.find_registered_version(other, "found") is None
 
 
 def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_model_of_one_objective_is_registered_with_an_example_of_its_own(tmp_p
     """MLflow refuses an example that weighs an objective which the signature, and so the model, does not have."""
     tasks, features = ({key: each[key]} for key, each in (("click", BASE["tasks"]), ("price", ALL_KINDS)))
     small = SmallModel(tmp_path / "work", tasks=tasks, features=features)
-    told = registry.describe_model(small.folder, tmp_path)
+    told = registry.build_log_model_args(small.folder, tmp_path)
     assert told["input_example"][1]["task_weights"] == {"engagement": 1.0}
     names = [each.name for each in told["signature"].params.params[0].dtype.properties]
     assert names == ["click", "engagement"]
@@ -171,26 +171,26 @@ def test_a_deleted_experiment(uri: str) -> None:
 )
 def test_names_that_the_registry_refuses_are_told_first(uri: str, model: str, alias: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
-        registry.check_names(uri, model, alias)
+        registry.check_registry_names(uri, model, alias)
     assert f"'tracking.registered_model' (by default the settings' `name`) '{model}'" in str(refused.value)
     assert f"'tracking.alias' '{alias}'" in str(refused.value)
 
 
 def test_an_experiment_that_mlflow_refuses(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"refuses: .*500"):
-        runs.check_server(uri, "x" * 501, unsent=tmp_path)
+        runs.check_server(uri, "x" * 501, outbox_folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["shop", "Shop 2", "shop.eu-1", "läden", "a@b"])
 def test_names_that_pass_can_be_registered(uri: str, small: SmallModel, name: str) -> None:
     """The rules are the registry's own: what passes is taken."""
-    registry.check_names(uri, name, "champion-2")
+    registry.check_registry_names(uri, name, "champion-2")
     client = mlflow.MlflowClient(uri)
     client.create_registered_model(name)
     client.create_model_version(name, str(small.folder))
-    registry.check_names(uri, name, "champion-2")
+    registry.check_registry_names(uri, name, "champion-2")
     client.set_registered_model_alias(name, "champion-2", "1")
-    assert registry.pin_address(f"models:/{name}@champion-2", uri) == f"models:/{name}/1"
+    assert registry.pin_model_uri(f"models:/{name}@champion-2", uri) == f"models:/{name}/1"
 
 
 def test_a_name_is_refused_before_features_are_built(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -217,8 +217,8 @@ def test_the_environment_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.M
 def test_a_run_that_is_deleted_while_it_is_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri, unsent = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "unsent"
-    with runs.open_run(uri, "x", unsent=unsent) as run:
+    uri, outbox_folder = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "unsent"
+    with runs.open_run(uri, "x", outbox_folder=outbox_folder) as run:
         run.log_metrics({"a": 1.0}, 1)
         mlflow.MlflowClient(uri).delete_run(run.run_id)
         for step in range(2, 5):
@@ -226,14 +226,14 @@ def test_a_run_that_is_deleted_while_it_is_recorded(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "refuses: The run" in said
-    assert f"are kept in '{unsent / f'{run.run_id}.jsonl'}'" in said
+    assert f"are kept in '{outbox_folder / f'{run.run_id}.jsonl'}'" in said
     with (
         pytest.raises(UserError, match=f"'{run.run_id}' was deleted: restore it with `mlflow runs restore"),
-        runs.open_run(uri, "x", run_id=run.run_id, unsent=unsent),
+        runs.open_run(uri, "x", run_id=run.run_id, outbox_folder=outbox_folder),
     ):
         pass
     mlflow.MlflowClient(uri).restore_run(run.run_id)
-    with runs.open_run(uri, "x", run_id=run.run_id, unsent=unsent) as again:
+    with runs.open_run(uri, "x", run_id=run.run_id, outbox_folder=outbox_folder) as again:
         again.log_metrics({"a": 5.0}, 4)  # it took that step before
         again.log_metrics({"a": 5.0}, 5)
     history = mlflow.MlflowClient(uri).get_metric_history(run.run_id, "a")
@@ -253,11 +253,11 @@ def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
         )
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with runs.open_run(uri, "x", unsent=tmp_path / "unsent") as run:
+    with runs.open_run(uri, "x", outbox_folder=tmp_path / "unsent") as run:
         with monkeypatch.context() as patch:
             patch.setattr(SqlAlchemyStore, "log_batch", locked)
             run.log_metrics({"a": 1.0}, 1)
-            assert str(run.outbox.trouble) == f"MLflow at '{uri}' does not answer (database is locked)"
+            assert str(run.outbox.last_error) == f"MLflow at '{uri}' does not answer (database is locked)"
             run.log_text("x", "x.txt")
         run.log_metrics({"a": 1.0}, 2)
         run.flush(10)
@@ -279,7 +279,7 @@ def test_an_address_is_told_with_its_source_and_without_its_password(
     """No file that a user looks into holds that of the environment."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9 ")
     with pytest.raises(UserError) as refused:
-        runs.check_server(uri, "x", unsent=tmp_path)
+        runs.check_server(uri, "x", outbox_folder=tmp_path)
     assert str(refused.value) == f"MLflow at {place} does not answer (Connection refused)"
 
 
@@ -333,7 +333,7 @@ def test_an_address_leads_to_the_model(
     small: SmallModel, store: dict[str, str], address: str, made_by: str | None
 ) -> None:
     path = store["files"].removeprefix("file://")
-    found = find_model(address.format(**store, path=path, folder=small.folder), store["uri"])
+    found = resolve_model(address.format(**store, path=path, folder=small.folder), store["uri"])
     assert {each.name for each in found.folder.iterdir()} == {each.name for each in small.folder.iterdir()}
     assert found.run_id == (None if made_by is None else store[made_by])
 
@@ -356,7 +356,7 @@ def test_an_address_leads_to_the_model(
 )
 def test_an_address_that_leads_nowhere_is_refused(store: dict[str, str], address: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
-        find_model(address.format(**store), store["uri"])
+        resolve_model(address.format(**store), store["uri"])
     assert "\n" not in str(refused.value)
 
 
@@ -371,13 +371,13 @@ def test_what_moves_is_looked_up_once(store: dict[str, str], monkeypatch: pytest
     with runs.open_run(store["uri"], "models"):
         mlflow.MlflowClient().set_registered_model_alias("small", "moving", "2")
     monkeypatch.setattr(registry, "fetch_model", load_late)
-    assert find_model("models:/small@moving", store["uri"]).run_id == store["run"]
+    assert resolve_model("models:/small@moving", store["uri"]).run_id == store["run"]
 
 
 def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
-    first = registry.find_run("models:/small/1", store["uri"])
+    first = registry.find_run_id("models:/small/1", store["uri"])
     mlflow.MlflowClient().delete_run(first)
-    assert find_model("models:/small/1", store["uri"]).run_id is None
+    assert resolve_model("models:/small/1", store["uri"]).run_id is None
 
 
 def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_told(
@@ -389,7 +389,7 @@ def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_
         assert mmoe_rec.load_ranker(address, store["uri"]).rank(**example) == expected
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(store["uri"])
-    assert mmoe_rec.load_ranker("models:/small@champion").about.name == "small"
+    assert mmoe_rec.load_ranker("models:/small@champion").info.name == "small"
     mlflow.set_tracking_uri(None)
     with pytest.raises(
         UserError, match=r"there is no MLflow store 'mlflow\.db' to look up 'models:/small@champion' in"
@@ -397,7 +397,7 @@ def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_
         mmoe_rec.load_ranker("models:/small@champion")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store["uri"])
     mlflow.set_tracking_uri(None)
-    assert mmoe_rec.load_ranker("models:/small@champion").about.name == "small"
+    assert mmoe_rec.load_ranker("models:/small@champion").info.name == "small"
 
 
 WITHOUT_MLFLOW = """

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
-from mmoe_rec.features.layout import Attention, Encoded, label_types
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
+from mmoe_rec.features.layout import AttentionHistory, EncodedInputs, label_types
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 from mmoe_rec.model.tables import PlainTables
@@ -22,9 +22,9 @@ from mmoe_rec.preprocessing.count_and_encode import SplitCounts
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training.checkpoint import load_plain
+from mmoe_rec.training.checkpoint import load_unsharded
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.loop import Trainer, TrainingResult
-from mmoe_rec.training.ranks import process_group
 from tests.batches.encoded_files import columns_of
 from tests.model.examples import LAYOUT, random_rows
 
@@ -57,7 +57,7 @@ TRAINING = Training.model_validate(
 FIVE_TASKS = (
     *(ModelTask(f"task{i}", "binary", "engagement") for i in range(4)),
     # In seconds, say. The unit of a regression's label must not decide how much the other tasks learn.
-    ModelTask("rating", "regression", "satisfaction", mean=500.0, deviation=300.0),
+    ModelTask("rating", "regression", "satisfaction", mean=500.0, std=300.0),
 )
 # A like needs a click.
 GIVEN = replace(LAYOUT, tasks=(LAYOUT.tasks[0], replace(LAYOUT.tasks[1], conditional_on="click"), LAYOUT.tasks[2]))
@@ -82,7 +82,7 @@ LAYOUTS = {
 }
 
 
-def learnable_rows(layout: ModelLayout, rows: int, seed: int) -> tuple[Encoded, np.ndarray]:
+def learnable_rows(layout: ModelLayout, rows: int, seed: int) -> tuple[EncodedInputs, np.ndarray]:
     """Random inputs, of which each adds to each task's logit; a third of the labels (rows, T) is NaN."""
     encoded, labels = random_rows(rows, seed, layout)
     labels = labels.astype(np.float64)
@@ -99,7 +99,7 @@ def learnable_rows(layout: ModelLayout, rows: int, seed: int) -> tuple[Encoded, 
     for index, task in enumerate(layout.tasks):
         noise = chance.normal(0, 0.3, rows) if task.kind == "regression" else chance.logistic(0, 0.5, rows)
         value = logits[:, index] + noise
-        drawn = task.mean + task.deviation * value / 1.5 if task.kind == "regression" else value > 0
+        drawn = task.mean + task.std * value / 1.5 if task.kind == "regression" else value > 0
         labels[:, index] = np.where(np.isnan(labels[:, index]), np.nan, drawn)
     return encoded, labels
 
@@ -130,7 +130,7 @@ def write_prepared(
         values = (labels or {}).get(split, drawn)
         columns = columns_of(encoded, layout)
         known = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
-        for name, (given, task) in layout.outcomes.items():
+        for name, (given, task) in layout.joint_outcomes.items():
             known[name] = np.where(values[:, given] == 0, 0.0, np.where(values[:, given] == 1, values[:, task], np.nan))
         for name, column in known.items():
             columns[f"label.{name}"] = pa.array(column, label_types(layout)[name], mask=np.isnan(column))
@@ -142,7 +142,7 @@ def write_prepared(
         columns["sampling_rate"] = pa.array(rates, pa.float32())
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)
-    (folder / "encoded" / "layout.json").write_text(layout.of_rows().to_json(), encoding="utf-8")
+    (folder / "encoded" / "layout.json").write_text(layout.row_layout().to_json(), encoding="utf-8")
     (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
     manifest = {"splits": {split: asdict(each) for split, each in counts.items()}}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -172,7 +172,7 @@ class SmallTraining:
 def plain_model(layout: ModelLayout, checkpoint: Path, model: Model = MODEL) -> RankingModel:
     """The plain model of a checkpoint."""
     plain = build_model(layout, model, PlainTables(layout, seed=99), seed=99)
-    load_plain(plain, checkpoint)
+    load_unsharded(plain, checkpoint)
     return plain.eval()
 
 
@@ -196,10 +196,10 @@ def trained(
 
 def scores(model: RankingModel, prepared: FeatureFolder, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels (N, T) of a split's rows in file order, without placement; of validation those that select."""
-    attention = tuple(Attention(name, length) for length, (name, *_) in model.histories)
+    attention = tuple(AttentionHistory(name, length) for length, (name, *_) in model.histories)
     layout: Any = replace(LAYOUT, **vars(prepared.layout), attention=attention)
-    part = Part.SELECTING if split == "validation" else None
-    parts: Sequence = list(EncodedRows(prepared.split(split), layout, part=part).stream(10_000))
+    part = ValidationPart.SELECTION if split == "validation" else None
+    parts: Sequence = list(EncodedDataset(prepared.split(split), layout, part=part).stream(10_000))
     with torch.inference_mode():
         logits = [model(make_batch(rows.encoded, layout, torchrec=False)).logits.numpy() for rows, _ in parts]
     return np.concatenate(logits), np.concatenate([rows.labels for rows, _ in parts])

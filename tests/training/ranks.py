@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.model.tables import by_name, torchrec_tables
+from mmoe_rec.model.tables import mean_embeddings, torchrec_tables
 from mmoe_rec.settings.training import Training
+from mmoe_rec.training.distributed import RankContext, process_group
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.ranks import Ranks, process_group
 from mmoe_rec.training.sharding import ShardedModel, shard
 from tests.fork_server import call
 from tests.model.examples import LAYOUT, random_rows, small_model
@@ -33,7 +33,7 @@ def name_rank(rank: int, world: int, port: int) -> None:
 
 
 @contextmanager
-def join(rank: int, world: int, port: int) -> Iterator[Ranks]:
+def join(rank: int, world: int, port: int) -> Iterator[RankContext]:
     """The group of ranks."""
     name_rank(rank, world, port)
     torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def train_one_step(folder: Path) -> None:
     with torch.no_grad():
         logits = sharded.model(batch).logits
         module = sharded.model.module
-        order = list(by_name(module.tables(batch.ids), module.dims, (), None))
+        order = list(mean_embeddings(module.tables(batch.ids), module.dims, (), None))
 
     dense = torch.optim.SGD(sharded.dense_parameters().values(), lr=0.1)
     sharded.model.train()
@@ -115,7 +115,7 @@ def held_bytes(sharded: ShardedModel) -> int:
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Writes what `load_plain` reads. A collective call."""
+    """Writes what `load_unsharded` reads. A collective call."""
     import torch.distributed.checkpoint as dcp
 
     shutil.rmtree(folder, ignore_errors=True)

@@ -11,9 +11,9 @@ import torch
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import latest_checkpoint
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.loop import Trainer, TrainingResult
-from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.steps import Step
+from mmoe_rec.training.steps import StepResult
 from tests.training.learnable import CPU, MODEL, ROWS, TRAINING, layout_of, plain_model
 from tests.training.ranks import join
 
@@ -118,9 +118,9 @@ def record_losses(
 
 def record(trainer: Trainer, found: dict[str, list[float]]) -> None:
     """Has a trainer note its losses."""
-    step = trainer.steps.next
+    step = trainer.steps.run_next
 
-    def noted(*arguments: Any) -> Step | None:
+    def noted(*arguments: Any) -> StepResult | None:
         one = step(*arguments)
         if one is not None:
             sums = torch.stack([one.losses.detach(), one.observed])
@@ -128,7 +128,7 @@ def record(trainer: Trainer, found: dict[str, list[float]]) -> None:
             found[str(trainer.result.steps + 1)] = (sums[0] / sums[1].clamp(min=1)).tolist()
         return one
 
-    trainer.steps.next = noted  # type: ignore[method-assign]
+    trainer.steps.run_next = noted  # type: ignore[method-assign]
 
 
 def weights(prepared: FeatureFolder, folder: Path, model: Model) -> dict[str, torch.Tensor]:

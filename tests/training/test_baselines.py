@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import evaluate
 from mmoe_rec.task_kinds import KINDS
 from mmoe_rec.training import baselines
 from mmoe_rec.training import boosting as trees
 from mmoe_rec.training.baselines import measure_baselines
-from mmoe_rec.training.boosting import Inputs, Predict, boost_trees, rate_candidates
+from mmoe_rec.training.boosting import Predictor, TreeInputs, fit_boosted_trees, fit_target_encoding
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of
@@ -32,7 +32,7 @@ def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | 
     items, labels = random.integers(0, 5, 200), (random.random(200) < 0.3).astype(float)
     labels[random.random(200) < 0.1] = np.nan
     weights = random.integers(1, 4, 200) if unit else np.ones(200, int)
-    found = rate_candidates(
+    found = fit_target_encoding(
         pa.array([f"item {each}" for each in items]),
         labels,
         None if unit is None else weights * unit,
@@ -44,7 +44,7 @@ def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | 
         assert rate == pytest.approx(expected, rel=1e-9)
 
 
-def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
+def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> TreeInputs:
     """A number with gaps, an id of 120 values, of which some matter `by` so much, and one that says nothing."""
     generator = np.random.default_rng(seed)
     number = np.where(generator.random(rows) < 0.1, np.nan, generator.normal(size=rows))
@@ -52,11 +52,11 @@ def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
     logit = np.nan_to_num(number) + np.where(ids[:, 0] // 15 % 2 == 0, by, -by)
     label = (generator.random(rows) < 1 / (1 + np.exp(-logit))).astype(float)
     label[generator.random(rows) < 0.1] = np.nan
-    return Inputs(np.column_stack([number, ids]).astype(np.float32), 1, label[:, None])
+    return TreeInputs(np.column_stack([number, ids]).astype(np.float32), 1, label[:, None])
 
 
-def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> tuple[Predict, str]:
-    return boost_trees(KINDS[kind], train.of_task(0), validation.of_task(0))
+def boosted(train: TreeInputs, validation: TreeInputs, kind: str = "binary") -> tuple[Predictor, str]:
+    return fit_boosted_trees(KINDS[kind], train.select_task(0), validation.select_task(0))
 
 
 @pytest.mark.parametrize(("by", "later", "stands"), [(3, 3, "with"), (1, -1, "without"), (0.2, 0.2, "both")])
@@ -64,8 +64,8 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
     by: float, later: float, stands: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the losses of all numbers of trees that LightGBM grows when nothing stops it."""
-    monkeypatch.setattr(trees, "MOST_TREES", 60)
-    monkeypatch.setattr(trees, "SIZES", trees.SIZES[:1])
+    monkeypatch.setattr(trees, "MAX_TREES", 60)
+    monkeypatch.setattr(trees, "LEAF_COUNTS", trees.LEAF_COUNTS[:1])
     train, validation, test = tree_rows(0, by), tree_rows(1, later), tree_rows(2, later)
     known, observed = (~np.isnan(each.labels[:, 0]) for each in (train, validation))
     predicted, counts = {}, {}
@@ -88,19 +88,19 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
     np.testing.assert_array_equal(predict(test), again(test))
 
 
-def id_rows(seed: int, rows: int = 6000) -> Inputs:
+def id_rows(seed: int, rows: int = 6000) -> TreeInputs:
     """A user and an item, and nothing else; lists of five, of which one is clicked."""
     effects, generator = np.random.default_rng(9).normal(0, 1.5, (2, 300)), np.random.default_rng(seed)
     ids = np.stack([generator.integers(0, 300, rows // 5).repeat(5), generator.integers(0, 300, rows)])
     liking = (effects[0, ids[0]] + effects[1, ids[1]] + generator.gumbel(size=rows)).reshape(-1, 5)
     clicked = (liking == liking.max(axis=1, keepdims=True)).astype(float).reshape(-1, 1)
     folds = generator.integers(0, 5, rows // 5).repeat(5)
-    return Inputs(ids.T.astype(np.float32), 0, clicked, folds=folds)
+    return TreeInputs(ids.T.astype(np.float32), 0, clicked, folds=folds)
 
 
 def test_where_there_are_ids_alone_their_mean_labels_tell_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a row come from other requests: its list would tell that one of five is clicked."""
-    monkeypatch.setattr(trees, "MOST_TREES", 100)
+    monkeypatch.setattr(trees, "MAX_TREES", 100)
     (predict, told), (again, _) = (boosted(id_rows(0), id_rows(1)) for _ in range(2))
     assert "with mean labels of ids" in told.partition(";")[0]
     test = id_rows(2)
@@ -111,8 +111,8 @@ def test_where_there_are_ids_alone_their_mean_labels_tell_most(monkeypatch: pyte
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
     """By a loop over rows; of other rows than those of training, from all."""
-    rows = id_rows(0, 500).of_task(0)
-    rows = replace(rows, x=np.column_stack([np.arange(500), rows.x]).astype(np.float32), numbers=1)
+    rows = id_rows(0, 500).select_task(0)
+    rows = replace(rows, x=np.column_stack([np.arange(500), rows.x]).astype(np.float32), num_numeric=1)
     if weighted:
         rows = replace(rows, weights=np.random.default_rng(0).choice([0.5, 1, 4], 500))
     name, x, view = list(trees._views(rows))[-1]
@@ -138,16 +138,16 @@ def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
 def test_where_validation_rows_say_nothing_there_are_trees_all_the_same() -> None:
     train = tree_rows(5)
     nothing = replace(train, labels=np.full_like(train.labels, np.nan))
-    for rows, stands in ((train, "without ids"), (replace(train, x=train.x[:, 1:], numbers=0), "with ids")):
+    for rows, stands in ((train, "without ids"), (replace(train, x=train.x[:, 1:], num_numeric=0), "with ids")):
         predict, told = boosted(rows, nothing)
         assert told == f"100 trees of 31 leaves {stands}"
-        assert roc_auc_score(train.of_task(0).labels, predict(rows.of_task(0))) > 0.6
+        assert roc_auc_score(train.select_task(0).labels, predict(rows.select_task(0))) > 0.6
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
 def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Least sums of weights, and least gains of a loss, are constants of LightGBM, which holds labels in float32."""
-    monkeypatch.setattr(trees, "MOST_TREES", 100)
+    monkeypatch.setattr(trees, "MAX_TREES", 100)
     rows, predicted = [tree_rows(3), tree_rows(4)], []
     if kind == "regression":
         rows = [replace(each, labels=3 + 2 * np.nan_to_num(each.x[:, :1]) + 0 * each.labels) for each in rows]
@@ -163,28 +163,28 @@ def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytes
 def test_odd_inputs_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that varies, numbers that only later rows lack, one that is missing everywhere, very many ids, two rows,
     and weights that make others of rows."""
-    monkeypatch.setattr(trees, "MOST_TREES", 40)
-    rows = tree_rows(6, 3.0, 1000).of_task(0)
+    monkeypatch.setattr(trees, "MAX_TREES", 40)
+    rows = tree_rows(6, 3.0, 1000).select_task(0)
     whole = replace(rows, x=np.nan_to_num(rows.x))
-    lacking = replace(rows, x=np.column_stack([np.full(len(rows.x), np.nan), rows.x]), numbers=2)
+    lacking = replace(rows, x=np.column_stack([np.full(len(rows.x), np.nan), rows.x]), num_numeric=2)
     many = replace(rows, x=np.column_stack([rows.x[:, 0], np.arange(len(rows.x)) * 100]).astype(np.float32))
     two = replace(rows, x=rows.x[:2], labels=np.array([0.0, 1.0]))
     for train, validation in ((whole, rows), (lacking, lacking), (many, many), (two, rows)):
-        predicted = boost_trees(KINDS["binary"], train, validation)[0](validation)
+        predicted = fit_boosted_trees(KINDS["binary"], train, validation)[0](validation)
         assert ((predicted > 0) & (predicted < 1)).all()
         assert roc_auc_score(validation.labels, predicted) > 0.55 or train is two
     alike = replace(rows, x=np.ones_like(rows.x))
     for weights in (np.ones(len(rows.x)), np.where(rows.labels > 0, 1.5, 0.5)):
         weighted = replace(alike, weights=weights / weights.mean())
-        predicted = boost_trees(KINDS["binary"], weighted, weighted)[0](weighted)
+        predicted = fit_boosted_trees(KINDS["binary"], weighted, weighted)[0](weighted)
         np.testing.assert_allclose(predicted, np.average(rows.labels, weights=weights), atol=1e-6)
     constant = replace(rows, labels=np.full(len(rows.x), 7.0))
-    np.testing.assert_allclose(boost_trees(KINDS["regression"], constant, constant)[0](rows), 7.0)
+    np.testing.assert_allclose(fit_boosted_trees(KINDS["regression"], constant, constant)[0](rows), 7.0)
 
 
 def test_what_can_not_be_learnt_is_told() -> None:
-    def rows(labels: object, numbers: int = 1) -> Inputs:
-        return Inputs(np.zeros((3, numbers), np.float32), numbers, np.array(labels)[:, None])
+    def rows(labels: object, numbers: int = 1) -> TreeInputs:
+        return TreeInputs(np.zeros((3, numbers), np.float32), numbers, np.array(labels)[:, None])
 
     unobserved = np.full(3, np.nan)
     for each, sentence in (
@@ -195,7 +195,7 @@ def test_what_can_not_be_learnt_is_told() -> None:
         with pytest.raises(UserError, match=sentence):
             boosted(each, each)
     with pytest.raises(UserError, match="no training row has an observed label"):
-        rate_candidates(pa.array([1, 2, 3]), unobserved, None)
+        fit_target_encoding(pa.array([1, 2, 3]), unobserved, None)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_a_model_stands_beside_what_it_has_to_beat(
     model: SmallModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
-    monkeypatch.setattr(trees, "MOST_TREES", 20)
+    monkeypatch.setattr(trees, "MAX_TREES", 20)
     capsys.readouterr()
     out = run(model, "--model", str(model.folder))
     comparison = json.loads((out / "metrics.json").read_text())["comparison"]
@@ -231,7 +231,7 @@ def test_a_model_stands_beside_what_it_has_to_beat(
 def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
     """By a loop over training rows; alone, without a model."""
     out = run(model, "--evaluation.guardrail_slices", '["user"]')  # baselines are not sliced
-    assert json.loads((out / "metrics.json").read_text())["comparison"]["model"] == baselines.TREES
+    assert json.loads((out / "metrics.json").read_text())["comparison"]["model"] == baselines.TREES_BASELINE
     train, test = (pq.read_table(model.prepared.split(name)).to_pandas() for name in ("train", "test"))
     overall = train["label.click"].mean()
     sums = train.groupby("candidate")["label.click"].agg(["sum", "count"])
@@ -281,10 +281,10 @@ def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
 def test_selecting_rows_choose_the_trees(model: SmallModel) -> None:
     """The judging users have no say in how many trees there are, nor in the calibration."""
     layout = model.prepared.layout
-    _, held_out = baselines.read_inputs(model.settings, model.prepared, layout)
+    _, held_out = baselines.read_tree_inputs(model.settings, model.prepared, layout)
     rows = pq.read_table(model.prepared.split("validation"))
     users, labels = rows.column("user").combine_chunks(), rows.column("label.click").to_numpy()
-    expected = labels[Part.SELECTING.holds(users)]
+    expected = labels[ValidationPart.SELECTION.contains(users)]
     assert 0 < len(expected) < len(labels)
     np.testing.assert_array_equal(held_out.labels[:, [task.name for task in layout.tasks].index("click")], expected)
 
@@ -292,19 +292,19 @@ def test_selecting_rows_choose_the_trees(model: SmallModel) -> None:
 def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many are read at a time; fewer of those with many inputs."""
     layout = model.prepared.layout
-    rows = EncodedRows(model.prepared.split("train"), layout)
-    whole = Inputs.read(rows, layout, ("candidate",))
+    rows = EncodedDataset(model.prepared.split("train"), layout)
+    whole = TreeInputs.read(rows, layout, ("candidate",))
     assert len(whole.x) == rows.rows
     requests = pq.read_table(model.prepared.split("train"), columns=["request"]).to_pandas()["request"]
     folds = pd.Series(whole.folds).groupby(requests)
     assert (folds.nunique() == 1).all()
     assert set(whole.folds) == set(range(5))
-    monkeypatch.setattr(trees, "ROWS_AT_A_TIME", 13)
+    monkeypatch.setattr(trees, "CHUNK_ROWS", 13)
     inputs = len(layout.dense) + len(layout.ids)
     for most, values in ((1, 10**9), (7, 10**9), (10**9, inputs * rows.rows - 1), (rows.rows, 10**9), (10**9, 10**9)):
-        monkeypatch.setattr(trees, "MOST_ROWS", most)
-        monkeypatch.setattr(trees, "MOST_VALUES", values)
-        last = Inputs.read(rows, layout, ("candidate",))
+        monkeypatch.setattr(trees, "MAX_ROWS", most)
+        monkeypatch.setattr(trees, "MAX_VALUES", values)
+        last = TreeInputs.read(rows, layout, ("candidate",))
         taken = min(most, rows.rows, values // inputs)
         for name in ("x", "labels", "folds"):
             np.testing.assert_array_equal(getattr(last, name), getattr(whole, name)[-taken:])
@@ -315,6 +315,6 @@ def test_a_task_whose_last_rows_say_nothing_is_told_with_their_number(
     model: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Labels that are known late may all lie before them."""
-    monkeypatch.setattr(trees, "MOST_ROWS", 1)
+    monkeypatch.setattr(trees, "MAX_ROWS", 1)
     with pytest.raises(UserError, match="no baseline can learn task 'click': "):
         measure_baselines(model.settings, Path(model.settings.data.work_dir) / "last")

@@ -15,9 +15,9 @@ from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import TrainingState, latest_checkpoint
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.loop import Trainer, TrainingResult
-from mmoe_rec.training.origin import Origin, Start, fixed_settings
-from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.provenance import Provenance, WarmStartSource, fixed_settings
 from tests.model.examples import LAYOUT
 from tests.pipelines.learnable_log import settings_tree
 from tests.training.learnable import CPU, TRAINING, plain_model, write_prepared
@@ -44,7 +44,7 @@ def assert_same(prepared: FeatureFolder, found: TrainingResult, expected: Traini
     assert found.best_step == expected.best_step
     assert [step for step, _ in found.history] == [step for step, _ in expected.history]
     for (_, one), (_, other) in zip(found.history, expected.history, strict=True):
-        assert (one.flat(), one.rarer) == (other.flat(), other.rarer)
+        assert (one.to_metrics(), one.rarer_label_rows) == (other.to_metrics(), other.rarer_label_rows)
         assert torch.equal(one.experts.weights, other.experts.weights)
     weights = best(prepared, expected).state_dict()
     assert weights["mixture.levels.0.gates.selection_bias"].any()
@@ -237,8 +237,8 @@ def test_another_number_of_ranks_gives_the_same_model(prepared: FeatureFolder, f
 def test_two_ranks_judge_the_rows_of_all(prepared: FeatureFolder, folder: Path) -> None:
     """Calibration of the last validation, at which weights differ by as little as above."""
     one, two = (state_in(folder / name).history[-1][1] for name in ("1", "1-2"))
-    assert two.rarer == one.rarer
-    assert min(one.rarer.values()) > 100
+    assert two.rarer_label_rows == one.rarer_label_rows
+    assert min(one.rarer_label_rows.values()) > 100
     assert two.calibration == pytest.approx(one.calibration, rel=1e-3)
     assert set(one.calibration) == {"click", "like"}
 
@@ -246,7 +246,7 @@ def test_two_ranks_judge_the_rows_of_all(prepared: FeatureFolder, folder: Path) 
 # By what a training is known again.
 
 
-ALIAS = Start("models:/shop@champion", "models:/shop/3", "weights", "run")
+ALIAS = WarmStartSource("models:/shop@champion", "models:/shop/3", "weights", "run")
 
 
 def settings(path: str = "", value: Any = None) -> Settings:
@@ -261,14 +261,14 @@ def settings(path: str = "", value: Any = None) -> Settings:
     return Settings.model_validate(tree)
 
 
-ORIGIN = Origin(fixed_settings(settings()), "features", 7, "run", ALIAS)
+ORIGIN = Provenance(fixed_settings(settings()), "features", 7, "run", ALIAS)
 
 
 @pytest.mark.parametrize(("name", "value"), [("training.device", "cuda"), ("evaluation.resamples", 60)])
 def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any) -> None:
     now = fixed_settings(settings(name, value))
-    for address in (ALIAS.address, ALIAS.exact):
-        assert ORIGIN.find_difference(now, "features", address) is None
+    for uri in (ALIAS.uri, ALIAS.pinned_uri):
+        assert ORIGIN.describe_mismatch(now, "features", uri) is None
 
 
 @pytest.mark.parametrize(
@@ -283,16 +283,16 @@ def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any) -> 
     ],
 )
 def test_a_changed_setting_is_named(name: str, value: Any, sentence: str) -> None:
-    found = ORIGIN.find_difference(fixed_settings(settings(name, value)), "features", ALIAS.address)
+    found = ORIGIN.describe_mismatch(fixed_settings(settings(name, value)), "features", ALIAS.uri)
     assert sentence in found
 
 
 def test_other_features_and_starts_are_named() -> None:
     now = fixed_settings(settings())
-    assert "its features are not those" in ORIGIN.find_difference(now, "others", ALIAS.address)
-    found = ORIGIN.find_difference(now, "features", "models:/shop/4")
+    assert "its features are not those" in ORIGIN.describe_mismatch(now, "others", ALIAS.uri)
+    found = ORIGIN.describe_mismatch(now, "features", "models:/shop/4")
     assert found == "it was begun with --from models:/shop@champion, now it is --from models:/shop/4"
-    assert ORIGIN.find_difference(now, "features", None).endswith("champion, now it is no --from")
+    assert ORIGIN.describe_mismatch(now, "features", None).endswith("champion, now it is no --from")
     begun = replace(ORIGIN, start=None)
-    assert begun.find_difference(now, "features", None) is None
-    assert begun.find_difference(now, "features", "x") == "it was begun with no --from, now it is --from x"
+    assert begun.describe_mismatch(now, "features", None) is None
+    assert begun.describe_mismatch(now, "features", "x") == "it was begun with no --from, now it is --from x"

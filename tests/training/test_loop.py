@@ -14,14 +14,14 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.model_layout import ModelLayout
-from mmoe_rec.model.utilisation import Utilisation
+from mmoe_rec.model.utilization import ExpertUtilization
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Gates, Model
 from mmoe_rec.training import loop
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.loop import Meter, Trainer
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.steps import learning_rate_share
+from mmoe_rec.training.steps import learning_rate_fraction
 from mmoe_rec.training.validation import Validation
 from tests.model.examples import LAYOUT, is_weight
 from tests.training.learnable import (
@@ -87,14 +87,14 @@ def test_an_automatic_batch_follows_from_the_training_rows(
 
 
 def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine() -> None:
-    shares = [learning_rate_share(step, 110, 10 / 110) for step in range(110)]
+    shares = [learning_rate_fraction(step, 110, 10 / 110) for step in range(110)]
     np.testing.assert_allclose(shares[:10], np.arange(1, 11) / 11)
     assert shares[10] == 1.0
     expected = [0.01 + 0.99 * (1 + math.cos(math.pi * done / 100)) / 2 for done in range(100)]
     np.testing.assert_allclose(shares[10:], expected)
-    assert learning_rate_share(60, 110, 10 / 110) == pytest.approx(0.01 + 0.99 / 2)
+    assert learning_rate_fraction(60, 110, 10 / 110) == pytest.approx(0.01 + 0.99 / 2)
     assert 0.01 <= shares[-1] < 0.012
-    assert learning_rate_share(110, 110, 10 / 110) == pytest.approx(0.01)
+    assert learning_rate_fraction(110, 110, 10 / 110) == pytest.approx(0.01)
 
 
 def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder, tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder
             for name in (name for name in after if name.startswith("tables.") and not name.endswith(looked_at)):
                 fresh = (before[name] == first[name]).all(1) & (after[name] != before[name]).any(1)
                 updates.append((after[name] - before[name])[fresh].square().mean(1).sqrt())
-            rate = TRAINING.table_learning_rate * learning_rate_share(step, STEPS, 0.5)
+            rate = TRAINING.table_learning_rate * learning_rate_fraction(step, STEPS, 0.5)
             update = torch.cat(updates)
             assert len(update) > 0
             assert float(update.median()) == pytest.approx(rate, rel=1e-3)
             before = after
             if step == 2:
                 break
-        assert rate > 2 * TRAINING.table_learning_rate * learning_rate_share(0, STEPS, 0.5)
+        assert rate > 2 * TRAINING.table_learning_rate * learning_rate_fraction(0, STEPS, 0.5)
 
 
 # A step is one of the plain gradient, and a bad one ends the training.
@@ -206,7 +206,7 @@ def judge(found: SmallTraining) -> dict[str, float]:
         predicted, label = logits[known, index].astype(np.float64), labels[known, index]
         if task.kind == "regression":
             error = mean_squared_error(label, predicted)
-            assert best.loss[task.name] == pytest.approx(error / task.deviation**2, rel=1e-4)
+            assert best.loss[task.name] == pytest.approx(error / task.std**2, rel=1e-4)
             quality[task.name] = 1 - error / float(label.var())
         else:
             assert best.loss[task.name] == pytest.approx(log_loss(label, 1 / (1 + np.exp(-predicted))), rel=1e-4)
@@ -234,7 +234,7 @@ def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: 
         raise AssertionError(quality)
     assert [step for step, _ in found.result.history] == [STEPS * epoch for epoch in range(1, epochs + 1)]
     assert found.result.steps == epochs * STEPS
-    assert 0 <= found.result.waiting <= 1
+    assert 0 <= found.result.data_wait_fraction <= 1
     assert found.result.rows_per_s > 0
     assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
 
@@ -260,7 +260,7 @@ def test_metrics_are_logged_on_the_way(prepared: FeatureFolder, tmp_path: Path) 
     train = [(step, metrics) for step, metrics in found.logged if "train/learning_rate" in metrics]
     assert [step for step, _ in train] == list(range(25, 401, 25))
     for step, metrics in train:
-        share = learning_rate_share(step - 1, 2 * STEPS, TRAINING.warmup_fraction)
+        share = learning_rate_fraction(step - 1, 2 * STEPS, TRAINING.warmup_fraction)
         assert metrics["train/learning_rate"] == pytest.approx(TRAINING.learning_rate * share)
         assert 0 <= metrics["train/waiting_share"] <= 1
         assert {f"train/{task.name}.loss" for task in LAYOUT.tasks} <= set(metrics)
@@ -284,7 +284,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[floa
         area, loss = found[number]
         save_weights(model, tmp_path / f"moment{number}")
         losses = {task.name: loss for task in LAYOUT.tasks}
-        return Validation(losses, {"click": area, "like": area}, Utilisation(*torch.zeros(2, len(LAYOUT.tasks), 2)))
+        return Validation(
+            losses, {"click": area, "like": area}, ExpertUtilization(*torch.zeros(2, len(LAYOUT.tasks), 2))
+        )
 
     monkeypatch.setattr(loop, "validate", validate)
     return found

@@ -19,9 +19,9 @@ from mmoe_rec.model.model_layout import ModelLayout, ModelTask
 from mmoe_rec.model.warm_start import base_rates
 from mmoe_rec.preprocessing.count_and_encode import SplitCounts
 from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.ranks import process_group
 from tests.reference.model import loss as reference_loss
 from tests.training.learnable import (
     CPU,
@@ -38,7 +38,7 @@ from tests.training.learnable import (
 
 TASKS = (
     ModelTask("clicked", "binary", "engagement"),
-    ModelTask("watched", "regression", "engagement", loss_weight=0.5, mean=2.0, deviation=1.5),
+    ModelTask("watched", "regression", "engagement", loss_weight=0.5, mean=2.0, std=1.5),
     ModelTask("liked", "binary", "satisfaction", loss_weight=2.0),
 )
 
@@ -217,7 +217,7 @@ def test_weights_times_any_constant_train_the_same(weighted: SmallTraining, tmp_
     for key, weight in one.items():
         torch.testing.assert_close(other[key], weight, rtol=near, atol=near, msg=lambda text, key=key: f"{key}: {text}")
     for (_, first), (_, second) in zip(*(each.result.history for each in found), strict=True):
-        assert second.flat() == pytest.approx(first.flat(), rel=near, abs=near)
+        assert second.to_metrics() == pytest.approx(first.to_metrics(), rel=near, abs=near)
 
 
 # Without placement, which would hold a part of the mean.

@@ -9,7 +9,7 @@ import torch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
-from mmoe_rec.training.sharded_tables import OneProcessTables
+from mmoe_rec.training.table_backends import SingleProcessTables
 from tests.reference.model import adagrad
 
 ROWS = [7, 90, 30, 1]
@@ -40,8 +40,8 @@ class Tables:
     def __init__(self, widths: list[int], seed: int) -> None:
         random = np.random.default_rng(seed)
         tables = tuple(EmbeddingTable(f"t{t}", ROWS[t], dim=width) for t, width in enumerate(widths))
-        ids = tuple(IdInput(f"input{number}", f"t{t}", many=True) for number, t in enumerate(TABLE_OF))
-        self.tables = OneProcessTables(ModelLayout(tables, ids, (), ()))
+        ids = tuple(IdInput(f"input{number}", f"t{t}", is_list=True) for number, t in enumerate(TABLE_OF))
+        self.tables = SingleProcessTables(ModelLayout(tables, ids, (), ()))
         for weight in self.weights():
             weight.copy_(torch.from_numpy(random.normal(size=weight.shape)))
         self.reference = [each.double().clone().requires_grad_() for each in self.weights()]

@@ -16,10 +16,10 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.tables import PlainTables, torchrec_tables
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training.checkpoint import load_plain
-from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import Machines, Optimizers, Planning, ShardedModel, shard, table_bytes
-from mmoe_rec.training.steps import Steps
+from mmoe_rec.training.checkpoint import load_unsharded
+from mmoe_rec.training.distributed import process_group
+from mmoe_rec.training.sharding import Cluster, Optimizers, ShardedModel, ShardingPlanner, shard, table_bytes
+from mmoe_rec.training.steps import StepRunner
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
 from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, save_weights, spawn, train_one_step
@@ -59,7 +59,7 @@ def test_first_outputs_agree(one_rank: Path, two_ranks: Path) -> None:
 
 def test_the_order_of_sharded_outputs_follows_the_plan(one_rank: Path, two_ranks: Path) -> None:
     """The trap that picking inputs by name avoids: had the order stayed the same, the test above would prove less."""
-    names = [each.name for each in LAYOUT.look_ups()]
+    names = [each.name for each in LAYOUT.lookup_inputs()]
     assert sorted(read(two_ranks)["order"]) == sorted(names)
     assert read(two_ranks)["order"] != names
     plan = read(two_ranks)["plan"]
@@ -72,16 +72,18 @@ def test_ranks_hold_as_many_bytes_as_their_plan_says(one_rank: Path, two_ranks: 
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for folder, ranks in ((one_rank, 1), (two_ranks, 2)):
         model = small_model(torchrec_tables(LAYOUT))
-        _, planned = Planning(LAYOUT, Machines(ranks, ranks, "cpu", 0, host), ROWS // ranks, Training()).on_paper(model)
+        _, planned = ShardingPlanner(
+            LAYOUT, Cluster(ranks, ranks, "cpu", 0, host), ROWS // ranks, Training()
+        ).estimate_plan(model)
         held = [read(folder, rank)["bytes"] for rank in range(ranks)]
-        assert [each.tables for each in planned] == held
+        assert [each.table_bytes for each in planned] == held
         assert sum(held) == sum(table_bytes(each) for each in LAYOUT.tables)
 
 
 def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> None:
     first, one, two = (small_model(PlainTables(LAYOUT, seed)) for seed in (SEED, 98, 99))
-    load_plain(one, one_rank / "after")
-    load_plain(two, two_ranks / "after")
+    load_unsharded(one, one_rank / "after")
+    load_unsharded(two, two_ranks / "after")
     for name, weights in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], weights, atol=1e-6, rtol=0, msg=f"{name} differs")
         assert torch.equal(first.state_dict()[name], weights) != is_weight(name), f"{name} was not trained"
@@ -89,7 +91,7 @@ def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> Non
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
-        load_plain(small_model(PlainTables(LAYOUT)), tmp_path / "none")
+        load_unsharded(small_model(PlainTables(LAYOUT)), tmp_path / "none")
 
 
 def _fail_at_first_and_leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
@@ -99,7 +101,7 @@ def _fail_at_first_and_leave_rank_0_alone(rank: int, world: int, port: int, fold
     try:
         with join(rank, world, port) as ranks:
             with pytest.raises(UserError, match=r"^no log$"):
-                ranks.after_first(work)
+                ranks.run_on_first_rank(work)
             dist.all_reduce(torch.ones(1))
             if rank == 1:
                 os._exit(0)
@@ -140,7 +142,7 @@ def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:
         logits.square().sum().backward()
         after = model(batch).logits.detach()
         save_weights(model, tmp_path / "after")
-    load_plain(plain, tmp_path / "after")
+    load_unsharded(plain, tmp_path / "after")
     torch.testing.assert_close(plain(plain_batch()).logits, after, atol=1e-6, rtol=0)
     assert (after - before).abs().max() > 1e-3
 
@@ -153,18 +155,18 @@ def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch) 
     first, second, third = (make_batch(encoded.take(each), LAYOUT, labels[each], torchrec=True) for each in parts)
     with process_group(CPU):
         sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=ROWS, settings=Training())
-        steps = Steps(
+        steps = StepRunner(
             sharded, Optimizers(sharded, Training()), LAYOUT, CPU, bf16=False, max_grad_norm=1.0, stop=StopRequest()
         )
         assert type(steps._pipeline) is TrainPipelineSparseDist
         for part in ([first, second], [third]):
             batches = iter(part)
             for _ in part:
-                step = steps.next(batches, 1.0)
+                step = steps.run_next(batches, 1.0)
                 assert step is not None
-                assert step.bad is None
-            assert steps.next(batches, 1.0) is None
-            steps.release()
+                assert step.nonfinite is None
+            assert steps.run_next(batches, 1.0) is None
+            steps.detach()
             with torch.no_grad():
                 logits = sharded.model.module.eval()(third).logits
             sharded.model.module.train()

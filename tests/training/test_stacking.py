@@ -12,13 +12,20 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_dataset import EncodedDataset
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.calibration import calibration_rows
-from mmoe_rec.features.encoder import Inputs as ModelInputs
+from mmoe_rec.evaluation.calibration import predict_for_calibration
+from mmoe_rec.features.encoder import TreeInputs as ModelInputs
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.inference.artifact import MANIFEST, write_manifest
-from mmoe_rec.inference.export import add_trees, answers_of, as_arrays, encode, load_onnx, write_onnx
+from mmoe_rec.inference.artifact import MANIFEST_FILE, write_manifest
+from mmoe_rec.inference.export import (
+    add_trees,
+    build_onnx_inputs,
+    encode_request,
+    load_onnx,
+    outputs_in_request_order,
+    write_onnx,
+)
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.trees import Blend, Forest, Trees, read_ensemble
 from mmoe_rec.settings.log_columns import NO_TIME
@@ -26,8 +33,8 @@ from mmoe_rec.settings.model import Trees as Settings
 from mmoe_rec.task_kinds import KINDS
 from mmoe_rec.tracking import registry
 from mmoe_rec.training import stacking
-from mmoe_rec.training.boosting import Inputs, grow_lightgbm
-from mmoe_rec.training.stacking import fit_blend, fit_task, is_clearly_less
+from mmoe_rec.training.boosting import TreeInputs, train_lightgbm
+from mmoe_rec.training.stacking import fit_blend, fit_task_trees, is_significantly_lower
 from tests.inference.small_model import ITEMS, SmallModel, as_request, draw_requests, random_inputs
 from tests.inference.test_ranker import in_request_order, offline
 from tests.log.small_logs import ALL_KINDS
@@ -68,20 +75,20 @@ def test_logits_are_weighted_sums_of_the_networks_and_those_of_trees(small: Smal
     model, trees = small.model, small.model.trees
     assert trees is not None
     assert set(trees.blends) == {task.name for task in small.model_layout.tasks}
-    rows = EncodedRows(small.prepared.split("test"), small.model_layout)
-    blended, *_ = calibration_rows(model, small.model_layout, rows, 7)
+    rows = EncodedDataset(small.prepared.split("test"), small.model_layout)
+    blended, *_ = predict_for_calibration(model, small.model_layout, rows, 7)
     model.trees = None
-    network, *_ = calibration_rows(model, small.model_layout, rows, 1000)
+    network, *_ = predict_for_calibration(model, small.model_layout, rows, 1000)
     model.trees = trees
     ((part, _),) = rows.stream(1000)
     own = [index for index, each in enumerate(small.model_layout.dense) if not each.placement]
-    ids = [each.name for each in small.model_layout.ids if not each.many and not each.placement]
+    ids = [each.name for each in small.model_layout.ids if not each.is_list and not each.placement]
     numbers = np.column_stack([part.encoded.dense[:, own], *(part.encoded.ids[name] for name in ids)])
     for index, task in enumerate(small.model_layout.tasks):
         blend, roots = trees.blends[task.name], roots_of(trees.texts[task.name])
         sums = np.array([sum(grown(root, row) for root in roots) for row in numbers])
         assert sums.std() > 1e-3 or task.name == "liked", "of which too few rows are observed for a split"
-        sums = task.mean + task.deviation * sums
+        sums = task.mean + task.std * sums
         expected = blend.network * network[:, index] + blend.trees * sums + blend.offset
         np.testing.assert_allclose(blended[:, index], expected, rtol=1e-5, atol=1e-6)
 
@@ -107,8 +114,8 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     onnx, random = load_onnx(tmp_path), np.random.default_rng(0)
     assert (tmp_path / "model.onnx.data").stat().st_size > (tmp_path / "model.onnx").stat().st_size / 10
     for request in draw_requests(small.folder, ranker, 5):
-        found = onnx(encode(ranker, request))
-        for task, values in answers_of(ranker.rank(**request)).items():
+        found = onnx(encode_request(ranker, request))
+        for task, values in outputs_in_request_order(ranker.rank(**request)).items():
             np.testing.assert_allclose(found[task], values, rtol=1e-5, atol=1e-5)
     # Then numbers at the edges of trees, where rounding would take the other branch.
     edges = re.findall(r"(?m)^threshold=(.*)$", small.model.trees.texts["click"])  # type: ignore[union-attr]
@@ -116,10 +123,10 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     inputs = random_inputs(ranker.layout, len(of), random)
     for name in inputs.dense:
         inputs.dense[name] = random.choice(thresholds, len(of)).astype(np.float32)
-    scored = ranker.scorer.score(ranker.request_inputs.matrix(ModelInputs(), inputs, of))
-    found = onnx(as_arrays(ranker.layout, ModelInputs(), inputs, of))
-    for place, task in enumerate(ranker.names):
-        np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+    scored = ranker.scorer.score(ranker.request_inputs.build_matrix(ModelInputs(), inputs, of))
+    found = onnx(build_onnx_inputs(ranker.layout, ModelInputs(), inputs, of))
+    for place, task in enumerate(ranker.task_names):
+        np.testing.assert_allclose(found[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "inputs.json").read_text())["ids"] == small.model_layout.single_ids()
 
 
@@ -132,16 +139,18 @@ def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x = np.column_stack([random.normal(size=5000), random.integers(0, 40, 5000)]).astype(np.float32)
     labels = (random.random(5000) < np.where((x[:, 1] % 7 < 3) ^ (x[:, 0] > 0), 0.8, 0.2)).astype(float)
-    text = grow_lightgbm(KINDS["binary"], Inputs(x, 1, labels, categories=(1,)), None, 8, 0, 0.3, 20).model_to_string()
+    text = train_lightgbm(
+        KINDS["binary"], TreeInputs(x, 1, labels, categories=(1,)), None, 8, 0, 0.3, 20
+    ).model_to_string()
     roots = roots_of(text)
     assert {"==", "<="} == set(re.findall(r"'decision_type': '(..)'", str(roots)))
     rows = np.column_stack([random.normal(size=400), random.integers(0, 60, 400)]).astype(np.float32)
     expected = [sum(grown(root, row) for root in roots) for row in rows]
     np.testing.assert_allclose(Forest([read_ensemble(text)]).sums(rows)[:, 0], expected, rtol=1e-9)
-    kinds = {"ids": TensorProto.INT64, "numbers": TensorProto.FLOAT, "grown": TensorProto.FLOAT}
+    kinds = {"ids": TensorProto.INT64, "numbers": TensorProto.FLOAT, "tree_logits": TensorProto.FLOAT}
     given = [helper.make_tensor_value_info(name, kind, [None, 1]) for name, kind in kinds.items()]
     answer = helper.make_tensor_value_info("answer", TensorProto.FLOAT, [None, 1])
-    graph = helper.make_graph([helper.make_node("Identity", ["grown"], ["answer"])], "trees", given, [answer])
+    graph = helper.make_graph([helper.make_node("Identity", ["tree_logits"], ["answer"])], "trees", given, [answer])
     opsets = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "trees.onnx")
     add_trees(tmp_path / "trees.onnx", Trees({"click": text}, {}), ["click"])
@@ -151,7 +160,7 @@ def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
 
 
 def test_a_served_model_needs_no_lightgbm(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = registry.describe_model(small.folder, tmp_path)["pip_requirements"]
+    needed = registry.build_log_model_args(small.folder, tmp_path)["pip_requirements"]
     assert not any(each.startswith("lightgbm") for each in needed)
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     assert Ranker.load(small.folder).rank({"user": 5}, {}, {"item": ITEMS}, explain=True).explanations
@@ -218,16 +227,16 @@ def test_no_task_has_more_trees_than_the_settings_allow(ids: int, most: int) -> 
     x = np.column_stack([random.normal(size=(4000, 2)), random.integers(0, 30, (4000, ids))]).astype(np.float32)
     truth = x[:, 0] + (x[:, -1] % 3 if ids else 0)
     labels = (truth + random.normal(size=4000) > 1).astype(float)
-    rows, section = Inputs(x, 2, labels), Settings().model_copy(update={"max_trees": most})
+    rows, section = TreeInputs(x, 2, labels), Settings().model_copy(update={"max_trees": most})
     task = TaskOutput("click", "binary")
     users = np.arange(4000)
-    (found, told) = fit_task(task, section, 0, rows, rows, np.full(4000, labels.mean()), users, 1e9)
+    (found, told) = fit_task_trees(task, section, 0, rows, rows, np.full(4000, labels.mean()), users, 1e9)
     assert found is not None
     assert len(read_ensemble(found[0]).trees) == most
     assert ("in all" in told) == bool(ids)
     opposite = replace(rows, labels=1 - labels)
     harmful = section.model_copy(update={"learning_rate": 1.0})
-    assert fit_task(task, harmful, 0, opposite, rows, 1.7 * (truth - 1), users)[0] is None
+    assert fit_task_trees(task, harmful, 0, opposite, rows, 1.7 * (truth - 1), users)[0] is None
 
 
 @pytest.mark.parametrize(("of_network", "of_trees"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
@@ -237,9 +246,9 @@ def test_each_side_may_stand_alone(of_network: float, of_trees: float) -> None:
     known, noise = random.normal(size=(2, 6000)), random.normal(size=(2, 6000))
     labels = (random.random(6000) < expit(of_network * known[0] + of_trees * known[1])).astype(float)
     halves = slice(0, 3000), slice(3000, 3000 + selecting)
-    learnt, held_out = (Inputs(np.float32([known[1, half], noise[1, half]]).T, 2, labels[half]) for half in halves)
+    learnt, held_out = (TreeInputs(np.float32([known[1, half], noise[1, half]]).T, 2, labels[half]) for half in halves)
     network = (of_network * known[0] if of_network else 2 * noise[0])[halves[1]]
-    found, told = fit_task(
+    found, told = fit_task_trees(
         TaskOutput("click", "binary"), Settings(), 0, learnt, held_out, network, np.arange(selecting)
     )
     blend = Blend(1.0, 0.0, 0.0) if found is None else found[1]
@@ -252,20 +261,22 @@ def test_a_users_rows_are_one_witness() -> None:
     gains = random.normal(size=400)
     gains = np.repeat(gains - gains.mean() + 1.6 * gains.std() / 20, 10)
     zeros, each, own = np.zeros(4000), np.arange(4000), np.repeat(np.arange(400) * 3, 10)
-    assert is_clearly_less(-gains, zeros, None, each)
-    assert not is_clearly_less(-gains, zeros, None, own)
-    assert is_clearly_less(-gains, zeros, None, own, 0.0)
-    assert is_clearly_less(-2 * gains - 1, zeros, np.full(4000, 0.1), own)
-    assert not is_clearly_less(-gains - 1, zeros, None, np.zeros(4000, int)), "one user says nothing"
+    assert is_significantly_lower(-gains, zeros, None, each)
+    assert not is_significantly_lower(-gains, zeros, None, own)
+    assert is_significantly_lower(-gains, zeros, None, own, 0.0)
+    assert is_significantly_lower(-2 * gains - 1, zeros, np.full(4000, 0.1), own)
+    assert not is_significantly_lower(-gains - 1, zeros, None, np.zeros(4000, int)), "one user says nothing"
 
 
 def test_ids_are_taken_sooner_where_no_later_rows_wait(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(stacking, "is_clearly_less", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(stacking, "is_significantly_lower", lambda *given: asked.append(given[-1]))
     columns = small.settings.columns.model_copy(update={"time": NO_TIME})
     for settings in (small.settings, small.settings.model_copy(update={"columns": columns})):
         stacking.grow_trees(settings, small.prepared, small.model_layout, small.model)
-    of_ids = [each for each in asked if each != stacking.LEAD]  # trees with ids, and the mean of both, of each task
+    of_ids = [
+        each for each in asked if each != stacking.BLEND_MIN_Z
+    ]  # trees with ids, and the mean of both, of each task
     assert of_ids == [3.0, 0.0] * (len(of_ids) // 4) + [0.0, 0.0] * (len(of_ids) // 4) != []
 
 
@@ -292,7 +303,7 @@ def test_damage_is_told(small: SmallModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'trees/click\.txt' is missing or has changed"):
         Ranker.load(folder)
     file.write_text("no trees")
-    (folder / MANIFEST).unlink()
+    (folder / MANIFEST_FILE).unlink()
     write_manifest(folder)
     with pytest.raises(UserError, match=r"the trees of the model in '.*' can't be read: "):
         Ranker.load(folder)

@@ -11,9 +11,16 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.routing import Routing
-from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.validation import BINS_PER_UNIT, FEWEST, Validation, explain_choice, validate, warnings_of
+from mmoe_rec.model.utilization import ExpertUtilization
+from mmoe_rec.training.distributed import process_group
+from mmoe_rec.training.validation import (
+    BINS_PER_UNIT,
+    MIN_RARER_ROWS,
+    Validation,
+    explain_choice,
+    find_warnings,
+    validate,
+)
 from tests.model.examples import LAYOUT
 from tests.training.learnable import CPU, GIVEN
 
@@ -83,7 +90,7 @@ def test_losses_and_areas_equal_scikit_learn(weighted: bool) -> None:
         predicted, label = logits[known, index].astype(np.float64), labels[known, index]
         weight = None if weights is None else weights[known]
         if task.kind == "regression":
-            expected = mean_squared_error(label, predicted, sample_weight=weight) / task.deviation**2
+            expected = mean_squared_error(label, predicted, sample_weight=weight) / task.std**2
         else:
             expected = log_loss(label, 1 / (1 + np.exp(-predicted)), sample_weight=weight)
             # Exact up to ties within a bin of 1/256.
@@ -94,9 +101,9 @@ def test_losses_and_areas_equal_scikit_learn(weighted: bool) -> None:
             calibration = probability / np.average(label, weights=weight)
             assert found.calibration[task.name] == pytest.approx(calibration, rel=1e-6)
             # Whether labels are enough is told by rows, whatever their weights.
-            assert found.rarer[task.name] == min((label == 0).sum(), (label == 1).sum())
+            assert found.rarer_label_rows[task.name] == min((label == 0).sum(), (label == 1).sum())
         assert found.loss[task.name] == pytest.approx(expected, rel=1e-6)
-    assert set(found.auc) == set(found.calibration) == set(found.rarer) == {"click", "like"}
+    assert set(found.auc) == set(found.calibration) == set(found.rarer_label_rows) == {"click", "like"}
 
 
 def test_a_task_with_given_is_judged_by_both_labels() -> None:
@@ -145,24 +152,24 @@ def test_huge_logits_count_at_the_ends() -> None:
 
 def test_an_auc_of_few_rows_of_a_label_has_no_say() -> None:
     logits, labels, gates = example(2_000)
-    rare = np.flatnonzero(labels[:, 0] == 1)[FEWEST - 1 :]
+    rare = np.flatnonzero(labels[:, 0] == 1)[MIN_RARER_ROWS - 1 :]
     labels[rare, 0] = 0.0
     found = validated(logits, labels, gates)
-    assert found.rarer["click"] == FEWEST - 1
-    assert found.tasks_judged_by_auc("auc") == ["like"]
+    assert found.rarer_label_rows["click"] == MIN_RARER_ROWS - 1
+    assert found.tasks_monitored_by_auc("auc") == ["like"]
     assert found.objective("auc", LAYOUT) == found.auc["like"]
     labels[:, 1] = labels[:, 0]
     alone = validated(logits, labels, gates)
-    assert alone.tasks_judged_by_auc("auc") == []
+    assert alone.tasks_monitored_by_auc("auc") == []
     assert alone.objective("auc", LAYOUT) == alone.objective("loss", LAYOUT) < 0
 
 
-EVEN_GATES = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
+EVEN_GATES = ExpertUtilization(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
 
 def found(**changes: dict) -> Validation:
     """A validation of two tasks without anything to say, but for what is changed."""
-    good = {"calibration": {"click": 1.1, "like": 0.9}, "rarer": {"click": 900, "like": 500}}
+    good = {"calibration": {"click": 1.1, "like": 0.9}, "rarer_label_rows": {"click": 900, "like": 500}}
     return Validation({"click": 0.4}, **{"auc": {"click": 0.7, "like": 0.8}, "experts": EVEN_GATES, **good, **changes})
 
 
@@ -171,18 +178,22 @@ def test_the_rule_that_chose_is_named() -> None:
     start = "best validation, at step 7: "
     assert explain_choice(three, 7, "auc") == [f"{start}the mean AUC of click, like and stay is the highest"]
     assert explain_choice(found(), 7, "loss") == [f"{start}the weighted loss is the lowest"]
-    few = found(rarer={"click": 13, "like": 500})
+    few = found(rarer_label_rows={"click": 13, "like": 500})
     assert explain_choice(few, 7, "auc") == [
         f"{start}the AUC of like is the highest",
-        f"the AUC of 'click' had no say: 13 selecting rows have its rarer label, and it takes {FEWEST}",
+        f"the AUC of 'click' had no say: 13 selecting rows have its rarer label, and it takes {MIN_RARER_ROWS}",
     ]
 
 
 def test_an_auc_below_chance_is_told_of() -> None:
-    (good,) = warnings_of(found(auc={"click": 0.998, "like": 0.8}, rarer={"click": 500, "like": 500}), "none")
+    (good,) = find_warnings(
+        found(auc={"click": 0.998, "like": 0.8}, rarer_label_rows={"click": 500, "like": 500}), "none"
+    )
     assert "the validation AUC of 'click' is 0.9980, too good to be true" in good
-    assert warnings_of(found(auc={"click": 0.998}, rarer={"click": 13}), "none") == []
-    (few,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 13, "like": 500}), "none")
+    assert find_warnings(found(auc={"click": 0.998}, rarer_label_rows={"click": 13}), "none") == []
+    (few,) = find_warnings(
+        found(auc={"click": 0.478, "like": 0.8}, rarer_label_rows={"click": 13, "like": 500}), "none"
+    )
     assert few.startswith(
         "the validation AUC of 'click' is 0.478, below .5: nothing shows that it ranks. It has 13 rows"
     )
@@ -194,12 +205,12 @@ def test_an_auc_below_chance_is_told_of() -> None:
 )
 def test_probabilities_far_from_what_was_observed_are_told_of(ratio: float, rows: int, told: bool) -> None:
     """2.5 times 3 rows may be chance."""
-    validation = found(calibration={"click": ratio}, rarer={"click": rows})
+    validation = found(calibration={"click": ratio}, rarer_label_rows={"click": rows})
     for calibration, advice in (
         ("none", "or set training.calibration to"),
         ("isotonic", "the isotonic calibration was"),
     ):
-        warnings = warnings_of(validation, calibration)
+        warnings = find_warnings(validation, calibration)
         assert bool(warnings) == told
         assert all("probabilities of 'click'" in each and f"{ratio:.2f} times" in each for each in warnings)
         assert all(advice in each for each in warnings)

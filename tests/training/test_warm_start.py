@@ -21,13 +21,13 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.model.warm_start import WarmStart
+from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.logs import BuildInputs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
-from mmoe_rec.training.checkpoint import load_plain
-from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.checkpoint import load_unsharded
+from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.sharding import shard
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, remember
@@ -64,7 +64,7 @@ class Grown:
 
     def outputs(self, model: RankingModel, prepared: FeatureFolder) -> torch.Tensor:
         """Logits of all rows with placement, encoded by a state that remembers the whole log."""
-        pipeline = FeaturePipeline.load(prepared.serving, memories=False)
+        pipeline = FeaturePipeline.load(prepared.serving, stores=False)
         remember(pipeline, [self.rows])
         layout = ModelLayout.of(prepared.layout, self.small.settings)
         batch = make_batch(pipeline.encode(self.rows), layout, torchrec=False)
@@ -115,8 +115,8 @@ def test_first_outputs_are_those_of_the_other_model(grown: Grown) -> None:
 
 
 def test_new_ids_start_from_their_buckets(grown: Grown) -> None:
-    old = FeaturePipeline.load(grown.before.serving, memories=False).vocabularies["item"]
-    new = FeaturePipeline.load(grown.prepared.serving, memories=False).vocabularies["item"]
+    old = FeaturePipeline.load(grown.before.serving, stores=False).vocabularies["item"]
+    new = FeaturePipeline.load(grown.prepared.serving, stores=False).vocabularies["item"]
     weights = load_file(grown.small.folder / "weights.safetensors")["tables.embedding_bags.item.weight"]
     table = grown.layout.table("item")
     rows = grown.warm_start().rows(table, 0, table.rows)
@@ -141,7 +141,7 @@ def _shard(prepared: FeatureFolder, layout: ModelLayout, artifact: Path, structu
     start = WarmStart(artifact, structure, prepared, layout, structure)
     model = build_model(layout, structure, torchrec_tables(layout), seed=99)
     start.fill_dense(model)
-    sharded = shard(model, layout, CPU, batch_size=8, settings=Training(), first_rows=start.rows)
+    sharded = shard(model, layout, CPU, batch_size=8, settings=Training(), row_initializer=start.rows)
     save_weights(sharded.model, out)
     return sharded.plan
 
@@ -164,7 +164,7 @@ def test_sharded_tables_start_like_plain_ones(grown: Grown, tmp_path: Path, worl
     else:
         spawn(_join_and_shard, *arguments, ranks=world)
     saved, expected = grown.plain(), grown.plain()
-    load_plain(saved, tmp_path / "saved")
+    load_unsharded(saved, tmp_path / "saved")
     grown.warm_start().fill(expected)
     for name, weight in expected.state_dict().items():
         assert torch.equal(saved.state_dict()[name], weight), name

@@ -1,7 +1,7 @@
 """What a metric says of itself, and what it is given.
 
-Rows are measured into sums per user (`measure`); `summarise` computes the value from the sums. The intervals redraw
-users, so `summarise` is asked for R resamples at once, in which each user counts as often as it was drawn. One resample
+Rows are measured into sums per user (`measure`); `summarize` computes the value from the sums. The intervals redraw
+users, so `summarize` is asked for R resamples at once, in which each user counts as often as it was drawn. One resample
 that counts every user once gives the metric itself.
 """
 
@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 _BETTER = {"higher": "↑", "lower": "↓", "one": "→ 1"}
 
 
-class Named(ABC):
+class BaseMetric(ABC):
     """What tables say of a metric."""
 
     name: str
@@ -43,41 +43,41 @@ class Named(ABC):
         """A number that is smaller for better values."""
         return {"higher": -value, "lower": value, "one": distance_from_one(value)}[self.better]
 
-    def shown(self, value: float) -> str:
+    def format(self, value: float) -> str:
         """A value, or half the width of an interval, in a table."""
         return f"{value:.4f}" if 0.0005 <= abs(value) < 1000 else f"{value:.3g}"
 
 
-class Metric(Named, Generic[Measured]):
+class Metric(BaseMetric, Generic[Measured]):
     """One metric of the rows of tasks (`Metric[TaskRows]`), or of ranked lists (`Metric[RankedLists]`)."""
 
     kinds: Sequence[str]
     """What it is a metric of: kinds of tasks, also those that are measured as such a kind, or the `score`."""
-    totals: Sequence[str] = ()
-    """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
-    of_lists: bool = False
+    required_sums: Sequence[str] = ()
+    """The sums that `summarize` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
+    is_ranking_metric: bool = False
     """Whether a metric of tasks measures ranked lists, as those of the score always do: the rows of each request by
     falling prediction, where a row is worth its label, or nothing if that is negative."""
-    ranks_within: bool = False
+    is_within_group: bool = False
     """Whether it says how well rows are ranked within users or requests, of which a row alone says nothing."""
     has_interval: bool = True
-    is_share: bool = False
+    is_fraction: bool = False
     """Whether it is a mean of what lies between 0 and 1."""
 
-    def is_of(self, kind: str) -> bool:
+    def applies_to(self, kind: str) -> bool:
         """Whether it is a metric of tasks of this kind, or of the `score`."""
-        return kind in self.kinds or (kind in KINDS and KINDS[kind].measured_as in self.kinds)
+        return kind in self.kinds or (kind in KINDS and KINDS[kind].metrics_kind in self.kinds)
 
     def is_shown(self, of_score: bool) -> bool:
         """Whether a table shows it of the score, or of tasks: of how these rank each request's rows, only GAUC."""
-        return self.is_headline and (of_score or not self.of_lists)
+        return self.is_headline and (of_score or not self.is_ranking_metric)
 
     def measure(self, rows: Measured) -> dict[str, np.ndarray]:
         """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of lists, adds."""
         return {}
 
     @abstractmethod
-    def summarise(self, drawn: "Resamples") -> np.ndarray:
+    def summarize(self, resamples: "Resamples") -> np.ndarray:
         """(R,) float64, the value in each resample; NaN where it is undefined."""
 
     def details(self, sums: "UserSums", resamples: int) -> dict[str, Any]:
@@ -86,10 +86,10 @@ class Metric(Named, Generic[Measured]):
 
 
 class Ratio(Metric[Measured]):
-    """A metric that is the ratio of its two `totals`."""
+    """A metric that is the ratio of its two `required_sums`."""
 
-    def summarise(self, drawn: "Resamples") -> np.ndarray:
-        return ratio(drawn[self.totals[0]], drawn[self.totals[1]])
+    def summarize(self, resamples: "Resamples") -> np.ndarray:
+        return ratio(resamples[self.required_sums[0]], resamples[self.required_sums[1]])
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TaskRows:
     request: np.ndarray
     unit: np.ndarray
 
-    def at_first_rows(self, group: np.ndarray, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def assign_to_first_rows(self, group: np.ndarray, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Values of groups of rows, name -> (G,), as what rows add: name -> (N,), 0 but for one row of each group.
 
         group: (N,) int64 in [0, G), such as `request`; each group has a row.
@@ -134,7 +134,7 @@ class UserSums:
         self._metrics = [metric for metric in metrics if metric.has_interval]
         self._place = self.index(self.table["user"])
         self._made: dict[Any, Any] = {}
-        self._totals = sorted({name for metric in metrics for name in metric.totals})
+        self._totals = sorted({name for metric in metrics for name in metric.required_sums})
         self._values = np.array([self.column(name) for name in self._totals]).reshape(-1, len(self.users))
 
     def column(self, name: str) -> np.ndarray:
@@ -149,12 +149,12 @@ class UserSums:
         """(N,) int64, where each of N users stands among the U."""
         return pc.index_in(users, value_set=self.users.combine_chunks()).to_numpy().astype(np.int64)
 
-    def once(self, make: Callable[["UserSums"], Made]) -> Made:
+    def cached(self, make: Callable[["UserSums"], Made]) -> Made:
         """What `make` gives for these sums, made on first use."""
         made: Made = self._made.get(make) or self._made.setdefault(make, make(self))
         return made
 
-    def drawn(self, counts: np.ndarray) -> "Resamples":
+    def resamples(self, counts: np.ndarray) -> "Resamples":
         """The sums in R resamples that draw the users `counts` (U, R) float64 times."""
         # One product for the sums of all metrics reads the counts once.
         return Resamples(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
@@ -168,12 +168,12 @@ class UserSums:
         if self.bins is not None:  # of a binary task
             of_rows += [self.column("label"), self.column("weight") - self.column("label")]
         lists, rows = (min(map(effective_sample_size, sizes)) for sizes in (of_lists, of_rows))
-        return {each.name: lists if each.of_lists or self.is_score else rows for each in self._metrics}
+        return {each.name: lists if each.is_ranking_metric or self.is_score else rows for each in self._metrics}
 
-    def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+    def compute(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Name of each metric that has an interval -> (R,) float64."""
-        drawn = self.drawn(counts)
-        return {metric.name: metric.summarise(drawn) for metric in self._metrics}
+        resamples = self.resamples(counts)
+        return {metric.name: metric.summarize(resamples) for metric in self._metrics}
 
 
 @dataclass(frozen=True)

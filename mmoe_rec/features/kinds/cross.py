@@ -6,26 +6,26 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline
-from mmoe_rec.features.layout import Table
+from mmoe_rec.features.encoder import Encoder, FeatureKind, Inputs, InputSpec
+from mmoe_rec.features.layout import TableSpec
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Once, Schema
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import MAX_TABLE_ROWS, EmbeddingChoices, Feature, InputSemantics, Schema, Unique
 
 
-class CrossFeature(Feature, Embedded):
+class CrossFeature(Feature, EmbeddingChoices):
     """The hashed combination of two or more columns, embedded."""
 
     kind: Literal["cross"]
-    columns: Annotated[tuple[str, ...], Once] = Field(min_length=2, description="columns to combine")
+    columns: Annotated[tuple[str, ...], Unique] = Field(min_length=2, description="columns to combine")
     buckets: int = Field(10_000, ge=2, le=MAX_TABLE_ROWS, description="hashed rows of the embedding table")
 
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         return dict.fromkeys(self.columns, "key")
 
-    def meaning(self, schema: Schema) -> Meaning:
+    def semantics(self, schema: Schema) -> InputSemantics:
         """Each row is a bucket; a combination of missing values has one too."""
-        return Meaning(self.columns, lambda table, row: f"bucket {row}", missing=False)
+        return InputSemantics(self.columns, lambda table, row: f"bucket {row}", missing=False)
 
 
 class CrossEncoder(Encoder):
@@ -33,13 +33,13 @@ class CrossEncoder(Encoder):
 
     feature: CrossFeature
 
-    def outline(self) -> Outline:
-        table = Table(self.name, self.feature.buckets)
-        return Outline((table,), ((self.name, self.name, False),))
+    def input_spec(self) -> InputSpec:
+        table = TableSpec(self.name, self.feature.buckets)
+        return InputSpec((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
         hashes = rows.hashes(self.feature.columns)
         return Inputs({self.name: (hashes % np.uint64(self.feature.buckets)).astype(np.int64)})
 
 
-KIND = Kind(CrossFeature, CrossEncoder)
+KIND = FeatureKind(CrossFeature, CrossEncoder)

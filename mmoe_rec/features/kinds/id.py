@@ -6,20 +6,20 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
-from mmoe_rec.features.layout import Table
+from mmoe_rec.features.encoder import Encoder, EncoderContext, FeatureKind, Inputs, InputSpec, State
+from mmoe_rec.features.layout import TableSpec
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Embedded
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import EmbeddingChoices
 
 
-class IdFeature(VocabularyFeature, Embedded):
+class IdFeature(VocabularyFeature, EmbeddingChoices):
     """One id a row, embedded."""
 
     kind: Literal["id"]
 
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         return {self.column: "key"}
 
 
@@ -27,28 +27,28 @@ class IdEncoder(Encoder):
     """One id a row."""
 
     feature: VocabularyFeature
-    many = False
+    is_list = False
 
-    def __init__(self, name: str, feature: VocabularyFeature, shared: Shared) -> None:
+    def __init__(self, name: str, feature: VocabularyFeature, shared: EncoderContext) -> None:
         super().__init__(name, feature, shared)
-        self.vocabulary = shared.vocabularies[feature.shares or name]
+        self.vocabulary = shared.vocabularies[feature.table_owner or name]
         self._owns = self.vocabulary.name == name
         self.counts = self.vocabulary.counts if self._owns else None
 
-    def learn(self, rows: LogRows, known_by: int) -> None:
+    def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
         if self._owns:
-            self.vocabulary.counts.add(rows.coded(self.feature.column))
+            self.vocabulary.counts.add(rows.raw_column(self.feature.column))
 
-    def finish(self) -> None:
+    def finish_fit(self) -> None:
         if self._owns:
             self.vocabulary.grow()
 
-    def outline(self) -> Outline:
-        tables = (Table(self.name, self.vocabulary.rows),) if self._owns else ()
-        return Outline(tables, ((self.name, self.vocabulary.name, self.many),))
+    def input_spec(self) -> InputSpec:
+        tables = (TableSpec(self.name, self.vocabulary.rows),) if self._owns else ()
+        return InputSpec(tables, ((self.name, self.vocabulary.name, self.is_list),))
 
     def encode(self, rows: LogRows) -> Inputs:
-        return Inputs({self.name: rows.each(self.feature.column, self.vocabulary.encode)})
+        return Inputs({self.name: rows.apply(self.feature.column, self.vocabulary.encode)})
 
     def state(self) -> State:
         """The vocabulary, if it is this feature's own: known ids in the order of their rows."""
@@ -61,18 +61,20 @@ class IdEncoder(Encoder):
         if self._owns:
             self.vocabulary.set_ids(state.tables["vocabulary"]["id"].combine_chunks())
 
-    def largest_tables(self) -> tuple[Table, ...] | None:
+    def max_tables(self) -> tuple[TableSpec, ...] | None:
         if self._owns and self.feature.max_size is None:
             return None
-        return tuple(replace(table, rows=table.rows + (self.feature.max_size or 0)) for table in self.outline().tables)
+        return tuple(
+            replace(table, rows=table.rows + (self.feature.max_size or 0)) for table in self.input_spec().tables
+        )
 
     def column_types(self) -> Mapping[str, pa.DataType]:
         known = self.vocabulary.id_type
         return {} if known is None else {self.feature.column: known}
 
-    def typical(self, use: Use) -> Any:
+    def example_value(self, use: ColumnUse) -> Any:
         known = self.vocabulary.ids
         return known[0].as_py() if len(known) else None
 
 
-KIND = Kind(IdFeature, IdEncoder)
+KIND = FeatureKind(IdFeature, IdEncoder)

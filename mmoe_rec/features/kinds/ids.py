@@ -8,22 +8,22 @@ import pyarrow as pa
 import pyarrow.types as pt
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Inputs, Kind
+from mmoe_rec.features.encoder import FeatureKind, Inputs
 from mmoe_rec.features.kinds.id import IdEncoder
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Embedded
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import EmbeddingChoices
 
 
-class IdsFeature(VocabularyFeature, Embedded):
+class IdsFeature(VocabularyFeature, EmbeddingChoices):
     """A list of ids a row, embedded and averaged."""
 
     kind: Literal["ids"]
     max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
 
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         return {self.column: "keys"}
 
 
@@ -31,26 +31,26 @@ class IdsEncoder(IdEncoder):
     """A list of ids a row; null lists are empty and null elements are left out."""
 
     feature: IdsFeature
-    many = True
+    is_list = True
 
-    def learn(self, rows: LogRows, known_by: int) -> None:
+    def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
         if self._owns:
-            values, _ = ragged(rows.column(self.feature.column), self.feature.max_length)
+            values, _ = truncate_lists(rows.column(self.feature.column), self.feature.max_length)
             self.vocabulary.counts.add(values)
 
     def encode(self, rows: LogRows) -> Inputs:
-        values, lengths = ragged(rows.column(self.feature.column), self.feature.max_length)
+        values, lengths = truncate_lists(rows.column(self.feature.column), self.feature.max_length)
         return Inputs({self.name: Ragged(self.vocabulary.encode(values), lengths)})
 
     def column_types(self) -> Mapping[str, pa.DataType]:
         return {column: pa.list_(kind) for column, kind in super().column_types().items()}
 
-    def typical(self, use: Use) -> Any:
-        one = super().typical(use)
+    def example_value(self, use: ColumnUse) -> Any:
+        one = super().example_value(use)
         return None if one is None else [one]
 
 
-def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.Array, np.ndarray]:
+def truncate_lists(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.Array, np.ndarray]:
     """Elements and (N,) int32 lengths of a list column: nulls left out, at most `max_length` first (or last) a row."""
     if pt.is_null(lists.type):
         return pa.array([], pa.null()), np.zeros(len(lists), np.int32)
@@ -65,4 +65,4 @@ def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.
     return values.drop_null().filter(pa.array(place < max_length)), np.minimum(lengths, max_length).astype(np.int32)
 
 
-KIND = Kind(IdsFeature, IdsEncoder)
+KIND = FeatureKind(IdsFeature, IdsEncoder)

@@ -7,15 +7,15 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline, Shared, State
-from mmoe_rec.features.layout import Table
-from mmoe_rec.features.numbers import VALUES_KEPT, FrequentValues
+from mmoe_rec.features.encoder import EncoderContext, FeatureKind, Inputs, InputSpec, NumberEncoder, State
+from mmoe_rec.features.layout import TableSpec
+from mmoe_rec.features.numeric_statistics import MAX_DISTINCT_VALUES, FrequentValues
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import EmbeddingChoices, Feature, InputSemantics, Schema
 
 
-class NumericFeature(Feature, Embedded):
+class NumericFeature(Feature, EmbeddingChoices):
     """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
 
     kind: Literal["numeric"]
@@ -37,18 +37,20 @@ class NumericFeature(Feature, Embedded):
             raise ValueError("`values: auto` stands beside a number: take transform standard or log, or leave it out")
         return self
 
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         return {self.column: "number"}
 
     @property
-    def has_dim(self) -> bool:
-        return super().has_dim and (self.transform == "buckets" or self.values is not None)
+    def has_own_table(self) -> bool:
+        return super().has_own_table and (self.transform == "buckets" or self.values is not None)
 
-    def meaning(self, schema: Schema) -> Meaning:
+    def semantics(self, schema: Schema) -> InputSemantics:
         """Row 0 is a missing number, the buckets follow; or all other numbers, and frequent values follow."""
         if self.values is None:
-            return Meaning((self.column,), lambda table, row: f"bucket {row}")
-        return Meaning((self.column,), lambda table, row: f"frequent value {row}" if row else "others", missing=False)
+            return InputSemantics((self.column,), lambda table, row: f"bucket {row}")
+        return InputSemantics(
+            (self.column,), lambda table, row: f"frequent value {row}" if row else "others", missing=False
+        )
 
 
 class NumericEncoder(NumberEncoder):
@@ -57,7 +59,7 @@ class NumericEncoder(NumberEncoder):
 
     feature: NumericFeature
 
-    def __init__(self, name: str, feature: NumericFeature, shared: Shared) -> None:
+    def __init__(self, name: str, feature: NumericFeature, shared: EncoderContext) -> None:
         super().__init__(name, feature, shared)
         self.edges = np.empty(0)
         self.frequent = None if feature.values is None else self.number.histogram.frequent_values()
@@ -68,31 +70,31 @@ class NumericEncoder(NumberEncoder):
     def _transform(self, values: np.ndarray) -> np.ndarray:
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
 
-    def learn(self, rows: LogRows, known_by: int) -> None:
+    def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
         if self.feature.values is None:
-            super().learn(rows, known_by)
+            super().partial_fit(rows, label_cutoff)
         else:  # as in the log: not all processors have the same logarithms, to the bit
             self.number.histogram.add(rows.numbers(self.feature.column))
 
-    def finish(self) -> None:
-        super().finish()
+    def finish_fit(self) -> None:
+        super().finish_fit()
         if self.feature.values is not None:
             self.frequent = self.number.histogram.frequent_values()
-            self.number.standardiser = self.number.histogram.map(self._transform).standardiser()
+            self.number.standardizer = self.number.histogram.map(self._transform).standardizer()
         if self.feature.transform == "buckets":
             self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
-    def outline(self) -> Outline:
+    def input_spec(self) -> InputSpec:
         """One dense input (and its indicator), with an id input of frequent values, whose row 0 is that of all others;
         or one id input: row 0 is missing, the buckets follow."""
         if self.feature.transform != "buckets":
             dense = self.number.inputs()
             if self.frequent is None:
-                return Outline(dense=dense)
-            table = Table(f"{self.name}_value", len(self.frequent.keys) + 1, feature=self.name)
-            return Outline((table,), ((table.name, table.name, False),), dense)
-        table = Table(self.name, len(self.edges) + 2)
-        return Outline((table,), ((self.name, self.name, False),))
+                return InputSpec(dense=dense)
+            table = TableSpec(f"{self.name}_value", len(self.frequent.keys) + 1, feature=self.name)
+            return InputSpec((table,), ((table.name, table.name, False),), dense)
+        table = TableSpec(self.name, len(self.edges) + 2)
+        return InputSpec((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
         if self.feature.transform != "buckets":
@@ -108,29 +110,31 @@ class NumericEncoder(NumberEncoder):
     def state(self) -> State:
         values = {**super().state().values, "bucket_edges": self.edges.tolist()}
         if self.frequent is not None:
-            values |= {"frequent": [self.frequent.keys.tolist(), self.frequent.ids.tolist(), self.frequent.dropped]}
+            values |= {
+                "frequent": [self.frequent.keys.tolist(), self.frequent.ids.tolist(), self.frequent.dropped_bits]
+            }
         return State(values)
 
     def restore(self, state: State) -> None:
         values = dict(state.values)
         self.edges = np.array(values.pop("bucket_edges"), np.float64)
         if self.frequent is not None:
-            keys, ids, dropped = values.pop("frequent")
-            self.frequent = FrequentValues(np.array(keys, np.int32), np.array(ids, np.int64), dropped)
+            keys, ids, dropped_bits = values.pop("frequent")
+            self.frequent = FrequentValues(np.array(keys, np.int32), np.array(ids, np.int64), dropped_bits)
         super().restore(State(values))
 
-    def largest_tables(self) -> tuple[Table, ...]:
+    def max_tables(self) -> tuple[TableSpec, ...]:
         """All buckets, or frequent values, which a log with fewer values does not fill."""
-        most = self.feature.buckets if self.feature.values is None else VALUES_KEPT
-        return tuple(replace(table, rows=most + 1) for table in self.outline().tables)
+        most = self.feature.buckets if self.feature.values is None else MAX_DISTINCT_VALUES
+        return tuple(replace(table, rows=most + 1) for table in self.input_spec().tables)
 
-    def typical(self, use: Use) -> float | None:
+    def example_value(self, use: ColumnUse) -> float | None:
         if use != "number":
             return None
         if self.feature.transform == "buckets":
             return float(self.edges[len(self.edges) // 2]) if len(self.edges) else 0.0
-        mean = self.number.standardiser.mean
+        mean = self.number.standardizer.mean
         return round(float(np.sign(mean) * np.expm1(abs(mean))) if self.feature.transform == "log" else mean, 6)
 
 
-KIND = Kind(NumericFeature, NumericEncoder)
+KIND = FeatureKind(NumericFeature, NumericEncoder)

@@ -9,11 +9,11 @@ from zoneinfo import ZoneInfo
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline
-from mmoe_rec.features.layout import Table
+from mmoe_rec.features.encoder import FeatureKind, Inputs, InputSpec, NumberEncoder
+from mmoe_rec.features.layout import TableSpec
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Feature, Meaning, Once, Schema
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import Feature, InputSemantics, Schema, Unique
 
 _MISSING = np.iinfo(np.int64).min
 _FEW_TIMES = 256  # up to which Python's calendar, of .6 microseconds a time, is faster than pandas's
@@ -26,7 +26,7 @@ class TimeFeature(Feature):
     kind: Literal["time"]
     dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
     column: str | None = Field(None, description="timestamp column; null is the request's time")
-    parts: Annotated[tuple[Literal["hour", "weekday", "age"], ...], Once] = Field(
+    parts: Annotated[tuple[Literal["hour", "weekday", "age"], ...], Unique] = Field(
         ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
     )
     timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
@@ -46,23 +46,23 @@ class TimeFeature(Feature):
             raise ValueError("part 'age' needs a `column`: the request's own time has no age")
         return self
 
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         """The column as times; the request's own time needs no reading."""
         return {} if self.column is None else {self.column: "time"}
 
     @property
-    def has_dim(self) -> bool:
-        return super().has_dim and self.parts != ("age",)
+    def has_own_table(self) -> bool:
+        return super().has_own_table and self.parts != ("age",)
 
     def check(self, name: str, schema: Schema) -> None:
         if self.column is None:
-            self.require(name, schema, "time", "it has no `column` of its own")
+            self.require_column(name, schema, "time", "it has no `column` of its own")
         if "age" in self.parts:
-            self.require(name, schema, "time", "its part `age` ends at the request")
+            self.require_column(name, schema, "time", "its part `age` ends at the request")
 
-    def meaning(self, schema: Schema) -> Meaning:
+    def semantics(self, schema: Schema) -> InputSemantics:
         """Row 0 is a missing time, hours and weekdays follow."""
-        return Meaning((self.column or schema.columns.time,), _hour_or_weekday)
+        return InputSemantics((self.column or schema.columns.time,), _hour_or_weekday)
 
 
 class TimeEncoder(NumberEncoder):
@@ -80,13 +80,13 @@ class TimeEncoder(NumberEncoder):
         days = np.where(times == _MISSING, np.nan, days)
         return np.sign(days) * np.log1p(np.abs(days))
 
-    def outline(self) -> Outline:
+    def input_spec(self) -> InputSpec:
         """Id inputs for hour and weekday (row 0 is missing), a dense input for the age."""
         sizes = {"hour": 25, "weekday": 8}
         parts = [part for part in self.feature.parts if part in sizes]
-        tables = tuple(Table(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
+        tables = tuple(TableSpec(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
         ids = tuple((table.name, table.name, False) for table in tables)
-        return Outline(tables, ids, self.number.inputs() if "age" in self.feature.parts else ())
+        return InputSpec(tables, ids, self.number.inputs() if "age" in self.feature.parts else ())
 
     def encode(self, rows: LogRows) -> Inputs:
         """Hour and weekday in the time zone, and the age."""
@@ -115,4 +115,4 @@ def _hour_or_weekday(table: str, row: int) -> str:
     return calendar.day_abbr[row - 1] if table.endswith("_weekday") else f"{row - 1}:00"
 
 
-KIND = Kind(TimeFeature, TimeEncoder)
+KIND = FeatureKind(TimeFeature, TimeEncoder)

@@ -8,11 +8,11 @@ import pyarrow.types as pt
 from pydantic import Field
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline
+from mmoe_rec.features.encoder import FeatureKind, Inputs, InputSpec, NumberEncoder
 from mmoe_rec.features.layout import DenseInput
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Feature, Meaning, Schema
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import Feature, InputSemantics, Schema
 
 
 class VectorFeature(Feature):
@@ -22,15 +22,15 @@ class VectorFeature(Feature):
     column: str = Field(description="column with lists of `size` numbers")
     size: int = Field(ge=1, description="length of every list")
 
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         return {self.column: "vector"}
 
     @property
     def list_lengths(self) -> Mapping[str, int]:
         return {self.column: self.size}
 
-    def meaning(self, schema: Schema) -> Meaning:
-        return Meaning((self.column,), zeros_missing=True)
+    def semantics(self, schema: Schema) -> InputSemantics:
+        return InputSemantics((self.column,), zeros_missing=True)
 
 
 class VectorEncoder(NumberEncoder):
@@ -53,13 +53,13 @@ class VectorEncoder(NumberEncoder):
         matrix[lengths == size] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         return matrix
 
-    def outline(self) -> Outline:
-        return Outline(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
+    def input_spec(self) -> InputSpec:
+        return InputSpec(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
 
     def encode(self, rows: LogRows) -> Inputs:
         """The standardised elements; all zeros for a missing vector."""
-        scaled = self.number.standardiser.apply(self.values(rows))
+        scaled = self.number.standardizer.apply(self.values(rows))
         return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
 
 
-KIND = Kind(VectorFeature, VectorEncoder)
+KIND = FeatureKind(VectorFeature, VectorEncoder)

@@ -10,20 +10,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_dataset import EncodedDataset
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.evaluate import COLUMNS, score_rows
-from mmoe_rec.evaluation.prediction_files import columns_of_settings
+from mmoe_rec.evaluation.evaluate import ID_COLUMNS, score_rows
+from mmoe_rec.evaluation.prediction_files import columns_from_settings
 from mmoe_rec.inference.batch_scoring import scored_file, write_ranked
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
-from mmoe_rec.log.given import parse_time
-from mmoe_rec.preprocessing.logs import logs_for
-from mmoe_rec.preprocessing.prepare import encode_with
+from mmoe_rec.log.request_values import parse_time
+from mmoe_rec.preprocessing.build_inputs import open_model_logs
+from mmoe_rec.preprocessing.prepare import encode_splits
 from tests.commands import run
 from tests.evaluation.test_metrics import measured
-from tests.evaluation.trees import intervals, summarise
+from tests.evaluation.trees import intervals, summarize
 from tests.inference.scoring.scored import read, scored, write_finely
 from tests.inference.small_model import SmallModel, as_request
 from tests.log.small_logs import DAY, START, at_times, random_log, with_column, with_requests
@@ -94,8 +94,8 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     source = write_finely(tmp_path / "log", log.slice(0, 1100), log.slice(1100, 1), log.slice(1101))
     settings = small.settings.model_copy(update={"data": small.settings.data.model_copy(update={"log": str(source)})})
     windows = {"test": (START + 4 * DAY, None)}  # before labels have all matured
-    encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
-    rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
+    encode_splits(small.folder / "features", open_model_logs(settings, ranker.pipeline), windows, tmp_path / "encoded")
+    rows = EncodedDataset(tmp_path / "encoded" / "test", ranker.layout)
     expected = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
     options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
@@ -103,7 +103,7 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     assert len(done.manifest["parts"]) > 20
     assert done.manifest["rows"] == len(found) == len(expected.score) > 300
     names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
-    for name, ids in zip(names, (getattr(expected, f"{column}s") for column in COLUMNS), strict=True):
+    for name, ids in zip(names, (getattr(expected, f"{column}s") for column in ID_COLUMNS), strict=True):
         np.testing.assert_array_equal(found[name], ids.to_numpy())
     assert [f"predicted_{name}" for name in expected.predictions] == PREDICTED
     for name, values in expected.predictions.items():
@@ -115,8 +115,8 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     assert (found.groupby("request").time.nunique() == 1).all()
     assert "know the log that was given" in done.manifest["meaning"]
 
-    metrics = measured(columns_of_settings(settings), done.folder, tmp_path / "metrics")
-    by_offline, tasks = summarise(expected.sum(), 20), metrics["tasks"]
+    metrics = measured(columns_from_settings(settings), done.folder, tmp_path / "metrics")
+    by_offline, tasks = summarize(expected.sum(), 20), metrics["tasks"]
     assert tasks.keys() == by_offline["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
     assert tasks["liked"]["rows"] < tasks["click_and_liked"]["rows"] < metrics["rows"]
     for name, each in by_offline["tasks"].items():
@@ -191,7 +191,7 @@ def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path) -> None:
         with pa.ipc.new_file(str(scored_file(tmp_path, part)), own.schema) as file:
             file.write_table(own)
     with open_database(tmp_path / "database") as database:
-        database.fill("rows", parts.schema, [parts.take(pa.array(rng.permutation(300)))])
+        database.create_table("rows", parts.schema, [parts.take(pa.array(rng.permutation(300)))])
         written = write_ranked(database, tmp_path, tmp_path / "out", {"model": "mine"})
     assert written == {f"part-0000{part}.parquet": size for part, size in zip(starts, (30, 1, 169, 100), strict=True)}
     found = read(tmp_path / "out")
@@ -213,7 +213,7 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, later = with_requests(random_log(1, rows=600)), later_table()
-    known = pa.scalar(np.datetime64(Ranker.load(small.folder).about.tables_as_of[:-6], "us").item(), pa.timestamp("us"))
+    known = pa.scalar(np.datetime64(Ranker.load(small.folder).info.tables_as_of[:-6], "us").item(), pa.timestamp("us"))
     at_the_end = with_column(later, "time", pa.repeat(known.cast(UTC_MICROSECONDS), 80))
     first, second = (
         with_column(table, "request", pc.add(table["request"], number))

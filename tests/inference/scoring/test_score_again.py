@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.inference import batch_scoring as score
+from mmoe_rec.inference.artifact_writer import finalize_artifact
 from mmoe_rec.inference.batch_scoring import score_log
-from mmoe_rec.inference.writing import seal
 from mmoe_rec.preprocessing import build_steps as steps
 from tests.inference.scoring.scored import write_finely
 from tests.inference.small_model import SmallModel
@@ -53,8 +53,8 @@ def test_the_same_bytes_on_any_engine(
     if way == "ray":
         pytest.importorskip("ray")
     if way == "processes":
-        monkeypatch.setattr(steps, "THREADS_AT_MOST", 1)
-        monkeypatch.setattr(score, "ROWS_FOR_PROCESSES", 0)
+        monkeypatch.setattr(steps, "MAX_THREADS", 1)
+        monkeypatch.setattr(score, "MIN_ROWS_FOR_PROCESSES", 0)
     options = ["--data.workers", "2", "--data.engine", "ray" if way == "ray" else "local"]
     score_log(small.folder, source, tmp_path / "out", overrides=options)
     assert files_of(tmp_path / "out") == whole
@@ -74,8 +74,8 @@ def test_other_scores_take_the_place_of_those_that_were_there(
         write_finely(log, with_requests(random_log(9, rows=200), seed=9))
     elif changed == "model":
         (model / "calibration.json").unlink()
-        seal(model)
-    assert not score_log(model, log, out, as_of, overrides=overrides).before
+        finalize_artifact(model)
+    assert not score_log(model, log, out, as_of, overrides=overrides).reused
     score_log(model, log, tmp_path / "expected", as_of, overrides=overrides)
     assert files_of(out) == files_of(tmp_path / "expected")
 
@@ -84,8 +84,8 @@ def test_scores_are_replaced_once_new_ones_are_whole(
     small: SmallModel, source: Path, tmp_path: Path, fine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = score_log(small.folder, source, tmp_path / "out")
-    assert not first.before
-    assert score_log(small.folder, source, tmp_path / "out").before
+    assert not first.reused
+    assert score_log(small.folder, source, tmp_path / "out").reused
     old = files_of(tmp_path / "out")
 
     def interrupted(*_: Any) -> None:
@@ -113,6 +113,6 @@ def test_scores_of_which_a_part_is_gone_are_made_again(
     part.unlink()
     if left == "fewer rows":
         pq.write_table(rows.slice(1), part)
-    assert not score_log(small.folder, source, out, overrides=["--data.workers", "1"]).before
+    assert not score_log(small.folder, source, out, overrides=["--data.workers", "1"]).reused
     assert files_of(out) == whole
-    assert score_log(small.folder, source, out, overrides=["--data.workers", "1"]).before
+    assert score_log(small.folder, source, out, overrides=["--data.workers", "1"]).reused

@@ -1,0 +1,215 @@
+"""Values of one column of a request, or of events, as a canonical Arrow array, or a sentence that says why not.
+
+Values are those that JSON has, and those that Python programs have for them (`to_python_list`).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+
+from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonicalize, element_type
+from mmoe_rec.settings.log_columns import ColumnUse
+
+_EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
+_INT64 = range(-(2**63), 2**63)
+_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
+_NUMBERS = {list, bool, int, float, type(None)}
+_JSON = {*_NUMBERS, str, dict}
+# Beyond these years, not every time zone database gives an hour and weekday.
+_YEARS = (1700, 2200)
+_NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
+
+_WANTED: dict[str, str] = {
+    "int64": "integers",
+    "string": "strings",
+    "list<int64>": "lists of integers",
+    "list<string>": "lists of strings",
+}
+_WANTED_USE = {**EXPECTED, "time": "times (ISO 8601 strings or integers)"}
+
+
+def to_python_list(values: Any) -> Any:
+    """The list of what an Arrow array, a pandas Series or a numpy array holds; anything else as it is. A value that
+    pandas calls missing is null; NaN in a numpy array is NaN, as in a list."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.to_pylist()
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind == "M":  # of nanoseconds, numpy's lists hold integers
+            values = values.astype("datetime64[us]")
+        return values.tolist()
+    if hasattr(values, "isna") and hasattr(values, "tolist"):
+        pairs = zip(values.tolist(), values.isna(), strict=True)
+        return [None if missing else value for value, missing in pairs]
+    return values
+
+
+def numpy_to_python(value: Any) -> Any:
+    """An option with the numbers and lists of Python instead of those of numpy."""
+    if isinstance(value, Mapping):
+        return {name: numpy_to_python(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [numpy_to_python(each) for each in value]
+    is_plain = not isinstance(value, np.generic | np.ndarray) or value.dtype.kind in "mM"  # times would be integers
+    return value if is_plain else value.tolist()
+
+
+def to_arrow(
+    column: str,
+    values: Sequence[Any],
+    use: ColumnUse,
+    log_type: pa.DataType | None = None,
+    time_unit: str | None = None,
+    allow_booleans: bool = False,
+) -> pa.Array:
+    """(N,) values in the canonical type; all nulls stay of type null. Whether a value is taken depends on none of the
+    others, where the column's type is known.
+
+    log_type: the column's type in the log, where it is known; time_unit: of integers in a time column, None where the
+    log has timestamps, beside which they have none; booleans: whether true and false are taken, as 1 and 0. Raises
+    RequestError naming the column, what was expected and what was found.
+    """
+    if use == "time":
+        return pa.array([_microseconds_or_none(column, value, time_unit) for value in values], UTC_MICROSECONDS)
+    is_list, wanted = use in ("keys", "vector"), _wanted(use, log_type)
+    if (found := _types(values)) - _JSON:
+        values = [numpy_to_python(to_python_list(value)) for value in values]
+        found = _types(values)
+    if bool in found and not allow_booleans:
+        raise _mismatch(column, values, wanted)
+    try:
+        # JSON has no floats, only numbers: Arrow would refuse large integers beside fractions, and true beside both.
+        if found <= _NUMBERS and (use in ("number", "vector") or (use == "any" and float in found)):
+            values = [_convert(value, float) for value in values]
+        elif bool in found:
+            values = [_convert(value, int) for value in values]
+        array = pa.array(values)
+        if is_list and pt.is_list(array.type) and pt.is_null(array.type.value_type) and log_type is not None:
+            array = array.cast(log_type)  # lists without any element
+        array = canonicalize(column, use, array)
+    except (*_NOT_ARROW, UserError):
+        raise _mismatch(column, values, wanted) from None
+    check_finite(column, array)
+    if log_type is not None and not pt.is_null(array.type) and element_type(array.type) != element_type(log_type):
+        raise _mismatch(column, values, wanted)
+    return array
+
+
+def _types(values: Sequence[Any]) -> set[type]:
+    """The types of values, and of those in lists."""
+    found = set(map(type, values))
+    if list in found:
+        found |= set(map(type, chain.from_iterable(each for each in values if isinstance(each, list))))
+    return found
+
+
+def _convert(value: Any, kind: type[int | float]) -> Any:
+    """A value as a float; or, where only true and false are to be converted, those as integers."""
+    if isinstance(value, list):
+        return [_convert(each, kind) for each in value]
+    return kind(value) if value is not None and (kind is float or isinstance(value, bool)) else value
+
+
+def find_duplicate(names: Iterable[Any]) -> str | None:
+    """A name that is there twice, None without one."""
+    return next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
+
+
+def _wanted(use: ColumnUse, log_type: pa.DataType | None) -> str:
+    if log_type is not None:
+        name = f"list<{log_type.value_type}>" if pt.is_list(log_type) else str(log_type)
+        if name in _WANTED:
+            return f"{_WANTED[name]}, as in the log"
+    return _WANTED_USE[use]
+
+
+def _mismatch(column: str, values: Sequence[Any], wanted: str) -> RequestError:
+    for value in chain.from_iterable(each if isinstance(each, list) else (each,) for each in values):
+        if isinstance(value, int) and value not in _INT64:
+            return RequestError(f"column '{column}' holds {quoted(value)}, which does not fit into 64 bits")
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            return RequestError(f"column '{column}' holds a string that is not valid Unicode")
+    found = list(dict.fromkeys(_kind(value) for value in values if value is not None))
+    return RequestError(f"column '{column}' must hold {wanted}; found {' and '.join(found)}")
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true/false", int: "integers", float: "numbers with a fraction", str: "strings", dict: "objects"}
+    if isinstance(value, list):
+        inner = dict.fromkeys(_kind(each) for each in value if each is not None)
+        return f"lists of {' and '.join(inner)}" if inner else "lists"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN or infinity"
+    return names.get(type(value), type(value).__name__)
+
+
+def check_finite(column: str, array: pa.Array) -> None:
+    """Raises RequestError for NaN or infinity in a canonical column, and for null within a vector."""
+    numbers = array.flatten() if pt.is_list(array.type) else array
+    if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
+        raise RequestError(f"column '{column}' holds NaN or infinity; give null for a missing number")
+    if pt.is_list(array.type) and pt.is_floating(numbers.type) and numbers.null_count:
+        raise RequestError(f"column '{column}' holds null within a list; give null instead of the whole list")
+
+
+def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | None:
+    if isinstance(value, np.datetime64):
+        value = value.astype("datetime64[us]").item()
+        if isinstance(value, int):  # beyond the years that Python has
+            unit = "us"
+    elif isinstance(value, np.integer):
+        value = value.item()
+    elif isinstance(value, datetime) and math.isnan(value.year):  # pandas' missing time
+        value = None
+    return None if value is None else parse_microseconds(column, value, unit)
+
+
+def parse_time(text: str) -> int:
+    """Return an ISO time (UTC without an offset) in microseconds since 1970 UTC. Raises UserError for other text."""
+    try:
+        return parse_microseconds("time", text)
+    except RequestError:
+        raise UserError(f"'{text}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
+
+
+def parse_microseconds(column: str, value: Any, unit: str | None = None) -> int:
+    """Microseconds since 1970 UTC of a datetime or ISO 8601 string (UTC unless it has an offset), or integer in `unit`.
+
+    Raises RequestError for anything else, integers without a unit among them, and for years outside 1700 to 2200.
+    """
+    if isinstance(value, str | datetime):
+        try:
+            moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+        except ValueError:
+            raise RequestError(f"column '{column}' holds {quoted(value)}, which is not an ISO 8601 time") from None
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        inside = _YEARS[0] <= moment.year < _YEARS[1]
+        result = (moment - _EPOCH) // _MICROSECOND
+    elif isinstance(value, int) and not isinstance(value, bool):
+        if unit is None:
+            raise RequestError(
+                f"column '{column}' holds the integer {quoted(value)}, whose unit is not known, as the log has "
+                "timestamps: give an ISO 8601 string such as 2024-01-31T12:00:00Z"
+            )
+        result = value // 1_000 if unit == "ns" else value * _PER_UNIT[unit]
+        low, high = ((datetime(year, 1, 1, tzinfo=UTC) - _EPOCH) // _MICROSECOND for year in _YEARS)
+        inside = low <= result < high
+    else:
+        raise RequestError(f"column '{column}' must hold {_WANTED_USE['time']}; found {_kind(value)}")
+    if not inside:
+        raise RequestError(
+            f"column '{column}' holds {quoted(value)}, a time outside the years {_YEARS[0]} to {_YEARS[1]}"
+        )
+    return result
+
+
+def iso_time(microseconds: int) -> str:
+    """Microseconds since 1970 UTC as ISO 8601."""
+    return (_EPOCH + microseconds * _MICROSECOND).isoformat()
