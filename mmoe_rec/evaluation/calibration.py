@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from scipy.special import expit
-from sklearn.fit_isotonic import IsotonicRegression
+from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.batches.batch import make_batch

@@ -244,8 +244,8 @@ class SingleProcessModel:
 # loops: updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0). Torch 2.11,
 # 2.12 and 2.13 with fbgemm 1.6, 1.7 and 1.8 have one copy, and nothing to do.
 #
-# This can go when pyproject.toml asks for a torch whose CUDA build has one copy: then `copy_cpuinfo_to_fbgemm` finds nothing
-# to copy.
+# This can go when pyproject.toml asks for a torch whose CUDA build has one copy: `copy_cpuinfo_to_fbgemm`
+# finds nothing then.
 
 
 _ANSWER = "cpuinfo_isa"
