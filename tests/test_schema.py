@@ -71,7 +71,7 @@ OUTCOME = "the outcome of tasks 'click' and 'liked' together is called 'click_an
 NO_GIVEN = "which is not another binary task without `conditional_on`; such tasks are:"
 NO_CANDIDATE = "is not an id feature of the candidate with a table of its own"
 NAME = {"kind": "id", "column": "c"}
-BUYS = _feature("counter", events="buys", by=["u"], outputs=["rows"])
+BUYS = _feature("counter", events="buys", by=["u"], outputs=["log_count"])
 VIEWS = {"views": {"path": "p", "time": "t"}}
 CHAIN = ("g", {"kind": "id", "column": "brand", "table": "f"})
 OTHERS = (

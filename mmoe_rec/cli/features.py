@@ -59,7 +59,7 @@ def _print(features: FeatureFolder, settings: Settings) -> None:
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
         for task, number in split["pending_labels"].items():
             if number:
-                print(f"    {describe_pending_labels(task, number, format_time(split['known_by']))}")
+                print(f"    {describe_pending_labels(task, number, format_time(split['label_cutoff']))}")
     if sentence := describe_conflicting_times(requests):
         print(sentence)
     if requests and requests["continued_rows"]:

@@ -150,9 +150,9 @@ def metrics_table(summaries: Mapping[str, Summary]) -> Table:
         _extend(main, _heading(group, counts), (each for each in rows if each[0].is_shown(group == SCORE)))
         _extend(more, group, (each for each in rows if not each[0].is_shown(group == SCORE)))
     shown = [metric for metric in every.CATALOG_METRICS if metric.is_headline]
-    catalogues = [each.catalog or {} for each in all_of]
-    if any(catalogues):
-        _extend(main, CATALOG, ((each, [Interval(of.get(each.name)) for of in catalogues]) for each in shown))
+    catalogs = [each.catalog or {} for each in all_of]
+    if any(catalogs):
+        _extend(main, CATALOG, ((each, [Interval(of.get(each.name)) for of in catalogs]) for each in shown))
     redrawn = "rows" if all(each.one_row_per_user for each in all_of) else "users"
     return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {redrawn}", more=more)
 

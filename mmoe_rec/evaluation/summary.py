@@ -162,7 +162,7 @@ class GroupSummary:
 class Summary:
     """All metrics of a model.
 
-    rows, users, requests: that were measured; resamples: of the intervals; tasks: by name; catalogue: how many
+    rows, users, requests: that were measured; resamples: of the intervals; tasks: by name; catalog: how many
     `candidates` there are, and metrics of all requests together, None where candidates are unknown; facts: what else
     the file of metrics says.
     """

@@ -55,7 +55,7 @@ class MeasuredTask:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name in ("score", "ranking", "catalog"):
             raise ValueError(
                 f"task name {self.name!r} cannot be used in metric names: expected letters, digits, '_' and '-', "
-                "and neither 'score' nor 'ranking' nor 'catalogue'"
+                "and neither 'score' nor 'ranking' nor 'catalog'"
             )
         object.__setattr__(self, "kind", find_kind(self.kind))
         if not np.isfinite(self.weight):
@@ -125,7 +125,7 @@ class PredictedRows:
         tasks: Predicted tasks; their weights say what a row is worth.
         users: (N,) integers or strings.
         requests: (N,) integers or strings. A request belongs to one user.
-        candidates: (N,) integers or strings, None if unknown: then nothing is said of the catalogue.
+        candidates: (N,) integers or strings, None if unknown: then nothing is said of the catalog.
         predictions: Task name -> (N,) probabilities (binary; near 0 and 1 see `Logloss`) or values (regression).
         labels: Task name -> (N,) 0 or 1 (binary) or values (regression), NaN where unobserved.
         score: (N,) ranking score, higher is better.

@@ -163,7 +163,7 @@ class Trainer:
         self.validation_reader = self._reader(prepared, "validation", max(self.batch_size, 8192))
         self.position = self.reader.position(0)
         self.matmul_backend = choose_matmul_backend(settings.matmul_backend, device.type)
-        self.tables = choose_table_backend(settings.table_backend, device.type, self.world_size)
+        self.table_backend = choose_table_backend(settings.table_backend, device.type, self.world_size)
         self.threads = (settings.threads or torch.get_num_threads()) if device.type == "cpu" else 0
         precision_choice = precision_choice if resume is None else resume.state.precision_choice
         self.sharded, self.precision_choice = self._shard(model_settings, warm_start, precision_choice, prepared)
@@ -212,7 +212,9 @@ class Trainer:
         before: PrecisionChoice | None,
         prepared: FeatureFolder,
     ) -> tuple[ShardedModel, PrecisionChoice]:
-        model = build_model(self.layout, model_settings, training_tables(self.layout, self.tables), self.settings.seed)
+        model = build_model(
+            self.layout, model_settings, training_tables(self.layout, self.table_backend), self.settings.seed
+        )
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
@@ -238,7 +240,7 @@ class Trainer:
         steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(
-            f"computing in {self.precision_choice}, products by {self.matmul_backend}, tables by {self.tables}{threads}"
+            f"computing in {self.precision_choice}, products by {self.matmul_backend}, tables by {self.table_backend}{threads}"
         )
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
 
@@ -293,7 +295,7 @@ class Trainer:
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch]:
         def make() -> Generator[Batch, None, None]:
-            keyed_jagged = self.tables == "fbgemm"
+            keyed_jagged = self.table_backend == "fbgemm"
             for rows, position in reader.resume(start, epochs):
                 own = (position, rows.weights, rows.row_numbers)
                 batch = make_batch(rows.encoded, self.layout, rows.labels, *own, torchrec=keyed_jagged)

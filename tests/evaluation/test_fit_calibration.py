@@ -114,7 +114,7 @@ def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.Calibrat
     for index in (0, 2):
         known = ~np.isnan(labels[:, index])
         x, y = (each[known, index].astype(float) for each in (logits, labels))
-        alone = getattr(module, method)(x, y, weights[known])
+        alone = getattr(module, f"fit_{method}")(x, y, weights[known])
         assert found.tasks[tasks[index].name] == alone
     plain, _ = fit_calibration(method, tasks, logits, labels)
     assert plain.tasks.keys() == found.tasks.keys()

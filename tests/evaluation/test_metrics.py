@@ -72,7 +72,7 @@ def written(frame: pd.DataFrame, folder: Path, files: int = 3, **options: Any) -
 
 @pytest.mark.parametrize("text", [False, True])
 def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.FEATURE_BATCH_ROWS", 100)
     frame = predicted(1, text=text)
     asked, source = parse_tasks(TASKS), written(frame, tmp_path / "in")
     found = measured(asked, source, tmp_path / "out", Evaluation(resamples=50))
@@ -125,7 +125,7 @@ def test_weights_count_rows(tmp_path: Path) -> None:
         measured(asked.with_columns(["weight=rate"]), source, tmp_path / "out")
 
 
-def test_without_candidates_there_is_no_catalogue(tmp_path: Path) -> None:
+def test_without_candidates_there_is_no_catalog(tmp_path: Path) -> None:
     source = str(written(predicted(4).drop(columns="candidate"), tmp_path / "in"))
     assert "catalog" not in measured(["bought"], source, tmp_path / "out")
     asked = parse_tasks(["bought"]).with_columns(["candidate=item"])

@@ -1,4 +1,4 @@
-"""Metrics of ranked lists and of the catalogue against trec_eval (by ir-measures), scikit-learn, loops, and all orders
+"""Metrics of ranked lists and of the catalog against trec_eval (by ir-measures), scikit-learn, loops, and all orders
 of tied rows."""
 
 from collections.abc import Callable
@@ -129,10 +129,10 @@ def test_ties_count_as_the_mean_over_their_orders(
     assert found == pytest.approx(np.mean([of_one(order) for order in orders]), abs=1e-12)
 
 
-# The catalogue.
+# The catalog.
 
 
-def naive_catalogue(log: Log, candidates: np.ndarray, cutoff: int) -> dict[str, float]:
+def naive_catalog(log: Log, candidates: np.ndarray, cutoff: int) -> dict[str, float]:
     """Of scores without ties."""
     requests, shown = np.unique(log.requests), dict.fromkeys(candidates.tolist(), 0)
     for request in requests:
@@ -146,7 +146,7 @@ def naive_catalogue(log: Log, candidates: np.ndarray, cutoff: int) -> dict[str, 
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_metrics_of_the_catalogue_are_those_of_loops(log: Log, text: bool) -> None:
+def test_metrics_of_the_catalog_are_those_of_loops(log: Log, text: bool) -> None:
     candidates = np.random.default_rng(0).geometric(0.02, len(log.score)) * 10**15
     candidates[::2] = 0  # more rows than there are requests
     candidates = candidates.astype(str) if text else candidates
@@ -154,9 +154,9 @@ def test_metrics_of_the_catalogue_are_those_of_loops(log: Log, text: bool) -> No
     assert summary.catalog["candidates"] == len(set(candidates.tolist()))
     for cutoff in (5, 10):
         found = {name: summary.catalog[f"{name}_at_{cutoff}"] for name in ("coverage", "gini", "novelty")}
-        assert found == pytest.approx(naive_catalogue(log, candidates, cutoff), abs=1e-12)
+        assert found == pytest.approx(naive_catalog(log, candidates, cutoff), abs=1e-12)
     assert 0 < summary.catalog["coverage_at_5"] < summary.catalog["coverage_at_10"] <= 1
-    assert flatten(summary)["catalogue.gini_at_5"] == summary.catalog["gini_at_5"]
+    assert flatten(summary)["catalog.gini_at_5"] == summary.catalog["gini_at_5"]
 
 
 def test_ties_count_by_the_probability_to_be_among_the_first() -> None:

@@ -45,7 +45,7 @@ def area(found: pd.DataFrame) -> float:
 
 
 def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.ROWS_AT_A_TIME", 400)
+    monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.FEATURE_BATCH_ROWS", 400)
     found = frame()
     table = measured(found, tmp_path / "in", "device", "bucket(price, 4)", "shop")
     of_device = {name: area(found[found["device"] == name]) for name in ("phone", "tablet")}

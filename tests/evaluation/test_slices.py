@@ -204,7 +204,7 @@ def test_few_requests_are_counted_and_not_judged(log: Log) -> None:
 
 def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [each.value for each in compare_slices({"ours": model(log, log.users % 3)}, "ours", 20)]
-    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 64)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.MAX_BOOTSTRAP_UNITS", 64)
     grouped = model(log, log.users % 3)
     assert len(grouped.sums.tables["ranking"]) <= 64
     found = [each.value for each in compare_slices({"ours": grouped}, "ours", 100)]

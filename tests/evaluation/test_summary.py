@@ -60,7 +60,7 @@ def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(sp
     log = log.with_labels(bought=kept)
     _, label, prediction = log.observed("bought")
     exact = summarize(log.measure(), resamples=200)["tasks"]["bought"]
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.task_metrics.MOST_BINS", 400)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.task_metrics.MAX_BINS", 400)
     found = summarize(log.measure(), resamples=200)["tasks"]["bought"]
     for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
         assert found[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)
@@ -205,7 +205,7 @@ def test_flat_names_suit_mlflow(log: Log) -> None:
     summary, flat = summarize(log.measure(), resamples=20), flatten(typed.summarize(log.measure(), resamples=20))
     assert flat["score.ndcg_at_10"] == summary["score"]["ndcg_at_10"]["value"]
     assert flat["bought.ece"] == summary["tasks"]["bought"]["ece"]
-    assert {"rows", "users", "requests", "spent.rmse.high", "liked.single_class_users.share_of_rows"} <= flat.keys()
+    assert {"rows", "users", "requests", "spent.rmse.high", "liked.single_class_users.fraction_of_rows"} <= flat.keys()
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.") for name in flat)
     assert all(type(number) is float for number in flat.values())
 
@@ -395,7 +395,7 @@ def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bo
     log = simulate(seed=5, users=4000, requests=6000)
     log = replace(log, users=log.users.astype(str)) if text else log
     alone = intervals(summarize(log.measure(grouped=False), 400))
-    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 512)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.MAX_BOOTSTRAP_UNITS", 512)
     grouped = log.measure()
     assert 505 < len(grouped.tables["ranking"]) <= 512
     summary = summarize(grouped, 400)

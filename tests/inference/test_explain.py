@@ -96,7 +96,7 @@ def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, rank
             "item_click_log_count": math.log1p(len(observed)),
             "item_click_rate": rate(of_item, "click"),
             "item_click_recency": None,
-            "item_click_positives_1d": 0.0,
+            "item_click_log_sum_1d": 0.0,
         }
         if positive:
             expected["item_click_recency"] = math.log1p((moment - max(positive)).total_seconds() / 86_400)

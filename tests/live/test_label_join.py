@@ -43,7 +43,7 @@ MIXED = {
     "events": {**BY_REQUEST["events"], "orders": {"time": "at"}},
     "shown": BY_REQUEST["shown"],
     "sources": {
-        "clicked": BY_REQUEST["labels"]["clicked"],
+        "clicked": BY_REQUEST["sources"]["clicked"],
         "spent": {"events": "orders", "attribution_days": 0.5, "value": "amount", "combine": "max"},
     },
 }

@@ -49,8 +49,8 @@ def _cast(column: str, kind: pa.DataType) -> Any:
 
 
 WITHOUT_RANK = {name: value for name, value in BY_USER.items() if name != "rank"}
-WITHOUT_SPENT = {**BY_REQUEST, "sources": {"clicked": BY_REQUEST["labels"]["clicked"]}}
-SUMS = {**BY_USER, "labels": {**BY_USER["labels"], "clicked": {**BY_USER["labels"]["spent"], "combine": "sum"}}}
+WITHOUT_SPENT = {**BY_REQUEST, "sources": {"clicked": BY_REQUEST["sources"]["clicked"]}}
+SUMS = {**BY_USER, "sources": {**BY_USER["sources"], "clicked": {**BY_USER["sources"]["spent"], "combine": "sum"}}}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: P
 @pytest.mark.parametrize(
     ("outcomes", "sentence"),
     [
-        ({"sources": {"clicked": {"events": "views", "attribution_days": 1}}}, "labels.clicked.events names 'views'"),
+        ({"sources": {"clicked": {"events": "views", "attribution_days": 1}}}, "sources.clicked.events names 'views'"),
         ({**BY_USER, "rank": "price"}, "labels.rank names 'price', which is no column of roles.placement"),
         ({**BY_REQUEST, "top": 3}, "leave out `top` and `rank`"),
         (

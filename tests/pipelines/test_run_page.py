@@ -116,7 +116,7 @@ def test_sections_are_replaced_and_cut_and_people_s_words_stay(tmp_path: Path) -
     with runs.open_run(uri, "notes", run_id=run.run_id) as again:
         again.write_section("Training", "first\n\n#### of it")
         for name in ("Training", "Resumed", "Result", "Evaluation"):
-            again.describe(name, f"verdict of {name}\n\n```sh\n{'x' * 9_000}\n```")
+            again.write_section(name, f"verdict of {name}\n\n```sh\n{'x' * 9_000}\n```")
     said = client.get_run(run.run_id).data.tags["mlflow.note.content"]
     assert said.startswith("Do not delete: the paper's run.\n\n## mine\n\n### Training\n\nverdict of Training\n")
     assert len(said) < 8_000

@@ -109,7 +109,7 @@ def draw(seed: int) -> DrawnLog:
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
-        "duplicates": str(rng.choice(["error", "keep"])),
+        "on_duplicates": str(rng.choice(["error", "keep"])),
         "rows_in_memory": int(rng.choice([8, 16, 40, 10_000], p=[0.05, 0.2, 0.25, 0.5])),
     }
     small = {
@@ -118,7 +118,7 @@ def draw(seed: int) -> DrawnLog:
         "block": int(rng.choice([13, 40])),
     }
     group = int(rng.choice([3, 7, 1000]))
-    again = _again(np.random.default_rng([seed, 3]), stages, options["duplicates"])
+    again = _again(np.random.default_rng([seed, 3]), stages, options["on_duplicates"])
     return DrawnLog(seed, settings, log, events, _types(log), windows, options, stages, group, small, again)
 
 

@@ -61,7 +61,7 @@ def encoder() -> CounterEncoder:
 
 def test_labels_become_known_when_the_page_says(encoder):
     events = encoder.events(rows_of(LOG))
-    assert events["known"].to_pylist() == [moment(row["known"]) for row in LOG if row["known"]]
+    assert events["available_at"].to_pylist() == [moment(row["known"]) for row in LOG if row["known"]]
 
 
 def test_the_memory_is_that_of_the_page(encoder):
@@ -103,7 +103,7 @@ def test_requests_get_what_the_page_says(encoder, cuts):
         number.finish_fit()
     results, inputs = encoder.look_up(requests), encoder.encode(requests).standardized().dense
     for found, name in ((results, "log(1 + clicks)"), (inputs, "standardised")):
-        np.testing.assert_allclose(found["clicks_positives_7d"], [float(row[name]) for row in REQUESTS], atol=5e-5)
+        np.testing.assert_allclose(found["clicks_log_sum_7d"], [float(row[name]) for row in REQUESTS], atol=5e-5)
 
 
 def test_what_each_step_names_is_there():

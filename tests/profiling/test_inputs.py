@@ -37,7 +37,7 @@ def test_numbers_of_a_pipeline_find_their_features():
     places = {name: find_dense_inputs(layout, name) for name in SCHEMA.features}
     numbers = {name: [layout.dense[place].name for place in its] for name, its in places.items() if its}
     assert numbers == {
-        "a_b": ["a_b_log_sum", "a_b_rate", "a_b_positives_0p5d", "a_b_rate_0p5d", "a_b_recency"],
+        "a_b": ["a_b_log_sum", "a_b_rate", "a_b_log_sum_0p5d", "a_b_rate_0p5d", "a_b_recency"],
         "item": ["item_log_sum", "item_rate", "item_recency"],
         "item_rate": ["item_rate_log_sum", "item_rate_rate", "item_rate_recency"],
         "price": ["price"],

@@ -123,7 +123,7 @@ def test_replies_know_what_was_acknowledged(small, app):
     assert compared > 1_000
     without = expected(small, log_rows(table.slice(0, 0), small.settings.schema_), int(times.max()) + 1, 5)
     assert without[0] != want[0]  # the events do change what is known
-    assert numbers(app)['events_learnt_total{outcome="duplicate"}'] == 15
+    assert numbers(app)['events_ingested_total{outcome="duplicate"}'] == 15
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_nothing_is_ranked_for_a_caller_who_has_left(models: ModelManager) -> No
 
     assert [each.status for each in asyncio.run(together())] == [200, 499, 200]
     found = numbers(app)
-    assert (found["calls_per_pass_sum"], found['refusals_total{reason="caller_gone"}'], found["calls"]) == (2, 1, 0)
+    assert (found["calls_per_batch_sum"], found['refusals_total{reason="caller_gone"}'], found["calls"]) == (2, 1, 0)
 
 
 # Names of the server
@@ -536,7 +536,7 @@ def test_the_numbers_of_metrics(models: ModelManager) -> None:
     assert found["elements_total"] == 7
     assert found["candidates_total"] == 7 * len(ITEMS)
     assert found["calls"] == found["waiting"] == 0
-    assert (found["calls_per_pass_count"], found["calls_per_pass_sum"]) == (5, 6)
+    assert (found["calls_per_batch_count"], found["calls_per_batch_sum"]) == (5, 6)
     assert found['stage_seconds_count{stage="read"}'] == 8, "one of them by its length"
     assert found['stage_seconds_count{stage="score"}'] == 5
     assert found['stage_seconds_count{stage="write"}'] == 5

@@ -15,7 +15,7 @@ from scipy.special import expit
 from mmoe_rec.batches.encoded_dataset import EncodedDataset
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import predict_for_calibration
-from mmoe_rec.features.encoder import TreeInputs as ModelInputs
+from mmoe_rec.features.encoder import Inputs as ModelInputs
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import MANIFEST_FILE, write_manifest
 from mmoe_rec.inference.export import (

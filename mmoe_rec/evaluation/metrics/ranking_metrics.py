@@ -1,5 +1,5 @@
 """How well the score, or a task's prediction, ranks the rows of a request: means over requests whose rows differ in
-relevance. And what the first rows of all requests show together of the catalogue, which is all candidates.
+relevance. And what the first rows of all requests show together of the catalog, which is all candidates.
 
 Relevance is graded for NDCG; for the others a row is relevant or not. The metrics are computed for all requests at
 once, without a Python loop: sums over requests and over *runs*, rows of one request with equal scores. Rows of a run
@@ -221,7 +221,7 @@ class CatalogMetric(BaseMetric):
         self.name, self.better, self.is_headline = f"{of_catalog.__name__}_at_{cutoff}", better, is_headline
 
     def summarize(self, catalog: pa.Table, requests: int) -> float:
-        """The value. catalogue: of `EvaluationSums`; requests: how many there are."""
+        """The value. catalog: of `EvaluationSums`; requests: how many there are."""
         shown, log_missed = (catalog[f"{name}_at_{self.cutoff}"].to_numpy() for name in ("shown", "log_missed"))
         return float(self._of_catalog(shown, log_missed, catalog["rows"].to_numpy() / requests))
 
@@ -229,7 +229,7 @@ class CatalogMetric(BaseMetric):
 # Of C candidates, (C,) each: how often it is shown, the logarithm of the probability that it never is, and the share of
 # requests that have it in their list.
 def coverage(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
-    """Share of the catalogue that is shown at all (Ge, Delgado-Battenfeld and Jannach, 2010)."""
+    """Share of the catalog that is shown at all (Ge, Delgado-Battenfeld and Jannach, 2010)."""
     return np.mean(-np.expm1(log_missed))
 
 
