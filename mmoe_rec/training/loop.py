@@ -240,7 +240,8 @@ class Trainer:
         steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(
-            f"computing in {self.precision_choice}, products by {self.matmul_backend}, tables by {self.table_backend}{threads}"
+            f"computing in {self.precision_choice}, products by {self.matmul_backend}, "
+            f"tables by {self.table_backend}{threads}"
         )
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
 
