@@ -19,8 +19,8 @@ from mmoe_rec.locks import lock_file, read_lock, write_lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from mmoe_rec.locks import writing
-with writing(Path(sys.argv[1]), "a training", "wait"):
+from mmoe_rec.locks import write_lock
+with write_lock(Path(sys.argv[1]), "a training", "wait"):
     print("held", flush=True)
     time.sleep(600)
 """

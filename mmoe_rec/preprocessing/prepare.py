@@ -89,7 +89,7 @@ class FeatureFolder:
         allow_missing_files = allow_missing_files and manifest["log"] == logs.log.source
         if not allow_missing_files and any(each.missing or each.bad for each in changes):
             return False
-        if options.on_conflicting_times == "error" and (manifest["requests"] or {}).get("on_conflicting_times"):
+        if options.on_conflicting_times == "error" and (manifest["requests"] or {}).get("conflicting_times"):
             return False
         if not set(manifest["skipped_checks"]) <= set(options.skipped_checks):
             return False

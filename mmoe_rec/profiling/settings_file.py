@@ -132,7 +132,7 @@ def _parts(name: str, log: str, work: str, schema: InferredSchema, proposal: Pro
     data += ["  events:"] if proposal.events else []
     for each in proposal.events:
         data += _lines(2, each.name, CommentedSetting({"path": each.path, "time": each.time}, check=each.check))
-    data.append(f"  work: {_flow(work)}")
+    data.append(f"  work_dir: {_flow(work)}")
     if "duplicates" in schema.key_checks:
         data += _lines(1, "on_duplicates", CommentedSetting("keep", check=schema.key_checks["duplicates"]))
     roles: dict[str, CommentedSetting] = {

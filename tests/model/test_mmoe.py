@@ -300,7 +300,7 @@ def test_every_tensor_goes_the_whole_way_to_a_gpu(optional: bool) -> None:
     batch = make_batch(encoded, LAYOUT, labels, None, *more, torchrec=True)
     held = [each.name for each in fields(Batch) if hasattr(getattr(batch, each.name), "to")]
     assert {"ids", "dense", "labels", "observed"} <= set(held)
-    assert {"weights", "numbers"} <= set(held) or not optional
+    assert {"weights", "row_numbers"} <= set(held) or not optional
     for method, *arguments, named in (
         ("pin_memory", {}),
         ("to", torch.device("cpu"), {"non_blocking": True}),

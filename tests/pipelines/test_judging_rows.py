@@ -65,7 +65,7 @@ def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settin
     )
     scored = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
     assert ended is not None
-    assert ended.network is not None
+    assert ended.network_validation is not None
     assert "click" in json.loads((artifact / "calibration.json").read_text())
     for name in NAMES:
         known = ~np.isnan(scored.labels[name])
@@ -73,7 +73,7 @@ def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settin
         assert ended.best.auc[name] == pytest.approx(roc_auc_score(label, predicted), abs=3e-4)
         assert ended.best.loss[name] == pytest.approx(log_loss(label, predicted), rel=1e-4)
         assert ended.best.calibration[name] == pytest.approx(predicted.sum() / label.sum(), rel=1e-4)
-        assert ended.network.loss[name] != pytest.approx(ended.best.loss[name], rel=1e-3)
+        assert ended.network_validation.loss[name] != pytest.approx(ended.best.loss[name], rel=1e-3)
 
 
 def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_path: Path) -> None:

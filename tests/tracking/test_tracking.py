@@ -410,7 +410,7 @@ for load in (mmoe_rec.Ranker.load, mmoe_rec.load_ranker):
         load("models:/small@champion")
     except UserError as error:
         print(error)
-    print(load(sys.argv[1]).about.name)
+    print(load(sys.argv[1]).info.name)
 """
 
 

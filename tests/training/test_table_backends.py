@@ -24,12 +24,12 @@ from tests.training.ranks import CPU, save_weights
 
 
 def test_the_setting_takes_what_there_is() -> None:
-    choices = get_args(Training.model_fields["tables"].annotation)
+    choices = get_args(Training.model_fields["table_backend"].annotation)
     assert choices == ("auto", *get_args(TableBackend))
     assert [choose_table_backend(choice, "cpu") for choice in choices] == ["fbgemm", "fbgemm", "torch"]
     for device, ranks in (("cpu", 2), ("cuda", 1)):
         assert choose_table_backend("auto", device, ranks) == "fbgemm"
-        with pytest.raises(UserError, match=r"^training\.tables is torch, which trains in one process on a CPU"):
+        with pytest.raises(UserError, match=r"^training\.table_backend is torch, which trains in one process on a CPU"):
             choose_table_backend("torch", device, ranks)
 
 
@@ -45,7 +45,9 @@ def test_plain_tables_are_not_spread() -> None:
 def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables_module, "torchrec_installed", lambda: False)
     assert choose_table_backend("auto", "cpu") == "torch"
-    with pytest.raises(UserError, match=r"tables is fbgemm, but torchrec and fbgemm are not installed: .* torch$"):
+    with pytest.raises(
+        UserError, match=r"table_backend is fbgemm, but torchrec and fbgemm are not installed: .* torch$"
+    ):
         choose_table_backend("fbgemm", "cpu")
     with pytest.raises(
         UserError, match=r"^training on several processes needs torchrec.*; or start it without torchrun$"
