@@ -36,7 +36,7 @@ def settings(outcomes: dict[str, Any], *, request: bool = True, placed: bool = T
             },
             "features": features | ({"slot": PLACED} if placed else {}),
             "split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"},
-            "sources": {"wait_days": 0, **outcomes},
+            "labels": {"wait_days": 0, **outcomes},
         }
     )
 
