@@ -210,8 +210,8 @@ class Journal:
                 raise self._lost(end, after)
             if after < removed:
                 raise UserError(
-                    f"batches {after + 1} to {removed} of the journal '{self.name}' were removed: go on with a model "
-                    "whose tables include them"
+                    f"batches {after + 1} to {removed} of the journal '{self.name}' were removed. Use a model whose "
+                    "tables include them."
                 )
             query = sql.select(_BATCHES).where(position > after, position <= (end if through is None else through))
             for row in connection.execution_options(yield_per=16).execute(query.order_by(position)):

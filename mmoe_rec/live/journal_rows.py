@@ -221,14 +221,14 @@ def _find_folder(source: str, setting: str, name: str) -> Path:
     """Find the folder of a log in which a file with this name belongs to the log."""
     if is_remote(source):
         raise UserError(
-            f"`{setting}` '{source}' is remote, where no journal's files can be written; use a local folder"
+            f"`{setting}` '{source}' is remote, so the journal's files can't be written there. Use a local folder."
         )
     folder = Path(split_glob(local_path(source))[0])
     if folder.is_dir() and source_includes(source, [folder / name]):
         return folder
     raise UserError(
-        f"`{setting}` '{source}' is no folder, and no pattern that takes in '{name}' in a folder: the journal's files "
-        "would not belong to the log; set it to a folder"
+        f"`{setting}` '{source}' is not a folder, and its pattern doesn't match '{name}'. The journal's files would "
+        "not belong to the log. Set it to a folder."
     )
 
 
@@ -366,7 +366,7 @@ class RowValidator:
                 raise _row_error(*wrong)
         ids = table.get(EVENT_ID)
         if ids is not None and pt.is_string(ids.type) and (row := pc.index(ids, "").as_py()) >= 0:
-            problem = "is empty, as which all rows would be the same event; give null where a row has no id"
+            problem = "is empty, so all such rows would be the same event. Give null if a row has no ID."
             raise _row_error(row, f"column '{EVENT_ID}' {problem}")
         if log_name is None:
             self._check_requests(rows)

@@ -217,8 +217,8 @@ class _Join:
         for column, tasks in label_columns(schema).items():
             if column not in self.labels.sources:
                 raise UserError(
-                    f"labels.sources does not say where column '{column}' comes from, which task '{tasks[0]}' reads; "
-                    f"add labels.sources.{column} with the log of events and attribution_days"
+                    f"labels.sources has no source for column '{column}', which task '{tasks[0]}' reads. Add "
+                    f"labels.sources.{column} with the event log and attribution_days."
                 )
         roles, self.uses = schema.input_columns(), column_uses(schema)
         self.inputs = [name for name, role in roles.items() if role != "placement"]
@@ -260,7 +260,7 @@ class _Join:
         else:
             problem = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
             raise UserError(
-                f"{problem} folder '{name}' of Parquet files; or say where they are in data.events.{name}.path"
+                f"{problem} folder '{name}' of Parquet files. Or set data.events.{name}.path to the folder."
             )
         columns_and_uses: dict[str, tuple[str, ColumnUse]] = {
             "who": (self.columns.user, "key"),
@@ -284,8 +284,8 @@ class _Join:
             event_type = source.types.setdefault(event_column, self.requests.types.get(request_column, pa.int8()))
             if event_type != (request_type := self.requests.types.setdefault(request_column, event_type)):
                 raise UserError(
-                    f"column '{event_column}' of events '{name}' holds {event_type}, and column '{request_column}' of "
-                    f"the requests {request_type}: no event would belong to any request; write both with one type"
+                    f"column '{event_column}' of events '{name}' contains {event_type}, but column '{request_column}' "
+                    f"of the requests contains {request_type}. Write both with one type."
                 )
         return source
 
@@ -376,8 +376,8 @@ class _Join:
             log = self.logs_without_request[0]
             raise UserError(
                 f"a fraction of {fraction:g} of all requests was logged, so an event '{log}' may come from a request "
-                f"that was not: name the column with the request's ID in labels.events.{log}.request, or log all "
-                "requests with --log-fraction 1"
+                f"that was not. Name the column with the request's ID in labels.events.{log}.request, or log all "
+                "requests with --log-fraction 1."
             )
         self.database.run(_CANDIDATES, f"DELETE FROM candidates WHERE time <= {self.written_until}")
         if (shown := self.labels.shown) is not None:

@@ -60,13 +60,10 @@ class CurrentModel:
         """
         name, _, alias = model_uri.removeprefix("models:/").rpartition("@")
         if not model_uri.startswith("models:/") or not name or not alias or "/" in name:
-            raise UserError(
-                f"'{model_uri}' can't be refreshed: a new version takes over an alias of a registered model, so give "
-                "models:/NAME@ALIAS"
-            )
+            raise UserError(f"'{model_uri}' has no alias that a new version could take over. Give models:/NAME@ALIAS.")
         version = find_champion(name, alias, tracking_uri)
         if version is None:
-            raise UserError(f"no version of the model '{name}' has the alias '{alias}': train one first")
+            raise UserError(f"no version of the model '{name}' has the alias '{alias}'. Train one first.")
         folder = fetch_model(version.uri, tracking_uri)
         return CurrentModel(alias, version, folder, read_artifact(folder))
 
@@ -197,17 +194,16 @@ def export_journal(
     if included is not None and included["id"] != journal.id:
         if not other_journal:
             raise UserError(
-                f"the model's tables include another journal ({included['id']}) than '{journal.name}' ({journal.id}): "
-                "give the URL of that journal, or its later events are lost; if it is gone, and this journal replaces "
-                "it, add --other-journal"
+                f"the model's tables include journal {included['id']}, not '{journal.name}' ({journal.id}). Give the "
+                "model's journal, or its later events are lost. If it no longer exists, add --other-journal."
             )
         included = None
     included_through, removed_until = 0 if included is None else int(included["through"]), journal.removed_until()
     if included_through < removed_until:
         raise UserError(
             f"the journal '{journal.name}' begins after position {removed_until}, and the model's tables include only "
-            f"positions up to {included_through}: the removed events are in the log's files, so run refresh without "
-            "--journal first, and then with it"
+            f"positions up to {included_through}. The removed events are in the log's files. Run refresh without "
+            "--journal first, and then with it."
         )
     # With request IDs, the tables recognize rows that arrived both in a file and through the journal.
     if schema.columns.request is None:
@@ -215,9 +211,9 @@ def export_journal(
         new = (files := IncludedFiles.read(features)).changes(_open_logs(features, settings, files))[0].new
         if foreign := sorted(uri for uri in new if parse_journal_name(uri) is None):
             raise UserError(
-                f"'{foreign[0]}' is new in the log, and not a file of the journal: as requests have no IDs, rows that "
-                "came both ways would count twice; if none did, run refresh without --journal once, which includes the "
-                "file, else remove it"
+                f"'{foreign[0]}' is new in the log, but not a file of the journal. Requests have no IDs, so rows that "
+                "are also in the journal would count twice. Remove the file, or if it has no such rows, run refresh "
+                "once without --journal."
             )
     journal.forget_old_keys()
     # Without a journal in the tables, rows no later than the tables may already be included, by other programs' files.
@@ -295,7 +291,7 @@ def _open_logs(features: Path, settings: Settings, included_files: IncludedFiles
     schema = settings.schema_
     for name, before, now in diff_settings(logs.schema.identity(), schema.identity()):
         raise UserError(
-            f"setting '{name}' is {before} in the model's features and {now} in the settings, so its tables would "
-            "differ: restore the setting, or train a model with it"
+            f"setting '{name}' is {before} in the model's features and {now} in the settings. Restore the setting, "
+            "or train a model with it."
         )
     return logs

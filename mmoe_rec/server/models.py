@@ -170,7 +170,7 @@ class ServedModel:
         return {
             "model": registered[1] if registered else info.name,
             "version": registered[2] if registered else None,
-            "address": self.source.uri,
+            "uri": self.source.uri,
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,
             "tables_as_of": info.tables_as_of,

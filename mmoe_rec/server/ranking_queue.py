@@ -1,8 +1,8 @@
 """Queue of calls for one thread that ranks. Calls that wait for the current batch form the next batch.
 
 There is only one thread, because torch has one thread and Python holds the interpreter lock. Two concurrent batches
-would slow each other. If a batch of several calls fails, each call is ranked again on its own. Each caller thus gets an
-answer to the own call and never another call's error.
+would slow each other. If a batch of several calls fails, each call is ranked again on its own. Each caller thus gets
+the answer to its call and never another call's error.
 
 A worker's model ingests all events of the journal, whichever worker accepted them. `JournalFollower` reads the journal
 in its own thread and prepares the model's next state. The model switches to this state between two batches, so a batch

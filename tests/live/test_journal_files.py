@@ -159,10 +159,10 @@ def test_rows_are_read_beside_files_of_other_types(journal: Journal, tmp_path: P
     ("source", "sentence"),
     [
         ("s3://bucket/log", "is remote"),
-        ("{}/log/100.parquet", "is no folder"),
-        ("{}/elsewhere", "is no folder"),
-        ("{}/log/1*.parquet", "is no folder, and no pattern that takes in 'journal-"),
-        ("{}/*/x*/*.parquet", "is no folder, and no pattern"),
+        ("{}/log/100.parquet", "is not a folder"),
+        ("{}/elsewhere", "is not a folder"),
+        ("{}/log/1*.parquet", "is not a folder, and its pattern doesn't match 'journal-"),
+        ("{}/*/x*/*.parquet", "is not a folder, and its pattern"),
     ],
 )
 def test_places_that_take_no_files(growing, journal, tmp_path, source, sentence):
@@ -199,7 +199,7 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
         third,
         first + 1,
     )
-    with pytest.raises(UserError, match="were removed: go on with a model whose tables include them"):
+    with pytest.raises(UserError, match=r"were removed\. Use a model whose tables include them"):
         journal.read(first - 1)
     journal.remove_until(second)
     again = [each for each in journal.read(second) if each.log_name is None]

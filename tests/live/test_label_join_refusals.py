@@ -59,10 +59,10 @@ SUMS = {**BY_USER, "sources": {**BY_USER["sources"], "clicked": {**BY_USER["sour
         ("events/clicks", _drop("user"), BY_REQUEST, "has no column 'user'; it has amount, at, event_id, item, page"),
         ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
         (None, None, WITHOUT_RANK, "set labels.shown to a log of events with that column, or labels.rank"),
-        ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' holds string, and"),
+        ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' contains string"),
         ("requests", _drop("price"), BY_REQUEST, "has no column 'price'"),
         (None, None, SUMS, "but the label of the binary task 'click' is 0 or 1"),
-        (None, None, WITHOUT_SPENT, "labels.sources does not say where column 'spent' comes from"),
+        (None, None, WITHOUT_SPENT, "labels.sources has no source for column 'spent'"),
     ],
 )
 def test_what_does_not_fit_is_refused(

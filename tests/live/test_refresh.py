@@ -114,8 +114,8 @@ def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, caps
     model.add(9, 10)
     told = model.refused(capsys, "--tasks.click.label_delay_days", "3")
     assert "setting 'tasks.click.label_delay_days' is 0.0 in the model's features and 3.0 in the settings" in told
-    assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", f"models:/{NAME}/1")
-    assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", str(model.folder_of("1")))
+    assert "Give models:/NAME@ALIAS" in model.refused(capsys, "--model", f"models:/{NAME}/1")
+    assert "Give models:/NAME@ALIAS" in model.refused(capsys, "--model", str(model.folder_of("1")))
     assert "no version of the model 'small' has the alias 'best'" in model.refused(
         capsys, "--model", f"models:/{NAME}@best"
     )
