@@ -45,6 +45,7 @@ def refresh(
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     refreshed = tables.refresh(settings, address, rebuild=rebuild, journal=journal, **options)
     previous, made, now = refreshed.previous, refreshed.tables, refreshed.current
+    new_version = refreshed.new_version
     holder = f"'{previous.alias}' of '{previous.version.name}'"
     if made is None:
         why = "tables of all files are the same" if rebuild else f"no new files in '{settings.data.log}'"
@@ -53,14 +54,12 @@ def refresh(
             f"{previous.artifact.tables_as_of}"
         )
         return
-    print(
-        f"version {refreshed.number}: tables as of {format_time(made.as_of)}, before {previous.artifact.tables_as_of}"
-    )
+    print(f"version {new_version}: tables as of {format_time(made.as_of)}, before {previous.artifact.tables_as_of}")
     print(f"read {made.files:,} files, {made.rows:,} rows and {made.events:,} events")
     if made.missing:
         print(f"files that are gone from the log stay counted: {len(made.missing):,}, such as '{made.missing[0]}'")
-    if now is not None and now.number == refreshed.number:
+    if now is not None and now.number == new_version:
         print(f"{holder} is version {now.number} now")
     else:
         moved = "no version" if now is None else f"version {now.number}"
-        print(f"{holder} has moved to {moved} meanwhile and stays there: version {refreshed.number} is only registered")
+        print(f"{holder} has moved to {moved} meanwhile and stays there: version {new_version} is only registered")

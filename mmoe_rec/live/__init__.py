@@ -1,5 +1,6 @@
-"""Events after training: events and requests of a server go in; later features, labels and models come out.
+"""Data after training: store events, label logged requests, refresh models and check for skew.
 
-Begin in `journal`, which stores events; `server/models.py` updates a served model by them. `request_log` and
-`label_join` make labeled rows of answered requests, `refresh` trains on them, and `skew` scores them again.
+Begin in `journal`, which stores the events that servers accept. `server/models.py` updates a served model with these
+events. `request_log` records ranked requests, and `label_join` turns them into labeled training rows. `refresh` builds
+a new model version with newer tables. `skew` scores logged requests again and compares the results.
 """

@@ -1,14 +1,14 @@
-"""The journal: the events that servers have accepted, in one order for all who read it, in an SQL database.
+"""The journal: an SQL database with the events that servers have accepted, in one order for all readers.
 
-    journal_about     one row: the journal's id, and up to which position batches were removed
+    journal_about     one row: the journal's ID and the position up to which batches were removed
     journal_batches   position -> rows that were accepted together, as an Arrow IPC stream with a checksum
-    journal_columns   log and column -> the column's type, from the first row on that has a value
-    journal_keys      unique keys of rows that came before
+    journal_columns   log and column -> the column's type, from the first row with a value
+    journal_keys      unique keys of earlier rows
     journal_requests  request -> its user and time
 
-The position of a batch is its number: 1, 2, 3 and so on, without a gap. Whoever appends has the database to itself, so
-that a position is never visible before an earlier one, and each row is compared once with all that came before. The
-journal holds only the rows that count. The tables are the same in SQLite and in PostgreSQL.
+Batches have the positions 1, 2, 3 and so on, without a gap. Only one process appends at a time. A position is therefore
+never visible before an earlier position, and each row is compared once with all earlier rows. The journal contains no
+duplicate rows. SQLite and PostgreSQL have the same tables.
 """
 
 import os
@@ -36,24 +36,24 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 READ_CHUNK_ROWS = 65_536
 MAX_BATCH_BYTES = 2**28
 LOCK_TIMEOUT_SECONDS = 60
-"""How long to wait for a process that appends."""
+"""Seconds to wait for another process that appends."""
 KEY_RETENTION_DAYS = 30
-"""A refresh forgets keys of rows that were accepted earlier than this before it."""
+"""A refresh deletes the keys of rows that were accepted more than this many days before it."""
 _ADVISORY_LOCK = 0x6D6D6F65
-_KEYS_AT_A_TIME = 1_000  # of a query; SQLite takes at most 32,766
+_KEYS_PER_QUERY = 1_000  # SQLite takes at most 32,766.
 _METADATA = sql.MetaData()
 _BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
 ColumnTypes = dict[tuple[str, str], str]
-"""Log of events, "" for the interaction log, and column -> the column's type."""
+"""Event log ("" for the interaction log) and column -> the column's type."""
 
 
 def _define_table(name: str, keys: str, /, **columns: Any) -> sql.Table:
-    """Define a table of a journal whose primary key has the columns that `keys` lists, divided by spaces."""
-    made = [
+    """Define a table of the journal. `keys` lists the columns of the primary key, separated by spaces."""
+    sql_columns = [
         sql.Column(column, kind, primary_key=column in keys.split(), autoincrement=False, nullable=False)
         for column, kind in columns.items()
     ]
-    return sql.Table(f"journal_{name}", _METADATA, *made)
+    return sql.Table(f"journal_{name}", _METADATA, *sql_columns)
 
 
 _ABOUT = _define_table("about", "id", id=sql.String(32), removed=_BIG)
@@ -74,13 +74,13 @@ _REQUESTS = _define_table("requests", "request", request=_BIG, user=_BIG, time=_
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Keys of a batch's N rows.
+    """Keys of the N rows of a batch.
 
     Attributes:
-        time: Name of the column of request or event times.
-        times: (N,) microseconds.
-        keys: N tuples of keys. A row is known if one of its keys is.
-        requests: N requests with their users, None where requests have no IDs.
+        time_column: Name of the column of request or event times.
+        times: Request or event times, (N,) microseconds.
+        keys: N tuples of keys. A row is a duplicate if the journal contains one of its keys.
+        requests: N pairs of request and user, None if requests have no IDs.
     """
 
     time_column: str
@@ -93,9 +93,13 @@ class RowKeys:
 class Batch:
     """Rows that were accepted together.
 
-    log_name: name of the log of events, None for the interaction log; accepted_at: microseconds since 1970 UTC, by the
-    clock of the server; table: columns in canonical types (see `mmoe_rec.log.columns`); position: 0 before it has one;
-    duplicates: number of rows that came before and were left out; keys: tell the rows that count, None if all do.
+    Attributes:
+        log_name: Name of the event log, None for the interaction log.
+        accepted_at: Time on the server's clock, microseconds since 1970 UTC.
+        table: Columns in canonical types (see `mmoe_rec.log.columns`).
+        position: Position in the journal, 0 before the batch is appended.
+        duplicates: Number of duplicate rows that the journal skipped.
+        keys: Keys that identify duplicate rows. None keeps all rows.
     """
 
     log_name: str | None
@@ -110,52 +114,59 @@ class Batch:
 
 
 def parse_position(text: object) -> int:
-    """The position in a text. Raises RequestError for anything else."""
+    """Parse the position in a text, or raise RequestError."""
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 18:
         return int(text)
-    raise RequestError(f"{quoted(text)} is no position of a journal, such as '12'")
+    raise RequestError(f"{quoted(text)} is not a position of a journal, such as '12'")
 
 
 class Journal:
-    """A journal. Threads may share it, and processes to which it is sent open it again.
+    """An open journal.
 
-    address: sqlite:///FILE, FILE, or postgresql://USER@HOST/DATABASE; create: make the journal if it is not there.
-
-    Raises UserError where there is none, the address is something else, or, with `create`, nothing can be appended.
+    Threads may share a journal. A process that receives one by pickle opens it again.
     """
 
     def __init__(self, url: str | Path, create: bool = True) -> None:
-        self._url = _parse_address(str(url))
+        """Open a journal.
+
+        Args:
+            url: `sqlite:///FILE`, `FILE` or `postgresql://USER@HOST/DATABASE`.
+            create: Whether to create the journal if it doesn't exist.
+
+        Raises:
+            UserError: The URL is invalid, or there is no journal. With `create`, also if the journal isn't writable.
+        """
+        self._url = _parse_url(str(url))
         self.name = self._url.render_as_string(hide_password=True)
         self._file = Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
-        self._last = 0  # position of the last batch that this process has appended
+        self._last = 0  # Position of the last batch that this process has appended.
         self._engine = _create_engine(self._url)
         self._writer = threading.Lock()
         if self._file is not None:
             _check_file(self._file, create)
-        with (
-            self.write_transaction() if create else self.read_transaction() as connection
-        ):  # appending fails where nothing can be
+        # A write transaction fails here, and not at the first append, if the journal isn't writable.
+        with self.write_transaction() if create else self.read_transaction() as connection:
             if create:
                 _METADATA.create_all(connection)
                 if connection.execute(sql.select(_ABOUT.c.id)).first() is None:
                     connection.execute(sql.insert(_ABOUT).values(id=uuid.uuid4().hex, removed=0))
             elif not sql.inspect(connection).has_table(_ABOUT.name):
-                raise UserError(f"'{self.name}' holds no journal")
+                raise UserError(f"'{self.name}' is not a journal")
             self.id: str = connection.execute(sql.select(_ABOUT.c.id)).scalar_one()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Journal, (self._url.render_as_string(hide_password=False), False)
 
     def append(self, *batches: Batch) -> int:
-        """Append batches, all or none, and return the position of the last one once they are durable.
+        """Append batches atomically and return the position of the last one once it is durable.
 
-        Batches without rows are left out. Duplicate rows are left out of batches with keys, though a batch of
-        duplicates alone has a position.
+        Empty batches are skipped. A batch with keys loses its duplicate rows. If all its rows are duplicates, it still
+        gets a position.
 
         Raises:
-            RequestError: A column is of another type than in earlier rows, or a batch is too large.
-            UserError: Nothing was appended, or it is not known: the disk is full, fails, or a server is away.
+            RequestError: A column's type differs from earlier rows, or a batch is too large.
+            UserError: Nothing was appended or the outcome is unknown. The disk is full or failing, or the database is
+                unreachable.
         """
         with self._writer, self.write_transaction() as connection:
             end, types = _find_ends(connection)[1], _read_types(connection)
@@ -169,45 +180,45 @@ class Journal:
         return end
 
     def last_position(self) -> int:
-        """The position of the last batch, 0 for none."""
+        """Return the position of the last batch, 0 if there is none."""
         with self.read_transaction() as connection:
             return _find_ends(connection)[1]
 
     def removed_until(self) -> int:
-        """The position up to which batches were removed once the logs' files held them, 0 for none."""
+        """Return the position up to which batches were removed (their rows are in log files), 0 if none were."""
         with self.read_transaction() as connection:
             return _find_ends(connection)[0]
 
     def read(self, after: int, max_rows: int = READ_CHUNK_ROWS, through: int | None = None) -> list[Batch]:
-        """Read the next batches after a position, until there are so many rows.
+        """Read the next batches after a position.
 
         Args:
-            after: The position.
-            max_rows: Batches are read until they have so many rows.
-            through: The last position to read. By default the journal's end.
+            after: Position of the last batch to skip.
+            max_rows: Stop after the batch that reaches this number of rows.
+            through: Position of the last batch to read. None reads to the journal's end.
 
         Returns:
-            The batches, none if nothing is new.
+            The batches, an empty list if nothing is new.
 
         Raises:
             UserError: The next batch is damaged, lost or was removed.
         """
-        batches, rows, place = list[Batch](), 0, _BATCHES.c.position
+        batches, rows, position = list[Batch](), 0, _BATCHES.c.position
         with self.read_transaction() as connection:
             removed, end = _find_ends(connection)
             if end < after:
                 raise self._lost(end, after)
             if after < removed:
                 raise UserError(
-                    f"batches {after + 1} to {removed} of the journal '{self.name}' were removed: go on with a model "
-                    "whose tables hold them"
+                    f"batches {after + 1} to {removed} of the journal '{self.name}' were removed. Use a model whose "
+                    "tables include them."
                 )
-            query = sql.select(_BATCHES).where(place > after, place <= (end if through is None else through))
-            for row in connection.execution_options(yield_per=16).execute(query.order_by(place)):
+            query = sql.select(_BATCHES).where(position > after, position <= (end if through is None else through))
+            for row in connection.execution_options(yield_per=16).execute(query.order_by(position)):
                 expected = after + len(batches) + 1
                 if row.position != expected or row.checksum != _checksum(self.id, dict(row._mapping), row.payload):
                     if batches:
-                        break  # the next read says so
+                        break  # Return the intact batches. The next read reports the damage.
                     raise UserError(
                         f"the journal '{self.name}' is damaged at batch {expected}: restore its files from a copy"
                     )
@@ -219,26 +230,26 @@ class Journal:
         return batches
 
     def remove_until(self, position: int) -> None:
-        """Remove the batches up to a position, once the logs' files hold their rows."""
+        """Remove the batches up to a position, whose rows must already be in the logs' files."""
         with self.write_transaction() as connection:
             connection.execute(sql.delete(_BATCHES).where(_BATCHES.c.position <= position))
             connection.execute(sql.update(_ABOUT).where(_ABOUT.c.removed < position).values(removed=position))
 
     def forget_old_keys(self) -> None:
-        """Forget the keys of rows that were accepted long ago."""
+        """Delete the keys of rows that were accepted more than `KEY_RETENTION_DAYS` ago."""
         first_day = time.time_ns() // 1_000 // MICROSECONDS_PER_DAY - KEY_RETENTION_DAYS
         with self.write_transaction() as connection:
             for table in (_KEYS, _REQUESTS):
                 connection.execute(sql.delete(table).where(table.c.day < first_day))
 
     def close(self) -> None:
-        """Closes the connections; the journal opens them again when it is used."""
+        """Close the connections. The journal opens them again when it is used."""
         self._engine.dispose()
 
     @contextmanager
     def read_transaction(self) -> Iterator[Connection]:
-        """A transaction that sees one state. Raises UserError where the database can't be read."""
-        with self._failing("can't be read"), self._engine.connect() as connection:
+        """Open a transaction that sees one snapshot. Raise UserError if the database can't be read."""
+        with self._translate_errors("can't be read"), self._engine.connect() as connection:
             if self._file is None:
                 connection.execution_options(isolation_level="REPEATABLE READ")
             with connection.begin():
@@ -246,9 +257,9 @@ class Journal:
 
     @contextmanager
     def write_transaction(self) -> Iterator[Connection]:
-        """A transaction in which nobody else appends. Raises UserError where the database can't be written."""
-        failing = self._failing("can't be written, so nothing was appended")
-        with failing, self._engine.connect() as connection:
+        """Open a transaction that blocks other writers. Raise UserError if the database can't be written."""
+        translated = self._translate_errors("can't be written, so nothing was appended")
+        with translated, self._engine.connect() as connection:
             connection.execution_options(begin="BEGIN IMMEDIATE")
             with connection.begin():
                 if self._file is None:
@@ -256,12 +267,12 @@ class Journal:
                 yield connection
 
     @contextmanager
-    def _failing(self, what: str) -> Iterator[None]:
+    def _translate_errors(self, problem: str) -> Iterator[None]:
         try:
             yield
         except (SQLAlchemyError, OSError) as error:
             reason = first_line(getattr(error, "orig", None) or error)
-            raise UserError(f"the journal '{self.name}' {what}: {reason}") from None
+            raise UserError(f"the journal '{self.name}' {problem}: {reason}") from None
 
     def _lost(self, end: int, acknowledged: int) -> UserError:
         return UserError(
@@ -270,14 +281,14 @@ class Journal:
         )
 
     def _insert(self, connection: Connection, batch: Batch, position: int, types: ColumnTypes) -> None:
-        """Insert the rows of a batch that count."""
+        """Insert the rows of a batch that aren't duplicates."""
         if new := _find_new_types(types, batch):
             types |= new
             columns = [{"log": log, "name": name, "type": kind} for (log, name), kind in new.items()]
             connection.execute(sql.insert(_COLUMNS), columns)
-        table = (
-            batch.table if batch.keys is None else _leave_out(connection, batch.table, batch.keys, batch.accepted_at)
-        )
+        table = batch.table
+        if batch.keys is not None:
+            table = _drop_duplicates(connection, table, batch.keys, batch.accepted_at)
         payload = _encode(table)
         if len(payload) > MAX_BATCH_BYTES:
             raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MAX_BATCH_BYTES:,}")
@@ -287,7 +298,7 @@ class Journal:
         connection.execute(sql.insert(_BATCHES).values(**row, checksum=checksum, payload=payload))
 
 
-def _parse_address(text: str) -> URL:
+def _parse_url(text: str) -> URL:
     try:
         url = sql.make_url(text if "://" in text else f"sqlite:///{text}")
         backend = url.get_backend_name()
@@ -297,21 +308,21 @@ def _parse_address(text: str) -> URL:
         return url.set(drivername="postgresql+psycopg")
     if backend == "sqlite" and url.database not in (None, "", ":memory:"):
         return url.set(database=os.path.realpath(url.database or ""))
-    raise UserError("the address of a journal is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
+    raise UserError("the URL of a journal is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
 
 
 def _check_file(file: Path, create: bool) -> None:
     try:
         if file.is_dir():
             raise UserError(
-                f"'{file}' is a folder, and a journal is a file. Give its address, such as sqlite:///journal.db."
+                f"'{file}' is a folder, but a journal is a file. Give its URL, such as sqlite:///journal.db."
             )
         if create:
             file.parent.mkdir(parents=True, exist_ok=True)
         elif not file.is_file():
-            raise UserError(f"'{file}' holds no journal")
+            raise UserError(f"'{file}' is not a journal")
     except OSError as error:
-        raise UserError(f"there can be no journal '{file}': {error.strerror}") from None
+        raise UserError(f"the journal '{file}' can't be created: {error.strerror}") from None
 
 
 def _create_engine(url: URL) -> Engine:
@@ -325,7 +336,7 @@ def _create_engine(url: URL) -> Engine:
 
     @sql.event.listens_for(engine, "connect")
     def set_up(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # transactions begin as `begin` says
+        connection.isolation_level = None  # The function `begin` starts transactions.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -344,47 +355,47 @@ def _encode(table: pa.Table) -> bytes:
     return payload
 
 
-def _leave_out(connection: Connection, table: pa.Table, keys: RowKeys, accepted_at: int) -> pa.Table:
-    """Return the rows of a batch that count, and remember their keys.
+def _drop_duplicates(connection: Connection, table: pa.Table, keys: RowKeys, accepted_at: int) -> pa.Table:
+    """Return the rows of a batch that count, and store their keys.
 
-    A row with a known key does not count, nor does a row whose request came before with another user. The rows of a
-    request get the earliest time of the batch in which it began.
+    A row doesn't count if one of its keys is in the journal, or if an earlier row has the same request and another
+    user. All rows of a request get the earliest time of the batch in which the request began.
     """
-    known = set(_find(connection, _KEYS.c.key, {key for own in keys.keys for key in own}))
-    before = _find(connection, _REQUESTS.c.request, {request for request, _ in keys.requests or ()})
-    requests, begun = {request: (user, first) for request, (user, first, _) in before.items()}, dict[int, Any]()
+    seen = set(_select(connection, _KEYS.c.key, {key for row_keys in keys.keys for key in row_keys}))
+    stored = _select(connection, _REQUESTS.c.request, {request for request, _ in keys.requests or ()})
+    requests, begun = {request: (user, first) for request, (user, first, _) in stored.items()}, dict[int, Any]()
     day, accepted, new_keys = accepted_at // MICROSECONDS_PER_DAY, list[int](), list[int]()
-    for row, (own, moment) in enumerate(zip(keys.keys, keys.times.tolist(), strict=True)):
-        if not known.isdisjoint(own):
+    for row, (row_keys, time_us) in enumerate(zip(keys.keys, keys.times.tolist(), strict=True)):
+        if not seen.isdisjoint(row_keys):
             continue
         if keys.requests is not None:
             request, user = keys.requests[row]
-            owner, first = requests.get(request) or begun.get(request, (user, moment))
+            owner, first = requests.get(request) or begun.get(request, (user, time_us))
             if owner != user:
                 continue
             if request not in requests:
-                begun[request] = user, min(first, moment)
+                begun[request] = user, min(first, time_us)
         accepted.append(row)
-        known.update(own)
-        new_keys += own
+        seen.update(row_keys)
+        new_keys += row_keys
     _insert_rows(connection, _KEYS, [{"key": key, "day": day} for key in new_keys])
-    rows = [{"request": each, "user": user, "time": first, "day": day} for each, (user, first) in begun.items()]
+    rows = [{"request": request, "user": user, "time": first, "day": day} for request, (user, first) in begun.items()]
     _insert_rows(connection, _REQUESTS, rows)
     kept = table.take(pa.array(accepted, pa.int64()))
     if keys.requests is None:
         return kept
-    settled = requests | begun
-    times = pa.array([settled[keys.requests[row][0]][1] for row in accepted], pa.int64())
+    all_requests = requests | begun
+    times = pa.array([all_requests[keys.requests[row][0]][1] for row in accepted], pa.int64())
     return kept.set_column(kept.column_names.index(keys.time_column), keys.time_column, times.cast(UTC_MICROSECONDS))
 
 
-def _find(connection: Connection, key: sql.Column[int], wanted: Collection[int]) -> dict[int, Any]:
-    """Select the rows of a table whose key, its first column, is wanted. Key -> its other values."""
-    some, found = sorted(wanted), dict[int, Any]()
-    for first in range(0, len(some), _KEYS_AT_A_TIME):
-        query = sql.select(key.table).where(key.in_(some[first : first + _KEYS_AT_A_TIME]))
-        found |= {row[0]: tuple(row[1:]) for row in connection.execute(query)}
-    return found
+def _select(connection: Connection, key: sql.Column[int], wanted: Collection[int]) -> dict[int, Any]:
+    """Map the wanted keys that a table contains to the values of their rows. The key is the first column."""
+    keys, selected = sorted(wanted), dict[int, Any]()
+    for first in range(0, len(keys), _KEYS_PER_QUERY):
+        query = sql.select(key.table).where(key.in_(keys[first : first + _KEYS_PER_QUERY]))
+        selected |= {row[0]: tuple(row[1:]) for row in connection.execute(query)}
+    return selected
 
 
 def _insert_rows(connection: Connection, table: sql.Table, rows: list[dict[str, int]]) -> None:
@@ -393,13 +404,13 @@ def _insert_rows(connection: Connection, table: sql.Table, rows: list[dict[str, 
 
 
 def _checksum(journal_id: str, row: Mapping[str, Any], payload: bytes) -> int:
-    """Checksum a batch, given the values of its row in the table."""
-    about = " ".join(str(row[name]) for name in ("position", "accepted_at", "duplicates", "log"))
-    return zlib.crc32(payload, zlib.crc32(f"{journal_id} {about}".encode()))
+    """Compute the checksum of a batch from its columns in the table and its payload."""
+    header = " ".join(str(row[name]) for name in ("position", "accepted_at", "duplicates", "log"))
+    return zlib.crc32(payload, zlib.crc32(f"{journal_id} {header}".encode()))
 
 
 def _find_ends(connection: Connection) -> tuple[int, int]:
-    """Find the position up to which batches were removed, and the one of the last batch."""
+    """Return the position up to which batches were removed, and the position of the last batch."""
     removed = int(connection.execute(sql.select(_ABOUT.c.removed)).scalar_one())
     last = connection.execute(sql.select(sql.func.max(_BATCHES.c.position))).scalar()
     return removed, max(removed, last or 0)
@@ -410,9 +421,9 @@ def _read_types(connection: Connection) -> ColumnTypes:
 
 
 def _find_new_types(types: ColumnTypes, batch: Batch) -> ColumnTypes:
-    """The types of columns of a batch that have none yet.
+    """Return the types of a batch's columns that have no type yet.
 
-    Raises RequestError where a column is of another type than before: its hashes, too, would be others.
+    Raises RequestError if a column has another type than in earlier rows, because the hashes would differ, too.
     """
     new: ColumnTypes = {}
     for column in batch.table.schema:
@@ -421,5 +432,7 @@ def _find_new_types(types: ColumnTypes, batch: Batch) -> ColumnTypes:
             if before is None:
                 new[batch.log_name or "", column.name] = kind
             elif before != kind:
-                raise RequestError(f"column '{column.name}' holds {kind}, but {before} in earlier rows of this journal")
+                raise RequestError(
+                    f"column '{column.name}' contains {kind}, but {before} in earlier rows of this journal"
+                )
     return new

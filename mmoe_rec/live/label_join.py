@@ -1,11 +1,11 @@
 """Join logged requests with events into rows of the interaction log, in a DuckDB database of bounded memory.
 
-README.md says which event belongs to which candidate, and when a request is written. The output is a folder with one
-folder of files for each run, which appears whole or not at all:
+README.md explains how events are attributed to candidates and when a request is written. The output has one folder of
+files for each run. A run's folder appears whole or not at all:
 
-    OUT/run-000001/part-00000.parquet      rows, by time
-    OUT/run-000001/_state.json             up to when requests are written, and from which files
-    OUT/.database/, OUT/.run-000002.*.tmp/ of a run that has not ended, or was killed; removed by the next one
+    OUT/run-000001/part-00000.parquet      rows, sorted by time
+    OUT/run-000001/_state.json             time up to which requests are written, and the files that were read
+    OUT/.database/, OUT/.run-000002.*.tmp/ of an unfinished or killed run, removed by the next run
 """
 
 import json
@@ -41,38 +41,44 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.sections import Settings
 
 ROWS_PER_FILE = 262_144
-_BEGIN = -(2**62)  # before all times
-_LONGEST_REQUEST = MICROSECONDS_PER_DAY  # between the parts of a request that are logged apart
-_LONGEST_REPEAT = 30 * MICROSECONDS_PER_DAY  # between an event and the same one sent again
-_RUN, _LEFT = re.compile(r"run-\d{6}"), re.compile(r"\.database|\.run-\d{6}\..*\.tmp")
+_BEGIN = -(2**62)  # Before all times.
+# One request may be logged in several parts. Parts further apart than this count as separate requests.
+_MAX_REQUEST_SPAN_US = MICROSECONDS_PER_DAY
+# Resent events are recognized by their ID up to this long after the original.
+_MAX_RESEND_DELAY_US = 30 * MICROSECONDS_PER_DAY
+_RUN, _UNFINISHED = re.compile(r"run-\d{6}"), re.compile(r"\.database|\.run-\d{6}\..*\.tmp")
 _STATE = "_state.json"
 _CANDIDATES = """
 CREATE TABLE candidates AS
     SELECT number, key, who, item, rank, start AS time FROM (
         SELECT number, row(who, request) AS key, who, item, rank,
             min(time) OVER (PARTITION BY who, request) AS start,
-            row_number() OVER (PARTITION BY who, request, item ORDER BY served DESC, rank, number DESC) AS place
+            row_number() OVER (PARTITION BY who, request, item ORDER BY served DESC, rank, number DESC) AS copy
         FROM requests)
-    WHERE place = 1
+    WHERE copy = 1
 """
-"""The candidates with their request's first time. A candidate that was logged again is taken from the last reply."""
+"""A request takes the time of its first logged row. A candidate that was logged twice keeps the last reply."""
 
 
 @dataclass(frozen=True)
 class JoinResult:
-    """The outcome of a run.
+    """Result of one join.
 
     Attributes:
-        folder: Folder of the new files, None if there is nothing to add.
-        rows: Number of rows in the new files.
-        until: Time up to which requests are written, microseconds.
-        counts: Number of rows, requests and events by what became of them.
-        skipped: Reasons why files were left out.
+        folder: Folder with the new files, None if no rows were added.
+        rows: Number of rows added.
+        until: Time up to which requests are written, in microseconds.
+        requests: Number of requests added.
+        waiting: Number of later requests whose labels aren't final.
+        counts: Number of labels, and of rows and events that were dropped, keyed by description.
+        skipped: Reasons why files were skipped.
     """
 
     folder: Path | None
     rows: int
     until: int
+    requests: int
+    waiting: int
     counts: dict[str, int]
     skipped: list[str]
 
@@ -86,18 +92,22 @@ def join_labels(
     until: int | None = None,
     now: int | None = None,
 ) -> JoinResult:
-    """Add the requests whose outcomes are known to an interaction log.
+    """Append all requests with final labels to an interaction log.
 
     Args:
-        settings: Settings of the log.
-        requests: Folder that `serve --log-requests` writes.
-        events: Folder with a folder for each of `labels.events`. Others are at `data.events.NAME.path`.
-        out: Folder of the log, which is new, empty, or has joined outcomes.
-        until: Time up to which all events are there, microseconds. By default the last event's of each log.
-        now: Later events are mistakes. By default the clock's time.
+        settings: Settings of the ranking model that served the requests.
+        requests: URI of the folder that `serve --log-requests` writes.
+        events: URI of a folder with one subfolder for each entry of `labels.events`. An entry without a subfolder is
+            read from `data.events.NAME.path`.
+        out: Folder of the interaction log. It must be new, empty or written by earlier joins.
+        until: Time up to which all events have arrived, in microseconds. None takes the last event of each event log.
+        now: Current time in microseconds. Later events are ignored as errors. None reads the clock.
+
+    Returns:
+        The number of rows added, and the number of requests and events left out, by reason.
 
     Raises:
-        UserError: The arguments or files don't fit each other. Nothing is added.
+        UserError: The settings, requests, events or output folder are inconsistent. No rows are added.
     """
     reject_plain_table(settings.schema_, "joining outcomes")
     with _open_out(out, {"--requests": requests} | ({} if events is None else {"--events": events})) as folder:
@@ -110,44 +120,46 @@ def join_labels(
 
 @contextmanager
 def _open_out(folder: str | Path, sources: dict[str, str]) -> Iterator[Path]:
-    """Lock an output folder and remove what a killed join has left there.
+    """Lock the output folder and remove the files of killed runs.
 
     Args:
-        folder: The output folder.
-        sources: Settings and the addresses that they give the join to read.
+        folder: Output folder of the join.
+        sources: Option -> URI of the folder that the join reads.
 
     Raises:
-        UserError: The folder holds something else, lies within a source, or is in use.
+        UserError: The output folder has foreign files, lies within a source, or is in use.
     """
     if is_remote(str(folder)):
-        raise UserError(f"--out '{folder}' must be a folder of this machine, or one mounted like one")
-    real = Path(os.path.realpath(folder))
+        raise UserError(f"--out '{folder}' must be a local or mounted folder")
+    real_folder = Path(os.path.realpath(folder))
     for setting, source in sources.items():
-        if source_includes(source, [real / "run-000001" / "part-00000.parquet"]):
-            raise UserError(f"{setting} '{source}' takes in the files of --out '{folder}'; give a folder outside it")
-    there = sorted(path.name for path in real.iterdir()) if real.is_dir() else [real.name] if real.exists() else []
-    if other := [name for name in there if not _RUN.fullmatch(name) and not _LEFT.fullmatch(name)]:
+        if source_includes(source, [real_folder / "run-000001" / "part-00000.parquet"]):
+            raise UserError(f"{setting} '{source}' includes the files of --out '{folder}'; give a folder outside it")
+    names = [real_folder.name] if real_folder.exists() else []
+    if real_folder.is_dir():
+        names = sorted(path.name for path in real_folder.iterdir())
+    if foreign := [name for name in names if not _RUN.fullmatch(name) and not _UNFINISHED.fullmatch(name)]:
         raise UserError(
-            f"--out '{folder}' holds something else, such as '{other[0]}'; give a new or empty folder, or one with "
-            "joined outcomes"
+            f"--out '{folder}' has files of other programs, such as '{foreign[0]}'; give a new or empty folder, or the "
+            "folder of an earlier join"
         )
-    with write_lock(real, "a join of outcomes", "give another folder with --out"):
-        real.mkdir(parents=True, exist_ok=True)
-        for path in real.iterdir():
-            if _LEFT.fullmatch(path.name):
+    with write_lock(real_folder, "a join of outcomes", "give another folder with --out"):
+        real_folder.mkdir(parents=True, exist_ok=True)
+        for path in real_folder.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path)
-        yield real
+        yield real_folder
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Files of logged requests, or of one log of events.
+    """Files of logged requests, or of one event log.
 
     Attributes:
-        columns: Name in the database -> column of the files.
-        uses: Columns of the files and the uses that they are read as.
+        columns: Column name in the database -> column of the files.
+        uses: Column of the files -> use of its values.
         unit: Unit of integer times.
-        types: Columns and their types. A column that is null everywhere has none.
+        types: Column of the files -> type. A column with only nulls has no type.
     """
 
     columns: dict[str, str]
@@ -159,7 +171,7 @@ class _Source:
 
     @staticmethod
     def open(settings: Settings, uri: str, setting: str, columns: dict[str, tuple[str, ColumnUse]]) -> "_Source":
-        """Check the footers of all files. Raises UserError, as `Log` does."""
+        """Check the footers of all files. Raise UserError as `Log` does."""
         unit, skip, uses = settings.columns.time_unit, settings.data.skip_bad_files, dict[str, ColumnUse]()
         for column, use in columns.values():
             if uses.setdefault(column, use) != use:
@@ -170,30 +182,31 @@ class _Source:
         return _Source({name: column for name, (column, _) in columns.items()}, uses, unit, files, types, skipped)
 
     def type_of(self, name: str) -> pa.DataType:
-        """Return the type of a column, given its name in the database."""
+        """Return the type of a column, given the column's name in the database."""
         return self.types.get(self.columns[name], pa.null())
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns in the database, with times as microseconds, and any type where all values are null."""
-        kinds = {
+        """Columns in the database. Times are microseconds, and columns with only nulls have an arbitrary type."""
+        types = {
             name: pa.int64() if self.uses[column] == "time" else self.types.get(column, pa.int8())
             for name, column in self.columns.items()
         }
-        return pa.schema(kinds | {"number": pa.int64()})
+        return pa.schema(types | {"number": pa.int64()})
 
     def read(self, file: LogFile) -> Iterator[pa.Table]:
-        """Read a file under the database's names. Raises BadFile."""
+        """Read a file under the database's column names. Raise BadFile if the file can't be read."""
         piece = Piece(file.uri, tuple(range(len(file.row_group_sizes))), file.path_columns, file.rows)
         for _, table in read_piece(piece, self.uses, self.unit) if file.rows else ():
             yield pa.table({name: table[column] for name, column in self.columns.items()})
 
 
 class _Join:
-    """One run. In the database, `who`, `item`, `time` and `request` are the columns that tell to which candidate an
-    event belongs, `i0`, `i1` inputs of the model, `p0`, `p1` columns of placement and `v0`, `v1` values of labels.
+    """State and steps of one join.
 
-    Raises UserError where settings and files don't fit each other.
+    The columns `who`, `item`, `time` and `request` of the database attribute events to candidates. `i0`, `i1` are
+    inputs of the model, `p0`, `p1` placement columns and `v0`, `v1` label values. The constructor raises UserError if
+    settings and files are inconsistent.
     """
 
     database: Database
@@ -204,77 +217,84 @@ class _Join:
         for column, tasks in label_columns(schema).items():
             if column not in self.labels.sources:
                 raise UserError(
-                    f"labels.sources does not say where column '{column}' comes from, which task '{tasks[0]}' reads; "
-                    f"add labels.sources.{column} with the log of events and attribution_days"
+                    f"labels.sources has no source for column '{column}', which task '{tasks[0]}' reads. Add "
+                    f"labels.sources.{column} with the event log and attribution_days."
                 )
         roles, self.uses = schema.input_columns(), column_uses(schema)
         self.inputs = [name for name, role in roles.items() if role != "placement"]
         self.placement = [name for name, role in roles.items() if role == "placement"]
-        if self.labels.shown is None and (unknown := [name for name in self.placement if name != self.labels.rank]):
+        if self.labels.shown is None and (unexplained := [name for name in self.placement if name != self.labels.rank]):
             raise UserError(
-                f"features read column '{unknown[0]}' of role placement, but nothing says where candidates were shown: "
-                "set labels.shown to a log of events with that column, or labels.rank to its name if it holds the "
+                f"features read column '{unexplained[0]}' of role placement, but nothing says where candidates were "
+                "shown: set labels.shown to a log of events with that column, or labels.rank to its name if it is the "
                 "rank in the reply"
             )
         self.requests = self._open_requests(requests)
         logs = dict.fromkeys(window.events for window in self.labels.windows)
         self.events = {name: self._open_events(name, events) for name in logs}
         self.tables = {name: f"events_{number}" for number, name in enumerate(logs)}
-        self.by_user = [name for name in logs if self.labels.events[name].request is None]
+        self.logs_without_request = [name for name in logs if self.labels.events[name].request is None]
         self.last_run = max((path.name for path in folder.iterdir() if _RUN.fullmatch(path.name)), default="run-000000")
-        self.after, self.read_files = self._read_state()
+        self.written_until, self.read_files = self._read_state()
         self.files, self.counts = dict[str, tuple[int, int]](), Counter[str]()
+        self.request_count = self.waiting_count = 0
 
     def _open_requests(self, uri: str) -> _Source:
         columns = self.columns
-        read: dict[str, tuple[str, ColumnUse]] = {
+        columns_and_uses: dict[str, tuple[str, ColumnUse]] = {
             "who": (columns.user, "key"), "item": (columns.candidate, "key"), "time": (columns.time, "time"),
             "request": (request_log.REQUEST, "key"), "served": (request_log.AT, "time"),
             "rank": (request_log.RANK, "number"),
-            "share": (request_log.FRACTION, "number"),
+            "fraction": (request_log.FRACTION, "number"),
         }  # fmt: skip
-        read |= {f"i{number}": (name, self.uses[name]) for number, name in enumerate(self.inputs)}
-        return _Source.open(self.settings, uri, "--requests", read)
+        columns_and_uses |= {f"i{index}": (name, self.uses[name]) for index, name in enumerate(self.inputs)}
+        return _Source.open(self.settings, uri, "--requests", columns_and_uses)
 
     def _open_events(self, name: str, folder: str | None) -> _Source:
-        section, given = self.labels.events[name], self.settings.data.events
+        """Find one event log in `--events` or the settings, and check its files."""
+        section, data_events = self.labels.events[name], self.settings.data.events
         if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
             uri, setting = f"{folder.rstrip('/')}/{name}", "--events"
-        elif name in given:
-            uri, setting = given[name].path, f"data.events.{name}.path"
+        elif name in data_events:
+            uri, setting = data_events[name].path, f"data.events.{name}.path"
         else:
-            where = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
+            problem = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
             raise UserError(
-                f"{where} folder '{name}' of Parquet files; or say where they are in data.events.{name}.path"
+                f"{problem} folder '{name}' of Parquet files. Or set data.events.{name}.path to the folder."
             )
-        read: dict[str, tuple[str, ColumnUse]] = {
+        columns_and_uses: dict[str, tuple[str, ColumnUse]] = {
             "who": (self.columns.user, "key"),
             "item": (self.columns.candidate, "key"),
         }
         if section.request is not None:
-            read["request"] = section.request, "key"
-        keys, read["time"] = [*read], (section.time, "time")
-        for place, label in enumerate(self.labels.sources.values()):
+            columns_and_uses["request"] = section.request, "key"
+        keys, columns_and_uses["time"] = [*columns_and_uses], (section.time, "time")
+        for index, label in enumerate(self.labels.sources.values()):
             if label.events == name and label.value is not None:
-                read[f"v{place}"] = label.value, "number"
+                columns_and_uses[f"v{index}"] = label.value, "number"
         if self.labels.shown is not None and self.labels.shown.events == name:
-            read |= {f"p{place}": (column, self.uses[column]) for place, column in enumerate(self.placement)}
+            columns_and_uses |= {
+                f"p{index}": (column, self.uses[column]) for index, column in enumerate(self.placement)
+            }
         if any(EVENT_ID in read_column_names(file.uri) for file in find_files(uri, setting)):
-            read["event_id"] = EVENT_ID, "key"
-        source = _Source.open(self.settings, uri, setting, read)
-        for key in keys:  # A key that is null everywhere gets the type that the other side has.
-            mine, theirs = source.columns[key], self.requests.columns[key]
-            one = source.types.setdefault(mine, self.requests.types.get(theirs, pa.int8()))
-            if one != (other := self.requests.types.setdefault(theirs, one)):
+            columns_and_uses["event_id"] = EVENT_ID, "key"
+        source = _Source.open(self.settings, uri, setting, columns_and_uses)
+        for key in keys:  # A column with only nulls has no type yet. It takes the type of its partner.
+            event_column, request_column = source.columns[key], self.requests.columns[key]
+            event_type = source.types.setdefault(event_column, self.requests.types.get(request_column, pa.int8()))
+            if event_type != (request_type := self.requests.types.setdefault(request_column, event_type)):
                 raise UserError(
-                    f"column '{mine}' of events '{name}' holds {one}, and column '{theirs}' of the requests {other}: "
-                    "no event would belong to any request; write both with one type"
+                    f"column '{event_column}' of events '{name}' contains {event_type}, but column '{request_column}' "
+                    f"of the requests contains {request_type}. Write both with one type."
                 )
         return source
 
     def _read_state(self) -> tuple[int, dict[str, tuple[int, int]]]:
-        """Return the time of the latest requests that earlier runs may have written, microseconds, and the files that
-        they read: the size of each file, and the latest time of its rows."""
+        """Read the state that the last run wrote.
+
+        Returns:
+            Time up to which requests are written, in microseconds, and the size and latest time of each file read.
+        """
         path = self.folder / self.last_run / _STATE
         if not path.parent.exists():
             return _BEGIN, {}
@@ -284,25 +304,27 @@ class _Join:
         except (OSError, ValueError, LookupError):
             raise UserError(f"'{path}' is missing or damaged: restore it, or join into another folder") from None
 
-    def run(self, database: Database, given: int | None) -> JoinResult:
-        """Add a folder of rows. given: see `join_labels.until`."""
+    def run(self, database: Database, until_option: int | None) -> JoinResult:
+        """Read new events and requests, label the candidates and write complete requests."""
         self.database, rows, folder = database, 0, self.folder / f"run-{int(self.last_run[-6:]) + 1:06d}"
-        until = min(self._read_events(name, given) for name in self.events)
+        until = min(self._read_events(name, until_option) for name in self.events)
         until -= round(self.labels.wait_days * MICROSECONDS_PER_DAY)
-        if until > self.after:
+        if until > self.written_until:
             self._find_candidates(until)
             self._find_labels(until)
-            (rows,) = database.row(f"SELECT count(*) FROM labelled WHERE time <= {until}")
+            (rows,) = database.row(f"SELECT count(*) FROM labeled WHERE time <= {until}")
         if rows:
-            with atomic_folder(folder) as made:
-                self._write(until, made)
+            with atomic_folder(folder) as new_folder:
+                self._write(until, new_folder)
                 state = json.dumps({"through": until, "files": self.files}, indent=1)
-                (made / _STATE).write_text(state, encoding="utf-8")
+                (new_folder / _STATE).write_text(state, encoding="utf-8")
         skipped = [file.reason for source in (self.requests, *self.events.values()) for file in source.skipped]
-        return JoinResult(folder if rows else None, rows, until if rows else self.after, dict(+self.counts), skipped)
+        last_time, counts = until if rows else self.written_until, dict(+self.counts)
+        new_requests = self.request_count, self.waiting_count
+        return JoinResult(folder if rows else None, rows, last_time, *new_requests, counts, skipped)
 
-    def _fill(self, table: str, source: _Source, start: int, what: str) -> None:
-        """Make a table of rows later than `start`, and count rows of new files whose time is written already."""
+    def _load(self, table: str, source: _Source, start: int, description: str) -> None:
+        """Create a table of rows later than `start`. Count new rows whose time is already written as late."""
 
         def read() -> Iterator[pa.Table]:
             number = 0
@@ -313,8 +335,8 @@ class _Join:
                         times = rows["time"].cast(pa.int64())
                         last = max(last, pc.max(times).as_py() or _BEGIN)
                         if is_new:
-                            late = pc.sum(pc.less_equal(times, self.after)).as_py() or 0
-                            self.counts[f"{what} that came too late"] += late
+                            late = pc.sum(pc.less_equal(times, self.written_until)).as_py() or 0
+                            self.counts[f"{description} that came too late"] += late
                         yield rows.append_column("number", pa.array(np.arange(number, number + len(rows))))
                         number += len(rows)
                 self.files[file.uri] = file.bytes, max(last, self.files.get(file.uri, (0, _BEGIN))[1])
@@ -322,59 +344,61 @@ class _Join:
         self.database.create_table(table, source.schema, read())
         self.database.run(f"DELETE FROM {table} WHERE time <= {start}")
 
-    def _read_events(self, name: str, given: int | None) -> int:
-        """Read the events of a log later than all that is written. Return the time up to which its windows ended."""
+    def _read_events(self, name: str, until_option: int | None) -> int:
+        """Read the new events of a log and return the time up to which attribution windows are complete."""
         source, table = self.events[name], self.tables[name]
-        is_by_user, has_id = name in self.by_user, "event_id" in source.columns
-        # An event that is sent again may lie in the time of a later request, if it does not name its own.
-        start = self.after - _LONGEST_REPEAT * (is_by_user and has_id)
-        self._fill("given", source, start, f"events '{name}'")
+        is_by_user, has_id = name in self.logs_without_request, "event_id" in source.columns
+        # Without a request, a resent event could be attributed to a later request. Its original is needed to notice.
+        start = self.written_until - _MAX_RESEND_DELAY_US * (is_by_user and has_id)
+        self._load("loaded", source, start, f"events '{name}'")
         keys = ["who", "item", "time", *([] if is_by_user else ["request"])]
-        is_new = f"AND time > {self.after}"
+        is_new = f"AND time > {self.written_until}"
         if has_id:
             is_first = "row_number() OVER (PARTITION BY who, event_id ORDER BY time, number) = 1"
-            is_new = f"QUALIFY time > {self.after} AND (event_id IS NULL OR {is_first})"
+            is_new = f"QUALIFY time > {self.written_until} AND (event_id IS NULL OR {is_first})"
         self.database.run(
-            f"CREATE TABLE {table} AS SELECT *, {'who' if is_by_user else 'row(who, request)'} AS key FROM given "
+            f"CREATE TABLE {table} AS SELECT *, {'who' if is_by_user else 'row(who, request)'} AS key FROM loaded "
             f"WHERE {' AND '.join(f'{key} IS NOT NULL' for key in keys)} AND time <= {self.now} {is_new}"
         )
-        (rows,) = self.database.row(f"SELECT count(*) FROM given WHERE time IS NULL OR time > {self.after}")
+        (rows,) = self.database.row(f"SELECT count(*) FROM loaded WHERE time IS NULL OR time > {self.written_until}")
         count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
-        self.database.run("DROP TABLE given")
+        self.database.run("DROP TABLE loaded")
         columns = ", ".join(source.columns[key] for key in keys)
         self.counts[f"events '{name}' that came again, lie in the future or lack a value of {columns}"] = rows - count
-        complete = (_BEGIN if last is None else last) if given is None else given
-        return complete - max(window.length_us for window in self.labels.windows if window.events == name)
+        complete_until = (_BEGIN if last is None else last) if until_option is None else until_option
+        return complete_until - max(window.length_us for window in self.labels.windows if window.events == name)
 
     def _find_candidates(self, until: int) -> None:
-        """Make the table of candidates that were shown."""
-        self._fill("requests", self.requests, self.after - _LONGEST_REQUEST, "rows of requests")
-        (share,) = self.database.row("SELECT min(share) FROM requests")
-        if self.by_user and share is not None and share < 1:
+        """Create the table of shown candidates."""
+        self._load("requests", self.requests, self.written_until - _MAX_REQUEST_SPAN_US, "rows of requests")
+        (fraction,) = self.database.row("SELECT min(fraction) FROM requests")
+        if self.logs_without_request and fraction is not None and fraction < 1:
+            log = self.logs_without_request[0]
             raise UserError(
-                f"a share of {share:g} of all requests was logged, so an event '{self.by_user[0]}' may come from one "
-                f"that was not: name the column with the request's id in labels.events.{self.by_user[0]}.request, or "
-                "log all requests with --log-fraction 1"
+                f"a fraction of {fraction:g} of all requests was logged, so an event '{log}' may come from a request "
+                f"that was not. Name the column with the request's ID in labels.events.{log}.request, or log all "
+                "requests with --log-fraction 1."
             )
-        self.database.run(_CANDIDATES, f"DELETE FROM candidates WHERE time <= {self.after}")
+        self.database.run(_CANDIDATES, f"DELETE FROM candidates WHERE time <= {self.written_until}")
         if (shown := self.labels.shown) is not None:
             self.database.run(
-                f"CREATE TABLE shown AS SELECT * FROM ({self._query_owned(shown.events)}) "
+                f"CREATE TABLE shown AS SELECT * FROM ({self._attribution_query(shown.events)}) "
                 f"WHERE delay <= {shown.length_us} "
                 "QUALIFY row_number() OVER (PARTITION BY owner ORDER BY time, number) = 1",
                 "DELETE FROM candidates WHERE number NOT IN (SELECT owner FROM shown)",
             )
         elif self.labels.top is not None:
             self.database.run(f"DELETE FROM candidates WHERE NOT coalesce(rank <= {self.labels.top}, false)")
-        self.counts["requests"], self.counts["requests that wait"] = self.database.row(
+        self.request_count, self.waiting_count = self.database.row(
             f"SELECT count(DISTINCT key) FILTER (time <= {until}), count(DISTINCT key) FILTER (time > {until}) "
             "FROM candidates"
         )
 
-    def _query_owned(self, name: str) -> str:
-        """Return a query for the events that belong to a candidate, `owner`, with their `delay` after its request."""
+    def _attribution_query(self, name: str) -> str:
+        """Return a query for events with the candidate they belong to (`owner`) and their `delay` after its request."""
         join, owners = "JOIN", "candidates"
-        if name in self.by_user:  # Of candidates of one user, item and time the last one, in any order of the files.
+        # A user can have two requests at the same time. Pick one by a rule that doesn't depend on the order of files.
+        if name in self.logs_without_request:
             join = "ASOF JOIN"
             owners = (
                 "(SELECT who AS key, item, time, arg_max(number, row(candidates.key, rank, number)) AS number "
@@ -386,95 +410,98 @@ class _Join:
         )
 
     def _find_labels(self, until: int) -> None:
-        """Make the table of candidates with labels `l0`, `l1`, and the numbers `n0`, `n1` of events in the windows."""
-        labels, values = list(enumerate(self.labels.sources.items())), list[str]()
+        """Create the table of candidates with labels `l0`, `l1` and event counts `n0`, `n1` in the windows."""
+        labels, selected = list(enumerate(self.labels.sources.items())), list[str]()
         query = "candidates"
         for name, table in self.tables.items():
-            mine = ", ".join(_combine(place, label) for place, (_, label) in labels if label.events == name)
-            if mine:
-                owned = f"SELECT owner, {mine} FROM ({self._query_owned(name)}) GROUP BY owner"
-                query += f" LEFT JOIN ({owned}) of_{table} ON of_{table}.owner = candidates.number"
-        for place, (_, label) in labels:
-            otherwise = "NULL" if label.default is None else f"'{label.default!r}'"
-            values.append(f"coalesce(l{place}, {otherwise}::DOUBLE) AS l{place}, coalesce(n{place}, 0) AS n{place}")
+            log_labels = [(index, label) for index, (_, label) in labels if label.events == name]
+            if log_labels:
+                aggregates = ", ".join(_label_aggregates(index, label) for index, label in log_labels)
+                labeled = f"SELECT owner, {aggregates} FROM ({self._attribution_query(name)}) GROUP BY owner"
+                query += f" LEFT JOIN ({labeled}) of_{table} ON of_{table}.owner = candidates.number"
+        for index, (_, label) in labels:
+            default = "NULL" if label.default is None else f"'{label.default!r}'"
+            selected.append(f"coalesce(l{index}, {default}::DOUBLE) AS l{index}, coalesce(n{index}, 0) AS n{index}")
         self.database.run(
-            "CREATE TABLE labelled AS SELECT candidates.number, candidates.key, candidates.time, candidates.rank, "
-            f"{', '.join(values)} FROM {query}"
+            "CREATE TABLE labeled AS SELECT candidates.number, candidates.key, candidates.time, candidates.rank, "
+            f"{', '.join(selected)} FROM {query}"
         )
-        for place, (name, _) in labels:
-            self.counts[f"rows with {name}"], wrong = self.database.row(
-                f"SELECT count(*) FILTER (n{place} > 0 AND time <= {until}), "
-                f"min(l{place}) FILTER (l{place} NOT IN (0, 1)) FROM labelled"
+        for index, (column, _) in labels:
+            self.counts[f"rows with {column}"], not_binary = self.database.row(
+                f"SELECT count(*) FILTER (n{index} > 0 AND time <= {until}), "
+                f"min(l{index}) FILTER (l{index} NOT IN (0, 1)) FROM labeled"
             )
-            for task, about in self.settings.tasks.items():
-                if wrong is not None and about.label == name and about.kind.is_binary:
+            for task_name, task in self.settings.tasks.items():
+                if not_binary is not None and task.label == column and task.kind.is_binary:
                     raise UserError(
-                        f"labels.sources.{name} gives {wrong:g}, but the label of the binary task '{task}' is 0 or 1: "
+                        f"labels.sources.{column} gives {not_binary:g}, but the label of the binary task "
+                        f"'{task_name}' is 0 or 1: "
                         "name another column of values, leave `value` out, or make the task a regression"
                     )
 
     def _write(self, until: int, folder: Path) -> None:
-        """Write the rows of requests up to a time. A column of which no value is known is null, of any type."""
+        """Write the requests up to `until` as Parquet files. A column without any value has the null type."""
         columns, shown = self.columns, self.labels.shown
-        chosen: dict[str, tuple[str, pa.DataType]] = {}  # SQL and type of each column
+        outputs: dict[str, tuple[str, pa.DataType]] = {}  # Column -> SQL expression and Arrow type.
         if columns.request is not None:
-            chosen[columns.request] = "r.request", self.requests.type_of("request")
-        for number, name in enumerate(self.inputs):
-            chosen.setdefault(name, (f"r.i{number}", self.requests.type_of(f"i{number}")))
-        for place, name in enumerate(self.placement):
-            chosen[name] = "l.rank::BIGINT", pa.int64()
+            outputs[columns.request] = "r.request", self.requests.type_of("request")
+        for index, name in enumerate(self.inputs):
+            outputs.setdefault(name, (f"r.i{index}", self.requests.type_of(f"i{index}")))
+        for index, name in enumerate(self.placement):
+            outputs[name] = "l.rank::BIGINT", pa.int64()
             if shown is not None:
-                chosen[name] = f"s.p{place}", self.events[shown.events].type_of(f"p{place}")
-        chosen[columns.time] = "l.time", UTC_MICROSECONDS
-        of_tasks = {task.label for task in self.settings.tasks.values()}
-        for place, (name, label) in enumerate(self.labels.sources.items()):
-            chosen[name] = f"l.l{place}", pa.float64() if label.value or name in of_tasks else pa.int64()
+                outputs[name] = f"s.p{index}", self.events[shown.events].type_of(f"p{index}")
+        outputs[columns.time] = "l.time", UTC_MICROSECONDS
+        task_labels = {task.label for task in self.settings.tasks.values()}
+        for index, (name, label) in enumerate(self.labels.sources.items()):
+            outputs[name] = f"l.l{index}", pa.float64() if label.value or name in task_labels else pa.int64()
         if columns.sampling_rate is not None:
-            chosen[columns.sampling_rate] = "r.share", pa.float64()
+            outputs[columns.sampling_rate] = "r.fraction", pa.float64()
+        selected = ", ".join(f"{expression} AS o{index}" for index, (expression, _) in enumerate(outputs.values()))
         query = (
-            f"SELECT {', '.join(f'{value} AS o{place}' for place, (value, _) in enumerate(chosen.values()))} "
-            "FROM labelled l JOIN requests r ON r.number = l.number "
+            f"SELECT {selected} FROM labeled l JOIN requests r ON r.number = l.number "
             f"{'JOIN shown s ON s.owner = l.number ' if shown else ''}WHERE l.time <= {until} "
             "ORDER BY l.time, l.key, l.rank, l.number"
         )
-        schema = pa.schema({name: kind for name, (_, kind) in chosen.items()})
-        for number, table in enumerate(self.database.read(query, ROWS_PER_FILE)):
+        schema = pa.schema({name: dtype for name, (_, dtype) in outputs.items()})
+        for file_number, table in enumerate(self.database.read(query, ROWS_PER_FILE)):
             arrays = [
-                pa.nulls(len(table)) if pa.types.is_null(kind) else column.cast(kind)
-                for kind, column in zip(schema.types, table.columns, strict=True)
+                pa.nulls(len(table)) if pa.types.is_null(dtype) else column.cast(dtype)
+                for dtype, column in zip(schema.types, table.columns, strict=True)
             ]
-            file = folder / f"part-{number:05d}.parquet"
+            file = folder / f"part-{file_number:05d}.parquet"
             pq.write_table(pa.table(arrays, schema=schema), file, compression="zstd")
 
 
-def _combine(place: int, label: LabelSource) -> str:
-    """Return SQL for a candidate's label, and for the number of its events in the window.
+def _label_aggregates(index: int, label: LabelSource) -> str:
+    """Return SQL for a candidate's label and the number of its events in the window.
 
-    Of events of one time, the one with the least value is the first.
+    Events with equal times are ordered by value, smallest first.
     """
-    inside, value = f"delay <= {label.length_us}", "1.0::DOUBLE"
+    in_window, value = f"delay <= {label.length_us}", "1.0::DOUBLE"
+    condition = in_window
     if label.value is not None:
-        value = f"v{place}"
-        inside += f" AND NOT isnan({value})"
-    combined = {
+        value = f"v{index}"
+        condition += f" AND NOT isnan({value})"
+    aggregate = {
         "first": f"arg_min({value}, row(time, {value}))",
         "last": f"arg_max({value}, row(time, {value}))",
         "sum": f"sum({value} ORDER BY time, {value})",
         "max": f"max({value})",
     }[label.combine]
-    return f"{combined} FILTER ({inside}) AS l{place}, count(*) FILTER (delay <= {label.length_us}) AS n{place}"
+    return f"{aggregate} FILTER ({condition}) AS l{index}, count(*) FILTER ({in_window}) AS n{index}"
 
 
-def describe(joined: JoinResult) -> Iterator[str]:
-    """Yield the lines of a result for the terminal."""
-    if joined.folder is None:
-        yield "nothing to add: no further request's outcomes are known yet"
+def describe(result: JoinResult) -> Iterator[str]:
+    """Yield the lines that `join-labels` prints."""
+    if result.folder is None:
+        yield "no new rows: no further request has final labels"
     else:
-        yield f"{joined.rows:,} rows of {joined.counts.get('requests', 0):,} requests up to {format_time(joined.until)}"
-    for what, count in sorted(joined.counts.items()):
-        if what != "requests":
-            yield f"  {what}: {count:,}"
-    for reason in joined.skipped:
-        yield f"left out: {reason}"
-    if joined.folder is not None:
-        yield f"added: {joined.folder}"
+        yield f"{result.rows:,} rows of {result.requests:,} requests up to {format_time(result.until)}"
+    counts = result.counts | ({"requests that wait": result.waiting} if result.waiting else {})
+    for description, count in sorted(counts.items()):
+        yield f"  {description}: {count:,}"
+    for reason in result.skipped:
+        yield f"skipped: {reason}"
+    if result.folder is not None:
+        yield f"added: {result.folder}"

@@ -1,7 +1,7 @@
-"""A new version of the model that holds an alias, with tables that know the newest files of the log.
+"""Register a new version of the current model whose tables include the newest files of the log.
 
-The artifact is written beside the features, registered, and only then the alias moves, if the version that was
-refreshed still holds it. After a kill the same command starts over. It may then register a second version.
+The new artifact is written next to the features and registered. The alias moves last, and only if the refreshed version
+still has it. After a kill, the same command starts over. It may then register a second version.
 """
 
 import shutil
@@ -35,12 +35,12 @@ from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import ModelVersion, describe_version, fetch_model, find_champion, move_alias
 from mmoe_rec.tracking.runs import code_block, command_line
 
-_FROM_TAG = "refreshed.from"  # of a version that a refresh made
+_FROM_TAG = "refreshed.from"  # Marks a version that a refresh made, with the URI of the refreshed version.
 
 
 @dataclass(frozen=True)
 class CurrentModel:
-    """The version that holds an alias, and what its artifact says."""
+    """The version that has an alias, with its artifact."""
 
     alias: str
     version: ModelVersion
@@ -49,28 +49,39 @@ class CurrentModel:
 
     @staticmethod
     def load(model_uri: str, tracking_uri: str) -> "CurrentModel":
-        """Raises UserError for anything but models:/NAME@ALIAS with a version that can be served."""
+        """Find and download the version that has an alias.
+
+        Args:
+            model_uri: URI of the form `models:/NAME@ALIAS`.
+            tracking_uri: URI of the MLflow server.
+
+        Raises:
+            UserError: The URI has another form, no version has the alias, or the version can't be served.
+        """
         name, _, alias = model_uri.removeprefix("models:/").rpartition("@")
         if not model_uri.startswith("models:/") or not name or not alias or "/" in name:
-            raise UserError(
-                f"'{model_uri}' can't be refreshed: a new version takes over an alias of a registered model, so give "
-                "models:/NAME@ALIAS"
-            )
+            raise UserError(f"'{model_uri}' has no alias that a new version could take over. Give models:/NAME@ALIAS.")
         version = find_champion(name, alias, tracking_uri)
         if version is None:
-            raise UserError(f"no version of the model '{name}' holds the alias '{alias}': train one first")
+            raise UserError(f"no version of the model '{name}' has the alias '{alias}'. Train one first.")
         folder = fetch_model(version.uri, tracking_uri)
         return CurrentModel(alias, version, folder, read_artifact(folder))
 
 
 @dataclass(frozen=True)
 class RefreshResult:
-    """A refresh. before: what held the alias; after: the version that holds it now; number: of the new version, None
-    where there was nothing new; tables: of that version."""
+    """Result of a refresh.
+
+    Attributes:
+        previous: Version that had the alias before.
+        current: Version that has the alias now.
+        new_version: Number of the new version, None if there was nothing new.
+        tables: Tables of the new version.
+    """
 
     previous: CurrentModel
     current: ModelVersion | None
-    number: str | None = None
+    new_version: str | None = None
     tables: WrittenTables | None = None
 
 
@@ -83,11 +94,23 @@ def refresh(
     remove_events: bool = False,
     other_journal: bool = False,
 ) -> RefreshResult:
-    """Registers a version with new tables of the model that holds an alias, moves the alias, and removes old versions.
+    """Register the current model with newer tables, move the alias and delete old versions.
 
-    rebuild: make the tables of all rows of the log, instead of going on; journal, remove_events, other_journal: see
-    `export_journal`. One refresh at a time in `data.work_dir`: another one waits. Raises UserError as `export_journal`
-    and `update_tables`, and where MLflow is away or refuses.
+    Only one refresh at a time runs in `data.work_dir`. A second refresh waits.
+
+    Args:
+        settings: Settings of the model.
+        model_uri: URI of the form `models:/NAME@ALIAS`.
+        rebuild: Whether to rebuild the tables from all rows of the log.
+        journal: URL of a journal to export to files of the log before, see `export_journal`.
+        remove_events: See `export_journal`.
+        other_journal: See `export_journal`.
+
+    Returns:
+        The versions before and after the refresh.
+
+    Raises:
+        UserError: As `export_journal` and `update_tables`, or MLflow is unreachable or refuses the request.
     """
     tracking_uri, work = settings.tracking.resolved_uri, Path(settings.data.work_dir)
     check_work_outside_logs(settings.data.log, settings.schema_, work)
@@ -97,10 +120,10 @@ def refresh(
         served = CurrentModel.load(model_uri, tracking_uri)
         artifact = out / "model"
         try:
-            known = None
+            included = None
             if journal is not None:
-                known = export_journal(served, settings, journal, remove_events, other_journal)
-            tables = update_tables(served.folder, settings, artifact, rebuild=rebuild, journal=known)
+                included = export_journal(served, settings, journal, remove_events, other_journal)
+            tables = update_tables(served.folder, settings, artifact, rebuild=rebuild, journal=included)
             if tables is None or artifact_version(artifact) == artifact_version(served.folder):
                 return RefreshResult(served, served.version)
             return _register(settings, served, tables, artifact)
@@ -108,87 +131,96 @@ def refresh(
             shutil.rmtree(out, ignore_errors=True)
 
 
-def _register(settings: Settings, served: CurrentModel, made: WrittenTables, artifact: Path) -> RefreshResult:
-    tracking_uri, version, after = settings.tracking.resolved_uri, served.version, iso_time(made.as_of)
+def _register(settings: Settings, served: CurrentModel, tables: WrittenTables, artifact: Path) -> RefreshResult:
+    tracking_uri, version, as_of = settings.tracking.resolved_uri, served.version, iso_time(tables.as_of)
     tags = {
         _FROM_TAG: version.uri,
         "refreshed.run": version.run_id or "unknown",
-        "refreshed.rows": str(made.rows),
-        "tables_as_of": after,
+        "refreshed.rows": str(tables.rows),
+        "tables_as_of": as_of,
     }
     try:
         with runs.open_run(tracking_uri, settings.experiment, run_name="refresh") as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.artifact.tables_as_of})
-            run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
+            counts = {"refresh/files": tables.files, "refresh/rows": tables.rows, "refresh/events": tables.events}
+            run.log_metrics(counts)
             number = registry.register_model(run, artifact, version.name, tags=tags)
-            told = f"The tables of {version.uri} as of {after}, with {made.rows:,} more rows, by\n\n"
-            describe_version(
-                ModelVersion(version.name, number, run.run_id), told + code_block(command_line()), {}, tracking_uri
-            )
-            now = find_champion(version.name, served.alias, tracking_uri)
-            if now == version:
-                # The way back leads to the model that a promotion replaced, not to older tables of the same one.
-                before = now.find_previous_champion(served.alias)
-                previous = None if before is None else ModelVersion(version.name, before, None)
+            new_version = ModelVersion(version.name, number, run.run_id)
+            summary = f"The tables of {version.uri} as of {as_of}, with {tables.rows:,} more rows, made by\n\n"
+            describe_version(new_version, summary + code_block(command_line()), {}, tracking_uri)
+            current = find_champion(version.name, served.alias, tracking_uri)
+            if current == version:
+                # A rollback must return to the model that a promotion replaced, not to older tables of this model.
+                rollback = current.find_previous_champion(served.alias)
+                previous = None if rollback is None else ModelVersion(version.name, rollback, None)
                 move_alias(version.name, served.alias, number, tracking_uri, previous)
-                now = ModelVersion(version.name, number, run.run_id)
-            run.set_tags({"refreshed.holds": f"{served.alias}: {now is not None and now.number == number}"})
+                current = new_version
+            run.set_tags({"refreshed.holds": f"{served.alias}: {current is not None and current.number == number}"})
     except UnreachableError as error:
         raise UserError(
-            f"{error}: '{served.alias}' stays where it was, and the same command makes the version once MLflow answers"
+            f"{error}: '{served.alias}' is unchanged. Run the same command again once MLflow answers."
         ) from None
     keep = settings.tracking.keep_versions
     try:
         if keep is not None and (removed := registry.delete_old_versions(version.name, _FROM_TAG, keep, tracking_uri)):
-            what = f"version{'s' * (len(removed) > 1)} {', '.join(removed)} of earlier refreshes"
-            say(f"removed, with all files: {what} (tracking.keep_versions: {keep})")
+            versions = f"version{'s' * (len(removed) > 1)} {', '.join(removed)} of earlier refreshes"
+            say(f"removed, with all files: {versions} (tracking.keep_versions: {keep})")
     except UserError as error:
-        say(f"{error}: older versions of refreshes are removed by the next refresh")
-    return RefreshResult(served, now, number, made)
+        say(f"{error}: the next refresh removes older versions of refreshes")
+    return RefreshResult(served, current, number, tables)
 
 
 def export_journal(
     served: CurrentModel, settings: Settings, journal_url: str, remove_events: bool = False, other_journal: bool = False
 ) -> Mapping[str, Any]:
-    """Writes files of what the journal holds and the served tables do not; gives the journal's "id", and the position
-    "through" which the logs' files hold it then.
+    """Write the batches that the model's tables don't include to files of the logs.
 
-    remove: batches that the tables hold already are removed; other: the model may know another journal, of which
-    nothing is to come any more. Raises UserError where there is no journal, it is damaged, the model knows another one,
-    or the logs' places take no files.
+    Args:
+        served: Model to refresh.
+        settings: Settings of the model.
+        journal_url: URL of the journal.
+        remove_events: Whether to remove the batches that the tables already include from the journal.
+        other_journal: Whether to accept a journal other than the model's. The model's journal must be complete: its
+            later batches would be lost.
+
+    Returns:
+        The journal's `id`, and the position `through` which the logs' files include the journal.
+
+    Raises:
+        UserError: There is no journal, it is damaged, the model has another journal, or a log's folder takes no files.
     """
-    schema, known = settings.schema_, served.artifact.journal
+    schema, included = settings.schema_, served.artifact.journal
     journal = Journal(journal_url, create=False)
-    if known is not None and known["id"] != journal.id:
+    if included is not None and included["id"] != journal.id:
         if not other_journal:
             raise UserError(
-                f"the model's tables hold another journal ({known['id']}) than '{journal.name}' ({journal.id}): give "
-                "the address of that one, as what it has not told them yet would be lost; if it is gone, and this one "
-                "takes its place, add --other-journal"
+                f"the model's tables include journal {included['id']}, not '{journal.name}' ({journal.id}). Give the "
+                "model's journal, or its later events are lost. If it no longer exists, add --other-journal."
             )
-        known = None
-    held, removed_until = 0 if known is None else int(known["through"]), journal.removed_until()
-    if held < removed_until:
+        included = None
+    included_through, removed_until = 0 if included is None else int(included["through"]), journal.removed_until()
+    if included_through < removed_until:
         raise UserError(
-            f"the journal '{journal.name}' begins after position {removed_until}, and the model's tables know it up to "
-            f"{held} only: what was removed is in the log's files, so run refresh without --journal first, and then "
-            "with it"
+            f"the journal '{journal.name}' begins after position {removed_until}, and the model's tables include only "
+            f"positions up to {included_through}. The removed events are in the log's files. Run refresh without "
+            "--journal first, and then with it."
         )
-    if schema.columns.request is None:  # else the tables tell rows that came both ways
+    # With request IDs, the tables recognize rows that arrived both in a file and through the journal.
+    if schema.columns.request is None:
         features = served.folder / "features"
-        new = (taken := IncludedFiles.read(features)).changes(_logs(features, settings, taken))[0].new
-        if theirs := sorted(each for each in new if parse_journal_name(each) is None):
+        new = (files := IncludedFiles.read(features)).changes(_open_logs(features, settings, files))[0].new
+        if foreign := sorted(uri for uri in new if parse_journal_name(uri) is None):
             raise UserError(
-                f"'{theirs[0]}' is new in the log, and no file of the journal: as requests have no ids, rows that came "
-                "both ways would count twice; if none did, run refresh without --journal once, which takes the file "
-                "in, else remove it"
+                f"'{foreign[0]}' is new in the log, but not a file of the journal. Requests have no IDs, so rows that "
+                "are also in the journal would count twice. Remove the file, or if it has no such rows, run refresh "
+                "once without --journal."
             )
     journal.forget_old_keys()
-    # Else the tables may hold what is no later than they are, by files that another program wrote.
-    later_than = None if known is not None else tables_time(served.artifact)
-    through = write_journal_files(journal, schema, settings.data.log, held, later_than)
-    if remove_events and held:
-        journal.remove_until(held)
+    # Without a journal in the tables, rows no later than the tables may already be included, by other programs' files.
+    later_than = None if included is not None else tables_time(served.artifact)
+    through = write_journal_files(journal, schema, settings.data.log, included_through, later_than)
+    if remove_events and included_through:
+        journal.remove_until(included_through)
     journal.close()
     return {"id": journal.id, "through": through}
 
@@ -201,55 +233,65 @@ def update_tables(
     rebuild: bool = False,
     journal: Mapping[str, Any] | None = None,
 ) -> WrittenTables | None:
-    """Writes the artifact of a folder to `out` with tables that go on with new files of the settings' log; gives None,
-    and writes nothing, where there are none.
+    """Write an artifact with tables that include the new files of the log.
 
-    rebuild: make the tables of all rows of the log instead; journal: what of a journal the files of the log hold, see
-    `ArtifactInfo`; None for what their names say, or what the model knew before, as segments without a row that counts
-    leave no file. Raises UserError as `extend_tables` or `rebuild_tables`, and where the features are not those of the
-    settings.
+    Args:
+        artifact: Folder of the artifact to update.
+        settings: Settings with the log. Their features must equal the artifact's.
+        out: Folder of the new artifact. It isn't written if the log has no new files.
+        rebuild: Whether to rebuild the tables from all rows of the log.
+        journal: Part of the journal in the files of the log, see `ArtifactInfo`. None infers the part from the names of
+            the files and from the artifact, because batches with only duplicate rows leave no file.
+
+    Returns:
+        The new tables, None if the log has no new files.
+
+    Raises:
+        UserError: As `extend_tables` or `rebuild_tables`, or the features differ from the settings.
     """
-    about, features = read_artifact(artifact), artifact / "features"
-    taken = IncludedFiles.read(features)
-    logs = _logs(features, settings, None if rebuild else taken)
-    if missing := [uri for each in taken.changes(logs) for uri in each.missing] if rebuild else None:
-        such_as = f"({len(missing):,}, such as '{missing[0]}')"
-        say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
+    info, features = read_artifact(artifact), artifact / "features"
+    included_files = IncludedFiles.read(features)
+    logs = _open_logs(features, settings, None if rebuild else included_files)
+    if missing := [uri for changes in included_files.changes(logs) for uri in changes.missing] if rebuild else None:
+        examples = f"({len(missing):,}, such as '{missing[0]}')"
+        say(f"files in the model's tables are gone {examples}: rebuilding the tables without them")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as scratch:
         (tables := Path(scratch, "tables")).mkdir()
         if rebuild:
-            made: WrittenTables | None = rebuild_tables(features, logs, tables)
+            written: WrittenTables | None = rebuild_tables(features, logs, tables)
         else:
-            made = extend_tables(features, tables_time(about), logs, taken, tables)
-        if made is not None:
+            written = extend_tables(features, tables_time(info), logs, included_files, tables)
+        if written is not None:
             if journal is None:
-                journal = _carry_on(about.journal, made.journal)
-            write_with_tables(artifact, out, tables, tables_as_of=made.as_of, files_digest=made.digest, journal=journal)
-    return made
+                journal = _latest_journal(info.journal, written.journal)
+            as_of, digest = written.as_of, written.digest
+            write_with_tables(artifact, out, tables, tables_as_of=as_of, files_digest=digest, journal=journal)
+    return written
 
 
-def tables_time(about: ArtifactInfo) -> int:
-    """Microseconds of the last request that an artifact's tables know."""
-    return parse_microseconds("tables_as_of", about.tables_as_of)
+def tables_time(info: ArtifactInfo) -> int:
+    """Return the time of the last request in an artifact's tables, in microseconds."""
+    return parse_microseconds("tables_as_of", info.tables_as_of)
 
 
-def _carry_on(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """What of a journal tables hold by the names of their files, but no less than those before them did."""
+def _latest_journal(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the part of a journal named by the tables' files, or the part in the earlier tables if that is larger."""
     if before is None or named is None or before["id"] != named["id"]:
         return before if named is None else named
-    return max(before, named, key=lambda each: int(each["through"]))
+    return max(before, named, key=lambda part: int(part["through"]))
 
 
-def _logs(features: Path, settings: Settings, taken: IncludedFiles | None) -> Logs:
-    """Raises UserError where the settings have other features than the model."""
+def _open_logs(features: Path, settings: Settings, included_files: IncludedFiles | None) -> Logs:
+    """Open the logs. Raise UserError if the settings have other features than the model."""
     pipeline = FeaturePipeline.load(features, stores=False)
     reject_plain_table(pipeline.schema, "a refresh of a model's tables")
-    logs = open_model_logs(settings, pipeline, None if taken is None else [log.types for log in taken.logs])
+    types = None if included_files is None else [log.types for log in included_files.logs]
+    logs = open_model_logs(settings, pipeline, types)
     schema = settings.schema_
-    for where, before, now in diff_settings(logs.schema.identity(), schema.identity()):
+    for name, before, now in diff_settings(logs.schema.identity(), schema.identity()):
         raise UserError(
-            f"setting '{where}' is {before} in the model's features and {now} in the settings, so its tables would "
-            "hold something else: restore the setting, or train a model with it"
+            f"setting '{name}' is {before} in the model's features and {now} in the settings. Restore the setting, "
+            "or train a model with it."
         )
     return logs

@@ -1,9 +1,8 @@
-"""The log of requests: a thread of its own makes files of what replies hand over, and no reply waits for it.
+"""Log ranked requests to Parquet files in a background thread, so that no reply waits for a file.
 
-mmoe_rec/server/README.md says what is logged, and what is dropped. What
-waits is bounded by its candidates, as it holds all rows of its passes. Files are called by the time at which they were
-written, UTC, `requests-TIME-HOST-PROCESS-RANDOM.parquet`, so that names in order are times in order. Other programs may
-move or remove them at any time.
+mmoe_rec/server/README.md says which requests are logged and which are dropped. The queue has a limited number of
+candidates because a logged reply keeps all rows of its batch in memory. File names contain the time of writing (UTC),
+`requests-TIME-HOST-PROCESS-RANDOM.parquet`, so they sort by time. Other programs may move or remove files at any time.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -48,16 +48,33 @@ ARTIFACT = "served_artifact"
 FRACTION = "served_fraction"
 
 MAX_QUEUED_CANDIDATES = 100_000
-"""Candidates of replies that wait to be made rows of."""
+"""Limit on the candidates of replies in the queue."""
 ROWS_PER_FILE = 262_144
 
 _log = logging.getLogger(__name__)
-CountReplies = Callable[[str, int], None]
+
+
+class LogOutcome(StrEnum):
+    """What happened to a reply, as a label of the metric `request_log`."""
+
+    UNSAMPLED = "unsampled"
+    DROPPED = "dropped"
+    WRITTEN = "written"
+    FAILED = "failed"
+
+
+CountReplies = Callable[[LogOutcome, int], None]
 
 
 @dataclass(frozen=True)
 class RequestLogOptions:
-    """How requests are logged. share: of requests, 0 to 1; seconds: between files."""
+    """Options of the request log.
+
+    Attributes:
+        folder: Folder of the log's files.
+        fraction: Fraction of requests to log, 0 to 1.
+        flush_seconds: Seconds between files.
+    """
 
     folder: Path
     fraction: float = 0.1
@@ -65,16 +82,21 @@ class RequestLogOptions:
 
 
 class RequestLog:
-    """Logs a share of requests.
-
-    count: is told what became of how many replies: written, unsampled, dropped or failed. Raises UserError for a folder
-    in which no file can be written.
-    """
+    """Log of a fraction of all requests."""
 
     def __init__(self, options: RequestLogOptions, count: CountReplies) -> None:
+        """Start the thread that writes files.
+
+        Args:
+            options: Folder, fraction and frequency of files.
+            count: Receives an outcome and the number of replies with this outcome.
+
+        Raises:
+            UserError: No file can be written in the folder.
+        """
         check_log_folder(options.folder)
         self.options, self._count = options, count
-        self._queue: SimpleQueue[LoggedReply | None] = SimpleQueue()  # None ends it
+        self._queue: SimpleQueue[LoggedReply | None] = SimpleQueue()  # None ends the thread.
         self._lock = threading.Lock()
         self._candidates, self._is_closing = 0, False
         self._has_failed = self._has_dropped = False
@@ -82,15 +104,19 @@ class RequestLog:
         self._thread.start()
 
     def offer(self, reply: Ranking, weights: Mapping[str, Any] | None, name: str | None, version: str | None) -> None:
-        """Takes a reply, if it is one of those that are logged, and never waits.
+        """Queue a reply if its request is sampled. Never wait.
 
-        reply: with an id; the rest as in `LoggedReply`.
+        Args:
+            reply: Ranking with a request ID.
+            weights: The caller's `task_weights`.
+            name: Name of the registered model, None if unknown.
+            version: Version of the registered model, None if unknown.
         """
         request: Any = reply.request_id
         if reply.ranked_request.rows.schema.columns.request_scope == "user":
             request = f"{reply.ranked_request.user} {request}"
         if not is_sampled(request, self.options.fraction):
-            self._count("unsampled", 1)
+            self._count(LogOutcome.UNSAMPLED, 1)
             return
         record = LoggedReply(reply, weights, name, version, self.options.fraction, time_ns() // 1_000)
         with self._lock:
@@ -99,20 +125,20 @@ class RequestLog:
                 self._candidates += len(record)
                 self._queue.put(record)
                 return
-        self._count("dropped", 1)
+        self._count(LogOutcome.DROPPED, 1)
         if not self._has_dropped:
-            _log.warning("requests come faster than they can be logged; some are not")
+            _log.warning("requests arrive faster than they can be logged; some are dropped")
         self._has_dropped = True
 
     def close(self) -> None:
-        """Writes all that was handed over, however long that takes."""
+        """Write all queued replies, however long that takes."""
         with self._lock:
             self._is_closing = True
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        """Make files, each of one model's rows, once these are many or their time is over."""
+        """Write files of one model's rows each, when there are `ROWS_PER_FILE` or after `flush_seconds`."""
         tables, rows, artifact, until = list[pa.Table](), 0, "", 0.0
         while True:
             try:
@@ -128,7 +154,7 @@ class RequestLog:
             if tables and artifact != record.reply.model["version"]:
                 tables = self._write(tables)
             try:
-                table = record.table()
+                table = record.to_table()
             except Exception as error:
                 self._fail(1, error)
                 continue
@@ -140,32 +166,35 @@ class RequestLog:
                 tables = self._write(tables)
 
     def _write(self, tables: list[pa.Table]) -> list[pa.Table]:
-        """Write the rows of replies into a file. Returns the rows of the next file, none."""
+        """Write replies to a file. Return an empty list for the next file's rows."""
         if tables:
-            try:  # a column without a value has no type yet
-                write_log_file(
-                    self.options.folder, pa.concat_tables(tables, promote_options="default").combine_chunks()
-                )
+            try:  # A column with only nulls has no type, so the types are promoted.
+                rows = pa.concat_tables(tables, promote_options="default").combine_chunks()
+                write_log_file(self.options.folder, rows)
             except Exception as error:
                 self._fail(len(tables), error)
             else:
-                self._count("written", len(tables))
+                self._count(LogOutcome.WRITTEN, len(tables))
                 self._has_failed = False
         return []
 
     def _fail(self, records: int, error: Exception) -> None:
-        """Count replies that can't be logged, and say so once, as it may be so for every reply."""
-        self._count("failed", records)
+        """Count replies that can't be logged. Only the first failure is reported, since every reply may fail."""
+        self._count(LogOutcome.FAILED, records)
         if not self._has_failed:
-            why = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or one_line(error)
-            _log.warning("replies can't be logged in '%s', and serving goes on: %s", self.options.folder, why)
+            reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or one_line(error)
+            _log.warning("replies can't be logged in '%s', and serving continues: %s", self.options.folder, reason)
         self._has_failed = True
 
 
 def is_sampled(request: int | str, fraction: float) -> bool:
-    """Whether a request is one of the share that is logged.
+    """Return whether a request belongs to the logged fraction.
 
-    It depends on the id alone, so all servers, and all calls with one id, agree.
+    The result depends only on the ID, so all servers and all calls with this ID agree.
+
+    Args:
+        request: ID of the request.
+        fraction: Fraction of requests to log, 0 to 1.
     """
     if fraction >= 1:
         return True
@@ -174,7 +203,7 @@ def is_sampled(request: int | str, fraction: float) -> bool:
 
 
 def check_log_folder(folder: Path) -> None:
-    """Makes the folder, and raises UserError where no file can be written there."""
+    """Create the folder. Raise UserError if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -184,12 +213,23 @@ def check_log_folder(folder: Path) -> None:
 
 
 def write_log_file(folder: Path, rows: pa.Table) -> Path:
-    """Writes rows into a new file of the folder, which appears whole. Raises OSError."""
-    if not folder.is_dir():  # it may be a disk that has gone, so it is not made again on the one below
+    """Write rows atomically to a new file of a folder.
+
+    Args:
+        folder: Folder of the request log.
+        rows: Rows to write.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        OSError: The folder is gone or can't be written.
+    """
+    if not folder.is_dir():  # Don't create it again. If it was a mount, files would go to the disk below it.
         raise FileNotFoundError(2, "the folder is gone")
-    moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    timestamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     host = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname())[:40] or "host"
-    path = folder / f"requests-{moment}-{host}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
+    path = folder / f"requests-{timestamp}-{host}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
     with atomic_file(path) as temporary:
         pq.write_table(rows, temporary, compression="zstd", row_group_size=131_072)
     return path
@@ -197,8 +237,16 @@ def write_log_file(folder: Path, rows: pa.Table) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class LoggedReply:
-    """A reply to be logged. weights: the caller's `task_weights`; name, version: of the registered model, None where it
-    is not known; share: of requests that are logged; served_at: microseconds since 1970 UTC."""
+    """A reply in the queue.
+
+    Attributes:
+        reply: Ranking with a request ID.
+        weights: The caller's `task_weights`.
+        name: Name of the registered model, None if unknown.
+        version: Version of the registered model, None if unknown.
+        fraction: Fraction of requests that are logged.
+        served_at: Time of the reply, microseconds since 1970 UTC.
+    """
 
     reply: Ranking
     weights: Mapping[str, Any] | None
@@ -208,18 +256,20 @@ class LoggedReply:
     served_at: int
 
     def __len__(self) -> int:
-        """How many candidates it holds the rows of: also those that `top_k` leaves out."""
+        """Return the number of candidates in memory, including candidates that `top_k` removes."""
         return int(self.reply.ranked_request.end - self.reply.ranked_request.first)
 
-    def table(self) -> pa.Table:
-        """A row for each candidate of the reply, best first.
+    def to_table(self) -> pa.Table:
+        """Return one row for each candidate of the reply, best first.
 
-        Raises UserError where a column of the log has the name of one that is added.
+        Raises UserError if a column of the log has the name of an added column.
         """
         reply, ranked_request, count = self.reply, self.reply.ranked_request, len(self.reply.scores)
-        places = ranked_request.first + np.array(reply.order, np.int64)
+        row_indices = ranked_request.first + np.array(reply.order, np.int64)
         inputs = ranked_request.rows.schema.input_columns()
-        columns = {name: ranked_request.rows.take(name, places) for name, role in inputs.items() if role != "placement"}
+        columns = {
+            name: ranked_request.rows.take(name, row_indices) for name, role in inputs.items() if role != "placement"
+        }
         weights = None if self.weights is None else json.dumps(self.weights, sort_keys=True)
         added = {
             REQUEST: pa.repeat(reply.request_id, count),
@@ -232,7 +282,7 @@ class LoggedReply:
         for name, values in reply.predictions.items():
             added[f"{PREDICTION_PREFIX}{name}"] = pa.array(np.array(values, np.float32))
         added[WEIGHTS] = pa.repeat(pa.scalar(weights, pa.string()), count)
-        for name, hashes in _hash_seen(ranked_request, places).items():
+        for name, hashes in _hash_ranked_inputs(ranked_request, row_indices).items():
             added[f"{DIGEST_PREFIX}{name}"] = pa.array(hashes)
         texts = {"served_model": self.name, "served_version": self.version, ARTIFACT: reply.model["version"]}
         texts["served_tables_as_of"] = reply.tables_as_of
@@ -243,48 +293,62 @@ class LoggedReply:
 
 
 def check_reserved_columns(columns: Iterable[str], added: Iterable[str]) -> None:
-    """Raises UserError where a column of the log has the name of one that is added to its rows."""
+    """Raise UserError if a column of the log has the name of an added column.
+
+    Args:
+        columns: Columns of the log.
+        added: Columns that the request log adds.
+    """
     if both := {*columns} & {*added}:
-        raise UserError(f"column '{min(both)}' has a name that logged requests use for their own; rename it")
+        raise UserError(f"column '{min(both)}' has a name that the request log uses for its own columns; rename it")
 
 
-def _hash_seen(ranked_request: RankedRequest, places: np.ndarray) -> dict[str, np.ndarray]:
-    """Feature -> (M,) int32 hashes of what the model read of the candidates at these (M,) rows of the pass."""
-    shared, own = ranked_request.inputs
-    request = np.full(len(places), ranked_request.number)
+def _hash_ranked_inputs(ranked_request: RankedRequest, row_indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Hash the model's inputs at M rows of the batch. Return feature -> (M,) int32."""
+    by_request, by_row = ranked_request.inputs
+    request_indices = np.full(len(row_indices), ranked_request.number)
 
-    def take(mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
-        values = [*((name, each, places) for name, each in mine.items())]
-        values += [(name, each, request) for name, each in spread.items()]
-        return {name: each.take(at) if isinstance(each, Ragged) else each[at] for name, each, at in values}
+    def take(row_inputs: Mapping[str, Any], request_inputs: Mapping[str, Any]) -> dict[str, Any]:
+        selections = [*((name, values, row_indices) for name, values in row_inputs.items())]
+        selections += [(name, values, request_indices) for name, values in request_inputs.items()]
+        return {
+            name: values.take(indices) if isinstance(values, Ragged) else values[indices]
+            for name, values, indices in selections
+        }
 
-    return hash_features(take(own.ids, shared.ids), take(own.dense, shared.dense), ranked_request.layout)
+    return hash_features(take(by_row.ids, by_request.ids), take(by_row.dense, by_request.dense), ranked_request.layout)
 
 
 def hash_features(
     ids: Mapping[str, np.ndarray | Ragged], dense: Mapping[str, np.ndarray], layout: Layout
 ) -> dict[str, np.ndarray]:
-    """Feature -> (N,) int32 hashes of what a model reads of N rows, so that served and offline rows can be compared.
+    """Hash the inputs of each feature, so that served and offline rows can be compared.
 
-    Placement is left out, which is absent in serving. The hashes are computed from encoded inputs, ids as integers and
-    numbers by the bits of their float32, so they agree exactly if every input does. A hash is multilinear (Lemire and
+    Placement is left out because it is unknown in serving. The hashes use encoded inputs: IDs as integers, and numbers
+    as the bits of their float32. Two hashes agree exactly if every input does. A hash is multilinear (Lemire and
     Kaser 2014): the sum over inputs of value times a fixed odd number, modulo 2^64, then mixed.
 
-    ids: name of an input -> (N,) integers, or `Ragged`; dense: name -> (N,) float32.
+    Args:
+        ids: Input name -> (N,) integers or `Ragged`.
+        dense: Input name -> (N,) float32.
+        layout: Inputs of the model.
+
+    Returns:
+        Feature -> (N,) int32.
     """
-    of_ids = [each for each in layout.ids if not each.placement]
-    inputs = [*of_ids, *(each for each in layout.dense if not each.placement)]
+    id_inputs = [spec for spec in layout.ids if not spec.placement]
+    inputs = [*id_inputs, *(spec for spec in layout.dense if not spec.placement)]
     inputs.sort(key=attrgetter("feature"))
-    columns = [_numbers(ids[each.name] if isinstance(each, IdInput) else dense[each.name]) for each in inputs]
-    names, starts = np.unique([each.feature for each in inputs], return_index=True)
+    columns = [_to_uint64(ids[spec.name] if isinstance(spec, IdInput) else dense[spec.name]) for spec in inputs]
+    names, starts = np.unique([spec.feature for spec in inputs], return_index=True)
     factors = splitmix64(np.arange(len(inputs), dtype=np.uint64)) | np.uint64(1)
     with np.errstate(over="ignore"):
         hashes = splitmix64(np.add.reduceat((np.column_stack(columns) + np.uint64(1)) * factors, starts, axis=1))
     return dict(zip(names.tolist(), (hashes >> np.uint64(32)).astype(np.uint32).view(np.int32).T, strict=True))
 
 
-def _numbers(values: np.ndarray | Ragged) -> np.ndarray:
-    """(N,) uint64, one for each row."""
+def _to_uint64(values: np.ndarray | Ragged) -> np.ndarray:
+    """Reduce each row (a scalar or a list) to one uint64 for hashing. Returns shape (N,)."""
     if not isinstance(values, Ragged):
         if values.dtype == np.float32:
             return np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
@@ -293,6 +357,6 @@ def _numbers(values: np.ndarray | Ragged) -> np.ndarray:
     starts = ends - values.lengths
     within = np.arange(len(values.values)) - np.repeat(starts, values.lengths)
     with np.errstate(over="ignore"):
-        each = splitmix64(values.values.astype(np.int64).view(np.uint64) + splitmix64(within.astype(np.uint64)))
-        sums = np.append(np.uint64(0), np.cumsum(each, dtype=np.uint64))
+        mixed = splitmix64(values.values.astype(np.int64).view(np.uint64) + splitmix64(within.astype(np.uint64)))
+        sums = np.append(np.uint64(0), np.cumsum(mixed, dtype=np.uint64))
         return splitmix64(sums[ends] - sums[starts] + values.lengths.astype(np.uint64))

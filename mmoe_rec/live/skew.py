@@ -1,13 +1,15 @@
-"""Training-serving skew: the requests that a server has logged, beside the log's rows of the same requests.
+"""Training-serving skew: compare the requests that a server has logged with the log's rows of the same requests.
 
-A server logs for each feature a digest of the values that the model read. The same digests are computed here from the
-log, point in time, by the steps of a feature build and the model's own encoders. Nothing of a server or of a model's
-memories takes part. DuckDB joins both sides.
+For each feature, a server logs a digest of the values that the model read. This module computes the same digests from
+the log, point in time, with the steps of a feature build and the model's own encoders. It uses no state of a server or
+of a model's memories. DuckDB joins both sides.
 """
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -38,45 +40,93 @@ from mmoe_rec.tracking.registry import resolve_model
 
 REPORT_FILE = "skew.json"
 ABSOLUTE_TOLERANCE = 1e-5
-"""Predictions and scores may differ by this, times their size above 1: libraries sum products in different orders."""
+"""Limit on differences, times the value's size above 1. Libraries sum products in different orders."""
 RELATIVE_TOLERANCE = 1e-3
-"""Probabilities and scores may differ by this fraction of themselves at most, as small ones are never far apart."""
+"""Limit on differences as a fraction of the value. The absolute limit alone is too loose for small probabilities."""
 MAX_EXAMPLES = 3
-_OF_REPLY = [
+_REPLY_COLUMNS = [
     request_log.AT,
     request_log.CANDIDATE_COUNT,
     request_log.REPLIED_COUNT,
     request_log.ARTIFACT,
     request_log.WEIGHTS,
 ]
-# `reason` says why a logged row is not compared. A request ID may match a row of the log although the logged time lies
-# outside of the period. Whole replies rank all candidates of their requests.
-_JOIN = """
-CREATE TABLE offline AS SELECT * FROM every QUALIFY row_number() OVER (PARTITION BY key ORDER BY number) = 1;
+
+
+class SkipReason(StrEnum):
+    """Why a logged row is not compared."""
+
+    OUTSIDE_PERIOD = "outside_period"
+    OTHER_VERSION = "other_version"
+    NOT_IN_LOG = "not_in_log"
+
+
+class ValueKind(StrEnum):
+    """Kind of a compared value."""
+
+    REPLY = "reply"
+    COLUMN = "column"
+    FEATURE = "feature"
+    PREDICTION = "prediction"
+    SCORE = "score"
+
+
+_SKIP_DESCRIPTIONS = {
+    SkipReason.OUTSIDE_PERIOD: "outside --from and --to",
+    SkipReason.OTHER_VERSION: "answered by other versions of the model",
+    SkipReason.NOT_IN_LOG: "not in the log",
+}
+# A request ID may match a row of the log although the logged time lies outside the period. Complete replies rank all
+# candidates of their requests.
+_JOIN = f"""
+CREATE TABLE offline AS SELECT * FROM log_rows QUALIFY row_number() OVER (PARTITION BY key ORDER BY number) = 1;
 CREATE TABLE marked AS
-    SELECT served.*, offline.number AS row, offline.request_key AS of_request,
-        count(*) OVER (PARTITION BY served.request_key, served_at) < served_replied AS is_lost,
-        NOT bool_or(served_replied <> served_candidates OR served_artifact IS DISTINCT FROM '{version}')
-            OVER (PARTITION BY served.request_key) AS is_whole,
+    SELECT served.*, offline.number AS row, offline.request_key AS log_request,
+        count(*) OVER (PARTITION BY served.request_key, served_at) < served_replied AS has_lost_rows,
+        NOT bool_or(served_replied <> served_candidates OR served_artifact IS DISTINCT FROM '{{version}}')
+            OVER (PARTITION BY served.request_key) AS is_complete,
         CASE
-            WHEN row IS NULL AND NOT served.moment BETWEEN {start} AND {end} - 1 THEN 'outside --from and --to'
-            WHEN served_artifact IS DISTINCT FROM '{version}' THEN 'answered by other versions of the model'
-            WHEN row IS NULL THEN 'not in the log'
+            WHEN row IS NULL AND NOT served.time_us BETWEEN {{start}} AND {{end}} - 1
+                THEN '{SkipReason.OUTSIDE_PERIOD}'
+            WHEN served_artifact IS DISTINCT FROM '{{version}}' THEN '{SkipReason.OTHER_VERSION}'
+            WHEN row IS NULL THEN '{SkipReason.NOT_IN_LOG}'
         END AS reason
     FROM served LEFT JOIN offline USING (key);
 CREATE TABLE matched AS SELECT * FROM marked WHERE reason IS NULL;
-CREATE TABLE lacking AS
-    SELECT number, request_key AS of_request, 'no reply with it is logged' AS why FROM offline
-    WHERE request_key IN (SELECT of_request FROM matched WHERE is_whole) AND number NOT IN (SELECT row FROM matched);
-INSERT INTO lacking
-    SELECT min(row), of_request, 'the request log lacks rows of its reply' FROM matched
-    WHERE is_lost AND of_request NOT IN (SELECT of_request FROM lacking) GROUP BY of_request;
+CREATE TABLE missing AS
+    SELECT number, request_key AS log_request, 'no logged reply has it' AS why FROM offline
+    WHERE request_key IN (SELECT log_request FROM matched WHERE is_complete)
+        AND number NOT IN (SELECT row FROM matched);
+INSERT INTO missing
+    SELECT min(row), log_request, 'the request log lacks rows of its reply' FROM matched
+    WHERE has_lost_rows AND log_request NOT IN (SELECT log_request FROM missing) GROUP BY log_request;
 """
 _BOTH = "FROM matched s JOIN offline o ON s.row = o.number"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of one value between logged requests and the log.
+
+    Attributes:
+        name: Name of the feature, task or column.
+        kind: Kind of the value.
+        compared: Number of compared rows.
+        mismatches: Number of rows that differ.
+        largest: Largest absolute difference, None for values that aren't numbers.
+        examples: The first rows that differ.
+    """
+
+    name: str
+    kind: ValueKind
+    compared: int
+    mismatches: int
+    largest: float | None
+    examples: list[dict[str, Any]]
+
+
 def check_skew(
-    settings: Settings, start: int, end: int, address: str, requests: Path, out: Path | None = None
+    settings: Settings, start: int, end: int, model_uri: str, requests: Path, out: Path | None = None
 ) -> dict[str, Any]:
     """Compare logged requests with the log's rows of these requests.
 
@@ -84,12 +134,12 @@ def check_skew(
         settings: Settings of the log.
         start: First request time of the period, microseconds.
         end: End of the period, exclusive.
-        address: URI of the model that has served, or its folder.
+        model_uri: URI or folder of the model that ranked the requests.
         requests: Folder of the request log.
-        out: Folder for `skew.json`.
+        out: Folder for `skew.json`. None writes no file.
 
     Returns:
-        The report, as `skew.json` holds it.
+        The report, with the content of `skew.json`.
 
     Raises:
         UserError: The log, the model, the period or the logged requests can't be used.
@@ -97,14 +147,12 @@ def check_skew(
     if start >= end:
         raise UserError(f"--from {format_time(start)} is not before --to {format_time(end)}")
     reject_plain_table(settings.schema_, "a skew check")
-    model = resolve_model(address, settings.tracking.resolved_uri).folder
-    window, folder = (
-        {"version": artifact_version(model), "start": start, "end": end},
-        Path(settings.data.work_dir) / "skew",
-    )
+    model = resolve_model(model_uri, settings.tracking.resolved_uri).folder
+    window = {"version": artifact_version(model), "start": start, "end": end}
+    folder = Path(settings.data.work_dir) / "skew"
     weights = {task.name: task.score_weight for task in read_artifact(model).tasks if task.kind.is_linear}
     with write_lock(folder, "a skew check", "set `data.work_dir` to another folder"):
-        shutil.rmtree(folder, ignore_errors=True)  # left by a killed check
+        shutil.rmtree(folder, ignore_errors=True)  # A killed check leaves it.
         try:
             folder.mkdir(parents=True)
             pipeline = FeaturePipeline.load(model / "features", stores=False)
@@ -117,7 +165,7 @@ def check_skew(
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     period = {"from": format_time(start), "to": format_time(end)}
-    report = {"model": address, "model_version": window["version"], **period, **report}
+    report = {"model": model_uri, "model_version": window["version"], **period, **report}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False, default=str))
@@ -125,7 +173,18 @@ def check_skew(
 
 
 def read_request_log(folder: Path, schema: Schema) -> pa.Table:
-    """Read the files of a request log. Raises UserError where they can't be read, or lack a column."""
+    """Read the files of a request log.
+
+    Args:
+        folder: Folder of the request log.
+        schema: Schema of the model that ranked the requests.
+
+    Returns:
+        The rows of all files, with the request column of the schema if it has one.
+
+    Raises:
+        UserError: The files can't be read, or they lack a column.
+    """
     columns, tables = schema.columns, list[pa.Table]()
     try:
         for file in find_files(str(folder), "--requests"):
@@ -134,30 +193,30 @@ def read_request_log(folder: Path, schema: Schema) -> pa.Table:
         table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"the files in '{folder}' can't be read together: {first_line(error)}") from None
-    _require(table, [request_log.REQUEST, *_OF_REPLY, columns.user, columns.candidate, columns.time])
+    _require_columns(table, [request_log.REQUEST, *_REPLY_COLUMNS, columns.user, columns.candidate, columns.time])
     return table if columns.request is None else table.append_column(columns.request, table[request_log.REQUEST])
 
 
-def _require(table: pa.Table, columns: list[str]) -> None:
-    if lacking := [name for name in columns if name not in table.column_names]:
-        told = f"--requests: the files have no column '{lacking[0]}'"
-        raise UserError(f"{told}, which `mmoe-rec serve --log-requests` of this version writes")
+def _require_columns(table: pa.Table, columns: list[str]) -> None:
+    if missing := [name for name in columns if name not in table.column_names]:
+        problem = f"--requests: the files have no column '{missing[0]}'"
+        raise UserError(f"{problem}, which `mmoe-rec serve --log-requests` of this version writes")
 
 
 def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Path) -> pa.Table:
     """Score the log's rows of a period, point in time.
 
     Args:
-        logs: The logs as the model's features read them.
-        model: Artifact folder.
-        window: Start and end of the request times, microseconds, the end exclusive.
-        scratch: An empty folder.
+        logs: Logs as the model's features read them.
+        model: Folder of the artifact.
+        window: Start and exclusive end of the request times, microseconds.
+        scratch: Empty folder.
 
     Returns:
-        A table with the IDs of rows, digests, predictions and scores under the names of the request log.
+        A table with row IDs, digests, predictions and scores. The column names are the request log's.
 
     Raises:
-        UserError: The log can't be read, or no row was requested in the period, or none before it.
+        UserError: The log can't be read, or it has no rows in the period or none before the period.
     """
     kept, steps = scratch / "kept", BuildSteps(logs, {"served": window}, scratch / "steps")
     stores, ranker, parts = scratch / "steps" / "memories", Ranker.load(model), list[pa.Table]()
@@ -184,31 +243,31 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
 
 
 def _score(ranker: Ranker, rows: LogRows) -> pa.Table:
-    """Compute digests, predictions and scores of rows that come with their counters and histories."""
+    """Compute digests, predictions and scores of rows with their counters and histories."""
     schema, layout = ranker.pipeline.schema, ranker.pipeline.layout
-    fill_attributes, ids = ranker.reader.fill_attributes(LogRows(rows.table, schema, rows.results)), schema.columns
-    inputs, (values, logs) = ranker.pipeline.inputs(fill_attributes), ranker.score(fill_attributes)
-    read = [name for name in (ids.request, ids.user, ids.candidate, ids.time) if name is not None]
-    columns: dict[str, Any] = {name: rows.column(name) for name in read}
+    filled_rows, ids = ranker.reader.fill_attributes(LogRows(rows.table, schema, rows.results)), schema.columns
+    inputs, (values, log_scores) = ranker.pipeline.inputs(filled_rows), ranker.score(filled_rows)
+    id_columns = [name for name in (ids.request, ids.user, ids.candidate, ids.time) if name is not None]
+    columns: dict[str, Any] = {name: rows.column(name) for name in id_columns}
     digests = request_log.hash_features(inputs.ids, inputs.dense, layout)
     columns |= {f"{request_log.DIGEST_PREFIX}{name}": digest for name, digest in digests.items()}
-    columns |= {
-        f"{request_log.PREDICTION_PREFIX}{name}": each
-        for name, each in add_joint_predictions(values, ranker.layout).items()
-    }
-    return pa.table(columns | {request_log.SCORE: scores_from_log_scores(logs)})
+    predictions = add_joint_predictions(values, ranker.layout)
+    columns |= {f"{request_log.PREDICTION_PREFIX}{name}": prediction for name, prediction in predictions.items()}
+    return pa.table(columns | {request_log.SCORE: scores_from_log_scores(log_scores)})
 
 
-def _fill(database: Database, name: str, table: pa.Table, schema: Schema, values: list[str], more: list[str]) -> None:
-    """Make a table of one side: keys, IDs for people, and the values under numbered names."""
+def _create_side(
+    database: Database, name: str, table: pa.Table, schema: Schema, values: list[str], more: list[str]
+) -> None:
+    """Create the table of one side: keys, readable IDs, and the values as `v0`, `v1` and so on."""
     rows, columns = LogRows(table, schema), schema.columns
     side = {"key": rows.row_hashes(), "request_key": rows.request_hashes(), "user_key": rows.hashes([columns.user])}
-    side |= {"number": pa.array(range(len(table)), pa.int64()), "moment": rows.times()}
-    for each, column in (("user", columns.user), ("candidate", columns.candidate), ("request", columns.request)):
-        side |= {} if column is None else {each: table[column].cast(pa.string())}
-    side |= {f"v{number}": table[value] for number, value in enumerate(values)} | {each: table[each] for each in more}
-    filled = pa.table(side)
-    database.create_table(name, filled.schema, [filled])
+    side |= {"number": pa.array(range(len(table)), pa.int64()), "time_us": rows.times()}
+    for role, column in (("user", columns.user), ("candidate", columns.candidate), ("request", columns.request)):
+        side |= {} if column is None else {role: table[column].cast(pa.string())}
+    side |= {f"v{index}": table[value] for index, value in enumerate(values)} | {name: table[name] for name in more}
+    side_table = pa.table(side)
+    database.create_table(name, side_table.schema, [side_table])
 
 
 def _compare(
@@ -219,49 +278,46 @@ def _compare(
     window: Mapping[str, Any],
     weights: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Join both sides and compare values; see `check_skew`."""
+    """Join both sides and compare values (see `check_skew`)."""
     values = [
         name
         for name in offline.column_names
         if name.startswith((request_log.DIGEST_PREFIX, request_log.PREDICTION_PREFIX, request_log.SCORE))
     ]
-    _require(served, values)
-    _fill(database, "every", offline, schema, values, [])
-    _fill(database, "served", served, schema, values, _OF_REPLY)
+    _require_columns(served, values)
+    _create_side(database, "log_rows", offline, schema, values, [])
+    _create_side(database, "served", served, schema, values, _REPLY_COLUMNS)
     database.run(*_JOIN.format(**window).split(";")[:-1])
-    why = "SELECT reason, count(*) FROM marked WHERE reason IS NOT NULL GROUP BY 1 ORDER BY 2"
-    not_compared = {str(reason): int(rows) for reason, rows in database.rows(why)}
+    query = "SELECT reason, count(*) FROM marked WHERE reason IS NOT NULL GROUP BY 1 ORDER BY 2"
+    not_compared = {str(reason): int(rows) for reason, rows in database.rows(query)}
     rows, distinct = database.row("SELECT count(*), count(DISTINCT row) FROM matched")
     if not rows:
-        told = f"--requests: none of {len(served):,} logged rows can be compared ({_list(not_compared)})"
-        raise UserError(f"{told}. Give the period, the model and the log of these requests.")
-    lacking, lost = database.row("SELECT count(*), count(*) FILTER (number IN (SELECT row FROM matched)) FROM lacking")
-    found = _examples(database, "SELECT o.*, why FROM lacking JOIN offline o USING (number) ORDER BY number")
-    compared = [_result("candidates", "reply", distinct + lacking - lost, lacking, None, found)]
-    for name, key in ((schema.columns.user, "user_key"), (schema.columns.time, "moment")):
+        problem = f"--requests: none of {len(served):,} logged rows can be compared ({_list_reasons(not_compared)})"
+        raise UserError(f"{problem}. Give the period, the model and the log of these requests.")
+    missing, lost = database.row("SELECT count(*), count(*) FILTER (number IN (SELECT row FROM matched)) FROM missing")
+    examples = _examples(database, "SELECT o.*, why FROM missing JOIN offline o USING (number) ORDER BY number")
+    replied = distinct + missing - lost
+    compared = [Comparison("candidates", ValueKind.REPLY, replied, missing, None, examples)]
+    for name, key in ((schema.columns.user, "user_key"), (schema.columns.time, "time_us")):
         if schema.columns.request is not None:
-            compared.append(_compare_value(database, name, "column", f"s.{key} <> o.{key}", rows))
-    for number, column in enumerate(values):
-        mine, other, is_score = f"s.v{number}", f"o.v{number}", column == request_log.SCORE
-        name = (
-            "score"
-            if is_score
-            else column.removeprefix(request_log.DIGEST_PREFIX).removeprefix(request_log.PREDICTION_PREFIX)
-        )
+            compared.append(_compare_value(database, name, ValueKind.COLUMN, f"s.{key} <> o.{key}", rows))
+    for index, column in enumerate(values):
+        served_value, offline_value, is_score = f"s.v{index}", f"o.v{index}", column == request_log.SCORE
+        name = column.removeprefix(request_log.DIGEST_PREFIX).removeprefix(request_log.PREDICTION_PREFIX)
         if column.startswith(request_log.DIGEST_PREFIX):
-            compared.append(_compare_value(database, name, "feature", f"{mine} IS DISTINCT FROM {other}", rows))
+            differs = f"{served_value} IS DISTINCT FROM {offline_value}"
+            compared.append(_compare_value(database, name, ValueKind.FEATURE, differs, rows))
             continue
-        other = f"{other}::DOUBLE * {_score_of_served(values, weights) if is_score else 1}"
-        allowed = f"{ABSOLUTE_TOLERANCE} * greatest(1, abs({other}))"
+        offline_value = f"{offline_value}::DOUBLE * {_regression_factor(values, weights) if is_score else 1}"
+        allowed = f"{ABSOLUTE_TOLERANCE} * greatest(1, abs({offline_value}))"
         if is_score or name not in weights:
-            allowed = f"least({allowed}, {RELATIVE_TOLERANCE} * {other})"
-        is_wrong = f"NOT coalesce(abs({mine} - {other}) <= {allowed}, false)"
-        if is_score:  # the caller's own weights change it
-            is_wrong = f"s.{request_log.WEIGHTS} IS NULL AND {is_wrong}"
-        compared.append(
-            _compare_value(database, name, "score" if is_score else "prediction", is_wrong, rows, (mine, other))
-        )
-    mismatches, requests = sum(each["mismatches"] for each in compared), "SELECT count(DISTINCT request_key) FROM every"
+            allowed = f"least({allowed}, {RELATIVE_TOLERANCE} * {offline_value})"
+        differs = f"NOT coalesce(abs({served_value} - {offline_value}) <= {allowed}, false)"
+        name, kind = ("score", ValueKind.SCORE) if is_score else (name, ValueKind.PREDICTION)
+        if is_score:  # Scores with the caller's own weights can't be compared.
+            differs = f"s.{request_log.WEIGHTS} IS NULL AND {differs}"
+        compared.append(_compare_value(database, name, kind, differs, rows, (served_value, offline_value)))
+    requests = "SELECT count(DISTINCT request_key) FROM log_rows"
     return {
         "requests": int(database.row(requests)[0]),
         "rows": len(offline),
@@ -269,14 +325,16 @@ def _compare(
         "compared_rows": rows,
         "not_compared": not_compared,
         "rows_with_reply": distinct,
-        "mismatches": mismatches,
-        "values": compared,
+        "mismatches": sum(comparison.mismatches for comparison in compared),
+        "values": [asdict(comparison) for comparison in compared],
     }
 
 
-def _score_of_served(values: list[str], weights: Mapping[str, float]) -> str:
-    """Return the factor by which the served regressions change the log's score. They are compared for themselves:
-    rounding may change much of a small one, and so of the score."""
+def _regression_factor(values: list[str], weights: Mapping[str, float]) -> str:
+    """Return SQL for the factor by which served regressions change the log's score.
+
+    Regressions are compared on their own. Rounding may change a small regression, and so the score, by much.
+    """
     factor = "1.0"
     for task, weight in weights.items():
         column = f"v{values.index(f'{request_log.PREDICTION_PREFIX}{task}')}::DOUBLE, {MIN_LINEAR_PREDICTION!r}"
@@ -285,51 +343,53 @@ def _score_of_served(values: list[str], weights: Mapping[str, float]) -> str:
 
 
 def _compare_value(
-    database: Database, name: str, kind: str, is_wrong: str, rows: int, sides: tuple[str, str] | None = None
-) -> dict[str, Any]:
+    database: Database,
+    name: str,
+    kind: ValueKind,
+    differs: str,
+    rows: int,
+    sides: tuple[str, str] | None = None,
+) -> Comparison:
     """Compare one value, given SQL for a mismatch and for the numbers on both sides."""
     served, offline = sides or ("NULL::DOUBLE", "NULL::DOUBLE")
-    wrong, largest = database.row(f"SELECT count(*) FILTER ({is_wrong}), max(abs({served} - {offline})) {_BOTH}")
-    query = f"SELECT o.*, {served} AS mine, {offline} AS other {_BOTH} WHERE {is_wrong} ORDER BY o.number"
-    return _result(name, kind, rows, wrong, largest, _examples(database, query) if wrong else [])
-
-
-def _result(*values: Any) -> dict[str, Any]:
-    """Name the values of one comparison. kind: feature, prediction, score, column or reply; largest: difference."""
-    return dict(zip(("name", "kind", "compared", "mismatches", "largest", "examples"), values, strict=True))
+    mismatches, largest = database.row(f"SELECT count(*) FILTER ({differs}), max(abs({served} - {offline})) {_BOTH}")
+    query = f"SELECT o.*, {served} AS served, {offline} AS offline {_BOTH} WHERE {differs} ORDER BY o.number"
+    examples = _examples(database, query) if mismatches else []
+    return Comparison(name, kind, rows, mismatches, largest, examples)
 
 
 def _examples(database: Database, query: str) -> list[dict[str, Any]]:
-    """Describe the first rows of a query for people."""
-    found = list[dict[str, Any]]()
+    """Describe the first rows of a query."""
+    examples = list[dict[str, Any]]()
     for row in database.table(f"{query} LIMIT {MAX_EXAMPLES}").to_pylist():
-        moment, mine = iso_time(row["moment"]), row.get("mine")
-        why = row.get("why") or ("" if mine is None else f"served {mine}, offline {row['other']}")
-        request = row.get("request", f"{row['user']} at {moment}")
-        found.append({"request": request, "candidate": row["candidate"], "time": moment, "why": why})
-    return found
+        time, served = iso_time(row["time_us"]), row.get("served")
+        why = row.get("why") or ("" if served is None else f"served {served}, offline {row['offline']}")
+        request = row.get("request", f"{row['user']} at {time}")
+        examples.append({"request": request, "candidate": row["candidate"], "time": time, "why": why})
+    return examples
 
 
-def _list(not_compared: Mapping[str, int]) -> str:
-    return ", ".join(f"{rows:,} {why}" for why, rows in not_compared.items())
+def _list_reasons(not_compared: Mapping[str, int]) -> str:
+    return ", ".join(f"{rows:,} {_SKIP_DESCRIPTIONS[SkipReason(reason)]}" for reason, rows in not_compared.items())
 
 
 def describe(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of a report for the terminal."""
+    """Yield the lines that `check-skew` prints."""
     for value in sorted(report["values"], key=lambda value: -value["mismatches"]):
         if not value["mismatches"]:
             continue
-        far = "" if value["largest"] is None else f", by {value['largest']:.3g} at most"
-        yield f"{value['kind']} '{value['name']}' differs in {value['mismatches']:,} of {value['compared']:,} rows{far}"
-        for each in value["examples"]:
-            told = f"  request {each['request']}, candidate {each['candidate']}, at {each['time']}"
-            yield told + (f": {each['why']}" if each["why"] else "")
+        largest = "" if value["largest"] is None else f", by {value['largest']:.3g} at most"
+        rows = f"{value['mismatches']:,} of {value['compared']:,} rows{largest}"
+        yield f"{value['kind']} '{value['name']}' differs in {rows}"
+        for example in value["examples"]:
+            line = f"  request {example['request']}, candidate {example['candidate']}, at {example['time']}"
+            yield line + (f": {example['why']}" if example["why"] else "")
     if not report["mismatches"]:
         yield (
-            f"replies are whole, features are equal to the last bit, predictions and scores within "
+            "replies are complete, features are equal to the last bit, predictions and scores agree within "
             f"{ABSOLUTE_TOLERANCE:g}"
         )
-    reasons = f". Not compared: {_list(report['not_compared'])}" if report["not_compared"] else ""
+    reasons = f". Not compared: {_list_reasons(report['not_compared'])}" if report["not_compared"] else ""
     yield f"{report['compared_rows']:,} of {report['logged_rows']:,} logged rows are compared{reasons}"
     requests, rows, replied = report["requests"], report["rows"], report["rows_with_reply"]
     yield f"{requests:,} requests with {rows:,} rows, {replied:,} of them logged: {report['mismatches']:,} mismatches"

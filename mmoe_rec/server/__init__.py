@@ -1,4 +1,4 @@
-"""The model server: HTTP requests go in, ranked candidates come out.
+"""The model server: it receives HTTP requests and replies with ranked candidates.
 
-Begin in `app`, which answers requests like MLflow's server. `ranking_queue` joins concurrent requests to batches.
+Begin in `app`, whose pages work like MLflow's server. `ranking_queue` joins concurrent calls into batches.
 """

@@ -1,4 +1,4 @@
-"""The application: its pages, who may see them, and replies of one form to whatever goes wrong."""
+"""The ASGI application: its pages, the access checks, and error replies in one format."""
 
 import base64
 import hashlib
@@ -6,6 +6,7 @@ import hmac
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -26,32 +27,47 @@ from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.events import EventHandler
 from mmoe_rec.server.invocations import InvocationHandler, error_response, require_json
 from mmoe_rec.server.models import ModelManager
-from mmoe_rec.server.options import INTERNAL_ERROR, HttpError
+from mmoe_rec.server.options import INTERNAL_ERROR, HttpError, RefusalReason
 from mmoe_rec.server.server_metrics import CONTENT_TYPE, Metrics
 
 Reload = Callable[[], Awaitable[None]]
-"""Takes up the model that the server's address names now. Raises UserError for one that can't be loaded."""
+"""Serves the model that the server's URI names now. Raises UserError if the model can't be loaded."""
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 LIVENESS_PATH = "/ping"  # Stays 200 while the server drains, so that no liveness probe ends it early.
 PUBLIC_PATHS = ("/health", LIVENESS_PATH)
-PAGE_PATH = "/"  # which asks a person for the token
+PAGE_PATH = "/"  # Public, as the page asks a person for the token.
 
 VERSION = version("mmoe-rec")
 _log = logging.getLogger(__name__)
 
 
+class HealthStatus(StrEnum):
+    """Status in the reply to a health check."""
+
+    OK = "ok"
+    STUCK = "stuck"
+    DRAINING = "draining"
+
+
 class Application:
-    """The ASGI application of a worker, and the parts that others ask about it."""
+    """The ASGI application of a worker."""
 
     def __init__(self, models: ModelManager, metrics: Metrics | None = None, reload: Reload | None = None) -> None:
+        """Set up the pages.
+
+        Args:
+            models: The served model and the server's options.
+            metrics: Metrics of the worker. None starts at zero.
+            reload: Backend of `/reload`. None omits this page.
+        """
         options = models.options
         self.models, self.token, self._reload = models, options.token, reload
         self.metrics = metrics or Metrics()
         count = self.metrics.logged_replies.labels
         self._log = None
         if options.request_log is not None:
-            self._log = RequestLog(options.request_log, lambda outcome, many: count(outcome).inc(many))
+            self._log = RequestLog(options.request_log, lambda outcome, replies: count(outcome).inc(replies))
         self.invocations = InvocationHandler(models, self.metrics, self._log)
         self.events: EventHandler | None = None
         if options.journal is not None and (follower := self.invocations.follower) is not None:
@@ -64,56 +80,61 @@ class Application:
             ("GET", "/metrics", self._metrics),
             ("GET", "/openapi.json", self._describe),
             ("POST", "/invocations", self._rank),
-            ("POST", "/events", self._take),
-            *([] if reload is None else [("POST", "/reload", self._take_up)]),
+            ("POST", "/events", self._accept_events),
+            *([] if reload is None else [("POST", "/reload", self._reload_model)]),
         ]
-        routes = [Route(path, answer, methods=[method]) for method, path, answer in self._pages]
+        routes = [Route(path, handler, methods=[method]) for method, path, handler in self._pages]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _no_page, Exception: _failed})
-        self._app.router.redirect_slashes = False  # Redirects have the caller's own header Host for an address.
+        self._app.router.redirect_slashes = False  # A redirect would contain the caller's own Host header as its URL.
 
     def close(self) -> None:
-        """Writes what is still to be logged, once the last call is answered."""
+        """Write the rest of the request log. Call it after the last call was answered."""
         if self._log is not None:
             self._log.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, as ASGI has it. Without the token nothing of it is read."""
+        """Answer one ASGI request. Nothing of the body is read if access is refused."""
         page: ASGIApp = self._app
-        if scope["type"] == "http" and (refused := self._refuse(scope)) is not None:
+        if scope["type"] == "http" and (refused := self._check_access(scope)) is not None:
             self.metrics.refusals.labels(refused.reason).inc()
             page = error_response(refused)
         await page(scope, receive, send)
 
-    def _refuse(self, scope: Scope) -> HttpError | None:
+    def _check_access(self, scope: Scope) -> HttpError | None:
+        """Return an error if the host or the token isn't allowed."""
         is_open = scope["path"] in (*PUBLIC_PATHS, PAGE_PATH)
         if self.token is None and not is_open and (allowed_hosts := self.models.options.allowed_hosts) is not None:
-            # By DNS rebinding a web page gives this server a name of the page's own.
+            # In a DNS rebinding attack, a web page reaches this server under the page's own host name.
             for host in Headers(scope=scope).getlist("host"):
                 if re.sub(r":\d*$", "", host).strip("[]").lower() not in allowed_hosts:
-                    told = f"header Host: {quoted(host)} is no name of this server. Start it with --allow-host NAME."
-                    return HttpError(403, told, "foreign", "PERMISSION_DENIED")
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+                    sentence = (
+                        f"header Host: {quoted(host)} is no name of this server. Start it with --allow-host NAME."
+                    )
+                    return HttpError(403, sentence, RefusalReason.FOREIGN, "PERMISSION_DENIED")
+        authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if self.token is not None and not is_open:
-            scheme, _, token = given.partition(b" ")
-            # Takes the same time whatever is given, so that the token can't be found letter by letter.
+            scheme, _, token = authorization.partition(b" ")
+            # A comparison in constant time, so that nobody can find the token letter by letter.
             if not hmac.compare_digest(token.strip(), self.token.encode()) or scheme.lower() != b"bearer":
-                sentence = "this server asks for a token: send the header Authorization: Bearer TOKEN"
-                return HttpError(401, sentence, "unauthorised", "UNAUTHENTICATED")
+                sentence = "this server requires a token: send the header Authorization: Bearer TOKEN"
+                return HttpError(401, sentence, RefusalReason.UNAUTHORIZED, "UNAUTHENTICATED")
         return None
 
     async def _health(self, request: HttpRequest) -> Response:
-        """200 once the model has answered its own example. 503 if it does not answer; /health also while it drains."""
+        """Return 200 once the model has ranked its example, 503 if it is stuck. /health is also 503 while draining."""
+        status = HealthStatus.OK
         if self.invocations.queue.is_stuck:
-            return _json({"status": "stuck"}, 503)
-        is_draining = self.invocations.is_draining and request.scope["path"] != LIVENESS_PATH
-        return _json({"status": "draining"}, 503) if is_draining else _json({"status": "ok"})
+            status = HealthStatus.STUCK
+        elif self.invocations.is_draining and request.scope["path"] != LIVENESS_PATH:
+            status = HealthStatus.DRAINING
+        return _json({"status": status}, 200 if status == HealthStatus.OK else 503)
 
     async def _page(self, request: HttpRequest) -> Response:
-        """The page for people."""
+        """Return the page on which a person can try the model."""
         return page_response()
 
     async def _version(self, request: HttpRequest) -> Response:
-        """The model that is served, the version of this package, and why a newer model is not served, if so."""
+        """Return the served model, the version of this package, and why a newer model isn't served, if so."""
         tree: dict[str, Any] = {**self.models.current.describe(), "mmoe_rec": VERSION}
         tree["reload_failure"] = self.models.reload_failure
         if (follower := self.invocations.follower) is not None:
@@ -121,29 +142,29 @@ class Application:
         return _json(tree)
 
     async def _model(self, request: HttpRequest) -> Response:
-        """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
+        """Return the served model, its tasks with their score weights, and an example request."""
         served, names = self.models.current, ("name", "kind", "objective", "score_weight")
         tasks = [{name: getattr(task, name) for name in names} for task in served.ranker.info.tasks]
         return _json({**served.describe(), "tasks": tasks, "example": served.example})
 
     async def _metrics(self, request: HttpRequest) -> Response:
-        """What the server counts, in Prometheus' text format."""
+        """Return the server's metrics in Prometheus' text format."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def _rank(self, request: HttpRequest) -> Response:
         """Rank the candidates of each element."""
         return await self.invocations.answer(request)
 
-    async def _take(self, request: HttpRequest) -> Response:
-        """Take events, all rows or none."""
+    async def _accept_events(self, request: HttpRequest) -> Response:
+        """Add the rows of a call to the journal, all or none."""
         if self.events is None:
-            sentence = "this server takes no events: start it with --journal ADDRESS"
-            return error_response(HttpError(404, sentence, "no_journal", "NOT_FOUND"))
+            sentence = "this server takes no events: start it with --journal URL"
+            return error_response(HttpError(404, sentence, RefusalReason.NO_JOURNAL, "NOT_FOUND"))
         return await self.events.answer(request)
 
-    async def _take_up(self, request: HttpRequest) -> Response:
-        """Load the model that the server's address names now, if it is another one, and serve it."""
-        assert self._reload is not None, "else there is no such page"
+    async def _reload_model(self, request: HttpRequest) -> Response:
+        """Load and serve the model that the server's URI names now, if it has changed."""
+        assert self._reload is not None, "the page exists only with a backend"
         try:
             require_json(request)
             await self._reload()
@@ -151,15 +172,14 @@ class Application:
         except HttpError as refused:
             return error_response(refused)
         except UserError as error:
-            return error_response(
-                HttpError(503, f"the previous model goes on serving: {error}", "reload", INTERNAL_ERROR)
-            )
+            sentence = f"the previous model is still served: {error}"
+            return error_response(HttpError(503, sentence, RefusalReason.RELOAD, INTERNAL_ERROR))
 
     async def _describe(self, request: HttpRequest) -> Response:
-        """The OpenAPI description of all pages, with the columns and the example of the served model."""
+        """Return the OpenAPI description of all pages, with the columns and the example of the served model."""
         served, limits, paths = self.models.current, self.models.options.limits, dict[str, Any]()
-        for method, path, answer in self._pages:
-            paths[path] = {method.lower(): {"summary": answer.__doc__, "responses": {"default": {"description": ""}}}}
+        for method, path, handler in self._pages:
+            paths[path] = {method.lower(): {"summary": handler.__doc__, "responses": {"default": {"description": ""}}}}
         if self.events is None:
             del paths["/events"]
         element = Request.model_json_schema()
@@ -170,11 +190,11 @@ class Application:
         call = {
             "type": "object",
             "properties": {"inputs": inputs, "params": {"type": "object", "description": "options for all elements"}},
-            "description": "Instead of inputs, dataframe_records or dataframe_split may hold a row for each candidate.",
+            "description": "Instead of inputs, dataframe_records or dataframe_split can have a row for each candidate.",
         }
-        queries = {"partial": "true: an element that is wrong gets an error in its place"}
+        queries = {"partial": "true: an invalid element gets an error instead of rejecting the call"}
         if self.events is not None:
-            queries["after"] = "position of the journal: answer once all events up to it are known"
+            queries["after"] = "position of the journal: answer once all events up to it are ingested"
         example = {"inputs": [served.example], "params": {"top_k": 5}}
         paths["/invocations"]["post"] |= {
             "parameters": [{"name": name, "in": "query", "description": text} for name, text in queries.items()],
@@ -191,22 +211,23 @@ async def _no_page(request: HttpRequest, error: Any) -> Response:
     sentences = {404: "there is no such page; POST /invocations ranks", 405: "this page has another method"}
     sentence = sentences.get(error.status_code, "this request can't be answered")
     code = "RESOURCE_DOES_NOT_EXIST" if error.status_code == 404 else "BAD_REQUEST"
-    response = error_response(HttpError(error.status_code, sentence, "page", code))
+    response = error_response(HttpError(error.status_code, sentence, RefusalReason.PAGE, code))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _failed(request: HttpRequest, error: Exception) -> Response:
     _log.error("a request failed", exc_info=error)
-    return error_response(HttpError(500, "the server failed; the log says why", "internal", INTERNAL_ERROR))
+    sentence = "the server failed; its log has the reason"
+    return error_response(HttpError(500, sentence, RefusalReason.INTERNAL, INTERNAL_ERROR))
 
 
 @cache
 def page_response() -> Response:
-    """The page, which holds nothing of the model, so that everybody may see it.
+    """Return the page. It has no data of the model, so that everybody may see it.
 
-    A browser runs nothing but the script and style in it, which it knows by their checksums, and lets them ask nobody
-    but this server.
+    The headers allow a browser to run only the page's own script and style, identified by their checksums. The page
+    can contact only this server.
     """
     text = files("mmoe_rec.server").joinpath("page.html").read_text(encoding="utf-8")
     sources = []
@@ -214,9 +235,9 @@ def page_response() -> Response:
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         checksum = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         sources.append(f"{tag}-src 'sha256-{checksum}'")
-    others = "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    fixed_directives = "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {
-        "Content-Security-Policy": "; ".join(["default-src 'none'", *sources, others]),
+        "Content-Security-Policy": "; ".join(["default-src 'none'", *sources, fixed_directives]),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",

@@ -1,7 +1,7 @@
-"""uvicorn around the application: the server of one worker, with limits on connections that uvicorn lacks.
+"""uvicorn as the server of one worker, with limits on connections that uvicorn lacks.
 
-uvicorn limits the time of an idle connection, but neither that of a request's headers nor that of a caller who does not
-take a reply. httptools takes headers of any size.
+uvicorn limits the time of idle connections. It doesn't limit how long a request's headers may take to arrive, or how
+long a caller may take to receive a reply. httptools accepts headers of any size.
 """
 
 import asyncio
@@ -22,17 +22,16 @@ _KEEP_ALIVE_SECONDS = 5.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server of an application, which a worker's parent tells when to end."""
+    """A uvicorn server whose worker process decides when it ends."""
 
     def __init__(self, app: ASGIApp, read_timeout_seconds: float, grace_seconds: float) -> None:
         """Prepare to serve.
 
         Args:
-            app: The application.
-            read_timeout_seconds: Time for the headers of a request to arrive, and for the caller to take the reply. Up
-            to
-                twice as much.
-            grace_seconds: Time to answer what was accepted once the server ends. A call that takes longer is given up.
+            app: Application to serve.
+            read_timeout_seconds: Time for a request's headers to arrive and for the caller to receive the reply. The
+                actual limit is up to twice as long.
+            grace_seconds: Time to answer accepted calls once the server ends. Calls that take longer are dropped.
         """
         config = uvicorn.Config(
             app,
@@ -43,7 +42,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_keep_alive=min(_KEEP_ALIVE_SECONDS, read_timeout_seconds),  # type: ignore[arg-type]  # fractions work
+            timeout_keep_alive=min(_KEEP_ALIVE_SECONDS, read_timeout_seconds),  # type: ignore[arg-type]  # floats work
             timeout_graceful_shutdown=grace_seconds,  # type: ignore[arg-type]
         )
         super().__init__(config)
@@ -54,7 +53,12 @@ class Server(uvicorn.Server):
         yield
 
     def serve_on(self, bound: socket.socket, started: Callable[[], object]) -> None:
-        """Serve on a socket until `should_exit` is set. `started` is called in the event loop before."""
+        """Serve on a socket until `should_exit` is set.
+
+        Args:
+            bound: Bound socket.
+            started: Callback that runs in the event loop before the server starts.
+        """
 
         async def serve() -> None:
             started()
@@ -68,19 +72,25 @@ _Base: Any = HttpToolsProtocol
 
 
 class BoundedProtocol(_Base):
-    """uvicorn's protocol, closing connections with large headers, and those on which nothing goes on."""
+    """uvicorn's protocol, which also closes connections with large headers and stalled connections."""
 
     _timer: asyncio.TimerHandle | None = None
-    _unfinished = 0  # bytes of headers that are not whole
-    _progress = 0  # requests begun and replies ended
+    _unfinished = 0  # Bytes of incomplete headers.
+    _progress = 0  # Number of started requests and finished replies.
 
-    def __init__(self, read_timeout_seconds: float, **uvicorns: Any) -> None:
-        super().__init__(**uvicorns)
+    def __init__(self, read_timeout_seconds: float, **uvicorn_options: Any) -> None:
+        """Prepare for a connection.
+
+        Args:
+            read_timeout_seconds: Seconds between checks for progress.
+            **uvicorn_options: Options of uvicorn's protocol.
+        """
+        super().__init__(**uvicorn_options)
         self._seconds = read_timeout_seconds
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._look_in()
+        self._schedule_check()
 
     def data_received(self, data: bytes) -> None:
         if self.cycle is None or not self.cycle.more_body:
@@ -90,7 +100,7 @@ class BoundedProtocol(_Base):
             self.send_400_response(f"The request's headers have more than {MAX_HEADER_BYTES // 2**10} KiB.")
 
     def _unsupported_upgrade_warning(self) -> None:
-        # The parser takes what follows for the other protocol, and would never give another request.
+        # The parser treats the rest of the data as another protocol and would never return another request.
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -103,16 +113,16 @@ class BoundedProtocol(_Base):
         super().on_response_complete()
         self._progress += 1
 
-    def _look_in(self) -> None:
-        self._timer = self.loop.call_later(self._seconds, self._look, self._progress)
+    def _schedule_check(self) -> None:
+        self._timer = self.loop.call_later(self._seconds, self._check, self._progress)
 
-    def _look(self, progress: int) -> None:
-        """Close the connection if nothing has gone on since the last look. A call has limits of its own."""
+    def _check(self, progress: int) -> None:
+        """Close a connection without progress since the last check. Calls in progress have their own timeout."""
         is_answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.disconnected
-        is_taken = self.transport.get_write_buffer_size() == 0
-        if progress != self._progress or (is_answering and is_taken):
-            self._look_in()
-        elif is_taken:
+        is_sent = self.transport.get_write_buffer_size() == 0
+        if progress != self._progress or (is_answering and is_sent):
+            self._schedule_check()
+        elif is_sent:
             self.transport.close()
         else:
             self.transport.abort()

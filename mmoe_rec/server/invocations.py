@@ -1,7 +1,7 @@
-"""`POST /invocations`: read within limits, parse, rank, write. A reply is rankings or one sentence.
+"""`POST /invocations`: read a call within limits, parse, rank and reply with rankings or one error sentence.
 
-orjson refuses what JSON does not have (NaN, numbers beyond a double, half of a surrogate pair, UTF-8 that is none) and
-nesting beyond 1,024.
+orjson rejects NaN, numbers beyond a double, half a surrogate pair and invalid UTF-8, as the JSON standard does. It also
+rejects nesting beyond 1,024 levels.
 """
 
 import asyncio
@@ -29,26 +29,28 @@ from mmoe_rec.inference.request_reader import (
 )
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.models import ModelManager
-from mmoe_rec.server.options import MEBIBYTE, CallLimiter, HttpError, truncate
+from mmoe_rec.server.options import MEBIBYTE, CallLimiter, HttpError, RefusalReason, truncate
 from mmoe_rec.server.ranking_queue import Answers, JournalFollower, RankingQueue
 from mmoe_rec.server.server_metrics import Metrics
 from mmoe_rec.settings.sections import Serving
 
-MAX_INLINE_PARSE_BYTES = (
-    256 * 2**10
-)  # larger bodies are parsed in a thread, so that the event loop answers others in between
+# Larger bodies are parsed in a thread, so that the event loop can answer other calls in the meantime.
+MAX_INLINE_PARSE_BYTES = 256 * 2**10
 EXAMPLE_BODY = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 _KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
 EXPLAIN_COST = 10
-"""A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
+"""An explained candidate counts as this many. With 45 counters, its part of the reply is 35 times as long."""
+_ERROR_REASONS = (RefusalReason.BODY, RefusalReason.ELEMENT, RefusalReason.MODEL)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that may be ranked.
+    """A parsed call.
 
-    requests: and in the place of one that is wrong, the sentence about it; rows: of each, in a table with a row for
-    each candidate; candidates: of all requests together, at least.
+    Attributes:
+        requests: Requests of the call. An invalid request is replaced by its error.
+        rows: Row indices of each request if the call is a data frame, else empty.
+        candidates: Number of candidates of all valid requests. Explained candidates count `EXPLAIN_COST` times.
     """
 
     requests: list[Request | RequestError]
@@ -57,26 +59,32 @@ class Call:
 
 
 class InvocationHandler:
-    """Answers calls with the current model."""
+    """Handler that ranks calls with the current model."""
 
     def __init__(self, models: ModelManager, metrics: Metrics, log: RequestLog | None = None) -> None:
+        """Start the threads that parse, rank and, with a journal, ingest events.
+
+        Args:
+            models: The served model and the server's options.
+            metrics: Metrics of the worker.
+            log: Request log. None logs no requests.
+        """
         self.models, self.limits, self.metrics = models, models.options.limits, metrics
         self._log = log
         self.queue = RankingQueue(models, metrics)
         self.follower: JournalFollower | None = None
         if models.options.journal is not None:
             self.follower = JournalFollower(models, self.queue, metrics)
-        # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
+        # One thread: parsing holds the interpreter lock, so more threads would only use more memory for bodies.
         self._parsing = ThreadPoolExecutor(1, "parsing")
         self.limiter = CallLimiter(self.limits, "calls", metrics.calls.set)
         self.is_draining = False  # Whether the server is about to end, which /health reports.
 
     async def answer(self, request: HttpRequest) -> Response:
-        """The reply to a call, whatever is wrong with it."""
+        """Answer a call. Errors become error replies."""
 
-        def count(reason: str) -> None:
-            is_error = reason in ("body", "element", "model")
-            (self.metrics.errors if is_error else self.metrics.refusals).labels(reason).inc()
+        def count(reason: RefusalReason) -> None:
+            (self.metrics.errors if reason in _ERROR_REASONS else self.metrics.refusals).labels(reason).inc()
 
         with self.metrics.timed("total"):
             response = await handle_call(lambda: self._answer(request), self.limiter, count)
@@ -84,7 +92,7 @@ class InvocationHandler:
         return response
 
     async def _answer(self, request: HttpRequest) -> bytes:
-        partial, after = _query(request.query_params)
+        partial, after = _parse_query(request.query_params)
         require_json(request)
         with self.metrics.timed("read"):
             body = await read_body(request, self.limits)
@@ -102,37 +110,48 @@ class InvocationHandler:
             if after is not None:
                 if self.follower is None:
                     sentence = "this server takes no events, so there is nothing to wait for: leave 'after' out"
-                    raise HttpError(400, sentence, "body")
+                    raise HttpError(400, sentence, RefusalReason.BODY)
                 await self.follower.wait_for_position(after)
-            answers = await self.queue.queue(call.requests, call.candidates, disconnected)
+            answers = await self.queue.rank(call.requests, call.candidates, disconnected)
         finally:
             disconnected.cancel()
-        self._count(answers)
+        self._count_unknown_ids(answers)
         events_failure = None if self.follower is None else self.follower.events_failure
         with self.metrics.timed("write"):
             body = encode_reply(answers, events_failure, partial, call.rows)
         if self._log is not None:
-            self._offer(self._log, call, answers)
+            self._log_replies(self._log, call, answers)
         return body
 
-    def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
+    def _log_replies(self, log: RequestLog, call: Call, answers: Answers) -> None:
         model = self.models.current.describe()
         for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
-                is_current = answer.model["version"] == model["artifact"]  # else another one has taken its place
+                # If the model was replaced since, the request log leaves its registered name and version empty.
+                is_current = answer.model["version"] == model["artifact"]
                 name, version = (model["model"], model["version"]) if is_current else (None, None)
                 log.offer(answer, request.task_weights, name, version)
 
-    def _count(self, answers: Answers) -> None:
-        rankings = [each for each in answers if isinstance(each, Ranking)]
+    def _count_unknown_ids(self, answers: Answers) -> None:
+        rankings = [answer for answer in answers if isinstance(answer, Ranking)]
         for role in ("user", "candidate"):
-            self.metrics.unknown_ids.labels(role).inc(sum(each.unknown_ids.get(role, 0) for each in rankings))
+            unknown = sum(ranking.unknown_ids.get(role, 0) for ranking in rankings)
+            self.metrics.unknown_ids.labels(role).inc(unknown)
 
 
 async def handle_call(
-    answer: Callable[[], Awaitable[bytes]], limiter: CallLimiter, count: Callable[[str], None]
+    answer: Callable[[], Awaitable[bytes]], limiter: CallLimiter, count: Callable[[RefusalReason], None]
 ) -> Response:
-    """The reply to a call of a page, whatever is wrong with it. count: is told the reason of a refusal."""
+    """Answer a call within the limit on concurrent calls. Errors become error replies.
+
+    Args:
+        answer: Returns the body of the reply, or raises HttpError.
+        limiter: Limit on the concurrent calls of the page.
+        count: Receives the reason if the call is refused.
+
+    Returns:
+        The reply, as JSON.
+    """
     try:
         with limiter.acquire():
             return Response(await answer(), media_type="application/json")
@@ -140,192 +159,232 @@ async def handle_call(
         count(refused.reason)
         return error_response(refused)
     except ClientDisconnect:
-        count("caller_gone")
-        return Response(status_code=499)  # which nobody reads
+        count(RefusalReason.CALLER_GONE)
+        return Response(status_code=499)  # Nobody receives this reply.
 
 
 async def wait_for_disconnect(request: HttpRequest) -> None:
-    """Wait until the caller of a request that was read has left."""
+    """Wait until the caller disconnects. The body must have been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def error_response(refused: HttpError) -> Response:
+    """Return the error as an HTTP response."""
     headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
     if refused.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps(refused.body()), refused.status, headers, "application/json")
 
 
-def _query(query: Mapping[str, str]) -> tuple[bool, str | None]:
-    """Whether an error may stand in the place of an element, and the position of the journal to wait for."""
+def _parse_query(query: Mapping[str, str]) -> tuple[bool, str | None]:
+    """Return whether errors may replace elements, and the journal position to wait for."""
     for name in query:
         if name not in ("partial", "after"):
-            sentence = f"/invocations has no query parameter {quoted(name)}; there are 'partial' and 'after'"
-            raise HttpError(400, sentence, "body")
+            raise _invalid(f"/invocations has no query parameter {quoted(name)}; there are 'partial' and 'after'")
     partial = query.get("partial", "false")
     if partial not in ("true", "1", "false", "0"):
-        raise HttpError(400, "the query parameter 'partial' must be true or false", "body")
+        raise _invalid("the query parameter 'partial' must be true or false")
     return partial in ("true", "1"), query.get("after")
 
 
 def is_json_type(kind: str) -> bool:
+    """Return whether a media type is JSON."""
     return kind == "application/json" or kind.endswith("+json")
 
 
 def content_type(request: HttpRequest) -> str:
+    """Return the media type of a request in lower case, without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def require_json(request: HttpRequest) -> None:
-    """Raise Refused unless the request says that its body is JSON, which a page of another origin can't say unasked."""
+    """Raise HttpError unless the request declares its body as JSON. Pages of other origins can't do so by default."""
     if not is_json_type(content_type(request)):
-        raise HttpError(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
+        sentence = "the body must be JSON: send the header Content-Type: application/json"
+        raise HttpError(415, sentence, RefusalReason.NO_JSON)
 
 
 async def read_body(request: HttpRequest, limits: Serving) -> bytes:
-    """The body of a call. Raises Refused for one that is too large, once it was read and dropped, or too slow."""
+    """Read the body of a call. A body that is too large is read to its end and dropped.
+
+    Args:
+        request: HTTP request.
+        limits: Limits on the size and the time.
+
+    Raises:
+        HttpError: The body is too large, too slow or compressed, or the request asks for an upgrade.
+    """
     for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         if request.headers.get(name, plain).strip().lower() != plain:
-            raise HttpError(415, f"the body must not be compressed: leave the header {name} out", "no_json")
+            sentence = f"the body must not be compressed: leave the header {name} out"
+            raise HttpError(415, sentence, RefusalReason.NO_JSON)
     if "upgrade" in request.headers:
-        raise HttpError(400, "this server speaks HTTP/1.1 alone: leave the header Upgrade out", "no_json")
+        sentence = "this server supports only HTTP/1.1: leave the header Upgrade out"
+        raise HttpError(400, sentence, RefusalReason.NO_JSON)
     parts: list[bytes] = []
-    size, most = 0, limits.max_body_mib * MEBIBYTE
+    size, max_bytes = 0, limits.max_body_mib * MEBIBYTE
     try:
         async with asyncio.timeout(limits.read_timeout_seconds):
             async for part in request.stream():
                 size += len(part)
-                if size <= most:
+                if size <= max_bytes:
                     parts.append(part)
     except TimeoutError:
         slow = f"did not arrive within {limits.read_timeout_seconds:g} seconds (setting `serving.read_timeout_seconds`)"
-        raise HttpError(408, f"the body {slow}", "too_slow", "REQUEST_TIMEOUT") from None
-    if size > most:
-        sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
-        raise HttpError(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
+        raise HttpError(408, f"the body {slow}", RefusalReason.TOO_SLOW, "REQUEST_TIMEOUT") from None
+    if size > max_bytes:
+        sentence = f"the body is larger than {limits.max_body_mib} MiB, the most that this server takes"
+        hint = "(setting `serving.max_body_mib`)"
+        raise HttpError(413, f"{sentence} {hint}", RefusalReason.TOO_LARGE, "REQUEST_TOO_LARGE")
     return b"".join(parts)
 
 
 def parse_json(body: bytes, limits: Serving) -> Any:
-    """The JSON values of a body. Raises Refused where they are none by the standard, or too deep."""
+    """Parse a body.
+
+    Args:
+        body: Bytes of the body.
+        limits: Limits with the depth of nesting.
+
+    Raises:
+        HttpError: The body is not valid JSON or too deeply nested.
+    """
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise _wrong(f"the body is not valid JSON: {error}") from None
+        raise _invalid(f"the body is not valid JSON: {error}") from None
     _check_depth(tree, limits)
     return tree
 
 
 def parse_call(body: bytes, limits: Serving, ranker: Ranker) -> Call:
-    """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
+    """Parse the call in a body.
+
+    Args:
+        body: Bytes of the body.
+        limits: Limits on elements, candidates and nesting.
+        ranker: Ranker of the current model, whose schema groups the rows of data frames.
+
+    Raises:
+        HttpError: The body has another structure, or exceeds a limit.
+    """
     tree = parse_json(body, limits)
     if not isinstance(tree, dict):
-        raise _wrong(f"the body must be an object such as {EXAMPLE_BODY}")
+        raise _invalid(f"the body must be an object such as {EXAMPLE_BODY}")
     for name in tree:
         if name not in _KEYS:
-            raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, _KEYS)}")
-    params = _params(tree)
-    elements, rows = _elements_in(tree, params, limits, ranker)
+            raise _invalid(f"a call has no key {quoted(name)}; {suggest(name, _KEYS)}")
+    params = _parse_params(tree)
+    elements, rows = _parse_elements(tree, params, limits, ranker)
     if not isinstance(elements, list):
-        raise _wrong(f"a call needs the key 'inputs', a list of requests: {EXAMPLE_BODY}")
+        raise _invalid(f"a call needs the key 'inputs', a list of requests: {EXAMPLE_BODY}")
     if len(elements) > limits.max_elements:
-        raise _wrong(
+        raise _invalid(
             f"the call has {len(elements):,} elements; this server takes at most {limits.max_elements:,} in a call "
             "(setting `serving.max_elements`)"
         )
     requests = read_requests(elements, params)
-    right = [each for each in requests if isinstance(each, Request)]
-    candidates = sum(each.candidate_count * (EXPLAIN_COST if each.explain else 1) for each in right)
-    explained = f" (with explain, each counts as {EXPLAIN_COST})" if any(each.explain for each in right) else ""
+    valid = [request for request in requests if isinstance(request, Request)]
+    candidates = sum(request.candidate_count * (EXPLAIN_COST if request.explain else 1) for request in valid)
+    is_explained = any(request.explain for request in valid)
+    explained = f" (with explain, each counts as {EXPLAIN_COST})" if is_explained else ""
     _check_candidates(candidates, limits, explained)
     return Call(requests, rows, candidates)
 
 
 def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
     if count > limits.max_total_candidates:
-        raise _wrong(
+        raise _invalid(
             f"the call has {count:,} candidates in all{hint}; this server takes at most "
             f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
         )
 
 
-def _elements_in(
+def _parse_elements(
     tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: Ranker
 ) -> tuple[Any, list[list[int]]]:
-    """The elements of a call, which may come in one of MLflow's forms of a data frame: then also the rows of each."""
+    """Return the elements of a call, and for MLflow's data frames also the row indices of each element."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:
-        raise _wrong(f"a call has either {' or '.join(map(repr, forms))}, not both")
+        raise _invalid(f"a call has either {' or '.join(map(repr, forms))}, not both")
     if "dataframe_records" in tree:
-        if not _are(rows := tree["dataframe_records"], dict):
-            raise _wrong("'dataframe_records' must be a list of objects of columns and values")
+        if not _is_list_of(rows := tree["dataframe_records"], dict):
+            raise _invalid("'dataframe_records' must be a list of objects of columns and values")
         names = list(dict.fromkeys(chain.from_iterable(rows)))
         columns: Iterable[Any] = ([row.get(name) for row in rows] for name in names)
     elif "dataframe_split" in tree:
         split: Any = tree["dataframe_split"] if isinstance(tree["dataframe_split"], dict) else {}
         names, rows = split.get("columns"), split.get("data")
-        if not _are(names, str) or not _are(rows, list) or {*map(len, rows)} - {len(names)}:
-            raise _wrong(
+        if not _is_list_of(names, str) or not _is_list_of(rows, list) or {*map(len, rows)} - {len(names)}:
+            raise _invalid(
                 """'dataframe_split' must be {"columns": [...], "data": [[...], ...]} with rows of one length"""
             )
         columns = zip(*rows, strict=True) if rows else [()] * len(names)
     else:
         return tree.get("inputs"), []
     if rows and not names:
-        raise _wrong("the data frame has rows, and no columns")
+        raise _invalid("the data frame has rows, and no columns")
     _check_candidates(len(rows), limits)
     try:
         return group_rows_by_request(ranker.reader, names, columns, params)
     except RequestError as error:
-        raise _wrong(str(error)) from None
+        raise _invalid(str(error)) from None
 
 
-def _are(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(isinstance(each, kind) for each in values)
+def _is_list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-def _params(tree: Mapping[str, Any]) -> dict[str, Any]:
-    given = tree.get("params")
-    if given is None:
+def _parse_params(tree: Mapping[str, Any]) -> dict[str, Any]:
+    params = tree.get("params")
+    if params is None:
         return {}
-    if not isinstance(given, dict):
-        raise _wrong("'params' must be an object")
-    for name in given:
+    if not isinstance(params, dict):
+        raise _invalid("'params' must be an object")
+    for name in params:
         if name not in REQUEST_OPTIONS:
-            raise _wrong(f"'params' has an unknown key {quoted(name)}; {suggest(name, REQUEST_OPTIONS)}")
-    return given
+            raise _invalid(f"'params' has an unknown key {quoted(name)}; {suggest(name, REQUEST_OPTIONS)}")
+    return params
 
 
 def _check_depth(tree: Any, limits: Serving) -> None:
-    """Raise Refused for values that nest too many lists and objects."""
+    """Raise HttpError if lists and objects are nested too deeply."""
     level: list[Any] = [[tree]]
     for _ in range(limits.max_depth + 1):
-        values = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
+        values = chain.from_iterable(node.values() if isinstance(node, dict) else node for node in level)
         if not (level := [value for value in values if isinstance(value, dict | list)]):
             return
-    raise _wrong(f"the body nests lists and objects more than {limits.max_depth} deep (setting `serving.max_depth`)")
+    raise _invalid(f"the body nests lists and objects more than {limits.max_depth} deep (setting `serving.max_depth`)")
 
 
-def _wrong(sentence: str) -> HttpError:
-    return HttpError(400, sentence, "body")
+def _invalid(sentence: str) -> HttpError:
+    return HttpError(400, sentence, RefusalReason.BODY)
 
 
 def encode_reply(answers: Answers, events_failure: str | None, partial: bool, rows: list[list[int]]) -> bytes:
-    """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place.
+    """Encode the body of a reply.
 
-    events_failure: why the model does not know some events.
+    Args:
+        answers: Ranking or error of each element.
+        events_failure: Why the model lacks some events, for the warnings. None if it doesn't.
+        partial: Whether the reply may contain errors of elements.
+        rows: Row indices of each element if the call is a data frame, else empty.
+
+    Raises:
+        HttpError: An element is invalid and `partial` is false.
     """
     replies: list[dict[str, Any]] = []
     for index, answer in enumerate(answers):
         if isinstance(answer, Ranking):
             replies.append(answer.to_dict())
             if events_failure is not None:
-                told = truncate(f"some events are not counted: {events_failure}")
-                replies[-1]["warnings"] = [*answer.warnings, told]
+                warning = truncate(f"some events are not counted: {events_failure}")
+                replies[-1]["warnings"] = [*answer.warnings, warning]
         elif partial:
             replies.append({"error": truncate(str(answer))})
         else:
-            raise HttpError(400, format_request_error(answer, index, len(answers), rows), "element")
+            sentence = format_request_error(answer, index, len(answers), rows)
+            raise HttpError(400, sentence, RefusalReason.ELEMENT)
     if rows:
         replies = flatten_rankings(replies, rows)
     return orjson.dumps({"predictions": replies})

@@ -1,12 +1,12 @@
-"""The model that is served, and how another one takes its place.
+"""The served model, its updates from the journal, and its replacement by a newer model.
 
-A new model answers its own example beside the old one, which goes on serving until then. One process loads it and
-writes it to memory that all workers map. Its arrays (tables of counters and histories, weights) are most of a model,
-and each worker holds only small objects of its own.
+A new model must rank its own example before it replaces the old model, which serves until then. One process loads the
+model and writes it to memory that all workers map. Most of a model consists of arrays (tables of counters and
+histories, weights). Workers share the arrays and have only small objects of their own.
 
-With a journal, a model learns events (`EventIngester`). Its tables hold a part of the journal already, up to a position
-that the artifact names; of a journal that it does not name, the rows no later than the tables. It learns the rest in
-the journal's order, so that every worker, and a server that starts again, comes to the same.
+With a journal, a model ingests events (`EventIngester`). Its tables already include the journal up to a position that
+the artifact names. If the artifact names another journal or none, the tables count as including all rows no later than
+the tables. The model ingests the rest in the journal's order. Workers and restarted servers thus reach the same state.
 """
 
 import io
@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -37,84 +38,121 @@ _log = logging.getLogger(__name__)
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
 
+class IngestOutcome(StrEnum):
+    """Outcome of a row of the journal, as a label of the metric `events_ingested`.
+
+    `IN_TABLES` rows are also counted as `ACCEPTED`.
+    """
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    IN_TABLES = "in_tables"
+
+
 @dataclass(frozen=True)
 class ModelUpdate:
-    """What was read of the journal and is to be learnt. prepared: what the model can take; position: up to where;
-    accepted_at: of the batches, microseconds; counts: rows by outcome."""
+    """New rows of the journal, prepared for the model.
+
+    Attributes:
+        prepared: State that the model can switch to.
+        position: Position of the journal that the state includes.
+        accepted_at: Times at which the batches were accepted, microseconds.
+        counts: Number of rows by outcome.
+    """
 
     prepared: LiveState
     position: int
     accepted_at: list[int]
-    counts: Mapping[str, int]
+    counts: Mapping[IngestOutcome, int]
 
 
 class EventIngester:
-    """What one model learns. `read` and `apply` alternate, in whatever thread. position: up to where the model knows
-    the journal; gap: what it does not know of it and can't learn, as a sentence; checks: of rows that are to come.
+    """Updates one model with the events of a journal. `read` and `apply` alternate and may run in any thread.
 
-    Raises UserError for an address that holds no journal.
+    Attributes:
+        position: Position up to which the model includes the journal.
+        events_failure: Why the model can never include some events, as a sentence. None if it can.
+        validator: Checks of rows for the journal.
     """
 
     def __init__(self, ranker: Ranker, url: str, max_rows: int = MAX_CALL_ROWS) -> None:
-        """address: of the journal; most_rows: of a batch to come."""
+        """Open the journal of a model.
+
+        Args:
+            ranker: Ranker of the model.
+            url: URL of the journal.
+            max_rows: Maximum number of rows in a new batch.
+
+        Raises:
+            UserError: There is no journal at the URL.
+        """
         self.ranker, self.journal = ranker, Journal(url, create=False)
         self.schema = ranker.pipeline.schema
         reject_plain_table(self.schema, "a journal of events")
         self.validator = RowValidator(ranker.pipeline, max_rows)
         info = ranker.info.journal
-        self._is_known = info is not None and info["id"] == self.journal.id
-        if info is not None and not self._is_known:
+        self._is_in_tables = info is not None and info["id"] == self.journal.id
+        if info is not None and not self._is_in_tables:
             _log.warning(
-                "the model's tables hold another journal than '%s': rows of this one that are no later than the tables "
-                "(%s) are taken for known",
+                "the model's tables include another journal than '%s': rows of this journal are ignored if they are no "
+                "later than the tables (%s)",
                 self.journal.name,
                 ranker.info.tables_as_of,
             )
-        through = int(info["through"]) if info is not None and self._is_known else 0
+        through = int(info["through"]) if info is not None and self._is_in_tables else 0
         self.position = max(through, self.journal.removed_until())
         self.events_failure: str | None = None
         if through < self.position:
             self.events_failure = (
-                f"the journal begins after position {self.position}, and the model's tables know it up to "
-                f"{through} only: what was removed is in the logs' files, and mmoe-rec refresh --config FILE --model "
-                "models:/NAME@ALIAS, without --journal, makes a version that knows it"
+                f"the journal begins after position {self.position}, and the model's tables include only positions up "
+                f"to {through}: the removed events are in the logs' files, and mmoe-rec refresh --config FILE --model "
+                "models:/NAME@ALIAS, without --journal, makes a version that includes them"
             )
             _log.warning("%s", self.events_failure)
 
     def catch_up(self) -> None:
-        """Learns all that there is; for a model that nobody asks yet."""
+        """Ingest all new events. The model must not be in use yet."""
         while (update := self.read()) is not None:
             self.apply(update)
 
     def read(self, max_rows: int = READ_CHUNK_ROWS) -> ModelUpdate | None:
-        """Reads what is new, and prepares what the model is to take; None where nothing is new.
+        """Read new rows and prepare the model's next state. Return None if there are no new rows.
 
-        Raises UserError where the journal is damaged.
+        Raises UserError if the journal is damaged.
         """
         if not (batches := self.journal.read(self.position, max_rows)):
             return None
-        counts, rows = Counter(duplicate=sum(batch.duplicates for batch in batches)), dict[str | None, LogRows]()
+        rows = dict[str | None, LogRows]()
+        counts = Counter({IngestOutcome.DUPLICATE: sum(batch.duplicates for batch in batches)})
         for log_name, new in join_by_log(batches, self.schema).items():
-            known = new.rows(self.schema)
-            rows[log_name] = known if self._is_known else known.filter(known.times() > self.ranker.tables_as_of_us)
-            counts.update(accepted=len(known), in_tables=len(known) - len(rows[log_name]))
+            log_rows = new.to_log_rows(self.schema)
+            later_than = self.ranker.tables_as_of_us
+            rows[log_name] = log_rows if self._is_in_tables else log_rows.filter(log_rows.times() > later_than)
+            counts[IngestOutcome.ACCEPTED] += len(log_rows)
+            counts[IngestOutcome.IN_TABLES] += len(log_rows) - len(rows[log_name])
         accepted_at = [batch.accepted_at for batch in batches]
         return ModelUpdate(self.ranker.build_state(rows), batches[-1].position, accepted_at, +counts)
 
     def count_ignored(self, times: np.ndarray) -> int:
-        """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""
-        return 0 if self._is_known else int(np.sum(times <= self.ranker.tables_as_of_us))
+        """Count the rows with (N,) times, microseconds, that are ignored because the tables may include them."""
+        return 0 if self._is_in_tables else int(np.sum(times <= self.ranker.tables_as_of_us))
 
     def apply(self, update: ModelUpdate) -> None:
-        """Has the model take what was prepared; no pass may be under way."""
+        """Switch the model to a prepared state. No batch may be ranked meanwhile."""
         self.ranker.set_state(update.prepared)
         self.position = update.position
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A loaded model, ready to answer. example: a request that can be sent as it is; learning: how it learns events,
-    None without a journal."""
+    """A loaded model that is ready to rank.
+
+    Attributes:
+        ranker: Ranker of the model.
+        source: Location of the model.
+        example: A request that the model can rank.
+        ingester: Updates from the journal. None without a journal.
+    """
 
     ranker: Ranker
     source: ResolvedModel
@@ -122,14 +160,17 @@ class ServedModel:
     ingester: EventIngester | None = None
 
     def describe(self) -> dict[str, str | None]:
-        """What tells this model from others; name and version are those of the registry, where it comes from there, and
-        artifact is the version that rankings carry."""
+        """Return the model's identity.
+
+        `model` and `version` are the registered name and version, if the model comes from the registry. `artifact` is
+        the version in rankings.
+        """
         registered = _REGISTERED.match(self.source.uri)
         info = self.ranker.info
         return {
             "model": registered[1] if registered else info.name,
             "version": registered[2] if registered else None,
-            "address": self.source.uri,
+            "uri": self.source.uri,
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,
             "tables_as_of": info.tables_as_of,
@@ -138,28 +179,41 @@ class ServedModel:
 
 
 class ModelManager:
-    """The current model. failure: why a newer model does not take its place, None if there is none."""
+    """The current model.
+
+    Attributes:
+        current: The served model.
+        reload_failure: Why a newer model isn't served, None if there is none.
+    """
 
     def __init__(self, options: ServerOptions, first: ResolvedModel | ServedModel) -> None:
-        """Opens the first model, unless it is open. Raises UserError as `open` does."""
+        """Open the first model.
+
+        Args:
+            options: Options of the server.
+            first: The first model, or its location.
+
+        Raises:
+            UserError: The model can't be loaded, as in `open`.
+        """
         self.options = options
         self.reload_failure: str | None = None
         self.current = self.open(first) if isinstance(first, ResolvedModel) else first
 
     def switch_to(self, served: ServedModel) -> None:
-        """Serve a model that was opened, once it has learnt all that the journal holds and the one before knows."""
-        before, ingester = self.current.ingester, served.ingester
+        """Serve an opened model, once it has ingested all events that the journal or the previous model has."""
+        previous, ingester = self.current.ingester, served.ingester
         if ingester is not None:
             ingester.catch_up()
-            # The one before may have taken more meanwhile, and callers may ask for that.
-            while before is not None and ingester.position < before.position and (new := ingester.read()) is not None:
-                ingester.apply(new)
+            # The previous model may have ingested more since, and callers may ask for its position.
+            while previous is not None and ingester.position < previous.position and (update := ingester.read()):
+                ingester.apply(update)
         self.current = served
-        if before is not None:
-            before.journal.close()
+        if previous is not None:
+            previous.journal.close()
 
     def open(self, source: ResolvedModel) -> ServedModel:
-        """Load a model; the current one goes on. Raises UserError for one that can't be loaded or can't answer."""
+        """Load a model while the current one serves. Raise UserError if it can't be loaded or can't rank."""
         try:
             ranker = Ranker.load(source.folder)
             ranker.apply_serving_settings(self.options.setting_overrides)
@@ -175,17 +229,17 @@ class ModelManager:
             raise UserError(f"the model at '{source.uri}' refuses its own example: {error}") from None
         except UserError:
             raise
-        except Exception as error:  # whatever it is, the model before goes on
+        except Exception as error:  # Whatever the error is, the previous model keeps serving.
             raise UserError(f"the model at '{source.uri}' can't be loaded ({one_line(error)})") from error
         return ServedModel(ranker, source, example, ingester)
 
 
-_ALIGNMENT = 64  # bytes, as numpy, torch and Arrow ask for at most
+_ALIGNMENT = 64  # Bytes, the most that numpy, torch and Arrow require.
 _LOCKS = {type(lock()): lock for lock in (threading.Lock, threading.RLock)}
 
 
 class _Pickler(pickle.Pickler):
-    """Hands the memory of tensors out, as numpy and Arrow do by themselves, and makes new locks."""
+    """Pickler that passes tensors as out-of-band buffers, as numpy and Arrow do, and creates new locks."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) in _LOCKS:
@@ -203,7 +257,12 @@ def _make_tensor(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> 
 
 
 def write_shared(served: ServedModel, path: str) -> None:
-    """Write a model to a file for `map_shared`."""
+    """Write a model to a file for `map_shared`.
+
+    Args:
+        served: Model to write.
+        path: Path of the file.
+    """
     stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(served)
     parts = [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
@@ -215,7 +274,7 @@ def write_shared(served: ServedModel, path: str) -> None:
 
 
 def map_shared(path: str) -> ServedModel:
-    """Return the model in a file, whose pages all processes share until one of them writes to a page."""
+    """Map the model in a file. Processes share a page of its memory until one of them writes to the page."""
     with open(path, "rb") as file:
         sizes, end = pickle.load(file), file.tell()
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

@@ -1,4 +1,4 @@
-"""How to serve, and how a call is refused: what is common to a server of one process and of several."""
+"""Options of the server, refusals of calls, and helpers for sockets and processes."""
 
 import logging
 import os
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, NoReturn
 
 from mmoe_rec.errors import UserError, one_line
@@ -16,7 +17,7 @@ from mmoe_rec.settings.sections import Serving
 MAX_MESSAGE_CHARACTERS = 400
 MEBIBYTE = 2**20
 BACKLOG = 1_024
-INVALID_PARAMETER, INTERNAL_ERROR = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
+INVALID_PARAMETER, INTERNAL_ERROR = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # Error codes of MLflow's server.
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class ServerOptions:
 
     Attributes:
         limits: Limits of calls.
-        setting_overrides: Settings that replace those of each served model.
+        setting_overrides: Settings that replace the settings of each served model.
         grace_seconds: Seconds from SIGTERM, or from the end of the drain, to the end of the process.
-        token: Token that callers have to show. None lets all in.
-        journal: Address of the journal of events. None takes no events.
-        log: Options of the request log. None logs no requests.
-        allowed_hosts: Names of the server that the header Host may hold. None allows any.
-        drain_seconds: Seconds from SIGTERM until the port closes. Health checks fail meanwhile.
+        token: Token that callers must send. None lets everybody in.
+        journal: URL of the journal. None accepts no events.
+        request_log: Options of the request log. None logs no requests.
+        allowed_hosts: Allowed values of the header Host. None allows any value.
+        drain_seconds: Seconds from SIGTERM until the port closes. Health checks fail in this time.
     """
 
     limits: Serving = field(default_factory=Serving)
@@ -44,40 +45,72 @@ class ServerOptions:
     drain_seconds: float = 0.0
 
 
+class RefusalReason(StrEnum):
+    """Why a call is refused, as a label of metrics."""
+
+    BODY = "body"
+    ELEMENT = "element"
+    MODEL = "model"
+    NO_JSON = "no_json"
+    TOO_SLOW = "too_slow"
+    TOO_LARGE = "too_large"
+    TOO_LONG = "too_long"
+    BUSY = "busy"
+    BEHIND = "behind"
+    DISK = "disk"
+    FOREIGN = "foreign"
+    UNAUTHORIZED = "unauthorized"
+    NO_JOURNAL = "no_journal"
+    PAGE = "page"
+    RELOAD = "reload"
+    INTERNAL = "internal"
+    CALLER_GONE = "caller_gone"
+
+
 @dataclass(eq=False)
 class HttpError(Exception):
-    """A call that gets no rankings: an HTTP status and one sentence for the caller.
+    """An error reply to a call.
 
-    reason: one of few words, for the metrics; retry_after: seconds after which the same call may succeed.
+    Attributes:
+        status: HTTP status.
+        message: One sentence for the caller.
+        reason: Reason for the metrics.
+        error_code: Error code as in MLflow's replies.
+        retry_after: Seconds after which the same call may succeed. None doesn't suggest a retry.
     """
 
     status: int
     message: str
-    reason: str
+    reason: RefusalReason
     error_code: str = INVALID_PARAMETER
     retry_after: int | None = None
 
     def body(self) -> dict[str, str]:
-        """The reply, in MLflow's form."""
+        """Return the reply in MLflow's format."""
         return {"error_code": self.error_code, "message": truncate(self.message)}
 
 
 class CallLimiter:
-    """So many calls of a page are let in at a time as a worker takes (`max_concurrent_calls`); each page has its
-    own."""
+    """Limit on the concurrent calls of one page (`max_concurrent_calls`)."""
 
     def __init__(self, limits: Serving, calls: str, on_change: Callable[[int], object] = lambda active: None) -> None:
-        """calls: what they are, for people; show: is told whenever another number of places is taken."""
+        """Start without active calls.
+
+        Args:
+            limits: Limits of the server.
+            calls: Name of the calls in messages.
+            on_change: Receives the number of active calls whenever it changes.
+        """
         self._limits, self._calls, self._on_change = limits, calls, on_change
         self.active = 0
 
     @contextmanager
     def acquire(self) -> Iterator[None]:
-        """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
+        """Count a call as active, or raise HttpError. Acquire before reading the body, which takes memory."""
         if self.active >= self._limits.max_concurrent_calls:
-            sentence = f"{self.active} {self._calls} are under way, as many as this server takes at a time"
-            hint = "(setting `serving.max_concurrent_calls`); come again"
-            raise HttpError(503, f"{sentence} {hint}", "busy", "RESOURCE_EXHAUSTED", 1)
+            sentence = f"{self.active} {self._calls} are active, the most that this server takes at a time"
+            hint = "(setting `serving.max_concurrent_calls`); try again"
+            raise HttpError(503, f"{sentence} {hint}", RefusalReason.BUSY, "RESOURCE_EXHAUSTED", 1)
         self.active += 1
         self._on_change(self.active)
         try:
@@ -88,14 +121,19 @@ class CallLimiter:
 
 
 def truncate(sentence: str) -> str:
-    """A sentence of bounded length: it may quote a value or name of the caller's, which can be as long as the body."""
+    """Shorten a sentence. It may quote a value from the caller that is as long as the body."""
     return sentence if len(sentence) <= MAX_MESSAGE_CHARACTERS else f"{sentence[: MAX_MESSAGE_CHARACTERS - 3]}..."
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, on which nobody listens yet. port: 0 takes a free one.
+    """Bind a socket without listening on it.
 
-    Raises UserError for an address that a server listens at, or that is not this machine's.
+    Args:
+        host: Host name or IP address of this machine.
+        port: Port, 0 for a free one.
+
+    Raises:
+        UserError: The address is in use or not on this machine.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -103,44 +141,45 @@ def bind_socket(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise _taken(f"{host}:{port}", error) from None
+        raise _listen_error(f"{host}:{port}", error) from None
     return bound
 
 
 def listen(bound: socket.socket) -> None:
-    """Takes connections. Raises UserError where another program has come first, on the same port of all addresses."""
+    """Accept connections. Raise UserError if another program listens on the same port of all addresses."""
     try:
         bound.listen(BACKLOG)
     except OSError as error:
-        raise _taken(url_of(bound).removeprefix("http://"), error) from None
+        raise _listen_error(url_of(bound).removeprefix("http://"), error) from None
 
 
-def _taken(address: str, error: OSError) -> UserError:
+def _listen_error(address: str, error: OSError) -> UserError:
     return UserError(f"{address} can't be listened on: {error.strerror or error}")
 
 
 def url_of(bound: socket.socket) -> str:
+    """Return the URL of a bound socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def log_to_stderr() -> None:
-    """What the server says goes to stderr, a line each."""
+    """Log to stderr, one line per message."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s [%(process)d] %(message)s", force=True)
-    # uvicorn's lines about its own start and end say nothing that ours do not; its warnings are one line for each
-    # request that is no HTTP, so that a caller could fill the disk.
+    # uvicorn logs its start and end, as this server does. Its warnings add a line for each request that isn't HTTP, so
+    # a caller could fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 def error_message(error: BaseException) -> str:
-    """A sentence that was written for people, or else an error's kind and text in one line."""
+    """Return the message of a UserError. For other errors, return the kind and the text in one line."""
     return str(error) if isinstance(error, UserError) else one_line(error)
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends at once. Python would first take models apart, which for a large one takes seconds."""
+    """End the process at once. Freeing a large model would take Python seconds."""
     logging.shutdown()
-    with suppress(OSError):  # The terminal may have gone.
+    with suppress(OSError):  # The terminal may be closed.
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Imports of the process from which workers are forked, so that they share the memory of all packages."""
+"""Imports of the fork server, so that forked workers share the memory of all packages."""
 
 import gc
 
@@ -10,6 +10,6 @@ from mmoe_rec.server.workers import ignore_stop_signals
 __all__ = ["app", "connections"]
 
 ignore_stop_signals()
-torch.set_num_threads(1)  # threads of OpenMP would not be there after a fork
+torch.set_num_threads(1)  # OpenMP threads would not survive a fork.
 gc.collect()
-gc.freeze()  # collecting garbage in a worker would write to the pages of all this, and so copy them
+gc.freeze()  # A worker's garbage collection would otherwise write to the shared pages and so copy them.

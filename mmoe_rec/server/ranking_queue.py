@@ -1,12 +1,12 @@
-"""Calls wait in a queue for one thread that ranks; those that wait while a pass is under way share the next one.
+"""Queue of calls for one thread that ranks. Calls that wait for the current batch form the next batch.
 
-One thread, as torch has one thread and Python's own work holds the interpreter's lock: a second pass at the same time
-would only slow the first. A pass of several calls that fails is done again call by call, so that each caller gets an
-answer to what they sent and never another one's error.
+There is only one thread, because torch has one thread and Python holds the interpreter lock. Two concurrent batches
+would slow each other. If a batch of several calls fails, each call is ranked again on its own. Each caller thus gets
+the answer to its call and never another call's error.
 
-A worker's model learns what comes into the journal, whichever worker has accepted it. A thread of its own
-(`JournalFollower`) reads the journal and prepares what the model is to know next; the model takes it between two
-passes, so that a pass sees one state of all counters, histories and latest values.
+A worker's model ingests all events of the journal, whichever worker accepted them. `JournalFollower` reads the journal
+in its own thread and prepares the model's next state. The model switches to this state between two batches, so a batch
+sees one state of all counters, histories and latest values.
 """
 
 import asyncio
@@ -31,20 +31,20 @@ from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request_reader import Request
 from mmoe_rec.live.journal import parse_position
 from mmoe_rec.server.models import EventIngester, ModelManager
-from mmoe_rec.server.options import INTERNAL_ERROR, HttpError, error_message
+from mmoe_rec.server.options import INTERNAL_ERROR, HttpError, RefusalReason, error_message
 from mmoe_rec.server.server_metrics import Metrics
 
 Answers = list[Ranking | RequestError]
 MAX_BATCH_CANDIDATES = 4_096
-"""Calls share a pass up to so many candidates: beyond, a call would wait longer for the others than it saves."""
+"""Limit on the candidates of calls in one batch. In a larger batch, calls wait for each other longer than they save."""
 
 POLL_SECONDS = 0.05
-"""Between looks at a journal."""
+"""Seconds between reads of the journal."""
 _REST_SECONDS = 0.3
-"""After it has prepared something, the thread leaves the processor to requests, unless a caller waits: a step costs
-nearly the same for few rows as for many."""
+"""Seconds that the follower leaves the processor to requests after an update, unless a caller waits. An update with few
+rows costs nearly as much as one with many rows."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
-_SECONDS_BETWEEN_LOOKS = 0.001  # of a caller who waits for a position
+_POSITION_POLL_SECONDS = 0.001  # Between checks whether a caller's position is reached.
 
 _log = logging.getLogger(__name__)
 
@@ -57,43 +57,59 @@ class _Queued:
     since: float = field(default_factory=perf_counter)
 
     def leave(self) -> None:
-        """Nobody waits for the answer any more."""
+        """Drop the call because its caller has disconnected."""
         if not self.answers.done():
             self.answers.set_exception(ClientDisconnect())
 
 
 class RankingQueue:
-    """Ranks calls with the current model. Used from one event loop alone."""
+    """Ranks calls with the current model. Use a queue from one event loop only."""
 
     def __init__(self, models: ModelManager, metrics: Metrics) -> None:
+        """Start the thread that ranks.
+
+        Args:
+            models: The served model and the server's options.
+            metrics: Metrics of the worker.
+        """
         self._models, self._limits, self._metrics = models, models.options.limits, metrics
         self._queue: deque[_Queued] = deque()
         self._busy_since: float | None = None
         self.executor = ThreadPoolExecutor(1, "ranking")
-        """Of passes, and of what is to be done between them."""
-        self.executor.submit(use_one_thread)  # now, as a first pass without a thread would count as under way for ever
+        """Runs batches, and work that must not overlap with a batch."""
+        # Start the thread now. A first batch that can't start its thread would count as busy forever.
+        self.executor.submit(use_one_thread)
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a pass has taken so long that it will hardly end."""
+        """Whether a batch has taken so long that it will hardly finish."""
         since = self._busy_since
         return since is not None and monotonic() - since > 3 * self._limits.call_timeout_seconds
 
     @property
     def is_busy(self) -> bool:
+        """Whether a batch is being ranked."""
         return self._busy_since is not None
 
-    async def queue(
+    async def rank(
         self, requests: Sequence[Request | RequestError], candidates: int, disconnected: asyncio.Future[None]
     ) -> Answers:
-        """One answer a request, as `Ranker.rank_many` gives them.
+        """Rank a call's requests in the next batch.
 
-        candidates: of all requests, at least; gone: ends once the caller has left. Raises Refused where the time is
-        over, or the model fails, and ClientDisconnect for a caller who has left: nothing is ranked for them, unless the
-        pass is under way.
+        Args:
+            requests: Requests of the call, or their errors.
+            candidates: Number of candidates in all requests, with `EXPLAIN_COST` applied.
+            disconnected: Future that finishes once the caller has disconnected.
+
+        Returns:
+            One answer for each request, as `Ranker.rank_many` returns them.
+
+        Raises:
+            HttpError: The call timed out, or the model failed.
+            ClientDisconnect: The caller has disconnected. The call is not ranked unless its batch has started.
         """
-        if not any(isinstance(each, Request) for each in requests):
-            return [each for each in requests if isinstance(each, RequestError)]
+        if not any(isinstance(request, Request) for request in requests):
+            return [request for request in requests if isinstance(request, RequestError)]
         call = _Queued(requests, candidates, asyncio.get_running_loop().create_future())
         disconnected.add_done_callback(lambda _: call.leave())
         self._queue.append(call)
@@ -107,17 +123,17 @@ class RankingQueue:
                 f"no answer within {self._limits.call_timeout_seconds:g} seconds (setting "
                 "`serving.call_timeout_seconds`)"
             )
-            raise HttpError(504, sentence, "too_long", "DEADLINE_EXCEEDED") from None
+            raise HttpError(504, sentence, RefusalReason.TOO_LONG, "DEADLINE_EXCEEDED") from None
 
     def _start_batch(self) -> None:
-        """Gives the thread the calls that wait, unless it has some."""
+        """Rank the waiting calls as a batch, unless a batch is being ranked."""
         if self._busy_since is not None:
             return
         calls: list[_Queued] = []
         candidates = 0
         while self._queue and (not calls or candidates + self._queue[0].candidates <= MAX_BATCH_CANDIDATES):
             call = self._queue.popleft()
-            if not call.answers.done():  # else its time is over, or its caller has gone
+            if not call.answers.done():  # It is done if the call timed out or its caller disconnected.
                 calls.append(call)
                 candidates += call.candidates
         self._metrics.waiting.set(len(self._queue))
@@ -132,30 +148,38 @@ class RankingQueue:
         def work() -> None:
             with self._metrics.timed("score"):
                 answers = rank_batch(ranker, [call.requests for call in calls])
-            with suppress(RuntimeError):  # the event loop has ended, and nobody waits
+            with suppress(RuntimeError):  # The event loop has ended, so nobody waits.
                 loop.call_soon_threadsafe(self._end_batch, calls, answers)
 
         self.executor.submit(work)
 
     def _end_batch(self, calls: Sequence[_Queued], answers: Sequence[Answers | HttpError]) -> None:
         self._busy_since = None
-        for call, each in zip(calls, answers, strict=True):
+        for call, call_answers in zip(calls, answers, strict=True):
             if call.answers.done():
                 continue
-            if isinstance(each, HttpError):
-                call.answers.set_exception(each)
+            if isinstance(call_answers, HttpError):
+                call.answers.set_exception(call_answers)
             else:
-                call.answers.set_result(each)
+                call.answers.set_result(call_answers)
         self._start_batch()
 
 
 def use_one_thread() -> None:
-    """Have torch compute with one thread."""
-    torch.set_num_threads(1)  # of each thread that calls it. Why one: see `mmoe_rec.inference.mlflow_model`
+    """Make torch compute with one thread in each thread that calls this. `mmoe_rec.inference.mlflow_model` says why."""
+    torch.set_num_threads(1)
 
 
 def rank_batch(ranker: Ranker, calls: Sequence[Sequence[Request | RequestError]]) -> list[Answers | HttpError]:
-    """The answers of each call, from one pass where that succeeds; of each alone where it does not."""
+    """Rank calls in one batch. If that fails, rank each call on its own.
+
+    Args:
+        ranker: Ranker of the current model.
+        calls: Requests of each call.
+
+    Returns:
+        The answers of each call, or the error of a call that failed.
+    """
     try:
         answers = iter(ranker.rank_many([request for call in calls for request in call]))
         return [list(islice(answers, len(call))) for call in calls]
@@ -163,81 +187,90 @@ def rank_batch(ranker: Ranker, calls: Sequence[Sequence[Request | RequestError]]
         if len(calls) > 1:
             return [rank_batch(ranker, [call])[0] for call in calls]
         _log.exception("the model failed")
-        # What MLflow's server says of a RuntimeError. Other errors may hold anything of this machine.
-        sentence = " ".join(str(error).split()) if type(error) is RuntimeError else "the model failed; the log says why"
-        return [HttpError(500, sentence, "model", INTERNAL_ERROR)]
+        # MLflow's server returns the text of a RuntimeError. Other errors may reveal details of this machine.
+        sentence = "the model failed; the server's log has the reason"
+        if type(error) is RuntimeError:
+            sentence = " ".join(str(error).split())
+        return [HttpError(500, sentence, RefusalReason.MODEL, INTERNAL_ERROR)]
 
 
 class JournalFollower:
-    """Keeps the current model at the journal's end, in a thread of its own, until nobody holds it any more.
+    """Updates the current model with the journal's new events, in its own thread, until the follower is freed.
 
-    failure: why it has not been able to since, None if it has.
+    Attributes:
+        failure: Why the last update failed, None if it succeeded.
     """
 
     def __init__(self, models: ModelManager, queue: RankingQueue, metrics: Metrics) -> None:
+        """Start the thread.
+
+        Args:
+            models: The served model and the server's options.
+            queue: Queue whose thread applies the updates.
+            metrics: Metrics of the worker.
+        """
         self._models, self._queue, self._limits, self._metrics = models, queue, models.options.limits, metrics
         self.failure: str | None = None
-        self._asked = threading.Event()
-        threading.Thread(target=_follow, args=(weakref.ref(self), self._asked), name="follower", daemon=True).start()
+        self._wake = threading.Event()
+        threading.Thread(target=_follow, args=(weakref.ref(self), self._wake), name="follower", daemon=True).start()
 
     @property
     def events_failure(self) -> str | None:
-        """Why the current model does not know all of the journal, as a sentence; None where it does."""
+        """Why the current model lacks some events of the journal, as a sentence. None if it lacks none."""
         return "; ".join(filter(None, [self.failure, self.ingester.events_failure])) or None
 
     @property
     def ingester(self) -> EventIngester:
-        """What the current model has learnt."""
+        """The current model's updates from the journal."""
         ingester = self._models.current.ingester
         assert ingester is not None, "there is a journal"
         return ingester
 
     async def wait_for_position(self, text: str) -> None:
-        """Ends once the current model knows all up to a position, as text.
+        """Wait until the current model includes the journal up to a position, given as text.
 
-        Raises Refused for a text that is no position, and after too long a time.
+        Raises HttpError if the text isn't a position, or after a timeout.
         """
         until = time.monotonic() + self._limits.call_timeout_seconds
         try:
             position = parse_position(text)
         except RequestError as error:
-            raise HttpError(400, f"the query parameter 'after': {error}", "body") from None
-        await self._reach(position, until)
+            raise HttpError(400, f"the query parameter 'after': {error}", RefusalReason.BODY) from None
+        await self._wait_until(position, until)
 
     async def wait_for_end(self) -> None:
-        """Ends once the current model knows all that the journal holds now. Raises Refused after too long a time."""
+        """Wait until the current model includes all events in the journal now. Raise HttpError after a timeout."""
         until = time.monotonic() + self._limits.call_timeout_seconds
-        await self._reach(
-            await asyncio.get_running_loop().run_in_executor(None, self.ingester.journal.last_position), until
-        )
+        read_position = self.ingester.journal.last_position
+        await self._wait_until(await asyncio.get_running_loop().run_in_executor(None, read_position), until)
 
-    async def _reach(self, position: int, until: float) -> None:
+    async def _wait_until(self, position: int, until: float) -> None:
         while self.ingester.position < position:
             if self.failure is None:
-                self._asked.set()  # so that the thread does not rest
+                self._wake.set()
             if time.monotonic() > until:
-                why = self.failure or "setting `serving.call_timeout_seconds`"
-                sentence = f"the model has not learnt all events up to {position} in time ({why}); come again"
-                raise HttpError(503, sentence, "behind", "TEMPORARILY_UNAVAILABLE", 1)
-            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+                reason = self.failure or "setting `serving.call_timeout_seconds`"
+                sentence = f"the model has not ingested all events up to {position} in time ({reason}); try again"
+                raise HttpError(503, sentence, RefusalReason.BEHIND, "TEMPORARILY_UNAVAILABLE", 1)
+            await asyncio.sleep(_POSITION_POLL_SECONDS)
 
     def poll(self) -> float:
-        """Learns what is new; gives the seconds to rest."""
+        """Ingest new events and return the seconds to wait until the next update."""
         try:
-            rest = _REST_SECONDS if self._step() else POLL_SECONDS
+            rest = _REST_SECONDS if self._update_model() else POLL_SECONDS
             if self.failure is not None:
-                _log.info("events are learnt again")
+                _log.info("events are ingested again")
             self.failure = None
-        except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
+        except Exception as error:  # Whatever the error is, the model keeps serving its last state with a warning.
             if (failure := error_message(error)) != self.failure:
                 is_bug = not isinstance(error, UserError)
-                _log.error("the model learns no further events: %s", failure, exc_info=is_bug)
+                _log.error("the model ingests no further events: %s", failure, exc_info=is_bug)
             self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
-        live = self.ingester.ranker.pipeline.live  # also of one that has learnt before it served
+        live = self.ingester.ranker.pipeline.live  # Includes rows that were ingested before serving.
         self._metrics.live_rows.set(live.rows)
         return rest
 
-    def _step(self) -> bool:
+    def _update_model(self) -> bool:
         ingester = self.ingester
         if (update := ingester.read()) is None:
             return False
@@ -250,10 +283,10 @@ class JournalFollower:
         return True
 
 
-def _follow(follower: "weakref.ref[JournalFollower]", asked: threading.Event) -> None:
-    """What the thread does: it holds what it follows for only while it works. asked: ends its pauses."""
-    while (it := follower()) is not None:
-        rest = it.poll()
-        del it
-        asked.wait(rest)
-        asked.clear()
+def _follow(follower: "weakref.ref[JournalFollower]", wake: threading.Event) -> None:
+    """Poll until the follower is freed. A strong reference exists only during a poll. `wake` ends a pause."""
+    while (alive := follower()) is not None:
+        rest = alive.poll()
+        del alive
+        wake.wait(rest)
+        wake.clear()

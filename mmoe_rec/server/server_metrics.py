@@ -1,7 +1,7 @@
-"""What the server counts, for Prometheus.
+"""Metrics of the server in Prometheus' format.
 
-With several workers the numbers of each lie in files of one folder, which prometheus-client knows by the environment's
-PROMETHEUS_MULTIPROC_DIR when it is imported; whichever worker is asked then adds them all up.
+With several workers, each worker's metrics are in files of one folder. prometheus-client reads the folder from
+PROMETHEUS_MULTIPROC_DIR when it is imported. The worker that answers `/metrics` adds the metrics of all workers.
 """
 
 import os
@@ -19,13 +19,11 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 
 
 class Metrics:
-    """The counters of one worker.
-
-    name: under which its numbers lie in files, where there are several workers; one that another one had goes on with
-    that one's numbers.
-    """
+    """Metrics of one worker."""
 
     def __init__(self, name: str | None = None) -> None:
+        """Set up the metrics. If there are several workers, `name` names the files, which an earlier worker may have
+        begun."""
         if name is not None:
             values.ValueClass = values.MultiProcessValue(lambda: name)
         self._own = CollectorRegistry()
@@ -38,53 +36,51 @@ class Metrics:
         self.elements = counter("elements", "Elements of calls that were parsed")
         self.candidates = counter("candidates", "Candidates of calls that were parsed")
         self.unknown_ids = counter(
-            "unknown_ids", "Ids of ranked elements that the model knows nothing of, by role", ["role"]
+            "unknown_ids", "IDs of ranked elements that the model's features have never seen, by role", ["role"]
         )
-        self.errors = counter("errors", "Wrong calls by kind: body, element, model", ["kind"])
-        self.refusals = counter(
-            "refusals", "Calls refused for what they cost, or without a token, by reason", ["reason"]
-        )
-        self.reloads = counter("reloads", "Attempts to take up another model by outcome", ["outcome"])
-        self.events = counter("events", "Rows of events that were accepted, by log of events", ["log"])
-        self.events_refused = counter("events_refused", "Calls of /events that were refused, by reason", ["reason"])
+        self.errors = counter("errors", "Invalid or failed calls by kind: body, element, model", ["kind"])
+        self.refusals = counter("refusals", "Calls refused for their cost or for missing rights, by reason", ["reason"])
+        self.reloads = counter("reloads", "Attempts to load a newer model by outcome", ["outcome"])
+        self.events = counter("events", "Accepted rows of events by log", ["log"])
+        self.events_refused = counter("events_refused", "Refused calls of /events by reason", ["reason"])
         self.events_ingested = counter(
-            "events_ingested", "Rows of events that each worker has learnt, by outcome", ["outcome"]
+            "events_ingested", "Rows of events that each worker has ingested, by outcome", ["outcome"]
         )
         self.event_visible_seconds = histogram(
-            "event_visible_seconds", "Time from the acceptance of a batch of events until a worker's replies know of it"
+            "event_visible_seconds", "Time from the acceptance of a batch of events until a worker's replies include it"
         )
-        self.live_rows = gauge("live_rows", "Rows of events beside its tables that a worker's model holds now")
+        self.live_rows = gauge("live_rows", "Rows of events that a worker's model has beside its tables now")
         self.logged_replies = counter(
-            "request_log", "Replies by what became of their log: written, unsampled, dropped, failed", ["outcome"]
+            "request_log", "Replies by outcome in the request log: written, unsampled, dropped, failed", ["outcome"]
         )
         self.calls_per_batch = histogram(
-            "calls_per_batch", "Calls ranked in one pass", buckets=(1, 2, 4, 8, 16, 32, 64)
+            "calls_per_batch", "Calls ranked in one batch", buckets=(1, 2, 4, 8, 16, 32, 64)
         )
         self.calls = gauge("calls", "Calls being read, waiting or scored now")
-        self.waiting = gauge("waiting", "Calls waiting for a pass now")
+        self.waiting = gauge("waiting", "Calls waiting for a batch now")
         self._model = gauge(
             "model_info", "Workers that serve this model", ["model", "version", "run_id", "tables_as_of"]
         )
-        self._shown: tuple[str, ...] | None = None
+        self._model_labels: tuple[str, ...] | None = None
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Counts the time of a block as that of a stage."""
+        """Add the time of a block to a stage."""
         started = perf_counter()
         try:
             yield
         finally:
             self.stages.labels(stage).observe(perf_counter() - started)
 
-    def set_model(self, about: Mapping[str, str | None]) -> None:
-        """Says which model this worker serves from now on."""
-        if self._shown is not None:
-            self._model.labels(*self._shown).set(0)
-        self._shown = tuple(about[name] or "" for name in ("model", "version", "run_id", "tables_as_of"))
-        self._model.labels(*self._shown).set(1)
+    def set_model(self, model: Mapping[str, str | None]) -> None:
+        """Report the model that this worker serves from now on."""
+        if self._model_labels is not None:
+            self._model.labels(*self._model_labels).set(0)
+        self._model_labels = tuple(model[name] or "" for name in ("model", "version", "run_id", "tables_as_of"))
+        self._model.labels(*self._model_labels).set(1)
 
     def text(self) -> bytes:
-        """The numbers of all workers in Prometheus' text format."""
+        """Return the metrics of all workers in Prometheus' text format."""
         if METRICS_FOLDER_VARIABLE not in os.environ:
             return generate_latest(self._own)
         registry = CollectorRegistry()

@@ -102,7 +102,7 @@ class FedModel:
     def rank(self, request: dict[str, Any]) -> None:
         """Ranks and logs a request."""
         ranking: Ranking = self.ranker.rank(**json.loads(json.dumps(request)))
-        self.logged.append(LoggedReply(ranking, None, None, None, 1.0, time.time_ns() // 1_000).table())
+        self.logged.append(LoggedReply(ranking, None, None, None, 1.0, time.time_ns() // 1_000).to_table())
 
     def write(self) -> None:
         """Writes the requests that it has logged."""

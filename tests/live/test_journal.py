@@ -73,7 +73,7 @@ def test_reading_goes_on_from_each_position(address: str) -> None:
     "text", ["", "-1", "1.0", "12 ", "12\n", "\uff11", "1e3", "9" * 19, "1-32", None, 5, "a" * 999]
 )
 def test_nonsense_is_no_position(text: object) -> None:
-    with pytest.raises(RequestError, match="is no position of a journal") as error:
+    with pytest.raises(RequestError, match="is not a position of a journal") as error:
         parse_position(text)
     assert len(str(error.value)) < 200
 
@@ -82,15 +82,15 @@ def test_columns_keep_their_types(address: str) -> None:
     """A request 12 and one "12" have other hashes: they would count twice."""
     journal, other = Journal(address), Journal(address)
     journal.append(Batch(None, 0, pa.table({"request": [12], "label": pa.nulls(1)})))
-    with pytest.raises(RequestError, match="column 'request' holds string, but int64 in earlier rows"):
+    with pytest.raises(RequestError, match="column 'request' contains string, but int64 in earlier rows"):
         other.append(Batch(None, 0, pa.table({"request": ["12"]})))
     other.append(Batch("views", 0, pa.table({"request": ["12"]})))
     other.append(Batch(None, 0, pa.table({"request": pa.nulls(1), "label": [1.0]})))
-    with pytest.raises(RequestError, match="column 'label' holds string, but double"):
+    with pytest.raises(RequestError, match="column 'label' contains string, but double"):
         journal.append(Batch(None, 0, pa.table({"label": ["1"]})))
     assert journal.last_position() == 3
     journal.append(Batch(None, 0, pa.table({"tags": [[12]]})))
-    with pytest.raises(RequestError, match="column 'tags' holds"):
+    with pytest.raises(RequestError, match="column 'tags' contains"):
         journal.append(Batch(None, 0, pa.table({"tags": [None, [], ["12"]]})))
 
 
@@ -104,22 +104,22 @@ def test_a_batch_has_a_largest_size(file: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
     for address in ("mysql://localhost/x", "sqlite://", "nonsense://"):
-        with pytest.raises(UserError, match="the address of a journal is sqlite:///FILE or postgresql://"):
+        with pytest.raises(UserError, match="the URL of a journal is sqlite:///FILE or postgresql://"):
             Journal(address)
-    with pytest.raises(UserError, match="holds no journal"):
+    with pytest.raises(UserError, match="is not a journal"):
         Journal(file, create=False)
     assert list(tmp_path.iterdir()) == []
     sqlite3.connect(file).close()
-    with pytest.raises(UserError, match="holds no journal"):
+    with pytest.raises(UserError, match="is not a journal"):
         Journal(file, create=False)
     file.write_text("something else " * 99)
     with pytest.raises(UserError, match="can't be written, so nothing was appended: file is not a database"):
         Journal(file)
-    with pytest.raises(UserError, match="there can be no journal"):
+    with pytest.raises(UserError, match="can't be created"):
         Journal(file / "below" / "journal.db")
-    with pytest.raises(UserError, match=r"there can be no journal '.*': File name too long"):
+    with pytest.raises(UserError, match=r"the journal '.*' can't be created: File name too long"):
         Journal(tmp_path / ("x" * 300))
-    with pytest.raises(UserError, match="is a folder, and a journal is a file"):
+    with pytest.raises(UserError, match="is a folder, but a journal is a file"):
         Journal(tmp_path)
     with pytest.raises(UserError, match=r"'postgresql\+psycopg://me:\*\*\*@.*can't be written") as error:
         Journal(f"postgresql://me:secret@/x?host={tmp_path}")

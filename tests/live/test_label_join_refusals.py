@@ -59,10 +59,10 @@ SUMS = {**BY_USER, "sources": {**BY_USER["sources"], "clicked": {**BY_USER["sour
         ("events/clicks", _drop("user"), BY_REQUEST, "has no column 'user'; it has amount, at, event_id, item, page"),
         ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
         (None, None, WITHOUT_RANK, "set labels.shown to a log of events with that column, or labels.rank"),
-        ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' holds string, and"),
+        ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' contains string"),
         ("requests", _drop("price"), BY_REQUEST, "has no column 'price'"),
         (None, None, SUMS, "but the label of the binary task 'click' is 0 or 1"),
-        (None, None, WITHOUT_SPENT, "labels.sources does not say where column 'spent' comes from"),
+        (None, None, WITHOUT_SPENT, "labels.sources has no source for column 'spent'"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -86,17 +86,17 @@ def test_files_that_can_not_be_read(world: World, tmp_path: Path) -> None:
 def test_an_output_that_holds_something_else(world: World, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").touch()
-    assert "holds something else, such as 'notes.txt'" in refused(tmp_path)
+    assert "has files of other programs, such as 'notes.txt'" in refused(tmp_path)
     (tmp_path / "out" / "notes.txt").unlink()
-    with pytest.raises(UserError, match="takes in the files of --out"):
+    with pytest.raises(UserError, match="includes the files of --out"):
         join_labels(settings(BY_REQUEST), str(tmp_path), str(tmp_path / "events"), tmp_path / "requests" / "out")
-    with pytest.raises(UserError, match="must be a folder of this machine"):
+    with pytest.raises(UserError, match="must be a local or mounted folder"):
         join_labels(settings(BY_REQUEST), str(tmp_path / "requests"), str(tmp_path / "events"), "s3://bucket/out")
 
 
 def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: Path) -> None:
     change(tmp_path, "requests", lambda table: with_column(table, "served_fraction", pa.array([0.1] * len(table))))
-    assert "a share of 0.1 of all requests was logged" in refused(tmp_path, BY_USER)
+    assert "a fraction of 0.1 of all requests was logged" in refused(tmp_path, BY_USER)
     about = settings(BY_REQUEST, sampling_rate="rate")
     joined(tmp_path, about)
     assert {row["rate"] for row in read_rows(tmp_path / "out")} == {0.1}
@@ -153,7 +153,7 @@ def test_a_log_of_events_that_stands_still_keeps_requests_waiting(tmp_path: Path
     about, last = settings(BY_REQUEST), max(each["at"] for each in world.events["clicks"])
     found = joined(tmp_path, about)
     assert found.until == last - 3 * HOUR
-    assert found.counts["requests that wait"] > 0
+    assert found.waiting > 0
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, found.until))
     joined(tmp_path, about, until=START + 500 * HOUR)  # whoever knows that all events are there says so
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))

@@ -114,9 +114,9 @@ def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, caps
     model.add(9, 10)
     told = model.refused(capsys, "--tasks.click.label_delay_days", "3")
     assert "setting 'tasks.click.label_delay_days' is 0.0 in the model's features and 3.0 in the settings" in told
-    assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", f"models:/{NAME}/1")
-    assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", str(model.folder_of("1")))
-    assert "no version of the model 'small' holds the alias 'best'" in model.refused(
+    assert "Give models:/NAME@ALIAS" in model.refused(capsys, "--model", f"models:/{NAME}/1")
+    assert "Give models:/NAME@ALIAS" in model.refused(capsys, "--model", str(model.folder_of("1")))
+    assert "no version of the model 'small' has the alias 'best'" in model.refused(
         capsys, "--model", f"models:/{NAME}@best"
     )
 
@@ -223,7 +223,7 @@ def test_old_versions_of_refreshes_go_with_their_files(
     refresh(7)
     with monkeypatch.context() as patch:
         patch.setattr(LocalArtifactRepository, "delete_artifacts", _dying(print, after=False, error=OSError))
-        assert "older versions of refreshes are removed by the next refresh" in refresh(8)
+        assert "the next refresh removes older versions of refreshes" in refresh(8)
     client.transition_model_version_stage(NAME, "6", "Production")
     assert "with all files: version 7 of earlier" in refresh(9)
     assert [each.version for each in model.versions()] == [1, 3, 4, 5, 6, 8, 9]

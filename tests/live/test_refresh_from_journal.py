@@ -117,7 +117,7 @@ def test_another_journal_than_the_tables_hold_is_refused(
     before = _answers(app, position)
     _check(_answers(_served(model, "2"), position), before)
     _sent(_served(model, "2", other), rows[-5:])
-    assert "hold another journal" in model.refused(capsys, "--journal", str(other))
+    assert "the model's tables include journal " in model.refused(capsys, "--journal", str(other))
     # What the right one holds was not lost.
     model.take_in()
     _check(_answers(_served(model, "3"), position), before)
@@ -164,9 +164,9 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     app = _served(model, "4")
     assert _failure(app) is None
     take_up(app.models, ResolvedModel(model.folder_of("2"), "models:/small/2"))
-    assert ask(app, b"", page="/version", method="GET").tree["address"] == "models:/small/2"
+    assert ask(app, b"", page="/version", method="GET").tree["uri"] == "models:/small/2"
     told = _told(app)
-    assert "begins after position 4, and the model's tables know it up to 2 only: what was removed is in the" in told
+    assert "begins after position 4, and the model's tables include only positions up to 2: the removed" in told
     assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in told
     assert told in caplog.text
     # All that came after the removed batches it does know.
@@ -181,7 +181,7 @@ def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_remo
 ) -> None:
     position = _rolled_back(model)
     told = model.refused(capsys, "--journal", str(model.journal))
-    assert "up to 2 only: what was removed is in the log's files" in told
+    assert "positions up to 2. The removed events are in the log's files" in told
     expected = _answers(_served(model, "4"), position)
     for number, words in (("5", ()), ("6", ("--journal", str(model.journal)))):
         model.refresh(*words)
@@ -193,7 +193,7 @@ def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_remo
 
 def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for words, told in (
-        (("--journal", str(tmp_path / "nothing")), "holds no journal"),
+        (("--journal", str(tmp_path / "nothing")), "is not a journal"),
         (("--remove-events",), "--journal"),
         (("--other-journal",), "--journal"),
     ):

@@ -198,7 +198,7 @@ def test_as_a_loop_over_rows_does(batches, data):
         while read := taken.journal.read(position, max_rows=data.draw(st.integers(1, 20))):
             found, position = join_by_log(read, schema)[None], read[-1].position
             duplicates += sum(each.duplicates for each in read)
-            days = ((found.rows(schema).times() - START) / DAY).tolist()
+            days = ((found.to_log_rows(schema).times() - START) / DAY).tolist()
             rows += zip(*(found.table[name].to_pylist() for name in ("request", "item", "user")), days, strict=True)
     assert duplicates == naive.duplicates
     assert [row[:3] for row in rows] == [row[:3] for row in naive.rows]

@@ -178,7 +178,7 @@ def test_an_event_that_is_swallowed_is_found(world: World, tmp_path: Path) -> No
 
 
 def test_a_column_with_a_name_of_the_request_log_is_refused() -> None:
-    with pytest.raises(UserError, match="column 'served_score' has a name that logged requests use for their own"):
+    with pytest.raises(UserError, match="column 'served_score' has a name that the request log uses"):
         request_log.check_reserved_columns(["item", "served_score"], [request_log.SCORE])
 
 
@@ -240,12 +240,12 @@ def test_rows_are_compared_or_counted_with_a_reason(
     pq.write_table(table, file)
     report = check_skew(*given, tmp_path / "kept")
     assert (report["logged_rows"], report["compared_rows"]) == (count, count - 4)
-    assert report["not_compared"] == {"answered by other versions of the model": 3, "not in the log": 1}
+    assert report["not_compared"] == {"other_version": 3, "not_in_log": 1}
     assert wrong(report) == {"item_click": 1, "candidates": 1}
     assert json.loads((tmp_path / "kept" / "skew.json").read_text())["mismatches"] == 2
     lacking, why, first, example, not_compared, last = describe(report)
     assert lacking.startswith("reply 'candidates' differs in 1 of ")
-    assert why.endswith(": no reply with it is logged")
+    assert why.endswith(": no logged reply has it")
     assert first == f"feature 'item_click' differs in 1 of {count - 4:,} rows"
     assert f"candidate {table['item'][wrong_one].as_py()}, at 2023-11-2" in example
     assert not_compared.startswith(f"{count - 4} of {count} logged rows are compared. Not compared: ")
@@ -366,7 +366,7 @@ def test_a_row_that_the_log_lost_is_not_compared_and_later_features_differ(
     data = settings.data.model_copy(update={"log": str(tmp_path / "log"), "work_dir": str(tmp_path)})
     settings = settings.model_copy(update={"data": data})
     report = check_skew(settings, FROM, SHORT, str(world.frozen), tmp_path / "requests.parquet")
-    assert report["not_compared"] == {"not in the log": 1}
+    assert report["not_compared"] == {"not_in_log": 1}
     assert report["compared_rows"] == len(table) - 1
     assert "item_click" in wrong(report)
 

@@ -271,7 +271,7 @@ def test_a_lost_journal_is_told_by_the_server_that_has_written_it(app, tmp_path)
     with Journal(tmp_path / "journal.db").write_transaction() as connection:
         connection.execute(sql.text("DELETE FROM journal_batches"))
     answer = ask(app, {"events": as_json(later_log(19, rows=5))}, page="/events")
-    assert (answer.status, "can't be kept" in answer.message) == (503, True)
+    assert (answer.status, "can't be stored" in answer.message) == (503, True)
 
 
 # How a worker's model follows the journal: callers may wait for a position, and the thread ends with its server
@@ -295,7 +295,7 @@ def test_positions_up_to_the_end_are_answered_and_others_refused(app, tmp_path):
         assert after(app, position).status == 200
     for wrong in ("x", ""):
         answer = after(app, wrong)
-        assert (answer.status, "no position" in answer.message) == (400, True)
+        assert (answer.status, "not a position" in answer.message) == (400, True)
     other = Journal(tmp_path / "journal.db")
     assert other.append(*other.read(0)) == 6  # as another worker does
     assert after(app, 6).status == 200
@@ -333,7 +333,7 @@ def test_events_that_can_not_be_learnt_hold_up_only_who_waits_for_them(small, tm
 
     status, is_over, late = asyncio.run(both())
     assert (status, is_over, late.status, late.headers["retry-after"]) == (200, False, 503, "1")
-    assert "not learnt all events up to 1 in time (OSError: the disk is gone)" in late.message
+    assert "not ingested all events up to 1 in time (OSError: the disk is gone)" in late.message
     assert ask(app, body).tree["predictions"][0]["warnings"][-1].endswith("not counted: OSError: the disk is gone")
     monkeypatch.undo()
     until(lambda: ask(app, b"", page="/version", method="GET").tree["events_failure"] is None)

@@ -113,7 +113,7 @@ def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed(
         failure = reloads.reload_if_changed(is_requested)
         assert len(taken) == loads
         assert (failure is not None) == (state == "broken" and loads > before)
-    told = "the previous model goes on serving: it is broken"
+    told = "the previous model is still served: it is broken"
     assert [record.getMessage() for record in caplog.records] == [told] * 3
 
 

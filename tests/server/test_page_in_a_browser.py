@@ -105,7 +105,7 @@ def page(opened: Browser, address: str) -> Browser:
     opened.size(1200, 900)
     opened.open(address)
     opened.wait("return document.activeElement.id === 'token'")
-    assert opened.texts("#error") == ["this server asks for a token: send the header Authorization: Bearer TOKEN"]
+    assert opened.texts("#error") == ["this server requires a token: send the header Authorization: Bearer TOKEN"]
     opened.run("document.activeElement.value = arguments[0]", TOKEN)
     opened.press("\ue007")
     opened.wait(ROWS)
@@ -183,7 +183,7 @@ def test_weights_reorder_at_once_as_the_server_would(page: Browser, small: Small
     for place, (name, moved) in enumerate(zip(found["candidate"], found["moved"], strict=True)):
         steps = before.index(name) - place
         assert moved == ("\u2013" if steps == 0 else f"{'▲' if steps > 0 else '▼'} {abs(steps)}")
-    move(page, "best to show (k)", 3)
+    move(page, "top k to show", 3)
     page.run("document.querySelector('#reset').click()")
     assert columns(page)["candidate"] == before[:3]
 

@@ -182,7 +182,7 @@ def test_a_full_queue_drops_and_counts_and_answers(
     assert waiting == {"dropped": 3}
     assert outcomes(app) == {"dropped": 3, "written": 3}
     assert len(logged(tmp_path)) == 3
-    assert caplog.text.count("requests come faster than they can be logged") == 1
+    assert caplog.text.count("requests arrive faster than they can be logged") == 1
 
 
 def test_each_reply_that_waits_for_a_file_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_each_reply_that_waits_for_a_file_is_counted_once(tmp_path: Path, monkey
             asked.append(self)
             return 5
 
-        def table(self) -> "Replied":
+        def to_table(self) -> "Replied":
             return self
 
     monkeypatch.setattr(RequestLog, "_write", lambda log, tables: written.append(len(tables)) or [])
@@ -226,7 +226,7 @@ def test_a_disk_that_fails_is_told_once_and_serving_goes_on(
         told = [each.getMessage() for each in caplog.records if "can't be logged" in each.getMessage()]
         assert len(told) == 1
         assert str(folder) in told[0]
-        assert "serving goes on" in told[0]
+        assert "serving continues" in told[0]
         assert ("No space left" in told[0]) == (problem == "full")
         assert not folder.exists() or not any(folder.iterdir())  # nothing was made on the disk below
         monkeypatch.undo()

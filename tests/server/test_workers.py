@@ -93,7 +93,7 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
         assert {version(running) for _ in range(9)} == {after}, "a replacement has the new model as well"
         shutil.rmtree(folder / "features")
         status, body = running.send(None, "/reload")
-        assert (status, "the previous model goes on serving" in body["message"]) == (503, True)
+        assert (status, "the previous model is still served" in body["message"]) == (503, True)
         assert version(running) == after
         assert "features" in until(lambda: running.send(None, "/version", "GET")[1]["reload_failure"])
         failed = 'mmoe_rec_reloads_total{outcome="failed"} '
