@@ -1,4 +1,4 @@
-"""Learn about data: a log goes in; draft settings (`init`) or a report of its health (`inspect`) come out.
+"""Draft settings from a log (`init`), or report the health of its data (`inspect`).
 
-Begin in `guess` for `init`, and in `data_health` for `inspect`.
+Start reading in `infer_schema` for `init` and in `data_health` for `inspect`.
 """

@@ -1,5 +1,8 @@
-"""What a log means, by the words of its columns' names and by what goes together in its rows: a user's country does not
-change from one of the user's requests to the next. Of each guess that a person should check, `checks` says why."""
+"""Infer the schema of a log from the names of its columns and from the dependencies between them.
+
+For example, a user's country does not change between the requests of the user. `InferredSchema.checks` explains each
+guess that a person should check.
+"""
 
 import math
 import shlex
@@ -28,26 +31,34 @@ from mmoe_rec.profiling.name_hints import (
 from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.settings.log_columns import SPLITS
 
-_FEWEST_USERS = 10
-_FEWEST_CANDIDATES = 20
-"""In a table without users and requests."""
-_ALMOST = 0.01
-"""What changes so seldom is the same but for errors."""
-_PARSE = "write them as timestamps, say with pandas.to_datetime, or as whole s, ms, us or ns since 1970"
-_AMOUNTS = PAST_WORDS | {"price", "age", "length", "size", "year"}
-_SPAN = 1800
-"""Seconds in which the rows of a list are shown."""
+_MIN_USERS = 10
+_MIN_CANDIDATES = 20
+"""Fewest candidates in a table without users and requests."""
+_ERROR_RATE = 0.01
+"""Highest change rate of a constant column. Few changes can be errors in the data."""
+_TIME_ADVICE = "write them as timestamps, for example with pandas.to_datetime, or as whole s, ms, us or ns since 1970"
+_AMOUNT_WORDS = PAST_WORDS | {"price", "age", "length", "size", "year"}
+_MAX_REQUEST_SECONDS = 1800
+"""Longest time between the first and the last row of a request."""
 _SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "holdout": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
-_TEXT = 40
-"""Characters of the mean value from which text is no name of a thing."""
+_MAX_NAME_LENGTH = 40
+"""Longer text, on average, is free text rather than a name."""
 
 
 def infer_schema(profile: Profile, corrections: Corrections) -> InferredSchema:
-    """What a log means. Raises UserError where it can't be used, or a correction names no column that fits."""
+    """Infer the schema of a log.
+
+    Args:
+        profile: Statistics of the log.
+        corrections: Columns that the user named. They replace guesses.
+
+    Raises:
+        UserError: The log can't be used, or a correction names a column that doesn't exist or fit.
+    """
     schema = InferredSchema(profile, corrections)
     _check_corrections(schema)
-    _leave_out(schema)
+    _leave_out_unusable(schema)
     _find_keys(schema)
     _find_weights(schema)
     _find_split(schema)
@@ -58,107 +69,113 @@ def infer_schema(profile: Profile, corrections: Corrections) -> InferredSchema:
 
 
 def _check_corrections(schema: InferredSchema) -> None:
-    named: dict[str, str] = {}  # column -> the option that names it as a key
+    named: dict[str, str] = {}  # Column -> option that names it as a key.
     for option, name in ((option, name) for option, names in schema.corrections.items() for name in names):
         if option in KEY_NAMES and (twin := named.setdefault(name, option)) != option:
-            raise UserError(f"--{twin} and --{option} both name column '{name}': one column is one of them")
+            raise UserError(f"--{twin} and --{option} both name column '{name}'. Name it in one of these options.")
         if name not in schema.columns:
             near = get_close_matches(name, schema.columns, 1) or list(schema.columns)[:8]
             log = schema.profile.name
-            raise UserError(f"--{option} '{name}' is no column of '{log}'; there are, for example: {', '.join(near)}")
+            raise UserError(f"--{option}: '{log}' has no column '{name}'. Columns are, for example, {', '.join(near)}.")
 
 
-def _leave_out(schema: InferredSchema) -> None:
-    """What can't be an input."""
-    for each in schema.columns.values():
-        why = "as you said" if each.name in schema.corrections.get("leave-out", ()) else _why_unusable(each)
-        gap = f"len(list_filter({each.sql}::DOUBLE[], lambda e: e IS NULL OR NOT isfinite(e))) > 0"
-        if each.kind == "vector" and why is None and schema.profile.count_rows(gap):
-            why = "some of its lists hold null, NaN or infinity: write null instead of the whole list"
-        if each.name in schema.profile.unreadable:
-            why = schema.profile.unreadable[each.name]
-            schema.warnings.append(f"column '{each.name}' is left out: {why}")
-        if why and each.name not in schema.corrections.get("task", ()):
-            schema.left_out[each.name] = why
+def _leave_out_unusable(schema: InferredSchema) -> None:
+    """Leave out columns that can't be inputs."""
+    excluded = schema.corrections.get("leave-out", ())
+    for column in schema.columns.values():
+        why = "named in --leave-out" if column.name in excluded else _explain_unusable(column)
+        has_gap = f"len(list_filter({column.sql}::DOUBLE[], lambda e: e IS NULL OR NOT isfinite(e))) > 0"
+        if column.kind == "vector" and why is None and schema.profile.count_rows(has_gap):
+            why = "some of its lists contain null, NaN or infinity: write null instead of the whole list"
+        if column.name in schema.profile.unreadable:
+            why = schema.profile.unreadable[column.name]
+            schema.warnings.append(f"column '{column.name}' is left out: {why}")
+        if why and column.name not in schema.corrections.get("task", ()):
+            schema.left_out[column.name] = why
 
 
-def _why_unusable(each: Column) -> str | None:
+def _explain_unusable(column: Column) -> str | None:
     why = None
-    if each.kind == "empty":
+    if column.kind == "empty":
         why = "it is null in all rows"
-    elif each.kind == "other":
-        why = f"values of type {each.type} can't be read: write what they hold as columns of numbers or text"
-    elif each.kind == "integer" and each.high >= 2**63:
+    elif column.kind == "other":
+        why = f"values of type {column.type} can't be read: write their content as columns of numbers or text"
+    elif column.kind == "integer" and column.high >= 2**63:
         why = "some of its integers need more than 63 bits: write it as text"
-    elif each.kind not in ("keys", "vector") and each.distinct <= 1 and not each.nulls:
+    elif column.kind not in ("keys", "vector") and column.distinct <= 1 and not column.nulls:
         why = "it has one value in all rows"
-    elif each.kind in ("keys", "vector") and not each.length_range[1]:
-        why = "its lists are empty"
-    elif each.kind == "vector" and each.length_range[0] != each.length_range[1]:
+    elif column.kind in ("keys", "vector") and not column.length_range[1]:
+        why = "all its lists are empty"
+    elif column.kind == "vector" and column.length_range[0] != column.length_range[1]:
         why = "its lists of numbers differ in length"
-    elif each.kind == "text" and each.mean_length > _TEXT and each.distinct > 0.5 * (each.rows - each.nulls):
+    elif (
+        column.kind == "text"
+        and column.mean_length > _MAX_NAME_LENGTH
+        and column.distinct > 0.5 * (column.rows - column.nulls)
+    ):
         why = "it looks like free text: embed it, and write the vectors as lists of numbers"
     return why
 
 
 def _find_weights(schema: InferredSchema) -> None:
-    for each in schema.unassigned():
-        number = each.kind in ("number", "integer") and not each.nulls
-        number &= each.name not in schema.corrections.get("task", ())
-        if not number or each.low <= 0 or each.distinct < 2:
+    for column in schema.unassigned():
+        name, is_number = column.name, column.kind in ("number", "integer") and not column.nulls
+        is_number &= name not in schema.corrections.get("task", ())
+        if not is_number or column.low <= 0 or column.distinct < 2:
             continue
-        weighs = has_word(each.name, WEIGHT_WORDS) and set(split_words(each.name)) <= WEIGHT_WORDS | WEIGHT_QUALIFIERS
-        if weighs and "candidate" in schema.keys:  # as a parcel's, or a row's?
-            weighs = (
-                not schema.profile.change_rates([schema.keys["candidate"]], [each.name])[each.name] <= MAX_CHANGE_RATE
-            )
-        if has_word(each.name, SAMPLING_WORDS) and each.high <= 1 and schema.sampling_rate is None:
-            schema.sampling_rate = each.name
-            schema.checks[each.name] = "by its name taken for the rate at which the row was sampled"
-        elif weighs and schema.weight is None:
-            schema.weight = each.name
-            schema.checks[each.name] = "by its name taken for the weight of the row"
+        is_weight = has_word(name, WEIGHT_WORDS) and set(split_words(name)) <= WEIGHT_WORDS | WEIGHT_QUALIFIERS
+        if is_weight and "candidate" in schema.keys:  # A constant weight of a candidate is physical, as of a parcel.
+            is_weight = not schema.profile.change_rates([schema.keys["candidate"]], [name])[name] <= MAX_CHANGE_RATE
+        if has_word(name, SAMPLING_WORDS) and column.high <= 1 and schema.sampling_rate is None:
+            schema.sampling_rate = name
+            schema.checks[name] = "its name suggests the rate at which the row was sampled"
+        elif is_weight and schema.weight is None:
+            schema.weight = name
+            schema.checks[name] = "its name suggests the weight of the row"
 
 
 def _find_split(schema: InferredSchema) -> None:
-    """The column that says which rows of a table without times are the test."""
+    """Find the column that assigns the rows of a table without times to splits."""
     if "time" in schema.keys:
         return
-    for each in schema.unassigned():
-        if each.kind != "text" or each.nulls or each.distinct > len(_SPLITS) + 2:
+    for column in schema.unassigned():
+        if column.kind != "text" or column.nulls or column.distinct > len(_SPLITS) + 2:
             continue
-        told = {value: _SPLITS.get(str(value).lower()) for value in schema.profile.values(each.name, 20)}
-        if all(told.values()) and len(set(told.values())) > 1:
-            parts = {name: sorted(value for value, split in told.items() if split == name) for name in SPLITS}
+        splits = {value: _SPLITS.get(str(value).lower()) for value in schema.profile.top_values(column.name, 20)}
+        if all(splits.values()) and len(set(splits.values())) > 1:
+            parts = {name: sorted(value for value, split in splits.items() if split == name) for name in SPLITS}
             for name, values in parts.items():
                 if not values:
                     raise UserError(
-                        f"column '{each.name}' says which rows are train, validation or test, but of none that it is "
-                        f"{name}: call a part of the rows '{name}'"
+                        f"column '{column.name}' assigns rows to train, validation or test, but none to {name}. Write "
+                        f"'{name}' in some of the rows."
                     )
-            schema.split = each.name, parts
+            schema.split = column.name, parts
             return
     named = [
         name
         for name in schema.columns
         if has_word(name, TIME_WORDS | CLOCK_WORDS) and not has_word(name, PAST_WORDS | ID_WORDS)
     ]
-    times = f" By name {', '.join(named)} may be the time, but has no times of requests: {_PARSE}." if named else ""
+    times = f" {', '.join(named)} may be the time, but the values can't be read: {_TIME_ADVICE}." if named else ""
     raise UserError(
-        f"'{schema.profile.name}' has neither a column of times nor one that says which rows are train, validation "
-        f"and test.{times} Name the times with --time, or add a column 'split' of train, validation and test"
+        f"'{schema.profile.name}' has neither a column of times nor one that assigns rows to train, validation and "
+        f"test.{times} Name the times with --time, or add a column 'split' of train, validation and test."
     )
 
 
-# Keys: who, what, when and in which list
+# Keys: user, candidate, time and request
 
 
 def _find_keys(schema: InferredSchema) -> None:
-    """Fills in `keys`, what belongs to them, and `request_keys`. Raises UserError for a given column that can't be
-    one."""
-    keys, given = schema.keys, schema.corrections
+    """Find the keys and the columns that identify a request.
+
+    Raises:
+        UserError: A column that the user named can't be the key.
+    """
+    keys, corrections = schema.keys, schema.corrections
     for key_name in KEY_NAMES:
-        for name in given.get(key_name, ()):
+        for name in corrections.get(key_name, ()):
             _check_key(schema, key_name, schema.columns[name])
             keys[key_name] = name
     _find_by_name(schema, "user")
@@ -166,58 +183,65 @@ def _find_keys(schema: InferredSchema) -> None:
     _find_time(schema)
     _find_request(schema)
     _find_by_structure(schema)
-    if schema.is_plain_table and "candidate" not in given and 0 < schema.distinct("candidate") < _FEWEST_CANDIDATES:
-        del keys["candidate"]  # a column like the others, such as a person's job
+    candidates = schema.count_distinct("candidate")
+    if schema.is_plain_table and "candidate" not in corrections and 0 < candidates < _MIN_CANDIDATES:
+        del keys["candidate"]  # So few values are an attribute, such as a person's job.
     for key_name in ("user", "candidate"):
-        free = key_name in keys and key_name not in given and "request" not in keys
-        if free and schema.profile.is_unique(keys[key_name]):  # nothing is known of a row by it
+        is_guess = key_name in keys and key_name not in corrections and "request" not in keys
+        if is_guess and schema.profile.is_unique(keys[key_name]):  # A unique key carries no information.
             schema.key_checks.pop(key_name, None)
             schema.left_out[keys.pop(key_name)] = "it differs in each row"
     _check_repeats(schema)
     if "user" not in keys:
-        names = ", ".join([each.name for each in _shared_ids(schema) if _may_be_user(each)][:3])
+        names = ", ".join([column.name for column in _shared_ids(schema) if _may_be_user(column)][:3])
         why = "no user column was found, so no feature follows a user"
         schema.key_checks["user"] = f"{why}. If there is one{names and f' (perhaps {names})'}, name it with --user"
 
 
-def _check_key(schema: InferredSchema, key_name: str, each: Column) -> None:
-    if key_name == "time" and not each.may_be_time:
-        raise UserError(f"--time '{each.name}' holds no times that can be read ({each.type}): {_PARSE}")
-    if key_name != "time" and each.kind not in ("integer", "text"):
-        raise UserError(f"--{key_name} '{each.name}' holds values of type {each.type}; ids are integers or text")
-    if each.nulls:
-        raise UserError(f"--{key_name} '{each.name}' is null in {each.nulls:,} rows: leave those rows out")
-    schema.left_out.pop(each.name, None)
+def _check_key(schema: InferredSchema, key_name: str, column: Column) -> None:
+    if key_name == "time" and not column.may_be_time:
+        raise UserError(f"--time '{column.name}' has no readable times ({column.type}): {_TIME_ADVICE}.")
+    if key_name != "time" and column.kind not in ("integer", "text"):
+        raise UserError(f"--{key_name} '{column.name}' has values of type {column.type}. IDs must be integers or text.")
+    if column.nulls:
+        raise UserError(f"--{key_name} '{column.name}' is null in {column.nulls:,} rows. Leave these rows out.")
+    schema.left_out.pop(column.name, None)
 
 
 def _find_by_name(schema: InferredSchema, key_name: str) -> None:
     if key_name in schema.keys:
         return
     ranks = {name: match_key_name(name, key_name) for name in schema.columns}
-    fewest = _FEWEST_USERS if key_name == "user" else 2
+    min_distinct = _MIN_USERS if key_name == "user" else 2
     usable = [
-        each
-        for each in schema.unassigned()
-        if ranks[each.name] and each.can_be_key and not each.unit and not each.is_binary and each.distinct >= fewest
+        column
+        for column in schema.unassigned()
+        if ranks[column.name]
+        and column.can_be_key
+        and not column.unit
+        and not column.is_binary
+        and column.distinct >= min_distinct
     ]
     if not usable:
-        for each in schema.columns.values():
-            if ranks[each.name] == 2 and (each.nulls or each.kind in ("number", "other")) and not each.may_be_time:
-                why = f"it looks like the {key_name}, but ids are integers or text, without nulls"
-                schema.leave_out(each.name, why)
-                schema.warnings.append(f"'{each.name}' is left out: {why} ({each.type}, {each.nulls:,} nulls)")
+        for column in schema.columns.values():
+            is_unfit = column.nulls or column.kind in ("number", "other")
+            if ranks[column.name] == 2 and is_unfit and not column.may_be_time:
+                why = f"it looks like the {key_name}, but IDs must be integers or text, without nulls"
+                schema.leave_out(column.name, why)
+                schema.warnings.append(f"'{column.name}' is left out: {why} ({column.type}, {column.nulls:,} nulls)")
         return
-    unique = int(0.9 * schema.profile.rows)  # as of a message that the user was sent
+    # IDs that are almost unique come last. They may identify a message to the user rather than the user.
+    unique = int(0.9 * schema.profile.rows)
 
-    def order(each: Column) -> tuple[int, bool, int, list[int]]:
-        distinct = min(each.distinct, unique)
-        return ranks[each.name], distinct < unique, distinct, [-ord(sign) for sign in each.name]
+    def order(column: Column) -> tuple[int, bool, int, list[int]]:
+        distinct = min(column.distinct, unique)
+        return ranks[column.name], distinct < unique, distinct, [-ord(character) for character in column.name]
 
     name = max(usable, key=order).name
     schema.keys[key_name] = name
-    others = sorted(each.name for each in usable if ranks[each.name] == ranks[name] and each.name != name)
-    doubts = [f"'{name}' stands for the {key_name}, as no column has a better name"] if ranks[name] == 1 else []
-    doubts += [f"it could also be {', '.join(others)}"] if others else []
+    rivals = sorted(column.name for column in usable if ranks[column.name] == ranks[name] and column.name != name)
+    doubts = [f"'{name}' serves as the {key_name}, as no column has a better name"] if ranks[name] == 1 else []
+    doubts += [f"it could also be {', '.join(rivals)}"] if rivals else []
     if doubts:
         schema.key_checks[key_name] = "; ".join(doubts)
 
@@ -227,63 +251,56 @@ def _find_time(schema: InferredSchema) -> None:
     if "time" in keys:
         schema.time_unit = schema.columns[keys["time"]].unit
         return
-    found = [each for each in schema.unassigned() if each.may_be_time and not each.nulls and each.distinct > 1]
-    found = [each for each in found if each.name not in schema.profile.path_columns]
-    named = [each for each in found if each.kind == "time" or has_word(each.name, TIME_WORDS)]
-    found = named or [each for each in found if each.distinct > 0.01 * each.rows]
-    found = _without_attributes(schema, _without_times_of_keys(schema, found))
-    if not found:
+    times = [time for time in schema.unassigned() if time.may_be_time and not time.nulls and time.distinct > 1]
+    times = [time for time in times if time.name not in schema.profile.path_columns]
+    named = [time for time in times if time.kind == "time" or has_word(time.name, TIME_WORDS)]
+    times = named or [time for time in times if time.distinct > 0.01 * time.rows]
+    times = _without_attributes(schema, _without_times_of_keys(schema, times))
+    if not times:
         return
 
-    def order(each: Column) -> tuple[int, bool, int, str]:
-        shares = [schema.profile.fraction(f"{each.time_sql} <= {other.time_sql}") for other in found]
-        return (
-            -sum(fraction > 0.98 for fraction in shares),
-            not has_word(each.name, TIME_WORDS),
-            -each.distinct,
-            each.name,
-        )
+    def order(time: Column) -> tuple[int, bool, int, str]:
+        fractions = [schema.profile.fraction(f"{time.time_sql} <= {later.time_sql}") for later in times]
+        earlier = sum(fraction > 0.98 for fraction in fractions)
+        return -earlier, not has_word(time.name, TIME_WORDS), -time.distinct, time.name
 
-    best = min(found, key=order)
+    best = min(times, key=order)
     keys["time"] = best.name
     schema.time_unit = best.unit
     if not named:
-        schema.key_checks["time"] = f"no name says so, but its integers may count {best.unit} since 1970"
-    if others := ", ".join(sorted(each.name for each in found if each is not best)):
-        schema.key_checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
+        schema.key_checks["time"] = f"no name says so, but its integers may be {best.unit} since 1970"
+    if rivals := ", ".join(sorted(time.name for time in times if time is not best)):
+        schema.key_checks["time"] = f"it is earlier than {rivals} in most rows, so it may be the request's time"
 
 
 def _without_times_of_keys(schema: InferredSchema, times: list[Column]) -> list[Column]:
-    """Return the times that change for a user and a candidate, unlike the days of a birth or of publication."""
+    """Return the times that change within a user and a candidate, unlike dates of birth or publication."""
     for key_name in ("user", "candidate"):
         key = schema.keys.get(key_name)
         if not times or key is None or match_key_name(key, key_name) == 1:
             continue
-        change_rates = schema.profile.change_rates([key], [each.name for each in times])
-        own, times = times, [each for each in times if not change_rates[each.name] <= MAX_CHANGE_RATE]
+        change_rates = schema.profile.change_rates([key], [time.name for time in times])
+        all_times, times = times, [time for time in times if not change_rates[time.name] <= MAX_CHANGE_RATE]
         if not times:
-            name = max(own, key=lambda each: (each.distinct, each.name)).name
+            name = max(all_times, key=lambda time: (time.distinct, time.name)).name
             schema.warnings.append(
-                f"'{name}' hardly changes for a {key_name}, so it is not taken for the request's time: if it is "
-                f"that, say --time {shlex.quote(name)}"
+                f"'{name}' hardly changes within a {key_name}, so it is not used as the request's time. If it is the "
+                f"request's time, pass --time {shlex.quote(name)}"
             )
     return times
 
 
 def _without_attributes(schema: InferredSchema, times: list[Column]) -> list[Column]:
-    """Return the times without those of things, such as the start of a session.
+    """Drop times that are attributes, such as the start of a session.
 
-    A column determines such a time, and does not determine another time of more values.
+    Such a time is determined by a column that does not determine another time with more values.
     """
-    pool = [
-        each
-        for each in schema.unassigned()
-        if each.can_be_key and each.unit is None and 1 < each.distinct < each.rows / 2
-    ]
-    for key in sorted(pool, key=lambda each: (-each.distinct, each.name))[:12] if len(times) > 1 else ():
-        change_rates = schema.profile.change_rates([key.name], [each.name for each in times])
-        most = max((each.distinct for each in times if change_rates[each.name] > 10 * MAX_CHANGE_RATE), default=0)
-        times = [each for each in times if not (change_rates[each.name] <= MAX_CHANGE_RATE and each.distinct < most)]
+    pool = [key for key in schema.unassigned() if key.can_be_key and key.unit is None]
+    pool = [key for key in pool if 1 < key.distinct < key.rows / 2]
+    for key in sorted(pool, key=lambda key: (-key.distinct, key.name))[:12] if len(times) > 1 else ():
+        change_rates = schema.profile.change_rates([key.name], [time.name for time in times])
+        finest = max((time.distinct for time in times if change_rates[time.name] > 10 * MAX_CHANGE_RATE), default=0)
+        times = [time for time in times if not (change_rates[time.name] <= MAX_CHANGE_RATE and time.distinct < finest)]
     return times
 
 
@@ -292,96 +309,101 @@ def _find_request(schema: InferredSchema) -> None:
     if "request" in keys:
         _find_scope(schema, keys["request"], True)
         return
-    named = [each for each in schema.unassigned() if each.can_be_key and each.unit is None and each.distinct > 1]
-    fitting = [(-rank, -each.distinct, each.name) for each in named if (rank := match_key_name(each.name, "request"))]
+    pool = [id_ for id_ in schema.unassigned() if id_.can_be_key and id_.unit is None and id_.distinct > 1]
+    fitting = [(-rank, -id_.distinct, id_.name) for id_ in pool if (rank := match_key_name(id_.name, "request"))]
     for rank, _, name in sorted(fitting):
         if _find_scope(schema, name, False):
             keys["request"] = name
             return
         if rank == -2 and _spans_minutes(schema, name):
             keys["request"] = name
-            schema.key_checks["request"] = "the times of its rows differ by minutes: they take the first"
+            schema.key_checks["request"] = "the times of its rows differ by minutes, and the first one counts"
             return
     if "time" not in keys:
         return
-    # Whatever it is called: its rows have one user and one time, so there are as many of it as of the latter, or more.
-    least = 0.9 * schema.columns[keys["time"]].distinct
-    for each in sorted(schema.unassigned(), key=lambda each: (each.distinct, each.name)):
-        if not each.can_be_key or each.unit is not None or not max(20, least) <= each.distinct <= 0.9 * each.rows:
+    # The name doesn't matter here. A request has one time, so there are at least as many requests as times.
+    min_distinct = 0.9 * schema.columns[keys["time"]].distinct
+    for column in sorted(schema.unassigned(), key=lambda column: (column.distinct, column.name)):
+        fits = max(20, min_distinct) <= column.distinct <= 0.9 * column.rows
+        if not column.can_be_key or column.unit is not None or not fits:
             continue
-        of_list = [keys[key_name] for key_name in ("user", "time") if key_name in keys]
-        change_rates = schema.profile.change_rates([each.name], of_list)
-        if schema.profile.rows_per_key([each.name]) > 1.2 and all(
-            change <= _ALMOST for change in change_rates.values()
+        fixed = [keys[key_name] for key_name in ("user", "time") if key_name in keys]
+        change_rates = schema.profile.change_rates([column.name], fixed)
+        if schema.profile.rows_per_key([column.name]) > 1.2 and all(
+            change <= _ERROR_RATE for change in change_rates.values()
         ):
-            keys["request"] = each.name
+            keys["request"] = column.name
             schema.key_checks["request"] = "no name says so, but its rows have one time"
             return
 
 
-def _find_scope(schema: InferredSchema, name: str, given: bool) -> bool:
-    """Whether a column says which rows were one list: rows with its value, or with it and the user's, have one
-    user and, in all but a few, one time."""
+def _find_scope(schema: InferredSchema, name: str, named_by_user: bool) -> bool:
+    """Return whether a column identifies requests, and find the scope of its IDs.
+
+    All rows of an ID, or of an ID and a user, must have one user and almost always one time.
+    """
     keys = schema.keys
-    fixed = [keys[each] for each in ("user", "time") if each in keys and keys[each] != name]
+    fixed = [keys[key_name] for key_name in ("user", "time") if key_name in keys and keys[key_name] != name]
     if not fixed:
         return True
     if schema.profile.rows_per_key([name]) < 1.02:
-        return given  # each row is its own anyway
+        return named_by_user  # Each row would be its own request.
     change_rates = schema.profile.change_rates([name], fixed)
-    if all(change_rates[each] <= _ALMOST for each in fixed):
+    if all(change_rates[column] <= _ERROR_RATE for column in fixed):
         return True
     if "user" in keys and "time" in keys:
         of_user = schema.profile.change_rates([keys["user"], name], [keys["time"]])[keys["time"]]
-        if of_user <= _ALMOST or math.isnan(of_user):
+        if of_user <= _ERROR_RATE or math.isnan(of_user):
             schema.request_scope = "user"
-            schema.key_checks["request"] = "its ids are a user's own: several users share some of them"
+            schema.key_checks["request"] = "its IDs count within a user: several users share some of them"
             return True
-    if given and "user" in keys and change_rates[keys["user"]] > _ALMOST:
+    if named_by_user and "user" in keys and change_rates[keys["user"]] > _ERROR_RATE:
         schema.request_scope = "user"
-    return given
+    return named_by_user
 
 
 def _spans_minutes(schema: InferredSchema, name: str) -> bool:
-    """Whether rows of a value have one user, and times that lie near each other."""
+    """Return whether the rows of each value have one user and times within half an hour."""
     keys, profile = schema.keys, schema.profile
     if "time" not in keys or profile.rows_per_key([name]) < 1.2:
         return False
     fixed = [keys["user"]] if "user" in keys else []
     sql, t = schema.columns[name].sql, schema.columns[keys["time"]].time_sql
     spans = f"SELECT quantile_disc(s, 0.95) FROM (SELECT max({t}) - min({t}) s FROM log GROUP BY {sql})"
-    same = all(change <= _ALMOST for change in profile.change_rates([name], fixed).values())
-    return same and int(profile.scalar(spans)) < _SPAN * 1_000_000
+    has_one_user = all(change <= _ERROR_RATE for change in profile.change_rates([name], fixed).values())
+    return has_one_user and int(profile.scalar(spans)) < _MAX_REQUEST_SECONDS * 1_000_000
 
 
 def _find_by_structure(schema: InferredSchema) -> None:
-    """Find a user and a candidate that no name tells: a request determines its user, and its candidates differ."""
+    """Find a user and a candidate by dependencies: a request determines its user but not its candidates."""
     keys, pool = schema.keys, _shared_ids(schema)[:12]
-    group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
-    within = schema.profile.change_rates(group, [each.name for each in pool])
-    users = [each for each in pool if within[each.name] <= _ALMOST and _may_be_user(each)]
+    group = [keys["request"]] if "request" in keys else [keys[name] for name in ("user", "time") if name in keys]
+    within = schema.profile.change_rates(group, [column.name for column in pool])
+    users = [column for column in pool if within[column.name] <= _ERROR_RATE and _may_be_user(column)]
     if "user" not in keys and users:
-        named = [each for each in users if has_word(each.name, ID_WORDS)] or users
-        keys["user"] = max(named, key=lambda each: (each.kind == "text", each.distinct, each.name)).name
-        schema.key_checks["user"] = "no name says so, but rows of one list have one value of it"
-    candidates = [each for each in pool if within[each.name] > _ALMOST]
-    if "candidate" not in keys and candidates and not keys.keys().isdisjoint(("user", "request")):  # else no lists
-        keys["candidate"] = max(candidates, key=lambda each: (each.distinct, each.name)).name
-        schema.key_checks["candidate"] = "no name says so, but it differs within lists"
+        named = [column for column in users if has_word(column.name, ID_WORDS)] or users
+        keys["user"] = max(named, key=lambda column: (column.kind == "text", column.distinct, column.name)).name
+        schema.key_checks["user"] = "no name says so, but it is the same in all rows of a request"
+    candidates = [column for column in pool if within[column.name] > _ERROR_RATE]
+    if "candidate" not in keys and candidates and not keys.keys().isdisjoint(("user", "request")):
+        keys["candidate"] = max(candidates, key=lambda column: (column.distinct, column.name)).name
+        schema.key_checks["candidate"] = "no name says so, but it differs within requests"
 
 
 def _shared_ids(schema: InferredSchema) -> list[Column]:
-    """Return the columns of a log with times that may hold ids of what occurs in several rows, the finest first."""
-    pool = [each for each in schema.unassigned() if each.can_be_key and each.unit is None and not each.is_binary]
-    pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows]
-    pool = [each for each in pool if each.kind != "integer" or not has_word(each.name, _AMOUNTS)]
-    return sorted(pool, key=lambda each: (-each.distinct, each.name)) if "time" in schema.keys else []
+    """Return columns that may hold IDs shared by several rows, most values first. Empty if the log has no times."""
+    pool = [
+        column for column in schema.unassigned() if column.can_be_key and column.unit is None and not column.is_binary
+    ]
+    pool = [column for column in pool if 30 <= column.distinct <= 0.5 * column.rows]
+    pool = [column for column in pool if column.kind != "integer" or not has_word(column.name, _AMOUNT_WORDS)]
+    return sorted(pool, key=lambda column: (-column.distinct, column.name)) if "time" in schema.keys else []
 
 
-def _may_be_user(each: Column) -> bool:
-    """Whether nothing in a column's name says that it holds amounts, times, or places of many users."""
-    return not has_word(each.name, GROUP_WORDS | TIME_WORDS) and (
-        each.kind == "text" or not has_stem(each.name, OUTCOME_STEMS + NUMERIC_LABEL_STEMS)
+def _may_be_user(column: Column) -> bool:
+    """Return whether a column's name doesn't suggest amounts, times or groups of users."""
+    return not has_word(column.name, GROUP_WORDS | TIME_WORDS) and (
+        column.kind == "text" or not has_stem(column.name, OUTCOME_STEMS + NUMERIC_LABEL_STEMS)
     )
 
 
@@ -390,11 +412,11 @@ def _check_repeats(schema: InferredSchema) -> None:
     if "request" in keys:
         group = [keys["request"]] + ([keys["user"]] if schema.request_scope == "user" else [])
     else:
-        group = [keys[each] for each in ("user", "time") if each in keys]
+        group = [keys[name] for name in ("user", "time") if name in keys]
     schema.request_keys = group if "request" in keys or "user" in keys else []
     schema.rows_per_request = profile.rows_per_key(schema.request_keys) if schema.request_keys else 1.0
     by = [*schema.request_keys, keys["candidate"]] if schema.request_keys and "candidate" in keys else []
-    if by and (repeats := profile.count_duplicates(by)):  # a single one stops a training
+    if by and (repeats := profile.count_duplicates(by)):  # By default, one repeated row stops a run.
         why = f"{repeats:,} of {profile.rows:,} rows repeat a candidate of their request"
         schema.key_checks["duplicates"] = why
-        schema.warnings.append(f"{why}: is each of them meant?")
+        schema.warnings.append(f"{why}: are these rows intended?")

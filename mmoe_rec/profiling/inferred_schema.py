@@ -1,4 +1,4 @@
-"""What the columns of a log mean: who, what, when, in which list; what describes what; what happened then."""
+"""The inferred schema of a log: its keys, roles, tasks and split, and the guesses that a person should check."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from mmoe_rec.settings.log_columns import Role
 KeyName = Literal["user", "candidate", "request", "time"]
 KEY_NAMES = ("user", "candidate", "request", "time")
 Corrections = Mapping[str, Sequence[str]]
-"""Columns that the user names instead of a guess, by option: one of `KEY_NAMES`, task, placement, or leave-out"""
+"""Option (one of `KEY_NAMES`, `task`, `placement` or `leave-out`) -> columns that replace the guess."""
 
 MAX_CHANGE_RATE = 0.05
-"""A column that changes so seldom (see `Profile.change_rates`) belongs to the keys; a price may change now and then."""
+"""Highest change rate (see `Profile.change_rates`) of an attribute of a key. Not 0, since a price changes sometimes."""
 
 
 @dataclass
 class InferredTask:
-    """A task, with what a person should know of it."""
+    """A guessed task, with notes for the settings file and reasons to check the guess."""
 
     column: str
     kind: Literal["binary", "regression"] = "binary"
@@ -32,16 +32,32 @@ class InferredTask:
 
     @property
     def name(self) -> str:
-        """Of the task in settings."""
+        """Name of the task in the settings."""
         name = re.sub(r"\W+", "_", self.column)
         return f"{name}_label" if name in ("score", "ranking") else name
 
 
 @dataclass
 class InferredSchema:
-    """What a log means, as far as it is understood. keys: purpose -> column; list_keys: columns whose values say which
-    rows were one list, none where each row is its own; checks: column -> why a person should check it; key_checks: the
-    same of a purpose, or of `duplicates`; left_out: column -> why it is no input; warnings: sentences for the terminal.
+    """Guesses about the columns of a log.
+
+    Attributes:
+        profile: Statistics of the log.
+        corrections: Columns that the user named.
+        keys: Key name -> column.
+        request_scope: Whether request IDs are unique in the whole log or only for each user.
+        time_unit: Unit of integer times.
+        sampling_rate: Column with the rate at which the row was sampled.
+        weight: Column with the weight of the row.
+        split: Column that assigns rows to splits, and split -> values of the column.
+        roles: Role -> columns.
+        tasks: Guessed tasks.
+        left_out: Column -> why it is not an input.
+        checks: Column -> why a person should check the guess.
+        key_checks: Key name or `duplicates` -> why a person should check it.
+        warnings: Sentences for the terminal.
+        request_keys: Columns that identify a request, empty if each row is a request of its own.
+        rows_per_request: Mean number of rows of a request.
     """
 
     profile: Profile
@@ -64,33 +80,38 @@ class InferredSchema:
     rows_per_request: float = 1.0
 
     def leave_out(self, column: str, why: str) -> None:
-        """Makes a column no input, which a person should check."""
+        """Exclude a column from the inputs and mark the decision for a person to check.
+
+        Args:
+            column: Name of the column.
+            why: Reason, as a clause.
+        """
         self.left_out[column] = self.checks[column] = why
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        """Of the log."""
+        """Columns of the log by name."""
         return self.profile.columns
 
     @property
     def is_plain_table(self) -> bool:
-        """Whether each row is its own: there are neither users nor requests."""
+        """Whether each row is its own request, because there are neither users nor requests."""
         return "user" not in self.keys and "request" not in self.keys
 
     @property
     def time_sql(self) -> str:
-        """SQL of the request's time, by which rows are put in order."""
+        """SQL for the time of the request, a constant if the log has no times."""
         time = self.keys.get("time")
         return self.columns[time].time_sql if time else "0"
 
-    def distinct(self, key_name: KeyName) -> int:
-        """About how many users, or candidates, there are."""
+    def count_distinct(self, key_name: KeyName) -> int:
+        """Return the approximate number of distinct values of a key, 0 if the log lacks the key."""
         name = self.keys.get(key_name)
         return self.columns[name].distinct if name else 0
 
     def unassigned(self) -> list[Column]:
-        """Columns without a meaning so far."""
+        """Return the columns without a meaning so far."""
         taken = {*self.keys.values(), *self.left_out, self.sampling_rate, self.weight}
-        taken |= {each.column for each in self.tasks} | {name for its in self.roles.values() for name in its}
+        taken |= {task.column for task in self.tasks} | {name for names in self.roles.values() for name in names}
         taken |= {self.split[0]} if self.split else set()
-        return [each for each in self.columns.values() if each.name not in taken]
+        return [column for column in self.columns.values() if column.name not in taken]

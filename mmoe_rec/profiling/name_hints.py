@@ -1,4 +1,4 @@
-"""Words in the names of columns, in a few languages, by which one guesses what a column is."""
+"""Words in column names, in several languages, that hint at the meaning of a column."""
 
 import re
 from collections.abc import Collection
@@ -9,13 +9,12 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _stems(text: str) -> tuple[str, ...]:
-    """Beginnings of words."""
     return tuple(text.split())
 
 
 ID_WORDS = _words("code guid hash id ids idx index key no nr num number pk ref sk uuid")
 _QUALIFIERS = _words("anon anonymous encrypted external full hashed internal masked pseudo unique")
-"""Words that do not change whom an id names."""
+"""Words that don't change whom an ID identifies."""
 KEY_WORDS = {
     "user": _words(
         "account acct applicant benutzer borrower buyer candidat cardholder client cliente comprador consumer cust "
@@ -41,7 +40,7 @@ FALLBACK_KEY_WORDS = {
     "candidate": frozenset[str](),
     "request": _words("besuch sesion session sitzung visit visita"),
 }
-"""Of what may stand for it where no column has a better name."""
+"""Names of columns that can serve as the key if no column has a better name."""
 TIME_WORDS = _words(
     "anzeige at created date datetime datum day dt epoch event exposure fecha gezeigt heure hora impression log "
     "logged micros momento ms request s served shown since tag time timestamp ts unix utc view viewed visit when "
@@ -52,11 +51,11 @@ GROUP_WORDS = _words(
     "keyword language locale location month os page platform plz postal query referrer region search segment shop site "
     "source state store street term text type ua url version warehouse week year zip zipcode zone"
 )
-"""Words for places, groups and times that many users share."""
+"""Words for locations, groups and times that many users share."""
 CLOCK_WORDS = _words(
     "created date datetime datum day dt epoch fecha hour hora stunde time timestamp ts unix utc zeit zeitpunkt"
 )
-"""Of times that may be written as other numbers."""
+"""Words for times that may be stored as numbers in an unknown format."""
 PLACEMENT_WORDS = _words(
     "carousel column display mailer orden placement platz pos posicion position rang rank row shelf slot"
 )
@@ -67,9 +66,9 @@ PAST_WORDS = _words(
     "already avg before cnt count ctr days ever frueher hist history last mean num past prev previous previously "
     "prior rate since total verified vorher was"
 )
-"""Of what was known already: a count of earlier clicks is no label."""
+"""Words for values that existed before the request. A count of earlier clicks is not a label."""
 CODE_WORDS = _words("cat category class code group id key kind nr plz segment typ type zip")
-"""Of integers that are names of things."""
+"""Words for integers that are codes rather than amounts."""
 EVENT_TYPE_WORDS = _words("action art event evento kind typ type")
 LABEL_STEMS = _stems(
     "abon accept action again angesehen appl attrit behalten bestellt block book bought bounc buy call cancel cart "
@@ -84,61 +83,86 @@ NEGATIVE_STEMS = _stems(
     "attrit block bounc cancel churn complain devuel dislik downvot exit fraud hate hid refund reject report retour "
     "return skip spam storn unfollow unsub"
 )
-"""Of what a good candidate has none of."""
+"""Stems of unwanted behavior."""
 _NOT = _words("kein keine nicht no non not")
 OUTCOME_STEMS = _stems(
     "amount answer bestell betrag bezahlt checkout click conver deliver duration dwell engag feedback gasto gmv "
     "importe listen margin menge minutes paid payment profit purchas qty quantity rating refund return revenue "
     "review sales scroll seconds shipped spend spent stars survey umsatz verweil watch"
 )
-"""Of what is known after the request alone."""
+"""Stems of values that exist only after the request."""
 NUMERIC_LABEL_STEMS = _stems(
     "bewertung dwell estrellas grade hours label listen minutes note overall puntu rate rating response revenue review "
     "score seconds spend stars sterne target watch"
 )
-"""Of numbers that may be predicted."""
+"""Stems of numbers that a task may predict."""
 
 
 def split_words(name: str) -> list[str]:
-    """Lower-case words of a name, split at capitals and at all that is no letter."""
+    """Return the lowercase words of a name, split at capitals and at characters that are not letters."""
     parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    return [each for each in re.split(r"[\W_\d]+", parts.lower()) if each]
+    return [word for word in re.split(r"[\W_\d]+", parts.lower()) if word]
 
 
 def has_only(name: str, hints: Collection[str]) -> bool:
-    """Whether a name holds a word of hints, and nothing else that matters: user_id is a user, user_country none."""
+    """Return whether a name consists of hint words, ID words and qualifiers only, with at least one hint word.
+
+    For the hint "user", user_id qualifies and user_country does not.
+
+    Args:
+        name: Name of a column.
+        hints: Lowercase words to look for.
+    """
     words = split_words(name)
-    if len(words) == 1:  # as in kundennr
+    if len(words) == 1:  # A hint and an ID word can be joined, as in kundennr.
         return any(
-            words[0] == each or (len(each) > 3 and words[0] in {each + end for end in ID_WORDS}) for each in hints
+            words[0] == hint or (len(hint) > 3 and words[0] in {hint + end for end in ID_WORDS}) for hint in hints
         )
-    return any(each in hints for each in words) and all(
-        each in hints or each in ID_WORDS | _QUALIFIERS for each in words
+    return any(word in hints for word in words) and all(
+        word in hints or word in ID_WORDS | _QUALIFIERS for word in words
     )
 
 
 def match_key_name(name: str, key_name: str) -> int:
-    """2 where a name is that of a key's column, 1 where such a column may stand for one, else 0."""
+    """Return how well a name fits a key column.
+
+    Args:
+        name: Name of a column.
+        key_name: Key, such as `user`.
+
+    Returns:
+        2 if the name denotes the key, 1 if the column can serve as the key, else 0.
+    """
     strong = KEY_WORDS[key_name]
     return 2 if has_only(name, strong) else int(has_only(name, strong | FALLBACK_KEY_WORDS[key_name]))
 
 
 def is_negative_label(name: str) -> bool:
-    """Whether a label's name is of what a good candidate has none of."""
+    """Return whether the name of a label denotes unwanted behavior, such as a refund."""
     return has_stem(name, NEGATIVE_STEMS) and not has_word(name, _NOT)
 
 
 def is_id_name(name: str) -> bool:
-    """Whether a name is that of ids, so that its numbers are no times, however large."""
-    things = any(has_only(name, hints) for purposes in (KEY_WORDS, FALLBACK_KEY_WORDS) for hints in purposes.values())
-    return (has_word(name, ID_WORDS) and not has_word(name, CLOCK_WORDS)) or (things and not has_word(name, TIME_WORDS))
+    """Return whether a name denotes IDs, so that its integers are not times, however large."""
+    is_key = any(has_only(name, hints) for keys in (KEY_WORDS, FALLBACK_KEY_WORDS) for hints in keys.values())
+    return (has_word(name, ID_WORDS) and not has_word(name, CLOCK_WORDS)) or (is_key and not has_word(name, TIME_WORDS))
 
 
 def has_word(name: str, hints: frozenset[str]) -> bool:
-    """Whether one of the words of a name is in hints."""
+    """Return whether any word of a name is a hint.
+
+    Args:
+        name: Name of a column.
+        hints: Lowercase words to look for.
+    """
     return not hints.isdisjoint(split_words(name))
 
 
 def has_stem(name: str, stems: tuple[str, ...]) -> bool:
-    """Whether one of the words of a name begins with a stem."""
-    return any(each.startswith(stems) for each in split_words(name))
+    """Return whether any word of a name begins with a stem.
+
+    Args:
+        name: Name of a column.
+        stems: Lowercase beginnings of words.
+    """
+    return any(word.startswith(stems) for word in split_words(name))

@@ -1,8 +1,8 @@
-"""What the columns of a log hold, by SQL over its Parquet files.
+"""Statistics of a log's columns and of dependencies between them, computed by SQL over the Parquet files.
 
-One pass counts each column; what goes together is looked for in samples of whole users, candidates or requests. All of
-it is the same for the same rows, in whatever order and files they lie: samples are drawn by hashes, sums are of whole
-numbers, and quantiles are exact.
+One pass counts each column. Dependencies are measured in samples of whole users, candidates or requests. The results
+don't depend on the order of rows and files, because samples are drawn by hashes, sums are of integers, and quantiles
+are exact.
 """
 
 import math
@@ -30,19 +30,20 @@ from mmoe_rec.settings.log_columns import ColumnUse
 
 ColumnKind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
 SAMPLE_ROWS = 300_000
-"""Rows in which one looks for what goes together."""
+"""Approximate rows of the sample that measures dependencies."""
 MAX_ROWS_IN_MEMORY = 4_000_000
-"""Rows of a log that is read once; of a larger one, the files are read for each sample."""
+"""Rows of the largest log that is kept in memory. The files of a larger log are read again for each sample."""
 HALF_COLUMN = "\0half"
-"""Column of a sample that says to which half of the keys a row belongs."""
-_AT_ONCE = 64
-"""Columns that are sorted at a time."""
-_BINS, _PRIOR = 64, 20.0
-_FEWEST_ROWS = 20
-"""Rows below which a column may rank a label well by chance."""
-_UNITS = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}  # microseconds; 0: a thousandth
+"""Column of a sample with the half of the keys that a row belongs to."""
+_COLUMNS_PER_QUERY = 64
+"""Columns that one query sorts."""
+_BINS, _PRIOR_ROWS = 64, 20.0
+_MIN_ROWS = 20
+"""With fewer rows, a column may rank a label well by chance."""
+# Nanoseconds are 0 here and divided by 1,000 instead.
+_MICROSECONDS_PER_UNIT = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}
 _EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2033))
-"""As seconds, hours such as 2014102100 would lie after these."""
+"""Range of integers that may be times. Dates written as integers, such as 2014102100, are later as seconds."""
 _INTEGER = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?$")
 
 
@@ -55,15 +56,15 @@ class Column:
         sql: Name of the column in queries.
         type: Type in DuckDB.
         kind: Kind of its values.
-        rows: Rows of the log.
-        nulls: Rows that are null or NaN.
+        rows: Number of rows of the log.
+        nulls: Number of rows that are null or NaN.
         distinct: Approximate number of distinct values.
-        low: Least value of numbers and text.
-        high: Greatest value of numbers and text.
+        low: Least value of numbers, text and times.
+        high: Greatest value of numbers, text and times.
         is_binary: Whether all values are 0 or 1.
-        lengths: Lengths of the shortest and the longest list.
-        mean_length: Mean characters of a text.
-        unit: Time unit of integers that may be times, None for others.
+        length_range: Lengths of the shortest and the longest list or text.
+        mean_length: Mean length of lists or text.
+        unit: Time unit of integers that may be times, None for all other columns.
     """
 
     name: str
@@ -82,25 +83,25 @@ class Column:
 
     @property
     def can_be_key(self) -> bool:
-        """Whether rows can be grouped by it."""
+        """Whether rows can be grouped by the column."""
         return self.kind in ("integer", "text") and not self.nulls
 
     @property
     def may_be_time(self) -> bool:
-        """Whether it holds moments, or may."""
+        """Whether the column holds times or integers that may be times."""
         return self.kind == "time" or self.unit is not None
 
     @property
     def positive_sql(self) -> str:
-        """SQL of the rows where what a binary column tells has happened."""
+        """SQL condition for rows with the positive label of a binary column."""
         return f"{self.sql} = {'true' if self.kind == 'boolean' else '1'}"
 
     @property
     def time_sql(self) -> str:
-        """SQL of its time, microseconds since 1970 UTC."""
+        """SQL for the time in microseconds since 1970 UTC."""
         if self.kind == "time":
             return f"epoch_us({self.sql}::TIMESTAMP)" if self.type == "DATE" else f"epoch_us({self.sql})"
-        factor = _UNITS[self.unit or "us"]
+        factor = _MICROSECONDS_PER_UNIT[self.unit or "us"]
         return f"({self.sql}::BIGINT * {factor})" if factor else f"({self.sql}::BIGINT // 1000)"
 
 
@@ -122,8 +123,16 @@ def _kind_of(kind: str) -> ColumnKind:
 
 @contextmanager
 def open_profile(source: str, folder: Path, setting: str = "the log") -> "Iterator[Profile]":
-    """Reads a log of Parquet files. folder: of what doesn't fit into memory, made and removed. Raises UserError where
-    there is none, or where it holds no row."""
+    """Open a log of Parquet files.
+
+    Args:
+        source: Path or URI of the log.
+        folder: Folder for data that doesn't fit into memory. It is created and removed.
+        setting: Option or setting that named the log, for messages.
+
+    Raises:
+        UserError: There is no log, it can't be read, or it has no rows.
+    """
     files = find_files(source, setting)
     with open_database(folder) as database:
         try:
@@ -135,39 +144,54 @@ def open_profile(source: str, folder: Path, setting: str = "the log") -> "Iterat
 
 
 class Profile:
-    """A log, and what is asked of it.
+    """Statistics of a log and queries on it.
 
-    name: source of the log; rows: how many; columns: by their names; unreadable: column -> why it can't be read from
-    all files; in_path: columns of the files' paths.
+    Attributes:
+        name: Path or URI of the log.
+        rows: Number of rows.
+        columns: Column name -> statistics.
+        unreadable: Column -> why it can't be read from all files.
+        path_columns: Columns that come from the paths of files.
     """
 
     def __init__(self, database: Database, files: Sequence[str], name: str) -> None:
+        """Count the columns of a log.
+
+        Args:
+            database: Database for the queries.
+            files: URIs of the Parquet files.
+            name: Path or URI of the log.
+
+        Raises:
+            UserError: The log has no rows.
+        """
         self._database, self.name = database, name
-        self.path_columns = {each for file in files for each in parse_path_columns(file)}
+        self.path_columns = {column for file in files for column in parse_path_columns(file)}
         listed = ", ".join(f"'{file.replace(chr(39), chr(39) * 2)}'" for file in files)
-        # Columns of paths are text: what they look like is nobody's type.
+        # Columns from paths stay text, since a path has no types.
         options = "hive_partitioning = true, hive_types_autocast = false, union_by_name = true"
         scan = f"read_parquet([{listed}], {options})"
         with open_parquet(files[0]) as parquet:
-            schema = parquet.schema_arrow  # its columns come first; their names may differ by capitals alone
+            # The columns of this file come first. DuckDB renames columns whose names differ only in case.
+            schema = parquet.schema_arrow
         described = database.rows(f"DESCRIBE SELECT * FROM {scan}")
         names = [*schema.names, *(str(row[0]) for row in described[len(schema) :])]
         self.unreadable = _find_lacking(database, f"[{listed}]")
-        self.unreadable |= {each: "several columns have this name" for each in names if names.count(each) > 1}
+        self.unreadable |= {name: "several columns have this name" for name in names if names.count(name) > 1}
         self.unreadable |= {"": "it has no name"} if "" in names else {}
-        self._sql = {each: f"c{place}" for place, each in enumerate(names)}
+        self._sql = {column: f"c{index}" for index, column in enumerate(names)}
         kinds = dict(zip(names, (str(row[1]) for row in described), strict=True))
-        kinds |= {each.name: str(each.type) for each in schema if not _is_readable(each, kinds[each.name])}
-        told = {each: str(row[0]) for each, row in zip(names, described, strict=True)}
-        parts = [f"{_cleaned(told[each], kinds[each])} AS {sql}" for each, sql in self._sql.items()]
+        kinds |= {field.name: str(field.type) for field in schema if not _is_readable(field, kinds[field.name])}
+        database_names = {column: str(row[0]) for column, row in zip(names, described, strict=True)}
+        parts = [f"{_clean_sql(database_names[column], kinds[column])} AS {sql}" for column, sql in self._sql.items()]
         view = f"SELECT {', '.join(parts)} FROM {scan}"
         self.rows = int(database.row(f"SELECT count(*) FROM {scan}")[0])
         if not self.rows:
-            raise UserError(f"the log '{name}' holds no row")
-        made = "TABLE" if self.rows <= MAX_ROWS_IN_MEMORY else "VIEW"
-        database.run(f"CREATE {made} log AS {view}")
+            raise UserError(f"the log '{name}' has no rows")
+        relation = "TABLE" if self.rows <= MAX_ROWS_IN_MEMORY else "VIEW"
+        database.run(f"CREATE {relation} log AS {view}")
         self.columns = self._read_columns(kinds)
-        self._differ: dict[str, float] = {}  # column -> how often two rows of the log differ in it
+        self._base_rates: dict[str, float] = {}  # Column -> fraction of pairs of rows that differ in it.
         self._row_hash = f"hash({', '.join(self._sql.values())})"
 
     def _read_columns(self, kinds: Mapping[str, str]) -> dict[str, Column]:
@@ -186,11 +210,11 @@ class Profile:
                 f"sum({length})",
             ]
         (values,) = self._database.rows(f"SELECT {', '.join(parts)} FROM log")
-        found = {}
-        for place, (name, sql) in enumerate(self._sql.items()):
-            count, distinct, low, high, is_binary, shortest, longest, length = values[8 * place : 8 * place + 8]
+        columns = {}
+        for index, (name, sql) in enumerate(self._sql.items()):
+            count, distinct, low, high, is_binary, shortest, longest, length = values[8 * index : 8 * index + 8]
             kind = _kind_of(kinds[name]) if count else "empty"
-            found[name] = Column(
+            columns[name] = Column(
                 name,
                 sql,
                 kinds[name],
@@ -205,113 +229,147 @@ class Profile:
                 (length or 0) / max(count, 1),
                 _unit_of(low, high) if kind == "integer" and not is_id_name(name) else None,
             )
-        return found
+        return columns
 
     def time_range(self, time: str) -> tuple[int, int]:
-        """The first and the last of SQL times, microseconds."""
+        """Return the first and the last value of a time expression, in microseconds."""
         first, last = self._database.row(f"SELECT min({time}), max({time}) FROM log")
         return int(first), int(last)
 
     def row(self, query: str) -> Sequence[Any]:
-        """The single row that a query on `log` gives."""
+        """Return the single row of a query on `log`."""
         return self._database.row(query)
 
     def scalar(self, query: str) -> Any:
-        """The single value of a query on `log`."""
+        """Return the single value of a query on `log`."""
         return self.row(query)[0]
 
     def _sample(self, keys: Sequence[str], limit: int = SAMPLE_ROWS) -> str:
-        """SQL of all rows of some values of keys, about `limit` in all."""
-        every = -(-self.rows // limit)
-        return "log" if every <= 1 else f"(FROM log WHERE hash({', '.join(keys)}) % {every} = 0)"
+        """Return SQL for all rows of some key values, about `limit` rows in all."""
+        step = -(-self.rows // limit)
+        return "log" if step <= 1 else f"(FROM log WHERE hash({', '.join(keys)}) % {step} = 0)"
 
     def change_rates(
         self, keys: Sequence[str], columns: Sequence[str], order: str = "0", merge_ties: bool = False
     ) -> dict[str, float]:
-        """How often each column changes from one row of the same keys to the next, as a share of how often it differs
-        in two rows of the log: 0 where the keys determine it, about 1 where they say nothing of it.
+        """Measure how often each column changes between consecutive rows of the same keys.
 
-        keys, among: names of columns; order: SQL of what orders the rows of a key; at_once: rows of the same keys and
-        order are one. A column without two values has 0; all have NaN where no key has two rows.
+        The rate is divided by how often any two rows of the log differ in the column. It is 0 if the keys determine the
+        column, and about 1 if they are independent of it.
+
+        Args:
+            keys: Names of the key columns.
+            columns: Names of the columns to measure.
+            order: SQL that orders the rows of a key.
+            merge_ties: Whether rows with the same keys and order count as one.
+
+        Returns:
+            Column -> change rate. It is 0 for a column with a single value, and NaN if no key has two rows.
         """
         if not columns:
             return {}
-        by = [self._sql[each] for each in keys]
-        found = {}
-        for begin in range(0, len(columns), _AT_ONCE):
-            names = columns[begin : begin + _AT_ONCE]
-            hashes = [f"hash({self._sql[each]})" for each in names]
+        by = [self._sql[key] for key in keys]
+        change_rates = {}
+        for begin in range(0, len(columns), _COLUMNS_PER_QUERY):
+            names = columns[begin : begin + _COLUMNS_PER_QUERY]
+            hashes = [f"hash({self._sql[name]})" for name in names]
             row, values, group = self._row_hash, ", ".join(hashes), ""
             if merge_ties:
-                row, values, group = "0", ", ".join(f"min({each})" for each in hashes), " GROUP BY ALL"
+                row, values, group = "0", ", ".join(f"min({value})" for value in hashes), " GROUP BY ALL"
             rows = f"SELECT hash({', '.join(by)}), {order}, {row}, {values} FROM {self._sample(by)}{group}"
             within = self._count_changes(rows, len(names))
-            if any(each not in self._differ for each in names):
+            if any(name not in self._base_rates for name in names):
                 mixed = f"SELECT 0, 0, {self._row_hash}, {', '.join(hashes)} FROM {self._sample([self._row_hash])}"
-                self._differ |= zip(names, self._count_changes(mixed, len(names)), strict=True)
+                self._base_rates |= zip(names, self._count_changes(mixed, len(names)), strict=True)
             for name, fraction in zip(names, within, strict=True):
-                found[name] = float(fraction / of) if (of := self._differ[name]) else 0.0
-        return found
+                change_rates[name] = float(fraction / base) if (base := self._base_rates[name]) else 0.0
+        return change_rates
 
     def _count_changes(self, rows: str, number: int) -> np.ndarray:
-        """(number,) how often each but the first three columns changes between rows of one value of the first, in the
-        order of the next two; NaN where no value has two rows."""
+        """Return how often each column changes between rows of a key, shape (number,), NaN if no key has two rows.
+
+        The first column of `rows` is the key, the next two order the rows of a key, and the rest are counted.
+        """
         table = self._database.table(f"FROM ({rows}) ORDER BY ALL")
-        keys, *values = (table.column(place).to_numpy() for place in (0, *range(3, 3 + number)))
+        keys, *columns = (table.column(index).to_numpy() for index in (0, *range(3, 3 + number)))
         same = keys[1:] == keys[:-1]
-        changed = [np.count_nonzero((each[1:] != each[:-1]) & same) for each in values]
+        changed = [np.count_nonzero((values[1:] != values[:-1]) & same) for values in columns]
         return np.array(changed, float) / (np.count_nonzero(same) or math.nan)
 
     def rows_per_key(self, keys: Sequence[str]) -> float:
-        """Mean number of rows that have the same keys."""
-        by = ", ".join(self._sql[each] for each in keys)
-        rows = self._sample([self._sql[each] for each in keys])
+        """Return the mean number of rows with the same values in the key columns."""
+        by = ", ".join(self._sql[key] for key in keys)
+        rows = self._sample([self._sql[key] for key in keys])
         count, groups = self._database.row(
             f"SELECT sum(n), count(*) FROM (SELECT count(*) n FROM {rows} GROUP BY {by})"
         )
         return float(count) / max(groups, 1)
 
     def count_duplicates(self, keys: Sequence[str]) -> int:
-        """Rows that have the same keys as another one, less one of each."""
-        by = ", ".join(self._sql[each] for each in keys)
+        """Return the number of rows that repeat the key values of another row, not counting the first of them."""
+        by = ", ".join(self._sql[key] for key in keys)
         return self.rows - self.scalar(f"SELECT count(DISTINCT hash({by})) FROM log")
 
     def fraction(self, condition: str, of: str = "true") -> float:
-        """Share of the rows of one condition that fulfil another; 0 where there is none."""
+        """Return the fraction of rows that satisfy a condition, 0 if there are no rows.
+
+        Args:
+            condition: SQL condition.
+            of: SQL condition of the rows to consider.
+        """
         both, some = self._database.row(
             f"SELECT count(*) FILTER (({condition}) AND ({of})), count(*) FILTER ({of}) FROM log"
         )
         return both / some if some else 0.0
 
     def count_rows(self, condition: str) -> int:
-        """Rows that fulfil a condition."""
+        """Return the number of rows that satisfy an SQL condition."""
         return int(self._database.row(f"SELECT count(*) FILTER ({condition}) FROM log")[0])
 
     def quantile(self, expression: str, fraction: float, where: str = "true") -> Any:
-        """An exact quantile of SQL, None where there is no row."""
+        """Return an exact quantile of an SQL expression, None if there are no rows.
+
+        Args:
+            expression: SQL expression.
+            fraction: Level of the quantile, from 0 to 1.
+            where: SQL condition of the rows to consider.
+        """
         query = (
             f"SELECT quantile_disc({expression}, {fraction}) FROM log WHERE ({where}) AND ({expression}) IS NOT NULL"
         )
         return self.scalar(query)
 
     def sample(self, keys: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """Columns of all rows of some values of keys, lists by their lengths, in an order of the rows alone."""
-        by = [self._sql[each] for each in keys] or [self._row_hash]
-        lengths = ["len" if self.columns[each].kind in ("keys", "vector") else "" for each in columns]
-        read = (f"{length}({self._sql[each]})" for length, each in zip(lengths, columns, strict=True))
-        named = ", ".join(f"{sql} AS v{place}" for place, sql in enumerate(read))
+        """Read columns of all rows of some key values, with list columns as lengths.
+
+        Args:
+            keys: Names of the key columns, none to sample single rows.
+            columns: Names of the columns to read.
+
+        Returns:
+            A table with the columns and `HALF_COLUMN`. The order depends only on the content of the rows.
+        """
+        by = [self._sql[key] for key in keys] or [self._row_hash]
+        lengths = ["len" if self.columns[name].kind in ("keys", "vector") else "" for name in columns]
+        values = (f"{length}({self._sql[name]})" for length, name in zip(lengths, columns, strict=True))
+        selected = ", ".join(f"{sql} AS v{index}" for index, sql in enumerate(values))
         half = f"hash({', '.join(by)}, 1) % 2 = 0 AS half"
-        found = self._database.table(f"SELECT {named}, {half} FROM {self._sample(by)} ORDER BY {self._row_hash}")
-        return found.rename_columns([*columns, HALF_COLUMN])
+        rows = self._database.table(f"SELECT {selected}, {half} FROM {self._sample(by)} ORDER BY {self._row_hash}")
+        return rows.rename_columns([*columns, HALF_COLUMN])
 
     def is_unique(self, column: str) -> bool:
-        """Whether each row has a value of its own."""
-        each = self.columns[column]
-        likely = not each.nulls and each.distinct > 0.9 * each.rows
-        return likely and self.scalar(f"SELECT count(DISTINCT {each.sql}) FROM log") == each.rows
+        """Return whether a column has a different value in each row."""
+        counts = self.columns[column]
+        likely = not counts.nulls and counts.distinct > 0.9 * counts.rows
+        return likely and self.scalar(f"SELECT count(DISTINCT {counts.sql}) FROM log") == counts.rows
 
-    def values(self, column: str, limit: int) -> list[Any]:
-        """The most frequent values of a column."""
+    def top_values(self, column: str, limit: int) -> list[Any]:
+        """Return the most frequent values of a column, the most frequent first.
+
+        Args:
+            column: Name of the column.
+            limit: Maximum number of values.
+        """
         sql = self._sql[column]
         query = (
             f"SELECT {sql} FROM log WHERE {sql} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, {sql} LIMIT {limit}"
@@ -319,30 +377,30 @@ class Profile:
         return [row[0] for row in self._database.rows(query)]
 
 
-_USES: dict[ColumnKind, ColumnUse] = {"number": "number", "time": "time", "keys": "keys", "vector": "vector"}
+_COLUMN_USES: dict[ColumnKind, ColumnUse] = {"number": "number", "time": "time", "keys": "keys", "vector": "vector"}
 
 
 def _is_readable(field: pa.Field, kind: str) -> bool:
-    """Whether features can read a column of that type as what it is by its type in queries."""
+    """Return whether features can read a column of this type as the kind that its type in queries suggests."""
     if _kind_of(kind) in ("empty", "other"):
         return True
     try:
-        canonical_type(field.name, _USES.get(_kind_of(kind), "key"), field.type)
+        canonical_type(field.name, _COLUMN_USES.get(_kind_of(kind), "key"), field.type)
     except UserError:
         return False
     return True
 
 
 def _find_lacking(database: Database, files: str) -> dict[str, str]:
-    """Columns that some files have and others have not, each with a sentence that names the first of the latter."""
+    """Return the columns that some files lack, each with a sentence that names the first such file."""
     database.run(f"CREATE TABLE parts AS SELECT DISTINCT file_name, name FROM parquet_schema({files})")
     pairs = "FROM (SELECT DISTINCT file_name FROM parts), (SELECT DISTINCT name FROM parts) EXCEPT FROM parts"
     lacking = database.rows(f"SELECT name, min(file_name) FROM ({pairs}) GROUP BY name")
     return {str(name): f"'{file}' has no such column" for name, file in lacking}
 
 
-def _cleaned(name: str, kind: str) -> str:
-    """SQL of a column in which NaN is a null."""
+def _clean_sql(name: str, kind: str) -> str:
+    """Return SQL for a column with NaN as null."""
     quoted = '"' + name.replace('"', '""') + '"'
     if kind in ("DOUBLE", "FLOAT"):
         return f"CASE WHEN isfinite({quoted}) THEN {quoted} END"
@@ -352,7 +410,7 @@ def _cleaned(name: str, kind: str) -> str:
 
 
 def _unit_of(low: int, high: int) -> str | None:
-    """The unit in which integers are moments of these decades, None where they are none."""
+    """Return the unit in which integers are times between 1990 and 2033, None if there is none."""
     for unit, per_second in (("s", 1), ("ms", 1000), ("us", 10**6), ("ns", 10**9)):
         if _EARLIEST * per_second <= low and high <= _LATEST * per_second:
             return unit
@@ -362,75 +420,79 @@ def _unit_of(low: int, high: int) -> str | None:
 def target_encoding_auc(
     codes: np.ndarray, labels: np.ndarray, fit_mask: np.ndarray, min_class_rows: int = 3
 ) -> tuple[float, float]:
-    """Rank rows by the mean label of their value, learned from one half of the keys, and judge the other half.
+    """Rank rows by the mean label of their value (target encoding), fitted on one half of the keys.
 
     Args:
-        codes: (N,) int64 from 0, the value of each row, see `factorize_binned`.
-        labels: (N,) between 0 and 1, NaN where not observed.
-        fit_mask: (N,) bool, whether the mean label is learned from the row.
-        min_class_rows: Number of rows of either label, in whole or in part, that each half needs.
+        codes: Value of each row from `factorize_binned`, shape (N,), int64 from 0.
+        labels: Labels between 0 and 1, shape (N,), NaN where not observed.
+        fit_mask: Whether the mean label is fitted on the row, shape (N,), bool. The rest evaluate.
+        min_class_rows: Number of rows that each half needs above label 0, and below label 1.
 
     Returns:
-        The area under the ROC curve, and the fraction of the rarer label among as many top rows as there are rows of
-        it. A condition of a rare label, such as the page that has the button, has a high area and a low fraction. Both
-        are NaN if there are too few rows to tell.
+        The area under the ROC curve, and the precision: the fraction of the rarer label among the top rows, as many as
+        the label has. A condition of a rare label, such as the page with the button, has a high area and a low
+        precision. Both are NaN if there are too few rows.
     """
     observed = ~np.isnan(labels)
     codes, labels, fit_mask = codes[observed], labels[observed], fit_mask[observed]
     labels = 1 - labels if labels.sum() > 0.5 * len(labels) else labels
-    known, asked = labels[fit_mask], labels[~fit_mask]
-    least = min((rows > 0).sum() for part in (known, asked) for rows in (part, 1 - part))
-    if least < min_class_rows or len(asked) < _FEWEST_ROWS:
+    fitted, tested = labels[fit_mask], labels[~fit_mask]
+    rarest = min((rows > 0).sum() for part in (fitted, tested) for rows in (part, 1 - part))
+    if rarest < min_class_rows or len(tested) < _MIN_ROWS:
         return math.nan, math.nan
-    places = codes.max(initial=0) + 1
-    rows, positives = (np.bincount(codes[fit_mask], weights, places) for weights in (None, known))
-    means = (positives + _PRIOR * known.mean()) / (rows + _PRIOR)
-    predicted, place = np.unique(np.round(means, 12)[codes[~fit_mask]], return_inverse=True)
-    ones, every = np.bincount(place, asked, len(predicted)), np.bincount(place, minlength=len(predicted))
-    top = np.interp(ones.sum(), [0, *np.cumsum(every[::-1])], [0, *np.cumsum(ones[::-1])])
-    return float(auc_of_counts(ones, every - ones)), float(top / ones.sum())
+    size = codes.max(initial=0) + 1
+    rows, positives = (np.bincount(codes[fit_mask], weights, size) for weights in (None, fitted))
+    means = (positives + _PRIOR_ROWS * fitted.mean()) / (rows + _PRIOR_ROWS)
+    scores, group = np.unique(np.round(means, 12)[codes[~fit_mask]], return_inverse=True)
+    ones, counts = np.bincount(group, tested, len(scores)), np.bincount(group, minlength=len(scores))
+    top = np.interp(ones.sum(), [0, *np.cumsum(counts[::-1])], [0, *np.cumsum(ones[::-1])])
+    return float(auc_of_counts(ones, counts - ones)), float(top / ones.sum())
 
 
 def implies_positive(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray | float) -> bool:
-    """Whether a column has another value than its most frequent one only in rows of label 1, by more than chance.
+    """Return whether values other than the most frequent one occur only with label 1, beyond chance.
 
     Args:
-        codes: (N,) int64 from 0, the value of each row.
-        labels: (N,) 0, 1 or NaN.
-        chance: Probability that a label is 1 whatever the value, (N,) or the same for all rows.
+        codes: Value of each row, shape (N,), int64 from 0.
+        labels: Labels 0, 1 or NaN, shape (N,).
+        chance: Probability of label 1 regardless of the value, shape (N,) or the same for all rows.
     """
-    others = codes != np.bincount(codes, minlength=1).argmax()
-    if others.sum() < 20 or (labels[others] == 1).mean() <= 0.999:
+    unusual = codes != np.bincount(codes, minlength=1).argmax()
+    if unusual.sum() < 20 or (labels[unusual] == 1).mean() <= 0.999:
         return False
-    return bool(-np.log(np.broadcast_to(chance, len(codes))[others]).sum() > 20)
+    return bool(-np.log(np.broadcast_to(chance, len(codes))[unusual]).sum() > 20)
 
 
 def factorize_binned(values: pa.ChunkedArray) -> np.ndarray:
-    """Number the values of a column. Returns (N,) int64 from 0: one for each text, range of numbers, and for null."""
+    """Encode the values of a column as integers, with numbers in bins.
+
+    Returns:
+        One code for each text, bin of numbers, or null, shape (N,), int64 from 0.
+    """
     kind = values.type
     if pa.types.is_temporal(kind):
         values = values.cast(pa.int64()) if not pa.types.is_date(kind) else values.cast(pa.int32()).cast(pa.int64())
     if pa.types.is_boolean(values.type) or pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         numbers = values.cast(pa.float64(), safe=False).to_numpy().astype(np.float64)
-        known = numbers[~np.isnan(numbers)]
-        if not len(known):
+        finite = numbers[~np.isnan(numbers)]
+        if not len(finite):
             return np.zeros(len(numbers), np.int64)
-        # Ranges of equally many rows and of equally many values. The most frequent value, such as a sum of 0, has its
-        # own range, or the few rows with another value would share one with it.
-        held, rows = np.unique(known, return_counts=True)
-        usual, parts = held[rows.argmax()], np.linspace(0, 1, _BINS + 1)[1:-1]
-        edges = [*np.quantile(known, parts), *np.quantile(held, parts), usual, np.nextafter(usual, np.inf)]
+        # Bins have equal numbers of rows, and of distinct values. The most frequent value, such as a sum of 0, has its
+        # own bin. Otherwise the few rows with other values would share a bin with it.
+        distinct, rows = np.unique(finite, return_counts=True)
+        usual, parts = distinct[rows.argmax()], np.linspace(0, 1, _BINS + 1)[1:-1]
+        edges = [*np.quantile(finite, parts), *np.quantile(distinct, parts), usual, np.nextafter(usual, np.inf)]
         return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(np.unique(edges), numbers, side="right"))
     return factorize(values)
 
 
 def factorize(values: pa.ChunkedArray) -> np.ndarray:
-    """Number the different values of a column. Returns (N,) int64 from 0, null has its own."""
+    """Encode the values of a column as integers. Returns shape (N,), int64 from 0, with a code of its own for null."""
     codes = values.combine_chunks().dictionary_encode()
     codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
     return codes.indices.fill_null(-1).to_numpy().astype(np.int64) + 1
 
 
 def to_days(microseconds: float) -> float:
-    """Days of so many microseconds."""
+    """Convert microseconds to days."""
     return microseconds / MICROSECONDS_PER_DAY

@@ -1,7 +1,7 @@
-"""Which features, split and training a log's meaning suggests, as the tree of a settings file with a note to each part.
+"""Propose features, split, model and training for an inferred schema, as sections of a settings file with comments.
 
-Counters and histories carry most: of the user, the candidate, both, and of what describes them, for each task and each
-log of events. How many there are is bounded, so a log of 300 columns trains as well.
+Counters and histories contribute most. They are proposed for the user, the candidate, the pair, and their attributes,
+for each task and each event log. Their number is limited, so a log of 300 columns trains as well.
 """
 
 import re
@@ -17,17 +17,17 @@ from mmoe_rec.profiling.name_hints import CODE_WORDS, TIME_WORDS, has_word, spli
 from mmoe_rec.profiling.profile import Column, Profile, to_days
 
 _WINDOWS = (91, 28, 7, 1, 0.125)
-_MOST_ATTRIBUTES, _MOST_CONTEXTS, _MOST_GROUPS = 4, 3, 2
-_MOST_SHARED = 5000
-"""Values of a context's column for which it is counted with candidates; a finer one, as a session, with users alone."""
-_MOST_PAIRS, _ROWS_OF_CELL = 4, 20
-"""Pairs of what describes users and candidates that are counted together, and rows that each of their values has."""
-_TEST, _VALIDATION = 0.2, 0.1
+_MAX_ATTRIBUTES, _MAX_CONTEXTS, _MAX_GROUPS = 4, 3, 2
+_MAX_CONTEXT_VALUES = 5000
+"""Most values of a context column that is counted by candidate. Finer columns, as a session, are counted by user."""
+_MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
+"""Most pairs of a user and a candidate attribute that are counted, and rows needed for each pair of values."""
+_TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
 @dataclass
 class CommentedSetting:
-    """A key of a section, with its value, a comment, and why a person should check it."""
+    """A value in the settings file, with a comment and the reason to check it."""
 
     value: Any
     note: str = ""
@@ -36,7 +36,15 @@ class CommentedSetting:
 
 @dataclass
 class EventLog:
-    """A log of events. name: of it in settings; time: its column."""
+    """A log of events.
+
+    Attributes:
+        name: Name of the log in the settings.
+        path: Path of its files.
+        profile: Statistics of the log.
+        time: Name of its time column.
+        check: Why a person should check the time column.
+    """
 
     name: str
     path: str
@@ -46,17 +54,27 @@ class EventLog:
 
 
 class ProposedSettings:
-    """Features, split, model and training for a log: sections of a settings file. Raises UserError where its rows can't
-    be split by time.
+    """Features, split, model and training for a log, as sections of a settings file.
 
-    train_days: between the first and the last training row.
+    Attributes:
+        train_days: Days from the first to the last training row.
     """
 
     def __init__(self, schema: InferredSchema, events: Sequence[EventLog], timezone: str | None) -> None:
+        """Propose all sections.
+
+        Args:
+            schema: Inferred schema of the log.
+            events: Event logs.
+            timezone: Time zone of the users, None if not given.
+
+        Raises:
+            UserError: The rows can't be split by time.
+        """
         self.profile, self.schema, self.events, self.timezone = schema.profile, schema, events, timezone
         self.columns, self.keys = schema.columns, schema.keys
         self.features, self.split, self.training, self.model = (dict[str, CommentedSetting]() for _ in range(4))
-        self.lists = schema.rows_per_request > 1.05
+        self._has_requests = schema.rows_per_request > 1.05
         self.train_days = 0.0
         self._propose_split()
         self._propose_columns()
@@ -67,7 +85,7 @@ class ProposedSettings:
 
     def _add(self, name: str, value: Mapping[str, Any], note: str = "", check: str = "") -> None:
         name = re.sub(r"\W+", "_", name).strip("_") or "feature"
-        taken = {each.casefold() for each in self.features}
+        taken = {feature.casefold() for feature in self.features}
         unique, number = name, 2
         while unique.casefold() in taken:
             unique, number = f"{name}_{number}", number + 1
@@ -86,56 +104,58 @@ class ProposedSettings:
             return
         t = self.columns[self.keys["time"]].time_sql
         first, last = self.profile.time_range(t)
-        mature = max((each.label_delay_days for each in schema.tasks), default=0.0)
-        end = last - round(mature * MICROSECONDS_PER_DAY) if mature else last + 1
+        delay_days = max((task.label_delay_days for task in schema.tasks), default=0.0)
+        end = last - round(delay_days * MICROSECONDS_PER_DAY) if delay_days else last + 1
         usable = f"{t} < {end}"
         if end <= first or self.profile.count_rows(usable) < 0.2 * self.profile.rows:
             raise UserError(
-                f"labels of '{self.profile.name}' are final after {mature:g} days, and the log spans "
-                f"{to_days(last - first):.1f}: too little of it is known"
+                f"labels of '{self.profile.name}' are final after {delay_days:g} days, but the log spans only "
+                f"{to_days(last - first):.1f} days. Use a longer log."
             )
         ends = self._cut(t, first, end)
         split["train_end"] = CommentedSetting(
             _as_time(ends[0]), f"the first {self.profile.fraction(f'{t} < {ends[0]}'):.0%} of the rows"
         )
         split["validation_end"] = CommentedSetting(_as_time(ends[1]), "these rows choose the best state of the model")
-        if mature:
+        if delay_days:
             split["test_end"] = CommentedSetting(
-                _as_time(end), f"labels are final {mature:g} days later, when the log ends"
+                _as_time(end), f"labels are final {delay_days:g} days later, when the log ends"
             )
         self.train_days = to_days(ends[0] - first)
 
     def _cut(self, t: str, first: int, end: int) -> tuple[int, int]:
-        """Return the first times of validation and test rows: midnights (UTC) if these are fair, else times of rows."""
-        usable, goals = f"{t} < {end}", (1 - _TEST - _VALIDATION, 1 - _TEST)
-        at = [int(self.profile.quantile(t, goal, usable)) for goal in goals]
-        midnights = [round(each / MICROSECONDS_PER_DAY) * MICROSECONDS_PER_DAY for each in at]
+        """Return the first times of validation and test rows: midnights (UTC) if the fractions fit, else row times."""
+        usable, goals = f"{t} < {end}", (1 - _TEST_FRACTION - _VALIDATION_FRACTION, 1 - _TEST_FRACTION)
+        quantiles = [int(self.profile.quantile(t, goal, usable)) for goal in goals]
+        midnights = [round(time / MICROSECONDS_PER_DAY) * MICROSECONDS_PER_DAY for time in quantiles]
         if to_days(end - first) >= 20 and not self._find_unfair(t, midnights, usable):
             return midnights[0], midnights[1]
         groups = f"SELECT {t} AS t, count(*) AS n FROM log WHERE {usable} GROUP BY 1"
-        times = (
-            f"SELECT t, sum(n) OVER w - n before, row_number() OVER w place FROM ({groups}) WINDOW w AS (ORDER BY t)"
-        )
-        number, found = goals[1] * self.profile.count_rows(usable), [end]
-        for place, kept in ((3, 1.0), (2, goals[0] / goals[1])):  # first where the test rows begin
-            best = f"WHERE place >= {place} AND t < {found[0]} ORDER BY abs(before - {number * kept}), t LIMIT 1"
+        times = f"SELECT t, sum(n) OVER w - n before, row_number() OVER w nth FROM ({groups}) WINDOW w AS (ORDER BY t)"
+        # The first cut is the start of the test rows, the second the start of the validation rows.
+        number, cuts = goals[1] * self.profile.count_rows(usable), [end]
+        for min_nth, fraction in ((3, 1.0), (2, goals[0] / goals[1])):
+            best = f"WHERE nth >= {min_nth} AND t < {cuts[0]} ORDER BY abs(before - {number * fraction}), t LIMIT 1"
             cut, number = self.profile.row(f"SELECT min(t), min(before) FROM (SELECT * FROM ({times}) {best})")
             if cut is None:
                 raise UserError(f"'{self.profile.name}' has fewer than three different times. Split it by finer times")
-            number, found = float(number), [int(cut), *found]
-        if parts := self._find_unfair(t, found, usable):
-            why = f"{parts} of the rows are for training, validation and test, because many have the same time"
+            number, cuts = float(number), [int(cut), *cuts]
+        if parts := self._find_unfair(t, cuts, usable):
+            why = f"{parts} of the rows are for training, validation and test, because many rows have the same time"
             self.schema.warnings.append(f"{why}. Write finer times.")
-        return found[0], found[1]
+        return cuts[0], cuts[1]
 
     def _find_unfair(self, t: str, cuts: Sequence[int], usable: str) -> str:
         """Return the fractions of training, validation and test rows, "" if each is between half and twice its goal."""
         train, both = (self.profile.fraction(f"{t} < {cut}", usable) for cut in cuts[:2])
-        parts, goals = (train, both - train, 1 - both), (1 - _TEST - _VALIDATION, _VALIDATION, _TEST)
+        parts, goals = (
+            (train, both - train, 1 - both),
+            (1 - _TEST_FRACTION - _VALIDATION_FRACTION, _VALIDATION_FRACTION, _TEST_FRACTION),
+        )
         is_fair = all(0.5 < part / goal < 2 for part, goal in zip(parts, goals, strict=True))
         return "" if is_fair else ", ".join(f"{part:.0%}" for part in parts)
 
-    # Columns as they are
+    # Features of single columns
 
     def _propose_columns(self) -> None:
         for key_name in ("user", "candidate"):
@@ -146,10 +166,10 @@ class ProposedSettings:
                 if not self._propose_column(self.columns[name], role):
                     self.schema.roles[role].remove(name)
         time = self.keys.get("time")
-        parts = ["hour"] * (time is not None and self._tells_hours(time)) + ["weekday"] * (self.train_days >= 14)
+        parts = ["hour"] * (time is not None and self._has_hours(time)) + ["weekday"] * (self.train_days >= 14)
         if parts:
             zone = {"timezone": self.timezone} if self.timezone else {}
-            check = "" if zone else "in which time zone do users live? UTC, unless --timezone says, as Europe/Berlin"
+            check = "" if zone else "UTC is assumed. Name the users' time zone with --timezone, such as Europe/Berlin"
             self._add("request_time", {"kind": "time", "parts": parts, **zone}, check=check)
 
     def _propose_key(self, key_name: str) -> None:
@@ -163,156 +183,164 @@ class ProposedSettings:
             value |= {"dim": 32, "max_size": 2_000_000}
         self._add(column.name, value, note)
 
-    def _tells_hours(self, name: str) -> bool:
-        """Whether times are finer than days."""
+    def _has_hours(self, name: str) -> bool:
+        """Return whether times are finer than days."""
         t = self.columns[name].time_sql
         return self.columns[name].type != "DATE" and self.profile.fraction(f"{t} % {MICROSECONDS_PER_DAY} <> 0") > 0.5
 
-    def _propose_column(self, each: Column, role: str) -> bool:
-        """Adds the features of a column; False where there is none."""
-        check = self.schema.checks.get(each.name, "")
+    def _propose_column(self, column: Column, role: str) -> bool:
+        """Add the features of a column. Returns False, and leaves the column out, if it allows no feature."""
+        check = self.schema.checks.get(column.name, "")
         doubt = ""
-        if each.kind == "number" and not {"id", "ids", "code", "zip", "plz"}.isdisjoint(split_words(each.name)):
-            doubt = f"if they are ids, cast them: values of type {each.type} are read as amounts"
-        elif each.unit is not None and not has_word(each.name, TIME_WORDS):
-            doubt = f"read as amounts: if they are {each.unit} since 1970, write timestamps, and if they are ids, text"
+        if column.kind == "number" and not {"id", "ids", "code", "zip", "plz"}.isdisjoint(split_words(column.name)):
+            doubt = f"values of type {column.type} are read as amounts. If they are IDs, cast them"
+        elif column.unit is not None and not has_word(column.name, TIME_WORDS):
+            doubt = (
+                f"read as amounts: if they are {column.unit} since 1970, write timestamps, and if they are IDs, text"
+            )
         check = "; ".join(filter(None, (doubt, check)))
-        made, whose = self._kind_of(each), self.columns.get(self.keys.get(role, ""))
-        if made is None:
-            self.schema.left_out[each.name] = "its values are too many and too rare to learn from"
+        features, key = self._features_of(column), self.columns.get(self.keys.get(role, ""))
+        if features is None:
+            self.schema.left_out[column.name] = "it has too many, too rare values to learn from"
             return False
-        # A plain table's columns are no candidate's own: a region does not name the job that it stands beside.
-        is_own = whose is not None and each.kind == "text" and not self.schema.is_plain_table
-        if whose is not None and is_own and each.distinct > max(50, 0.9 * whose.distinct):
-            self.schema.left_out[each.name] = f"as a name, it says the same as {whose.name}"
+        # In a plain table, columns don't belong to the candidate: a region is not the name of a job.
+        may_be_name = key is not None and column.kind == "text" and not self.schema.is_plain_table
+        if key is not None and may_be_name and column.distinct > max(50, 0.9 * key.distinct):
+            self.schema.left_out[column.name] = f"it looks like the name of {key.name}, so it adds no information"
             return False
-        for suffix, value, note in made:
-            self._add(each.name + suffix, value, note, check)
+        for suffix, value, note in features:
+            self._add(column.name + suffix, value, note, check)
         return True
 
-    def _kind_of(self, each: Column) -> list[tuple[str, dict[str, Any], str]] | None:  # noqa: PLR0911 - one line a case reads best
-        """Ends of names, settings and comments of its features; None where it can't be one."""
-        column, values = {"column": each.name}, each.rows - each.nulls
-        if each.kind == "time" or (each.unit is not None and has_word(each.name, TIME_WORDS)):
-            value, note = {"kind": "time", **column, "parts": ["age"]}, "days from it to the request"
+    def _features_of(self, column: Column) -> list[tuple[str, dict[str, Any], str]] | None:  # noqa: PLR0911 - one line a case reads best
+        """Return a column's features as name suffix, settings and comment, None if the column can't be a feature."""
+        source, values = {"column": column.name}, column.rows - column.nulls
+        if column.kind == "time" or (column.unit is not None and has_word(column.name, TIME_WORDS)):
+            value, note = {"kind": "time", **source, "parts": ["age"]}, "days from it to the request"
             return [("_age", value, note)] if "time" in self.keys else None
-        if each.kind == "keys":
-            longest = {"max_length": each.length_range[1]} if each.length_range[1] < 50 else {}
-            return [("", {"kind": "ids", **column, "dim": 8, **longest}, "")]
-        if each.kind == "vector":
-            return [("", {"kind": "vector", **column, "size": each.length_range[0]}, "")]
-        if each.kind == "number" or (each.kind == "integer" and not self._is_code(each)):
-            return [("", {"kind": "numeric", **column, **self._shape(each)}, "")]
-        if each.distinct > max(1000, 0.5 * values):
+        if column.kind == "keys":
+            longest = {"max_length": column.length_range[1]} if column.length_range[1] < 50 else {}
+            return [("", {"kind": "ids", **source, "dim": 8, **longest}, "")]
+        if column.kind == "vector":
+            return [("", {"kind": "vector", **source, "size": column.length_range[0]}, "")]
+        if column.kind == "number" or (column.kind == "integer" and not self._is_code(column)):
+            return [("", {"kind": "numeric", **source, **self._shape(column)}, "")]
+        if column.distinct > max(1000, 0.5 * values):
             return None
-        if each.distinct > max(1000, 0.1 * values):
-            return []  # as a session, which counters may read
-        return [("", {"kind": "id", **column, **self._sizes(each)}, f"about {each.distinct:,} values")]
+        if column.distinct > max(1000, 0.1 * values):
+            return []  # Only counters read such a column, for example a session.
+        return [("", {"kind": "id", **source, **self._sizes(column)}, f"about {column.distinct:,} values")]
 
-    def _is_code(self, each: Column) -> bool:
-        """Whether integers are names of things rather than amounts: by a word, or as they are few and far apart."""
-        if has_word(each.name, CODE_WORDS):
+    def _is_code(self, column: Column) -> bool:
+        """Return whether integers are codes rather than amounts: their name says so, or they are few and sparse."""
+        if has_word(column.name, CODE_WORDS):
             return True
-        if each.unit is not None:  # moments, rather
+        if column.unit is not None:  # They are probably times.
             return False
-        return each.distinct >= 20 and each.high - each.low > 10_000 * each.distinct and each.distinct < 100_000
+        return (
+            column.distinct >= 20 and column.high - column.low > 10_000 * column.distinct and column.distinct < 100_000
+        )
 
-    def _sizes(self, each: Column) -> dict[str, Any]:
+    def _sizes(self, column: Column) -> dict[str, Any]:
         if self.schema.is_plain_table:
             return {"min_count": 8, "oov_buckets": 1}
-        if each.distinct <= 50:
+        if column.distinct <= 50:
             return {"dim": 4, "min_count": 1, "oov_buckets": 1}
-        return {"dim": 8} if each.distinct <= 1000 else {}
+        return {"dim": 8} if column.distinct <= 1000 else {}
 
-    def _shape(self, each: Column) -> dict[str, Any]:
-        """How a number is brought to a common size."""
+    def _shape(self, column: Column) -> dict[str, Any]:
+        """Return the settings that transform a number."""
         shape: dict[str, Any] = {}
-        middle, high = (float(self.profile.quantile(f"{each.sql}::DOUBLE", fraction)) for fraction in (0.5, 0.99))
-        if each.low >= 0 and not each.is_binary and high > 20 * max(middle, high / 1e6):
+        middle, high = (float(self.profile.quantile(f"{column.sql}::DOUBLE", fraction)) for fraction in (0.5, 0.99))
+        if column.low >= 0 and not column.is_binary and high > 20 * max(middle, high / 1e6):
             shape["transform"] = "log"
-        if each.kind == "integer" or each.distinct <= 1000:
+        if column.kind == "integer" or column.distinct <= 1000:
             shape["values"] = "auto"
         return shape
 
-    # What was known before the request
+    # Counters and histories
 
-    def _groups(self, role: str, most: int, least: int, limit: float) -> list[str]:
-        """Columns of a role whose values many rows share, the finest first."""
+    def _groups(self, role: str, limit: int, min_distinct: int, max_distinct: float) -> list[str]:
+        """Return columns of a role whose values many rows share, most values first."""
         fitting = []
         for name in self.schema.roles[role]:  # type: ignore[index]
-            each = self.columns[name]
-            usable = each.kind in ("text", "integer", "boolean") and each.unit is None
-            # Without lists the whole context is in doubt, and an input nevertheless.
-            doubts = role == "candidate" or (role == "context" and self.lists)
-            usable &= not doubts or name not in self.schema.checks
-            if usable and each.kind == "integer" and not self._is_code(each) and each.distinct > 100:
+            column = self.columns[name]
+            usable = column.kind in ("text", "integer", "boolean") and column.unit is None
+            # If each row is a request, every context column has a check, and counters use it nevertheless.
+            must_be_sure = role == "candidate" or (role == "context" and self._has_requests)
+            usable &= not must_be_sure or name not in self.schema.checks
+            if usable and column.kind == "integer" and not self._is_code(column) and column.distinct > 100:
                 usable = False
-            if usable and each.nulls < 0.5 * each.rows and least <= each.distinct <= limit:
-                fitting.append((-each.distinct, name))
-        return [name for _, name in sorted(fitting)[:most]]
+            if usable and column.nulls < 0.5 * column.rows and min_distinct <= column.distinct <= max_distinct:
+                fitting.append((-column.distinct, name))
+        return [name for _, name in sorted(fitting)[:limit]]
 
     def _windows(self, many: bool, events: bool = False) -> list[float | None]:
-        """Trailing windows that fit into the training rows twice or more; of labels none of a quarter of a year, since
-        these mature and are few."""
-        fine = self._tells_hours(self.keys["time"])
-        usable = [each for each in _WINDOWS if each <= self.train_days / 2 and (fine or each >= 1)]
-        usable = usable if events else [each for each in usable if each <= 28]
+        """Return trailing windows in days that are at most half the training span.
+
+        Labels get no window of 91 days, since labels become final late and are few.
+        """
+        has_hours = self._has_hours(self.keys["time"])
+        usable = [days for days in _WINDOWS if days <= self.train_days / 2 and (has_hours or days >= 1)]
+        usable = usable if events else [days for days in usable if days <= 28]
         return [None, *(usable if many else usable[: 1 + events])]
 
     def _counter_keys(self, columns: Mapping[str, Any], has_few_labels: bool = False) -> list[tuple[list[str], bool]]:
-        """Keys, and whether many windows are worth it, for a log with these columns.
+        """Return the keys of counters for a log with these columns, and whether each key is worth many windows.
 
-        has_few_labels: of the user, the candidate and what describes it alone, for a task with few labels.
+        Few labels justify only counters by user, candidate, candidate attributes and one pair of attributes.
         """
         user, candidate = self.keys.get("user"), self.keys.get("candidate")
-        things = self.columns[candidate].distinct if candidate else 0
-        of_candidate = self._groups("candidate", _MOST_ATTRIBUTES, 3, 0.5 * things)
-        of_context = self._groups("context", _MOST_CONTEXTS, 2, _MOST_SHARED)
-        finer = self._groups("context", 1, _MOST_SHARED + 1, 0.2 * self.profile.rows)
-        of_user = self._groups("user", _MOST_GROUPS, 2, 200)
+        candidates = self.columns[candidate].distinct if candidate else 0
+        of_candidate = self._groups("candidate", _MAX_ATTRIBUTES, 3, 0.5 * candidates)
+        of_context = self._groups("context", _MAX_CONTEXTS, 2, _MAX_CONTEXT_VALUES)
+        finer = self._groups("context", 1, _MAX_CONTEXT_VALUES + 1, 0.2 * self.profile.rows)
+        of_user = self._groups("user", _MAX_GROUPS, 2, 200)
         keys: list[tuple[str | None, ...]] = [(user,), (candidate,), (user, candidate)]
-        for each in of_candidate:
-            keys += [(each,), (user, each)]
-        # What users of a country like: all that is known of a user who is new.
-        pairs = [(group, each) for group in of_user for each in of_candidate]
-        cells = {pair: self.columns[pair[0]].distinct * self.columns[pair[1]].distinct for pair in pairs}
-        pairs = [pair for pair in pairs if cells[pair] * _ROWS_OF_CELL <= self.profile.rows]
-        keys += sorted(pairs, key=lambda pair: (cells[pair], pair))[: 1 if has_few_labels else _MOST_PAIRS]
+        for attribute in of_candidate:
+            keys += [(attribute,), (user, attribute)]
+        # For a new user, only the preferences of similar users, such as users of a country, are available.
+        pairs = [(group, attribute) for group in of_user for attribute in of_candidate]
+        sizes = {pair: self.columns[pair[0]].distinct * self.columns[pair[1]].distinct for pair in pairs}
+        pairs = [pair for pair in pairs if sizes[pair] * _ROWS_PER_PAIR <= self.profile.rows]
+        keys += sorted(pairs, key=lambda pair: (sizes[pair], pair))[: 1 if has_few_labels else _MAX_PAIRS]
         if not has_few_labels:
-            keys += [(user, each) for each in finer]
-            for each in of_context:
-                own = [] if self.lists else [(each,)]  # within a list it is the same for all
-                keys += [*own, (candidate, each), (user, each)]
-            keys += [(candidate, each) for each in of_user]
-        there = [[name for name in key if name in columns and name] for key in keys if set(key) <= columns.keys()]
-        return [(key, key in ([user], [candidate])) for key in there]
+            keys += [(user, context) for context in finer]
+            for context in of_context:
+                # Within a request, a counter by context alone is equal for all candidates.
+                alone = [] if self._has_requests else [(context,)]
+                keys += [*alone, (candidate, context), (user, context)]
+            keys += [(candidate, group) for group in of_user]
+        complete = [[name for name in key if name in columns and name] for key in keys if set(key) <= columns.keys()]
+        return [(key, key in ([user], [candidate])) for key in complete]
 
     def _propose_counters(self) -> None:
         for task in self.schema.tasks:
             if task.kind != "binary" and len(self.schema.tasks) > 1:
                 continue
-            later = task.observed_when is not None
-            for by, many in self._counter_keys(self.columns, later):
-                windows, more = self._windows(many), dict[str, Any]()
-                if later:
-                    windows, more = windows[:2] if many else [None], {"outputs": ["log_count", "rate"], "smoothing": 5}
-                self._add_counter("task", task.name, by, windows, more)
+            is_rare = task.observed_when is not None
+            for by, many in self._counter_keys(self.columns, is_rare):
+                windows, options = self._windows(many), dict[str, Any]()
+                if is_rare:
+                    options = {"outputs": ["log_count", "rate"], "smoothing": 5}
+                    windows = windows[:2] if many else [None]
+                self._add_counter("task", task.name, by, windows, options)
         for log in self.events:
             for by, many in self._counter_keys(log.profile.columns):
                 windows = self._windows(many, events=True)
                 self._add_counter("events", log.name, by, windows, {"outputs": ["log_sum", "recency"]})
 
     def _add_counter(
-        self, source: str, name: str, by: list[str], windows: list[float | None], more: Mapping[str, Any]
+        self, source: str, name: str, by: list[str], windows: list[float | None], options: Mapping[str, Any]
     ) -> None:
-        trailing = {"window_days": windows} if windows != [None] else {}
-        self._add("_".join((*by, name)), {"kind": "counter", source: name, "by": by, **more, **trailing})
+        window_days = {"window_days": windows} if windows != [None] else {}
+        self._add("_".join((*by, name)), {"kind": "counter", source: name, "by": by, **options, **window_days})
 
     def _propose_histories(self) -> None:
         user, candidate = self.keys.get("user"), self.keys.get("candidate")
         if user is None or candidate is None:
             return
-        of = next(name for name, each in self.features.items() if each.value.get("column") == candidate)
+        of = next(name for name, feature in self.features.items() if feature.value.get("column") == candidate)
         for task in self.schema.tasks[:2]:
             if task.kind == "binary":
                 self._add(f"last_{task.name}", {"kind": "history", "task": task.name, "of": of})
@@ -323,7 +351,7 @@ class ProposedSettings:
     # Model and training
 
     def _propose_training(self) -> None:
-        self.model["trees"] = CommentedSetting({}, "network and trees together rank above either")
+        self.model["trees"] = CommentedSetting({}, "network and trees together rank better than either alone")
         if self.schema.is_plain_table:
             self.model["bottom"] = CommentedSetting({"dropout": 0.3})
             self.model["experts"] = CommentedSetting({"units": [64, 32]})
@@ -331,7 +359,7 @@ class ProposedSettings:
             self.training["learning_rate"] = CommentedSetting(0.002)
             self.training["table_learning_rate"] = CommentedSetting(0.1)
         self.training["calibration"] = CommentedSetting(
-            "temperature", "probabilities right on average, not the order alone"
+            "temperature", "makes probabilities right on average, not only their order"
         )
 
 
@@ -340,7 +368,7 @@ def _as_time(microseconds: int) -> datetime:
 
 
 def task_section(task: InferredTask) -> dict[str, Any]:
-    """The section of a task."""
+    """Return the settings section of a task."""
     value: dict[str, Any] = {"label": task.column, "objective": task.objective}
     if task.kind != "binary":
         value["kind"] = task.kind
@@ -354,21 +382,31 @@ def task_section(task: InferredTask) -> dict[str, Any]:
 
 
 def infer_event_log(path: str, name: str, profile: Profile, schema: InferredSchema) -> EventLog:
-    """Find the times, users and candidates of a log of events. Raises UserError if it has no times, or none of both."""
-    own, keys = schema.keys.get("time"), [schema.keys[each] for each in ("user", "candidate") if each in schema.keys]
-    times = [
-        each for each in profile.columns.values() if own and each.may_be_time and not each.nulls and each.distinct > 1
-    ]
-    times = [each for each in times if each.kind == "time" or each.name == own or has_word(each.name, TIME_WORDS)]
+    """Find the time column of an event log and check that the log has users or candidates.
+
+    Args:
+        path: Path of the event log.
+        name: Name of the log in the settings.
+        profile: Statistics of the event log.
+        schema: Inferred schema of the main log. Its time unit is set if it was open.
+
+    Raises:
+        UserError: The event log has no times, times in another unit, or neither users nor candidates.
+    """
+    keys = [schema.keys[key_name] for key_name in ("user", "candidate") if key_name in schema.keys]
+    log_time = schema.keys.get("time")
+    times = [time for time in profile.columns.values() if log_time and time.may_be_time]
+    times = [time for time in times if not time.nulls and time.distinct > 1]
+    times = [time for time in times if time.kind == "time" or time.name == log_time or has_word(time.name, TIME_WORDS)]
     if not times:
-        raise UserError(f"--events '{path}': these events, and the log, need a column of times without nulls")
-    time = min(times, key=lambda each: (each.name != own, each.kind != "time", -each.distinct, each.name))
-    if time.kind != "time":
-        if schema.time_unit not in (None, time.unit):
-            units = f"times of '{time.name}' are in {time.unit}, those of the log in {schema.time_unit}"
-            raise UserError(f"--events '{path}': {units}; write both in one")
-        schema.time_unit = time.unit
+        raise UserError(f"--events '{path}': the events and the log both need a column of times without nulls.")
+    best = min(times, key=lambda time: (time.name != log_time, time.kind != "time", -time.distinct, time.name))
+    if best.kind != "time":
+        if schema.time_unit not in (None, best.unit):
+            units = f"times of '{best.name}' are in {best.unit}, but times of the log in {schema.time_unit}"
+            raise UserError(f"--events '{path}': {units}. Use one unit.")
+        schema.time_unit = best.unit
     if not set(keys) & set(profile.columns):
-        raise UserError(f"--events '{path}' has none of the columns {', '.join(keys)}: name them as in the log")
-    others = ", ".join(sorted(each.name for each in times if each is not time))
-    return EventLog(name, path, profile, time.name, f"or is it {others}?" if others else "")
+        raise UserError(f"--events '{path}' has none of the columns {', '.join(keys)}. Name them as in the log.")
+    rivals = ", ".join(sorted(time.name for time in times if time is not best))
+    return EventLog(name, path, profile, best.name, f"or is it {rivals}?" if rivals else "")

@@ -498,7 +498,7 @@ def spoilt(seed: int, how: str) -> HeldOut:
         "users as bytes": {"user_id": pa.array([str(each).encode() for each in w.user], pa.binary())},
         "labels of -1 and 1": {"clicked": 2 * w.clicked - 1},
     }[how]
-    others = {"times as numbers": "hour", "times from zero": "timestamp", "tasks of one name": "one name"}
+    others = {"times as numbers": "hour", "times from zero": "timestamp", "tasks of one name": "same name"}
     named = others.get(how) or (
         "shown_at" if how.startswith("times") else "user_id" if how.startswith("users") else "clicked"
     )
