@@ -1,26 +1,26 @@
-"""The health of a data set, from its encoded rows: counts by SQL, and features by at most `MAX_SAMPLE_ROWS` rows of a
-split.
+"""The health of a data set. Counts are computed by SQL, and features on at most `MAX_SAMPLE_ROWS` rows of each split.
 
-`measure_health` returns plain data, as `health.json` holds it. Unknown values are None.
+`measure_health` returns plain data, as stored in `health.json`. Unknown values are None.
 
 overview    the log and its splits
-features    each feature with its inputs: coverage, unknown ids, drift, AUC alone
+features    each feature with its inputs: coverage, unknown IDs, drift, AUC of the feature alone
 weeks       labels by week
-findings    suspicious properties, in words (`health_findings.py`)
-headline    the same in one sentence
+findings    suspicious properties as sentences (`health_findings.py`)
+headline    one sentence that sums up the findings
 
 Drift is the population stability index between training fractions p and test fractions q of the same bins:
 
     PSI = sum over bins of (q - p) ln(q / p),    p = (rows in bin + 1/2) / (all rows + bins / 2), q likewise
 
-The half row keeps empty bins finite. The index of N and M rows without drift, about (bins - 1) (1 / N + 1 / M), is
-subtracted. It is usually read as: below .1 stable, .1 to .25 some drift, above .25 strong drift (Siddiqi, Credit
-Risk Scorecards, 2006).
+The half row keeps the index finite for empty bins. Without drift, the index of N and M rows would be about
+(bins - 1) (1 / N + 1 / M), so this value is subtracted. The usual reading is stable below .1, some drift from .1 to
+.25, and strong drift above .25 (Siddiqi, Credit Risk Scorecards, 2006).
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
@@ -45,12 +45,14 @@ from mmoe_rec.progress import bar
 from mmoe_rec.settings.schema import InputSemantics, Schema
 
 MAX_SAMPLE_ROWS = 1_000_000
-"""Rows of a split that features are measured by. Of more rows, those of some users are read."""
+"""Most rows of a split on which features are measured. In a larger split, the rows of some users are read."""
 SPLITS = ("train", "validation", "test")
 COMPARED_SPLITS = ("train", "test")
-ID_COLUMNS = ("user", "candidate", "request")  # read beside the model's inputs, as is the time
-RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
-MAX_FREQUENT_IDS = 50  # most frequent table rows that drift is measured in
+ID_COLUMNS = ("user", "candidate", "request")
+RATE_SMOOTHING = 20.0
+"""Number of prior rows with the overall rate that smooth the rate of an ID."""
+MAX_FREQUENT_IDS = 50
+"""Number of the most frequent IDs that have a bin of their own when drift is measured."""
 PSI_BINS = 20
 
 
@@ -62,15 +64,15 @@ def measure_health(
     memory_gib: float = DEFAULT_MEMORY_GIB,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Describe the health of a data set, ready for JSON.
+    """Measure the health of a data set, as data that can be written to JSON.
 
     Args:
         name: Name of the data set.
         prepared: Folder of the features.
         schema: Schema of the log.
-        scratch: Folder for data that memory does not hold. It is made and removed.
-        memory_gib: As for `open_database`.
-        workers: As for `open_database`.
+        scratch: Folder for data that doesn't fit into memory. It is created and removed.
+        memory_gib: Memory limit, as for `open_database`.
+        workers: Number of threads, as for `open_database`.
 
     Raises:
         UserError: A split has no rows, or rows can't be read.
@@ -78,20 +80,20 @@ def measure_health(
     prepared.require_rows(*SPLITS)
     layout, manifest = prepared.layout, prepared.manifest
     for split in SPLITS:
-        EncodedDataset(prepared.split(split), layout)  # It explains wrong files better than DuckDB does.
+        EncodedDataset(prepared.split(split), layout)  # Its messages about wrong files are clearer than DuckDB's.
     try:
         with open_database(scratch, memory_gib, workers) as database:
             for split in SPLITS:
-                _view(database, split, prepared)
+                _create_view(database, split, prepared)
             splits, weeks = _count_labels(database, layout)
-            counts = _Counts(database, prepared, splits)
+            counts = _InputCounter(database, prepared, splits)
             with bar() as progress:
                 features = [
-                    _feature(feature, schema, counts)
+                    _measure_feature(feature, schema, counts)
                     for feature in progress.track(list(schema.features), description="inspecting")
                 ]
-            both = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
-            (shared_user_fraction,) = database.row(both)
+            query = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
+            (shared_user_fraction,) = database.row(query)
     except duckdb.Error as error:
         raise UserError(f"the rows in '{prepared.folder}' can't be read ({first_line(error)}); {ADVICE}") from None
     health = {
@@ -101,99 +103,102 @@ def measure_health(
         "features": features,
         "weeks": [] if manifest.get("first_request") is None else weeks,
     }
-    # Python's numbers for NumPy's, and None for what is not finite.
-    text = json.dumps({**health, "findings": list_findings(health)}, default=lambda each: each.item())
-    found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return found | {"headline": describe_findings(found["findings"])}
+    findings = list_findings(health)
+    health |= {"findings": [asdict(finding) for finding in findings], "headline": describe_findings(findings)}
+    # The round trip turns NumPy numbers into Python numbers, and numbers that are not finite into None.
+    text = json.dumps(health, default=lambda number: number.item())
+    plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return plain
 
 
-def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
-    """Make a view of the rows of a split.
+def _create_view(database: Database, split: str, prepared: FeatureFolder) -> None:
+    """Create the view of a split.
 
-    It has `ID_COLUMNS` as w0 to w2 and the time t. By their place in the layout it has ids as i0 and so on, lists all
-    of them, and numbers as d0. Of tasks it has labels l0, null where unobserved, and p0, whether they are positive.
+    The columns are w0 to w2 for `ID_COLUMNS`, and t for the time. By position in the layout, IDs (or lists of IDs) are
+    i0, i1, ..., and numbers are d0, d1, .... A task has its label as l0, null where unobserved, and p0, which is true
+    for a positive label.
     """
     layout, files = prepared.layout, sorted(prepared.split(split).glob("*.parquet"))
-    places = {name: f"c{place}" for place, name in enumerate(pq.read_schema(files[0]).names)}
-    columns = {f"w{place}": places[name] for place, name in enumerate(ID_COLUMNS)} | {
-        "t": f"epoch_us({places['time']})"
-    }
-    for place, each in enumerate(layout.ids):
-        column = places[f"id.{each.name}"]
-        columns[f"i{place}"] = f"CASE WHEN len({column}) = 0 THEN [0] ELSE {column} END" if each.is_list else column
-    columns |= {f"d{place}": places[f"dense.{number.name}"] for place, number in enumerate(layout.dense)}
-    for place, task in enumerate(layout.tasks):
-        label = places[f"label.{task.name}"]
-        columns[f"l{place}"] = label = f"CASE WHEN NOT isnan({label}) THEN {label}::DOUBLE END"
-        # A linear kind's label above its mean is positive.
-        columns[f"p{place}"] = f"{label} > {task.mean if task.kind.is_linear else 0.5:.17e}"
+    sql = {name: f"c{index}" for index, name in enumerate(pq.read_schema(files[0]).names)}
+    columns = {f"w{index}": sql[name] for index, name in enumerate(ID_COLUMNS)} | {"t": f"epoch_us({sql['time']})"}
+    for index, id_input in enumerate(layout.ids):
+        ids = sql[f"id.{id_input.name}"]
+        columns[f"i{index}"] = f"CASE WHEN len({ids}) = 0 THEN [0] ELSE {ids} END" if id_input.is_list else ids
+    columns |= {f"d{index}": sql[f"dense.{number.name}"] for index, number in enumerate(layout.dense)}
+    for index, task in enumerate(layout.tasks):
+        label = sql[f"label.{task.name}"]
+        columns[f"l{index}"] = label = f"CASE WHEN NOT isnan({label}) THEN {label}::DOUBLE END"
+        # A linear label is positive above its mean.
+        columns[f"p{index}"] = f"{label} > {task.mean if task.kind.is_linear else 0.5:.17e}"
     paths = ", ".join("'" + escape(str(file)).replace("'", "''") + "'" for file in files)
-    source = f"read_parquet([{paths}], hive_partitioning = false) AS file({', '.join(places.values())})"
-    wanted = ", ".join(f"{column} AS {name}" for name, column in columns.items())
-    database.run(f"CREATE VIEW {split} AS SELECT {wanted} FROM {source}")
+    source = f"read_parquet([{paths}], hive_partitioning = false) AS file({', '.join(sql.values())})"
+    selected = ", ".join(f"{expression} AS {name}" for name, expression in columns.items())
+    database.run(f"CREATE VIEW {split} AS SELECT {selected} FROM {source}")
 
 
 def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Describe the rows and labels of each split, and the labels by week, from Monday 00:00 UTC."""
+    """Count the rows and labels of each split, and by week from Monday 00:00 UTC."""
     splits, weeks = dict[str, dict[str, Any]](), dict[int, dict[str, Any]]()
     labels = "".join(f", count(l{task}), coalesce(sum(l{task}), 0)" for task in range(len(layout.tasks)))
-    who = "".join(f", count(DISTINCT w{place})" for place in range(len(ID_COLUMNS)))
+    ids = "".join(f", count(DISTINCT w{index})" for index in range(len(ID_COLUMNS)))
     week = "epoch_us(date_trunc('week', make_timestamp(t)))"
 
-    def describe_tasks(*its: float) -> dict[str, Any]:
+    def describe_tasks(*totals: float) -> dict[str, Any]:
         return {
             task.name: {
                 "kind": task.kind,
                 "observed": observed,
                 "rate": total / observed if observed else None,
             }
-            for task, observed, total in zip(layout.tasks, its[::2], its[1::2], strict=True)
+            for task, observed, total in zip(layout.tasks, totals[::2], totals[1::2], strict=True)
         }
 
     for split in SPLITS:
-        first, last, *different = database.row(f"SELECT min(t), max(t){who} FROM {split}")
-        rows, *its = database.row(f"SELECT count(*){labels} FROM {split}")
+        first, last, *distinct = database.row(f"SELECT min(t), max(t){ids} FROM {split}")
+        rows, *totals = database.row(f"SELECT count(*){labels} FROM {split}")
         splits[split] = {
             "rows": rows,
-            **{f"{name}s": count for name, count in zip(ID_COLUMNS, different, strict=True)},
+            **{f"{name}s": count for name, count in zip(ID_COLUMNS, distinct, strict=True)},
             "first_request": format_time(first),
             "last_request": format_time(last),
-            "tasks": describe_tasks(*its),
+            "tasks": describe_tasks(*totals),
         }
-        for start, rows, *its in database.rows(f"SELECT {week} AS week, count(*){labels} FROM {split} GROUP BY week"):
-            weeks.setdefault(start, {})[split] = {"rows": rows, "tasks": describe_tasks(*its)}
-    return splits, [{"week": format_time(start)[:10], "splits": its} for start, its in sorted(weeks.items())]
+        by_week = database.rows(f"SELECT {week} AS week, count(*){labels} FROM {split} GROUP BY week")
+        for start, rows, *totals in by_week:
+            weeks.setdefault(start, {})[split] = {"rows": rows, "tasks": describe_tasks(*totals)}
+    return splits, [{"week": format_time(start)[:10], "splits": counts} for start, counts in sorted(weeks.items())]
 
 
 def _overview(
     manifest: Mapping[str, Any], counted: Mapping[str, dict[str, Any]], schema: Schema, shared_user_fraction: float
 ) -> dict[str, Any]:
-    """Describe the files, rows and times of the log (None if it has none), files left out, and the splits."""
+    """Describe the log (times None if it has no times), the files left out, and the splits."""
     splits = dict[str, dict[str, Any]]()
     for split, counts in counted.items():
-        told = manifest.get("splits", {}).get(split, {})
+        stored = manifest.get("splits", {}).get(split, {})
+        cutoff = stored.get("label_cutoff")
         splits[split] = counts | {
-            "labels_known_by": format_time(told["label_cutoff"]) if told.get("label_cutoff") is not None else None,
-            "pending_labels": {task: count for task, count in told.get("pending_labels", {}).items() if count},
+            "labels_observed_until": None if cutoff is None else format_time(cutoff),
+            "pending_labels": {task: count for task, count in stored.get("pending_labels", {}).items() if count},
         }
         if manifest.get("first_request") is None:
-            splits[split] |= dict.fromkeys(("first_request", "last_request", "labels_known_by"))
+            splits[split] |= dict.fromkeys(("first_request", "last_request", "labels_observed_until"))
     names = ("log", "digest", "files", "rows", "first_request", "last_request", "requests")
     return {name: manifest.get(name) for name in names} | {
         "rows_in_splits": sum(split["rows"] for split in splits.values()),
-        "skipped": [{name: str(each[name]) for name in ("file", "reason")} for each in manifest.get("skipped", [])],
+        "skipped": [{key: str(file[key]) for key in ("file", "reason")} for file in manifest.get("skipped", [])],
         "split_column": None if schema.split is None else schema.split.column,
-        # Where times split rows, users are in both by right.
+        # If times split the rows, sharing users is normal.
         "shared_user_fraction": shared_user_fraction if schema.split is not None and schema.columns.has_user else None,
         "splits": splits,
     }
 
 
-def _feature(name: str, schema: Schema, counts: "_Counts") -> dict[str, Any]:
+def _measure_feature(name: str, schema: Schema, counts: "_InputCounter") -> dict[str, Any]:
     settings, keys = schema.features[name], schema.columns
     semantics = settings.semantics(schema)
-    ids = [each for each in counts.layout.ids if each.feature == name]
-    inputs = [counts.count_ids(each, semantics.parts.get(each.table, semantics)) for each in ids]
+    ids = [id_input for id_input in counts.layout.ids if id_input.feature == name]
+    inputs = [counts.count_ids(id_input, semantics.parts.get(id_input.table, semantics)) for id_input in ids]
     inputs += counts.count_numbers(find_dense_inputs(counts.layout, name), semantics.zeros_missing)
     return {
         "name": name,
@@ -201,181 +206,205 @@ def _feature(name: str, schema: Schema, counts: "_Counts") -> dict[str, Any]:
         "role": schema.role_of(name),
         "columns": semantics.columns,
         "is_key": settings.kind == "id" and semantics.columns in ((keys.user,), (keys.candidate,)),
-        "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in COMPARED_SPLITS},
+        "coverage": {split: _best(min, (input_["coverage"][split] for input_ in inputs)) for split in COMPARED_SPLITS},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in COMPARED_SPLITS},
-        "psi": _best(max, (each["psi"] for each in inputs)),
-        "auc": {task.name: _best(max, (each["auc"][task.name] for each in inputs)) for task in counts.layout.tasks},
+        "psi": _best(max, (input_["psi"] for input_ in inputs)),
+        "auc": {task.name: _best(max, (input_["auc"][task.name] for input_ in inputs)) for task in counts.layout.tasks},
         "inputs": inputs,
     }
 
 
 def _best(pick: Callable[..., float], values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return pick(known) if known else None
+    not_none = [value for value in values if value is not None]
+    return pick(not_none) if not_none else None
 
 
 def find_dense_inputs(layout: Layout, feature: str) -> dict[int, int | None]:
-    """Return the dense inputs of a feature and the indicators of their missing values, by their places."""
-    places = {each.name: place for place, each in enumerate(layout.dense) if each.feature == feature}
-    indicators = {f"{name}_missing" for name in places}.intersection(places)
-    return {place: places.get(f"{name}_missing") for name, place in places.items() if name not in indicators}
+    """Return the dense inputs of a feature and the indicators of their missing values.
+
+    Args:
+        layout: Layout of the inputs.
+        feature: Name of the feature.
+
+    Returns:
+        Index of the input in `layout.dense` -> index of its indicator, None if it has no indicator.
+    """
+    indexes = {number.name: index for index, number in enumerate(layout.dense) if number.feature == feature}
+    indicators = {f"{name}_missing" for name in indexes}.intersection(indexes)
+    return {index: indexes.get(f"{name}_missing") for name, index in indexes.items() if name not in indicators}
 
 
-class _Counts:
-    """Counts of the inputs of a data set over at most about `MAX_SAMPLE_ROWS` rows of a split, as `health.json` holds
-    them."""
+class _InputCounter:
+    """Counts of a data set's inputs on about `MAX_SAMPLE_ROWS` rows of each split, as stored in `health.json`."""
 
     def __init__(self, database: Database, prepared: FeatureFolder, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self.prepared, self.layout, self._database = prepared, prepared.layout, database
-        self._every = {split: -(-counted["rows"] // MAX_SAMPLE_ROWS) for split, counted in splits.items()}
+        self._step = {split: -(-counts["rows"] // MAX_SAMPLE_ROWS) for split, counts in splits.items()}
 
     def _read(self, split: str, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
-        """Read columns of a split. Returns them with the (N, tasks) labels: 1 if positive, NaN where unobserved."""
-        labels = [f"p{place}::INT::DOUBLE AS p{place}" for place in range(len(self.layout.tasks))]
-        rows = f"{split} WHERE hash(w0) % {self._every[split]} = 0"
+        """Read columns of a split, with the (N, tasks) labels: 1 if positive, NaN where unobserved."""
+        labels = [f"p{index}::INT::DOUBLE AS p{index}" for index in range(len(self.layout.tasks))]
+        rows = f"{split} WHERE hash(w0) % {self._step[split]} = 0"
         table = self._database.table(f"SELECT {', '.join([*columns, *labels])} FROM {rows}")
-        return table, np.stack([table[f"p{place}"].to_numpy() for place in range(len(labels))], axis=1)
+        return table, np.stack([table[f"p{index}"].to_numpy() for index in range(len(labels))], axis=1)
 
-    def _read_ids(self, split: str, each: IdInput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read the lookups of an input: (M,) place of the row, (M,) id, and the (N, tasks) labels."""
-        table, labels = self._read(split, [column := f"i{self.layout.ids.index(each)}"])
+    def _read_ids(self, split: str, id_input: IdInput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read the lookups of an input: (M,) row indexes, (M,) IDs, and the (N, tasks) labels."""
+        table, labels = self._read(split, [column := f"i{self.layout.ids.index(id_input)}"])
         values = one_array(table[column])
-        if not each.is_list:
+        if not id_input.is_list:
             return np.arange(len(values)), values.to_numpy(), labels
         row = np.repeat(np.arange(len(values)), values.value_lengths().to_numpy())
         return row, values.flatten().to_numpy(), labels
 
-    def count_ids(self, each: IdInput, semantics: InputSemantics) -> dict[str, Any]:
-        """Count the lookups of an input. A row without any id counts as a lookup of row 0, as missing."""
-        rows = self.layout.table(each.table).rows
-        row, ids, labels = self._read_ids("train", each)
-        validation_row, validation_ids, validation_labels = self._read_ids("validation", each)
-        _, test_ids, test_labels = self._read_ids("test", each)
+    def count_ids(self, id_input: IdInput, semantics: InputSemantics) -> dict[str, Any]:
+        """Count the lookups of an input.
+
+        Args:
+            id_input: The input.
+            semantics: Meaning of its table rows. A row without any ID counts as a lookup of row 0, as missing.
+        """
+        rows = self.layout.table(id_input.table).rows
+        row, ids, labels = self._read_ids("train", id_input)
+        validation_row, validation_ids, validation_labels = self._read_ids("validation", id_input)
+        _, test_ids, test_labels = self._read_ids("test", id_input)
         lookups = {"train": np.bincount(ids, minlength=rows), "test": np.bincount(test_ids, minlength=rows)}
-        shares = {"train": 1 - lookups["train"][0] / len(labels), "test": 1 - lookups["test"][0] / len(test_labels)}
-        areas = dict[str, float | None]()
-        for place, task in enumerate(self.layout.tasks):
-            label = labels[row, place]
-            seen = ~np.isnan(label)
-            observed, positives = (np.bincount(ids[seen], each, rows) for each in (None, label[seen]))
-            # The fraction of positives of an id, with `RATE_SMOOTHING` rows of the overall fraction.
-            rates = (positives + RATE_SMOOTHING * positives.sum() / max(seen.sum(), 1)) / (observed + RATE_SMOOTHING)
+        coverage = {"train": 1 - lookups["train"][0] / len(labels), "test": 1 - lookups["test"][0] / len(test_labels)}
+        aucs = dict[str, float | None]()
+        for index, task in enumerate(self.layout.tasks):
+            label = labels[row, index]
+            is_observed = ~np.isnan(label)
+            observed_ids, observed_labels = ids[is_observed], label[is_observed]
+            observed, positives = (np.bincount(observed_ids, weights, rows) for weights in (None, observed_labels))
+            overall = positives.sum() / max(is_observed.sum(), 1)
+            rates = (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
             scores = np.bincount(validation_row, rates[validation_ids]) / np.bincount(validation_row)
-            areas[task.name] = _area(scores, validation_labels[:, place]) if seen.any() else None
+            aucs[task.name] = _auc(scores, validation_labels[:, index]) if is_observed.any() else None
         missing, first = int(semantics.missing), semantics.first_seen_row
         frequent = np.argsort(-lookups["train"][first:], kind="stable")[:MAX_FREQUENT_IDS] + first
-        others = (
+        rest_bins = (
             ["all others"] * (rows - first > MAX_FREQUENT_IDS)
             + ["unknown"] * bool(semantics.unknown)
             + ["missing"] * missing
         )
         unknown, drift = dict[str, float | None](), list[np.ndarray]()
-        for split, of_split in lookups.items():
-            given, out = of_split[missing:].sum(), of_split[missing:first].sum()
-            unknown[split] = out / given if semantics.unknown and given else None
-            rest = {"all others": of_split[first:].sum() - of_split[frequent].sum(), "unknown": out}
-            rest["missing"] = of_split[0]
-            drift.append(np.array([*of_split[frequent], *(rest[name] for name in others)], np.float64))
+        for split, counts in lookups.items():
+            present, not_seen = counts[missing:].sum(), counts[missing:first].sum()
+            unknown[split] = not_seen / present if semantics.unknown and present else None
+            rest = {"all others": counts[first:].sum() - counts[frequent].sum(), "unknown": not_seen}
+            rest["missing"] = counts[0]
+            drift.append(np.array([*counts[frequent], *(rest[name] for name in rest_bins)], np.float64))
         return {
-            "name": each.name,
-            "table": each.table,
-            "coverage": shares if semantics.missing else dict.fromkeys(COMPARED_SPLITS),
+            "name": id_input.name,
+            "table": id_input.table,
+            "coverage": coverage if semantics.missing else dict.fromkeys(COMPARED_SPLITS),
             "constant": int((lookups["train"] > 0).sum()) <= 1,
             "unknown": unknown,
-            **_drift(row_names(semantics, each.table, [*frequent.tolist(), *others], self.prepared.serving), *drift),
-            "auc": areas,
+            **_drift(
+                row_names(semantics, id_input.table, [*frequent.tolist(), *rest_bins], self.prepared.serving), *drift
+            ),
+            "auc": aucs,
         }
 
     def count_numbers(self, numbers: Mapping[int, int | None], zeros_missing: bool) -> list[dict[str, Any]]:
-        """Count the numbers of a feature, given with their indicators by `find_dense_inputs`.
+        """Count the numbers of a feature.
 
-        A missing vector is all zeros. Any other number without an indicator was never missing in training rows.
+        Args:
+            numbers: Indexes of the inputs and their indicators, from `find_dense_inputs`.
+            zeros_missing: Whether a vector of zeros is a missing value. Any other number without an indicator was never
+                missing in training rows.
         """
         if not numbers:
             return []
-        columns = [f"d{place}" for place in {*numbers, *numbers.values()} - {None}]
+        columns = [f"d{index}" for index in {*numbers, *numbers.values()} - {None}]
         read = {split: self._read(split, columns) for split in SPLITS}
-        values = dict[str, np.ndarray]()  # split -> (N, numbers), NaN where missing
+        values = dict[str, np.ndarray]()  # Split -> (N, numbers), NaN where missing.
         for split, (table, _) in read.items():
-            both = [(table[f"d{place}"], None if of is None else table[f"d{of}"]) for place, of in numbers.items()]
-            found = np.stack([value.to_numpy().astype(np.float64) for value, _ in both], axis=1)
-            missing = [np.zeros(len(found), bool) if of is None else of.to_numpy() > 0.5 for _, of in both]
-            none = (found == 0).all(axis=1, keepdims=True) & zeros_missing
-            values[split] = np.where(np.stack(missing, axis=1) | none, np.nan, found)
+            pairs = [
+                (table[f"d{index}"], None if flag is None else table[f"d{flag}"]) for index, flag in numbers.items()
+            ]
+            dense = np.stack([value.to_numpy().astype(np.float64) for value, _ in pairs], axis=1)
+            missing = [np.zeros(len(dense), bool) if flag is None else flag.to_numpy() > 0.5 for _, flag in pairs]
+            all_zero = (dense == 0).all(axis=1, keepdims=True) & zeros_missing
+            values[split] = np.where(np.stack(missing, axis=1) | all_zero, np.nan, dense)
         labels = read["validation"][1]
         return [
-            self._count_number(place, of is not None or zeros_missing, {s: values[s][:, n] for s in SPLITS}, labels)
-            for n, (place, of) in enumerate(numbers.items())
+            self._count_number(index, flag is not None or zeros_missing, {s: values[s][:, n] for s in SPLITS}, labels)
+            for n, (index, flag) in enumerate(numbers.items())
         ]
 
     def _count_number(
-        self, place: int, tells: bool, values: Mapping[str, np.ndarray], labels: np.ndarray
+        self, index: int, marks_missing: bool, values: Mapping[str, np.ndarray], labels: np.ndarray
     ) -> dict[str, Any]:
-        number, areas = self.layout.dense[place], dict[str, float | None]()
-        for task_place, task in enumerate(self.layout.tasks):
-            # A number ranks either way round, with missing values at the better end.
+        number, aucs = self.layout.dense[index], dict[str, float | None]()
+        for task_index, task in enumerate(self.layout.tasks):
+            # Ascending and descending order both count, with missing values at the better end.
             ranked = (np.nan_to_num(values["validation"], nan=end) for end in (-np.inf, np.inf))
-            ends = [_area(each, labels[:, task_place]) for each in ranked]
-            areas[task.name] = max((max(each, 1 - each) for each in ends if each is not None), default=None)
+            ends = [_auc(scores, labels[:, task_index]) for scores in ranked]
+            aucs[task.name] = max((max(auc, 1 - auc) for auc in ends if auc is not None), default=None)
         names, counts = _count_bins(number.edges, values)
         missing = {split: float(np.isnan(values[split]).mean()) for split in COMPARED_SPLITS}
-        bins = slice(None) if tells else slice(-1)
+        bins = slice(None) if marks_missing else slice(-1)
         return {
             "name": number.name,
             "table": None,
-            # Without an indicator every training row had a value. Whether test rows do cannot be seen.
+            # Without an indicator, every training row had a value, and missing values of test rows are invisible.
             "coverage": {split: 1 - missing[split] for split in COMPARED_SPLITS}
-            if tells
+            if marks_missing
             else {"train": 1.0, "test": None},
-            "constant": len(np.unique(values["train"])) <= 1,  # one value, or none
+            "constant": len(np.unique(values["train"])) <= 1,
             "unknown": dict.fromkeys(COMPARED_SPLITS),
             **_drift(names[bins], *(counts[split][bins] for split in COMPARED_SPLITS)),
-            "auc": areas,
+            "auc": aucs,
         }
 
 
 def _count_bins(edges: Sequence[float], values: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Count values by bin.
+    """Count values by bin, with a last bin for missing values.
 
-    The bins lie at the input's edges, or have about equal training mass if there are none. The last bin holds missing
-    values.
+    The bins use the input's edges, or have about equal training rows if there are none.
 
     Returns:
-        Names of the bins, and split -> (bins,) rows.
+        Names of the bins, and split -> rows of each bin, shape (bins,).
     """
-    known = values["train"][~np.isnan(values["train"])]
-    if len(edges) < 2 and len(known):
+    present = values["train"][~np.isnan(values["train"])]
+    if len(edges) < 2 and len(present):
         parts = np.arange(1, PSI_BINS + 1) / PSI_BINS
-        edges = tuple(np.unique(np.quantile(known, parts, method="inverted_cdf")))
+        edges = tuple(np.unique(np.quantile(present, parts, method="inverted_cdf")))
     counts = {}
     for split in COMPARED_SPLITS:
         bin_ = np.where(np.isnan(values[split]), len(edges) + 1, np.searchsorted(edges, values[split]))
         counts[split] = np.bincount(bin_, minlength=len(edges) + 2)
-    words = [f"{edge:.3g}" for edge in edges]
-    between = [f"{low} to {high}" for low, high in pairwise(words)]
-    names = [f"up to {words[0]}", *between, f"over {words[-1]}"] if words else ["all values"]
+    texts = [f"{edge:.3g}" for edge in edges]
+    between = [f"{low} to {high}" for low, high in pairwise(texts)]
+    names = [f"up to {texts[0]}", *between, f"over {texts[-1]}"] if texts else ["all values"]
     return [*names, "missing"], counts
 
 
-def _area(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the AUC of (N,) scores, None if one of the two labels is missing. labels: (N,), NaN where unobserved."""
-    seen = ~np.isnan(labels)
-    _, place = np.unique(scores[seen], return_inverse=True)
-    positives = np.bincount(place, labels[seen])
-    area = float(auc_of_counts(positives, np.bincount(place, minlength=len(positives)) - positives))
-    return None if math.isnan(area) else area
+def _auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the AUC of (N,) scores, None if all labels are equal. Labels have shape (N,) and are NaN if unobserved."""
+    observed = ~np.isnan(labels)
+    _, group = np.unique(scores[observed], return_inverse=True)
+    positives = np.bincount(group, labels[observed])
+    auc = float(auc_of_counts(positives, np.bincount(group, minlength=len(positives)) - positives))
+    return None if math.isnan(auc) else auc
 
 
 def psi(train: np.ndarray, test: np.ndarray) -> float | None:
-    """Return the population stability index of (B,) counts beyond chance, None if a split has no rows."""
+    """Return the population stability index beyond chance, None if a split has no rows.
+
+    Args:
+        train: Training rows of each bin, shape (B,).
+        test: Test rows of each bin, shape (B,).
+    """
     if not train.sum() or not test.sum():
         return None
-    p, q = ((each + 0.5) / (each.sum() + 0.5 * len(each)) for each in (train, test))
+    p, q = ((counts + 0.5) / (counts.sum() + 0.5 * len(counts)) for counts in (train, test))
     noise = (len(train) - 1) * (1 / train.sum() + 1 / test.sum())
     return max(0.0, float(((q - p) * np.log(q / p)).sum() - noise))
 
 
 def _drift(labels: Sequence[str], train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-    shares = (train / max(train.sum(), 1), test / max(test.sum(), 1))
-    bins = [{"bin": label, "train": p, "test": q} for label, p, q in zip(labels, *shares, strict=True)]
+    fractions = (train / max(train.sum(), 1), test / max(test.sum(), 1))
+    bins = [{"bin": label, "train": p, "test": q} for label, p, q in zip(labels, *fractions, strict=True)]
     return {"psi": psi(train, test), "bins": bins}

@@ -1,17 +1,19 @@
-"""Findings about a data set, in words.
+"""Findings about the health of a data set.
 
-A finding is a `problem` if training would be wrong or meaningless, and a `warning` otherwise. Problems come first, then
-the warnings by their cost. The cost estimates the fraction of test predictions that a finding harms, from 0 to 1:
+A finding is a `problem` if training would be wrong or meaningless, and a `warning` otherwise. Problems come first,
+then warnings by cost. The cost estimates the fraction of test predictions that a finding harms, from 0 to 1:
 
     fraction of the rows affected x weight of the feature in these rows
 
 The weight of a feature is its own ranking power on validation rows: 2 AUC - 1, for the task that it ranks best. An
-unknown user or candidate has weight 1, because the model knows nothing of it. Other ids have at least weight
-`MIN_ID_WEIGHT`, because unknown ids lower their own AUC. The order says nothing of a model's gain.
+unknown user or candidate has weight 1, because the model has no data about it. Other IDs have at least weight
+`MIN_ID_WEIGHT`, because unknown IDs lower the AUC of their feature. The order does not predict a model's gain.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from itertools import combinations
 from typing import Any
 
@@ -24,155 +26,203 @@ MAX_UNKNOWN_FRACTION = 0.20
 DRIFT_PSI, STRONG_DRIFT_PSI = 0.10, 0.25
 MIN_COVERAGE = 0.05
 MAX_RATE_RATIO = 2.0
-_FEWEST = 10  # rows of a class below which a high AUC may be chance
-_ERRORS = 3.0  # how many standard errors rates must differ by
+# With fewer rows of a class, a high AUC may be chance.
+_MIN_CLASS_ROWS = 10
+# Two rates differ significantly if they differ by this many standard errors.
+_STANDARD_ERRORS = 3.0
 
 Health = Mapping[str, Any]
-Finding = dict[str, Any]
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    PROBLEM = "problem"
+    WARNING = "warning"
+
+
+class Check(StrEnum):
+    """The check that produced a finding."""
+
+    FILES = "files"
+    USERS = "users"
+    RARE = "rare"
+    LABELS = "labels"
+    RATE = "rate"
+    LEAK = "leak"
+    CONSTANT = "constant"
+    COVERAGE = "coverage"
+    UNKNOWN = "unknown"
+    DRIFT = "drift"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A suspicious property of a data set.
+
+    Attributes:
+        severity: How bad it is.
+        check: The check that found it.
+        subject: Feature, task or topic.
+        message: The finding as a clause.
+        cost: Fraction of test predictions that it harms, from 0 to 1.
+    """
+
+    severity: Severity
+    check: Check
+    subject: str
+    message: str
+    cost: float = 0.0
 
 
 def list_findings(health: Health) -> list[Finding]:
-    """Return all findings, problems first, the costliest of each first."""
+    """Return all findings of a health report: problems first, then by cost, highest first."""
     features, splits = health["features"], health["overview"]["splits"]
-    found = [*_files(health["overview"]), *_labels(splits), *_users(health["overview"]), *_rare(splits)]
+    findings = [
+        *_check_files(health["overview"]),
+        *_check_labels(splits),
+        *_check_users(health["overview"]),
+        *_check_rare_labels(splits),
+    ]
     for feature in features:
-        found += [*_leaks(feature, splits["validation"]["tasks"]), *_constants(feature), *_coverage(feature)]
-        found += [*_unknown(feature), *_drift(feature)]
-    return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
+        findings += [
+            *_check_leaks(feature, splits["validation"]["tasks"]),
+            *_check_constants(feature),
+            *_check_coverage(feature),
+        ]
+        findings += [*_check_unknown(feature), *_check_drift(feature)]
+    return sorted(findings, key=lambda finding: (finding.severity, -finding.cost))
 
 
 def describe_findings(findings: Sequence[Finding]) -> str:
-    """Say how many findings there are and which costs most."""
-    kinds = Counter(each["severity"] for each in findings)
-    told = [f"{kinds[word]} {word}{'s' * (kinds[word] > 1)}" for word in ("problem", "warning") if kinds[word]]
-    return f"{' and '.join(told)} found; above all: {findings[0]['message']}" if told else "nothing suspicious found"
+    """Return the number of findings and the most important one, as one clause."""
+    counts = Counter(finding.severity for finding in findings)
+    numbers = [f"{counts[level]} {level}{'s' * (counts[level] > 1)}" for level in Severity if counts[level]]
+    return f"{' and '.join(numbers)} found, first: {findings[0].message}" if numbers else "nothing suspicious found"
 
 
 def predictive_power(feature: Mapping[str, Any]) -> float:
-    """Return how well a feature alone ranks the task that it ranks best. 0 is chance, 1 is perfect."""
-    known = [auc for auc in feature["auc"].values() if auc is not None]
-    return max(0.0, 2 * max(known, default=0.5) - 1)
+    """Return how well a feature alone ranks its best task, from 0 (chance) to 1 (perfect)."""
+    aucs = [auc for auc in feature["auc"].values() if auc is not None]
+    return max(0.0, 2 * max(aucs, default=0.5) - 1)
 
 
 def worst_drift(feature: Health) -> Mapping[str, Any] | None:
-    """Return the input of a feature that drifts most, None if no drift is known."""
-    known = [each for each in feature["inputs"] if each["psi"] is not None]
-    return max(known, key=lambda each: float(each["psi"]), default=None)
+    """Return the input of a feature with the highest PSI, None if no input has a PSI."""
+    inputs = [counts for counts in feature["inputs"] if counts["psi"] is not None]
+    return max(inputs, key=lambda counts: float(counts["psi"]), default=None)
 
 
-def _finding(severity: str, check: str, about: str, message: str, cost: float = 0.0) -> Finding:
-    return {"severity": severity, "check": check, "about": about, "message": message, "cost": cost}
-
-
-def _files(overview: Health) -> Iterator[Finding]:
+def _check_files(overview: Health) -> Iterator[Finding]:
     if skipped := overview["skipped"]:
         number = f"{len(skipped)} file{'s' * (len(skipped) > 1)}"
         message = f"{number} of the log could not be used, such as '{skipped[0]['file']}' ({skipped[0]['reason']})"
-        yield _finding("problem", "files", "files left out", message)
+        yield Finding(Severity.PROBLEM, Check.FILES, "files left out", message)
 
 
-def _users(overview: Health) -> Iterator[Finding]:
-    if share := overview["shared_user_fraction"]:
+def _check_users(overview: Health) -> Iterator[Finding]:
+    if fraction := overview["shared_user_fraction"]:
         column = overview["split_column"]
-        message = f"{share:.1%} of the users of test rows have training rows as well, as column '{column}' splits them"
-        yield _finding("warning", "users", "users in training and test", message, share)
+        message = f"{fraction:.1%} of the users of test rows also have training rows, as split by column '{column}'"
+        yield Finding(Severity.WARNING, Check.USERS, "users in training and test", message, fraction)
 
 
-def _rare(splits: Health) -> Iterator[Finding]:
+def _check_rare_labels(splits: Health) -> Iterator[Finding]:
     for name, task in splits["test"]["tasks"].items():
-        # Half of the validation users select a state, the others judge it.
+        # Validation needs twice the labels: half of the users select a checkpoint, the other half evaluate it.
         for split, needed in (("test", MIN_RARER_ROWS), ("validation", 2 * MIN_RARER_ROWS)):
             observed, rate = (splits[split]["tasks"][name][key] for key in ("observed", "rate"))
             if KINDS[task["kind"]].is_binary and observed and (rarer := round(min(rate, 1 - rate) * observed)) < needed:
                 message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {needed} are needed"
-                yield _finding("warning", "rare", name, message, 1 - rarer / needed)
+                yield Finding(Severity.WARNING, Check.RARE, name, message, 1 - rarer / needed)
 
 
-def _labels(splits: Health) -> Iterator[Finding]:
+def _check_labels(splits: Health) -> Iterator[Finding]:
     for name, task in splits["test"]["tasks"].items():
-        rated = {split: each["tasks"][name] for split, each in splits.items()}
-        for split, labels in rated.items():
-            if not labels["observed"]:
+        labels = {split: counts["tasks"][name] for split, counts in splits.items()}
+        for split, counts in labels.items():
+            if not counts["observed"]:
                 message = f"task '{name}' has no observed label in the {split} split: move the ends of the splits back"
-                yield _finding("problem", "labels", name, message)
-        pairs = [
-            (one, other) for one, other in combinations(rated, 2) if _differ(rated[one], rated[other], task["kind"])
-        ]
-        if changed := {split: rated[split]["rate"] for split in rated if split in sum(pairs, ())}:
+                yield Finding(Severity.PROBLEM, Check.LABELS, name, message)
+        pairs = [(a, b) for a, b in combinations(labels, 2) if _rates_differ(labels[a], labels[b], task["kind"])]
+        if changed := {split: labels[split]["rate"] for split in labels if split in sum(pairs, ())}:
             rates = ", ".join(f"{rate:.3g} in {split}" for split, rate in changed.items())
             message = f"the rate of '{name}' changes more than {MAX_RATE_RATIO:g} times between splits: {rates}"
             low, high = min(changed.values()), max(changed.values())
-            yield _finding("warning", "rate", name, message, 1 - low / high)
+            yield Finding(Severity.WARNING, Check.RATE, name, message, 1 - low / high)
 
 
-def _differ(one: Health, other: Health, kind: str) -> bool:
-    """Whether one rate is more than `MAX_RATE_RATIO` times the other and, of a binary task, not by chance."""
-    if not one["observed"] or not other["observed"]:
+def _rates_differ(first: Health, second: Health, kind: str) -> bool:
+    """Return whether two rates differ by more than `MAX_RATE_RATIO` and, for a binary task, more than by chance."""
+    if not first["observed"] or not second["observed"]:
         return False
-    (low, few), (high, many) = sorted((each["rate"], each["observed"]) for each in (one, other))
+    (low, low_rows), (high, high_rows) = sorted((labels["rate"], labels["observed"]) for labels in (first, second))
     if low < 0 or high <= MAX_RATE_RATIO * low:
         return False
-    share = (low * few + high * many) / (few + many)
-    error = (share * (1 - share) * (1 / few + 1 / many)) ** 0.5 if KINDS[kind].is_binary else 0.0
-    return bool(high - low > _ERRORS * error)
+    mean = (low * low_rows + high * high_rows) / (low_rows + high_rows)
+    error = (mean * (1 - mean) * (1 / low_rows + 1 / high_rows)) ** 0.5 if KINDS[kind].is_binary else 0.0
+    return bool(high - low > _STANDARD_ERRORS * error)
 
 
-def _leaks(feature: Health, labels: Health) -> Iterator[Finding]:
+def _check_leaks(feature: Health, labels: Health) -> Iterator[Finding]:
     for task, auc in feature["auc"].items():
-        if auc is not None and auc > LEAK_AUC and _enough(labels[task]):
+        if auc is not None and auc > LEAK_AUC and _has_enough_labels(labels[task]):
             columns = ", ".join(map(repr, feature["columns"]))
             message = (
                 f"feature '{feature['name']}' (of {columns}) alone predicts task '{task}' with an AUC of {auc:.3f}: "
-                "leave it out, unless it is known before the request"
+                "leave it out, unless it is available before the request"
             )
-            yield _finding("problem", "leak", feature["name"], message)
+            yield Finding(Severity.PROBLEM, Check.LEAK, feature["name"], message)
 
 
-def _enough(task: Health) -> bool:
+def _has_enough_labels(task: Health) -> bool:
     positives = task["observed"] / 2 if not KINDS[task["kind"]].is_binary else (task["rate"] or 0) * task["observed"]
-    return bool(min(positives, task["observed"] - positives) >= _FEWEST)
+    return bool(min(positives, task["observed"] - positives) >= _MIN_CLASS_ROWS)
 
 
-def _constants(feature: Health) -> Iterator[Finding]:
-    if constant := [each["name"] for each in feature["inputs"] if each["constant"]]:
+def _check_constants(feature: Health) -> Iterator[Finding]:
+    if constant := [counts["name"] for counts in feature["inputs"] if counts["constant"]]:
         message = f"feature '{feature['name']}' is the same in all training rows (inputs: {', '.join(constant)})"
-        yield _finding("warning", "constant", feature["name"], message)
+        yield Finding(Severity.WARNING, Check.CONSTANT, feature["name"], message)
 
 
-def _coverage(feature: Health) -> Iterator[Finding]:
-    shares = {split: share for split, share in feature["coverage"].items() if share is not None}
-    if low := [f"{share:.1%} of the {split} rows" for split, share in shares.items() if share < MIN_COVERAGE]:
+def _check_coverage(feature: Health) -> Iterator[Finding]:
+    coverage = {split: fraction for split, fraction in feature["coverage"].items() if fraction is not None}
+    if low := [
+        f"{fraction:.1%} of the {split} rows" for split, fraction in coverage.items() if fraction < MIN_COVERAGE
+    ]:
         message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}"
-        lost = max(0.0, shares.get("train", 0.0) - shares.get("test", 1.0))
-        yield _finding("warning", "coverage", feature["name"], message, lost * predictive_power(feature))
+        lost = max(0.0, coverage.get("train", 0.0) - coverage.get("test", 1.0))
+        cost = lost * predictive_power(feature)
+        yield Finding(Severity.WARNING, Check.COVERAGE, feature["name"], message, cost)
 
 
-def _unknown(feature: Health) -> Iterator[Finding]:
-    share = feature["unknown"]["test"]
-    if share is not None and share > MAX_UNKNOWN_FRACTION:
+def _check_unknown(feature: Health) -> Iterator[Finding]:
+    fraction = feature["unknown"]["test"]
+    if fraction is not None and fraction > MAX_UNKNOWN_FRACTION:
         message = (
-            f"{share:.1%} of the ids of feature '{feature['name']}' in test rows have no table row of their own (in "
+            f"{fraction:.1%} of the IDs of feature '{feature['name']}' in test rows are not in its vocabulary (in "
             f"training {feature['unknown']['train'] or 0:.1%}): lower its min_count, or train on later rows"
         )
-        cost = share * (1.0 if feature["is_key"] else max(predictive_power(feature), MIN_ID_WEIGHT))
-        yield _finding("warning", "unknown", feature["name"], message, cost)
+        cost = fraction * (1.0 if feature["is_key"] else max(predictive_power(feature), MIN_ID_WEIGHT))
+        yield Finding(Severity.WARNING, Check.UNKNOWN, feature["name"], message, cost)
 
 
-def _drift(feature: Health) -> Iterator[Finding]:
+def _check_drift(feature: Health) -> Iterator[Finding]:
     worst = worst_drift(feature)
     if worst is not None and worst["psi"] > STRONG_DRIFT_PSI:
         message = f"feature '{feature['name']}' drifts strongly, PSI {worst['psi']:.2f}: {describe_shift(worst)}"
         if feature["kind"] == "counter":
-            message += ". A count of all of the past grows with any log, and `window_days` bounds it"
-        # Values that are more than twice as frequent as in training.
+            message += ". A count over the whole past grows with the log; set `window_days` to limit it"
+        # Only values that are more than twice as frequent as in training count as moved.
         moved = sum(bin_["test"] - bin_["train"] for bin_ in worst["bins"] if bin_["test"] > 2 * bin_["train"])
-        yield _finding("warning", "drift", feature["name"], message, moved * predictive_power(feature))
+        yield Finding(Severity.WARNING, Check.DRIFT, feature["name"], message, moved * predictive_power(feature))
 
 
-def describe_shift(each: Mapping[str, Any]) -> str:
-    """Name the bin of an input whose fraction of the rows has changed most."""
-    most = max(each["bins"], key=lambda part: abs(part["test"] - part["train"]))
-    words = {"missing": "without a value", "unknown": "of unknown ids", "all others": "of all less frequent ids"}
-    what = f"of id '{most['bin']}'" if each["table"] else f"of values {most['bin']} (standardized)"
-    part = words.get(most["bin"], what)
-    return f"the share of '{each['name']}' {part} goes from {most['train']:.1%} to {most['test']:.1%}"
+def describe_shift(counts: Mapping[str, Any]) -> str:
+    """Describe the bin of an input whose fraction of rows changed most."""
+    shift = max(counts["bins"], key=lambda bin_: abs(bin_["test"] - bin_["train"]))
+    special = {"missing": "rows without a value", "unknown": "unknown IDs", "all others": "all less frequent IDs"}
+    usual = f"ID '{shift['bin']}'" if counts["table"] else f"values {shift['bin']} (standardized)"
+    name = special.get(shift["bin"], usual)
+    return f"the fraction of {name} in '{counts['name']}' goes from {shift['train']:.1%} to {shift['test']:.1%}"

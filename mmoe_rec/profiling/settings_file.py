@@ -1,6 +1,6 @@
-"""The settings file that `mmoe-rec init` writes: YAML with a comment to what was guessed, and how it was made.
+"""The settings file that `mmoe-rec init` writes: YAML with comments on the guesses.
 
-Its header holds the command and a checksum of the rest, so `init` never replaces what a person has written.
+The header holds the command and a checksum of the rest, so `init` never replaces a file that a person has edited.
 """
 
 import hashlib
@@ -34,37 +34,57 @@ from mmoe_rec.settings.sections import dump_inline_yaml
 
 CHECK_MARK = "# check"
 _CHECKSUM = "# checksum: "
-_MADE_BY = "# made by: "
-_WIDTH = 118
-_NO_NAME = frozenset({"log", "logs", "data", "parquet", "part", "interactions", "events"})
+_COMMAND = "# made by: "
+_LINE_WIDTH = 118
+_GENERIC_NAMES = frozenset({"log", "logs", "data", "parquet", "part", "interactions", "events"})
 
 
-def name_from_path(path: str, ignored_words: frozenset[str] = _NO_NAME) -> str:
-    """Name a data set after its path, whose words in `ignored_words` say nothing."""
+def name_from_path(path: str, ignored_words: frozenset[str] = _GENERIC_NAMES) -> str:
+    """Return a name for a data set, taken from its path.
+
+    Args:
+        path: Path or glob of the files.
+        ignored_words: Lowercase parts of the path that are too generic for a name.
+    """
     parts = [part.removesuffix(".parquet") for part in Path(path).parts]
-    said = (each for each in reversed(parts) if each.lower() not in ignored_words and not set(each) & set("*?[=:"))
-    return re.sub(r"[^\w.-]+", "_", next(said, "log")).strip("._-") or "log"
+    names = (part for part in reversed(parts) if part.lower() not in ignored_words and not set(part) & set("*?[=:"))
+    return re.sub(r"[^\w.-]+", "_", next(names, "log")).strip("._-") or "log"
 
 
 def draft_settings(
     name: str, log: str, work: str, event_logs: Sequence[str], corrections: Corrections, timezone: str | None
 ) -> tuple[str, InferredSchema]:
-    """Read a log and write settings for it. Returns the text of the file, and the guesses."""
+    """Infer the schema of a log and write settings for it.
+
+    Args:
+        name: Name of the data set.
+        log: Path of the log.
+        work: Folder for the results (`data.work_dir`).
+        event_logs: Paths of event logs.
+        corrections: Columns that the user named. They replace guesses.
+        timezone: Time zone of the users, None if not given.
+
+    Returns:
+        The text of the settings file, and the guesses.
+
+    Raises:
+        UserError: The log or an event log can't be used, or a correction doesn't fit.
+    """
     with ExitStack() as open_logs:
         folder = Path(open_logs.enter_context(tempfile.TemporaryDirectory()))
         schema = infer_schema(open_logs.enter_context(open_profile(log, folder / "log", "LOG")), corrections)
         events = dict[str, EventLog]()
-        for place, path in enumerate(event_logs):
-            other = open_logs.enter_context(open_profile(path, folder / f"events-{place}", "--events"))
-            own = re.sub(r"\W+", "_", name_from_path(path, _NO_NAME - {"events"}))
-            own = own if own not in events else f"{own}_{place + 1}"
-            events[own] = infer_event_log(path, own, other, schema)
+        for index, path in enumerate(event_logs):
+            profile = open_logs.enter_context(open_profile(path, folder / f"events-{index}", "--events"))
+            event_name = re.sub(r"\W+", "_", name_from_path(path, _GENERIC_NAMES - {"events"}))
+            event_name = event_name if event_name not in events else f"{event_name}_{index + 1}"
+            events[event_name] = infer_event_log(path, event_name, profile, schema)
         proposal = ProposedSettings(schema, [*events.values()], timezone)
         return _settings_text(name, log, work, schema, proposal), schema
 
 
 def describe_guesses(schema: InferredSchema) -> Iterator[Any]:
-    """Yield the guesses for the terminal."""
+    """Yield the guesses as text and tables for the terminal."""
     if "user" not in schema.keys:
         yield f"warning: {schema.key_checks['user']}"
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -72,9 +92,9 @@ def describe_guesses(schema: InferredSchema) -> Iterator[Any]:
         if key_name in schema.keys:
             table.add_row(key_name, schema.keys[key_name], schema.key_checks.get(key_name, ""))
     for task in schema.tasks:
-        seen = f"where {task.observed_when[0]}" if task.observed_when else ""
-        late = f"final after {task.label_delay_days:g} days" if task.label_delay_days else ""
-        table.add_row("task", task.column, ", ".join(filter(None, (task.objective, seen, late))))
+        condition = f"where {task.observed_when[0]}" if task.observed_when else ""
+        delay = f"final after {task.label_delay_days:g} days" if task.label_delay_days else ""
+        table.add_row("task", task.column, ", ".join(filter(None, (task.objective, condition, delay))))
     for role, names in schema.roles.items():
         if names:
             table.add_row(f"describe {role}s" if role in ("user", "candidate") else role, ", ".join(names), "")
@@ -82,28 +102,32 @@ def describe_guesses(schema: InferredSchema) -> Iterator[Any]:
         names = [name for name, reason in schema.left_out.items() if reason == why]
         table.add_row("left out", ", ".join(names), escape(why))
     yield table
-    yield from (f"warning: {each}" for each in schema.warnings)
+    yield from (f"warning: {warning}" for warning in schema.warnings)
 
 
 def check_replaceable(path: Path, log: str) -> str:
-    """Return the command that made the file at a path, empty without a file.
+    """Return the command that wrote the settings file at a path, "" if there is no file.
+
+    Args:
+        path: Path of the settings file.
+        log: Path of the log.
 
     Raises:
-        UserError: A person has written or changed the file, or it has the settings of another log.
+        UserError: A person wrote or edited the file, or it belongs to another log.
     """
     if not path.exists():
         return ""
     try:
-        header, found, rest = path.read_text(encoding="utf-8").partition(_CHECKSUM)
+        header, separator, rest = path.read_text(encoding="utf-8").partition(_CHECKSUM)
     except (OSError, UnicodeDecodeError):
-        found, rest = "", ""
-    told, _, body = rest.partition("\n")
-    if not found or told.strip() != _checksum(body):
-        raise UserError(f"'{path}' is not as mmoe-rec init wrote it. Name another --out, or move the file away")
-    of = yaml.safe_load(body)["data"]["log"]
-    if of.rstrip("/") != log.rstrip("/"):
-        raise UserError(f"'{path}' has the settings of '{of}'. Name another --out for '{log}'")
-    return header.rpartition(_MADE_BY)[2].strip()
+        separator, rest = "", ""
+    checksum, _, body = rest.partition("\n")
+    if not separator or checksum.strip() != _checksum(body):
+        raise UserError(f"'{path}' has been edited since mmoe-rec init wrote it. Name another --out, or move the file.")
+    file_log = yaml.safe_load(body)["data"]["log"]
+    if file_log.rstrip("/") != log.rstrip("/"):
+        raise UserError(f"'{path}' has the settings of '{file_log}'. Name another --out for '{log}'.")
+    return header.rpartition(_COMMAND)[2].strip()
 
 
 def _checksum(body: str) -> str:
@@ -111,36 +135,40 @@ def _checksum(body: str) -> str:
 
 
 def _settings_text(name: str, log: str, work: str, schema: InferredSchema, proposal: ProposedSettings) -> str:
-    body = "\n\n".join("\n".join(lines) for lines in _parts(name, log, work, schema, proposal) if lines) + "\n"
+    body = "\n\n".join("\n".join(lines) for lines in _section_lines(name, log, work, schema, proposal) if lines) + "\n"
     span = ""
     if "time" in schema.keys:
         span = ", {} to {}".format(*map(format_time, schema.profile.time_range(schema.time_sql)))
     header = [
-        f"# Settings for '{name}', as they were read from its log: {schema.profile.rows:,} rows{span}.",
-        f'# What a person should check is marked "{CHECK_MARK}". To correct a guess, repeat the command with a further',
-        "# option (--user, --candidate, --request, --time, --task, --leave-out, --placement), or edit this file: after",
-        "# that, the command leaves it as it is. configs/template.yaml explains every setting.",
-        f"{_MADE_BY}mmoe-rec {_one_line(shlex.join(sys.argv[1:]))}",
+        f"# Settings for '{name}', inferred from its log: {schema.profile.rows:,} rows{span}.",
+        f'# Guesses to check are marked "{CHECK_MARK}". To correct a guess, repeat the command with an option (--user,',
+        "# --candidate, --request, --time, --task, --leave-out, --placement), or edit this file. The command never",
+        "# replaces an edited file. configs/template.yaml explains every setting.",
+        f"{_COMMAND}mmoe-rec {_one_line(shlex.join(sys.argv[1:]))}",
         _CHECKSUM + _checksum(body),
     ]
     return "\n".join(header) + "\n" + body
 
 
-def _parts(name: str, log: str, work: str, schema: InferredSchema, proposal: ProposedSettings) -> list[list[str]]:
-    """Lines of each section; none where there is no such section."""
-    checks, data = schema.checks, ["data:", f"  log: {_flow(log)}"]
+def _section_lines(
+    name: str, log: str, work: str, schema: InferredSchema, proposal: ProposedSettings
+) -> list[list[str]]:
+    """Return the lines of each section, none for an absent section."""
+    checks, data = schema.checks, ["data:", f"  log: {_to_yaml(log)}"]
     data += ["  events:"] if proposal.events else []
-    for each in proposal.events:
-        data += _lines(2, each.name, CommentedSetting({"path": each.path, "time": each.time}, check=each.check))
-    data.append(f"  work_dir: {_flow(work)}")
+    for events in proposal.events:
+        data += _entry_lines(
+            2, events.name, CommentedSetting({"path": events.path, "time": events.time}, check=events.check)
+        )
+    data.append(f"  work_dir: {_to_yaml(work)}")
     if "duplicates" in schema.key_checks:
-        data += _lines(1, "on_duplicates", CommentedSetting("keep", check=schema.key_checks["duplicates"]))
+        data += _entry_lines(1, "on_duplicates", CommentedSetting("keep", check=schema.key_checks["duplicates"]))
     roles: dict[str, CommentedSetting] = {
         role: CommentedSetting(names, check="see the features" if set(names) & set(checks) else "")
         for role, names in schema.roles.items()
         if names
     }
-    columns = _section("columns", _columns(schema)) or ["columns: {} # each row is a request of its own"]
+    columns = _section("columns", _columns(schema)) or ["columns: {} # each row is its own request"]
     if "user" not in schema.keys:
         columns.insert(1, f"  {CHECK_MARK}: {_one_line(schema.key_checks['user'])}")
     left_out = [
@@ -152,45 +180,45 @@ def _parts(name: str, log: str, work: str, schema: InferredSchema, proposal: Pro
         for task in schema.tasks
     }
     return [
-        [f"name: {_flow(name)}"],
+        [f"name: {_to_yaml(name)}"],
         data,
         columns,
         _section("roles", roles),
-        ["# No inputs:", *left_out] if left_out else [],
+        ["# Columns left out:", *left_out] if left_out else [],
         _section("tasks", tasks),
         *(_section(key, getattr(proposal, key)) for key in ("features", "split", "model", "training")),
     ]
 
 
 def _columns(schema: InferredSchema) -> dict[str, CommentedSetting]:
-    found: dict[str, CommentedSetting] = {
+    columns: dict[str, CommentedSetting] = {
         key_name: CommentedSetting(schema.keys[key_name], check=schema.key_checks.get(key_name, ""))
         for key_name in ("request", "user", "candidate", "time")
         if key_name in schema.keys
     }
     if schema.request_scope != "log":
-        found["request_scope"] = CommentedSetting(schema.request_scope)
+        columns["request_scope"] = CommentedSetting(schema.request_scope)
     if schema.time_unit is not None:
-        found["time_unit"] = CommentedSetting(schema.time_unit)
+        columns["time_unit"] = CommentedSetting(schema.time_unit)
     for key in ("sampling_rate", "weight"):
         column = getattr(schema, key)
         if column is not None:
-            found[key] = CommentedSetting(column, check=schema.checks.get(column, ""))
-    return found
+            columns[key] = CommentedSetting(column, check=schema.checks.get(column, ""))
+    return columns
 
 
 def _section(name: str, entries: Mapping[str, CommentedSetting]) -> list[str]:
-    lines = [line for key, entry in entries.items() for line in _lines(1, key, entry)]
+    lines = [line for key, entry in entries.items() for line in _entry_lines(1, key, entry)]
     return [f"{name}:", *lines] if lines else []
 
 
-def _lines(depth: int, key: str, entry: CommentedSetting) -> Iterable[str]:
-    """A key with its value and comment, the comment above where the line would be long."""
+def _entry_lines(depth: int, key: str, entry: CommentedSetting) -> Iterable[str]:
+    """Yield the lines of a key, its value and its comment. The comment comes first if one line would be too long."""
     indent = "  " * depth
     comment = entry.note if not entry.check else f"check: {entry.check}" + (f"; {entry.note}" if entry.note else "")
     comment = _one_line(comment)
-    line = f"{indent}{_flow(key)}: {_flow(entry.value)}"
-    if comment and len(line) + len(comment) + 3 <= _WIDTH:
+    line = f"{indent}{_to_yaml(key)}: {_to_yaml(entry.value)}"
+    if comment and len(line) + len(comment) + 3 <= _LINE_WIDTH:
         yield f"{line} # {comment}"
         return
     if comment:
@@ -199,12 +227,12 @@ def _lines(depth: int, key: str, entry: CommentedSetting) -> Iterable[str]:
 
 
 def _one_line(text: str) -> str:
-    """Text of a comment, without what would end it."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    """Return a comment's text on one line, without unprintable characters."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
-def _flow(value: Any) -> str:
-    """A value in one line of YAML."""
+def _to_yaml(value: Any) -> str:
+    """Return a value as one line of YAML."""
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if value.microsecond else "%Y-%m-%dT%H:%M:%SZ")
     return dump_inline_yaml(value)

@@ -73,6 +73,6 @@ def test_two_buckets_that_are_the_label_are_found(tmp_path):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     run("inspect", "--config", str(tmp_path / "settings.yaml"))
     health = json.loads((tmp_path / "work" / "inspection" / "health.json").read_text())
-    found = {(each["check"], each["about"]) for each in health["findings"]}
+    found = {(each["check"], each["subject"]) for each in health["findings"]}
     assert ("leak", "code") in found
     assert ("constant", "code") not in found

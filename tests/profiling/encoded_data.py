@@ -163,7 +163,7 @@ def part(health: dict, name: str) -> dict:
 
 def found(health: dict, check: str) -> list[str]:
     """What a check's findings are about."""
-    return [each["about"] for each in health["findings"] if each["check"] == check]
+    return [each["subject"] for each in health["findings"] if each["check"] == check]
 
 
 def _table(frame: pd.DataFrame) -> pa.Table:

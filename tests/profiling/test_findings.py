@@ -72,9 +72,9 @@ def test_drift_is_found_in_numbers_and_ids(tmp_path):
     health = health_of_frames(tmp_path, changed(9, drift))
     assert sorted(found(health, "drift")) == ["item_click", "when"]
     assert part(health, "item_click_rate")["psi"] > 1
-    (told,) = (each["message"] for each in health["findings"] if each["about"] == "item_click")
-    assert re.search(r"PSI \d\.\d\d: the share of 'item_click_rate' of values .* goes from", told)
-    assert "`window_days` bounds it" in told
+    (told,) = (each["message"] for each in health["findings"] if each["subject"] == "item_click")
+    assert re.search(r"PSI \d\.\d\d: the fraction of values .* in 'item_click_rate' goes from", told)
+    assert "set `window_days` to limit it" in told
 
 
 @pytest.mark.parametrize(("split", "number", "needed"), [("test", 40, 50), ("validation", 80, 100)])
@@ -98,12 +98,12 @@ def test_ids_that_training_does_not_know_are_found(tmp_path):
 
     health = health_of_frames(tmp_path, changed(10, shift))
     assert found(health, "unknown") == ["item"]
-    assert "of the ids of feature 'item' in test rows" in message(health, "unknown")
+    assert "of the IDs of feature 'item' in test rows" in message(health, "unknown")
 
 
 def test_what_costs_most_comes_first(tmp_path):
     findings = health_of_frames(tmp_path, changed(14, drifting))["findings"]
-    assert (findings[0]["check"], findings[0]["about"]) == ("unknown", "item")
+    assert (findings[0]["check"], findings[0]["subject"]) == ("unknown", "item")
     assert findings[0]["cost"] == pytest.approx(0.51 + 0.49 * 0.2, abs=0.02)  # a fifth is unknown anyway
     costs = [each["cost"] for each in findings]
     assert costs == sorted(costs, reverse=True)
@@ -124,7 +124,7 @@ def test_costs_are_those_of_rows_and_importance(tmp_path):
         ({"is_key": False, "auc": {"click": None}}, 0.4 * 0.3, 0),
     ):
         price |= changes
-        assert {each["check"]: each["cost"] for each in list_findings(health)} == pytest.approx(
+        assert {finding.check: finding.cost for finding in list_findings(health)} == pytest.approx(
             {"unknown": unknown, "drift": drift}
         )
 

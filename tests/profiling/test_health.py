@@ -69,7 +69,7 @@ def test_users_of_test_rows_that_training_has_too(tmp_path):
     health = measure_health("made up", write(folder, frames), schema, folder / "database")
     found = health["overview"]["shared_user_fraction"]
     assert 0 < found < 1
-    assert ("users", "users in training and test") in {(each["check"], each["about"]) for each in health["findings"]}
+    assert ("users", "users in training and test") in {(each["check"], each["subject"]) for each in health["findings"]}
     assert found == pytest.approx(len(both) / frames["test"]["user"].nunique())
 
 

@@ -53,7 +53,7 @@ def test_what_is_there_is_told_and_what_is_missing_has_its_command(world: Path) 
     missing = [text.partition("not there yet. Run ")[2] for text in told if "not there yet" in text]
     assert missing == ["`train`", "`baselines --model models:/learnable@champion`", "`tune --minutes 30`"]
     (data,) = (text for text in told if text.startswith("The data, "))
-    assert " warnings found; above all: 60." in data
+    assert " warnings found, first: 60." in data
     assert any(re.match("The model on test rows, .* UTC: 'new' is ", text) for text in told)
 
 
