@@ -1,4 +1,4 @@
-"""Settings, variants and seeds go in; a comparison with intervals comes out.
+"""Compare settings over several seeds: train variants and report differences with confidence intervals.
 
-Begin in `compare`, which `runner` trains for.
+Start reading in `compare`. `runner` trains the variants, `tuning` and `importance` search for variants.
 """

@@ -1,16 +1,17 @@
-"""Which features a model can do without: `compare_features`.
+"""Find features that a model can do without, see `compare_features`.
 
-A permutation pass orders the candidates: a feature's inputs come from other rows, so that it keeps its values and says
-nothing about its row (Breiman, 2001; Fisher, Rudin and Dominici, 2019). Features of user and context are the same for
-all rows of a request and stay so: whole requests exchange them. Features of candidates are exchanged among all rows.
-The pass shows what this model uses. Only a model that was trained without a feature shows what it is worth, so new runs
-confirm.
+Permutation importance selects candidates: the inputs of a feature are replaced by those of random rows, which keeps
+their distribution and removes their information (Breiman, 2001; Fisher, Rudin and Dominici, 2019). User and context
+features are equal in all rows of a request, so whole requests exchange them. Candidate features are exchanged among all
+rows. Permutation shows only how much this model uses a feature. New runs without the candidates show how much the
+features are worth.
 """
 
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,29 +44,39 @@ from mmoe_rec.report.parts import Table
 from mmoe_rec.settings.schema import EventFeature, Schema
 from mmoe_rec.settings.sections import Settings
 
-MAX_ROWS, TARGET_PERMUTED_ROWS, MAX_REPEATS = 100_000, 200_000, 10
-"""Validation rows that are permuted, of whole users; exchanged rows of each feature; and most repeats."""
+MAX_ROWS = 100_000
+"""Number of validation rows to permute, from complete users."""
+TARGET_PERMUTED_ROWS, MAX_REPEATS = 200_000, 10
+"""Number of permuted rows of a feature, reached by repeating the permutation at most `MAX_REPEATS` times."""
 JOINT_NAME = "the joint candidates"
 
 
+class FeatureVerdict(StrEnum):
+    """Whether a model needs a feature."""
+
+    REMOVABLE = "removable"
+    USED = "used"
+    INCONCLUSIVE = "inconclusive"
+
+
 def compare_features(settings: Settings, only: Sequence[str], margin: float, seeds: int) -> ExperimentResult:
-    """Permute features on validation rows, then train without the candidates and judge them on the test rows.
+    """Permute features on validation rows, then train without the candidates and judge the runs on the test rows.
 
     Args:
-        settings: The settings, whose features are compared.
-        only: Features to compare, none for all and for groups by their source.
-        margin: Loss of the objective that counts as none.
+        settings: Settings whose features are compared.
+        only: Features to compare. If empty, all features and groups of features by source are compared.
+        margin: Largest loss of the objective that is negligible.
         seeds: Number of runs of each variant.
 
     Raises:
-        UserError: There is no such feature, or too few labels to judge.
+        UserError: A feature doesn't exist, or there are too few labels to judge.
     """
     schema = settings.schema_
     check_variants(settings, [replace(BASE_VARIANT, name="--only", without_features=tuple(only))], seeds)
-    alone = [name for name in only or schema.features if schema.role_of(name) != "placement"]
+    single = [name for name in only or schema.features if schema.role_of(name) != "placement"]
     with open_runner(settings, "compare features", "test", folder=COMPARISON_FOLDER) as runner:
-        found = _permute_once(runner, alone, margin)
-        joint, order = found["joint"], {row[0]: place for place, row in enumerate(found["rows"])}
+        importance = _permute_once(runner, single, margin)
+        joint, order = importance["joint"], {row[0]: index for index, row in enumerate(importance["rows"])}
         groups = list((({name: (name,) for name in only}) or group_by_source(schema)).items())
         groups.sort(key=lambda group: max(order.get(name, -1) for name in group[1]))
         if joint:
@@ -76,16 +87,16 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
             if schema.can_rank_without(features):
                 unique.setdefault(frozenset(features), variant)
         report = train_and_compare(runner, [BASE_VARIANT, *unique.values()], seeds, margin)
-        heads = ("feature", "loss of a model that has it", "verdict")
-        rows = [tuple(row) for row in found["rows"]]
-        table = Table(f"Loss of {found['objective']} when a feature is permuted", heads, rows)
-        report = replace(report, notes=found["notes"], tables=[table])
+        header = ("feature", "loss without its information", "verdict")
+        rows = [tuple(row) for row in importance["rows"]]
+        table = Table(f"Loss of {importance['objective']} when a feature is permuted", header, rows)
+        report = replace(report, notes=importance["notes"], tables=[table])
         save_result(runner, report)
     return report
 
 
 def group_by_source(schema: Schema) -> dict[str, tuple[str, ...]]:
-    """Group features by their source: values of a role, and counters or histories of a task or of an event log."""
+    """Group features by source: values of a role, and counters or histories of a task or event log."""
     sources: dict[str, list[str]] = {}
     for name, feature in schema.features.items():
         source = f"values of {schema.role_of(name)}"
@@ -97,41 +108,47 @@ def group_by_source(schema: Schema) -> dict[str, tuple[str, ...]]:
 
 
 def _permute_once(runner: Runner, features: Sequence[str], margin: float) -> dict[str, Any]:
-    """Permute the features of a network with the first seed, unless an earlier command did."""
+    """Permute the features of a network with the first seed, or read the results of an earlier command."""
     seed = runner.settings.training.seed
-    task = runner.plan_run(BASE_VARIANT, seed)
-    file = task.file.with_name(f"{task.file.stem}-{digest(list(features), margin)}.json")
+    spec = runner.plan_run(BASE_VARIANT, seed)
+    file = spec.file.with_name(f"{spec.file.stem}-{digest(list(features), margin)}.json")
     if not file.exists():
-        say(f"run: {task.name}")
-        network = runner.train_run(task)
-        assert network is not None, "only trees alone have no network"
+        say(f"run: {spec.name}")
+        network = runner.train_run(spec)
+        assert network is not None, "the base variant trains a network"
         write_text(file, json.dumps(permutation_importance(runner, network, features, margin)))
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    importance: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return importance
 
 
 def permutation_importance(runner: Runner, network: Network, features: Sequence[str], margin: float) -> dict[str, Any]:
     """Measure the loss of a network when features are permuted among validation rows.
 
+    Args:
+        runner: Runner of the command.
+        network: The trained network.
+        features: Features to permute, one at a time.
+        margin: Largest loss of the objective that is negligible.
+
     Returns:
-        `objective` in words; `rows` of a table, the smallest loss first; `joint`, names of features to leave out
-        together; and `notes` in sentences.
+        `objective`, its name; `rows` of a table, the smallest loss first; `joint`, features to leave out together; and
+        `notes`, sentences.
 
     Raises:
         UserError: No task has enough labels.
     """
     settings, schema, layout = runner.settings, runner.settings.schema_, network.layout
-    rows, beside = sample_rows(settings, runner.prepared.split("validation"), layout, MAX_ROWS)
+    rows, columns = sample_rows(settings, runner.prepared.split("validation"), layout, MAX_ROWS)
     repeats = int(np.clip(-(-TARGET_PERMUTED_ROWS // len(rows)), 2, MAX_REPEATS))
-    known = collect_labels(settings, layout, [(rows.labels, beside)])
-    request = one_array(beside["request"]).dictionary_encode().indices.to_numpy().astype(np.int64)
+    labels = collect_labels(settings, layout, [(rows.labels, columns)])
+    request = one_array(columns["request"]).dictionary_encode().indices.to_numpy().astype(np.int64)
 
     def measure(rows: LabeledRows) -> EvaluationSums:
         size = settings.evaluation.batch_size
         parts = (rows.slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
         values, score = predict_rows(network.model, layout, parts, network.calibration)
-        predicted = {task.name: values[:, place] for place, task in enumerate(layout.tasks)}
-        return known.with_predictions(predicted, score).sum()
+        predicted = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
+        return labels.with_predictions(predicted, score).sum()
 
     base = measure(rows)
     objective = Objective.from_setting(settings.evaluation.primary_metric, base, list(settings.tasks))
@@ -140,40 +157,45 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
     resamples = min(settings.evaluation.resamples, SLICE_RESAMPLES)
 
     def measure_loss(name: str, features: Sequence[str]) -> Difference:
-        without = []
+        permuted = []
         for repeat in range(repeats):
             generator = np.random.default_rng([zlib.crc32(name.encode()), repeat])
-            without.append(measure(permute_features(rows, request, layout, schema, features, generator)))
-        apart = find_differences([base], [(name, without)], objective, resamples, ())[(name, *OBJECTIVE)]
-        return apart if objective.better == "higher" else apart.negated
+            permuted.append(measure(permute_features(rows, request, layout, schema, features, generator)))
+        difference = find_differences([base], [(name, permuted)], objective, resamples, ())[(name, *OBJECTIVE)]
+        return difference if objective.better == "higher" else difference.negated
 
-    found = []
+    differences = []
     with bar() as progress:
         step = progress.add_task("permuting features", total=len(features))
         for name in features:
-            found.append(measure_loss(name, [name]))
+            differences.append(measure_loss(name, [name]))
             progress.advance(step)
-    losses = dict(zip(features, holm_correct(found), strict=True))
+    losses = dict(zip(features, holm_correct(differences), strict=True))
     names = choose_removable(losses, margin, partial(measure_loss, JOINT_NAME), find_dependents(layout))
     table = []
     for name, loss in sorted(losses.items(), key=lambda item: item[1].value or 0.0):
-        verdict = "candidate" if name in names else "used" if is_significant_loss(loss) else "open"
-        table.append((name, loss.format(), verdict))
-    notes = ["no feature is a candidate to leave out: this model uses each, or these rows can't tell"]
+        verdict = FeatureVerdict.USED if is_significant_loss(loss) else FeatureVerdict.INCONCLUSIVE
+        table.append((name, loss.format(), FeatureVerdict.REMOVABLE if name in names else verdict))
+    notes = ["no feature is a candidate to leave out: the model uses it, or the rows can't rule out a loss"]
     if names:
         notes = [f"candidates to leave out together: {', '.join(f'`{name}`' for name in names)}"]
     return {"objective": objective.name, "rows": table, "joint": names, "notes": notes}
 
 
 def is_significant_loss(loss: Difference) -> bool:
-    """Return whether a loss is significant."""
+    """Return whether a loss is significantly above zero."""
     return loss.is_significant and (loss.low or 0.0) > 0
 
 
 def is_negligible(loss: Difference, margin: float) -> bool:
-    """Return whether the interval rules out a loss above the margin, or above half of it if there is a loss for sure.
+    """Return whether the interval of a loss excludes losses above the margin.
 
-    Validation rows selected the model, so they like what it learned from noise in them.
+    The limit is half the margin if the loss is significant. Validation rows selected the model, so they favor noise
+    that it learned from them.
+
+    Args:
+        loss: Loss of features, corrected for the number of comparisons.
+        margin: Largest loss that is negligible.
     """
     return loss.high is not None and loss.high <= (margin / 2 if is_significant_loss(loss) else margin)
 
@@ -184,13 +206,13 @@ def choose_removable(
     measure_loss: Callable[[Sequence[str]], Difference],
     dependents: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """Choose features that are harmless together, none if there are none.
+    """Choose features whose joint removal is harmless. Returns an empty list if there are none.
 
     Args:
-        losses: Losses of single features, corrected.
-        margin: Loss that counts as none.
-        measure_loss: Measures the loss of several features.
-        dependents: Feature -> features that can't be without it.
+        losses: Losses of single features, corrected for the number of comparisons.
+        margin: Largest loss that is negligible.
+        measure_loss: Function that measures the joint loss of features.
+        dependents: Feature -> features that need it.
     """
     names = [name for name, loss in losses.items() if is_negligible(loss, margin)]
     names.sort(key=lambda name: losses[name].high or 0.0)
@@ -198,17 +220,17 @@ def choose_removable(
         (joint,) = holm_correct([measure_loss(names)])
         if is_negligible(joint, margin):
             break
-        names = names[: len(names) - max(1, len(names) // 4)]  # Features that may lose most stay in the model.
+        names = names[: len(names) - max(1, len(names) // 4)]  # Features with the largest possible loss stay.
     return names
 
 
 def find_dependents(layout: Layout) -> dict[str, list[str]]:
-    """Return for each feature the others that look ids up in its tables."""
-    features = {each.feature for each in layout.ids}
-    dependents: dict[str, list[str]] = {each.table: [] for each in layout.ids if each.table in features}
-    for each in layout.ids:
-        if each.feature != each.table and each.feature not in dependents.get(each.table, [each.feature]):
-            dependents[each.table].append(each.feature)
+    """Return for each feature with tables the features that also look up IDs in these tables."""
+    features = {ids.feature for ids in layout.ids}
+    dependents: dict[str, list[str]] = {ids.table: [] for ids in layout.ids if ids.table in features}
+    for ids in layout.ids:
+        if ids.feature != ids.table and ids.feature not in dependents.get(ids.table, [ids.feature]):
+            dependents[ids.table].append(ids.feature)
     return dependents
 
 
@@ -220,44 +242,58 @@ def permute_features(
     features: Iterable[str],
     generator: np.random.Generator,
 ) -> LabeledRows:
-    """Return N rows with the inputs of some features from other rows, all of them by the same permutations.
+    """Return the rows with the inputs of some features taken from other rows, by one permutation for all features.
 
-    request: (N,) int64 from 0 on.
+    Args:
+        rows: N rows.
+        request: Request of each row, shape (N,), int64 from 0.
+        layout: Layout of the inputs.
+        schema: Schema with the roles of the features.
+        features: Features to permute.
+        generator: Source of the permutations.
     """
     first = np.unique(request, return_index=True)[1]
-    of_requests, of_rows = first[generator.permutation(len(first))][request], generator.permutation(len(rows))
+    request_donors, row_donors = first[generator.permutation(len(first))][request], generator.permutation(len(rows))
     encoded = rows.encoded
     ids, dense = dict(encoded.ids), encoded.dense.copy()
     for name in features:
-        donors = of_requests if schema.role_of(name) in ("user", "context") else of_rows
-        for each in (each for each in layout.ids if each.feature == name):
-            held = ids[each.name]
-            ids[each.name] = held[donors] if isinstance(held, np.ndarray) else held.take(donors)
-        columns = np.flatnonzero([each.feature == name for each in layout.dense])
+        donors = request_donors if schema.role_of(name) in ("user", "context") else row_donors
+        for id_input in (id_input for id_input in layout.ids if id_input.feature == name):
+            values = ids[id_input.name]
+            ids[id_input.name] = values[donors] if isinstance(values, np.ndarray) else values.take(donors)
+        columns = np.flatnonzero([number.feature == name for number in layout.dense])
         dense[:, columns] = encoded.dense[np.ix_(donors, columns)]
     return replace(rows, encoded=EncodedInputs(ids, dense))
 
 
 def sample_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows: int) -> tuple[LabeledRows, pa.Table]:
-    """Read all rows, with the columns beside them, of as many users as have about `max_rows` rows, drawn by hashes."""
+    """Read all rows of a random sample of users, drawn by hashes.
+
+    Args:
+        settings: The settings.
+        folder: Folder of the encoded rows.
+        layout: Layout of the model.
+        max_rows: Approximate number of rows. At least one group of users is read.
+
+    Returns:
+        The rows, and a table with their IDs and other columns that are not inputs.
+    """
     rows = EncodedDataset(folder, layout)
     no_inputs = EncodedDataset(folder, replace(layout, tables=(), ids=(), dense=(), attention=()))
 
     def groups_of(table: pa.Table) -> np.ndarray:
-        # Other bits of the hash than metrics use to group users, so that the number of their groups stays.
+        # Metrics group users by other bits of the hash. The same bits would leave them with fewer groups.
         return (hash_column(one_array(table["user"])) % np.uint64(MAX_BOOTSTRAP_UNITS)).astype(np.int64)
 
     counts = np.zeros(MAX_BOOTSTRAP_UNITS, np.int64)
     for _, table in no_inputs.stream(ROWS_AT_A_TIME, ("user",)):
         counts += np.bincount(groups_of(table), minlength=MAX_BOOTSTRAP_UNITS)
     taken = np.cumsum(counts) <= max(max_rows, counts[np.flatnonzero(counts)[0]])
-    weighted, joint_outcomes = (
-        settings.training.sampling_correction == "weights",
-        [f"label.{n}" for n in layout.joint_outcomes],
-    )
+    joint_outcomes = [f"label.{name}" for name in layout.joint_outcomes]
+    weights = rows.weight_columns(settings.training.sampling_correction == "weights")
     parts, tables = list[LabeledRows](), list[pa.Table]()
-    for part, table in rows.stream(ROWS_AT_A_TIME, (*ID_COLUMNS, *joint_outcomes, *rows.weight_columns(weighted))):
-        places = np.flatnonzero(taken[groups_of(table)])
-        parts.append(part.take(places))
-        tables.append(table.take(pa.array(places)))
+    for part, table in rows.stream(ROWS_AT_A_TIME, (*ID_COLUMNS, *joint_outcomes, *weights)):
+        indexes = np.flatnonzero(taken[groups_of(table)])
+        parts.append(part.take(indexes))
+        tables.append(table.take(pa.array(indexes)))
     return LabeledRows.concatenate(parts), pa.concat_tables(tables).combine_chunks()

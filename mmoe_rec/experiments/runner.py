@@ -1,10 +1,10 @@
-"""Trains variants with several seeds, and keeps what each run predicts for the rows that judge.
+"""Train variants with several seeds, and keep the predictions of each run for the rows that judge.
 
-    FOLDER/FINGERPRINT/KEY.parquet     predictions of a run, found again by all that they depend on (KEY)
+    FOLDER/FINGERPRINT/KEY.parquet     predictions of a run, where KEY hashes everything that they depend on
     FOLDER/FINGERPRINT/choices.json    the precision that all runs share
     FOLDER/features/                   features of variants that change them
 
-A run whose predictions are complete isn't repeated. No model is registered, and no weights stay.
+A run with complete predictions isn't repeated. No model is registered, and no weights are kept.
 """
 
 import json
@@ -49,17 +49,18 @@ from mmoe_rec.training.train import calibrate, load_best_network
 from mmoe_rec.training.validation import Validation, find_undertraining
 
 ValidationCallback = Callable[[Validation, int], None]
-_FACTS = b"mmoe_rec"  # The key of a file's metadata.
+# Key of the facts in the metadata of a Parquet file.
+_FACTS_KEY = b"mmoe_rec"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A name and what it changes in the settings.
+    """A named change of the settings.
 
     Attributes:
-        name: Name that no other variant of the comparison has.
+        name: Name, unique within the comparison.
         overrides: Overrides of the settings, such as `model.experts.count=1`.
-        without_features: Features that the model never sees. They need no features of their own.
+        without_features: Features that the model never sees. The features of the base are reused.
         without_tasks: Tasks that the model doesn't learn. Features made from their labels stay.
         trees_only: Whether to grow boosted trees instead of training a network.
         is_simpler: Whether the variant is worth adopting if it loses nothing.
@@ -73,13 +74,13 @@ class Variant:
     is_simpler: bool = False
 
     def apply(self, settings: Settings) -> Settings:
-        """Return the settings with the overrides. Raises UserError for an unknown key or a wrong value."""
+        """Return the settings with the overrides applied. Raises UserError for an unknown key or an invalid value."""
         words = [f"--{override}" for override in self.overrides]
         return override_settings(settings, words, f"variant '{self.name}'") if words else settings
 
     @property
     def cli_options(self) -> str:
-        """The options that adopt the variant in another command."""
+        """Options that adopt the variant in another command."""
         words = [*self.overrides, *(f"features.{name}=null" for name in self.without_features)]
         return " ".join(shlex.quote(f"--{word}") for word in words)
 
@@ -89,7 +90,7 @@ BASE_VARIANT = Variant("these settings")
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network as it is served."""
+    """A trained network as it would be served."""
 
     model: RankingModel
     layout: ModelLayout
@@ -103,29 +104,29 @@ def write_run_predictions(
 
     Args:
         file: File to write.
-        tasks: Task -> predictions of the rows that judge.
-        score: Their scores.
-        facts: Facts about the run, which become metadata.
+        tasks: Task -> predictions for the rows that judge.
+        score: Scores of these rows.
+        facts: Facts about the run, stored as metadata.
     """
-    table = pa.table({**tasks, "score": score}).replace_schema_metadata({_FACTS: json.dumps(facts)})
+    table = pa.table({**tasks, "score": score}).replace_schema_metadata({_FACTS_KEY: json.dumps(facts)})
     with atomic_file(file) as path:
         pq.write_table(table, path, compression="zstd")
 
 
 def read_run_predictions(file: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
-    """Read the predictions of the tasks, the scores, and the facts. Raises UserError for a damaged file."""
+    """Read the task predictions, the scores and the facts of a run. Raises UserError for a damaged file."""
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException):
         raise UserError(f"'{file}' is damaged. Remove it and repeat the command.") from None
     *names, score = table.column_names
-    facts = json.loads(table.schema.metadata[_FACTS])
+    facts = json.loads(table.schema.metadata[_FACTS_KEY])
     return {name: table.column(name).to_numpy() for name in names}, table.column(score).to_numpy(), facts
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run.
+    """Everything that defines a run.
 
     Attributes:
         variant: The variant.
@@ -141,7 +142,7 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Name in words."""
+        """Name for progress messages and MLflow."""
         return f"{self.variant.name}, seed {self.settings.training.seed}"
 
 
@@ -153,7 +154,7 @@ class TrainedVariant:
         variant: The variant.
         seeds: Seeds of the runs.
         rows: Rows that judge.
-        files: Predictions of the runs.
+        files: Prediction files of the runs.
         facts: Facts about the runs, such as `seconds`, and `steps` of a network.
     """
 
@@ -164,7 +165,7 @@ class TrainedVariant:
     facts: tuple[dict[str, Any], ...]
 
     def measure(self) -> list[EvaluationSums]:
-        """Measure each run. The sums aren't kept, because those of many runs would fill the memory."""
+        """Measure each run. The sums aren't cached, because the sums of many runs would fill the memory."""
         predicted = (read_run_predictions(file) for file in self.files)
         return [self.rows.with_predictions(tasks, score).sum() for tasks, score, _ in predicted]
 
@@ -173,48 +174,47 @@ class TrainedVariant:
 def open_runner(
     settings: Settings, name: str, split: str, part: ValidationPart | None = None, folder: str | None = None
 ) -> Iterator["Runner"]:
-    """Prepare features and hold everything that the runs of a command need.
+    """Prepare features and hold the locks and the MLflow run of a command.
 
     Args:
-        settings: The settings that variants change.
+        settings: Settings that variants change.
         name: Name of the command and of its run in MLflow.
         split: Split whose rows judge the variants.
-        part: Part of the split's users that judges, None for all.
+        part: Part of the split's users that judges, None for all users.
         folder: Folder in `data.work_dir`, None for the name.
 
     Raises:
         UserError: Features can't be built, a split has no rows, or MLflow can't be used.
-        StoppedError: A signal came. Complete runs stay.
+        StoppedError: A signal came. Completed runs are kept.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} trains in one process. Start it without torchrun.")
     work, tracking = Path(settings.data.work_dir), settings.tracking.resolved_uri
-    outbox_folder, own = work / "unsent", work / (folder or name)
+    outbox_folder, command_folder = work / "unsent", work / (folder or name)
     runs.check_server(tracking, settings.experiment, outbox_folder=outbox_folder)
     with ExitStack() as exit_stack:
-        needs = ("train", "validation", split)
-        prepared = exit_stack.enter_context(lock_features(BuildInputs.of(settings), f"the command {name}", needs))
-        exit_stack.enter_context(write_lock(own, f"the command {name}", "set `data.work_dir` to another folder"))
-        resume_key, max_wait_seconds = (
-            f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'])}",
-            MAX_WAIT_SECONDS,
+        splits = ("train", "validation", split)
+        prepared = exit_stack.enter_context(lock_features(BuildInputs.of(settings), f"the command {name}", splits))
+        exit_stack.enter_context(
+            write_lock(command_folder, f"the command {name}", "set `data.work_dir` to another folder")
         )
+        key = digest(fixed_settings(settings), prepared.manifest["fingerprint"])
         run = exit_stack.enter_context(
             runs.open_run(
                 tracking,
                 settings.experiment,
                 run_name=name,
-                resume_key=resume_key,
+                resume_key=f"{name}-{key}",
                 outbox_folder=outbox_folder,
-                max_wait_seconds=max_wait_seconds,
+                max_wait_seconds=MAX_WAIT_SECONDS,
             )
         )
-        runner = Runner(settings, prepared, own, split, part, run, exit_stack)
+        runner = Runner(settings, prepared, command_folder, split, part, run, exit_stack)
         try:
             yield runner
         except StoppedError as stopped:
             reason = str(stopped).partition(";")[0]
-            raise StoppedError(f"{reason}; complete runs stay: repeat the command to go on") from None
+            raise StoppedError(f"{reason}; completed runs are kept. Repeat the command to continue.") from None
         finally:
             shutil.rmtree(runner.checkpoints, ignore_errors=True)
 
@@ -224,12 +224,12 @@ class Runner:
     """Trains variants of settings.
 
     Attributes:
-        settings: The settings that variants change.
+        settings: Settings that variants change.
         prepared: Features of the settings.
         folder: Folder of the command.
         split: Split whose rows judge.
-        part: Part of the split's users that judges, None for all.
-        run: Run in MLflow, which holds a run for each variant and seed.
+        part: Part of the split's users that judges, None for all users.
+        run: Run of the command in MLflow, the parent of a run for each variant and seed.
         exit_stack: Holds features of variants until the command ends.
     """
 
@@ -242,64 +242,79 @@ class Runner:
     exit_stack: ExitStack
 
     def __post_init__(self) -> None:
-        self.checkpoints, self._kept = self.folder / "checkpoints", self.folder / self.prepared.manifest["fingerprint"]
-        self._kept.mkdir(parents=True, exist_ok=True)
-        for other in self.folder.iterdir():  # Runs on other features, and weights that a killed command left.
-            if other.is_dir() and other not in (self._kept, self.folder / "features"):
-                shutil.rmtree(other, ignore_errors=True)
+        self.checkpoints = self.folder / "checkpoints"
+        self._run_folder = self.folder / self.prepared.manifest["fingerprint"]
+        self._run_folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():  # Remove runs on other features, and weights left by a killed command.
+            if path.is_dir() and path not in (self._run_folder, self.folder / "features"):
+                shutil.rmtree(path, ignore_errors=True)
         self._features = {self._identify(self.settings): self.prepared}
         self._rows = dict[Path, PredictedRows]()
 
     def train(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[TrainedVariant]:
-        """Train all variants with all seeds, but those whose predictions are complete.
+        """Train each variant with each seed, except for runs with complete predictions.
+
+        Args:
+            variants: The variants.
+            seeds: Seeds of the runs of each variant.
 
         Raises:
-            UserError: A variant has an unknown key, or can't be trained.
+            UserError: A variant has an unknown key or can't be trained.
             StoppedError: A signal came.
         """
-        wanted = {variant.name: [self.plan_run(variant, seed) for seed in seeds] for variant in variants}
-        by_seed = [spec for same_seed in zip(*wanted.values(), strict=True) for spec in same_seed]
-        tasks = list({spec.file: spec for spec in by_seed if not spec.file.exists()}.values())
-        begun = time.monotonic()
-        for done, spec in enumerate(tasks):
-            minutes = (time.monotonic() - begun) / max(1, done) * (len(tasks) - done) / 60
+        specs = {variant.name: [self.plan_run(variant, seed) for seed in seeds] for variant in variants}
+        by_seed = [spec for same_seed in zip(*specs.values(), strict=True) for spec in same_seed]
+        pending = list({spec.file: spec for spec in by_seed if not spec.file.exists()}.values())
+        start = time.monotonic()
+        for done, spec in enumerate(pending):
+            minutes = (time.monotonic() - start) / max(1, done) * (len(pending) - done) / 60
             left = f" (about {max(1, round(minutes))} minutes left)" if done else ""
-            say(f"run {done + 1} of {len(tasks)}: {spec.name}{left}")
+            say(f"run {done + 1} of {len(pending)}: {spec.name}{left}")
             self.train_run(spec)
-        return [self._read(variant, seeds, wanted[variant.name]) for variant in variants]
+        return [self._read(variant, seeds, specs[variant.name]) for variant in variants]
 
     def plan_run(self, variant: Variant, seed: int) -> RunSpec:
-        """Return the run of a variant with a seed."""
+        """Return the run of a variant with a seed, without training it.
+
+        Args:
+            variant: The variant.
+            seed: Seed of the run.
+        """
         changed = variant.apply(self.settings)
         prepared = replace(self._find_features(changed), left_out=(variant.without_features, variant.without_tasks))
         training = changed.training.model_copy(update={"seed": seed})
         changed = changed.model_copy(update={"training": training})
-        depends = [__version__, fixed_settings(changed), changed.training.calibration, variant.trees_only]
-        depends += [sorted(variant.without_features), sorted(variant.without_tasks), self.split, self.part]
-        key = digest(*depends, prepared.manifest["fingerprint"])
-        return RunSpec(variant, changed, prepared, self._kept / f"{key}.parquet")
+        dependencies = [__version__, fixed_settings(changed), changed.training.calibration, variant.trees_only]
+        dependencies += [sorted(variant.without_features), sorted(variant.without_tasks), self.split, self.part]
+        key = digest(*dependencies, prepared.manifest["fingerprint"])
+        return RunSpec(variant, changed, prepared, self._run_folder / f"{key}.parquet")
 
     def train_run(self, spec: RunSpec) -> Network | None:
-        """Train, predict the rows that judge and write the predictions. Returns the network, None for trees alone."""
+        """Train, and write the predictions of the rows that judge. Returns the network, None for trees alone."""
         settings, layout, network = spec.settings, ModelLayout.of(spec.prepared.layout, spec.settings), None
         rows = EncodedDataset(spec.prepared.split(self.split), layout, part=self.part)
         with self.open_run(spec.name, spec) as run:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             if spec.variant.trees_only:
                 values, score, facts = _grow_trees(spec, layout, rows)
             else:
                 network, facts = self._train_network(spec, layout, run)
                 parts = (part for part, _ in rows.stream(settings.evaluation.batch_size))
                 values, score = predict_rows(network.model, layout, parts, network.calibration)
-            facts["seconds"] = time.perf_counter() - begun
-            tasks = {each.name: values[:, place] for place, each in enumerate(layout.tasks)}
+            facts["seconds"] = time.perf_counter() - start
+            tasks = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
             write_run_predictions(spec.file, tasks, score, facts)
             run.log_text(facts, "facts.json")
         return network
 
     @contextmanager
     def open_run(self, name: str, spec: RunSpec) -> Iterator[runs.Run]:
-        """Open the run of a task in MLflow, with its settings as parameters."""
+        """Open a run in MLflow, with its settings as parameters.
+
+        Args:
+            name: Name of the run.
+            spec: The run.
+        """
         settings, tracking = spec.settings, self.settings.tracking
         with runs.open_run(
             tracking.resolved_uri,
@@ -319,17 +334,17 @@ class Runner:
     def fit(
         self, spec: RunSpec, run: runs.Run, on_validation: ValidationCallback | None = None
     ) -> tuple[TrainingResult, str]:
-        """Train the network of a task.
+        """Train the network of a run.
 
         Args:
-            spec: The task.
-            run: Its run in MLflow.
-            on_validation: Function that is called with each validation and its step.
+            spec: The run.
+            run: The run in MLflow.
+            on_validation: Function to call with each validation and its step.
 
         Returns:
             The result, whose checkpoints stay until the next run, and the precision.
         """
-        settings, shared = spec.settings, self._kept / "choices.json"
+        settings, shared = spec.settings, self._run_folder / "choices.json"
         training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "keep_checkpoints": 1})
         layout = ModelLayout.of(spec.prepared.layout, settings)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -350,11 +365,11 @@ class Runner:
             return trainer.run(), trainer.precision_choice.precision
 
     def monitored_metric(self, best: Validation) -> float:
-        """Return the objective of a validation on the selecting rows, by the measure of the base settings."""
+        """Return the monitored metric of a validation on the selecting rows, as the base settings define it."""
         return best.objective(self.settings.training.monitor, ModelLayout.of(self.prepared.layout, self.settings))
 
     def _train_network(self, spec: RunSpec, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
-        """Train as `train_model` does, without keeping anything. Returns the network and facts about the run."""
+        """Train as `train` does, but keep nothing. Returns the network and facts about the run."""
         settings, prepared = spec.settings, spec.prepared
         result, precision = self.fit(spec, run)
         model = load_best_network(settings, prepared, result)
@@ -368,25 +383,25 @@ class Runner:
             "steps": result.steps,
             "precision": precision,
             "undertraining": find_undertraining(result.history, result.best_step, layout, settings.training),
-            "parameters": sum(each.numel() for each in model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         return Network(model, layout, calibrate(settings, prepared, model)), facts
 
-    def _read(self, variant: Variant, seeds: Sequence[int], tasks: Sequence[RunSpec]) -> TrainedVariant:
-        files, folder = tuple(spec.file for spec in tasks), tasks[0].prepared.folder
+    def _read(self, variant: Variant, seeds: Sequence[int], specs: Sequence[RunSpec]) -> TrainedVariant:
+        files, folder = tuple(spec.file for spec in specs), specs[0].prepared.folder
         if folder not in self._rows:
-            whole = replace(tasks[0].prepared, left_out=((), ()))
-            self._rows[folder] = read_labels(self.settings, whole, self.split, self.part)
+            complete = replace(specs[0].prepared, left_out=((), ()))
+            self._rows[folder] = read_labels(self.settings, complete, self.split, self.part)
         facts = tuple(read_run_predictions(file)[2] for file in files)
         return TrainedVariant(variant, tuple(seeds), self._rows[folder], files, facts)
 
     def _find_features(self, settings: Settings) -> FeatureFolder:
-        """Return features of a variant, which are built first if they differ from the others."""
+        """Return the features of a variant. Builds them if no earlier variant has the same."""
         key = self._identify(settings)
         if key not in self._features:
             inputs = replace(BuildInputs.of(settings), work=self.folder / "features" / key)
-            needs = ("train", "validation", self.split)
-            self._features[key] = self.exit_stack.enter_context(lock_features(inputs, "a comparison", needs))
+            splits = ("train", "validation", self.split)
+            self._features[key] = self.exit_stack.enter_context(lock_features(inputs, "a comparison", splits))
         return self._features[key]
 
     def _identify(self, settings: Settings) -> str:
@@ -397,10 +412,10 @@ class Runner:
 def _grow_trees(
     spec: RunSpec, layout: ModelLayout, rows: EncodedDataset
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Grow the trees of `baselines` in place of a network. Returns predictions (N, T), scores (N,), and facts."""
+    """Grow trees as `baselines` does. Returns predictions (N, T), scores (N,), and facts about the run."""
     settings = spec.settings
     train_rows, held_out = read_tree_inputs(settings, spec.prepared, layout)
     boosted, facts = fit_trees_per_task(settings, layout, train_rows, held_out)
     values = predict_calibrated(settings, layout, boosted, held_out, rows)
-    weights = np.array([each.score_weight for each in layout.tasks])
+    weights = np.array([task.score_weight for task in layout.tasks])
     return values, np.log(np.clip(values, 1e-12, None)) @ weights, {"trees": facts}

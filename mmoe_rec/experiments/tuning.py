@@ -1,12 +1,12 @@
-"""Searches for better settings with Optuna, and confirms what it finds by new runs: `tune_settings`.
+"""Search for better settings with Optuna and confirm the result by new runs, see `tune_settings`.
 
-    data.work_dir/tuning/study.db                          trials, with which a stopped search goes on
-    data.work_dir/tuning/best.yaml                         the settings to take
-    data.work_dir/tuning/comparison.json, report.html      what was found
+    data.work_dir/tuning/study.db                          trials, from which an interrupted search resumes
+    data.work_dir/tuning/best.yaml                         the settings to use
+    data.work_dir/tuning/comparison.json, report.html      the results
 
-Trials are judged by the selecting rows of the validation users, the final candidate by the judging rows. A
-least-squares fit over the trials estimates the effect of each value: every trial tells about every setting, where the
-best trial alone tells about its own noise too.
+Trials are evaluated on the selecting rows of the validation users, and the final candidate on the judging rows. A
+least-squares fit over the trials estimates the effect of each value. It uses every trial for every setting, while the
+best trial alone includes its own noise.
 """
 
 import itertools
@@ -33,29 +33,30 @@ from mmoe_rec.tracking.client import UnreachableError
 
 TUNING_FOLDER, BEST_FILE = "tuning", "best.yaml"
 SELECTION_SEEDS = 2
-"""Runs of each candidate that choose between them. Other seeds confirm the chosen one."""
+"""Number of runs of each candidate that choose a candidate. Other seeds confirm the choice."""
 MIN_CONFIRMATION_SEEDS = 3
-"""Fewest runs that confirm a candidate, however short the time is. The interval of two is too wide to show a gain."""
+"""Minimum runs that confirm a candidate, even if time is short. The interval of two runs is too wide to show a gain."""
 MAX_FAILURES = 10
-"""Trials in a row without a result after which the search ends."""
+"""Number of consecutive trials without a result that ends the search."""
 TRIAL_SEED_OFFSET, CANDIDATE_SEED_OFFSET = 1000, 100_000
-"""What is added to `training.seed` in trials, and in runs that choose a candidate."""
+"""Offsets from `training.seed` in trials, and in runs that choose a candidate."""
 SettingValues = dict[str, Any]
-_REASON, _SECONDS = "reason", "seconds"  # attributes of trials
+# Names of user attributes of Optuna's trials.
+_REASON, _SECONDS = "reason", "seconds"
 
 
 def tune_settings(settings: Settings, minutes: float | None, trials: int | None, seeds: int) -> ExperimentResult:
     """Search for better settings and write `best.yaml`.
 
     Args:
-        settings: Settings to start from. Without `tuning.search`, a small built-in space is searched.
-        minutes: Time for trials and confirmation, None for no limit.
+        settings: Settings to start from. If `tuning.search` is empty, a small built-in space is searched.
+        minutes: Time limit for trials and confirmation, None for no limit.
         trials: Number of trials, None for as many as the time allows.
-        seeds: Runs that confirm the candidate, and as many of the settings.
+        seeds: Number of runs that confirm the candidate, and of runs of the base settings.
 
     Raises:
-        UserError: No value can be tried, or no trial ended well.
-        StoppedError: A signal came. The same command goes on.
+        UserError: No value can be tried, or no trial had a result.
+        StoppedError: A signal came. The same command resumes the search.
     """
     require_packages("mmoe-rec tune", "tune", "optuna")
     check_variants(settings, [BASE_VARIANT], seeds)
@@ -66,29 +67,28 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
         study = Study(runner, space)
         max_reserved_seconds, runs_after = 0.0 if minutes is None else 30 * minutes, 2 * (SELECTION_SEEDS + seeds)
         study.run(end, max_reserved_seconds, trials, runs_after)
-        found = study.completed_trials()
-        effects = estimate_effects(space, found)
-        candidates = _list_candidates(settings, space, found, effects)
+        completed = study.completed_trials()
+        effects = estimate_effects(space, completed)
+        candidates = _list_candidates(settings, space, completed, effects)
         seconds, notes = mean_seconds(finished_trials(study.study)), [study.describe()]
         variant = candidates[-1] if candidates else BASE_VARIANT
         if len(candidates) > 1 and runs_after * seconds <= end - time.time():
             variant = _choose(runner, candidates)
         elif len(candidates) > 1:
-            notes.append("no time was left to choose between the best trial and the fit by new runs: the fit decided")
-        confirming = (
-            limit_seeds(seconds, end - time.time(), seeds) if candidates else min(seeds, MIN_CONFIRMATION_SEEDS)
-        )
-        report = train_and_compare(runner, [BASE_VARIANT, variant] if candidates else [BASE_VARIANT], confirming, 0.0)
-        heads = ("setting", "value", "trials", "effect")
+            notes.append("the time was too short for runs that compare the best trial with the fit: the fit was chosen")
+        time_left = end - time.time()
+        runs = limit_seeds(seconds, time_left, seeds) if candidates else min(seeds, MIN_CONFIRMATION_SEEDS)
+        report = train_and_compare(runner, [BASE_VARIANT, variant] if candidates else [BASE_VARIANT], runs, 0.0)
+        header = ("setting", "value", "trials", "effect")
         rows = [
             (name, level, str(count), format_signed(effect)[0])
             for (name, level), (count, effect) in sorted(effects.items(), key=lambda item: -item[1][1])
         ]
-        table = Table("Effects of single values on the selecting rows, by least squares over the trials", heads, rows)
+        table = Table("Effects of single values on the selecting rows, by least squares over the trials", header, rows)
         if not candidates:
             notes.append("nothing to adopt: no other values did better")
-        elif confirming < seeds:
-            notes.append(f"the time was short: {confirming} instead of {seeds} runs confirmed the result")
+        elif runs < seeds:
+            notes.append(f"the time was short: {runs} instead of {seeds} runs confirmed the result")
         report = replace(report, notes=notes, tables=[table])
         best = settings if report.recommended is None else variant.apply(settings)
         write_text(runner.folder / BEST_FILE, best.to_yaml())
@@ -98,7 +98,7 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
 
 
 def default_space(settings: Settings, rows: int) -> dict[str, SearchRange]:
-    """Return the built-in search space: what matters on most logs, around the settings' own values.
+    """Return the built-in search space: settings that matter on most logs, with values around the current ones.
 
     Args:
         settings: The settings.
@@ -121,7 +121,12 @@ def default_space(settings: Settings, rows: int) -> dict[str, SearchRange]:
 
 
 def check_space(settings: Settings, space: Mapping[str, SearchRange]) -> None:
-    """Raise UserError for a setting none of whose values is valid by itself."""
+    """Raise UserError for a setting without any value that is valid by itself.
+
+    Args:
+        settings: Settings that the values change.
+        space: Setting -> values to try.
+    """
     for name, search in space.items():
         errors = []
         values = search.choices or (search.low, search.high)
@@ -135,29 +140,38 @@ def check_space(settings: Settings, space: Mapping[str, SearchRange]) -> None:
 
 
 def make_variant(name: str, values: SettingValues) -> Variant:
-    """Return the variant with these values of settings."""
+    """Return the variant that sets these values.
+
+    Args:
+        name: Name of the variant.
+        values: Setting -> value.
+    """
     return Variant(name, tuple(f"{setting}={json.dumps(value)}" for setting, value in values.items()))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that ended with a result: its values, and the result on the selecting rows."""
+    """A trial with a result: its values, and the monitored metric on the selecting rows."""
 
     values: SettingValues
     result: float
 
 
 class Study:
-    """The trials of a search, which a later command finds again by settings, features and search space.
+    """The trials of a search. A later command with the same settings, features and search space resumes them.
 
     Attributes:
-        runner: Trains the trials.
+        runner: Runner that trains the trials.
         study: Optuna's study.
         space: Setting -> values to try.
     """
 
     def __init__(self, runner: Runner, space: Mapping[str, SearchRange]) -> None:
-        """Open the study, close trials that a kill left open, and try the settings' own values first.
+        """Open the study, close trials of a killed command, and enqueue the settings' own values as the first trial.
+
+        Args:
+            runner: Runner that trains the trials.
+            space: Setting -> values to try.
 
         Raises:
             UserError: The database is damaged.
@@ -168,9 +182,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         settings, self.runner, self.space = runner.settings, runner, space
         self._base = runner.plan_run(BASE_VARIANT, settings.training.seed)
-        key = digest(
-            self._base.file.stem, settings.model_choices, {name: each.model_dump() for name, each in space.items()}
-        )
+        dumped_space = {name: search.model_dump() for name, search in space.items()}
+        key = digest(self._base.file.stem, settings.model_choices, dumped_space)
         file, startup = runner.folder / "study.db", settings.tuning.startup_trials
         try:
             self.study = optuna.create_study(
@@ -180,30 +193,30 @@ class Study:
                 load_if_exists=True,
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=startup),
             )
-            before = self.study.get_trials(deepcopy=False)
+            earlier = self.study.get_trials(deepcopy=False)
         except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
             reason = first_line(error.__cause__ or error)
             raise UserError(f"the search in '{file}' is damaged: {reason}. Remove the file.") from None
-        # Another seed than before, or the sampler would draw the same values again.
-        seed = settings.training.seed + len(before)
+        # A resumed study needs another seed, or the sampler would draw the same values again.
+        seed = settings.training.seed + len(earlier)
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
-        for trial in (trial for trial in before if trial.state == optuna.trial.TrialState.RUNNING):
+        for trial in (trial for trial in earlier if trial.state == optuna.trial.TrialState.RUNNING):
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        if not before and (own := current_values(settings, space)) is not None:
-            choices = {name: json.dumps(own[name]) for name, search in space.items() if search.choices is not None}
-            self.study.enqueue_trial({**own, **choices})
+        if not earlier and (current := current_values(settings, space)) is not None:
+            choices = {name: json.dumps(current[name]) for name, search in space.items() if search.choices is not None}
+            self.study.enqueue_trial({**current, **choices})
 
     def run(self, end: float, max_reserved_seconds: float, trials: int | None, reserved_runs: int) -> None:
-        """Run trials until there are enough, or until the rest of the time is needed to confirm.
+        """Run trials until there are enough, or until the rest of the time is needed for confirmation.
 
         Args:
-            end: Time at which the confirmation has to be complete, in seconds since 1970.
-            max_reserved_seconds: Seconds at most that are kept for the confirmation.
+            end: Time at which confirmation must be complete, in seconds since 1970.
+            max_reserved_seconds: Maximum seconds to reserve for confirmation.
             trials: Number of trials, None for no limit.
             reserved_runs: Number of runs that choose and confirm the candidate.
 
         Raises:
-            UserError: Many trials in a row had no result.
+            UserError: `MAX_FAILURES` consecutive trials had no result.
         """
         failures = 0
         while can_start_trial(
@@ -216,32 +229,39 @@ class Study:
                 raise UserError(f"{failures} trials in a row had no result. Narrow tuning.search. The last: {reason}")
 
     def _try(self, trial: Any) -> float:
-        """Run one trial. Returns its result, NaN if it has none, by which Optuna knows a trial that failed."""
+        """Run one trial. Returns its result, NaN if the trial failed, which marks it as failed in Optuna."""
         import optuna
 
-        variant, begun = make_variant(f"trial {trial.number + 1}", suggest_values(trial, self.space)), time.monotonic()
-        result, told = math.nan, "stopped"
+        variant, start = make_variant(f"trial {trial.number + 1}", suggest_values(trial, self.space)), time.monotonic()
+        result, outcome = math.nan, "stopped"
         try:
             result = self.train(trial, variant)
-            told = f"{result:.4f}"
+            outcome = f"{result:.4f}"
         except optuna.TrialPruned:
-            told = "it fell behind"
+            outcome = "pruned"
             raise
-        except UnreachableError:  # Another trial takes its place later.
+        except UnreachableError:  # The trial isn't counted as failed, and another trial replaces it later.
             raise
         except UserError as error:
-            told = str(error)
-            trial.set_user_attr(_REASON, told)
+            outcome = str(error)
+            trial.set_user_attr(_REASON, outcome)
         finally:
-            trial.set_user_attr(_SECONDS, time.monotonic() - begun)
-            say(f"{variant.name}: {told} ({', '.join(variant.overrides)})")
+            trial.set_user_attr(_SECONDS, time.monotonic() - start)
+            say(f"{variant.name}: {outcome} ({', '.join(variant.overrides)})")
         return result
 
     def train(self, trial: Any, variant: Variant) -> float:
-        """Train the network of a trial, and return its objective on the selecting rows.
+        """Train the network of a trial.
+
+        Args:
+            trial: Optuna's trial.
+            variant: Variant with the values of the trial.
+
+        Returns:
+            The monitored metric on the selecting rows.
 
         Raises:
-            TrialPruned: The trial fell behind the median of the others.
+            TrialPruned: The trial fell behind the median of the earlier trials.
         """
         import optuna
 
@@ -249,18 +269,18 @@ class Study:
         seed = settings.training.seed + TRIAL_SEED_OFFSET + trial.number
         settings = settings.model_copy(update={"training": settings.training.model_copy(update={"seed": seed})})
         file = self._base.file.with_name(f"{self.study.study_name}-{trial.number}")
-        task, validations = replace(self._base, variant=variant, settings=settings, file=file), itertools.count()
+        spec, validations = replace(self._base, variant=variant, settings=settings, file=file), itertools.count()
 
         def on_validation(validation: Any, _: int) -> None:
             trial.report(runner.monitored_metric(validation), next(validations))
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        with runner.open_run(variant.name, task) as run:
+        with runner.open_run(variant.name, spec) as run:
             try:
-                best = runner.fit(task, run, on_validation)[0].best
+                best = runner.fit(spec, run, on_validation)[0].best
             except optuna.TrialPruned:
-                run.set_tags({"cut_short": "it fell behind"})
+                run.set_tags({"pruned": "true"})
                 raise
             assert best is not None, "every training is validated at its end"
             run.log_metrics(best.to_metrics("network"))
@@ -278,51 +298,51 @@ class Study:
                 trial.user_attrs[_REASON] for trial in finished_trials(self.study) if _REASON in trial.user_attrs
             ]
             last = f" The last one: {reasons[-1]}" if reasons else ""
-            raise UserError(f"no trial ended well. Give more --minutes or --trials, or narrow tuning.search.{last}")
+            raise UserError(f"no trial had a result. Give more --minutes or --trials, or narrow tuning.search.{last}")
         return trials
 
     def describe(self) -> str:
-        """Describe in a sentence how the trials ended."""
-        ended = finished_trials(self.study)
-        states = Counter("failed" if _REASON in trial.user_attrs else trial.state.name for trial in ended)
-        best = max(trial.value for trial in ended if trial.state.name == "COMPLETE")
+        """Describe in one clause how the trials ended."""
+        finished = finished_trials(self.study)
+        states = Counter("failed" if _REASON in trial.user_attrs else trial.state.name for trial in finished)
+        best = max(trial.value for trial in finished if trial.state.name == "COMPLETE")
         return (
-            f"{len(ended)} trials: {states['PRUNED']} fell behind, {states['failed']} had no result; the best one "
-            f"reached {best:.4f} on the selecting rows"
+            f"{len(finished)} trials: {states['PRUNED']} pruned, {states['failed']} failed. The best trial reached "
+            f"{best:.4f} on the selecting rows"
         )
 
 
 def can_start_trial(
-    ended: Sequence[Any], seconds_left: float, max_reserved_seconds: float, trials: int | None, reserved_runs: int
+    finished: Sequence[Any], seconds_left: float, max_reserved_seconds: float, trials: int | None, reserved_runs: int
 ) -> bool:
-    """Return whether another trial is wanted, and the time suffices for it and for `reserved_runs` runs after it.
+    """Return whether another trial is wanted, and time suffices for the trial and the reserved runs.
 
     Args:
-        ended: Trials that ended.
-        seconds_left: Time until all has to be complete.
-        max_reserved_seconds: Seconds at most that are kept for the runs after the trials, which are fewer if that is
-        too short. trials: Number of trials, None for no limit.
+        finished: Finished trials.
+        seconds_left: Seconds until everything must be complete.
+        max_reserved_seconds: Maximum seconds to reserve for the runs after the trials. If they need more, fewer run.
+        trials: Number of trials, None for no limit.
         reserved_runs: Number of runs after the trials.
     """
-    mean = mean_seconds(ended)
+    mean = mean_seconds(finished)
     return mean + min(reserved_runs * mean, max_reserved_seconds) < seconds_left and (
-        trials is None or len(ended) < trials
+        trials is None or len(finished) < trials
     )
 
 
-def mean_seconds(ended: Sequence[Any]) -> float:
-    """Return the mean seconds of the trials that were trained to their end, of all trials if there are none."""
-    complete = [trial for trial in ended if trial.state.name == "COMPLETE"] or ended
+def mean_seconds(finished: Sequence[Any]) -> float:
+    """Return the mean seconds of completed trials, of all trials if none completed."""
+    complete = [trial for trial in finished if trial.state.name == "COMPLETE"] or finished
     return float(np.mean([trial.user_attrs[_SECONDS] for trial in complete])) if complete else 0.0
 
 
 def limit_seeds(seconds: float, seconds_left: float, seeds: int) -> int:
-    """Return the number of runs of two variants that fit into the time, at most `seeds`, but 3 if `seeds` allows it.
+    """Return how many runs of each of two variants fit into the time, at least 3 unless `seeds` is lower.
 
     Args:
-        seconds: Time of a run.
-        seconds_left: Time for all runs.
-        seeds: Wanted runs of each variant.
+        seconds: Seconds of a run.
+        seconds_left: Seconds for all runs.
+        seeds: Desired number of runs of each variant.
     """
     if 2 * seeds * seconds <= seconds_left:
         return seeds
@@ -330,13 +350,18 @@ def limit_seeds(seconds: float, seconds_left: float, seeds: int) -> int:
 
 
 def finished_trials(study: Any) -> list[Any]:
-    """Return all trials that ended. A stop or a kill is no end."""
+    """Return the trials that completed, were pruned or failed. Interrupted trials don't count."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED") or _REASON in trial.user_attrs]
 
 
 def suggest_values(trial: Any, space: Mapping[str, SearchRange]) -> SettingValues:
-    """Let Optuna's trial draw the values. Choices are JSON."""
+    """Let Optuna choose the values of a trial.
+
+    Args:
+        trial: Optuna's trial.
+        space: Setting -> values to try. Choices become JSON strings.
+    """
     for name, search in space.items():
         if search.choices is not None:
             trial.suggest_categorical(name, [json.dumps(value) for value in search.choices])
@@ -347,40 +372,53 @@ def suggest_values(trial: Any, space: Mapping[str, SearchRange]) -> SettingValue
 
 
 def is_integer_range(search: SearchRange) -> bool:
-    """Return whether a range holds whole numbers."""
+    """Return whether a range contains integers only."""
     return isinstance(search.low, int) and isinstance(search.high, int)
 
 
 def decode_params(params: Mapping[str, Any]) -> SettingValues:
-    """Return the values of Optuna's parameters."""
+    """Return the values of Optuna's parameters, where choices are JSON."""
     return {name: json.loads(value) if isinstance(value, str) else value for name, value in params.items()}
 
 
 def current_values(settings: Settings, space: Mapping[str, SearchRange]) -> SettingValues | None:
-    """Return the settings' own values, None if one isn't in the space."""
-    tree, own = settings.model_dump(mode="json"), dict[str, Any]()
+    """Return the current values of the settings, None if one of them isn't in the space.
+
+    Args:
+        settings: The settings.
+        space: Setting -> values to try.
+    """
+    tree, current = settings.model_dump(mode="json"), dict[str, Any]()
     for name, search in space.items():
         value: Any = tree
         for key in name.split("."):
             value = value[key]
         if name == "training.batch_size" and value == "auto" and search.choices is not None:
-            value = search.choices[0]  # The built-in space begins with the number that `auto` gives.
+            value = search.choices[0]  # The first choice of the built-in space is the size that `auto` resolves to.
         is_number = isinstance(value, int | float)
         inside = search.choices is None and is_number and search.low <= value <= search.high
         if not inside and value not in json.loads(json.dumps(search.choices or [])):
             return None
-        own[name] = value
-    return own
+        current[name] = value
+    return current
 
 
 def discretize(search: SearchRange, value: Any) -> str:
-    """Return the level of a value in the fit: the value itself, or the third of a range as its middle."""
+    """Return the level of a value in the fit, as JSON.
+
+    Args:
+        search: Values to try.
+        value: The value.
+
+    Returns:
+        The value itself for choices, or the middle of its third of the range.
+    """
     if search.choices is not None:
         return json.dumps(value)
     assert search.low is not None
     assert search.high is not None
-    low, high, at = (math.log(each) if search.log else float(each) for each in (search.low, search.high, value))
-    third = min(2, int(3 * (at - low) / (high - low)))
+    low, high, x = (math.log(end) if search.log else float(end) for end in (search.low, search.high, value))
+    third = min(2, int(3 * (x - low) / (high - low)))
     middle = low + (third + 0.5) * (high - low) / 3
     middle = math.exp(middle) if search.log else middle
     return json.dumps(round(middle) if is_integer_range(search) else float(f"{middle:.3g}"))
@@ -391,26 +429,30 @@ def estimate_effects(
 ) -> dict[tuple[str, str], tuple[int, float]]:
     """Estimate the main effect of each level of each setting by least squares.
 
-    The effects of a setting's levels sum to zero over the trials. One trial of weight draws each of them to zero, so
-    that a level that was tried once doesn't lead.
+    The effects of a setting's levels sum to zero over the trials. A ridge penalty with the weight of one trial shrinks
+    each effect, so that a level that was tried once doesn't lead.
+
+    Args:
+        space: Setting -> values to try.
+        trials: Trials with results.
 
     Returns:
         Setting and level -> number of trials with the level, and its effect on the result.
     """
     levels = [[(name, discretize(search, trial.values[name])) for name, search in space.items()] for trial in trials]
-    keys = sorted({key for each in levels for key in each})
-    x = np.array([[key in each for key in keys] for each in levels], np.float64)
+    keys = sorted({key for trial_levels in levels for key in trial_levels})
+    x = np.array([[key in trial_levels for key in keys] for trial_levels in levels], np.float64)
     results = np.array([trial.result for trial in trials])
     design, y = np.vstack([x - x.mean(0), np.eye(len(keys))]), results - results.mean()
-    effects = np.linalg.lstsq(design, np.concatenate([y, np.zeros(len(keys))]), rcond=None)[0]
-    found = {}
+    coefficients = np.linalg.lstsq(design, np.concatenate([y, np.zeros(len(keys))]), rcond=None)[0]
+    effects = {}
     for name in space:
-        places = [place for place, key in enumerate(keys) if key[0] == name]
-        counts = x[:, places].sum(0)
-        middle = float(counts @ effects[places] / counts.sum())
-        for place, count in zip(places, counts, strict=True):
-            found[keys[place]] = int(count), float(effects[place]) - middle
-    return found
+        columns = [index for index, key in enumerate(keys) if key[0] == name]
+        counts = x[:, columns].sum(0)
+        mean = float(counts @ coefficients[columns] / counts.sum())
+        for index, count in zip(columns, counts, strict=True):
+            effects[keys[index]] = int(count), float(coefficients[index]) - mean
+    return effects
 
 
 def _list_candidates(
@@ -419,31 +461,31 @@ def _list_candidates(
     trials: Sequence[Trial],
     effects: Mapping[tuple[str, str], tuple[int, float]],
 ) -> list[Variant]:
-    """Return the best trial and the best levels by the fit, without the settings' own values."""
+    """Return the best trial and the best levels of the fit as variants, without the settings' own values."""
     levels: dict[str, str] = {}
     for (name, level), (_, effect) in effects.items():
         if name not in levels or effect > effects[name, levels[name]][1]:
             levels[name] = level
     fitted = {name: json.loads(level) for name, level in levels.items()}
     best = max(trials, key=lambda trial: trial.result).values
-    own = current_values(settings, space) or {}
-    found: list[Variant] = []
+    current = current_values(settings, space) or {}
+    candidates: list[Variant] = []
     for name, values in (("the best trial", best), ("the best values by the fit", fitted)):
-        changed = {setting: value for setting, value in values.items() if own.get(setting, math.nan) != value}
+        changed = {setting: value for setting, value in values.items() if current.get(setting, math.nan) != value}
         variant = make_variant(name, changed)
         try:
             variant.apply(settings)
-        except UserError:  # Values that don't go together.
+        except UserError:  # The best levels of different settings can be incompatible.
             continue
-        if changed and variant.overrides not in [each.overrides for each in found]:
-            found.append(variant)
-    return found
+        if changed and variant.overrides not in [candidate.overrides for candidate in candidates]:
+            candidates.append(variant)
+    return candidates
 
 
 def _choose(runner: Runner, candidates: Sequence[Variant]) -> Variant:
     """Choose a candidate by new runs on the selecting rows."""
     if len(candidates) == 1:
         return candidates[0]
-    first = runner.settings.training.seed + CANDIDATE_SEED_OFFSET
-    trained = runner.train(candidates, range(first, first + SELECTION_SEEDS))
-    return max(trained, key=lambda each: float(np.mean([facts["monitored_metric"] for facts in each.facts]))).variant
+    first_seed = runner.settings.training.seed + CANDIDATE_SEED_OFFSET
+    trained = runner.train(candidates, range(first_seed, first_seed + SELECTION_SEEDS))
+    return max(trained, key=lambda runs: float(np.mean([facts["monitored_metric"] for facts in runs.facts]))).variant

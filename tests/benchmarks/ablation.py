@@ -88,7 +88,7 @@ def judge(seed: int, folder: Path, seeds: int) -> Counter[str]:
     found = Counter[str]()
     for name, verdict in verdicts.items():
         kind = "worthless" if name in NOISE else "copies" if seed % 2 and name in ("strong", "same") else "useful"
-        right, wrong = ("candidate", "used") if kind == "worthless" else ("used", "candidate")
+        right, wrong = ("removable", "used") if kind == "worthless" else ("used", "removable")
         found[f"{kind} {'right' if verdict == right else 'wrong' if verdict == wrong else 'open'}"] += 1
     recommended = report.recommended
     names = set() if recommended is None else {*recommended.name.removeprefix("without ").split(", ")}

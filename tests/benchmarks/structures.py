@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.experiments.compare import BETTER, WORSE, compare_variants
+from mmoe_rec.experiments.compare import MetricVerdict, compare_variants
 from mmoe_rec.experiments.runner import BASE_VARIANT, Variant
 from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import plain_settings
@@ -94,7 +94,7 @@ def judge_log(kind: str, seed: int, seeds: int) -> list[dict[str, Any]]:
     for task, result in zip(tasks, report.variants[1:], strict=True):
         cell = result.metric_means[result.verdict_metrics[0]]
         assert cell.difference is not None
-        verdict = {WORSE: "helps", BETTER: "harms"}.get(cell.verdict, "not shown")
+        verdict = {MetricVerdict.WORSE: "helps", MetricVerdict.BETTER: "harms"}.get(cell.verdict, "not shown")
         half = (cell.difference.high - cell.difference.low) / 2
         found.append(
             {"kind": kind, "seed": seed, "task": task, "call": verdict, "value": -cell.difference.value, "half": half}

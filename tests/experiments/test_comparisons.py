@@ -17,7 +17,7 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.evaluate import read_labels, score_split
-from mmoe_rec.experiments.compare import UNKNOWN, compare_variants
+from mmoe_rec.experiments.compare import MetricVerdict, compare_variants
 from mmoe_rec.experiments.runner import (
     BASE_VARIANT,
     Runner,
@@ -115,7 +115,7 @@ def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: p
     folder = world.work / "comparison"
     found = json.loads((folder / "comparison.json").read_text())
     told = told_by(folder)
-    better, equal = "is better than `these settings`", "is not shown to differ from `these settings`"
+    better, equal = "is better than `these settings`", "does not differ significantly from `these settings`"
     assert told[1].startswith(f"`better` {better}: mean auc of click, liked differs by +")
     assert told[2].startswith(f"`equal` {equal}: mean auc of click, liked differs by ")
     assert found["recommended"] == "better"
@@ -168,7 +168,7 @@ def test_a_variant_with_other_features_has_features_of_its_own(world: World, set
     assert short.verdict_metrics == ("mean auc of click, liked",)
     assert short.metric_means["auc of click"].difference.value != 0
     assert one_task.verdict_metrics == ("auc of click",)
-    assert one_task.metric_means["auc of liked"].verdict == UNKNOWN
+    assert one_task.metric_means["auc of liked"].verdict == MetricVerdict.UNKNOWN
 
 
 def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequence[str] = ()) -> np.ndarray:

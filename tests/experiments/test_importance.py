@@ -155,8 +155,8 @@ def test_noise_is_left_out_and_copies_are_not(tmp_path: Path) -> None:
     words += ["--only", "noise", "price", "same_price"]
     printed = run_and_read(*words)
     assert "candidates to leave out together: `noise`" in printed
-    assert "`without price` is not shown to differ from `these settings`" in printed
-    assert "`without noise` is not shown to differ from `these settings`" in printed
+    assert "`without price` does not differ significantly from `these settings`" in printed
+    assert "`without noise` does not differ significantly from `these settings`" in printed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "train_run", None)  # All runs are complete.
         assert run_and_read(*words) == printed

@@ -133,12 +133,12 @@ def test_better_settings_are_found_and_confirmed(world: World, tune: Any) -> Non
 
     code, _, err = tune(EXPERTS, after(2, StoppedError("SIGTERM came; all is saved")), "--trials", 8)
     assert code == 75
-    assert err.splitlines()[-1] == "stopped: SIGTERM came; complete runs stay: repeat the command to go on"
+    assert err.splitlines()[-1] == "stopped: SIGTERM came; completed runs are kept. Repeat the command to continue."
     with pytest.raises(Killed):
         tune(EXPERTS, after(3, Killed()), "--trials", 8)
     code, out, err = tune(EXPERTS, by_experts(), "--trials", 8)
     assert code == 0, err
-    assert "8 trials: 0 fell behind, 0 had no result; the best one reached 0.4000 on the selecting rows" in out
+    assert "8 trials: 0 pruned, 0 failed. The best trial reached 0.4000 on the selecting rows" in out
     assert re.search(r"^trial 1: 0\.3000 \(model\.experts\.count=3\)", err, re.MULTILINE) is None, "it isn't repeated"
     assert "is better than `these settings`: mean auc of click, liked differs by +" in out
     assert "adopt `--model.experts.count=4`, since" in out
@@ -157,7 +157,7 @@ def test_settings_that_are_not_better_stay(world: World, tune: Any) -> None:
     space, train = {"model.experts.count": {"choices": [2, 3]}}, by_experts({"2": 0.5, "3": 0.3})
     code, out, err = tune(space, train, "--trials", 6, "--training.seed", 40)
     assert code == 0, err
-    assert "`the best trial` is not shown to differ from `these settings`" in out
+    assert "`the best trial` does not differ significantly from `these settings`" in out
     assert "nothing to adopt" in out
     own = load_settings(world.folder / "first.yaml", ["--training.seed", "40"])
     assert load_settings(world.work / "tuning" / "best.yaml").model == own.model
@@ -232,11 +232,11 @@ def test_trials_behind_the_median_are_cut_short(
     words += ["--tuning.search", json.dumps(EXPERTS), "--tuning.startup_trials", "2", "--trials", 6]
     commands.run("tune", *words)
     said = capsys.readouterr()
-    behind = len(re.findall(r"^trial \d+: it fell behind", said.err, re.MULTILINE))
+    behind = len(re.findall(r"^trial \d+: pruned", said.err, re.MULTILINE))
     assert behind > 0
-    assert f"6 trials: {behind} fell behind" in said.out
+    assert f"6 trials: {behind} pruned" in said.out
     runs = world.client.search_runs([world.client.get_experiment_by_name("learnable").experiment_id])
-    assert sum("cut_short" in each.data.tags for each in runs) == behind
+    assert sum("pruned" in each.data.tags for each in runs) == behind
 
 
 @pytest.mark.thorough

@@ -44,7 +44,7 @@ def test_the_page_says_what_is_wrong_or_that_nothing_is(health, tmp_path):
     ):
         assert words in text
     assert "Nothing suspicious found" not in text
-    assert "shares of training and test rows in the bins of " in text
+    assert "fractions of training and test rows in the bins of " in text
     assert "Nothing suspicious found" in page(health_of_frames(tmp_path, random_frames(5)))
 
 
