@@ -1,4 +1,4 @@
-"""Reports: results of a command go in; terminal output, a page and JSON come out.
+"""Show the results of a command on the terminal, as an HTML page, and as JSON.
 
-Begin in `parts`: a `Report` has a headline, figures, tables and sentences. `terminal` and `report_files` show it.
+Start reading in `parts`, which defines a `Report`. `to_terminal` and `report_files` show it.
 """

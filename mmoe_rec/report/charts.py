@@ -1,7 +1,7 @@
 """Figures of pages, drawn with Matplotlib.
 
-The colors are those of the style sheet's light form (`templates/style.css`). In a page they are variables of the style
-sheet, such as `var(--train)`, so that figures follow it from light to dark.
+The colors are those of the light theme in `templates/style.css`. In a page they become CSS variables such as
+`var(--train)`, so that figures follow the switch between light and dark.
 """
 
 import io
@@ -24,19 +24,24 @@ COLORS = {
     "test": "#1f6fd1",
 }
 SERIES_COLORS = (COLORS["test"], "#c2571a", "#2f855a", "#7c3aed", "#b83280")
-"""Colors of lines side by side, such as one for each task."""
-_NAMES = {color: f"var(--{name})" for name, color in COLORS.items()}
+"""Colors of several lines in one figure, such as a line for each task."""
+_CSS_VARIABLES = {color: f"var(--{name})" for name, color in COLORS.items()}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches, whose parts make room for each other."""
-    made = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=COLORS["card"])
-    FigureCanvasAgg(made)
-    return made
+    """Return an empty figure with automatic layout.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+    """
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=COLORS["card"])
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def style_axes(axes: Axes) -> Axes:
-    """Gives axes a light grid, no ticks, and no frame except left and bottom."""
+    """Give axes a light grid, no ticks, and a frame only at the left and bottom."""
     axes.grid(color=COLORS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
@@ -50,23 +55,26 @@ def style_axes(axes: Axes) -> Axes:
 
 
 def to_svg(drawn: Figure, label: str) -> str:
-    """The figure as an `svg` element for the middle of a page, without a background; the same for the same figure.
+    """Return a figure as an `svg` element for a page, without a background. The same figure gives the same text.
 
-    drawn: with texts and sizes in points, which become the units of the element; label: what it shows, for readers who
-    cannot see it; no other figure of the page has the same.
+    Args:
+        drawn: The figure, with texts and sizes in points, which become the units of the element.
+        label: Description for readers who can't see the figure, unique within the page.
     """
     drawn.patch.set_visible(False)
     stream = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         drawn.savefig(stream, format="svg", metadata={"Date": None})
-    whole = stream.getvalue()
-    box = whole.partition('viewBox="')[2].partition('"')[0]
-    text = whole.partition("<svg")[2].partition(">")[2].replace("xlink:href", "href")
+    document = stream.getvalue()
+    box = document.partition('viewBox="')[2].partition('"')[0]
+    text = document.partition("<svg")[2].partition(">")[2].replace("xlink:href", "href")
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", text, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="|url\()#(\w+)', text))  # matplotlib's own names are the same in every figure
-    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
-    places = re.compile(r'(?<= )(?:d|x|y|transform)="[^"]*"')  # for which a hundredth of a point is enough
-    text = places.sub(lambda found: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(found[0].split())), text)
-    text = re.sub(r"#[0-9a-f]{6}", lambda found: _NAMES.get(found[0], found[0]), text)
+    # Matplotlib's default IDs repeat in every figure. Keep only IDs that are referenced.
+    used = set(re.findall(r'(?:href="|url\()#(\w+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
+    # Round coordinates to a hundredth of a point.
+    coordinates = re.compile(r'(?<= )(?:d|x|y|transform)="[^"]*"')
+    text = coordinates.sub(lambda match: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(match[0].split())), text)
+    text = re.sub(r"#[0-9a-f]{6}", lambda match: _CSS_VARIABLES.get(match[0], match[0]), text)
     text = re.sub(r">\s+<", "><", re.sub(r" ?font-family: [^;\"]+;?", "", text))
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(label)}">{text.strip()}'

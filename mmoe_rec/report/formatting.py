@@ -1,4 +1,4 @@
-"""Numbers as a reader sees them."""
+"""Format numbers and facts for readers of a report."""
 
 import math
 from collections.abc import Mapping
@@ -9,84 +9,105 @@ from mmoe_rec.task_kinds import KINDS
 NO_VALUE = "-"
 _DAY = 86_400_000_000
 _DECIMALS = 4
-_MOST_DECIMALS = 7  # what is smaller is written like 1.5e-08
+# Smaller numbers are written in scientific notation, such as 1.5e-08.
+_MAX_DECIMALS = 7
 
 
-def format_percent(share: float | None) -> str:
-    """A share; 99.96% does not become 100%, nor 0.03% nothing."""
-    if share is None:
+def format_percent(fraction: float | None) -> str:
+    """Format a fraction as a percentage. Values near 0 and 1 stay distinct from them, as "<0.1%" and ">99.9%"."""
+    if fraction is None:
         return NO_VALUE
-    if 0 < share < 0.001:
+    if 0 < fraction < 0.001:
         return "<0.1%"
-    if 0.999 < share < 1:
+    if 0.999 < fraction < 1:
         return ">99.9%"
-    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+    return f"{fraction:.0%}" if fraction in (0, 1) else f"{fraction:.1%}"
 
 
 def format_fixed(value: float | None, digits: int = 3) -> str:
-    """A number with a fixed number of digits after the point."""
+    """Format a number with a fixed number of decimals, None as `NO_VALUE`.
+
+    Args:
+        value: The number.
+        digits: Number of decimals.
+    """
     return NO_VALUE if value is None else f"{value:.{digits}f}"
 
 
 def format_count(value: int | None) -> str:
-    """A whole number, its thousands apart."""
+    """Format an integer with thousands separators, None as `NO_VALUE`."""
     return NO_VALUE if value is None else f"{value:,}"
 
 
 def format_rate(value: float | None, kind: str) -> str:
-    """The mean label of a task of a kind."""
+    """Format the mean label of a task, None as `NO_VALUE`.
+
+    Args:
+        value: Mean label.
+        kind: Kind of the task.
+    """
     return NO_VALUE if value is None else KINDS[kind].format_mean(value)
 
 
 def describe_conflicting_times(requests: Mapping[str, Any] | None) -> str | None:
-    """How many requests have several times, of a manifest's `requests`; None where none has."""
+    """Describe how many requests have several times, None if there are none. Takes the `requests` of a manifest."""
     if not requests or not requests["conflicting_times"]:
         return None
     longest = requests["longest_microseconds"]
-    again = "; are ids used again?" if longest > _DAY else ""
+    reused = ". Are request IDs reused?" if longest > _DAY else ""
     return (
-        f"{requests['conflicting_times']:,} of {requests['count']:,} requests have rows of several times, up to "
-        f"{format_duration(longest)} apart: all rows of a request take its first time{again}"
+        f"{requests['conflicting_times']:,} of {requests['count']:,} requests have rows with several times, up to "
+        f"{format_duration(longest)} apart. All rows of a request take its first time{reused}"
     )
 
 
 def describe_pending_labels(task: str, labels: int, label_cutoff: str | None) -> str:
-    """How many labels of a split do not count, as they had not matured."""
-    noun, verb = ("label", "does") if labels == 1 else ("labels", "do")
-    return f"{labels:,} {noun} of {task} had not matured by {format_minute(label_cutoff)} UTC and {verb} not count"
+    """Describe how many labels of a split don't count because they were not final.
+
+    Args:
+        task: Name of the task.
+        labels: Number of labels.
+        label_cutoff: Time up to which the log has events, in ISO format.
+    """
+    noun, was, verb = ("label", "was", "does") if labels == 1 else ("labels", "were", "do")
+    return f"{labels:,} {noun} of {task} {was} not final by {format_minute(label_cutoff)} UTC and {verb} not count"
 
 
 def format_duration(microseconds: int) -> str:
-    """A time in a unit that makes it a small number."""
-    for unit, size_of in (("days", 86_400e6), ("hours", 3_600e6), ("minutes", 60e6), ("seconds", 1e6)):
-        if microseconds >= 2 * size_of:
-            return f"{microseconds / size_of:.1f} {unit}"
+    """Format microseconds in the largest unit that gives at least 2."""
+    for unit, unit_microseconds in (("days", 86_400e6), ("hours", 3_600e6), ("minutes", 60e6), ("seconds", 1e6)):
+        if microseconds >= 2 * unit_microseconds:
+            return f"{microseconds / unit_microseconds:.1f} {unit}"
     return f"{microseconds / 1e6:g} seconds"
 
 
 def format_minute(time: str | None) -> str:
-    """The day and minute of an ISO time."""
+    """Format an ISO time to the minute, None as `NO_VALUE`."""
     return NO_VALUE if time is None else time[:16].replace("T", " ")
 
 
 def format_signed(*values: float, sign: bool = True) -> list[str]:
-    """Differences that stand together, such as one and the ends of its interval, with as many decimals.
+    """Format related numbers, such as a difference and the ends of its interval, with equally many decimals.
 
-    They have four decimals, or two digits where the largest is small; there are more where one that is not 0 would else
-    look like it. From 1,000 on they are whole.
+    There are four decimals, or two significant digits if the largest number is small. There are more if a number would
+    otherwise look like 0. Numbers from 1,000 are rounded to integers.
+
+    Args:
+        values: The numbers.
+        sign: Whether positive numbers get a plus sign.
     """
-    sizes = [abs(each) for each in values if each]
+    sizes = [abs(value) for value in values if value]
     if not sizes:
         return ["0"] * len(values)
     largest, smallest = max(sizes), min(sizes)
     decimals = _DECIMALS if largest >= 0.00095 else 1 - _exponent(largest)
     decimals = max(decimals, -_exponent(smallest) if smallest >= largest / 1000 else 0)
-    form = f"+.{decimals}f" if decimals <= _MOST_DECIMALS else "+#.2g"
-    form = form if largest < 1000 else "+,.0f"
-    shown = ["0" if each == 0 else format(each, form) for each in values]
-    return shown if sign else [each.removeprefix("+") for each in shown]
+    spec = f"+.{decimals}f" if decimals <= _MAX_DECIMALS else "+#.2g"
+    spec = spec if largest < 1000 else "+,.0f"
+    texts = ["0" if value == 0 else format(value, spec) for value in values]
+    return texts if sign else [text.removeprefix("+") for text in texts]
 
 
 def _exponent(size: float) -> int:
-    """The exponent of ten in scientific notation with two digits."""
+    """Return the exponent of ten in scientific notation with two digits."""
     return int(f"{size:.1e}".partition("e")[2]) if math.isfinite(size) else 0

@@ -1,4 +1,4 @@
-"""The parts of a report, and their form on the terminal. Each command builds a `Report`."""
+"""The parts of a report and their form on the terminal. Each command builds a `Report`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 Mark = Literal["", "good", "note", "best", "warning", "problem"]
-"""How a cell or a sentence is colored."""
+"""Color of a cell or a sentence."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Cell:
 
     Attributes:
         text: The value.
-        small: A note on the value, such as its interval.
-        mark: How the value is colored.
+        detail: A note on the value, such as its interval.
+        mark: Color of the value.
     """
 
     text: str
-    small: str = ""
+    detail: str = ""
     mark: Mark = ""
 
 
 Row = tuple[Cell | str, ...]
-"""Cells of a row. A row of one cell is a heading."""
+"""Cells of a row. A row with one cell is a heading."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Table:
 
     Attributes:
         title: Title of the table.
-        heads: Names of the columns.
+        header: Names of the columns.
         rows: Rows of cells.
         note: A sentence on how to read the table.
         left: Number of leading columns that hold words rather than numbers.
-        more: Further rows, which a page folds and the terminal leaves out.
-        page_only: Whether the terminal leaves the table out.
+        more: Further rows, which are folded on the page and omitted on the terminal.
+        page_only: Whether the terminal omits the table.
     """
 
     title: str
-    heads: Sequence[str]
+    header: Sequence[str]
     rows: Sequence[Row]
     note: str = ""
     left: int = 1
@@ -57,7 +57,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a page. svg: the `svg` element."""
+    """A figure of a page.
+
+    Attributes:
+        title: Title above the figure.
+        svg: The `svg` element.
+        note: A sentence below the figure.
+    """
 
     title: str
     svg: str
@@ -65,19 +71,19 @@ class Figure:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the figure takes the whole width of a page."""
+        """Whether the figure takes the full width of the page."""
         return float(self.svg.partition('viewBox="')[2].split()[2]) > 700
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence, without its period.
+    """A sentence without its period.
 
     Attributes:
-        text: The sentence. Code stands between backticks.
-        mark: `warning`, `problem` and `note` stand before the sentence as a word.
+        text: The sentence, with code between backticks.
+        mark: Color of the sentence. `warning`, `problem` and `note` also precede the sentence as a word.
         label: A word that replaces the mark on a page, such as the name of a check.
-        page_only: Whether the terminal leaves the sentence out.
+        page_only: Whether the terminal omits the sentence.
     """
 
     text: str
@@ -93,14 +99,14 @@ class Report:
     Attributes:
         title: Title of the page.
         headline: The most important result.
-        figures: Figures, which come first.
+        figures: Figures, shown first.
         tables: Tables.
         sentences: Verdicts, findings and notes, the most important first.
-        mark: How the headline is colored.
-        about: A sentence on what was examined.
-        facts: Name -> text, such as the log and its rows.
-        measures: Name -> how it is computed.
-        identity: What the results depend on: `features`, fingerprint of the features; `model`, version of the model;
+        mark: Color of the headline.
+        about: A sentence on the data or model behind the results.
+        facts: Name -> text, such as the log and its number of rows.
+        measures: Name -> how the number is computed.
+        identity: Inputs of the results: `features`, fingerprint of the features; `model`, version of the model;
             `settings`, tree of the settings.
     """
 
@@ -116,13 +122,11 @@ class Report:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The terminal shows tables, then the headline and the sentences, so that the verdict stands last.
-
 STYLES: dict[Mark, str] = {"good": "bold green", "best": "bold", "warning": "yellow", "problem": "bold red"}
 
 
 def to_terminal(report: Report) -> Iterator[RenderableType]:
-    """Yield what the terminal shows of a report."""
+    """Yield the terminal output of a report: tables, then the headline and the sentences, so the verdict is last."""
     yield from (to_rich(table) for table in report.tables if table.rows and not table.page_only)
     if report.headline:
         yield Text(report.headline, style=STYLES.get(report.mark, "bold"))
@@ -133,24 +137,24 @@ def to_terminal(report: Report) -> Iterator[RenderableType]:
 
 
 def to_rich(table: Table) -> rich_table.Table:
-    """Return a table for the terminal."""
-    shown = rich_table.Table(
+    """Return a table as a Rich table for the terminal."""
+    rich = rich_table.Table(
         title=Text(table.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    shown.caption, shown.caption_justify = table.note or None, "left"
-    for place, head in enumerate(table.heads):
-        words = place < table.left
-        shown.add_column(Text(head), justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    rich.caption, rich.caption_justify = table.note or None, "left"
+    for index, name in enumerate(table.header):
+        is_text = index < table.left
+        rich.add_column(Text(name), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in table.rows:
         if len(row) == 1:
-            shown.add_row(_cell_text(row[0], "bold"))
+            rich.add_row(_cell_text(row[0], "bold"))
         else:
-            shown.add_row(*map(_cell_text, row))
-    return shown
+            rich.add_row(*map(_cell_text, row))
+    return rich
 
 
 def _cell_text(cell: Cell | str, style: str = "") -> Text:
     if isinstance(cell, str):
         return Text(cell, style=style)
     text = Text(cell.text, style=STYLES.get(cell.mark, style))
-    return text.append(f" {cell.small}", style="not bold dim") if cell.small else text
+    return text.append(f" {cell.detail}", style="not bold dim") if cell.detail else text

@@ -1,4 +1,4 @@
-"""Reports as files: `report.json`, and `report.html`, a page without scripts that needs no other file."""
+"""Reports as files: `report.json`, and `report.html`, a self-contained page without scripts."""
 
 from pathlib import Path
 
@@ -19,23 +19,31 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_ENVIRONMENT.filters["sentence"] = lambda words: words[:1].upper() + words[1:].rstrip(".")
+_ENVIRONMENT.filters["sentence"] = lambda text: text[:1].upper() + text[1:].rstrip(".")
 
 
 def to_html(report: Report) -> str:
-    """Return the page of a report. It escapes all texts."""
+    """Return the page of a report with all texts escaped."""
     return _ENVIRONMENT.get_template("report.html.j2").render(report=report)
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write `report.json` and `report.html`, the page last. Raises UserError if the folder can't be made."""
+    """Write `report.json`, then `report.html`.
+
+    Args:
+        report: The report.
+        folder: Folder to write to.
+
+    Raises:
+        UserError: The folder can't be created.
+    """
     text = to_html(report)
     write_text(folder / REPORT_JSON, _ADAPTER.dump_json(report, indent=1).decode())
     write_text(folder / REPORT_PAGE, text)
 
 
 def read_report(folder: Path) -> Report | None:
-    """Read the report of a folder. Returns None if there is none that can be read."""
+    """Read the report of a folder. Returns None if there is no readable report."""
     try:
         return _ADAPTER.validate_json((folder / REPORT_JSON).read_bytes())
     except (OSError, ValidationError):

@@ -72,9 +72,8 @@ def test_all_is_that_of_a_log_with_the_first_times(
     assert told["longest_microseconds"] == (frame.max() - frame.min()).max()
     assert describe_conflicting_times(plain) is None
     assert describe_conflicting_times(told) == (
-        f"{told['conflicting_times']} of {told['count']} requests have rows of several times, up to 48.0 "
-        "hours apart: all "
-        "rows of a request take its first time; are ids used again?"
+        f"{told['conflicting_times']} of {told['count']} requests have rows with several times, up to 48.0 "
+        "hours apart. All rows of a request take its first time. Are request IDs reused?"
     )
 
 

@@ -84,16 +84,16 @@ def test_requests_of_several_times_and_labels_that_had_not_matured_are_told(tmp_
     splits = {"train": {"rows": 9, "label_cutoff": 1_714_521_600_000_000, "pending_labels": {"like": 1, "click": 0}}}
     health = health_of_frames(tmp_path, random_frames(22), requests=requests, splits=splits)
     sentences = [
-        "56 of 1,234 requests have rows of several times, up to 90.0 minutes apart: all rows of a request take its "
+        "56 of 1,234 requests have rows with several times, up to 90.0 minutes apart. All rows of a request take its "
         "first time",
-        "train: 1 label of like had not matured by 2024-05-01 00:00 UTC and does not count",
+        "train: 1 label of like was not final by 2024-05-01 00:00 UTC and does not count",
     ]
     for sentence in sentences:
         assert sentence in told(health)
         assert sentence[1:] in page(health)
     plain = health_of_frames(tmp_path / "plain", random_frames(22))
     assert "several times" not in page(plain)
-    assert "had not matured" not in page(plain)
+    assert "not final" not in page(plain)
 
 
 # The figures draw the numbers that were measured, in the colors of the page.
