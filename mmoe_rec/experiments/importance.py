@@ -131,8 +131,8 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
         margin: Largest loss of the objective that is negligible.
 
     Returns:
-        `objective`, its name; `rows` of a table, the smallest loss first; `joint`, features to leave out together; and
-        `notes`, sentences.
+        `objective` (name of the metric), `rows` (of a table, the smallest loss first), `joint` (features to leave out
+        together) and `notes` (sentences).
 
     Raises:
         UserError: No task has enough labels.

@@ -373,7 +373,7 @@ class Runner:
         settings, prepared = spec.settings, spec.prepared
         result, precision = self.fit(spec, run)
         model = load_best_network(settings, prepared, result)
-        assert result.best is not None, "every training is validated at its end"
+        assert result.best is not None, "every run is validated at its end"
         run.log_metrics(result.best.to_metrics("best"), result.best_step)
         if settings.model.trees is not None:
             model.trees = grow_trees(settings, prepared, layout, model)

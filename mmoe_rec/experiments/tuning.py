@@ -282,7 +282,7 @@ class Study:
             except optuna.TrialPruned:
                 run.set_tags({"pruned": "true"})
                 raise
-            assert best is not None, "every training is validated at its end"
+            assert best is not None, "every run is validated at its end"
             run.log_metrics(best.to_metrics("network"))
         return runner.monitored_metric(best)
 

@@ -363,7 +363,7 @@ def _find_scope(schema: InferredSchema, name: str, named_by_user: bool) -> bool:
 
 
 def _spans_minutes(schema: InferredSchema, name: str) -> bool:
-    """Return whether the rows of each value have one user and times within half an hour."""
+    """Return whether the rows of almost every value have one user and times within half an hour."""
     keys, profile = schema.keys, schema.profile
     if "time" not in keys or profile.rows_per_key([name]) < 1.2:
         return False

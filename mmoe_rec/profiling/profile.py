@@ -191,7 +191,7 @@ class Profile:
         relation = "TABLE" if self.rows <= MAX_ROWS_IN_MEMORY else "VIEW"
         database.run(f"CREATE {relation} log AS {view}")
         self.columns = self._read_columns(kinds)
-        self._base_rates: dict[str, float] = {}  # Column -> fraction of pairs of rows that differ in it.
+        self._base_rates: dict[str, float] = {}  # Column -> how often two random rows differ in it.
         self._row_hash = f"hash({', '.join(self._sql.values())})"
 
     def _read_columns(self, kinds: Mapping[str, str]) -> dict[str, Column]:
