@@ -264,7 +264,7 @@ class EventStore(ABC):
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> Self:
         """A memory of this one's kind, which `to_columns` gave."""
 
-    def _later_floor(self, moment: int) -> int:
+    def _compaction_time(self, moment: int) -> int:
         return moment if self.compacted_at is None else max(moment, self.compacted_at)
 
 
