@@ -71,11 +71,15 @@ class VocabularyFeature(Feature):
     """Settings of a feature that has a vocabulary."""
 
     column: str = Field(description="column that the feature reads")
-    min_count: int = Field(2, ge=1, description="times an id must occur in the training rows to get a row of its own")
-    max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
-    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
+    min_count: int = Field(
+        2, ge=1, description="occurrences in the training rows that an id needs to get its own table row"
+    )
+    max_size: int | None = Field(
+        None, ge=1, lt=MAX_TABLE_ROWS, description="maximum number of ids; the most frequent ids are kept"
+    )
+    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="number of hashed buckets for unseen ids")
     table: str | None = Field(
-        None, description="name of another id feature whose vocabulary and embedding table this one shares"
+        None, description="name of another id feature whose vocabulary and embedding table to share"
     )
 
     @property

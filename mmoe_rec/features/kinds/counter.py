@@ -35,13 +35,13 @@ class CounterFeature(EventFeature):
     )
     outputs: Annotated[tuple[Literal["log_sum", "log_count", "rate", "recency"], ...], Unique] = Field(
         ("log_sum", "rate", "recency"),
-        description="log_sum: log(1 + sum of labels); log_count: log(1 + rows); rate: smoothed mean label, not "
-        "of events; recency: log(1 + days since the last row with a positive label became known), missing if never",
+        description="log_sum: log(1 + sum of labels); log_count: log(1 + rows); rate: smoothed mean label "
+        "(not for events); recency: log(1 + days since the last positive label became available), missing without any",
     )
     window_days: Annotated[tuple[Days | None, ...], Unique] = Field(
-        (None,), min_length=1, description="trailing windows; null is all of the past"
+        (None,), min_length=1, description="lengths of trailing windows; null means all of the past"
     )
-    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that are mixed into a rate")
+    smoothing: float = Field(20.0, gt=0, description="number of rows at the overall mean to add to a rate")
 
     @model_validator(mode="before")
     @classmethod

@@ -33,15 +33,15 @@ class HistoryFeature(EventFeature):
     fixed_role = "user"
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
-    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
+    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates to keep")
     min_label: float = Field(1.0, description="smallest label that counts as engaged")
     attributes: Annotated[tuple[str, ...], Unique] = Field(
-        (), description="further id features of the candidate, such as its brand, that each has too"
+        (), description="further id features of the engaged candidates, such as the brand"
     )
     pooling: Literal["mean", "attention"] = Field(
         "mean",
-        description="mean of the vectors of events; attention: besides, a small network looks at each event together "
-        "with the candidate, and at the order of events",
+        description="mean: mean of the vectors of events; attention: the mean, and a small network that compares "
+        "events with the candidate and reads their order",
     )
 
     @model_validator(mode="after")

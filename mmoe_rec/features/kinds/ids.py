@@ -21,7 +21,7 @@ class IdsFeature(VocabularyFeature, EmbeddingChoices):
     """A list of ids per row, embedded and averaged."""
 
     kind: Literal["ids"]
-    max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
+    max_length: int = Field(50, ge=1, description="maximum number of ids per row; further ids are dropped")
 
     def reads(self) -> Mapping[str, ColumnUse]:
         return {self.column: "keys"}

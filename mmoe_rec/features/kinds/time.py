@@ -26,11 +26,11 @@ class TimeFeature(Feature):
 
     kind: Literal["time"]
     dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
-    column: str | None = Field(None, description="timestamp column; null is the request's time")
+    column: str | None = Field(None, description="timestamp column; null means the request time")
     parts: Annotated[tuple[Literal["hour", "weekday", "age"], ...], Unique] = Field(
-        ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
+        ("hour", "weekday"), description="inputs to compute; age is the number of days from `column` to the request"
     )
-    timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
+    timezone: str = Field("UTC", description="time zone of hour and weekday, such as Europe/Berlin")
 
     @field_validator("timezone")
     @classmethod
