@@ -1,4 +1,4 @@
-"""Encoded rows as batches: Parquet files of encoded rows go in, tensors come out, in a seeded order and resumable.
+"""Read Parquet files of encoded rows as batches of tensors, in a seeded order from which a run can resume.
 
-Each rank gets its share. Begin in `encoded_rows` for the rows of a split, and in `batch` for the tensors.
+Each rank reads its part of a batch. Start with `encoded_dataset` for the rows of a split and `batch` for the tensors.
 """

@@ -1,8 +1,8 @@
 """A batch of encoded rows as tensors.
 
-Ids are key-major, as in torchrec's KeyedJaggedTensor: first the whole batch of input 0, then that of input 1. Serving
-and single-process use carry them in `KeyedIds`, which needs torch alone; training over sharded tables in a
-KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
+Ids are key-major, as in torchrec's KeyedJaggedTensor, which means that all ids of input 0 come before the ids of input
+1. Serving and single-process training use `KeyedIds`, which needs only torch. Training with sharded tables uses a
+KeyedJaggedTensor. Shapes have B rows, F id inputs, D dense inputs and T tasks.
 """
 
 import itertools
@@ -23,24 +23,29 @@ from mmoe_rec.point_in_time.arrays import Ragged
 
 
 class _Tensors:
-    """Tensors that move together."""
+    """A group of tensors that move between devices together."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device."""
+        """Copy the tensors to a device.
+
+        Args:
+            device: Target device.
+            non_blocking: Whether to copy asynchronously if possible.
+        """
         return self._map(lambda part: part.to(torch.device(device), non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory, from which copies to a GPU overlap with its work."""
+        """Copy the tensors to page-locked memory, from which copies to a GPU overlap with computation."""
         return self._map(lambda part: part.pin_memory())
 
     def record_stream(self, stream: Any) -> None:
-        """Marks the tensors as used by a CUDA stream, so that their memory is not reused before it is done."""
+        """Mark the tensors as used by a CUDA `stream`, so that their memory is not reused too early."""
         for part in self._parts().values():
             part.record_stream(stream)
 
     def _map(self, change: Callable[[Any], Any]) -> Self:
-        given = {each.name for each in fields(self) if each.init}  # type: ignore[arg-type]
-        parts = {name: change(part) for name, part in self._parts().items() if name in given}
+        init_fields = {field.name for field in fields(self) if field.init}  # type: ignore[arg-type]
+        parts = {name: change(part) for name, part in self._parts().items() if name in init_fields}
         return replace(self, **parts)  # type: ignore[type-var]
 
     def _parts(self) -> dict[str, Any]:
@@ -49,11 +54,15 @@ class _Tensors:
 
 @dataclass(frozen=True, eq=False)
 class KeyedIds(_Tensors):
-    """Any number of ids for each of F inputs and B rows.
+    """Lists of ids for F inputs and B rows. Values and lengths are key-major.
 
-    keys: F names; values: (sum of lengths,) int64; lengths: (F * B,) int32. Both tensors are key-major. starts: F + 1
-    places in `values` where inputs begin and the last one ends; read from the lengths where not given, for which the
-    host waits if they are on a GPU. offsets: (F * B + 1,) int64, where the ids of each row of each input begin.
+    Attributes:
+        keys: F names of inputs.
+        values: (sum of lengths,) int64 ids.
+        lengths: (F * B,) int32 numbers of ids.
+        starts: F + 1 bounds of the inputs in `values`. The default computes them from the lengths, which synchronizes
+            with the GPU if the lengths are on a GPU.
+        offsets: (F * B + 1,) int64 bounds of the ids of each input and row.
     """
 
     keys: tuple[str, ...]
@@ -65,16 +74,17 @@ class KeyedIds(_Tensors):
     def __post_init__(self) -> None:
         starts_at_zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
         ends = torch.cat([starts_at_zero, self.lengths.cumsum(0, dtype=torch.int64)])
-        object.__setattr__(self, "offsets", ends)  # frozen: set once, so that each column is a slice
+        object.__setattr__(self, "offsets", ends)
         if self.starts is None:
             object.__setattr__(self, "starts", tuple(ends[:: max(1, self.rows)].tolist()))
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return len(self.lengths) // len(self.keys) if self.keys else 0
 
     def column(self, name: str) -> tuple[Tensor, Tensor]:
-        """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them."""
+        """Return the ids of the input called `name` as (n,) int64 values and (B + 1,) int64 offsets."""
         assert self.starts is not None
         index = self.keys.index(name)
         ends = self.offsets[index * self.rows : (index + 1) * self.rows + 1]
@@ -84,13 +94,16 @@ class KeyedIds(_Tensors):
 
 @dataclass(frozen=True, eq=False)
 class AttentionEvents(_Tensors):
-    """The events of the histories that attention pools, one history after the other; those of each by row, the oldest
-    first.
+    """Events of the histories that attention pools, ordered by history, row and position (oldest first).
 
-    sizes: how many each history has, which add up to E; rows, places, later: (E,) int64 the row of each event, its
-    place in the row's list, and how many come after it; same: (E, K) float32, 1 where an event's part, of at most K
-    with a counterpart in the candidate, has the candidate's id. vectors: of each history, (its size, W) float32 what
-    its events hold, once a model has looked them up.
+    Attributes:
+        sizes: Number of events of each history, E in total.
+        rows: (E,) int64 row of each event.
+        positions: (E,) int64 position of each event in the list of its row.
+        later: (E,) int64 number of events after each event in the list.
+        same: (E, K) float32, 1 where a part of the event has the same id as the candidate. K is the largest number of
+            parts of a history that have a counterpart in the candidate.
+        vectors: (size, W) float32 embeddings of the events of each history, set after a model looked them up.
     """
 
     sizes: tuple[int, ...]
@@ -110,12 +123,12 @@ class Batch(_Tensors):
         dense: (B, D) float32 over all of `layout.dense`.
         labels: (B, T) float32, or float64 if a task is a regression. Unobserved labels are 0.
         observed: (B, T) bool, whether a label is known.
-        position: Position at which a reader continues after this batch, None outside a training.
+        position: Position at which a reader continues after this batch, None outside training.
         weights: (B,) float64 weights of the rows in the loss, None if all rows count alike.
         row_numbers: (B,) int64 numbers of the rows in the files, for `seeded_draws`.
-        ragged: Names of the R inputs that don't have exactly one id in every row.
-        shares: (R, B) float32 weight of one id in the mean of its row: 1 / number of ids, or 0 without ids. None if
-            R is 0.
+        ragged_inputs: Names of the R inputs that don't have exactly one id in every row.
+        pooling_weights: (R, B) float32 weight of one id in the mean of its row, which is 1 / number of ids, or 0
+            without ids. None if R is 0.
         events: Events of the histories that attention pools.
     """
 
@@ -135,7 +148,7 @@ class Batch(_Tensors):
 
     @property
     def observed_weights(self) -> Tensor:
-        """(T,) observed labels of each task: their number, int64, or the sum of their rows' weights, float64."""
+        """Number of observed labels (int64), or the sum of their weights (float64), shape (T,)."""
         if self.weights is None:
             return self.observed.sum(0)
         return (self.observed * self.weights[:, None]).sum(0)
@@ -151,134 +164,156 @@ def make_batch(
     *,
     torchrec: bool,
 ) -> Batch:
-    """Encoded rows and their labels as a batch.
+    """Convert encoded rows and labels to a batch.
 
-    labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
-    float64, numbers: (B,) int64, as in `Batch`. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
-    where labels, weights or dense inputs do not fit the layout, KeyError where an id input is missing.
+    Args:
+        encoded: B encoded rows.
+        layout: Layout of the rows.
+        labels: (B, T) float32 or float64, NaN where unobserved. None leaves all labels unobserved.
+        position: Position at which a reader continues after this batch.
+        weights: (B,) float64 weights of the rows.
+        row_numbers: (B,) int64 numbers of the rows in the files.
+        torchrec: Whether to return ids as a KeyedJaggedTensor.
+
+    Raises:
+        ValueError: Labels, weights or dense inputs don't fit the layout.
+        KeyError: An id input is missing.
     """
     rows = len(encoded)
-    # Those that share a table side by side, as torchrec takes them: it would have to order them otherwise.
-    tables = {table.name: number for number, table in enumerate(layout.tables)}
-    in_order = sorted(layout.ids, key=lambda each: tables[each.table]) if torchrec else layout.ids
-    inputs = {each.name: encoded.ids[each.name] for each in in_order}
-    events = _events_of(inputs, layout) if layout.attention else None
-    looked_at = {name: each.length for each in layout.attention for name, _ in layout.history_inputs(each)}
+    # torchrec expects inputs of the same table next to each other, and would reorder them otherwise.
+    tables = {table.name: index for index, table in enumerate(layout.tables)}
+    id_inputs = sorted(layout.ids, key=lambda key: tables[key.table]) if torchrec else layout.ids
+    inputs = {key.name: encoded.ids[key.name] for key in id_inputs}
+    events = _attention_events(inputs, layout) if layout.attention else None
+    max_lengths = {name: history.length for history in layout.attention for name, _ in layout.history_inputs(history)}
     values, lengths, totals = _key_major(list(inputs.values()), rows)
     ragged = {
-        name: each
-        for name, each in inputs.items()
-        if isinstance(each, Ragged) and (each.lengths != 1).any() and name not in looked_at
+        name: lists
+        for name, lists in inputs.items()
+        if isinstance(lists, Ragged) and (lists.lengths != 1).any() and name not in max_lengths
     }
     dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")
     if labels is None:
         labels = np.full((rows, len(layout.tasks)), np.nan, np.float32)
-    precision = np.float64 if labels.dtype == np.float64 else np.float32
-    given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
-    observed = ~given.isnan()
-    rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights", np.float64)
-    rows_numbers = None if row_numbers is None else torch.from_numpy(np.require(row_numbers, np.int64, ["C", "W"]))
-    shares = None
+    dtype = np.float64 if labels.dtype == np.float64 else np.float32
+    label_tensor = _float_tensor(labels, (rows, len(layout.tasks)), "labels", dtype)
+    observed = ~label_tensor.isnan()
+    weight_tensor = None if weights is None else _float_tensor(weights, (rows,), "weights", np.float64)
+    number_tensor = None if row_numbers is None else torch.from_numpy(np.require(row_numbers, np.int64, ["C", "W"]))
+    pooling = None
     if ragged:
-        counts = np.stack([each.lengths for each in ragged.values()])
-        shares = torch.from_numpy(np.divide(1.0, counts, out=np.zeros(counts.shape, np.float32), where=counts > 0))
+        counts = np.stack([lists.lengths for lists in ragged.values()])
+        pooling = torch.from_numpy(np.divide(1.0, counts, out=np.zeros(counts.shape, np.float32), where=counts > 0))
     ids: Any = None
-    if looked_at or not torchrec:
+    if max_lengths or not torchrec:
         ids = KeyedIds(tuple(inputs), values, lengths)
     if torchrec:
         from torchrec import KeyedJaggedTensor
 
         names = list(inputs)
-        if looked_at:
-            apart = split_by_position(ids, looked_at)
-            names, values, lengths = list(apart.keys), apart.values, apart.lengths
+        if max_lengths:
+            split = split_by_position(ids, max_lengths)
+            names, values, lengths = list(split.keys), split.values, split.lengths
             totals = lengths.view(len(names), rows).sum(1).tolist()
-        # The totals are known on the host; without them torchrec would read them back from the device.
+        # Pass the totals, because torchrec would otherwise read them back from the device.
         ids = KeyedJaggedTensor(names, values, lengths=lengths, stride=rows, length_per_key=totals)
-    known = given.masked_fill(~observed, 0.0)
-    rows_own = (position, rows_weights, rows_numbers)
-    return Batch(ids, dense, known, observed, *rows_own, tuple(ragged), shares, events)
+    filled_labels = label_tensor.masked_fill(~observed, 0.0)
+    row_fields = (position, weight_tensor, number_tensor)
+    return Batch(ids, dense, filled_labels, observed, *row_fields, tuple(ragged), pooling, events)
 
 
 def split_by_position(ids: KeyedIds, lengths: Mapping[str, int]) -> KeyedIds:
-    """The same ids, those of the inputs named with an input for each place of their lists. lengths: name -> places.
+    """Split inputs into one input per position of their lists.
 
-    Raises ValueError for a list that has more ids.
+    Args:
+        ids: Ids of all inputs.
+        lengths: Number of positions by the name of the input to split.
+
+    Raises:
+        ValueError: A list has more ids than positions.
     """
     keys, values, counts = list[str](), list[Tensor](), list[Tensor]()
     for name in ids.keys:
-        own, offsets = ids.column(name)
-        counted = offsets.diff()
+        column, offsets = ids.column(name)
+        list_lengths = offsets.diff()
         if name not in lengths:
-            keys, values, counts = [*keys, name], [*values, own], [*counts, counted]
+            keys, values, counts = [*keys, name], [*values, column], [*counts, list_lengths]
             continue
-        if len(counted) and int(counted.max()) > lengths[name]:
-            raise ValueError(f"'{name}' has a list of {int(counted.max())} ids, and at most {lengths[name]} are read")
-        place = torch.arange(lengths[name])[:, None]
-        inside = place < counted  # (places, B)
-        keys += [position_input(name, each) for each in range(lengths[name])]
-        values.append(own[(offsets[:-1] + place)[inside]])
+        if len(list_lengths) and int(list_lengths.max()) > lengths[name]:
+            longest = int(list_lengths.max())
+            raise ValueError(f"'{name}' has a list of {longest} ids, and at most {lengths[name]} are read")
+        position = torch.arange(lengths[name])[:, None]
+        inside = position < list_lengths  # (positions, B)
+        keys += [position_input(name, index) for index in range(lengths[name])]
+        values.append(column[(offsets[:-1] + position)[inside]])
         counts.append(inside.flatten())
-    return KeyedIds(tuple(keys), torch.cat(values), torch.cat([each.int() for each in counts]))
+    return KeyedIds(tuple(keys), torch.cat(values), torch.cat([count.int() for count in counts]))
 
 
-def _events_of(inputs: Mapping[str, Any], layout: Layout) -> AttentionEvents:
-    sizes, rows, places, later, same = list[int](), *(list[np.ndarray]() for _ in range(4))
-    history_inputs = {each.history: layout.history_inputs(each) for each in layout.attention}
-    most = max(sum(partner is not None for _, partner in each) for each in history_inputs.values())
-    for name, own in history_inputs.items():
+def _attention_events(inputs: Mapping[str, Any], layout: Layout) -> AttentionEvents:
+    sizes, rows, positions, later, same = list[int](), *(list[np.ndarray]() for _ in range(4))
+    history_inputs = {history.history: layout.history_inputs(history) for history in layout.attention}
+    max_pairs = max(sum(partner is not None for _, partner in parts) for parts in history_inputs.values())
+    for name, parts in history_inputs.items():
         lists = inputs[name]
         row = np.arange(len(lists.lengths)).repeat(lists.lengths)
         sizes.append(len(row))
         rows.append(row)
-        places.append(np.arange(len(row)) - lists.offsets[row])
-        later.append(lists.lengths[row] - 1 - places[-1])
-        equal = np.zeros((len(row), most), np.float32)
-        pairs = [(part, partner) for part, partner in own if partner is not None]
+        positions.append(np.arange(len(row)) - lists.offsets[row])
+        later.append(lists.lengths[row] - 1 - positions[-1])
+        equal = np.zeros((len(row), max_pairs), np.float32)
+        pairs = [(part, partner) for part, partner in parts if partner is not None]
         for column, (part, partner) in enumerate(pairs):
             equal[:, column] = same_ids(inputs[part].values, inputs[partner][row])
         same.append(equal)
-    joined = (torch.from_numpy(np.concatenate(each)) for each in (rows, places, later, same))
+    joined = (torch.from_numpy(np.concatenate(arrays)) for arrays in (rows, positions, later, same))
     return AttentionEvents(tuple(sizes), *joined)
 
 
 def same_ids(events: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """(E,) bool: where (E,) table rows are those of the candidates, and not of missing ids, which row 0 is."""
+    """Return where events have the same id as their candidate, shape (E,), bool. Missing ids (row 0) never match.
+
+    Args:
+        events: (E,) table rows of the events.
+        candidates: (E,) table rows of the candidates.
+    """
     return (events == candidates) & (events != 0)
 
 
 def _float_tensor(
-    values: np.ndarray, shape: tuple[int, ...], what: str, precision: type[np.floating[Any]] = np.float32
+    values: np.ndarray, shape: tuple[int, ...], name: str, dtype: type[np.floating[Any]] = np.float32
 ) -> Tensor:
     if values.shape != shape:
-        raise ValueError(f"{what}: expected shape {shape} (rows x columns of the layout), found {values.shape}")
-    # Copies only what is not contiguous, of another type, or read-only (as arrays from Arrow are).
-    return torch.from_numpy(np.require(values, precision, ["C", "W"]))
+        raise ValueError(f"{name}: expected shape {shape} (rows x columns of the layout), found {values.shape}")
+    # This copies only arrays that are not contiguous, have another type, or are read-only (like arrays from Arrow).
+    return torch.from_numpy(np.require(values, dtype, ["C", "W"]))
 
 
 def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tensor, Tensor, list[int]]:
-    """values (sum of lengths,) int64, lengths (F * B,) int32, and the number of values of each input."""
-    flat = [each.values if isinstance(each, Ragged) else each for each in columns]
-    totals = [len(each) for each in flat]
+    """Return (sum of lengths,) int64 values, (F * B,) int32 lengths, and the number of values of each input."""
+    flat = [column.values if isinstance(column, Ragged) else column for column in columns]
+    totals = [len(values) for values in flat]
     lengths = np.ones(len(columns) * rows, np.int32)
-    for index, each in enumerate(columns):
-        if isinstance(each, Ragged):
-            assert int(each.lengths.sum()) == totals[index], "ids do not fit their lengths"
-            lengths[index * rows : (index + 1) * rows] = each.lengths
-        assert isinstance(each, Ragged) or totals[index] == rows, "ids do not fit the rows"
+    for index, column in enumerate(columns):
+        if isinstance(column, Ragged):
+            assert int(column.lengths.sum()) == totals[index], "ids do not fit their lengths"
+            lengths[index * rows : (index + 1) * rows] = column.lengths
+        assert isinstance(column, Ragged) or totals[index] == rows, "ids do not fit the rows"
     values = np.concatenate(flat, dtype=np.int64) if flat else np.empty(0, np.int64)
     return torch.from_numpy(values), torch.from_numpy(lengths), totals
 
 
-# Random numbers of rows and steps, which are the same however rows are spread over batches and processes.
+# Random numbers for rows and steps, which don't depend on how rows are split into batches and processes.
 
 _DRAWS: ContextVar[tuple[Batch, Iterator[int]] | None] = ContextVar("draws", default=None)
 
 
 @contextmanager
 def seeded_draws(batch: Batch) -> Iterator[None]:
-    """Within it, `draw_uniform` and `draw_integer` draw for a step of a batch, by the seed and epoch of its position,
-    the numbers of its rows and how many draws came before; elsewhere from torch's own generator.
+    """Make `draw_uniform` and `draw_integer` reproducible for one step with a `batch`.
+
+    A draw depends on the seed and epoch of the batch's position, the numbers of its rows, and the number of earlier
+    draws. Outside this context, torch's own generator is used.
     """
     token = _DRAWS.set((batch, itertools.count(1)))
     try:
@@ -288,20 +323,34 @@ def seeded_draws(batch: Batch) -> Iterator[None]:
 
 
 def draw_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
-    """(B, ...) float32, even over (0, 1), by a counter-based generator (Salmon et al., SC 2011): the mixing function of
-    SplitMix64 (Steele et al., OOPSLA 2014) on a row's key and the place of the draw.
+    """Draw uniform numbers in (0, 1) with a counter-based generator (Salmon et al., SC 2011).
+
+    It applies the mixing function of SplitMix64 (Steele et al., OOPSLA 2014) to a row's key and the index of the draw.
+
+    Args:
+        shape: Shape (B, ...) of the result.
+        device: Device of the result.
+
+    Returns:
+        (B, ...) float32.
     """
     if (draws := _DRAWS.get()) is None:
         return torch.rand(tuple(shape), device=device)
     (batch, draw), first = draws, int(_generator(draws[0], 0).integers(-(2**63), 2**63))
     assert batch.row_numbers is not None, "these rows have no numbers"
-    places = torch.arange(math.prod(shape[1:]), device=device) + (next(draw) << 32)
-    bits = _mix(_mix(batch.row_numbers + first)[:, None] + places * -0x61C8864680B583EB) >> 41  # 23 of them
+    indices = torch.arange(math.prod(shape[1:]), device=device) + (next(draw) << 32)
+    # Keep 23 bits, which float32 represents exactly.
+    bits = _mix(_mix(batch.row_numbers + first)[:, None] + indices * -0x61C8864680B583EB) >> 41
     return (((bits & (1 << 23) - 1).float() + 0.5) * 2.0**-23).view(*shape)
 
 
 def draw_integer(low: int, high: int) -> int:
-    """A whole number from low to high, the same on all ranks."""
+    """Draw an integer that is the same on all ranks.
+
+    Args:
+        low: Smallest result.
+        high: Largest result.
+    """
     if (draws := _DRAWS.get()) is None:
         return int(torch.randint(low, high + 1, ()))
     batch, draw = draws
@@ -309,14 +358,14 @@ def draw_integer(low: int, high: int) -> int:
 
 
 def _generator(batch: Batch, draw: int) -> np.random.Generator:
-    """That of all ranks for a draw of the step, or of the whole epoch for draw 0."""
+    """Return the generator of all ranks for a draw of the step, or of the epoch for draw 0."""
     position = batch.position
     assert position is not None, "this batch has no position"
     return np.random.default_rng([position.seed, position.epoch, position.row if draw else 0, 1 + draw])
 
 
 def _mix(values: Tensor) -> Tensor:
-    """(...) int64, which wraps around."""
+    """Apply the mixing function of SplitMix64 to int64 values, with wraparound."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         values = (values ^ (values >> shift & (1 << 64 - shift) - 1)) * factor
     return values

@@ -1,16 +1,16 @@
-"""Training batches: one seeded order of all rows an epoch, of which each rank reads its slices.
+"""Training batches in one seeded order of all rows per epoch, of which each rank reads its slices.
 
 The row groups of all files are permuted and cut into windows of about `shuffle_buffer_rows` rows. Within a row group
-the rows are permuted; within a window the groups are mixed in proportion: row j of group g, of n rows, has the key
-(j + u_g) / n, and the window's rows come by rising key (equal keys by group). So every stretch of the order holds rows
-of each group of its window in proportion to the group's size, and any slice of the order is known without reading any.
+the rows are permuted. Within a window the groups are mixed in proportion to their sizes: row j of group g with n rows
+has the key (j + u_g) / n, and rows are ordered by key (equal keys by group). So the order is known without reading any
+rows.
 
-The global batch is the next `batch_size` rows of the order, arranged by row group, and each rank takes its slots of it.
-Neither depends on the number of ranks, so a position in the order is all that an exact resume needs. As a rank's slots
-lie at the same place of every batch, it reads only its share of the row groups; the ranks overlap in one group for each
-border between two of them.
+A global batch is the next `batch_size` rows of the order, arranged by row group, and each rank takes its slots. Order
+and batches don't depend on the number of ranks, so a run can resume exactly from a position in the order. A rank has
+the same slots in every batch, so it reads only a fraction of the row groups. Two neighboring ranks both read the group
+at their border.
 
-Batches are made ahead of their consumer, in a background thread.
+A background thread prepares batches ahead of their consumer.
 """
 
 import time
@@ -28,14 +28,19 @@ from mmoe_rec.batches.encoded_dataset import EncodedDataset, LabeledRows
 GOLDEN = (5**0.5 - 1) / 2
 T = TypeVar("T")
 _END = object()
-_THREADS = 2  # that decode row groups
+# Threads that decode row groups.
+_THREADS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class ShuffleWindow:
-    """Places start to stop (exclusive) of an epoch's order: the rows of G row groups.
+    """A range of an epoch's order with the rows of G row groups.
 
-    groups: (G,) int64, which ones; sizes: (G,) int64, the rows of each; shift: in [0, 1), where u_g begins.
+    Attributes:
+        start: First position of the range.
+        groups: (G,) int64 indices of the row groups.
+        sizes: (G,) int64 numbers of rows.
+        shift: Offset of u_g, in [0, 1).
     """
 
     start: int
@@ -45,25 +50,28 @@ class ShuffleWindow:
 
     @property
     def stop(self) -> int:
-        """The place after the window's last."""
+        """End of the range (exclusive)."""
         return self.start + int(self.sizes.sum())
 
     def group_per_row(self) -> np.ndarray:
-        """(stop - start,) int64: to which of the window's groups, 0 to G - 1, the row at each place belongs."""
-        numbers = np.arange(len(self.sizes))
-        # Multiples of the golden ratio lie evenly, those of any few neighbouring groups too (Kronecker sequence): a
-        # batch's rows of the first g groups differ less from their proportion than with random u_g.
-        offsets = (self.shift + numbers * GOLDEN) % 1.0
+        """Return the group (0 to G - 1) of each row of the window, shape (stop - start,), int64."""
+        group = np.arange(len(self.sizes))
+        # Multiples of the golden ratio are evenly distributed, also for a few neighboring groups (Kronecker sequence).
+        # So the rows that a batch has of the first g groups are closer to their proportion than with random u_g.
+        offsets = (self.shift + group * GOLDEN) % 1.0
         within = np.arange(self.sizes.sum()) - np.repeat(np.cumsum(self.sizes) - self.sizes, self.sizes)
         keys = (within + np.repeat(offsets, self.sizes)) / np.repeat(self.sizes, self.sizes)
-        return np.repeat(numbers, self.sizes)[np.argsort(keys, kind="stable")]
+        return np.repeat(group, self.sizes)[np.argsort(keys, kind="stable")]
 
 
 @dataclass(frozen=True, eq=False)
 class WindowSlice:
-    """The rows of a global batch that lie in one window: of each of its G groups, permuted, `counts` from `starts` on.
+    """The rows of a global batch in one window, as ranges of the G permuted groups.
 
-    Both (G,) int64.
+    Attributes:
+        window: Window with the groups.
+        starts: (G,) int64 first row of each group.
+        counts: (G,) int64 number of rows of each group.
     """
 
     window: ShuffleWindow
@@ -71,63 +79,84 @@ class WindowSlice:
     counts: np.ndarray
 
     def keys(self) -> np.ndarray:
-        """(sum of counts,) float64, rising: where each row, by group, would lie among all the window's rows, 0 to 1."""
+        """Return the relative position (0 to 1) of each row in the window if rows were ordered by group.
+
+        Returns:
+            (sum of counts,) ascending float64.
+        """
         sizes, counts = self.window.sizes, self.counts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         before = np.repeat(np.cumsum(sizes) - sizes, counts)
-        shares = np.repeat(sizes / np.maximum(counts, 1), counts)
-        return (before + (within + 0.5) * shares) / sizes.sum()
+        spacing = np.repeat(sizes / np.maximum(counts, 1), counts)
+        return (before + (within + 0.5) * spacing) / sizes.sum()
 
 
 class EpochOrder:
-    """The order of one epoch. group_rows: (number of row groups,) int64, the rows of each, none of them 0."""
+    """The order of rows in one epoch.
+
+    Attributes:
+        epoch: Index of the epoch.
+        windows: Windows in order.
+    """
 
     def __init__(self, row_group_sizes: np.ndarray, *, shuffle_buffer_rows: int, seed: int, epoch: int) -> None:
-        self._group_rows, self._seed, self.epoch = row_group_sizes, seed, epoch
+        """Draw the order of row groups and cut it into windows.
+
+        Args:
+            row_group_sizes: (number of row groups,) int64 numbers of rows, all positive.
+            shuffle_buffer_rows: Maximum number of rows in a window with more than one row group.
+            seed: Seed of the order.
+            epoch: Index of the epoch.
+        """
+        self._row_group_sizes, self._seed, self.epoch = row_group_sizes, seed, epoch
         self.windows = list(self._cut(shuffle_buffer_rows))
 
     def permutation(self, group: int) -> np.ndarray:
-        """(rows of the group,) int64: the rows of a row group, in the order in which they come."""
-        return self._generator(1 + group).permutation(int(self._group_rows[group]))
+        """Return the order of the rows of a row `group`, shape (rows of the group,), int64."""
+        return self._generator(1 + group).permutation(int(self._row_group_sizes[group]))
 
     def batches(self, batch_size: int, position: int = 0) -> Iterator[list[WindowSlice]]:
-        """Global batches of the next `batch_size` rows (the last one fewer), from `position` on, as parts of windows.
+        """Yield global batches as slices of windows.
 
-        The rows of a batch are arranged by `WindowSlice.keys`, so a slice of every batch at the same place needs only
-        the same few groups.
+        The rows of a batch are arranged by `WindowSlice.keys`. So the same slots of all batches need the same few
+        groups.
+
+        Args:
+            batch_size: Number of rows. The last batch can have fewer rows.
+            position: First row in the order.
         """
         parts: list[WindowSlice] = []
-        wanted = batch_size
+        missing = batch_size
         for window in self.windows:
             size = window.stop - window.start
             if window.stop <= position:
                 continue
             group_per_row = window.group_per_row()
-            place = max(position - window.start, 0)
-            starts = np.bincount(group_per_row[:place], minlength=len(window.groups))
-            while place < size:
-                stop = min(place + wanted, size)
-                counts = np.bincount(group_per_row[place:stop], minlength=len(window.groups))
+            start = max(position - window.start, 0)
+            starts = np.bincount(group_per_row[:start], minlength=len(window.groups))
+            while start < size:
+                stop = min(start + missing, size)
+                counts = np.bincount(group_per_row[start:stop], minlength=len(window.groups))
                 parts.append(WindowSlice(window, starts, counts))
-                starts, wanted, place = starts + counts, wanted - (stop - place), stop
-                if not wanted:
+                starts, missing, start = starts + counts, missing - (stop - start), stop
+                if not missing:
                     yield parts
-                    parts, wanted = [], batch_size
+                    parts, missing = [], batch_size
         if parts:
             yield parts
 
     def _cut(self, shuffle_buffer_rows: int) -> Iterator[ShuffleWindow]:
         generator = self._generator(0)
-        order = generator.permutation(len(self._group_rows))
-        ends = np.cumsum(self._group_rows[order])
+        order = generator.permutation(len(self._row_group_sizes))
+        ends = np.cumsum(self._row_group_sizes[order])
         shifts = generator.random(len(order))
         first = 0
         while first < len(order):
             start = int(ends[first - 1]) if first else 0
-            # As many groups as fit, but at least one.
+            # Take as many groups as fit, but at least one.
             last = max(first + 1, int(np.searchsorted(ends, start + shuffle_buffer_rows, side="right")))
             groups = order[first:last]
-            yield ShuffleWindow(start, groups, self._group_rows[groups], float(shifts[first]))
+            yield ShuffleWindow(start, groups, self._row_group_sizes[groups], float(shifts[first]))
             first = last
 
     def _generator(self, draw: int) -> np.random.Generator:
@@ -136,11 +165,12 @@ class EpochOrder:
 
 @dataclass(frozen=True, eq=False)
 class RankSlice:
-    """A rank's n rows of one global batch.
+    """The n rows of one rank in a global batch.
 
-    pieces: where they are, a row group and rows start to stop (exclusive) of it, permuted; index: (n,) int64, each
-    row's place in the joined pieces, None where they are in order; copies: (n,) bool, whether a row is a copy of the
-    one before it, which may be another rank's.
+    Attributes:
+        pieces: Row group, first row and end (exclusive) of each piece, in the permuted order of the group.
+        index: (n,) int64 index of each row in the concatenated pieces, None if the pieces are in order.
+        is_copy: (n,) bool, whether a row is a copy of the row before it, which can belong to another rank.
     """
 
     pieces: list[tuple[int, int, int]]
@@ -149,21 +179,28 @@ class RankSlice:
 
 
 def slice_for_rank(parts: list[WindowSlice], *, rank: int, world_size: int, rows_per_rank: int) -> RankSlice:
-    """A rank's share of a global batch, found without reading any row.
+    """Compute a rank's slice of a global batch without reading any rows.
 
-    Each rank has `rows_per_rank` slots, and some rows of a batch with fewer rows than slots take several, spread
-    evenly.
+    Each rank has `rows_per_rank` slots. If a batch has fewer rows than slots, some evenly spread rows take several
+    slots.
+
+    Args:
+        parts: Slices of windows that form the batch.
+        rank: Index of the rank.
+        world_size: Number of ranks.
+        rows_per_rank: Number of slots of each rank.
     """
     counts = np.concatenate([part.counts for part in parts])
     size, all_slots = int(counts.sum()), rows_per_rank * world_size
     assert size <= all_slots
     slots = rank * rows_per_rank + np.arange(rows_per_rank)
-    within = slots * size // all_slots  # places in the batch, never falling
+    # Index of the row in the batch for each slot, in ascending order.
+    within = slots * size // all_slots
     is_copy = within == (slots - 1) * size // all_slots
     first, stop = int(within[0]), int(within[-1]) + 1
     arranged = np.argsort(np.concatenate([part.keys() for part in parts]), kind="stable")
     chosen = arranged[first:stop]
-    # A segment is the rows of one group. Its rows are arranged in order, so those chosen follow each other.
+    # A segment has the rows of one group in order, so the chosen rows of a segment are contiguous.
     segments = np.repeat(np.arange(len(counts)), counts)
     low = np.bincount(segments[arranged[:first]], minlength=len(counts))
     high = low + np.bincount(segments[chosen], minlength=len(counts))
@@ -177,9 +214,12 @@ def slice_for_rank(parts: list[WindowSlice], *, rank: int, world_size: int, rows
 
 @dataclass(frozen=True)
 class Position:
-    """The first `row` rows of an epoch's order are consumed, by all ranks together; the rest is to come.
+    """A position in the order of an epoch.
 
-    seed: of that order, and of what a step draws.
+    Attributes:
+        epoch: Index of the epoch.
+        row: Number of rows that all ranks together have consumed.
+        seed: Seed of the order and of the random draws of steps.
     """
 
     epoch: int
@@ -189,14 +229,22 @@ class Position:
 
 @dataclass
 class TrainingReader:
-    """Reads one rank's share of every global batch.
+    """A reader of one rank's slices of all global batches.
 
-    Every rank gets `batches_per_epoch` batches of `rows_per_rank` = ceil(batch_size / world_size) rows. A global batch
-    with fewer rows than that takes is stretched: some rows appear again right after themselves, and such a copy has
-    only NaN labels. So no row is lost or counted twice, and the real rows are spread evenly over the ranks.
+    Every rank gets `batches_per_epoch` batches of `rows_per_rank` = ceil(batch_size / world_size) rows. If a global
+    batch has fewer rows, some rows are followed by copies of themselves with NaN labels. So no row is lost or counted
+    twice, and the rows are spread evenly over the ranks.
 
-    Row groups are decoded by threads of their own, one window ahead. Memory: this rank's row groups of two windows, the
-    one in use and the one ahead. A window has at most `shuffle_buffer_rows` rows, or one row group where that has more.
+    Threads decode row groups one window ahead. Memory contains the rank's row groups of two windows (the current and
+    the next window). A window has at most `shuffle_buffer_rows` rows, or one larger row group.
+
+    Attributes:
+        rows: Dataset to read.
+        batch_size: Number of rows of a global batch.
+        shuffle_buffer_rows: Maximum number of rows in a window with more than one row group.
+        seed: Seed of the order.
+        rank: Index of the rank.
+        world_size: Number of ranks.
     """
 
     rows: EncodedDataset
@@ -214,14 +262,25 @@ class TrainingReader:
         self.batches_per_epoch = -(-self.rows.rows // self.batch_size)
 
     def position(self, epoch: int, row: int = 0) -> Position:
-        """The position after `row` rows of an epoch."""
+        """Return the position after some rows of an epoch.
+
+        Args:
+            epoch: Index of the epoch.
+            row: Number of consumed rows.
+        """
         return Position(epoch, row, self.seed)
 
     def resume(self, position: Position, epochs: int) -> Iterator[tuple[LabeledRows, Position]]:
-        """This rank's rows of each global batch after `position` and up to epoch `epochs` - 1, and the position then.
+        """Yield this rank's rows of each global batch, and the position after the batch.
 
-        From a position that this gave to all ranks, any world size and batch size gets exactly the rest. Raises
-        UserError for a file that cannot be read.
+        From a position that all ranks reached, any world size and batch size reads exactly the remaining rows.
+
+        Args:
+            position: Position to start from.
+            epochs: Number of epochs in all. The last epoch is `epochs` - 1.
+
+        Raises:
+            UserError: A file can't be read.
         """
         decoded: dict[tuple[int, int], Future[LabeledRows]] = {}
         current: list[tuple[EpochOrder, RankSlice, Position]] = []
@@ -229,27 +288,28 @@ class TrainingReader:
         try:
             for ahead in chain(self._windows(position, epochs), [[]]):
                 needed = {
-                    (order.epoch, group): order for order, share, _ in current + ahead for group, *_ in share.pieces
+                    (order.epoch, group): order for order, part, _ in current + ahead for group, *_ in part.pieces
                 }
-                # Also lets go of the groups that no batch needs any more.
+                # This also releases the groups that no batch needs any more.
                 decoded = {
                     (epoch, group): decoded.get((epoch, group))
                     or pool.submit(self.rows.read_row_group, self.rows.row_groups[group], order.permutation(group))
                     for (epoch, group), order in needed.items()
                 }
-                for order, share, after in current:
-                    pieces = [decoded[order.epoch, group].result().slice(*ends) for group, *ends in share.pieces]
+                for order, part, after in current:
+                    pieces = [decoded[order.epoch, group].result().slice(*ends) for group, *ends in part.pieces]
                     rows = LabeledRows.concatenate(pieces)
-                    rows = rows if share.index is None else rows.take(share.index)
-                    rows.labels[share.is_copy] = np.nan
+                    rows = rows if part.index is None else rows.take(part.index)
+                    rows.labels[part.is_copy] = np.nan
                     yield rows, after
                 current = ahead
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _windows(self, start: Position, epochs: int) -> Iterator[list[tuple[EpochOrder, RankSlice, Position]]]:
-        """This rank's share of each global batch after `start`, and the position after it; each list holds the batches
-        that begin in the same window.
+        """Yield one list per window with this rank's slices of its batches and the positions after the batches.
+
+        A batch belongs to the window of its first row.
         """
         for epoch in range(start.epoch, epochs):
             order = self.order(epoch)
@@ -257,28 +317,37 @@ class TrainingReader:
             for _, batches in groupby(order.batches(self.batch_size, row), key=lambda parts: parts[0].window.start):
                 window = []
                 for parts in batches:
-                    row += sum(int(part.counts.sum()) for part in parts)
-                    share = slice_for_rank(
+                    row += sum(int(piece.counts.sum()) for piece in parts)
+                    part = slice_for_rank(
                         parts, rank=self.rank, world_size=self.world_size, rows_per_rank=self.rows_per_rank
                     )
-                    window.append((order, share, self.position(epoch, row)))
+                    window.append((order, part, self.position(epoch, row)))
                 yield window
 
     def order(self, epoch: int) -> EpochOrder:
+        """Return the order of rows in an `epoch`."""
         return EpochOrder(
             self.rows.row_group_sizes, shuffle_buffer_rows=self.shuffle_buffer_rows, seed=self.seed, epoch=epoch
         )
 
 
 class Prefetch(Generic[T]):
-    """Iterates over a generator once, with up to `depth` items being made or ready ahead of the one in use.
+    """A one-time iterator over a generator that computes items ahead in a background thread.
 
-    An exception of the source is raised in the consumer, after the items before it. When the consumer stops early, the
-    thread ends after the item that it is making, and the source is closed. No thread runs before the first item is
-    asked for. `wait_seconds`: seconds the consumer waited.
+    An exception of the source is raised in the consumer, after the items before it. If the consumer stops early, the
+    thread ends after its current item, and the source is closed. The thread starts with the first item.
+
+    Attributes:
+        wait_seconds: Seconds that the consumer waited.
     """
 
     def __init__(self, source: Generator[T, None, None], depth: int = 4) -> None:
+        """Wrap a generator.
+
+        Args:
+            source: Generator to read.
+            depth: Maximum number of items that are computed ahead.
+        """
         self.wait_seconds = 0.0
         self._source, self._depth = source, depth
 

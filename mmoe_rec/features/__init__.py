@@ -1,4 +1,4 @@
-"""Features: columns of a log go in; ids and numbers that the model reads come out.
+"""Convert columns of a log into the ids and numbers that a model reads.
 
-Begin in `pipeline`, which holds all features of a schema. `kinds/` has a file for each kind of feature.
+Start with `pipeline`, which has all features of a schema. `kinds/` has one file for each kind of feature.
 """

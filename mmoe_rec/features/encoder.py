@@ -1,4 +1,4 @@
-"""What every kind of feature has in common: it learns from a log, then turns rows into model inputs."""
+"""Base classes of feature encoders, which are fitted to a log and then turn rows into model inputs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from mmoe_rec.settings.log_columns import EVENT_TASK, ColumnUse
 from mmoe_rec.settings.schema import Feature, Schema
 
 StoreType = TypeVar("StoreType", bound=EventStore)
-# Of N rows, by name: (N,) float32, the precision in which they are exchanged and encoded, or lists of ids.
+# Results of N rows by name, either (N,) float32, the precision of exchange and encoding, or lists of ids.
 LookupResults = Mapping[str, np.ndarray | DedupedRagged]
 
 
@@ -26,21 +26,24 @@ LookupResults = Mapping[str, np.ndarray | DedupedRagged]
 class Inputs:
     """Model inputs of N rows.
 
-    ids: name -> (N,) int64 or `Ragged`; dense: name -> (N,) float32; numbers: (N,) float32 or float64 that are still to
-    be standardised, and what does it.
+    Attributes:
+        ids: (N,) int64 ids or `Ragged` lists of ids by input name.
+        dense: (N,) float32 values by input name.
+        numbers: (N,) float32 or float64 values that are not standardized yet, with their statistics.
     """
 
     ids: dict[str, np.ndarray | Ragged] = field(default_factory=dict)
     dense: dict[str, np.ndarray] = field(default_factory=dict)
     numbers: list[tuple[np.ndarray, DenseNumber]] = field(default_factory=list)
 
-    def add(self, other: Self) -> None:
-        self.ids.update(other.ids)
-        self.dense.update(other.dense)
-        self.numbers.extend(other.numbers)
+    def add(self, inputs: Self) -> None:
+        """Add the inputs of another feature."""
+        self.ids.update(inputs.ids)
+        self.dense.update(inputs.dense)
+        self.numbers.extend(inputs.numbers)
 
     def standardized(self) -> "Inputs":
-        """The same with all numbers among the dense inputs."""
+        """Return the same inputs with `numbers` standardized and moved to `dense`."""
         if not self.numbers:
             return self
         return Inputs(self.ids, self.dense | standardize(self.numbers))
@@ -48,7 +51,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class State:
-    """What an encoder was fitted with, as plain data: JSON values and Arrow tables."""
+    """Fitted state of an encoder as plain data (JSON values and Arrow tables)."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
@@ -56,8 +59,13 @@ class State:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Names of an encoder's inputs: its own embedding table if it has one, (name, table, many) of its id inputs,
-    and its dense inputs."""
+    """Inputs that an encoder writes.
+
+    Attributes:
+        tables: Embedding tables that the encoder owns.
+        ids: Name, table and `is_list` of its id inputs.
+        dense: Its dense inputs.
+    """
 
     tables: tuple[TableSpec, ...] = ()
     ids: tuple[tuple[str, str, bool], ...] = ()
@@ -66,74 +74,108 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class EncoderContext:
-    """What the encoders of a pipeline have in common. vocabularies: by the names of the id features that own them."""
+    """Objects that the encoders of a pipeline share.
+
+    Attributes:
+        schema: Schema of the pipeline.
+        vocabularies: Vocabularies by the name of the id feature that owns them.
+    """
 
     schema: Schema
     vocabularies: Mapping[str, Vocabulary]
 
 
 class Encoder(ABC):
-    """A feature that is fitted to a log and then encodes rows of any origin.
+    """A feature that is fitted to a log and then encodes rows from any source.
 
-    counts: what it is fitted from, such as `IdCounts`, a partial fit: those of parts of a log, merged in any order, are
-    that of the whole; None where it shares another feature's vocabulary or learns nothing.
+    Attributes:
+        counts: Mergeable partial fit, such as `IdCounts`. Partial fits of the parts of a log can be merged in any
+            order. None if the encoder uses another feature's vocabulary or is not fitted.
     """
 
     counts: Any = None
 
-    def __init__(self, name: str, feature: Any, shared: EncoderContext) -> None:
+    def __init__(self, name: str, feature: Any, context: EncoderContext) -> None:
+        """Create an encoder that is not fitted.
+
+        Args:
+            name: Name of the feature.
+            feature: Settings of the feature.
+            context: Objects that the encoders of the pipeline share.
+        """
         self.name, self.feature = name, feature
 
     @abstractmethod
     def input_spec(self) -> InputSpec:
-        """The inputs that `encode` gives."""
+        """Return the inputs that `encode` writes."""
 
     @abstractmethod
     def encode(self, rows: LogRows) -> Inputs:
-        """Inputs of N rows."""
+        """Return the model inputs of N rows."""
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:  # noqa: B027
-        """Adds training rows to `counts`. Labels that become known later than `label_cutoff` (microseconds) don't
-        count."""
+        """Add training rows to `counts`.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Time in microseconds. Labels that become available later don't count.
+        """
 
     def finish_fit(self) -> None:  # noqa: B027
-        """Makes vocabulary or statistics from `counts`."""
+        """Compute the vocabulary or the statistics from `counts`."""
 
     def state(self) -> State:
-        """What was fitted."""
+        """Return the fitted state."""
         return State()
 
     def restore(self, state: State) -> None:  # noqa: B027
-        """Takes what another encoder of the same settings was fitted with."""
+        """Load the fitted `state` of an encoder with the same settings."""
 
     def max_tables(self) -> tuple[TableSpec, ...] | None:
-        """The tables of `input_spec` with the most rows that any log can give them; None if nothing bounds them."""
+        """Return the tables of `input_spec` at their largest size for any log, or None if the size is unbounded."""
         return self.input_spec().tables
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        """Types in which a request must give columns, where fitting narrows them further than `reads`."""
+        """Return the types that columns of a request must have, if fitting narrows them further than `reads`."""
         return {}
 
     def example_value(self, use: ColumnUse) -> Any:
-        """A typical value of the feature's column, which is read as `use`, for an example; None where there is none."""
+        """Return a typical value of the column that is read as `use`, for an example request, or None."""
         return None
 
 
 class NumberEncoder(Encoder):
-    """A feature that is standardised with one mean and deviation, all that it learns. suffix: of its input's name."""
+    """A feature that is standardized with one mean and standard deviation, which are its only state.
+
+    Attributes:
+        suffix: Suffix of the input's name.
+    """
 
     suffix = ""
 
-    def __init__(self, name: str, feature: Any, shared: EncoderContext) -> None:
-        super().__init__(name, feature, shared)
+    def __init__(self, name: str, feature: Any, context: EncoderContext) -> None:
+        """Create an encoder that is not fitted.
+
+        Args:
+            name: Name of the feature.
+            feature: Settings of the feature.
+            context: Objects that the encoders of the pipeline share.
+        """
+        super().__init__(name, feature, context)
         self.number = DenseNumber(name + self.suffix)
         self.counts = self.number.histogram
 
     @abstractmethod
     def values(self, rows: LogRows) -> np.ndarray:
-        """The numbers of rows, any number a row, NaN where missing."""
+        """Return the numbers of rows, any count per row, NaN if missing."""
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
+        """Add the numbers of training rows to the histogram.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Not used.
+        """
         self.number.histogram.add(self.values(rows).ravel())
 
     def finish_fit(self) -> None:
@@ -147,98 +189,157 @@ class NumberEncoder(Encoder):
 
 
 class PointInTimeEncoder(Encoder, Generic[StoreType]):
-    """A feature that looks up, for each row, what was known of earlier events before its request.
+    """A feature that looks up, for each row, the earlier events that were available before its request.
 
-    source: name of the log of events that it remembers, None for the interaction log itself; task: whose labels;
-    label_delay_us: microseconds after which a label is known; by: the columns that make the key; label: the task whose
-    labels make rows of the interaction log events, if any: they are sent once, with the label, as look-ups; numbers:
-    results that are standardised; memory: the events, where they are held in this process.
+    Attributes:
+        source: Name of the event log that the feature reads, None for the interaction log.
+        task: Task that provides the labels.
+        label_delay_us: Microseconds until a label is available.
+        key_columns: Columns that form the key.
+        label: Name of the task whose labels turn rows of the interaction log into events, None without labels.
+            Workers send these rows once, as lookups with a label.
+        numbers: Statistics of the results that are standardized, by result name.
+        store: Events that are available in this process.
     """
 
     label: str | None = None
 
-    def __init__(self, name: str, feature: Any, shared: EncoderContext, key_columns: tuple[str, ...]) -> None:
-        super().__init__(name, feature, shared)
+    def __init__(self, name: str, feature: Any, context: EncoderContext, key_columns: tuple[str, ...]) -> None:
+        """Create an encoder without events.
+
+        Args:
+            name: Name of the feature.
+            feature: Settings of the feature.
+            context: Objects that the encoders of the pipeline share.
+            key_columns: Columns that form the key.
+        """
+        super().__init__(name, feature, context)
         self.key_columns, self.source = key_columns, feature.events
-        # Every row of a log of events counts as one of the task `EVENT_TASK`.
-        self.task = EVENT_TASK if feature.task is None else shared.schema.tasks[feature.task]
-        self.label_delay_us = label_delay(self.task, shared.schema)
+        # Every row of an event log counts as a positive row of the task `EVENT_TASK`.
+        self.task = EVENT_TASK if feature.task is None else context.schema.tasks[feature.task]
+        self.label_delay_us = label_delay(self.task, context.schema)
         self.numbers: dict[str, DenseNumber] = {}
         self.store = self.empty()
 
     @abstractmethod
     def empty(self) -> StoreType:
-        """A memory of nothing."""
+        """Return an event store without events."""
 
     @abstractmethod
     def events(self, rows: LogRows) -> pa.Table:
-        """Those of the rows that later requests may ask for: key (uint64), known (int64 microseconds), value."""
+        """Return the rows that later requests may look up.
+
+        Returns:
+            Table with the columns key (uint64), available_at (int64 microseconds) and values of the kind.
+        """
 
     def labels(self, rows: LogRows) -> np.ndarray:
-        """(N,) labels of the task `label`."""
+        """Return the labels of the task `label`, shape (N,)."""
         raise AssertionError(f"'{self.name}' has no labels")
 
     def events_from_labels(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
-        """The events of rows by their keys, request times and `labels`, in their order."""
+        """Return the events of N rows in the order of the rows.
+
+        Args:
+            key: (N,) uint64 keys.
+            times: (N,) int64 request times in microseconds.
+            labels: (N,) values that `labels` returned.
+        """
         raise AssertionError(f"'{self.name}' has no labels")
 
     @abstractmethod
     def extended(self, store: StoreType, events: pa.Table, is_sorted: bool = False) -> StoreType:
-        """A memory with further events, as `events` gives them; `is_sorted`: sorted by key and known time."""
+        """Return a store with additional events.
+
+        Args:
+            store: Store to extend. It is not modified.
+            events: Table that `events` returned.
+            is_sorted: Whether the events are sorted by key and `available_at`.
+        """
 
     @abstractmethod
     def compacted(self, store: StoreType, moment: int) -> StoreType:
-        """What requests at `moment` (microseconds) or later can ask of a memory."""
+        """Return the part of a store that later requests can look up.
+
+        Args:
+            store: Store to reduce. It is not modified.
+            moment: Earliest time of later requests in microseconds.
+        """
 
     @abstractmethod
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """Names of results, under which a request may give them instead: how each is read, and its type if known."""
+        """Return the results that a request may provide itself.
+
+        Returns:
+            Use of the column and its type, None if unknown, by result name.
+        """
 
     @abstractmethod
     def distinct_results(self, store: StoreType, lookups: Lookups) -> Mapping[str, np.ndarray | Ragged]:
-        """What a memory of this kind knew at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
+        """Return the results of D distinct lookups.
+
+        Args:
+            store: Store of this kind of feature.
+            lookups: Distinct lookups.
+
+        Returns:
+            (D,) float64 values or `Ragged` lists by result name.
+        """
 
     @abstractmethod
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """What rows were given, or the memory says of them, in words of the log.
+        """Return the results of N rows in the units and ids of the log, from the rows' own columns or the store.
 
-        Result -> (N,) float64 before it is standardised, NaN where missing; or (N,) objects, lists of ids or None.
+        Returns:
+            By result name, (N,) float64 before standardization with NaN if missing, or (N,) objects that are lists
+            of ids or None.
         """
 
     def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """(N,) float32 results as they are exchanged and encoded."""
+        """Return results as float32, as they are exchanged and encoded.
+
+        Args:
+            name: Name of the result.
+            values: (N,) values.
+        """
         return values.astype(np.float32)
 
     def partial_fit_results(self, results: LookupResults) -> None:
-        """Adds the results of training rows to the histograms of `numbers`."""
+        """Add the `results` of training rows to the histograms of `numbers`."""
         for name, number in self.numbers.items():
             values = results[name]
             assert isinstance(values, np.ndarray)
             number.histogram.add(values)
 
     def look_up(self, rows: LogRows) -> LookupResults:
-        """The rows' results: those that came with them, or from this process's memory."""
+        """Return the results that came with the rows, or else results from this process's store."""
         names = self.result_columns().keys()
         if rows.results.keys() >= names:
             return {name: rows.results[name] for name in names}
         return self.results(self.store, rows.lookups(self.key_columns))
 
     def results(self, store: StoreType, lookups: Lookups) -> LookupResults:
-        """What a memory of this kind knew at the look-ups of N rows."""
+        """Return the results of N rows by name.
+
+        Args:
+            store: Store of this kind of feature.
+            lookups: Lookups of the rows.
+        """
         return {
-            name: DedupedRagged(each, lookups.inverse)
-            if isinstance(each, Ragged)
-            else self.to_exchange_dtype(name, each)[lookups.inverse]
-            for name, each in self.distinct_results(store, lookups).items()
+            name: DedupedRagged(result, lookups.inverse)
+            if isinstance(result, Ragged)
+            else self.to_exchange_dtype(name, result)[lookups.inverse]
+            for name, result in self.distinct_results(store, lookups).items()
         }
 
 
 @dataclass(frozen=True)
 class FeatureKind:
-    """A kind is one file of `mmoe_rec.features.kinds`, which ends with its `FeatureKind`.
+    """A kind of feature, which is the last statement of one file in `mmoe_rec.features.kinds`.
 
-    feature: its settings, with the columns that they read and what the health report says; encoder: its partial fit,
-    inputs, sizes, state, and what a request may give.
+    Attributes:
+        feature: Settings, the columns that they read and metadata for the health report.
+        encoder: Partial fit, inputs, sizes, state and the results that a request may provide.
     """
 
     feature: type[Feature]

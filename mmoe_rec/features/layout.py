@@ -1,7 +1,7 @@
-"""The shape of encoded rows: which id inputs, dense inputs, tables and tasks there are, in one fixed order.
+"""The layout of encoded rows, which lists id inputs, dense inputs, tables and tasks in one fixed order.
 
-Features write rows in this layout and batches carry them; it is saved as JSON beside encoded rows. What a model makes
-of it, widths and weights, is not part of it: see `mmoe_rec.model.model_layout`.
+Features write rows in this layout and batches carry them. The layout is saved as JSON next to encoded rows. Widths and
+weights belong to a model (see `mmoe_rec.model.model_layout`).
 """
 
 import json
@@ -26,15 +26,21 @@ class _AsJson:
 
 @dataclass(frozen=True)
 class TableSpec(_AsJson):
-    """What ids are looked up in: ids 0 to rows - 1. feature: the one that owns it, if its name differs."""
+    """An embedding table for the ids 0 to rows - 1.
+
+    Attributes:
+        name: Name of the table.
+        rows: Number of rows.
+        feature: Name of the feature that owns the table, if it differs from the table's name.
+    """
 
     name: str
     rows: int
     feature: str | None = field(default=None, kw_only=True)
 
 
-class _OfFeature(_AsJson):
-    """An input of a feature, which has the input's name unless it is given."""
+class _FeatureInput(_AsJson):
+    """An input of a feature. The name of the feature defaults to the name of the input."""
 
     name: str
     feature: str
@@ -44,8 +50,11 @@ class _OfFeature(_AsJson):
 
 
 @dataclass(frozen=True)
-class IdInput(_OfFeature):
-    """Ids looked up in `table`: one a row, or any number a row (`is_list`), then averaged; no id gives zeros."""
+class IdInput(_FeatureInput):
+    """Ids that are looked up in `table`, one per row or a list per row (`is_list`).
+
+    The vectors of a list are averaged. An empty list gives zeros.
+    """
 
     name: str
     table: str
@@ -55,8 +64,15 @@ class IdInput(_OfFeature):
 
 
 @dataclass(frozen=True)
-class DenseInput(_OfFeature):
-    """One float32 number a row. edges: rising quantiles of its training values, at which a model may bend."""
+class DenseInput(_FeatureInput):
+    """One float32 number per row.
+
+    Attributes:
+        name: Name of the input.
+        placement: Whether the input describes the placement.
+        edges: Ascending quantiles of the training values, for piecewise-linear encoding.
+        feature: Name of the feature.
+    """
 
     name: str
     placement: bool = False
@@ -66,10 +82,15 @@ class DenseInput(_OfFeature):
 
 @dataclass(frozen=True)
 class TaskOutput(_AsJson):
-    """One logit a row; `kind` and `conditional_on` as in `mmoe_rec.settings.log_columns.Task`.
+    """A task with one logit per row.
 
-    mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
-    decide how much a task counts, and predicts in the label's own unit.
+    Attributes:
+        name: Name of the task.
+        kind: Kind of the task, as in `mmoe_rec.settings.log_columns.Task`.
+        mean: Mean of the training labels of a regression. A model is trained on standardized labels, so that the unit
+            doesn't affect the weight of the task, and predicts in the unit of the label.
+        std: Standard deviation of the training labels of a regression.
+        conditional_on: Task that must be positive first, as in `mmoe_rec.settings.log_columns.Task`.
     """
 
     name: str
@@ -83,28 +104,36 @@ class TaskOutput(_AsJson):
 
     @property
     def loss_label(self) -> str:
-        """Name of the label that the loss is computed from: the task's or, with `conditional_on`, its outcome's of all
-        rows."""
+        """Name of the label of the loss. With `conditional_on`, it is the joint outcome over all rows."""
         return self.name if self.conditional_on is None else joint_task_name(self.conditional_on, self.name)
 
 
 @dataclass(frozen=True)
 class AttentionHistory(_AsJson):
-    """A history that a model pools by attention, which looks at each of its events. history: the feature; length: the
-    most events of a row."""
+    """A history that a model pools by attention over its events.
+
+    Attributes:
+        history: Name of the feature.
+        length: Maximum number of events per row.
+    """
 
     history: str
     length: int
 
 
-def position_input(name: str, place: int) -> str:
-    """What sharded tables call the input of the ids at one place of an input's lists."""
-    return f"{name}@{place}"
+def position_input(name: str, position: int) -> str:
+    """Return the name that sharded tables use for the ids at one position of an input's lists.
+
+    Args:
+        name: Name of the input.
+        position: Position in the lists.
+    """
+    return f"{name}@{position}"
 
 
 @dataclass(frozen=True)
 class Layout(_AsJson):
-    """Inputs and labels of rows. The order of the tuples is the order of every tensor made from them."""
+    """Inputs and labels of rows. Tensors have the same order as the tuples."""
 
     tables: tuple[TableSpec, ...]
     ids: tuple[IdInput, ...]
@@ -112,113 +141,128 @@ class Layout(_AsJson):
     tasks: tuple[TaskOutput, ...]
 
     def table(self, name: str) -> TableSpec:
+        """Return the table called `name`."""
         return next(table for table in self.tables if table.name == name)
 
     @property
     def joint_outcomes(self) -> dict[str, tuple[int, int]]:
-        """Name of an outcome of two tasks -> their places: of the `conditional_on` task, and of the task that follows
-        it."""
-        places = {task.name: place for place, task in enumerate(self.tasks)}
-        given = {task: task.conditional_on for task in self.tasks if task.conditional_on is not None}
-        return {task.loss_label: (places[name], places[task.name]) for task, name in given.items()}
+        """Indices of the `conditional_on` task and of the task that depends on it, by the name of their outcome."""
+        indices = {task.name: index for index, task in enumerate(self.tasks)}
+        conditions = {task: task.conditional_on for task in self.tasks if task.conditional_on is not None}
+        return {task.loss_label: (indices[name], indices[task.name]) for task, name in conditions.items()}
 
     def id_names(self, placement: bool) -> list[str]:
-        """Names of the id inputs that describe placement, or of all others."""
-        return [each.name for each in self.ids if each.placement == placement]
+        """Return the names of the id inputs that describe placement (or that don't, if `placement` is false)."""
+        return [key.name for key in self.ids if key.placement == placement]
 
     def single_ids(self) -> list[str]:
-        """Inputs with one id a row, without placement and values of numbers (which trees see as numbers)."""
-        single = (each for each in self.ids if not each.is_list and not each.placement)
-        return [each.name for each in single if each.name != f"{each.feature}_value"]
+        """Return the inputs with one id per row, without placement and frequent values (trees read the numbers)."""
+        single = (key for key in self.ids if not key.is_list and not key.placement)
+        return [key.name for key in single if key.name != f"{key.feature}_value"]
 
     def dense_names(self, placement: bool) -> list[str]:
-        """Names of the dense inputs that describe placement, or of all others."""
-        return [each.name for each in self.dense if each.placement == placement]
+        """Return the names of the dense inputs that describe placement (or that don't, if `placement` is false)."""
+        return [number.name for number in self.dense if number.placement == placement]
 
     @property
     def attention(self) -> tuple[AttentionHistory, ...]:
-        """The histories that are pooled by it: none of rows, as it is a model's choice."""
+        """Histories that are pooled by attention. Empty here, because a model chooses them."""
         return ()
 
     def history_inputs(self, attention: AttentionHistory) -> list[tuple[str, str | None]]:
-        """Inputs of a history's events, the history itself first, and of each the candidate's input with the same
-        table, if there is one."""
+        """Return the inputs of the events of `attention`, with the candidate's input of the same table, if any.
+
+        The first input is the history itself.
+        """
         single = self.single_ids()
-        own = [each for each in self.ids if each.feature == attention.history]
-        return [(each.name, each.table if each.table in single else None) for each in own]
+        event_inputs = [key for key in self.ids if key.feature == attention.history]
+        return [(key.name, key.table if key.table in single else None) for key in event_inputs]
 
     def without(self, features: Collection[str] = (), tasks: Collection[str] = ()) -> Self:
-        """The layout of the same rows for a model that never sees these features, or single inputs of features, or does
-        not learn these tasks.
+        """Return the layout of the same rows for a model without some features or tasks.
 
-        A task that is learnt from what follows a `conditional_on` one is learnt from its own label where that one is
-        left out. Raises UserError where a feature or task is none of the rows, or no task is left.
+        A task whose `conditional_on` task is removed is trained on its own label.
+
+        Args:
+            features: Names of features or single inputs to remove.
+            tasks: Names of tasks to remove.
+
+        Raises:
+            UserError: A feature or task does not exist, or no task is left.
         """
-        inputs = (*self.ids, *self.dense)
-        known = {"feature": {n for each in inputs for n in (each.feature, each.name)}}
-        known["task"] = {each.name for each in self.tasks}
-        for (what, names), asked in zip(known.items(), (features, tasks), strict=True):
-            if strange := sorted({*asked} - names):
-                raise UserError(f"there is no {what} '{strange[0]}' to leave out; expected some of {sorted(names)}")
+        names = {"feature": {name for key in (*self.ids, *self.dense) for name in (key.feature, key.name)}}
+        names["task"] = {task.name for task in self.tasks}
+        for (noun, available), removed in zip(names.items(), (features, tasks), strict=True):
+            if unknown := sorted({*removed} - available):
+                raise UserError(f"There is no {noun} '{unknown[0]}' to leave out. Choose from {sorted(available)}.")
         if not features and not tasks:
             return self
-        if known["task"] <= {*tasks}:
-            raise UserError("all tasks are left out; leave one at least")
-        ids = tuple(each for each in self.ids if not {each.feature, each.name} & {*features})
-        looked_up = {each.table for each in ids}
-        left = [each for each in self.tasks if each.name not in tasks]
+        if names["task"] <= {*tasks}:
+            raise UserError("A model needs a task, but all tasks are left out. Keep at least one task.")
+        ids = tuple(key for key in self.ids if not {key.feature, key.name} & {*features})
+        used_tables = {key.table for key in ids}
+        kept_tasks = [task for task in self.tasks if task.name not in tasks]
         return replace(
             self,
-            tables=tuple(each for each in self.tables if each.name in looked_up),
+            tables=tuple(table for table in self.tables if table.name in used_tables),
             ids=ids,
-            dense=tuple(each for each in self.dense if not {each.feature, each.name} & {*features}),
-            tasks=tuple(replace(each, conditional_on=None) if each.conditional_on in tasks else each for each in left),
+            dense=tuple(number for number in self.dense if not {number.feature, number.name} & {*features}),
+            tasks=tuple(
+                replace(task, conditional_on=None) if task.conditional_on in tasks else task for task in kept_tasks
+            ),
         )
 
     def to_json(self) -> str:
-        """JSON that `read` takes."""
+        """Return the layout as JSON for `read`."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The layout saved in a folder of encoded rows, or of a model. Raises UserError without one of this version."""
+        """Read the layout from the `folder` of encoded rows or of a model.
+
+        Raises:
+            UserError: The file is missing, damaged or of another version.
+        """
         path = folder / "layout.json"
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except (OSError, ValueError):
-            what = "build the features anew" if cls is Layout else "train the model again"
-            raise UserError(f"'{path}' is missing, damaged or of another version: {what}") from None
+            fix = "Build the features again" if cls is Layout else "Train the model again"
+            raise UserError(f"'{path}' is missing, damaged or of another version. {fix}.") from None
 
 
 def label_types(layout: Layout) -> dict[str, pa.DataType]:
-    """Name of each task and outcome -> type of its encoded labels.
+    """Return the types of encoded labels by the names of tasks and joint outcomes of `layout`.
 
-    A regression's are float64: float32 numbers near 1.7e9, such as times in seconds, are 128 apart.
+    Labels of regressions are float64, because float32 rounds times in seconds (near 1.7e9) to multiples of 128.
     """
     types = {task.name: pa.float64() if task.kind.is_linear else pa.float32() for task in layout.tasks}
     return types | dict.fromkeys(layout.joint_outcomes, pa.float32())
 
 
-# Lists of ids in an encoded file.
+# Type of lists of ids in an encoded file.
 ID_LIST_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
 
 
 def arrow_columns(
     ids: Mapping[str, np.ndarray | Ragged], dense: Mapping[str, np.ndarray], layout: Layout
 ) -> dict[str, pa.Array]:
-    """Columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32), none of which has nulls, of N rows.
+    """Return N encoded rows as columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32) without nulls.
 
-    ids: name -> (N,) int64 for one id a row, `Ragged` for any number; dense: name -> (N,) float32.
+    Args:
+        ids: (N,) int64 ids or `Ragged` lists of ids by input name.
+        dense: (N,) float32 values by input name.
+        layout: Layout of the rows.
     """
     columns: dict[str, pa.Array] = {}
-    for each in layout.ids:
-        value = ids[each.name]
+    for key in layout.ids:
+        value = ids[key.name]
         if isinstance(value, Ragged):
             offsets = np.concatenate([[0], np.cumsum(value.lengths)]).astype(np.int32)
             values = pa.array(value.values.astype(np.int32, copy=False))
-            columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=ID_LIST_TYPE)
+            columns[f"id.{key.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=ID_LIST_TYPE)
         else:
-            columns[f"id.{each.name}"] = pa.array(value.astype(np.int32))
+            columns[f"id.{key.name}"] = pa.array(value.astype(np.int32))
     for number in layout.dense:
         columns[f"dense.{number.name}"] = pa.array(np.ascontiguousarray(dense[number.name], np.float32))
     return columns
@@ -226,10 +270,11 @@ def arrow_columns(
 
 @dataclass(frozen=True)
 class EncodedInputs:
-    """N rows as a fitted pipeline encodes them.
+    """N rows that a fitted pipeline encoded.
 
-    ids: name -> (N,) int64, or int32 from files, for one id a row, `Ragged` for any number; dense: (N, D) float32,
-    columns as in `layout.dense`.
+    Attributes:
+        ids: (N,) int64 ids (int32 if read from files) or `Ragged` lists of ids by input name.
+        dense: (N, D) float32 values in the order of `layout.dense`.
     """
 
     ids: dict[str, np.ndarray | Ragged]
@@ -239,28 +284,40 @@ class EncodedInputs:
         return len(self.dense)
 
     def slice(self, start: int, stop: int) -> "EncodedInputs":
-        """Rows start to stop (exclusive, at most N), as views."""
+        """Return a range of rows as views.
+
+        Args:
+            start: First row.
+            stop: End of the range (exclusive, at most N).
+        """
         ids = {
-            name: each.slice(start, stop) if isinstance(each, Ragged) else each[start:stop]
-            for name, each in self.ids.items()
+            name: values.slice(start, stop) if isinstance(values, Ragged) else values[start:stop]
+            for name, values in self.ids.items()
         }
         return EncodedInputs(ids, self.dense[start:stop])
 
     def take(self, rows: np.ndarray) -> "EncodedInputs":
-        return EncodedInputs({name: each.take(rows) for name, each in self.ids.items()}, self.dense.take(rows, axis=0))
+        """Return the rows at the indices `rows`, as copies."""
+        ids = {name: values.take(rows) for name, values in self.ids.items()}
+        return EncodedInputs(ids, self.dense.take(rows, axis=0))
 
     @staticmethod
     def from_arrow(table: pa.Table, layout: Layout) -> "EncodedInputs":
-        """Reads columns of `arrow_columns`. Ids stay int32, as rows are copied several times until in a batch."""
+        """Read columns that `arrow_columns` wrote. Ids stay int32, because rows are copied before they are batched.
+
+        Args:
+            table: Table with the columns.
+            layout: Layout of the rows.
+        """
         ids: dict[str, np.ndarray | Ragged] = {}
-        for each in layout.ids:
-            column = one_array(table.column(f"id.{each.name}"))
-            if each.is_list:
+        for key in layout.ids:
+            column = one_array(table.column(f"id.{key.name}"))
+            if key.is_list:
                 lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32)
-                ids[each.name] = Ragged(column.flatten().to_numpy(), lengths)
+                ids[key.name] = Ragged(column.flatten().to_numpy(), lengths)
             else:
-                ids[each.name] = column.to_numpy()
+                ids[key.name] = column.to_numpy()
         dense = np.empty((table.num_rows, len(layout.dense)), np.float32)
-        for index, each_dense in enumerate(layout.dense):
-            dense[:, index] = table.column(f"dense.{each_dense.name}").to_numpy()
+        for index, number in enumerate(layout.dense):
+            dense[:, index] = table.column(f"dense.{number.name}").to_numpy()
         return EncodedInputs(ids, dense)

@@ -1,7 +1,7 @@
-"""`FeaturePipeline`: fitted once on a log, then the same encoder in training, batch jobs and the model server.
+"""The feature pipeline, which is fitted once to a log and encodes rows in training, batch jobs and the model server.
 
-State is plain data: `pipeline.json`, a Parquet file for each table that an encoder was fitted with, and a folder of
-Parquet files for what each counter and history remembers.
+Its state is plain data: `pipeline.json`, a Parquet file for each fitted table of an encoder, and a folder of Parquet
+files for the events of each counter and history.
 """
 
 import json
@@ -36,16 +36,16 @@ FORMAT = 10
 
 @dataclass(frozen=True)
 class LiveUpdates:
-    """Events that a pipeline has learnt since its memories were made, as levels beside the memories.
+    """Events that a server ingested after the event stores of a pipeline were built, as levels beside the stores.
 
-    It never changes. A further one is made beside it (`extended`) while requests are answered, and then takes its place
-    at once (`FeaturePipeline.with_live`). Look-ups in memories and levels give, to the bit, what the memories would
-    give if they had been extended by these events, at all times that are no earlier than the memories' `floor`.
+    An object never changes. While requests are answered, `extended` builds the next object, and
+    `FeaturePipeline.with_live` then switches to it at once. Results from stores and levels are bitwise equal to the
+    results of stores that were extended by these events, at all times from the stores' `compacted_at` on.
 
     Attributes:
         encoders: `point_in_time_encoders` of a pipeline.
-        rows: Number of rows learnt, of all logs.
-        levels: Levels of each counter and history by name, the largest first.
+        rows: Number of ingested rows of all logs.
+        levels: Levels of each counter and history by name, largest first.
     """
 
     encoders: Mapping[str, PointInTimeEncoder[Any]]
@@ -53,13 +53,13 @@ class LiveUpdates:
     levels: Mapping[str, tuple[EventStore, ...]] = field(default_factory=dict)
 
     def extended(self, rows: Mapping[str | None, LogRows]) -> "LiveUpdates":
-        """Return a copy that knows further rows of the interaction log (None) and of logs of events.
+        """Return a copy with additional rows of the interaction log (None) and of event logs.
 
         Args:
-            rows: Rows by log, with only the columns that counters and histories read of events.
+            rows: Rows by log, with only the event columns that counters and histories read.
 
         Raises:
-            UserError: Ids have another type than those of the vocabulary, or sums of labels are out of range.
+            UserError: Ids have another type than the vocabulary, or sums of labels are out of range.
         """
         levels = dict(self.levels)
         for name, encoder in self.encoders.items():
@@ -68,12 +68,12 @@ class LiveUpdates:
                 try:
                     levels[name] = add_level(levels.get(name, ()), new, type(new).merged)
                 except OverflowError:
-                    what = f"counter '{name}' sums labels beyond {MAX_LABEL_SUM:.1e}"
-                    raise UserError(f"{what}: send events in a larger unit") from None
+                    problem = f"Counter '{name}': a sum of labels exceeds {MAX_LABEL_SUM:.1e}"
+                    raise UserError(f"{problem}. Send events in a larger unit.") from None
         return replace(self, rows=self.rows + sum(map(len, rows.values())), levels=levels)
 
     def live_encoder(self, name: str) -> PointInTimeEncoder[Any]:
-        """Return a counter or history that knows these events besides those in its memory."""
+        """Return a counter or history whose store has these events as levels."""
         encoder = copy(self.encoders[name])
         encoder.store = encoder.store.with_levels(self.levels.get(name, ()))
         return encoder
@@ -82,9 +82,15 @@ class LiveUpdates:
 class FeaturePipeline:
     """Encoders of all features, in the order of the settings.
 
-    Fitting goes through `partial_fit` over training rows, `finish_fit`, then for counters and histories through
-    memories: their `partial_fit_results` over training rows, `finish_fit_results`. `mmoe_rec.preprocessing.prepare`
-    does so for logs of any size.
+    To fit a pipeline, call `partial_fit` with training rows, then `finish_fit`. Next build the event stores of counters
+    and histories, call `partial_fit_results` of their encoders with the results of training rows, and call
+    `finish_fit_results`. `mmoe_rec.preprocessing.prepare` does so for logs of any size.
+
+    Attributes:
+        key_types: Type of each key column in the log, "int64" or "string". A request must have the same types.
+        booleans: Columns that contain true and false in the logs.
+        label_scales: Mean and standard deviation of the training labels of each regression task.
+        live: Events that were ingested after the event stores were built.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -94,49 +100,43 @@ class FeaturePipeline:
             for name, feature in schema.features.items()
             if isinstance(feature, VocabularyFeature) and feature.table is None
         }
-        shared = EncoderContext(schema, self.vocabularies)
+        context = EncoderContext(schema, self.vocabularies)
         self.encoders: dict[str, Encoder] = {
-            name: FEATURE_KINDS[feature.kind].encoder(name, feature, shared)
+            name: FEATURE_KINDS[feature.kind].encoder(name, feature, context)
             for name, feature in schema.features.items()
         }
         roles = {name: schema.role_of(name) for name in self.encoders}
-        self._of_requests = {name for name, role in roles.items() if role in ("user", "context")}
-        self._placement = {name for name, role in roles.items() if role == "placement"}
-        # Column -> "int64" or "string", of the log's key columns: a request must give the same.
+        self._request_features = {name for name, role in roles.items() if role in ("user", "context")}
+        self._placement_features = {name for name, role in roles.items() if role == "placement"}
         self.key_types: dict[str, str] = {}
-        # Columns in which the logs hold true and false.
         self.booleans: set[str] = set()
-        # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
-        self._labels = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind.is_linear}
+        self._label_histograms = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind.is_linear}
         self.live = LiveUpdates(self.point_in_time_encoders)
-        """What has been learnt besides the memories."""
         self._check_names()
 
     def _check_names(self) -> None:
-        """Raises UserError where two features give inputs of the same name, or an input has the name of a column."""
-        givers: dict[str, str] = {}
+        """Raise UserError if two features write inputs of the same name, or an input has the name of a column."""
+        owners: dict[str, str] = {}
         uses = column_uses(self.schema)
         for name, encoder in self.encoders.items():
             input_spec = encoder.input_spec()
-            dense = [each.name for each in input_spec.dense]
-            inputs = [each for each, _, _ in input_spec.ids] + dense + [f"{each}_missing" for each in dense]
-            for each in inputs:
-                if (other := givers.setdefault(each, name)) != name:
-                    raise UserError(f"features '{other}' and '{name}' both give an input '{each}'; rename one of them")
-                if isinstance(encoder, PointInTimeEncoder) and each in uses:
-                    raise UserError(
-                        f"feature '{name}' gives an input '{each}', which is also a column; rename the feature"
-                    )
+            dense = [number.name for number in input_spec.dense]
+            inputs = [key for key, _, _ in input_spec.ids] + dense + [f"{number}_missing" for number in dense]
+            for key in inputs:
+                if (owner := owners.setdefault(key, name)) != name:
+                    raise UserError(f"Features '{owner}' and '{name}' both have an input '{key}'. Rename a feature.")
+                if isinstance(encoder, PointInTimeEncoder) and key in uses:
+                    raise UserError(f"Feature '{name}': its input '{key}' is also a column. Rename the feature.")
 
     @cached_property
     def point_in_time_encoders(self) -> dict[str, PointInTimeEncoder[Any]]:
-        """The counters and histories."""
+        """Counters and histories by name."""
         return {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, PointInTimeEncoder)}
 
     @property
     def key_groups(self) -> dict[str, list[PointInTimeEncoder[Any]]]:
-        """The counters and histories that share a key, under the name of the first of them."""
+        """Counters and histories with the same key, by the name of the first feature with that key."""
         groups: dict[tuple[str, ...], list[PointInTimeEncoder[Any]]] = {}
         for encoder in self.point_in_time_encoders.values():
             groups.setdefault(encoder.key_columns, []).append(encoder)
@@ -144,64 +144,77 @@ class FeaturePipeline:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What the first pass counts, by `feature.NAME` and `label.TASK`: partial fits, which can be merged."""
+        """Mergeable partial fits of the first pass, named `feature.NAME` and `label.TASK`."""
         features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
-        labels = {f"label.{name}": histogram for name, histogram in self._labels.items()}
+        labels = {f"label.{name}": histogram for name, histogram in self._label_histograms.items()}
         return {name: counts for name, counts in (features | labels).items() if counts is not None}
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Counts training rows. Labels that become known later than `label_cutoff` (microseconds) don't count."""
+        """Add training rows to the partial fits.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Time in microseconds. Labels that become available later don't count.
+        """
         self.record_key_types(rows)
-        for name, histogram in self._labels.items():
+        for name, histogram in self._label_histograms.items():
             histogram.add(rows.labels(self.schema.tasks[name], label_cutoff))
         for encoder in self.encoders.values():
             encoder.partial_fit(rows, label_cutoff)
 
     def record_key_types(self, rows: LogRows) -> None:
-        """Notes whether key columns hold integers or strings."""
+        """Record whether the key columns of `rows` contain integers or strings."""
         for column in rows.table.schema:
             name, kind = column.name, column.type.value_type if pa.types.is_dictionary(column.type) else column.type
             if (pa.types.is_int64(kind) or pa.types.is_string(kind)) and name not in (NO_USER, NO_CANDIDATE):
                 self.key_types[name] = str(kind)
 
     def column_types(self) -> dict[str, pa.DataType]:
-        """The types of columns as the fitted log had them, where more is known than how they are read."""
+        """Return the column types of the fitted log, for columns whose use leaves a choice."""
         types = {name: pa.type_for_alias(kind) for name, kind in self.key_types.items()}
-        for encoder in self.encoders.values():  # the log's own columns tell more than a vocabulary
+        for encoder in self.encoders.values():
             types |= encoder.column_types()
         return types
 
     def merge(self, counts: Mapping[str, Any], key_types: Mapping[str, str]) -> None:
-        """Adds what another pipeline of the same schema counted and noted."""
-        for name, mine in self.counts.items():
-            mine.merge(counts[name])
+        """Add the partial fits of another pipeline with the same schema.
+
+        Args:
+            counts: `counts` of the other pipeline.
+            key_types: `key_types` of the other pipeline.
+        """
+        for name, own_counts in self.counts.items():
+            own_counts.merge(counts[name])
         self.key_types |= key_types
 
     def finish_fit(self) -> None:
-        """Makes vocabularies and statistics of what was counted."""
-        for name, histogram in self._labels.items():
-            fitted = histogram.standardizer()
-            self.label_scales[name] = (fitted.mean, fitted.std)
+        """Compute vocabularies and statistics from the partial fits."""
+        for name, histogram in self._label_histograms.items():
+            standardizer = histogram.standardizer()
+            self.label_scales[name] = (standardizer.mean, standardizer.std)
         for encoder in self.encoders.values():
             encoder.finish_fit()
 
     def grow(self) -> dict[str, int]:
-        """Adds ids that have become frequent to the vocabularies: feature -> number of new ids.
+        """Add ids that have become frequent to the vocabularies.
 
-        Rows of known ids, statistics and the scales of labels stay: a trained model relies on them.
+        Table rows of existing ids, statistics and label scales don't change, because a trained model relies on them.
+
+        Returns:
+            Number of new ids by feature.
         """
         self.__dict__.pop("layout", None)
         return {name: vocabulary.grow() for name, vocabulary in self.vocabularies.items()}
 
     def finish_fit_results(self) -> None:
-        """Makes statistics of the results that were counted."""
+        """Compute the statistics of the results of counters and histories."""
         for encoder in self.point_in_time_encoders.values():
             for number in encoder.numbers.values():
                 number.finish_fit()
 
     @cached_property
     def layout(self) -> Layout:
-        """The inputs that `encode` gives and the tasks that rows have labels of; asked for once all is fitted."""
+        """Inputs that `encode` writes and tasks that have labels. Read it only after fitting."""
         tables: list[TableSpec] = []
         ids: list[IdInput] = []
         dense: list[DenseInput] = []
@@ -209,8 +222,8 @@ class FeaturePipeline:
             placement = self.schema.role_of(name) == "placement"
             input_spec = encoder.input_spec()
             tables += input_spec.tables
-            ids += [IdInput(each, table, is_list, placement, feature=name) for each, table, is_list in input_spec.ids]
-            dense += [replace(each, placement=placement, feature=name) for each in input_spec.dense]
+            ids += [IdInput(key, table, is_list, placement, feature=name) for key, table, is_list in input_spec.ids]
+            dense += [replace(number, placement=placement, feature=name) for number in input_spec.dense]
         tasks = []
         for name, task in self.schema.tasks.items():
             mean, std = self.label_scales.get(name, (0.0, 1.0))
@@ -218,46 +231,56 @@ class FeaturePipeline:
         return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
 
     def inputs(self, rows: LogRows) -> Inputs:
-        """Inputs of N rows, by name. Placement columns may be absent, as they are in serving."""
+        """Return the inputs of N rows by name. Placement columns may be absent, as in serving."""
         all_inputs = Inputs()
         for encoder in self.encoders.values():
             all_inputs.add(self._encode(encoder, rows))
         return all_inputs.standardized()
 
     def request_inputs(self, rows: RequestRows) -> tuple[Inputs, Inputs]:
-        """Inputs of R requests, of the features that describe user or context, and of N candidates, of the others.
+        """Return the inputs of requests and candidates, encoding the features of user and context once per request.
 
-        Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
+        Returns:
+            Inputs of R requests (features of user and context) and of N candidates (all remaining features).
         """
-        shared, own = Inputs(), Inputs()
+        of_requests, of_candidates = Inputs(), Inputs()
         for name, encoder in self.encoders.items():
-            part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
-            part.add(self._encode(encoder, asked))
-        return shared.standardized(), own.standardized()
+            in_request = name in self._request_features
+            inputs, source = (of_requests, rows.shared) if in_request else (of_candidates, rows)
+            inputs.add(self._encode(encoder, source))
+        return of_requests.standardized(), of_candidates.standardized()
 
     def _encode(self, encoder: Encoder, rows: LogRows) -> Inputs:
-        if encoder.name not in self._placement or all(map(rows.has_column, encoder.feature.reads())):
+        if encoder.name not in self._placement_features or all(map(rows.has_column, encoder.feature.reads())):
             return encoder.encode(rows)
         input_spec = encoder.input_spec()
-        one, none = np.zeros(len(rows), np.int64), np.empty(0, np.int64)
-        ids = {name: Ragged(none, one.astype(np.int32)) if is_list else one for name, _, is_list in input_spec.ids}
-        return Inputs(ids, {each.name: np.zeros(len(rows), np.float32) for each in input_spec.dense})
+        missing, no_ids = np.zeros(len(rows), np.int64), np.empty(0, np.int64)
+        ids = {
+            name: Ragged(no_ids, missing.astype(np.int32)) if is_list else missing
+            for name, _, is_list in input_spec.ids
+        }
+        return Inputs(ids, {number.name: np.zeros(len(rows), np.float32) for number in input_spec.dense})
 
     def explain(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """What counters, and histories, say of N candidates, see `PointInTimeEncoder.explain`: by result, (N,) each."""
+        """Return the results of counters and histories for N candidates.
+
+        Returns:
+            (N,) float64 values of counters and (N,) objects of histories by result name, as in
+            `PointInTimeEncoder.explain`.
+        """
         numbers: dict[str, np.ndarray] = {}
         lists: dict[str, np.ndarray] = {}
         for name, encoder in self.point_in_time_encoders.items():
-            of_requests = name in self._of_requests
-            for each, values in encoder.explain(rows.shared if of_requests else rows).items():
-                part = lists if values.dtype == object else numbers
-                part[each] = values[rows.request_index] if of_requests else values
+            in_request = name in self._request_features
+            for result, values in encoder.explain(rows.shared if in_request else rows).items():
+                results = lists if values.dtype == object else numbers
+                results[result] = values[rows.request_index] if in_request else values
         return numbers, lists
 
     def with_live(self, live: LiveUpdates) -> "FeaturePipeline":
-        """A pipeline that answers everything by the memories together with `live`.
+        """Return a pipeline that reads the event stores together with `live`.
 
-        This one, and passes that are under way with it, stay as they are.
+        The current pipeline doesn't change, so batches that use it aren't affected.
         """
         pipeline = copy(self)
         pipeline.__dict__.pop("point_in_time_encoders", None)
@@ -266,15 +289,15 @@ class FeaturePipeline:
         return pipeline
 
     def encode(self, rows: LogRows) -> EncodedInputs:
-        """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
+        """Encode N rows in the order of `layout`. Placement columns may be absent, as in serving."""
         inputs, layout = self.inputs(rows), self.layout
         matrix = np.empty((len(rows), len(layout.dense)), np.float32, order="F")
-        for index, each in enumerate(layout.dense):
-            matrix[:, index] = inputs.dense[each.name]
-        return EncodedInputs({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
+        for index, number in enumerate(layout.dense):
+            matrix[:, index] = inputs.dense[number.name]
+        return EncodedInputs({key.name: inputs.ids[key.name] for key in layout.ids}, matrix)
 
     def save(self, folder: Path) -> None:
-        """Writes what was fitted into an existing folder; memories are written by `write_event_store`."""
+        """Write the fitted state to an existing folder, without event stores (see `write_event_store`)."""
         values = {}
         for name, encoder in self.encoders.items():
             state = encoder.state()
@@ -292,9 +315,14 @@ class FeaturePipeline:
 
     @staticmethod
     def load(folder: Path, stores: bool = True) -> "FeaturePipeline":
-        """Reads a saved state, with what counters and histories remember unless told otherwise.
+        """Read a saved pipeline.
 
-        Raises UserError for a folder that holds none, or one that another version made.
+        Args:
+            folder: Folder that `save` wrote.
+            stores: Whether to read the event stores of counters and histories.
+
+        Raises:
+            UserError: The folder has no state, damaged state, or state of another version.
         """
         try:
             text = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
@@ -313,31 +341,39 @@ class FeaturePipeline:
                 for encoder in pipeline.point_in_time_encoders.values():
                     encoder.store = read_event_store(encoder, folder)
         except (OSError, pa.ArrowException) as error:
-            what = f"the feature state in '{folder}' is damaged"
-            raise UserError(f"{what}, prepare it again: {first_line(error)}") from None
+            problem = f"The feature state in '{folder}' is damaged ({first_line(error)})"
+            raise UserError(f"{problem}. Run mmoe-rec features again.") from None
         return pipeline
 
 
 def max_layout(schema: Schema) -> Layout:
-    """The layout with every vocabulary at its `max_size`.
+    """Return the layout of `schema` with every vocabulary at its `max_size`.
 
-    Raises UserError naming the features whose vocabulary has no such bound.
+    Raises:
+        UserError: A vocabulary has no `max_size`.
     """
     pipeline = FeaturePipeline(schema)
     largest = {name: encoder.max_tables() for name, encoder in pipeline.encoders.items()}
     if unbounded := [name for name, tables in largest.items() if tables is None]:
         raise UserError(
-            f"features are not built yet, and nothing bounds the number of ids of {', '.join(unbounded)}: give each a "
-            "`max_size`, or run mmoe-rec features first"
+            f"The features are not built yet, and {', '.join(unbounded)} can have any number of ids. "
+            "Set `max_size`, or run mmoe-rec features first."
         )
     return replace(pipeline.layout, tables=tuple(table for tables in largest.values() for table in tables or ()))
 
 
 def write_event_store(store: EventStore, folder: Path, feature: str, part: int = 0) -> None:
-    """Writes a memory, or part number `part` of it by key, into a folder of feature state."""
+    """Write an event store, or a part of its keys, to a folder of feature state.
+
+    Args:
+        store: Store to write.
+        folder: Folder of the feature state.
+        feature: Name of the feature.
+        part: Index of the part.
+    """
     metadata = None if store.compacted_at is None else {"floor": str(store.compacted_at)}
     columns = {name: pa.array(column) for name, column in store.to_columns().items()}
-    # Columns declared to have no nulls are written faster; the statistics are for `read_event_store` by keys.
+    # Columns without nulls are written faster. `read_event_store` uses the statistics to filter by key.
     schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
     parts = folder / f"{feature}.memory"
     parts.mkdir(exist_ok=True)
@@ -346,10 +382,16 @@ def write_event_store(store: EventStore, folder: Path, feature: str, part: int =
 
 
 def read_event_store(encoder: PointInTimeEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> EventStore:
-    """The memory of a feature that was written into a folder of state, or the events of some keys of it."""
+    """Read the event store of a feature from a folder of feature state.
+
+    Args:
+        encoder: Encoder of the feature.
+        folder: Folder of the feature state.
+        keys: Filter on the column `key`. None reads all keys.
+    """
     parts = sorted((folder / f"{encoder.name}.memory").glob("part-*.parquet"))
     if not parts:
-        raise FileNotFoundError(f"there is nothing that feature '{encoder.name}' remembers")
+        raise FileNotFoundError(f"There is no event store of feature '{encoder.name}'.")
     table = pa.concat_tables([pq.read_table(part, filters=keys, use_threads=False) for part in parts])
     compacted_at = (pq.read_schema(parts[0]).metadata or {}).get(b"floor")
     columns = {name: table[name].to_numpy() for name in table.column_names}

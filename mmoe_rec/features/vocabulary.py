@@ -1,7 +1,7 @@
-"""Vocabularies: ids of a column -> rows of an embedding table; an id feature owns one, and others may share it.
+"""Vocabularies, which map ids to rows of an embedding table. An id feature owns a vocabulary, and others can share it.
 
-Row 0 is the missing id, rows 1 to `oov_buckets` are hashed buckets that unknown ids share, known ids follow. So a
-vocabulary can grow at its end without moving any row.
+Row 0 is the missing id, rows 1 to `oov_buckets` are hashed buckets of unseen ids, and the ids of the vocabulary follow.
+So a vocabulary can grow at its end without moving a row.
 """
 
 from contextlib import suppress
@@ -22,32 +22,34 @@ from mmoe_rec.point_in_time.arrays import fill_nulls
 from mmoe_rec.settings.log_columns import Role
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, InputSemantics, Schema
 
-_FEW = 32  # ids that are found one by one, as a call for any number of them takes as long as 70
+# Up to this many ids are looked up one by one, because a vectorized call takes as long as 70 single lookups.
+_MAX_SINGLE_LOOKUPS = 32
 
 
 class IdCounts:
-    """How often each id occurs; a mergeable partial fit."""
+    """Mergeable counts of ids."""
 
     def __init__(self, *parts: pa.Table) -> None:
         self._parts, self._ordered = list(parts), False
 
     def add(self, values: pa.Array) -> None:
-        """Counts the non-null values of an array of int64 or strings, dictionary-coded or not."""
+        """Count the non-null `values`, int64 or strings, dictionary-encoded or not."""
         coded = values if pt.is_dictionary(values.type) else values.dictionary_encode()
         counts = np.bincount(coded.indices.drop_null().to_numpy(), minlength=len(coded.dictionary))
-        if len(there := np.flatnonzero(counts)):
-            self._take([pa.table({"id": coded.dictionary.take(pa.array(there)), "count": counts[there]})])
+        if len(used := np.flatnonzero(counts)):
+            self._add_parts([pa.table({"id": coded.dictionary.take(pa.array(used)), "count": counts[used]})])
 
-    def merge(self, other: "IdCounts") -> None:
-        self._take(other._parts)
+    def merge(self, counts: "IdCounts") -> None:
+        """Add other counts."""
+        self._add_parts(counts._parts)
 
-    def _take(self, parts: list[pa.Table]) -> None:
+    def _add_parts(self, parts: list[pa.Table]) -> None:
         self._parts, self._ordered = self._parts + parts, False
         if len(self._parts) > 64:
             self._parts = [self._summed()]
 
     def to_table(self) -> pa.Table:
-        """id and count, the most frequent ones first; ties are ordered by id."""
+        """Return a table with id and count, the most frequent id first. Ties are ordered by id."""
         if not self._parts:
             return pa.table({"id": pa.array([], pa.int64()), "count": pa.array([], pa.int64())})
         if not self._ordered:
@@ -57,6 +59,7 @@ class IdCounts:
 
     @staticmethod
     def from_table(table: pa.Table) -> "IdCounts":
+        """Read a `table` that `to_table` returned."""
         return IdCounts(table) if table.num_rows else IdCounts()
 
     def _summed(self) -> pa.Table:
@@ -65,14 +68,18 @@ class IdCounts:
 
 
 class VocabularyFeature(Feature):
-    """A feature of ids: the keys of its section that shape a vocabulary."""
+    """Settings of a feature that has a vocabulary."""
 
     column: str = Field(description="column that the feature reads")
-    min_count: int = Field(2, ge=1, description="times an id must occur in the training rows to get a row of its own")
-    max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
-    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
+    min_count: int = Field(
+        2, ge=1, description="occurrences in the training rows that an id needs to get its own table row"
+    )
+    max_size: int | None = Field(
+        None, ge=1, lt=MAX_TABLE_ROWS, description="maximum number of ids; the most frequent ids are kept"
+    )
+    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="number of hashed buckets for unseen ids")
     table: str | None = Field(
-        None, description="name of another id feature whose vocabulary and embedding table this one shares"
+        None, description="name of another id feature whose vocabulary and embedding table to share"
     )
 
     @property
@@ -80,12 +87,17 @@ class VocabularyFeature(Feature):
         return self.table
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raises ValueError where `table` does not name a feature with a table of its own."""
+        """Raise ValueError if `table` is not the name of a feature with its own table.
+
+        Args:
+            name: Name of the feature.
+            schema: Schema of the settings.
+        """
         if self.table is not None:
             check_table_owner(schema, name, "table", self.table)
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Row 0 is the missing id, the buckets of unknown ids follow, then the known ones."""
+        """Describe table rows as the missing id, buckets of unseen ids, and ids of the vocabulary."""
         return meaning_of_ids(schema, tuple(self.reads()), self.table_owner or self)
 
 
@@ -97,40 +109,69 @@ def check_table_owner(
     kind: type[VocabularyFeature] = VocabularyFeature,
     role: Role | None = None,
 ) -> None:
-    """Raises ValueError where `target`, which `key` of a feature names, is not of that kind and role, or does not have
-    its own table."""
-    possible = [
-        each
-        for each, feature in schema.features.items()
-        if isinstance(feature, kind) and feature.table is None and role in (None, schema.role_of(each))
+    """Raise if a key of a feature doesn't name a feature with its own table.
+
+    Args:
+        schema: Schema of the settings.
+        name: Name of the feature.
+        key: Key in the settings of the feature.
+        target: Value of the key, the name of another feature.
+        kind: Required kind of the other feature.
+        role: Required role of the other feature, None for any role.
+
+    Raises:
+        ValueError: The other feature has another kind or role, or no table of its own.
+    """
+    candidates = [
+        candidate
+        for candidate, feature in schema.features.items()
+        if isinstance(feature, kind) and feature.table is None and role in (None, schema.role_of(candidate))
     ]
-    if target not in possible:
+    if target not in candidates:
         of_role = "" if role is None else f"of the {role} "
         raise ValueError(
             f"feature '{name}': {key} '{target}' is not an id feature {of_role}with a table of its own; "
-            f"such features are: {', '.join(possible) or 'none, add one'}"
+            f"such features are: {', '.join(candidates) or 'none, add one'}"
         )
 
 
 def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> InputSemantics:
-    """The meaning of rows of a table of ids; owner: its feature, or that feature's name."""
+    """Return the semantics of inputs that are rows of a vocabulary's table.
+
+    Args:
+        schema: Schema of the settings.
+        columns: Columns that the inputs are computed from.
+        owner: Feature that owns the table, or the name of the feature.
+    """
     feature = schema.features[owner] if isinstance(owner, str) else owner
     assert isinstance(feature, VocabularyFeature)
     return InputSemantics(columns, unknown=feature.oov_buckets)
 
 
 class Vocabulary:
-    """Ids of an id feature, which other features may share, and their rows of its table.
+    """Ids of an id feature and their table rows. Other features can share the vocabulary.
 
-    ids: int64 or string array, in the order of their rows; counts: what it grows from.
+    Attributes:
+        ids: int64 or string array in the order of table rows.
+        counts: Counts of ids in training rows, from which the vocabulary grows.
     """
 
     def __init__(self, name: str, feature: VocabularyFeature) -> None:
+        """Create a vocabulary without ids.
+
+        Args:
+            name: Name of the feature that owns the vocabulary.
+            feature: Settings of the feature.
+        """
         self.name, self.feature, self.counts = name, feature, IdCounts()
         self.set_ids(pa.array([], pa.int64()))
 
     def set_ids(self, ids: pa.Array) -> None:
-        """Replaces the ids. Raises UserError where they are too many for a table."""
+        """Replace the ids.
+
+        Raises:
+            UserError: There are too many ids for a table.
+        """
         self.ids = ids
         self.__dict__.pop("_index", None)
         if self.rows > MAX_TABLE_ROWS:
@@ -140,8 +181,13 @@ class Vocabulary:
             )
 
     def grow(self) -> int:
-        """Adds rows at the end for ids whose counts suffice, by falling count, and gives their number; no known id
-        moves, and the order of the log's rows does not matter. Raises as `set_ids`."""
+        """Add ids with at least `min_count` occurrences to the end, most frequent first, and return their number.
+
+        Existing ids keep their rows. The result doesn't depend on the order of the log's rows.
+
+        Raises:
+            UserError: There are too many ids for a table.
+        """
         feature, before = self.feature, len(self.ids)
         counted = self.counts.to_table()
         ids = counted.filter(pc.greater_equal(counted["count"], feature.min_count))["id"].combine_chunks()
@@ -153,73 +199,76 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
+        """Number of rows of the table."""
         return 1 + self.feature.oov_buckets + len(self.ids)
 
     @property
     def id_type(self) -> pa.DataType | None:
-        """The type of the known ids, None where there are none."""
+        """Type of the ids, None if the vocabulary is empty."""
         return self.ids.type if len(self.ids) else None
 
     @cached_property
     def _index(self) -> Any:
-        """Of the ids, with its hash table, which pandas builds at the first question: a second thread would look into
-        the unfinished table, and miss what is not there yet."""
-        import pandas as pd  # which --help does not need
+        """Index of the ids with a complete hash table."""
+        import pandas as pd
 
         index = pd.Index(_as_numpy(self.ids))
+        # pandas builds the hash table at the first lookup. Do it now, because a second thread could read an unfinished
+        # table.
         index.get_indexer(index[:1])
         return index
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the index, which pandas would send without its table."""
+        """Leave out the index, because pandas pickles it without its hash table."""
         return {name: value for name, value in self.__dict__.items() if name != "_index"}
 
     def encode(self, values: pa.Array) -> np.ndarray:
-        """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
+        """Return the (N,) int64 table rows of `values`, int64 or strings, dictionary-encoded or not.
 
-        Raises UserError naming the feature for ids of another type than trained on.
+        Raises:
+            UserError: The ids have another type than the vocabulary.
         """
-        kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
-        if pt.is_null(kind):
+        dtype = values.type.value_type if pt.is_dictionary(values.type) else values.type
+        if pt.is_null(dtype):
             return np.zeros(len(values), np.int64)
-        if kind != (self.id_type or kind):
+        if dtype != (self.id_type or dtype):
             raise UserError(
-                f"feature '{self.name}' (column '{self.feature.column}'): ids of type {kind} given where the model was "
-                f"trained on {self.id_type}"
+                f"feature '{self.name}' (column '{self.feature.column}'): ids have type {dtype}, but the model was "
+                f"trained on {self.id_type}. Convert the ids to {self.id_type}."
             )
-        if pt.is_string(kind):
+        if pt.is_string(dtype):
             encoded = values.dictionary_encode()
-            rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
+            rows = np.append(self._encode_seen_or_hashed(encoded.dictionary), 0)
             return rows[fill_nulls(encoded.indices, -1).to_numpy()]
-        rows = self._encode_known_or_hashed(fill_nulls(values, 0))
+        rows = self._encode_seen_or_hashed(fill_nulls(values, 0))
         if values.null_count:
             rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
         return rows
 
     def decode(self, rows: np.ndarray) -> list[int | None] | list[str | None]:
-        """The ids at (N,) int64 table rows; None for the missing id, and for those that share a bucket."""
-        known = rows - 1 - self.feature.oov_buckets
-        return self.ids.take(pa.array(known, mask=known < 0)).to_pylist()
+        """Return the ids at (N,) int64 table `rows`, None for the missing id and for buckets of unseen ids."""
+        positions = rows - 1 - self.feature.oov_buckets
+        return self.ids.take(pa.array(positions, mask=positions < 0)).to_pylist()
 
-    def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
-        buckets, found = self.feature.oov_buckets, self._find(values)
-        rows = found.astype(np.int64) + 1 + buckets
-        unknown = found < 0
-        if unknown.any():
-            hashes = hash_column(values.filter(pa.array(unknown)))
-            rows[unknown] = 1 + (hashes % np.uint64(buckets)).astype(np.int64)
+    def _encode_seen_or_hashed(self, values: pa.Array) -> np.ndarray:
+        buckets, positions = self.feature.oov_buckets, self._find(values)
+        rows = positions.astype(np.int64) + 1 + buckets
+        unseen = positions < 0
+        if unseen.any():
+            hashes = hash_column(values.filter(pa.array(unseen)))
+            rows[unseen] = 1 + (hashes % np.uint64(buckets)).astype(np.int64)
         return rows
 
     def _find(self, values: pa.Array) -> np.ndarray:
-        """(N,) integer place of each id among the known ones, -1 for an unknown one."""
+        """Return the (N,) integer positions of ids in the vocabulary, -1 for unseen ids."""
         if not len(self.ids):
             return np.full(len(values), -1)
-        if len(values) <= _FEW:
-            return np.array([self._place(each) for each in values.to_pylist()], np.int64)
-        places: np.ndarray = self._index.get_indexer(_as_numpy(values))
-        return places
+        if len(values) <= _MAX_SINGLE_LOOKUPS:
+            return np.array([self._position(value) for value in values.to_pylist()], np.int64)
+        positions: np.ndarray = self._index.get_indexer(_as_numpy(values))
+        return positions
 
-    def _place(self, value: int | str) -> int:
+    def _position(self, value: int | str) -> int:
         try:
             return int(self._index.get_loc(value))
         except KeyError:
@@ -232,17 +281,23 @@ def _as_numpy(values: pa.Array) -> np.ndarray:
 
 
 def row_names(semantics: InputSemantics, table: str, rows: list[int | str], fitted: Path) -> list[str]:
-    """Names for a reader of `rows`, numbers of table rows or words; fitted: folder of the fitted features.
+    """Return readable names of table rows.
 
-    Where the vocabulary can't be read, the row's number is name enough.
+    Without a readable vocabulary file, the name of a row is its number.
+
+    Args:
+        semantics: Semantics of the input.
+        table: Name of the table.
+        rows: Numbers of table rows, or names that are returned as they are.
+        fitted: Folder of the fitted features.
     """
     numbers = [row for row in rows if isinstance(row, int)]
     if semantics.row_name is not None:
-        known = {row: semantics.row_name(table, row) for row in numbers}
+        names = {row: semantics.row_name(table, row) for row in numbers}
     else:
-        known = {row: f"row {row}" for row in numbers}
+        names = {row: f"row {row}" for row in numbers}
         with suppress(OSError, pa.ArrowException, KeyError):
             ids = pq.read_table(fitted / f"{table}.vocabulary.parquet", columns=["id"])["id"]
-            places = pa.array([row - semantics.first_seen_row for row in numbers], pa.int64())
-            known |= zip(numbers, map(str, ids.take(places).to_pylist()), strict=True)
-    return [known[row] if isinstance(row, int) else row for row in rows]
+            positions = pa.array([row - semantics.first_seen_row for row in numbers], pa.int64())
+            names |= zip(numbers, map(str, ids.take(positions).to_pylist()), strict=True)
+    return [names[row] if isinstance(row, int) else row for row in rows]

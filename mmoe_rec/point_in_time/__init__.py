@@ -1,4 +1,4 @@
-"""Point-in-time lookups: events of keys and times of requests go in; what was known at these times comes out.
+"""Point-in-time lookups, which return the events of a key that were available at the time of a request.
 
-Begin with README.md, which follows one counter, and in `join`.
+Start with README.md, which follows one counter, and then read `join`.
 """

@@ -1,13 +1,13 @@
-"""What had happened and was known before a moment: events per key, ordered by the time at which they became known.
+"""Events per key, ordered by the time at which they became available, and lookups of these events.
 
-This is the one mechanism behind counters and histories. A label of a row requested at time r that matures after m
-becomes known at max(r + 1 microsecond, r + m); a request at time t sees the events known at t or before. So a request
-sees rows of strictly earlier requests whose label had matured, never itself and never the future.
+Counters and histories use this join. If a row is requested at time r and its label matures after m, the label becomes
+available at max(r + 1 microsecond, r + m). A request at time t sees events that were available at t or before. So a
+request sees rows of strictly earlier requests whose label had matured, but never its own rows or later rows.
 
-A memory holds such events. It goes to columns and back, is cut down to what requests from some moment on can ask for
-(`compacted`), and takes in further events (`extended`). So the state of one day and the next day's events give the next
-day's state, and events that do not fit into memory are taken in one chunk of time after the other. Processes may share
-a memory. Events that a server learns lie in levels beside it (log-structured merge trees, O'Neil et al., 1996).
+An event store contains events. It converts them to columns and back, drops events that later requests can't see
+(`compacted`), and adds further events (`extended`). So the store of one day and the events of the next day give the
+store of the next day, and events that don't fit into memory are added in chunks of time. Processes can share a store.
+Events that a server ingests form levels beside the store (log-structured merge trees, O'Neil et al., 1996).
 """
 
 from abc import ABC, abstractmethod
@@ -19,11 +19,17 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-Window = tuple[int | None, int | None]  # start <= time < end, microseconds since 1970 UTC; either may be open
+# Interval start <= time < end in microseconds since 1970 UTC. None leaves an end open.
+Window = tuple[int | None, int | None]
 
 
 def in_window(times: np.ndarray, window: Window) -> np.ndarray:
-    """(N,) bool: start <= time < end, either open."""
+    """Return whether each time is in a window, shape (N,), bool.
+
+    Args:
+        times: (N,) int64 microseconds.
+        window: Window to check.
+    """
     start, end = window
     inside = np.ones(len(times), bool)
     if start is not None:
@@ -34,28 +40,42 @@ def in_window(times: np.ndarray, window: Window) -> np.ndarray:
 
 
 def in_any_window(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
-    """(N,) bool: whether a time lies in one of several windows."""
+    """Return whether each time is in at least one window, shape (N,), bool.
+
+    Args:
+        times: (N,) int64 microseconds.
+        windows: Windows to check.
+    """
     return np.any([np.zeros(len(times), bool), *(in_window(times, window) for window in windows)], axis=0)
 
 
 def find_keys(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find (N,) uint64 keys among (G,) distinct rising ones.
+    """Find the queries that are keys.
+
+    Args:
+        keys: (G,) distinct ascending uint64 keys.
+        queries: (N,) uint64 queries.
 
     Returns:
-        Rising places of the K asked keys that are there, and the number of each such key, both (K,) int64.
+        Ascending indices of the K queries with a key, and the index of each of these keys, both (K,) int64.
     """
     if not len(keys):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    number = np.searchsorted(keys, queries)
-    found = (keys.take(number, mode="clip") == queries).nonzero()[0]
-    return found, number[found]
+    positions = np.searchsorted(keys, queries)
+    hits = (keys.take(positions, mode="clip") == queries).nonzero()[0]
+    return hits, positions[hits]
 
 
 class SortedEvents:
-    """Events sorted by (key, known time); events of one key make a group. key: (E,) uint64; known: (E,) int64
-    microseconds."""
+    """E events sorted by key and `available_at`. The events of a key form a group."""
 
     def __init__(self, key: np.ndarray, available_at: np.ndarray) -> None:
+        """Wrap sorted events.
+
+        Args:
+            key: (E,) uint64 keys.
+            available_at: (E,) int64 microseconds at which the events become available.
+        """
         self.key, self.available_at = key, available_at
 
     def __len__(self) -> int:
@@ -63,33 +83,38 @@ class SortedEvents:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """(G + 1,) int64 index of the first event of each of G groups, then E."""
-        return np.append(np.flatnonzero(self._begins), len(self.key)).astype(np.int64)
+        """Index of the first event of each of G groups, then E, shape (G + 1,), int64."""
+        return np.append(np.flatnonzero(self._starts_group), len(self.key)).astype(np.int64)
 
     @cached_property
     def unique_keys(self) -> np.ndarray:
-        """(G,) uint64 the distinct keys, rising."""
+        """Distinct ascending keys, shape (G,), uint64."""
         return self.key[self.starts[:-1]]
 
     @cached_property
     def group_ids(self) -> np.ndarray:
-        """(E,) int64 group of each event."""
-        return np.cumsum(self._begins) - 1  # `np.repeat` would keep other threads waiting
+        """Group of each event, shape (E,), int64."""
+        # `np.repeat` would block other threads.
+        return np.cumsum(self._starts_group) - 1
 
     @cached_property
-    def _begins(self) -> np.ndarray:
+    def _starts_group(self) -> np.ndarray:
         return np.append(True, self.key[1:] != self.key[:-1])[: len(self.key)]
 
     def take(self, kept: np.ndarray) -> "SortedEvents":
-        """The events at (K,) rising indices, or where (E,) bool is true."""
+        """Return the events at (K,) ascending indices, or where the (E,) bool mask `kept` is true."""
         return SortedEvents(self.key[kept], self.available_at[kept])
 
 
 @dataclass(frozen=True)
 class Lookups:
-    """What N rows ask: D look-ups, distinct and sorted by key, then time, or one for each row.
+    """D lookups of N rows, either distinct and sorted by key and time, or one per row.
 
-    key: (D,) uint64; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row.
+    Attributes:
+        key: (D,) uint64 keys.
+        time: (D,) int64 microseconds.
+        inverse: (N,) int64 index of the lookup of each row.
+        is_sorted: Whether the lookups are distinct and sorted.
     """
 
     key: np.ndarray
@@ -102,64 +127,91 @@ class Lookups:
 
     @staticmethod
     def one_per_row(keys: np.ndarray, times: np.ndarray) -> "Lookups":
-        """One for each of N rows, which is cheapest for few."""
+        """Return one lookup per row, which is fastest for few rows.
+
+        Args:
+            keys: (N,) uint64 keys.
+            times: (N,) int64 microseconds.
+        """
         return Lookups(keys, times, np.arange(len(keys)), is_sorted=False)
 
     @staticmethod
     def sort(keys: np.ndarray, times: np.ndarray) -> "Lookups":
-        """Look-ups of (N,) uint64 keys at (N,) int64 times, in any order."""
+        """Return distinct sorted lookups of rows in any order.
+
+        Args:
+            keys: (N,) uint64 keys.
+            times: (N,) int64 microseconds.
+        """
         order = np.lexsort((times, keys))
         return Lookups.from_sorted(keys[order], times[order], order)
 
     @staticmethod
     def from_sorted(keys: np.ndarray, times: np.ndarray, order: np.ndarray) -> "Lookups":
-        """Look-ups that are sorted by key and time already; `order`: (N,) int64 the row of each."""
+        """Return distinct lookups from rows that are already sorted by key and time.
+
+        Args:
+            keys: (N,) uint64 keys.
+            times: (N,) int64 microseconds.
+            order: (N,) int64 original index of each row.
+        """
         first = np.append(len(keys) > 0, (keys[1:] != keys[:-1]) | (times[1:] != times[:-1]))
         inverse = np.empty(len(keys), np.int64)
         inverse[order] = np.cumsum(first) - 1
         kept = np.flatnonzero(first)
         return Lookups(keys[kept], times[kept], inverse)
 
-    def select_rows(self, wanted: np.ndarray) -> "Lookups":
-        """The sorted look-ups of those of the rows, (N,) bool."""
-        inverse = self.inverse[wanted]
-        asked = np.zeros(len(self), bool)
-        asked[inverse] = True
-        kept = np.flatnonzero(asked)
-        return Lookups(self.key[kept], self.time[kept], (np.cumsum(asked) - 1)[inverse])
+    def select_rows(self, selected: np.ndarray) -> "Lookups":
+        """Return the sorted lookups of the rows where the (N,) bool mask `selected` is true."""
+        inverse = self.inverse[selected]
+        is_used = np.zeros(len(self), bool)
+        is_used[inverse] = True
+        kept = np.flatnonzero(is_used)
+        return Lookups(self.key[kept], self.time[kept], (np.cumsum(is_used) - 1)[inverse])
 
     def clamp_times(self, min_time: int | None) -> "Lookups":
-        """The same look-ups, but none of an earlier time than `min_time`."""
+        """Return the lookups with times before `min_time` (microseconds) raised to `min_time`."""
         if min_time is None or not len(self) or self.time.min() >= min_time:
             return self
         return replace(self, time=np.maximum(self.time, min_time))
 
 
 class SearchJoin:
-    """Events and look-ups, each of which is searched by its key, then by its time: a request's few, at a cost that does
-    not grow with what is remembered."""
+    """A join that searches events for each lookup, by key and then by time.
+
+    It suits the few lookups of a request, because it computes nothing for all events.
+    """
 
     def __init__(self, events: SortedEvents, lookups: Lookups) -> None:
+        """Join events with lookups.
+
+        Args:
+            events: E events.
+            lookups: D lookups.
+        """
         self.events, self.lookups = events, lookups
 
     @cached_property
-    def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
-        """The look-ups whose keys have events: (K,) int64 their numbers, rising, and the groups of these events."""
+    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ascending indices of the K lookups whose keys have events, and the groups of the events, both (K,) int64."""
         return find_keys(self.events.unique_keys, self.lookups.key)
 
     @cached_property
     def first(self) -> np.ndarray:
-        """(D,) int64 first event of each look-up's key, the number of all events where it has none."""
+        """Index of the first event of each lookup's key, or E without events, shape (D,), int64."""
         first = np.full(len(self.lookups), len(self.events))
-        rows, group = self._remembered
+        rows, group = self._groups
         first[rows] = self.events.starts[group]
         return first
 
     def last(self, lag_us: int = 0) -> np.ndarray:
-        """(D,) int64 index of the last event of each look-up's key that was known `lag_us` microseconds before its
-        time; -1 for none."""
+        """Return the last event of each lookup's key that was available `lag_us` microseconds before the lookup.
+
+        Returns:
+            (D,) int64 indices of events, -1 without such an event.
+        """
         last = np.full(len(self.lookups), -1, np.int64)
-        rows, group = self._remembered
+        rows, group = self._groups
         if len(rows):
             last[rows] = self._last(group, self.lookups.time[rows] - lag_us)
         return last
@@ -170,56 +222,70 @@ class SearchJoin:
 
 
 class MergeJoin(SearchJoin):
-    """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
+    """A join that merges events with the sorted lookups of a log, as integers that ascend by key and then time."""
 
     @cached_property
     def _span(self) -> tuple[int, int]:
-        """A moment before all events, and the moments from it to the last one."""
+        """Time just before all events, and the number of microseconds up to the last event."""
         first, last = int(self.events.available_at.min()), int(self.events.available_at.max())
         return first - 1, last - first + 2
 
     @cached_property
-    def _known(self) -> np.ndarray:
-        origin, moments = self._span
-        return self.events.available_at - origin + self.events.group_ids * moments
+    def _event_ranks(self) -> np.ndarray:
+        origin, span = self._span
+        return self.events.available_at - origin + self.events.group_ids * span
 
     def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
-        origin, moments = self._span
-        if moments * len(self.events.unique_keys) >= 2**63:
+        origin, span = self._span
+        if span * len(self.events.unique_keys) >= 2**63:
             return super()._last(group, times)
-        asked = np.clip(times - origin, 0, moments - 1) + group * moments
-        # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
-        order = np.argsort(np.concatenate([self._known, asked]), kind="stable")
-        before = np.flatnonzero(order >= len(self.events)) - np.arange(len(asked))
-        # `np.where` would guess, often wrongly, which way each one goes.
+        lookup_ranks = np.clip(times - origin, 0, span - 1) + group * span
+        # NumPy's stable sort merges two ascending runs faster than a search. Events come before equal lookups.
+        order = np.argsort(np.concatenate([self._event_ranks, lookup_ranks]), kind="stable")
+        before = np.flatnonzero(order >= len(self.events)) - np.arange(len(lookup_ranks))
+        # A product avoids the branch mispredictions of `np.where`.
         return before * (before > self.events.starts[group]) - 1
 
 
 def last_available(available_at: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """(K,) int64 index of the last of the events from `first` to `end` (exclusive, at least one) that was known at
-    each of the `times`; -1 for none. known: (E,) int64, rising from each `first` to its `end`."""
+    """Find the last event in each of K ranges that was available at a time, by binary search.
+
+    Args:
+        available_at: (E,) int64 microseconds, ascending within a range.
+        first: (K,) int64 first event of each range.
+        end: (K,) int64 end of each range (exclusive). A range has at least one event.
+        times: (K,) int64 microseconds.
+
+    Returns:
+        (K,) int64 indices of events, -1 without such an event.
+    """
     last = end - 1
-    # Most requests are later than all that is remembered of their keys.
-    open_ = (available_at.take(last) > times).nonzero()[0]
-    low, high, asked, earliest = first[open_], last[open_], times[open_], first[open_]
-    last[open_] = -1
-    while len(open_):
+    # Most requests are later than all events of their keys, so only the remaining requests need a search.
+    active = (available_at.take(last) > times).nonzero()[0]
+    low, high, limit, earliest = first[active], last[active], times[active], first[active]
+    last[active] = -1
+    while len(active):
         middle = (low + high) >> 1
-        is_known = available_at[middle] <= asked
-        low, high = np.where(is_known, middle + 1, low), np.where(is_known, high, middle)
-        last[open_] = np.where(low > earliest, low - 1, -1)
+        is_available = available_at[middle] <= limit
+        low, high = np.where(is_available, middle + 1, low), np.where(is_available, high, middle)
+        last[active] = np.where(low > earliest, low - 1, -1)
         left = (low < high).nonzero()[0]
-        open_, low, high, asked, earliest = (each[left] for each in (open_, low, high, asked, earliest))
+        active, low, high, limit, earliest = (array[left] for array in (active, low, high, limit, earliest))
     return last
 
 
 def availability_times(times: np.ndarray, label_delay_us: int) -> np.ndarray:
-    """(N,) int64 microseconds at which the labels of rows requested at `times` become known."""
+    """Return the (N,) int64 microseconds at which labels of rows become available.
+
+    Args:
+        times: (N,) int64 request times in microseconds.
+        label_delay_us: Microseconds until a label matures.
+    """
     return times + max(1, label_delay_us)
 
 
-# With this many times more events than look-ups, nothing is computed for all events.
-_EVENTS_OF_A_SEARCH = 16
+# With more events per lookup than this, searching is faster than merging all events.
+_EVENTS_PER_SEARCH = 16
 NEVER = np.iinfo(np.int64).min
 
 
@@ -227,9 +293,11 @@ NEVER = np.iinfo(np.int64).min
 class EventStore(ABC):
     """Events per key.
 
-    compacted_at: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
-    look-up at an earlier moment is answered as of `compacted_at`. levels: memories of events that came later, the
-    largest first.
+    Attributes:
+        events: Sorted events.
+        compacted_at: Time of the last compaction in microseconds, None without compaction. Compaction drops earlier
+            states, so a lookup at an earlier time returns the results at `compacted_at`.
+        levels: Stores of events that arrived later, largest first.
     """
 
     events: SortedEvents
@@ -240,65 +308,91 @@ class EventStore(ABC):
         return len(self.events)
 
     def join(self, lookups: Lookups) -> SearchJoin:
-        """The events beside look-ups of them."""
-        few = len(lookups) * _EVENTS_OF_A_SEARCH < len(self.events)
+        """Join the events with `lookups` by search or merge, whichever is faster."""
+        few = len(lookups) * _EVENTS_PER_SEARCH < len(self.events)
         return SearchJoin(self.events, lookups) if few or not lookups.is_sorted else MergeJoin(self.events, lookups)
 
     def with_levels(self, levels: Sequence[Self]) -> Self:
-        """Return the same memory with other levels, all of which share the arrays that look-ups search."""
-        for each in (self, *levels):
-            _ = each.events.unique_keys
+        """Return a copy with other `levels`. Copies share the arrays that lookups search."""
+        for level in (self, *levels):
+            _ = level.events.unique_keys
         store = copy(self)
         store.levels = tuple(levels)
         return store
 
     @abstractmethod
-    def merged(self, other: Self) -> Self:
-        """The events of both, of the same kind; as of this one's `compacted_at`."""
+    def merged(self, store: Self) -> Self:
+        """Return a store with the events of both stores and the `compacted_at` of the current store."""
 
     @abstractmethod
     def to_columns(self) -> dict[str, np.ndarray]:
-        """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""
+        """Return the sorted events as columns, with key (uint64), available_at (int64) and columns of the kind."""
 
     @abstractmethod
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> Self:
-        """A memory of this one's kind, which `to_columns` gave."""
+        """Return a store of the same kind with other events.
 
-    def _later_floor(self, moment: int) -> int:
+        Args:
+            columns: Columns that `to_columns` returned.
+            compacted_at: Time of the last compaction in microseconds, None without compaction.
+        """
+
+    def _compaction_time(self, moment: int) -> int:
         return moment if self.compacted_at is None else max(moment, self.compacted_at)
 
 
-def take_or_default(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
-    """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
+def take_or_default(values: np.ndarray, index: np.ndarray, default: int) -> np.ndarray:
+    """Return values by index, without copying all values for the few lookups of a request.
+
+    Args:
+        values: (E,) values.
+        index: (N,) indices, -1 for the default.
+        default: Value for index -1.
+
+    Returns:
+        (N,) values.
+    """
     if not len(values):
-        return np.full(len(index), nothing, values.dtype)
-    found = values[np.maximum(index, 0)]
-    if nothing:
-        found[index < 0] = nothing
+        return np.full(len(index), default, values.dtype)
+    taken = values[np.maximum(index, 0)]
+    if default:
+        taken[index < 0] = default
     else:
-        found *= index >= 0  # no branches, which a processor would often guess wrongly
-    return found
+        # A product avoids branch mispredictions.
+        taken *= index >= 0
+    return taken
 
 
 MAX_LEVELS = 3
-MIN_LEVEL_SIZE = 32_768  # events up to which a level grows, whatever the size of the next larger one
+# A level can grow to this number of events, whatever the size of the next larger level.
+MIN_LEVEL_SIZE = 32_768
 _GROWTH = 16
-_MANY = 32 * MIN_LEVEL_SIZE  # from which on a level takes in more than `MIN_LEVEL_SIZE` events at a time
+# If the largest level has at least this many events, one more level is allowed.
+_LARGE_LEVEL_SIZE = 32 * MIN_LEVEL_SIZE
 _Level = TypeVar("_Level", bound=Sized)
 
 
 def add_level(levels: Sequence[_Level], new: _Level, merged: Callable[[_Level, _Level], _Level]) -> tuple[_Level, ...]:
-    """Levels, the largest first, after a further one was taken in; `merged` makes one of a larger and a smaller one."""
-    after = [*levels, new]
-    while len(after) > 1 and _has_outgrown(list(map(len, after))):
-        small = after.pop()
-        after[-1] = merged(after[-1], small)
-    return tuple(after)
+    """Add a level and merge the levels that became too large (log-structured merge tree).
+
+    Args:
+        levels: Levels, largest first.
+        new: Level to add.
+        merged: Function that merges a larger and a smaller level.
+
+    Returns:
+        Levels, largest first.
+    """
+    result = [*levels, new]
+    while len(result) > 1 and _must_merge(list(map(len, result))):
+        small = result.pop()
+        result[-1] = merged(result[-1], small)
+    return tuple(result)
 
 
-def _has_outgrown(sizes: Sequence[int]) -> bool:
-    """True if the last level, of as many events, belongs into the one before it."""
+def _must_merge(sizes: Sequence[int]) -> bool:
+    """Return whether the last level must be merged into the level before it, given the sizes of all levels."""
     largest, larger, small = sizes[0], *sizes[-2:]
-    levels = MAX_LEVELS if largest >= _MANY else MAX_LEVELS - 1
-    most = MIN_LEVEL_SIZE if len(sizes) == levels else MIN_LEVEL_SIZE * _GROWTH
-    return len(sizes) > levels or small >= min(larger, max(most, larger // _GROWTH))
+    max_levels = MAX_LEVELS if largest >= _LARGE_LEVEL_SIZE else MAX_LEVELS - 1
+    max_size = MIN_LEVEL_SIZE if len(sizes) == max_levels else MIN_LEVEL_SIZE * _GROWTH
+    return len(sizes) > max_levels or small >= min(larger, max(max_size, larger // _GROWTH))

@@ -95,7 +95,7 @@ def measure_health(
             query = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
             (shared_user_fraction,) = database.row(query)
     except duckdb.Error as error:
-        raise UserError(f"the rows in '{prepared.folder}' can't be read ({first_line(error)}); {ADVICE}") from None
+        raise UserError(f"the rows in '{prepared.folder}' can't be read ({first_line(error)}). {ADVICE}") from None
     health = {
         "name": name,
         "fingerprint": manifest.get("fingerprint"),

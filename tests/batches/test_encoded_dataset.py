@@ -89,7 +89,7 @@ def test_rows_are_not_divided_if_a_part_has_no_label(tmp_path: Path, part: Valid
     [
         (None, r"no \.parquet file"),
         ([], r"no \.parquet file"),
-        ([table(range(0))] * 2, "hold no rows"),
+        ([table(range(0))] * 2, "have no rows"),
         *(
             ([table(range(5)).drop_columns([name])], rf"0\.parquet' lacks the column '{name}'")
             for name in ("id.item", "dense.age", "label.stars")
@@ -148,5 +148,5 @@ def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path
     np.testing.assert_equal(own.read_row_group((0, 0)).labels[:, 1], [np.nan, 1.0, 2.0])
     np.testing.assert_equal(learnt.read_row_group((0, 0)).labels, [[0.0, 0.0], [1.0, 1.0], [2.0, np.nan]])
     write(tmp_path / "old", [[3]])
-    with pytest.raises(UserError, match=r"lacks the column 'label\.click_and_stars'; run mmoe-rec features again"):
+    with pytest.raises(UserError, match=r"lacks the column 'label\.click_and_stars'\. Run mmoe-rec features again"):
         EncodedDataset(tmp_path / "old", layout, joint_labels=True)

@@ -105,7 +105,7 @@ def test_unknown_ids_keep_their_bucket():
 
 def test_ids_of_the_other_type_are_refused():
     pipeline, schema, _ = _fitted({"kind": "id", "column": "x"}, x=pa.array([1, 1]))
-    with pytest.raises(UserError, match=r"feature 'f' \(column 'x'\): ids of type string given .* trained on int64"):
+    with pytest.raises(UserError, match=r"feature 'f' \(column 'x'\): ids have type string, .* trained on int64"):
         _encode(pipeline, schema, x=pa.array(["1"]))
 
 
@@ -345,8 +345,8 @@ def test_many_times_are_read_as_few_are(zone):
     encoder = _fitted({"kind": "time", "column": "x", "timezone": zone}, x=pa.array([0], pa.timestamp("us")))[
         0
     ].encoders["f"]
-    few = [encoder._read(moments[start : start + 10]) for start in range(0, 1000, 10)]
-    np.testing.assert_array_equal(encoder._read(moments), np.concatenate(few, axis=1))
+    few = [encoder._table_rows(moments[start : start + 10]) for start in range(0, 1000, 10)]
+    np.testing.assert_array_equal(encoder._table_rows(moments), np.concatenate(few, axis=1))
 
 
 def test_age_is_the_logarithm_of_days_until_the_request():

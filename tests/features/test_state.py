@@ -87,7 +87,7 @@ def test_state_is_refused_where_there_is_none_or_another_format(tmp_path):
     _saved(fit(random_log(0), SCHEMA, UNTIL), tmp_path / "state")
     tmp_path /= "state"
     (tmp_path / "item.vocabulary.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="is damaged, prepare it again"):
+    with pytest.raises(UserError, match=r"is damaged \("):
         FeaturePipeline.load(tmp_path)
     text = json.loads((tmp_path / "pipeline.json").read_text())
     (tmp_path / "pipeline.json").write_text(json.dumps({**text, "format": 99}))

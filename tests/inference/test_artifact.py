@@ -87,7 +87,7 @@ def add_an_expert(folder: Path) -> None:
             "can't be loaded .*latest.user.parquet",
         ),
         (lambda folder: (folder / "features" / "latest.user.parquet").write_bytes(b"x"), "can't be loaded "),
-        (lambda folder: (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink(), "prepare it again: "),
+        (lambda folder: (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink(), "features again"),
         *(
             (lambda folder, text=text: (folder / "calibration.json").write_text(text), r"calibration.json' is damaged")
             for text in ("{", "[1]", '{"liked": {}}', CROSSING)

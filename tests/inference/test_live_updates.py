@@ -98,7 +98,7 @@ def test_a_ranker_that_learns_answers_as_one_over_extended_features(
 ) -> None:
     """Whatever the order of rows, and the size of batches."""
     monkeypatch.setattr(levels, "MIN_LEVEL_SIZE", 100)
-    monkeypatch.setattr(levels, "_MANY", 200)
+    monkeypatch.setattr(levels, "_LARGE_LEVEL_SIZE", 200)
     ranker, random = extended.ranker(), np.random.default_rng(size)
     table = later_log(3)
     before = answers(ranker)

@@ -88,9 +88,9 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     # Features
     ([TABLE], AS_TIME_AND_ID, "column 'born' is read as integers or strings by feature 'a' and as .* by feature 'b'"),
     ([TABLE], AS_ID_AND_NUMBER, "column 'brand' must hold numbers, found strings"),
-    ([TABLE], ONE_INPUT, "features 'a' and 'a_rate' both give an input 'a_rate'"),
-    ([TABLE], _numbers(a="price", a_missing="age"), "features 'a' and 'a_missing' both give an input 'a_missing'"),
-    ([TABLE], LIKE_A_COLUMN, "feature 'user' gives an input 'user', which is also a column"),
+    ([TABLE], ONE_INPUT, "Features 'a' and 'a_rate' both have an input 'a_rate'"),
+    ([TABLE], _numbers(a="price", a_missing="age"), "Features 'a' and 'a_missing' both have an input 'a_missing'"),
+    ([TABLE], LIKE_A_COLUMN, "Feature 'user': its input 'user' is also a column"),
     # Labels. The first file alone would also leave the later splits empty; the label is what is wrong.
     ([THREE, SECOND], SCHEMA, r"0.parquet': column 'click' of binary task 'click' holds 3, neither"),
     ([with_column(TABLE, "liked", [0] * 300)], _task(), "task 't' has one class .*'liked' are 0;"),

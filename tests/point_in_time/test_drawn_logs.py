@@ -61,7 +61,7 @@ def same(one: FeaturePipeline, other: FeaturePipeline, rows: LogRows) -> None:
 def test_live_rows_count_as_if_memories_had_been_extended(
     seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, value in {"MIN_LEVEL_SIZE": 6, "_GROWTH": 2, "_MANY": 12}.items():
+    for name, value in {"MIN_LEVEL_SIZE": 6, "_GROWTH": 2, "_LARGE_LEVEL_SIZE": 12}.items():
         monkeypatch.setattr(levels, name, value)
     drawn, random = draw(seed), np.random.default_rng(seed)
     schema = kinds.parse_schema(drawn.settings)

@@ -31,7 +31,7 @@ from tests.log.small_logs import (
 ITEM = {"kind": "id", "column": "item", "min_count": 1}
 COUNTER = {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["rate"], "window_days": [None, 1, 2.5]}
 SCHEMA = schema_of({"item": ITEM, "spent_of_brand": COUNTER})
-TOLD = "counter 'spent_of_brand' sums labels of column 'spent' beyond 4.4e\\+12: write that column in a larger unit"
+TOO_LARGE = "Counter 'spent_of_brand': a sum of labels of 'spent' exceeds 4.4e\\+12. Write the column in a larger unit"
 
 
 def rounded(label: float) -> Fraction:
@@ -113,7 +113,7 @@ def test_a_build_and_a_server_refuse_sums_beyond_the_range(tmp_path) -> None:
     live = pipeline.live.extended(further(4e12))
     live = live.extended(further(-4e12, first=1)).extended(further(4e12, first=299))
     for too_much in (further(1e13), further(8e12), further(1e12, rows=9), further(5e12, first=298)):
-        with pytest.raises(UserError, match=r"counter .* sums labels.* beyond 4.4e\+12"):
+        with pytest.raises(UserError, match=r"Counter .*: a sum of labels.* exceeds 4.4e\+12"):
             live.extended(too_much)
     assert isinstance(pipeline.encoders["spent_of_brand"], CounterEncoder)
     learnt = pipeline.with_live(live.extended(further(-4e12)))
@@ -121,5 +121,5 @@ def test_a_build_and_a_server_refuse_sums_beyond_the_range(tmp_path) -> None:
     for too_much in (1e13, 5e11):
         spent[:] = too_much
         source = str(write_log(tmp_path / f"{too_much:g}", with_column(table, "spent", pa.array(spent))))
-        with pytest.raises(UserError, match=TOLD):
+        with pytest.raises(UserError, match=TOO_LARGE):
             prepare(BuildInputs(source, SCHEMA, windows_of(3, 4), tmp_path / "refused"))

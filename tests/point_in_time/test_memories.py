@@ -137,7 +137,7 @@ def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
 
 
 def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"MIN_LEVEL_SIZE": 64, "_GROWTH": 8, "_MANY": 2048}.items():
+    for name, value in {"MIN_LEVEL_SIZE": 64, "_GROWTH": 8, "_LARGE_LEVEL_SIZE": 2048}.items():
         monkeypatch.setattr(join, name, value)
     copied, several, most = 0, tuple[range, ...](), 0
 

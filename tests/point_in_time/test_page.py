@@ -1,4 +1,4 @@
-"""The page that follows a counter: its example's numbers are those of the code, and what it names is there."""
+"""The numbers in the example of the counter page equal the results of the code, and the functions it names exist."""
 
 import re
 from itertools import pairwise
@@ -26,14 +26,14 @@ SCHEMA = parse_schema({"columns": COLUMNS, "tasks": {"clicked": CLICKED}, "featu
 
 def tables() -> list[list[dict[str, str]]]:
     """The page's tables, each a list of rows."""
-    found = []
+    parsed = []
     for block in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE):
         names, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines())
-        found.append([dict(zip(names, row, strict=True)) for row in rows])
-    return found
+        parsed.append([dict(zip(names, row, strict=True)) for row in rows])
+    return parsed
 
 
-LOG, MEMORY, REQUESTS, STEPS = tables()
+LOG, STORE, REQUESTS, STEPS = tables()
 
 
 def moment(text: str) -> int:
@@ -59,12 +59,12 @@ def encoder() -> CounterEncoder:
     return found
 
 
-def test_labels_become_known_when_the_page_says(encoder):
+def test_labels_become_available_when_the_page_says(encoder):
     events = encoder.events(rows_of(LOG))
-    assert events["available_at"].to_pylist() == [moment(row["known"]) for row in LOG if row["known"]]
+    assert events["available_at"].to_pylist() == [moment(row["available"]) for row in LOG if row["available"]]
 
 
-def test_the_memory_is_that_of_the_page(encoder):
+def test_the_store_equals_the_page(encoder):
     log = rows_of(LOG)
     names = dict(zip(log.hashes(["user"]).tolist(), log.column("user").to_pylist(), strict=True))
     store = encoder.extended(encoder.store, encoder.events(log))
@@ -74,13 +74,15 @@ def test_the_memory_is_that_of_the_page(encoder):
         clicks = (columns["label_sum"] / LABEL_SCALE).tolist()
         found = zip(users, columns["available_at"].tolist(), columns["rows"].tolist(), clicks, strict=True)
         rows, sums = "rows" + when, "clicks" + when
-        expected = [(row["user"], moment(row["known"]), int(row[rows]), int(row[sums])) for row in MEMORY if row[rows]]
+        expected = [
+            (row["user"], moment(row["available"]), int(row[rows]), int(row[sums])) for row in STORE if row[rows]
+        ]
         assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("cuts", [[], [4 * DAY], [3 * DAY, 8 * DAY]])
 def test_requests_get_what_the_page_says(encoder, cuts):
-    """Also where the memory is carried from one chunk of time to the next."""
+    """Requests get the same results if the store is passed from one chunk of time to the next."""
     events, requests = encoder.events(rows_of(LOG)), rows_of(REQUESTS)
     store, edges = encoder.store, [-1, *cuts, 99 * DAY]
     for start, end in pairwise(edges):
@@ -88,13 +90,13 @@ def test_requests_get_what_the_page_says(encoder, cuts):
         store = encoder.extended(store, events.filter(pa.array((available_at > start) & (available_at <= end))))
         if end in cuts:
             store = encoder.compacted(store, min(end, 5 * DAY))
-    asked = requests.lookups(["user"])
-    join = store.join(asked)
+    lookups = requests.lookups(["user"])
+    join = store.join(lookups)
     if not cuts:
         for index, name in ((join.last(), "total now"), (join.last(WEEK), "total 7 days earlier")):
-            clicks = store.sums(index)[1][asked.inverse] / LABEL_SCALE
+            clicks = store.sums(index)[1][lookups.inverse] / LABEL_SCALE
             assert clicks.tolist() == [int(row[name]) for row in REQUESTS]
-    clicks = LookupTotals(store, asked).totals(WEEK)[1][asked.inverse]
+    clicks = LookupTotals(store, lookups).totals(WEEK)[1][lookups.inverse]
     assert clicks.tolist() == [int(row["clicks in 7 days"]) for row in REQUESTS]
 
     encoder.store = store
@@ -102,15 +104,15 @@ def test_requests_get_what_the_page_says(encoder, cuts):
     for number in encoder.numbers.values():
         number.finish_fit()
     results, inputs = encoder.look_up(requests), encoder.encode(requests).standardized().dense
-    for found, name in ((results, "log(1 + clicks)"), (inputs, "standardised")):
+    for found, name in ((results, "log(1 + clicks)"), (inputs, "standardized")):
         np.testing.assert_allclose(found["clicks_log_sum_7d"], [float(row[name]) for row in REQUESTS], atol=5e-5)
 
 
 def test_what_each_step_names_is_there():
     for step in STEPS:
-        places = re.findall(r"`(mmoe_rec/[\w/.]+)`: ((?:`\w+`(?:, )?)+)", step["where"])
-        assert places, step
-        for path, names in places:
+        paths = re.findall(r"`(mmoe_rec/[\w/.]+)`: ((?:`\w+`(?:, )?)+)", step["where"])
+        assert paths, step
+        for path, names in paths:
             text = (ROOT / path).read_text(encoding="utf-8")
             for name in re.findall(r"\w+", names):
                 assert re.search(rf"^\s*(?:def|class) {name}\b", text, re.MULTILINE), f"{path}: {name}"

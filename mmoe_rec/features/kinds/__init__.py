@@ -1,4 +1,4 @@
-"""The kinds of features, one file each: a new kind is its file, and its line in `NAMES`."""
+"""The kinds of features. To add a kind, write a file in this folder and add its name to `NAMES`."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -22,7 +22,7 @@ NAMES = (
     "history",
     "counter",
 )
-"""Each is a `kind` in a settings file, and the file of this folder whose `KIND` holds all of it."""
+"""Values of `kind` in a settings file. The file of the same name in this folder defines the kind as `KIND`."""
 
 FEATURE_KINDS: dict[str, FeatureKind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}
 
@@ -30,15 +30,19 @@ if TYPE_CHECKING:
     FeatureSettings = Feature
 else:
     FeatureSettings = Annotated[
-        reduce(or_, [each.feature for each in FEATURE_KINDS.values()]), Field(discriminator="kind")
+        reduce(or_, [kind.feature for kind in FEATURE_KINDS.values()]), Field(discriminator="kind")
     ]
-    """What may stand under `features` in a settings file."""
+    """A feature in a settings file."""
 
 _FEATURES = TypeAdapter(dict[str, FeatureSettings])
 
 
 def parse_schema(sections: Mapping[str, Any]) -> Schema:
-    """The schema of sections of a settings file, `columns` to `events`. Raises pydantic's ValidationError."""
+    """Return the schema of `sections` of a settings file (`columns` to `events`).
+
+    Raises:
+        pydantic.ValidationError: A section is not valid.
+    """
     features = _FEATURES.validate_python(drop_model_choices("features", sections["features"]))
     tasks = drop_model_choices("tasks", sections["tasks"])
     return Schema.model_validate({**sections, "tasks": tasks, "features": features})

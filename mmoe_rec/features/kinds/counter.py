@@ -1,4 +1,4 @@
-"""The kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
+"""The feature kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +17,13 @@ from mmoe_rec.point_in_time.join import NEVER, EventStore, Lookups, SortedEvents
 from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import Days, EventFeature, InputSemantics, Schema, Unique
 
-_FOREVER = np.iinfo(np.int64).max
+_NO_CUTOFF = np.iinfo(np.int64).max
 _ROUNDING = 1e-12
 LABEL_SCALE = 2.0**20
-"""Units of a label of 1. Labels are whole numbers of units, so their int64 sums depend on no order."""
-_MOST_UNITS = 2.0**62
-MAX_LABEL_SUM = _MOST_UNITS / LABEL_SCALE
-"""Labels and sums of labels lie between this and its negative, so the difference of two sums fits into 64 bits."""
+"""Units per label of 1. Labels are integer numbers of units, so their int64 sums don't depend on the order of rows."""
+_MAX_UNITS = 2.0**62
+MAX_LABEL_SUM = _MAX_UNITS / LABEL_SCALE
+"""Largest absolute label or sum of labels. The difference of two sums then fits into 64 bits."""
 
 
 class CounterFeature(EventFeature):
@@ -35,19 +35,18 @@ class CounterFeature(EventFeature):
     )
     outputs: Annotated[tuple[Literal["log_sum", "log_count", "rate", "recency"], ...], Unique] = Field(
         ("log_sum", "rate", "recency"),
-        description="log_sum: log(1 + sum of labels); log_count: log(1 + rows); rate: smoothed mean label, not "
-        "of events; "
-        "recency: log(1 + days since the last row with a positive label became known), missing if never",
+        description="log_sum: log(1 + sum of labels); log_count: log(1 + rows); rate: smoothed mean label "
+        "(not for events); recency: log(1 + days since the last positive label became available), missing without any",
     )
     window_days: Annotated[tuple[Days | None, ...], Unique] = Field(
-        (None,), min_length=1, description="trailing windows; null is all of the past"
+        (None,), min_length=1, description="lengths of trailing windows; null means all of the past"
     )
-    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that are mixed into a rate")
+    smoothing: float = Field(20.0, gt=0, description="number of rows at the overall mean to add to a rate")
 
     @model_validator(mode="before")
     @classmethod
     def _outputs_of_events(cls, values: Any) -> Any:
-        """Events have no labels, so their default has no rate."""
+        """Leave the rate out of the default outputs of events, which have no labels."""
         if isinstance(values, dict) and values.get("events") is not None and "outputs" not in values:
             return {**values, "outputs": ("log_sum", "recency")}
         return values
@@ -55,7 +54,7 @@ class CounterFeature(EventFeature):
     @model_validator(mode="after")
     def _rate_has_labels(self) -> Self:
         if self.events is not None and "rate" in self.outputs:
-            raise ValueError("events have no rate; set outputs, say, to [log_sum, recency]")
+            raise ValueError("events have no rate. Set outputs to [log_sum, recency], for example.")
         return self
 
     def reads(self) -> Mapping[str, ColumnUse]:
@@ -69,29 +68,36 @@ class CounterFeature(EventFeature):
 
 
 def round_labels(labels: np.ndarray) -> np.ndarray:
-    """Round (N,) numbers to float64 multiples of a unit. NaN stays."""
+    """Round (N,) `labels` to float64 multiples of a unit. NaN stays NaN."""
     return np.rint(labels * LABEL_SCALE) / LABEL_SCALE
 
 
 def to_fixed_point(labels: np.ndarray) -> np.ndarray:
-    """Round (N,) numbers to int64 units. Raises OverflowError for one out of range."""
+    """Round (N,) `labels` to int64 units.
+
+    Raises:
+        OverflowError: A label is out of range.
+    """
     units = np.rint(labels * LABEL_SCALE)
     _check_range(units)
     return units.astype(np.int64)
 
 
 def _check_range(units: np.ndarray) -> None:
-    if len(units) and np.abs(units).max() >= _MOST_UNITS:
+    if len(units) and np.abs(units).max() >= _MAX_UNITS:
         raise OverflowError
 
 
 @dataclass(eq=False)
 class CounterStore(EventStore):
-    """Running totals per key, one event for each moment at which a key's totals change.
+    """Running totals per key, with one event for each time at which the totals of a key change.
 
-    rows: (E,) int32, of all events of the key so far; label_sum: (E,) int64 units, of their labels; last_positive: (E,)
-    int64 moment of its last positive one, `NEVER` without; None where nobody asks for it. Where each event counts 1, as
-    in a log of events, rows and moments say it all, and both are None.
+    `label_sum` and `last_positive` are None for an event log, where each event counts 1.
+
+    Attributes:
+        rows: (E,) int32 number of rows of the key so far.
+        label_sum: (E,) int64 sum of labels of the key so far, in units.
+        last_positive: (E,) int64 time of the last positive row of the key, or `NEVER`. None if no output needs it.
     """
 
     rows: np.ndarray
@@ -100,21 +106,26 @@ class CounterStore(EventStore):
 
     @staticmethod
     def empty(labels: bool = True, recency: bool = True) -> "CounterStore":
-        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for."""
-        none = np.empty(0, np.int64)
-        events, rows = SortedEvents(np.empty(0, np.uint64), none), none.astype(np.int32)
-        return CounterStore(events, rows, none if labels else None, none if labels and recency else None)
+        """Return a store without events.
+
+        Args:
+            labels: Whether events have labels.
+            recency: Whether an output needs the last positive event.
+        """
+        times = np.empty(0, np.int64)
+        events, rows = SortedEvents(np.empty(0, np.uint64), times), times.astype(np.int32)
+        return CounterStore(events, rows, times if labels else None, times if labels and recency else None)
 
     def extended(
         self, key: np.ndarray, available_at: np.ndarray, label: np.ndarray | None, is_sorted: bool = False
     ) -> "CounterStore":
-        """Add (E,) events in any order.
+        """Return a store with E additional events in any order.
 
         Args:
-            key: (E,) uint64.
-            available_at: (E,) int64 moments.
-            label: (E,) numbers, None where each event counts 1.
-            is_sorted: Whether the events are sorted by key and known time.
+            key: (E,) uint64 keys.
+            available_at: (E,) int64 microseconds at which the events become available.
+            label: (E,) labels, None if each event counts 1.
+            is_sorted: Whether the events are sorted by key and `available_at`.
 
         Raises:
             OverflowError: A label, or a sum of labels, is out of range.
@@ -128,12 +139,16 @@ class CounterStore(EventStore):
                 positive = np.where(labels > 0, available_at, NEVER)
         return self._with_steps(key, available_at, np.ones(len(key), np.int32), labels, positive, is_sorted)
 
-    def merged(self, other: "CounterStore") -> "CounterStore":
-        """The events of both, of the same kind; as of this one's `compacted_at`. Raises OverflowError as `extended`."""
-        if not len(other):
+    def merged(self, store: "CounterStore") -> "CounterStore":
+        """Return a store with the events of both stores and the `compacted_at` of the current store.
+
+        Raises:
+            OverflowError: A sum of labels is out of range.
+        """
+        if not len(store):
             return self
-        key, available_at, rows = other.events.key, other.events.available_at, other._steps(other.rows)
-        labels, positive = _map(other._steps, other.label_sum), other.last_positive
+        key, available_at, rows = store.events.key, store.events.available_at, store._steps(store.rows)
+        labels, positive = _map(store._steps, store.label_sum), store.last_positive
         return self._with_steps(key, available_at, rows, labels, positive, is_sorted=True)
 
     def _with_steps(
@@ -145,7 +160,7 @@ class CounterStore(EventStore):
         positive: np.ndarray | None,
         is_sorted: bool,
     ) -> "CounterStore":
-        """These events and (E,) further ones by what each adds: rows, labels, and the last positive."""
+        """Return a store with E additional events, given the rows and labels that an event adds to the totals."""
         if len(self):
             key, available_at = np.append(self.events.key, key), np.append(self.events.available_at, available_at)
             rows = np.append(self._steps(self.rows), rows)
@@ -154,7 +169,7 @@ class CounterStore(EventStore):
         if not is_sorted:
             order = np.lexsort((available_at, key))
             key, available_at = key[order], available_at[order]
-            rows, labels, positive = (_map(lambda steps: steps[order], each) for each in (rows, labels, positive))
+            rows, labels, positive = (_map(lambda steps: steps[order], steps) for steps in (rows, labels, positive))
         groups = SortedEvents(key, available_at)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (available_at[1:] != available_at[:-1]), True))
         first = groups.starts[groups.group_ids[kept]]
@@ -165,44 +180,50 @@ class CounterStore(EventStore):
             return total[1:][kept] - total[first]
 
         if labels is not None:
-            _check_range(running(labels, np.float64))  # Sums of integers would wrap around.
+            # Check float64 sums, because int64 sums would wrap around.
+            _check_range(running(labels, np.float64))
         sums = _map(partial(running, dtype=np.int64), labels)
         if positive is not None:
             import pandas as pd
 
-            # An event that came late may be earlier than what came before.
+            # A late event can be earlier than the events before it.
             positive = pd.Series(positive).groupby(groups.group_ids).cummax().to_numpy()[kept]
         events, totals = SortedEvents(key[kept], available_at[kept]), running(rows, np.int64).astype(np.int32)
         return replace(self, events=events, rows=totals, label_sum=sums, last_positive=positive)
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
-        """(E,) what each event added to the running totals of its key."""
+        """Return the (E,) differences of the running totals within a key."""
         steps = np.append(totals[:1], totals[1:] - totals[:-1])
         first = self.events.starts[:-1]
         steps[first] = totals[first]
         return steps
 
     def sums(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) int64 numbers of rows and units of labels as of events by their index, 0 for index -1."""
+        """Return (N,) int64 row counts and label sums in units at the event indices `index`, 0 for index -1."""
         rows = take_or_default(self.rows, index, 0).astype(np.int64)
         return rows, rows * int(LABEL_SCALE) if self.label_sum is None else take_or_default(self.label_sum, index, 0)
 
     def last_positive_at(self, index: np.ndarray) -> np.ndarray:
-        """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
+        """Return (N,) int64 times of the last positive event at the event indices `index`, `NEVER` without any."""
         last_positive = self.events.available_at if self.label_sum is None else self.last_positive
         assert last_positive is not None
         return take_or_default(last_positive, index, NEVER)
 
     def compacted(self, moment: int, window: int, all_time: bool) -> "CounterStore":
-        """What requests at `moment` or later, which look back `window` microseconds, can ask for.
+        """Return the part of the store that later requests can look up.
 
-        all_time: whether they also ask for all of the past, or for the last positive event.
+        Args:
+            moment: Earliest time of later requests in microseconds.
+            window: Longest window of the requests in microseconds.
+            all_time: Whether requests also need totals of all of the past, or the last positive event.
         """
-        later, compacted_at = self.events.available_at > moment - window, self._later_floor(moment)
-        if not all_time:  # Totals begin with the window, so they don't depend on the keys that earlier calls dropped.
+        later, compacted_at = self.events.available_at > moment - window, self._compaction_time(moment)
+        if not all_time:
+            # Totals start at the window, so that they don't depend on the keys that earlier calls dropped. The events
+            # of a key are ordered by time, so the last events are kept.
             starts = self.events.starts
             kept = np.diff(np.append(0, np.cumsum(later))[starts])
-            first = starts[1:] - kept  # Each key's events are in order of time, so it keeps its last ones.
+            first = starts[1:] - kept
 
             def since_window(totals: np.ndarray) -> np.ndarray:
                 dropped = np.where(first > starts[:-1], totals[first - 1], 0).astype(totals.dtype)
@@ -211,10 +232,12 @@ class CounterStore(EventStore):
             labels = _map(since_window, self.label_sum)
             events, rows = self.events.take(later), since_window(self.rows)
             return replace(self, events=events, rows=rows, label_sum=labels, compacted_at=compacted_at)
-        # And the last one before of each key, which carries its totals.
+        # Also keep the last earlier event of each key, which has the totals up to that time.
         needed = later | np.append(later[1:], False)
         needed[self.events.starts[1:] - 1] = True
-        labels, positive = (_map(lambda totals: totals[needed], each) for each in (self.label_sum, self.last_positive))
+        labels, positive = (
+            _map(lambda totals: totals[needed], totals) for totals in (self.label_sum, self.last_positive)
+        )
         events, rows = self.events.take(needed), self.rows[needed]
         return replace(
             self, events=events, rows=rows, label_sum=labels, last_positive=positive, compacted_at=compacted_at
@@ -226,6 +249,12 @@ class CounterStore(EventStore):
         return columns | {name: column for name, column in optional.items() if column is not None}
 
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> "CounterStore":
+        """Return a store with other events.
+
+        Args:
+            columns: Columns that `to_columns` returned.
+            compacted_at: Time of the last compaction in microseconds, None without compaction.
+        """
         events, labels = SortedEvents(columns["key"], columns["available_at"]), columns.get("label_sum")
         positive = columns.get("last_positive")
         return replace(
@@ -239,22 +268,28 @@ class CounterStore(EventStore):
 
 
 class LookupTotals:
-    """Totals that N look-ups see in a counter's memory and its levels.
+    """Totals that N lookups see in the store of a counter and its levels.
 
     Attributes:
-        time: Microseconds as of which they see them, shape (N,), int64.
+        time: (N,) int64 times of the totals in microseconds.
     """
 
     def __init__(self, store: CounterStore, lookups: Lookups) -> None:
-        lookups = lookups.clamp_times(store.compacted_at)
-        self.time = lookups.time
-        self._joins = [(each, each.join(lookups)) for each in (store, *store.levels)]
-
-    def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return (N,) int64 numbers of rows and (N,) float64 sums of labels.
+        """Join lookups with a store.
 
         Args:
-            window: Microseconds to look back, None for all of the past.
+            store: Store of the counter.
+            lookups: N lookups.
+        """
+        lookups = lookups.clamp_times(store.compacted_at)
+        self.time = lookups.time
+        self._joins = [(level, level.join(lookups)) for level in (store, *store.levels)]
+
+    def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return (N,) int64 row counts and (N,) float64 label sums.
+
+        Args:
+            window: Length of the trailing window in microseconds, None for all of the past.
         """
         rows, labels = self._totals(0)
         if window is not None:
@@ -263,32 +298,39 @@ class LookupTotals:
         return rows, labels / LABEL_SCALE
 
     def _totals(self, lag_us: int) -> tuple[Any, Any]:
-        """(N,) int64 numbers of rows and units of labels, `lag_us` microseconds before the look-ups."""
+        """Return (N,) int64 row counts and label sums in units, `lag_us` microseconds before the lookups."""
         rows, labels = zip(*(store.sums(join.last(lag_us)) for store, join in self._joins), strict=True)
         return sum(rows), sum(labels)
 
     def last_positive(self) -> np.ndarray:
-        """(N,) int64 moments of the last positive event, `NEVER` for none."""
+        """Return (N,) int64 times of the last positive event in microseconds, `NEVER` without any."""
         return np.max([store.last_positive_at(join.last()) for store, join in self._joins], axis=0)
 
 
 def _map(function: Any, *values: Any) -> Any:
-    """What a function makes of arrays, None where they are missing."""
+    """Apply a function to arrays, or return None if the arrays are None."""
     return None if values[0] is None else function(*values)
 
 
 class CounterEncoder(PointInTimeEncoder[CounterStore]):
-    """Statistics over all earlier rows with the same key whose label was known at the request."""
+    """Statistics over earlier rows with the same key whose label was available at the request."""
 
     feature: CounterFeature
 
-    def __init__(self, name: str, feature: CounterFeature, shared: EncoderContext) -> None:
-        super().__init__(name, feature, shared, feature.by)
+    def __init__(self, name: str, feature: CounterFeature, context: EncoderContext) -> None:
+        """Create a counter without events.
+
+        Args:
+            name: Name of the feature.
+            feature: Settings of the feature.
+            context: Objects that the encoders of the pipeline share.
+        """
+        super().__init__(name, feature, context, feature.by)
         self.label = feature.task
         self.prior = 0.0
         self.counts = NumberHistogram()
         self._totals = [output for output in feature.outputs if output != "recency"]
-        # The end of an output's name -> microseconds; None is all of the past.
+        # Window lengths in microseconds (None for all of the past) by the suffix of the output's name.
         self._windows = {
             window_suffix(days): None if days is None else round(days * MICROSECONDS_PER_DAY)
             for days in feature.window_days
@@ -296,15 +338,20 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         names = [f"{name}_{output}{suffix}" for suffix in self._windows for output in self._totals]
         if "recency" in feature.outputs:
             names.append(f"{name}_recency")
-        self.numbers = {each: DenseNumber(each) for each in names}
+        self.numbers = {output: DenseNumber(output) for output in names}
 
     @property
     def has_fractional_labels(self) -> bool:
-        """Whether labels may be other than whole numbers."""
+        """Whether labels can be fractional."""
         return self.source is None and not self.task.kind.is_binary
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Adds the training rows' labels to the overall mean."""
+        """Add the labels of training rows to the overall mean.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Time in microseconds. Labels that become available later don't count.
+        """
         if self.source is None:
             self.counts.add(round_labels(rows.labels(self.task, label_cutoff)))
 
@@ -316,59 +363,88 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return CounterStore.empty(self.source is None, recency)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """The rows of a log of events. (Those of the interaction log come as look-ups with their labels.)"""
+        """Return the rows as events. A build sends rows of the interaction log as lookups instead."""
         key = rows.hashes(self.key_columns)
         if self.source is None:
             return self.events_from_labels(key, rows.times(), self.labels(rows))
         return pa.table({"key": key, "available_at": availability_times(rows.times(), self.label_delay_us)})
 
     def labels(self, rows: LogRows) -> np.ndarray:
-        """(N,) labels: int8 of a binary task, -1 where unobserved, or float64, NaN where unobserved."""
-        labels = rows.labels(self.task, _FOREVER)
+        """Return (N,) labels, int8 for a binary task (-1 if unobserved), else float64 (NaN if unobserved)."""
+        labels = rows.labels(self.task, _NO_CUTOFF)
         return labels if self.has_fractional_labels else np.where(np.isnan(labels), -1, labels).astype(np.int8)
 
     def events_from_labels(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
-        """The rows whose label is observed; each becomes visible only when its label is known."""
+        """Return the rows with observed labels as events, which become available with their label.
+
+        Args:
+            key: (N,) uint64 keys.
+            times: (N,) int64 request times in microseconds.
+            labels: (N,) values that `labels` returned.
+        """
         observed = ~np.isnan(labels) if self.has_fractional_labels else labels >= 0
         if not observed.all():
             key, times, labels = key[observed], times[observed], labels[observed]
         return pa.table({"key": key, "available_at": availability_times(times, self.label_delay_us), "label": labels})
 
     def extended(self, store: CounterStore, events: pa.Table, is_sorted: bool = False) -> CounterStore:
-        """Raises UserError where a label or a sum of labels is out of range."""
+        """Return a store with additional events.
+
+        Args:
+            store: Store to extend. It is not modified.
+            events: Table that `events` returned.
+            is_sorted: Whether the events are sorted by key and `available_at`.
+
+        Raises:
+            UserError: A label or a sum of labels is out of range.
+        """
         label = None if self.label is None else events["label"].to_numpy()
         try:
             return store.extended(events["key"].to_numpy(), events["available_at"].to_numpy(), label, is_sorted)
         except OverflowError:
             raise UserError(
-                f"counter '{self.name}' sums labels of column '{self.task.label}' beyond {MAX_LABEL_SUM:.1e}: "
-                "write that "
-                "column in a larger unit"
+                f"Counter '{self.name}': a sum of labels of '{self.task.label}' exceeds {MAX_LABEL_SUM:.1e}. "
+                "Write the column in a larger unit."
             ) from None
 
     def compacted(self, store: CounterStore, moment: int) -> CounterStore:
-        """The totals within the longest window before `moment`, and what comes later; of each key also its total as of
-        `moment`, unless only windows are asked for."""
+        """Return the totals since the longest window before a time, and all earlier totals if an output needs them.
+
+        Args:
+            store: Store to reduce. It is not modified.
+            moment: Earliest time of later requests in microseconds.
+        """
         all_time = None in self.feature.window_days or "recency" in self.feature.outputs
         return store.compacted(moment, max(filter(None, self._windows.values()), default=0), all_time)
 
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """The statistics under their names, such as `user_product_log_sum`."""
+        """Return the names of the statistics, such as `user_product_log_sum`."""
         return dict.fromkeys(self.numbers, ("number", pa.float64()))
 
     def distinct_results(self, store: CounterStore, lookups: Lookups) -> dict[str, np.ndarray]:
-        found, result = LookupTotals(store, lookups), dict[str, np.ndarray]()
+        """Return (D,) float64 statistics of D distinct lookups by name.
+
+        Args:
+            store: Store of the counter.
+            lookups: Distinct lookups.
+        """
+        totals, results = LookupTotals(store, lookups), dict[str, np.ndarray]()
         for suffix, window in self._windows.items() if self._totals else ():
-            count, label_sum = found.totals(window)
+            count, label_sum = totals.totals(window)
             for output in self._totals:
                 value = _statistic(output, count, label_sum, self.feature.smoothing, self.prior)
-                result[f"{self.name}_{output}{suffix}"] = value
+                results[f"{self.name}_{output}{suffix}"] = value
         if "recency" in self.feature.outputs:
-            result[f"{self.name}_recency"] = _recency(found.time, found.last_positive())
-        return result
+            results[f"{self.name}_recency"] = _recency(totals.time, totals.last_positive())
+        return results
 
     def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """The same as float32; rates of a regression, which it would not tell apart, as distances from the mean."""
+        """Return results as float32, with rates of a regression as distances from the mean to keep their precision.
+
+        Args:
+            name: Name of the result.
+            values: (N,) values.
+        """
         return self._distances(name, values).astype(np.float32)
 
     def _distances(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -376,25 +452,25 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
 
     @property
     def offset(self) -> float:
-        """The number that rates are told apart from: the mean of a regression, 0 of a binary task."""
+        """Number that is subtracted from rates (the mean for a regression, 0 for a binary task)."""
         return self.prior if self.has_fractional_labels else 0.0
 
     def input_spec(self) -> InputSpec:
-        return InputSpec(dense=tuple(each for number in self.numbers.values() for each in number.inputs()))
+        return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """The standardised statistics. A column with the name of one wins."""
+        """Return the statistics as numbers. A column of the request with the name of a statistic replaces it."""
         given = {name: self._distances(name, rows.numbers(name)) for name in self.numbers if rows.has_column(name)}
         results = given if len(given) == len(self.numbers) else {**self.look_up(rows), **given}
         return Inputs(numbers=[(np.asarray(results[name]), number) for name, number in self.numbers.items()])
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """The statistics before they are standardised. A column with the name of one wins."""
+        """Return the (N,) float64 statistics by name. A column of the request replaces the statistic of that name."""
         lookups = rows.lookups(self.key_columns)
         results = self.distinct_results(self.store, lookups)
         return {
-            name: rows.numbers(name) if rows.has_column(name) else each.astype(np.float64)[lookups.inverse]
-            for name, each in results.items()
+            name: rows.numbers(name) if rows.has_column(name) else values.astype(np.float64)[lookups.inverse]
+            for name, values in results.items()
         }
 
     def state(self) -> State:
@@ -408,7 +484,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
 
 
 def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: float, prior: float) -> np.ndarray:
-    """An output of totals: numbers of rows and sums of labels."""
+    """Compute an output from row counts and label sums."""
     match output:
         case "log_sum":
             return np.log1p(np.maximum(labels, 0.0))
@@ -419,19 +495,19 @@ def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: flo
 
 
 def _distances(rates: np.ndarray, offset: Any) -> np.ndarray:
-    """Rates less an offset, exactly 0 where only rounding tells them apart."""
+    """Subtract an offset from rates. Differences within the rounding error become exactly 0."""
     distances = rates - offset
     return np.where(np.abs(distances) <= _ROUNDING * np.abs(offset), 0.0, distances)
 
 
 def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """log(1 + days) from moments of the last positive events to times, NaN where there is none."""
+    """Return log(1 + days since the last positive event), NaN without any."""
     days = (times - moments.astype(np.float64)) / MICROSECONDS_PER_DAY
     return np.where(moments == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
 
 
 def window_suffix(window: float | None) -> str:
-    """End of an output's name: nothing for all of the past, `_7d`, `_0p5d`."""
+    """Return the suffix of an output's name for a `window` in days, such as `_7d` or `_0p5d` (empty for None)."""
     return "" if window is None else f"_{window:.15g}d".replace(".", "p")
 
 

@@ -1,4 +1,4 @@
-"""The kind `cross`: the hashed combination of columns, looked up in an embedding table."""
+"""The feature kind `cross`: the hashed combination of columns, looked up in an embedding table."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -24,12 +24,12 @@ class CrossFeature(Feature, EmbeddingChoices):
         return dict.fromkeys(self.columns, "key")
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Each row is a bucket; a combination of missing values has one too."""
+        """Describe each table row as a bucket. A combination with missing values has a bucket too."""
         return InputSemantics(self.columns, lambda table, row: f"bucket {row}", missing=False)
 
 
 class CrossEncoder(Encoder):
-    """The combination of columns, hashed."""
+    """Encoder of the hashed combination of columns."""
 
     feature: CrossFeature
 

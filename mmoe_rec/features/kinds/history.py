@@ -1,4 +1,4 @@
-"""The kind `history`: the user's last engaged candidates before the request, point in time."""
+"""The feature kind `history`: the user's last engaged candidates before the request, point in time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,8 +22,9 @@ from mmoe_rec.point_in_time.join import EventStore, Lookups, SortedEvents, avail
 from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import EventFeature, InputSemantics, Schema, Unique
 
-_FOREVER = np.iinfo(np.int64).max
-MAX_ATTENTION_LENGTH = 512  # list that attention looks at
+_NO_CUTOFF = np.iinfo(np.int64).max
+# Maximum length of a history with attention.
+MAX_ATTENTION_LENGTH = 512
 
 
 class HistoryFeature(EventFeature):
@@ -32,19 +33,19 @@ class HistoryFeature(EventFeature):
     fixed_role = "user"
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
-    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
+    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates to keep")
     min_label: float = Field(1.0, description="smallest label that counts as engaged")
     attributes: Annotated[tuple[str, ...], Unique] = Field(
-        (), description="further id features of the candidate, such as its brand, that each has too"
+        (), description="further id features of the engaged candidates, such as the brand"
     )
     pooling: Literal["mean", "attention"] = Field(
         "mean",
-        description="mean of the vectors of events; attention: besides, a small network looks at each event together "
-        "with the candidate, and at the order of events",
+        description="mean: mean of the vectors of events; attention: the mean, and a small network that compares "
+        "events with the candidate and reads their order",
     )
 
     @model_validator(mode="after")
-    def _not_too_long(self) -> Self:
+    def _check_length(self) -> Self:
         if self.pooling == "attention" and self.length > MAX_ATTENTION_LENGTH:
             raise ValueError(
                 f"attention looks at no more than {MAX_ATTENTION_LENGTH} events: set `length` lower, or "
@@ -53,7 +54,7 @@ class HistoryFeature(EventFeature):
         return self
 
     def reads(self) -> Mapping[str, ColumnUse]:
-        """None: every row has the user's id."""
+        """Return no columns, because every row has the user's id."""
         return {}
 
     def event_reads(self, schema: Schema) -> Mapping[str, ColumnUse]:
@@ -61,15 +62,20 @@ class HistoryFeature(EventFeature):
         return {schema.columns.user: "key", **reduce(or_, map(dict, ids))}
 
     def parts(self, name: str) -> dict[str, str]:
-        """Names of the inputs of a history of that name, of `of` first -> the id feature of each."""
-        return {name: self.of, **{f"{name}_{each}": each for each in self.attributes}}
+        """Return the id feature of each input of the history called `name`, starting with `of`."""
+        return {name: self.of, **{f"{name}_{attribute}": attribute for attribute in self.attributes}}
 
     @property
     def table_owner(self) -> str | None:
         return self.of
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raises ValueError as `EventFeature.check`, and where `of` is not an id feature of the candidate."""
+        """Raise ValueError if the feature doesn't fit other sections of the settings.
+
+        Args:
+            name: Name of the feature.
+            schema: Schema of the settings.
+        """
         super().check(name, schema)
         self.require_column(name, schema, "user", "it is a user's")
         check_table_owner(schema, name, "of", self.of, IdFeature, "candidate")
@@ -78,40 +84,62 @@ class HistoryFeature(EventFeature):
 
     def semantics(self, schema: Schema) -> InputSemantics:
         columns = (schema.columns.user, *schema.features[self.of].reads())
-        parts = {each: meaning_of_ids(schema, columns, each) for each in self.attributes}
+        parts = {attribute: meaning_of_ids(schema, columns, attribute) for attribute in self.attributes}
         return replace(meaning_of_ids(schema, columns, self.of), parts=parts)
 
 
 @dataclass(eq=False)
 class HistoryStore(EventStore):
-    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables."""
+    """Engaged candidates per user.
+
+    Attributes:
+        items: (E,) int64 rows of the candidates' table.
+        attributes: (E,) int64 rows of the table of each attribute.
+    """
 
     items: np.ndarray
     attributes: tuple[np.ndarray, ...] = ()
 
     @staticmethod
     def empty(attributes: int = 0) -> "HistoryStore":
-        none = np.empty(0, np.int64)
-        events = SortedEvents(np.empty(0, np.uint64), none)
-        return HistoryStore(events, none, (none,) * attributes)
+        """Return a store without events, with this number of `attributes`."""
+        empty = np.empty(0, np.int64)
+        events = SortedEvents(np.empty(0, np.uint64), empty)
+        return HistoryStore(events, empty, (empty,) * attributes)
 
     def extended(self, key: np.ndarray, available_at: np.ndarray, *rows: np.ndarray) -> Self:
-        """These events and further ones, (E,) uint64 and int64, and rows of items and attributes, in any order."""
+        """Return a store with E additional events in any order.
+
+        Args:
+            key: (E,) uint64 keys.
+            available_at: (E,) int64 microseconds at which the events become available.
+            rows: (E,) int64 table rows of the items, then of each attribute.
+        """
         if not len(key):
             return self
         before = (self.events.key, self.events.available_at, self.items, *self.attributes)
-        columns = [np.append(*each) for each in zip(before, (key, available_at, *rows), strict=True)]
-        order = np.lexsort(columns[::-1])  # of one moment, by item and attributes
-        key, available_at, items, *attributes = (each[order] for each in columns)
+        columns = [np.append(*pair) for pair in zip(before, (key, available_at, *rows), strict=True)]
+        # Events with equal times are ordered by item and attributes.
+        order = np.lexsort(columns[::-1])
+        key, available_at, items, *attributes = (column[order] for column in columns)
         return replace(self, events=SortedEvents(key, available_at), items=items, attributes=tuple(attributes))
 
-    def merged(self, other: Self) -> Self:
-        return self.extended(other.events.key, other.events.available_at, other.items, *other.attributes)
+    def merged(self, store: Self) -> Self:
+        return self.extended(store.events.key, store.events.available_at, store.items, *store.attributes)
 
     def last_events(self, lookups: Lookups, length: int) -> list[Ragged]:
-        """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order; then
-        each attribute."""
-        lookups, parts, of_parts = lookups.clamp_times(self.compacted_at), [], []
+        """Return the last items that were available at N lookups, oldest first, and their attributes.
+
+        Items with equal times are ordered by table row.
+
+        Args:
+            lookups: N lookups.
+            length: Maximum number of items per lookup.
+
+        Returns:
+            Lists of items, then lists of each attribute.
+        """
+        lookups, parts, part_lengths = lookups.clamp_times(self.compacted_at), [], []
         stores: list[HistoryStore] = [self, *self.levels]
         for store in stores:
             join = store.join(lookups)
@@ -119,103 +147,147 @@ class HistoryStore(EventStore):
             lengths = np.clip(last + 1 - join.first, 0, length)
             index = concat_ranges(last + 1 - lengths, lengths)
             parts.append([column[index] for column in (store.events.available_at, store.items, *store.attributes)])
-            of_parts.append(lengths)
+            part_lengths.append(lengths)
         available_at, *rows = map(np.concatenate, zip(*parts, strict=True))
-        together = lengths = np.sum(of_parts, axis=0)
+        merged_lengths = lengths = np.sum(part_lengths, axis=0)
         if self.levels and len(available_at):
-            number = np.concatenate([np.arange(len(lookups)).repeat(lengths) for lengths in of_parts])
-            lengths = np.minimum(together, length)
-            last = concat_ranges(np.cumsum(together) - lengths, lengths)
-            last = np.lexsort((*reversed(rows), available_at, number))[last]
-            rows = [each[last] for each in rows]
-        return [Ragged(each, lengths.astype(np.int32)) for each in rows]
+            lookup = np.concatenate([np.arange(len(lookups)).repeat(lengths) for lengths in part_lengths])
+            lengths = np.minimum(merged_lengths, length)
+            last = concat_ranges(np.cumsum(merged_lengths) - lengths, lengths)
+            last = np.lexsort((*reversed(rows), available_at, lookup))[last]
+            rows = [column[last] for column in rows]
+        return [Ragged(column, lengths.astype(np.int32)) for column in rows]
 
     def compacted(self, moment: int, length: int) -> Self:
-        """What requests at `moment` or later, which ask for `length` items, can ask for."""
-        # The last `length` that are known by then; later events keep these in reach until they become known themselves.
+        """Return the part of the store that later requests can look up.
+
+        Args:
+            moment: Earliest time of later requests in microseconds.
+            length: Maximum number of items per request.
+        """
+        # Keep the last `length` events that are available at `moment`, because a request sees them until later events
+        # become available.
         events = self.events
-        known_by_then = np.add.reduceat(np.append(events.available_at <= moment, 0), events.starts[:-1])
+        available_count = np.add.reduceat(np.append(events.available_at <= moment, 0), events.starts[:-1])
         within_key = np.arange(len(events)) - events.starts[events.group_ids]
-        needed = within_key >= (known_by_then - length)[events.group_ids]
-        attributes, compacted_at = tuple(each[needed] for each in self.attributes), self._later_floor(moment)
+        needed = within_key >= (available_count - length)[events.group_ids]
+        attributes = tuple(attribute[needed] for attribute in self.attributes)
+        compacted_at = self._compaction_time(moment)
         return replace(
             self, events=events.take(needed), items=self.items[needed], attributes=attributes, compacted_at=compacted_at
         )
 
     def to_columns(self) -> dict[str, np.ndarray]:
         columns = {"key": self.events.key, "available_at": self.events.available_at, "item": self.items}
-        return columns | {f"attribute{place}": each for place, each in enumerate(self.attributes)}
+        return columns | {f"attribute{index}": attribute for index, attribute in enumerate(self.attributes)}
 
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> Self:
-        attributes = tuple(columns[f"attribute{place}"] for place in range(len(self.attributes)))
+        """Return a store with other events.
+
+        Args:
+            columns: Columns that `to_columns` returned.
+            compacted_at: Time of the last compaction in microseconds, None without compaction.
+        """
+        attributes = tuple(columns[f"attribute{index}"] for index in range(len(self.attributes)))
         events = SortedEvents(columns["key"], columns["available_at"])
         return replace(self, events=events, items=columns["item"], attributes=attributes, compacted_at=compacted_at)
 
 
 class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
-    """Table rows of the last `length` candidates that the user engaged with, oldest first, and of their attributes.
+    """Encoder of the last `length` candidates that the user engaged with, oldest first, and their attributes.
 
-    parts: names of results -> vocabulary, the history's own first.
+    Attributes:
+        parts: Vocabularies by result name, starting with the vocabulary of the candidates.
     """
 
     feature: HistoryFeature
 
-    def __init__(self, name: str, feature: HistoryFeature, shared: EncoderContext) -> None:
-        self.parts = {part: shared.vocabularies[of] for part, of in feature.parts(name).items()}
-        super().__init__(name, feature, shared, (shared.schema.columns.user,))
+    def __init__(self, name: str, feature: HistoryFeature, context: EncoderContext) -> None:
+        """Create an encoder that is not fitted.
+
+        Args:
+            name: Name of the feature.
+            feature: Settings of the feature.
+            context: Objects that the encoders of the pipeline share.
+        """
+        self.parts = {part: context.vocabularies[owner] for part, owner in feature.parts(name).items()}
+        super().__init__(name, feature, context, (context.schema.columns.user,))
 
     def empty(self) -> HistoryStore:
         return HistoryStore.empty(len(self.parts) - 1)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Engaged rows with the candidate's ids; each becomes visible only when its label is known."""
-        engaged = np.flatnonzero(rows.labels(self.task, _FOREVER) >= self.feature.min_label)
+        """Return the engaged rows with the candidate's ids as events, which become available with their label."""
+        engaged = np.flatnonzero(rows.labels(self.task, _NO_CUTOFF) >= self.feature.min_label)
         available_at = availability_times(rows.times()[engaged], self.label_delay_us)
         columns = {
-            _column(place): rows.column(each.feature.column).take(pa.array(engaged))
-            for place, each in enumerate(self.parts.values())
+            _event_column(index): rows.column(vocabulary.feature.column).take(pa.array(engaged))
+            for index, vocabulary in enumerate(self.parts.values())
         }
         return pa.table({"key": rows.hashes(self.key_columns)[engaged], "available_at": available_at, **columns})
 
     def extended(self, store: HistoryStore, events: pa.Table, is_sorted: bool = False) -> HistoryStore:
-        """The vocabularies must be complete by now."""
-        rows = [each.encode(one_array(events[_column(place)])) for place, each in enumerate(self.parts.values())]
+        """Return a store with additional events. The vocabularies must be fitted.
+
+        Args:
+            store: Store to extend. It is not modified.
+            events: Table that `events` returned.
+            is_sorted: Not used.
+        """
+        rows = [
+            vocabulary.encode(one_array(events[_event_column(index)]))
+            for index, vocabulary in enumerate(self.parts.values())
+        ]
         return store.extended(events["key"].to_numpy(), events["available_at"].to_numpy(), *rows)
 
     def compacted(self, store: HistoryStore, moment: int) -> HistoryStore:
+        """Return the part of a store that later requests can look up.
+
+        Args:
+            store: Store to reduce. It is not modified.
+            moment: Earliest time of later requests in microseconds.
+        """
         return store.compacted(moment, self.feature.length)
 
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """Lists of ids under the feature's name, oldest first, and of their attributes."""
-        types = {name: None if each.id_type is None else pa.list_(each.id_type) for name, each in self.parts.items()}
-        return {name: ("keys", each) for name, each in types.items()}
+        """Return the names and types of the lists of ids, oldest first, and of the lists of attributes."""
+        id_types = {name: vocabulary.id_type for name, vocabulary in self.parts.items()}
+        return {name: ("keys", None if dtype is None else pa.list_(dtype)) for name, dtype in id_types.items()}
 
     def distinct_results(self, store: HistoryStore, lookups: Lookups) -> Mapping[str, Ragged]:
+        """Return the lists of D distinct lookups by result name.
+
+        Args:
+            store: Store of the history.
+            lookups: Distinct lookups.
+        """
         return dict(zip(self.parts, store.last_events(lookups, self.feature.length), strict=True))
 
     def input_spec(self) -> InputSpec:
-        return InputSpec(ids=tuple((name, each.name, True) for name, each in self.parts.items()))
+        return InputSpec(ids=tuple((name, vocabulary.name, True) for name, vocabulary in self.parts.items()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """The last candidates. Columns with the names of the results, lists of ids, win."""
+        """Return the last candidates. Columns of the request with the names of the results replace them."""
         if (given := self._given(rows)) is not None:
-            lists = {name: truncate_lists(each, self.feature.length, last=True) for name, each in given.items()}
-            found = {name: Ragged(each.encode(lists[name][0]), lists[name][1]) for name, each in self.parts.items()}
-        else:
-            found = {
-                name: each.expand() for name, each in self.look_up(rows).items() if isinstance(each, DedupedRagged)
+            lists = {name: truncate_lists(ids, self.feature.length, last=True) for name, ids in given.items()}
+            inputs = {
+                name: Ragged(vocabulary.encode(lists[name][0]), lists[name][1])
+                for name, vocabulary in self.parts.items()
             }
-        return Inputs(dict(found))
+        else:
+            results = self.look_up(rows)
+            inputs = {name: lists.expand() for name, lists in results.items() if isinstance(lists, DedupedRagged)}
+        return Inputs(dict(inputs))
 
     def _given(self, rows: LogRows) -> dict[str, pa.Array] | None:
-        """The lists that came with the rows, None where none did. Raises UserError where they don't belong together."""
+        """Return the lists of ids in the rows, None without any. Raise UserError if the lists don't fit together."""
         names = list(self.result_columns())
         if not any(map(rows.has_column, names)):
             return None
         lists = {name: rows.column(name) for name in names if rows.has_column(name)}
-        held = [each for each in lists.values() if not pt.is_null(each.type)]
-        lengths = {each.value_lengths().fill_null(0).to_numpy().tobytes() for each in held}
-        nulls = any(each.flatten().null_count for each in held)
+        non_null = [ids for ids in lists.values() if not pt.is_null(ids.type)]
+        lengths = {ids.value_lengths().fill_null(0).to_numpy().tobytes() for ids in non_null}
+        nulls = any(ids.flatten().null_count for ids in non_null)
         if len(lists) < len(names) or (len(names) > 1 and (nulls or len(lengths) > 1)):
             raise UserError(
                 f"history '{self.name}': give all of {', '.join(names)}, as lists that are equally long in each row, "
@@ -224,27 +296,29 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return lists
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """The last candidates in the log's words, oldest first; None for an empty list. Columns with the names of the
-        results win."""
-        found = {}
+        """Return (N,) lists of the last candidates' ids, oldest first, None for an empty list.
+
+        Columns of the request with the names of the results replace them.
+        """
+        results = {}
         given, lookups = self._given(rows), rows.lookups(self.key_columns)
-        known = {} if given is not None else self.distinct_results(self.store, lookups)
+        stored = {} if given is not None else self.distinct_results(self.store, lookups)
         for name in self.result_columns():
             lists: list[Any]
             if given is not None:
-                own = given[name].to_pylist()
-                lists = [[each for each in ids or () if each is not None][-self.feature.length :] for ids in own]
+                columns = given[name].to_pylist()
+                lists = [[key for key in ids or () if key is not None][-self.feature.length :] for ids in columns]
             else:
-                words, offsets = self.parts[name].decode(known[name].values), known[name].offsets
-                lists = [words[offsets[each] : offsets[each + 1]] for each in lookups.inverse.tolist()]
-            found[name] = np.empty(len(rows), object)
-            found[name][:] = [each or None for each in lists]
-        return found
+                ids, offsets = self.parts[name].decode(stored[name].values), stored[name].offsets
+                lists = [ids[offsets[index] : offsets[index + 1]] for index in lookups.inverse.tolist()]
+            results[name] = np.empty(len(rows), object)
+            results[name][:] = [ids or None for ids in lists]
+        return results
 
 
-def _column(place: int) -> str:
-    """What events call the ids of a part."""
-    return f"id{place or ''}"
+def _event_column(index: int) -> str:
+    """Return the event column with the ids of a part."""
+    return f"id{index or ''}"
 
 
 KIND = FeatureKind(HistoryFeature, HistoryEncoder)

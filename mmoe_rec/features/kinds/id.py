@@ -1,4 +1,4 @@
-"""The kind `id`: one id a row, looked up in an embedding table."""
+"""The feature kind `id`: one id per row, looked up in an embedding table."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from mmoe_rec.settings.schema import EmbeddingChoices
 
 
 class IdFeature(VocabularyFeature, EmbeddingChoices):
-    """One id a row, embedded."""
+    """One id per row, embedded."""
 
     kind: Literal["id"]
 
@@ -24,57 +24,70 @@ class IdFeature(VocabularyFeature, EmbeddingChoices):
 
 
 class IdEncoder(Encoder):
-    """One id a row."""
+    """Encoder of one id per row."""
 
     feature: VocabularyFeature
     is_list = False
 
-    def __init__(self, name: str, feature: VocabularyFeature, shared: EncoderContext) -> None:
-        super().__init__(name, feature, shared)
-        self.vocabulary = shared.vocabularies[feature.table_owner or name]
-        self._owns = self.vocabulary.name == name
-        self.counts = self.vocabulary.counts if self._owns else None
+    def __init__(self, name: str, feature: VocabularyFeature, context: EncoderContext) -> None:
+        """Create an encoder that is not fitted.
+
+        Args:
+            name: Name of the feature.
+            feature: Settings of the feature.
+            context: Objects that the encoders of the pipeline share.
+        """
+        super().__init__(name, feature, context)
+        self.vocabulary = context.vocabularies[feature.table_owner or name]
+        self._owns_table = self.vocabulary.name == name
+        self.counts = self.vocabulary.counts if self._owns_table else None
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        if self._owns:
+        """Count the ids of training rows if the feature owns its vocabulary.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Not used.
+        """
+        if self._owns_table:
             self.vocabulary.counts.add(rows.raw_column(self.feature.column))
 
     def finish_fit(self) -> None:
-        if self._owns:
+        if self._owns_table:
             self.vocabulary.grow()
 
     def input_spec(self) -> InputSpec:
-        tables = (TableSpec(self.name, self.vocabulary.rows),) if self._owns else ()
+        tables = (TableSpec(self.name, self.vocabulary.rows),) if self._owns_table else ()
         return InputSpec(tables, ((self.name, self.vocabulary.name, self.is_list),))
 
     def encode(self, rows: LogRows) -> Inputs:
         return Inputs({self.name: rows.apply(self.feature.column, self.vocabulary.encode)})
 
     def state(self) -> State:
-        """The vocabulary, if it is this feature's own: known ids in the order of their rows."""
-        if not self._owns:
+        """Return the ids of the vocabulary in the order of the table rows, if the feature owns it."""
+        if not self._owns_table:
             return State()
         values = {"oov_buckets": self.feature.oov_buckets}
         return State(values, {"vocabulary": pa.table({"id": self.vocabulary.ids})})
 
     def restore(self, state: State) -> None:
-        if self._owns:
+        if self._owns_table:
             self.vocabulary.set_ids(state.tables["vocabulary"]["id"].combine_chunks())
 
     def max_tables(self) -> tuple[TableSpec, ...] | None:
-        if self._owns and self.feature.max_size is None:
+        if self._owns_table and self.feature.max_size is None:
             return None
         return tuple(
             replace(table, rows=table.rows + (self.feature.max_size or 0)) for table in self.input_spec().tables
         )
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        known = self.vocabulary.id_type
-        return {} if known is None else {self.feature.column: known}
+        id_type = self.vocabulary.id_type
+        return {} if id_type is None else {self.feature.column: id_type}
 
     def example_value(self, use: ColumnUse) -> Any:
-        known = self.vocabulary.ids
-        return known[0].as_py() if len(known) else None
+        ids = self.vocabulary.ids
+        return ids[0].as_py() if len(ids) else None
 
 
 KIND = FeatureKind(IdFeature, IdEncoder)

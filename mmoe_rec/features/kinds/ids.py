@@ -1,4 +1,4 @@
-"""The kind `ids`: a list of ids a row, whose embeddings are averaged."""
+"""The feature kind `ids`: a list of ids per row, whose embeddings are averaged."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,23 +18,29 @@ from mmoe_rec.settings.schema import EmbeddingChoices
 
 
 class IdsFeature(VocabularyFeature, EmbeddingChoices):
-    """A list of ids a row, embedded and averaged."""
+    """A list of ids per row, embedded and averaged."""
 
     kind: Literal["ids"]
-    max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
+    max_length: int = Field(50, ge=1, description="maximum number of ids per row; further ids are dropped")
 
     def reads(self) -> Mapping[str, ColumnUse]:
         return {self.column: "keys"}
 
 
 class IdsEncoder(IdEncoder):
-    """A list of ids a row; null lists are empty and null elements are left out."""
+    """Encoder of a list of ids per row. Null lists count as empty and null elements are skipped."""
 
     feature: IdsFeature
     is_list = True
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        if self._owns:
+        """Count the ids of training rows if the feature owns its vocabulary.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Not used.
+        """
+        if self._owns_table:
             values, _ = truncate_lists(rows.column(self.feature.column), self.feature.max_length)
             self.vocabulary.counts.add(values)
 
@@ -43,15 +49,24 @@ class IdsEncoder(IdEncoder):
         return Inputs({self.name: Ragged(self.vocabulary.encode(values), lengths)})
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        return {column: pa.list_(kind) for column, kind in super().column_types().items()}
+        return {column: pa.list_(id_type) for column, id_type in super().column_types().items()}
 
     def example_value(self, use: ColumnUse) -> Any:
-        one = super().example_value(use)
-        return None if one is None else [one]
+        example = super().example_value(use)
+        return None if example is None else [example]
 
 
 def truncate_lists(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.Array, np.ndarray]:
-    """Elements and (N,) int32 lengths of a list column: nulls left out, at most `max_length` first (or last) a row."""
+    """Drop null elements of N lists and shorten the lists.
+
+    Args:
+        lists: List column of N rows.
+        max_length: Maximum number of ids per row.
+        last: Whether to keep the last ids instead of the first.
+
+    Returns:
+        Elements of all lists, and (N,) int32 lengths.
+    """
     if pt.is_null(lists.type):
         return pa.array([], pa.null()), np.zeros(len(lists), np.int32)
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int32)
@@ -59,10 +74,10 @@ def truncate_lists(lists: pa.Array, max_length: int, *, last: bool = False) -> t
     row = np.repeat(np.arange(len(lengths)), lengths)
     row = row[values.is_valid().to_numpy(zero_copy_only=False)]
     lengths = np.bincount(row, minlength=len(lists))
-    place = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
+    position = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
     if last:
-        place = lengths[row] - 1 - place
-    return values.drop_null().filter(pa.array(place < max_length)), np.minimum(lengths, max_length).astype(np.int32)
+        position = lengths[row] - 1 - position
+    return values.drop_null().filter(pa.array(position < max_length)), np.minimum(lengths, max_length).astype(np.int32)
 
 
 KIND = FeatureKind(IdsFeature, IdsEncoder)

@@ -1,4 +1,4 @@
-"""The kind `numeric`: a number, standardised or as its quantile bucket, and its frequent values as ids besides."""
+"""The feature kind `numeric`: a number, standardized or as a quantile bucket, and optionally frequent values as ids."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,25 +16,27 @@ from mmoe_rec.settings.schema import EmbeddingChoices, Feature, InputSemantics, 
 
 
 class NumericFeature(Feature, EmbeddingChoices):
-    """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
+    """A number, standardized or as an embedded quantile bucket. Missing values get an indicator."""
 
     kind: Literal["numeric"]
     column: str = Field(description="column that the feature reads")
     transform: Literal["standard", "log", "buckets"] = Field(
         "standard",
-        description="standard: (x - mean) / deviation; log: the same after sign(x) log(1 + |x|); "
+        description="standard: (x - mean) / standard deviation; log: the same after sign(x) log(1 + |x|); "
         "buckets: an embedding for each quantile bucket",
     )
     buckets: int = Field(32, ge=2, le=4096, description="number of quantile buckets (transform: buckets)")
     values: Literal["auto"] | None = Field(
         None,
-        description="auto: exact values that many rows share, such as 0 or a round price, get embeddings too",
+        description="auto: add embeddings of frequent exact values, such as 0 or a round price",
     )
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
         if self.values is not None and self.transform == "buckets":
-            raise ValueError("`values: auto` stands beside a number: take transform standard or log, or leave it out")
+            raise ValueError(
+                "`values: auto` can't be combined with buckets. Set transform to standard or log, or omit it."
+            )
         return self
 
     def reads(self) -> Mapping[str, ColumnUse]:
@@ -45,7 +47,10 @@ class NumericFeature(Feature, EmbeddingChoices):
         return super().has_own_table and (self.transform == "buckets" or self.values is not None)
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Row 0 is a missing number, the buckets follow; or all other numbers, and frequent values follow."""
+        """Describe table rows as buckets or as frequent values.
+
+        Row 0 is a missing number before buckets, and all remaining numbers before frequent values.
+        """
         if self.values is None:
             return InputSemantics((self.column,), lambda table, row: f"bucket {row}")
         return InputSemantics(
@@ -54,13 +59,24 @@ class NumericFeature(Feature, EmbeddingChoices):
 
 
 class NumericEncoder(NumberEncoder):
-    """A number, standardised or as an embedded quantile bucket. frequent: its values with embeddings of their own, None
-    without."""
+    """Encoder of a number, standardized or as an embedded quantile bucket.
+
+    Attributes:
+        edges: Inner edges of the buckets.
+        frequent: Values with embeddings of their own, None without `values: auto`.
+    """
 
     feature: NumericFeature
 
-    def __init__(self, name: str, feature: NumericFeature, shared: EncoderContext) -> None:
-        super().__init__(name, feature, shared)
+    def __init__(self, name: str, feature: NumericFeature, context: EncoderContext) -> None:
+        """Create an encoder that is not fitted.
+
+        Args:
+            name: Name of the feature.
+            feature: Settings of the feature.
+            context: Objects that the encoders of the pipeline share.
+        """
+        super().__init__(name, feature, context)
         self.edges = np.empty(0)
         self.frequent = None if feature.values is None else self.number.histogram.frequent_values()
 
@@ -71,9 +87,16 @@ class NumericEncoder(NumberEncoder):
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
+        """Add the numbers of training rows to the histogram.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Not used.
+        """
         if self.feature.values is None:
             super().partial_fit(rows, label_cutoff)
-        else:  # as in the log: not all processors have the same logarithms, to the bit
+        else:
+            # Count the values of the log, because logarithms are not bitwise equal on all processors.
             self.number.histogram.add(rows.numbers(self.feature.column))
 
     def finish_fit(self) -> None:
@@ -85,8 +108,10 @@ class NumericEncoder(NumberEncoder):
             self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
     def input_spec(self) -> InputSpec:
-        """One dense input (and its indicator), with an id input of frequent values, whose row 0 is that of all others;
-        or one id input: row 0 is missing, the buckets follow."""
+        """Return one id input of buckets (row 0 is missing), or the dense inputs.
+
+        `values: auto` adds an id input of frequent values. Its row 0 stands for all remaining values.
+        """
         if self.feature.transform != "buckets":
             dense = self.number.inputs()
             if self.frequent is None:
@@ -124,9 +149,9 @@ class NumericEncoder(NumberEncoder):
         super().restore(State(values))
 
     def max_tables(self) -> tuple[TableSpec, ...]:
-        """All buckets, or frequent values, which a log with fewer values does not fill."""
-        most = self.feature.buckets if self.feature.values is None else MAX_DISTINCT_VALUES
-        return tuple(replace(table, rows=most + 1) for table in self.input_spec().tables)
+        """Return the tables with the maximum number of buckets or frequent values."""
+        max_ids = self.feature.buckets if self.feature.values is None else MAX_DISTINCT_VALUES
+        return tuple(replace(table, rows=max_ids + 1) for table in self.input_spec().tables)
 
     def example_value(self, use: ColumnUse) -> float | None:
         if use != "number":

@@ -1,4 +1,4 @@
-"""The kind `time`: hour and weekday of a time, and its age at the request."""
+"""The feature kind `time`: hour and weekday of a time, and its age at the request."""
 
 import calendar
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import Feature, InputSemantics, Schema, Unique
 
 _MISSING = np.iinfo(np.int64).min
-_FEW_TIMES = 256  # up to which Python's calendar, of .6 microseconds a time, is faster than pandas's
+# Up to this many times, Python's calendar (0.6 microseconds per time) is faster than pandas.
+_MAX_PYTHON_TIMES = 256
 _FIRST_DAY, _LAST_DAY = np.array(["0001-01-02", "9999-12-30"], "datetime64[us]").astype(np.int64)
 
 
@@ -25,15 +26,15 @@ class TimeFeature(Feature):
 
     kind: Literal["time"]
     dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
-    column: str | None = Field(None, description="timestamp column; null is the request's time")
+    column: str | None = Field(None, description="timestamp column; null means the request time")
     parts: Annotated[tuple[Literal["hour", "weekday", "age"], ...], Unique] = Field(
-        ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
+        ("hour", "weekday"), description="inputs to compute; age is the number of days from `column` to the request"
     )
-    timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
+    timezone: str = Field("UTC", description="time zone of hour and weekday, such as Europe/Berlin")
 
     @field_validator("timezone")
     @classmethod
-    def _known_zone(cls, timezone: str) -> str:
+    def _check_zone(cls, timezone: str) -> str:
         try:
             ZoneInfo(timezone)
         except (KeyError, OSError, ValueError):
@@ -41,13 +42,13 @@ class TimeFeature(Feature):
         return timezone
 
     @model_validator(mode="after")
-    def _age_needs_column(self) -> Self:
+    def _check_age(self) -> Self:
         if "age" in self.parts and self.column is None:
-            raise ValueError("part 'age' needs a `column`: the request's own time has no age")
+            raise ValueError("part 'age' needs a `column`, because the request time has no age")
         return self
 
     def reads(self) -> Mapping[str, ColumnUse]:
-        """The column as times; the request's own time needs no reading."""
+        """Return the column as times. The request time is always read."""
         return {} if self.column is None else {self.column: "time"}
 
     @property
@@ -55,24 +56,30 @@ class TimeFeature(Feature):
         return super().has_own_table and self.parts != ("age",)
 
     def check(self, name: str, schema: Schema) -> None:
+        """Raise ValueError if the feature doesn't fit other sections of the settings.
+
+        Args:
+            name: Name of the feature.
+            schema: Schema of the settings.
+        """
         if self.column is None:
             self.require_column(name, schema, "time", "it has no `column` of its own")
         if "age" in self.parts:
             self.require_column(name, schema, "time", "its part `age` ends at the request")
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Row 0 is a missing time, hours and weekdays follow."""
+        """Describe row 0 as a missing time and the next rows as hours or weekdays."""
         return InputSemantics((self.column or schema.columns.time,), _hour_or_weekday)
 
 
 class TimeEncoder(NumberEncoder):
-    """Hour and weekday of a time, and its age at the request."""
+    """Encoder of the hour and weekday of a time and of its age at the request."""
 
     feature: TimeFeature
     suffix = "_age"
 
     def values(self, rows: LogRows) -> np.ndarray:
-        """log(1 + days) of age; none where no part is the age."""
+        """Return log(1 + age in days), or nothing if `parts` doesn't list the age."""
         if "age" not in self.feature.parts:
             return np.empty(0)
         times = rows.times(self.feature.column)
@@ -81,7 +88,7 @@ class TimeEncoder(NumberEncoder):
         return np.sign(days) * np.log1p(np.abs(days))
 
     def input_spec(self) -> InputSpec:
-        """Id inputs for hour and weekday (row 0 is missing), a dense input for the age."""
+        """Return id inputs for hour and weekday (row 0 is missing) and a dense input for the age."""
         sizes = {"hour": 25, "weekday": 8}
         parts = [part for part in self.feature.parts if part in sizes]
         tables = tuple(TableSpec(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
@@ -89,26 +96,28 @@ class TimeEncoder(NumberEncoder):
         return InputSpec(tables, ids, self.number.inputs() if "age" in self.feature.parts else ())
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Hour and weekday in the time zone, and the age."""
-        times, number = np.unique(rows.times(self.feature.column), return_inverse=True)
-        read = zip(("hour", "weekday"), self._read(times), strict=True)
-        ids = {f"{self.name}_{part}": each[number] for part, each in read if part in self.feature.parts}
+        """Return hour and weekday in the time zone, and the age."""
+        times, inverse = np.unique(rows.times(self.feature.column), return_inverse=True)
+        table_rows = zip(("hour", "weekday"), self._table_rows(times), strict=True)
+        ids = {f"{self.name}_{part}": row[inverse] for part, row in table_rows if part in self.feature.parts}
         ages = [(self.values(rows), self.number)] if "age" in self.feature.parts else []
         return Inputs(ids, numbers=ages)
 
-    def _read(self, times: np.ndarray) -> np.ndarray:
-        """(2, T) int64 hour and weekday of (T,) times, as rows of their tables. (Arrow's are wrong from 2038 on.)"""
+    def _table_rows(self, times: np.ndarray) -> np.ndarray:
+        """Return the table rows of hour and weekday of T times, shape (2, T), int64."""
+        # Arrow's local times are wrong from 2038 on.
         zone = ZoneInfo(self.feature.timezone)
-        known = np.clip(times, _FIRST_DAY, _LAST_DAY)  # Python's calendar ends with the years 1 and 9999.
-        if len(times) > _FEW_TIMES:
+        # Python's calendar covers the years 1 to 9999.
+        clipped = np.clip(times, _FIRST_DAY, _LAST_DAY)
+        if len(times) > _MAX_PYTHON_TIMES:
             import pandas as pd
 
-            index = pd.DatetimeIndex(known.view("datetime64[us]")).tz_localize("UTC").tz_convert(zone)
-            read = np.array([index.hour, index.day_of_week], np.int64)
+            index = pd.DatetimeIndex(clipped.view("datetime64[us]")).tz_localize("UTC").tz_convert(zone)
+            parts = np.array([index.hour, index.day_of_week], np.int64)
         else:
-            local = (datetime.fromtimestamp(second, zone) for second in (known // 1_000_000).tolist())
-            read = np.array([(each.hour, each.weekday()) for each in local], np.int64).reshape(-1, 2).T
-        return np.where(times == _MISSING, 0, 1 + read)
+            local = (datetime.fromtimestamp(second, zone) for second in (clipped // 1_000_000).tolist())
+            parts = np.array([(time.hour, time.weekday()) for time in local], np.int64).reshape(-1, 2).T
+        return np.where(times == _MISSING, 0, 1 + parts)
 
 
 def _hour_or_weekday(table: str, row: int) -> str:

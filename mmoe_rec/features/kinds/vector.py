@@ -1,4 +1,4 @@
-"""The kind `vector`: a list of numbers a row, standardised."""
+"""The feature kind `vector`: a list of numbers per row, standardized."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -16,7 +16,7 @@ from mmoe_rec.settings.schema import Feature, InputSemantics, Schema
 
 
 class VectorFeature(Feature):
-    """A list of `size` numbers a row (say, a text embedding), standardised; a missing vector is all zeros."""
+    """A list of `size` numbers per row, such as a text embedding, standardized. A missing vector becomes zeros."""
 
     kind: Literal["vector"]
     column: str = Field(description="column with lists of `size` numbers")
@@ -34,7 +34,7 @@ class VectorFeature(Feature):
 
 
 class VectorEncoder(NumberEncoder):
-    """A vector, standardised with one mean and deviation over all its elements."""
+    """Encoder of a vector, standardized with one mean and standard deviation over all elements."""
 
     feature: VectorFeature
 
@@ -57,7 +57,7 @@ class VectorEncoder(NumberEncoder):
         return InputSpec(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """The standardised elements; all zeros for a missing vector."""
+        """Return the standardized elements, zeros for a missing vector."""
         scaled = self.number.standardizer.apply(self.values(rows))
         return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
 
