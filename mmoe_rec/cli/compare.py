@@ -12,8 +12,9 @@ or data builds its own features.
 --architectures compares a shared bottom, one gate, MMoE, PLE, single tasks, trees alone, and the model without each
 task.
 --features permutes each feature on validation rows. It then trains without the features that seem unnecessary, and
-without each group of features. Without these options, the command measures the mean and the spread of all metrics over
-the runs.
+without each group of features.
+
+Without these options, the command measures the mean and the spread of all metrics over the runs.
 
 All runs use the same precision. No model is registered. Finished runs stay in `data.work_dir`/comparison. To resume
 after an interruption, repeat the command.

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @click.option("--tasks", multiple=True, metavar="T...", help="predicted tasks, without a settings file")
 @click.option("--columns", multiple=True, metavar="PART=COLUMN...", help="column names in --predictions")
 @click.option("--compare-to-columns", multiple=True, metavar="PART=COLUMN...", help="column names in --compare-to")
-@click.option("--keep-duplicates", is_flag=True, help="accept repeated candidates in a request of --predictions")
+@click.option("--keep-duplicates", is_flag=True, help="whether requests of --predictions may repeat candidates")
 @click.option("--out", type=FOLDER, metavar="DIR", help="folder for metrics.json (with --predictions: metrics)")
 @click.option(
     "--resamples", type=click.IntRange(min=20), metavar="N", help="number of bootstrap resamples for intervals"

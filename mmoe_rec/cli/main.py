@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import cleandoc
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class NumberBetween(click.FloatRange):
     """Option type for a number in a closed interval. Unlike click's type, it rejects NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert the text of an option to a number, or fail with a message.
+
+        Args:
+            value: Text, or a number that is the default.
+            param: Option with the value.
+            ctx: Context of the command.
+        """
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"'{value}' is not a number", param, ctx)
@@ -74,7 +82,7 @@ slices_option = click.option("--slices", multiple=True, metavar="S...", help="gr
 overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
 
 
-class Command(click.Command):
+class _Command(click.Command):
     """Command that accepts `--option A B` for a repeated option and prints its help text unchanged.
 
     Attributes:
@@ -104,7 +112,7 @@ class Command(click.Command):
                 yield from (argument,) if option is None else (option, argument)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(f"\n{self.help}")
+        formatter.write(f"\n{cleandoc(self.help or '')}\n")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.section is not None:
@@ -119,11 +127,11 @@ def command(doc: str | None = None, section: str | None = None) -> Callable[[Cal
 
     Args:
         doc: Text of `--help`, None for the function's docstring.
-        section: Section of settings that options may override, as in `Command`. Needs `overrides_argument`.
+        section: Section of settings that options may override, as in `_Command`. Needs `overrides_argument`.
     """
     context = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
     any_option = {"ignore_unknown_options": section is not None}
-    return click.command(cls=Command, help=doc, section=section, context_settings={**context, **any_option})
+    return click.command(cls=_Command, help=doc, section=section, context_settings={**context, **any_option})
 
 
 def out_option(default: str, description: str = "folder for the report") -> Callable[[Any], Any]:
@@ -199,7 +207,7 @@ def show_report(report: Report) -> None:
     show(to_terminal(report))
 
 
-class Commands(click.Group):
+class _CommandGroup(click.Group):
     """Group that imports a command's file when the command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -228,7 +236,7 @@ First steps: draft settings for your log, then train and serve a model
 """)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="mmoe-rec", message="%(version)s")
 def commands() -> None:
     """Train, evaluate and serve multi-gate mixture-of-experts ranking models on interaction logs.

@@ -27,10 +27,8 @@ from mmoe_rec.errors import UserError
 @click.option("--model", metavar="M", help="models:/NAME@ALIAS (default: the settings' registered model and alias)")
 @click.option("--rebuild", is_flag=True, help="rebuild of the tables from all files")
 @click.option("--journal", metavar="A", help="URI of a server's journal to write into the logs first")
-@click.option("--remove-events", is_flag=True, help="remove events from the journal that the tables already include")
-@click.option(
-    "--other-journal", is_flag=True, help="switch to this journal, since the journal in the tables no longer exists"
-)
+@click.option("--remove-events", is_flag=True, help="removal of journal events that the tables already include")
+@click.option("--other-journal", is_flag=True, help="replacement of a journal that no longer exists by this one")
 def refresh(
     configuration: Configuration,
     model: str | None,

@@ -25,7 +25,7 @@ from mmoe_rec.cli.main import Configuration, settings_command, show_report
 
 
 @settings_command(__doc__)
-@click.option("--resume", is_flag=True, help="continue from the last checkpoint, if there is one")
+@click.option("--resume", is_flag=True, help="continuation from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="model to start from: a folder or models:/NAME@ALIAS")
 def train(configuration: Configuration, resume: bool, start: str | None) -> None:
     from mmoe_rec.preprocessing.build_inputs import BuildInputs
