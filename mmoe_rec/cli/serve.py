@@ -109,7 +109,7 @@ def serve(
     if token is None and not is_local:
         warning = "without a token, anyone who reaches this machine can rank, send events and reload"
         logging.getLogger(__name__).warning("--host %s: %s. Set %s.", host, warning, TOKEN_VARIABLE)
-    # Accept only these names in the header Host, since a web page could give this machine another name.
+    # Prevent DNS rebinding. Accept only these names in the header Host.
     local_names = frozenset(name.lower() for name in ("localhost", "127.0.0.1", "::1", host, *allow_host))
     allowed_hosts = local_names if is_local or allow_host else None
     if journal is not None:
