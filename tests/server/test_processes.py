@@ -296,7 +296,7 @@ def test_whoever_lets_all_in_is_warned() -> None:
     for host, token, warnings in (("0.0.0.0", {}, 1), ("0.0.0.0", {"MMOE_REC_TOKEN": "x"}, 0), ("127.0.0.1", {}, 0)):
         told = run_command(*words, host, env=token).stderr
         assert "'no/model' holds no model" in told
-        assert told.count("as there is no token. Set MMOE_REC_TOKEN.") == warnings
+        assert told.count("send events and reload. Set MMOE_REC_TOKEN.") == warnings
 
 
 # Another model
