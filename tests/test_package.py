@@ -23,7 +23,7 @@ MISTAKES = {
     "evaluate --config C --model no/model": "no/model",
     "score --model no/model --input configs --output out": "'no/model' holds no model",
     "score --model no/model --output out": "missing option '--input'",
-    "refresh --config C --remove-events": "--remove-events belongs to --journal A, which is missing",
+    "refresh --config C --remove-events": "--remove-events requires --journal. Add --journal A.",
     "check-skew --config C --from 2024-01-01 --to 2024-01-02": "missing option '--requests'",
     "train --config no.yaml": "settings file 'no.yaml' does not exist",
     "train --config C --model.expert.count 3": "'--model.expert.count'. Did you mean '--model.experts.count'?",
@@ -111,7 +111,7 @@ def test_help(answers: dict[str, tuple[int, str, str]], line: str) -> None:
             assert out.count("\n") < 60, "a command's help is its own"
         case ["mmoe_rec", _]:
             assert all(f"\n  {name} " in out for name in COMMANDS)
-            assert "First steps: settings for your log" in out
+            assert "First steps: draft settings for your log" in out
         case [module, _]:
             assert f"python -m {module}" in out
 

@@ -67,8 +67,8 @@ MORE_TASKS = {
     "minutes": {"label": "minutes", "kind": "regression", "objective": "engagement"},
     "shared": _task("shared", conditional_on="click"),
 }
-OUTCOME = "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one"
-NO_GIVEN = "which is not another binary task without `conditional_on`; such tasks are:"
+OUTCOME = "the joint outcome of tasks 'click' and 'liked' has the name 'click_and_liked', like a task; rename a task"
+NO_GIVEN = "which is not another binary task without `conditional_on`. Name one of:"
 NO_CANDIDATE = "is not an id feature of the candidate with a table of its own"
 NAME = {"kind": "id", "column": "c"}
 BUYS = _feature("counter", events="buys", by=["u"], outputs=["log_count"])
@@ -105,24 +105,28 @@ REFUSED: list[tuple[str, list, dict]] = [
     ),
     ("reads column 's', the sampling rate, which gives labels away", [_feature("numeric", column="s")], {}),
     # Names
-    *(("may hold letters, digits", [(name, NAME)], {}) for name in ("a-b", "a b", "", "a/b", "_", "é.x")),
+    *(("may contain only letters, digits", [(name, NAME)], {}) for name in ("a-b", "a b", "", "a/b", "_", "é.x")),
     ("some names differ only in upper and lower case: rename one of", [("Größe", NAME), ("größe", NAME)], {}),
-    *((f"a task may not be called '{name}'", [], {"tasks": {name: _task("y")}}) for name in ("score", "ranking")),
+    *((f"a task can't have the name '{name}'", [], {"tasks": {name: _task("y")}}) for name in ("score", "ranking")),
     # A task that is given another one
     *(
         (
-            f"task 'liked' is given '{given}', {NO_GIVEN} click",
+            f"task 'liked' is conditional on '{given}', {NO_GIVEN} click",
             [],
             {"tasks": {**_given(conditional_on=given), **MORE_TASKS}},
         )
         for given in ("buy", "liked", "minutes", "shared")
     ),
-    (f"is given 'liked', {NO_GIVEN} none", [], {"tasks": {**_given(), "click": _task("a", conditional_on="liked")}}),
+    (
+        f"is conditional on 'liked', {NO_GIVEN} none",
+        [],
+        {"tasks": {**_given(), "click": _task("a", conditional_on="liked")}},
+    ),
     ("task 'liked' has `conditional_on`, which only a binary task can have", [], {"tasks": _given(kind="regression")}),
     (OUTCOME, [], {"tasks": {**_given(), "click_and_liked": _task("other")}}),
     # Sources of counters and histories
     *(
-        ("give either `task`, to read the log's labels, or `events`", [_feature(kind, **own, **keys)], {})
+        ("needs either `task`, for labels of the interaction log, or `events`", [_feature(kind, **own, **keys)], {})
         for kind, own in (("counter", {"by": ["u"]}), ("history", {"of": "item"}))
         for keys in ({}, {"task": "click", "events": "buys"})
     ),

@@ -166,7 +166,7 @@ def test_the_last_override_wins_and_a_negative_value_is_a_value(tmp_path):
 def test_an_override_leaves_a_feature_out(tmp_path):
     found = _load(tmp_path, "--features.user_brand.smoothing", "3", "--features.user_brand", "null").features
     assert set(found) == set(_load(tmp_path).features) - {"user_brand"}
-    with pytest.raises(UserError, match=r"'--features.user_brands null' leaves out .*; did you mean 'user_brand'"):
+    with pytest.raises(UserError, match=r"'--features.user_brands null' removes .*; did you mean 'user_brand'"):
         _load(tmp_path, "--features.user_brands", "null")
     assert "of 'item' is not an id feature" in _message(tmp_path, "--features.item", "null")  # a history reads its ids
 
@@ -266,22 +266,22 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         ("tasks.liked.observed_when.equal", 1, "unknown key {}; did you mean 'equals'?"),
         ("split", _DROPPED, "key {} is missing"),
         ("columns.user", _DROPPED, "feature 'last' needs columns.user, which is left out: it is a user's"),
-        ("columns.time", _DROPPED, "feature 'last' needs columns.time, which is left out: it knows what happened "),
-        ("split.train_end", _DROPPED, "'split': needs train_end: give the times of the split, or `column` in a"),
-        ("features.last.of", _DROPPED, "key {} is missing; `mmoe-rec settings` lists them"),
+        ("columns.time", _DROPPED, "feature 'last' needs columns.time, which is left out: it reads events before "),
+        ("split.train_end", _DROPPED, "'split': needs train_end: set the times, or `column` in a table"),
+        ("features.last.of", _DROPPED, "key {} is missing; `mmoe-rec settings` lists all keys"),
         (
             "features.item.kind",
             _DROPPED,
             "'features.item.kind' must be one of id, ids, numeric, vector, time, cross, h",
         ),
-        ("features.last.task", _DROPPED, "'features.last': give either `task`, to read the log's labels, or `events`"),
+        ("features.last.task", _DROPPED, "'features.last': needs either `task`, for labels of the interaction log"),
         ("features", {}, "{}: section should have at least 1 item"),
         (
             "data.work_dir",
             "s3://b",
-            "{} must be a folder of this machine, or one that is mounted like one, found 's3://b'",
+            "{} must be a local or mounted folder, found 's3://b'",
         ),
-        ("split.train_end", "2024-03-01", "'split': train_start, train_end, validation_end and test_end must follow"),
+        ("split.train_end", "2024-03-01", "'split': train_end (2024-03-01 00:00) must be before valid"),
         ("features.x", CROSS, "'features.x.buckets' must be less than or equal to 2147483648"),
         ("features.x", {**USER_ID, "max_size": 2**31}, "'features.x.max_size' must be less than 2147483648"),
     ],
@@ -297,8 +297,8 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         ("model.experts.count", -1, "{} must be greater than or equal to 0, found -1"),
         ("model.experts.units", 64, "{} must be a list, found 64"),
         ("model.experts.units", [64, 0], "'model.experts.units.1' must be greater than or equal to 1, found 0"),
-        ("model", None, "{} must hold keys (bottom, experts, gates, towers, placement, trees)"),
-        ("tasks", ["click"], "{} must hold keys (NAME)"),
+        ("model", None, "{} must contain keys (bottom, experts, gates, towers, placement, trees)"),
+        ("tasks", ["click"], "{} must contain keys (NAME)"),
         ("features", {1: {"kind": "id", "column": "c"}}, "'features.1' must be text"),
         ("training.device", "gpu", "{} must be 'auto', 'cpu' or 'cuda', found 'gpu'; did you mean 'cpu'?"),
         ("training.learning_rate", float("nan"), "{} must be a finite number, found nan"),
@@ -370,7 +370,7 @@ def test_every_mistake_is_told_at_once(tmp_path):
         ("a: [1\nb: 2", "expected ',' or ']', but got ':' in \"<unicode string>\", line 2, column 2"),
         ("name: a\nname: b\n", "key 'name' is written twice in \"<unicode string>\", line 2, column 1"),
         ("a: 2024-02-30", "can't be read as YAML: day is out of range"),
-        ("", "must hold keys such as name, data, columns, tasks, features, split"),
+        ("", "must contain keys such as name, data, columns, tasks, features, split"),
     ],
 )
 def test_a_file_that_is_no_settings_file(tmp_path, text, message):
@@ -404,7 +404,7 @@ def test_a_correction_needs_the_rate(tmp_path):
     correction = {"training__sampling_correction": "weights"}
     assert _load(tmp_path, **correction).training.sampling_correction == "weights"
     message = _message(tmp_path, columns__sampling_rate=_DROPPED, **correction)
-    assert "training.sampling_correction needs `columns.sampling_rate`, the column with the rate" in message
+    assert "training.sampling_correction needs a sampling rate: set columns.sampling_rate" in message
 
 
 # Documentation

@@ -1,4 +1,4 @@
-"""Commands, with their options. `mmoe-rec COMMAND` runs `main`, which finds the file."""
+"""Command line of mmoe-rec, one file for each command or small group of commands."""
 
 from importlib.util import find_spec
 

@@ -1,9 +1,9 @@
 """mmoe-rec check-skew --config configs/shop.yaml --from 2024-05-01 --to 2024-05-08 --requests data/shop/requests
 
-Check for training-serving skew. The command scores the requests that `serve --log-requests` has logged once more from
-the log, point in time. It names each feature, prediction and score that differs. The exit code is 1 if any differs.
+Check for training-serving skew. Score the requests logged by `serve --log-requests` again, with point-in-time features
+from the log. Report each feature, prediction and score that differs. The exit code is 1 if any value differs.
 
-The period begins with --from and ends before --to. mmoe_rec/server/README.md is the guide.
+--from is the first time checked. --to is exclusive. For details, see mmoe_rec/server/README.md.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import click
 from mmoe_rec.cli.main import FOLDER, Configuration, settings_command, show
 
 SKEW_EXIT_CODE = 1
-"""Exit code where a served value differs."""
+"""Exit code if a served value differs."""
 
 
 @settings_command(__doc__)
@@ -29,8 +29,8 @@ def check_skew(
     from mmoe_rec.log.request_values import parse_time
 
     settings = configuration.settings
-    address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    report = skew.check_skew(settings, parse_time(start), parse_time(end), address, requests, out)
+    model_uri = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    report = skew.check_skew(settings, parse_time(start), parse_time(end), model_uri, requests, out)
     show(skew.describe(report))
     if report["mismatches"]:
         raise SystemExit(SKEW_EXIT_CODE)

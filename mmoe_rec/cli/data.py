@@ -28,51 +28,50 @@ from mmoe_rec.settings.load import load_settings
 
 @command()
 @click.argument("log")
-@click.option("--events", multiple=True, metavar="DIR...", help="further logs of what happened, such as all purchases")
-@click.option("--out", metavar="YAML", help="the settings file (default: NAME.yaml)")
-@click.option("--work", metavar="DIR", help="where features and models go (default: NAME_work, beside the file)")
+@click.option("--events", multiple=True, metavar="DIR...", help="additional event logs, such as all purchases")
+@click.option("--out", metavar="YAML", help="settings file to write (default: NAME.yaml)")
+@click.option("--work", metavar="DIR", help="folder for features and models (default: NAME_work next to the file)")
 @click.option("--user", metavar="C", help="column of the user")
 @click.option("--candidate", metavar="C", help="column of the candidate")
 @click.option("--request", metavar="C", help="column of the request")
-@click.option("--time", metavar="C", help="column of the request's time")
-@click.option("--task", multiple=True, metavar="C...", help="columns of labels, the only tasks then")
-@click.option("--placement", multiple=True, metavar="C...", help="columns of where a candidate was shown")
-@click.option("--leave-out", multiple=True, metavar="C...", help="columns that are no inputs")
-@click.option("--timezone", metavar="Z", help="in which users live, such as Europe/Berlin")
-def init(log: str, out: str | None, work: str | None, **given: Any) -> None:
+@click.option("--time", metavar="C", help="column of the request time")
+@click.option("--task", multiple=True, metavar="C...", help="label columns of all tasks")
+@click.option("--placement", multiple=True, metavar="C...", help="columns that say where a candidate was shown")
+@click.option("--leave-out", multiple=True, metavar="C...", help="columns that aren't model inputs")
+@click.option("--timezone", metavar="Z", help="time zone of the users, such as Europe/Berlin")
+def init(log: str, out: str | None, work: str | None, **options: Any) -> None:
     """mmoe-rec init data/shop/log --events data/shop/purchases --out shop.yaml
     mmoe-rec init data/shop/log --out shop.yaml --user customer --task bought kept
 
-    Reads a log of Parquet files, one row for each candidate that was shown, and writes settings for it: who, what,
-    when, in which list; what describes what; tasks; features, above all counters and histories; a split by time. It
-    asks nothing: what a person should check is marked "# check" in the file, with the reason. Columns that come after
-    the request, or tell a label too well to be known before it, are left out.
+    Draft a settings file from a log of Parquet files with one row for each candidate that was shown. Infer the key
+    columns, the tasks, the features and the split by time. Mark each guess to check with "# check" and its reason.
+    Leave out columns that are written after the request, or that reveal a label.
 
-    Correct a wrong guess with a further option, or edit the file. A file that was edited by hand is never replaced.
+    Correct a wrong guess with an option, or edit the file. The command never replaces a file that was edited by hand.
     """
     path = Path(out or f"{name_from_path(log)}.yaml")
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--out '{path}' is to be a YAML file, such as {name_from_path(log)}.yaml")
-    before = check_replaceable(path, log)
+        raise UserError(f"--out '{path}' is not a YAML file. Give a name such as {name_from_path(log)}.yaml.")
+    previous_command = check_replaceable(path, log)
     name = name_from_path(str(path.with_suffix("")))
     work = work or str(path.parent / f"{name}_work")
-    corrections = {each: (given[each],) for each in KEY_NAMES if given[each]}
-    corrections |= {each: given[each.replace("-", "_")] for each in ("task", "leave-out", "placement")}
-    text, schema = draft_settings(name, log, work, given["events"], corrections, given["timezone"])
+    corrections = {key: (options[key],) for key in KEY_NAMES if options[key]}
+    corrections |= {name: options[name.replace("-", "_")] for name in ("task", "leave-out", "placement")}
+    text, schema = draft_settings(name, log, work, options["events"], corrections, options["timezone"])
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         draft.write_text(text, encoding="utf-8")
         try:
-            settings = load_settings(draft)  # before anything is written, as it would be refused
+            settings = load_settings(draft)  # Validate the draft before writing the file.
         except UserError as error:
             raise UserError(str(error).replace(str(draft), str(path))) from None
     check_work_outside_logs(log, settings.schema_, Path(work))
     write_text(path, text)
     show(describe_guesses(schema))
-    marks = len(re.findall(rf"{CHECK_MARK}\b", text)) - 1  # one is in the header, beside a checksum
+    marks = len(re.findall(rf"{CHECK_MARK}\b", text)) - 1  # The header contains one mark next to a checksum.
     guesses = f", with {marks} guess{'es' if marks > 1 else ''} to check" if marks else ""
-    if before:
-        print(f"replaced: settings made by '{before}', whose options count only if this command repeats them")
+    if previous_command:
+        print(f"replaced: settings made by '{previous_command}'; its options apply only if this command repeats them")
     print(f"settings: {path}{guesses}")
     print(f"next: mmoe-rec train --config {shlex.quote(str(path))}")
 
@@ -82,15 +81,15 @@ def init(log: str, out: str | None, work: str | None, **given: Any) -> None:
 def inspect(configuration: Configuration, out: Path | None) -> None:
     """mmoe-rec inspect --config configs/complete_journey.yaml
 
-    The health of a data set before one trains on it: rows, labels by split and week, and for each feature its coverage,
-    ids that training does not know, drift, and how well it alone predicts each task, which finds leaks. Prepares the
-    features as training would, or takes existing ones; writes `report.html` and `health.json` to
-    `data.work_dir`/inspection.
+    Report the health of a data set before training. Show rows, and labels by split and week. For each feature, show its
+    coverage, its IDs that are not in the vocabulary, its drift, and how well the feature alone predicts each task. A
+    feature that predicts too well may be a leak. The command builds the features or reuses existing ones. It writes
+    `report.html` and `health.json` to `data.work_dir`/inspection.
     """
     settings = configuration.settings
     out = out or Path(settings.data.work_dir) / "inspection"
     check_output_folder(out, settings)
-    # matplotlib and Jinja2 are for what there is to be shown.
+    # Import matplotlib and Jinja2 only when the report is made.
     with (
         lock_features(BuildInputs.of(settings), "an inspection") as prepared,
         write_lock(out, "an inspection", "give another --out"),

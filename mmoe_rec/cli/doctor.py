@@ -1,7 +1,7 @@
 """mmoe-rec doctor --config shop.yaml
 
-Checks the packages, the devices, MLflow and the work folder, and says what to do where something is wrong. The exit
-code is 1 if something has to be fixed, else 0. Without --config it looks at this folder, and at MLFLOW_TRACKING_URI.
+Check the packages, the devices, MLflow and the work folder, and print a fix for each problem. The exit code is 1 if a
+problem exists, else 0. Without --config, check the current folder and MLFLOW_TRACKING_URI.
 """
 
 import os
@@ -27,13 +27,13 @@ COMPATIBLE_VERSIONS = {
     "2.13": ("1.8.0",) * 2,
     "2.14": ("1.9.2", "1.9.0"),
 }
-"""Release of torch -> the versions of torchrec and fbgemm that are built for it."""
+"""Release of torch -> the versions of torchrec and fbgemm that are built for this release."""
 BUILDS = {"fbgemm-gpu-cpu": "cpu", "fbgemm-gpu": "cuda"}
 PROBE = "import {}; print(*map(torch.cuda.get_device_name, range(torch.cuda.device_count())), sep=', ')"
 
 
 class Check(NamedTuple):
-    """A line of the report, and what to do. An empty `fix` says that all is well."""
+    """Line of the report with a fix, which is empty if there is no problem."""
 
     name: str
     text: str
@@ -41,9 +41,9 @@ class Check(NamedTuple):
 
 
 def check_packages(versions: Mapping[str, str]) -> Check:
-    """Check that torch, torchrec and fbgemm go together."""
+    """Check that the versions of torch, torchrec and fbgemm match."""
     builds, release = [name for name in BUILDS if name in versions], versions.get("torch", "none").rpartition(".")[0]
-    text = ", ".join(" ".join(each) for each in versions.items())
+    text = ", ".join(" ".join(item) for item in versions.items())
     if release in COMPATIBLE_VERSIONS and not builds and "torchrec" not in versions:
         return Check("packages", f"{text}; without torchrec and fbgemm: plain PyTorch tables, one process")
     wanted = dict(zip(("torchrec", (builds or [*BUILDS])[0]), COMPATIBLE_VERSIONS.get(release, ()), strict=False))
@@ -51,48 +51,52 @@ def check_packages(versions: Mapping[str, str]) -> Check:
     wrong += [] if wanted else [f"torch {' or '.join(COMPATIBLE_VERSIONS)}"]
     wrong += ["one build of fbgemm alone"] if len(builds) > 1 else []
     text += f"; needed: {', '.join(wrong)}" if wrong else ""
-    return Check("packages", text, "uv sync --extra cpu, or cuda; or the pip command of README.md" if wrong else "")
+    return Check(
+        "packages", text, "run `uv sync --extra cpu`, or cuda, or the pip command of README.md" if wrong else ""
+    )
 
 
 def check_imports(versions: Mapping[str, str]) -> Iterator[Check]:
-    """Import the libraries in a process of their own, which may crash, and look at the devices."""
+    """Import the libraries in a separate process, which may crash, and list the devices."""
     names = ", ".join(["torch", *["fbgemm_gpu, torchrec"] * ("torchrec" in versions), "lightgbm", "mlflow"])
-    words = [sys.executable, "-c", PROBE.format(names)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    arguments = [sys.executable, "-c", PROBE.format(names)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield Check("imports", f"{names} do not load: {error}", "uv sync --extra cpu --reinstall, or --extra cuda")
+        yield Check(
+            "imports", f"{names} do not load: {error}", "run `uv sync --extra cpu --reinstall`, or --extra cuda"
+        )
     else:
         yield Check("imports", names)
         cards = done.stdout.splitlines()[-1]
-        fix = "uv sync --extra cuda; or train with --training.device cpu" * bool(cards and "fbgemm-gpu-cpu" in versions)
+        fix = "run `uv sync --extra cuda` or set --training.device cpu" * bool(cards and "fbgemm-gpu-cpu" in versions)
         yield Check("devices", cards or "no CUDA device: models train on the CPU", fix)
 
 
 def check_mlflow(uri: str) -> Check:
-    """Check that MLflow answers. A database that does not exist is not made."""
+    """Check that the MLflow store at `uri` responds, without creating a database."""
     from mmoe_rec.tracking.client import open_client, read_sqlite_path
 
     if (store := read_sqlite_path(uri)) and not store.exists():
-        return Check("MLflow", f"{uri}, which the first run makes")
+        return Check("MLflow", f"{uri} (created by the first run)")
     try:
         with open_client(uri) as client:
             client.search_experiments(max_results=1)
     except UserError as error:
-        return Check("MLflow", str(error), "start the server, or set tracking.uri to another address")
+        return Check("MLflow", str(error), "start the server, or set tracking.uri to another URI")
     return Check("MLflow", f"{uri} answers")
 
 
 def check_folder(work: Path) -> Check:
-    """Check that the work folder can be written and that its disk has room."""
-    parent = next(each for each in (work.absolute(), *work.absolute().parents) if each.exists())
+    """Check that the work folder is writable and that its disk has at least 5 GiB free."""
+    parent = next(folder for folder in (work.absolute(), *work.absolute().parents) if folder.exists())
     free, can_write = shutil.disk_usage(parent).free / 2**30, os.access(parent, os.W_OK)
-    fix = "" if free >= 5 and can_write else "set data.work_dir to a folder that you can write, with 5 GiB or more"
+    fix = "" if free >= 5 and can_write else "set data.work_dir to a folder that you can write to, with 5 GiB or more"
     return Check("work folder", f"'{work}', {free:,.0f} GiB free", fix)
 
 
 @command(__doc__)
-@click.option("--config", metavar="C", help="settings file with the work folder and MLflow's address")
+@click.option("--config", metavar="C", help="settings file with the work folder and the MLflow URI")
 def doctor(config: str | None) -> None:
     settings, versions = None if config is None else load_settings(config), dict[str, str]()
     for name in ("torch", "torchrec", *BUILDS, "mlflow"):

@@ -1,12 +1,12 @@
 """mmoe-rec features --config configs/complete_journey.yaml
 mmoe-rec features --config configs/complete_journey.yaml --extend
 
-Fits the features to the log and encodes the training, validation and test rows into `data.work_dir`/features. Training
-and evaluation do this themselves when it has not been done or when log, features or split have changed.
+Fit the features to the log. Encode the training, validation and test rows into `data.work_dir`/features. `train` and
+`evaluate` do this too if the features are missing, or if the log, the features or the split have changed.
 
---extend adds new files of the log, with later requests, to existing features and reads nothing else: statistics and
-the table rows of known ids stay, frequent new ids get further rows, and only the new rows are encoded, into the splits
-of the settings. Then `mmoe-rec train --config C --from MODEL` goes on from the previous model.
+--extend adds new log files with later requests to existing features. It keeps statistics and the table rows of seen
+IDs, adds table rows for frequent new IDs, and encodes only the new rows, into the splits of the settings. To continue
+from the previous model, run `mmoe-rec train --config C --from MODEL`.
 """
 
 import click
@@ -22,25 +22,25 @@ from mmoe_rec.task_kinds import DEFAULT_KIND
 
 
 @settings_command(__doc__)
-@click.option("--extend", is_flag=True, help="add new files of the log to existing features")
+@click.option("--extend", is_flag=True, help="add new log files to existing features")
 def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
     inputs = BuildInputs.of(settings)
     extended = add_days(inputs) if extend else None
     if extend and extended is None:
-        print(f"no new files in '{settings.data.log}': the features stay as they are")
+        print(f"no new files in '{settings.data.log}'; the features are unchanged")
         return
     features = prepare(inputs) if extended is None else extended.features
     _print(features, settings)
     if extended is not None:
         counts = ((extended.rows, "row"), (extended.files, "new file"))
-        print("added " + " of ".join(f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in counts))
+        print("added " + " of ".join(f"{count:,} {noun}{'s' * (count != 1)}" for count, noun in counts))
         if extended.new_ids:
-            print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
+            print("new IDs: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
         if missing := extended.missing:
-            print(f"files that are gone from the log stay counted: {len(missing):,}, such as '{missing[0]}'")
+            print(f"removed files that remain in the features: {len(missing):,}, such as '{missing[0]}'")
     if empty := [name for name in ("train", "validation") if not features.manifest["splits"][name]["rows"]]:
-        print(f"no model can be trained on these: {empty_split_message(empty[0], features.folder)}")
+        print(f"these features can't train a model: {empty_split_message(empty[0], features.folder)}")
     elif extend:
         champion = f"models:/{settings.registered_model}@{settings.tracking.alias}"
         print(f"next: mmoe-rec train {configuration.options('--from', champion)}")
@@ -52,21 +52,22 @@ def _print(features: FeatureFolder, settings: Settings) -> None:
     print(f"features: {features.folder}")
     requests, kinds = features.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in features.manifest["splits"].items():
-        labels = "; ".join(  # a name that is not a task's is the outcome of two
+        labels = "; ".join(  # Names that aren't in `kinds` are combined outcomes of two tasks.
             f"{task} {kinds.get(task, DEFAULT_KIND).describe_labels(split['label_sum'][task], observed)}"
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
-        for task, number in split["pending_labels"].items():
-            if number:
-                print(f"    {describe_pending_labels(task, number, format_time(split['label_cutoff']))}")
+        for task, count in split["pending_labels"].items():
+            if count:
+                print(f"    {describe_pending_labels(task, count, format_time(split['label_cutoff']))}")
     if sentence := describe_conflicting_times(requests):
         print(sentence)
     if requests and requests["continued_rows"]:
-        rows, begun = requests["continued_rows"], requests["continued"]
+        rows, request_count = requests["continued_rows"], requests["continued"]
         print(
-            f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
-            "the files before: counters and histories take such labels, but the rows are not encoded"
+            f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {request_count:,} "
+            f"request{'s' * (request_count != 1)} of earlier files. Counters and histories include these labels, but "
+            "the rows aren't encoded."
         )
-    for each in features.manifest["skipped"]:
-        print(f"left out: {each['reason']}")
+    for file in features.manifest["skipped"]:
+        print(f"left out: {file['reason']}")

@@ -1,5 +1,7 @@
-"""mmoe-rec COMMAND ...: finds the command, which is imported when it is called, and words what goes wrong; and what the
-commands share: settings with overrides, options that take several values, and `--help`."""
+"""Entry point of `mmoe-rec`, which imports a command's file when the command runs, and prints errors.
+
+The file also contains the parts that commands share: settings with overrides, repeated options and `--help`.
+"""
 
 import functools
 import math
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import cleandoc
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,60 +26,67 @@ from mmoe_rec.settings.load import TEMPLATE, check_option_names, load_settings
 from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
-    "init": "settings for a log, from its Parquet files",
-    "train": "features, training, and registration of the model",
-    "evaluate": "metrics of a model on the test rows, or of any system's predictions",
-    "compare": "variants of settings, architectures and features over several runs",
-    "baselines": "popularity and gradient-boosted trees on the same rows",
-    "promote": "gives the alias to a version that is shown to be better, or back",
-    "tune-weights": "weights of the tasks in the score, for a goal and with a guardrail",
-    "score": "predictions, scores and ranks of a log or of candidates",
-    "serve": "serves a model over HTTP",
-    "join-labels": "requests that were served and what happened then, as a log",
-    "check-skew": "checks for training-serving skew",
-    "features": "fits features and encodes rows, or adds new days",
-    "refresh": "new tables for the model that is served, and a training when one is due",
-    "inspect": "the health of the log and its features",
-    "report": "all that is known of the data and the model, on one page",
-    "tune": "searches for better settings",
-    "plan": "which rank would hold which part of the tables",
-    "edit-experts": "adds, masks or removes experts of a model",
-    "export": "a model in int8, or as an ONNX file",
-    "settings": "lists settings with their defaults",
-    "doctor": "checks the packages, the devices, MLflow and the work folder",
+    "init": "Draft a settings file from a log's Parquet files",
+    "train": "Build features, train a model and register it",
+    "evaluate": "Measure a model, or any system's predictions, on the test rows",
+    "compare": "Compare variants of settings, architectures and features over several runs",
+    "baselines": "Train popularity and gradient-boosted trees on the same rows",
+    "promote": "Give the alias to a version that is significantly better, or roll back",
+    "tune-weights": "Choose the weights of the tasks in the score, for a goal and with a guardrail",
+    "score": "Write predictions, scores and ranks for a log or candidate lists",
+    "serve": "Serve a model over HTTP",
+    "join-labels": "Build training rows from logged requests and later events",
+    "check-skew": "Check for training-serving skew",
+    "features": "Fit features and encode rows, or add new days",
+    "refresh": "Update the served model's tables from new log files",
+    "inspect": "Report the health of the log and its features",
+    "report": "Combine all results into one HTML page",
+    "tune": "Search for better settings",
+    "plan": "Estimate the memory and step time of sharded tables",
+    "edit-experts": "Add, mask or remove experts of a trained model",
+    "export": "Convert a model to int8 or ONNX",
+    "settings": "List settings with their defaults",
+    "doctor": "Check the packages, the devices, MLflow and the work folder",
 }
-"""Command -> what it does. Its function and its file have its name, with underscores, unless `COMMAND_FILES` names the
-file."""
+"""Command -> summary. Function and file have the command's name, with underscores. `COMMAND_FILES` lists exceptions."""
 COMMAND_FILES = {
     **dict.fromkeys(("init", "inspect"), "data"),
     **dict.fromkeys(("baselines", "promote", "tune-weights", "report"), "results"),
 }
-MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
+MODEL = "URI (models:/NAME@ALIAS, runs:/...) or folder of the model"
 FOLDER = click.Path(path_type=Path)
 
 
 class NumberBetween(click.FloatRange):
-    """A number between two others, both included, for the `type` of an option. click itself takes NaN."""
+    """Option type for a number in a closed interval. Unlike click's type, it rejects NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert the text of an option to a number, or fail with a message.
+
+        Args:
+            value: Text, or a number that is the default.
+            param: Option with the value.
+            ctx: Context of the command.
+        """
         number = super().convert(value, param, ctx)
         if math.isnan(number):
-            self.fail(f"'{value}' is no number", param, ctx)
+            self.fail(f"'{value}' is not a number", param, ctx)
         return float(number)
 
 
 COUNT = click.IntRange(min=1)
 
 model_option = click.option("--model", required=True, metavar="M", help=MODEL)
-tracking_option = click.option("--tracking.uri", "tracking_uri", metavar="U", help="MLflow's address, as in settings")
-slices_option = click.option("--slices", multiple=True, metavar="S...", help="parts by COLUMN or 'bucket(COLUMN, N)'")
+tracking_option = click.option("--tracking.uri", "tracking_uri", metavar="U", help="URI of MLflow, as in settings")
+slices_option = click.option("--slices", multiple=True, metavar="S...", help="groups by COLUMN or 'bucket(COLUMN, N)'")
 overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
 
 
-class Command(click.Command):
-    """Takes `--option A B` as `--option A --option B` where an option may be repeated, and prints its text as it is.
+class _Command(click.Command):
+    """Command that accepts `--option A B` for a repeated option and prints its help text unchanged.
 
-    section: the section of settings that may be overridden, "" for all of them, None for none.
+    Attributes:
+        section: Section of settings that options may override, "" for all sections, None for no section.
     """
 
     def __init__(self, *arguments: Any, section: str | None = None, **attributes: Any) -> None:
@@ -84,65 +94,79 @@ class Command(click.Command):
         self.section = section
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if self.section is not None:  # click checks the options of a command without settings
-            check_option_names(args, [name.lstrip("-") for each in self.get_params(ctx) for name in each.opts])
+        if self.section is not None:  # click itself checks the options of commands without settings.
+            check_option_names(args, [name.lstrip("-") for param in self.get_params(ctx) for name in param.opts])
         return super().parse_args(ctx, list(self._repeat_options(args)))
 
-    def _repeat_options(self, words: Iterable[str]) -> Iterator[str]:
-        repeated = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
+    def _repeat_options(self, arguments: Iterable[str]) -> Iterator[str]:
+        repeated = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
         option: str | None = None
-        rest = iter(words)
-        for word in rest:
-            if word in repeated:
-                option = word
-                yield word
-                yield from islice(rest, 1)  # its value, whatever that begins with
+        rest = iter(arguments)
+        for argument in rest:
+            if argument in repeated:
+                option = argument
+                yield argument
+                yield from islice(rest, 1)  # The first value may begin with a dash.
             else:
-                option = None if word.startswith("-") else option
-                yield from (word,) if option is None else (option, word)
+                option = None if argument.startswith("-") else option
+                yield from (argument,) if option is None else (option, argument)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(f"\n{self.help}")
+        formatter.write(f"\n{cleandoc(self.help or '')}\n")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.section is not None:
-            named = f" {self.section}" if self.section else " [SECTION]"
+            section = f" {self.section}" if self.section else " [SECTION]"
             formatter.write(
-                f"\nOverride a setting with --SECTION.KEY VALUE. List the settings: mmoe-rec settings{named}\n"
+                f"\nOverride a setting with --SECTION.KEY VALUE. List the settings: mmoe-rec settings{section}\n"
             )
 
 
 def command(doc: str | None = None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a command of a function. doc: text of `--help` (default: the function's); section: as for `Command`.
+    """Return a decorator that turns a function into a command.
 
-    With a section, the command takes words that are no options of its own, as `overrides_argument`.
+    Args:
+        doc: Text of `--help`, None for the function's docstring.
+        section: Section of settings that options may override, as in `_Command`. Needs `overrides_argument`.
     """
     context = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
     any_option = {"ignore_unknown_options": section is not None}
-    return click.command(cls=Command, help=doc, section=section, context_settings={**context, **any_option})
+    return click.command(cls=_Command, help=doc, section=section, context_settings={**context, **any_option})
 
 
-def out_option(default: str, what: str = "where the report goes") -> Callable[[Any], Any]:
-    """`--out DIR`, a folder that is `default` if it is not given."""
-    return click.option("--out", type=FOLDER, metavar="DIR", help=f"{what} (default: {default})")
+def out_option(default: str, description: str = "folder for the report") -> Callable[[Any], Any]:
+    """Return the option `--out DIR`.
+
+    Args:
+        default: Default folder to show in the help. The command itself sets the default.
+        description: Content of the folder.
+    """
+    return click.option("--out", type=FOLDER, metavar="DIR", help=f"{description} (default: {default})")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A settings file and what overrides it, as they were typed, and the settings."""
+    """Settings with the file and the overrides as typed."""
 
     file: str
     overrides: Sequence[str]
     settings: Settings
 
-    def options(self, *words: str) -> str:
-        """The options that give another command the same settings, with `words` among them, quoted for a shell."""
-        return shlex.join(["--config", self.file, *words, *self.overrides])
+    def options(self, *options: str) -> str:
+        """Return options that give another command the same settings and `options`, quoted for a shell."""
+        return shlex.join(["--config", self.file, *options, *self.overrides])
 
 
 def settings_command(doc: str | None = None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a command of a function, whose first argument becomes the `Configuration` of `--config` and overrides; None
-    without `--config`, where the command needs no settings file."""
+    """Return a decorator for commands with `--config` and overrides.
+
+    Args:
+        doc: Text of `--help`, None for the function's docstring.
+        needs_file: Whether `--config` is required. Without a file, the command gets None.
+
+    Returns:
+        Decorator of a function that takes a `Configuration` first, then its options.
+    """
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
@@ -152,13 +176,13 @@ def settings_command(doc: str | None = None, needs_file: bool = True) -> Callabl
             overrides += ("--data.engine", engine) if engine else ()
             overrides += ("--data.skip_bad_files", "true") if skip_bad_files else ()
             if config is None and overrides:
-                raise UserError(f"'{overrides[0]}' is no option; where it is a setting, --config is missing")
+                raise UserError(f"'{overrides[0]}' is no option. To override a setting, add --config.")
             opened = None if config is None else Configuration(config, overrides, load_settings(config, overrides))
             return function(opened, **options)
 
         for option in (
-            click.option("--skip-bad-files", is_flag=True, help="short for --data.skip_bad_files true"),
-            click.option("--engine", metavar="E", help="short for --data.engine: local or ray"),
+            click.option("--skip-bad-files", is_flag=True, help="short form of --data.skip_bad_files true"),
+            click.option("--engine", metavar="E", help="local or ray (short form of --data.engine)"),
             overrides_argument,
             click.option("--config", required=needs_file, metavar="C", help=f"settings file, such as {TEMPLATE}"),
         ):
@@ -169,7 +193,7 @@ def settings_command(doc: str | None = None, needs_file: bool = True) -> Callabl
 
 
 def show(parts: Iterable[Any]) -> None:
-    """Print sentences, one a line however long, and tables of rich."""
+    """Print sentences, one per line without wrapping, and rich tables."""
     console = open_console()
     for part in parts:
         if isinstance(part, str):
@@ -183,8 +207,8 @@ def show_report(report: Report) -> None:
     show(to_terminal(report))
 
 
-class Commands(click.Group):
-    """Imports a command's file when the command is called."""
+class _CommandGroup(click.Group):
+    """Group that imports a command's file when the command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -204,7 +228,7 @@ class Commands(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write("""
-First steps: settings for your log, and a model that is served
+First steps: draft settings for your log, then train and serve a model
   mmoe-rec init LOG --out NAME.yaml
   mmoe-rec train --config NAME.yaml
   mmoe-rec evaluate --config NAME.yaml --model models:/NAME@champion
@@ -212,21 +236,21 @@ First steps: settings for your log, and a model that is served
 """)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="mmoe-rec", message="%(version)s")
 def commands() -> None:
-    """Trains and evaluates multi-gate mixture-of-experts ranking models on interaction logs.
+    """Train, evaluate and serve multi-gate mixture-of-experts ranking models on interaction logs.
 
-    `mmoe-rec COMMAND --help` describes a command, and `mmoe-rec settings` the settings.
+    `mmoe-rec COMMAND --help` describes a command. `mmoe-rec settings` lists the settings.
     """
 
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command that the first argument names."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run the command that the first argument names."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with commands.make_context("mmoe-rec", words) as context:  # `commands.main` would hide KeyboardInterrupt
+        with commands.make_context("mmoe-rec", arguments) as context:  # `commands.main` would hide KeyboardInterrupt.
             commands.invoke(context)
     except click.exceptions.Exit as end:
         raise SystemExit(end.exit_code) from None

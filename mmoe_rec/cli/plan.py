@@ -1,12 +1,12 @@
 """mmoe-rec plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80
 
-Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long looking
-them up takes in a step, for machines that need not exist: it needs no GPU, no log and no other process. Tables that do
-not fit are refused, with their sizes.
+Estimate the memory and the lookup time per step of sharded embedding tables, and print the tables on each rank. The
+machines don't need to exist. The command needs no GPU, no log and no other process. It fails if the tables don't fit,
+and prints their sizes.
 
-The sizes of tables are those of the features in `data.work_dir`, if they are built; else the largest that the settings
-allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found:
-good for comparing settings, no promise.
+Table sizes come from the features in `data.work_dir`. If the features aren't built, the command assumes the largest
+sizes that `max_size` and `buckets` allow. Times are torchrec's estimates for lookups and their communication. Use them
+to compare settings, not to predict the real time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ if TYPE_CHECKING:
     from mmoe_rec.training.sharding import RankEstimate
 
 GIB = 2**30
-ASSUMED_TRAINING_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
-MAX_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
-MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
+ASSUMED_TRAINING_ROWS = 10**9  # Assumed if `training.batch_size` depends on the rows. Planned models are large.
+MAX_RANKS = 4_096  # The planner's time grows with the ranks. This many take about 30 seconds.
+MEMORY = NumberBetween(0.01, 1e6)  # Limits far beyond any machine, in GiB.
 
 
 @settings_command(__doc__)
-@click.option("--world-size", type=COUNT, required=True, metavar="N", help="processes, one for each GPU")
-@click.option("--local-world-size", type=COUNT, required=True, metavar="N", help="processes on each machine")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="default: cuda")
-@click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU (default: 80)")
-@click.option("--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine (default: 512)")
+@click.option("--world-size", type=COUNT, required=True, metavar="N", help="number of processes, one per GPU")
+@click.option("--local-world-size", type=COUNT, required=True, metavar="N", help="number of processes on each machine")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="device (default: cuda)")
+@click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU in GiB (default: 80)")
+@click.option(
+    "--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine in GiB (default: 512)"
+)
 def plan(
     configuration: Configuration,
     world_size: int,
@@ -46,7 +48,7 @@ def plan(
     if world_size % local_world_size:
         raise UserError(f"--world-size {world_size} is not a multiple of --local-world-size {local_world_size}")
     if world_size > MAX_RANKS:
-        raise UserError(f"--world-size {world_size} is more than a plan is made for, {MAX_RANKS:,}")
+        raise UserError(f"--world-size {world_size} exceeds the limit of {MAX_RANKS:,} ranks")
     from mmoe_rec.training.table_backends import require_torchrec
 
     require_torchrec("a plan")
@@ -59,30 +61,30 @@ def plan(
     from mmoe_rec.model.tables import torchrec_tables, used_tables
     from mmoe_rec.training.sharding import Cluster, ShardingPlanner, check_sharding, merge_adjacent_ranks, table_bytes
 
-    built = Path(settings.data.work_dir) / "features" / "encoded"
-    if (built / "layout.json").is_file():
-        layout, where = Layout.read(built), f"of the features in '{built.parent}'"
+    encoded = Path(settings.data.work_dir) / "features" / "encoded"
+    if (encoded / "layout.json").is_file():
+        layout, size_source = Layout.read(encoded), f"from the features in '{encoded.parent}'"
     else:
         layout = max_layout(settings.schema_)
-        where = "the largest that the settings allow; features are not built yet"
+        size_source = "the largest that the settings allow, since the features aren't built"
     layout = ModelLayout.of(layout, settings)
     check_sharding(settings.training.sharding, device)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
-    machines = Cluster(world_size, local_world_size, device, hbm, int(host_gib * GIB))
-    rows = -(-settings.training.resolve_batch_size(ASSUMED_TRAINING_ROWS) // world_size)
+    cluster = Cluster(world_size, local_world_size, device, hbm, int(host_gib * GIB))
+    rank_rows = -(-settings.training.resolve_batch_size(ASSUMED_TRAINING_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
     (text, ranks), tables = (
-        ShardingPlanner(layout, machines, rows, settings.training).estimate_plan(model),
+        ShardingPlanner(layout, cluster, rank_rows, settings.training).estimate_plan(model),
         used_tables(layout),
     )
-    print(f"table sizes: {where}")
+    print(f"table sizes: {size_source}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
-    print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
+    print(f"  total: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
     print(text)
     print(
         "\n".join(
-            merge_adjacent_ranks([(each.rank, describe_rank(each, machines.table_budget_bytes)) for each in ranks])
+            merge_adjacent_ranks([(rank.rank, describe_rank(rank, cluster.table_budget_bytes)) for rank in ranks])
         )
     )
     print(f"estimated time of tables in a step: {max(rank.step_ms for rank in ranks):.1f} ms")
@@ -90,7 +92,12 @@ def plan(
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
 
-def describe_rank(rank: RankEstimate, most: int) -> str:
-    """What a rank takes of so many bytes, and of a step's time."""
-    share = f"{rank.total_bytes / GIB:.2f} of {most / GIB:.2f} GiB ({rank.total_bytes / most:.0%})"
-    return f"{share} for tables ({rank.table_bytes / GIB:.2f}) and their activations, {rank.step_ms:.2f} ms a step"
+def describe_rank(rank: RankEstimate, budget_bytes: int) -> str:
+    """Describe a rank's memory and step time.
+
+    Args:
+        rank: Estimate of the rank.
+        budget_bytes: Memory available for tables and activations.
+    """
+    usage = f"{rank.total_bytes / GIB:.2f} of {budget_bytes / GIB:.2f} GiB ({rank.total_bytes / budget_bytes:.0%})"
+    return f"{usage} for tables ({rank.table_bytes / GIB:.2f}) and their activations, {rank.step_ms:.2f} ms a step"

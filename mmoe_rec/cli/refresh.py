@@ -1,17 +1,18 @@
 """mmoe-rec refresh --config configs/complete_journey.yaml
 mmoe-rec refresh --config configs/complete_journey.yaml --model models:/complete_journey@champion
 
-Takes new files of the log, and of logs of events, into what a model's counters, histories and latest values know, and
-registers the result as a new version: the same weights, calibration and vocabularies, new tables. The alias moves to
-it, if no other version has taken it meanwhile; a server that was started with --poll goes on with the new version.
-Where there are no new files, nothing happens. Only rows of new files are read; those that come late count, too, and
-are told. Features in `data.work_dir` stay as they are: days are added to them for the next training. Of
-the versions that refreshes made, `tracking.keep_versions` stay besides those that an alias needs.
+Update a model's counters, histories and latest values with new files of the log and of the event logs. Register the
+result as a new version with the same weights, calibration and vocabularies. The alias moves to the new version unless
+another version has taken the alias. A server that runs with --poll loads the new version.
 
---journal A first writes what a server (serve --journal A) has accepted into files of `data.log` and of the logs of
-events, which the features for the next training then take as well.
+If there are no new files, the command does nothing. It reads only rows of new files. Late rows count, and the command
+reports them. Features in `data.work_dir` don't change. For the next training run, add days to them. Of the versions
+made by `refresh`, `tracking.keep_versions` stay, as well as versions that an alias needs.
 
---rebuild makes the tables of all files that the log has now, as where an old file was put right.
+--journal A first writes the events that a server (serve --journal A) has accepted into files of `data.log` and of the
+event logs. The features for the next training run read these files too.
+
+--rebuild builds the tables from all files of the log, for example after an old file was corrected.
 """
 
 from typing import Any
@@ -24,10 +25,10 @@ from mmoe_rec.errors import UserError
 
 @settings_command(__doc__)
 @click.option("--model", metavar="M", help="models:/NAME@ALIAS (default: the settings' registered model and alias)")
-@click.option("--rebuild", is_flag=True, help="make tables of all files, instead of going on")
-@click.option("--journal", metavar="A", help="address of a server's journal, whose events come into the logs first")
-@click.option("--remove-events", is_flag=True, help="remove from the journal what the tables held already")
-@click.option("--other-journal", is_flag=True, help="go over to this journal: the one that the tables hold is gone")
+@click.option("--rebuild", is_flag=True, help="rebuild of the tables from all files")
+@click.option("--journal", metavar="A", help="URI of a server's journal to write into the logs first")
+@click.option("--remove-events", is_flag=True, help="removal of journal events that the tables already include")
+@click.option("--other-journal", is_flag=True, help="replacement of a journal that no longer exists by this one")
 def refresh(
     configuration: Configuration,
     model: str | None,
@@ -38,28 +39,28 @@ def refresh(
     settings = configuration.settings
     for name, is_given in options.items():
         if is_given and journal is None:
-            raise UserError(f"--{name.replace('_', '-')} belongs to --journal A, which is missing")
-    from mmoe_rec.live import refresh as tables
+            raise UserError(f"--{name.replace('_', '-')} requires --journal. Add --journal A.")
+    from mmoe_rec.live import refresh as live_refresh
     from mmoe_rec.log.checks import format_time
 
-    address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    refreshed = tables.refresh(settings, address, rebuild=rebuild, journal=journal, **options)
-    previous, made, now = refreshed.previous, refreshed.tables, refreshed.current
-    new_version = refreshed.new_version
-    holder = f"'{previous.alias}' of '{previous.version.name}'"
-    if made is None:
-        why = "tables of all files are the same" if rebuild else f"no new files in '{settings.data.log}'"
+    model_uri = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    result = live_refresh.refresh(settings, model_uri, rebuild=rebuild, journal=journal, **options)
+    previous, tables, current = result.previous, result.tables, result.current
+    new_version = result.new_version
+    alias = f"'{previous.alias}' of '{previous.version.name}'"
+    if tables is None:
+        reason = "rebuilt tables are identical" if rebuild else f"no new files in '{settings.data.log}'"
         print(
-            f"{why}: {holder} stays version {previous.version.number}, with tables as of "
+            f"{reason}: {alias} stays version {previous.version.number}, with tables as of "
             f"{previous.artifact.tables_as_of}"
         )
         return
-    print(f"version {new_version}: tables as of {format_time(made.as_of)}, before {previous.artifact.tables_as_of}")
-    print(f"read {made.files:,} files, {made.rows:,} rows and {made.events:,} events")
-    if made.missing:
-        print(f"files that are gone from the log stay counted: {len(made.missing):,}, such as '{made.missing[0]}'")
-    if now is not None and now.number == new_version:
-        print(f"{holder} is version {now.number} now")
+    print(f"version {new_version}: tables as of {format_time(tables.as_of)}, before {previous.artifact.tables_as_of}")
+    print(f"read {tables.files:,} files, {tables.rows:,} rows and {tables.events:,} events")
+    if tables.missing:
+        print(f"removed files that remain in the tables: {len(tables.missing):,}, such as '{tables.missing[0]}'")
+    if current is not None and current.number == new_version:
+        print(f"{alias} is version {current.number} now")
     else:
-        moved = "no version" if now is None else f"version {now.number}"
-        print(f"{holder} has moved to {moved} meanwhile and stays there: version {new_version} is only registered")
+        target = "no version" if current is None else f"version {current.number}"
+        print(f"{alias} has moved to {target} meanwhile and stays there: version {new_version} is only registered")

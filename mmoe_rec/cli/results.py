@@ -10,20 +10,20 @@ from mmoe_rec.errors import UserError
 
 
 @settings_command()
-@click.option("--model", metavar="M", help=f"the model beside them: {MODEL}")
+@click.option("--model", metavar="M", help=f"{MODEL} to compare with")
 @out_option("data.work_dir/baselines")
 def baselines(configuration: Configuration, model: str | None, out: Path | None) -> None:
     """mmoe-rec baselines --config configs/shop.yaml --model models:/shop@champion
 
-    Trains what a model has to beat on the same encoded rows, popularity and gradient-boosted trees (LightGBM) for each
-    task, and measures them on the test rows. With `--model` the model stands beside them, with the differences of all
-    metrics and a verdict. Writes `report.html`, `metrics.json` and others to `data.work_dir`/baselines.
+    Train two baselines on the same encoded rows, popularity and gradient-boosted trees (LightGBM) for each task, and
+    measure them on the test rows. With `--model`, add the model, the differences of all metrics and a verdict. The
+    command writes `report.html`, `metrics.json` and other files to `data.work_dir`/baselines.
 
-    Trees get all inputs but placement and lists of ids (histories). The selecting validation rows choose how many trees
-    there are, at most 1,000, how large they are, where training rows are at most 500,000, and what stands: trees
-    without ids, with ids, numbered by falling frequency, with the mean label of each id in other requests, or the mean
-    of the best two; and they calibrate all, as `training.calibration` says of a model. Trees learn from the last two
-    million training rows, or fewer of more than a hundred inputs, which takes some seven gigabytes.
+    Trees read all inputs except placement and ID lists (histories). Validation rows select the number of trees, at most
+    1,000, and their size if there are at most 500,000 training rows. They also select the inputs: trees without IDs,
+    with IDs numbered by falling frequency, with the mean label of each ID in other requests, or the mean of the best
+    two. The same rows calibrate the trees as `training.calibration` says. Trees learn from the last two million
+    training rows, or from fewer rows if there are more than a hundred inputs. This takes about seven gigabytes.
     """
     from mmoe_rec.evaluation.evaluate import evaluate_model
     from mmoe_rec.preprocessing.build_inputs import check_output_folder, short_names
@@ -48,22 +48,22 @@ REFUSED_EXIT_CODE = 1
 
 
 @settings_command()
-@click.option("--challenger", metavar="V", help="number of the version, or an alias that it holds")
-@click.option("--rollback", is_flag=True, help="give the alias back to the version before")
+@click.option("--challenger", metavar="V", help="number or alias of the version to promote")
+@click.option("--rollback", is_flag=True, help="return of the alias to the previous version")
 @out_option("data.work_dir/promotion")
 def promote(configuration: Configuration, challenger: str | None, rollback: bool, out: Path | None) -> None:
     """mmoe-rec promote --config configs/complete_journey.yaml --challenger challenger
 
-    Gives the alias (`tracking.alias`) to a version of the registered model, if that is shown to be better than the
-    version that holds it: on the settings' test rows, which neither may have seen, by `evaluation.primary_metric`, with
-    no loss for any task (`evaluation.max_metric_drop`). Writes the report of both to `data.work_dir`/promotion, and
-    keeps the verdict with the version. The exit code is 0 where the version holds the alias, and 1 where it was
-    refused.
+    Give the alias (`tracking.alias`) to a version of the registered model if that version is significantly better than
+    the current version. Neither version may have seen the test rows of the settings. The metric is
+    `evaluation.primary_metric`, and no task may lose more than `evaluation.max_metric_drop`. The command writes a
+    report to `data.work_dir`/promotion and saves the verdict with the version. The exit code is 0 if the version has
+    the alias, and 1 if it was refused.
 
-    `--rollback` gives the alias back to the version that held it before.
+    `--rollback` returns the alias to the previous version.
     """
     if (challenger is None) != rollback:
-        raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
+        raise UserError("Give either --challenger V or --rollback.")
     from mmoe_rec.evaluation.promotion import promote_version, roll_back
 
     settings = configuration.settings
@@ -83,9 +83,11 @@ def promote(configuration: Configuration, challenger: str | None, rollback: bool
 
 
 @settings_command()
-@click.option("--goal", metavar="TASK", help="the task that is to be served better (default: the first one)")
-@click.option("--max-drop", multiple=True, metavar="TASK=LOSS...", help="NDCG@10 that another task may lose at most")
-@click.option("--predictions", nargs=2, metavar="V T", help="of validation and test rows (default: in data.work_dir)")
+@click.option("--goal", metavar="TASK", help="task to improve (default: the first task)")
+@click.option("--max-drop", multiple=True, metavar="TASK=LOSS...", help="largest loss of NDCG@10 for another task")
+@click.option(
+    "--predictions", nargs=2, metavar="V T", help="predictions of validation and test rows (default: in data.work_dir)"
+)
 @out_option("data.work_dir/tradeoffs")
 def tune_weights(
     configuration: Configuration,
@@ -96,18 +98,17 @@ def tune_weights(
 ) -> None:
     """mmoe-rec tune-weights --config configs/shop.yaml --goal bought
 
-    Tries other weights of the tasks in a model's score, and picks those that rank best for one task (`--goal`) while
-    the others lose no more NDCG@10 than they may (`--max-drop rebought=0.002`, else `evaluation.max_metric_drop`). It
-    reads the predictions that `evaluate --split validation` and `evaluate` wrote: the validation rows choose, and the
-    test rows say what the choice gains and costs. Prints the front, weights that no others beat for all tasks, and
-    writes a report of all weights. Put the weights into the settings as `score_weight`, or send them with a request as
-    `task_weights`.
+    Choose the task weights in a model's score that rank best for one task (`--goal`). Limit the NDCG@10 that other
+    tasks may lose (`--max-drop rebought=0.002`, default: `evaluation.max_metric_drop`). The command reads the
+    predictions of `evaluate --split validation` and `evaluate`. Validation rows select the weights, and test rows
+    measure the gains and losses. The command prints the Pareto front of the weights and writes a report of all weights.
+    Put the weights into the settings as `score_weight`, or send them with a request as `task_weights`.
     """
     settings, margins = configuration.settings, dict[str, float]()
-    for word in max_drop:
-        if (found := re.fullmatch(r"([^=]+)=(\d*\.?\d+)", word)) is None:
-            raise UserError(f"--max-drop takes TASK=LOSS, such as rebought=0.002; found '{word}'")
-        margins[found[1]] = float(found[2])
+    for argument in max_drop:
+        if (match := re.fullmatch(r"([^=]+)=(\d*\.?\d+)", argument)) is None:
+            raise UserError(f"--max-drop takes TASK=LOSS, such as rebought=0.002, not '{argument}'")
+        margins[match[1]] = float(match[2])
     from mmoe_rec.evaluation.tradeoffs import choose_weights
     from mmoe_rec.report.report_files import REPORT_PAGE, write_report
 
@@ -123,11 +124,10 @@ def tune_weights(
 def report(configuration: Configuration, out: Path | None) -> None:
     """mmoe-rec report --config configs/complete_journey.yaml
 
-    All that is known of one `data.work_dir` on one page, the verdicts first: its data (`inspect`), the last training,
-    evaluations, baselines, comparisons of variants, and the search for settings. It says what is missing, with the
-    command that makes it, and what is out of date, as features were built anew since, another model was trained, or
-    settings changed. Nothing is computed: it reads what those commands have left, and writes `report.html`, one file
-    that needs nothing else, to `data.work_dir`/report.
+    Combine all results of one `data.work_dir` into one page, verdicts first. The page covers the data (`inspect`), the
+    last training run, evaluations, baselines, comparisons of variants and the search for settings. It names missing
+    results with the command that makes them. It marks results as out of date if features, the model or settings have
+    changed. The command computes nothing new. It writes a self-contained `report.html` to `data.work_dir`/report.
     """
     settings = configuration.settings
     from mmoe_rec.preprocessing.build_inputs import check_output_folder
@@ -136,7 +136,7 @@ def report(configuration: Configuration, out: Path | None) -> None:
 
     out = out or Path(settings.data.work_dir) / "report"
     check_output_folder(out, settings)
-    joined = combine_reports(settings, lambda word, *words: f"mmoe-rec {word} {configuration.options(*words)}")
-    write_report(joined, out)
-    show_report(joined)
+    combined = combine_reports(settings, lambda name, *options: f"mmoe-rec {name} {configuration.options(*options)}")
+    write_report(combined, out)
+    show_report(combined)
     print(f"report: {out / 'report.html'}")

@@ -1,14 +1,16 @@
 """mmoe-rec score --model models:/complete_journey@champion --input data/complete_journey/log --output scores
 
-Scores a log, or lists of candidates, in Parquet: writes each row's request, user, candidate and time, every task's
-prediction (predicted_TASK), the score, its rank within the request (1 is best) and the model's address and version, as
-Parquet files in the order of the input, with a _manifest.json. The same command again scores nothing if the output is
-complete.
+Score a log or lists of candidates in Parquet. Each output row has the request, user, candidate, time, the prediction of
+each task (predicted_TASK), the score, the rank within the request (1 is best), and the model's URI and version. The
+command writes Parquet files in the order of the input, and a _manifest.json. If the output is already complete, the
+command scores nothing.
 
---as-of says what counters and histories know. `log`: what is known before each request in the log that is given, as in
-an evaluation; it needs the columns of labels, null where nothing is known yet, and the past of the rows that matter.
-`tables`: what the model itself remembers, as in the model server; it needs no labels. Settings are those that the model
-was trained with; overrides may follow, such as --data.workers 2, --data.events.NAME.path P or --tracking.uri U.
+--as-of selects the history that counters and histories include. `log` includes events of the log before each request,
+as in an evaluation. The log needs label columns, null if a label is unavailable, and earlier rows for the counters.
+`tables` includes the history stored with the model, as in the model server, and needs no labels.
+
+The command uses the settings that the model was trained with. Add overrides such as --data.workers 2,
+--data.events.NAME.path P or --tracking.uri U.
 """
 
 from typing import Literal, get_args
@@ -21,13 +23,15 @@ from mmoe_rec.settings.sections import EngineName
 
 @command(__doc__, section="data")
 @model_option
-@click.option("--input", "log", required=True, metavar="LOG", help="a folder of Parquet files, one file, or a glob")
-@click.option("--output", required=True, metavar="DIR", help="a new or empty folder, or one with scores")
-@click.option("--as-of", type=click.Choice(["log", "tables"]), default="log", help="what counters know (log)")
-@click.option("--start", metavar="T", help="score rows requested at that time or later; others are the past")
-@click.option("--end", metavar="T", help="score rows requested before that time")
-@click.option("--labels", is_flag=True, help="write labels too (label_TASK), for evaluate --predictions")
-@click.option("--keep", multiple=True, metavar="COLUMN...", help="further columns of the log to write, to slice by")
+@click.option("--input", "log", required=True, metavar="LOG", help="folder of Parquet files, one file, or a glob")
+@click.option("--output", required=True, metavar="DIR", help="folder that is new, empty or has scores")
+@click.option(
+    "--as-of", type=click.Choice(["log", "tables"]), default="log", help="history that counters include (default: log)"
+)
+@click.option("--start", metavar="T", help="time of the first request to score (earlier rows are history)")
+@click.option("--end", metavar="T", help="end of the requests to score, exclusive")
+@click.option("--labels", is_flag=True, help="label columns (label_TASK) in the output, for evaluate --predictions")
+@click.option("--keep", multiple=True, metavar="COLUMN...", help="columns of the log to write as well, for slices")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), help="local, or ray for a Ray cluster")
 @overrides_argument
 def score(
@@ -45,14 +49,14 @@ def score(
     from mmoe_rec.inference.batch_scoring import score_log
     from mmoe_rec.log.request_values import parse_time
 
-    words = [*overrides, *(["--data.engine", engine] if engine else [])]
+    setting_overrides = [*overrides, *(["--data.engine", engine] if engine else [])]
     period = (None if start is None else parse_time(start), None if end is None else parse_time(end))
-    done = score_log(model, log, output, as_of, period, words, labels, keep)
-    about = done.manifest
-    if done.reused:
-        print("these rows were already scored, by the same model and settings")
-    print(f"{about['rows']:,} rows scored by {about['model']} (version {about['model_version']})")
-    print(f"note: {about['meaning']}")
-    if about["learnt"] is not None:
-        print(f"warning: the model {about['learnt']}")
-    print(f"scores: {done.folder}")
+    result = score_log(model, log, output, as_of, period, setting_overrides, labels, keep)
+    manifest = result.manifest
+    if result.reused:
+        print("these rows were already scored by the same model and settings")
+    print(f"{manifest['rows']:,} rows scored by {manifest['model']} (version {manifest['model_version']})")
+    print(f"note: {manifest['meaning']}")
+    if manifest["learnt"] is not None:
+        print(f"warning: the model {manifest['learnt']}")
+    print(f"scores: {result.folder}")

@@ -1,4 +1,4 @@
-"""mmoe-rec settings [SECTION]: list the settings."""
+"""Command `settings`, which lists the settings."""
 
 import os
 import sys
@@ -16,10 +16,10 @@ def settings(section: str | None) -> None:
     """mmoe-rec settings
     mmoe-rec settings training
 
-    List each setting with its type, default and meaning. A setting stands in the YAML file, or overrides the file as
-    --SECTION.KEY VALUE. Name a section to list its settings alone.
+    List the settings with their types, defaults and descriptions. Name a section to list only its settings. Write a
+    setting into the YAML file, or override it as --SECTION.KEY VALUE.
     """
     try:
         print(describe_settings(section), flush=True)
-    except BrokenPipeError:  # a reader such as `head` ended: Python would complain at exit
+    except BrokenPipeError:  # A reader such as `head` has ended. Prevent Python's error message at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

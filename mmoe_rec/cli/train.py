@@ -3,20 +3,20 @@ torchrun --nproc-per-node 2 -m mmoe_rec train --config configs/complete_journey.
 mmoe-rec train --config configs/complete_journey.yaml --resume
 mmoe-rec train --config configs/complete_journey.yaml --from models:/complete_journey@champion
 
-Fits features (or takes existing ones), trains the model over sharded tables, keeps the best one by validation, writes
-it to `data.work_dir`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
+Build features or reuse existing ones, train the model with sharded tables, keep the best model by validation, write it
+to `data.work_dir`/model and register it in MLflow. The same code runs on one process or many, on CPU or GPUs.
 
---resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
-in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
-training that has ended; features of a later day begin a new one. SIGTERM, SIGHUP and Ctrl-C write a
-checkpoint and end with exit code 75. So does a training whose model could not be registered because MLflow's server was
-away: --resume registers it.
+--resume continues from the last checkpoint, in the same MLflow run. Without a checkpoint, a new run starts, so that a
+cluster can always pass --resume. Settings, features and --from must match the checkpoint or the finished run. Features
+of a later day start a new run. SIGTERM, SIGHUP and Ctrl-C write a checkpoint and exit with code 75. If MLflow's server
+is unavailable, the command also exits with code 75, and --resume registers the model.
 
---from starts from the weights of a trained model instead of random ones, on features that were extended since (see
-`mmoe-rec features --extend`); optimizers start afresh.
+--from starts from the weights of a trained model instead of random weights. The features must extend the features of
+that model (see `mmoe-rec features --extend`). Optimizers start from zero.
 
-The model takes over the alias if it is shown to be better than the one that holds it, on validation rows of users that
-chose nothing about it; otherwise it is registered as challenger. One process trains in a `data.work_dir` at a time.
+The model gets the alias if it is significantly better than the current model. Validation rows of users that chose
+nothing about the model decide. Otherwise the model is registered as challenger. One command at a time can train in a
+`data.work_dir`.
 """
 
 import click
@@ -25,12 +25,12 @@ from mmoe_rec.cli.main import Configuration, settings_command, show_report
 
 
 @settings_command(__doc__)
-@click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
-@click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
+@click.option("--resume", is_flag=True, help="continuation from the last checkpoint, if there is one")
+@click.option("--from", "start", metavar="M", help="model to start from: a folder or models:/NAME@ALIAS")
 def train(configuration: Configuration, resume: bool, start: str | None) -> None:
     from mmoe_rec.preprocessing.build_inputs import BuildInputs
 
-    _ = BuildInputs.of(configuration.settings).logs  # a log that is missing is reported before torch is loaded
+    _ = BuildInputs.of(configuration.settings).logs  # Report a missing log before importing torch.
     from mmoe_rec.tracking.registry import CHALLENGER_ALIAS
     from mmoe_rec.training.train import train_model
 
@@ -40,10 +40,10 @@ def train(configuration: Configuration, resume: bool, start: str | None) -> None
     from mmoe_rec.training.training_report import make_report
 
     if trained.finished_earlier:
-        print("this training has already ended, with the results below; without --resume a new one begins")
+        print("this run has already finished with the results below. Run without --resume to start another run.")
     show_report(make_report(trained, configuration.settings))
     print(f"model: {trained.artifact}, registered as {trained.model_uri}")
     if trained.model_uri.endswith(f"@{CHALLENGER_ALIAS}"):
         options = configuration.options("--challenger", CHALLENGER_ALIAS)
-        print(f"to ask again, by the test rows: mmoe-rec promote {options}")
+        print(f"to decide by the test rows: mmoe-rec promote {options}")
     print(f"next: mmoe-rec evaluate {configuration.options('--model', trained.model_uri)}")

@@ -1,17 +1,18 @@
 """mmoe-rec tune --config configs/complete_journey.yaml --minutes 30
 mmoe-rec tune --config configs/complete_journey.yaml --trials 20
 
-Searches for better settings (Optuna's tree-structured Parzen estimator) under `tuning.search` of the settings. Without
-it, varies epochs, batch, learning rates, weight decay, dropout, crosses and experts around the settings' own values.
-Trials that fall behind the median are cut short, and values that don't go together are left out.
+Search for better settings under `tuning.search` of the settings (Optuna's tree-structured Parzen estimator). Without
+`tuning.search`, vary epochs, batch size, learning rates, weight decay, dropout, crosses and experts around the current
+values. The search stops trials that fall behind the median, and skips invalid combinations.
 
-A least-squares fit over the trials estimates what each value gives. The best trial or the best values by the fit,
-whichever new runs on the selecting validation rows prefer, is compared with the settings by further runs on the judging
-rows. If it is better, the command prints the overrides to adopt, and `data.work_dir`/tuning/best.yaml has them;
-otherwise best.yaml has the settings as they are. Test rows play no part.
+A least-squares fit over the trials estimates the effect of each value. New runs on the selecting validation rows choose
+between the best trial and the best values by the fit. More runs compare the choice with the settings, on the judging
+rows. If the choice is better, the command prints the overrides to adopt and writes them to
+`data.work_dir`/tuning/best.yaml. Otherwise best.yaml has the settings unchanged. The search never reads test rows.
 
---minutes covers trials and confirmation. In a short time the fit chooses alone and fewer runs confirm, but at least 3,
-for which the command may take longer. After a stop, repeat the command: complete trials and runs stay.
+--minutes includes trials and confirmation. If the time is short, the fit chooses alone, and fewer runs confirm. At
+least 3 runs confirm even if they exceed the time. To resume after an interruption, repeat the command. Finished trials
+and runs stay.
 """
 
 from pathlib import Path
@@ -22,14 +23,16 @@ from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_comm
 
 
 @settings_command(__doc__)
-@click.option("--minutes", type=NumberBetween(min=0, min_open=True), metavar="M", help="time (default: no limit)")
-@click.option("--trials", type=COUNT, metavar="N", help="number of trials (default: 20, with --minutes no limit)")
-@click.option("--seeds", type=COUNT, default=5, metavar="N", help="runs that confirm the result (default: 5)")
+@click.option(
+    "--minutes", type=NumberBetween(min=0, min_open=True), metavar="M", help="time limit in minutes (default: no limit)"
+)
+@click.option("--trials", type=COUNT, metavar="N", help="number of trials (default: 20, or no limit with --minutes)")
+@click.option("--seeds", type=COUNT, default=5, metavar="N", help="number of runs that confirm the result (default: 5)")
 def tune(configuration: Configuration, minutes: float | None, trials: int | None, seeds: int) -> None:
     settings = configuration.settings
     from mmoe_rec.preprocessing.build_inputs import BuildInputs
 
-    _ = BuildInputs.of(settings).logs  # a log that is missing is reported before torch is loaded
+    _ = BuildInputs.of(settings).logs  # Report a missing log before importing torch.
     from mmoe_rec.experiments.compare import make_report
     from mmoe_rec.experiments.tuning import BEST_FILE, TUNING_FOLDER, tune_settings
     from mmoe_rec.report.report_files import REPORT_PAGE

@@ -1,5 +1,5 @@
-"""The network: batches go in, logits of each task come out.
+"""Network that turns batches into logits of each task.
 
-Begin in `mmoe`: embedding tables, experts, gates and towers. `layout` says which inputs the network reads, and `score`
-combines predictions into one score.
+Read `mmoe` first, with embedding tables, experts, gates and towers. `model_layout` lists the inputs of the network, and
+`score` combines predictions into one score.
 """

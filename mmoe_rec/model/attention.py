@@ -1,13 +1,13 @@
-"""Histories that look at the candidate: what each event of a user's history says of it, added up.
+"""Attention of candidates to the events of a user's history.
 
 The activation unit of the Deep Interest Network (Zhou et al., KDD 2018) reads an event, the candidate and their
-product, without a softmax, so that two events say more than one. There it gives the weight of the event's vector in a
-sum. Here its hidden layer itself is added up and then mapped to the history's width: an event says not only how much of
-it is to be seen, but what it means for this candidate. The sum is added to the mean of the events' vectors; before
-training it is 0.
+product. It uses no softmax, so that two events count more than one. In the paper, the unit weights the event's vector
+in a sum. Here, the hidden layers of all events are summed and then mapped to the history's width. An event thus adds
+not only a weight but also a meaning for the candidate. The sum is added to the mean of the events' vectors. Before
+training, the sum is 0.
 
-Shapes: E events, N candidates, P pairs of them, W width of all that an event holds, C that of what candidates have too,
-U hidden units.
+Shapes: E events, N candidates, P pairs of event and candidate, W width of an event's inputs, C width of the inputs that
+candidates have too, U hidden units.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,21 @@ from mmoe_rec.model.matmul import Linear
 from mmoe_rec.model.model_layout import ModelLayout
 
 HIDDEN_UNITS = 32
-_PAIRS = 65_536  # at a time, where no gradient needs all of them
+_PAIRS = 65_536  # Pairs per step without gradients, to limit memory.
 
 
 class TargetAttention(nn.Module):
-    """What the events of a history say of candidates, as wide as the history.
-
-    shared: widths of what both events and candidates have; own: of what events alone have; length: events of a list.
-    """
+    """Attention pool of one history, with outputs as wide as the history."""
 
     def __init__(self, shared: Sequence[int], own: Sequence[int], outputs: int, length: int) -> None:
+        """Create the layers.
+
+        Args:
+            shared: Widths of the inputs that both events and candidates have.
+            own: Widths of the inputs that only events have.
+            outputs: Width of the output.
+            length: Maximum number of events.
+        """
         super().__init__()
         self.parts, self._shared, self._scale = len(shared), sum(shared), length**-0.5
         self.event = Linear(self._shared + sum(own), HIDDEN_UNITS)
@@ -42,64 +47,85 @@ class TargetAttention(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def encode_events(self, vectors: Tensor, later: Tensor) -> Tensor:
-        """What does not depend on candidates: (E, W) float32, and (E,) int64 events that come after each -> (E, U)."""
+        """Encode the part that doesn't depend on candidates.
+
+        Args:
+            vectors: (E, W) float32.
+            later: (E,) int64, the number of later events in the same history.
+
+        Returns:
+            (E, U).
+        """
         hidden: Tensor = self.event(vectors)
         return hidden + self.later.index_select(0, later).to(hidden.dtype)
 
     def forward(
         self,
-        read: Tensor,
+        encoded: Tensor,
         vectors: Tensor,
         candidates: Tensor,
         rows: Tensor,
         same: Tensor,
         events: Tensor | None = None,
     ) -> Tensor:
-        """(N, outputs) float32.
+        """Return the pooled events of each candidate, (N, outputs) float32.
 
-        read: (E, U), see `encode_events`; vectors: (E, W); candidates: (N, C); rows: (P,) int64 the candidate of each
-        pair; same: (P, number of `shared`) float32, see `AttentionEvents`; events: (P,) int64 the event of each, None
-        where pairs are events.
+        Args:
+            encoded: (E, U), see `encode_events`.
+            vectors: (E, W).
+            candidates: (N, C).
+            rows: (P,) int64, the candidate of each pair.
+            same: (P, number of `shared`) float32, see `AttentionEvents`.
+            events: (P,) int64, the event of each pair, None if pairs are events.
         """
-        asked = self.candidate(candidates)
-        added = read.new_zeros(len(candidates), HIDDEN_UNITS)
+        queries = self.candidate(candidates)
+        total = encoded.new_zeros(len(candidates), HIDDEN_UNITS)
         step = max(1, len(rows)) if torch.is_grad_enabled() else _PAIRS
         for first in range(0, max(1, len(rows)), step):
             pairs = slice(first, first + step)
             row = rows[pairs]
             hidden, event = (
-                each[pairs] if events is None else each.index_select(0, events[pairs]) for each in (read, vectors)
+                part[pairs] if events is None else part.index_select(0, events[pairs]) for part in (encoded, vectors)
             )
             product = self.product(event[:, : self._shared] * candidates.index_select(0, row))
-            hidden = hidden + product + asked.index_select(0, row) + self.same(same[pairs])
-            added = added.index_add(0, row, functional.silu(hidden))
-        return self.output(added * self._scale).float()
+            hidden = hidden + product + queries.index_select(0, row) + self.same(same[pairs])
+            total = total.index_add(0, row, functional.silu(hidden))
+        return self.output(total * self._scale).float()
 
 
 class HistoryAttention(nn.ModuleDict):
-    """All histories of a model that attention pools, by name: what they add to the inputs that hold their means."""
+    """Attention pools of all histories, by name, which add to the inputs that contain their means."""
 
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__()
-        dims = {each.name: layout.table(each.table).dim for each in layout.ids}
+        dims = {history.name: layout.table(history.table).dim for history in layout.ids}
         columns, start = dict[str, slice](), 0
         for name in layout.id_names(placement=False):
             columns[name] = slice(start, start + dims[name])
             start += dims[name]
-        self._columns: dict[str, tuple[slice, list[slice]]] = {}  # of the mean, and of the candidate's counterparts
-        for each in layout.attention:
-            parts = layout.history_inputs(each)
+        self._columns: dict[str, tuple[slice, list[slice]]] = {}  # Columns of the mean and of the candidate's inputs.
+        for history in layout.attention:
+            parts = layout.history_inputs(history)
             partners = [partner for _, partner in parts if partner is not None]
             widths = [dims[name] for name in partners], [dims[name] for name, partner in parts if partner is None]
-            self[each.history] = TargetAttention(*widths, dims[each.history], each.length)
-            self._columns[each.history] = columns[each.history], [columns[name] for name in partners]
+            self[history.history] = TargetAttention(*widths, dims[history.history], history.length)
+            self._columns[history.history] = columns[history.history], [columns[name] for name in partners]
 
     def forward(self, inputs: Tensor, events: AttentionEvents, vectors: Sequence[Tensor]) -> Tensor:
-        """(N, W) inputs of N rows with their own events -> the same, with what these say. vectors: as of the events."""
+        """Add the events of each row to its inputs.
+
+        Args:
+            inputs: (N, W).
+            events: Events of the N rows.
+            vectors: Embeddings of the events of each history, (E, width).
+
+        Returns:
+            (N, W).
+        """
         first = 0
-        for name, size, own in zip(self, events.sizes, vectors, strict=True):
-            rows, later, same = (each[first : first + size] for each in (events.rows, events.later, events.same))
-            inputs = self.attend(name, inputs, own, later, rows, same)
+        for name, size, event_vectors in zip(self, events.sizes, vectors, strict=True):
+            rows, later, same = (values[first : first + size] for values in (events.rows, events.later, events.same))
+            inputs = self.attend(name, inputs, event_vectors, later, rows, same)
             first += size
         return inputs
 
@@ -113,9 +139,24 @@ class HistoryAttention(nn.ModuleDict):
         same: Tensor,
         events: Tensor | None = None,
     ) -> Tensor:
-        """(N, W) inputs of N candidates with what the events of one history say of each; see `TargetAttention`."""
-        pool, (own, partners) = self[name], self._columns[name]
+        """Add the events of one history to the inputs of N candidates.
+
+        Args:
+            name: Name of the history.
+            inputs: (N, W).
+            vectors: As in `TargetAttention.forward`.
+            later: As in `TargetAttention.encode_events`.
+            rows: As in `TargetAttention.forward`.
+            same: As in `TargetAttention.forward`.
+            events: As in `TargetAttention.forward`.
+
+        Returns:
+            (N, W).
+        """
+        pool, (mean_columns, partners) = self[name], self._columns[name]
         assert isinstance(pool, TargetAttention)
-        asked = torch.cat([inputs[:, columns] for columns in partners], dim=1)
-        said = pool(pool.encode_events(vectors, later), vectors, asked, rows, same[:, : pool.parts], events)
-        return torch.cat([inputs[:, : own.start], inputs[:, own] + said, inputs[:, own.stop :]], dim=1)
+        candidates = torch.cat([inputs[:, columns] for columns in partners], dim=1)
+        pooled = pool(pool.encode_events(vectors, later), vectors, candidates, rows, same[:, : pool.parts], events)
+        return torch.cat(
+            [inputs[:, : mean_columns.start], inputs[:, mean_columns] + pooled, inputs[:, mean_columns.stop :]], dim=1
+        )

@@ -1,8 +1,8 @@
-"""The dense part in inference: fixed weights, all experts on all rows, in a few large operators.
+"""Dense part for inference, with fixed weights and all experts on all rows, in a few large operators.
 
-`mmoe_rec.model.mmoe` computes the same for training and for all that a request may ask of experts: with a module for
-each layer, and a product for each expert. For five rows it spends most of its time calling a hundred operators. The
-operators here take a third of that time, and nine tenths for five hundred rows. Most models fit: see
+`mmoe_rec.model.mmoe` computes the same for training, and for requests that restrict experts. It uses a module for each
+layer and a product for each expert, so that for five rows most of the time goes to calling a hundred operators. The
+operators here take a third of the time for five rows, and 90% for five hundred rows. Most models can use them, see
 `build_fused_forward`.
 """
 
@@ -20,100 +20,114 @@ from mmoe_rec.model.mmoe import Mixture, RankingModel
 from mmoe_rec.model.routing import Soft
 
 Weights = tuple[Tensor, Tensor | None]
-"""Of a linear layer: (outputs, inputs) and (outputs,); of G layers on inputs of their own: (G, inputs, outputs) and
-(G, 1, outputs)."""
-# Random rows to compare, and differences to accept, as a fraction of the largest logit: float64 rounds by 1e-7 at most.
+"""Weight and bias of a linear layer, (outputs, inputs) and (outputs,).
+
+Of G layers, the shapes are (G, inputs, outputs) and (G, 1, outputs).
+"""
+# Number of random rows to compare, and the accepted difference as a fraction of the largest logit.
 _ROWS, _TOLERANCE = 16, 1e-4
 
 
 def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Callable[[Tensor], Tensor] | None:
-    """What gives the logits (B, T) float32 of a mixture by its inputs (B, W), with its weights as they are now: of
-    experts on one level, where each gate mixes all experts that it may use.
+    """Return a function from inputs (B, W) to logits (B, T) float32, with the current weights.
 
-    None where there are several levels, gates that choose some of the experts or may use none, experts that read raw
-    inputs, or experts that are still being let in.
+    It supports one level of experts, in which each gate mixes all experts that it may use.
+
+    Args:
+        mixture: Dense part of a model.
+        matmul_backend: Library of the matrix products.
+
+    Returns:
+        The function. None for several levels, gates that choose experts or have none in use, experts that read raw
+        inputs, or experts that are still ramping up.
     """
-    level, *others = mixture.expert_levels()
+    level, *further_levels = mixture.expert_levels()
     gates, (experts, *groups) = level.gates, level.expert_groups()
-    chooses = not isinstance(gates.rule, Soft) or gates.settings.serving_top_k is not None
+    selects = not isinstance(gates.rule, Soft) or gates.settings.serving_top_k is not None
     usable = gates.visible & gates.in_use
-    if others or groups or chooses or mixture.raw_inputs or bool(gates.ramp.any()) or not bool(usable.any(1).all()):
+    if (
+        further_levels
+        or groups
+        or selects
+        or mixture.raw_inputs
+        or bool(gates.ramp.any())
+        or not bool(usable.any(1).all())
+    ):
         return None
     bottom, crosses = mixture.bottom, mixture.bottom.crosses
     pairs = [] if crosses is None else zip(crosses.down, crosses.up, strict=True)
-    of_crosses = [(_weights(down), _weights(up)) for down, up in pairs]
-    of_hidden = [_weights(layer) for layer in bottom.layers if isinstance(layer, Linear)]
+    cross_weights = [(_weights(down), _weights(up)) for down, up in pairs]
+    hidden_weights = [_weights(layer) for layer in bottom.layers if isinstance(layer, Linear)]
     first, *deeper = experts.layers
-    of_experts = [_together(first), *map(_apart, deeper)]  # all experts read the first layer together
-    # (G * E, H), with a bias of minus infinity for experts that a gate may not use.
-    of_gates, bias_of_gates = _together(gates.linear)
-    assert bias_of_gates is not None
-    bias_of_gates = bias_of_gates.masked_fill(~usable.flatten(), float("-inf"))
-    of_towers = [_apart(layer) for layer in mixture.towers.layers]
+    expert_weights = [_concatenated(first), *map(_transposed, deeper)]  # One product for all experts.
+    # (G * E, H). Experts that a gate can't use get a bias of minus infinity.
+    gate_weight, gate_bias = _concatenated(gates.linear)
+    assert gate_bias is not None
+    gate_bias = gate_bias.masked_fill(~usable.flatten(), float("-inf"))
+    tower_weights = [_transposed(layer) for layer in mixture.towers.layers]
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return onednn_linear(x, weight.t(), bias) if matmul_backend == "onednn" else functional.linear(x, weight, bias)
 
     def logits(inputs: Tensor) -> Tensor:
-        """(B, W) float32 -> (B, T) float32, as `Mixture` gives them."""
+        """Return the logits (B, T) of inputs (B, W), equal to the logits of `Mixture`."""
         crossed = inputs
-        for (down, _), (up, bias) in of_crosses:
+        for (down, _), (up, bias) in cross_weights:
             crossed = torch.addcmul(crossed, inputs, linear(linear(crossed, down, None), up, bias))
         if bottom.piecewise_linear is not None:
             crossed = torch.cat([crossed, bottom.piecewise_linear(inputs[:, -bottom.dense :])], dim=1)
         hidden = crossed  # (B, H)
-        for weight, bias in of_hidden:
+        for weight, bias in hidden_weights:
             hidden = functional.silu(linear(hidden, weight, bias), inplace=True)
-        (weight, bias), *deeper = of_experts
+        (weight, bias), *deeper = expert_weights
         outputs = experts.activate(linear(hidden, weight, bias))
         outputs = outputs.view(len(inputs), experts.count, -1).transpose(0, 1)  # (E, B, U)
         for weights in deeper:
-            outputs = experts.activate(_each(outputs, weights))
+            outputs = experts.activate(_batched_linear(outputs, weights))
         if experts.normalize:
             outputs = functional.layer_norm(outputs, outputs.shape[-1:])
-        shares = linear(hidden, of_gates, bias_of_gates).view(len(inputs), *usable.shape).softmax(2)
-        of_tasks = (shares @ outputs.transpose(0, 1)).transpose(0, 1)  # (G, B, U)
-        *layers, last = of_towers
+        gate_weights = linear(hidden, gate_weight, gate_bias).view(len(inputs), *usable.shape).softmax(2)
+        mixed = (gate_weights @ outputs.transpose(0, 1)).transpose(0, 1)  # (G, B, U)
+        *layers, last = tower_weights
         for weights in layers:
-            of_tasks = functional.silu(_each(of_tasks, weights), inplace=True)
-        return _each(of_tasks, last).squeeze(2).t()
+            mixed = functional.silu(_batched_linear(mixed, weights), inplace=True)
+        return _batched_linear(mixed, last).squeeze(2).t()
 
     return logits
 
 
 def check_fused_forward(model: RankingModel) -> None:
-    """Raise UserError if the fused pass gives other logits than the model's own forward pass.
+    """Raise UserError if the fused pass returns other logits than the model's own forward pass.
 
-    An added type of expert, gate or tower may compute something that `build_fused_forward` does not know. Where float32
-    differs, float64 decides, because a processor may round products of float32 to bf16.
+    An added type of expert, gate or tower may do something that `build_fused_forward` doesn't support. If float32
+    results differ, float64 decides, since a processor may round products of float32 to bf16.
     """
     inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
-    off = _find_difference(model.mixture, inputs)
-    if not off <= _TOLERANCE:
-        with suppress(RuntimeError):  # an added part may take float32 alone
-            off = _find_difference(deepcopy(model.mixture).double(), inputs.double())
-    if not off <= _TOLERANCE:
+    difference = _find_difference(model.mixture, inputs)
+    if not difference <= _TOLERANCE:
+        with suppress(RuntimeError):  # An added part may support only float32.
+            difference = _find_difference(deepcopy(model.mixture).double(), inputs.double())
+    if not difference <= _TOLERANCE:
         raise UserError(
-            "mmoe_rec/model/fused.py: the fused pass gives other logits than the model's forward pass, off by "
-            f"{off:.2g} of the largest. Make `build_fused_forward` return None for the part that it does not "
-            "know, such as an "
-            "expert."
+            "mmoe_rec/model/fused.py: the fused pass returns other logits than the model's forward pass. The "
+            f"difference is {difference:.2g} of the largest logit. Return None from `build_fused_forward` for the part "
+            "that it doesn't support, such as an expert."
         )
 
 
 def _find_difference(mixture: Mixture, inputs: Tensor) -> float:
-    """Return the largest difference between logits of both passes, as a fraction of the largest logit."""
+    """Return the largest difference between the logits of both passes, as a fraction of the largest logit."""
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         plain, fused = mixture(inputs, None).logits, build_fused_forward(mixture, "blas")
-        finite = plain.isfinite().all(1)  # scoring refuses other rows
+        finite = plain.isfinite().all(1)  # Scoring rejects rows that aren't finite.
         if fused is None or not finite.any():
             return 0.0
-        off = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)
-    return float(off)
+        difference = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)
+    return float(difference)
 
 
-def _each(x: Tensor, weights: Weights) -> Tensor:
-    """(G, B, I) -> (G, B, O); one input (1, B, I) may serve all groups."""
+def _batched_linear(x: Tensor, weights: Weights) -> Tensor:
+    """Apply G layers, (G, B, I) -> (G, B, O). One input (1, B, I) can serve all groups."""
     weight, bias = weights
     assert bias is not None
     return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
@@ -124,12 +138,12 @@ def _weights(layer: nn.Module) -> Weights:
     return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
-def _together(layer: nn.Module) -> Weights:
-    """Of groups that read the same input, as one layer."""
+def _concatenated(layer: nn.Module) -> Weights:
+    """Return the weights of groups with the same input as one layer."""
     assert isinstance(layer, StackedLinear)
     return layer.weight.detach().flatten(0, 1), layer.bias.detach().flatten()
 
 
-def _apart(layer: nn.Module) -> Weights:
+def _transposed(layer: nn.Module) -> Weights:
     assert isinstance(layer, StackedLinear)
     return layer.weight.detach().transpose(1, 2).contiguous(), layer.bias.detach().unsqueeze(1)

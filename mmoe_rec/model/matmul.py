@@ -1,11 +1,11 @@
-"""Matrix products of layers: by which library they run, of many small layers at once, and on sent rows only.
+"""Matrix products of layers: the library to use, products of many small layers, and products of routed rows.
 
-Three chapters: linear layers whose fp32 products can go to oneDNN; G layers of one shape stored as one weight; and
-products of each expert with the rows that were sent to it (`Dispatch`).
+The file has three parts: linear layers that can use oneDNN for fp32, G layers of one shape stored as one weight, and
+products of each expert with its own rows (`Dispatch`).
 
-torch gives products in fp32 on a CPU to its BLAS library, and only those in half precision to oneDNN. Its packages for
-x86 bring Intel's MKL, which takes twice as long as oneDNN on some processors of others. The operator that reaches
-oneDNN is the one that torch's compiler puts in the place of linear layers; results are equal but for rounding.
+On a CPU, torch uses its BLAS library for fp32 products, and oneDNN only for half precision. Its packages for x86
+contain Intel's MKL, which takes twice as long as oneDNN on some processors of other vendors. The operator that calls
+oneDNN is the operator that torch's compiler uses for linear layers. Results differ only by rounding.
 """
 
 import math
@@ -20,85 +20,102 @@ from torch.nn import functional
 from mmoe_rec.errors import UserError
 
 MatmulBackend = Literal["blas", "onednn"]
-"""blas: the library behind `torch.mm`; onednn: oneDNN, for fp32 on a CPU; the rest stays where torch has it."""
+"""blas: the library behind `torch.mm`; onednn: oneDNN for fp32 on a CPU, and torch's default elsewhere."""
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with its weights and its state, of (B, inputs) alone, by the library that `matmul_backend` names."""
+    """`nn.Linear` for inputs (B, inputs), with the library `matmul_backend`."""
 
     matmul_backend: MatmulBackend = "blas"
 
     def forward(self, input: Tensor, data: Tensor | None = None) -> Tensor:
-        """(B, inputs) -> (B, outputs). data: (B, D) the last D of the inputs, which get no gradient."""
+        """Return the outputs (B, outputs).
+
+        Args:
+            input: (B, inputs).
+            data: (B, D), the last D inputs, which get no gradient.
+        """
         return linear(input, self.weight, self.bias, self.matmul_backend, data)
 
 
 def set_matmul_backend(model: nn.Module, matmul_backend: MatmulBackend) -> None:
-    """Makes all layers multiply by this library."""
-    for each in model.modules():
-        if isinstance(each, Linear | StackedLinear):
-            each.matmul_backend = matmul_backend
+    """Set the library of all layers of a model.
+
+    Args:
+        model: Model to change.
+        matmul_backend: Library.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | StackedLinear):
+            module.matmul_backend = matmul_backend
 
 
 @lru_cache
 def has_onednn() -> bool:
-    """Whether this build of torch multiplies by oneDNN, and in fp32: some settings of torch's and of oneDNN's have it
-    round to bf16 or TF32, where the processor can.
+    """Return whether this build of torch supports oneDNN in fp32.
+
+    Some settings of torch and oneDNN round to bf16 or TF32 on some processors.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
     try:
-        found = onednn_linear(left, right).double()
-    except (AttributeError, RuntimeError):  # there is none, or it is another one
+        product = onednn_linear(left, right).double()
+    except (AttributeError, RuntimeError):  # The operator is missing or has another signature.
         return False
-    # The outputs are about 16: fp32 is off by a hundred-thousandth, TF32 by a hundredth.
-    return bool((found - left.double() @ right.double()).abs().max() < 5e-4)
+    # The outputs are about 16. The error is about 1e-5 in fp32 and 1e-2 in TF32.
+    return bool((product - left.double() @ right.double()).abs().max() < 5e-4)
 
 
 def choose_matmul_backend(choice: Literal["auto"] | MatmulBackend, device: str) -> MatmulBackend:
-    """Return the library that a setting asks for.
+    """Return the library for a setting.
 
-    `auto` takes oneDNN on a CPU where torch has it. Its matmuls in fp32 take half the time of BLAS on some processors,
-    and as long on others (`tests/benchmarks/LOG.md`).
+    `auto` takes oneDNN on a CPU if torch has it. Its fp32 products take half the time of BLAS on some processors, and
+    equal time on others (`tests/benchmarks/LOG.md`).
 
     Args:
-        choice: The setting `training.matmul_backend`.
+        choice: Setting `training.matmul_backend`.
         device: "cpu" or "cuda".
 
     Raises:
-        UserError: This machine does not have the library.
+        UserError: This machine doesn't have the library.
     """
     if choice == "auto":
         return "onednn" if device == "cpu" and has_onednn() else "blas"
     if choice == "onednn" and device == "cuda":
-        raise UserError("training.matmul_backend is onednn, a library of CPUs: set it to auto")
+        raise UserError("training.matmul_backend is onednn, which only supports CPUs. Set it to auto.")
     if choice == "onednn" and not has_onednn():
         raise UserError(
-            "training.matmul_backend is onednn, but torch does not multiply by it in fp32 here: set it to auto or blas"
+            "training.matmul_backend is onednn, which torch doesn't support in fp32 here. Set it to auto or blas."
         )
     return choice
 
 
 def choose_serving_backend(choice: str) -> MatmulBackend:
-    """Return the library to serve by. oneDNN, also of a model from another machine, gives way to BLAS without it.
-
-    Args:
-        choice: The setting `serving.matmul_backend`.
-    """
+    """Return the library for the setting `serving.matmul_backend`. Without oneDNN on this machine, it is BLAS."""
     return "onednn" if choice != "blas" and has_onednn() else "blas"
 
 
 def onednn_linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(m, k) and (k, n) float32, with or without gaps, to (m, n) plus bias (n,)."""
-    # Some matrices with gaps go through a loop of oneDNN's that takes a thousand times as long.
+    """Return left @ right + bias.
+
+    Args:
+        left: (m, k) float32, contiguous or not.
+        right: (k, n) float32, contiguous or not.
+        bias: (n,).
+
+    Returns:
+        (m, n).
+    """
+    # For some matrices with gaps, oneDNN uses a loop that takes a thousand times as long.
     left, right = (
-        each if each.is_contiguous() or each.t().is_contiguous() else each.contiguous() for each in (left, right)
+        matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+        for matrix in (left, right)
     )
     return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
 
 
 def cast_for_matmul(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's precision, if that is on: cast once for several products."""
+    """Cast a tensor to autocast's precision if autocast is on, once for several products."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
@@ -106,20 +123,28 @@ def cast_for_matmul(tensor: Tensor) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, matmul_backend: MatmulBackend, data: Tensor | None = None
 ) -> Tensor:
-    """`functional.linear`: (B, I), (O, I), (O,) -> (B, O). data: (B, D) the last D of I, which get no gradient."""
-    if data is None and (matmul_backend == "blas" or not _takes_onednn(cast_for_matmul(x))):
+    """Apply `functional.linear` with the given library, (B, I) -> (B, O).
+
+    Args:
+        x: (B, I), or (B, I - D) with `data`.
+        weight: (O, I).
+        bias: (O,).
+        matmul_backend: Library.
+        data: (B, D), the last D inputs, which get no gradient.
+    """
+    if data is None and (matmul_backend == "blas" or not _can_use_onednn(cast_for_matmul(x))):
         return functional.linear(cast_for_matmul(x), weight, bias)
     return _Linear.apply(
         cast_for_matmul(x), None if data is None else cast_for_matmul(data), weight, bias, matmul_backend
     )
 
 
-def _takes_onednn(x: Tensor) -> bool:
+def _can_use_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer, without a gradient of data among its inputs.
+    """Linear layer without a gradient for the data among its inputs.
 
     Weights of higher precision than the rows are cast, and so are their gradients.
     """
@@ -128,38 +153,49 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, data: Tensor | None, weight: Tensor, bias: Tensor | None, matmul_backend: MatmulBackend
     ) -> Tensor:
-        inputs, own = x if data is None else torch.cat([x, data], dim=1), weight.to(x.dtype)
-        own_bias = None if bias is None else bias.to(x.dtype)
-        ctx.save_for_backward(inputs, own)
-        ctx.own, ctx.dtype, ctx.onednn = x.shape[1], weight.dtype, matmul_backend == "onednn" and _takes_onednn(x)
-        return onednn_linear(inputs, own.t(), own_bias) if ctx.onednn else functional.linear(inputs, own, own_bias)
+        inputs, cast_weight = x if data is None else torch.cat([x, data], dim=1), weight.to(x.dtype)
+        cast_bias = None if bias is None else bias.to(x.dtype)
+        ctx.save_for_backward(inputs, cast_weight)
+        ctx.x_width, ctx.dtype, ctx.onednn = x.shape[1], weight.dtype, matmul_backend == "onednn" and _can_use_onednn(x)
+        return (
+            onednn_linear(inputs, cast_weight.t(), cast_bias)
+            if ctx.onednn
+            else functional.linear(inputs, cast_weight, cast_bias)
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
-        to_x, _, to_weight, to_bias, _ = ctx.needs_input_grad
+        needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         multiply = onednn_linear if ctx.onednn else torch.mm
-        weights = None
-        if to_weight and ctx.onednn and gradient.shape[1] > inputs.shape[1]:
-            # oneDNN takes up to twice as long where its result has more rows than columns.
-            weights = onednn_linear(inputs.t(), gradient).t().contiguous()
-        elif to_weight:
-            weights = multiply(gradient.t(), inputs).to(ctx.dtype)
-        of_x = multiply(gradient, weight[:, : ctx.own]) if to_x else None
-        return of_x, None, weights, gradient.sum(0).to(ctx.dtype) if to_bias else None, None
+        weight_gradient = None
+        if needs_weight and ctx.onednn and gradient.shape[1] > inputs.shape[1]:
+            # oneDNN takes up to twice as long if the result has more rows than columns.
+            weight_gradient = onednn_linear(inputs.t(), gradient).t().contiguous()
+        elif needs_weight:
+            weight_gradient = multiply(gradient.t(), inputs).to(ctx.dtype)
+        x_gradient = multiply(gradient, weight[:, : ctx.x_width]) if needs_x else None
+        return x_gradient, None, weight_gradient, gradient.sum(0).to(ctx.dtype) if needs_bias else None, None
 
 
 class StackedLinear(nn.Module):
-    """G independent linear layers from `inputs` to `outputs`, each initialised as `nn.Linear` would be.
+    """G independent linear layers of equal shape, initialized like `nn.Linear`.
 
-    Inputs that all groups share go through one large product; groups with inputs of their own through one each, which
-    beats a strided batched product on a CPU. State: weight (G, outputs, inputs), bias (G, outputs).
+    Shared inputs use one large product. Separate inputs use one product per group, which is faster than a strided
+    batched product on a CPU. The state is weight (G, outputs, inputs) and bias (G, outputs).
     """
 
     matmul_backend: MatmulBackend = "blas"
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        """Create the layers.
+
+        Args:
+            groups: Number of layers G.
+            inputs: Number of inputs.
+            outputs: Number of outputs.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(groups, outputs))
@@ -168,33 +204,35 @@ class StackedLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """An input for each group: (B, G, inputs) -> (B, G, outputs)."""
+        """Apply each group to its own input, (B, G, inputs) -> (B, G, outputs)."""
         groups = zip(cast_for_matmul(x).unbind(1), self.weight.unbind(), self.bias.unbind(), strict=True)
         outputs = [_Linear.apply(rows, None, weight, bias, self.matmul_backend) for rows, weight, bias in groups]
         return torch.stack(outputs, dim=1)
 
     def shared(self, x: Tensor) -> Tensor:
-        """One input for all groups: (B, inputs) -> (B, G * outputs), group-major."""
+        """Apply all groups to one input, (B, inputs) -> (B, G * outputs), group-major."""
         return linear(x, self.weight.flatten(0, 1), self.bias.flatten(), self.matmul_backend)
 
 
-# Sparse compute: each expert on the rows that were sent to it, all experts in one product.
+# Sparse compute runs each expert only on the rows sent to it, with all experts in one product.
 #
-# On a GPU the host must not wait to learn how many rows an expert has. There the number of places follows from what it
-# knows: a router gives a row at most k experts, so B rows take at most B x K places; where each expert's places end
-# stays on the device. Places without a row are computed on some row, and nobody reads them. `functional.embedding`
-# gathers rows, as its backward pass adds in one order, without atomic additions: a step gives the same bits each time.
+# On a GPU, the host must not wait for the number of rows of an expert. A router gives a row at most k experts, so B
+# rows need at most B x K slots. The end of each expert's slots stays on the device. Empty slots are computed on some
+# row and never read. `functional.embedding` gathers rows, since its backward pass adds in a fixed order without atomic
+# additions, and a step is reproducible bit by bit.
 #
-# Shapes: B rows, E experts, K experts a row at most, S places, I and O widths of a layer.
+# Shapes: B rows, E experts, K maximum number of experts per row, S slots, I and O widths of a layer.
 
 
-# Rows whose numbers in half precision take 16 bytes, which `grouped_mm` asks for.
+# Multiple of columns whose numbers in half precision take 16 bytes, which `grouped_mm` requires.
 GROUPED_MM_ALIGNMENT = 8
 
 
 def supports_grouped_mm(x: Tensor) -> bool:
-    """Whether a GPU multiplies such rows by their experts' weights in one product: in bf16, from Nvidia's compute
-    capability 9 to 10. On others torch itself reads the numbers of rows back to the host and loops over experts.
+    """Return whether a GPU multiplies rows by their experts' weights in one product.
+
+    The product needs bf16 and Nvidia's compute capability 9 or 10. On other GPUs, torch reads the numbers of rows back
+    to the host and loops over experts.
     """
     return x.dtype == torch.bfloat16 and _capability(x.device)[0] in (9, 10)
 
@@ -206,10 +244,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Which of E experts run on which of B rows: S places, those of one expert next to each other.
+    """Assignment of B rows to E experts, in S slots. The slots of an expert are adjacent.
 
-    sizes: (E,) int64, places of each expert; rows: (S,) int64, the row in each place; places, experts: (B, K) int64,
-    where the up to K results of a row are, and whose they are; filled: (B, K) bool, False where a row has fewer.
+    Attributes:
+        sizes: (E,) int64, number of slots of each expert.
+        rows: (S,) int64, row of each slot.
+        slots: (B, K) int64, slots of the up to K results of a row.
+        experts: (B, K) int64, experts of these results.
+        filled: (B, K) bool, False for missing results of a row with fewer experts.
     """
 
     sizes: Tensor
@@ -220,10 +262,12 @@ class Dispatch:
 
     @staticmethod
     def of(used: Tensor, block: int = 1, max_per_row: int | None = None) -> "Dispatch":
-        """The dispatch of rows to the experts that they use, (B, E) bool.
+        """Assign rows to the experts that they use.
 
-        block: each expert gets a multiple of so many places; most: experts of a row, at most, with which no number is
-        read from the device.
+        Args:
+            used: (B, E) bool.
+            block: Each expert gets a multiple of this number of slots.
+            max_per_row: Maximum number of experts per row. If given, no number is read from the device.
         """
         rows, count = used.shape
         if max_per_row is None:
@@ -231,42 +275,57 @@ class Dispatch:
             sizes = (used.sum(0) + block - 1) // block * block
             starts, total = sizes.cumsum(0) - sizes, int(sizes.sum())
         else:
-            # Kernels of GPUs treat a product over no rows apart, so each expert has a place too many; and the last one
-            # takes all that are left, so that none is undefined.
+            # GPU kernels treat a product over no rows differently, so each expert gets an extra slot. The last expert
+            # takes all remaining slots, so that none is undefined.
             max_per_row = min(max_per_row, count)
             sizes = (used.sum(0) // block + 1) * block
             starts, total = sizes.cumsum(0) - sizes, (-(-rows * max_per_row // block) + count) * block
             sizes = torch.cat([sizes[:-1], total - starts[-1:]])
-        numbers = torch.arange(count, device=used.device).expand(rows, -1)
-        nth = torch.where(used, used.cumsum(1) - 1, max_per_row)  # column `max_per_row` is for what is not there
-        experts = nth.new_zeros(rows, max_per_row + 1).scatter_(1, nth, numbers)[:, :max_per_row]
+        expert_indices = torch.arange(count, device=used.device).expand(rows, -1)
+        columns = torch.where(used, used.cumsum(1) - 1, max_per_row)  # Column `max_per_row` collects unused experts.
+        experts = columns.new_zeros(rows, max_per_row + 1).scatter_(1, columns, expert_indices)[:, :max_per_row]
         filled = torch.arange(max_per_row, device=used.device) < used.sum(1, keepdim=True)
         slots = torch.where(filled, (starts + used.cumsum(0) - 1).gather(1, experts), total)
-        each_row = torch.arange(rows, device=used.device).repeat_interleave(max_per_row, output_size=rows * max_per_row)
-        in_place = slots.new_zeros(total + 1).scatter_(0, slots.flatten(), each_row)[:total]
-        # A result that is not a row's own would reach it times 0, which is NaN if the result is.
+        row_indices = torch.arange(rows, device=used.device).repeat_interleave(
+            max_per_row, output_size=rows * max_per_row
+        )
+        rows_of_slots = slots.new_zeros(total + 1).scatter_(0, slots.flatten(), row_indices)[:total]
+        # A missing result counts times 0, which is NaN if the result is. Repeat one of the row's own results.
         slots = torch.where(filled, slots, torch.where(filled[:, :1], slots[:, :1], 0))
-        return Dispatch(sizes, in_place, slots, experts, filled)
+        return Dispatch(sizes, rows_of_slots, slots, experts, filled)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Places through each expert's own linear layer: (S, I), (E, O, I), (E, O) -> (S, O); weights are cast.
+        """Apply each expert's linear layer to its slots, with weights cast to the type of `x`.
 
-        The gradient that arrives has to be contiguous, as that of an activation is.
+        The incoming gradient must be contiguous, like the gradient of an activation.
+
+        Args:
+            x: (S, I).
+            weight: (E, O, I).
+            bias: (E, O).
+
+        Returns:
+            (S, O).
         """
         outputs, inputs = weight.shape[1:]
-        # The bias multiplies a column of ones; further columns of zeros make up whole blocks.
-        more = functional.pad(x.new_ones(1), (0, -(inputs + 1) % GROUPED_MM_ALIGNMENT))
-        rows = torch.cat([x, more.expand(len(x), -1)], dim=1)
+        # A column of ones multiplies the bias. Columns of zeros fill the last block.
+        padding = functional.pad(x.new_ones(1), (0, -(inputs + 1) % GROUPED_MM_ALIGNMENT))
+        rows = torch.cat([x, padding.expand(len(x), -1)], dim=1)
         columns = functional.pad(
-            torch.cat([weight, bias.unsqueeze(2)], dim=2), (0, len(more) - 1, 0, -outputs % GROUPED_MM_ALIGNMENT)
+            torch.cat([weight, bias.unsqueeze(2)], dim=2), (0, len(padding) - 1, 0, -outputs % GROUPED_MM_ALIGNMENT)
         )
         ends = self.sizes.cumsum(0, dtype=torch.int32)
         return functional.grouped_mm(rows, columns.to(x.dtype).transpose(1, 2), offs=ends)[:, :outputs]
 
     def combine(self, values: Tensor, weights: Tensor) -> Tensor:
-        """(S, U) outputs of places, (B, G, E) weights -> (B, G, U), summed over experts."""
+        """Return the weighted sum of the experts' outputs, (B, G, U).
+
+        Args:
+            values: (S, U) outputs of the slots.
+            weights: (B, G, E).
+        """
         if not len(values):
             return values.new_zeros(*weights.shape[:2], values.shape[1])
-        own = weights.gather(2, self.experts.unsqueeze(1).expand(-1, weights.shape[1], -1))  # (B, G, K)
-        of_rows = functional.embedding(self.slots, values)  # (B, K, U)
-        return torch.bmm((own * self.filled.unsqueeze(1)).to(values.dtype), of_rows)
+        row_weights = weights.gather(2, self.experts.unsqueeze(1).expand(-1, weights.shape[1], -1))  # (B, G, K)
+        row_values = functional.embedding(self.slots, values)  # (B, K, U)
+        return torch.bmm((row_weights * self.filled.unsqueeze(1)).to(values.dtype), row_values)

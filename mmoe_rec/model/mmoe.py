@@ -1,15 +1,15 @@
-"""The ranking model: tables, shared bottom, experts, one gate and tower per task, and the placement tower.
+"""Ranking model with tables, a shared bottom, experts, a gate and a tower for each task, and a placement tower.
 
-Multi-gate mixture-of-experts (Ma et al., KDD 2018) in the arrangement of YouTube's ranking system (Zhao et al., RecSys
-2019): experts and gates sit on a shared hidden layer, not on the wide input. A shared bottom is one expert, OMoE one
-gate for all tasks, CGC has experts of single tasks, PLE several levels. The forward pass reads from top to bottom here,
-in `levels` and in `routing`.
+The model is a multi-gate mixture-of-experts (Ma et al., KDD 2018) arranged like YouTube's ranking system (Zhao et al.,
+RecSys 2019). Experts and gates read a shared hidden layer instead of the wide input. A shared bottom is one expert,
+OMoE is one gate for all tasks, CGC adds experts of single tasks, and PLE stacks several levels. Read the forward pass
+from top to bottom here, then in `levels` and in `routing`.
 
 Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, U expert width, P placement width, T
 tasks.
 
-The concatenated inputs are not normalised: dense inputs arrive standardised and embeddings start small, so that an
-unseen id adds next to nothing; a LayerNorm across them would let one outlying number rescale all others.
+The concatenated inputs are not normalized. Dense inputs arrive standardized, and embeddings start small, so that an
+unseen ID adds almost nothing. A LayerNorm over the inputs would let one outlier rescale all other inputs.
 """
 
 from collections.abc import Sequence
@@ -31,16 +31,16 @@ from mmoe_rec.model.tables import mean_embeddings, pool_histories
 from mmoe_rec.model.trees import Trees
 from mmoe_rec.settings import model as section
 
-# torchrec's pipeline traces the model down to its parts, and these are some.
+# torchrec's pipeline traces the model. Keep these functions as single nodes of the graph.
 torch.fx.wrap("mean_embeddings")
 torch.fx.wrap("pool_histories")
 
 
 class Outputs(NamedTuple):
-    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last.
+    """Logits (B, T) float32 of B rows, and the routing of each level of experts from first to last.
 
-    Those of a `RankingModel` with a regression are float64: a float32 in the label's own unit may have steps wider
-    than the labels' deviation.
+    Logits of a `RankingModel` with a regression are float64. In the label's own unit, steps of float32 may be wider
+    than the labels' standard deviation.
     """
 
     logits: Tensor
@@ -48,28 +48,34 @@ class Outputs(NamedTuple):
 
 
 class RankingModel(nn.Module):
-    """Logits of all tasks for a batch of rows; for a regression task the logit is the prediction.
+    """Model that returns the logits of all tasks for a batch. A regression's logit is its prediction.
 
-    tables: `PlainTables` (ids as `KeyedIds`) or torchrec's collection (ids as KeyedJaggedTensor); the rest of the model
-    is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`. trees: beside the mixture, once it is
-    trained.
+    The state has the keys `tables.embedding_bags.<table>.weight` and `mixture.*`. `trees` are boosted trees next to the
+    mixture, None until they are trained.
     """
 
     trees: Trees | None = None
 
     def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: "Mixture") -> None:
+        """Create the model.
+
+        Args:
+            tables: `PlainTables` (IDs as `KeyedIds`) or torchrec's collection (IDs as KeyedJaggedTensor).
+            layout: Inputs and outputs.
+            mixture: Dense part.
+        """
         super().__init__()
         self.tables = tables
-        self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.lookup_inputs()]}
-        self.histories = [(each.length, [name for name, _ in layout.history_inputs(each)]) for each in layout.attention]
+        self.dims = {part.name: layout.table(part.table).dim for part in [*layout.ids, *layout.lookup_inputs()]}
+        self.histories = [(part.length, [name for name, _ in layout.history_inputs(part)]) for part in layout.attention]
         self.id_names = {placement: layout.id_names(placement) for placement in (False, True)}
-        is_placement = torch.tensor([each.placement for each in layout.dense], dtype=torch.bool)
+        is_placement = torch.tensor([part.placement for part in layout.dense], dtype=torch.bool)
         self.dense_columns = nn.Buffer((~is_placement).nonzero()[:, 0], persistent=False)
         self.placement_columns = nn.Buffer(is_placement.nonzero()[:, 0], persistent=False)
-        units = torch.float64 if any(task.kind.is_linear for task in layout.tasks) else torch.float32
-        deviations, means = zip(*((task.std, task.mean) for task in layout.tasks), strict=True)
-        self.scale = nn.Buffer(torch.tensor(deviations, dtype=units), persistent=False)
-        self.mean = nn.Buffer(torch.tensor(means, dtype=units), persistent=False)
+        dtype = torch.float64 if any(task.kind.is_linear for task in layout.tasks) else torch.float32
+        stds, means = zip(*((task.std, task.mean) for task in layout.tasks), strict=True)
+        self.scale = nn.Buffer(torch.tensor(stds, dtype=dtype), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(means, dtype=dtype), persistent=False)
         self.mixture = mixture
         self.names = [task.name for task in layout.tasks]
         self.width = layout.width(placement=False)
@@ -77,23 +83,31 @@ class RankingModel(nn.Module):
 
     @property
     def visible_experts(self) -> Tensor:
-        """(T, E) bool: the experts of the last level that each task sees."""
+        """Experts of the last level that each task sees, (T, E) bool."""
         visible = self.mixture.gates[-1].visible
         return visible.expand(len(self.names), -1) if len(visible) == 1 else visible
 
     @property
     def experts_in_use(self) -> Tensor:
-        """(T, E) bool: those of them that may get a weight."""
+        """Visible experts that may get a weight, (T, E) bool."""
         return self.visible_experts & self.mixture.gates[-1].in_use
 
     def forward(self, batch: Batch, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
-        """Logits and routings of a batch; the options are those of `Mixture`. Over sharded tables a collective call."""
+        """Return the logits and routings of a batch. Over sharded tables, all ranks must call it together.
+
+        Args:
+            batch: B rows.
+            top_k: As in `Mixture.forward`.
+            usable: As in `Mixture.forward`.
+        """
         inputs, placement, events = self._look_up(batch)
         return self.forward_inputs(inputs, placement, top_k, usable, events)
 
     def concat_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order, with trees also single ids; and
-        its placement, (B, P)."""
+        """Return the inputs (B, W) float32 and the placement (B, P) of a batch.
+
+        Embeddings come first, then numbers, in layout order. With trees, single IDs follow.
+        """
         inputs, placement, events = self._look_up(batch)
         if events is not None:
             assert self.mixture.histories is not None
@@ -101,11 +115,9 @@ class RankingModel(nn.Module):
         return inputs, placement
 
     def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionEvents | None]:
-        """What `concat_inputs` gives, with means for what attention pools, and the events of these."""
+        """Return the inputs, the placement and the events. Inputs have means in place of attention."""
         pooled = self.tables(batch.ids)
-        embeddings = mean_embeddings(
-            pooled, self.dims, batch.ragged_inputs, batch.pooling_weights
-        )  # of each id input (B, its dim)
+        embeddings = mean_embeddings(pooled, self.dims, batch.ragged_inputs, batch.pooling_weights)  # Name -> (B, dim).
         events = None
         if self.histories:
             assert batch.events is not None
@@ -113,7 +125,7 @@ class RankingModel(nn.Module):
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         if self.trees is not None:
             ids = [batch.ids.column(name)[0][:, None] for name in self.tree_id_names]
-            inputs = torch.cat([inputs, *(each.to(inputs) for each in ids)], dim=1)
+            inputs = torch.cat([inputs, *(column.to(inputs) for column in ids)], dim=1)
         return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns), events
 
     def forward_inputs(
@@ -124,25 +136,37 @@ class RankingModel(nn.Module):
         usable: Tensor | None = None,
         events: AttentionEvents | None = None,
     ) -> Outputs:
-        """Logits and routings of inputs as `concat_inputs` gives them; placement is read in training only. events: of
-        histories that attention has not pooled yet."""
-        of_network = inputs if self.trees is None else inputs[:, : self.width]
-        # Vectors are arguments of their own: where these enter the mixture, training cuts the graph in front of tables.
-        vectors = [] if events is None else [events.vectors[each] for each in range(len(self.histories))]
-        outputs = self.mixture(of_network, placement, top_k, usable, *((events, *vectors) if vectors else ()))
+        """Return the logits and routings of concatenated inputs.
+
+        Args:
+            inputs: (B, W) as in `concat_inputs`.
+            placement: (B, P), which only training reads.
+            top_k: As in `Mixture.forward`.
+            usable: As in `Mixture.forward`.
+            events: Events of histories that attention has not pooled yet.
+        """
+        network_inputs = inputs if self.trees is None else inputs[:, : self.width]
+        # Pass vectors as separate arguments, since training cuts the graph before the tables at the mixture's inputs.
+        vectors = [] if events is None else [events.vectors[index] for index in range(len(self.histories))]
+        outputs = self.mixture(network_inputs, placement, top_k, usable, *((events, *vectors) if vectors else ()))
         return self.postprocess(inputs, outputs)
 
     def postprocess(self, inputs: Tensor, outputs: Outputs) -> Outputs:
-        """The model's outputs from its inputs, see `concat_inputs`, and those of its mixture."""
+        """Convert the mixture's logits to label units and blend them with the trees.
+
+        Args:
+            inputs: (B, W) as in `concat_inputs`.
+            outputs: Outputs of the mixture.
+        """
         logits = self.to_label_units(outputs.logits)
         if self.trees is None:
             return outputs._replace(logits=logits)
-        grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names)
-        grown = self.to_label_units(grown.to(logits))
-        return outputs._replace(logits=self.trees.blend(logits, grown, self.names))
+        tree_logits = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names)
+        tree_logits = self.to_label_units(tree_logits.to(logits))
+        return outputs._replace(logits=self.trees.blend(logits, tree_logits, self.names))
 
     def to_label_units(self, logits: Tensor) -> Tensor:
-        """(B, T) with those of a regression in the label's own unit, in float64; of binary tasks alone as they are."""
+        """Convert the logits (B, T) of regressions to the label's unit, in float64. Binary logits stay unchanged."""
         if self.mean.dtype == torch.float32:
             return logits
         return torch.addcmul(self.mean, logits.to(self.mean.dtype), self.scale)
@@ -153,10 +177,7 @@ def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor
 
 
 class Mixture(nn.Module):
-    """The dense part: from concatenated inputs to logits.
-
-    raw_inputs: experts of the first level read the inputs of the bottom besides its output.
-    """
+    """Dense part of the model, from concatenated inputs to logits."""
 
     def __init__(
         self,
@@ -166,6 +187,15 @@ class Mixture(nn.Module):
         placement: "PlacementTower | None",
         raw_inputs: bool = False,
     ) -> None:
+        """Create the dense part.
+
+        Args:
+            bottom: Shared bottom.
+            levels: Levels of experts.
+            towers: Towers of the tasks.
+            placement: Placement tower, None without placement inputs.
+            raw_inputs: Whether experts of the first level also read the inputs of the bottom.
+        """
         super().__init__()
         self.histories: HistoryAttention | None = None
         self.bottom = bottom
@@ -174,16 +204,12 @@ class Mixture(nn.Module):
         self.placement = placement
         self.raw_inputs = raw_inputs
 
-    def place(self, placement: Tensor) -> Tensor | None:
-        """(B, P) -> (B, T) what the placement tower adds in training; None without such inputs."""
-        return None if self.placement is None else self.placement(placement)
-
     def expert_levels(self) -> list[Level]:
         return [module for module in self.levels if isinstance(module, Level)]
 
     @property
     def gates(self) -> list[Gates]:
-        """The gates of each level, the last level's last."""
+        """Gates of each level from first to last."""
         return [level.gates for level in self.expert_levels()]
 
     def forward(
@@ -195,11 +221,15 @@ class Mixture(nn.Module):
         events: AttentionEvents | None = None,
         *vectors: Tensor,
     ) -> Outputs:
-        """inputs (B, sum of widths), placement (B, P), which counts in training only -> logits and routings.
+        """Return the logits and routings of concatenated inputs.
 
-        top_k: experts per row and gate, outside training, instead of the model's own number; usable: (E,) bool, the
-        only experts that may be run; events, vectors: see `HistoryAttention`, where inputs hold no more than means of
-        these.
+        Args:
+            inputs: (B, W) float32.
+            placement: (B, P), which only training reads.
+            top_k: Experts per row and gate outside training, None for the number in the settings.
+            usable: (E,) bool, the experts that may run.
+            events: Events of the histories, if the inputs contain only means of their events.
+            vectors: Embeddings of the events, as in `HistoryAttention.forward`.
         """
         if events is not None:
             assert self.histories is not None
@@ -220,46 +250,61 @@ class Mixture(nn.Module):
 
 
 class Bottom(nn.Module):
-    """The shared bottom, which experts and gates sit on: crosses and bends on the wide input, then hidden layers.
+    """Shared bottom below experts and gates: feature crosses, piecewise-linear encodings and hidden layers.
 
-    edges: for each of the last D inputs, the dense ones, the edges of its piecewise-linear encoding (at least two, or
-    none to leave it as it is).
+    Attributes:
+        dense: Number of dense inputs, which are the last inputs.
+        outputs: Width H of the output.
     """
 
     def __init__(self, inputs: int, edges: Sequence[Sequence[float]], settings: section.Bottom) -> None:
+        """Create the layers.
+
+        Args:
+            inputs: Number of inputs.
+            edges: Edges of the piecewise-linear encoding of each dense input, at least two, or none for no encoding.
+            settings: Section `model.bottom`.
+        """
         super().__init__()
         self.dense = len(edges)
         self.crosses = (
             CrossNetwork(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
         )
-        piecewise_linear = settings.piecewise and any(len(each) > 1 for each in edges)
+        piecewise_linear = settings.piecewise and any(len(boundaries) > 1 for boundaries in edges)
         self.piecewise_linear = PiecewiseLinear(edges) if piecewise_linear else None
         width = inputs + (len(self.piecewise_linear.column) if self.piecewise_linear else 0)
         self.layers = mlp(width, settings.units, settings.dropout)
         self.outputs = settings.units[-1] if settings.units else width
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, W) float32 -> (B, H)."""
+        """Return the hidden layer (B, H) of the inputs (B, W) float32."""
         crossed = x if self.crosses is None else self.crosses(x)  # (B, W)
         if self.piecewise_linear is None:
             return self.layers(crossed)
         piecewise_linear = self.piecewise_linear(x[:, -self.dense :])
         if not self.layers:
             return torch.cat([crossed, piecewise_linear.to(crossed.dtype)], dim=1)
-        first, *others = self.layers
+        first, *rest = self.layers
         hidden: Tensor = first(crossed, piecewise_linear)
-        for layer in others:
+        for layer in rest:
             hidden = layer(hidden)
         return hidden
 
 
 class CrossNetwork(nn.Module):
-    """Feature crosses: DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
+    """Feature crosses of DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
 
-    x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l, for `layers` layers of the given rank.
+    Each layer computes x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l.
     """
 
     def __init__(self, inputs: int, layers: int, rank: int) -> None:
+        """Create the layers.
+
+        Args:
+            inputs: Number of inputs W.
+            layers: Number of cross layers.
+            rank: Rank of the weights.
+        """
         super().__init__()
         self.down = nn.ModuleList(Linear(inputs, rank, bias=False) for _ in range(layers))
         self.up = nn.ModuleList(Linear(rank, inputs) for _ in range(layers))
@@ -272,27 +317,35 @@ class CrossNetwork(nn.Module):
 
 
 class PiecewiseLinear(nn.Module):
-    """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1): how far each reaches into each of
-    the intervals between its edges, 0 to 1. The layer above then fits any function with bends at the edges.
+    """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1).
+
+    Each output is the covered fraction of one interval between edges, 0 to 1. The next layer can then fit any function
+    with bends at the edges.
     """
 
     def __init__(self, edges: Sequence[Sequence[float]]) -> None:
         super().__init__()
-        intervals = [(index, *ends) for index, each in enumerate(edges) for ends in pairwise(each)]
+        intervals = [(index, *ends) for index, boundaries in enumerate(edges) for ends in pairwise(boundaries)]
         column, low, high = zip(*intervals, strict=True) if intervals else ((), (), ())
         self.column = nn.Buffer(torch.tensor(column, dtype=torch.int64), persistent=False)
         self.slope = nn.Buffer(1.0 / (torch.tensor(high) - torch.tensor(low)), persistent=False)
         self.low = nn.Buffer(torch.tensor(low), persistent=False)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """(B, D) float32 -> (B, number of all intervals) float32. Numbers are data: no gradient flows back to them."""
-        # The difference first: it is exact where the edges lie so near that their distance is small beside themselves.
+        """Encode (B, D) float32 as (B, number of all intervals) float32, without a gradient to the numbers."""
+        # Subtract first. The difference is exact even if the edges are close together and far from 0.
         parts = numbers.detach().index_select(1, self.column).sub_(self.low)
         return parts.mul_(self.slope).clamp_(0.0, 1.0)
 
 
 def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers of the given widths, each followed by SiLU and, if asked for, dropout."""
+    """Return linear layers, each followed by SiLU and optional dropout.
+
+    Args:
+        inputs: Number of inputs.
+        units: Widths of the layers.
+        dropout: Dropout rate.
+    """
     layers: list[nn.Module] = []
     for width in units:
         layers += [Linear(inputs, width), nn.SiLU()]
@@ -303,7 +356,7 @@ def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
 
 
 class RowDropout(nn.Dropout):
-    """Dropout of (B, W) that draws for rows, see `mmoe_rec.batches.batch.seeded_draws`."""
+    """Dropout of (B, W) with draws for each row, see `mmoe_rec.batches.batch.seeded_draws`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -312,22 +365,29 @@ class RowDropout(nn.Dropout):
 
 
 class Towers(nn.Module):
-    """T independent networks, one per task: SiLU hidden layers, then one logit."""
+    """T independent networks, one per task, with SiLU hidden layers and one logit."""
 
     def __init__(self, tasks: int, inputs: int, units: Sequence[int]) -> None:
+        """Create the layers.
+
+        Args:
+            tasks: Number of tasks.
+            inputs: Width U of an input.
+            units: Widths of the hidden layers.
+        """
         super().__init__()
         widths = [inputs, *units, 1]
         self.layers = nn.ModuleList(StackedLinear(tasks, width, below) for width, below in pairwise(widths))
 
     @property
     def output_bias(self) -> nn.Parameter:
-        """(T, 1) what is added to each task's logit last."""
+        """Bias (T, 1) of each task's logit."""
         last = self.layers[-1]
         assert isinstance(last, StackedLinear)
         return last.bias
 
     def forward(self, gated: Tensor) -> Tensor:
-        """(B, T, U) -> logits (B, T)."""
+        """Return the logits (B, T) of the gated experts (B, T, U)."""
         hidden = gated
         for layer in self.layers[:-1]:
             hidden = functional.silu(layer(hidden))
@@ -335,19 +395,27 @@ class Towers(nn.Module):
 
 
 class PlacementTower(nn.Module):
-    """A shallow network from placement inputs to a logit per task, which absorbs bias (Zhao et al., RecSys 2019): added
-    to the main logits in training, where it is hidden (0) for a row with probability `dropout`, so that the model does
-    not lean on it.
+    """Shallow network from placement inputs to a logit per task, which absorbs bias (Zhao et al., RecSys 2019).
+
+    Training adds the logits to the main logits. With probability `dropout`, a row's placement is hidden (0), so that
+    the model doesn't rely on placement.
     """
 
     def __init__(self, inputs: int, tasks: int, settings: section.Placement) -> None:
+        """Create the layers.
+
+        Args:
+            inputs: Number of placement inputs P.
+            tasks: Number of tasks.
+            settings: Section `model.placement`.
+        """
         super().__init__()
         self.dropout = settings.dropout
         self.layers = mlp(inputs, settings.units)
         self.logits = Linear(settings.units[-1] if settings.units else inputs, tasks)
 
     def forward(self, placement: Tensor) -> Tensor:
-        """(B, P) -> logits (B, T)."""
+        """Return the logits (B, T) of the placement (B, P)."""
         logits: Tensor = self.logits(self.layers(placement))
         if self.training and self.dropout > 0:
             shown = draw_uniform((len(logits), 1), logits.device) >= self.dropout
@@ -356,13 +424,20 @@ class PlacementTower(nn.Module):
 
 
 def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, seed: int = 0) -> RankingModel:
-    """The model that the `model` section of the settings describes; the dense part's weights follow from the seed.
+    """Build the model of the `model` section.
 
-    Raises UserError for a layout without inputs besides placement.
+    Args:
+        layout: Inputs and outputs.
+        model: Section `model` of the settings.
+        tables: Embedding tables.
+        seed: Seed of the dense part's weights.
+
+    Raises:
+        UserError: The layout has no inputs besides placement.
     """
     if layout.width(placement=False) == 0:
-        raise UserError("no feature describes user, candidate or context: a model needs at least one such input")
-    edges = [each.edges for each in layout.dense if not each.placement]
+        raise UserError("no feature describes user, candidate or context. Add a feature with one of these roles.")
+    edges = [column.edges for column in layout.dense if not column.placement]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widths = layout.width(placement=False), layout.width(placement=True)
@@ -374,9 +449,14 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
 def build_mixture(
     inputs: int, edges: Sequence[Sequence[float]], placement_inputs: int, tasks: int, model: section.Model
 ) -> Mixture:
-    """The dense part on `inputs` inputs, with weights from torch's global generator.
+    """Build the dense part with weights from torch's global generator.
 
-    edges: of each of the last inputs, the dense ones, see `Bottom`; placement_inputs: 0 leaves that tower out.
+    Args:
+        inputs: Number of inputs.
+        edges: Edges of each dense input, as in `Bottom`.
+        placement_inputs: Number of placement inputs, 0 for no placement tower.
+        tasks: Number of tasks.
+        model: Section `model` of the settings.
     """
     bottom = Bottom(inputs, edges, model.bottom)
     hidden, mixed = bottom.outputs, model.experts.units[-1]

@@ -1,7 +1,7 @@
-"""What a model makes of a layout of rows: how wide each table is, and how much each task counts in loss and score.
+"""Layout of a model's inputs and outputs, with table widths and the weights of tasks in loss and score.
 
-The rows are the same whatever is chosen here, so these values come from the settings when a model is made, and are
-saved as JSON inside a served model. Code that only reads rows takes the plain `Layout` and never sees them.
+Rows don't depend on these choices. They come from the settings when a model is created, and are saved as JSON with a
+served model. Code that only reads rows uses the plain `Layout`.
 """
 
 from dataclasses import dataclass, fields
@@ -19,16 +19,16 @@ T = TypeVar("T", TableSpec, TaskOutput)
 
 @dataclass(frozen=True)
 class EmbeddingTable(TableSpec):
-    """An embedding table: `rows` x `dim` float32."""
+    """Embedding table of `rows` x `dim` float32."""
 
     dim: int
 
 
 @dataclass(frozen=True)
 class ModelTask(TaskOutput):
-    """One logit a row. `objective` and weights as in `mmoe_rec.settings.log_columns.TaskSettings`.
+    """Task with one logit per row, and choices that don't affect encoded rows.
 
-    No encoded row depends on these choices.
+    `objective` and the weights are as in `mmoe_rec.settings.log_columns.TaskSettings`.
     """
 
     objective: str
@@ -38,7 +38,13 @@ class ModelTask(TaskOutput):
 
 @dataclass(frozen=True)
 class ModelLayout(Layout):
-    """Inputs and outputs of a model. attention: the histories that are pooled by it; all others by their mean."""
+    """Inputs and outputs of a model.
+
+    Attributes:
+        tables: Embedding tables.
+        tasks: Tasks in the order of the logits.
+        attention: Histories pooled by attention. Other histories are pooled by their mean.
+    """
 
     tables: tuple[EmbeddingTable, ...]
     tasks: tuple[ModelTask, ...]
@@ -46,9 +52,14 @@ class ModelLayout(Layout):
 
     @staticmethod
     def of(layout: Layout, settings: "Settings") -> "ModelLayout":
-        """The layout of rows with what the settings make of it.
+        """Add the choices of the settings to the layout of rows.
 
-        Raises UserError where the settings lack a feature or task of the rows.
+        Args:
+            layout: Layout of the encoded rows.
+            settings: Settings with all features and tasks of the layout.
+
+        Raises:
+            UserError: The settings lack a feature or task of the rows.
         """
         tables, tasks = [], []
         for table in layout.tables:
@@ -58,26 +69,26 @@ class ModelLayout(Layout):
                 raise _unknown("feature", name)
             tables.append(EmbeddingTable(**vars(table), dim=dim))
         for task in layout.tasks:
-            chosen = settings.tasks.get(task.name)
-            if chosen is None:
+            task_settings = settings.tasks.get(task.name)
+            if task_settings is None:
                 raise _unknown("task", task.name)
-            choices = {name: getattr(chosen, name) for name in MODEL_CHOICES["tasks"]}
+            choices = {name: getattr(task_settings, name) for name in MODEL_CHOICES["tasks"]}
             tasks.append(ModelTask(**vars(task), **choices))
-        features: dict[str, Any] = {each.name: settings.features.get(each.name) for each in layout.ids}
-        asked = {name: each for name, each in features.items() if getattr(each, "pooling", None) == "attention"}
-        pooled = (AttentionHistory(name, each.length) for name, each in asked.items())
-        # Where what is looked at is left out, a history is pooled by its mean.
-        attention = tuple(each for each in pooled if any(partner for _, partner in layout.history_inputs(each)))
+        features: dict[str, Any] = {column.name: settings.features.get(column.name) for column in layout.ids}
+        attended = {name: kind for name, kind in features.items() if getattr(kind, "pooling", None) == "attention"}
+        pooled = (AttentionHistory(name, feature.length) for name, feature in attended.items())
+        # Without the candidate's inputs, a history is pooled by its mean.
+        attention = tuple(pool for pool in pooled if any(partner for _, partner in layout.history_inputs(pool)))
         return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks), attention)
 
     def row_layout(self) -> Layout:
 
-        def plain(kind: type[T], of: T) -> T:
-            return kind(**{each.name: getattr(of, each.name) for each in fields(kind)})
+        def plain(kind: type[T], source: T) -> T:
+            return kind(**{spec.name: getattr(source, spec.name) for spec in fields(kind)})
 
         tables, tasks = (
-            (plain(TableSpec, each) for each in self.tables),
-            (plain(TaskOutput, each) for each in self.tasks),
+            (plain(TableSpec, spec) for spec in self.tables),
+            (plain(TaskOutput, spec) for spec in self.tasks),
         )
         return Layout(tuple(tables), self.ids, self.dense, tuple(tasks))
 
@@ -85,28 +96,32 @@ class ModelLayout(Layout):
         return next(table for table in self.tables if table.name == name)
 
     def width(self, placement: bool) -> int:
-        """Number of model inputs: the embeddings' widths plus the dense inputs."""
-        dims = {each.name: self.table(each.table).dim for each in self.ids}
+        """Return the number of model inputs, which are the widths of embeddings plus the dense inputs."""
+        dims = {column.name: self.table(column.table).dim for column in self.ids}
         return sum(dims[name] for name in self.id_names(placement)) + len(self.dense_names(placement))
 
     def id_names(self, placement: bool) -> list[str]:
-        """As of any layout, but all that attention pools of a history is one input, of the history's name."""
-        others = {name for each in self.attention for name, _ in self.history_inputs(each)[1:]}
-        return [name for name in super().id_names(placement) if name not in others]
+        """Return the names of ID inputs. A history pooled by attention is one input with the history's name."""
+        further_inputs = {name for history in self.attention for name, _ in self.history_inputs(history)[1:]}
+        return [name for name in super().id_names(placement) if name not in further_inputs]
 
     def lookup_inputs(self) -> list[IdInput]:
-        """The inputs of sharded tables, which add up all ids of a row: where attention looks at each event, the ids at
-        each place of a list are an input of their own."""
-        lengths = {name: each.length for each in self.attention for name, _ in self.history_inputs(each)}
-        found = list[IdInput]()
-        for each in self.ids:
-            places = range(lengths.get(each.name, 0))
-            found += [IdInput(position_input(each.name, place), each.table) for place in places] or [each]
-        return found
+        """Return the inputs of sharded tables, which add up the IDs of a row.
+
+        Attention reads each event, so each position of its lists is a separate input.
+        """
+        lengths = {name: column.length for column in self.attention for name, _ in self.history_inputs(column)}
+        inputs = list[IdInput]()
+        for column in self.ids:
+            positions = range(lengths.get(column.name, 0))
+            inputs += [IdInput(position_input(column.name, position), column.table) for position in positions] or [
+                column
+            ]
+        return inputs
 
 
-def _unknown(what: str, name: str) -> UserError:
+def _unknown(kind: str, name: str) -> UserError:
     return UserError(
-        f"the existing features have the {what} '{name}', which the settings do not have: build the features anew, or "
-        "restore the setting"
+        f"the existing features include the {kind} '{name}', but the settings don't. Rebuild the features, or restore "
+        "the setting."
     )

@@ -1,13 +1,13 @@
-"""Routing rules: which experts a row is sent to for each task, with which weights, and losses on that.
+"""Routing rules, which choose and weight the experts of a row for each task, and losses on the routing.
 
-A gate's softmax comes first. The weights of the chosen experts are divided by their sum, except where a model trains at
-k = 1: the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does.
-Outside training a model may run with fewer experts than it was trained with: then every rule takes the k largest
-(V-MoE: Riquelme et al., NeurIPS 2021).
+A gate first computes a softmax. The weights of the chosen experts are divided by their sum, except if a model trains at
+k = 1. There, the weight would be 1 for any logits, and the gate would never learn. Serving divides if training does.
+Outside training, a model may run with fewer experts than in training. Every rule then takes the k largest (V-MoE,
+Riquelme et al., NeurIPS 2021).
 
-A new rule is one subclass of `RoutingRule` and one entry of the list `RULES`.
+To add a rule, write a subclass of `RoutingRule` and add it to the list `RULES`.
 
-Shapes: B rows, G gates, E experts, R routers: one chooses experts for each gate, or one for all gates.
+Shapes: B rows, G gates, E experts, R routers. There is one router for each gate, or one for all gates.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GateOutput:
-    """What a rule chooses from: what gates made of B rows.
+    """Outputs of the gates for B rows, from which a rule chooses experts.
 
-    gates: (B, G, E) float32 logits; routers: (B, R, E) float32 logits of the gates, or of the one router that chooses
-    for all tasks, less what holds back experts that are being let in; both are minus infinity for an unseen expert.
-    probabilities: (B, R, E) float32, the routers' softmax over the experts that may be used, in training with noise and
-    dropout. allowed: (R, E) bool, these experts; bias: (E,) float32, the selection bias; k: experts per row and router,
-    None for a rule that takes no k.
+    Attributes:
+        gate_logits: (B, G, E) float32, minus infinity for an invisible expert.
+        router_logits: (B, R, E) float32, logits of the gates or of the one router, less the offset of ramping experts.
+            Minus infinity for an invisible expert.
+        probabilities: (B, R, E) float32, the routers' softmax over allowed experts, in training with noise and dropout.
+        allowed: (R, E) bool, the experts that may be used.
+        bias: (E,) float32, the selection bias.
+        k: Experts per row and router, None for a rule that takes no k.
     """
 
     gate_logits: Tensor
@@ -40,11 +43,14 @@ class GateOutput:
 
 
 class Routing(NamedTuple):
-    """Where a level's gates sent B rows.
+    """Routing of B rows by the gates of a level.
 
-    weights: (B, G, E) float32, what each gate gives each expert, 0 where it does not use it; probabilities: (B, R, E)
-    float32, the softmax that experts were chosen by; selected: (B, R, E) bool, None where all are; logits: (B, R, E)
-    float32 of the routers; at_most: experts that a router chose for a row, None where that is not known beforehand.
+    Attributes:
+        weights: (B, G, E) float32, the weight of each expert in a gate, 0 for unused experts.
+        probabilities: (B, R, E) float32, the softmax that chose the experts.
+        selected: (B, R, E) bool, None if all experts are selected.
+        logits: (B, R, E) float32 of the routers.
+        max_selected: Maximum number of experts that a router chose for a row, None if unavailable beforehand.
     """
 
     weights: Tensor
@@ -54,53 +60,64 @@ class Routing(NamedTuple):
     max_selected: int | None = None
 
     def used(self) -> Tensor | None:
-        """(B, E) bool, the experts that some gate chose for a row; None where all are."""
+        """Return the experts that some gate chose for a row, (B, E) bool, or None for all experts."""
         return None if self.selected is None else self.selected.any(1)
 
 
 class RoutingRule(ABC):
-    """How gates choose experts and weigh them. It has no state: what is set, and learnt, is in the gates."""
+    """Rule by which gates choose and weight experts. It has no state, since weights and settings are in the gates."""
 
     name: str
-    """What settings call it."""
+    """Name in the settings."""
     summary: str
-    """What the help says of it after "mix"."""
+    """Description in the help of `gates.routing`."""
     selects_all = False
-    """A row goes to all experts in training: a copy of an expert can share its weight, and none can starve."""
+    """Whether a row uses all experts in training. Then a copy of an expert can share its weight."""
     takes_k = True
-    """`gates.top_k` says how many experts each row gets in training."""
+    """Whether `gates.top_k` sets the number of experts per row in training."""
     uses_selection_bias = False
-    """`GateOutput.bias` moves what is selected, so that `gates.balance: bias` can even loads."""
+    """Whether `GateOutput.bias` moves the selection, so that `gates.balance: bias` can even out loads."""
     depends_on_batch = False
-    """A row's experts depend on the batch's other rows: the rule is for training, and scoring takes the k largest."""
+    """Whether a row's experts depend on other rows of the batch. Then scoring takes the k largest instead."""
     selects_at_most_k = False
-    """A router selects at most `GateOutput.k` experts for a row, so that a GPU can make room for them beforehand."""
+    """Whether a router selects at most `GateOutput.k` experts per row, so that a GPU can reserve memory for them."""
     shared_router = False
-    """One router chooses for all tasks, which then see the same experts."""
+    """Whether one router chooses for all tasks, which then use the same experts."""
 
     @abstractmethod
     def select(self, gated: GateOutput) -> Tensor | None:
-        """(B, R, E) bool, the experts of each row; None for all. Never one of probability 0."""
+        """Select the experts of each row, (B, R, E) bool, or None for all. Never select an expert of probability 0."""
 
     def weigh(self, gated: GateOutput, selected: Tensor | None, renormalize: bool) -> Tensor:
-        """(B, G, E) float32, each gate's weights of the selected experts, 0 elsewhere.
+        """Return each gate's weights of the selected experts, (B, G, E) float32, 0 elsewhere.
 
-        renormalize: whether the weights of a row sum to 1, or to the probability of what was selected.
+        Args:
+            gated: Outputs of the gates.
+            selected: Result of `select`.
+            renormalize: Whether a row's weights sum to 1 instead of the probability of the selected experts.
         """
         return gated.probabilities if selected is None else keep_selected(gated.probabilities, selected, renormalize)
 
 
 def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the allowed entries of the last dimension, 0 elsewhere; all 0 where none is allowed."""
+    """Return the softmax over the allowed entries of the last dimension, 0 elsewhere.
+
+    Args:
+        logits: (..., E).
+        allowed: (..., E) bool. If no entry is allowed, all results are 0.
+    """
     some = allowed.any(-1, keepdim=True)
-    # Where nothing is allowed, a plain softmax in place of one over nothing, which would be NaN.
+    # A softmax over no entries would be NaN. Take a plain softmax there.
     logits = logits.masked_fill(~(allowed | ~some), float("-inf"))
-    # Rows next to each other are computed together: on a CPU 8 entries take a tenth so.
+    # With adjacent rows, a CPU computes rows together. 8 entries then take a tenth of the time.
     return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous() * some
 
 
 def select_top_k(gated: GateOutput) -> Tensor:
-    """(B, R, E) bool: each router's k experts of largest log probability plus bias. Never one of probability 0."""
+    """Select each router's k experts with the largest log probability plus bias, (B, R, E) bool.
+
+    Experts of probability 0 are never selected.
+    """
     import torch
 
     assert gated.k is not None, "this rule takes a k"
@@ -111,7 +128,13 @@ def select_top_k(gated: GateOutput) -> Tensor:
 
 
 def keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) -> Tensor:
-    """The selected probabilities, 0 elsewhere, and if asked for divided by their sum."""
+    """Return the selected probabilities, 0 elsewhere.
+
+    Args:
+        probabilities: (B, R, E).
+        selected: (B, R, E) bool.
+        renormalize: Whether to divide by the sum.
+    """
     import torch
 
     weights = probabilities * selected
@@ -120,15 +143,18 @@ def keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) ->
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-# Losses that keep experts in use, on what the gates of one level did. shares: (B,) float32, how much each row counts in
-# a mean over rows.
+# Losses on the routing of one level that keep experts in use. `row_weights` (B,) float32 are the weights of a mean.
 
 
 def expert_loads(routing: Routing, row_mask: Tensor) -> Tensor:
-    """(E,) float32: each expert's share of all routers' choices together, or its mean probability where every expert is
-    used; without gradient. Evenness within each task would forbid tasks to use different experts.
+    """Return each expert's fraction of all routers' choices together, (E,) float32, without gradient.
 
-    row_mask: (B,) float32, 1 for a row that counts and 0 for another.
+    If every row uses all experts, the load is the mean probability. Balancing each task separately would forbid tasks
+    to use different experts.
+
+    Args:
+        routing: Routing of a level.
+        row_mask: (B,) float32, 1 for rows that count and 0 for other rows.
     """
     import torch
 
@@ -141,8 +167,14 @@ def expert_loads(routing: Routing, row_mask: Tensor) -> Tensor:
 
 
 def balance_loss(routing: Routing, loads: Tensor, row_weights: Tensor) -> Tensor:
-    """E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4): 1 where all are even. loads:
-    (E,) of `expert_loads`, over all ranks.
+    """Return E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4).
+
+    The loss is 1 if all loads are equal.
+
+    Args:
+        routing: Routing of a level.
+        loads: (E,) loads from `expert_loads`, over all ranks.
+        row_weights: (B,) weights of the rows, which sum to 1.
     """
     import torch
 
@@ -151,17 +183,22 @@ def balance_loss(routing: Routing, loads: Tensor, row_weights: Tensor) -> Tensor
 
 
 def z_loss(routing: Routing, row_weights: Tensor) -> Tensor:
-    """Mean squared logsumexp of the routers' logits (Zoph et al., 2022, eq. 5), which keeps logits small."""
+    """Return the mean squared logsumexp of router logits (Zoph et al., 2022, eq. 5), which limits logits.
+
+    Args:
+        routing: Routing of a level.
+        row_weights: (B,) weights of the rows, which sum to 1.
+    """
     import torch
 
     return torch.tensordot(row_weights, routing.logits.logsumexp(-1).square().mean(1), dims=1)
 
 
-# The rules themselves.
+# Routing rules.
 
 
 class Soft(RoutingRule):
-    """A softmax over all experts (Jacobs et al., 1991), one gate a task (Ma et al., KDD 2018)."""
+    """Softmax over all experts (Jacobs et al., 1991), with one gate per task (Ma et al., KDD 2018)."""
 
     name = "soft"
     summary = "all experts"
@@ -169,14 +206,14 @@ class Soft(RoutingRule):
     takes_k = False
 
     def select(self, gated: GateOutput) -> None:
-        """Selects all experts."""
+        """Select all experts."""
 
 
 class TopK(RoutingRule):
-    """The k largest of the softmax, the others 0 (Shazeer et al., ICLR 2017; k = 1: Fedus et al., JMLR 2022)."""
+    """The k largest of the softmax, 0 elsewhere (Shazeer et al., ICLR 2017; k = 1: Fedus et al., JMLR 2022)."""
 
     name = "top_k"
-    summary = "the k best of each task's gate"
+    summary = "the k best experts of each task's gate"
     uses_selection_bias = True
     selects_at_most_k = True
 
@@ -185,12 +222,13 @@ class TopK(RoutingRule):
 
 
 class ExpertChoice(RoutingRule):
-    """Each expert takes the rows that want it most, in training (Zhou et al., NeurIPS 2022): each of the n experts that
-    a gate may use takes ceil(B k / n) rows, so a row gets k of them on average.
+    """In training, each expert takes the rows that prefer it most (Zhou et al., NeurIPS 2022).
+
+    Each of the n experts that a gate may use takes ceil(B k / n) rows, so a row gets k experts on average.
     """
 
     name = "expert_choice"
-    summary = "in training the rows that each expert wants most"
+    summary = "experts that pick their rows in training"
     depends_on_batch = True
 
     def select(self, gated: GateOutput) -> Tensor:
@@ -201,27 +239,33 @@ class ExpertChoice(RoutingRule):
         rows = len(probabilities)
         seen = gated.allowed.sum(-1, keepdim=True).clamp(min=1)  # (G, 1)
         capacities = (rows * gated.k + seen - 1) // seen
-        # A GPU sorts all rows for any number of them, and the host would have to wait to learn this one.
-        most = rows if probabilities.is_cuda else min(rows, int(capacities.max()))
-        most_wanted = probabilities.topk(most, dim=0).indices  # (C, G, E) places of rows
-        taken = torch.arange(most, device=probabilities.device)[:, None, None] < capacities
+        # A GPU sorts all rows anyway, and the host would have to wait for the largest capacity.
+        max_rows = rows if probabilities.is_cuda else min(rows, int(capacities.max()))
+        preferred_rows = probabilities.topk(max_rows, dim=0).indices  # (C, G, E) indices of rows.
+        taken = torch.arange(max_rows, device=probabilities.device)[:, None, None] < capacities
         chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(
-            0, most_wanted, taken.expand_as(most_wanted)
+            0, preferred_rows, taken.expand_as(preferred_rows)
         )
         return chosen & (probabilities > 0)
 
 
 class SharedRoute(TopK):
-    """One router picks k experts for all tasks, and each task's gate weighs these: exactly k are computed per row."""
+    """One router picks k experts for all tasks, and each task's gate weights them. Exactly k experts run per row."""
 
     name = "shared_route"
-    summary = "k experts chosen for all tasks together"
+    summary = "k experts for all tasks together"
     shared_router = True
 
     def weigh(self, gated: GateOutput, selected: Tensor | None, renormalize: bool) -> Tensor:
-        """Each gate's softmax over the selected."""
+        """Return each gate's softmax over the selected experts.
+
+        Args:
+            gated: Outputs of the gates.
+            selected: (B, R, E) bool.
+            renormalize: As in `RoutingRule.weigh`.
+        """
         assert selected is not None
-        # The router's logits are part of the weights, or it would get no gradient.
+        # Add the router's logits to the weights, since the router would otherwise get no gradient.
         weights = masked_softmax(gated.gate_logits + gated.router_logits, selected)
         if not renormalize:
             weights = weights * keep_selected(gated.probabilities, selected, renormalize=False).sum(-1, keepdim=True)
@@ -229,9 +273,9 @@ class SharedRoute(TopK):
 
 
 RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]
-"""The rules that settings may name."""
+"""Rules that settings may name."""
 
 
 def get_rule(name: str) -> RoutingRule:
-    """The rule that settings call by this name, which they have checked."""
+    """Return the rule with this name, which the settings have validated."""
     return next(rule for rule in RULES if rule.name == name)

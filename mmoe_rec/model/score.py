@@ -1,6 +1,7 @@
-"""From logits to calibrated logits, predictions and the one ranking score.
+"""Calibrated logits, predictions and the ranking score.
 
-The score multiplies weighted predictions (Zhao et al., RecSys 2019): exp(sum over tasks of weight x log prediction).
+The score is a product of weighted predictions (Zhao et al., RecSys 2019): exp(sum over tasks of weight x log
+prediction).
 """
 
 import math
@@ -20,39 +21,76 @@ _LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
 
 
 def predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
-    """(B, T) logits -> (B, T) predictions, by the kind of each task."""
+    """Convert logits to predictions by the kind of each task.
+
+    Args:
+        logits: (B, T).
+        kinds: Kinds of the T tasks.
+    """
     return _by_kind(logits, kinds, lambda kind: kind.prediction(logits))
 
 
 def log_predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
-    """(B, T) logits -> (B, T) log predictions, by the kind of each task."""
+    """Convert logits to log predictions by the kind of each task.
+
+    Args:
+        logits: (B, T).
+        kinds: Kinds of the T tasks.
+    """
     return _by_kind(logits, kinds, lambda kind: kind.log_prediction(logits))
 
 
 def predictions_to_logits(values: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
-    """(B, T) predictions -> (B, T) finite logits, by the kind of each task."""
+    """Convert predictions to finite logits by the kind of each task.
+
+    Args:
+        values: (B, T).
+        kinds: Kinds of the T tasks.
+    """
     return _by_kind(values, kinds, lambda kind: kind.logits(values))
 
 
 def joint_logit(condition: Tensor, conditional: Tensor) -> Tensor:
-    """Logit of p q, two probabilities' product, from their logits a and b: -log(e^-a + e^-b + e^-(a + b)). Exact for
-    any logits, as nothing is subtracted from 1.
+    """Return the logit of the product of two probabilities.
+
+    From logits a and b, it is -log(e^-a + e^-b + e^-(a + b)). The result is exact for any logits, since nothing is
+    subtracted from 1.
+
+    Args:
+        condition: Logits a of the first event.
+        conditional: Logits b of the second event, given the first.
     """
     return -torch.logaddexp(torch.logaddexp(-condition, -conditional), -(condition + conditional))
 
 
 def add_joint_predictions(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    """Predictions (N, T) by name of the task; then for each task with `conditional_on`, which predicts the probability
-    given the other one, that of both: `GIVEN_and_TASK`, (N,).
+    """Return predictions by task, with the joint predictions of conditional tasks.
+
+    A task with `conditional_on` predicts a conditional probability. The joint prediction `CONDITION_and_TASK` is the
+    probability of both.
+
+    Args:
+        values: (N, T) predictions.
+        layout: Layout with the tasks.
+
+    Returns:
+        Name -> (N,).
     """
     tasks = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
-    return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in layout.joint_outcomes.items()}
+    return tasks | {
+        name: values[:, condition] * values[:, task] for name, (condition, task) in layout.joint_outcomes.items()
+    }
 
 
 def compute_log_scores(logits: Tensor, kinds: Sequence[TaskKind], score_weights: Sequence[float]) -> Tensor:
-    """(B, T) logits -> (B,) log score: sum over tasks of weight x log prediction.
+    """Return the log scores (B,), the sum over tasks of weight x log prediction.
 
-    Rank by the log score: its exponential, the score, may be too small for float32 where the log is not.
+    Rank by the log score, since the score itself may be too small for float32.
+
+    Args:
+        logits: (B, T).
+        kinds: Kinds of the T tasks.
+        score_weights: Weights of the T tasks.
     """
     weights = torch.tensor(list(score_weights), dtype=logits.dtype, device=logits.device)
     return log_predictions(logits, kinds) @ weights
@@ -60,27 +98,32 @@ def compute_log_scores(logits: Tensor, kinds: Sequence[TaskKind], score_weights:
 
 def _by_kind(logits: Tensor, kinds: Sequence[TaskKind], values_of: Callable[[TaskKind], Tensor]) -> Tensor:
     if len(kinds) != logits.shape[-1]:
-        raise ValueError(f"expected one logit for each of {len(kinds)} tasks, found {logits.shape[-1]}")
+        raise ValueError(f"expected one logit for each of {len(kinds)} tasks, not {logits.shape[-1]}")
     values = {kind: values_of(kind) for kind in dict.fromkeys(kinds)}
-    first, *others = values.values()
-    return torch.stack([values[kind][..., task] for task, kind in enumerate(kinds)], dim=-1) if others else first
+    first, *rest = values.values()
+    return torch.stack([values[kind][..., task] for task, kind in enumerate(kinds)], dim=-1) if rest else first
 
 
 def scores_from_log_scores(log_scores: np.ndarray) -> np.ndarray:
-    """(N,) float64 scores of (N,) log scores; what is too large for a float64 becomes the largest."""
+    """Return the scores (N,) float64 of log scores (N,), limited to the largest float64."""
     return np.exp(np.minimum(log_scores, _LARGEST_LOG))
 
 
-# Calibrated logits: for each task a rising function of its logit, fitted after training by
-# `mmoe_rec.evaluation.calibration`, and kept with the model.
+# Calibration applies an increasing function to each task's logit. `mmoe_rec.evaluation.calibration` fits the functions
+# after training, and the model stores them.
 
 
 @dataclass(frozen=True)
 class TaskCalibration:
-    """A rising, piecewise linear function of a logit: straight lines between knots, one slope beyond the outer ones.
+    """Increasing, piecewise linear function of a logit, with one slope beyond the outer knots.
 
-    logits, calibrated: (K,) the knots, K at least 1; slope: beyond them. Raises ValueError for what does not rise,
-    which would change the order of candidates, or is not finite.
+    Attributes:
+        logits: Logits of the K knots, K at least 1.
+        calibrated: Calibrated logits of the knots.
+        slope: Slope beyond the outer knots.
+
+    Raises:
+        ValueError: The function isn't increasing, which would change the order of candidates, or isn't finite.
     """
 
     logits: tuple[float, ...]
@@ -89,16 +132,21 @@ class TaskCalibration:
 
     def __post_init__(self) -> None:
         if not self.logits or len(self.logits) != len(self.calibrated):
-            raise ValueError(f"found {len(self.logits)} logits and {len(self.calibrated)} calibrated ones for knots")
+            raise ValueError(f"{len(self.logits)} logits don't match {len(self.calibrated)} calibrated logits of knots")
         if not all(map(math.isfinite, (*self.logits, *self.calibrated, self.slope))):
             raise ValueError("a knot or the slope is not a finite number")
-        steps = [b - a for each in (self.logits, self.calibrated) for a, b in pairwise(each)]
+        steps = [high - low for values in (self.logits, self.calibrated) for low, high in pairwise(values)]
         if min([self.slope, *steps]) <= 0:
-            raise ValueError("knots and slope must rise")
+            raise ValueError("knots and slope must increase")
 
     @staticmethod
     def linear(slope: float, offset: float) -> "TaskCalibration":
-        """slope x logit + offset."""
+        """Return the function slope x logit + offset.
+
+        Args:
+            slope: Factor above 0.
+            offset: Calibrated value of logit 0.
+        """
         return TaskCalibration((0.0,), (offset,), slope)
 
     @property
@@ -107,15 +155,15 @@ class TaskCalibration:
         return max([self.slope, *((high - low) / (right - left) for (left, right), (low, high) in knots)])
 
     def apply(self, logits: Tensor) -> Tensor:
-        """(B,) logits -> (B,) calibrated logits, of the same type, computed in float64."""
+        """Calibrate logits (B,) in float64, and return them in their own type."""
         x = logits.double()
         if len(self.logits) == 1:
             return (self.calibrated[0] + self.slope * (x - self.logits[0])).to(logits.dtype)
-        knots, values = (x.new_tensor(each) for each in (self.logits, self.calibrated))
+        knots, values = (x.new_tensor(points) for points in (self.logits, self.calibrated))
         outer = values.new_tensor([self.slope])
         slopes = torch.cat([outer, values.diff() / knots.diff(), outer])
-        # Piece i lies below knot i, piece K above the last one; each goes through the knot at its left or, the first
-        # one having none, at its right.
+        # Piece i is below knot i, and piece K is above the last knot. A piece goes through the knot at its left. The
+        # first piece goes through the knot at its right.
         piece = torch.bucketize(x.contiguous(), knots)
         knot = (piece - 1).clamp(min=0)
         return (values[knot] + slopes[piece] * (x - knots[knot])).to(logits.dtype)
@@ -123,20 +171,28 @@ class TaskCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The functions of a model's tasks by name; a task without one keeps its logits."""
+    """Calibrations of a model's tasks by name. Other tasks keep their logits."""
 
     tasks: Mapping[str, TaskCalibration] = field(default_factory=dict)
 
     def apply(self, logits: Tensor, names: Sequence[str]) -> Tensor:
-        """(B, T) logits -> (B, T) calibrated logits of the same type; names: of the T tasks."""
+        """Calibrate logits.
+
+        Args:
+            logits: (B, T).
+            names: Names of the T tasks.
+
+        Returns:
+            (B, T) of the same type.
+        """
         if not self.tasks:
             return logits
         columns = zip(names, logits.unbind(1), strict=True)
         return torch.stack([self.tasks[name].apply(x) if name in self.tasks else x for name, x in columns], dim=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them without loss."""
-        return {name: asdict(each) for name, each in self.tasks.items()}
+        """Return the fields for JSON, without loss."""
+        return {name: asdict(calibration) for name, calibration in self.tasks.items()}
 
 
 UNCALIBRATED = Calibration()

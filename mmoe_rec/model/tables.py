@@ -1,9 +1,10 @@
 """Embedding tables in two forms with equal weights, names and outputs.
 
-`PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
-`mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, and give, read by
-`mean_embeddings`, the mean of an input's ids (no id gives zeros). The latter's state is as wide as kernels need it, see
-`padded_dim`; and it adds ids up, as kernels that average them are slow on some processors: `mean_embeddings` divides.
+`PlainTables` is pure torch, for serving and single-process evaluation. `torchrec_tables` returns the collection that
+`mmoe_rec.training.sharding` distributes over ranks. Both have the state `embedding_bags.<table>.weight`. With
+`mean_embeddings`, both return the mean of an input's IDs, which is zero without IDs. The state of torchrec's collection
+has padded columns for the kernels, see `padded_dim`. The collection sums IDs, since averaging kernels are slow on some
+processors, and `mean_embeddings` divides.
 """
 
 import hashlib
@@ -20,24 +21,31 @@ from mmoe_rec.batches.batch import AttentionEvents, KeyedIds
 from mmoe_rec.features.layout import position_input
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 
-# New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
+# New IDs start near zero, so that an ID that training has rarely seen adds almost nothing to a row.
 INITIAL_STD = 0.01
-# Rows that share a generator. A rank fills any range of rows by drawing only the blocks that the range touches.
+# Rows that share a random generator. A rank draws only the blocks that its range of rows overlaps.
 BLOCK_ROWS = 65_536
 PooledEmbeddings = tuple[list[str], list[int], Tensor]
-"""Names of inputs, the width of each, and the sums of their embeddings side by side, (B, sum of widths) float32."""
+"""Names of inputs, their widths, and the sums of their embeddings side by side, (B, sum of widths) float32."""
 
 
 def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
-    """The tables that an id input looks up, in layout order."""
-    used = {each.table for each in layout.ids}
+    """Return the tables that ID inputs look up, in layout order."""
+    used = {column.table for column in layout.ids}
     return [table for table in layout.tables if table.name in used]
 
 
 def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Tensor:
-    """Initial weights of rows first..last (exclusive): (last - first, dim) float32, normal with INITIAL_DEVIATION.
+    """Return initial weights, which depend only on seed, table name and row, so that any sharding starts equally.
 
-    A function of seed, table name and row alone, so that any sharding over any number of ranks starts the same.
+    Args:
+        table: Table of the rows.
+        seed: Seed.
+        first: First row.
+        last: End of the rows, exclusive.
+
+    Returns:
+        (last - first, dim) float32, normal with standard deviation INITIAL_STD.
     """
     weights = torch.empty(last - first, table.dim)
     for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
@@ -51,9 +59,15 @@ def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Ten
 
 
 class PlainTables(nn.Module):
-    """One `torch.nn.EmbeddingBag` per table. The counterpart of torchrec's EmbeddingBagCollection."""
+    """One `torch.nn.EmbeddingBag` per table, the counterpart of torchrec's EmbeddingBagCollection."""
 
     def __init__(self, layout: ModelLayout, seed: int = 0) -> None:
+        """Create the tables.
+
+        Args:
+            layout: Layout with the tables.
+            seed: Seed of the weights.
+        """
         super().__init__()
         self.embedding_bags = nn.ModuleDict()
         for table in used_tables(layout):
@@ -61,29 +75,38 @@ class PlainTables(nn.Module):
             self.embedding_bags[table.name] = nn.EmbeddingBag.from_pretrained(
                 weight, freeze=False, mode="mean", include_last_offset=True
             )
-        self.table_of = {each.name: each.table for each in layout.ids}
-        self._looked_at = {name for each in layout.attention for name, _ in layout.history_inputs(each)}
+        self.table_of = {column.name: column.table for column in layout.ids}
+        self._attended = {name for history in layout.attention for name, _ in layout.history_inputs(history)}
 
     def forward(self, ids: KeyedIds) -> dict[str, Tensor]:
-        """Mean embedding of every input: name -> (B, dim) float32; (E, dim) of each id where attention looks at it."""
+        """Return the mean embedding of each input, name -> (B, dim) float32, or (E, dim) of each ID for attention."""
         return {
             name: self.rows(table, ids.column(name)[0])
-            if name in self._looked_at
+            if name in self._attended
             else self.embedding_bags[table](*ids.column(name))
             for name, table in self.table_of.items()
         }
 
     def rows(self, table: str, ids: Tensor) -> Tensor:
-        """(...) int64 -> (..., dim) float32 of a table."""
+        """Return rows of a table, (...) int64 -> (..., dim) float32.
+
+        Args:
+            table: Name of the table.
+            ids: (...) int64.
+        """
         bag: Any = self.embedding_bags[table]
         return bag.rows(ids) if isinstance(bag, Int8EmbeddingBag) else functional.embedding(ids, bag.weight)
 
 
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
-    """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
+    """Return the tables of a layout as torchrec's EmbeddingBagCollection, or an empty `PlainTables` without ID inputs.
 
-    Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
-    KeyedJaggedTensor and gives sums, to be read by `mean_embeddings`, as their order follows the sharding plan.
+    Weights are zeros until `mmoe_rec.training.sharding.shard` or a checkpoint fills them. The forward pass takes a
+    KeyedJaggedTensor and returns sums. Read them with `mean_embeddings`, since their order follows the sharding plan.
+
+    Args:
+        layout: Layout with the tables.
+        device: Device of the tables.
     """
     tables = used_tables(layout)
     if not tables:
@@ -95,9 +118,9 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
             name=table.name,
             num_embeddings=table.rows,
             embedding_dim=padded_dim(table.dim),
-            feature_names=[each.name for each in layout.lookup_inputs() if each.table == table.name],
+            feature_names=[column.name for column in layout.lookup_inputs() if column.table == table.name],
             pooling=PoolingType.SUM,
-            init_fn=nn.init.zeros_,  # torchrec's own would draw from the global generator, differently on each rank
+            init_fn=nn.init.zeros_,  # torchrec's default draws differently on each rank.
         )
         for table in tables
     ]
@@ -105,12 +128,15 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
 
 
 def mean_embeddings(
-    embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares: Tensor | None
+    embeddings: Any, dims: dict[str, int], ragged: Sequence[str], pooling_weights: Tensor | None
 ) -> dict[str, Tensor]:
-    """Mean embeddings from what a collection of either form gives: input name -> (B, dim) float32.
+    """Return mean embeddings from either form of tables, input name -> (B, dim) float32.
 
-    embeddings: means by name; or sums, as `PooledEmbeddings` or torchrec's KeyedTensor. dims: width of each input's
-    embedding; ragged, shares: see `Batch`, of the inputs whose sums have to be divided.
+    Args:
+        embeddings: Means by name, or sums as `PooledEmbeddings` or torchrec's KeyedTensor.
+        dims: Width of each input's embedding.
+        ragged: Inputs to divide, see `Batch.ragged_inputs`.
+        pooling_weights: Factors for the `ragged` inputs, see `Batch.pooling_weights`.
     """
     if isinstance(embeddings, dict):
         return embeddings
@@ -119,12 +145,12 @@ def mean_embeddings(
         if isinstance(embeddings, tuple)
         else (embeddings.keys(), embeddings.length_per_key(), embeddings.values())
     )
-    # One split, whose gradient is one tensor; inputs picked one by one would each give a gradient as wide as all.
+    # Split once, so that the gradient is one tensor. Picking inputs one by one gives a full-width gradient for each.
     parts = pooled.split(widths, dim=1)
     sums = {name: from_padded(part, dims[name]) for name, part in zip(names, parts, strict=True)}
-    if shares is None:
+    if pooling_weights is None:
         return sums
-    return sums | {name: sums[name] * each[:, None] for name, each in zip(ragged, shares, strict=True)}
+    return sums | {name: sums[name] * weights[:, None] for name, weights in zip(ragged, pooling_weights, strict=True)}
 
 
 def pool_histories(
@@ -133,148 +159,192 @@ def pool_histories(
     histories: Sequence[tuple[int, Sequence[str]]],
     rows: Tensor,
 ) -> tuple[dict[str, Tensor], AttentionEvents]:
-    """The embeddings with the mean of each history, which is that of its first input, and the events with what they
-    hold.
+    """Add the mean of each history to the embeddings, and the embeddings of the events to the events.
 
-    embeddings: as `mean_embeddings` gives them, of each event, or of each place of lists; histories: the most events of
-    a row of each, and its inputs; rows: (B, ...) what else the same rows have.
+    Args:
+        embeddings: Result of `mean_embeddings`, of each event or of each position of the lists.
+        events: Events of the rows.
+        histories: Maximum length and inputs of each history. The first input gets the mean.
+        rows: (B, ...) any other tensor of the same rows.
+
+    Returns:
+        Embeddings with the means, and events with `vectors`.
     """
     means, vectors, first = dict(embeddings), list[Tensor](), 0
     for (length, names), size in zip(histories, events.sizes, strict=True):
-        row, place, later = (each[first : first + size] for each in (events.rows, events.positions, events.later))
+        row, position, later = (
+            values[first : first + size] for values in (events.rows, events.positions, events.later)
+        )
         parts = []
         for name in names:
-            own = embeddings.get(name)
-            if own is None:  # of each place, (B, dim): (B * length, dim), of which some are no events
-                by_row = torch.stack([embeddings[position_input(name, each)] for each in range(length)], dim=1)
-                own = by_row.flatten(0, 1).index_select(0, row * length + place)
-            parts.append(own)
-        shares = parts[0] / (place + later + 1)[:, None]
-        means[names[0]] = shares.new_zeros(len(rows), shares.shape[1]).index_add(0, row, shares)
+            embedding = embeddings.get(name)
+            if embedding is None:  # Each position has (B, dim). Select the positions with events.
+                by_row = torch.stack([embeddings[position_input(name, index)] for index in range(length)], dim=1)
+                embedding = by_row.flatten(0, 1).index_select(0, row * length + position)
+            parts.append(embedding)
+        weighted = parts[0] / (position + later + 1)[:, None]
+        means[names[0]] = weighted.new_zeros(len(rows), weighted.shape[1]).index_add(0, row, weighted)
         vectors.append(torch.cat(parts, dim=1))
         first += size
     return means, replace(events, vectors=tuple(vectors))
 
 
-# How a table of any width is trained by kernels that take multiples of four columns only.
+# Padding for kernels that need a multiple of four columns.
 #
-# fbgemm stores rows of D' columns, the width D rounded up to such a multiple; columns from D on are zeros, get
-# no gradient and stay zeros. Row-wise Adagrad divides a row's step by the root of the mean square of its gradients, a
-# mean that then is over D' columns and so too small by D / D'. Hence what is stored is the weights times sqrt(D' / D):
-# steps do not depend on a gradient's scale, so a stored row moves by as much as any other, and the weights by sqrt(D /
-# D') of that, which is what a table of D columns would do (but for Adagrad's epsilon of 1e-8).
+# fbgemm stores rows of D' columns, the width D rounded up to a multiple of four. The padding stays zero and gets no
+# gradient. Row-wise Adagrad divides a row's step by the root mean square of its gradients. Over D' columns, this mean
+# square is too small by D / D'. The stored weights are therefore the weights times sqrt(D' / D). A step doesn't depend
+# on the gradient's scale, so a stored row moves like any other row, and the weights move by sqrt(D / D') of that. A
+# table of D columns would move equally (except for Adagrad's epsilon of 1e-8).
 #
-# Only training stores tables so; a trained model, as it is served, started from or evaluated, has D columns.
+# Only training pads tables. A trained model has D columns.
 
 
 COLUMN_MULTIPLE = 4
 
 
 def padded_dim(dim: int) -> int:
-    """Columns in which a table of that width is stored."""
+    """Return the number of stored columns of a table with this width."""
     return -(-dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 def to_padded(weights: Tensor) -> Tensor:
-    """Rows (N, D) as they are stored: (N, D')."""
+    """Convert rows (N, D) to stored rows (N, D')."""
     dim = weights.shape[1]
     width = padded_dim(dim)
     return weights if width == dim else functional.pad(weights * math.sqrt(width / dim), (0, width - dim))
 
 
 def from_padded(weights: Tensor, dim: int) -> Tensor:
-    """Stored rows (N, D'), or means of such rows, as weights: (N, D)."""
+    """Convert stored rows, or means of stored rows, to weights.
+
+    Args:
+        weights: (N, D').
+        dim: Width D of the table.
+
+    Returns:
+        (N, D).
+    """
     width = weights.shape[1]
     return weights if width == dim else weights[:, :dim] * math.sqrt(dim / width)
 
 
-# Weights in int8: a quarter of the bytes of float32, and little more. Tables stay so in memory, and are read by rows.
+# Weights in int8 take slightly more than a quarter of the bytes of float32, on disk and in memory.
 #
-# A row of numbers is a whole number from -127 to 127 for each, times one scale in bfloat16; so zeros stay zeros, and a
-# number is off by at most half a scale. Rows of few numbers share a scale with rows beside them. On the tables of the
-# model for Complete Journey, the root mean square of the error is .48% of that of the weights.
+# A row has one code from -127 to 127 for each number, and one scale in bfloat16. Zeros stay zeros, and the error of a
+# number is at most half a scale. Narrow adjacent rows share a scale. For the tables of the Complete Journey model, the
+# root mean square of the error is 0.48% of the root mean square of the weights.
 
 
 INT8_LIMIT = 127
-MIN_WEIGHTS_PER_SCALE = 16  # numbers, at least, that share a scale
-SCALES_SUFFIX = ".scales"  # what a file calls the scales of a weight, behind its name
+MIN_WEIGHTS_PER_SCALE = 16
+SCALES_SUFFIX = ".scales"  # Follows a weight's name in a file.
 
 
 def rows_per_scale(width: int) -> int:
-    """How many rows of so many numbers share a scale."""
+    """Return how many rows of this width share a scale."""
     return -(-MIN_WEIGHTS_PER_SCALE // max(1, width))
 
 
 def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Float weights (..., D), their rows in order, as codes of that shape, int8, and scales (S,) bfloat16.
+    """Quantize weights to int8.
 
-    Raises ValueError for a number that is not finite.
+    Args:
+        weights: (..., D) floats.
+
+    Returns:
+        Codes (..., D) int8 and scales (S,) bfloat16, for the rows in order.
+
+    Raises:
+        ValueError: A number is not finite.
     """
     width = weights.shape[-1]
     rows = weights.detach().float().reshape(-1, width)
     if not rows.isfinite().all():
         raise ValueError("a number is not finite")
-    together = rows_per_scale(width)
-    blocks = functional.pad(rows, (0, 0, 0, -len(rows) % together)).reshape(-1, together * width)
+    group = rows_per_scale(width)
+    blocks = functional.pad(rows, (0, 0, 0, -len(rows) % group)).reshape(-1, group * width)
     scales = (blocks.abs().amax(1) / INT8_LIMIT).bfloat16()
-    steps = _of_rows(scales, len(rows), width)
-    # A scale is 0 where all is 0, or so near to it that bfloat16 has nothing between.
+    steps = _row_scales(scales, len(rows), width)
+    # A scale is 0 if all numbers are 0, or too small for bfloat16.
     codes = torch.where(steps > 0, rows / steps, 0.0).round().clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)
     return codes.reshape(weights.shape), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 weights of codes (..., D) and scales (S,)."""
+    """Return the float32 weights of quantized rows.
+
+    Args:
+        codes: (..., D) int8.
+        scales: (S,) bfloat16.
+    """
     rows = codes.reshape(-1, codes.shape[-1])
-    return (rows.float() * _of_rows(scales, *rows.shape)).reshape(codes.shape)
+    return (rows.float() * _row_scales(scales, *rows.shape)).reshape(codes.shape)
 
 
-def _of_rows(scales: Tensor, rows: int, width: int) -> Tensor:
-    """(rows, 1) float32: each row's scale."""
+def _row_scales(scales: Tensor, rows: int, width: int) -> Tensor:
+    """Return each row's scale, (rows, 1) float32."""
     return scales.float().repeat_interleave(rows_per_scale(width))[:rows, None]
 
 
 class Int8EmbeddingBag(nn.Module):
-    """An embedding table in int8, looked up as `nn.EmbeddingBag` is.
-
-    codes: (N, D) int8; scales: (S,) bfloat16, as `quantize` gives them. Raises ValueError for shapes that don't fit.
-    """
+    """Embedding table in int8 with the lookup of `nn.EmbeddingBag`."""
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        """Create the table.
+
+        Args:
+            codes: (N, D) int8 from `quantize`.
+            scales: (S,) bfloat16 from `quantize`.
+
+        Raises:
+            ValueError: The shapes don't match.
+        """
         super().__init__()
-        self.num_embeddings, self.embedding_dim = codes.shape  # as `nn.EmbeddingBag` calls them
-        self._together = rows_per_scale(codes.shape[1])
-        if scales.shape != (-(-len(codes) // self._together),):
+        self.num_embeddings, self.embedding_dim = codes.shape  # The names of `nn.EmbeddingBag`.
+        self._rows_per_scale = rows_per_scale(codes.shape[1])
+        if scales.shape != (-(-len(codes) // self._rows_per_scale),):
             raise ValueError(f"{len(codes)} rows of {codes.shape[1]} numbers don't have {tuple(scales.shape)} scales")
         self.codes, self.scales = nn.Buffer(codes), nn.Buffer(scales)
 
     @property
     def weight(self) -> Tensor:
-        """(N, D) float32: the whole table."""
+        """The whole table, (N, D) float32."""
         return dequantize(self.codes, self.scales)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """(...) int64 -> (..., D) float32."""
+        """Return rows, (...) int64 -> (..., D) float32."""
         flat = ids.flatten()
-        scales = self.scales.index_select(0, flat if self._together == 1 else flat // self._together)
+        scales = self.scales.index_select(0, flat if self._rows_per_scale == 1 else flat // self._rows_per_scale)
         rows = self.codes.index_select(0, flat).float() * scales.float().unsqueeze(1)
         return rows.view(*ids.shape, self.embedding_dim)
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Ids (S,) and where each of B lists begins and ends (B + 1,) -> (B, D) float32, their means; 0 without ids."""
-        places = torch.arange(len(ids), device=ids.device, dtype=offsets.dtype)
-        return functional.embedding_bag(places, self.rows(ids), offsets, mode="mean", include_last_offset=True)
+        """Return the means of B lists of rows, (B, D) float32, 0 for empty lists.
+
+        Args:
+            ids: (S,) IDs.
+            offsets: (B + 1,) starts of the lists, and the end of the last list.
+        """
+        positions = torch.arange(len(ids), device=ids.device, dtype=offsets.dtype)
+        return functional.embedding_bag(positions, self.rows(ids), offsets, mode="mean", include_last_offset=True)
 
 
 def table_weight_name(table: str) -> str:
-    """What a file of weights calls a table."""
+    """Return the name of a table in a file of weights."""
     return f"tables.embedding_bags.{table}.weight"
 
 
 def pop_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8EmbeddingBag | None:
-    """The table that a file's weights hold under a name, which are taken out; None where they hold none.
+    """Remove a table from stored weights and return it, or None if the file has no such table.
 
-    Raises KeyError or ValueError for codes without scales that fit.
+    Args:
+        stored: Weights of a file, which the function changes.
+        name: Name of the table's weight.
+
+    Raises:
+        KeyError: Codes have no scales.
+        ValueError: Codes have other scales.
     """
     weight = stored.pop(name, None)
     if weight is None:
@@ -285,7 +355,7 @@ def pop_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8Emb
 
 
 def to_float32(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All weights of a file as they are computed with: those in int8, and in half precision, as float32."""
+    """Convert all weights of a file to float32, from int8 and half precision."""
     weights = {}
     for name, weight in stored.items():
         if weight.dtype == torch.int8:
@@ -296,5 +366,5 @@ def to_float32(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def has_int8_weights(names: Iterable[str]) -> bool:
-    """Whether some weights of a file are in int8, from the names in it."""
+    """Return whether a file with these names has weights in int8."""
     return any(name.endswith(SCALES_SUFFIX) for name in names)

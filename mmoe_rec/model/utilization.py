@@ -1,4 +1,4 @@
-"""How much each task uses each expert: what the gates of the last level did over many rows, in words too."""
+"""Utilization of experts by tasks, from the gates of the last level over many rows, with findings in sentences."""
 
 import math
 from dataclasses import dataclass
@@ -10,43 +10,46 @@ from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
 
-# A gate that gives one expert more than this share of its weight is polarised (Zhao et al., RecSys 2019, section 4).
+# A gate is polarized if one expert gets more than this fraction of its weight (Zhao et al., RecSys 2019, section 4).
 POLARIZED_ABOVE = 0.8
-# An expert with less than this share of the mean load is hardly used.
+# An expert is underused below this fraction of the mean load.
 UNDERUSED_BELOW = 0.05
 
-Shares = Annotated[Tensor, PlainValidator(lambda value: torch.as_tensor(value, dtype=torch.float64))]
-"""Lists of numbers in JSON."""
+Fractions = Annotated[Tensor, PlainValidator(lambda value: torch.as_tensor(value, dtype=torch.float64))]
+"""Tensor of float64 that is a list of numbers in JSON."""
 
 
 @dataclass(frozen=True)
 class ExpertUtilization:
-    """weights: (T, E) float64, the mean weight that a task's gate gives an expert; loads: (T, E) float64, the share of
-    the task's choices that fell on it. NaN where a task does not see an expert, or the expert is out of use.
+    """Utilization of each expert by each task. NaN if a task doesn't see an expert, or the expert is out of use.
+
+    Attributes:
+        weights: (T, E) float64, the mean weight of an expert in a task's gate.
+        loads: (T, E) float64, the fraction of the task's choices that went to an expert.
     """
 
-    weights: Shares
-    loads: Shares
+    weights: Fractions
+    loads: Fractions
 
     @property
     def total_loads(self) -> Tensor:
-        """(E,) each expert's share of the loads of all tasks; they sum to 1. NaN for one that no task uses."""
+        """Each expert's fraction of the loads of all tasks, (E,), summing to 1. NaN if no task uses an expert."""
         return self.loads.nan_to_num().mean(0).masked_fill(self.loads.isnan().all(0), math.nan)
 
     @property
     def max_over_mean(self) -> float:
-        """The largest load over the mean load: 1 where all are even."""
+        """Largest load divided by the mean load. 1 for even loads."""
         loads = _numbers(self.total_loads)
         return float(loads.max() / loads.mean()) if len(loads) else 1.0
 
     @property
     def entropy(self) -> float:
-        """Entropy of the loads of all tasks together over log E: 1 where all are even."""
+        """Entropy of all tasks' loads together divided by log E. 1 for even loads."""
         return _entropy(_numbers(self.total_loads))
 
     @property
     def polarized(self) -> list[bool]:
-        """Whether one of several experts has more than POLARISED of a task's weight, by task."""
+        """Whether one of several experts has more than POLARIZED_ABOVE of a task's weight, by task."""
         return [len(seen := _numbers(weights)) > 1 and float(seen.max()) > POLARIZED_ABOVE for weights in self.weights]
 
     def to_metrics(self, tasks: list[str]) -> dict[str, float]:
@@ -64,33 +67,35 @@ class ExpertUtilization:
 
     @property
     def underused(self) -> list[int]:
-        """Experts with less than HARDLY of the mean load."""
+        """Experts with less than UNDERUSED_BELOW of the mean load."""
         loads = self.total_loads
         return (loads < UNDERUSED_BELOW * _numbers(loads).mean()).nonzero().flatten().tolist()
 
     def findings(self, tasks: list[str]) -> list[str]:
-        """A sentence for each expert that is hardly used, and for each gate that settles on one."""
+        """Return a sentence for each underused expert and for each polarized gate."""
         loads = self.total_loads
-        found = [
-            f"expert {expert} is hardly used: it gets {loads[expert]:.2%} of the load, where an even share is "
-            f"{_numbers(loads).mean():.1%}; it costs computation, not accuracy"
+        sentences = [
+            f"expert {expert} is underused: it gets {loads[expert]:.2%} of the load, compared with "
+            f"{_numbers(loads).mean():.1%} on average. It costs computation, not accuracy"
             for expert in self.underused
         ]
         for name, polarized, weights in zip(tasks, self.polarized, self.weights, strict=True):
             if polarized:
                 expert = int(weights.nan_to_num().argmax())
-                found.append(
-                    f"the gate of '{name}' settles on expert {expert} with {weights[expert]:.0%} of its weight: good "
-                    f"predictions, until that expert is masked; model.gates.dropout of 0.1 spreads the weight"
+                sentences.append(
+                    f"the gate of '{name}' is polarized: expert {expert} gets {weights[expert]:.0%} of its weight. "
+                    "Predictions depend on this expert. To spread the weight, set model.gates.dropout to 0.1"
                 )
-        return found
+        return sentences
 
 
 class UtilizationAccumulator:
-    """Adds up what gates did; sums of several ranks may be added to each other.
+    """Running sums of gate outputs. Sums of several ranks can be added.
 
-    visible: (T, E) bool, the experts that each task sees and that are in use; sums: (2 T E + 1,) float64 on the model's
-    device, weights and choices of each task and expert, then the number of rows.
+    Attributes:
+        visible: (T, E) bool, the visible experts in use of each task.
+        sums: (2 T E + 1,) float64 on the model's device, weights and choices of each task and expert, then the number
+            of rows.
     """
 
     def __init__(self, visible: Tensor) -> None:
@@ -98,32 +103,37 @@ class UtilizationAccumulator:
         self.sums = torch.zeros(2 * visible.numel() + 1, dtype=torch.float64, device=visible.device)
 
     def add(self, outputs: Outputs, row_mask: Tensor | None = None) -> None:
-        """Adds a batch. counted: (B,) bool, the rows that count; None is all."""
+        """Add a batch.
+
+        Args:
+            outputs: Outputs of the model.
+            row_mask: (B,) bool, the rows that count, None for all rows.
+        """
         last = outputs.routings[-1]
         weights = chosen = last.weights.double()
         if last.selected is not None:
             selected = last.selected.double()
             chosen = (selected / selected.sum(-1, keepdim=True).clamp(min=1)).expand_as(weights)
         rows = weights.new_ones(len(weights)) if row_mask is None else row_mask.to(weights)
-        sums = [torch.einsum("b,bte->te", rows, each).flatten() for each in (weights, chosen)]
+        sums = [torch.einsum("b,bte->te", rows, values).flatten() for values in (weights, chosen)]
         self.sums += torch.cat([*sums, rows.sum()[None]])
 
     def result(self) -> ExpertUtilization:
-        """The means of all rows that were added."""
+        """Return the means over all added rows."""
         sums, unseen = self.sums.cpu(), ~self.visible.cpu()
         weights, choices = sums[:-1].unflatten(0, (2, *unseen.shape)).unbind()
-        shares = choices / choices.sum(-1, keepdim=True).clamp(min=1e-300)
-        means = ((weights / sums[-1]).masked_fill(unseen, math.nan), shares.masked_fill(unseen, math.nan))
+        fractions = choices / choices.sum(-1, keepdim=True).clamp(min=1e-300)
+        means = ((weights / sums[-1]).masked_fill(unseen, math.nan), fractions.masked_fill(unseen, math.nan))
         return ExpertUtilization(*means)
 
 
 def _numbers(values: Tensor) -> Tensor:
-    """(n,) what is not NaN."""
+    """Return the values (n,) that aren't NaN."""
     return values[~values.isnan()]
 
 
-def _entropy(shares: Tensor) -> float:
-    """The entropy of shares (n,) that sum to 1, over log n; 1 for a single one."""
-    if len(shares) < 2:
+def _entropy(fractions: Tensor) -> float:
+    """Return the entropy of fractions (n,) divided by log n, 1 for a single fraction."""
+    if len(fractions) < 2:
         return 1.0
-    return float(-torch.special.xlogy(shares, shares).sum() / math.log(len(shares)))
+    return float(-torch.special.xlogy(fractions, fractions).sum() / math.log(len(fractions)))

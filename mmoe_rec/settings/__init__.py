@@ -1,4 +1,4 @@
-"""Settings: a YAML file and overrides go in, checked settings come out.
+"""Settings of a data set: a YAML file with overrides, checked key by key.
 
-Begin in `load` for reading, and in `sections` for the keys.
+Read `load` first for reading a file, and `sections` for the keys.
 """

@@ -1,5 +1,7 @@
-"""Reads a settings file and command-line overrides, strictly, and says what is wrong in sentences for their author;
-all settings as text, for `mmoe-rec settings`."""
+"""Read a settings file with command-line overrides, check it strictly and explain each error.
+
+The file also writes the settings as text for `mmoe-rec settings`.
+"""
 
 import builtins
 import json
@@ -24,61 +26,60 @@ from mmoe_rec.settings.sections import Settings, load_yaml
 
 _INSTALLED = Path(__file__).parent / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
-"""The settings file to start from: an installed package has it, the repository keeps it with its other ones."""
+"""Settings file to start from, which is in configs/ in the repository and next to this file in an installed package."""
 
 _WORDS = {
     **{"Input should": "must", "Value error, ": "", "valid tuple": "list", "Tuple": "list", "Dictionary": "section"},
     **{"valid integer": "whole number", "valid number": "number"},
     **{"a valid boolean": "true or false", "a valid string": "text"},
 }
-"""Words of pydantic -> the words of settings."""
+"""Words of pydantic -> words of the settings."""
 
 
-def describe_errors(error: ValidationError, where: Callable[[Any], str]) -> Iterator[str]:
-    """Explain each problem in one sentence: its key, the expected and the given value, the nearest valid key.
+def describe_errors(error: ValidationError, source_of: Callable[[Any], str]) -> Iterator[str]:
+    """Describe each problem in one sentence with its key, the expected and the actual value, and the nearest valid key.
 
     Args:
-        error: The error that pydantic raised.
-        where: Returns the source of a problem: a file, or an option.
+        error: Error raised by pydantic.
+        source_of: Returns the source of a problem, a file or an option.
     """
-    # A list with an invalid entry is also too short.
-    problems = [each for each in error.errors() if each["type"] != "too_short"] or error.errors()
-    yield from dict.fromkeys(f"{where(problem)}: {_sentence(problem)}" for problem in problems)
+    # pydantic also reports a list with an invalid entry as too short.
+    problems = [problem for problem in error.errors() if problem["type"] != "too_short"] or error.errors()
+    yield from dict.fromkeys(f"{source_of(problem)}: {_sentence(problem)}" for problem in problems)
 
 
 def _sentence(problem: Any) -> str:
-    kind, place, value, message = (problem[part] for part in ("type", "loc", "input", "msg"))
-    # pydantic adds the kind of a feature, and the member of a union.
-    location = [str(part) for part in (place[:2] + place[3:] if place[:1] == ("features",) else place)]
+    problem_type, loc, value, message = (problem[part] for part in ("type", "loc", "input", "msg"))
+    # pydantic adds the kind of a feature and the name of a union member to the location.
+    location = [str(part) for part in (loc[:2] + loc[3:] if loc[:1] == ("features",) else loc)]
     name = ".".join(location)
-    if kind == "extra_forbidden":
-        is_feature = place[0] == "features"
-        keys = [*FEATURE_KINDS[place[2]].feature.model_fields] if is_feature else _keys_at(location[:-1])
+    if problem_type == "extra_forbidden":
+        is_feature = loc[0] == "features"
+        keys = [*FEATURE_KINDS[loc[2]].feature.model_fields] if is_feature else _keys_at(location[:-1])
         return f"unknown key '{name}'; {suggest(location[-1], keys)}"
-    if kind == "missing":
-        return f"key '{name}' is missing; `mmoe-rec settings` lists them"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"'{name}' must hold keys ({', '.join(_keys_at(location))})"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        given = str(value.get("kind", "nothing"))
+    if problem_type == "missing":
+        return f"key '{name}' is missing; `mmoe-rec settings` lists all keys"
+    if problem_type in ("model_type", "model_attributes_type", "dict_type"):
+        return f"'{name}' must contain keys ({', '.join(_keys_at(location))})"
+    if problem_type in ("union_tag_not_found", "union_tag_invalid"):
+        kind = str(value.get("kind", "nothing"))
         return (
-            f"'{name}.kind' must be one of {', '.join(FEATURE_KINDS)}, found "
-            f"'{given}'{_nearest(given, [*FEATURE_KINDS])}"
+            f"'{name}.kind' must be one of {', '.join(FEATURE_KINDS)}, found '{kind}'{_nearest(kind, [*FEATURE_KINDS])}"
         )
     if location and location[-1] in ("bool", "int", "constrained-int", "float", "str"):
         name = ".".join(location[:-1])
     for old, new in _WORDS.items():
         message = message.replace(old, new)
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    shown = repr(list(value)) if isinstance(value, tuple) else shown
-    found = f", found {shown}" if name and len(shown) < 80 else ""
-    found += _nearest(str(value), re.findall("'([^']*)'", message)) if kind == "literal_error" else ""
-    joint = " " if message.startswith(("must", "lists")) else ": "
-    return f"'{name}'{joint}{message}{found}" if name else message
+    value_text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    value_text = repr(list(value)) if isinstance(value, tuple) else value_text
+    suffix = f", found {value_text}" if name and len(value_text) < 80 else ""
+    suffix += _nearest(str(value), re.findall("'([^']*)'", message)) if problem_type == "literal_error" else ""
+    separator = " " if message.startswith(("must", "lists")) else ": "
+    return f"'{name}'{separator}{message}{suffix}" if name else message
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
-    near = get_close_matches(word, words, n=1, cutoff=0.5)
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
@@ -89,18 +90,18 @@ def _all_settings() -> list[list[str]]:
     return [name.split(".") for name in (*names, "features.NAME.kind")]
 
 
-def _keys_at(place: Sequence[str]) -> list[str]:
-    """Return the keys that the section at a place may have."""
-    found = (own[len(place)] for own in _all_settings() if len(own) > len(place) and _leads_to(place, own))
-    return list(dict.fromkeys(found))
+def _keys_at(location: Sequence[str]) -> list[str]:
+    """Return the keys that the section at a location may have."""
+    depth, settings = len(location), _all_settings()
+    return list(dict.fromkeys(keys[depth] for keys in settings if len(keys) > depth and _leads_to(location, keys)))
 
 
-def _leads_to(place: Sequence[str], setting: Sequence[str]) -> bool:
-    return all(own in ("NAME", key) for key, own in zip(place, setting, strict=False))
+def _leads_to(location: Sequence[str], setting: Sequence[str]) -> bool:
+    return all(part in ("NAME", key) for key, part in zip(location, setting, strict=False))
 
 
 def without_none(annotation: Any) -> Any:
-    """The type of a setting that may be null."""
+    """Return a setting's type without None."""
     if isinstance(annotation, types.UnionType):
         rest = [part for part in typing.get_args(annotation) if part is not type(None)]
         return rest[0] if len(rest) == 1 else annotation
@@ -111,19 +112,19 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), source: str =
     """Read a settings file, apply overrides and check every key.
 
     Args:
-        path: A YAML file.
-        overrides: Words such as `--model.experts.count 16`. `--features.NAME null` leaves a feature out.
-        source: The source of the overrides, for error messages.
+        path: YAML file.
+        overrides: Options such as `--model.experts.count 16`. `--features.NAME null` removes a feature.
+        source: Source of the overrides, for error messages.
 
     Returns:
         The checked settings.
 
     Raises:
-        UserError: A key or value is wrong. The message has one sentence for each and names the file or the override.
+        UserError: A key or value is wrong. The message has one sentence for each error and names the file or override.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        tree, own = load_yaml(text), load_yaml(text)
+        tree, file_tree = load_yaml(text), load_yaml(text)
     except FileNotFoundError:
         raise UserError(
             f"settings file '{path}' does not exist; mmoe-rec init writes one, or start from {TEMPLATE}"
@@ -131,32 +132,32 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), source: str =
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"settings file '{path}' can't be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"settings file '{path}' must hold keys such as name, data, columns, tasks, features, split")
+        raise UserError(f"settings file '{path}' must contain keys such as name, data, columns, tasks, features, split")
     check_option_names(overrides, source=source)
-    given = list(parse_overrides(overrides))
-    for key, value in given:
+    changes = list(parse_overrides(overrides))
+    for key, value in changes:
         _set(tree, key, value)
-    found = _validate(tree)
-    if isinstance(found, Settings):
-        return found
-    if not given or not isinstance(_validate(own), Settings):
-        raise UserError("; ".join(describe_errors(found, lambda _: str(path))))
-    new = {
-        f". '{path}' has no '{'.'.join(key[:2])}'{_nearest(key[1], [*own[key[0]]])}"
-        for key, _ in given
-        if len(key) > 2 and isinstance(own.get(key[0]), dict) and key[1] not in own[key[0]]
+    result = _validate(tree)
+    if isinstance(result, Settings):
+        return result
+    if not changes or not isinstance(_validate(file_tree), Settings):
+        raise UserError("; ".join(describe_errors(result, lambda _: str(path))))
+    hints = {
+        f". '{path}' has no '{'.'.join(key[:2])}'{_nearest(key[1], [*file_tree[key[0]]])}"
+        for key, _ in changes
+        if len(key) > 2 and isinstance(file_tree.get(key[0]), dict) and key[1] not in file_tree[key[0]]
     }
-    words = ", ".join(dict.fromkeys(f"--{'.'.join(key)}" for key, _ in given))
-    raise UserError("".join(["; ".join(describe_errors(found, lambda _: f"{source} ({words})")), *sorted(new)]))
+    options = ", ".join(dict.fromkeys(f"--{'.'.join(key)}" for key, _ in changes))
+    raise UserError("".join(["; ".join(describe_errors(result, lambda _: f"{source} ({options})")), *sorted(hints)]))
 
 
 def override_settings(settings: Settings, overrides: Sequence[str], source: str) -> Settings:
     """Return settings with overrides, checked.
 
     Args:
-        settings: The settings to change.
-        overrides: Words such as `--model.experts.count=16`.
-        source: The source of the overrides, for error messages.
+        settings: Settings to change.
+        overrides: Options such as `--model.experts.count=16`.
+        source: Source of the overrides, for error messages.
 
     Raises:
         UserError: A key or value is wrong.
@@ -165,9 +166,9 @@ def override_settings(settings: Settings, overrides: Sequence[str], source: str)
     tree = settings.model_dump(mode="json")
     for key, value in parse_overrides(overrides):
         _set(tree, key, value)
-    if isinstance(found := _validate(tree), Settings):
-        return found
-    raise UserError("; ".join(describe_errors(found, lambda _: source)))
+    if isinstance(result := _validate(tree), Settings):
+        return result
+    raise UserError("; ".join(describe_errors(result, lambda _: source)))
 
 
 def _validate(tree: Any) -> Settings | ValidationError:
@@ -178,7 +179,11 @@ def _validate(tree: Any) -> Settings | ValidationError:
 
 
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
-    """`--a.b value` and `--a.b=value` as (["a", "b"], value read as YAML)."""
+    """Yield `--a.b value` and `--a.b=value` as (["a", "b"], value parsed as YAML).
+
+    Raises:
+        UserError: An argument is not a setting with a value.
+    """
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -206,34 +211,35 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         tree[keys[-1]] = value
     elif tree.pop(keys[-1], None) is None:
         near = _nearest(keys[-1], [*tree])
-        raise UserError(f"'--features.{keys[-1]} null' leaves out a feature that is not there{near}")
+        raise UserError(f"'--features.{keys[-1]} null' removes a feature that doesn't exist{near}")
 
 
-def check_option_names(words: Iterable[str], options: Sequence[str] = (), source: str = "command line") -> None:
-    """Raise UserError for an option that neither the command nor the settings have, and suggest the nearest one.
+def check_option_names(arguments: Iterable[str], options: Sequence[str] = (), source: str = "command line") -> None:
+    """Raise UserError for an option that is neither the command's nor a setting, and suggest the nearest name.
 
     Args:
-        words: Options, overrides and their values, as they were typed. A value never begins with two dashes.
+        arguments: Options, overrides and values as typed. A value never begins with two dashes.
         options: Names of the command's own options, such as `seeds`.
-        source: The source of the words, for the error message.
+        source: Source of the arguments, for the error message.
     """
-    valid = [*options, *(".".join(each[:depth]) for each in _all_settings() for depth in range(1, len(each) + 1))]
-    by_last = {each.rpartition(".")[2]: each for each in reversed(valid)}
-    for name in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
-        typed = name.split(".")
-        if name in ("", *options) or any(_leads_to(typed, each) for each in _all_settings()):
+    settings = _all_settings()
+    valid = [*options, *(".".join(keys[:depth]) for keys in settings for depth in range(1, len(keys) + 1))]
+    by_last = {name.rpartition(".")[2]: name for name in reversed(valid)}
+    for name in (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")):
+        parts = name.split(".")
+        if name in ("", *options) or any(_leads_to(parts, keys) for keys in settings):
             continue
-        last = [by_last[each] for each in get_close_matches(typed[-1], by_last, 1)]
-        near = (last if typed[-1] in by_last else get_close_matches(name, valid, 1)) or last
+        last = [by_last[key] for key in get_close_matches(parts[-1], by_last, 1)]
+        near = (last if parts[-1] in by_last else get_close_matches(name, valid, 1)) or last
         hint = f"Did you mean '--{near[0]}'?" if near else "Run the command with --help to list options and settings."
         raise UserError(f"{source}: there is no option or setting '--{name}'. {hint}")
 
 
 def describe_settings(section: str | None = None) -> str:
-    """Return the type, default and meaning of each setting.
+    """Return the types, defaults and descriptions of the settings.
 
     Args:
-        section: Section to describe, such as `training`. None for all of them.
+        section: Section to describe, such as `training`. None for all sections.
     """
     return "\n".join(_describe(Settings, "", section)).strip("\n")
 
@@ -247,7 +253,7 @@ def _describe(model: type[BaseModel], prefix: str, only: str | None = None) -> I
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             sections = {f"{prefix}{name}": inner}
         elif name == "features":
-            sections = {f"features.NAME (kind: {kind})": each.feature for kind, each in FEATURE_KINDS.items()}
+            sections = {f"features.NAME (kind: {kind})": kind_spec.feature for kind, kind_spec in FEATURE_KINDS.items()}
         elif typing.get_origin(inner) is dict:
             sections = {f"{prefix}{name}.NAME": typing.get_args(inner)[1]}
         for heading, section in sections.items():
@@ -258,15 +264,15 @@ def _describe(model: type[BaseModel], prefix: str, only: str | None = None) -> I
 
 
 def _default(field: FieldInfo) -> str:
-    kind = _words(field.annotation)
+    type_name = _type_name(field.annotation)
     if field.is_required():
-        return f"<{kind}> (required)"
+        return f"<{type_name}> (required)"
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    return f"<{kind}> (default: {json.dumps(default)})"
+    return f"<{type_name}> (default: {json.dumps(default)})"
 
 
-def _words(annotation: Any) -> str:
-    """A type as a user would say it."""
+def _type_name(annotation: Any) -> str:
+    """Return a type in words for users."""
     simple = {int: "whole number", float: "number", str: "text", bool: "true or false", datetime: "time"}
     simple |= {type(None): "null", Any: "value"}
     if annotation in simple:
@@ -276,7 +282,7 @@ def _words(annotation: Any) -> str:
         case typing.Literal:
             return " | ".join(map(str, parts))
         case typing.Annotated:
-            return _words(parts[0])
+            return _type_name(parts[0])
         case builtins.tuple:
-            return f"list of {_words(parts[0])}"
-    return " | ".join(map(_words, parts))
+            return f"list of {_type_name(parts[0])}"
+    return " | ".join(map(_type_name, parts))

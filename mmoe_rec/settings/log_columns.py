@@ -1,7 +1,7 @@
-"""Columns, roles and tasks of a log: the sections `columns`, `roles`, `tasks` and `data.events` of a settings file.
+"""Columns, roles and tasks of a log: sections `columns`, `roles`, `tasks` and `data.events` of a settings file.
 
-What tasks mean stands apart from what a model makes of them, objectives and the weights of losses and of the score: no
-encoded row depends on the latter, so to change one takes a new training, not new features.
+Settings of the data are separate from model choices such as objectives and the weights of losses and scores. Encoded
+rows don't depend on model choices, so changing a choice needs a new training run but no new features.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,12 +20,12 @@ from mmoe_rec.task_kinds import DEFAULT_KIND, TaskKindField
 Scalar = bool | int | float | str
 Role = Literal["user", "candidate", "context", "placement"]
 ColumnUse = Literal["key", "keys", "number", "vector", "time", "any"]
-"""What a column is read as: see `mmoe_rec.log.columns`."""
+"""Type that a column is read as, see `mmoe_rec.log.columns`."""
 
 SPLITS = ("train", "validation", "test")
 
 
-# What the columns of a plain table are called that it does not have; no log has columns of such names.
+# Names for the missing columns of a plain table. The null character keeps them apart from real columns.
 NO_USER, NO_CANDIDATE, NO_TIME = "\0user", "\0candidate", "\0time"
 
 
@@ -43,9 +43,9 @@ _Time = Annotated[str, _read(NO_TIME), _write(NO_TIME)]
 
 
 class Section(BaseModel):
-    """A strict, immutable part of the settings: an unknown key is an error, and so is a value of another type.
+    """Strict, immutable part of the settings, in which unknown keys and values of the wrong type are errors.
 
-    Text, true and false are never converted; a whole number may stand where any number may.
+    Text and booleans are never converted. A whole number is valid wherever a number is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
@@ -53,52 +53,54 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lists_as_tuples(cls, values: Any) -> Any:
-        # YAML and JSON have lists only.
+        # YAML and JSON have lists but no tuples.
         if isinstance(values, dict):
             return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return values
 
 
 class Columns(Section):
-    """The columns that give a row its place in the log.
+    """Columns that identify a row of the log.
 
-    A plain table, say one row a person, may lack users, candidates and times: then these names are those of columns
-    that `mmoe_rec.log.rows` adds to its rows as they are read, and features can't read them.
+    A plain table, such as one row per person, may lack users, candidates and times. Reading then adds columns with
+    reserved names, which features can't use.
     """
 
-    user: _User = Field(None, validate_default=True, description="column of users' ids; null: each request is a user")
-    candidate: _Candidate = Field(None, validate_default=True, description="candidates' ids; null: each row is its own")
-    time: _Time = Field(None, validate_default=True, description="request times; null in a table split by a column")
-    request: str | None = Field(None, description="column with the request's id; null: a user's rows of one instant")
-    request_scope: Literal["log", "user"] = Field("log", description="request ids are unique in the log, or to a user")
+    user: _User = Field(None, validate_default=True, description="column with user IDs; null: each request is a user")
+    candidate: _Candidate = Field(
+        None, validate_default=True, description="column with candidate IDs; null: each row is a candidate"
+    )
+    time: _Time = Field(None, validate_default=True, description="column with request times; null with `split.column`")
+    request: str | None = Field(None, description="column with request IDs; null: rows of one user and time")
+    request_scope: Literal["log", "user"] = Field("log", description="scope in which a request ID is unique")
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(None, description="unit of integer times since 1970 UTC")
-    sampling_rate: str | None = Field(None, description="column with the rate at which the row was sampled (0 to 1]")
-    weight: str | None = Field(None, description="column with what the row counts in losses and metrics, in any unit")
+    sampling_rate: str | None = Field(None, description="column with a row's sampling rate, above 0 and at most 1")
+    weight: str | None = Field(None, description="column with a row's weight in losses and metrics")
 
     @property
     def has_user(self) -> bool:
-        """Whether there is a column of users."""
+        """Whether the log has a column of users."""
         return self.user != NO_USER
 
     @property
     def has_candidate(self) -> bool:
-        """Whether there is a column of candidates."""
+        """Whether the log has a column of candidates."""
         return self.candidate != NO_CANDIDATE
 
     @property
     def has_time(self) -> bool:
-        """Whether there is a column of times."""
+        """Whether the log has a column of times."""
         return self.time != NO_TIME
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns of request, user, candidate and time that there are."""
-        found = (self.request, self.user, self.candidate, self.time)
-        return tuple(name for name in found if name not in (None, NO_USER, NO_CANDIDATE, NO_TIME))
+        """Existing columns of request, user, candidate and time."""
+        columns = (self.request, self.user, self.candidate, self.time)
+        return tuple(name for name in columns if name not in (None, NO_USER, NO_CANDIDATE, NO_TIME))
 
 
 class SplitColumn(Section):
-    """A column that says to which split a row belongs, with its values for each of `SPLITS`."""
+    """Column with a row's split, and its values for each of `SPLITS`."""
 
     column: str
     train: tuple[Scalar, ...]
@@ -107,31 +109,33 @@ class SplitColumn(Section):
 
     @property
     def values(self) -> dict[str, tuple[Scalar, ...]]:
-        """The values of each split, in the order of `SPLITS`."""
+        """Values of each split, in the order of `SPLITS`."""
         return {name: getattr(self, name) for name in SPLITS}
 
 
 class Roles(Section):
-    """Which columns describe what. Every column that a feature reads belongs to one role."""
+    """Roles of columns. Each column that a feature reads has one role."""
 
     user: tuple[str, ...] = Field((), description="columns that describe the user")
     candidate: tuple[str, ...] = Field((), description="columns that describe the candidate")
-    context: tuple[str, ...] = Field((), description="columns that describe the request's circumstances")
-    placement: tuple[str, ...] = Field((), description="columns of where a candidate was shown; absent in serving")
+    context: tuple[str, ...] = Field((), description="columns that describe the request, such as the device")
+    placement: tuple[str, ...] = Field(
+        (), description="columns that say where a candidate was shown; absent in serving"
+    )
 
 
 class EventLog(Section):
-    """A further log of what happened, shown by this system or not, such as all purchases or page views.
+    """Additional log of events, such as all purchases or page views, for counters and histories.
 
-    Counters and histories may read it. Its key columns have the names and types that they have in the interaction log.
-    A row is an event that is known from its time on.
+    Events need not come from this system. The key columns have the same names and types as in the interaction log. An
+    event is available from its time on.
     """
 
-    path: str = Field(description="a folder of Parquet files, one file, or a glob; a path or an s3:// address")
-    time: str = Field(description="column with the event's time (in `columns.time_unit`, if integers)")
+    path: str = Field(description="folder of Parquet files, one file, or a glob; a path or an s3:// URI")
+    time: str = Field(description="column with the event's time (integers are in `columns.time_unit`)")
 
 
-# Keys of tasks and features that say what a model makes of them; no encoded row depends on these.
+# Keys of tasks and features that only concern the model. Encoded rows don't depend on them.
 MODEL_CHOICES = {
     "tasks": frozenset({"objective", "loss_weight", "score_weight"}),
     "features": frozenset({"dim", "pooling"}),
@@ -139,46 +143,59 @@ MODEL_CHOICES = {
 
 
 def drop_model_choices(section: str, tree: Any) -> Any:
-    """The section `tasks` or `features` of a settings file, name -> keys, without what a model makes of each."""
+    """Return the section without the keys that only concern the model.
+
+    Args:
+        section: "tasks" or "features".
+        tree: Section as parsed from YAML, name -> keys. Returned unchanged if it isn't a dictionary.
+    """
     if not isinstance(tree, dict):
         return tree
     choices = MODEL_CHOICES[section]
     return {
-        name: {key: value for key, value in each.items() if key not in choices} if isinstance(each, dict) else each
-        for name, each in tree.items()
+        name: {key: value for key, value in entry.items() if key not in choices} if isinstance(entry, dict) else entry
+        for name, entry in tree.items()
     }
 
 
 class ObservedWhen(Section):
-    """A row's label counts only where another column has a given value."""
+    """Condition on another column for a row's label to be observed."""
 
-    column: str = Field(description="column to look at")
-    equals: Scalar = Field(description="value at which the label is known")
+    column: str = Field(description="column to compare")
+    equals: Scalar = Field(description="value that marks an observed label")
 
 
 class Task(Section):
-    """One predicted behaviour. A null label is always unobserved."""
+    """Predicted behavior. A null label is unobserved."""
 
     label: str = Field(description="column with the label; null means unobserved")
     kind: TaskKindField = Field(DEFAULT_KIND, description="binary (labels 0 and 1) or regression")
-    observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
-    conditional_on: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
-    label_delay_days: float = Field(0.0, ge=0, le=36_500, description="days until its label is final; unknown before")
+    observed_when: ObservedWhen | None = Field(None, description="condition for an observed label")
+    conditional_on: str | None = Field(None, description="binary task that must happen first (ESMM, 2018)")
+    label_delay_days: float = Field(0.0, ge=0, le=36_500, description="days until a label is final and available")
 
 
-# A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
+# Task of an event log's rows, whose label is always 1 and available at once. No log has a column of this name.
 EVENT_TASK = Task(label="\0event")
 
 
 class TaskSettings(Task):
-    """One predicted behaviour. A null label is always unobserved."""
+    """Predicted behavior. A null label is unobserved."""
 
-    objective: Literal["engagement", "satisfaction"] = Field(description="the objective that the task serves")
+    objective: Literal["engagement", "satisfaction"] = Field(
+        description="user action (engagement) or opinion (satisfaction)"
+    )
     loss_weight: float = Field(1.0, ge=0, description="weight of the task's loss in training")
-    score_weight: float = Field(1.0, ge=0, description="weight of log probability in the score; 0 leaves the task out")
+    score_weight: float = Field(
+        1.0, ge=0, description="weight of the log probability in the score; 0 excludes the task"
+    )
 
 
-def joint_task_name(given: str, task: str) -> str:
-    """Name of the outcome that a task and the one it is `conditional_on` both happened; it stands beside names of
-    tasks."""
-    return f"{given}_and_{task}"
+def joint_task_name(condition: str, task: str) -> str:
+    """Return the name of the joint outcome of a task and its `conditional_on` task.
+
+    Args:
+        condition: Name of the `conditional_on` task.
+        task: Name of the task.
+    """
+    return f"{condition}_and_{task}"

@@ -1,4 +1,4 @@
-"""Features, and how they fit together with the columns, roles and tasks of a log."""
+"""Features, and checks that they match the columns, roles and tasks of a log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmoe_rec.settings.log_columns import (
 )
 
 MAX_TABLE_ROWS = 2**31
-"""Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
+"""Maximum number of rows in a table, since IDs in encoded rows have 32 bits."""
 _PURPOSES = ("user", "candidate", "time", "request", "sampling_rate", "weight")
 _RESERVED = frozenset({"score", "ranking"})
 Days = Annotated[float, Field(gt=0, le=36_500)]
@@ -31,15 +31,15 @@ Days = Annotated[float, Field(gt=0, le=36_500)]
 
 @dataclass(frozen=True)
 class InputSemantics:
-    """A feature as the health report reads it.
+    """Meaning of a feature's inputs, for the health report.
 
     Attributes:
-        columns: Columns that its values come from.
-        row_name: Function of a table and a row that names the row, None if rows are the ids of a vocabulary.
+        columns: Columns that the values come from.
+        row_name: Function of a table and a row that names the row, None if rows are IDs of a vocabulary.
         missing: Whether row 0 stands for a missing value.
-        unknown: Number of rows after it that unknown ids share.
+        unknown: Number of rows after row 0 for IDs outside the vocabulary.
         zeros_missing: Whether dense inputs that are all 0 stand for a missing value.
-        parts: Meaning of the inputs of other tables, by table.
+        parts: Meaning of the inputs from other tables, by table.
     """
 
     columns: tuple[str, ...]
@@ -51,88 +51,105 @@ class InputSemantics:
 
     @property
     def first_seen_row(self) -> int:
-        """The first row that stands for one known id, or for a bucket."""
+        """First row that stands for one ID of the vocabulary, or for a bucket."""
         return self.missing + self.unknown
 
 
 class Feature(Section, ABC):
-    """What a feature reads, and what its inputs mean: a section of the settings without what a model makes of it."""
+    """Settings of a feature without the choices of the model."""
 
     if TYPE_CHECKING:
         kind: str
 
     fixed_role: ClassVar[Role | None] = None
-    """The role of a kind's features, where their columns do not decide it."""
+    """Role of all features of this kind, None if the columns decide."""
 
     @abstractmethod
     def reads(self) -> Mapping[str, ColumnUse]:
-        """Columns of a row that the feature reads directly, and as what."""
+        """Return the columns of a row that the feature reads, with their uses."""
 
     @abstractmethod
     def semantics(self, schema: Schema) -> InputSemantics:
-        """What the health report needs to know."""
+        """Return the meaning of the inputs, for the health report."""
 
     @property
     def list_lengths(self) -> Mapping[str, int]:
-        """Length that every list of a column must have, for columns that need one."""
+        """Required list length, for columns that need one."""
         return {}
 
     @property
     def table_owner(self) -> str | None:
-        """Name of the feature whose vocabulary and table this one uses, None for its own or none."""
+        """Name of the feature whose vocabulary and table this feature uses, None for its own table or no table."""
         return None
 
     @property
     def has_own_table(self) -> bool:
-        """Whether a `dim` means anything: the feature has an embedding table of its own."""
+        """Whether the feature has its own embedding table, and therefore uses `dim`."""
         return self.table_owner is None and "dim" in type(self).model_fields
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raises ValueError where a feature of that name does not fit the other sections."""
+        """Raise ValueError if the feature doesn't match the other sections.
 
-    def require_column(self, name: str, schema: Schema, purpose: Literal["user", "time"], why: str) -> None:
-        """Raises ValueError where the log has no column of users or times, which a feature of that name needs."""
+        Args:
+            name: Name of the feature.
+            schema: Schema that contains the feature.
+        """
+
+    def require_column(self, name: str, schema: Schema, purpose: Literal["user", "time"], reason: str) -> None:
+        """Raise ValueError if the log lacks the column of users or times.
+
+        Args:
+            name: Name of the feature.
+            schema: Schema that contains the feature.
+            purpose: Required column.
+            reason: Reason for the error message.
+        """
         if not getattr(schema.columns, f"has_{purpose}"):
-            raise ValueError(f"feature '{name}' needs columns.{purpose}, which is left out: {why}")
+            raise ValueError(f"feature '{name}' needs columns.{purpose}, which is left out: {reason}")
 
 
 class EmbeddingChoices(Section):
-    """What a model chooses for a kind with an embedding table."""
+    """Choices of the model for a kind with an embedding table."""
 
     dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
 
 
 class EventFeature(Feature):
-    """A feature of earlier events: rows of the interaction log with a task's label, or of a further log."""
+    """Feature of earlier events, from the interaction log with a task's label or from an event log."""
 
-    task: str | None = Field(None, description="task whose labels in the interaction log are read")
-    events: str | None = Field(None, description="name of a further log under `data.events` that is read instead")
+    task: str | None = Field(None, description="task whose labels in the interaction log to read")
+    events: str | None = Field(None, description="event log under `data.events` to read instead of a task")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.task is None) == (self.events is None):
-            raise ValueError("give either `task`, to read the log's labels, or `events`, to read a further log")
+            raise ValueError("needs either `task`, for labels of the interaction log, or `events`, for an event log")
         return self
 
     @abstractmethod
     def event_reads(self, schema: Schema) -> Mapping[str, ColumnUse]:
-        """Columns of the log of events that the feature reads, besides the time, and as what."""
+        """Return the columns of the event log that the feature reads, besides the time, with their uses."""
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raises ValueError for a task or a log of events that does not exist."""
+        """Raise ValueError if the task or the event log doesn't exist.
+
+        Args:
+            name: Name of the feature.
+            schema: Schema that contains the feature.
+        """
         if self.task is not None and self.task not in schema.tasks:
             raise ValueError(f"feature '{name}' names task '{self.task}'; tasks are {', '.join(schema.tasks)}")
         if self.events is not None and self.events not in schema.events:
-            known = ", ".join(schema.events) or "none, add it"
-            raise ValueError(f"feature '{name}' names events '{self.events}'; logs under data.events are: {known}")
-        self.require_column(name, schema, "time", "it knows what happened before a row's request")
+            names = ", ".join(schema.events) or "none, add it"
+            raise ValueError(f"feature '{name}' names events '{self.events}'; logs under data.events are: {names}")
+        self.require_column(name, schema, "time", "it reads events before a row's request")
 
 
 class Schema(Section):
-    """The meaning of a log: everything that features need to know of the settings, checked for consistency.
+    """Meaning of a log, with all settings that features depend on, checked for consistency.
 
-    `mmoe_rec.features.kinds.schema_of` makes it of the sections of a settings file; keys that say what a model makes of
-    features and tasks (see `columns`) are not part of it, so that nothing built from rows can depend on them.
+    `mmoe_rec.features.kinds.schema_of` builds it from a settings file. It excludes the choices of the model (see
+    `log_columns`), so that nothing built from rows can depend on them.
     """
 
     columns: Columns
@@ -148,12 +165,12 @@ class Schema(Section):
         self._check_roles()
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
-                raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
-        for names in (self.tasks, self.features):  # files are named after them
+                raise ValueError(f"name '{name}' may contain only letters, digits and underscores")
+        for names in (self.tasks, self.features):  # File names contain them, and some file systems ignore case.
             if len({name.casefold() for name in names}) < len(names):
                 raise ValueError(f"some names differ only in upper and lower case: rename one of {', '.join(names)}")
         for name in _RESERVED.intersection(self.tasks):
-            raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
+            raise ValueError(f"a task can't have the name '{name}', which metrics use; rename it")
         self._check_given()
         for name, feature in self.features.items():
             self._check_leaks(name, feature.reads())
@@ -169,30 +186,29 @@ class Schema(Section):
                 continue
             if not task.kind.is_binary:
                 raise ValueError(f"task '{name}' has `conditional_on`, which only a binary task can have")
-            others = {each: other for each, other in self.tasks.items() if each != name}
-            plain = [each for each, other in others.items() if other.kind.is_binary and other.conditional_on is None]
+            others = {key: parent for key, parent in self.tasks.items() if key != name}
+            plain = [key for key, parent in others.items() if parent.kind.is_binary and parent.conditional_on is None]
             if task.conditional_on not in plain:
                 raise ValueError(
-                    f"task '{name}' is given '{task.conditional_on}', which is not another binary task without "
-                    "`conditional_on`; such "
-                    f"tasks are: {', '.join(plain) or 'none'}"
+                    f"task '{name}' is conditional on '{task.conditional_on}', which is not another binary task "
+                    f"without `conditional_on`. Name one of: {', '.join(plain) or 'none'}"
                 )
             outcome = joint_task_name(task.conditional_on, name)
             if outcome in taken:
                 raise ValueError(
-                    f"the outcome of tasks '{task.conditional_on}' and '{name}' together is called '{outcome}', as is "
-                    f"{taken[outcome]}; rename one"
+                    f"the joint outcome of tasks '{task.conditional_on}' and '{name}' has the name '{outcome}', like "
+                    f"{taken[outcome]}; rename a task"
                 )
-            taken[outcome] = "that of two other tasks"
+            taken[outcome] = "the outcome of two other tasks"
 
     def _check_columns(self) -> None:
-        """No column has two purposes, and what needs users or times is not asked of a table without."""
-        named = {f"columns.{name}": getattr(self.columns, name) for name in _PURPOSES}
-        named["split.column"] = None if self.split is None else self.split.column
+        """Check that columns have one purpose and that tables without users or times have no settings for them."""
+        columns = {f"columns.{name}": getattr(self.columns, name) for name in _PURPOSES}
+        columns["split.column"] = None if self.split is None else self.split.column
         purposes: dict[str, str] = {}
-        for purpose, column in named.items():
-            if column is not None and (other := purposes.setdefault(column, purpose)) != purpose:
-                raise ValueError(f"{other} and {purpose} both name column '{column}'")
+        for purpose, column in columns.items():
+            if column is not None and (first := purposes.setdefault(column, purpose)) != purpose:
+                raise ValueError(f"{first} and {purpose} both name column '{column}'")
         if self.columns.request_scope == "user" and self.columns.request and not self.columns.has_user:
             raise ValueError("columns.request_scope is user, which needs columns.user: set it, or the scope to log")
         for name, task in self.tasks.items():
@@ -202,8 +218,8 @@ class Schema(Section):
                 )
             if task.label_delay_days and not self.columns.has_time:
                 raise ValueError(
-                    f"task '{name}' has label_delay_days, which needs columns.time: without times it can't be told "
-                    "which labels had matured"
+                    f"task '{name}' has label_delay_days, which needs columns.time: without times, no label is known "
+                    "to be final"
                 )
 
     def _check_leaks(self, name: str, read: Iterable[str]) -> None:
@@ -219,7 +235,7 @@ class Schema(Section):
                     f"feature '{name}' reads column '{column}', the sampling rate, which gives labels away"
                 )
             if self.split is not None and column == self.split.column:
-                raise ValueError(f"feature '{name}' reads column '{column}', which says what a row is split to")
+                raise ValueError(f"feature '{name}' reads column '{column}', which contains the row's split")
 
     def _check_roles(self) -> None:
         seen: dict[str, str] = dict(self._own_roles)
@@ -230,25 +246,29 @@ class Schema(Section):
 
     @property
     def _own_roles(self) -> dict[str, Role]:
-        """Role of the columns that give a row its place, as far as there are any."""
+        """Roles of the existing columns of user, candidate and time."""
         columns = self.columns
         roles: dict[str, Role] = {columns.user: "user", columns.candidate: "candidate", columns.time: "context"}
         return {name: role for name, role in roles.items() if name in columns.names}
 
     @property
     def column_roles(self) -> dict[str, Role]:
-        """Role of every column that may be read as an input."""
+        """Role of each column that features may read."""
         roles = self._own_roles
         for role, names in self.roles:
             roles.update(dict.fromkeys(names, role))
         return roles
 
     def can_rank_without(self, names: Collection[str]) -> bool:
-        """Whether a feature of user, candidate or context is left without some features."""
+        """Return whether a feature of user, candidate or context remains without the features `names`."""
         return any(name not in names and self.role_of(name) != "placement" for name in self.features)
 
     def role_of(self, name: str) -> Role:
-        """Role of a feature: what its columns describe together. Raises ValueError for a column without a role."""
+        """Return the role of a feature, which describes its columns together.
+
+        Raises:
+            ValueError: A column has no role, or placement is mixed with other roles.
+        """
         feature = self.features[name]
         if feature.fixed_role is not None:
             return feature.fixed_role
@@ -273,23 +293,25 @@ class Schema(Section):
         return "user" if roles else "context"
 
     def table_of(self, name: str) -> str:
-        """Name of the id feature that owns the vocabulary and the embedding table of an id-like feature."""
+        """Return the ID feature that owns the vocabulary and the embedding table of a feature."""
         return self.features[name].table_owner or name
 
     def identity(self) -> dict[str, Any]:
-        """What the settings decide of features, as JSON values, without the paths of event logs: of these, as of the
-        log itself, the files count (`mmoe_rec.preprocessing.prepare`)."""
+        """Return all settings of features as JSON values, except the paths of event logs.
+
+        For event logs, as for the log itself, the files count (`mmoe_rec.preprocessing.prepare`).
+        """
         return self.model_dump(mode="json", exclude={"events": {"__all__": {"path"}}})
 
     def input_columns(self) -> dict[str, Role]:
-        """Columns that the features read, with their role; what a request may give."""
+        """Return the columns that features read, with their roles. A request may have these columns."""
         read = {column for feature in self.features.values() for column in feature.reads()}
         read |= self._own_roles.keys()
         return {column: role for column, role in self.column_roles.items() if column in read}
 
 
 def check_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values. Raises ValueError where one is listed twice."""
+    """Return the values, or raise ValueError if a value is repeated."""
     twice = [value for index, value in enumerate(values) if value in values[:index]]
     if twice:
         raise ValueError(f"lists {'null' if twice[0] is None else twice[0]} twice")

@@ -1,7 +1,7 @@
-"""The sections of a settings file, each key with its type, default and meaning; and the YAML that it is written in.
+"""Sections of a settings file with all types, defaults and descriptions, and the YAML dialect of the file.
 
-YAML 1.1, which PyYAML reads, takes 1e-3 for text, 1:30 for ninety and 017 for fifteen. Here the first is a number, and
-the others are text; no key is written twice.
+In YAML 1.1, which PyYAML reads, 1e-3 is text, 1:30 is 90 and 017 is 15. Here 1e-3 is a number, 1:30 and 017 are text,
+and repeated keys are errors.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from mmoe_rec.settings.training import Training
 
 
 def _as_time(value: Any) -> datetime | None:
-    """A date or time of YAML, or text in ISO 8601; UTC unless it has an offset."""
+    """Convert a date or time of YAML, or ISO 8601 text. Without an offset, it is UTC."""
     if isinstance(value, str) and not value.isdigit():
         with suppress(ValueError):
             value = datetime.fromisoformat(value)
@@ -55,62 +55,70 @@ _Values = tuple[bool | str | Annotated[int, Field(ge=-(2**63), lt=2**63)], ...]
 
 
 class Split(Section):
-    """Training rows lie before `train_end`, validation rows before `validation_end`, test rows before `test_end`; of a
-    plain table without times, a column says it."""
+    """Split of the rows into training, validation and test.
 
-    train_start: Time | None = Field(None, description="first request time to train on; null is the log's start")
-    train_end: Time | None = Field(None, description="end of training (exclusive), UTC unless an offset is given")
+    Training rows are before `train_end`, validation rows before `validation_end`, test rows before `test_end`. In a
+    plain table without times, `column` names the split of each row.
+    """
+
+    train_start: Time | None = Field(None, description="first request time of training; null: the log's start")
+    train_end: Time | None = Field(None, description="end of training (exclusive), in UTC without an offset")
     validation_end: Time | None = Field(None, description="end of validation (exclusive)")
-    test_end: Time | None = Field(None, description="end of test (exclusive); null is the log's end")
-    column: str | None = Field(None, description="without columns.time, instead of times: column of each row's split")
+    test_end: Time | None = Field(None, description="end of test (exclusive); null: the log's end")
+    column: str | None = Field(None, description="column with each row's split, for tables without times")
     train: _Values = Field(("train",), min_length=1, description="values of `column` in training rows")
     validation: _Values = Field(("validation",), min_length=1, description="values of `column` in validation rows")
     test: _Values = Field(("test",), min_length=1, description="values of `column` in test rows")
 
     @model_validator(mode="after")
-    def _one_way(self) -> "Split":
+    def _check_consistent(self) -> "Split":
         if self.column is None:
             lacking = [name for name in ("train_end", "validation_end") if getattr(self, name) is None]
             if lacking:
-                raise ValueError(f"needs {lacking[0]}: give the times of the split, or `column` in a plain table")
+                raise ValueError(f"needs {lacking[0]}: set the times, or `column` in a table without times")
             values = [name for name in SPLITS if getattr(self, name) != (name,)]
             if values:
-                raise ValueError(f"has {values[0]}, values of a column, but no column")
-            times = [t for name in _TIMES if (t := getattr(self, name)) is not None]
-            if any(a >= b for a, b in itertools.pairwise(times)):
-                raise ValueError("train_start, train_end, validation_end and test_end must follow each other in time")
+                raise ValueError(f"has {values[0]}, values of a column, but no `column`: set `column`")
+            times = [(time, name) for name in _TIMES if (time := getattr(self, name)) is not None]
+            for (start, name), (end, next_name) in itertools.pairwise(times):
+                if start >= end:
+                    raise ValueError(
+                        f"{name} ({start:%Y-%m-%d %H:%M}) must be before {next_name} ({end:%Y-%m-%d %H:%M})"
+                    )
             return self
-        if given := [name for name in _TIMES if getattr(self, name) is not None]:
-            raise ValueError(f"has both {given[0]} and column, but rows are split by times or a column: leave one out")
+        if times_given := [name for name in _TIMES if getattr(self, name) is not None]:
+            raise ValueError(f"has both {times_given[0]} and column: remove one of them")
         seen: dict[Scalar, str] = {}
         for name in SPLITS:
             for value in getattr(self, name):
-                if (other := seen.setdefault(value, name)) != name:
-                    raise ValueError(f"value {value!r} is both in {other} and in {name}")
+                if (first := seen.setdefault(value, name)) != name:
+                    raise ValueError(f"value {value!r} is both in {first} and in {name}")
         return self
 
     def check(self, columns: Columns) -> None:
-        """Raises ValueError where the log has times and is split by a column, or the other way round."""
+        """Raise ValueError if a log with times is split by a column, or a log without times by time."""
         if self.column is None and not columns.has_time:
-            raise ValueError("columns.time is left out, so the rows can't be split by time: set it, or split.column")
+            raise ValueError("columns.time is null, so rows can't be split by time: set columns.time or split.column")
         if self.column is not None and columns.has_time:
             raise ValueError(
                 f"split.column is '{self.column}', but columns.time is '{columns.time}': split a log with times by "
-                "split.train_end and split.validation_end, so that training sees nothing of later rows"
+                "split.train_end and split.validation_end, so that training sees no later rows"
             )
 
     @property
     def split_column(self) -> SplitColumn | None:
-        """The column that splits the rows, None where times do."""
+        """Column that splits the rows, None for a split by time."""
         if self.column is None:
             return None
         return SplitColumn(column=self.column, **{name: getattr(self, name) for name in SPLITS})
 
     def windows(self) -> dict[str, tuple[int | None, int | None]]:
-        """Request times [start, end) of each split in microseconds since 1970 UTC; by a column, the times that
-        `mmoe_rec.log.rows` gives to the rows of each."""
+        """Return the request times [start, end) of each split in microseconds since 1970 UTC.
+
+        For a split by a column, the times are the ones that `mmoe_rec.log.rows` gives to the rows of each split.
+        """
         if self.column is not None:
-            return {name: (place, place + 1) for place, name in enumerate(SPLITS)}
+            return {name: (index, index + 1) for index, name in enumerate(SPLITS)}
         start, train, validation, test = (
             None if (time := getattr(self, name)) is None else round(time.timestamp() * 1e6) for name in _TIMES
         )
@@ -118,35 +126,35 @@ class Split(Section):
 
 
 class SearchRange(Section):
-    """Values that tuning tries for one setting: `choices`, or all between `low` and `high`."""
+    """Values to try for one setting: `choices`, or a range from `low` to `high`."""
 
-    choices: tuple[Any, ...] | None = Field(None, min_length=1, description="the values to choose from")
-    low: int | float | None = Field(None, description="lowest number; whole numbers only where both ends are whole")
+    choices: tuple[Any, ...] | None = Field(None, min_length=1, description="values to try")
+    low: int | float | None = Field(None, description="lowest number; only whole numbers are tried if both ends are")
     high: int | float | None = Field(None, description="highest number")
-    log: bool = Field(False, description="try numbers evenly by their logarithm, as suits learning rates")
+    log: bool = Field(False, description="even sampling of logarithms, for example of learning rates")
 
     @model_validator(mode="after")
     def _check_one_kind(self) -> "SearchRange":
-        ends = self.low is not None and self.high is not None
-        if ends == (self.choices is not None) or ((self.low is None) != (self.high is None)):
+        has_range = self.low is not None and self.high is not None
+        if has_range == (self.choices is not None) or ((self.low is None) != (self.high is None)):
             raise ValueError("give either `choices`, or both `low` and `high`")
         if self.low is not None and self.high is not None:
             if self.low >= self.high:
                 raise ValueError(f"low ({self.low}) must be below high ({self.high})")
             if self.log and self.low <= 0:
-                raise ValueError(f"low ({self.low}) must be above 0 where log is true")
+                raise ValueError(f"low ({self.low}) must be above 0 if log is true")
         return self
 
 
-# Settings that can be tried without building features anew, and that trials are judged with.
+# Settings that can be searched without rebuilding features or changing how trials are judged.
 _SEARCHED = r"(model(?!\.trees)|training(?!\.calibration))\..+|tasks\.[^.]+\.loss_weight|features\.[^.]+\.dim"
 
 
 class Tuning(Section):
-    """The search for better settings by `mmoe-rec tune`."""
+    """Search for better settings by `mmoe-rec tune`."""
 
-    search: dict[str, SearchRange] = Field({}, description="a setting such as model.experts.count -> values to try")
-    startup_trials: int = Field(5, ge=1, description="trials with random values, none of which is cut short")
+    search: dict[str, SearchRange] = Field({}, description="setting, such as model.experts.count -> values to try")
+    startup_trials: int = Field(5, ge=1, description="number of random trials at the start, never stopped early")
 
     @field_validator("search")
     @classmethod
@@ -154,25 +162,31 @@ class Tuning(Section):
         for name in search:
             if not re.fullmatch(_SEARCHED, name):
                 raise ValueError(
-                    f"'{name}' can't be tried; only settings of model and training can, without model.trees and "
-                    "training.calibration, and tasks.NAME.loss_weight and features.NAME.dim"
+                    f"'{name}' can't be searched. Search settings of model (except model.trees), training (except "
+                    "training.calibration), tasks.NAME.loss_weight or features.NAME.dim"
                 )
         return search
 
 
-def diff_settings(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Name of each setting that differs, such as `model.experts.count`, and both values, as text."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in one | other:
-            yield from diff_settings(one.get(name), other.get(name), f"{path}.{name}" if path else name)
-    elif one != other:
-        yield path, _text(one), _text(other)
+def diff_settings(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield the name of each setting that differs, such as `model.experts.count`, with both values as text.
+
+    Args:
+        first: Settings as parsed from YAML.
+        second: Settings to compare with.
+        path: Name of the section, for recursive calls.
+    """
+    if isinstance(first, dict) and isinstance(second, dict):
+        for name in first | second:
+            yield from diff_settings(first.get(name), second.get(name), f"{path}.{name}" if path else name)
+    elif first != second:
+        yield path, _text(first), _text(second)
 
 
 def _text(value: Any) -> str:
     if value is None:
         return "missing"
-    return "there" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)
+    return "present" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)
 
 
 EngineName = Literal["local", "ray"]
@@ -181,110 +195,113 @@ FirstOrError = Literal["first", "error"]
 
 
 class Data(Section):
-    """Where the log is, and where what is built from it goes."""
+    """Location of the log, and the folder for everything built from it."""
 
-    log: str = Field(description="interaction log: folder of Parquet files, a file or a glob; a path or s3:// address")
-    events: dict[str, EventLog] = Field({}, description="name -> a further log of events for counters and histories")
+    log: str = Field(description="interaction log: folder of Parquet files, a file or a glob; a path or s3:// URI")
+    events: dict[str, EventLog] = Field({}, description="name -> event log for counters and histories")
     work_dir: str = Field(description="folder for encoded features, checkpoints and models")
-    engine: EngineName = Field("local", description="what builds features: threads or processes, or a Ray cluster")
-    workers: int | None = Field(None, ge=1, description="threads for features (processes above 4); null: one per core")
-    rows_in_memory: int = Field(1_048_576, ge=1024, description="rows of a counter or history that a worker holds")
-    memory_gib: float = Field(4, ge=0.25, description="GiB in which whole logs are joined; more goes through files")
-    skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them; false stops")
-    on_duplicates: ErrorOrKeep = Field("error", description="what to do if a candidate occurs twice in a request")
+    engine: EngineName = Field("local", description="backend that builds features: this machine or a Ray cluster")
+    workers: int | None = Field(
+        None, ge=1, description="threads that build features (processes above 4); null: one per core"
+    )
+    rows_in_memory: int = Field(
+        1_048_576, ge=1024, description="rows per chunk of counters and histories; less saves memory"
+    )
+    memory_gib: float = Field(4, ge=0.25, description="GiB of memory for joins of whole logs; larger joins use files")
+    skip_bad_files: bool = Field(False, description="whether to skip and record unusable files instead of stopping")
+    on_duplicates: ErrorOrKeep = Field("error", description="action if a candidate occurs twice in a request")
     on_future_times: ErrorOrKeep = Field(
-        "error", description="what to do about times after now, likely in another unit"
+        "error", description="action for times in the future, which suggest a wrong unit"
     )
-    on_conflicting_times: FirstOrError = Field(
-        "first", description="what to do if rows of a request have several times"
-    )
+    on_conflicting_times: FirstOrError = Field("first", description="action if rows of a request have several times")
 
     @field_validator("work_dir")
     @classmethod
     def _local(cls, work: str) -> str:
         if "://" in work:
-            raise ValueError("must be a folder of this machine, or one that is mounted like one")
+            raise ValueError("must be a local or mounted folder")
         return work
 
 
 class Evaluation(Section):
-    """How the trained model is judged."""
+    """Rules that compare and judge models."""
 
-    batch_size: int = Field(16_384, ge=1, description="rows scored at a time")
+    batch_size: int = Field(16_384, ge=1, description="rows per batch of scoring")
     resamples: int = Field(1000, ge=20, description="bootstrap resamples over users for the 95% intervals")
     primary_metric: str = Field(
         "auc",
-        description="which of two models is better: a metric of tasks, as the mean over those with 50 rows of either "
-        "label (R2, if there are none), or one of the score, such as score.ndcg_at_10",
+        description="metric that decides between models. A task metric is averaged over tasks with 50 rows of either "
+        "label (R2 if there are none). A metric of the score is named like score.ndcg_at_10.",
     )
     max_metric_drop: float = Field(
-        0.005, ge=0, description="AUC, or R2, that a model may lose for any task, with its interval"
+        0.005, ge=0, description="largest loss of AUC (or R2) for any task, including its interval"
     )
     max_calibration_ratio: float = Field(
-        1.25, gt=1, description="factor by which probabilities may be off, or the other's are"
+        1.25,
+        gt=1,
+        description="largest factor between mean prediction and mean label, unless the compared model exceeds it",
     )
     slices: tuple[str, ...] = Field(
         (),
-        description="what reports slice rows by, besides new users and candidates and activity: columns of the log, or "
-        "bucket(COLUMN, N) of a number",
+        description="columns of the log, or bucket(COLUMN, N) of a number, for slices in reports. Reports also slice "
+        "by new users, new candidates and activity.",
     )
     guardrail_slices: tuple[str, ...] | None = Field(
         None,
-        description="slices of which none may be shown to lose more than `margin`: by user, candidate, training rows "
-        "of the user, or what `slices` names; null takes all of them",
+        description="slices that must not lose more than `max_metric_drop` significantly: user, candidate, training "
+        "rows of the user, or names in `slices`. null takes all slices.",
     )
 
 
 class Serving(Section):
-    """How a model is served: limits of a request (max_candidates) and of calls to the command `serve` (the others),
-    when it says that it is out of date (stale_after_days), and what multiplies (products)."""
+    """Limits for requests and for calls of the command `serve`, and the backend of matrix products."""
 
     matmul_backend: Literal["auto", "blas", "onednn"] = Field(
         "auto",
-        description="library of fp32 products when serving and scoring; auto takes onednn where torch has it; scores "
-        "are equal but for rounding",
+        description="library of fp32 matrix products in serving and scoring. auto takes onednn if torch has it. Scores "
+        "differ only by rounding.",
     )
-    max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
+    max_candidates: int = Field(10_000, ge=1, description="maximum number of candidates in a request")
     stale_after_days: float | None = Field(7, gt=0, description="days until replies warn of old counters; null: never")
-    max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")
-    max_elements: int = Field(256, ge=1, description="elements of `inputs` in a call")
-    max_events: int = Field(10_000, ge=1, description="rows of a call that sends events")
-    max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")
-    max_depth: int = Field(16, ge=6, le=100, description="deepest nesting of lists and objects in a body")
+    max_total_candidates: int = Field(100_000, ge=1, description="maximum number of candidates in a call")
+    max_elements: int = Field(256, ge=1, description="maximum number of elements of `inputs` in a call")
+    max_events: int = Field(10_000, ge=1, description="maximum number of rows in a call that sends events")
+    max_body_mib: int = Field(8, ge=1, le=1024, description="maximum size of a call's body in MiB")
+    max_depth: int = Field(16, ge=6, le=100, description="maximum nesting of lists and objects in a body")
     max_concurrent_calls: int = Field(
-        64, ge=1, description="calls of /invocations at a time in a worker, as many of /events"
+        64, ge=1, description="maximum number of concurrent calls of /invocations in a worker, and of /events"
     )
-    read_timeout_seconds: float = Field(10, gt=0, description="time for a caller to send a call, or to take its reply")
-    call_timeout_seconds: float = Field(30, gt=0, description="time to answer a call once it has been read")
+    read_timeout_seconds: float = Field(10, gt=0, description="time limit for sending a call or receiving the reply")
+    call_timeout_seconds: float = Field(30, gt=0, description="time limit for answering a call after reading it")
 
 
 class Tracking(Section):
-    """Where MLflow keeps runs and models."""
+    """MLflow store of runs and models."""
 
     uri: str | None = Field(
         None,
         min_length=1,
-        description="MLflow tracking and registry address; null takes the environment's MLFLOW_TRACKING_URI, else "
-        "sqlite:///mlflow.db",
+        description="MLflow tracking and registry URI. null takes MLFLOW_TRACKING_URI from the environment, or else "
+        "sqlite:///mlflow.db.",
     )
-    experiment: str | None = Field(None, description="MLflow experiment; null takes the settings' `name`")
-    registered_model: str | None = Field(None, description="name in the registry; null takes the settings' `name`")
-    alias: str = Field("champion", description="alias that a new model gets if it is better than the one that holds it")
+    experiment: str | None = Field(None, description="MLflow experiment; null: `name`")
+    registered_model: str | None = Field(None, description="name in the registry; null: `name`")
+    alias: str = Field("champion", description="alias of the current model, which a better model gets")
     keep_versions: int | None = Field(
-        14, ge=1, description="versions of refreshes that stay besides those that an alias needs; null keeps all"
+        14, ge=1, description="versions made by `refresh` to keep, besides versions that an alias needs; null: all"
     )
-    system_metrics: bool = Field(True, description="log processors, memory, disk and network while a model is trained")
+    system_metrics: bool = Field(True, description="whether to log processors, memory, disk and network in training")
 
     @property
     def resolved_uri(self) -> str:
-        """MLflow's address. That of the environment is not kept with the settings: it may hold a password."""
+        """MLflow URI. The URI from the environment isn't saved with the settings, since it may contain a password."""
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
 
 
 class Settings(Section):
     """All settings of one data set."""
 
-    name: str = Field(description="name of the data set; by default also of experiment and registered model")
+    name: str = Field(description="name of the data set, and by default of experiment and registered model")
     data: Data
     columns: Columns = Columns()
     roles: Roles = Roles()
@@ -304,32 +321,32 @@ class Settings(Section):
         self.labels.check(self.schema_)
         self.split.check(self.columns)
         for name in self.tuning.search:
-            section, asked, *_ = name.split(".")
-            if section == "tasks" and asked not in self.tasks:
+            section, key, *_ = name.split(".")
+            if section == "tasks" and key not in self.tasks:
                 raise ValueError(f"tuning.search names '{name}'; tasks are: {', '.join(self.tasks)}")
-            if section == "features" and (asked not in self.features or not self.features[asked].has_own_table):
-                known = ", ".join(feature for feature, settings in self.features.items() if settings.has_own_table)
-                raise ValueError(f"tuning.search names '{name}'; features with a table of their own are: {known}")
+            if section == "features" and (key not in self.features or not self.features[key].has_own_table):
+                names = ", ".join(feature for feature, settings in self.features.items() if settings.has_own_table)
+                raise ValueError(f"tuning.search names '{name}'; features with their own table are: {names}")
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
-            raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")
+            raise ValueError("training.sampling_correction needs a sampling rate: set columns.sampling_rate")
         return self
 
     @property
     def schema_(self) -> Schema:
-        """The part that says what the log means."""
+        """Schema of the log, which excludes choices of the model."""
         sections = self.model_dump(include={"columns", "roles", "tasks", "features"})
         return parse_schema({**sections, "events": self.data.events, "split": self.split.split_column})
 
     @property
     def model_choices(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """What the model makes of tasks and features: `tasks` or `features` -> name -> key -> value."""
+        """Choices of the model for tasks and features: `tasks` or `features` -> name -> key -> value."""
         sections = self.model_dump(mode="json", include=set(MODEL_CHOICES))
         return {
             section: {
-                name: {key: value for key, value in each.items() if key in MODEL_CHOICES[section]}
-                for name, each in named.items()
+                name: {key: value for key, value in entry.items() if key in MODEL_CHOICES[section]}
+                for name, entry in entries.items()
             }
-            for section, named in sections.items()
+            for section, entries in sections.items()
         }
 
     @property
@@ -343,7 +360,7 @@ class Settings(Section):
         return self.tracking.registered_model or self.name
 
     def to_yaml(self) -> str:
-        """The resolved settings as YAML; `load_settings` reads it back."""
+        """Return the resolved settings as YAML that `load_settings` reads."""
         return dump_yaml(self.model_dump(mode="json"))
 
 
@@ -359,10 +376,10 @@ _NUMBERS = {
 
 
 def _with_numbers(base: type) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """PyYAML's rules for what plain text is, by its first letter, with those of YAML 1.2 for numbers."""
+    """Return PyYAML's rules for plain text by first letter, with the number rules of YAML 1.2."""
     rules = {
-        first: [(tag, rule) for tag, rule in found if tag not in _NUMBERS]
-        for first, found in base.yaml_implicit_resolvers.items()  # type: ignore[attr-defined]
+        first: [(tag, rule) for tag, rule in tags if tag not in _NUMBERS]
+        for first, tags in base.yaml_implicit_resolvers.items()  # type: ignore[attr-defined]
     }
     for first in "-+.0123456789":
         rules[first] = [*rules.get(first, []), *_NUMBERS.items()]
@@ -370,7 +387,7 @@ def _with_numbers(base: type) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, where YAML would silently take the last."""
+    """YAML loader that rejects repeated keys, where PyYAML silently takes the last value."""
 
     yaml_implicit_resolvers = _with_numbers(yaml.SafeLoader)
 
@@ -385,7 +402,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number, and text that holds the end of a line."""
+    """YAML dumper that quotes text with line breaks and text that `_Loader` would read as a number."""
 
     yaml_implicit_resolvers = _with_numbers(yaml.SafeDumper)
 
@@ -397,17 +414,17 @@ _Dumper.add_representer(
 
 
 def load_yaml(text: str) -> Any:
-    """The values of a YAML text. Raises yaml.YAMLError where it is not valid."""
+    """Parse a YAML text, or raise yaml.YAMLError if it is invalid."""
     return yaml.load(text, _Loader)
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML that `load_yaml` reads back."""
+    """Return YAML that `load_yaml` reads."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def dump_inline_yaml(value: Any) -> str:
-    """A value in one line, as it may stand behind a key."""
+    """Return a value as YAML in one line, for use after a key."""
     text = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
     )

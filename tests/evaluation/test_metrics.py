@@ -262,9 +262,9 @@ def test_predictions_of_single_and_double_precision_have_the_same_logloss(tmp_pa
         (["--tasks", "a", "a"], "--tasks names 'a' twice"),
         (["--tasks", "a", "--columns", "usr=who"], "--columns usr=who: expected PART=COLUMN, where PART is one"),
         (["--tasks", "a", "--columns", "user"], "--columns user: expected PART=COLUMN"),
-        ([], "give the tasks by --config C or by --tasks, one of the two"),
-        (["--tasks", "a", "--model", "m"], "give one of --model and --predictions"),
-        (["--tasks", "a", "--split", "test"], "--split chooses rows of the log for --model"),
+        ([], "Name the tasks with either --config C or --tasks"),
+        (["--tasks", "a", "--model", "m"], "Give only one of --model and --predictions"),
+        (["--tasks", "a", "--split", "test"], "--split requires --model"),
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
     ],
 )

@@ -171,8 +171,8 @@ def test_what_is_asked_for_wrongly_is_told(model: SmallModel, tmp_path: Path, ca
     for words, sentence in (
         (("--goal", "loved"), "there is no task 'loved'; the settings have click, liked, spent"),
         (("--max-drop", "loved=0.1"), "there is no task 'loved'"),
-        (("--max-drop", "liked"), "--max-drop takes TASK=LOSS, such as rebought=0.002; found 'liked'"),
-        (("--max-drop", "liked=much"), "found 'liked=much'"),
+        (("--max-drop", "liked"), "--max-drop takes TASK=LOSS, such as rebought=0.002, not 'liked'"),
+        (("--max-drop", "liked=much"), "not 'liked=much'"),
         (("--goal", "liked", "--max-drop", "liked=0.1"), "'liked' is the goal, and can't be kept as well"),
         (("--predictions", str(tmp_path / "nowhere"), "b"), "nowhere' does not exist; set `--predictions`"),
     ):

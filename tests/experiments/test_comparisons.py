@@ -265,8 +265,8 @@ def test_architectures_by_the_command(tmp_path: Path) -> None:
         (("--variant", "a", "b.c=1", "--variant", "a", "b.c=2"), "--variant 'a' is given twice"),
         (("--variant", "these settings", "training.epochs=2"), "two variants are named 'these settings'"),
         (("--seeds", "1"), "1 run of each variant can't show how far runs differ. Give --seeds 2 or more."),
-        (("--architectures", "--features"), "are comparisons of their own"),
-        (("--margin", "0.1"), "--only and --margin belong to --features"),
+        (("--architectures", "--features"), "can't be combined"),
+        (("--margin", "0.1"), "--only and --margin require --features"),
         (("--features", "--only", "prize"), "--only: there is no feature 'prize' to leave out. Features are "),
     ],
 )

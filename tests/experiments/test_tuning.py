@@ -257,12 +257,15 @@ def test_trials_that_train_are_runs_within_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"data.workers": {"low": 1, "high": 2}}, "'data.workers' can't be tried; only settings"),
-        ({"tasks.click.label": {"choices": ["click"]}}, "'tasks.click.label' can't be tried; .*loss_weight"),
-        ({"model.trees.leaves": {"low": 8, "high": 64}}, "'model.trees.leaves' can't be tried; .*without model.trees"),
+        ({"data.workers": {"low": 1, "high": 2}}, "'data.workers' can't be searched. Search settings"),
+        ({"tasks.click.label": {"choices": ["click"]}}, "'tasks.click.label' can't be searched. .*loss_weight"),
+        (
+            {"model.trees.leaves": {"low": 8, "high": 64}},
+            "'model.trees.leaves' can't be searched. .*except model.trees",
+        ),
         ({"tasks.lik.loss_weight": {"low": 0.1, "high": 1}}, "'tasks.lik.loss_weight'; tasks are: click, liked"),
-        ({"tasks.click.score_weight": {"low": 0.1, "high": 1}}, "'tasks.click.score_weight' can't be tried; only"),
-        ({"features.clicked.dim": {"low": 4, "high": 8}}, "'features.clicked.dim'; features with a table of their own"),
+        ({"tasks.click.score_weight": {"low": 0.1, "high": 1}}, "'tasks.click.score_weight' can't be searched. Search"),
+        ({"features.clicked.dim": {"low": 4, "high": 8}}, "'features.clicked.dim'; features with their own table"),
         ({"training.lerning_rate": {"low": 0.1, "high": 0.2}}, "lerning_rate.*learning_rate"),
         ({"model.experts.count": {"low": 3}}, "give either `choices`, or both `low` and `high`"),
         ({"model.experts.count": {"low": 3, "high": 3}}, r"low \(3\) must be below high \(3\)"),

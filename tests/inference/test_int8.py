@@ -76,7 +76,7 @@ def test_is_no_model_to_round_again_or_to_train_on(folder: Path, small: SmallMod
     with pytest.raises(UserError, match="is in int8 already"):
         write_int8(folder, tmp_path)
     layout = Ranker.load(folder).layout
-    with pytest.raises(UserError, match="is an export in int8, which is too coarse to be trained on"):
+    with pytest.raises(UserError, match="is an int8 export, which is too coarse for training"):
         WarmStart(folder, small.settings.model, small.prepared, layout, small.settings.model)
 
 

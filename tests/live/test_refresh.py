@@ -129,7 +129,7 @@ def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.Captur
         if "days" not in path.name:
             path.unlink()
     model.refresh()
-    assert "files that are gone from the log stay counted: 1" in capsys.readouterr().out
+    assert "removed files that remain in the tables: 1" in capsys.readouterr().out
     assert_same_tables(model.folder_of("2") / "features", whole / "features")
     model.refresh("--rebuild")
     assert "are gone (1, such as" in capsys.readouterr().err

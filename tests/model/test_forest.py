@@ -68,10 +68,10 @@ def test_a_row_gets_the_same_sum_whatever_stands_beside_it() -> None:
     ("wrong", "by", "told"),
     [
         (r"(?s)\nTree=.*?\nend of trees", "\nend of trees", "there is no tree"),
-        (r"(?m)^max_feature_idx=4", "max_feature_idx=1", "an input that there is not"),
+        (r"(?m)^max_feature_idx=4", "max_feature_idx=1", "an input that doesn't exist"),
         (r"(?m)^decision_type=.*? ", "decision_type=8 ", "a rule for missing numbers"),
-        (r"(?m)^left_child=.*? ", "left_child=", "do not fit together"),
-        (r"(?m)^leaf_value=.*? ", "leaf_value=", "do not fit together"),
+        (r"(?m)^left_child=.*? ", "left_child=", "are inconsistent"),
+        (r"(?m)^leaf_value=.*? ", "leaf_value=", "are inconsistent"),
         (r"(?m)^leaf_value=", "leaf_value=x", "could not convert"),
         (r"(?m)^cat_boundaries=.*", "cat_boundaries=0", "not enough values"),
     ],

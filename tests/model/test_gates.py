@@ -76,7 +76,7 @@ def test_expert_choice_scores_each_row_on_its_own() -> None:
     torch.testing.assert_close(made(x[:3]).weights, made(x).weights[:3])
     assert (made(x).weights > 0).sum(-1).eq(2).all()
     made.settings = made.settings.model_copy(update={"serving_top_k": None})
-    with pytest.raises(ValueError, match="needs a k to score with"):
+    with pytest.raises(ValueError, match="scoring needs a k"):
         made(x)
 
 

@@ -118,7 +118,9 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [choose_matmul_backend(each, "cpu") for each in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
     assert [choose_serving_backend(each) for each in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
     assert choose_matmul_backend("auto", "cuda") == "blas"
-    with pytest.raises(UserError, match=r"^training\.matmul_backend is onednn, a library of CPUs: set it to auto$"):
+    with pytest.raises(
+        UserError, match=r"^training\.matmul_backend is onednn, which only supports CPUs\. Set it to auto\.$"
+    ):
         choose_matmul_backend("onednn", "cuda")
 
     def missing(*_: object) -> Tensor:
@@ -127,7 +129,7 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products_module, "onednn_linear", missing)
     has_onednn.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"^training\.matmul_backend is onednn, but torch does not multiply by it"):
+        with pytest.raises(UserError, match=r"^training\.matmul_backend is onednn, which torch doesn't support"):
             choose_matmul_backend("onednn", "cpu")
         assert (
             choose_matmul_backend("auto", "cpu")

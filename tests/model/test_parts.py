@@ -93,7 +93,7 @@ def test_the_gradient_of_the_logit_of_both_is_finite_and_right() -> None:
 
 
 def test_a_wrong_number_of_tasks_is_refused() -> None:
-    with pytest.raises(ValueError, match="each of 2 tasks, found 3"):
+    with pytest.raises(ValueError, match="each of 2 tasks, not 3"):
         predictions(torch.zeros(4, 3), [KINDS["binary"]] * 2)
 
 
@@ -132,10 +132,10 @@ def test_tasks_are_found_by_name_and_others_stay() -> None:
 @pytest.mark.parametrize(
     ("logits", "calibrated", "slope", "message"),
     [
-        ((0.0, 0.0), (0.0, 1.0), 1.0, "must rise"),
-        ((0.0, 1.0), (0.0, 1.0), 0.0, "must rise"),
+        ((0.0, 0.0), (0.0, 1.0), 1.0, "must increase"),
+        ((0.0, 1.0), (0.0, 1.0), 0.0, "must increase"),
         ((0.0,), (0.0,), float("nan"), "not a finite number"),
-        ((0.0,), (0.0, 1.0), 1.0, "1 logits and 2 calibrated"),
+        ((0.0,), (0.0, 1.0), 1.0, "1 logits don't match 2 calibrated"),
     ],
 )
 def test_what_would_change_the_order_is_refused(
@@ -192,8 +192,8 @@ def test_what_gates_do_is_told_in_words() -> None:
     assert found.polarized == [True, False]
     assert found.underused == [3]
     dead, settled = found.findings(["bought", "liked"])
-    assert dead.startswith("expert 3 is hardly used: it gets 0.00% of the load, where an even share is 25.0%")
-    assert settled.startswith("the gate of 'bought' settles on expert 0 with 90% of its weight")
+    assert dead.startswith("expert 3 is underused: it gets 0.00% of the load, compared with 25.0% on average")
+    assert settled.startswith("the gate of 'bought' is polarized: expert 0 gets 90% of its weight")
     assert found.to_metrics(["bought", "liked"])["gates/polarized_fraction"] == 0.5
 
 

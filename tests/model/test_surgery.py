@@ -80,33 +80,33 @@ def test_removing_equals_masking(kind: str) -> None:
 def test_what_cannot_be_edited_is_named() -> None:
     model = small_settings(experts={"count": 2, "task_count": 1}, gates={"routing": "top_k", "top_k": 3})
     state = state_of(built(model))
-    with pytest.raises(UserError, match=r"expert 2 can't be removed: .* are 0 to 1 \(later numbers are experts of"):
+    with pytest.raises(UserError, match=r"Expert 2 can't be removed\. .* are 0 to 1 \(later numbers are experts of"):
         remove_expert(state, model, 2)
-    with pytest.raises(UserError, match=r"with 1 shared experts: gates\.top_k is 3, and a gate sees 2 experts"):
+    with pytest.raises(UserError, match=r"with 1 shared experts: gates\.top_k is 3, but a gate has only 2 experts"):
         remove_expert(state, model, 0)
-    with pytest.raises(UserError, match="no expert 9 to mask: the model has 0 to 3"):
+    with pytest.raises(UserError, match=r"Expert 9 doesn't exist\. Mask one of 0 to 3"):
         mask_expert(state, model, 9)
-    with pytest.raises(UserError, match="expert 0 is out of use: copy another one"):
+    with pytest.raises(UserError, match=r"Expert 0 is masked\. Copy another expert"):
         add_experts(mask_expert(state, model, 0), model, [0])
     levels = small_settings(experts={"count": 1, "task_count": 1, "levels": 2})
-    with pytest.raises(UserError, match="expert 0 is the only one that all tasks share in each level"):
+    with pytest.raises(UserError, match="Expert 0 is the only expert shared by all tasks"):
         remove_expert(state_of(built(levels)), levels, 0)
     none = small_settings(experts={"count": 0, "task_count": 2})
-    with pytest.raises(UserError, match="expert 0 can't be copied: the model has no experts that all tasks share"):
+    with pytest.raises(UserError, match="Expert 0 can't be copied: the model has no experts shared by all tasks"):
         add_experts(state_of(built(none)), none, [0])
     many = small_settings(experts={"count": 1024, "units": [1]})
     with pytest.raises(UserError, match=r"with 1025 shared experts: 'experts\.count' must be less than or equal"):
         add_experts(state_of(built(many)), many, [0])
     two = small_settings(experts={"count": 2, "task_count": 0})
     masked = mask_expert(state_of(built(two)), two, 0)
-    with pytest.raises(UserError, match="expert 1 can't be put out of use: it is the last one of a gate in use"):
+    with pytest.raises(UserError, match="Expert 1 can't be masked: it is the last expert in use of a gate"):
         mask_expert(masked, two, 1)
-    with pytest.raises(UserError, match="expert 1 can't be removed: it is the last one of a gate in use"):
+    with pytest.raises(UserError, match="Expert 1 can't be removed: it is the last expert in use of a gate"):
         remove_expert(masked, two, 1)
     own = small_settings(experts={"count": 1, "task_count": 1})
     masked = mask_expert(mask_expert(state_of(built(own)), own, 1), own, 2)
-    with pytest.raises(UserError, match="expert 0 can't be put out of use: it is the last one of a gate in use"):
+    with pytest.raises(UserError, match="Expert 0 can't be masked: it is the last expert in use of a gate"):
         mask_expert(masked, own, 0)
     alone = small_settings(experts={"count": 1})
-    with pytest.raises(UserError, match="expert 0 is the only one of a gate"):
+    with pytest.raises(UserError, match="Expert 0 is the only expert of a gate"):
         remove_expert(state_of(built(alone)), alone, 0)

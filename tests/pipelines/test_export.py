@@ -41,7 +41,7 @@ def test_a_model_in_int8_with_its_figures(small: SmallModel, tmp_path: Path, cap
     assert (report["made"], report["of"]) == ("int8", str(small.folder))
     off = report["max_difference"]
     assert 0 < off["click"] < 0.05
-    assert f"click: differs by at most {off['click']:.2g}" in told
+    assert f"click: maximum difference {off['click']:.2g}" in told
     request = json.loads((small.folder / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
     one, other = (np.array(each.rank(**request).predictions["click"]) for each in (before, now))
     assert 0 < np.abs(np.sort(one) - np.sort(other)).max() < 0.05
@@ -64,11 +64,11 @@ def test_an_export_is_replaced_and_nothing_else_is(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     words = ("--model", str(small.folder), "--int8", "--out")
-    assert "holds files that are no export" in commands.refuse(capsys, "export", *words, str(tmp_path / "mine"))
+    assert "contains other files" in commands.refuse(capsys, "export", *words, str(tmp_path / "mine"))
     for both in ((), ("--int8", "--onnx")):
         told = commands.refuse(capsys, "export", "--model", small.folder, "--out", out, *both)
-        assert "give one of --int8 and --onnx" in told
-    assert "holds the model that is exported" in commands.refuse(capsys, "export", *words, str(small.folder))
+        assert "Give exactly one of --int8 and --onnx" in told
+    assert "contains the model to export" in commands.refuse(capsys, "export", *words, str(small.folder))
 
 
 def test_a_failure_leaves_what_was_there(small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -94,11 +94,11 @@ def test_a_day_goes_from_new_files_to_refreshed_tables(days: Days) -> None:
 
 
 def test_the_command_says_what_was_added(days: Days) -> None:
-    assert days.printed["nothing"].strip() == f"no new files in '{days.folder / 'log'}': the features stay as they are"
+    assert days.printed["nothing"].strip() == f"no new files in '{days.folder / 'log'}'; the features are unchanged"
     lines = days.printed["daily"].splitlines()
     later = pq.read_table(days.folder / "log" / "later.parquet")
     assert f"added {later.num_rows:,} rows of 1 new file" in lines
-    assert "new ids: user 0, item 8, slot 0" in lines
+    assert "new IDs: user 0, item 8, slot 0" in lines
     rows = re.findall(r"^  (?:train|validation|test): ([\d,]+) rows; ", days.printed["daily"], re.MULTILINE)
     assert sum(int(each.replace(",", "")) for each in rows) == later.num_rows
     assert any(line.startswith("next: mmoe-rec train --config ") and "--from models:/" in line for line in lines)
@@ -128,7 +128,7 @@ def test_features_without_training_rows_are_not_trained_on(
     printed = capsys.readouterr().out
     assert "  train: no rows" in printed
     helps = "have no train rows: days were added to them, so only the new rows are encoded, and none of these lies in"
-    assert printed.splitlines()[-1].startswith("no model can be trained on these: ")
+    assert printed.splitlines()[-1].startswith("these features can't train a model: ")
     assert helps in printed.splitlines()[-1]
     commands.run("features", *config)
     assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1], "also where they are at hand"

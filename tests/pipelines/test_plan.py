@@ -22,7 +22,7 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
 def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:
     code, said = run(capsys, "--world-size", "16", "--local-world-size", "8", "--hbm-gib", "80")
     assert code == 0, said
-    together = re.search(r"together: ([\d.]+) GiB", said)
+    together = re.search(r"total: ([\d.]+) GiB", said)
     assert float(together[1]) * 2**30 > 1e12
     taken = [tuple(map(float, each)) for each in re.findall(r": ([\d.]+) of ([\d.]+) GiB", said)]
     assert all(0 < used <= offered == 64.0 for used, offered in taken)
@@ -80,7 +80,7 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
     work = ["--data.work_dir", str(tmp_path)]
     code, said = run(capsys, "--world-size", "2", "--local-world-size", "2", "--device", "cpu", *work)
     assert code == 0, said
-    assert f"of the features in '{tmp_path / 'features'}'" in said
+    assert f"from the features in '{tmp_path / 'features'}'" in said
     assert re.search(r"video: table_wise \(rank [01]: 200 rows\)", said)
 
 
@@ -103,7 +103,7 @@ def test_half_of_the_bits_take_less_of_a_step(capsys: pytest.CaptureFixture) -> 
             ["--world-size", "16", "--device", "cpu", "--training.sharding", "row_wise"],
             "training.sharding is row_wise, which torchrec has on GPUs alone: on CPUs set it to auto, table_wise or",
         ),
-        (["--world-size", "8192"], "--world-size 8192 is more than a plan is made for, 4,096"),
+        (["--world-size", "8192"], "--world-size 8192 exceeds the limit of 4,096 ranks"),
         *[
             (["--world-size", "16", f"--{name}={value}"], f"invalid value for '--{name}': ")
             for name in ("hbm-gib", "host-gib")

@@ -176,7 +176,7 @@ def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureF
     for words, told in (
         (("--challenger", "99"), "99"),
         (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': those that are held are "),
-        ((), "give the version that is to be promoted with --challenger, or --rollback alone"),
+        ((), "Give either --challenger V or --rollback"),
         (("--challenger", "2", "--rollback"), "or --rollback alone"),
         (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),
     ):

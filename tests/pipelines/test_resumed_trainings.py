@@ -90,7 +90,7 @@ def test_another_training_than_the_one_that_died_is_refused_and_the_same_goes_on
     world.train("--from", str(one), RESUME)
     capsys.readouterr()
     world.train("--from", str(one), RESUME)
-    assert capsys.readouterr().out.startswith("this training has already ended")
+    assert capsys.readouterr().out.startswith("this run has already finished")
     assert "it was begun with --from" in refused(capsys, world, "--from", str(other), RESUME)
 
 
@@ -103,10 +103,10 @@ def test_an_alias_is_what_it_stood_for_when_the_training_began(
     monkeypatch.setattr("mmoe_rec.tracking.registry.pin_address", lambda *_: pytest.fail("nothing is looked up again"))
     world.train(*champion, RESUME)
     world.train(*champion, RESUME)
-    assert "this training has already ended" in capsys.readouterr().out
+    assert "this run has already finished" in capsys.readouterr().out
     monkeypatch.undo()
     world.train("--from", "models:/learnable/1", RESUME)  # what it stood for
-    assert "this training has already ended" in capsys.readouterr().out
+    assert "this run has already finished" in capsys.readouterr().out
 
 
 def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -126,7 +126,7 @@ def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.Cap
     features.rename(features.with_name("away"))
     world.train(RESUME, *away)
     features.with_name("away").rename(features)
-    assert "has already ended" in capsys.readouterr().out
+    assert "has already finished" in capsys.readouterr().out
 
 
 def test_a_new_training_forgets_the_one_before(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -144,14 +144,14 @@ def test_a_new_training_forgets_the_one_before(world: World, capsys: pytest.Capt
     assert not (world.checkpoints / "finished.json").exists()
     capsys.readouterr()
     world.train(RESUME)
-    assert "has already ended" not in capsys.readouterr().out
+    assert "has already finished" not in capsys.readouterr().out
 
 
 def test_what_refuses_to_begin_forgets_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
     world.train()
     before = {file: file.read_bytes() for file in world.checkpoints.glob("*.json")}
     words = ("--from", "models:/learnable@champion", "--model.experts.count", "5")
-    assert "can't be started from" in refused(capsys, world, *words)
+    assert "Training can't start from" in refused(capsys, world, *words)
     assert {file: file.read_bytes() for file in before} == before
 
 
@@ -186,9 +186,9 @@ def test_a_later_day_begins_a_new_training(tmp_path: Path, capsys: pytest.Captur
     world.train(*start, RESUME, day="second")
     out = capsys.readouterr()
     assert "a later day" not in out.err
-    assert "has already ended" not in out.out
+    assert "has already finished" not in out.out
     world.train(*start, RESUME, day="second")
-    assert capsys.readouterr().out.startswith("this training has already ended")
+    assert capsys.readouterr().out.startswith("this run has already finished")
 
 
 def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
@@ -200,8 +200,8 @@ def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
     (world.folder / "later.parquet").rename(world.folder / "log" / "later.parquet")
     capsys.readouterr()
     world.train(RESUME, day="second")
-    assert "has already ended" not in capsys.readouterr().out
+    assert "has already finished" not in capsys.readouterr().out
     world.train(RESUME, day="second")
-    assert "has already ended" in capsys.readouterr().out
+    assert "has already finished" in capsys.readouterr().out
     told = refused(capsys, world, RESUME)
     assert "is not the one asked for: it was begun with split." in told

@@ -296,7 +296,7 @@ def test_whoever_lets_all_in_is_warned() -> None:
     for host, token, warnings in (("0.0.0.0", {}, 1), ("0.0.0.0", {"MMOE_REC_TOKEN": "x"}, 0), ("127.0.0.1", {}, 0)):
         told = run_command(*words, host, env=token).stderr
         assert "'no/model' holds no model" in told
-        assert told.count("as there is no token. Set MMOE_REC_TOKEN.") == warnings
+        assert told.count("send events and reload. Set MMOE_REC_TOKEN.") == warnings
 
 
 # Another model
@@ -378,7 +378,7 @@ def model_count(running: Running) -> float:
     [
         (["--model", "no/model"], "'no/model' holds no model"),
         (["--model", "{model}", "--serving.max_elemnts", "1"], "Did you mean '--serving.max_elements'?"),
-        (["--model", "{model}", "--training.epochs", "1"], "'--training.epochs' is no option of serve"),
+        (["--model", "{model}", "--training.epochs", "1"], "'--training.epochs' is neither an option"),
         (["--model", "{model}", "--token-file", "no/file"], "the token file 'no/file' can't be read"),
         (["--model", "{model}", "--host", "203.0.113.1"], "203.0.113.1:8000 can't be listened on"),
     ],

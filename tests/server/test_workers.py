@@ -265,7 +265,7 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
         return (tmp_path / "server.log").read_text(encoding="utf-8")
 
     with served(small.folder, tmp_path, *serving) as running:
-        begun = re.search(r"the journal '(.+)', ([0-9a-f]{32}), is empty: it begins now\n", said())
+        begun = re.search(r"journal '(.+)' \(([0-9a-f]{32})\) is empty\n", said())
         assert begun
         assert begun[1] == journal
         workers = _ready(running)
@@ -282,8 +282,8 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
     with served(small.folder, tmp_path, *serving) as running:
-        assert f"going on with the journal '{journal}', {begun[2]}, at position {position}\n" in said()
-        assert "it begins now" not in said()
+        assert f"continuing journal '{journal}' ({begun[2]}) at position {position}\n" in said()
+        assert "is empty" not in said()
         _ready(running)
         # Both workers know all of it, whichever of them answers.
         for _ in range(6):

@@ -89,7 +89,7 @@ def test_what_is_not_on_offer_is_told_before_features_are_built(
     monkeypatch.setattr(products_module, "has_onednn", lambda: False)
     settings = load_settings(write_files(tmp_path), ["--training.matmul_backend", "onednn"])
     with pytest.raises(
-        UserError, match=r"^training\.matmul_backend is onednn, but torch does not multiply by it in fp32 here"
+        UserError, match=r"^training\.matmul_backend is onednn, which torch doesn't support in fp32 here"
     ):
         train_model(settings)
     assert not Path(settings.data.work_dir, "features").exists()

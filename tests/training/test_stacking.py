@@ -307,7 +307,7 @@ def test_damage_is_told(small: SmallModel, tmp_path: Path) -> None:
     write_manifest(folder)
     with pytest.raises(UserError, match=r"the trees of the model in '.*' can't be read: "):
         Ranker.load(folder)
-    with pytest.raises(UserError, match="read other inputs than its layout has"):
+    with pytest.raises(UserError, match="expect other inputs than its layout has"):
         Trees.read(small.folder, 3, 1)
     blends = folder / "trees" / "blends.json"
     blends.write_text(json.dumps({"click": {"network": 1}}))

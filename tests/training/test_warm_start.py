@@ -176,14 +176,14 @@ def test_sharded_tables_start_like_plain_ones(grown: Grown, tmp_path: Path, worl
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"experts": {"count": 4, "units": [8]}}, r"its 'model.experts.count' is 3, and 4 in the settings"),
-        ({"bottom": {"units": [16], "piecewise": False}}, r"'model.bottom.piecewise' is true, and false"),
-        ({"towers": {"units": [4, 4]}}, r"'model.towers.units' is \[4\], and \[4, 4\]"),
+        ({"experts": {"count": 4, "units": [8]}}, r"'model.experts.count' is 3 in the model, and 4 in the settings"),
+        ({"bottom": {"units": [16], "piecewise": False}}, r"'model.bottom.piecewise' is true in the model, and false"),
+        ({"towers": {"units": [4, 4]}}, r"'model.towers.units' is \[4\] in the model, and \[4, 4\]"),
     ],
 )
 def test_other_structures_are_refused(grown: Grown, change: dict[str, Any], message: str) -> None:
     tree = {**grown.small.settings.model.model_dump(), **change}
-    with pytest.raises(UserError, match=r"the model in '.*' can't be started from: .*" + message):
+    with pytest.raises(UserError, match=r"Training can't start from the model in '.*': .*" + message):
         grown.warm_start(Model.model_validate(tree))
     grown.warm_start(Model.model_validate({**grown.small.settings.model.model_dump(), "trees": {}}))  # grown anew
 
@@ -195,16 +195,28 @@ def _with(changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sections", "log", "message"),
     [
-        (_with({"item": {**ALL_KINDS["item"], "dim": 3}}), 1, r"'features.item.dim' is 16, and 3 in the settings"),
+        (
+            _with({"item": {**ALL_KINDS["item"], "dim": 3}}),
+            1,
+            r"'features.item.dim' is 16 in the model, and 3 in the settings",
+        ),
         (
             _with({"clicked": {**ALL_KINDS["clicked"], "pooling": "attention"}}),
             1,
-            r"'features.clicked.pooling' is .mean., and .attention",
+            r"'features.clicked.pooling' is .mean. in the model, and .attention",
         ),
-        (_with({"extra": {"kind": "id", "column": "brand"}}), 1, r"'features.extra' is missing, and there"),
-        (_with({"item": {**ALL_KINDS["item"], "oov_buckets": 3}}), 1, r"'features.item.oov_buckets' is 4, and 3"),
-        (_with({}), 2, r"the ids of its feature 'item' have other rows"),
-        ({"features": {"price": ALL_KINDS["price"]}}, 1, r"'features.item' is there, and missing"),
+        (
+            _with({"extra": {"kind": "id", "column": "brand"}}),
+            1,
+            r"'features.extra' is missing in the model, and present",
+        ),
+        (
+            _with({"item": {**ALL_KINDS["item"], "oov_buckets": 3}}),
+            1,
+            r"'features.item.oov_buckets' is 4 in the model, and 3",
+        ),
+        (_with({}), 2, r"IDs of feature 'item' have other rows"),
+        ({"features": {"price": ALL_KINDS["price"]}}, 1, r"'features.item' is present in the model, and missing"),
     ],
 )
 def test_other_features_are_refused(
@@ -226,7 +238,7 @@ def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     pq.write_table(random_log(3, rows=600), tmp_path / "one" / "log" / "0.parquet")
     settings = one.settings
     prepared = prepare(replace(BuildInputs.of(settings), work=tmp_path / "other"))
-    with pytest.raises(UserError, match=r"its feature or task 'price' was fitted to other rows"):
+    with pytest.raises(UserError, match=r"feature or task 'price' was fitted to other rows"):
         WarmStart(one.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
