@@ -195,7 +195,7 @@ def test_requests_give_what_scoring_gives(world: World, scored: pd.DataFrame) ->
     ("candidates", "message"),
     [
         ({}, "'candidates' is empty: it needs the columns that describe the rows to score"),
-        ({"x": [1.0], "word": ["a"]}, "'candidates' lacks column 'code', which the model reads; give null where it is"),
+        ({"x": [1.0], "word": ["a"]}, "'candidates' lacks column 'code', which the model reads; give null if it is"),
     ],
 )
 def test_requests_that_say_too_little(world: World, candidates: dict[str, Any], message: str) -> None:

@@ -148,7 +148,7 @@ def test_a_row_for_each_candidate_gets_what_its_request_gets(
     )
 
 
-OF_USER = "column 'user' describes the user of a request, and differs in its rows"
+OF_USER = "column 'user' describes the user of a request, but differs between rows"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ OF_USER = "column 'user' describes the user of a request, and differs in its row
         ([{"user": 5, "iten": 3}], {}, "the data frame has an unknown column 'iten'; did you mean 'item'?"),
         ([{"user": 5, "item": True}], {}, "column 'item' must hold integers, as in the log; found true/false"),
         ([{"user": 5}], {}, "'candidates' needs a column 'item' with the candidates' ids"),
-        ([{"user": 5, "item": 3}], {"top_k": 2}, "top_k is not for data frames, each of whose rows gets one predict"),
+        ([{"user": 5, "item": 3}], {"top_k": 2}, "top_k is not for data frames, which get one predict"),
     ],
 )
 def test_a_wrong_data_frame(
