@@ -53,6 +53,6 @@ def score(
         print("these rows were already scored, by the same model and settings")
     print(f"{about['rows']:,} rows scored by {about['model']} (version {about['model_version']})")
     print(f"note: {about['meaning']}")
-    if about["learnt"] is not None:
-        print(f"warning: the model {about['learnt']}")
+    if about["seen_in_training"] is not None:
+        print(f"warning: the model {about['seen_in_training']}")
     print(f"scores: {done.folder}")

@@ -195,7 +195,7 @@ def test_another_value_is_refused(means: SmallModel, tmp_path: Path, monkeypatch
         return values + torch.tensor([0.0, 1e-4, 0.0]), *scores
 
     monkeypatch.setattr(ExportModule, "dense", off)
-    with pytest.raises(UserError, match=r"does not compute what the model does: .* 'liked' is off by 0\.0001"):
+    with pytest.raises(UserError, match=r"differs from the model: .* 'liked' is off by 0\.0001"):
         write_onnx(means.folder, tmp_path)
 
 
