@@ -312,7 +312,7 @@ def test_python_examples(said: dict[str, str], folder: Path) -> None:
 @pytest.mark.thorough
 def test_scores_of_a_log(said: dict[str, str], folder: Path) -> None:
     log = pq.read_table(folder / "data/complete_journey/log")
-    for name, says in (("scores", "know the log that was given"), ("scores_now", "their features know their future")):
+    for name, says in (("scores", "include the given log"), ("scores_now", "their features include their future")):
         (told,) = (text for line, text in said.items() if re.search(rf"--output {name}\b(?!_)", line))
         assert says in told
         found = pq.read_table(folder / name)

@@ -57,6 +57,6 @@ def score(
         print("these rows were already scored by the same model and settings")
     print(f"{manifest['rows']:,} rows scored by {manifest['model']} (version {manifest['model_version']})")
     print(f"note: {manifest['meaning']}")
-    if manifest["learnt"] is not None:
-        print(f"warning: the model {manifest['learnt']}")
+    if manifest["seen_in_training"] is not None:
+        print(f"warning: the model {manifest['seen_in_training']}")
     print(f"scores: {result.folder}")

@@ -1,4 +1,4 @@
-"""Rank candidates: a trained model and requests go in, scores and predictions come out.
+"""Score and rank candidates with a trained model.
 
 Begin in `ranker`, which reads an `artifact` folder and answers requests. `batch_scoring` scores the rows of a log.
 """

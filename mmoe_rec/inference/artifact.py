@@ -1,21 +1,20 @@
-"""The artifact folder: all that is needed to score, as plain data, and how it is read.
+"""The artifact folder contains everything needed to score, as plain data. This module reads it.
 
     <folder>/
         manifest.json          SHA-256 of every other file
         model.json             format, name, model section, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
         weights.safetensors    float32 weights by name; in a small model int8 and bfloat16 (`mmoe_rec.model.tables`)
-        trees/                 where the model has trees: these, and how much they count (`mmoe_rec.model.trees`)
-        calibration.json       what turns the model's logits into probabilities, where it was calibrated
+        trees/                 only if the model has trees: the trees and their blend weights (`mmoe_rec.model.trees`)
+        calibration.json       only if the model is calibrated: maps logits to calibrated logits
         settings.yaml          the resolved settings that the model was trained with
-        example_request.json   the body of a call to /invocations, which `predict` of the MLflow model takes as well
-        example_scores.json    what the model gave for it when the folder was written, and the versions that computed it
-        features/              what encoders have learnt, and tables: what counters and histories remember, latest
-                               values, and which files of the log these hold (see `mmoe_rec.preprocessing.build_inputs`)
+        example_request.json   the body of a call to /invocations, which `predict` of the MLflow model accepts too
+        example_scores.json    the model's scores of the example at writing time, and the versions that computed them
+        features/              fitted encoders; tables of counters, histories and latest values; the list of log
+                               files in these tables (see `mmoe_rec.preprocessing.build_inputs`)
 
-The folder appears whole or not at all (`mmoe_rec.inference.artifact_writer`). Whoever takes it up checks it against the
-manifest: a lost file of a counter, a missing calibration or one changed bit of a weight would give other scores
-without an error.
+The folder is written atomically (`mmoe_rec.inference.artifact_writer`). Every load checks it against the manifest,
+because a lost counter file, a missing calibration or one flipped bit would change scores without an error.
 """
 
 from __future__ import annotations
@@ -48,15 +47,20 @@ FORMAT = 6
 MANIFEST_FILE = "manifest.json"
 EXAMPLE_FILE = "example_request.json"
 EXAMPLE_SCORES_FILE = "example_scores.json"
-# Libraries and processors round otherwise: fp32 logits then differ by some 1e-6, half precision by 1e-2.
+# Libraries and processors round differently. Logits differ by about 1e-6 in fp32 and by 1e-2 in half precision.
 TOLERANCE = 1e-4
-_NOTHING = 1e-30  # Probabilities below are 0, as rounding has it.
+_MIN_DIFFERENCE = 1e-30  # Rounding may turn smaller probabilities into 0.
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a model lies. address: permanent, unlike one with an alias, or the folder's path; run_id: of the run that
-    made it, where that is known and was not deleted."""
+    """A model that was found and downloaded.
+
+    Attributes:
+        folder: Local artifact folder.
+        uri: Permanent URI without an alias, or the folder's path.
+        run_id: ID of the run that made the model. None if it is unknown or the run was deleted.
+    """
 
     folder: Path
     uri: str
@@ -65,15 +69,23 @@ class ResolvedModel:
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """What `model.json` says, and the layout of the model.
+    """Contents of `model.json`, and the layout of the model.
 
-    model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
-    tables_as_of: ISO time of the last logged request that counters, histories and latest values know, None where the
-    log has no times; stale_after_days: how much later a request may lie before replies warn, None is any time;
-    trained_as_of: as tables_as_of, of the features that the model was trained on, None where the tables are still
-    these; files: digest of the files of the log that the tables hold, None where it is unknown; journal: what of the
-    journal of live events the tables hold, {"id": ..., "through": number of the last segment}, None for nothing;
-    undertraining: what `mmoe_rec.training.validation.find_undertraining` says of its training.
+    Attributes:
+        name: Name of the model.
+        model: Section `model` of the settings, as JSON values.
+        layout: Inputs, outputs and tables of the model.
+        max_candidates: Maximum number of candidates per request.
+        matmul_backend: Value of `serving.matmul_backend`.
+        fingerprint: Fingerprint of the features that the model was trained on.
+        tables_as_of: ISO time of the last logged request in counters, histories and latest values. None if the log has
+            no times.
+        stale_after_days: Replies warn about requests that are later than the tables by more days. None never warns.
+        trained_as_of: `tables_as_of` at training time. None if the tables haven't been replaced.
+        files_digest: Digest of the log files that the tables contain. None if it is unknown.
+        journal: Part of the journal of live events that the tables contain: its `id`, and the number of the last
+            segment as `through`. None if they contain no live events.
+        undertraining: Warning from `mmoe_rec.training.validation.find_undertraining`.
     """
 
     name: str
@@ -91,13 +103,19 @@ class ArtifactInfo:
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:
+        """Tasks of the model."""
         return self.layout.tasks
 
 
 def read_artifact(folder: Path, verify: bool = True) -> ArtifactInfo:
-    """What an artifact folder says about itself. verify: check its files first, as `check_files` does.
+    """Read the metadata of an artifact folder.
 
-    Raises UserError where there is no model, one that another version made, or one that is not as it was written.
+    Args:
+        folder: Artifact folder.
+        verify: Whether to check all files first (`check_files`).
+
+    Raises:
+        UserError: The folder has no model, a model of another version, or modified files.
     """
     tree = _read_object(folder / "model.json")
     if tree is not None and tree.get("format") != FORMAT:
@@ -111,41 +129,55 @@ def read_artifact(folder: Path, verify: bool = True) -> ArtifactInfo:
 
 
 def tables_as_of_us(info: ArtifactInfo) -> int:
-    """Return the time of the last request that the tables of an artifact know, microseconds."""
+    """Return the time of the last request in the artifact's tables, in microseconds. 0 without times."""
     return 0 if info.tables_as_of is None else parse_microseconds("tables_as_of", info.tables_as_of)
 
 
 def read_example(folder: Path) -> dict[str, Any]:
-    """Return the request in the example of an artifact folder, as arguments of `Ranker.rank`."""
+    """Return the example request of an artifact folder, as arguments of `Ranker.rank`."""
     return json.loads((folder / EXAMPLE_FILE).read_text(encoding="utf-8"))["inputs"][0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What a file of weights holds by name, as it is stored. Raises UserError for a missing or damaged file."""
+    """Read a weights file by name, without converting types. Raises UserError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        # Copies: the file is mapped, and a model must not change with it when another one is written over it.
-        return {name: each.clone() for name, each in load_file(path).items()}
+        # Copy the tensors because the file is memory-mapped. Overwriting it must not change a loaded model.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{path}' can't be read: {error}") from None
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a file of tensors that everyone may read who may read other new files: safetensors leaves it to its owner
-    alone, and a server may run as someone else."""
+    """Write tensors to a file with the usual permissions of new files.
+
+    safetensors makes files readable only by the owner, but a server may run as another user.
+
+    Args:
+        tensors: Tensors by name.
+        path: File to write.
+    """
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    # Copies, as safetensors refuses tensors that share memory.
-    save_file({name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}, path)
+    # Copy the tensors because safetensors refuses tensors that share memory.
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
     path.chmod(mode)
 
 
 def read_model(info: ArtifactInfo, folder: Path) -> RankingModel:
-    """The model with its weights. Raises UserError where a file is missing, damaged or of another model."""
+    """Build the model and load its weights.
+
+    Args:
+        info: Metadata of the artifact.
+        folder: Artifact folder.
+
+    Raises:
+        UserError: A file is missing, damaged or from another model.
+    """
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables, pop_table, table_weight_name, to_float32
     from mmoe_rec.model.trees import Trees
@@ -153,17 +185,19 @@ def read_model(info: ArtifactInfo, folder: Path) -> RankingModel:
 
     layout, path = info.layout, folder / "weights.safetensors"
     stored = read_tensors(path)
-    # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
+    # Build tables with one row, because initializing large tables takes minutes and the weights are replaced anyway.
     tables = PlainTables(replace(layout, tables=tuple(replace(table, rows=1) for table in layout.tables)))
     for table in layout.tables:
         if table.name in tables.embedding_bags:
             bag = pop_table(stored, table_weight_name(table.name))
             if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
-                raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
+                raise UserError(
+                    f"'{path}' does not contain the weights of table '{table.name}'. Train the model again."
+                )
             tables.embedding_bags[table.name] = bag
     settings = Model.model_validate(info.model)
     model = build_model(layout, settings, tables)
-    dense = {name.removeprefix("mixture."): each for name, each in to_float32(stored).items()}
+    dense = {name.removeprefix("mixture."): weight for name, weight in to_float32(stored).items()}
     try:
         model.mixture.load_state_dict(dense)
     except RuntimeError as error:
@@ -174,7 +208,7 @@ def read_model(info: ArtifactInfo, folder: Path) -> RankingModel:
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """The calibration in an artifact folder, `UNCALIBRATED` where it has none. Raises UserError for a damaged file."""
+    """Read a folder's calibration, `UNCALIBRATED` if it has no file. Raises UserError for a damaged file."""
     from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 
     path = folder / "calibration.json"
@@ -183,17 +217,19 @@ def read_calibration(folder: Path) -> Calibration:
     except FileNotFoundError:
         return UNCALIBRATED
     except (OSError, ValueError):
-        raise UserError(f"'{path}' is damaged: it does not hold the calibration of tasks") from None
+        raise UserError(f"'{path}' is damaged. Copy the model again from its source, or train it again.") from None
 
 
-# What a model gives for its example, by which every load tells whether it still computes what it did
+# Scores of the example request. Every load checks that the model still computes them.
 
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """What a model gives for its example, in the request's order.
+    """A model's predictions for its example request, in the order of the request.
 
-    predictions: task -> (N,), which scores follow from; computed_with: package, or "processor" -> version of it.
+    Attributes:
+        predictions: Predictions (N,) by task. Scores follow from them.
+        computed_with: Version of each package, and the processor.
     """
 
     predictions: Mapping[str, Sequence[float]]
@@ -201,107 +237,124 @@ class ExampleScores:
 
     @staticmethod
     def of(ranking: Any, tasks: Sequence[ModelTask]) -> ExampleScores:
-        """The scores of a `Ranking` of all candidates, computed in this process."""
-        back = np.argsort(ranking.order)
+        """Return the scores of a ranking that this process computed.
+
+        Args:
+            ranking: A `Ranking` of all candidates of the example.
+            tasks: Tasks of the model.
+        """
+        ranks = np.argsort(ranking.order)
         return ExampleScores(
-            {task.name: np.array(ranking.predictions[task.name])[back].tolist() for task in tasks},
+            {task.name: np.array(ranking.predictions[task.name])[ranks].tolist() for task in tasks},
             {name: version(name) for name in ("torch", "numpy", "pyarrow")} | {"processor": platform.machine()},
         )
 
     @staticmethod
     def read(folder: Path) -> ExampleScores:
+        """Read the scores from an artifact folder."""
         return ExampleScores(**json.loads((folder / EXAMPLE_SCORES_FILE).read_text(encoding="utf-8")))
 
     def describe_difference(
-        self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration
+        self, scores: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration
     ) -> str | None:
-        """Return a part of a sentence on a prediction of `now` that rounding does not explain, None without one.
+        """Describe the first prediction that differs by more than rounding, as part of a sentence.
 
-        A prediction may be off by TOLERANCE of its task's scale: the largest one in the example, or a regression's
-        deviation where that is larger. A calibration may be steep, which multiplies what rounding does to logits.
+        The tolerance is TOLERANCE times the scale of the task. The scale is the largest prediction in the example, or a
+        regression's standard deviation if that is larger. A steep calibration multiplies rounding errors of logits, so
+        the tolerance grows with its slope.
+
+        Args:
+            scores: Scores to compare, computed now.
+            tasks: Tasks of the model.
+            calibration: Calibration of the model.
+
+        Returns:
+            The description, None if all predictions are close.
         """
         for task in tasks:
-            before, after = np.array(self.predictions[task.name]), np.array(now.predictions[task.name])
-            scale = max(np.abs(before).max(), task.std if task.kind.is_linear else 0.0)
+            expected, actual = np.array(self.predictions[task.name]), np.array(scores.predictions[task.name])
+            scale = max(np.abs(expected).max(), task.std if task.kind.is_linear else 0.0)
             max_slope = calibration.tasks[task.name].max_slope if task.name in calibration.tasks else 1.0
-            fits = np.abs(after - before) <= TOLERANCE * scale * max(1.0, max_slope) + _NOTHING
-            if not fits.all():
-                place = int(np.argmin(fits))
-                return f"'{task.name}' of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
+            is_close = np.abs(actual - expected) <= TOLERANCE * scale * max(1.0, max_slope) + _MIN_DIFFERENCE
+            if not is_close.all():
+                index = int(np.argmin(is_close))
+                return f"'{task.name}' of candidate {index + 1} is {actual[index]:.6g} instead of {expected[index]:.6g}"
         return None
 
 
-# The manifest. SHA-256, as everyone can compute it (`sha256sum`) and processors have instructions for it: the 132 MB of
-# the model for Complete Journey take 0.04 s on two cores, 0.1 s without those instructions.
+# The manifest uses SHA-256 because `sha256sum` can check it and processors have instructions for it. The 132 MB of the
+# model for Complete Journey take 0.04 s on two cores, and 0.1 s without these instructions.
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the manifest of a folder that holds all the other files by now."""
-    files = _sum_files(folder, sorted(name for name in _names(folder) if name != MANIFEST_FILE))
-    tree = {"sha256": _sum(files), "files": files}
+    """Write the manifest of a folder whose other files are complete."""
+    files = _compute_checksums(folder, sorted(name for name in _list_files(folder) if name != MANIFEST_FILE))
+    tree = {"sha256": _checksum(files), "files": files}
     (folder / MANIFEST_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """The SHA-256 of an artifact's files by their names in the folder. Raises UserError without a whole manifest."""
+    """Return the SHA-256 of an artifact's files by relative path. Raises UserError for a damaged manifest."""
     tree = _read_object(folder / MANIFEST_FILE) or {}
     files = tree.get("files")
-    if not isinstance(files, dict) or tree.get("sha256") != _sum(files):
-        raise _damaged(folder, MANIFEST_FILE)
+    if not isinstance(files, dict) or tree.get("sha256") != _checksum(files):
+        raise _modified_error(folder, MANIFEST_FILE)
     return files
 
 
 def artifact_version(folder: Path) -> str:
-    """What tells an artifact from any other: 16 hexadecimal digits that follow from all of its files."""
-    return _sum(read_manifest(folder))[:16]
+    """Return a version ID that depends on all files of the artifact, 16 hexadecimal digits."""
+    return _checksum(read_manifest(folder))[:16]
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError unless a folder holds the files that were written, and nothing else that loading reads: what an
-    operating system, MLflow or Python leave beside them may lie there."""
+    """Raise UserError if files of the artifact are missing or changed, or if loading would read an extra file.
+
+    Harmless extra files from the operating system, MLflow or Python are accepted.
+    """
     files = read_manifest(folder)
-    there = _sum_files(folder, [name for name in files if (folder / name).exists()])
+    checksums = _compute_checksums(folder, [name for name in files if (folder / name).exists()])
     for name, checksum in files.items():
-        if there.get(name) != checksum:
-            raise _damaged(folder, name)
-    for name in sorted(set(_names(folder)) - files.keys()):
+        if checksums.get(name) != checksum:
+            raise _modified_error(folder, name)
+    for name in sorted(set(_list_files(folder)) - files.keys()):
         if name == "calibration.json" or (name.startswith("features/") and name.endswith((".parquet", ".json"))):
-            raise UserError(f"the model in '{folder}' is not as it was written: '{name}' is no part of it; remove it")
+            raise UserError(f"The model in '{folder}' was modified: '{name}' is not part of it. Remove this file.")
 
 
-def _sum_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+def _compute_checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the SHA-256 of files in hexadecimal."""
 
-    def sum_file(name: str) -> str:
+    def compute(name: str) -> str:
         with (folder / name).open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
     with ThreadPoolExecutor(min(8, usable_cores())) as pool:
-        return dict(zip(names, pool.map(sum_file, names), strict=True))
+        return dict(zip(names, pool.map(compute, names), strict=True))
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """Names of all files in a folder, relative to it, without what an operating system or Python leaves."""
+def _list_files(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of all files, except those that an operating system or Python creates."""
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
-        left = {"__pycache__", ".ipynb_checkpoints"}.intersection(parts) or parts[-1].startswith("._")
-        if not left and parts[-1] not in (".DS_Store", "Thumbs.db", "desktop.ini") and path.is_file():
+        ignored = {"__pycache__", ".ipynb_checkpoints"}.intersection(parts) or parts[-1].startswith("._")
+        if not ignored and parts[-1] not in (".DS_Store", "Thumbs.db", "desktop.ini") and path.is_file():
             yield "/".join(parts)
 
 
-def _sum(files: Mapping[str, str]) -> str:
+def _checksum(files: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name} {files[name]}" for name in sorted(files)).encode()).hexdigest()
 
 
-def _damaged(folder: Path, name: str) -> UserError:
+def _modified_error(folder: Path, name: str) -> UserError:
     return UserError(
-        f"the model in '{folder}' is not as it was written: '{name}' is missing or has changed; copy the whole folder "
-        "again from where it came, or train again"
+        f"The model in '{folder}' was modified: '{name}' is missing or has changed. Copy the whole folder again from "
+        "its source, or train the model again."
     )
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None for a file that is missing or holds something else."""
+    """Read a JSON object. Returns None if the file is missing or has other contents."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""How an artifact folder (see `artifact`) is written: whole or not at all, with what tells if it changed.
+"""Write artifact folders (see `artifact`) atomically, with checksums and example scores.
 
-When all other files are there, the model scores its example once from the folder, as a server would: what it gives is
-what every later load has to give again.
+When all other files are complete, the model scores its example once from the folder, as a server would. Every later
+load must reproduce these scores.
 """
 
 import json
@@ -42,7 +42,7 @@ from mmoe_rec.settings.log_columns import Role
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
 
-EXAMPLE_CANDIDATES = 8  # of the example
+EXAMPLE_CANDIDATES = 8  # number of candidates in the example
 
 
 def write_artifact(
@@ -55,14 +55,21 @@ def write_artifact(
     calibration: Calibration | None = None,
     undertraining: str | None = None,
 ) -> None:
-    """Writes an artifact folder; an existing one is replaced.
+    """Write an artifact folder, replacing an existing one.
 
-    prepared: the features that the model was trained on; state_dict: `RankingModel.state_dict()` of the whole model
-    with plain tables; trees: of a model that has some beside the network; calibration: of the model's tasks, None
-    leaves their logits as they are; early_end: as in `ArtifactInfo`. Raises UserError where a weight, or a prediction
-    for the example, is not a finite number.
+    Args:
+        folder: Artifact folder to write.
+        settings: Settings of the run.
+        prepared: Features that the model was trained on.
+        state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
+        trees: Trees of the model besides its network, if there are any.
+        calibration: Calibration of the tasks. None leaves their logits unchanged.
+        undertraining: Warning to store in `ArtifactInfo`.
+
+    Raises:
+        UserError: A weight or a prediction for the example is NaN or infinite.
     """
-    taken = IncludedFiles.read(prepared.folder)
+    included = IncludedFiles.read(prepared.folder)
     info = ArtifactInfo(
         name=settings.name,
         model=settings.model.model_dump(mode="json"),
@@ -72,8 +79,8 @@ def write_artifact(
         stale_after_days=settings.serving.stale_after_days,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,
-        files_digest=taken.digest,
-        journal=taken.journal,
+        files_digest=included.digest,
+        journal=included.journal,
         undertraining=undertraining,
     )
     with atomic_folder(folder) as target:
@@ -94,10 +101,16 @@ def write_artifact(
 
 
 def write_with_weights(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:
-    """Writes the artifact of a folder with another structure and other weights; an existing target is replaced.
+    """Write a copy of an artifact with a different architecture and weights. The calibration stays.
 
-    model: the `model` section that the weights fit. A calibration stays. Raises UserError for a folder that is not as
-    it was written, and as `write_artifact` does.
+    Args:
+        folder: Artifact folder to copy.
+        target: Artifact folder to write. An existing one is replaced.
+        model: Section `model` of the settings that fits the weights.
+        state_dict: Weights of the new model, as in `write_artifact`.
+
+    Raises:
+        UserError: The copied folder was modified, or a weight or prediction is NaN or infinite.
     """
     info = replace(read_artifact(folder), model=model.model_dump(mode="json"))
     settings = load_settings(folder / "settings.yaml").model_copy(update={"model": model})
@@ -118,16 +131,22 @@ def write_with_tables(
     files_digest: str | None,
     journal: Mapping[str, Any] | None,
 ) -> None:
-    """Writes the artifact of a folder with other tables; an existing target is replaced.
+    """Write a copy of an artifact with newer tables of counters, histories and latest values.
 
-    features: a folder that `mmoe_rec.preprocessing.extend` has written for the model; tables_as_of: microseconds
-    of the last request that it knows; files, journal: as in `ArtifactInfo`.
+    Args:
+        folder: Artifact folder to copy.
+        target: Artifact folder to write. An existing one is replaced.
+        features: Folder that `mmoe_rec.preprocessing.extend` wrote for the model.
+        tables_as_of: Time of the last request in the tables, in microseconds.
+        files_digest: Digest of the log files in the tables, as in `ArtifactInfo`.
+        journal: Part of the journal in the tables, as in `ArtifactInfo`.
 
-    Raises UserError for a folder that is not as it was written, and where the model can't score its example.
+    Raises:
+        UserError: The copied folder was modified, or the model can't score its example.
     """
-    info, moment = read_artifact(folder), iso_time(tables_as_of)
-    trained = info.trained_as_of or info.tables_as_of
-    info = replace(info, tables_as_of=moment, trained_as_of=None if trained == moment else trained)
+    info, as_of = read_artifact(folder), iso_time(tables_as_of)
+    trained_as_of = info.trained_as_of or info.tables_as_of
+    info = replace(info, tables_as_of=as_of, trained_as_of=None if trained_as_of == as_of else trained_as_of)
     info = replace(info, files_digest=files_digest, journal=None if journal is None else dict(journal))
     with atomic_folder(target) as out:
         copy_files(folder, out, exclude_prefix="features/")
@@ -138,7 +157,13 @@ def write_with_tables(
 
 
 def copy_files(folder: Path, out: Path, exclude_prefix: str | None = None) -> None:
-    """Copies the files of an artifact folder that its manifest names. but: the start of names that are left out."""
+    """Copy the files of an artifact folder that are in its manifest.
+
+    Args:
+        folder: Artifact folder to copy.
+        out: Folder that gets the files.
+        exclude_prefix: Prefix of file names to leave out.
+    """
     for name in read_manifest(folder):
         if exclude_prefix is None or not name.startswith(exclude_prefix):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,26 +171,33 @@ def copy_files(folder: Path, out: Path, exclude_prefix: str | None = None) -> No
 
 
 def finalize_artifact(folder: Path) -> None:
-    """Scores the example with the model in a folder, and writes what it gave and the manifest.
+    """Score the example with the model in a folder, and write its scores and the manifest.
 
-    For a folder whose other files are all there, or were changed on purpose. Raises UserError for a model that can't be
-    loaded or that can't score its example.
+    Call this when the other files are complete, or after changing them on purpose.
+
+    Raises:
+        UserError: The model can't be loaded or can't score its example.
     """
     try:
         scores = Ranker(folder, read_artifact(folder, verify=False)).score_example(folder)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"the model can't score its own example: {reason}; where training diverged, lower the learning rates"
+            f"The model can't score its own example: {reason}. If training diverged, lower the learning rates."
         ) from None
     _write_json(folder / EXAMPLE_SCORES_FILE, asdict(scores))
     write_manifest(folder)
 
 
 def write_artifact_info(folder: Path, info: ArtifactInfo) -> None:
-    """Writes what an artifact says of itself, but for its layout."""
+    """Write `model.json`.
+
+    Args:
+        folder: Artifact folder.
+        info: Metadata of the model. Its layout is not written here.
+    """
     tree = asdict(info)
-    del tree["layout"]  # which is a file of its own
+    del tree["layout"]  # stored in layout.json
     _write_json(folder / "model.json", {"format": FORMAT, **tree})
 
 
@@ -176,56 +208,68 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 def _write_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
     for name, weight in state_dict.items():
         if not weight.isfinite().all():
-            raise UserError(f"weight '{name}' holds NaN or infinity: training diverged; lower the learning rates")
+            raise UserError(f"weight '{name}' holds NaN or infinity: training diverged. Lower the learning rates.")
     write_tensors({name: weight.float() for name, weight in state_dict.items()}, folder / "weights.safetensors")
 
 
-# The example: a realistic request made from what a model knows, to try the server with and to document it
+# The example request documents the server's input and lets users try it.
 
 
 def build_example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
-    """Arguments of `Ranker.rank`: a frequent user, frequent candidates, a usual context, a minute after the log's end;
-    of a plain table, what is frequent in its columns. features: serving state; tables_as_of: as in `ArtifactInfo`.
+    """Build a realistic request from the features: a frequent user, frequent candidates and a usual context.
+
+    Its time is one minute after the last request in the tables. A plain table gets frequent values of its columns.
+
+    Args:
+        features: Folder `features` of an artifact.
+        tables_as_of: ISO time of the last request, as in `ArtifactInfo`.
+
+    Returns:
+        Arguments of `Ranker.rank`.
     """
     pipeline = FeaturePipeline.load(features, stores=False)
     names = pipeline.schema.columns
-    user = {column: values[0] for column, values in _usual(pipeline, "user").items()}
+    user = {column: values[0] for column, values in _example_values(pipeline, "user").items()}
     if names.has_user:
-        user = {names.user: _frequent(pipeline, features, "user", names.user)[0]}
-    candidates = _usual(pipeline, "candidate")
+        user = {names.user: _frequent_ids(pipeline, features, "user", names.user)[0]}
+    candidates = _example_values(pipeline, "candidate")
     if names.has_candidate:
-        candidates = {names.candidate: _frequent(pipeline, features, "candidate", names.candidate)}
-    context = {column: values[0] for column, values in _usual(pipeline, "context").items() if values[0] is not None}
+        candidates = {names.candidate: _frequent_ids(pipeline, features, "candidate", names.candidate)}
+    context = {
+        column: values[0] for column, values in _example_values(pipeline, "context").items() if values[0] is not None
+    }
     if tables_as_of is not None:
-        moment = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
-        context[names.time] = moment.isoformat()
+        request_time = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
+        context[names.time] = request_time.isoformat()
     return {"user": user, "context": context, "candidates": candidates}
 
 
-def _frequent(pipeline: FeaturePipeline, features: Path, role: Role, key: str) -> list[Any]:
-    """The most frequent ids, or any known ones where no feature has counted them."""
-    known = pq.read_table(features / f"latest.{role}.parquet", columns=[key]).column(key)
-    return _vocabulary(pipeline, key) or known[:EXAMPLE_CANDIDATES].to_pylist()
+def _frequent_ids(pipeline: FeaturePipeline, features: Path, role: Role, key: str) -> list[Any]:
+    """Return the most frequent IDs, or any seen IDs if no feature counted them."""
+    seen = pq.read_table(features / f"latest.{role}.parquet", columns=[key]).column(key)
+    return _vocabulary_ids(pipeline, key) or seen[:EXAMPLE_CANDIDATES].to_pylist()
 
 
-def _vocabulary(pipeline: FeaturePipeline, column: str) -> list[Any]:
+def _vocabulary_ids(pipeline: FeaturePipeline, column: str) -> list[Any]:
     for name, feature in pipeline.schema.features.items():
         if isinstance(feature, VocabularyFeature) and feature.column == column:
             return list(pipeline.vocabularies[feature.table_owner or name].ids[:EXAMPLE_CANDIDATES].to_pylist())
     return []
 
 
-def _usual(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
-    """Some values of each column of a role: the most frequent ids, or a mean number; null where no feature of a kind
-    that knows one reads it."""
-    usual: dict[str, list[Any]] = {}
-    uses, own = column_uses(pipeline.schema), pipeline.schema.columns.names
-    for column, its in pipeline.schema.input_columns().items():
-        if its != role or column in own:
+def _example_values(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
+    """Return example values for each column with this role: the most frequent IDs, or a mean number.
+
+    The values are null if no feature provides an example.
+    """
+    examples: dict[str, list[Any]] = {}
+    uses, keys = column_uses(pipeline.schema), pipeline.schema.columns.names
+    for column, column_role in pipeline.schema.input_columns().items():
+        if column_role != role or column in keys:
             continue
         readers = [name for name, feature in pipeline.schema.features.items() if [*feature.reads()] == [column]]
         values = (pipeline.encoders[name].example_value(uses[column]) for name in readers)
-        usual[column] = [next((value for value in values if value is not None), None)] * EXAMPLE_CANDIDATES
-        if uses[column] == "key" and (known := _vocabulary(pipeline, column)):
-            usual[column] = [known[place % len(known)] for place in range(EXAMPLE_CANDIDATES)]
-    return usual
+        examples[column] = [next((value for value in values if value is not None), None)] * EXAMPLE_CANDIDATES
+        if uses[column] == "key" and (ids := _vocabulary_ids(pipeline, column)):
+            examples[column] = [ids[index % len(ids)] for index in range(EXAMPLE_CANDIDATES)]
+    return examples

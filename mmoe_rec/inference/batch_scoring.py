@@ -1,13 +1,13 @@
-"""Predictions, scores and ranks of a log's rows, as Parquet.
+"""Score the rows of a log in batch, and write predictions, scores and ranks as Parquet.
 
     parts of the log -> their rows with predictions and scores, and the keys that rank them
     all keys         -> rank within the request, in a database
     parts            -> their rows with the ranks
 
-A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
-each, so that no bit depends on the engine or the number of workers. The output appears whole:
+A process loads the model once for all its tasks and threads. One thread scores a chunk of a fixed number of rows, so
+results don't depend on the engine or the number of workers. The output is written atomically:
 
-    <output>/_manifest.json            what was scored by which model
+    <output>/_manifest.json            the input, the model and the settings
     <output>/part-00000.parquet       the scored rows, in the input's order
 """
 
@@ -69,14 +69,21 @@ if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
 AsOf = Literal["log", "tables"]
-"""Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
+"""Source of counters and histories: the log as of each request, or the model's own tables."""
 ALL_TIMES: Window = (None, None)
-_HERE = ("--data.engine", "local", "--data.workers", "null")  # not those of the machines that trained the model
+# Settings of this machine, instead of settings of the machines that trained the model.
+_LOCAL_OPTIONS = ("--data.engine", "local", "--data.workers", "null")
 
 
 @dataclass(frozen=True)
 class ScoredLog:
-    """Scores in a folder: what its manifest says of them, and whether they were there before."""
+    """A folder of scores.
+
+    Attributes:
+        folder: Folder of scores.
+        manifest: Contents of its manifest.
+        reused: Whether the scores existed before.
+    """
 
     folder: Path
     manifest: dict[str, Any]
@@ -98,39 +105,38 @@ def score_log(
     If the folder already has these scores of the same input, model and settings, nothing is scored again.
 
     Args:
-        model: An address as `resolve_model` takes it.
-        source: A folder of Parquet files, one file or a glob.
-        output: A folder, new or empty, or with scores that are replaced once the new ones are whole.
-        as_of: `log` gives each row what the log, and the logs of events, knew before its request; `tables` what the
-            model itself remembers.
-        window: Request times to score, microseconds; other rows of the log are only its past.
+        model: URI of the model, see `resolve_model`.
+        source: Folder of Parquet files, a file or a glob.
+        output: New or empty folder, or a folder of scores. Old scores are replaced when the new ones are complete.
+        as_of: `log` computes each row's features from the log and the event logs before its request. `tables` uses the
+            tables of the model.
+        window: Request times to score, in microseconds. Earlier rows of the log only feed the features.
         overrides: Overrides of the settings that the model was trained with, such as `--data.workers 2`.
         labels: Whether to write the labels too, as they are known at the log's last request.
         keep: Further columns of the log to write, such as columns to slice by.
 
     Raises:
-        UserError: The input, the model or a setting is wrong, or a folder holds something else.
+        UserError: The input, the model or a setting is wrong, or a folder contains something else.
     """
     model, source, out = str(model), str(source), Path(output)
-    given = list(parse_overrides(overrides))
-    for key, _ in given:
+    parsed = list(parse_overrides(overrides))
+    for key, _ in parsed:
         if key[0] != "data" and key not in (["serving", "matmul_backend"], ["tracking", "uri"]):
             raise UserError(
-                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, "
-                "serving.matmul_backend "
-                "and tracking.uri; all others are those that the model was trained with"
+                f"--{'.'.join(key)} has no effect on scoring. Only section data, serving.matmul_backend and "
+                "tracking.uri can be set. All other settings are from training."
             )
-    uri = next((value for key, value in reversed(given) if key == ["tracking", "uri"]), None)
+    uri = next((value for key, value in reversed(parsed) if key == ["tracking", "uri"]), None)
     start, end = window
     if start is not None and end is not None and start >= end:
-        raise UserError(f"--start {format_time(start)} is not before --end {format_time(end)}: no request lies between")
+        raise UserError(f"--start {format_time(start)} is not before --end {format_time(end)}. Change them.")
     if labels and as_of != "log":
-        raise UserError(f"--labels writes what the log says of its rows; leave it out with --as-of {as_of}")
-    artifact = resolve_model(model, Tracking(uri=uri).resolved_uri)  # before the model's own settings are known
-    read_artifact(artifact.folder)  # which says what is wrong with a damaged one
-    settings = load_settings(artifact.folder / "settings.yaml", [*_HERE, *overrides])
+        raise UserError(f"--labels needs --as-of log. Leave it out with --as-of {as_of}.")
+    artifact = resolve_model(model, Tracking(uri=uri).resolved_uri)  # the model's own settings aren't loaded yet
+    read_artifact(artifact.folder)  # raises if the model is damaged
+    settings = load_settings(artifact.folder / "settings.yaml", [*_LOCAL_OPTIONS, *overrides])
     if is_remote(str(output)):
-        raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
+        raise UserError(f"--output '{output}' must be a local or mounted folder.")
     check_output(out, source)
     with write_lock(out, "a scoring", "give another folder with --output"):
         check_output(out, source)
@@ -144,7 +150,7 @@ def score_log(
 
 
 class _Scoring:
-    """One run of the command."""
+    """State and steps of one `score_log`."""
 
     def __init__(
         self,
@@ -162,30 +168,31 @@ class _Scoring:
         self.pipeline = FeaturePipeline.load(model.folder / "features", stores=False)
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL_TIMES and not self.has_time:
-            raise UserError("--start and --end need times, which the model's table does not have: leave them out")
-        self.logs, self.lacking = open_logs(source, self.pipeline, settings, as_of, labels, keep)
+            raise UserError("--start and --end need request times, but the model's table has none. Leave them out.")
+        self.logs, self.missing_attributes = open_logs(source, self.pipeline, settings, as_of, labels, keep)
         self.split = settings.split if labels and has_split(self.logs, settings.split) else None
         self.tables_as_of = (info := read_artifact(model.folder, verify=False)).tables_as_of
-        self.known = tables_as_of_us(info)
+        self.tables_as_of_us = tables_as_of_us(info)
         self.constants = {"model": model.uri, "model_version": artifact_version(model.folder)}
-        built = self.logs.options
-        options = [built.on_duplicates, built.on_conflicting_times, built.rows_in_memory]
+        build = self.logs.options
+        options = [build.on_duplicates, build.on_conflicting_times, build.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
         self.matmul_backend = settings.serving.matmul_backend
-        how = [options, split, self.matmul_backend, self.extra_columns]
+        choices = [options, split, self.matmul_backend, self.extra_columns]
         self.fingerprint = compute_fingerprint(
-            self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *how]
+            self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *choices]
         )
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the files of the output to a folder, and return the manifest."""
         options, scratch = self.logs.options, folder / "scratch"
         with BuildSteps(self.logs, {"scored": self.window}, scratch) as steps:
-            facts = self._look_up(steps)
+            facts = self._look_up_features(steps)
             with open_database(scratch / "database", options.memory_gib, options.workers) as database:
-                database.create_table("rows", _RANKED, self._score_parts(steps, scratch, facts))
-                facts["rows"], facts["early"], facts["learnt"] = database.row(
-                    f"SELECT count(*), count(*) FILTER (time <= {self.known}), count(*) FILTER (learnt) FROM rows"
+                database.create_table("rows", _RANK_KEYS, self._score_parts(steps, scratch, facts))
+                facts["rows"], facts["early"], facts["seen_in_training"] = database.row(
+                    f"SELECT count(*), count(*) FILTER (time <= {self.tables_as_of_us}), "
+                    "count(*) FILTER (seen_in_training) FROM rows"
                 )
                 if not facts["rows"]:
                     raise self._no_rows()
@@ -196,8 +203,8 @@ class _Scoring:
         write_manifest(folder, manifest)
         return manifest
 
-    def _look_up(self, steps: BuildSteps) -> dict[str, Any]:
-        """Look up what counters and histories know of the rows, and return facts for the manifest."""
+    def _look_up_features(self, steps: BuildSteps) -> dict[str, Any]:
+        """Look up counters and histories of the rows, and return facts for the manifest."""
         facts: dict[str, Any] = {"first": None}
         if self.as_of == "tables":
             steps.find_requests()
@@ -211,8 +218,8 @@ class _Scoring:
         return facts
 
     def _no_rows(self) -> UserError:
-        start, end = ("any time" if each is None else format_time(each) for each in self.window)
-        return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
+        start, end = ("any time" if bound is None else format_time(bound) for bound in self.window)
+        return UserError(f"no row of '{self.source}' was requested from {start} to {end}. Change --start and --end.")
 
     def _score_parts(self, steps: BuildSteps, scratch: Path, facts: Mapping[str, Any]) -> Iterator[pa.Table]:
         """Score the parts of the log into files, and yield the keys that rank their rows, see `_RANKED`."""
@@ -230,7 +237,7 @@ class _Scoring:
             split=self.split,
             folder=scratch,
         )
-        # What a product gives may depend on the number of threads that share it.
+        # Matrix products may depend on the number of threads that compute them.
         with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine, bar() as progress:
             task = progress.add_task("scoring", total=total)
             try:
@@ -238,7 +245,7 @@ class _Scoring:
                     progress.advance(task, part.rows)
                     yield ranked
             finally:
-                _load.cache_clear()  # which frees the memory of the model
+                _load.cache_clear()  # free the model's memory
 
     def _manifest(self, parts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
         from mmoe_rec.model.matmul import choose_serving_backend
@@ -250,7 +257,7 @@ class _Scoring:
             "as_of": self.as_of,
             "matmul_backend": choose_serving_backend(self.matmul_backend),
             "meaning": self._describe_past(facts),
-            "learnt": self._describe_learnt(facts["learnt"], facts["rows"]),
+            "seen_in_training": self._describe_training_rows(facts["seen_in_training"], facts["rows"]),
             "input": self.source,
             "rows": facts["rows"],
             "rows_before_tables_as_of": facts["early"] if self.has_time else 0,
@@ -258,31 +265,31 @@ class _Scoring:
         }
 
     def _describe_past(self, facts: Mapping[str, Any]) -> str:
-        """What the features of all scored rows knew."""
+        """Describe the data that the features of the scored rows include."""
         if self.tables_as_of is None:
-            return "the model was trained on a plain table: its features know nothing but the row itself"
+            return "the model was trained on a plain table, so its features depend only on the row itself"
         if self.as_of == "log":
             begin = format_time(facts["first"])
-            return f"counters and histories know the log that was given, from its first request at {begin} on"
-        sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
+            return f"counters and histories include the given log from its first request at {begin} on"
+        sentence = f"counters and histories are the model's own, as of {self.tables_as_of}"
         if facts["early"]:
             sentence += (
-                f"; {facts['early']:,} of {facts['rows']:,} rows were not requested later, so their features know "
-                "their future: to judge a model by them, score with --as-of log"
+                f". {facts['early']:,} of {facts['rows']:,} rows were not requested later, so their features include "
+                "their future. To judge a model by them, score with --as-of log"
             )
-        if self.lacking:
-            names = ", ".join(map(repr, self.lacking))
-            sentence += f"; the input has no column {names}: of each user and candidate the latest value is taken"
+        if self.missing_attributes:
+            names = ", ".join(map(repr, self.missing_attributes))
+            sentence += f". The input has no column {names}, so the latest values of users and candidates are used"
         return sentence
 
-    def _describe_learnt(self, learnt: int, rows: int) -> str | None:
-        """Return the sentence about rows that the model has learnt from, after the model's name, if there may be."""
+    def _describe_training_rows(self, training_rows: int, num_rows: int) -> str | None:
+        """Return a warning about rows that the model may have seen in training, without the model's name."""
         if self.labels and self.split is None:
             return (
-                f"was trained on some of the rows that column '{self.settings.split.column}' splits, which the input "
-                "lacks: metrics of such rows flatter it, and it can't be told whether there are any"
+                f"was trained on some rows of the log, and the input lacks the split column "
+                f"'{self.settings.split.column}'. Metrics are too optimistic if it contains these rows"
             )
-        return describe_training_overlap(self.split, learnt, rows)
+        return describe_training_overlap(self.split, training_rows, num_rows)
 
 
 @dataclass(frozen=True)
@@ -291,14 +298,14 @@ class ScoreJob:
 
     Attributes:
         model: Artifact folder.
-        version: Checksum of the artifact.
+        version: Version ID of the artifact.
         matmul_backend: Value of `serving.matmul_backend`.
-        reader: Reads the log.
-        results: Values of counters and histories for the rows, None if the model's own tables are asked.
-        window: Request times to score, microseconds.
-        labels_as_of: Time as of which labels are written, microseconds, None for no labels.
-        kept: Further columns of the log to write.
-        split: Tells which rows the model has learned from, None if nobody asks.
+        reader: Reader of the log.
+        results: Values of counters and histories for the rows. None uses the model's own tables.
+        window: Request times to score, in microseconds.
+        labels_as_of: Time as of which labels are written, in microseconds. None writes no labels.
+        extra_columns: Further columns of the log to write.
+        split: Split of the model, to find rows that it has seen in training. None skips this.
         folder: Folder that gets a file for each part.
     """
 
@@ -314,7 +321,7 @@ class ScoreJob:
     folder: Path
 
 
-_LOADING = threading.Lock()
+_LOAD_LOCK = threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -324,35 +331,43 @@ def _load(folder: Path) -> "Ranker":
     return Ranker.load(folder)
 
 
-_RANKED = pa.schema(
+_RANK_KEYS = pa.schema(
     {
         "part": pa.int32(),
         "request": pa.uint64(),
         "score": pa.float64(),
         "number": pa.int64(),
         "time": pa.int64(),
-        "learnt": pa.bool_(),
+        "seen_in_training": pa.bool_(),
     }
 )
-"""Of a scored row the number of its part, the hash of its request, its log score, its number in the log, the time of
-its request in microseconds, and whether the model has learnt from it."""
+"""Keys that rank scored rows: number of the part, hash of the request, log score, number of the row in the log, time of
+the request in microseconds, and whether the row was in the training or validation split."""
 
 
 def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
-    """Score part number `task[0]` of a log into a file, and return the keys that rank its rows, see `_RANKED`."""
+    """Score one part of a log and write it to a file.
+
+    Args:
+        job: Arguments of the scoring.
+        task: Number of the part, and the part.
+
+    Returns:
+        The keys that rank the rows, see `_RANK_KEYS`.
+    """
     import torch
 
     from mmoe_rec.model.matmul import choose_serving_backend
 
     number, part = task
     torch.set_num_threads(1)
-    with _LOADING:
+    with _LOAD_LOCK:
         ranker = _load(job.model)
     if ranker.version != job.version:
-        raise UserError(f"the model in '{job.model}' was replaced while rows were scored: start the command again")
+        raise UserError(f"The model in '{job.model}' was replaced while rows were scored. Start the command again.")
     ranker.scorer.set_matmul_backend(choose_serving_backend(job.matmul_backend))
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
-    writer, ranked = None, [_RANKED.empty_table()]
+    writer, ranked = None, [_RANK_KEYS.empty_table()]
     with pa.OSFile(str(scored_file(job.folder, number)), "wb") as file:
         for rows in read_window(job.reader, results, job.window, part):
             values, log_scores = ranker.score(ranker.reader.fill_attributes(rows))
@@ -367,17 +382,22 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
                     table = table.append_column(name, rows.column(name))
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
-            learnt = np.zeros(len(rows), bool) if job.split is None else find_training_rows(job.split, rows)
+            seen = np.zeros(len(rows), bool) if job.split is None else find_training_rows(job.split, rows)
             part_number = np.full(len(rows), number, np.int32)
-            its = [part_number, rows.request_hashes(), log_scores, rows.row_numbers, rows.times(), learnt]
-            ranked.append(pa.table(its, schema=_RANKED))
+            columns = [part_number, rows.request_hashes(), log_scores, rows.row_numbers, rows.times(), seen]
+            ranked.append(pa.table(columns, schema=_RANK_KEYS))
         if writer is not None:
             writer.close()
     return pa.concat_tables(ranked)
 
 
 def scored_file(folder: Path, number: int) -> Path:
-    """The file of a part's rows with their keys, predictions and scores, before they are ranked."""
+    """Return the path of a part's scored but unranked rows.
+
+    Args:
+        folder: Folder of the scored parts.
+        number: Number of the part.
+    """
     return folder / f"{number}.arrow"
 
 
@@ -390,13 +410,13 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
     The best row of a request has rank 1. Equal scores keep the order of the rows.
 
     Args:
-        database: Its table `rows` has the columns of `_RANKED`.
+        database: Database with a table `rows` that has the columns of `_RANK_KEYS`.
         scored: Folder of the scored parts.
         folder: Folder that gets the files.
         constants: Columns with one value in all rows.
 
     Returns:
-        Name of each file -> its rows.
+        Number of rows by file name.
     """
     database.run(
         "CREATE TABLE ranks AS SELECT part, number, "
@@ -420,68 +440,69 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
 def open_logs(
     source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool, keep: Sequence[str] = ()
 ) -> tuple[Logs, list[str]]:
-    """Open the log to score with the logs of events that its features remember, in the types of the fitted features.
+    """Open the log to score and the event logs that the features need, with the column types of the fitted features.
 
-    With `as_of` "tables", attributes of users and candidates may lack in all files: the model completes them.
+    With `as_of` "tables", attributes of users and candidates may be missing in all files. The model completes them.
 
     Args:
-        source: The log.
-        pipeline: The model's features.
+        source: Folder, file or glob of the log.
+        pipeline: Features of the model.
         settings: Settings that the model was trained with.
-        as_of: Where counters and histories come from.
-        labels: Whether the labels of all tasks are read.
-        keep: Further columns that are read.
+        as_of: Source of counters and histories.
+        labels: Whether to read the labels of all tasks.
+        keep: Further columns to read.
 
     Returns:
         The logs, and the attributes that all files lack.
 
     Raises:
-        UserError: The log is not there, has no rows or lacks a column, or a column has the name of one that scoring
-            adds.
+        UserError: The log is missing or has no rows, a column is missing, or scoring would write a column of its name.
     """
-    files = [set(read_column_names(each.uri)) for each in find_files(source, "--input")]
-    schema, columns, lacking = pipeline.schema, pipeline.schema.columns, list[str]()
+    files = [set(read_column_names(file.uri)) for file in find_files(source, "--input")]
+    schema, columns, missing = pipeline.schema, pipeline.schema.columns, list[str]()
     if as_of == "tables":
-        has = {"user": columns.has_user, "candidate": columns.has_candidate}
-        attributes = [name for name, role in schema.input_columns().items() if has.get(role)]
-        there = set(columns.names).union(*files)
-        lacking = [name for name in attributes if name not in there]
-    read = _read_schema(schema, settings, as_of, lacking, labels)
+        has_ids = {"user": columns.has_user, "candidate": columns.has_candidate}
+        attributes = [name for name, role in schema.input_columns().items() if has_ids.get(role)]
+        available = set(columns.names).union(*files)
+        missing = [name for name in attributes if name not in available]
+    read_schema = _read_schema(schema, settings, as_of, missing, labels)
     options = replace(BuildOptions.of(settings.data), skip_bad_files=False)
-    if as_of == "tables":  # requests that are yet to come may be scored by what is known now
+    if as_of == "tables":  # future requests may be scored with the current tables
         options = replace(options, on_future_times="keep")
-    of_log, *of_events = key_types(pipeline, read)
-    more: dict[str, ColumnUse] = {name: "any" for name in keep if name not in column_uses(read)}
+    log_types, *event_types = key_types(pipeline, read_schema)
+    more_uses: dict[str, ColumnUse] = {name: "any" for name in keep if name not in column_uses(read_schema)}
     split = settings.split.column
     if labels and split is not None and all(split in names for names in files):
-        of_log = {name: each for name, each in of_log.items() if name != split}  # no feature reads that one
-        more[split] = "any"
+        log_types = {name: kind for name, kind in log_types.items() if name != split}  # no feature reads the split
+        more_uses[split] = "any"
     predicted = prediction_columns(pipeline.layout)
-    added = {*predicted, *(each.replace("predicted", "label", 1) for each in predicted), "score", "rank"}
+    added = {*predicted, *(column.replace("predicted", "label", 1) for column in predicted), "score", "rank"}
     added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW_NUMBER_COLUMN}
     if taken := next((name for name in (*schema.columns.names, *keep) if name in added), None):
-        raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes; rename it")
-    return Logs(source, read, options, [of_log, *of_events], more), lacking
+        raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes. Rename it.")
+    return Logs(source, read_schema, options, [log_types, *event_types], more_uses), missing
 
 
-def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Collection[str], labels: bool) -> Schema:
-    """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor what rows
-    count or are split to, nor what the log lacks, and only those labels and events that counters and histories
-    remember, unless all `labels` are asked for."""
+def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, missing: Collection[str], labels: bool) -> Schema:
+    """Return the part of a model's schema that scoring reads.
+
+    It excludes placement features (absent in serving), sampling rates, the split and missing attributes. It includes
+    only the labels and events that counters and histories need, or all labels with `labels`.
+    """
     scored = [name for name in schema.features if schema.role_of(name) != "placement"]
-    kept = {*scored, *(schema.features[name].table_owner for name in scored)}
+    needed = {*scored, *(schema.features[name].table_owner for name in scored)}
     features = {
         name: feature
         for name, feature in schema.features.items()
-        if name in kept and not feature.reads().keys() & set(lacking)
+        if name in needed and not feature.reads().keys() & set(missing)
     }
     tasks = set[str | None]()
     if as_of == "log":
-        tasks.update(each.task for each in features.values() if isinstance(each, EventFeature))
+        tasks.update(feature.task for feature in features.values() if isinstance(feature, EventFeature))
         tasks |= {task.conditional_on for name, task in schema.tasks.items() if name in tasks}
     if labels:
         tasks = set(schema.tasks)
-    events = {name: settings.data.events.get(name, each) for name, each in schema.events.items()}
+    events = {name: settings.data.events.get(name, event_log) for name, event_log in schema.events.items()}
     weights = {"sampling_rate": None, "weight": schema.columns.weight if labels else None}
     return schema.model_copy(
         update={
@@ -495,9 +516,13 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
 
 
 def read_window(reader: LogReader, results: ResultReader | None, window: Window, part: LogPart) -> Iterator[LogRows]:
-    """The rows of a part that lie in the window, some at a time.
+    """Yield the rows of a part that are in the window, in batches.
 
-    results: what `BuildSteps` looked up for the window, None where rows come without.
+    Args:
+        reader: Reader of the log.
+        results: Values that `BuildSteps` looked up for the window. None yields rows without values.
+        window: Request times, in microseconds.
+        part: Part of the log.
     """
     for rows in reader.read(part):
         inside = rows.filter(in_window(rows.times(), window))

@@ -1,12 +1,12 @@
-"""The served model: a script that MLflow runs to get it (models from code), so that no pickle is written.
+"""The served MLflow model, as a script that MLflow runs (models from code), so that no pickle is written.
 
-A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`; each element of
-`inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and `explain` may stand in an element
-or, for all elements, in `params`; the element's own win. MLflow drops unknown keys of `params` before the model sees
-them; in an element they are an error. A data frame has a row for each candidate (`group_rows_by_request`), and so has
-the reply.
+A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`. Each element of
+`inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and `explain` may be set in an element,
+or for all elements in `params`. Options in the element take precedence. MLflow drops unknown keys of `params` before
+the model sees them, but unknown keys in an element are errors.
 
-`predict` takes a request, a list of requests or, as in the model's `example_request.json`, `{"inputs": [...]}`.
+A data frame has one row per candidate (`group_rows_by_request`), and so does its reply. `predict` also takes a single
+request, a list of requests, or `{"inputs": [...]}` as in the model's `example_request.json`.
 """
 
 import json
@@ -32,52 +32,65 @@ ARTIFACT_KEY = "model"
 
 
 class BadRequestError(MlflowException):
-    """HTTP 400 with one sentence. MLflow would put the whole input, which may be megabytes, in front of it."""
+    """HTTP 400 with a one-sentence message. MLflow would repeat the whole input, which may be megabytes."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence, error_code=INVALID_PARAMETER_VALUE)
         self.sentence = sentence
 
     def serialize_as_json(self) -> str:
-        """The body of the reply."""
+        """Return the body of the reply."""
         return json.dumps({"error_code": self.error_code, "message": self.sentence})
 
 
 class RankingPythonModel(PythonModel):
-    """Ranks the candidates of each request."""
+    """MLflow model that ranks the candidates of each request."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Loads the artifact folder, and limits torch to one thread per request in the whole process."""
+        """Load the artifact folder, and limit torch to one thread per request in the whole process."""
         import torch
 
         from mmoe_rec.inference.ranker import Ranker
 
-        # The server runs requests side by side, and threads of one request wait for each other where cores are busy.
-        # Two threads on two cores, 500 candidates: a tenth faster when idle, but with one core taken the 95th
-        # percentile was six times that of one thread. Very long lists on idle cores lose: a third at 10,000.
+        # The server runs requests concurrently, and on busy cores the threads of one request wait for each other. With
+        # 500 candidates on two cores, two threads were 10% faster when idle, but with one core busy the 95th
+        # percentile was six times as high as with one thread. On idle cores, 10,000 candidates take a third longer.
         torch.set_num_threads(1)
         self.ranker = Ranker.load(context.artifacts[ARTIFACT_KEY])
         self.ranker.apply_matmul_backend()
 
-    # Of this type hint MLflow makes no schema: it would repeat the whole input in its errors, and refuse data frames.
+    # MLflow derives no schema from this type hint. A schema would repeat the input in errors and refuse data frames.
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """One ranking a request, see `Ranking`, for a list of requests, or one; a table of predictions for a table.
+        """Rank requests.
 
-        Raises BadRequest with the sentence for the caller.
+        Args:
+            context: Not used.
+            model_input: A request, a list of requests, the body of a call, or a data frame.
+            params: Options for all requests.
+
+        Returns:
+            One ranking per request (see `Ranking`), or a table of predictions for a data frame with one row per
+            candidate.
+
+        Raises:
+            BadRequestError: A request is invalid.
+            MlflowException: A prediction is NaN or infinite.
         """
         try:
             if isinstance(model_input, pd.DataFrame) and "candidates" not in model_input:
-                columns = [model_input.iloc[:, place] for place in range(model_input.shape[1])]
+                columns = [model_input.iloc[:, index] for index in range(model_input.shape[1])]
                 elements, rows = group_rows_by_request(
                     self.ranker.reader, [*model_input.columns], columns, params or {}
                 )
                 replies = self._rank(elements, params or {}, rows)
                 return pd.DataFrame(flatten_rankings(replies, rows), model_input.index)
             if isinstance(model_input, pd.DataFrame):
-                model_input = model_input.to_dict("records")  # requests, a row each
-            if isinstance(model_input, dict) and "inputs" in model_input:  # the body of a call
-                if other := next((name for name in model_input if name != "inputs"), None):
-                    raise RequestError(f"predict: {quoted(other)} stands beside 'inputs'. Give the argument params.")
+                model_input = model_input.to_dict("records")  # one request per row
+            if isinstance(model_input, dict) and "inputs" in model_input:  # body of a call
+                if extra_key := next((name for name in model_input if name != "inputs"), None):
+                    raise RequestError(
+                        f"predict: {quoted(extra_key)} is not allowed next to 'inputs'. Pass the argument params."
+                    )
                 model_input = model_input["inputs"]
             elements = [model_input] if isinstance(model_input, dict) else to_python_list(model_input)
             if not isinstance(elements, list):

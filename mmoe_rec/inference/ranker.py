@@ -1,8 +1,8 @@
-"""`Ranker`: a model in memory. A request's rows are encoded, scored by the model, calibrated and put in order.
+"""`Ranker` answers requests with a model in memory: encode the rows, score them, calibrate and sort.
 
-It runs on the CPU, where the rows are encoded: a request's few hundred rows are no work for a GPU, and the server needs
-none. Who scores millions of rows moves the `model` of a ranker to a GPU and gives it batches there. It needs torch
-alone: no torchrec, torch.distributed or mlflow.
+A ranker runs on the CPU, where rows are encoded. The few hundred rows of a request don't justify a GPU, and servers
+need none. To score millions of rows, move the `model` of a ranker to a GPU and pass it batches. This module needs
+torch, but not torchrec, torch.distributed or mlflow.
 """
 
 from __future__ import annotations
@@ -58,20 +58,33 @@ if TYPE_CHECKING:
 
 
 class PredictionMismatchError(UserError):
-    """A model that is as it was written gives other predictions here: the fault of this machine or its packages."""
+    """An intact model gives different predictions here, because of this machine or its packages."""
 
 
 @dataclass(frozen=True)
 class LiveState:
-    """What a ranker knows of what happened. pipeline, reader: that know it; known: up to when, microseconds."""
+    """Features and request reader after a sequence of live events.
+
+    Attributes:
+        pipeline: Features that include the events.
+        reader: Request reader that includes the latest values.
+        updated_until: Time of the last included event, in microseconds.
+    """
 
     pipeline: FeaturePipeline
     reader: RequestReader
     updated_until: int
 
 
-class _Checked(NamedTuple):
-    """A request whose options are checked. number: its place; weights: (T,) float64 of the tasks in the score."""
+class _CheckedRequest(NamedTuple):
+    """A request with checked options.
+
+    Attributes:
+        number: Index of the request in its call.
+        request: The request.
+        weights: Weights of the tasks in the score, (T,) float64.
+        experts: Expert options.
+    """
 
     number: int
     request: Request
@@ -80,18 +93,35 @@ class _Checked(NamedTuple):
 
 
 class Ranker:
-    """A loaded model with its features and calibration. version: of its artifact, as `artifact_version` gives it.
+    """A loaded model with its features and calibration.
 
-    Threads may rank, score and learn with one ranker. What it knows of events is one object that never changes, which
-    each call reads once: so each answer is that of one moment.
+    Threads may rank, score and apply events with one ranker. The live state is one immutable object, which each call
+    reads once, so every answer describes a single moment.
+
+    Attributes:
+        version: Version ID of the artifact (`artifact_version`).
+        keep_inputs: Whether rankings keep a request ID and the features of their request (`Ranking.ranked_request`),
+        for
+            request logs.
     """
 
     def __init__(self, folder: Path, info: ArtifactInfo, version: str = "") -> None:
-        """Opens an artifact folder as it is; `load` also checks it."""
+        """Open an artifact folder without checking its files. Use `load` to check them.
+
+        Args:
+            folder: Artifact folder.
+            info: Metadata of the artifact.
+            version: Version ID of the artifact.
+
+        Raises:
+            UserError: The features don't fit the model.
+        """
         features = folder / "features"
         pipeline = FeaturePipeline.load(features)
         if pipeline.layout != info.layout.row_layout():
-            raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
+            raise UserError(
+                f"'{folder}' is damaged: its features differ from the model's inputs. Train the model again."
+            )
         self.info, self.version, self.layout = info, version, info.layout
         self.scorer = Scorer(info, read_model(info, folder), read_calibration(folder))
         self.model, self.calibration = self.scorer.model, self.scorer.calibration
@@ -99,34 +129,32 @@ class Ranker:
         tables = self.model.tables
         assert isinstance(tables, PlainTables)
         with_ids, histories = self.model.trees is not None, self.model.mixture.histories
-        self.request_inputs = InputMatrixBuilder(self.layout, tables, with_ids, histories)
+        self.input_builder = InputMatrixBuilder(self.layout, tables, with_ids, histories)
         reader = RequestReader(pipeline, features, info.max_candidates)
         self._state = LiveState(pipeline, reader, tables_as_of_us(info))
         self.keep_inputs = False
-        """Whether rankings hold what features saw of their request (`Ranking.ranked_request`), and its id, for who logs
-        it."""
 
     @property
     def pipeline(self) -> FeaturePipeline:
-        """The features, with what they have learnt up to now."""
+        """Features with all live events applied so far."""
         return self._state.pipeline
 
     @property
     def reader(self) -> RequestReader:
-        """What reads requests, with the latest values that are known now."""
+        """Request reader with the latest values seen so far."""
         return self._state.reader
 
     # Loading
 
     @staticmethod
     def load(folder: str | Path) -> Ranker:
-        """Read an artifact folder and check that it is as it was written.
+        """Read an artifact folder and check that nobody modified it.
 
         `mmoe_rec.load_ranker` also takes URIs such as `models:/NAME@ALIAS`, which need MLflow.
 
         Raises:
-            UserError: The folder is incomplete, changed or made by another version.
-            PredictionMismatchError: The model gives other predictions here than where it was written.
+            UserError: The folder is incomplete, modified or made by another version.
+            PredictionMismatchError: The model gives different predictions here than where it was written.
         """
         if re.match(r"(models|runs):/", str(folder)) and not Path(folder).exists():
             raise UserError(f"'{folder}' is a URI, and Ranker.load takes a folder. Use mmoe_rec.load_ranker.")
@@ -135,58 +163,66 @@ class Ranker:
             info, version = read_artifact(folder), artifact_version(folder)
             ranker = Ranker(folder, info, version)
             if (artifact_version(folder), read_artifact(folder, verify=False)) != (version, info):
-                raise UserError(f"another model took the place of '{folder}' while it was loaded: load it again")
+                raise UserError(f"The model in '{folder}' was replaced while it was loaded. Load it again.")
             ranker._check_example(folder)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"the model in '{folder}' can't be loaded ({one_line(error)}): train it again") from error
+            raise UserError(f"The model in '{folder}' can't be loaded ({one_line(error)}). Train it again.") from error
         return ranker
 
     def _check_example(self, folder: Path) -> None:
-        """Raises OtherScoresError unless the example in a folder gets the scores that stand beside it.
+        """Raise PredictionMismatchError unless the folder's example gets its stored scores.
 
-        This also builds the indexes that encoders make at their first use, so that no request waits for them.
+        This also builds the indexes that encoders build on first use, so that no request waits for them.
         """
-        now, before = self.score_example(folder), ExampleScores.read(folder)
-        if describe_difference := before.describe_difference(now, self.info.tasks, self.calibration):
-            versions = ", ".join(f"{name} {version}" for name, version in before.computed_with.items())
+        actual, expected = self.score_example(folder), ExampleScores.read(folder)
+        if difference := expected.describe_difference(actual, self.info.tasks, self.calibration):
+            versions = ", ".join(f"{name} {version}" for name, version in expected.computed_with.items())
             raise PredictionMismatchError(
-                f"the model in '{folder}' gives other predictions here than where it was written: for {EXAMPLE_FILE}, "
-                f"{describe_difference}. It was written with {versions}: install these versions, or train again here"
+                f"The model in '{folder}' gives different predictions here than where it was written: for "
+                f"{EXAMPLE_FILE}, "
+                f"{difference}. It was written with {versions}. Install these versions, or train again here."
             )
 
     def score_example(self, folder: Path) -> ExampleScores:
-        """What the model gives for the example in an artifact folder."""
-        with _products_in_fp32():
+        """Score the example request of an artifact folder."""
+        with _fp32_matmul():
             return ExampleScores.of(self.rank(**read_example(folder)), self.info.tasks)
 
     def apply_serving_settings(self, serving: Mapping[str, Any]) -> None:
-        """Serves by these of max_candidates, stale_after_days and products (which `apply_matmul_backend` looks at)."""
+        """Override max_candidates, stale_after_days and matmul_backend of the artifact.
+
+        A new matmul backend takes effect in `apply_matmul_backend`.
+        """
         self.info = replace(self.info, **serving)
         self.reader.max_candidates = self.info.max_candidates
 
     def apply_matmul_backend(self) -> None:
-        """Multiply by the library that the setting `serving.matmul_backend` asks for from now on."""
+        """Switch to the library that the setting `serving.matmul_backend` names."""
         self.scorer.set_matmul_backend(choose_serving_backend(self.info.matmul_backend))
 
-    # Learning what happened since
+    # Live updates
 
     @property
     def tables_as_of_us(self) -> int:
-        """The time of the last request that its tables know, microseconds."""
+        """Time of the last request in the model's tables, in microseconds."""
         return tables_as_of_us(self.info)
 
     def build_state(self, rows: Mapping[str | None, LogRows]) -> LiveState:
-        """What `take` takes. rows: of the interaction log (None) and of logs of events, with all of their columns."""
-        before, rows = self._state, {source: each for source, each in rows.items() if len(each)}
-        pipeline, reader = before.pipeline, copy(before.reader)
+        """Build the live state that includes further rows, for `set_state`.
+
+        Args:
+            rows: Rows with all their columns, by event log. The key None is the interaction log.
+        """
+        previous, rows = self._state, {source: part for source, part in rows.items() if len(part)}
+        pipeline, reader = previous.pipeline, copy(previous.reader)
         if None in rows:
             reader.users = reader.users.extended(rows[None], "user")
             reader.candidates = reader.candidates.extended(rows[None], "candidate")
-        updated_until = max([before.updated_until, *(int(each.times().max()) for each in rows.values())])
+        updated_until = max([previous.updated_until, *(int(part.times().max()) for part in rows.values())])
         return LiveState(pipeline.with_live(pipeline.live.extended(rows)), reader, updated_until)
 
     def set_state(self, state: LiveState) -> None:
-        """Knows what was prepared last from now on; requests that are under way are answered as before."""
+        """Answer later requests with this live state. Requests in progress keep the previous state."""
         self._state = state
 
     # Ranking requests
@@ -202,23 +238,23 @@ class Ranker:
         mask_experts: Sequence[int] | None = None,
         explain: bool | None = None,
     ) -> Ranking:
-        """Ranks the candidates of one request.
+        """Rank the candidates of one request.
 
         Args:
-            user: column -> value; the user's id is required.
-            context: column -> value; the request's time is now unless given. Times may be ISO 8601 strings (in UTC,
-                unless they have an offset), datetimes of Python, pandas or numpy, and integers in `columns.time_unit`
-                where the log has such.
-            candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
-                the candidates' ids are required.
-            task_weights: task or objective -> weight, see `mmoe_rec.inference.request_reader.resolve_task_weights`.
-            top_k: give only this many best candidates.
-            gate_top_k: experts per candidate and gate, instead of the model's own number.
-            mask_experts: numbers of experts to score without.
-            explain: give `explanations` too, see `Explanation`.
+            user: Column -> value. The user's ID is required.
+            context: Column -> value. The request's time defaults to now. Times may be ISO 8601 strings (UTC unless they
+                have an offset), datetimes of Python, pandas or numpy, and integers in `columns.time_unit` if the log
+                has integer times.
+            candidates: Column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame.
+                The candidates' IDs are required.
+            task_weights: Task or objective -> weight, see `mmoe_rec.inference.request_reader.resolve_task_weights`.
+            top_k: Number of best candidates to return. None returns all.
+            gate_top_k: Experts per candidate and gate. None is the model's own number.
+            mask_experts: Numbers of experts to score without.
+            explain: Whether to return `explanations`, see `Explanation`.
 
         Raises:
-            RequestError: naming the column or option that the caller has to change.
+            RequestError: A column or option is wrong. The error names it.
         """
         element: dict[str, Any] = {"user": user, "context": context, "candidates": candidates}
         element |= {"task_weights": task_weights, "top_k": top_k, "explain": explain}
@@ -229,106 +265,108 @@ class Ranker:
         return answer
 
     def rank_many(self, requests: Sequence[Request | RequestError]) -> list[Ranking | RequestError]:
-        """Ranks the candidates of each request; one that is wrong gets its error, or keeps that which stands there.
+        """Rank the candidates of each request. An invalid request gets its error instead of a ranking.
 
-        Requests that give the same columns and ask for the same experts share one pass of features and model.
+        Requests with the same columns and expert options share batches of features and model. A RequestError in
+        `requests` is returned at its position.
         """
         state = self._state
         answers: dict[int, Ranking | RequestError] = {}
-        groups: dict[Any, list[_Checked]] = {}
+        groups: dict[Any, list[_CheckedRequest]] = {}
         for number, request in enumerate(requests):
             try:
                 if isinstance(request, RequestError):
                     raise request
                 weights, experts = self.check_options(request)
                 group = groups.setdefault((experts, request.columns), [])
-                group.append(_Checked(number, request, weights, experts))
+                group.append(_CheckedRequest(number, request, weights, experts))
             except RequestError as error:
                 answers[number] = error
         for group in groups.values():
-            for part in _parts(group):
-                answers.update(zip((each.number for each in part), self._rank(state, part), strict=True))
+            for batch in _split_batches(group):
+                answers.update(zip((checked.number for checked in batch), self._rank(state, batch), strict=True))
         return [answers[number] for number in range(len(requests))]
 
     def check_options(self, request: Request) -> tuple[np.ndarray, ExpertOptions]:
-        """(T,) weights of the tasks in the score, and experts, that a request asks for. Raises RequestError for a wrong
-        option."""
+        """Return a request's task weights, (T,) float64, and expert options. Raises RequestError if one is invalid."""
         weights = resolve_task_weights(self.layout.tasks, request.task_weights)
         return weights, self.scorer.check_expert_options(request.gate_top_k, request.mask_experts)
 
-    def _rank(self, state: LiveState, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
+    def _rank(self, state: LiveState, batch: Sequence[_CheckedRequest]) -> Sequence[Ranking | RequestError]:
         try:
-            rows = state.reader.rows([each.request for each in part])
+            rows = state.reader.rows([checked.request for checked in batch])
             inputs = state.pipeline.request_inputs(rows)
-            explain = any(each.request.explain for each in part)
-            build_matrix = self.request_inputs.build_matrix(*inputs, rows.request_index)
-            scored = self.scorer.score(build_matrix, part[0].experts, explain)
-            return self._put_in_order(state, part, rows, inputs, scored)
+            explain = any(checked.request.explain for checked in batch)
+            matrix = self.input_builder.build_matrix(*inputs, rows.request_index)
+            scored = self.scorer.score(matrix, batch[0].experts, explain)
+            return self._sort_candidates(state, batch, rows, inputs, scored)
         except UserError as error:
-            if len(part) == 1:
+            if len(batch) == 1:
                 return [error if isinstance(error, RequestError) else RequestError(str(error))]
-        # Some of them are wrong, or give values of other types than the others: halves find out which.
-        half = len(part) // 2
-        return [*self._rank(state, part[:half]), *self._rank(state, part[half:])]
+        # Some requests are invalid, or their values differ in type. Halve the batch to find them.
+        half = len(batch) // 2
+        return [*self._rank(state, batch[:half]), *self._rank(state, batch[half:])]
 
-    def _put_in_order(
+    def _sort_candidates(
         self,
         state: LiveState,
-        part: Sequence[_Checked],
+        batch: Sequence[_CheckedRequest],
         rows: RequestRows,
         inputs: tuple[Inputs, Inputs],
         scored: Scored,
     ) -> list[Ranking]:
         pipeline = state.pipeline
-        weights = np.array([each.weights for each in part])
+        weights = np.array([checked.weights for checked in batch])
         log_scores = (scored.log_predictions * weights[rows.request_index]).sum(1)
         if not np.isfinite(log_scores).all():
             raise RuntimeError(f"model '{self.info.name}' gives scores that are not finite numbers")
-        starts = np.searchsorted(rows.request_index, np.arange(len(part) + 1))
-        # By request, then by falling score; equal ones keep their order.
+        starts = np.searchsorted(rows.request_index, np.arange(len(batch) + 1))
+        # Sort by request, then by descending score. Equal scores keep their order.
         order = np.lexsort((-log_scores, rows.request_index))
         names = pipeline.schema.columns
         ids = rows.column(names.candidate).to_pylist()
-        # Of a plain table there are no ids to be known.
-        new = rows.unseen(names.candidate) & names.has_candidate
-        unknown = np.bincount(rows.request_index, new, len(part)).astype(int).tolist()
+        # The rows of a plain table have no real IDs, so no ID is unknown.
+        is_unknown = rows.unseen(names.candidate) & names.has_candidate
+        unknown_candidates = np.bincount(rows.request_index, is_unknown, len(batch)).astype(int).tolist()
         unknown_users = (rows.shared.unseen(names.user) & names.has_user).astype(int).tolist()
-        best = scored.predictions[order].astype(np.float64)
-        lists = {name: each.tolist() for name, each in add_joint_predictions(best, self.layout).items()}
-        logs, scores = log_scores[order].tolist(), scores_from_log_scores(log_scores[order]).tolist()
-        places, positions = order.tolist(), (order - starts[rows.request_index]).tolist()
+        sorted_values = scored.predictions[order].astype(np.float64)
+        predictions = {
+            task: values.tolist() for task, values in add_joint_predictions(sorted_values, self.layout).items()
+        }
+        log_values, scores = log_scores[order].tolist(), scores_from_log_scores(log_scores[order]).tolist()
+        sorted_rows, positions = order.tolist(), (order - starts[rows.request_index]).tolist()
         times = rows.shared.times().tolist()
-        doubts = (
+        check_time = (
             partial(check_request_time, self.info, state.updated_until) if pipeline.point_in_time_encoders else None
         )
-        read = pipeline.explain(rows) if scored.gates is not None else None
-        name, request_ids = names.request, [None] * len(part)
-        if name is not None and rows.shared.has_column(name):
-            request_ids = rows.shared.column(name).to_pylist()
-        integer_ids = pipeline.key_types.get(name or "") == "int64"
+        explain_inputs = pipeline.explain(rows) if scored.gates is not None else None
+        id_column, request_ids = names.request, [None] * len(batch)
+        if id_column is not None and rows.shared.has_column(id_column):
+            request_ids = rows.shared.column(id_column).to_pylist()
+        integer_ids = pipeline.key_types.get(id_column or "") == "int64"
         rankings = []
-        for number, each in enumerate(part):
-            start, end, moment = int(starts[number]), int(starts[number + 1]), times[number]
-            ranked_request = RankedRequest(rows, inputs, self.layout, number, start, end)
-            if each.request.top_k is not None:
-                end = min(end, start + each.request.top_k)
-            request_id = new_request_id(integer_ids) if request_ids[number] is None else request_ids[number]
+        for index, checked in enumerate(batch):
+            start, end, request_time = int(starts[index]), int(starts[index + 1]), times[index]
+            ranked_request = RankedRequest(rows, inputs, self.layout, index, start, end)
+            if checked.request.top_k is not None:
+                end = min(end, start + checked.request.top_k)
+            request_id = new_request_id(integer_ids) if request_ids[index] is None else request_ids[index]
             explanations = None
-            if read is not None and each.request.explain:
-                explanations = build_explanations(scored, read, self.task_names, places[start:end])
+            if explain_inputs is not None and checked.request.explain:
+                explanations = build_explanations(scored, explain_inputs, self.task_names, sorted_rows[start:end])
             rankings.append(
                 Ranking(
-                    candidates=[ids[place] for place in places[start:end]],
+                    candidates=[ids[row] for row in sorted_rows[start:end]],
                     scores=scores[start:end],
-                    log_scores=logs[start:end],
-                    predictions={name: every[start:end] for name, every in lists.items()},
+                    log_scores=log_values[start:end],
+                    predictions={task: values[start:end] for task, values in predictions.items()},
                     order=positions[start:end],
-                    request_time=iso_time(moment),
+                    request_time=iso_time(request_time),
                     tables_as_of=self.info.tables_as_of,
-                    warnings=[*scored.warnings, *(doubts(moment) if doubts else ())],
+                    warnings=[*scored.warnings, *(check_time(request_time) if check_time else ())],
                     model={"name": self.info.name, "version": self.version},
                     explanations=explanations,
-                    unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
+                    unknown_ids={"user": unknown_users[index], "candidate": unknown_candidates[index]},
                     request_id=request_id if self.keep_inputs else None,
                     ranked_request=ranked_request if self.keep_inputs else None,
                 )
@@ -338,47 +376,56 @@ class Ranker:
     # Scoring rows
 
     def score(self, rows: Rows, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions (N, T) and log scores (N,) float64 of N rows with the log's columns; labels need not be there.
+        """Score rows of the interaction log. They need no labels.
 
-        Predictions are float32, or float64 where a task is a regression, in the order of `names`.
-        Counters and histories are as of each row's request, and as of the end of the tables for rows requested earlier.
-        weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError for a
-        column that is missing, or that cannot be read as the features do.
+        Counters and histories are as of each row's request. For rows requested before the end of the tables, they are
+        as of the end of the tables.
+
+        Args:
+            rows: N rows with the log's columns.
+            weights: Weights of the tasks in the score, (T,). None takes `score_weight` of the settings.
+
+        Returns:
+            Predictions in the order of `task_names`, (N, T) float32, or float64 if a task is a regression; and log
+            scores, (N,) float64.
+
+        Raises:
+            UserError: A column is missing or has the wrong type.
         """
-        pipeline, parts = self.pipeline, []
+        pipeline, results = self.pipeline, []
         rows = read_rows(pipeline, rows)
         if weights is None:
             weights = resolve_task_weights(self.info.tasks, None)
-        for part in rows.iter_batches(FEATURE_BATCH_ROWS):
-            batch = make_batch(pipeline.encode(part), self.layout, torchrec=False)
+        for chunk in rows.iter_batches(FEATURE_BATCH_ROWS):
+            batch = make_batch(pipeline.encode(chunk), self.layout, torchrec=False)
             with torch.inference_mode():
                 inputs = self.model.concat_inputs(batch)[0]
-            parts.append(self.scorer.score(inputs))
-        scored = Scored.join(parts, len(self.task_names))
+            results.append(self.scorer.score(inputs))
+        scored = Scored.join(results, len(self.task_names))
         return scored.predictions, scored.log_predictions @ weights
 
     def score_table(self, rows: Rows) -> pa.Table:
-        """What `score` gives, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
+        """Score rows as `score` does. Returns their keys, `predicted_NAME` of tasks and outcomes, and `score`."""
         rows = read_rows(self.pipeline, rows)
         return scored_table(rows, *self.score(rows), self.layout)
 
 
-def _parts(group: Sequence[_Checked]) -> Iterator[Sequence[_Checked]]:
-    """Requests whose candidates fill a pass."""
-    part: list[_Checked] = []
-    rows = 0
-    for each in group:
-        if part and rows + each.request.candidate_count > FEATURE_BATCH_ROWS:
-            yield part
-            part, rows = [], 0
-        part.append(each)
-        rows += each.request.candidate_count
-    yield part
+def _split_batches(group: Sequence[_CheckedRequest]) -> Iterator[Sequence[_CheckedRequest]]:
+    """Split requests into batches of at most FEATURE_BATCH_ROWS candidates. A larger request is a batch by itself."""
+    batch: list[_CheckedRequest] = []
+    num_rows = 0
+    for checked in group:
+        if batch and num_rows + checked.request.candidate_count > FEATURE_BATCH_ROWS:
+            yield batch
+            batch, num_rows = [], 0
+        batch.append(checked)
+        num_rows += checked.request.candidate_count
+    yield batch
 
 
 @contextmanager
-def _products_in_fp32() -> Iterator[None]:
-    """Products are fp32, as in the model server: the process may have told torch to round them to bf16 or TF32."""
+def _fp32_matmul() -> Iterator[None]:
+    """Compute matrix products in fp32, as the model server does, even if the process allows bf16 or TF32."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"

@@ -1,4 +1,4 @@
-"""The answer to a request, with what it comes from and what is wrong with its time; scores of any rows as a table."""
+"""Rankings and explanations as answers to requests, warnings about request times, and tables of scored rows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from mmoe_rec.settings.log_columns import NO_CANDIDATE
 if TYPE_CHECKING:
     from mmoe_rec.inference.scorer import Scored
 
-_JAVASCRIPT_BITS = 53  # integers beyond lose digits in JavaScript, and events with such ids would belong to no request
+# Larger integers lose digits in JavaScript, so events could not be joined with the request.
+_JAVASCRIPT_BITS = 53
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one candidate's predictions come from.
+    """Origin of one candidate's predictions.
 
-    uncalibrated, calibrated: task -> prediction before and after calibration; gates: task -> weight of each expert of
-    the last level; counters: input -> value before it is standardised, null where it is missing; histories: feature ->
-    ids, oldest first (null in the place of an id without a row of its own), null where there are none.
+    Attributes:
+        uncalibrated: Prediction before calibration, by task.
+        calibrated: Prediction after calibration, by task.
+        gates: Weight of each expert of the last level, by task.
+        counters: Counter values before standardization, by input. None if a value is missing.
+        histories: IDs by feature, oldest first. None replaces an ID without its own row, and a missing history.
     """
 
     uncalibrated: dict[str, float]
@@ -42,16 +46,21 @@ class Explanation:
 
 
 def new_request_id(integer: bool) -> int | str:
-    """An id for a request that has none: a random integer from 1 to 2^53, or 32 hexadecimal digits."""
+    """Return a request ID: a random integer from 1 to 2^53 if `integer`, else 32 hexadecimal digits."""
     return secrets.randbelow(2**_JAVASCRIPT_BITS) + 1 if integer else uuid.uuid4().hex
 
 
 @dataclass(frozen=True, eq=False)
 class RankedRequest:
-    """A request of a pass.
+    """One request of a batch that was ranked together.
 
-    rows: of the whole pass; inputs: of its R requests, and of its N candidates, as `request_inputs` gives them; layout:
-    of the model; number: of the request; first, end: its rows.
+    Attributes:
+        rows: Rows of the whole batch.
+        inputs: Features of the batch's R requests and N candidates, as `FeaturePipeline.request_inputs` returns them.
+        layout: Layout of the model.
+        number: Index of the request in the batch.
+        first: Index of the request's first row.
+        end: Index after the request's last row.
     """
 
     rows: RequestRows
@@ -63,34 +72,35 @@ class RankedRequest:
 
     @property
     def user(self) -> int | str:
+        """ID of the user."""
         return self.rows.shared.column(self.rows.schema.columns.user)[self.number].as_py()
 
 
 INTERNAL_FIELDS = ("unknown_ids", "ranked_request")
-"""What a ranking holds for the server's metrics and its log of requests alone."""
-_IF_THERE = ("explanations", "request_id")
+"""Fields that only the server's metrics and request log use."""
+_OPTIONAL_FIELDS = ("explanations", "request_id")
 
 
 @dataclass(frozen=True)
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    Replies leave out the attributes that `INTERNAL_FIELDS` names.
+    Replies leave out the attributes in `INTERNAL_FIELDS`.
 
     Attributes:
-        candidates: Ids.
+        candidates: IDs of the candidates.
         scores: exp(sum of weight x log prediction).
-        log_scores: The sums. They still differ if scores are too small or too large.
-        predictions: Values by the names that `add_joint_predictions` gives.
+        log_scores: The sums. They still differ if scores are too small or too large for a float.
+        predictions: Values by the names that `add_joint_predictions` returns.
         order: Positions of the candidates in the request.
         request_time: ISO time of the request.
-        tables_as_of: ISO time of the last logged request that the model's tables know, None if the log has no times.
-        warnings: Tasks without experts (`mmoe_rec.inference.scorer`) and doubts about its time (`check_request_time`).
+        tables_as_of: ISO time of the last logged request in the model's tables. None if the log has no times.
+        warnings: Sentences about tasks without experts and about the request's time (`check_request_time`).
         model: The artifact's `name` and `version` (`artifact_version`).
-        explanations: An explanation of each candidate, if the request asked for them.
-        unknown_ids: Number of unknown ids of `user` and `candidate`.
-        request_id: The caller's own or a new one, if requests are logged.
-        ranked_request: The request as the features read it (`RankedRequest`).
+        explanations: An explanation for each candidate, if the request asked for explanations.
+        unknown_ids: Number of unknown IDs of `user` and `candidate`.
+        request_id: The caller's ID or a new one, if requests are logged.
+        ranked_request: The request as the features read it (`RankedRequest`), if requests are logged.
     """
 
     candidates: list[int] | list[str]
@@ -108,79 +118,95 @@ class Ranking:
     ranked_request: Any = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for, or an id."""
-        tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in INTERNAL_FIELDS}
+        """Return the ranking as JSON values, without internal fields. Absent explanations and IDs are left out."""
+        tree = {
+            attribute.name: getattr(self, attribute.name)
+            for attribute in fields(self)
+            if attribute.name not in INTERNAL_FIELDS
+        }
         if self.explanations is not None:
-            tree["explanations"] = [dict(vars(each)) for each in self.explanations]
-        return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
+            tree["explanations"] = [dict(vars(explanation)) for explanation in self.explanations]
+        return {name: value for name, value in tree.items() if value is not None or name not in _OPTIONAL_FIELDS}
 
 
 def build_explanations(
-    scored: Scored, read: tuple[Mapping[str, Any], Mapping[str, Any]], tasks: Sequence[str], places: Sequence[int]
+    scored: Scored, inputs: tuple[Mapping[str, Any], Mapping[str, Any]], tasks: Sequence[str], rows: Sequence[int]
 ) -> list[Explanation]:
-    """The explanations of a request's candidates, which lie at these places of a pass.
+    """Build the explanations of a request's candidates.
 
-    scored, read: of the pass, read as `FeaturePipeline.explain` gives it.
+    Args:
+        scored: Results of the whole batch, scored with `explain`.
+        inputs: Counters and histories of the whole batch, as `FeaturePipeline.explain` returns them.
+        tasks: Names of the tasks.
+        rows: Rows of the candidates in the batch.
     """
     assert scored.uncalibrated is not None
     assert scored.gates is not None
-    chosen = np.array(places, np.int64)
-    after, before = (each[chosen].astype(np.float64).tolist() for each in (scored.predictions, scored.uncalibrated))
-    numbers, lists = ({name: each[chosen].tolist() for name, each in part.items()} for part in read)
+    row_numbers = np.array(rows, np.int64)
+    calibrated, uncalibrated = (
+        values[row_numbers].astype(np.float64).tolist() for values in (scored.predictions, scored.uncalibrated)
+    )
+    numbers, lists = ({name: values[row_numbers].tolist() for name, values in group.items()} for group in inputs)
     return [
         Explanation(
-            uncalibrated=dict(zip(tasks, before[row], strict=True)),
-            calibrated=dict(zip(tasks, after[row], strict=True)),
+            uncalibrated=dict(zip(tasks, uncalibrated[row], strict=True)),
+            calibrated=dict(zip(tasks, calibrated[row], strict=True)),
             gates=dict(zip(tasks, gates, strict=True)),
-            counters={name: None if math.isnan(each[row]) else each[row] for name, each in numbers.items()},
-            histories={name: each[row] for name, each in lists.items()},
+            counters={name: None if math.isnan(values[row]) else values[row] for name, values in numbers.items()},
+            histories={name: values[row] for name, values in lists.items()},
         )
-        for row, gates in enumerate(scored.gates[chosen].tolist())
+        for row, gates in enumerate(scored.gates[row_numbers].tolist())
     ]
 
 
 def check_request_time(info: ArtifactInfo, updated_until: int, time: int) -> list[str]:
-    """Return a sentence about a request's time that does not fit what counters and histories know, or none.
+    """Return a warning if the request's time doesn't fit the counters and histories, else an empty list.
 
     Args:
-        info: The model.
-        updated_until: Time of the last event that counters and histories know, microseconds.
-        time: Time of the request, microseconds.
+        info: Metadata of the model.
+        updated_until: Time of the last event that counters and histories include, in microseconds.
+        time: Time of the request, in microseconds.
     """
     if time <= tables_as_of_us(info):
         return [
-            f"the request's time {iso_time(time)} is not after {info.tables_as_of}, as of which counters and "
-            "histories answer: so they know its future, and predictions look better than they are"
+            f"the request's time {iso_time(time)} is not after {info.tables_as_of}, the end of the data in "
+            "counters and histories. They include its future, so predictions look better than they are."
         ]
     if info.stale_after_days is not None and time > updated_until + info.stale_after_days * MICROSECONDS_PER_DAY:
         return [
             f"the request's time {iso_time(time)} is more than {info.stale_after_days:g} days after "
-            f"{iso_time(updated_until)}, up to which counters and histories count what happened: they are stale "
-            "(setting "
-            "`serving.stale_after_days`)"
+            f"{iso_time(updated_until)}, the last event in counters and histories: they are stale "
+            "(setting `serving.stale_after_days`)"
         ]
     return []
 
 
-ROW_NUMBER_COLUMN = (
-    "row"  # the column of a scored row's number in its log, from 0, where nothing else tells it from others
-)
+# Number of a scored row in its log, from 0. It identifies the rows of a log without candidates.
+ROW_NUMBER_COLUMN = "row"
 
 
 def prediction_columns(layout: Layout) -> list[str]:
-    """The columns of predictions, each task's and then each outcome's."""
+    """Return the names of the prediction columns of a layout, first tasks and then joint outcomes."""
     return [f"predicted_{name}" for name in (*(task.name for task in layout.tasks), *layout.joint_outcomes)]
 
 
 def scored_table(rows: LogRows, values: np.ndarray, log_scores: np.ndarray, layout: Layout) -> pa.Table:
-    """The keys of N rows (without candidates also their number `ROW_NUMBER_COLUMN`), their predictions (N, T), and
-    `score` (N,)."""
-    from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores  # which imports torch
+    """Build a table with the keys, predictions and scores of N rows.
+
+    Args:
+        rows: Rows with the key columns. Without candidates, the number of the row (`ROW_NUMBER_COLUMN`) is a key.
+        values: Predictions, (N, T).
+        log_scores: Log scores, (N,).
+        layout: Names of tasks and joint outcomes.
+    """
+    from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores  # imports torch
 
     columns = {name: rows.column(name) for name in rows.schema.columns.names if rows.has_column(name)}
     if rows.has_column(NO_CANDIDATE):
         columns[ROW_NUMBER_COLUMN] = rows.column(NO_CANDIDATE)
-    for name, each in zip(prediction_columns(layout), add_joint_predictions(values, layout).values(), strict=True):
-        columns[name] = pa.array(each)
+    for name, predictions in zip(
+        prediction_columns(layout), add_joint_predictions(values, layout).values(), strict=True
+    ):
+        columns[name] = pa.array(predictions)
     columns["score"] = pa.array(scores_from_log_scores(log_scores))
     return pa.table(columns)

@@ -1,4 +1,4 @@
-"""A folder of scores: its manifest, the files that it may replace, and the rows that its model has learnt from."""
+"""Folders of scores: manifest, replaceable files, and warnings about rows that the model was trained on."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -24,21 +24,28 @@ _MANIFEST = "_manifest.json"
 
 
 def part_file_name(number: int) -> str:
-    """The name of the file of a part of the log."""
+    """Return the name of the file for part `number` of the log."""
     return f"part-{number:05d}.parquet"
 
 
 def check_output(folder: Path, source: str) -> None:
-    """Raise UserError if the output would be read as input, or the folder holds files that are no scores."""
+    """Raise UserError if the output would be read as input, or the folder contains other files than scores.
+
+    Args:
+        folder: Output folder.
+        source: Folder, file or glob of the input.
+    """
     if source_includes(source, [folder / part_file_name(0)]):
-        raise UserError(f"--input '{source}' takes in the files of --output '{folder}'; give a folder outside it")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output '{folder}' is a file; give a new or empty folder")
-    ours = set[str]() if (manifest := read_manifest(folder)) is None else {_MANIFEST, *manifest["parts"]}
-    if others := {each.name for each in folder.iterdir()} - ours if folder.exists() else None:
         raise UserError(
-            f"--output '{folder}' holds files that are no scores, such as '{min(others)}'; give a new or empty "
-            "folder, or one with scores that may be replaced"
+            f"--input '{source}' includes the files of --output '{folder}'. Give an output folder outside it."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output '{folder}' is a file. Give a new or empty folder.")
+    expected = set[str]() if (manifest := read_manifest(folder)) is None else {_MANIFEST, *manifest["parts"]}
+    if unexpected := {file.name for file in folder.iterdir()} - expected if folder.exists() else None:
+        raise UserError(
+            f"--output '{folder}' contains other files than scores, such as '{min(unexpected)}'. Give a new or empty "
+            "folder, or a folder with scores to replace."
         )
 
 
@@ -53,12 +60,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder of scores."""
+    """Write the manifest of a folder of scores.
+
+    Args:
+        folder: Folder of scores.
+        manifest: Contents of the manifest as JSON values.
+    """
     (folder / _MANIFEST).write_text(json.dumps({"format": FORMAT, **manifest}, indent=1), encoding="utf-8")
 
 
 def is_complete(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the files of a manifest are there, with as many rows as it says."""
+    """Return whether all files of a manifest exist with the right number of rows.
+
+    Args:
+        folder: Folder of scores.
+        manifest: Manifest of the folder.
+    """
     try:
         return all(pq.read_metadata(folder / name).num_rows == rows for name, rows in manifest["parts"].items())
     except (OSError, pa.ArrowException):
@@ -66,45 +83,66 @@ def is_complete(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_overlap_warnings(files: Iterable[str]) -> list[str]:
-    """What is to be said, after a model's name, of rows that it has learnt from, where `score` wrote them to files."""
-    folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
-    sentences = [(read_manifest(each) or {}).get("learnt") for each in sorted(folders)]
-    return [each for each in sentences if each is not None]
+    """Return the warnings about training rows that `score` wrote next to these files, without the model's name."""
+    folders = {Path(local_path(file)).parent for file in files if not is_remote(file)}
+    warnings = [(read_manifest(folder) or {}).get("seen_in_training") for folder in sorted(folders)]
+    return [warning for warning in warnings if warning is not None]
 
 
-# Rows that a model was trained on, or its best state chosen by, whose metrics flatter it
+# Metrics are too optimistic on rows that a model was trained or selected on.
 
 
 def format_split_value(value: Scalar) -> str:
-    """A value of a column of splits, so that numbers equal the same as text."""
+    """Format a value of a split column, so that numbers match the same values stored as text."""
     return value if isinstance(value, str) else str(int(value))
 
 
 def has_split(logs: Logs, split: Split) -> bool:
-    """Whether the rows of logs say to which split they belong."""
+    """Return whether the rows of logs tell their split.
+
+    Args:
+        logs: Opened logs.
+        split: Section `split` of the settings.
+    """
     return split.column is None or split.column in logs.log.uses
 
 
 def find_training_rows(split: Split, rows: LogRows) -> np.ndarray:
-    """Tell which rows a model with this split has learnt from. Returns shape (N,), bool."""
+    """Find the rows in the training and validation splits of a model.
+
+    Args:
+        split: Section `split` of the model's settings.
+        rows: N rows of a log.
+
+    Returns:
+        Whether the model has seen each row in training, (N,) bool.
+    """
     if split.column is None:
         windows = split.windows()
         return in_window(rows.times(), (windows["train"][0], windows["validation"][1]))
-    # As text: a column may hold numbers in one log, and the same as strings in another.
-    values, learnt = (
-        rows.raw_column(split.column),
-        [format_split_value(each) for each in (*split.train, *split.validation)],
-    )
+    # Compare as text, because a column may contain numbers in one log and the same numbers as strings in another.
+    values = rows.raw_column(split.column)
+    training_values = [format_split_value(value) for value in (*split.train, *split.validation)]
     values = (values.cast(pa.int8()) if pt.is_boolean(values.type) else values).cast(pa.string())
-    return np.asarray(pc.is_in(values, value_set=pa.array(learnt)).to_numpy(zero_copy_only=False))
+    return np.asarray(pc.is_in(values, value_set=pa.array(training_values)).to_numpy(zero_copy_only=False))
 
 
-def describe_training_overlap(split: Split | None, learnt: int, rows: int) -> str | None:
-    """Return the sentence about rows that a model has learnt from, after the model's name. None without such rows."""
-    if split is None or not learnt:
+def describe_training_overlap(split: Split | None, training_rows: int, num_rows: int) -> str | None:
+    """Return a warning about rows that the model has seen in training, without the model's name.
+
+    Args:
+        split: Section `split` of the model's settings. None gives no warning.
+        training_rows: Number of rows seen in training.
+        num_rows: Number of all rows.
+
+    Returns:
+        The warning. None if there is nothing to warn about.
+    """
+    if split is None or not training_rows:
         return None
     fix = f"rows with another value in column '{split.column}'"
     if split.column is None:
         assert split.validation_end is not None, "times split the rows"
         fix = f"with --start {split.validation_end.isoformat()}"
-    return f"was trained, or its best state chosen, on {learnt:,} of the {rows:,} rows: metrics flatter it; score {fix}"
+    overlap = f"was trained or selected on {training_rows:,} of the {num_rows:,} rows"
+    return f"{overlap}, so their metrics are too optimistic. Score {fix}"

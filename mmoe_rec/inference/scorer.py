@@ -1,4 +1,4 @@
-"""From the features of requests to predictions: logits are calibrated, and results are checked."""
+"""Score encoded requests: run the model, calibrate its logits and check the predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,21 +24,30 @@ from mmoe_rec.point_in_time.arrays import Ragged, concat_ranges
 
 
 class InputMatrixBuilder:
-    """Puts the inputs of requests (all but placement) side by side, as `RankingModel.concat_inputs` does those of a
-    batch: what describes user and context is looked up once, and spread over candidates.
+    """Builds the model's input matrix from the features of requests.
+
+    The matrix equals that of `RankingModel.concat_inputs` for a batch without placement. Features of user and context
+    are looked up once per request and repeated for its candidates.
     """
 
     def __init__(
         self, layout: ModelLayout, tables: PlainTables, with_ids: bool, histories: HistoryAttention | None
     ) -> None:
-        """with_ids: for a model with trees; histories: those that attention pools."""
+        """Prepare the columns of the matrix.
+
+        Args:
+            layout: Layout of the model.
+            tables: Embedding tables of the model.
+            with_ids: Whether to append the columns of single IDs, which trees read.
+            histories: Attention that pools histories, None if no history uses it.
+        """
         self._tables, self._histories = tables, histories
-        self._parts = {each.history: layout.history_inputs(each) for each in layout.attention}
+        self._parts = {attention.history: layout.history_inputs(attention) for attention in layout.attention}
         bags: Mapping[str, Any] = dict(tables.embedding_bags.items())
         self._weights = {
-            name: b.weight.detach().numpy() for name, b in bags.items() if not isinstance(b, Int8EmbeddingBag)
+            name: bag.weight.detach().numpy() for name, bag in bags.items() if not isinstance(bag, Int8EmbeddingBag)
         }
-        self._table_of = {each.name: each.table for each in layout.ids}
+        self._table_of = {id_input.name: id_input.table for id_input in layout.ids}
         self._columns: list[tuple[str, str, slice]] = []  # input, table, columns of the matrix
         width = 0
         for name in layout.id_names(placement=False):
@@ -50,43 +59,53 @@ class InputMatrixBuilder:
         self._ids = list(enumerate(layout.single_ids() if with_ids else [], width))
         self.width = width + len(self._ids)
 
-    def build_matrix(self, shared: Inputs, own: Inputs, of: np.ndarray) -> Tensor:
-        """(N, width) float32 of N candidates. shared: inputs of R requests; own: of the candidates; of: (N,) int64 the
-        request of each."""
-        requests = int(of[-1]) + 1 if len(of) else 0
-        spread = np.empty((requests, self.width), np.float32)
-        self._write(spread, shared)
-        matrix = spread.take(of, axis=0)
-        self._write(matrix, own)
+    def build_matrix(self, request_inputs: Inputs, candidate_inputs: Inputs, request_index: np.ndarray) -> Tensor:
+        """Concatenate the inputs of N candidates.
+
+        Args:
+            request_inputs: Features that are shared by all candidates of a request, for R requests.
+            candidate_inputs: Features of the N candidates.
+            request_index: Index of each candidate's request, (N,) int64, in ascending order.
+
+        Returns:
+            Inputs of the model, (N, width) float32.
+        """
+        num_requests = int(request_index[-1]) + 1 if len(request_index) else 0
+        request_rows = np.empty((num_requests, self.width), np.float32)
+        self._write(request_rows, request_inputs)
+        matrix = request_rows.take(request_index, axis=0)
+        self._write(matrix, candidate_inputs)
         inputs = torch.from_numpy(matrix)
         for name, parts in self._parts.items():
-            inputs = self._look_at_candidates(name, parts, inputs, {**shared.ids, **own.ids}, of)
+            ids = {**request_inputs.ids, **candidate_inputs.ids}
+            inputs = self._add_attention(name, parts, inputs, ids, request_index)
         return inputs
 
-    def _look_at_candidates(
+    def _add_attention(
         self,
         name: str,
         parts: Sequence[tuple[str, str | None]],
         inputs: Tensor,
         ids: Mapping[str, Any],
-        of: np.ndarray,
+        request_index: np.ndarray,
     ) -> Tensor:
-        """Inputs (N, width) with what a history's events say of each candidate; events are read once a request."""
+        """Pool the events of one history for each candidate. The vectors of events are read once per request."""
         lists = ids[name]
         assert self._histories is not None
         assert isinstance(lists, Ragged)
-        lengths = lists.lengths[of]
-        events, rows = concat_ranges(lists.offsets[of], lengths), np.arange(len(of)).repeat(lengths)
+        lengths = lists.lengths[request_index]
+        events = concat_ranges(lists.offsets[request_index], lengths)
+        rows = np.arange(len(request_index)).repeat(lengths)
         values = {part: ids[part].values for part, _ in parts}
-        pairs = [(part, partner) for part, partner in parts if partner is not None]
-        same = np.empty((len(rows), len(pairs)), np.float32)
-        for column, (part, partner) in enumerate(pairs):
-            same[:, column] = same_ids(values[part][events], ids[partner][rows])
-        later = lists.offsets[1:].repeat(lists.lengths) - 1 - np.arange(len(lists.values))
+        compared = [(part, partner) for part, partner in parts if partner is not None]
+        is_same = np.empty((len(rows), len(compared)), np.float32)
+        for column, (part, partner) in enumerate(compared):
+            is_same[:, column] = same_ids(values[part][events], ids[partner][rows])
+        age = lists.offsets[1:].repeat(lists.lengths) - 1 - np.arange(len(lists.values))
         with torch.inference_mode():
-            own = [self._tables.rows(self._table_of[part], torch.from_numpy(each)) for part, each in values.items()]
-            of_events = (torch.from_numpy(each) for each in (later, rows, same, events))
-            return self._histories.attend(name, inputs, torch.cat(own, dim=1), *of_events)
+            vectors = [self._tables.rows(self._table_of[part], torch.from_numpy(v)) for part, v in values.items()]
+            event_tensors = (torch.from_numpy(array) for array in (age, rows, is_same, events))
+            return self._histories.attend(name, inputs, torch.cat(vectors, dim=1), *event_tensors)
 
     def _write(self, matrix: np.ndarray, inputs: Inputs) -> None:
         for name, table, columns in self._columns:
@@ -110,26 +129,36 @@ class InputMatrixBuilder:
         return np.asarray(embedded)
 
 
-# What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
+# Intermediate results of 1,024 rows fit the processor's cache. Chunks of 16,384 rows take 1.7 times as long.
 CHUNK_ROWS = 1_024
 
 
 class ExpertOptions(NamedTuple):
-    """What a request asks of the experts. top_k: experts per row and gate, None is the model's own number; masked:
-    numbers of experts to leave out."""
+    """Expert options of a request.
+
+    Attributes:
+        top_k: Experts per row and gate. None is the model's own number.
+        masked: Numbers of the experts to leave out.
+    """
 
     top_k: int | None = None
     masked: tuple[int, ...] = ()
 
 
-_MODELS_OWN = ExpertOptions()
+_DEFAULT_OPTIONS = ExpertOptions()
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Results of N rows: predictions (N, T), float32, or float64 where a task is a regression; their logs (N, T)
-    float64; sentences about tasks without experts; and where it was asked for, predictions before calibration (N, T)
-    and gates (N, T, E) float32, each task's weights of the experts of the last level."""
+    """Predictions of N rows for T tasks.
+
+    Attributes:
+        predictions: (N, T) float32, or float64 if a task is a regression.
+        log_predictions: Logarithms of the predictions, (N, T) float64.
+        warnings: Sentences about tasks without experts.
+        uncalibrated: Predictions before calibration, (N, T), if an explanation was requested.
+        gates: Each task's weights of the E experts of the last level, (N, T, E) float32, if explained.
+    """
 
     predictions: np.ndarray
     log_predictions: np.ndarray
@@ -138,21 +167,28 @@ class Scored:
     gates: np.ndarray | None = None
 
     @staticmethod
-    def join(parts: "Sequence[Scored]", tasks: int) -> "Scored":
+    def join(parts: "Sequence[Scored]", num_tasks: int) -> "Scored":
+        """Concatenate the results of consecutive rows.
+
+        Args:
+            parts: Results in the order of the rows.
+            num_tasks: Number of tasks, for the shape of an empty result.
+        """
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            return Scored(np.empty((0, tasks), np.float32), np.empty((0, tasks)))
-        every = ("predictions", "log_predictions", "uncalibrated", "gates")
-        names = [name for name in every if getattr(parts[0], name) is not None]
+            return Scored(np.empty((0, num_tasks), np.float32), np.empty((0, num_tasks)))
+        fields = ("predictions", "log_predictions", "uncalibrated", "gates")
+        names = [name for name in fields if getattr(parts[0], name) is not None]
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         return Scored(**joined, warnings=parts[0].warnings)
 
 
 class Scorer:
-    """A `RankingModel` over `PlainTables` with its calibration. Raises UserError where `check_fused_forward` does.
+    """A `RankingModel` over `PlainTables` with its calibration.
 
-    fused: gives the network's logits where the model and a request allow it, None where no request does.
+    Attributes:
+        fused: Faster function that returns the network's logits for inputs (B, W). None if the model doesn't allow it.
     """
 
     def __init__(self, info: ArtifactInfo, model: RankingModel, calibration: Calibration) -> None:
@@ -172,7 +208,15 @@ class Scorer:
         self.fused = build_fused_forward(self.model.mixture, self.matmul_backend)
 
     def check_expert_options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
-        """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
+        """Check the options `gate_top_k` and `mask_experts` of a request.
+
+        Args:
+            top_k: Experts per row and gate. None is the model's own number.
+            masked: Numbers of the experts to leave out.
+
+        Raises:
+            RequestError: The model doesn't have these experts.
+        """
         if top_k is not None and top_k > self.num_experts:
             raise RequestError(f"gate_top_k is {top_k}, and the model has {self.num_experts} experts")
         for expert in masked or ():
@@ -183,49 +227,58 @@ class Scorer:
         return ExpertOptions(top_k, tuple(sorted(set(masked or ()))))
 
     def set_matmul_backend(self, matmul_backend: MatmulBackend) -> None:
-        """Multiply by this library from now on; results are equal but for rounding."""
+        """Switch to another library for matrix products. Results differ only by rounding."""
         if matmul_backend != self.matmul_backend:
             self.matmul_backend = matmul_backend
             self.fused = build_fused_forward(self.model.mixture, matmul_backend)
             set_matmul_backend(self.model, matmul_backend)
 
-    def score(self, inputs: Tensor, options: ExpertOptions = _MODELS_OWN, explain: bool = False) -> Scored:
-        """Predictions of inputs (N, W), see `RankingModel.concat_inputs`. explain: give what they come from, too.
+    def score(self, inputs: Tensor, options: ExpertOptions = _DEFAULT_OPTIONS, explain: bool = False) -> Scored:
+        """Score rows in chunks that fit the processor's cache.
 
-        Raises RuntimeError where the model gives values that are not finite numbers.
+        Args:
+            inputs: Inputs of N rows as `RankingModel.concat_inputs` returns them, (N, W) float32.
+            options: Expert options of the request.
+            explain: Whether to return gates and uncalibrated predictions too.
+
+        Raises:
+            RuntimeError: A prediction is NaN or infinite.
         """
         pieces = inputs.split(CHUNK_ROWS) if len(inputs) else ()
         return Scored.join([self._score(piece, options, explain) for piece in pieces], len(self.task_names))
 
     def _score(self, inputs: Tensor, options: ExpertOptions, explain: bool) -> Scored:
-        rows, usable, explained = len(inputs), self._usable(options), dict[str, np.ndarray]()
+        num_rows, usable, details = len(inputs), self._usable(options), dict[str, np.ndarray]()
         if self.matmul_backend == "onednn":
-            inputs = _filled_up(inputs)
+            inputs = _pad_rows(inputs)
         with torch.inference_mode():
-            if self.fused is not None and options == _MODELS_OWN:  # also where it is to be explained: equal to the bit
+            # Explained requests use the fused logits too, so their predictions are equal to the last bit.
+            if self.fused is not None and options == _DEFAULT_OPTIONS:
                 logits = self.fused(inputs[:, : self.model.width])
                 outputs = self.model.postprocess(inputs, Outputs(logits, ()))
-                plain = outputs.logits[:rows]
+                uncalibrated = outputs.logits[:num_rows]
                 if explain:
                     outputs = self.model.forward_inputs(inputs, None)
             else:
                 outputs = self.model.forward_inputs(inputs, None, options.top_k, usable)
-                plain = outputs.logits[:rows]
-            logits = self.calibration.apply(plain, self.task_names)
+                uncalibrated = outputs.logits[:num_rows]
+            logits = self.calibration.apply(uncalibrated, self.task_names)
             values = predictions(logits, self._kinds).numpy()
-            logs = log_predictions(logits.double(), self._kinds).numpy()
+            log_values = log_predictions(logits.double(), self._kinds).numpy()
             if explain:
-                gates = outputs.routings[-1].weights.expand(
-                    -1, len(self.task_names), -1
-                )  # one gate may serve all tasks
-                explained = {"uncalibrated": predictions(plain, self._kinds).numpy(), "gates": gates[:rows].numpy()}
-        if not (np.isfinite(values).all() and np.isfinite(logs).all()):
-            # NaN would make the reply invalid JSON, and a ranking by it means nothing.
+                # All tasks may share one gate.
+                gates = outputs.routings[-1].weights.expand(-1, len(self.task_names), -1)
+                details = {
+                    "uncalibrated": predictions(uncalibrated, self._kinds).numpy(),
+                    "gates": gates[:num_rows].numpy(),
+                }
+        if not (np.isfinite(values).all() and np.isfinite(log_values).all()):
+            # NaN has no place in a ranking, and JSON can't represent it.
             raise RuntimeError(f"model '{self.info.name}' gives predictions that are not finite numbers")
-        return Scored(values, logs, self._warn(usable), **explained)
+        return Scored(values, log_values, self._warn(usable), **details)
 
     def _usable(self, options: ExpertOptions) -> Tensor | None:
-        """(E,) bool: False for the experts that a request leaves out. None if there are none."""
+        """Return which experts a request may use, (E,) bool. None if it may use all."""
         if not options.masked:
             return None
         usable = torch.ones(self.num_experts, dtype=torch.bool)
@@ -233,21 +286,21 @@ class Scorer:
         return usable
 
     def _warn(self, usable: Tensor | None) -> tuple[str, ...]:
-        """Sentences on tasks for which no expert is left, where (E,) bool may be used."""
-        in_use, whose = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
-        left = (in_use if usable is None else in_use & usable).any(1).tolist()
+        """Return a sentence for each task without a usable expert."""
+        in_use, owner = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
+        has_expert = (in_use if usable is None else in_use & usable).any(1).tolist()
         return tuple(
-            f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
-            for task, any_left in zip(self.task_names, left, strict=True)
-            if not any_left
+            f"no expert is left for '{task}': its {owner}prediction is the same for every candidate"
+            for task, usable_expert in zip(self.task_names, has_expert, strict=True)
+            if not usable_expert
         )
 
 
-def _filled_up(inputs: Tensor) -> Tensor:
-    """Rows (N, W) with rows of zeros behind them, at most a sixteenth or 15 more.
+def _pad_rows(inputs: Tensor) -> Tensor:
+    """Append at most 15 rows of zeros to inputs (N, W), or at most a sixteenth of N if that is more.
 
-    oneDNN prepares and keeps products for each number of rows, so there should be few of these.
+    oneDNN prepares and caches matrix products for each number of rows, so only few different numbers should occur.
     """
     step = max(16, 1 << max(0, (len(inputs) - 1).bit_length() - 5))
-    missing = -len(inputs) % step
-    return functional.pad(inputs, (0, 0, 0, missing)) if missing else inputs
+    padding = -len(inputs) % step
+    return functional.pad(inputs, (0, 0, 0, padding)) if padding else inputs

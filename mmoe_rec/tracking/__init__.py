@@ -1,4 +1,4 @@
-"""MLflow: metrics, files and models go in; runs and registered versions come out.
+"""MLflow runs, metrics, files and registered models.
 
-Begin in `runs` for runs, and in `registry` for models. Together with `inference`, this room alone imports MLflow.
+Begin in `runs` for runs, and in `registry` for models. Only this package and `inference` import MLflow.
 """

@@ -1,8 +1,8 @@
-"""How MLflow is reached: addresses, time limits, and its errors as sentences.
+"""Connection to MLflow: URIs, timeouts, and MLflow's errors as short sentences.
 
-With a SQLite address, such as `sqlite:///mlflow.db`, everything lies beside the database file: runs, metrics and the
-registry in the file itself, files of runs and models in `mlartifacts/` in the same folder (MLflow's own default would
-be `mlruns/` in whatever folder the command was started from). Any other address is a server's, which has its own place.
+With a SQLite URI such as `sqlite:///mlflow.db`, the database file contains runs, metrics and the registry. Files of
+runs and models are in `mlartifacts/` next to it. (MLflow's own default would be `mlruns/` in the working folder of the
+command.) Any other URI is a server's, which chooses where to store files.
 """
 
 import logging
@@ -19,9 +19,9 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import quiet_loggers
 
-_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
-# What they say below these levels is about MLflow's insides, such as migrations; a user cannot act on it.
+# Lower levels of these loggers describe MLflow internals such as migrations, which users can't act on.
 _QUIET_LOGGERS = {
     "alembic": logging.WARNING,
     "mlflow.store.db.utils": logging.CRITICAL,
@@ -32,41 +32,41 @@ _QUIET_LOGGERS = {
     "mlflow.utils.environment": logging.ERROR,
 }
 
-# MLflow's client would wait two minutes for a reply, and retry seven times for as long in all: training would stand
-# still. The environment's own values win.
+# By default MLflow's client waits two minutes for a reply and retries seven times, which would block training. Values
+# in the user's environment take precedence.
 SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-# A model may be large, and is stored before the server replies.
+# Uploads of large models take long, because the server replies after storing them.
 MODEL_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-# A server's request to retry in minutes would stop the command for that long; and we print the run's address ourselves.
+# Ignore Retry-After, which could block the command for minutes. The command prints the run's URL itself.
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
 class UnreachableError(UserError):
-    """Nobody answers, or not in time, which may pass by itself."""
+    """MLflow does not answer, or not in time. This may be temporary."""
 
 
 def read_sqlite_path(tracking_uri: str) -> Path | None:
-    """The database file of a SQLite address; None for any other address."""
+    """Return the database file of a SQLite URI. None for any other URI."""
     parsed = urlparse(tracking_uri)
-    # As in SQLAlchemy: three slashes are followed by a relative path, four by an absolute one.
+    # As in SQLAlchemy, three slashes precede a relative path and four an absolute path.
     return Path(parsed.path[1:]) if parsed.scheme == "sqlite" else None
 
 
 def connect(tracking_uri: str) -> Any:
-    """The mlflow module, set to an address."""
+    """Import mlflow and set its tracking and registry URI."""
     store = read_sqlite_path(tracking_uri)
     if store is not None:
         try:
             store.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"folder '{store.parent}' of the MLflow store can't be made: {error.strerror}") from None
+            raise UserError(f"folder '{store.parent}' of the MLflow store can't be created: {error.strerror}") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of MLflow's own imports
+        warnings.simplefilter("ignore", DeprecationWarning)  # from MLflow's own imports
         import mlflow
         import mlflow.pyfunc
 
-    # MLflow writes the addresses there, where they would pass for the user's.
-    variables = {name: os.environ.get(name) for name in _ADDRESSES}
+    # MLflow writes the URIs to these variables, which would look like the user's own values.
+    variables = {name: os.environ.get(name) for name in _URI_VARIABLES}
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
     _set_variables(variables)
@@ -74,7 +74,7 @@ def connect(tracking_uri: str) -> Any:
 
 
 def make_store(tracking_uri: str) -> None:
-    """Makes a SQLite store with all its tables at once, as MLflow can't use one that a kill left half made."""
+    """Create a SQLite store with all its tables atomically, because MLflow can't use a partly created store."""
     store = read_sqlite_path(tracking_uri)
     if store is not None and not store.exists():
         mlflow = connect(tracking_uri)
@@ -84,14 +84,24 @@ def make_store(tracking_uri: str) -> None:
 
 @contextmanager
 def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all: bool = False) -> Iterator[None]:
-    """Quiet MLflow; what it raises becomes a UserError. anything: also what MLflow itself does not expect."""
+    """Silence MLflow's logs, and turn its exceptions into UserErrors.
+
+    Args:
+        tracking_uri: URI of the MLflow server or store.
+        model_uri: URI of the model to look up, for messages.
+        catch_all: Whether to translate all exceptions, such as errors of a vendor's storage library.
+
+    Raises:
+        UnreachableError: MLflow does not answer.
+        UserError: MLflow refuses.
+    """
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
-    place = f"MLflow at '{hide_password(tracking_uri)}'"
+    server = f"MLflow at '{hide_password(tracking_uri)}'"
     if tracking_uri == os.environ.get("MLFLOW_TRACKING_URI", "").strip():
-        place += " (the address in the variable MLFLOW_TRACKING_URI)"
-    refusal = f"'{model_uri}' can't be loaded from {place}" if model_uri else f"{place} refuses"
+        server += " (the URI in the variable MLFLOW_TRACKING_URI)"
+    refusal = f"'{model_uri}' can't be loaded from {server}" if model_uri else f"{server} refuses"
     try:
         with quiet_loggers(_QUIET_LOGGERS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"mlflow\..*")
@@ -100,15 +110,15 @@ def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all:
         raise
     except MlflowException as error:
         status = error.get_http_status_code()
-        # 500 is also MLflow's code for whatever has no other one.
+        # MLflow also uses 500 for errors without a code of their own.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
-            raise UnreachableError(f"{place} does not answer ({summarize(error)})") from None
+            raise UnreachableError(f"{server} does not answer ({summarize(error)})") from None
         raise UserError(f"{refusal}: {summarize(error).rstrip('.')}") from None
     except (sqlalchemy.exc.OperationalError, OSError) as error:
-        raise UnreachableError(f"{place} can't be used: {summarize(error)}") from None
+        raise UnreachableError(f"{server} can't be used: {summarize(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
-        raise UserError(f"{place} can't be used: {summarize(error)}") from None
-    except Exception as error:  # of a vendor's library that stores files
+        raise UserError(f"{server} can't be used: {summarize(error)}") from None
+    except Exception as error:  # from a vendor's storage library
         if not catch_all:
             raise
         kind = UnreachableError if re.search("Connect|Timeout", type(error).__name__) else UserError
@@ -119,13 +129,19 @@ def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all:
 def open_client(
     tracking_uri: str, model_uri: str | None = None, timeouts: dict[str, str] = SHORT_TIMEOUTS
 ) -> Iterator[Any]:
-    """MLflow's client, whose errors become sentences. address: of a model that is looked up."""
+    """Open an MLflow client whose exceptions become UserErrors.
+
+    Args:
+        tracking_uri: URI of the MLflow server or store.
+        model_uri: URI of the model to look up, for messages.
+        timeouts: Environment variables of `client_timeouts`.
+    """
     mlflow = connect(tracking_uri)
     with client_timeouts(timeouts), translate_errors(tracking_uri, model_uri):
         yield mlflow.MlflowClient()
 
 
-# What matters in the long errors of requests, urllib3 and SQLAlchemy.
+# Patterns for the causes in long errors of requests, urllib3 and SQLAlchemy, and their short descriptions.
 _CAUSES = (
     (r"\[Errno -?\d+\] ([^'\")\]]+)", r"\1"),
     (r"(?i)timed out", "no reply in time"),
@@ -136,21 +152,26 @@ _CAUSES = (
 
 
 def summarize(error: Exception) -> str:
-    """What is wrong, in a few words."""
+    """Return the cause of an error in a few words."""
     text = str(error)
     for pattern, cause in _CAUSES:
-        if found := re.search(pattern, text):
-            return hide_password(found.expand(cause).strip())
+        if match := re.search(pattern, text):
+            return hide_password(match.expand(cause).strip())
     return hide_password(text.splitlines()[0][:300] if text.strip() else type(error).__name__)
 
 
 def hide_password(text: str) -> str:
-    """Without the password of an address."""
+    """Mask the passwords of URIs in a text."""
     return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
 def truncate_markdown(markdown: str, max_chars: int) -> str:
-    """A text of at most so many characters; a block of code that is cut is closed."""
+    """Shorten a Markdown text, and close a code block that is cut.
+
+    Args:
+        markdown: The text.
+        max_chars: Maximum number of characters.
+    """
     if len(markdown) <= max_chars:
         return markdown
     cut = markdown[: max_chars - 10].rstrip()
@@ -159,15 +180,15 @@ def truncate_markdown(markdown: str, max_chars: int) -> str:
 
 @contextmanager
 def client_timeouts(timeouts: dict[str, str]) -> Iterator[None]:
-    """How long MLflow's client waits and how often it tries, where the environment does not say so itself."""
-    wanted = timeouts | _ALWAYS
-    before = {name: os.environ.get(name) for name in wanted}
-    ours = {name: value for name, value in wanted.items() if before[name] in (None, SHORT_TIMEOUTS.get(name))}
-    _set_variables(dict(ours))
+    """Set the timeouts and retries of MLflow's client. Values in the user's environment take precedence."""
+    variables = timeouts | _ALWAYS
+    previous = {name: os.environ.get(name) for name in variables}
+    changed = {name: value for name, value in variables.items() if previous[name] in (None, SHORT_TIMEOUTS.get(name))}
+    _set_variables(dict(changed))
     try:
         yield
     finally:
-        _set_variables({name: before[name] for name in ours})
+        _set_variables({name: previous[name] for name in changed})
 
 
 def _set_variables(values: dict[str, str | None]) -> None:

@@ -1,4 +1,4 @@
-"""The model registry: models by their address, versions and aliases, and how a model gets there."""
+"""The model registry: find, register, describe and remove versions of models, and move aliases."""
 
 import io
 import re
@@ -34,22 +34,22 @@ from mmoe_rec.tracking.runs import Run
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
-CHALLENGER_ALIAS = "challenger"  # alias of a model that is no better than the one that holds the alias
-_REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
-_LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
-_NO_VERSION, _MISSING = "2147483647", "RESOURCE_DOES_NOT_EXIST"
+CHALLENGER_ALIAS = "challenger"  # alias of a model that is not better than the champion
+_REPLACED_TAG = "replaced"  # prefix of a version's tag with the previous version of an alias
+_MAX_DESCRIPTION_CHARS, _MAX_TAG_CHARS = 4900, 4000  # databases behind MLflow accept 5,000
+_UNUSED_VERSION, _NOT_FOUND = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
 
 def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
-    """Load the ranker of a model, wherever the model is.
+    """Load the ranker of a model from a folder or from MLflow.
 
     Args:
-        model: The model's folder, or a URI that `fetch_model` takes, such as `models:/NAME@ALIAS`.
-        tracking_uri: URI of the MLflow server or store. By default the URI that `mlflow.set_tracking_uri` was given,
-            or else the default of the setting `tracking.uri`.
+        model: Folder of the model, or a URI that `fetch_model` takes, such as `models:/NAME@ALIAS`.
+        tracking_uri: URI of the MLflow server or store. Defaults to the URI set by `mlflow.set_tracking_uri`, or else
+            to the default of the setting `tracking.uri`.
 
     Returns:
-        The ranker. Loading has checked that its files and its predictions are those that were written.
+        The ranker, with checked files and predictions.
 
     Raises:
         UserError: The URI leads to no model, or the model can't be loaded here.
@@ -58,14 +58,14 @@ def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
     from mmoe_rec.settings.sections import Tracking
 
     mlflow = sys.modules.get("mlflow")
-    own = mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
-    return Ranker.load(fetch_model(str(model), tracking_uri or own or Tracking().resolved_uri))
+    configured_uri = mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
+    return Ranker.load(fetch_model(str(model), tracking_uri or configured_uri or Tracking().resolved_uri))
 
 
-# The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm. tzdata is
-# for images and systems without time zones of their own.
+# The served model requires the installed versions of these packages. Scoring needs neither torchrec nor fbgemm. tzdata
+# is for systems without time zones.
 SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "torch", "tzdata")
-# The parts of this package that scoring imports.
+# Parts of this package that scoring imports.
 SERVED_CODE = (
     "__init__.py",
     "errors.py",
@@ -83,28 +83,37 @@ SERVED_CODE = (
 
 
 def resolve_model(model_uri: str, tracking_uri: str) -> ResolvedModel:
-    """The model at an address: an artifact folder's path, or an address that MLflow accepts (see `fetch_model`).
+    """Find and download a model. Aliases are resolved once.
 
-    What moves, such as an alias, is looked up once. Raises UserError for an address without a model.
+    Args:
+        model_uri: Artifact folder, or a URI that MLflow accepts (see `fetch_model`).
+        tracking_uri: URI of the MLflow server or store.
+
+    Raises:
+        UserError: There is no model at the URI.
     """
     pinned = pin_model_uri(model_uri, tracking_uri)
     return ResolvedModel(fetch_model(pinned, tracking_uri), pinned, find_run_id(pinned, tracking_uri))
 
 
 def fetch_model(model_uri: str, tracking_uri: str) -> Path:
-    """The artifact folder at an address.
+    """Return the artifact folder of a model, downloading it if necessary.
 
-    model_uri: a folder's path, of the artifact or of the MLflow model that holds it; `models:/NAME@ALIAS`,
-    `models:/NAME/VERSION`, `models:/NAME/latest`, `models:/m-ID`; `runs:/RUN/PATH`; or an address of files that MLflow
-    can download, such as `mlflow-artifacts:/...`, `file:///...` and `s3://...`.
+    Args:
+        model_uri: Path of the artifact folder or of the MLflow model that contains it. Or a URI: `models:/NAME@ALIAS`,
+            `models:/NAME/VERSION`, `models:/NAME/latest`, `models:/m-ID`, `runs:/RUN/PATH`, or a URI of files that
+            MLflow can download, such as `mlflow-artifacts:/...`, `file:///...` and `s3://...`.
+        tracking_uri: URI of the MLflow server or store.
 
-    Raises UserError for a folder without a model, or an address that MLflow at `tracking_uri` does not know or can't
-    read.
+    Raises:
+        UserError: The folder has no model, or MLflow can't find or read the URI.
     """
     if Path(model_uri).exists() or _read_scheme(model_uri) is None:
         folder = _find_artifact(Path(model_uri))
         if folder is None:
-            raise UserError(f"'{model_uri}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
+            raise UserError(
+                f"'{model_uri}' holds no model (model.json). Give an artifact folder or models:/NAME@ALIAS."
+            )
         return folder
     artifact = _find_artifact(_download(model_uri, tracking_uri))
     if artifact is None:
@@ -113,7 +122,7 @@ def fetch_model(model_uri: str, tracking_uri: str) -> Path:
 
 
 def _download(model_uri: str, tracking_uri: str) -> Path:
-    """The files at an address. MLflow copies nothing that lies on this machine."""
+    """Download the files of a URI. MLflow doesn't copy local files."""
     _require_store(model_uri, tracking_uri)
     mlflow = connect(tracking_uri)
     with client_timeouts(MODEL_TIMEOUTS), translate_errors(tracking_uri, model_uri, catch_all=True):
@@ -121,9 +130,14 @@ def _download(model_uri: str, tracking_uri: str) -> Path:
 
 
 def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
-    """The run that made a model of the registry, None for any other address and where it was deleted.
+    """Return the ID of the run that made a registered model. None for other models and deleted runs.
 
-    Raises UserError for an unknown name or alias.
+    Args:
+        model_uri: URI of the model.
+        tracking_uri: URI of the MLflow server or store.
+
+    Raises:
+        UserError: The name or alias is unknown.
     """
     if _read_scheme(model_uri) != "models":
         return None
@@ -133,21 +147,26 @@ def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
     _require_store(model_uri, tracking_uri)
     with open_client(tracking_uri, model_uri, MODEL_TIMEOUTS) as client:
         name, *version = get_model_name_and_version(client, model_uri)
-        made = client.get_model_version(name, *version) if version else client.get_logged_model(name)
-        run_id: str | None = made.run_id if version else made.source_run_id
+        record = client.get_model_version(name, *version) if version else client.get_logged_model(name)
+        run_id: str | None = record.run_id if version else record.source_run_id
     with open_client(tracking_uri, timeouts=MODEL_TIMEOUTS) as client:
         try:
             return run_id if run_id and client.get_run(run_id).info.lifecycle_stage == "active" else None
         except MlflowException as error:
-            if error.error_code == _MISSING:
+            if error.error_code == _NOT_FOUND:
                 return None
             raise
 
 
 def pin_model_uri(model_uri: str, tracking_uri: str) -> str:
-    """An address of the registry that does not move, any other one as it is: fetches nothing.
+    """Replace the alias in a registry URI by its current version, without downloading. Other URIs stay as they are.
 
-    Raises UserError for an unknown name or alias.
+    Args:
+        model_uri: URI of the model.
+        tracking_uri: URI of the MLflow server or store.
+
+    Raises:
+        UserError: The name or alias is unknown.
     """
     if _read_scheme(model_uri) != "models" or Path(model_uri).exists():
         return model_uri
@@ -159,31 +178,38 @@ def pin_model_uri(model_uri: str, tracking_uri: str) -> str:
 
 
 def _require_store(model_uri: str, tracking_uri: str) -> None:
-    """Raises UserError where mlflow is not installed, or there is no store yet: looking up would make one."""
+    """Raise UserError if mlflow isn't installed or the store doesn't exist, because a lookup would create one."""
     if find_spec("mlflow") is None:
-        raise UserError(f"'{model_uri}' is looked up by mlflow, which is not installed: install it, or give a folder")
+        raise UserError(f"'{model_uri}' needs mlflow, which is not installed. Install it or give a folder.")
     file = read_sqlite_path(tracking_uri)
     if _read_scheme(model_uri) in ("models", "runs") and file is not None and not file.is_file():
         raise UserError(
-            f"there is no MLflow store '{file}' to look up '{model_uri}' in; train first or set tracking.uri"
+            f"there is no MLflow store '{file}' to look up '{model_uri}' in. Train first or set tracking.uri."
         )
 
 
 def _find_artifact(folder: Path) -> Path | None:
-    """The folder itself if it is an artifact, or the one in the MLflow model that it holds."""
+    """Return the folder itself if it is an artifact, or else the artifact in an MLflow model."""
     files = [*folder.glob("model.json"), *sorted(folder.glob("artifacts/*/model.json"))]
     return files[0].parent if files else None
 
 
 def _read_scheme(model_uri: str) -> str | None:
-    """What stands before the colon of an address, None for a path."""
+    """Return the scheme of a URI. None for a path."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", model_uri)
     return scheme[1].lower() if scheme else None
 
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version of a registered model. run_id: of the run that made it; tags: what it had when it was looked up."""
+    """A version of a registered model.
+
+    Attributes:
+        name: Name of the registered model.
+        number: Version number.
+        run_id: ID of the run that made the version.
+        tags: Tags of the version at lookup time.
+    """
 
     name: str
     number: str
@@ -192,18 +218,23 @@ class ModelVersion:
 
     @property
     def uri(self) -> str:
-        """Its permanent address, unlike one with an alias."""
+        """Permanent URI of the version, without an alias."""
         return f"models:/{self.name}/{self.number}"
 
     def find_previous_champion(self, alias: str) -> str | None:
-        """The number of the version that held an alias before this one took it; None where that is unknown."""
+        """Return the number of the version that had `alias` before. None if it is unknown."""
         return self.tags.get(f"{_REPLACED_TAG}.{alias}")
 
 
 def list_aliases(name: str, tracking_uri: str) -> dict[str, str]:
-    """Alias -> number of the version that holds it, of a registered model; none where there is no such model.
+    """Return the version number of each alias of a registered model, empty if there is no such model.
 
-    Raises UserError where MLflow does not answer, as all that follow do.
+    Args:
+        name: Name of the registered model.
+        tracking_uri: URI of the MLflow server or store.
+
+    Raises:
+        UserError: MLflow does not answer. All later functions of this module raise it too.
     """
     from mlflow.exceptions import MlflowException
 
@@ -211,29 +242,52 @@ def list_aliases(name: str, tracking_uri: str) -> dict[str, str]:
         try:
             aliases = client.get_registered_model(name).aliases
         except MlflowException as error:
-            if error.error_code == _MISSING:
+            if error.error_code == _NOT_FOUND:
                 return {}
             raise
     return {str(alias): str(number) for alias, number in aliases.items()}
 
 
 def find_champion(name: str, alias: str, tracking_uri: str) -> ModelVersion | None:
-    """The version that holds an alias, None where none does."""
+    """Return the version that has an alias. None if no version has it.
+
+    Args:
+        name: Name of the registered model.
+        alias: The alias.
+        tracking_uri: URI of the MLflow server or store.
+    """
     number = list_aliases(name, tracking_uri).get(alias)
     return None if number is None else get_version(name, number, tracking_uri)
 
 
 def get_version(name: str, number: str, tracking_uri: str) -> ModelVersion:
-    """A version by its number. Raises UserError where there is none."""
+    """Look up a version by its number.
+
+    Args:
+        name: Name of the registered model.
+        number: Version number.
+        tracking_uri: URI of the MLflow server or store.
+
+    Raises:
+        UserError: There is no such version.
+    """
     with open_client(tracking_uri, f"models:/{name}/{number}") as client:
-        found = client.get_model_version(name, number)
-    return ModelVersion(name, str(found.version), found.run_id, found.tags)
+        version = client.get_model_version(name, number)
+    return ModelVersion(name, str(version.version), version.run_id, version.tags)
 
 
 def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: ModelVersion | None = None) -> None:
-    """Makes a version the one that holds an alias. Raises UserError where the registry refuses.
+    """Give an alias to a version.
 
-    previous: the one that held it, which is kept with the version (`ModelVersion.find_previous_champion`).
+    Args:
+        name: Name of the registered model.
+        alias: The alias.
+        number: Number of the version.
+        tracking_uri: URI of the MLflow server or store.
+        previous: Version that had the alias, to store for `ModelVersion.find_previous_champion`.
+
+    Raises:
+        UserError: The registry refuses.
     """
     with open_client(tracking_uri) as client:
         if previous is not None and previous.number != number:
@@ -242,46 +296,75 @@ def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: 
 
 
 def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str) -> None:
-    """Removes a version's note of the one that it replaced at an alias; it may get that again from another one."""
+    """Remove a version's record of the previous champion. A later `move_alias` may set it again.
+
+    Args:
+        version: The version.
+        alias: The alias.
+        tracking_uri: URI of the MLflow server or store.
+    """
     with open_client(tracking_uri) as client:
         client.delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
 
 
 def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> list[str]:
-    """Removes versions of a model that have a tag, with their files, but for the newest `keep`; gives their numbers.
+    """Delete old versions of a model that have a tag, with their files.
 
-    Those stay that hold an alias or have a stage, that a holder has replaced, and that others are copies of. Raises
-    UserError where MLflow refuses. Files go first, so a version of which they are gone is removed by the next call.
+    Versions that have an alias or a stage, that a champion has replaced, or that have copies stay. Files are deleted
+    first, so the next call deletes versions whose files are already gone.
+
+    Args:
+        name: Name of the registered model.
+        tag: Name of the tag.
+        keep: Number of newest versions to keep.
+        tracking_uri: URI of the MLflow server or store.
+
+    Returns:
+        Numbers of the deleted versions.
+
+    Raises:
+        UserError: MLflow refuses.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     removed = []
     with open_client(tracking_uri, timeouts=MODEL_TIMEOUTS) as client, translate_errors(tracking_uri, catch_all=True):
-        versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda each: -int(each.version))
-        held = {*list_aliases(name, tracking_uri).values()}
-        staged = {str(each.version) for each in versions if each.current_stage not in (None, "None")}
-        of_holders = [each.tags.items() for each in versions if str(each.version) in held]
-        held |= {number for tags in of_holders for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
-        # A copy of a version has its tags, and another's files.
-        made = [each for each in versions if tag in each.tags and each.source.startswith("models:/m-")]
-        for each in [each for each in made if str(each.version) not in held | staged][keep:]:
-            sources = (each.source, f"models:/{name}/{each.version}")
-            users = [one for source in sources for one in client.search_model_versions(f"source_path = '{source}'")]
-            if len(users) > 1 or client.get_model_version(name, each.version).aliases:
+        versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: -int(version.version))
+        in_use = {*list_aliases(name, tracking_uri).values()}
+        staged = {str(version.version) for version in versions if version.current_stage not in (None, "None")}
+        champion_tags = [version.tags.items() for version in versions if str(version.version) in in_use]
+        in_use |= {number for tags in champion_tags for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
+        # A copied version has the tags of its original, but the files belong to the original.
+        candidates = [
+            version for version in versions if tag in version.tags and version.source.startswith("models:/m-")
+        ]
+        for version in [version for version in candidates if str(version.version) not in in_use | staged][keep:]:
+            sources = (version.source, f"models:/{name}/{version.version}")
+            sharing = [copy for source in sources for copy in client.search_model_versions(f"source_path = '{source}'")]
+            if len(sharing) > 1 or client.get_model_version(name, version.version).aliases:
                 continue
-            logged = client.get_logged_model(each.source.removeprefix("models:/"))
-            get_artifact_repository(logged.artifact_location).delete_artifacts()
-            client.delete_model_version(name, each.version)
-            client.delete_logged_model(logged.model_id)
-            removed.append(str(each.version))
+            logged_model = client.get_logged_model(version.source.removeprefix("models:/"))
+            get_artifact_repository(logged_model.artifact_location).delete_artifacts()
+            client.delete_model_version(name, version.version)
+            client.delete_logged_model(logged_model.model_id)
+            removed.append(str(version.version))
     return removed
 
 
 def describe_version(version: ModelVersion, text: str, tags: Mapping[str, str], tracking_uri: str) -> None:
-    """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
-    text = truncate_markdown(hide_password(text), _LONGEST_DESCRIPTION)
+    """Write the description and tags of a version. Errors are only printed, because descriptions are optional.
+
+    Args:
+        version: The version.
+        text: Description in Markdown.
+        tags: Tags by name.
+        tracking_uri: URI of the MLflow server or store.
+    """
+    text = truncate_markdown(hide_password(text), _MAX_DESCRIPTION_CHARS)
     try:
-        tag_version(version, {name: hide_password(value)[:_LONGEST_TAG] for name, value in tags.items()}, tracking_uri)
+        tag_version(
+            version, {name: hide_password(value)[:_MAX_TAG_CHARS] for name, value in tags.items()}, tracking_uri
+        )
         with open_client(tracking_uri) as client:
             if text:
                 client.update_model_version(version.name, version.number, text)
@@ -290,63 +373,92 @@ def describe_version(version: ModelVersion, text: str, tags: Mapping[str, str], 
 
 
 def tag_version(version: ModelVersion, tags: Mapping[str, str], tracking_uri: str) -> None:
-    """Writes tags of a version. Raises UserError where the registry refuses."""
+    """Write tags of a version.
+
+    Args:
+        version: The version.
+        tags: Tags by name.
+        tracking_uri: URI of the MLflow server or store.
+
+    Raises:
+        UserError: The registry refuses.
+    """
     with open_client(tracking_uri) as client:
         for name, value in tags.items():
             client.set_model_version_tag(version.name, version.number, name, value)
 
 
 def check_registry_names(tracking_uri: str, model: str, alias: str) -> None:
-    """Raises UserError where the registry would refuse to register a model under a name and an alias, by asking it."""
-    given = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
+    """Check with the registry that it would accept a model name and an alias.
+
+    Args:
+        tracking_uri: URI of the MLflow server or store.
+        model: Name of the registered model.
+        alias: The alias.
+
+    Raises:
+        UserError: The registry would refuse the name or the alias.
+    """
+    names = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
     if not re.fullmatch(r"[^/:?#]+", model) or not alias:
-        raise UserError(f"{given}: 'models:/{model}@{alias}' would not be the address of this model; rename one")
+        raise UserError(f"{names}: 'models:/{model}@{alias}' would not be the URI of this model. Rename one.")
     if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-        raise UserError(f"{given}: MLflow keeps this alias for itself; choose another one")
+        raise UserError(f"{names}: MLflow reserves this alias. Choose another alias.")
     from mlflow.exceptions import MlflowException
 
     make_store(tracking_uri)
     with open_client(tracking_uri) as client:
-        try:  # a version that nobody has: names are looked at first
-            client.set_registered_model_alias(model, alias, _NO_VERSION)
+        try:  # MLflow checks names before it finds that this version doesn't exist
+            client.set_registered_model_alias(model, alias, _UNUSED_VERSION)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE":
-                raise UserError(f"MLflow refuses {given}: {summarize(error)}") from None
-            if error.error_code != _MISSING:
+                raise UserError(f"MLflow refuses {names}: {summarize(error)}") from None
+            if error.error_code != _NOT_FOUND:
                 raise
 
 
 def register_model(
     run: Run, artifact_folder: Path, name: str, alias: str | None = None, tags: Mapping[str, str] | None = None
 ) -> str:
-    """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
+    """Log an artifact folder as the run's model, register it and point an alias to it.
 
-    tags: of the version. Raises UnreachableError where MLflow does not answer, and UserError where the
-    artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
+    Args:
+        run: A recorded run.
+        artifact_folder: Artifact folder of the model.
+        name: Name of the registered model.
+        alias: Alias for the new version. None sets no alias.
+        tags: Tags of the new version.
+
+    Returns:
+        Number of the new version.
+
+    Raises:
+        UnreachableError: MLflow does not answer.
+        UserError: The artifact can't be loaded, the run isn't recorded, or the registry refuses the name or alias.
     """
     if run.outbox is None:
-        raise UserError("a model can be registered from a recorded run only")
+        raise UserError("Models can only be registered from a recorded run.")
     import mlflow
     import torch
 
     from mmoe_rec.inference.ranker import Ranker
 
-    # MLflow runs the example too, but registers even a model that fails it.
+    # Check the model here, because MLflow would register it even if its example fails.
     Ranker.load(artifact_folder)
     threads = torch.get_num_threads()
 
-    # Progress bars of local copies and "Successfully registered" come from no logger.
-    tracking_uri, unread = mlflow.get_tracking_uri(), io.StringIO()
+    # Progress bars and "Successfully registered" go to stderr and not through a logger.
+    tracking_uri, ignored_output = mlflow.get_tracking_uri(), io.StringIO()
     with (
         client_timeouts(MODEL_TIMEOUTS),
         translate_errors(tracking_uri, catch_all=True),
-        redirect_stderr(unread),
+        redirect_stderr(ignored_output),
         _no_bytecode(),
         tempfile.TemporaryDirectory() as scratch,
     ):
         arguments = build_log_model_args(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
-        torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
+        torch.set_num_threads(threads)  # MLflow has just run the served model, which sets it to 1
         registered = mlflow.register_model(logged.model_uri, name, tags=dict(tags or {}))
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
@@ -354,37 +466,43 @@ def register_model(
 
 
 def build_log_model_args(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
-    """Arguments of `mlflow.pyfunc.log_model`. scratch: an empty folder that lives until the model is logged."""
+    """Build the arguments of `mlflow.pyfunc.log_model`.
+
+    Args:
+        artifact_folder: Artifact folder of the model.
+        scratch: Empty folder that exists until the model is logged.
+    """
     package = Path(__file__).parents[1]
 
     def leave_out(folder: str, names: list[str]) -> set[str]:
         return {*names} - {*SERVED_CODE} if Path(folder) == package else {"__pycache__"}
 
     code = shutil.copytree(package, scratch / "mmoe_rec", ignore=leave_out)
-    example, about = read_example(artifact_folder), read_artifact(artifact_folder, verify=False)
+    example, info = read_example(artifact_folder), read_artifact(artifact_folder, verify=False)
     return {
         "python_model": str(code / "inference" / "mlflow_model.py"),
         "artifacts": {"model": str(artifact_folder)},
         "code_paths": [str(code)],
         "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in SERVED_PACKAGES],
-        "signature": _signature(about.tasks),
-        "input_example": ([example], {"task_weights": {task.objective: 1.0 for task in about.tasks}, "top_k": 5}),
-        # MLflow takes a uv.lock and pyproject.toml of the working folder for the model's, and then builds that project
-        # instead of installing the requirements. It is told to look for them where none are.
+        "signature": _signature(info.tasks),
+        "input_example": ([example], {"task_weights": {task.objective: 1.0 for task in info.tasks}, "top_k": 5}),
+        # MLflow would use uv.lock and pyproject.toml of the working folder, and build that project instead of
+        # installing the requirements. Point it to a folder without these files.
         "uv_project_path": str(scratch),
     }
 
 
 def _signature(tasks: Sequence[ModelTask]) -> Any:
-    """The signature: the optional parameters of `mmoe_rec.inference.request_reader.OPTIONS`, and inputs of any kind.
+    """Build the signature: optional parameters (`mmoe_rec.inference.request_reader.REQUEST_OPTIONS`) and inputs of any
+    kind.
 
-    MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
+    MLflow would derive parameters from the example. Its values would become defaults, and all its weights required.
     """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
 
     names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
-    # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
+    # Accept any weights here, because the model's own errors are one sentence and MLflow's repeat the schema.
     weights = Object([Property(name, AnyType(), required=False) for name in names])
     params = ParamSchema(
         [
@@ -399,17 +517,22 @@ def _signature(tasks: Sequence[ModelTask]) -> Any:
 
 
 def find_registered_version(run: Run, name: str) -> str | None:
-    """The version as which a run has registered its model already; None where it has not."""
+    """Return the number of the version that a run has already registered. None if there is none.
+
+    Args:
+        run: The run.
+        name: Name of the registered model.
+    """
     import mlflow
 
     with open_client(mlflow.get_tracking_uri()) as client:
         versions = client.search_model_versions(f"run_id = '{run.run_id}'")
-    return next((str(each.version) for each in versions if each.name == name), None)
+    return next((str(version.version) for version in versions if version.name == name), None)
 
 
 @contextmanager
 def _no_bytecode() -> Iterator[None]:
-    """MLflow tries a model out where it lies, which would leave compiled files of this Python in it."""
+    """Stop Python from writing compiled files into the model that MLflow tries out in place."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield

@@ -107,7 +107,7 @@ def test_a_folder_that_was_written_wrong(small: SmallModel, tmp_path: Path, dama
         Ranker.load(folder)
 
 
-# A model that is not as it was written, or gives other predictions, is refused in one sentence
+# A modified model, or a model with different predictions, is refused in one sentence.
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_damage_of_every_file_is_named(folder: Path) -> None:
     for name, path in files_of(folder).items():
         whole = path.read_bytes()
         path.rename(aside)
-        told = f"the model in '{folder}' is not as it was written: '{name}' is missing or has changed; copy the whole"
+        told = f"The model in '{folder}' was modified: '{name}' is missing or has changed. Copy the whole"
         assert told in refusal(folder)
         aside.rename(path)
         path.write_bytes(whole[:-1])
@@ -170,7 +170,7 @@ def test_damage_of_every_file_is_named(folder: Path) -> None:
 def test_a_file_that_loading_could_take_for_its_own_is_told(small: SmallModel, tmp_path: Path, name: str) -> None:
     shutil.copytree(small.folder, tmp_path / "plain")
     (tmp_path / "plain" / name).write_bytes(b"more")
-    assert f"'{name}' is no part of it; remove it" in refusal(tmp_path / "plain")
+    assert f"'{name}' is not part of it. Remove this file." in refusal(tmp_path / "plain")
 
 
 def test_what_systems_leave_beside_breaks_no_load(folder: Path) -> None:
@@ -237,7 +237,7 @@ def test_other_scores_than_expected_are_told(folder: Path, task: str, place: int
     Ranker.load(folder)
     multiply(1.01)
     told = refusal(folder)
-    assert "gives other predictions here than where it was written: for example_request.json, " + what in told
+    assert "gives different predictions here than where it was written: for example_request.json, " + what in told
     assert f"It was written with torch {torch.__version__.split('+')[0]}" in told
 
 
@@ -356,7 +356,7 @@ def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
         return read(path)
 
     monkeypatch.setattr(rankers, "read_calibration", replaced)
-    with pytest.raises(UserError, match=f"another model took the place of '{folder}' while it was loaded"):
+    with pytest.raises(UserError, match=f"The model in '{folder}' was replaced while it was loaded"):
         Ranker.load(folder)
 
 

@@ -277,11 +277,11 @@ def test_options_may_be_numbers_of_numpy(ranker: Ranker) -> None:
 @pytest.mark.parametrize(
     ("column", "values", "says"),
     [
-        ("user", pa.array(["5"] * 20), "column 'user' of the rows holds string, and the log .* int64"),
+        ("user", pa.array(["5"] * 20), "column 'user' of the rows holds string, but .* int64"),
         ("item", pa.array([None] * 20, pa.int64()), "column 'item' of the rows is null in 20 of 20 rows"),
         ("user", pa.array([5] * 19 + [None]), "column 'user' of the rows is null in 1 of 20 rows"),
         ("time", pa.nulls(20, pa.timestamp("us", "UTC")), "column 'time' of the rows is null in 20 of 20 rows"),
-        ("brand", pa.array(range(20)), "column 'brand' of the rows holds int64, and the log .* string"),
+        ("brand", pa.array(range(20)), "column 'brand' of the rows holds int64, but .* string"),
     ],
 )
 def test_rows_of_a_table_have_the_types_of_the_log(
@@ -304,5 +304,5 @@ def test_a_column_that_is_there_twice_or_has_several_types_is_refused(small: Sma
             ranker.score(rows)
     with pytest.raises(UserError, match=r"the data frame can't be read: .* column brand"):
         ranker.score(mixed)
-    with pytest.raises(UserError, match="as a pyarrow Table or a pandas DataFrame, not as a list"):
+    with pytest.raises(UserError, match="rows must be a pyarrow Table or a pandas DataFrame, not a list"):
         ranker.score(table.to_pylist())  # type: ignore[arg-type]

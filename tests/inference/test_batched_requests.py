@@ -135,7 +135,7 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
         columns = {tuple(request.candidates) for request in requests}
         for same in columns:
             rows = ranker.reader.rows([each for each in requests if tuple(each.candidates) == same])
-            found = ranker.request_inputs.build_matrix(*ranker.pipeline.request_inputs(rows), rows.request_index)
+            found = ranker.input_builder.build_matrix(*ranker.pipeline.request_inputs(rows), rows.request_index)
             table = pa.table({name: rows.raw_column(name) for name in (*rows._columns, *rows.shared._columns)})
             batch = make_batch(ranker.pipeline.encode(LogRows(table, rows.schema)), ranker.layout, torchrec=False)
             expected = ranker.model.concat_inputs(batch)[0].detach()

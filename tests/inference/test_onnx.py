@@ -107,7 +107,7 @@ def assert_computes_the_same(ranker: Ranker, made: Path) -> None:
     random, answer = np.random.default_rng(0), load_onnx(made)
     for rows in (1, 2, 700):
         inputs, of = random_inputs(ranker.layout, rows, random), np.arange(rows)
-        scored = ranker.scorer.score(ranker.request_inputs.build_matrix(Inputs(), inputs, of))
+        scored = ranker.scorer.score(ranker.input_builder.build_matrix(Inputs(), inputs, of))
         found = answer(build_onnx_inputs(ranker.layout, Inputs(), inputs, of))
         for place, task in enumerate(ranker.task_names):
             np.testing.assert_allclose(found[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)
@@ -195,7 +195,7 @@ def test_another_value_is_refused(means: SmallModel, tmp_path: Path, monkeypatch
         return values + torch.tensor([0.0, 1e-4, 0.0]), *scores
 
     monkeypatch.setattr(ExportModule, "dense", off)
-    with pytest.raises(UserError, match=r"does not compute what the model does: .* 'liked' is off by 0\.0001"):
+    with pytest.raises(UserError, match=r"differs from the model: .* 'liked' is off by 0\.0001"):
         write_onnx(means.folder, tmp_path)
 
 

@@ -228,7 +228,7 @@ def test_string_ids(tmp_path: Path) -> None:
 # Requests before the end of the model's log, and long after it.
 
 
-FUTURE, STALE = "they know its future", "they are stale"
+FUTURE, STALE = "They include its future", "they are stale"
 
 
 def at(ranker: Ranker, moment: int) -> Any:

@@ -294,7 +294,7 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
     own = ["--data.work_dir", work, "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     wrong = ["train", "--config", world.config, *own, "--tracking.alias", "latest"]
     assert "with 'tracking.alias' 'latest'" in refuse(capsys, *wrong), "before any work"
-    monkeypatch.setattr("mmoe_rec.tracking.registry.check_names", lambda *_: None)
+    monkeypatch.setattr("mmoe_rec.tracking.registry.check_registry_names", lambda *_: None)
     told = refuse(capsys, *wrong)
     assert "refuses: 'latest' alias name" in told
     assert f"the trained model in '{work / 'model'}' is whole but not registered: the same command with" in told

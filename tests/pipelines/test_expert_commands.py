@@ -78,4 +78,4 @@ def test_a_wrong_edit_ends_in_a_sentence_and_replaces_nothing(
     damaged = shutil.copytree(soft.parent / "work" / "model", tmp_path / "model")
     (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
     told = refuse(capsys, *words[:-1], damaged, "--mask", "0")
-    assert "is not as it was written: 'weights.safetensors' is missing or has changed" in told
+    assert "was modified: 'weights.safetensors' is missing or has changed" in told

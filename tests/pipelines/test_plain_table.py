@@ -144,8 +144,8 @@ def test_rows_that_the_model_has_learnt_from_are_told(
         _write(tmp_path / name, table.set_column(table.column_names.index("fold"), "fold", column))
     _write(tmp_path / "test", pa.Table.from_pandas(world.table[folds == 4]))
     _write(tmp_path / "without", pa.Table.from_pandas(world.table.drop(columns="fold")))
-    learnt = f"on {int((folds < 4).sum()):,} of the {ROWS:,} rows: metrics flatter it"
-    lacking = "column 'fold' splits, which the input lacks: metrics of such rows flatter it"
+    learnt = f"on {int((folds < 4).sum()):,} of the {ROWS:,} rows, so their metrics are too optimistic"
+    lacking = "the input lacks the split column 'fold'. Metrics are too optimistic if"
     said = dict.fromkeys(("short", "coded"), learnt) | {"test": None, "without": lacking}
     for name, sentence in said.items():
         out = tmp_path / f"scored_{name}"
@@ -155,7 +155,7 @@ def test_rows_that_the_model_has_learnt_from_are_told(
         for each, severity in ((for_score, "warning"), (capsys.readouterr().out, "problem")):
             printed = " ".join(each.split())
             if sentence is None:
-                assert "flatter" not in printed
+                assert "optimistic" not in printed
             else:
                 assert printed.count(f"{severity}: the model was trained") == printed.count(sentence) == 1
 
@@ -195,7 +195,7 @@ def test_requests_give_what_scoring_gives(world: World, scored: pd.DataFrame) ->
     ("candidates", "message"),
     [
         ({}, "'candidates' is empty: it needs the columns that describe the rows to score"),
-        ({"x": [1.0], "word": ["a"]}, "'candidates' lacks column 'code', which the model reads; give null where it is"),
+        ({"x": [1.0], "word": ["a"]}, "'candidates' lacks column 'code', which the model reads; give null if it is"),
     ],
 )
 def test_requests_that_say_too_little(world: World, candidates: dict[str, Any], message: str) -> None:

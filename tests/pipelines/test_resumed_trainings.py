@@ -100,7 +100,9 @@ def test_an_alias_is_what_it_stood_for_when_the_training_began(
     champion = ("--from", "models:/learnable@champion")
     with dying_after(12):
         world.train(*champion)
-    monkeypatch.setattr("mmoe_rec.tracking.registry.pin_address", lambda *_: pytest.fail("nothing is looked up again"))
+    monkeypatch.setattr(
+        "mmoe_rec.tracking.registry.pin_model_uri", lambda *_: pytest.fail("nothing is looked up again")
+    )
     world.train(*champion, RESUME)
     world.train(*champion, RESUME)
     assert "this run has already finished" in capsys.readouterr().out

@@ -199,7 +199,7 @@ def test_what_only_the_manifest_tells_apart_and_what_is_no_part_of_it(small: Sma
     assert copied.look() == [artifact_version(made)]
     (folder / "features" / "left.parquet").touch()
     (told,) = copied.look()
-    assert "'features/left.parquet' is no part of it" in told
+    assert "'features/left.parquet' is not part of it" in told
     (folder / "features" / "left.parquet").unlink()
     assert copied.look() == [artifact_version(made)]
     (folder / "__pycache__").mkdir()

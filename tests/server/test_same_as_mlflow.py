@@ -71,7 +71,7 @@ def test_the_example_in_the_artifact_is_taken_as_it_is(
     answer = ask(app, body)
     assert answer.status == 200
     assert answer.tree == {"predictions": mlflow_model.predict(None, json.loads(body))}
-    with pytest.raises(MlflowException, match=r"predict: 'params' stands beside 'inputs'\. Give the argument params\."):
+    with pytest.raises(MlflowException, match=r"predict: 'params' is not allowed next to 'inputs'\. Pass the arg"):
         mlflow_model.predict(None, {**json.loads(body), "params": {"top_k": 1}})
 
 
@@ -148,7 +148,7 @@ def test_a_row_for_each_candidate_gets_what_its_request_gets(
     )
 
 
-OF_USER = "column 'user' describes the user of a request, and differs in its rows"
+OF_USER = "column 'user' describes the user of a request, but differs between rows"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ OF_USER = "column 'user' describes the user of a request, and differs in its row
         ([{"user": 5, "iten": 3}], {}, "the data frame has an unknown column 'iten'; did you mean 'item'?"),
         ([{"user": 5, "item": True}], {}, "column 'item' must hold integers, as in the log; found true/false"),
         ([{"user": 5}], {}, "'candidates' needs a column 'item' with the candidates' ids"),
-        ([{"user": 5, "item": 3}], {"top_k": 2}, "top_k is not for data frames, each of whose rows gets one predict"),
+        ([{"user": 5, "item": 3}], {"top_k": 2}, "top_k is not for data frames, which get one predict"),
     ],
 )
 def test_a_wrong_data_frame(
@@ -200,7 +200,7 @@ def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
     null = {"dataframe_records": [*rows[:2], rows[2] | {"request": None}]}
     assert ask(app, null).message == "column 'request' is null in row 2: give each row the id of its request"
     without = [{name: each for name, each in row.items() if name != "request"} for row in rows]
-    assert "give each request an id of its own in 'request'" in ask(app, {"dataframe_split": split(without)}).message
+    assert "give each request a unique id in 'request'" in ask(app, {"dataframe_split": split(without)}).message
 
 
 def test_a_call_without_elements(app: Application, mlflow_model: RankingPythonModel) -> None:

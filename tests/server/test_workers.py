@@ -43,7 +43,7 @@ def hang_at_loading(folder: Path) -> None:
     """Makes whoever loads the model wait for ever, as one of its files is a pipe."""
     files = read_manifest(folder)
     files[EXAMPLE_FILE] = ""
-    tree = {"sha256": artifact._sum(files), "files": files}
+    tree = {"sha256": artifact._checksum(files), "files": files}
     (folder / MANIFEST_FILE).write_text(json.dumps(tree), encoding="utf-8")
     (folder / EXAMPLE_FILE).unlink()
     os.mkfifo(folder / EXAMPLE_FILE)

@@ -69,8 +69,8 @@ def test_an_outage_changes_neither_order_nor_content(
     assert not list(file.parent.iterdir())
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        f"the post does not answer. The command goes on: messages for MLflow are kept in '{file}'",
-        f"MLflow has received the messages that were kept in '{file}'",
+        f"the post does not answer. The command continues. Messages for MLflow are saved in '{file}'",
+        f"MLflow has received the messages saved in '{file}'",
     ]
     box.put(text("later"))
     assert post.got[-1] == "later"
@@ -152,5 +152,5 @@ def test_a_full_disk_ends_it(file: Path, post: Post, monkeypatch: pytest.MonkeyP
     box = Outbox(file, post.send)
     post.away = True
     monkeypatch.setattr(runs, "write_lock", full)
-    with pytest.raises(UserError, match=r"does not answer, nor can it be kept in .*: No space left on device"):
+    with pytest.raises(UserError, match=r"does not answer, and it can't be saved in .*: No space left on device"):
         box.put(text(0))

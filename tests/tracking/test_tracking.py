@@ -158,15 +158,15 @@ def test_a_deleted_experiment(uri: str) -> None:
 @pytest.mark.parametrize(
     ("model", "alias", "message"),
     [
-        ("team/shop", "champion", "would not be the address"),
-        ("shop:v2", "champion", "would not be the address"),
+        ("team/shop", "champion", "would not be the URI"),
+        ("shop:v2", "champion", "would not be the URI"),
         ("..", "champion", "MLflow refuses"),
         (" ", "champion", "MLflow refuses"),
-        ("shop?", "champion", "would not be the address"),
-        ("shop", "latest", "keeps this alias for itself"),
-        ("shop", "v1", "keeps this alias for itself"),
+        ("shop?", "champion", "would not be the URI"),
+        ("shop", "latest", "reserves this alias"),
+        ("shop", "v1", "reserves this alias"),
         ("shop", "the best", "MLflow refuses"),
-        ("shop", "", "would not be the address"),
+        ("shop", "", "would not be the URI"),
     ],
 )
 def test_names_that_the_registry_refuses_are_told_first(uri: str, model: str, alias: str, message: str) -> None:
@@ -226,9 +226,9 @@ def test_a_run_that_is_deleted_while_it_is_recorded(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "refuses: The run" in said
-    assert f"are kept in '{outbox_folder / f'{run.run_id}.jsonl'}'" in said
+    assert f"are saved in '{outbox_folder / f'{run.run_id}.jsonl'}'" in said
     with (
-        pytest.raises(UserError, match=f"'{run.run_id}' was deleted: restore it with `mlflow runs restore"),
+        pytest.raises(UserError, match=rf"'{run.run_id}' was deleted\. Restore it with `mlflow runs restore"),
         runs.open_run(uri, "x", run_id=run.run_id, outbox_folder=outbox_folder),
     ):
         pass
@@ -269,7 +269,7 @@ def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("uri", "place"),
     [
-        ("http://127.0.0.1:9", "'http://127.0.0.1:9' (the address in the variable MLFLOW_TRACKING_URI)"),
+        ("http://127.0.0.1:9", "'http://127.0.0.1:9' (the URI in the variable MLFLOW_TRACKING_URI)"),
         ("http://me:secret@127.0.0.1:9", "'http://me:***@127.0.0.1:9'"),
     ],
 )
@@ -425,6 +425,6 @@ def test_folders_need_no_mlflow_and_addresses_say_that_they_do(
     assert done.stdout.splitlines() == [
         "'models:/small@champion' is a URI, and Ranker.load takes a folder. Use mmoe_rec.load_ranker.",
         "small",
-        "'models:/small@champion' is looked up by mlflow, which is not installed: install it, or give a folder",
+        "'models:/small@champion' needs mlflow, which is not installed. Install it or give a folder.",
         "small",
     ], done.stderr

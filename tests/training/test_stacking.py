@@ -123,7 +123,7 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     inputs = random_inputs(ranker.layout, len(of), random)
     for name in inputs.dense:
         inputs.dense[name] = random.choice(thresholds, len(of)).astype(np.float32)
-    scored = ranker.scorer.score(ranker.request_inputs.build_matrix(ModelInputs(), inputs, of))
+    scored = ranker.scorer.score(ranker.input_builder.build_matrix(ModelInputs(), inputs, of))
     found = onnx(build_onnx_inputs(ranker.layout, ModelInputs(), inputs, of))
     for place, task in enumerate(ranker.task_names):
         np.testing.assert_allclose(found[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)

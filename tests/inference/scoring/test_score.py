@@ -113,7 +113,7 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     sizes = found.groupby("request").size()
     assert sizes.max() > 3
     assert (found.groupby("request").time.nunique() == 1).all()
-    assert "know the log that was given" in done.manifest["meaning"]
+    assert "include the given log" in done.manifest["meaning"]
 
     metrics = measured(columns_from_settings(settings), done.folder, tmp_path / "metrics")
     by_offline, tasks = summarize(expected.sum(), 20), metrics["tasks"]
@@ -135,13 +135,13 @@ def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_
     times = found["time"].to_numpy().astype("datetime64[us]").astype(np.int64)
     learnt = int((times < begin).sum())
     assert 100 < learnt < len(found) - 100
-    assert f"on {learnt:,} of the {len(found):,} rows: metrics flatter it" in done.manifest["learnt"]
-    said = done.manifest["learnt"].partition("score with --start ")[2]
+    assert f"on {learnt:,} of the {len(found):,} rows, so their metrics" in done.manifest["seen_in_training"]
+    said = done.manifest["seen_in_training"].partition("Score with --start ")[2]
     _, done = scored(small.folder, source, tmp_path / "test", labels=True, window=(parse_time(said), None))
-    assert done.manifest["learnt"] is None
+    assert done.manifest["seen_in_training"] is None
     assert done.manifest["rows"] == len(found) - learnt
     _, done = scored(small.folder, source, tmp_path / "unlabelled")
-    assert done.manifest["learnt"] is None
+    assert done.manifest["seen_in_training"] is None
 
 
 def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_path: Path, fine: None) -> None:
@@ -173,7 +173,7 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
     source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
     found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
     assert_ranked_alike(found, ranker, table, attributes)
-    told = done.manifest["meaning"].partition("has no column ")[2].partition(": of each")[0]
+    told = done.manifest["meaning"].partition("has no column ")[2].partition(", so the latest")[0]
     assert set(told.split(", ")) == {repr(name) for name in attributes & set(ranker.pipeline.schema.input_columns())}
     with pytest.raises(UserError, match="has no column"):
         scored(small.folder, source, tmp_path / "other", as_of="log")
@@ -223,7 +223,7 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     arguments = ["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")]
     run("score", *arguments, "--as-of", "tables")
     told = capsys.readouterr().out
-    assert "; 680 of 760 rows were not requested later, so their features know their future" in told
+    assert ". 680 of 760 rows were not requested later, so their features include their future" in told
     assert f"scores: {tmp_path / 'out'}" in told
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows_before_tables_as_of"] == 680
     run("score", *arguments, "--as-of", "tables")

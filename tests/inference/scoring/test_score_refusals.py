@@ -68,7 +68,7 @@ def test_a_log_without_labels_has_nothing_to_count(small: SmallModel, tmp_path: 
 
 def test_a_log_of_another_time(small: SmallModel, tmp_path: Path) -> None:
     source = write_finely(tmp_path / "log", good())
-    with pytest.raises(UserError, match="--labels writes what the log says of its rows"):
+    with pytest.raises(UserError, match="--labels needs --as-of log"):
         score_log(small.folder, source, tmp_path / "out", "tables", labels=True)
     for as_of in ("log", "tables"):
         with pytest.raises(UserError, match=r"no row of .* was requested from 2033-05-18T.* to any time"):
@@ -84,7 +84,7 @@ def test_folders_that_hold_something_else(small: SmallModel, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds files that are no scores, such as 'notes\.txt'"):
+    with pytest.raises(UserError, match=r"contains other files than scores, such as 'notes\.txt'"):
         score_log(small.folder, source, out, "tables")
     (out / "notes.txt").unlink()
     score_log(small.folder, source, out, "tables")
@@ -93,9 +93,9 @@ def test_folders_that_hold_something_else(small: SmallModel, tmp_path: Path) -> 
         score_log(small.folder, source, out, "tables")
     with pytest.raises(UserError, match="is a file"):
         score_log(small.folder, source, out / "more.txt", "tables")
-    with pytest.raises(UserError, match="takes in the files of --output"):
+    with pytest.raises(UserError, match="includes the files of --output"):
         score_log(small.folder, source, source / "scores", "tables")
-    with pytest.raises(UserError, match="must be a folder of this machine"):
+    with pytest.raises(UserError, match="must be a local or mounted folder"):
         score_log(small.folder, source, "s3://bucket/scores", "tables")
 
 
@@ -139,7 +139,7 @@ def test_a_column_that_only_some_files_have_is_not_completed(small: SmallModel, 
 
 def test_what_needs_no_look_at_the_log_is_refused_at_once(small: SmallModel, tmp_path: Path) -> None:
     for setting in ("--tasks.click.score_weight", "--model.gates.top_k", "--serving.max_candidates"):
-        with pytest.raises(UserError, match=f"^{setting} changes nothing here"):
+        with pytest.raises(UserError, match=f"^{setting} has no effect on scoring"):
             score_log(small.folder, tmp_path / "log", tmp_path / "out", overrides=[setting, "1"])
     with pytest.raises(UserError, match=r"--start 1970-01-01T00:00:00\+00:00 is not before --end"):
         score_log(small.folder, "no/log", tmp_path / "out", window=(2, 2))
