@@ -107,7 +107,7 @@ def commands_page() -> str:
     for name in COMMANDS:
         command = copy(commands.get_command(root, name))
         assert command is not None
-        command.help = inspect.cleandoc(command.help or "")  # Python 3.13 and later already remove the indentation.
+        command.help = f"{inspect.cleandoc(command.help or '')}\n"  # Python 3.13 and later already remove the indentation.
         context = click.Context(command, info_name=name, parent=root, **command.context_settings)
         context.terminal_width = _HELP_WIDTH
         lines += [f"## {name}", f"```text\n{command.get_help(context).rstrip()}\n```"]
