@@ -57,8 +57,8 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         MARKER,
-        "A settings file is YAML with the sections below. Each setting can also be given to a command as\n"
-        "`--SECTION.KEY VALUE`. `NAME` stands for a name that you choose. `mmoe-rec settings SECTION` prints a section.",
+        "A settings file is YAML with the sections below. You can also give a setting to a command as\n"
+        "`--SECTION.KEY VALUE`. `NAME` stands for a name of your choice. `mmoe-rec settings SECTION` prints a section.",
         ", ".join(f"[{name}](#{name})" for name in dict.fromkeys(name.partition(".")[0] for name in sections)),
     ]
     top = None
@@ -107,7 +107,8 @@ def commands_page() -> str:
     for name in COMMANDS:
         command = copy(commands.get_command(root, name))
         assert command is not None
-        command.help = f"{inspect.cleandoc(command.help or '')}\n"  # Python 3.13 and later already remove the indentation.
+        # Python 3.13 and later remove the indentation of docstrings. The page must not depend on the version.
+        command.help = f"{inspect.cleandoc(command.help or '')}\n"
         context = click.Context(command, info_name=name, parent=root, **command.context_settings)
         context.terminal_width = _HELP_WIDTH
         lines += [f"## {name}", f"```text\n{command.get_help(context).rstrip()}\n```"]
@@ -115,7 +116,7 @@ def commands_page() -> str:
 
 
 def metrics_page(page: str) -> str:
-    """Return the page of metrics with the table at its end made anew. Formulas on the page are written by hand."""
+    """Return the page of metrics with a new table at its end. Formulas on the page are written by hand."""
     rows = []
     for metric in (*METRICS, *CATALOG_METRICS):
         kinds = ", ".join(metric.kinds) if isinstance(metric, Metric) else "catalog"
