@@ -133,7 +133,7 @@ def test_rows_that_occur_twice(tmp_path, small_pieces):
     with pytest.raises(
         UserError,
         match=r"row 0 of '.*1\.parquet' repeats request and candidate \(columns 'user', 'time' and 'item'\) "
-        r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.duplicates",
+        r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.on_duplicates",
     ):
         prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50)))
     prepared = prepare(
