@@ -1,7 +1,7 @@
-"""The kinds of tasks, one file each: a new kind is its file, and its line in `NAMES`.
+"""Kinds of tasks, one file each. To add a kind, add its file and its name in `NAMES`.
 
-In: a kind's name in settings or a layout. Out: a `TaskKind`, with labels, loss, link function and words of the kind.
-Begin with `task_kind.py`, which describes every attribute, then read `regression.py`.
+A kind's name in settings or a layout gives a `TaskKind` with labels, loss, link function and texts. Start with
+`task_kind.py`, which describes every attribute. Then read `regression.py`.
 """
 
 from difflib import get_close_matches
@@ -16,21 +16,21 @@ NAMES = (
     "binary",
     "regression",
 )
-"""Each is a `kind` of a task in a settings file, and the file of this folder whose `KIND` holds all of it."""
+"""Values of a task's `kind` in settings. The file with the same name in this folder defines `KIND`."""
 
 KINDS: dict[str, TaskKind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}
 DEFAULT_KIND = KINDS[NAMES[0]]
-"""The kind of a task that names none, and of the outcome of two tasks together."""
+"""Kind of tasks without a `kind`, and of the joint outcome of two tasks."""
 
 if TYPE_CHECKING:
     TaskKindField = TaskKind
 else:
     TaskKindField = Annotated[Literal[NAMES], AfterValidator(KINDS.get), PlainSerializer(str)]
-    """A kind in settings and layouts, which files hold by its name."""
+    """Field type for a kind in settings and layouts. Files store the name."""
 
 
 def find_kind(name: str) -> TaskKind:
-    """Return the kind of a name. Raises ValueError for an unknown name."""
+    """Return the kind with a name, or raise ValueError for an unknown name."""
     if name not in KINDS:
         near = get_close_matches(name, KINDS, 1)
         meant = f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,4 +1,4 @@
-"""The kind `binary`: whether something happens. A model predicts its probability."""
+"""Kind `binary` for events that happen or not. A model predicts their probability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Binary(TaskKind):
-    """Labels are 0 and 1, predictions are probabilities, and the loss is the cross-entropy in nats."""
+    """Kind with labels 0 and 1, predicted probabilities, and the cross-entropy loss in nats."""
 
     valid_labels = (
         "0, 1 or null where it is unobserved",

@@ -1,4 +1,4 @@
-"""The kind `regression`: a number, such as an amount or a duration. A model predicts its mean."""
+"""Kind `regression` for numbers, such as amounts or durations. A model predicts their mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Regression(TaskKind):
-    """Labels and predictions are numbers, and the loss is the squared error of the standardized label."""
+    """Kind with numbers as labels and predictions. The loss is the squared error of the standardized label."""
 
     valid_labels = ("a number or null where it is unobserved", lambda values: ~np.isinf(values))
     valid_predictions = ("a finite number", np.isfinite)
