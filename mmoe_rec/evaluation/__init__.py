@@ -1,5 +1,6 @@
-"""Measure models: predictions and labels go in; metrics with intervals, comparisons and reports come out.
+"""Evaluate models: turn predictions and labels into metrics with intervals, comparisons and reports.
 
-`evaluate` measures a registered model and `prediction_files` predictions in files. Both give `sums` of each user, which
-`summary` turns into metrics and `comparison` into a verdict. `metrics/` has a class for each metric.
+`evaluate` measures a registered model, and `prediction_files` measures predictions in files. Both compute `sums` for
+each user. `summary` turns the sums into metrics, and `comparison` turns them into a verdict. `metrics/` has a class for
+each metric.
 """

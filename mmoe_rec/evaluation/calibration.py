@@ -88,7 +88,7 @@ def _find_drift(
     share, before = w[late] / w[late].sum(), x[late]
     after = fitted.apply(torch.from_numpy(before)).numpy()
     # A kind's own loss, such as a focal one, need not be least for the true probabilities.
-    losses = [DEFAULT_KIND.losses(each, y[late]) for each in (after, before)]
+    losses = [DEFAULT_KIND.losses(logits, y[late]) for logits in (after, before)]
     apart = losses[0] - losses[1]
     if share @ apart <= 2 * math.sqrt(share**2 @ (apart - share @ apart) ** 2):
         return None

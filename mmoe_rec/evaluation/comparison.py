@@ -1,17 +1,18 @@
-"""Compares a model with others on the same rows, and decides which one is better.
+"""Compare a model with others on the same rows, and decide which model is better.
 
-README.md has the rule (Is a model better?), which `decide` is in code. p-values of the metrics in tables are corrected
-for how many they are by Holm's method (1979); those of what decides, `evaluation.primary_metric`, for the number of
-models alone, as it was named before anything was measured.
+README.md explains the rule that `decide` implements (section "Is a model better?"). Holm's method (1979) corrects the
+p-values of the metrics in tables for the number of metrics. The p-value of `evaluation.primary_metric` is corrected for
+the number of models alone, because that metric was chosen before anything was measured.
 
-Another training, and other users, would have given other metrics, so a mean over S trainings errs by both. Its variance
-is the variance of the trainings / S plus the variance by the users, from the bootstrap of the mean of all S on the same
-redrawn users. The interval is Student's, with degrees of freedom by Welch and Satterthwaite. The difference of two
-settings' means is computed alike.
+A metric averaged over S runs varies with the runs and with the users. Its variance is the variance between runs / S
+plus the variance over users. A bootstrap of the mean over the same resampled users estimates the second part. The
+interval is Student's, with degrees of freedom by Welch and Satterthwaite. The difference between the means of two
+settings is computed in the same way.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
@@ -36,15 +37,31 @@ from mmoe_rec.report.formatting import format_signed
 from mmoe_rec.settings.sections import Evaluation
 from mmoe_rec.task_kinds import KINDS
 
-BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
+# Most slices that a message lists.
 MAX_LISTED_SLICES = 3
-"""So many of the worst slices are told."""
-SLICE_RESAMPLES = 200  # standard errors are good to 5%
+SLICE_RESAMPLES = 200  # enough for standard errors within 5%
+
+
+class Outcome(StrEnum):
+    """Outcome of a comparison. `BLOCKED` is better, but a guardrail failed. `UNDECIDED` lacks an objective."""
+
+    BETTER = "better"
+    BLOCKED = "blocked"
+    NOT_SIGNIFICANT = "not significant"
+    WORSE = "worse"
+    UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)
 class Guardrail:
-    """A guardrail: its task, None for slices; `auc`, `r2`, `calibration` or `slices`; and a sentence on the finding."""
+    """Result of one guardrail.
+
+    Attributes:
+        task: Name of the task, None for slices.
+        metric: `auc`, `r2`, `calibration` or `slices`.
+        passed: Whether the guardrail passed.
+        message: Sentence about the result.
+    """
 
     task: str | None
     metric: str
@@ -54,7 +71,12 @@ class Guardrail:
 
 @dataclass(frozen=True)
 class ModelDifferences:
-    """Differences of a model from another one: of the objective, and of all metrics, task or `score` -> metric."""
+    """Differences between a model and a reference model.
+
+    Attributes:
+        objective: Difference in the objective.
+        groups: Task or `score` -> metric -> difference.
+    """
 
     objective: Difference
     groups: dict[str, dict[str, Difference]]
@@ -62,23 +84,24 @@ class ModelDifferences:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision between two models.
+    """Decision between two models, with a sentence that states it."""
 
-    kind: `better`, `held back` (better, but for guardrails), `not shown`, `worse`, or `undecided`, where the objective
-    is undefined; message: the same as a sentence.
-    """
-
-    kind: str
+    kind: Outcome
     message: str
     guardrails: tuple[Guardrail, ...]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside others.
+    """Comparison of a model with reference models.
 
-    against: name of each other model -> the differences from it; judged: tasks with enough labels; left_out: each other
-    task -> rows of its rarer label; verdicts: by the name of the other model.
+    Attributes:
+        model: Name of the model.
+        objective: Metric that decides, None if no task has enough labels.
+        differences: Name of the reference model -> differences from that model.
+        eligible_tasks: Tasks with enough labels.
+        excluded_tasks: Task with too few labels -> number of rows with the rarer label.
+        verdicts: Name of the reference model -> verdict.
     """
 
     model: str
@@ -96,33 +119,44 @@ def compare(
     rules: Evaluation,
     slices: Sequence[SliceRecord] = (),
 ) -> Comparison:
-    """Compares a model with all others in all metrics and decides, see `decide`.
+    """Compare a model with all others in all metrics, and decide as `decide` does.
 
-    There is no `score` of a model that weighs relevance differently, as its truth is another one, nor are there tasks
-    that one of the two lacks.
+    Tasks that only one model predicts are left out. So is the `score`, if the models weigh relevance differently.
 
-    tasks: those that may decide; rules: by which, see `Objective.of`; slices: those that are guarded. Raises UserError
-    where the rows are not the same, or for a metric that there is not.
+    Args:
+        models: Name -> measured model.
+        model: Name of the model to judge.
+        tasks: Tasks that may decide.
+        rules: Settings of the decision.
+        slices: Slices that the guardrail checks.
+
+    Raises:
+        UserError: The rows differ, or `rules` names an unknown metric.
     """
-    mine, others = models[model].sums, {name: each.sums for name, each in models.items() if name != model}
-    objective = Objective.from_setting(rules.primary_metric, mine, tasks)
-    alone = ((name, [sums]) for name, sums in others.items())
-    against = correct_differences(mine, find_differences([mine], alone, objective, rules.resamples, name=model), others)
-    labels = {task: count_minority(mine, task) for task in tasks}
-    judged = tuple(task for task, rows in labels.items() if rows >= MIN_RARER_ROWS)
+    model_sums, references = (
+        models[model].sums,
+        {name: measured.sums for name, measured in models.items() if name != model},
+    )
+    objective = Objective.from_setting(rules.primary_metric, model_sums, tasks)
+    single_runs = ((name, [sums]) for name, sums in references.items())
+    by_reference = correct_differences(
+        model_sums, find_differences([model_sums], single_runs, objective, rules.resamples, name=model), references
+    )
+    labels = {task: count_minority(model_sums, task) for task in tasks}
+    eligible = tuple(task for task, rows in labels.items() if rows >= MIN_RARER_ROWS)
     verdicts = {}
-    for other, differences in against.items():
-        summaries = {name: models[name].summary for name in (model, other)}
-        guardrails = list(check_guardrails(differences, summaries, judged, rules))
-        if (of_slices := check_slice_guardrail(slices, other, judged, rules.max_metric_drop)) is not None:
-            guardrails.append(of_slices)
-        verdicts[other] = decide(model, other, objective, differences, guardrails)
-    left_out = {task: rows for task, rows in labels.items() if rows < MIN_RARER_ROWS}
-    return Comparison(model, objective, against, judged, left_out, verdicts)
+    for reference, differences in by_reference.items():
+        summaries = {name: models[name].summary for name in (model, reference)}
+        guardrails = list(check_guardrails(differences, summaries, eligible, rules))
+        if (slice_guardrail := check_slice_guardrail(slices, reference, eligible, rules.max_metric_drop)) is not None:
+            guardrails.append(slice_guardrail)
+        verdicts[reference] = decide(model, reference, objective, differences, guardrails)
+    excluded = {task: rows for task, rows in labels.items() if rows < MIN_RARER_ROWS}
+    return Comparison(model, objective, by_reference, eligible, excluded, verdicts)
 
 
 Differences = dict[tuple[str, str, str], Difference]
-"""By the name of the other model or settings, task or `score`, and metric; of what decides, the name and `OBJECTIVE`"""
+"""(reference model or settings, task or `score`, metric) -> difference. The objective's key is (name, *OBJECTIVE)."""
 
 
 def find_differences(
@@ -133,36 +167,41 @@ def find_differences(
     metrics: Collection[str] | None = None,
     name: str = "these settings",
 ) -> Differences:
-    """Compare the mean metrics of several trainings with those of other settings, without a correction.
+    """Compare the mean metrics of several runs with means of other settings, without correcting p-values.
 
-    If one side has a single training, the intervals are over users alone. Tasks that one side lacks are left out. So is
-    the score, if the settings weigh tasks differently.
+    If one side has a single run, the intervals are over users alone. Tasks that one side lacks are left out. So is the
+    score, if the settings weigh tasks differently.
 
     Args:
-        sums: Sums of each training.
-        others: Name of other settings, and the sums of their trainings. One of them is held at a time.
+        sums: Sums of the runs.
+        others: Names of other settings with the sums of the runs. Only one item is in memory at a time.
         objective: Metric that decides, None for no decision.
-        resamples: Number of times that users are redrawn.
+        resamples: Number of bootstrap resamples.
         metrics: Metrics to compare besides the objective's, None for all.
         name: Name of the settings that are compared.
 
+    Returns:
+        Differences by (other settings, task or `score`, metric).
+
     Raises:
-        UserError: The trainings were measured on different rows.
+        UserError: The runs were measured on different rows.
     """
-    mine = bootstrap_mean(sums, resamples, objective, metrics)
+    means = bootstrap_mean(sums, resamples, objective, metrics)
     differences: Differences = {}
-    for other, its in others:
-        for each in its:
-            check_same_rows(name, sums[0], other, each)
-        theirs = bootstrap_mean(its, resamples, objective, metrics)
-        left_out = {SCORE} if _weights_of_tasks(sums[0]) != _weights_of_tasks(its[0]) else set[str]()
-        if left_out and objective is not None and SCORE in objective.groups:
-            left_out.add(OBJECTIVE[0])
-        for key in (key for key in mine if key in theirs and key[0] not in left_out):
-            (values, redrawn), (its_values, its_redrawn) = mine[key], theirs[key]
-            sides = (values, its_values)
-            of_seeds = [(each.var(ddof=1) / len(each), len(each) - 1) for each in sides if min(map(len, sides)) > 1]
-            differences[other, *key] = compute_difference(redrawn, its_redrawn, of_seeds)
+    for reference, reference_sums in others:
+        for run_sums in reference_sums:
+            check_same_rows(name, sums[0], reference, run_sums)
+        reference_means = bootstrap_mean(reference_sums, resamples, objective, metrics)
+        excluded = {SCORE} if _weights_of_tasks(sums[0]) != _weights_of_tasks(reference_sums[0]) else set[str]()
+        if excluded and objective is not None and SCORE in objective.groups:
+            excluded.add(OBJECTIVE[0])
+        for key in (key for key in means if key in reference_means and key[0] not in excluded):
+            (values, estimate), (reference_values, reference_estimate) = means[key], reference_means[key]
+            sides = (values, reference_values)
+            run_variances = [
+                (side.var(ddof=1) / len(side), len(side) - 1) for side in sides if min(map(len, sides)) > 1
+            ]
+            differences[reference, *key] = compute_difference(estimate, reference_estimate, run_variances)
     return differences
 
 
@@ -172,16 +211,26 @@ def bootstrap_mean(
     objective: Objective | None = None,
     metrics: Collection[str] | None = None,
 ) -> dict[MetricKey, tuple[np.ndarray, Estimate]]:
-    """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
-    trainings = [BootstrapMetrics(each, objective, metrics) for each in sums]
+    """Compute the metrics of runs, and bootstrap the mean over runs.
+
+    Args:
+        sums: Sums of S runs.
+        resamples: Number of bootstrap resamples.
+        objective: Metric that decides, None for no decision.
+        metrics: Metrics besides the objective's, None for all.
+
+    Returns:
+        Task or `score` and metric -> values of the runs (S,), and the bootstrapped mean.
+    """
+    runs = [BootstrapMetrics(run_sums, objective, metrics) for run_sums in sums]
 
     def mean_of(counts: np.ndarray) -> Replicates:
-        values = [each.compute(counts) for each in trainings]
-        return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
+        values = [run.compute(counts) for run in runs]
+        return {key: np.mean([run_values[key] for run_values in values], axis=0) for key in values[0]}
 
-    point_values = [each.point_values for each in trainings]
-    means = trainings[0].bootstrap(resamples, mean_of)
-    return {key: (np.array([each[key] for each in point_values]), mean) for key, mean in means.items()}
+    point_values = [run.point_values for run in runs]
+    means = runs[0].bootstrap(resamples, mean_of)
+    return {key: (np.array([run_values[key] for run_values in point_values]), mean) for key, mean in means.items()}
 
 
 def decide(
@@ -191,133 +240,180 @@ def decide(
     differences: ModelDifferences,
     guardrails: Sequence[Guardrail] = (),
 ) -> Verdict:
-    """The verdict on a model beside another one."""
-    apart, both = differences.objective, f"'{model}' and '{other}'"
-    if objective is None or apart.p_value is None or apart.value is None:
-        why = f"no task has labels enough ({MIN_RARER_ROWS} rows of either)"
+    """Decide between a model and a reference model.
+
+    Args:
+        model: Name of the model.
+        other: Name of the reference model.
+        objective: Metric that decides, None if no task has enough labels.
+        differences: Differences of the model from the reference.
+        guardrails: Results of the guardrails.
+    """
+    difference, both = differences.objective, f"'{model}' and '{other}'"
+    if objective is None or difference.p_value is None or difference.value is None:
+        reason = f"no task has enough labels ({MIN_RARER_ROWS} rows of either)"
         if objective is not None:
-            alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
-            why = f"{objective.name} {'is undefined' if apart.value is None else alone}"
-        return Verdict(UNDECIDED, f"{both} can't be told apart: {why}", tuple(guardrails))
-    what = objective.name
-    if not apart.is_significant:
-        told = f"no difference is shown between {both}{apart.correction_note}: {what} differs by {apart.format()}"
-        if apart.low == apart.high == 0:
-            told = f"{both} do not differ: {what} is the same"
-        return Verdict(NOT_SHOWN, told, tuple(guardrails))
-    ends = sorted(abs(each or 0.0) for each in (apart.low, apart.high))
-    size, *reach = format_signed(abs(apart.value), *ends, sign=False)
-    which, size = "higher" if apart.value > 0 else "lower", f"{size} ({' to '.join(reach)})"
-    is_gain = (apart.value > 0) == (objective.better == "higher")
+            no_interval = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
+            reason = f"{objective.name} {'is undefined' if difference.value is None else no_interval}"
+        return Verdict(Outcome.UNDECIDED, f"{both} can't be compared: {reason}", tuple(guardrails))
+    metric = objective.name
+    if not difference.is_significant:
+        change = f"{metric} differs by {difference.format()}"
+        message = f"no difference is shown between {both}{difference.correction_note}: {change}"
+        if difference.low == difference.high == 0:
+            message = f"{both} do not differ: {metric} is the same"
+        return Verdict(Outcome.NOT_SIGNIFICANT, message, tuple(guardrails))
+    ends = sorted(abs(end or 0.0) for end in (difference.low, difference.high))
+    size, *reach = format_signed(abs(difference.value), *ends, sign=False)
+    direction, size = "higher" if difference.value > 0 else "lower", f"{size} ({' to '.join(reach)})"
+    is_gain = (difference.value > 0) == (objective.better == "higher")
     if is_gain and (failed := [guard.message for guard in guardrails if not guard.passed]):
-        beats = f"although {what} is {which} than that of '{other}' by {size}"
-        return Verdict(HELD_BACK, f"'{model}' is not called better, {beats}: {'; '.join(failed)}", tuple(guardrails))
-    kind = BETTER if is_gain else WORSE
-    return Verdict(kind, f"'{model}' is {kind} than '{other}': {what} is {which} by {size}", tuple(guardrails))
+        beats = f"although {metric} is {direction} than that of '{other}' by {size}"
+        return Verdict(
+            Outcome.BLOCKED, f"'{model}' is not called better, {beats}: {'; '.join(failed)}", tuple(guardrails)
+        )
+    kind = Outcome.BETTER if is_gain else Outcome.WORSE
+    return Verdict(kind, f"'{model}' is {kind} than '{other}': {metric} is {direction} by {size}", tuple(guardrails))
 
 
 def check_guardrails(
     differences: ModelDifferences, summaries: Mapping[str, Summary], judged: Sequence[str], rules: Evaluation
 ) -> Iterator[Guardrail]:
-    """The guardrails of each judged task: its loss, and its probabilities, which pass unless they are shown to be off
-    by more than the limit, and by more than the other model's.
+    """Check the guardrail metric and the calibration of eligible tasks.
 
-    summaries: by name, of the model and then of the other one.
+    Calibration passes unless it is significantly beyond the limit, and further from 1 than the reference model's.
+
+    Args:
+        differences: Differences between the model and the reference.
+        summaries: Name -> summary, of the model and then of the reference.
+        judged: Tasks with enough labels.
+        rules: Settings with the limits.
+
+    Yields:
+        Results of the guardrails.
     """
-    other, (mine, its) = list(summaries)[-1], summaries.values()
+    reference_name, (summary, reference) = list(summaries)[-1], summaries.values()
     for task in judged:
-        metric = mine.tasks[task].guardrail_metric
+        metric = summary.tasks[task].guardrail_metric
         limit = f"a loss of more than {rules.max_metric_drop:g} (evaluation.max_metric_drop)"
-        loss = differences.groups.get(task, {}).get(metric, Difference(None))
-        end = f"so {limit} can't be ruled out"
+        difference = differences.groups.get(task, {}).get(metric, Difference(None))
+        conclusion = f"so {limit} can't be ruled out"
         if (
-            passed := loss.low is not None and loss.low >= -rules.max_metric_drop
+            passed := difference.low is not None and difference.low >= -rules.max_metric_drop
         ):  # the interval rules a larger loss out
-            end = f"so {limit} is ruled out"
-        elif loss.high is not None and loss.high < -rules.max_metric_drop:
-            end = f"which is {limit}"
-        told = f"the {metric} of {task} changes by {loss.format()}"
-        if loss.low is None:
-            missing = "is undefined" if loss.value is None else "has no interval"
-            told = f"the difference in {metric} of {task} {missing}"
-        yield Guardrail(task, metric, passed, f"{told}, {end}")
-        ratio, its_ratio = (each.tasks[task].get("calibration") for each in (mine, its))
-        if ratio.value is None or its_ratio.value is None:
+            conclusion = f"so {limit} is ruled out"
+        elif difference.high is not None and difference.high < -rules.max_metric_drop:
+            conclusion = f"which is {limit}"
+        message = f"the {metric} of {task} changes by {difference.format()}"
+        if difference.low is None:
+            missing = "is undefined" if difference.value is None else "has no interval"
+            message = f"the difference in {metric} of {task} {missing}"
+        yield Guardrail(task, metric, passed, f"{message}, {conclusion}")
+        ratio, reference_ratio = (tasks[task].get("calibration") for tasks in (summary.tasks, reference.tasks))
+        if ratio.value is None or reference_ratio.value is None:
             continue
         low, high = (ratio.value if end is None else end for end in (ratio.low, ratio.high))
         is_outside = low > rules.max_calibration_ratio or high < 1 / rules.max_calibration_ratio
-        passed = not (is_outside and distance_from_one(ratio.value) > distance_from_one(its_ratio.value))
-        told = (
+        passed = not (is_outside and distance_from_one(ratio.value) > distance_from_one(reference_ratio.value))
+        message = (
             f"the probabilities of {task} are {ratio.format(2)} times what was observed, which is "
             f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {rules.max_calibration_ratio:g} "
-            f"(evaluation.max_calibration_ratio); those of '{other}' are {its_ratio.value:.2f} times"
+            f"(evaluation.max_calibration_ratio); those of '{reference_name}' are {reference_ratio.value:.2f} times"
         )
-        yield Guardrail(task, "calibration", passed, told)
+        yield Guardrail(task, "calibration", passed, message)
 
 
 def check_slice_guardrail(
     slices: Sequence[SliceRecord], other: str, tasks: Sequence[str], margin: float
 ) -> Guardrail | None:
-    """Passes unless a slice is shown to lose more than the margin, corrected for how many are looked at: all of them
-    together hold an equal model back in at most 2.5% of the cases, as the interval of a single one does.
+    """Check that no slice loses significantly more than the margin, corrected for the number of slices.
 
-    None where no slice can be judged.
+    All tests together block an equal model in at most 2.5% of cases, as the interval of a single metric does.
+
+    Args:
+        slices: Slices of the model.
+        other: Name of the reference model.
+        tasks: Tasks with enough labels.
+        margin: Largest loss allowed in the guardrail metric.
+
+    Returns:
+        Result of the guardrail, None if no slice can be tested.
     """
     guardrail_metric = {kind.guardrail_metric for kind in KINDS.values()}
     compared_to = [
-        each for each in slices if each.compared_to == other and each.group in tasks and each.metric in guardrail_metric
+        record
+        for record in slices
+        if record.compared_to == other and record.group in tasks and record.metric in guardrail_metric
     ]
-    judged = [(each, each.loss_p_value(margin)) for each in compared_to if each.degrees_of_freedom]
-    if not judged:
+    tested = [(record, record.loss_p_value(margin)) for record in compared_to if record.degrees_of_freedom]
+    if not tested:
         return None
-    losing = sorted((each for each, p in judged if p * len(judged) < ALPHA), key=lambda each: each.difference or 0.0)
-    looked_at = dict.fromkeys((each.by, each.slice) for each, _ in judged)
-    number, by = len(looked_at), ", ".join(dict.fromkeys(by for by, _ in looked_at))
-    told, limit = (
+    losing = sorted(
+        (record for record, p in tested if p * len(tested) < ALPHA), key=lambda record: record.difference or 0.0
+    )
+    tested_slices = dict.fromkeys((record.by, record.slice) for record, _ in tested)
+    number, by = len(tested_slices), ", ".join(dict.fromkeys(by for by, _ in tested_slices))
+    finding, limit = (
         f"of {number} slices by {by} none is shown to have",
         f"a loss of more than {margin:g} (evaluation.max_metric_drop)",
     )
     if losing:
         more = f", and in {len(losing) - MAX_LISTED_SLICES} more" if len(losing) > MAX_LISTED_SLICES else ""
-        told = f"{'; '.join(f'in {each.message}' for each in losing[:MAX_LISTED_SLICES])}{more}, which is"
+        finding = f"{'; '.join(f'in {record.message}' for record in losing[:MAX_LISTED_SLICES])}{more}, which is"
         limit += f", corrected for the {number} slices by {by}"
-    return Guardrail(None, "slices", not losing, f"{told} {limit}")
+    return Guardrail(None, "slices", not losing, f"{finding} {limit}")
 
 
 def correct_differences(
     base: EvaluationSums, differences: Differences, others: Iterable[str]
 ) -> dict[str, ModelDifferences]:
-    """Each other model -> differences with corrected p-values: of the metrics that tables show, and of the objectives.
+    """Correct the p-values of the metrics that tables show, and the p-values of the objectives.
 
-    differences: by (other model, task or `score`, metric).
+    Args:
+        base: Sums of the model.
+        differences: Differences by (reference model, task or `score`, metric).
+        others: Names of the reference models.
+
+    Returns:
+        Reference model -> differences with corrected p-values.
     """
     kinds = {SCORE: SCORE} | {task.name: task.kind for task in base.tasks}
     shown = {
-        (group, each.name)
+        (group, metric.name)
         for group, kind in kinds.items()
-        for each in metrics_for_kind(kind)
-        if each.is_shown(group == SCORE)
+        for metric in metrics_for_kind(kind)
+        if metric.is_shown(group == SCORE)
     }
     corrected = dict(differences)
     for family in (shown, {OBJECTIVE}):
-        its = {key: each for key, each in differences.items() if key[1:] in family}
-        corrected |= dict(zip(its, holm_correct(list(its.values())), strict=True))
-    found = {}
-    for other in others:
-        flat = {key[1:]: each for key, each in corrected.items() if key[0] == other}
-        found[other] = ModelDifferences(flat.pop(OBJECTIVE, Difference(None)), nest(flat))
-    return found
+        family_differences = {key: difference for key, difference in differences.items() if key[1:] in family}
+        corrected |= dict(zip(family_differences, holm_correct(list(family_differences.values())), strict=True))
+    by_reference = {}
+    for reference in others:
+        differences_by_metric = {key[1:]: difference for key, difference in corrected.items() if key[0] == reference}
+        by_reference[reference] = ModelDifferences(
+            differences_by_metric.pop(OBJECTIVE, Difference(None)), nest(differences_by_metric)
+        )
+    return by_reference
 
 
 def _weights_of_tasks(sums: EvaluationSums) -> dict[str, float]:
-    """What labels of tasks are worth in the relevance of a row, which rankings are measured by."""
+    """Return the weights of tasks in a row's relevance, which ranking metrics use."""
     return {task.name: task.weight for task in sums.tasks if task.weight}
 
 
 @dataclass(frozen=True)
 class RunsMean:
-    """A metric over trainings: their mean with its 95% interval; between_trainings: their standard deviation;
-    standard_error_over_users: the standard error of the mean from the choice of users; values: of each training."""
+    """Mean of a metric over runs.
+
+    Attributes:
+        mean: Mean over runs.
+        low: Lower end of the 95% interval.
+        high: Upper end of the 95% interval.
+        std_between_runs: Standard deviation between runs.
+        standard_error_over_users: Standard error of the mean from the choice of users.
+        values: Value of each run.
+    """
 
     mean: float | None
     low: float | None
@@ -330,30 +426,43 @@ class RunsMean:
 def average_runs(
     sums: Sequence[EvaluationSums], resamples: int, objective: Objective | None = None
 ) -> dict[str, dict[str, RunsMean]]:
-    """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows.
+    """Average metrics over two or more runs that were measured on the same rows.
 
-    objective: what decides, whose mean is under `OBJECTIVE`, if all of its tasks are measured.
+    Args:
+        sums: Sums of the runs.
+        resamples: Number of bootstrap resamples.
+        objective: Metric that decides. Its mean is under `OBJECTIVE`, if all of its tasks are measured.
+
+    Returns:
+        Task or `score` -> metric -> mean.
     """
-    return nest({key: _mean_of(*each) for key, each in bootstrap_mean(sums, resamples, objective).items()})
+    return nest({key: _mean_of(*mean) for key, mean in bootstrap_mean(sums, resamples, objective).items()})
 
 
 def _mean_of(values: np.ndarray, replicates: Estimate) -> RunsMean:
-    each = tuple(float(value) if np.isfinite(value) else None for value in values)
-    spread, nothing = (
+    run_values = tuple(float(value) if np.isfinite(value) else None for value in values)
+    std, zero = (
         float(values.std(ddof=1)),
         Estimate(0.0, np.zeros_like(replicates.replicates), replicates.effective_users),
     )
-    mean = compute_difference(replicates, nothing, [(spread**2 / len(values), len(values) - 1)])
+    mean = compute_difference(replicates, zero, [(std**2 / len(values), len(values) - 1)])
     if mean.value is None:
-        return RunsMean(None, None, None, None, None, each)
-    of_users = None if mean.low is None else replicates.standard_error
-    return RunsMean(mean.value, mean.low, mean.high, spread, of_users, each)
+        return RunsMean(None, None, None, None, None, run_values)
+    standard_error = None if mean.low is None else replicates.standard_error
+    return RunsMean(mean.value, mean.low, mean.high, std, standard_error, run_values)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
-    title, facts: what a report says of the rows."""
+    """Results of an evaluation.
+
+    Attributes:
+        models: Name -> measured model. The first model is the one to judge.
+        tasks: Tasks that may decide.
+        rules: Settings of the decision.
+        title: Title of the report.
+        facts: Facts about the rows for the report.
+    """
 
     models: dict[str, MeasuredModel]
     tasks: tuple[str, ...]
@@ -363,46 +472,47 @@ class Results:
 
     @property
     def name(self) -> str:
-        """The name of the model in question."""
+        """Name of the first model."""
         return next(iter(self.models))
 
     @property
     def summary(self) -> Summary:
-        """The metrics of the model in question."""
+        """Metrics of the first model."""
         return self.first.summary
 
     @property
     def first(self) -> MeasuredModel:
-        """The model in question."""
+        """The model to judge."""
         return self.models[self.name]
 
     @property
     def summaries(self) -> dict[str, Summary]:
-        """The summaries of all models, by name."""
-        return {name: each.summary for name, each in self.models.items()}
+        """Summaries of all models by name."""
+        return {name: model.summary for name, model in self.models.items()}
 
     @property
     def one_row_per_user(self) -> bool:
-        """True if each row has a user of its own, for all models."""
-        return all(each.one_row_per_user for each in self.summaries.values())
+        """Whether each row has its own user, for all models."""
+        return all(summary.one_row_per_user for summary in self.summaries.values())
 
     @cached_property
     def comparison(self) -> Comparison | None:
-        """The first model beside the others; None where it is alone.
+        """Comparison of the first model with the others, None for a single model.
 
-        Raises UserError where the rows are not the same, or not sliced by what is to be guarded.
+        Raises:
+            UserError: The rows differ, or they are not sliced by a column in `evaluation.guardrail_slices`.
         """
         if len(self.models) == 1:
             return None
-        wanted, there = self.rules.guardrail_slices, dict.fromkeys(by for by, _ in self.first.slices)
-        if unknown := [each for each in wanted or () if each not in there]:
-            sliced = f"rows are sliced by: {', '.join(there) or 'nothing'}"
+        guarded, available = self.rules.guardrail_slices, dict.fromkeys(by for by, _ in self.first.slices)
+        if unknown := [by for by in guarded or () if by not in available]:
+            sliced = f"rows are sliced by: {', '.join(available) or 'nothing'}"
             raise UserError(f"evaluation.guardrail_slices names '{unknown[0]}', and {sliced}")
-        slices = [each for each in self.slices if wanted is None or each.by in wanted]
+        slices = [record for record in self.slices if guarded is None or record.by in guarded]
         return compare(self.models, self.name, self.tasks, self.rules, slices)
 
     @cached_property
     def slices(self) -> list[SliceRecord]:
-        """All slices of the first model, beside all rows and other models."""
+        """All slices of the first model, compared with all rows and with the other models."""
         resamples = min(self.rules.resamples, SLICE_RESAMPLES)
         return compare_slices(self.models, self.name, resamples)

@@ -1,4 +1,4 @@
-"""Measures models on the rows of a split: scores encoded rows, and gives the metrics and predictions for people."""
+"""Evaluate models on the rows of a split, and write metrics, reports and predictions."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,17 +51,23 @@ from mmoe_rec.tracking.registry import describe_version, get_version, resolve_mo
 from mmoe_rec.tracking.runs import bullet_list, code_block, command_line, describe_datasets
 
 PROMOTION_FOLDER = "promotion"
-"""Folder of a run's files, of what `promote` measures."""
+"""Folder of a run's files for the results of `promote`."""
 PREDICTIONS_FILE = "predictions.parquet"
-"""File of an evaluation: the measured rows of the model in question, as `evaluate --predictions` reads them."""
+"""File with the predictions of the first model, in the format of `evaluate --predictions`."""
 ID_COLUMNS = ("user", "request", "candidate")
 ROWS_AT_A_TIME = 65_536
 
 
 class NotFiniteError(UserError):
-    """A model gives predictions that are not finite numbers. name: of the model."""
+    """Error about a model, called `name`, whose predictions are not finite numbers."""
 
     def __init__(self, message: str, name: str) -> None:
+        """Store the message and the model's name.
+
+        Args:
+            message: Error message.
+            name: Name of the model.
+        """
         super().__init__(message)
         self.name = name
 
@@ -74,24 +80,31 @@ def predict_rows(
     calibration: Calibration,
     name: str = "the model",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predict encoded rows as the model is served: without placement, in fp32, on the model's device.
+    """Predict encoded rows as in serving: without placement, in fp32, on the model's device.
+
+    Args:
+        model: Model that predicts.
+        layout: Layout of the model.
+        parts: Encoded rows in parts.
+        calibration: Calibration of the model.
+        name: Name of the model in errors.
 
     Returns:
         Predictions (N, T), and log scores (N,) by the model's own weights.
 
     Raises:
-        NotFiniteError: A prediction is not a finite number. It names the model.
+        NotFiniteError: A prediction is not a finite number.
     """
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
-    weights, found = [task.score_weight for task in layout.tasks], list[tuple[np.ndarray, np.ndarray]]()
+    weights, outputs = [task.score_weight for task in layout.tasks], list[tuple[np.ndarray, np.ndarray]]()
     model.eval()
     for rows in parts:
         logits = model(make_batch(rows.encoded, layout, torchrec=False).to(device_of(model))).logits.cpu()
         if not logits.isfinite().all():
             raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name)
         logits = calibration.apply(logits, names)
-        found.append((predictions(logits, kinds).numpy(), compute_log_scores(logits, kinds, weights).numpy()))
-    predicted, score = (np.concatenate(each) for each in zip(*found, strict=True))
+        outputs.append((predictions(logits, kinds).numpy(), compute_log_scores(logits, kinds, weights).numpy()))
+    predicted, score = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
     return predicted, score
 
 
@@ -103,10 +116,20 @@ def score_rows(
     calibration: Calibration = UNCALIBRATED,
     name: str = "the model",
 ) -> PredictedRows:
-    """Predict all rows, see `predict_rows`, to be measured against what the settings say that labels are worth.
+    """Predict all rows as `predict_rows` does, and attach the labels.
 
-    layout: the model's; name: what the model is called where it gives predictions that are not finite. By
-    `training.sampling_correction` metrics are those of the log before it was sampled.
+    With `training.sampling_correction`, metrics estimate those of the log before sampling.
+
+    Args:
+        settings: Settings with the weights of the labels.
+        model: Model that predicts.
+        layout: Layout of the model.
+        rows: Encoded rows.
+        calibration: Calibration of the model.
+        name: Name of the model in errors.
+
+    Raises:
+        NotFiniteError: A prediction is not a finite number.
     """
     read, more = list[tuple[np.ndarray, pa.Table]](), [f"label.{outcome}" for outcome in layout.joint_outcomes]
     more += rows.weight_columns(settings.training.sampling_correction == "weights")
@@ -126,7 +149,14 @@ def score_rows(
 def read_labels(
     settings: Settings, prepared: FeatureFolder, split: str, part: ValidationPart | None = None
 ) -> PredictedRows:
-    """Read the rows of a split, or of one part of its users, without inputs and predictions."""
+    """Read the labels of a split without inputs and predictions.
+
+    Args:
+        settings: Settings with the weights of the labels.
+        prepared: Folder of features.
+        split: Name of the split.
+        part: Part of the split's users, None for all users.
+    """
     weighted, layout = settings.training.sampling_correction == "weights", ModelLayout.of(prepared.layout, settings)
     rows = EncodedDataset(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()), part=part)
     columns = (*ID_COLUMNS, *(f"label.{name}" for name in layout.joint_outcomes), *rows.weight_columns(weighted))
@@ -138,32 +168,51 @@ def read_labels(
 def collect_labels(
     settings: Settings, layout: ModelLayout, read: Sequence[tuple[np.ndarray, pa.Table]]
 ) -> PredictedRows:
-    """Join parts of rows, their labels (n, T) and the columns beside them, without predictions.
+    """Join parts of rows, without predictions.
 
-    Each task is measured over the rows of its own label, each outcome over all rows. An outcome has no weight in the
-    score, which multiplies already.
+    A task is measured over the rows with a label, and a joint outcome over all rows. A joint outcome has no weight in
+    the score, because the score already multiplies the predictions of tasks.
+
+    Args:
+        settings: Settings with the weights of the labels.
+        layout: Layout with the tasks.
+        read: Labels (n, T) and further columns of each part.
     """
-    beside, labels = pa.concat_tables([table for _, table in read]), np.concatenate([of for of, _ in read])
-    users, requests, candidates = (beside.column(name).combine_chunks() for name in ID_COLUMNS)
+    columns, label_matrix = (
+        pa.concat_tables([table for _, table in read]),
+        np.concatenate([part_labels for part_labels, _ in read]),
+    )
+    users, requests, candidates = (columns.column(name).combine_chunks() for name in ID_COLUMNS)
     tasks = [MeasuredTask(task.name, task.kind, settings.tasks[task.name].score_weight) for task in layout.tasks]
-    known = {task.name: of for task, of in zip(tasks, labels.T, strict=True)}
-    known |= {name: beside.column(f"label.{name}").to_numpy() for name in layout.joint_outcomes}
+    labels_by_task = {task.name: values for task, values in zip(tasks, label_matrix.T, strict=True)}
+    labels_by_task |= {name: columns.column(f"label.{name}").to_numpy() for name in layout.joint_outcomes}
     tasks += [MeasuredTask(name, weight=0.0) for name in layout.joint_outcomes]
-    row = None if settings.columns.has_candidate else candidates  # the number in a log without candidates
+    row = None if settings.columns.has_candidate else candidates  # the row number, in a log without candidates
     candidates = candidates if row is None else None
     score = np.zeros(len(users))
-    return PredictedRows(tuple(tasks), users, requests, candidates, {}, known, score, row_weights(beside), row)
+    return PredictedRows(
+        tuple(tasks), users, requests, candidates, {}, labels_by_task, score, row_weights(columns), row
+    )
 
 
 @contextmanager
 def open_encoded_split(settings: Settings, artifact: Path, ranker: Ranker, split: str = "test") -> Iterator[Path]:
-    """Encoded test rows, which nobody replaces meanwhile: existing ones that the model's features made, or new ones.
+    """Yield the folder of encoded rows, locked so that no other process replaces them.
 
-    artifact: where the ranker was loaded from; split: of the rows. Raises UserError where its tasks are not the same.
+    Existing rows are used if the model's features made them. Otherwise the rows are encoded with the model's features.
+
+    Args:
+        settings: Settings of the rows.
+        artifact: Folder of the model's files.
+        ranker: The loaded model.
+        split: Name of the split.
+
+    Raises:
+        UserError: The model has other tasks than the settings.
     """
     check_tasks(settings, ranker.pipeline.schema)
-    work, what = Path(settings.data.work_dir), "an evaluation"
-    with read_lock(work / "features", what):
+    work, purpose = Path(settings.data.work_dir), "an evaluation"
+    with read_lock(work / "features", purpose):
         prepared = find_existing_features(BuildInputs.of(settings))
         if prepared is not None and prepared.manifest["fingerprint"] == ranker.info.fingerprint:
             prepared.require_rows(split)
@@ -174,29 +223,34 @@ def open_encoded_split(settings: Settings, artifact: Path, ranker: Ranker, split
         files = (
             f"1 is gone, '{missing[0]}'" if len(missing) == 1 else f"{len(missing):,} are gone, such as '{missing[0]}'"
         )
-        told = "the features that the model was trained on are not there, so counters and histories are rebuilt from"
-        say(f"{told} the files that are left in the log: {files}")
-    with write_lock(encoded, what, "set `data.work_dir` to another folder", wait=True):
+        reason = "the features of the model's training are missing, so counters and histories are rebuilt from"
+        say(f"{reason} the files that are left in the log: {files}")
+    with write_lock(encoded, purpose, "set `data.work_dir` to another folder", wait=True):
         encode_splits(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
         yield encoded / split
 
 
 def check_tasks(settings: Settings, schema: Schema) -> None:
-    """Raises UserError where a model's schema has other tasks than the settings, or ones that mean something else."""
+    """Raise UserError if a model's tasks differ from the tasks of the settings.
+
+    Args:
+        settings: Settings with the tasks.
+        schema: Schema of the model.
+    """
     if set(schema.tasks) != set(settings.tasks):
         raise UserError(f"the model predicts {', '.join(schema.tasks)}; the settings have {', '.join(settings.tasks)}")
-    its, ours = ({"tasks": each.identity()["tasks"]} for each in (schema, settings.schema_))
-    for where, before, now in diff_settings(its, ours):
+    model_tasks, settings_tasks = ({"tasks": schema_.identity()["tasks"]} for schema_ in (schema, settings.schema_))
+    for where, before, now in diff_settings(model_tasks, settings_tasks):
         raise UserError(
-            f"the model was trained with '{where}' {before}, and it is {now} in the settings, so it predicts something "
-            "else than these labels: set it back, or train a model with it"
+            f"the model was trained with '{where}' {before}, and it is {now} in the settings, so it does not "
+            "predict these labels. Restore the setting, or train a model with it"
         )
 
 
 def log_evaluation(
     settings: Settings, model: ResolvedModel, results: Results, out: Path, artifact_path: str, split: str
 ) -> None:
-    """Log to the run of a model, or to a new one if that is unknown or the rows are not of its training's log.
+    """Log results to the model's run, or to a new run if the run is unknown or trained on another log.
 
     Args:
         settings: Settings that name the rows.
@@ -209,7 +263,7 @@ def log_evaluation(
     Raises:
         UnreachableError: MLflow does not answer.
     """
-    summary, first, inputs = results.first.summary, results.first, BuildInputs.of(settings)
+    summary, measured, inputs = results.first.summary, results.first, BuildInputs.of(settings)
     prepared = find_existing_features(inputs)
     fingerprints = {compute_fingerprint(inputs.logs, inputs.windows)}
     fingerprints |= set() if prepared is None else {prepared.manifest["fingerprint"]}
@@ -221,10 +275,10 @@ def log_evaluation(
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
         section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
         sentences = bullet_list(
-            [*describe_verdicts(results), *(each.message for each in find_suspicious_results(results))]
+            [*describe_verdicts(results), *(finding.message for finding in find_suspicious_results(results))]
         )
-        of_rows = ("log", "rows", "requests", "caution")
-        facts = "\n".join(f"- {fact}: {results.facts[fact]}" for fact in of_rows if fact in results.facts)
+        row_facts = ("log", "rows", "requests", "caution")
+        facts = "\n".join(f"- {fact}: {results.facts[fact]}" for fact in row_facts if fact in results.facts)
         page = f"Report: `{artifact_path}/report.html` of the artifacts."
         run.write_section(heading, f"{sentences}\n\n{facts}\n\n{page}\n\n{code_block(command_line())}")
         numbers = {  # the ends of intervals get a section of charts of their own
@@ -234,7 +288,7 @@ def log_evaluation(
         run.log_metrics(numbers)
         run.log_artifact(out / "metrics.json", artifact_path)
         run.log_artifact(out / "report.html", artifact_path)
-    if split != "test" or first.training_overlap:  # what it has learnt says nothing of it
+    if split != "test" or measured.training_overlap:  # metrics on training rows don't describe a version
         return
     if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", model.uri)) is not None:
         rows = f"{summary.rows:,} rows of {settings.data.log}"
@@ -247,24 +301,24 @@ def log_evaluation(
 def evaluate_model(
     settings: Settings, address: str, out: str | Path, against: Sequence[str] = (), split: str = "test"
 ) -> Results:
-    """Score the rows of a split with a model, measure them, and write metrics, plots and predictions.
+    """Score the rows of a split with a model, compute metrics, and write metrics, plots and predictions.
 
     Waits while another evaluation writes to the same folder.
 
     Args:
-        settings: Settings that name the rows and say what their labels are worth.
+        settings: Settings that name the rows and weigh the labels.
         address: URI of the model, or its folder.
         out: Folder for the results, which are also logged to MLflow.
-        against: URIs of other models, to compare with on the same rows.
+        against: URIs of other models to compare with on the same rows.
         split: Split of the rows, `test` or `validation`.
     """
     short = short_names([address, *against])
-    models = {name: resolve_model(each, settings.tracking.resolved_uri) for each, name in short.items()}
+    models = {name: resolve_model(model_uri, settings.tracking.resolved_uri) for model_uri, name in short.items()}
     return evaluate_models(settings, models, Path(out), split)
 
 
 def evaluation_folder(split: str) -> str:
-    """The folder, in `data.work_dir` and among a run's files, of what is measured on a split."""
+    """Return the folder for results on a split, in `data.work_dir` and among a run's files."""
     return "evaluation" if split == "test" else f"evaluation_{split}"
 
 
@@ -275,9 +329,14 @@ def evaluate_models(
     split: str = "test",
     artifact_path: str | None = None,
 ) -> Results:
-    """Does what `evaluate_model` does for models by their names; the first one is compared with the others.
+    """Evaluate models as `evaluate_model` does, and compare the first model with the others.
 
-    artifact_path: folder of the run's files, None for that of the split.
+    Args:
+        settings: Settings that name the rows and weigh the labels.
+        models: Name -> model.
+        out: Folder for the results.
+        split: Split of the rows, `test` or `validation`.
+        artifact_path: Folder of the run's files, None for the split's folder.
     """
     rules, artifact_path = settings.evaluation, artifact_path or evaluation_folder(split)
     check_output_folder(out, settings)
@@ -287,22 +346,22 @@ def evaluate_models(
     with write_lock(out, "an evaluation", "give another folder with --out", wait=True):
         slicing = RowSlicer(settings, first.folder)
         for name, model in models.items():
-            rows, about = score_split(settings, model, name, split), read_artifact(model.folder, verify=False)
+            rows, info = score_split(settings, model, name, split), read_artifact(model.folder, verify=False)
             if model is first:
                 first_rows = rows
-            told = {
+            model_facts = {
                 "sampling_correction": settings.training.sampling_correction,
-                "relevance_weights": {each: task.score_weight for each, task in settings.tasks.items()},
-                "score_weights": {task.name: task.score_weight for task in about.tasks},
+                "relevance_weights": {task_name: task.score_weight for task_name, task in settings.tasks.items()},
+                "score_weights": {task.name: task.score_weight for task in info.tasks},
             }
             measured[name] = measure_model(
                 rows,
                 rules.resamples,
                 slicing.find(rows),
-                told,
+                model_facts,
                 address=model.uri,
                 training_overlap=describe_training_overlap(settings, model.folder),
-                undertraining=about.undertraining,
+                undertraining=info.undertraining,
             )
         title = f"{'Promotion' if artifact_path == PROMOTION_FOLDER else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
@@ -313,13 +372,23 @@ def evaluate_models(
         try:
             log_evaluation(settings, first, results, out, artifact_path, split)
         except UserError as error:
-            all_of_it = "" if isinstance(error, UnreachableError) else "all of it "
-            say(f"{error}: the evaluation is in '{out}', but not {all_of_it}in MLflow")
+            missing = "" if isinstance(error, UnreachableError) else "all of it "
+            say(f"{error}: the evaluation is in '{out}', but not {missing}in MLflow")
     return results
 
 
 def score_split(settings: Settings, model: ResolvedModel, name: str, split: str = "test") -> PredictedRows:
-    """The rows of a split as a model scores them. Raises UserError where its tasks mean something else."""
+    """Score the rows of a split with a model.
+
+    Args:
+        settings: Settings that name the rows.
+        model: Model that predicts.
+        name: Name of the model in errors.
+        split: Split of the rows.
+
+    Raises:
+        UserError: The model has other tasks than the settings.
+    """
     ranker = Ranker.load(model.folder)
     with open_encoded_split(settings, model.folder, ranker, split) as folder:
         rows = EncodedDataset(folder, ranker.layout)
@@ -327,7 +396,7 @@ def score_split(settings: Settings, model: ResolvedModel, name: str, split: str 
 
 
 def _facts(settings: Settings, split: str) -> dict[str, str]:
-    """What a reader wants to know of the rows."""
+    """Return facts about the rows for the report."""
     rows, facts = settings.split, {"log": settings.data.log}
     if rows.column is not None:
         facts["rows"] = f"those with {' or '.join(map(str, getattr(rows, split)))} in column '{rows.column}'"
@@ -337,20 +406,22 @@ def _facts(settings: Settings, split: str) -> dict[str, str]:
         until = "the end of the log" if end is None else f"{end:%Y-%m-%d %H:%M} UTC"
         facts["requests"] = f"from {begin:%Y-%m-%d %H:%M} UTC to {until}"
     if split == "validation":
-        facts["caution"] = "these rows chose the state of the model, so it looks better on them than on others"
+        facts["caution"] = "these rows selected the state of the model, so metrics are better than on other rows"
     facts["decides"] = f"{settings.evaluation.primary_metric}, margin {settings.evaluation.max_metric_drop:g}"
     return facts
 
 
 def write_predictions(rows: PredictedRows, columns: Columns, out: Path) -> None:
-    """Write `user`, `request`, `candidate`, `predicted_NAME` and `label_NAME` of each task and outcome, `score`, and
-    `weight` where rows have one. Unobserved labels are null.
+    """Write predictions and labels of rows to a Parquet file.
+
+    The columns are `user`, `request`, `candidate`, `predicted_NAME` and `label_NAME` of each task and outcome, `score`,
+    and `weight` if rows have weights. Unobserved labels are null.
 
     Args:
         rows: Rows to write.
-        columns: Columns of the log. What it does not have is left out: without candidates, `row` is the number of each
-            row in the log.
-        out: Folder that gets the file `PREDICTIONS_FILE`.
+        columns: Columns of the log. Columns that the log lacks are left out. Without candidates, `row` is the row
+            number in the log.
+        out: Folder for the file `PREDICTIONS_FILE`.
     """
     has_request = columns.has_user or columns.request is not None
     written: dict[str, Any] = {
@@ -363,31 +434,36 @@ def write_predictions(rows: PredictedRows, columns: Columns, out: Path) -> None:
     written |= {f"label_{name}": pa.array(values, from_pandas=True) for name, values in rows.labels.items()}
     written |= {"score": scores_from_log_scores(rows.score), "weight": rows.weight}
     with atomic_file(out / PREDICTIONS_FILE) as path:
-        pq.write_table(pa.table({name: of for name, of in written.items() if of is not None}), path, compression="zstd")
+        pq.write_table(
+            pa.table({name: values for name, values in written.items() if values is not None}), path, compression="zstd"
+        )
 
 
 def describe_training_overlap(settings: Settings, artifact: Path, split: str = "test") -> list[str]:
-    """Say what the training of a model had to do with the rows that it is measured on.
+    """Describe how the training of a model used the rows that it is measured on.
 
     Args:
-        settings: Settings whose rows measure it.
-        artifact: Its folder, whose own settings say on which rows it was trained.
-        split: Split of the rows, `test` or `validation`. Of the latter, judging rows have chosen no state of a model.
+        settings: Settings of the measured rows.
+        artifact: Folder of the model. Its own settings define the training rows.
+        split: Split of the rows, `test` or `validation`. Judging rows of the validation split have not chosen the state
+            of a model.
 
     Returns:
-        Sentences without their subject, none if it has not seen these rows.
+        Sentences without a subject. Empty if the model has not seen the rows.
     """
-    of_test = split == "test"
-    its, now = load_settings(artifact / "settings.yaml").split, settings.split
-    if now.column != its.column:
-        ways = ["times" if each is None else f"column '{each}'" for each in (its.column, now.column)]
-        rows = f"rows that {ways[0]} split, and those that it is measured on {ways[1]}"
-        return [f"was trained on {rows}: it may have seen labels that it is measured by"]
-    rows, (end, begin) = "", ((each.validation_end if of_test else each.train_end) for each in (its, now))
-    if now.column is not None:
-        seen = {format_split_value(each) for each in (*its.train, *(its.validation if of_test else ()))}
-        if both := ", ".join(repr(each) for each in getattr(now, split) if format_split_value(each) in seen):
-            rows = f"on rows with {both} in column '{now.column}', which are those that it is measured on"
+    is_test = split == "test"
+    trained, measured = load_settings(artifact / "settings.yaml").split, settings.split
+    if measured.column != trained.column:
+        methods = ["times" if column is None else f"column '{column}'" for column in (trained.column, measured.column)]
+        rows = f"rows that {methods[0]} split, and is measured on rows that {methods[1]} split"
+        return [f"was trained on {rows}: it may have seen labels of the measured rows"]
+    rows, (end, begin) = "", ((rows.validation_end if is_test else rows.train_end) for rows in (trained, measured))
+    if measured.column is not None:
+        seen = {format_split_value(value) for value in (*trained.train, *(trained.validation if is_test else ()))}
+        if overlap := ", ".join(repr(value) for value in getattr(measured, split) if format_split_value(value) in seen):
+            rows = f"on rows with {overlap} in column '{measured.column}', and is measured on the same rows"
     elif begin is not None and end is not None and end > begin:
-        rows = f"on requests before {end:%Y-%m-%d %H:%M}, and is measured on those from {begin:%Y-%m-%d %H:%M} UTC on"
-    return [f"was trained, or its best state chosen, {rows}: it has seen labels that it is measured by"] if rows else []
+        rows = (
+            f"on requests before {end:%Y-%m-%d %H:%M}, and is measured on requests from {begin:%Y-%m-%d %H:%M} UTC on"
+        )
+    return [f"was trained, or its best state chosen, {rows}: it has seen labels of the measured rows"] if rows else []

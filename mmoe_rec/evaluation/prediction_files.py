@@ -1,6 +1,6 @@
-"""Files of predictions: which columns hold what, by a settings file or the words of a command line, and their rows.
+"""Evaluate files of predictions, whose columns are named by settings or by the command line.
 
-Rows are checked as they are read, and held in memory.
+Rows are checked when they are read, and are kept in memory.
 """
 
 import os
@@ -42,18 +42,24 @@ from mmoe_rec.task_kinds.task_kind import ValueRule
 
 COLUMN_SEPARATOR, WEIGHT = "+", "weight"
 _OWN = ("user", "request", "candidate", WEIGHT)
-"""What the files of `score --labels` and `evaluate --model` call them, whatever the log calls them."""
+"""Column names in the files of `score --labels` and `evaluate --model`, which don't depend on the log."""
 
 
 @dataclass(frozen=True)
 class PredictionColumns:
-    """Tasks, and the columns that rows have.
+    """Tasks, and the columns of their rows.
 
-    names: part (user, request, candidate, score, weight, predicted_TASK, label_TASK) -> column; of a request several,
-    joined by `COLUMN_SEPARATOR`, whose values together tell requests apart; optional: parts that files need not have;
-    outcomes: names of tasks that they need not have; by_log: parts that are called as in the log, so that the names of
-    `_OWN` are meant where the files lack these; duplicates: whether a request may hold a candidate twice; slices: of
-    rows.
+    A part is user, request, candidate, score, weight, predicted_TASK or label_TASK.
+
+    Attributes:
+        tasks: Tasks to measure.
+        names: Part -> column. A request may have several columns, joined by `COLUMN_SEPARATOR`, that identify it
+            together.
+        optional: Parts that files may lack.
+        outcomes: Joint outcomes, which files may lack.
+        log_named: Parts that are named as in the log. Files without these columns use the names in `_OWN`.
+        duplicates: Whether a request may have a candidate twice.
+        slices: Slices of the rows.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -66,39 +72,51 @@ class PredictionColumns:
 
     @property
     def request(self) -> list[str]:
-        """The columns that tell requests apart."""
+        """Columns that identify requests."""
         return self.names["request"].split(COLUMN_SEPARATOR)
 
     def by_part(self) -> dict[str, str | None]:
-        """Part -> column, None where rows have none."""
+        """Return the column of each part, None if rows have no such column."""
         return {part: self.names.get(part) for part in _list_parts(self.tasks)}
 
     def with_columns(self, words: Sequence[str], option: str = "--columns") -> "PredictionColumns":
-        """The same with other columns, named by words such as `user=customer_id`. Raises UserError for another word."""
-        given, parts = dict[str, str](), _list_parts(self.tasks)
+        """Return a copy with other columns.
+
+        Args:
+            words: Columns such as `user=customer_id`.
+            option: Option to name in errors.
+
+        Raises:
+            UserError: A word is not PART=COLUMN.
+        """
+        named, parts = dict[str, str](), _list_parts(self.tasks)
         for word in words:
             part, _, column = word.partition("=")
             if part not in parts or not column:
                 raise UserError(f"{option} {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
-            given[part] = column
-        log_named = self.log_named - given.keys()
-        if given.keys() & {"user", "request", "candidate"}:
+            named[part] = column
+        log_named = self.log_named - named.keys()
+        if named.keys() & {"user", "request", "candidate"}:
             log_named &= {WEIGHT}
-        return replace(self, names={**self.names, **given}, optional=self.optional - given.keys(), log_named=log_named)
+        return replace(self, names={**self.names, **named}, optional=self.optional - named.keys(), log_named=log_named)
 
-    def match(self, there: Collection[str]) -> "PredictionColumns":
-        """Those that files with the columns `there` have. All need what one has, or a task would be of some rows."""
-        there, names = set(there), dict(self.names)
-        for part in self.log_named & there:
-            if not {*names[part].split(COLUMN_SEPARATOR)} <= there:
+    def match(self, available: Collection[str]) -> "PredictionColumns":
+        """Return the parts for files with the available columns.
+
+        All files need the columns that one file has, or a task would be measured on some rows only.
+        """
+        available, names = set(available), dict(self.names)
+        for part in self.log_named & available:
+            if not {*names[part].split(COLUMN_SEPARATOR)} <= available:
                 names[part] = part
         for part in ("score", "candidate", WEIGHT):
-            if part in self.optional and names[part] not in there:
+            if part in self.optional and names[part] not in available:
                 del names[part]
         tasks = tuple(
             task
             for task in self.tasks
-            if task.name not in self.outcomes or there & {names[f"predicted_{task.name}"], names[f"label_{task.name}"]}
+            if task.name not in self.outcomes
+            or available & {names[f"predicted_{task.name}"], names[f"label_{task.name}"]}
         )
         return replace(self, tasks=tasks, names=names)
 
@@ -109,12 +127,12 @@ class PredictionColumns:
 
 
 def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
-    its = [f"{kind}_{task.name}" for task in tasks for kind in ("predicted", "label")]
-    return ["user", "candidate", "score", WEIGHT, "request", *its]
+    task_parts = [f"{kind}_{task.name}" for task in tasks for kind in ("predicted", "label")]
+    return ["user", "candidate", "score", WEIGHT, "request", *task_parts]
 
 
 def columns_from_settings(settings: Settings) -> PredictionColumns:
-    """The tasks of settings, their outcomes, and the log's names of users, requests and candidates."""
+    """Return the tasks and outcomes of settings, with the log's columns of users, requests and candidates."""
     tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
     outcomes = [
         joint_task_name(task.conditional_on, name)
@@ -125,7 +143,7 @@ def columns_from_settings(settings: Settings) -> PredictionColumns:
     log = settings.schema_.columns
     user = log.user if log.has_user else log.request or ROW_NUMBER_COLUMN
     if log.request is None:
-        # A row of a plain table is a user of its own, and a user of a log without times makes one request.
+        # Each row of a plain table is a user. Each user of a log without times makes one request.
         request = [user, log.time] if log.has_time and log.has_user else [user]
     else:
         request = [log.user, log.request] if log.request_scope == "user" else [log.request]
@@ -145,11 +163,11 @@ def columns_from_settings(settings: Settings) -> PredictionColumns:
 
 
 def parse_tasks(words: Sequence[str]) -> PredictionColumns:
-    """Tasks as NAME, NAME:regression, NAME=WEIGHT or NAME:regression=WEIGHT. Raises UserError for anything else."""
+    """Parse tasks NAME, NAME:regression, NAME=WEIGHT or NAME:regression=WEIGHT, or raise UserError."""
     tasks = []
     for word in words:
-        named, equals, weight = word.partition("=")
-        name, colon, named_kind = named.partition(":")
+        name_and_kind, equals, weight = word.partition("=")
+        name, colon, named_kind = name_and_kind.partition(":")
         try:
             kind = find_kind(named_kind) if colon else DEFAULT_KIND
             tasks.append(MeasuredTask(name, kind, float(weight) if equals else 1.0))
@@ -165,18 +183,26 @@ def parse_tasks(words: Sequence[str]) -> PredictionColumns:
 
 
 def match_columns(columns: PredictionColumns, files: Sequence[FileInfo]) -> PredictionColumns:
-    """Match columns with files. Raises BadFile if a file lacks a column, has several of one name, or is no Parquet."""
+    """Match columns with the columns of files.
+
+    Args:
+        columns: Tasks and columns.
+        files: Files to read.
+
+    Raises:
+        BadFile: A file lacks a column, has a column twice, or is not a Parquet file.
+    """
     names = dict[str, list[str]]()
     for file in files:
         with open_parquet(file.uri) as parquet:
-            own = parquet.schema_arrow.names
-        names[file.uri] = [*own, *(name for name in parse_path_columns(file.uri) if name not in own)]
-    columns = columns.match({name for each in names.values() for name in each})
-    for uri, its in names.items():
+            stored_names = parquet.schema_arrow.names
+        names[file.uri] = [*stored_names, *(name for name in parse_path_columns(file.uri) if name not in stored_names)]
+    columns = columns.match({name for file_names in names.values() for name in file_names})
+    for uri, file_columns in names.items():
         for name in columns.list_columns():
-            if its.count(name) > 1:
+            if file_columns.count(name) > 1:
                 raise BadFile(f"'{uri}' has several columns '{name}'", uri)
-            if name not in its:
+            if name not in file_columns:
                 raise BadFile(f"'{uri}' has no column '{name}'{_hint(columns, name)}", uri)
     return columns
 
@@ -189,7 +215,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> t
         files: Files to read.
 
     Returns:
-        The rows, and their slices: what rows are sliced by -> name of the slice -> (n,) numbers of the rows.
+        The rows, and their slices: specification -> name of the slice -> numbers (n,) of the rows.
 
     Raises:
         UserError: A value is wrong, a request has rows of several users or a candidate twice, or there is no row.
@@ -222,13 +248,19 @@ def read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> t
 
 
 def load_predictions(columns: PredictionColumns, source: str, option: str) -> PredictedRows:
-    """Read the rows of a folder of Parquet files, one file or a glob, which an option names; see `read_predictions`."""
+    """Read the rows of prediction files as `read_predictions` does.
+
+    Args:
+        columns: Tasks and columns.
+        source: A folder of Parquet files, one file or a glob.
+        option: Option to name in errors.
+    """
     files = find_files(source, option)
     return read_predictions(match_columns(columns, files), files)[0]
 
 
 def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> np.ndarray:
-    """(N,) what ranks rows without a score: one task's prediction, or sum of weight x log(prediction) as in a model."""
+    """Return scores (N,) for rows without a score: the single prediction, or the sum of weight x log(prediction)."""
     if len(tasks) == 1:
         return predictions[0]
     least = [max(1e-12, task.kind.min_prediction) for task in tasks]
@@ -236,21 +268,21 @@ def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> n
 
 
 def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
-    """Raises UserError where a request has rows of several users, or a candidate twice."""
+    """Raise UserError if a request has rows of several users, or a candidate twice."""
 
     users = table.group_by(["request", "user"], use_threads=False).aggregate([])
     lists = users.group_by("request", use_threads=False).aggregate([([], "count_all")])
     if (request := pc.min(lists.filter(pc.field("count_all") > 1)["request"]).as_py()) is not None:
-        first, other, *_ = sorted(users.filter(pc.field("request") == request)["user"].to_pylist())
+        first, second_user, *_ = sorted(users.filter(pc.field("request") == request)["user"].to_pylist())
         raise UserError(
             f"request {request!r} by '{columns.names['request']}' has rows of more than one user, {first!r} and "
-            f"{other!r}: a request is one list shown to one user; name columns that tell lists apart with --columns "
-            f"request={COLUMN_SEPARATOR.join((columns.names['user'], *columns.request))}"
+            f"{second_user!r}: a request is one list shown to one user; name columns that identify lists with "
+            f"--columns request={COLUMN_SEPARATOR.join((columns.names['user'], *columns.request))}"
         )
     if "candidate" in columns.names and columns.duplicates == "error":
         shown = table.group_by(["request", "candidate"], use_threads=False).aggregate([([], "count_all")])
-        if len(twice := shown.filter(pc.field("count_all") > 1)):
-            request, candidate = (twice[name][0].as_py() for name in ("request", "candidate"))
+        if len(duplicates := shown.filter(pc.field("count_all") > 1)):
+            request, candidate = (duplicates[name][0].as_py() for name in ("request", "candidate"))
             raise UserError(
                 f"request {request!r} has candidate {candidate!r} more than once, as where files of two models, or a "
                 "file and its copy, lie together; --keep-duplicates counts all rows"
@@ -258,19 +290,20 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
 
 
 def _read_file(columns: PredictionColumns, uri: str) -> pa.Table | None:
-    """The rows of a file, by parts, and `slice NAME` for each slice; None without rows. Raises BadFile for a wrong
-    value."""
-    wanted, names = columns.list_columns(), columns.names
+    """Read the rows of a file by part, with a column `slice NAME` for each slice. None if there are no rows."""
+    columns_to_read, names = columns.list_columns(), columns.names
     with open_parquet(uri) as parquet:
         if not parquet.metadata.num_rows:
             return None
         schema = parquet.schema_arrow
-        held = [name for name in wanted if name in schema.names]
-        batches = parquet.iter_batches(FEATURE_BATCH_ROWS, columns=held)
+        stored_columns = [name for name in columns_to_read if name in schema.names]
+        batches = parquet.iter_batches(FEATURE_BATCH_ROWS, columns=stored_columns)
         read = list(iter(partial(next_batch, batches, uri), None))
-    file = _FileRows(uri, add_path_columns(pa.Table.from_batches(read), uri, wanted))
+    file = _FileRows(uri, add_path_columns(pa.Table.from_batches(read), uri, columns_to_read))
     request = [file.read_ids(name) for name in columns.request]
-    joined = combine_hashes([hash_column(each) for each in request]).view(np.int64) if len(request) > 1 else request[0]
+    joined = (
+        combine_hashes([hash_column(column) for column in request]).view(np.int64) if len(request) > 1 else request[0]
+    )
     parts = {"user": file.read_ids(names["user"]), "request": joined}
     if "candidate" in names:
         parts["candidate"] = file.read_ids(names["candidate"])
@@ -291,26 +324,26 @@ def _read_file(columns: PredictionColumns, uri: str) -> pa.Table | None:
 
 @dataclass(frozen=True)
 class _FileRows:
-    """The rows of a file, in columns of any names. The methods raise BadFile for a wrong value."""
+    """Rows of a file. The methods raise BadFile for a wrong value."""
 
     uri: str
     table: pa.Table
 
     def read_ids(self, name: str) -> pa.Array:
-        """Ids, none of them null; times are microseconds."""
+        """Read ids without nulls. Times become microseconds."""
         values = one_array(self.table[name])
         if pt.is_timestamp(values.type) or pt.is_date(values.type):
             try:
                 values = values.cast(pa.timestamp("us", tz=getattr(values.type, "tz", None))).cast(pa.int64())
             except pa.ArrowInvalid:
-                what = f"column '{name}' tells requests apart by less than a microsecond; write it as integers"
-                raise BadFile(f"'{self.uri}': {what}", self.uri) from None
+                problem = f"column '{name}' distinguishes requests by less than a microsecond; write it as integers"
+                raise BadFile(f"'{self.uri}': {problem}", self.uri) from None
         values = canonicalize_file_column(self.uri, name, "key", values, None)
         self._refuse(values.is_null().to_numpy(zero_copy_only=False), f"column '{name}' holds null")
         return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
 
     def read_numbers(self, name: str, check: ValueRule) -> np.ndarray:
-        """(N,) float64; NaN where null."""
+        """Read numbers as (N,) float64. Null becomes NaN."""
         values = canonicalize_file_column(self.uri, name, "number", one_array(self.table[name]), None)
         numbers = np.full(len(values), np.nan)
         if not pt.is_null(values.type):
@@ -333,12 +366,12 @@ def _hint(columns: PredictionColumns, name: str) -> str:
         return ", by which rows are to be sliced (--slices, evaluation.slices)"
     part = next((part for part, column in columns.by_part().items() if column == name), "request")
     kind, _, task = part.partition("_")
-    what = {"label": f", the labels of task '{task}': mmoe-rec score writes them with --labels"}
-    what["predicted"] = f", the predictions of task '{task}'"
-    return f"{what.get(kind, '')}; name another one with --columns {part}=COLUMN"
+    descriptions = {"label": f", the labels of task '{task}': mmoe-rec score writes them with --labels"}
+    descriptions["predicted"] = f", the predictions of task '{task}'"
+    return f"{descriptions.get(kind, '')}; name another one with --columns {part}=COLUMN"
 
 
-# Measuring the rows of files
+# Evaluation of files
 
 
 def evaluate_predictions(
@@ -349,14 +382,14 @@ def evaluate_predictions(
     against: Sequence[str] = (),
     compare_to_columns: Sequence[str] = (),
 ) -> Results:
-    """Measure rows of Parquet files and write `metrics.json` and other files to a folder.
+    """Evaluate the rows of Parquet files, and write `metrics.json` and other files to a folder.
 
     Args:
         columns: Tasks and the names of columns.
         source: A folder of Parquet files, one file or a glob.
         out: Folder for the results.
         rules: Rules of intervals and comparisons.
-        against: Other predictions of the same rows, to compare with.
+        against: Other predictions of the same rows to compare with.
         compare_to_columns: PART=COLUMN for columns that have other names in `against`.
 
     Raises:
@@ -365,35 +398,42 @@ def evaluate_predictions(
     from mmoe_rec.evaluation.results_report import write_results
 
     if is_remote(str(out)):
-        raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
+        raise UserError(f"--out '{out}' must be a local or mounted folder.")
     out = Path(os.path.abspath(out))
     check_output_folder(out)
     names = short_names([source, *against])
     find_objective_metric(rules.primary_metric)
-    listed = {
-        each: find_files(each, "--predictions" if each == source else "--compare-to") for each in (source, *against)
+    files_by_source = {
+        path: find_files(path, "--predictions" if path == source else "--compare-to") for path in (source, *against)
     }
-    real = Path(os.path.realpath(out))
-    for each, files in listed.items():
-        is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
+    real_out = Path(os.path.realpath(out))
+    for path, files in files_by_source.items():
+        is_inside = os.path.isdir(path) and real_out.is_relative_to(os.path.realpath(path))
         if is_inside or any(
-            Path(os.path.realpath(file.uri)).is_relative_to(real) for file in files if not is_remote(file.uri)
+            Path(os.path.realpath(file.uri)).is_relative_to(real_out) for file in files if not is_remote(file.uri)
         ):
-            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
-    mine = {source: match_columns(columns, listed[source])}
-    for each in against:
+            raise UserError(
+                f"--out '{out}' lies in '{path}' with the predictions, or contains them; name another folder"
+            )
+    columns_by_source = {source: match_columns(columns, files_by_source[source])}
+    for path in against:
         try:
-            mine[each] = match_columns(columns.with_columns(compare_to_columns, "--compare-to-columns"), listed[each])
+            columns_by_source[path] = match_columns(
+                columns.with_columns(compare_to_columns, "--compare-to-columns"), files_by_source[path]
+            )
         except BadFile as error:
             raise BadFile(str(error).replace("--columns", "--compare-to-columns"), error.uri) from None
     with write_lock(out, "an evaluation", "give another folder with --out", wait=True):
         measured = {
-            names[each]: _measure_files(mine[each], files, each, rules.resamples) for each, files in listed.items()
+            names[path]: _measure_files(columns_by_source[path], files, path, rules.resamples)
+            for path, files in files_by_source.items()
         }
-        judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
-        facts = {"predictions": source, "files": f"{len(listed[source]):,}"}
-        facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
-        results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts)
+        tasks = tuple(task.name for task in columns_by_source[source].tasks if task.name not in columns.outcomes)
+        facts = {"predictions": source, "files": f"{len(files_by_source[source]):,}"}
+        facts |= {
+            "columns": ", ".join(f"{part}={name}" for part, name in columns_by_source[source].by_part().items() if name)
+        }
+        results = Results(measured, tasks, rules, f"Evaluation of {names[source]}", facts)
         write_results(results, out)
     return results
 

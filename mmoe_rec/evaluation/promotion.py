@@ -1,12 +1,12 @@
-"""Whether a version of a registered model takes an alias from the one that holds it, and the way back.
+"""Decide whether a version of a registered model becomes the champion, and roll back that decision.
 
-After a training the two are compared on the validation rows of users that chose nothing about the trained model;
-`promote` measures two versions on the settings' test rows. Both decide by the rule of every comparison, with an
-interval over users and guardrails for each task. What was decided, and why, is kept with the version.
+After training, the new model and the champion are compared on the validation rows of users that chose nothing about the
+new model. `promote` compares two versions on the test rows of the settings. Both use the rule of every comparison, with
+an interval over users and guardrails for tasks. The version keeps the decision and the reason.
 
-A holder that can't be served any more (damaged, of another version, with predictions that are not finite) gives way.
-One that can't be compared here (tasks or labels that mean something else, files that can't be fetched, other scores
-than where it was written) keeps the alias. An outage of MLflow decides nothing.
+A champion that can't be served any more is replaced: its files are damaged, written by another version, or give
+predictions that are not finite. A champion that can't be compared here keeps the alias: its tasks or labels differ, its
+files can't be fetched, or its scores differ from the scores where it was written. An outage of MLflow decides nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmoe_rec.batches.encoded_dataset import EncodedDataset, ValidationPart
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import BETTER, Results
+from mmoe_rec.evaluation.comparison import Outcome, Results
 from mmoe_rec.evaluation.evaluate import (
     PROMOTION_FOLDER,
     NotFiniteError,
@@ -43,13 +43,19 @@ from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import CHALLENGER_ALIAS, ModelVersion
 from mmoe_rec.tracking.runs import Run
 
-_RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
+_RESAMPLES = 200  # for intervals of calibration, which only need to show gross errors
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of a version. address: in the registry; promoted: whether it holds the alias; reasons: sentences on
-    how it did beside the version that held it, and on who holds it now; results: where both were measured."""
+    """Decision about a version.
+
+    Attributes:
+        address: URI in the registry.
+        promoted: Whether the version has the alias.
+        reasons: Sentences on the comparison with the champion, and on the version that has the alias now.
+        results: Results of both versions, if they were measured.
+    """
 
     address: str
     promoted: bool
@@ -58,44 +64,73 @@ class Decision:
 
 
 def promote_trained(
-    run: Run, settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, about: str = ""
+    run: Run, settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, description: str = ""
 ) -> Decision:
-    """Registers a trained model, and points the alias at it if it is better than the holder, else `challenger`.
+    """Register a trained model, and move the alias to it if it is better. Otherwise it gets the alias `challenger`.
 
-    model: that of the artifact; about: what the version's description says of it before the verdict. Raises
-    UnreachableError where MLflow does not answer, UserError where it refuses. When the same run does it again, nothing
-    is registered twice. Where the alias moves meanwhile, the model becomes the challenger.
+    A repeated call of the same run registers nothing twice. If the alias moves during the comparison, the model becomes
+    the challenger.
+
+    Args:
+        run: Run of the training.
+        settings: Settings of the run.
+        prepared: Folder of features.
+        model: The trained model.
+        artifact: Folder of the model's files.
+        description: Text for the version's description, after the verdict.
+
+    Raises:
+        UnreachableError: MLflow does not answer.
+        UserError: MLflow refuses the request.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
     champion = registry.find_champion(name, alias, uri)
-    if champion is not None and champion.run_id == run.run_id:  # a kill came between the alias and the training's end
+    if champion is not None and champion.run_id == run.run_id:  # the process was killed after moving the alias
         return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {champion.number}, this model",))
-    # What came between may also have been an outage of MLflow.
+    # An earlier call may have been cut off by an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
     number = registry.find_registered_version(run, name) or registry.register_model(run, artifact, name, tags=tags)
     version = ModelVersion(name, number, run.run_id)
     better, reason = compare_with_champion(settings, prepared, model, artifact, champion)
-    if (now := registry.find_champion(name, alias, uri)) != champion:
-        better, reason, champion = False, f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`", now
+    if (latest_champion := registry.find_champion(name, alias, uri)) != champion:
+        better, reason, champion = (
+            False,
+            f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`",
+            latest_champion,
+        )
     decision = {"promoted": str(better), "compared": reason}
     run.set_tags(decision)
     if better:
         registry.move_alias(name, alias, number, uri, champion)
-    registry.describe_version(version, f"{reason}\n\n{about}", decision, uri)
+    registry.describe_version(version, f"{reason}\n\n{description}", decision, uri)
     if better:
         return Decision(f"models:/{name}@{alias}", True, (reason, f"'{alias}' is version {number} now, this model"))
-    stays = f"'{alias}' stays {'without a version' if champion is None else f'version {champion.number}'}"
+    outcome = f"'{alias}' stays {'without a version' if champion is None else f'version {champion.number}'}"
     if alias == CHALLENGER_ALIAS:
-        return Decision(version.uri, False, (reason, stays))
+        return Decision(version.uri, False, (reason, outcome))
     registry.move_alias(name, CHALLENGER_ALIAS, number, uri)
-    stays += f"; this model, version {number}, is '{CHALLENGER_ALIAS}'"
-    return Decision(f"models:/{name}@{CHALLENGER_ALIAS}", False, (reason, stays))
+    outcome += f"; this model, version {number}, is '{CHALLENGER_ALIAS}'"
+    return Decision(f"models:/{name}@{CHALLENGER_ALIAS}", False, (reason, outcome))
 
 
 def compare_with_champion(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, champion: ModelVersion | None
 ) -> tuple[bool, str]:
-    """Whether a trained model is better than the version that holds the alias, and the sentence that says why."""
+    """Compare a trained model with the champion on judging rows.
+
+    Args:
+        settings: Settings of the run.
+        prepared: Folder of features.
+        model: The trained model.
+        artifact: Folder of the model's files.
+        champion: Version that has the alias, None if there is none.
+
+    Returns:
+        Whether the model is better, and a sentence with the reason.
+
+    Raises:
+        UnreachableError: MLflow does not answer.
+    """
     alias, name = settings.tracking.alias, "this model"
     if champion is None:
         return True, f"no model held '{alias}' before"
@@ -104,22 +139,24 @@ def compare_with_champion(
         ranker = _load(folder)
         if isinstance(ranker, Exception):
             return _judge_trouble(ranker, champion, alias)
-        if seen := describe_training_overlap(settings, folder, "validation"):
-            raise UserError(f"it {seen[0]}")
-        its_name = f"version {champion.number}"
+        if overlap := describe_training_overlap(settings, folder, "validation"):
+            raise UserError(f"it {overlap[0]}")
+        champion_name = f"version {champion.number}"
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
-        rows = _open_judging_rows(prepared.split("validation"), layout)  # too few users are found before any is scored
-        its = _score_by_holder(settings, prepared, ranker, folder, its_name)
-        mine = score_rows(settings, model, layout, rows, calibration, name)
+        rows = _open_judging_rows(
+            prepared.split("validation"), layout
+        )  # raises for too few users before scoring starts
+        champion_rows = _score_by_champion(settings, prepared, ranker, folder, champion_name)
+        model_rows = score_rows(settings, model, layout, rows, calibration, name)
         slicing = None if settings.evaluation.guardrail_slices == () else RowSlicer(settings, artifact)
         models = {
-            each: measure_model(scored, _RESAMPLES, {} if slicing is None else slicing.find(scored))
-            for each, scored in ((name, mine), (its_name, its))
+            label: measure_model(scored, _RESAMPLES, {} if slicing is None else slicing.find(scored))
+            for label, scored in ((name, model_rows), (champion_name, champion_rows))
         }
         better, sentence = _read_verdict(Results(models, tuple(settings.tasks), settings.evaluation, "", {}))
-        return better, f"{sentence} ({len(mine.score):,} judging rows of the validation split)"
+        return better, f"{sentence} ({len(model_rows.score):,} judging rows of the validation split)"
     except UnreachableError:
-        raise  # an outage decides nothing
+        raise  # an outage of MLflow decides nothing
     except NotFiniteError as error:
         return error.name != name, str(error)
     except UserError as error:
@@ -127,27 +164,33 @@ def compare_with_champion(
 
 
 def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
-    """Whether a holder that can't be loaded, or else compared, gives way, and the sentence that says why."""
-    who, what = f"version {champion.number}, which holds '{alias}',", _one_line(trouble)
-    # What is wrong with it wherever it is loaded; memory may lack here alone.
-    is_broken = isinstance(trouble, UserError) or "not finite numbers" in what
+    """Decide whether a champion that can't be loaded or compared is replaced. Returns the decision and the reason."""
+    version, problem = f"version {champion.number}, which holds '{alias}',", _one_line(trouble)
+    # These errors occur on every machine. Other errors, such as lack of memory, may occur here alone.
+    is_broken = isinstance(trouble, UserError) or "not finite numbers" in problem
     if is_broken and not is_loaded and not isinstance(trouble, PredictionMismatchError):
-        return True, f"{who} can't be served any more: {what}"
-    return False, f"{who} can't be compared here: {what}; point the alias at another one yourself if that is to serve"
+        return True, f"{version} can't be served any more: {problem}"
+    return (
+        False,
+        f"{version} can't be compared here: {problem}; point the alias at another one yourself if that is to serve",
+    )
 
 
 def _read_verdict(results: Results) -> tuple[bool, str]:
-    """Whether the first of two models is better, and the sentence that says why."""
+    """Return whether the first of two models is better, and the reason."""
     assert results.comparison is not None
     (verdict,) = results.comparison.verdicts.values()
-    return verdict.kind == BETTER, verdict.message
+    return verdict.kind == Outcome.BETTER, verdict.message
 
 
-def _score_by_holder(
+def _score_by_champion(
     settings: Settings, prepared: FeatureFolder, ranker: Ranker, folder: Path, name: str
 ) -> PredictedRows:
-    """The judging rows as the holder scores them: the training's, where its features are the same or were extended
-    from its own; else encoded anew. Raises UserError where its tasks mean something else."""
+    """Score the judging rows with the champion, or raise UserError if its tasks differ.
+
+    The training's rows are used if the champion has the same features, or if these were extended from its features.
+    Otherwise the rows are encoded with the champion's features.
+    """
 
     def score(model: RankingModel, layout: ModelLayout, folder: Path) -> PredictedRows:
         return score_rows(settings, model, layout, _open_judging_rows(folder, layout), ranker.calibration, name)
@@ -156,15 +199,15 @@ def _score_by_holder(
     manifest, validation = prepared.manifest, prepared.split("validation")
     if manifest["fingerprint"] == ranker.info.fingerprint:
         return score(ranker.model, ranker.layout, validation)
-    if "extends" in manifest and (grown := _grow(prepared, ranker, folder)) is not None:
-        return score(*grown, validation)
+    if "extends" in manifest and (extended := _grow(prepared, ranker, folder)) is not None:
+        return score(*extended, validation)
     say(f"encoding the validation rows for {name}, which has other features")
     with open_encoded_split(settings, folder, ranker, "validation") as rows:
         return score(ranker.model, ranker.layout, rows)
 
 
 def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
-    """Open the validation rows of users that chose nothing. Raises UserError where there are too few users for that."""
+    """Open the validation rows of users that chose nothing, or raise UserError if there are too few users."""
     rows = EncodedDataset(folder, layout, part=ValidationPart.EVALUATION)
     if not rows.uses_part:
         raise UserError(
@@ -175,7 +218,7 @@ def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
 
 
 def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
-    """A model and its layout on features that were extended from its own, with the same outputs; None for others."""
+    """Return a model and its layout for features extended from its own, with equal outputs. None for other features."""
     structure = Model.model_validate(ranker.info.model)
     rows = {table.name: table.rows for table in prepared.layout.tables}
     tables = tuple(replace(table, rows=rows.get(table.name, table.rows)) for table in ranker.layout.tables)
@@ -191,10 +234,15 @@ def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[Rankin
 
 
 def promote_version(settings: Settings, challenger: str, out: Path) -> Decision:
-    """Decides by the test rows, and moves the alias if the challenger is better; writes the report to a folder.
+    """Compare a version with the champion on the test rows, move the alias if it is better, and write the report.
 
-    challenger: number of a version, or an alias. Raises UserError for a version that there is not, or where the two
-    can't be compared.
+    Args:
+        settings: Settings of the rows.
+        challenger: Number of a version, or an alias.
+        out: Folder for the report.
+
+    Raises:
+        UserError: There is no such version, or the two can't be compared.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
     version, champion = _find_version(name, challenger, uri), registry.find_champion(name, alias, uri)
@@ -214,75 +262,78 @@ def promote_version(settings: Settings, challenger: str, out: Path) -> Decision:
 def _judge_versions(
     settings: Settings, version: ModelVersion, champion: ModelVersion | None, out: Path
 ) -> tuple[bool, list[str], Results | None]:
-    """Whether a version is better than the holder, the reasons, and what was measured."""
+    """Return whether a version is better than the champion, the reasons, and the results."""
     alias, uri = settings.tracking.alias, settings.tracking.resolved_uri
     folder = registry.fetch_model(version.uri, uri)
-    mine = _load(folder)
-    if isinstance(mine, Exception):
-        return False, [f"version {version.number} can't be served: {_one_line(mine)}"], None
+    challenger_model = _load(folder)
+    if isinstance(challenger_model, Exception):
+        return False, [f"version {version.number} can't be served: {_one_line(challenger_model)}"], None
     if champion is None:
         return True, [f"no version held '{alias}' before"], None
-    its_folder = registry.fetch_model(champion.uri, uri)
-    its = _load(its_folder)
-    if isinstance(its, Exception):
-        better, why = _judge_trouble(its, champion, alias)
-        return better, [why], None
+    champion_folder = registry.fetch_model(champion.uri, uri)
+    champion_model = _load(champion_folder)
+    if isinstance(champion_model, Exception):
+        better, reason = _judge_trouble(champion_model, champion, alias)
+        return better, [reason], None
     models = {
-        f"version {each.number}": ResolvedModel(where, each.uri, each.run_id)
-        for each, where in ((version, folder), (champion, its_folder))
+        f"version {compared.number}": ResolvedModel(path, compared.uri, compared.run_id)
+        for compared, path in ((version, folder), (champion, champion_folder))
     }
-    name, its_name = models
+    name, champion_name = models
     try:
         results = evaluate_models(settings, models, out, artifact_path=PROMOTION_FOLDER)
     except NotFiniteError as error:
-        return error.name == its_name, [str(error)], None
-    against = _find_objections(results, name, its_name)
-    return not against, against or [_read_verdict(results)[1]], results
+        return error.name == champion_name, [str(error)], None
+    objections = _find_objections(results, name, champion_name)
+    return not objections, objections or [_read_verdict(results)[1]], results
 
 
-def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
-    """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
+def _find_objections(results: Results, name: str, champion_name: str) -> list[str]:
+    """Return reasons against a version: training on the measured rows, the verdict, and its own suspicious metrics."""
     assert results.comparison is not None
     (better, sentence), findings = _read_verdict(results), find_suspicious_results(results)
     objections = [
         f"{model} {training_overlap}"
-        for model, each in results.models.items()
-        for training_overlap in each.training_overlap
+        for model, measured in results.models.items()
+        for training_overlap in measured.training_overlap
     ]
     objections += [] if better else [sentence]
-    its = {(each.check, each.task) for each in findings if each.model == its_name}
-    # What is found of a task that is not judged, as few rows have a label, decides nothing.
+    champion_findings = {(finding.check, finding.task) for finding in findings if finding.model == champion_name}
+    # Findings about tasks with too few labels decide nothing.
     eligible_tasks = (*results.comparison.eligible_tasks, SCORE)
-    mine = [each for each in findings if each.model == name and each.task in eligible_tasks]
-    return objections + [each.message for each in mine if (each.check, each.task) not in its]
+    own_findings = [finding for finding in findings if finding.model == name and finding.task in eligible_tasks]
+    return objections + [
+        finding.message for finding in own_findings if (finding.check, finding.task) not in champion_findings
+    ]
 
 
 def roll_back(settings: Settings) -> Decision:
-    """Gives the alias back to the version that held it before the one that holds it now.
+    """Move the alias back to the previous champion.
 
-    Raises UserError where that is unknown, or can't be served any more, or the alias moves meanwhile.
+    Raises:
+        UserError: The previous champion is unknown or can't be served, or the alias moves during the call.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
     champion = registry.find_champion(name, alias, uri)
     if champion is None:
         raise UserError(f"no version of '{name}' holds '{alias}'")
-    before = champion.find_previous_champion(alias)
-    if before is None:
-        which = f"which version of '{name}' held '{alias}' before version {champion.number}"
-        raise UserError(f"it is not known {which}; point the alias at it by hand")
-    version = registry.get_version(name, before, uri)
+    previous = champion.find_previous_champion(alias)
+    if previous is None:
+        unknown = f"which version of '{name}' held '{alias}' before version {champion.number}"
+        raise UserError(f"it is not known {unknown}; point the alias at it by hand")
+    version = registry.get_version(name, previous, uri)
     if isinstance(model := _load(registry.fetch_model(version.uri, uri)), Exception):
-        raise UserError(f"version {before}, which held '{alias}' before, can't be served: {_one_line(model)}")
+        raise UserError(f"version {previous}, which held '{alias}' before, can't be served: {_one_line(model)}")
     if registry.find_champion(name, alias, uri) != champion:
         raise UserError(f"'{alias}' has moved meanwhile: run the command again")
-    registry.move_alias(name, alias, before, uri)
+    registry.move_alias(name, alias, previous, uri)
     registry.clear_previous_champion(champion, alias, uri)
-    registry.tag_version(champion, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
+    registry.tag_version(champion, {"promoted": f"no more: '{alias}' went back to version {previous}"}, uri)
     registry.tag_version(version, {"promoted": f"'{alias}' again, after version {champion.number}"}, uri)
-    sentence = f"'{alias}' is version {before} again, which held it before version {champion.number}"
-    if (as_of := model.info.tables_as_of) is None:  # of a log without times
+    sentence = f"'{alias}' is version {previous} again, which held it before version {champion.number}"
+    if (as_of := model.info.tables_as_of) is None:  # the log has no times
         return Decision(version.uri, True, (sentence,))
-    tables = f"its tables are as of {as_of}: `mmoe-rec refresh` takes in what came since"
+    tables = f"its tables are as of {as_of}: `mmoe-rec refresh` adds newer events"
     return Decision(version.uri, True, (sentence, tables))
 
 
@@ -293,16 +344,16 @@ def _find_version(name: str, word: str, uri: str) -> ModelVersion:
     version = registry.find_champion(name, word, uri)
     if version is None:
         held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(registry.list_aliases(name, uri).items()))
-        others = f"those that are held are {held}" if held else "none is held"
+        others = f"existing aliases are {held}" if held else "there are no aliases"
         raise UserError(f"no version of '{name}' holds the alias '{word}': {others}; or give the number of a version")
     return version
 
 
 def _load(folder: Path) -> Ranker | Exception:
-    """The ranker, whose files, format and example were checked, or why it can't be served here."""
+    """Load a model with checks of files, format and example. Returns the error if it can't be served here."""
     try:
         return Ranker.load(folder)
-    except (UserError, RuntimeError) as error:  # or it fails at its own example, or for want of memory
+    except (UserError, RuntimeError) as error:  # RuntimeError: wrong scores for the example, or too little memory
         return error
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Drawing
 
 from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.evaluation import metrics as every
-from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison, Results
+from mmoe_rec.evaluation.comparison import Comparison, Outcome, Results
 from mmoe_rec.evaluation.intervals import ALPHA, Difference, Interval
 from mmoe_rec.evaluation.messages import (
     describe_cautions,
@@ -66,14 +66,14 @@ def write_results(results: Results, out: Path) -> None:
         UserError: The models were not measured on the same rows. Nothing is written then.
     """
     report = make_report(results)
-    trees = {name: summary_to_dict(each) for name, each in results.summaries.items()}
+    trees = {name: summary_to_dict(summary) for name, summary in results.summaries.items()}
     tree = trees.pop(results.name) | {"facts": results.facts, "against": trees}
     tree |= {} if results.comparison is None else {"comparison": comparison_to_dict(results.comparison)}
     write_text(out / "metrics.json", json.dumps(tree, indent=1))
     (out / "slices.parquet").unlink(missing_ok=True)
     if results.slices:
         with atomic_file(out / "slices.parquet") as file:
-            pq.write_table(pa.Table.from_pylist([asdict(each) for each in results.slices]), file)
+            pq.write_table(pa.Table.from_pylist([asdict(record) for record in results.slices]), file)
     write_report(report, out)
 
 
@@ -96,11 +96,11 @@ def make_report(results: Results) -> Report:
                 mark: Mark = "good" if guard.passed else "problem"
                 label = "fine" if guard.passed else "no"
                 guardrails.append(Sentence(f"beside '{other}': {guard.message}", mark, label, page_only=True))
-        sentences += [Sentence(each) for each in describe_excluded_tasks(comparison)]
-    sentences += [Sentence(each, "note") for each in describe_cautions(results)]
+        sentences += [Sentence(task) for task in describe_excluded_tasks(comparison)]
+    sentences += [Sentence(caution, "note") for caution in describe_cautions(results)]
     tables = [metrics_table(results.summaries)]
     tables += [] if comparison is None else [differences_table(comparison, first.summary)]
-    slices = [_slice_cells(each) for each in sort_worst_first(results.slices)]
+    slices = [_slice_cells(record) for record in sort_worst_first(results.slices)]
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
         tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
@@ -112,7 +112,7 @@ def make_report(results: Results) -> Report:
     return Report(
         title=results.title,
         headline=headline,
-        mark=_mark(results, "problem" in {each.severity for each in findings if each.model == results.name}),
+        mark=_mark(results, "problem" in {finding.severity for finding in findings if finding.model == results.name}),
         about=_about(results),
         figures=list(_curves(results.summaries)),
         tables=tables,
@@ -131,10 +131,10 @@ def _about(results: Results) -> str:
 
 
 def _mark(results: Results, has_problem: bool) -> Any:
-    kinds = [] if results.comparison is None else [each.kind for each in results.comparison.verdicts.values()]
-    if WORSE in kinds or has_problem:
+    kinds = [] if results.comparison is None else [verdict.kind for verdict in results.comparison.verdicts.values()]
+    if Outcome.WORSE in kinds or has_problem:
         return "problem"
-    return "warning" if find_suspicious_results(results) or any(kind != BETTER for kind in kinds) else "good"
+    return "warning" if find_suspicious_results(results) or any(kind != Outcome.BETTER for kind in kinds) else "good"
 
 
 def metrics_table(summaries: Mapping[str, Summary]) -> Table:
@@ -146,14 +146,14 @@ def metrics_table(summaries: Mapping[str, Summary]) -> Table:
     main, more, all_of = list[Row](), list[Row](), list(summaries.values())
     for group in (*{name: None for summary in all_of for name in summary.tasks}, SCORE):
         rows = collect_metrics(all_of, group).items()
-        counts = next(each.groups[group].counts for each in all_of if group in each.groups)
-        _extend(main, _heading(group, counts), (each for each in rows if each[0].is_shown(group == SCORE)))
-        _extend(more, group, (each for each in rows if not each[0].is_shown(group == SCORE)))
+        counts = next(row.groups[group].counts for row in all_of if group in row.groups)
+        _extend(main, _heading(group, counts), (row for row in rows if row[0].is_shown(group == SCORE)))
+        _extend(more, group, (row for row in rows if not row[0].is_shown(group == SCORE)))
     shown = [metric for metric in every.CATALOG_METRICS if metric.is_headline]
-    catalogs = [each.catalog or {} for each in all_of]
+    catalogs = [row.catalog or {} for row in all_of]
     if any(catalogs):
-        _extend(main, CATALOG, ((each, [Interval(of.get(each.name)) for of in catalogs]) for each in shown))
-    redrawn = "rows" if all(each.one_row_per_user for each in all_of) else "users"
+        _extend(main, CATALOG, ((metric, [Interval(of.get(metric.name)) for of in catalogs]) for metric in shown))
+    redrawn = "rows" if all(row.one_row_per_user for row in all_of) else "users"
     return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {redrawn}", more=more)
 
 
@@ -171,7 +171,7 @@ def _extend(rows: list[Row], heading: str, metrics: Iterable[tuple[BaseMetric, S
 
 
 def _cells(metric: BaseMetric, intervals: Sequence[Interval]) -> Iterator[Cell]:
-    losses = [float("inf") if each.value is None else metric.loss(each.value) for each in intervals]
+    losses = [float("inf") if interval.value is None else metric.loss(interval.value) for interval in intervals]
     best = min(losses) if len(intervals) > 1 else None
     for each, loss in zip(intervals, losses, strict=True):
         if each.value is None:
@@ -191,15 +191,15 @@ def differences_table(compared: Comparison, summary: Summary) -> Table:
         compared: The comparison.
         summary: Metrics of the model.
     """
-    rows, others = list[Row](), [each.groups for each in compared.differences.values()]
-    for group in dict.fromkeys(name for each in others for name in each):
+    rows, others = list[Row](), [difference.groups for difference in compared.differences.values()]
+    for group in dict.fromkeys(name for other in others for name in other):
         found = list[Row]()
         for metric in every.METRICS:
-            apart = [each.get(group, {}).get(metric.name) for each in others]
-            is_undefined = all(each is None or each.value is None for each in apart)
+            apart = [other.get(group, {}).get(metric.name) for other in others]
+            is_undefined = all(difference is None or difference.value is None for difference in apart)
             if any(apart) and metric.is_shown(group == SCORE) and not (metric.is_within_group and is_undefined):
                 value = summary.groups[group].get(metric.name).value
-                found.append((metric.label, *(_difference_cell(each, metric, value) for each in apart)))
+                found.append((metric.label, *(_difference_cell(difference, metric, value) for difference in apart)))
         rows += [(group,), *found] if found else []
     note = f"± half the 95% interval; colored: shown (p < {ALPHA:g}, corrected)"
     return Table(f"Differences: {compared.model} minus", ("", *compared.differences), rows, note)

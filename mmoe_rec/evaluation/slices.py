@@ -1,8 +1,8 @@
-"""Slices of rows, and how well a model does on each: what it gives some users while the mean hides it.
+"""Slices of rows, and metrics on slices, to show losses of some users that the mean hides.
 
-Rows are sliced by columns of the log or of files of predictions, and by what training knew of their users and
-candidates (`RowSlicer`). A slice is compared with all rows, by the same redraws of users, or with another model on the
-rows of the slice. See README.md for which are judged (Slices and findings).
+Columns of the log or of prediction files slice the rows. So does the number of training rows of their users and
+candidates (`RowSlicer`). A slice is compared with all rows in the same resamples of users, or with another model on the
+rows of the slice. README.md says which slices are judged (section "Slices and findings").
 """
 
 import re
@@ -48,14 +48,14 @@ from mmoe_rec.settings.sections import Settings
 
 _NDCG = "ndcg_at_10"
 SLICE_METRICS = ("auc", "calibration", "r2", _NDCG)
-"""The metrics of binary tasks, of a regression, and of the score."""
+"""Metrics of binary tasks, regressions and the score."""
 ALL_ROWS = "all rows"
 MAX_COLUMN_VALUES = 1_000
-"""A column of more values is an id or a number, and is not sliced."""
+"""Columns with more values are ids or numbers, and can't be sliced by value."""
 TOP_VALUES = 20
-"""So many values with the most rows are slices; what is left is one more."""
+"""Number of the most frequent values that become slices. The other values share one more slice."""
 MISSING, OTHERS = "(missing)", "(all others)"
-ACTIVITY_BUCKETS = 10  # groups of users of equal size, by how many training rows they have
+ACTIVITY_BUCKETS = 10  # buckets of users by the number of their training rows
 OPTION = "slices"
 _ADVICE = "leave out slices by columns of the log (--evaluation.slices '[]')"
 _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
@@ -63,7 +63,13 @@ _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """name: as it was asked for; column: of the rows; buckets: how many, None for the column's values."""
+    """Specification of slices.
+
+    Attributes:
+        name: Text of the specification.
+        column: Column of the rows.
+        buckets: Number of buckets, None for the column's values.
+    """
 
     name: str
     column: str
@@ -71,23 +77,29 @@ class SliceSpec:
 
     @staticmethod
     def parse(word: str, option: str = "--slices") -> "SliceSpec":
-        """What `COLUMN` or `bucket(COLUMN, N)` says; option: the one that named it.
+        """Parse `COLUMN` or `bucket(COLUMN, N)`.
 
-        Raises UserError for a number of buckets that there can't be.
+        Args:
+            word: Text to parse.
+            option: Option to name in errors.
+
+        Raises:
+            UserError: The number of buckets is invalid.
         """
-        found = _BUCKET.fullmatch(word.strip())
-        if found is None:
+        match = _BUCKET.fullmatch(word.strip())
+        if match is None:
             if word.startswith("bucket("):
                 raise UserError(f"{option} {word}: expected 'bucket(COLUMN, N)', such as 'bucket(price, 10)'")
             return SliceSpec(word, word)
-        if not 2 <= int(found[2]) <= 100:
+        if not 2 <= int(match[2]) <= 100:
             raise UserError(f"{option} {word}: expected 2 to 100 buckets")
-        return SliceSpec(word, found[1], int(found[2]))
+        return SliceSpec(word, match[1], int(match[2]))
 
     def read(self, values: pa.Array) -> pa.Array:
-        """Values as strings, or numbers as float64; null where they are missing.
+        """Return values as strings, or numbers as float64. Missing values are null.
 
-        Raises ValueError, which says what the column holds, where it can't be sliced by.
+        Raises:
+            ValueError: The values can't be sliced. The message describes the column.
         """
         values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
         if pt.is_null(values.type):
@@ -103,7 +115,7 @@ class SliceSpec:
         return values.cast(pa.float64(), safe=False)
 
     def find_slices(self, values: pa.Array) -> dict[str, np.ndarray]:
-        """Slice rows by values that `read` gave. A bucket (1, 2] holds values above 1 and at most 2.
+        """Slice rows by values that `read` returned. A bucket (1, 2] has values above 1 and at most 2.
 
         Returns:
             Name of the slice -> numbers of its rows, for slices that have rows.
@@ -111,24 +123,24 @@ class SliceSpec:
         Raises:
             UserError: The column has more than `MAX_COLUMN_VALUES` values.
         """
-        names, place = self._by_value(values) if self.buckets is None else self._by_bucket(values, self.buckets)
-        place[values.is_null().to_numpy(zero_copy_only=False)] = len(names)
+        names, slice_index = self._by_value(values) if self.buckets is None else self._by_bucket(values, self.buckets)
+        slice_index[values.is_null().to_numpy(zero_copy_only=False)] = len(names)
         names.append(MISSING)
-        return {names[each]: np.flatnonzero(place == each) for each in np.unique(place)}
+        return {names[index]: np.flatnonzero(slice_index == index) for index in np.unique(slice_index)}
 
     def _by_value(self, values: pa.Array) -> tuple[list[str], np.ndarray]:
         counts = values.drop_null().value_counts().to_pylist()
-        counts.sort(key=lambda each: (-each["counts"], each["values"]))
+        counts.sort(key=lambda count: (-count["counts"], count["values"]))
         if len(counts) > MAX_COLUMN_VALUES:
             raise UserError(
                 f"column '{self.column}' has more than {MAX_COLUMN_VALUES:,} values, such as "
                 f"{counts[0]['values']!r}: too "
                 f"many to slice by; slice by 'bucket({self.column}, 10)' if it is a number"
             )
-        shown = sorted(each["values"] for each in counts[:TOP_VALUES])
-        place = pc.fill_null(pc.index_in(values, value_set=pa.array(shown, pa.string())), len(shown))
-        names = [each if each.strip() and each not in (MISSING, OTHERS) else f"'{each}'" for each in shown]
-        return [*names, OTHERS], place.to_numpy().astype(np.int64)
+        shown = sorted(count["values"] for count in counts[:TOP_VALUES])
+        slice_index = pc.fill_null(pc.index_in(values, value_set=pa.array(shown, pa.string())), len(shown))
+        names = [value if value.strip() and value not in (MISSING, OTHERS) else f"'{value}'" for value in shown]
+        return [*names, OTHERS], slice_index.to_numpy().astype(np.int64)
 
     def _by_bucket(self, values: pa.Array, buckets: int) -> tuple[list[str], np.ndarray]:
         numbers, names = values.drop_null().to_numpy(), list[str]()
@@ -136,8 +148,8 @@ class SliceSpec:
             return names, np.zeros(len(values), np.int64)
         edges = np.unique(np.quantile(numbers, np.arange(1, buckets) / buckets, method="inverted_cdf"))
         ends = [numbers.min(), *edges, numbers.max()]
-        for digits in (6, 9, 12, 17):  # as many as tell them apart
-            shown = [f"{each:.{digits}g}" for each in ends]
+        for digits in (6, 9, 12, 17):  # enough digits to distinguish the ends
+            shown = [f"{end:.{digits}g}" for end in ends]
             names = [f"({low}, {top}]" for low, top in pairwise(shown)]
             if len(set(names)) == len(names):
                 break
@@ -146,18 +158,21 @@ class SliceSpec:
 
 
 class RowSlicer:
-    """What models' rows, which are the same, are sliced by: `evaluation.slices`, by columns of the log; and, where
-    features were built of the log, how users and candidates stand in training.
+    """Slices of the rows that all models share, by columns of the log and by counts of training rows.
 
-    Encoded rows hold what a model reads, and slices are thought of afterwards: so the log is read once more, for the
-    first model, and rows are known by request and candidate, or by their number in a log without candidates.
+    Encoded rows have only the columns that a model reads, so the log is read again to slice rows, for the first model.
+    Rows are matched by request and candidate, or by their number in a log without candidates.
     """
 
     def __init__(self, settings: Settings, artifact: Path) -> None:
-        """Open the log. artifact: folder of the model, by whose keys rows are known.
+        """Open the log.
+
+        Args:
+            settings: Settings of the rows.
+            artifact: Folder of the model whose key types match the rows.
 
         Raises:
-            UserError: The log has no such column, or it can't be sliced by.
+            UserError: The log has no such column, or it can't be sliced.
         """
         self._by = [SliceSpec.parse(word, OPTION) for word in dict.fromkeys(settings.evaluation.slices)]
         self._log = _open_log(settings, artifact, self._by) if self._by else None
@@ -174,10 +189,10 @@ class RowSlicer:
         """Find the slices of rows.
 
         Returns:
-            What rows are sliced by -> name of the slice -> (n,) numbers of the rows.
+            Column that slices rows -> name of the slice -> numbers (n,) of the rows.
 
         Raises:
-            UserError: The log has other rows by now, a column has too many values, or models have other rows.
+            UserError: The log has changed, a column has too many values, or the models have different rows.
         """
         slices = slice_by_training_counts(rows, self._training)
         if self._log is None:
@@ -187,11 +202,11 @@ class RowSlicer:
         order = np.argsort(keys, kind="stable")
         if self._read is None:
             self._read = keys[order], _read_slices(self._log, self._by, keys[order], self._skips)
-        known, found = self._read
-        if not np.array_equal(keys[order], known):
+        seen_keys, slices_of_sorted_rows = self._read
+        if not np.array_equal(keys[order], seen_keys):
             raise UserError("the models were not measured on the same rows, so their slices can't be compared")
-        for by, each in found.items():
-            named = {name: np.sort(order[places]) for name, places in each.items()}
+        for by, rows_by_slice in slices_of_sorted_rows.items():
+            named = {name: np.sort(order[positions]) for name, positions in rows_by_slice.items()}
             slices[f"column {by}" if by in slices else by] = named
         return slices
 
@@ -203,9 +218,9 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceSpec]) -
     if not schema.columns.has_candidate and options.skip_bad_files:
         raise UserError(
             "slices by columns of the log need columns.candidate where files may be left out (data.skip_bad_files): "
-            f"without it rows are known by their number in the log; {_ADVICE}"
+            f"without it rows are matched by their number in the log; {_ADVICE}"
         )
-    extra_columns: dict[str, ColumnUse] = {each.column: "any" for each in slices if each.column not in uses}
+    extra_columns: dict[str, ColumnUse] = {spec.column: "any" for spec in slices if spec.column not in uses}
     types, source = pipeline.key_types, settings.data.log
     try:
         log = Log(
@@ -218,14 +233,14 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceSpec]) -
         )
     except BadFile as error:
         raise UserError(f"{error} ({OPTION})" if extra_columns else str(error)) from None
-    for each in slices:  # before rows are scored
-        _values_of(each, pa.nulls(0, log.types.get(each.column, pa.null())))
+    for spec in slices:  # raise errors before rows are scored
+        _values_of(spec, pa.nulls(0, log.types.get(spec.column, pa.null())))
     return log
 
 
 def _read_slices(log: Log, slices: Sequence[SliceSpec], wanted: np.ndarray, skips: bool) -> RowsBySlice:
-    """Slices of rows by the places of their keys (N,) uint64, which rise."""
-    names, split, columns = log.schema.columns, log.schema.split, dict.fromkeys(each.column for each in slices)
+    """Return slices of rows as positions in their sorted keys, shape (N,) uint64."""
+    names, split, columns = log.schema.columns, log.schema.split, dict.fromkeys(spec.column for spec in slices)
     needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column, *columns}
     reader = replace(log.reader, uses={name: use for name, use in log.uses.items() if name in needed})
     log = log.without_bad_files(map(find_bad_file, log.pieces(reader))) if skips else log
@@ -233,20 +248,20 @@ def _read_slices(log: Log, slices: Sequence[SliceSpec], wanted: np.ndarray, skip
     with bar() as progress:
         task = progress.add_task("slicing", total=log.rows)
         for rows in chain.from_iterable(map(reader.read, log.parts())):
-            its = combine_hashes([hash_column(rows.requests()), rows.hashes([names.candidate])])
-            progress.advance(task, len(its))
-            there = wanted[np.minimum(np.searchsorted(wanted, its), len(wanted) - 1)] == its
-            keys.append(its[there])
-            parts.append(pa.table({name: rows.column(name) for name in columns}).filter(pa.array(there)))
+            row_keys = combine_hashes([hash_column(rows.requests()), rows.hashes([names.candidate])])
+            progress.advance(task, len(row_keys))
+            is_wanted = wanted[np.minimum(np.searchsorted(wanted, row_keys), len(wanted) - 1)] == row_keys
+            keys.append(row_keys[is_wanted])
+            parts.append(pa.table({name: rows.column(name) for name in columns}).filter(pa.array(is_wanted)))
     hashes = np.concatenate(keys)
     order = np.argsort(hashes, kind="stable")
-    if len(order) > len(wanted):  # rows that came again count once
+    if len(order) > len(wanted):  # duplicate rows count once
         order = order[np.unique(hashes[order], return_index=True)[1]]
     if not np.array_equal(hashes[order], wanted):
-        told = f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}"
-        raise UserError(f"{told}, so it can't be told what slices they are in; {_ADVICE}")
+        problem = f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}"
+        raise UserError(f"{problem}, so their slices are unknown; {_ADVICE}")
     table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
-    return {each.name: each.find_slices(_values_of(each, one_array(table[each.column]))) for each in slices}
+    return {spec.name: spec.find_slices(_values_of(spec, one_array(table[spec.column]))) for spec in slices}
 
 
 def _values_of(by: SliceSpec, values: pa.Array) -> pa.Array:
@@ -259,7 +274,7 @@ def _values_of(by: SliceSpec, values: pa.Array) -> pa.Array:
 def slice_by_training_counts(
     rows: PredictedRows, training: Mapping[str, pd.Series]
 ) -> dict[str, Mapping[str, np.ndarray]]:
-    """Slice rows by what training knew of their users and candidates.
+    """Slice rows by the number of training rows of their users and candidates.
 
     Args:
         rows: The rows.
@@ -268,29 +283,46 @@ def slice_by_training_counts(
     slices: dict[str, Mapping[str, np.ndarray]] = {}
     for name, counts in training.items():
         ids = rows.candidates if name == "candidate" and rows.candidates is not None else rows.users
-        known = counts.reindex(pd.Index(ids.to_pandas())).fillna(0).to_numpy(np.int64)
-        slices[name] = {"new": np.flatnonzero(known == 0), "returning": np.flatnonzero(known)}
+        training_rows = counts.reindex(pd.Index(ids.to_pandas())).fillna(0).to_numpy(np.int64)
+        slices[name] = {"new": np.flatnonzero(training_rows == 0), "returning": np.flatnonzero(training_rows)}
         if name == "user":
-            rows_of_user = pa.array(known.astype(float), mask=known == 0)
+            rows_of_user = pa.array(training_rows.astype(float), mask=training_rows == 0)
             activity = SliceSpec("training rows of the user", name, ACTIVITY_BUCKETS).find_slices(rows_of_user)
-            slices["training rows of the user"] = {each: of for each, of in activity.items() if each != MISSING}
-    return {by: {name: places for name, places in each.items() if len(places)} for by, each in slices.items()}
+            slices["training rows of the user"] = {
+                bucket: row_numbers for bucket, row_numbers in activity.items() if bucket != MISSING
+            }
+    return {by: {name: rows for name, rows in named.items() if len(rows)} for by, named in slices.items()}
 
 
 def _count_by(folder: Path, name: str) -> pd.Series:
-    """How many encoded rows have each value of a column."""
+    """Count the encoded rows with each value of a column."""
     counts = [pq.read_table(file, columns=[name])[name].to_pandas().value_counts() for file in folder.glob("*.parquet")]
     return pd.concat(counts).groupby(level=0).sum()
 
 
 @dataclass(frozen=True)
 class SliceRecord:
-    """A metric of a model in a slice, beside its value on all rows, or that of another model in the slice.
+    """Metric of a model in a slice, compared with all rows or with another model in the slice.
 
-    by, slice: what rows are sliced by, and the value; group: the task, or `score`; labels: rows of the rarer label,
-    None of the score; requests: of NDCG, those that rank anything; beside: `ALL_ROWS`, or the name of another model;
-    apart: by how much the value differs, with its interval, its standard error, degrees of freedom and p-values. What
-    can't be judged for want of labels is None.
+    Fields are None if there are too few labels to judge.
+
+    Attributes:
+        by: Column that slices the rows.
+        slice: Name of the slice.
+        group: Task, or `score`.
+        metric: Name of the metric.
+        rows: Number of rows.
+        labels: Rows with the rarer label, None for the score.
+        requests: Number of requests that NDCG uses, None for other metrics.
+        value: Value of the metric in the slice.
+        compared_to: `ALL_ROWS`, or the name of the other model.
+        difference: Difference from the compared value.
+        low: Lower end of the difference's 95% interval.
+        high: Upper end of the difference's 95% interval.
+        standard_error: Standard error of the difference.
+        degrees_of_freedom: Degrees of freedom of the standard error.
+        p_value: p-value of the difference.
+        corrected_p_value: p-value corrected for all compared slices.
     """
 
     by: str
@@ -312,7 +344,7 @@ class SliceRecord:
 
     @property
     def is_worse(self) -> bool:
-        """True if the metric is shown to be lower, or the probabilities to be further off."""
+        """Whether the metric is significantly lower, or the probabilities are significantly further off."""
         if self.value is None or self.difference is None or not self.is_significant:
             return False
         if self.metric != "calibration":
@@ -321,95 +353,117 @@ class SliceRecord:
 
     @property
     def is_significant(self) -> bool:
-        """True if the difference is shown after the correction for how many slices are compared."""
+        """Whether the difference is significant after the correction for the number of comparisons."""
         return self.corrected_p_value is not None and self.corrected_p_value < ALPHA
 
     def loss_p_value(self, margin: float) -> float:
-        """The p-value of a loss of more than the margin, by both tails as an interval's; 1 where it can't be tested."""
+        """Return the two-sided p-value of a loss of more than the margin, 1 if it can't be tested."""
         if self.difference is None or self.degrees_of_freedom is None or not self.standard_error:
             return 1.0
         return float(2 * student.cdf((self.difference + margin) / self.standard_error, self.degrees_of_freedom))
 
     @property
     def message(self) -> str:
-        """The slice beside all rows or another model."""
+        """Sentence that compares the slice with all rows or with another model."""
         compared_to = "that of all rows" if self.compared_to == ALL_ROWS else f"that of '{self.compared_to}'"
         value, difference = self.value or 0.0, self.difference or 0.0
-        which = f"slice {self.by}: {self.slice} ({self.rows:,} rows)"
-        return f"{which}: {self.metric} of {self.group} is {value:.3f}, where {compared_to} is {value - difference:.3f}"
+        label = f"slice {self.by}: {self.slice} ({self.rows:,} rows)"
+        return f"{label}: {self.metric} of {self.group} is {value:.3f}, where {compared_to} is {value - difference:.3f}"
 
 
 def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int) -> list[SliceRecord]:
-    """A record for each slice of a model, task or `score`, metric, and what the slice is compared with."""
+    """Compare each slice with all rows and with other models.
+
+    Args:
+        models: Name -> measured model.
+        model: Name of the model to judge.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        Records for each slice, task or `score`, metric and comparison, with corrected p-values.
+    """
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
     measured, records = BootstrapMetrics(whole, names=SLICE_METRICS), list[SliceRecord]()
-    # The same redraws as in each slice.
-    of_all = measured.bootstrap(resamples) if slices else {}
+    # The slices use the same resamples.
+    all_rows = measured.bootstrap(resamples) if slices else {}
     for (by, _), sums in slices.items():
         requests[by] += sums.total("requests")
     for key in slices:
         is_cut = requests[key[0]] > whole.total("requests")
-        records += _compare_slice(key, models, model, of_all, resamples, is_cut)
+        records += _compare_slice(key, models, model, all_rows, resamples, is_cut)
     return holm_correct(records)
 
 
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
-    """Those that are shown to be worse: AUC, R2 and NDCG by the difference, beside other models first, then
-    probabilities by how far they are off; then the others of the former."""
+    """Sort records with the significantly worse slices first.
 
-    def place(each: SliceRecord) -> tuple[bool, bool, bool, float]:
-        is_ratio = each.metric == "calibration"
-        size = -distance_from_one(each.value or 0.0) if is_ratio else each.difference or 0.0
-        return not each.is_worse, is_ratio, not is_ratio and each.compared_to == ALL_ROWS, size
+    AUC, R2 and NDCG come first, sorted by the difference, and comparisons with other models before comparisons with all
+    rows. Calibration follows, sorted by the distance from 1. Slices that are not worse come last, without calibration.
+    """
 
-    shown = [each for each in records if each.value is not None and (each.metric != "calibration" or each.is_worse)]
-    return sorted(shown, key=place)
+    def sort_key(record: SliceRecord) -> tuple[bool, bool, bool, float]:
+        is_ratio = record.metric == "calibration"
+        size = -distance_from_one(record.value or 0.0) if is_ratio else record.difference or 0.0
+        return not record.is_worse, is_ratio, not is_ratio and record.compared_to == ALL_ROWS, size
+
+    shown = [
+        record for record in records if record.value is not None and (record.metric != "calibration" or record.is_worse)
+    ]
+    return sorted(shown, key=sort_key)
 
 
 def _compare_slice(
     key: tuple[str, str],
     models: Mapping[str, MeasuredModel],
     model: str,
-    of_all: Mapping[MetricKey, Estimate],
+    all_rows: Mapping[MetricKey, Estimate],
     resamples: int,
-    cut: bool,
+    is_cut: bool,
 ) -> Iterator[SliceRecord]:
-    """of_all: metrics of all rows; cut: whether requests have rows in other slices too."""
-    here, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
-    others = {name: each.slices[key] for name, each in models.items() if key in each.slices}
-    sides = {name: its for name, its in others.items() if describe_row_mismatch(here, its) is None}
-    place = pc.index_in(here.tables["ranking"]["user"], value_set=units).to_numpy()  # of the slice's users
+    """Yield records of a slice. `is_cut` says whether requests have rows in other slices too."""
+    slice_sums, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
+    others = {name: model.slices[key] for name, model in models.items() if key in model.slices}
+    sides = {name: sums for name, sums in others.items() if describe_row_mismatch(slice_sums, sums) is None}
+    user_index = pc.index_in(slice_sums.tables["ranking"]["user"], value_set=units).to_numpy()  # of the slice's users
     measured = {side: BootstrapMetrics(sums, names=SLICE_METRICS) for side, sums in sides.items()}
 
     def values_of(counts: np.ndarray) -> Replicates:
-        counts = np.ascontiguousarray(counts[place])
+        counts = np.ascontiguousarray(counts[user_index])
         return {
-            (side, *metric): value for side, its in measured.items() for metric, value in its.compute(counts).items()
+            (side, *metric): value
+            for side, metrics in measured.items()
+            for metric, value in metrics.compute(counts).items()
         }
 
-    resampled = {(ALL_ROWS, *metric): each for metric, each in of_all.items()}
-    for (side, *metric), each in bootstrap(values_of, len(units), resamples).items():
-        if metric[0] not in measured[model].groups:  # an outcome that only the other side has
+    resampled = {(ALL_ROWS, *metric): total for metric, total in all_rows.items()}
+    for (side, *metric), estimated in bootstrap(values_of, len(units), resamples).items():
+        if metric[0] not in measured[model].groups:  # only the other model predicts this outcome
             continue
         effective_users = measured[model].effective_users((metric[0], metric[1]))
-        resampled[side, *metric] = replace(each, effective_users=effective_users)
+        resampled[side, *metric] = replace(estimated, effective_users=effective_users)
     for group, metric in [metric for side, *metric in resampled if side == model]:
-        its, ranks = resampled[model, group, metric], metric == _NDCG
+        estimate, ranks = resampled[model, group, metric], metric == _NDCG
         task = None if group == SCORE else group
-        labels = None if task is None else count_minority(here, task)
-        requests = here.total("ranked_requests", task) if ranks else None
-        is_judged = min(each for each in (labels, requests, MIN_RARER_ROWS) if each is not None) >= MIN_RARER_ROWS
+        labels = None if task is None else count_minority(slice_sums, task)
+        requests = slice_sums.total("ranked_requests", task) if ranks else None
+        is_judged = min(count for count in (labels, requests, MIN_RARER_ROWS) if count is not None) >= MIN_RARER_ROWS
         for side in (ALL_ROWS, *sides):
             if side == model or (side, group, metric) not in resampled:
                 continue
-            of_shorter_lists = ranks and cut and side == ALL_ROWS
+            of_shorter_lists = ranks and is_cut and side == ALL_ROWS
             if of_shorter_lists and len(sides) > 1:
-                continue  # another model is what it can be compared with
-            apart = Difference(None)
+                continue  # the comparison with another model replaces this one
+            difference = Difference(None)
             if is_judged and not of_shorter_lists:
-                apart = compute_difference(its, resampled[side, group, metric])
-            value = its.value if is_judged and np.isfinite(its.value) else None
-            told = (*key, group, metric, here.total("rows", task), labels, requests, value, side)
+                difference = compute_difference(estimate, resampled[side, group, metric])
+            value = estimate.value if is_judged and np.isfinite(estimate.value) else None
+            description = (*key, group, metric, slice_sums.total("rows", task), labels, requests, value, side)
             yield SliceRecord(
-                *told, apart.value, apart.low, apart.high, apart.standard_error, apart.degrees_of_freedom, apart.p_value
+                *description,
+                difference.value,
+                difference.low,
+                difference.high,
+                difference.standard_error,
+                difference.degrees_of_freedom,
+                difference.p_value,
             )

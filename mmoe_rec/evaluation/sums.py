@@ -1,9 +1,9 @@
-"""Everything the metrics need to know about any number of rows, as sums per user, because the intervals redraw users.
+"""Sums of rows for each user, which are all that metrics need, because intervals resample users.
 
-Of more than `MAX_BOOTSTRAP_UNITS` users, groups by a hash are redrawn instead, so that a resample costs no more: groups
-are as independent of each other as users are, and differ as much as their users do.
+If there are more than `MAX_BOOTSTRAP_UNITS` users, the bootstrap resamples groups of users by a hash, so that a
+resample costs no more. Groups are as independent of each other as users are, and vary as much as their users do.
 
-AUC and average precision need the order of all rows: so a binary task's rows are kept in bins of rising prediction.
+AUC and average precision depend on the order of all rows, so the rows of a binary task are binned by prediction.
 """
 
 import re
@@ -29,22 +29,24 @@ from mmoe_rec.task_kinds import DEFAULT_KIND, find_kind
 from mmoe_rec.task_kinds.task_kind import TaskKind, ValueRule
 
 MAX_BOOTSTRAP_UNITS = 4_096
-"""At most so many users, or groups of users, are kept apart; a power of two."""
+"""Maximum number of users or groups to resample, a power of two."""
 _KEYS = ("user", "bin")
 
 
 SCORE_RULE: ValueRule = ("a number", lambda values: ~np.isnan(values))
-# Products of sums of larger weights would overflow, and of smaller ones vanish.
+# Products of sums overflow with larger weights, and underflow with smaller weights.
 _LEAST, _LARGEST = np.float64(1e-50), np.float64(1e50)
 WEIGHT_RULE: ValueRule = ("a positive number, 1e-50 to 1e50", lambda values: (values > _LEAST) & (values < _LARGEST))
 
 
 @dataclass(frozen=True)
 class MeasuredTask:
-    """One predicted behaviour, as the metrics see it.
+    """A predicted behavior, as the metrics see it.
 
-    name: letters, digits, `_` and `-`, as it becomes a part of metric and file names; kind: a kind, or its name;
-    weight: in the fused score, and so in the relevance of a row for NDCG and MRR.
+    Attributes:
+        name: Letters, digits, `_` and `-`, because the name becomes part of metric and file names.
+        kind: Kind of the task, or its name.
+        weight: Weight in the score, and so in a row's relevance for NDCG and MRR.
     """
 
     name: str
@@ -96,18 +98,25 @@ class EvaluationSums:
 
     @property
     def users(self) -> int:
-        """How many users were measured."""
+        """Number of measured users."""
         return self.total("users")
 
     def total(self, column: str, task: str | None = None) -> int:
-        """The sum of a column of counts over all users, of the table `ranking`, or of that of a task."""
+        """Return the sum of a column of counts over all users.
+
+        Args:
+            column: Name of the column.
+            task: Task whose table has the column, None for the table `ranking`.
+        """
         return int(self.tables["ranking" if task is None else f"{task}.users"][column].to_numpy().sum())
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """N rows. user, request, unit: (N,) int64 from 0 on; units: (V,) ids; weight: (N,) float64; key: (N,) uint64, which
-    tells rows of other requests, candidates or weights apart."""
+    """N rows: indices of users, requests and units, with weights and keys.
+
+    A key (N,) uint64 differs if the request, candidate or weight differs.
+    """
 
     user: np.ndarray
     request: np.ndarray
@@ -145,15 +154,15 @@ class PredictedRows:
     row: pa.Array | None = None
 
     def sum(self, grouped: bool | None = None) -> EvaluationSums:
-        """Sum what all metrics need, by user or group of users.
+        """Sum the inputs of all metrics, by user or group of users.
 
-        A row's relevance for NDCG and MRR is max(0, sum over tasks of task weight x label), where an unobserved label
-        and a negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance,
-        ranks nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
+        The relevance of a row for NDCG and MRR is max(0, sum over tasks of task weight x label). Unobserved labels and
+        negative labels of a regression count as 0. A request of one row, or with rows of equal relevance, ranks
+        nothing, because every order is as good. NDCG and MRR leave it out, and it is counted.
 
         Args:
-            grouped: Whether units are groups of users, None for groups where there are more than `MAX_BOOTSTRAP_UNITS`
-            users.
+            grouped: Whether units are groups of users, None for groups if there are more than `MAX_BOOTSTRAP_UNITS`
+                users.
 
         Raises:
             UserError: There is no row.
@@ -163,8 +172,8 @@ class PredictedRows:
         all_users, user = _index(self.users)
         all_requests, request = _index(self.requests)
         weight = np.ones(rows) if self.weight is None else np.asarray(self.weight, np.float64)
-        known = {task.name: np.asarray(self.labels[task.name], np.float64) for task in self.tasks}
-        gain = _gain([(task.weight, known[task.name]) for task in self.tasks], rows)
+        labels = {task.name: np.asarray(self.labels[task.name], np.float64) for task in self.tasks}
+        gain = _gain([(task.weight, labels[task.name]) for task in self.tasks], rows)
         lists = RankedRequests.of(request, self.score, gain, len(all_requests))
         keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
         if self.candidates is not None:
@@ -173,14 +182,19 @@ class PredictedRows:
             shown = {"rows": np.ones(rows, dtype=np.int64), **exposure_by_row(lists, CUTOFFS)}
             tables["catalog"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
         unit, units = assign_units(all_users, grouped)
-        given = _Rows(user, request, unit[user], units, weight, combine_hashes(keys))
-        tables["ranking"] = _ranking_table(given, lists)
+        row_groups = _Rows(user, request, unit[user], units, weight, combine_hashes(keys))
+        tables["ranking"] = _ranking_table(row_groups, lists)
         for task in self.tasks:
-            tables |= _task_tables(task, given, np.asarray(self.predictions[task.name]), known[task.name])
+            tables |= _task_tables(task, row_groups, np.asarray(self.predictions[task.name]), labels[task.name])
         return EvaluationSums(self.tasks, tables)
 
     def with_predictions(self, predictions: Mapping[str, np.ndarray], score: np.ndarray) -> "PredictedRows":
-        """The same rows as another model predicts them, which may lack tasks."""
+        """Return the same rows with predictions of another model, which may lack tasks.
+
+        Args:
+            predictions: Task -> predictions (N,).
+            score: Ranking score, shape (N,).
+        """
         tasks = tuple(task for task in self.tasks if task.name in predictions)
         labels = {task.name: self.labels[task.name] for task in tasks}
         return replace(self, tasks=tasks, predictions=predictions, labels=labels, score=score)
@@ -201,7 +215,12 @@ class PredictedRows:
 
 
 def count_minority(sums: EvaluationSums, task: str) -> int:
-    """How many rows have the rarer label of a binary task, or an observed label of a regression."""
+    """Count the rows with the rarer label of a binary task, or with an observed label of a regression.
+
+    Args:
+        sums: Sums of the model.
+        task: Name of the task.
+    """
     rows = sums.total("rows", task)
     if "positives" not in sums.tables[f"{task}.users"].column_names:
         return rows
@@ -210,45 +229,70 @@ def count_minority(sums: EvaluationSums, task: str) -> int:
 
 
 def check_same_rows(name: str, sums: EvaluationSums, against: str, base: EvaluationSums) -> None:
-    """Raises UserError where two models were not measured on the same rows with the same labels."""
-    if (what := describe_row_mismatch(sums, base)) is not None:
+    """Raise UserError if two models were not measured on the same rows with the same labels.
+
+    Args:
+        name: Name of the model.
+        sums: Sums of the model.
+        against: Name of the reference model.
+        base: Sums of the reference model.
+    """
+    if (mismatch := describe_row_mismatch(sums, base)) is not None:
         raise UserError(
-            f"'{name}' and '{against}' were not measured on the same rows ({what}): differences of models need the "
+            f"'{name}' and '{against}' were not measured on the same rows ({mismatch}): differences of models need the "
             "same requests and candidates, with the same labels"
         )
 
 
 def describe_row_mismatch(sums: EvaluationSums, base: EvaluationSums) -> str | None:
-    """What differs between the rows of two models, or their labels; None where they are the same."""
+    """Describe the difference between the rows of two models, or their labels.
+
+    Args:
+        sums: Sums of the model.
+        base: Sums of the reference model.
+
+    Returns:
+        The difference, None if rows and labels are the same.
+    """
     for task in [None, *(task.name for task in base.tasks if f"{task.name}.users" in sums.tables)]:
-        table, of = ("ranking", "") if task is None else (f"{task}.users", f" with a label of '{task}'")
-        mine, its = (each.tables[table].select(["user", "rows", "requests", "digest"]) for each in (sums, base))
-        rows = [each.total("rows", task) for each in (sums, base)]
+        table, of_task = ("ranking", "") if task is None else (f"{task}.users", f" with a label of '{task}'")
+        mine, theirs = (
+            model_sums.tables[table].select(["user", "rows", "requests", "digest"]) for model_sums in (sums, base)
+        )
+        rows = [model_sums.total("rows", task) for model_sums in (sums, base)]
         if rows[0] != rows[1] or sums.users != base.users:
-            return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
-        if not mine["user"].equals(its["user"]):
-            return f"the users of rows{of} differ"
-        if not mine.equals(its):
+            return f"{rows[0]:,} rows{of_task} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
+        if not mine["user"].equals(theirs["user"]):
+            return f"the users of rows{of_task} differ"
+        if not mine.equals(theirs):
             return "their requests or candidates differ" if task is None else f"labels of '{task}' differ"
     return None
 
 
 def hash_to_group(users: np.ndarray) -> np.ndarray:
-    """(N,) int64 in [0, MOST_UNITS), the group of each user of a hash (N,) uint64: rising with the hash."""
+    """Return the group, (N,) int64 below `MAX_BOOTSTRAP_UNITS`, of each user's hash (N,) uint64.
+
+    The group rises with the hash.
+    """
     return (users >> np.uint64(64 - (MAX_BOOTSTRAP_UNITS - 1).bit_length())).astype(np.int64)
 
 
 def assign_units(users: pa.Array, grouped: bool | None = None) -> tuple[np.ndarray, pa.Array]:
-    """(N,) int64, which of the V units that are redrawn each row belongs to; and (V,) the users, or groups of them.
+    """Assign rows to the units that the bootstrap resamples.
 
-    users: (N,) integers or strings; grouped: as for `PredictedRows.sum`.
+    Args:
+        users: Users of the rows, shape (N,), integers or strings.
+        grouped: Whether units are groups of users, as in `PredictedRows.sum`.
+
+    Returns:
+        Index of each row's unit, shape (N,) int64, and the V users or groups.
     """
     encoded = users.dictionary_encode()
     codes, distinct = encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
     if not (len(distinct) > MAX_BOOTSTRAP_UNITS if grouped is None else grouped):
         return codes, distinct
-    groups, place = np.unique(hash_to_group(hash_column(distinct)), return_inverse=True)
-    return place[codes], pa.array(groups)
+    groups, group_index = np.unique(hash_to_group(hash_column(distinct)), return_inverse=True)
+    return group_index[codes], pa.array(groups)
 
 
 def _ranking_table(rows: _Rows, lists: RankedRequests) -> pa.Table:
@@ -263,29 +307,32 @@ def _ranking_table(rows: _Rows, lists: RankedRequests) -> pa.Table:
 
 def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, labels: np.ndarray) -> dict[str, pa.Table]:
     observed = ~np.isnan(labels)
-    label, weight, unit, key = (each[observed] for each in (labels, rows.weight, rows.unit, rows.key))
+    label, weight, unit, key = (values[observed] for values in (labels, rows.weight, rows.unit, rows.key))
     prediction = predictions[observed].astype(np.float64)
-    ids = (np.unique(each[observed], return_inverse=True)[1] for each in (rows.user, rows.request, rows.unit))
-    known = TaskRows(label, prediction, weight, *ids)
-    requests = int(known.request.max(initial=-1)) + 1
-    lists = RankedRequests.of(known.request, prediction, np.maximum(label, 0.0), requests)
+    ids = (np.unique(values[observed], return_inverse=True)[1] for values in (rows.user, rows.request, rows.unit))
+    observed_rows = TaskRows(label, prediction, weight, *ids)
+    requests = int(observed_rows.request.max(initial=-1)) + 1
+    lists = RankedRequests.of(observed_rows.request, prediction, np.maximum(label, 0.0), requests)
     units = rows.units.take(pa.array(unit))
     sums = {"rows": np.ones(len(label), dtype=np.int64)}
     sums |= {"positives": label.astype(np.int64)} if task.kind.is_binary else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
-    # Fractions are the same that single precision has the same; whole numbers, such as moments, are not. -0 is 0.
-    known_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
-    own = {"digest": _digest(combine_hashes([key, known_label.view(np.uint64)]))}
-    own |= _measure_own(
-        [each for each in metrics_for_kind(task.kind) if not each.is_ranking_metric], known, {*sums, *own}
+    # Labels with fractions are equal if they are equal in single precision, whole numbers (such as times) only if
+    # they are equal in double precision. Adding 0.0 turns -0 into 0.
+    rounded_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
+    task_sums = {"digest": _digest(combine_hashes([key, rounded_label.view(np.uint64)]))}
+    task_sums |= _measure_own(
+        [metric for metric in metrics_for_kind(task.kind) if not metric.is_ranking_metric],
+        observed_rows,
+        {*sums, *task_sums},
     )
-    of_requests = {"requests": np.ones(requests, np.int64)} | _sums_of_lists(task.kind, lists, {*sums, *own})
-    own |= known.assign_to_first_rows(known.request, of_requests)
-    tables = {f"{task.name}.users": _sum_by({"user": units, **sums, **own})}
+    request_sums = {"requests": np.ones(requests, np.int64)} | _sums_of_lists(task.kind, lists, {*sums, *task_sums})
+    task_sums |= observed_rows.assign_to_first_rows(observed_rows.request, request_sums)
+    tables = {f"{task.name}.users": _sum_by({"user": units, **sums, **task_sums})}
     if task.kind.is_binary:
         edges = bin_edges(*counts_by_value(prediction, label, 1 - label))
         bins = {"user": units, "bin": np.searchsorted(edges, prediction, side="right")}
-        # Not the weight but that of negative rows: one less the other would round small ones by large ones.
+        # Store the weight of negative rows, because a difference of total and positive weights loses small weights.
         del sums["weight"]
         negative = weight * (1 - label)
         tables[f"{task.name}.bins"] = _sum_by({**bins, **sums, "negative": negative}, _KEYS)
@@ -294,33 +341,34 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
 
 
 def _sums_of_lists(kind: str, lists: RankedRequests, taken: Iterable[str]) -> dict[str, np.ndarray]:
-    """What requests add, name -> (Q,), to the sums of the score, or of a task of this kind; taken: names of others."""
-    left_out = find_uninformative_requests(lists)
-    ranked = ~np.any(list(left_out.values()), axis=0)
-    counted = {f"requests_{why}": each for why, each in left_out.items()} | {"ranked_requests": ranked}
+    """Return sums by request, name -> (Q,), of the score or a task. `taken` are names of other sums."""
+    uninformative = find_uninformative_requests(lists)
+    ranked = ~np.any(list(uninformative.values()), axis=0)
+    counted = {f"requests_{reason}": is_left_out for reason, is_left_out in uninformative.items()} | {
+        "ranked_requests": ranked
+    }
     measured = {"random_ndcg": random_ndcg(lists, 10)} if kind == "score" else {}
-    metrics = [each for each in metrics_for_kind(kind) if each.is_ranking_metric or kind == "score"]
+    metrics = [metric for metric in metrics_for_kind(kind) if metric.is_ranking_metric or kind == "score"]
     measured |= _measure_own(metrics, lists, {*taken, *counted, *measured})
-    found = {name: each.astype(np.int64) for name, each in counted.items()}
-    return found | {name: np.where(ranked, each, 0.0) for name, each in measured.items()}
+    counts = {name: values.astype(np.int64) for name, values in counted.items()}
+    return counts | {name: np.where(ranked, values, 0.0) for name, values in measured.items()}
 
 
-def _measure_own(metrics: Iterable[Metric[Any]], given: Any, taken: Iterable[str]) -> dict[str, np.ndarray]:
-    """The sums that are the metrics' own, of what they are given; taken: names of other sums."""
+def _measure_own(metrics: Iterable[Metric[Any]], rows: Any, taken: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the sums that metrics define themselves. `taken` are names of other sums."""
     columns: dict[str, np.ndarray] = {}
     for metric in metrics:
-        found = metric.measure(given)
-        if twice := [name for name in found if name in {*taken, *columns}]:
-            raise ValueError(f"metric {metric.name!r} measures {twice}, and so does another; expected names of its own")
-        columns |= found
+        metric_columns = metric.measure(rows)
+        if duplicates := [name for name in metric_columns if name in {*taken, *columns}]:
+            raise ValueError(
+                f"metric {metric.name!r} measures {duplicates}, and so does another metric; expected unique names"
+            )
+        columns |= metric_columns
     return columns
 
 
 def _gain(tasks: Iterable[tuple[float, np.ndarray]], rows: int) -> np.ndarray:
-    """(N,) relevance to 12 digits: what is left of 0.1 + 0.2 - 0.3 is rounding, and makes no row relevant.
-
-    tasks: weights and labels.
-    """
+    """Return relevance (N,), rounded to 12 digits so that 0.1 + 0.2 - 0.3 is 0."""
     gain, size = np.zeros((2, rows))
     for weight, labels in tasks:
         worth = weight * np.maximum(np.nan_to_num(labels, nan=0.0), 0.0)
@@ -331,12 +379,15 @@ def _gain(tasks: Iterable[tuple[float, np.ndarray]], rows: int) -> np.ndarray:
 
 
 def _digest(keys: np.ndarray) -> np.ndarray:
-    """(N,) int64 of 32 bits of uint64 hashes, so that billions may be added up."""
+    """Return 32 bits of uint64 hashes as (N,) int64, so that billions of rows add up without overflow."""
     return (keys >> np.uint64(32)).astype(np.int64)
 
 
 def _sum_by(columns: Mapping[str, Any], keys: Sequence[str] = ()) -> pa.Table:
-    """Adds up rows of equal keys, by default the first column, sorted by key; by one thread, so that bits repeat."""
+    """Add up rows with equal keys (default: the first column), sorted by key.
+
+    A single thread keeps the sums reproducible.
+    """
     table = pa.table(columns)
     keys = keys or table.column_names[:1]
     names = [name for name in table.column_names if name not in keys]
@@ -346,7 +397,7 @@ def _sum_by(columns: Mapping[str, Any], keys: Sequence[str] = ()) -> pa.Table:
 
 
 def _index(ids: Any) -> tuple[pa.Array, np.ndarray]:
-    """The distinct ids, and for each row an index into them."""
+    """Return the distinct ids, and an index into them for each row."""
     array = pa.array(ids)
     encoded = array.cast(pa.int64() if pa.types.is_integer(array.type) else pa.string()).dictionary_encode()
     return encoded.dictionary, encoded.indices.to_numpy().astype(np.int64)

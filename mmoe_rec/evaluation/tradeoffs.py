@@ -53,9 +53,9 @@ def choose_weights(
         f"{settings.data.work_dir}/{evaluation_folder(split)}/{PREDICTIONS_FILE}" for split in ("validation", "test")
     ]
     rows = [load_predictions(columns_from_settings(settings), source, "--predictions") for source in sources]
-    if any(len(each.requests.unique()) == len(each.requests) for each in rows):
+    if any(len(part.requests.unique()) == len(part.requests) for part in rows):
         raise UserError("every request of the validation or test rows has one row, which no weights can rank")
-    on_validation, on_test = (WeightSweep(each, tasks, weights, settings.evaluation.resamples) for each in rows)
+    on_validation, on_test = (WeightSweep(part, tasks, weights, settings.evaluation.resamples) for part in rows)
     chosen, front = on_validation.choose(goal, margins), on_test.find_pareto_front()
     marks, main, more = {chosen: "chosen", 0: "the settings'"}, list[Row](), list[Row]()
     for number, values in enumerate(on_test.values):
@@ -67,7 +67,9 @@ def choose_weights(
         named = zip(tasks, weights[chosen], strict=True)
         headline = f"set {', '.join(f'tasks.{task}.score_weight to {weight:.4g}' for task, weight in named)}"
         apart = on_test.compare_with_deployed(chosen)
-        told = {task: "nothing" if each.value is None else each.format() for task, each in apart.items()}
+        told = {
+            task: "nothing" if difference.value is None else difference.format() for task, difference in apart.items()
+        }
         sentences = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in told.items()]
         if (apart[goal].low or 0.0) <= 0:
             sentences.append(f"a gain of {goal} is not shown on the test rows: the settings' weights may be as good")
@@ -118,7 +120,9 @@ class WeightSweep:
 
         found = bootstrap(at, rankings[0, tasks[0]].num_units, resamples)
         effective_users = {task: rankings[0, task].effective_users((SCORE, NDCG)) for task in tasks}
-        self._resampled = {key: replace(each, effective_users=effective_users[key[1]]) for key, each in found.items()}
+        self._resampled = {
+            key: replace(estimate, effective_users=effective_users[key[1]]) for key, estimate in found.items()
+        }
         self.values = np.array([[self._resampled[n, task].value for task in tasks] for n in range(len(weights))])
 
     def compare_with_deployed(self, number: int) -> dict[str, Difference]:
@@ -138,7 +142,7 @@ class WeightSweep:
         served, best = self.values[:, self.tasks.index(goal)], 0
         for number in range(1, len(served)):
             if served[number] > served[best]:
-                lows = {task: each.low for task, each in self.compare_with_deployed(number).items()}
+                lows = {task: difference.low for task, difference in self.compare_with_deployed(number).items()}
                 if all((low := lows[task]) is not None and low >= -margin for task, margin in margins.items()):
                     best = number
         return best

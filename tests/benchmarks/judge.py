@@ -44,7 +44,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.batches.encoded_dataset import ValidationPart
 from mmoe_rec.evaluation import promotion
 from mmoe_rec.evaluation.calibration import fit_calibration
-from mmoe_rec.evaluation.comparison import BETTER, Verdict, compare
+from mmoe_rec.evaluation.comparison import Outcome, Verdict, compare
 from mmoe_rec.evaluation.evaluate import score_split
 from mmoe_rec.evaluation.summary import MeasuredModel, summarize
 from mmoe_rec.features.layout import TaskOutput
@@ -97,7 +97,7 @@ def judge_compared(number: int) -> dict[str, float]:
     for name, each in counts.items():
         print(f"{name}: {dict(each)}", flush=True)
         found[f"promoted_{name}"] = each["better"] / number
-        found[f"shown_{name}"] = (each["better"] + each["held back"]) / number
+        found[f"shown_{name}"] = (each["better"] + each["blocked"]) / number
         found[f"by_slices_alone_{name}"] = each["only slices"] / number
     return found
 
@@ -106,7 +106,7 @@ def judge_selected(number: int) -> dict[str, float]:
     """Trees of labels without signal, selected on some users and judged on others, or on the same."""
     found = {}
     for name, divided in (("selected", True), ("selected_and_judged_alike", False)):
-        promoted = sum(select(seed, divided).kind == BETTER for seed in range(number))
+        promoted = sum(select(seed, divided).kind == Outcome.BETTER for seed in range(number))
         print(f"{name}: {promoted} of {number} promoted", flush=True)
         found[f"promoted_{name}"] = promoted / number
     return found
@@ -160,7 +160,7 @@ def judge_trained(number: int) -> dict[str, float]:
             kind = "not compared" if verdict is None else verdict.kind
             print(f"{name} {seed}: promoted {is_promoted}, {kind}, gain {gain:.4f}", flush=True)
         promoted, judged, gains = zip(*results, strict=True)
-        shown = sum(each is not None and each.kind in ("better", "held back") for each in judged)
+        shown = sum(each is not None and each.kind in ("better", "blocked") for each in judged)
         print(f"{name}: {sum(promoted)} of {number} promoted, {shown} shown better", flush=True)
         found |= {f"promoted_{name}": sum(promoted) / number, f"gain_{name}": float(np.mean(gains))}
     return found

@@ -89,7 +89,7 @@ def verdicts(*arguments: Any, **options: Any) -> Counter[str]:
     for judged in compared(*arguments, **options):
         counts[judged.kind] += 1
         failed = [guard.metric for guard in judged.guardrails if not guard.passed]
-        counts["only slices"] += judged.kind == "held back" and failed == ["slices"]
+        counts["only slices"] += judged.kind == "blocked" and failed == ["slices"]
     return counts
 
 

@@ -72,14 +72,14 @@ WELL = {"bought": {"auc": apart(0.001, 0.002)}}
     ("value", "reach", "p", "kind"),
     [
         (0.003, 0.002, None, "better"),
-        (0.003, 0.004, None, "not shown"),
+        (0.003, 0.004, None, "not significant"),
         (-0.003, 0.002, None, "worse"),
-        (0.0, 0.0, 1.0, "not shown"),
+        (0.0, 0.0, 1.0, "not significant"),
         (None, None, None, "undecided"),
         (0.1, None, None, "undecided"),
         (0.003, 0.002, 0.049, "better"),
-        (0.003, 0.002, 0.05, "not shown"),  # once corrected
-        (-0.003, 0.002, 0.05, "not shown"),
+        (0.003, 0.002, 0.05, "not significant"),  # once corrected
+        (-0.003, 0.002, 0.05, "not significant"),
     ],
 )
 def test_an_interval_without_0_decides(sign: int, value: float | None, reach: float, p: float, kind: str) -> None:
@@ -94,11 +94,11 @@ LIMIT = "a loss of more than 0.005 (evaluation.max_metric_drop)"
     ("low", "high", "kind", "told"),
     [
         (-0.005, 0.01, "better", f"changes by +0.0025 (-0.0050 to +0.0100), so {LIMIT} is ruled out"),
-        (-0.0051, 0.01, "held back", f"so {LIMIT} can't be ruled out"),
-        (-0.02, -0.005, "held back", f"so {LIMIT} can't be ruled out"),
-        (-0.02, -0.0051, "held back", f", which is {LIMIT}"),
-        (None, 0.0, "held back", f"the difference in auc of bought has no interval, so {LIMIT} can't be ruled out"),
-        (None, None, "held back", f"the difference in auc of bought is undefined, so {LIMIT} can't be ruled out"),
+        (-0.0051, 0.01, "blocked", f"so {LIMIT} can't be ruled out"),
+        (-0.02, -0.005, "blocked", f"so {LIMIT} can't be ruled out"),
+        (-0.02, -0.0051, "blocked", f", which is {LIMIT}"),
+        (None, 0.0, "blocked", f"the difference in auc of bought has no interval, so {LIMIT} can't be ruled out"),
+        (None, None, "blocked", f"the difference in auc of bought is undefined, so {LIMIT} can't be ruled out"),
     ],
 )
 def test_no_task_may_lose_more_than_the_margin(low: Any, high: Any, kind: str, told: str) -> None:
@@ -106,8 +106,8 @@ def test_no_task_may_lose_more_than_the_margin(low: Any, high: Any, kind: str, t
     found = verdict(apart(0.003, 0.002), bought={"auc": loss})
     assert found.kind == kind
     assert found.guardrails[0].message.endswith(told)
-    assert (told in found.message) == (kind == "held back")
-    assert verdict(apart(0.003, 0.002)).kind == "held back", "a difference that there is not"
+    assert (told in found.message) == (kind == "blocked")
+    assert verdict(apart(0.003, 0.002)).kind == "blocked", "a difference that there is not"
 
 
 def test_a_model_that_is_held_back_says_why() -> None:
@@ -130,7 +130,7 @@ def test_a_model_that_is_held_back_says_why() -> None:
 @pytest.mark.parametrize(
     ("number", "changes", "kind"),
     [
-        (10, {}, "held back"),
+        (10, {}, "blocked"),
         (30, {}, "better"),  # of so many, one is as far off by chance
         (10, {"difference": -0.03}, "better"),  # is not shown to be beyond the margin
         (10, {"group": "liked"}, "better"),  # is not judged
@@ -150,7 +150,7 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
     found = verdict(apart(0.003, 0.002), slices=slices, **WELL)
     assert found.kind == kind
     (told,) = (each.message for each in found.guardrails if each.metric == "slices")
-    if kind == "held back":
+    if kind == "blocked":
         assert found.message.endswith(told)
         assert told == (
             "in slice country: E (99 rows): auc of bought is 0.480, where that of 'old' is 0.530, which is a loss of "
@@ -182,15 +182,15 @@ def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_onc
 @pytest.mark.parametrize(
     ("mine", "its", "kind"),
     [
-        (summary(1.5), summary(1.0), "held back"),
-        (summary(0.6), summary(1.2), "held back"),
+        (summary(1.5), summary(1.0), "blocked"),
+        (summary(0.6), summary(1.2), "blocked"),
         (summary(1.5), summary(1.7), "better"),
         (summary(0.6), summary(2.0), "better"),
         (summary(1.3), summary(1.0), "better"),  # its interval reaches 1.2
-        (summary(1.5, None), summary(1.0), "held back"),  # by the value, without an interval
+        (summary(1.5, None), summary(1.0), "blocked"),  # by the value, without an interval
         (summary(1.2, None), summary(1.0), "better"),
         (summary(1.25, None), summary(1.0), "better"),  # as far off as is allowed
-        (summary(0.79, None), summary(1.0), "held back"),  # 1 / 1.25 is 0.8
+        (summary(0.79, None), summary(1.0), "blocked"),  # 1 / 1.25 is 0.8
         (summary(0.85), summary(1.0), "better"),  # its interval reaches 0.75 and 0.95
         (summary(1.5), summary(1.5), "better"),  # as far as the other
     ],
@@ -228,7 +228,7 @@ def test_a_verdict_that_shows_nothing_says_so() -> None:
         verdict(apart(0.0, 0.0, 1.0)).message == "'new' and 'old' do not differ: mean auc of bought, liked is the same"
     )
     assert decide("new", "old", None, ModelDifferences(apart(None), {})).message == (
-        "'new' and 'old' can't be told apart: no task has labels enough (50 rows of either)"
+        "'new' and 'old' can't be compared: no task has enough labels (50 rows of either)"
     )
     assert verdict(apart(None)).message.endswith("mean auc of bought, liked is undefined")
     assert "has no interval, as one user decides nearly alone" in verdict(apart(0.1)).message

@@ -154,7 +154,7 @@ def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.
     found = evaluate_model(settings, str(model.folder), out)
     assert checks(found).count("seen") == 1
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
-    assert "it has seen labels that it is measured by" in " ".join(words.split())
+    assert "it has seen labels of the measured rows" in " ".join(words.split())
 
 
 def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
     split = settings.split.model_dump(mode="json")
     learnt = {"train": ["1", "4"], "validation": ["2"], "test": ["3"]}
     for changes, told in (
-        (learnt, "chosen, on rows with 4 in column 'fold', which are those that"),
+        (learnt, "chosen, on rows with 4 in column 'fold', and is measured on the same rows"),
         ({"column": "person"}, "column 'person' split, .* it may have seen"),
     ):
         trained = settings.model_copy(update={"split": Split.model_validate(split | changes)})

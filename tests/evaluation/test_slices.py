@@ -240,7 +240,7 @@ def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
     assert any(each.startswith("slice kind: 2 (") and "calibration of bought is" in each for each in told)
 
 
-@pytest.mark.parametrize(("guarded", "kind"), [(None, "held back"), ((), "better"), (("kind",), "held back")])
+@pytest.mark.parametrize(("guarded", "kind"), [(None, "blocked"), ((), "better"), (("kind",), "blocked")])
 def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded, kind: str) -> None:
     """It is far better in the others, and for each task."""
     random, of_rows = np.random.default_rng(4), (log.users % 5).astype(str)

@@ -175,7 +175,7 @@ def test_a_version_that_cannot_be_served_is_refused_and_gives_way(
 def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureFixture) -> None:
     for words, told in (
         (("--challenger", "99"), "99"),
-        (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': those that are held are "),
+        (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': existing aliases are "),
         ((), "Give either --challenger V or --rollback"),
         (("--challenger", "2", "--rollback"), "or --rollback alone"),
         (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),

@@ -114,7 +114,7 @@ class TaskRows:
         """
         first = np.zeros(int(group.max(initial=-1)) + 1, np.int64)
         first[group[::-1]] = np.arange(len(group))[::-1]  # what is written last stays
-        found = {name: np.zeros(len(group), each.dtype) for name, each in values.items()}
+        found = {name: np.zeros(len(group), run_values.dtype) for name, run_values in values.items()}
         for name, each in values.items():
             found[name][first] = each
         return found
@@ -168,7 +168,7 @@ class UserSums:
         if self.bins is not None:  # of a binary task
             of_rows += [self.column("label"), self.column("weight") - self.column("label")]
         lists, rows = (min(map(effective_sample_size, sizes)) for sizes in (of_lists, of_rows))
-        return {each.name: lists if each.is_ranking_metric or self.is_score else rows for each in self._metrics}
+        return {metric.name: lists if metric.is_ranking_metric or self.is_score else rows for metric in self._metrics}
 
     def compute(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Name of each metric that has an interval -> (R,) float64."""

@@ -32,27 +32,27 @@ class BinnedRows:
     def __init__(self, sums: UserSums) -> None:
         assert sums.bins is not None  # of a binary task
         assert sums.counts is not None
-        _, *self._by_value = counts_by_value(*(each.to_numpy() for each in sums.counts.columns))
+        _, *self._by_value = counts_by_value(*(column.to_numpy() for column in sums.counts.columns))
         self._corrections: dict[AreaFunction, float] = {}
         both = [sums.bins[name].to_numpy() for name in ("label", "negative")]
         bins, place = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
         shape, user = (len(bins), len(sums.users)), sums.index(sums.bins["user"])
         # Single precision has whole numbers of rows in a bin only, and up to a size.
-        is_whole = all((each == np.rint(each)).all() for each in both)
+        is_whole = all((class_weights == np.rint(class_weights)).all() for class_weights in both)
         is_small = is_whole and np.bincount(place, sum(both), len(bins)).max(initial=0) < 2**24
         is_dense = is_small and len(place) > _DENSE_FROM * shape[0] * shape[1]
         self._by_bin = []
-        for each in both:
-            by_user = csr_matrix((each, (place, user)), shape)
+        for class_weights in both:
+            by_user = csr_matrix((class_weights, (place, user)), shape)
             by_user.eliminate_zeros()
             self._by_bin.append(by_user.astype(np.float32).toarray() if is_dense else by_user)
 
     def compute_area(self, area: AreaFunction, resamples: Resamples) -> np.ndarray:
         """(R,) an area; exact where all are drawn once."""
         counts = resamples.counts.astype(np.float32) if isinstance(self._by_bin[0], np.ndarray) else resamples.counts
-        found = area(*((each @ counts).astype(np.float64) for each in self._by_bin))
+        found = area(*((weights @ counts).astype(np.float64) for weights in self._by_bin))
         if area not in self._corrections:
-            binned = area(*(np.asarray(each.sum(axis=1), np.float64).ravel() for each in self._by_bin))
+            binned = area(*(np.asarray(weights.sum(axis=1), np.float64).ravel() for weights in self._by_bin))
             self._corrections[area] = float(area(*self._by_value) - binned)
         return np.clip(found + self._corrections[area], 0.0, 1.0)
 
@@ -192,7 +192,7 @@ class ExpectedCalibrationError(Metric[TaskRows]):
 
     def summarize(self, resamples: Resamples) -> np.ndarray:
         place, columns = _equal_bins(resamples.sums)
-        bins = {name: np.bincount(place, each)[:, None] for name, each in columns.items()}
+        bins = {name: np.bincount(place, column)[:, None] for name, column in columns.items()}
         return ratio(np.abs(bins["prediction"] - bins["label"]).sum(axis=0), bins["weight"].sum(axis=0))
 
     def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
     if not len(place):
         return []
     assert sums.bins is not None
-    total = {name: np.bincount(place, each) for name, each in columns.items()}
+    total = {name: np.bincount(place, column) for name, column in columns.items()}
     count, user = len(total["weight"]), sums.index(sums.bins["user"])
     weight, label = (csr_matrix((columns[key], (place, user)), (count, len(sums.users))) for key in ("weight", "label"))
 
