@@ -1,4 +1,4 @@
-"""The report of an evaluation with its figures, and its numbers as files."""
+"""Report of an evaluation with figures, and its numbers as files."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from mmoe_rec.evaluation.messages import (
     find_suspicious_results,
 )
 from mmoe_rec.evaluation.metrics.metric import BaseMetric
-from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
+from mmoe_rec.evaluation.slices import ALL_ROWS, SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import CATALOG, SCORE, Summary, collect_metrics
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.report.charts import COLORS, SERIES_COLORS, new_figure, style_axes, to_svg
@@ -36,31 +36,34 @@ from mmoe_rec.tracking.runs import Run
 
 _INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES_COLORS[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
-_SLICES = 12  # rows of slices that are not folded
+_SLICES = 12  # slices that are visible without unfolding the table
 _MEASURES = {
     "Verdict": "A model is better if the interval of `evaluation.primary_metric` lies above that of the other "
     "model, no "
-    "task lost more than `evaluation.max_metric_drop`, no slice of `evaluation.guardrail_slices` is shown to "
-    "have lost more, and "
-    "probabilities are not off by more than `evaluation.max_calibration_ratio`.",
+    "task lost more than `evaluation.max_metric_drop`, no slice of `evaluation.guardrail_slices` lost "
+    "significantly more, and probabilities are not off by more than `evaluation.max_calibration_ratio`.",
     "Many differences": "Of twenty differences by chance alone, one is outside of its interval. So p-values are "
-    "corrected by Holm's method: the chance that any of the colored differences is none is below 5%.",
+    "corrected by Holm's method: the probability of any false positive among the colored differences is below 5%.",
     "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` is "
     "the sum of the predictions over the sum of the labels, `ece` the mean distance of observed rates from predictions "
     "in ten bins of equal mass, `normalized_entropy` the logloss over the entropy of the base rate. NDCG, MRR, MAP, "
     "recall and hit rate are means over requests whose rows differ in relevance.",
-    "Slices": "The AUC of a slice may be low because its rows are alike, not because the model is worse there. Between "
-    "models, the difference on the same slice tells more. A range (1, 2] holds values above 1 and up to 2.",
+    "Slices": "The AUC of a slice may be low because its rows are alike, not because the model is worse there. Compare "
+    "models by the difference on the same slice. A range (1, 2] holds values above 1 and up to 2.",
 }
 
 
 def write_results(results: Results, out: Path) -> None:
     """Write the files of an evaluation, and replace the files of an earlier one.
 
-        OUT/metrics.json                    metrics of the first model, below `against` of the other models, and below
-                                            `comparison` differences and verdicts, if there are other models
-        OUT/slices.parquet                  slices, if there are any
-        OUT/report.json, report.html        the report
+        OUT/metrics.json                metrics of the first model. `against` has the metrics of other models, and
+                                        `comparison` has differences and verdicts.
+        OUT/slices.parquet              slices, if there are any
+        OUT/report.json, report.html    report
+
+    Args:
+        results: Results of the evaluation.
+        out: Folder for the files.
 
     Raises:
         UserError: The models were not measured on the same rows. Nothing is written then.
@@ -78,15 +81,17 @@ def write_results(results: Results, out: Path) -> None:
 
 
 def make_report(results: Results) -> Report:
-    """Build the report of an evaluation: verdicts, calibration curves, metrics, differences, slices."""
+    """Build the report of an evaluation: verdicts, calibration curves, metrics, differences and slices."""
     comparison, findings, first = results.comparison, find_suspicious_results(results), results.first
     several = len(results.models) > 1
     sentences = [
-        Sentence(f"'{each.model}': {each.message}" if several else each.message, each.severity, each.check)
-        for each in findings
+        Sentence(
+            f"'{finding.model}': {finding.message}" if several else finding.message, finding.severity, finding.check
+        )
+        for finding in findings
     ]
     sentences = sentences or [Sentence("nothing suspicious found", "good")]
-    sentences += [Sentence(each) for each in describe_slices(results.slices)]
+    sentences += [Sentence(sentence) for sentence in describe_slices(results.slices)]
     headline, guardrails = "; ".join(describe_metrics(first.summary)), list[Sentence]()
     if comparison is not None:
         headline, *others = [verdict.message for verdict in comparison.verdicts.values()]
@@ -94,9 +99,9 @@ def make_report(results: Results) -> Report:
         for other, verdict in comparison.verdicts.items():
             for guard in verdict.guardrails:
                 mark: Mark = "good" if guard.passed else "problem"
-                label = "fine" if guard.passed else "no"
+                label = "pass" if guard.passed else "fail"
                 guardrails.append(Sentence(f"beside '{other}': {guard.message}", mark, label, page_only=True))
-        sentences += [Sentence(task) for task in describe_excluded_tasks(comparison)]
+        sentences += [Sentence(sentence) for sentence in describe_excluded_tasks(comparison)]
     sentences += [Sentence(caution, "note") for caution in describe_cautions(results)]
     tables = [metrics_table(results.summaries)]
     tables += [] if comparison is None else [differences_table(comparison, first.summary)]
@@ -104,10 +109,10 @@ def make_report(results: Results) -> Report:
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
         tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
-    redrawn = "rows" if results.one_row_per_user else "users"
+    units = "rows" if results.one_row_per_user else "users"
     intervals = (
-        f"95%, by redrawing {redrawn}. Of a share, such as AUC, they are Jeffreys'; of other metrics percentiles, or "
-        "Student's if few users decide; of a difference Student's, as models see the same redraws."
+        f"95%, from a bootstrap over {units}. Fractions, such as AUC, use Jeffreys' intervals. Other metrics use "
+        "percentiles, or Student's if few users decide. Differences use Student's, with the same resamples for models."
     )
     return Report(
         title=results.title,
@@ -138,23 +143,25 @@ def _mark(results: Results, has_problem: bool) -> Any:
 
 
 def metrics_table(summaries: Mapping[str, Summary]) -> Table:
-    """Build the table of metrics: a row for each metric, a column for each model.
+    """Build the table of metrics, with a row for each metric and a column for each model.
 
-    Of how well a task's prediction ranks the rows of requests, the main rows hold GAUC alone. Values have half the
-    width of their interval, and the best value of a row is bold.
+    The main rows show GAUC alone of the metrics that rank requests by a task's prediction. Values have half the width
+    of their interval, and the best value of a row is bold.
     """
-    main, more, all_of = list[Row](), list[Row](), list(summaries.values())
-    for group in (*{name: None for summary in all_of for name in summary.tasks}, SCORE):
-        rows = collect_metrics(all_of, group).items()
-        counts = next(row.groups[group].counts for row in all_of if group in row.groups)
+    main, more, models = list[Row](), list[Row](), list(summaries.values())
+    for group in (*{name: None for summary in models for name in summary.tasks}, SCORE):
+        rows = collect_metrics(models, group).items()
+        counts = next(row.groups[group].counts for row in models if group in row.groups)
         _extend(main, _heading(group, counts), (row for row in rows if row[0].is_shown(group == SCORE)))
         _extend(more, group, (row for row in rows if not row[0].is_shown(group == SCORE)))
     shown = [metric for metric in every.CATALOG_METRICS if metric.is_headline]
-    catalogs = [row.catalog or {} for row in all_of]
+    catalogs = [row.catalog or {} for row in models]
     if any(catalogs):
-        _extend(main, CATALOG, ((metric, [Interval(of.get(metric.name)) for of in catalogs]) for metric in shown))
-    redrawn = "rows" if all(row.one_row_per_user for row in all_of) else "users"
-    return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {redrawn}", more=more)
+        _extend(
+            main, CATALOG, ((metric, [Interval(catalog.get(metric.name)) for catalog in catalogs]) for metric in shown)
+        )
+    units = "rows" if all(row.one_row_per_user for row in models) else "users"
+    return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {units}", more=more)
 
 
 def _heading(group: str, counts: Mapping[str, int]) -> str:
@@ -166,65 +173,78 @@ def _heading(group: str, counts: Mapping[str, int]) -> str:
 
 def _extend(rows: list[Row], heading: str, metrics: Iterable[tuple[BaseMetric, Sequence[Interval]]]) -> None:
     """Append the rows of metrics below a heading, if there are any."""
-    found: list[Row] = [(metric.label, *_cells(metric, values)) for metric, values in metrics]
-    rows += [(heading,), *found] if found else []
+    metric_rows: list[Row] = [(metric.label, *_cells(metric, values)) for metric, values in metrics]
+    rows += [(heading,), *metric_rows] if metric_rows else []
 
 
 def _cells(metric: BaseMetric, intervals: Sequence[Interval]) -> Iterator[Cell]:
     losses = [float("inf") if interval.value is None else metric.loss(interval.value) for interval in intervals]
     best = min(losses) if len(intervals) > 1 else None
-    for each, loss in zip(intervals, losses, strict=True):
-        if each.value is None:
+    for interval, loss in zip(intervals, losses, strict=True):
+        if interval.value is None:
             yield Cell(NO_VALUE)
             continue
-        half = "" if each.low is None or each.high is None else f"±{metric.format((each.high - each.low) / 2)}"
-        yield Cell(metric.format(each.value), half, "best" if loss == best else "")
+        low, high = interval.low, interval.high
+        half = "" if low is None or high is None else f"±{metric.format((high - low) / 2)}"
+        yield Cell(metric.format(interval.value), half, "best" if loss == best else "")
 
 
 def differences_table(compared: Comparison, summary: Summary) -> Table:
-    """Build the table of differences: a row for each main metric, a column for each other model.
+    """Build the table of differences, with a row for each main metric and a column for each reference model.
 
-    A significant difference is green if the model is better and red if it is worse. For a metric that should be 1, a
-    word says which.
+    A significant difference is green if the model is better, and red if it is worse. For a metric that should be 1, the
+    cell says whether the model is closer to 1.
 
     Args:
         compared: The comparison.
         summary: Metrics of the model.
     """
     rows, others = list[Row](), [difference.groups for difference in compared.differences.values()]
-    for group in dict.fromkeys(name for other in others for name in other):
-        found = list[Row]()
+    for group in dict.fromkeys(name for groups in others for name in groups):
+        metric_rows = list[Row]()
         for metric in every.METRICS:
-            apart = [other.get(group, {}).get(metric.name) for other in others]
-            is_undefined = all(difference is None or difference.value is None for difference in apart)
-            if any(apart) and metric.is_shown(group == SCORE) and not (metric.is_within_group and is_undefined):
+            differences = [groups.get(group, {}).get(metric.name) for groups in others]
+            is_undefined = all(difference is None or difference.value is None for difference in differences)
+            if any(differences) and metric.is_shown(group == SCORE) and not (metric.is_within_group and is_undefined):
                 value = summary.groups[group].get(metric.name).value
-                found.append((metric.label, *(_difference_cell(difference, metric, value) for difference in apart)))
-        rows += [(group,), *found] if found else []
+                metric_rows.append(
+                    (metric.label, *(_difference_cell(difference, metric, value) for difference in differences))
+                )
+        rows += [(group,), *metric_rows] if metric_rows else []
     note = f"± half the 95% interval; colored: shown (p < {ALPHA:g}, corrected)"
     return Table(f"Differences: {compared.model} minus", ("", *compared.differences), rows, note)
 
 
-def _difference_cell(apart: Difference | None, metric: BaseMetric, value: float | None) -> Cell:
-    if apart is None or apart.value is None or value is None:
+def _difference_cell(difference: Difference | None, metric: BaseMetric, value: float | None) -> Cell:
+    if difference is None or difference.value is None or value is None:
         return Cell(NO_VALUE)
-    is_gain = metric.loss(value) < metric.loss(value - apart.value)
-    text, *half = format_signed(apart.value, *(() if apart.high is None else (apart.high - apart.value,)))
-    if metric.better == "one" and apart.is_significant:
+    is_gain = metric.loss(value) < metric.loss(value - difference.value)
+    text, *half = format_signed(
+        difference.value, *(() if difference.high is None else (difference.high - difference.value,))
+    )
+    if metric.better == "one" and difference.is_significant:
         text += " closer" if is_gain else " further"
-    small = "".join(f"±{each.removeprefix('+')}" for each in half)
-    return Cell(text, small, ("good" if is_gain else "problem") if apart.is_significant else "")
+    small = "".join(f"±{width.removeprefix('+')}" for width in half)
+    return Cell(text, small, ("good" if is_gain else "problem") if difference.is_significant else "")
 
 
-def _slice_cells(each: SliceRecord) -> Row:
-    value, *ends = format_signed(*(end for end in (each.difference, each.low, each.high) if end is not None)) or [
+def _slice_cells(record: SliceRecord) -> Row:
+    value, *ends = format_signed(*(end for end in (record.difference, record.low, record.high) if end is not None)) or [
         NO_VALUE
     ]
-    mark = "problem" if each.is_worse else "good" if each.is_significant and each.difference else ""
-    compared_to = each.compared_to if each.compared_to == "all rows" else f"'{each.compared_to}' there"
-    name = f"{each.by}: {each.slice}"
-    apart = Cell(value, " to ".join(ends), mark)  # type: ignore[arg-type]
-    return (name, each.group, each.metric, compared_to, format_count(each.rows), format_fixed(each.value, 4), apart)
+    mark = "problem" if record.is_worse else "good" if record.is_significant and record.difference else ""
+    compared_to = record.compared_to if record.compared_to == ALL_ROWS else f"'{record.compared_to}' there"
+    name = f"{record.by}: {record.slice}"
+    difference = Cell(value, " to ".join(ends), mark)  # type: ignore[arg-type]
+    return (
+        name,
+        record.group,
+        record.metric,
+        compared_to,
+        format_count(record.rows),
+        format_fixed(record.value, 4),
+        difference,
+    )
 
 
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
@@ -237,12 +257,12 @@ def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:
 
 
 def summary_to_dict(summary: Summary) -> dict[str, Any]:
-    """`metrics.json`."""
+    """Return a summary in the format of `metrics.json`."""
     names = ("rows", "users", "requests", "resamples")
     tree: dict[str, Any] = {name: getattr(summary, name) for name in names} | {"tasks": {}}
     for name, group in summary.groups.items():
         kind = {} if name == SCORE else {"kind": group.kind}
-        metrics = {metric: asdict(each) for metric, each in group.metrics.items()}
+        metrics = {metric: asdict(interval) for metric, interval in group.metrics.items()}
         part = kind | group.counts | metrics | _noted(explain_group(summary, name)) | group.details
         (tree if name == SCORE else tree["tasks"])[name] = part
     tree |= {} if summary.catalog is None else {"catalog": summary.catalog}
@@ -254,7 +274,7 @@ def _noted(note: str | None) -> dict[str, str]:
 
 
 def comparison_to_dict(compared: Comparison) -> dict[str, Any]:
-    """The differences and verdicts of `metrics.json`."""
+    """Return differences and verdicts in the format of `metrics.json`."""
     objective, differences = compared.objective, dict[str, Any]()
     for other, verdict in compared.verdicts.items():
         differences[other] = asdict(compared.differences[other]) | {"verdict": asdict(verdict)}
@@ -268,9 +288,11 @@ def comparison_to_dict(compared: Comparison) -> dict[str, Any]:
 
 
 def calibration_figure(summary: Summary, task: str) -> Drawing:
-    """Observed rate against mean prediction in equal-mass bins, and below it their ratio, with 95% intervals.
+    """Plot observed rates against mean predictions in equal-mass bins, and their ratio below, with 95% intervals.
 
-    task: a binary one with observed labels.
+    Args:
+        summary: Summary of the model.
+        task: Binary task with observed labels.
     """
     names = ("mean_predicted", "observed_rate", "low", "high")
     bins = [[row[name] for name in names] for row in summary.tasks[task].details["calibration_bins"]]
@@ -280,10 +302,10 @@ def calibration_figure(summary: Summary, task: str) -> Drawing:
     figure = new_figure(5.6, 6.6)
     axes, ratios = map(style_axes, figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]))
     style: dict[str, Any] = {"color": _LINE, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 2.5}
-    for each, values in ((axes, observed), (ratios, relative)):
+    for panel, values in ((axes, observed), (ratios, relative)):
         _, middle, low, high = values.T
         reach = np.nan_to_num(np.maximum([middle - low, high - middle], 0.0))
-        each.errorbar(predicted, middle, reach, **style, label="equal-mass bins, 95% interval", zorder=3)
+        panel.errorbar(predicted, middle, reach, **style, label="equal-mass bins, 95% interval", zorder=3)
     dashed: dict[str, Any] = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
     axes.plot(predicted[[0, -1]], predicted[[0, -1]], **dashed, label="perfect")
     ratios.axhline(1, **dashed)
@@ -295,10 +317,11 @@ def calibration_figure(summary: Summary, task: str) -> Drawing:
 
 
 def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
-    """How much each task draws on each expert, as a heat map with a number in every cell.
+    """Plot the mean gate weights of tasks and experts as a heat map with numbers.
 
-    mean_gate_weights: task -> (E,) mean gate weight of each expert, in [0, 1]; one or more tasks. NaN marks an expert
-    that the task's gate does not see, drawn as an empty cell.
+    Args:
+        mean_gate_weights: Task -> mean gate weights of experts, shape (E,), in [0, 1]. NaN marks an expert that the
+            task's gate does not see, and leaves the cell empty.
     """
     weights = np.array(list(mean_gate_weights.values()), dtype=np.float64)
     tasks, experts = weights.shape
@@ -320,7 +343,14 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
 
 
 def log_gate_weights(run: Run, layout: Layout, experts: Any, name: str) -> None:
-    """Log the figure of the mean gate weights to a run. Ranks other than the first log nothing."""
+    """Log the figure of mean gate weights to a run. Ranks other than the first log nothing.
+
+    Args:
+        run: Run of the training.
+        layout: Layout with the tasks.
+        experts: Mean gate weights as `weights`, a tensor of one row for each task.
+        name: Name of the figure.
+    """
     if run.run_id is not None:
         weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
         run.log_figure(gate_weights_figure(weights), name)

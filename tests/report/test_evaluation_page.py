@@ -53,7 +53,7 @@ def test_the_verdict_comes_first_and_values_stand_with_intervals(results: Result
 def test_guardrails_and_marks(results: Results) -> None:
     report = make_report(results)
     assert report.mark == "problem"
-    assert {each.label for each in report.sentences if each.page_only} == {"fine", "no"}
+    assert {each.label for each in report.sentences if each.page_only} == {"pass", "fail"}
     slices = next(table for table in report.tables if table.title == "Slices")
     marks = {row[0]: row[-1].mark for row in slices.rows if row[2] == "auc"}
     assert marks["kind: few & far"] == "problem"

@@ -1,4 +1,7 @@
-"""All metrics of an evaluation: a new one is a class in `task_metrics` or `ranking`, and a line here."""
+"""All metrics of an evaluation.
+
+To add a metric, write a class in `task_metrics` or `ranking_metrics`, and add it to `METRICS`.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from mmoe_rec.evaluation.metrics import task_metrics
 from mmoe_rec.evaluation.metrics.metric import Metric
 
 CUTOFFS = (5, 10)
-"""How many rows of a list metrics of its first rows take."""
+"""Numbers of first rows for the metrics at a cutoff."""
 
 METRICS: tuple[Metric[Any], ...] = (
     task_metrics.Auc(),
@@ -30,10 +33,10 @@ CATALOG_METRICS = tuple(
     for metric in (ranking.coverage, ranking.gini, ranking.novelty)
     for cutoff in CUTOFFS
 )
-"""Metrics of all requests together, where candidates are known."""
+"""Metrics of all requests together, for rows with candidates."""
 
 
 def metrics_for_kind(kind: str) -> list[Metric[Any]]:
-    """Those of tasks of this kind, or of the `score`, in a summary's order: losses first, what has no interval last."""
-    found = [metric for metric in METRICS if metric.applies_to(kind)]
-    return sorted(found, key=lambda metric: (not metric.has_interval, metric.better != "lower"))
+    """Return the metrics of a kind of tasks, or of `score`, with losses first and metrics without intervals last."""
+    metrics = [metric for metric in METRICS if metric.applies_to(kind)]
+    return sorted(metrics, key=lambda metric: (not metric.has_interval, metric.better != "lower"))

@@ -1,10 +1,12 @@
-"""How well the score, or a task's prediction, ranks the rows of a request: means over requests whose rows differ in
-relevance. And what the first rows of all requests show together of the catalog, which is all candidates.
+"""Ranking metrics of the score, or of a task's prediction, and metrics of the catalog that requests show together.
 
-Relevance is graded for NDCG; for the others a row is relevant or not. The metrics are computed for all requests at
-once, without a Python loop: sums over requests and over *runs*, rows of one request with equal scores. Rows of a run
-have no order of their own, so each metric is its expected value over a random order of them: none can gain from ties.
-What is computed of ranked lists is (Q,) float64 in [0, 1], and NaN for a request without a relevant row.
+Ranking metrics are means over requests whose rows differ in relevance. NDCG uses graded relevance, and the other
+metrics use binary relevance. The catalog is the set of all candidates.
+
+The metrics are computed for all requests at once, without a Python loop. They are sums over requests and over *runs*,
+which are rows of a request with equal scores. Rows of a run have no order, so each metric is its expected value over a
+random order of the run, and no metric can gain from ties. Results for ranked lists are (Q,) float64 in [0, 1], and NaN
+for a request without a relevant row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +26,15 @@ from mmoe_rec.evaluation.metrics.metric import BaseMetric, Ratio, ratio
 class RankedRequests:
     """N rows sorted by request and falling score, with the runs of equal scores.
 
-    row: (N,) int64, where each stands in the order in which they were given; request: (N,) int64 in [0, requests);
-    gain: (N,) float64, at least 0, a row is relevant where it is positive; position: (N,) int64, from 0 within each
-    request; run: (N,) int64, of each row; run_first, run_length: (runs,) int64, its first position, and its rows.
+    Attributes:
+        row: Index of the row in the original order, shape (N,) int64.
+        request: Request of the row, shape (N,) int64 in [0, requests).
+        requests: Number of requests.
+        gain: Gain of at least 0, shape (N,) float64. A row with a positive gain is relevant.
+        position: Position from 0 within the request, shape (N,) int64.
+        run: Run of the row, shape (N,) int64.
+        run_first: First position of the run, shape (runs,) int64.
+        run_length: Number of rows of the run, shape (runs,) int64.
     """
 
     row: np.ndarray
@@ -40,7 +48,14 @@ class RankedRequests:
 
     @staticmethod
     def of(request: np.ndarray, score: np.ndarray, gain: np.ndarray, requests: int) -> "RankedRequests":
-        """Sort rows; `request` (N,) int64, `score` (N,) float, `gain` (N,) float, all in the same row order."""
+        """Sort rows. All arrays have the same row order.
+
+        Args:
+            request: Requests as indices, shape (N,) int64.
+            score: Scores, shape (N,).
+            gain: Gains, shape (N,).
+            requests: Number of requests.
+        """
         order = np.lexsort((-score, request))
         request, score = request[order], score[order]
         run = run_index(request, score)
@@ -50,15 +65,19 @@ class RankedRequests:
 
 
 class RankingMetric(Ratio[RankedRequests]):
-    """The mean of what `of_list` gives over the requests that rank something.
-
-    of_list: (Q,) float64 of ranked lists; it may be NaN for requests that rank nothing.
-    """
+    """Mean of a function of ranked lists over the requests that rank something."""
 
     kinds, better, is_ranking_metric = ("binary", "regression", "score"), "higher", True
     is_within_group = is_fraction = True
 
     def __init__(self, name: str, of_list: Callable[[RankedRequests], np.ndarray], is_headline: bool = True) -> None:
+        """Define the metric.
+
+        Args:
+            name: Name of the metric.
+            of_list: Function from ranked lists to values (Q,) float64. Requests that rank nothing may have NaN.
+            is_headline: Whether the table on the terminal has the metric.
+        """
         self.name, self._of_list, self.is_headline = name, of_list, is_headline
         self.required_sums = (name, "ranked_requests")
 
@@ -67,7 +86,7 @@ class RankingMetric(Ratio[RankedRequests]):
 
 
 def make_ranking_metrics(cutoffs: Sequence[int]) -> Iterator[RankingMetric]:
-    """All of them, those of the first `cutoff` rows for each of several."""
+    """Yield all ranking metrics. Metrics of the first rows are repeated for each cutoff."""
     for cutoff in cutoffs:
         yield RankingMetric(f"ndcg_at_{cutoff}", partial(ndcg, cutoff=cutoff))
     yield RankingMetric("mrr", reciprocal_rank)
@@ -79,10 +98,13 @@ def make_ranking_metrics(cutoffs: Sequence[int]) -> Iterator[RankingMetric]:
 
 
 def find_uninformative_requests(lists: RankedRequests) -> dict[str, np.ndarray]:
-    """The requests for which every order is as good as any other: why -> (Q,) bool, each under the first that holds.
+    """Find the requests for which all orders are equally good.
 
-    `of_one_row`; `without_relevant_row`; `of_equal_relevance`, where all rows have the same positive gain. NDCG and
-    reciprocal rank are 1, or undefined, whatever the scores.
+    NDCG and reciprocal rank of these requests are 1, or undefined, for any scores.
+
+    Returns:
+        Reason -> mask (Q,) bool, with each request at the first reason that applies: `of_one_row`,
+            `without_relevant_row`, or `of_equal_relevance` (all rows have the same positive gain).
     """
     largest, least = np.full(lists.requests, -np.inf), np.full(lists.requests, np.inf)
     np.maximum.at(largest, lists.request, lists.gain)
@@ -94,10 +116,17 @@ def find_uninformative_requests(lists: RankedRequests) -> dict[str, np.ndarray]:
 
 
 def ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """Normalised discounted cumulative gain of the first `cutoff` rows, with linear gains.
+    """Compute the normalized discounted cumulative gain of the first `cutoff` rows, with linear gains.
 
-    DCG = sum over positions i < cutoff of gain_i / log2(i + 2), divided by that of the best possible order
-    (Jarvelin and Kekalainen, 2002); tied rows share the mean discount of their positions (McSherry and Najork, 2008).
+    DCG = sum over positions i < cutoff of gain_i / log2(i + 2), divided by the DCG of the best possible order (Jarvelin
+    and Kekalainen, 2002). Tied rows share the mean discount of their positions (McSherry and Najork, 2008).
+
+    Args:
+        lists: Ranked lists.
+        cutoff: Number of first rows.
+
+    Returns:
+        NDCG of the requests, shape (Q,).
     """
     discount_before = _discount_before(cutoff)
     first = np.minimum(lists.run_first, cutoff)
@@ -108,7 +137,15 @@ def ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
 
 
 def random_ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """The mean of the `ndcg` of all orders."""
+    """Compute the mean `ndcg` over all orders.
+
+    Args:
+        lists: Ranked lists.
+        cutoff: Number of first rows.
+
+    Returns:
+        Mean NDCG of the requests, shape (Q,).
+    """
     rows = np.bincount(lists.request, minlength=lists.requests)
     gain = np.bincount(lists.request, lists.gain, lists.requests)
     discount = _discount_before(cutoff)[np.minimum(rows, cutoff)]
@@ -116,12 +153,12 @@ def random_ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
 
 
 def _discount_before(cutoff: int) -> np.ndarray:
-    """(cutoff + 1,) the sum of the discounts of the positions before each."""
+    """Return sums of the discounts before each position, shape (cutoff + 1,)."""
     return np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(cutoff) + 2))])
 
 
 def _ideal_dcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """(Q,) the DCG of the best order."""
+    """Return the DCG of the best order, shape (Q,)."""
     # Sorting within requests leaves `request` and `position`, which depend on list lengths only, as they are.
     gain = lists.gain[np.lexsort((-lists.gain, lists.request))]
     discount_before = _discount_before(cutoff)
@@ -130,55 +167,73 @@ def _ideal_dcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
 
 
 def reciprocal_rank(lists: RankedRequests) -> np.ndarray:
-    """1 / the rank of the first relevant row, rank 1 being the highest score.
+    """Compute 1 / rank of the first relevant row. The highest score has rank 1.
 
-    Only the first run that holds a relevant row matters. With r relevant among its n rows, the first relevant one is
-    the run's j-th with probability C(n - j, r - 1) / C(n, r).
+    Only the first run with a relevant row matters. If r of its n rows are relevant, the first relevant row is the j-th
+    of the run with probability C(n - j, r - 1) / C(n, r).
     """
     run_relevant, run_request = _relevant(lists), lists.request[run_starts(lists.run)]
     with_relevant = np.flatnonzero(run_relevant)
-    found, first = np.unique(run_request[with_relevant], return_index=True)
+    requests_with_relevant, first = np.unique(run_request[with_relevant], return_index=True)
     is_deciding = np.zeros(len(run_relevant), dtype=bool)
     is_deciding[with_relevant[first]] = True
 
     row = np.flatnonzero(is_deciding[lists.run])
     run, position = lists.run[row], lists.position[row]
     length, relevant = lists.run_length[run], run_relevant[run]
-    place = position - lists.run_first[run] + 1
-    probability = np.exp(_log_choose(length - place, relevant - 1) - _log_choose(length, relevant))
+    rank_in_run = position - lists.run_first[run] + 1
+    probability = np.exp(_log_choose(length - rank_in_run, relevant - 1) - _log_choose(length, relevant))
     expected = np.bincount(lists.request[row], probability / (position + 1), lists.requests)
     result = np.full(lists.requests, np.nan)
-    result[found] = expected[found]
+    result[requests_with_relevant] = expected[requests_with_relevant]
     return result
 
 
 def average_precision(lists: RankedRequests) -> np.ndarray:
-    """The mean, over the relevant rows, of the share of relevant rows among all rows down to them.
+    """Compute the mean over relevant rows of the fraction of relevant rows among all rows up to and including the row.
 
-    Of a run of n rows, r of which are relevant, each row is relevant with probability r / n; the j-th, if it is, has
-    (j - 1) (r - 1) / (n - 1) relevant ones of the run before it, on average.
+    In a run of n rows with r relevant ones, each row is relevant with probability r / n. If the j-th row is relevant,
+    (j - 1) (r - 1) / (n - 1) relevant rows precede it in the run, on average.
     """
     run_relevant, run_request = _relevant(lists), lists.request[run_starts(lists.run)]
     total = np.bincount(run_request, run_relevant, lists.requests)
     before = exclusive_cumsum(run_relevant) - exclusive_cumsum(total)[run_request]
     length, relevant = lists.run_length[lists.run], run_relevant[lists.run]
-    place = lists.position - lists.run_first[lists.run]
-    others = np.divide(place * (relevant - 1), length - 1, out=np.zeros(len(place)), where=length > 1)
-    precision = (before[lists.run] + 1 + others) / (lists.position + 1)
+    index_in_run = lists.position - lists.run_first[lists.run]
+    relevant_before_in_run = np.divide(
+        index_in_run * (relevant - 1), length - 1, out=np.zeros(len(index_in_run)), where=length > 1
+    )
+    precision = (before[lists.run] + 1 + relevant_before_in_run) / (lists.position + 1)
     summed = np.bincount(lists.request, relevant / length * precision, lists.requests)
     return ratio(summed, total)
 
 
 def recall(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """The share of the relevant rows that are among the first `cutoff`."""
+    """Compute the fraction of relevant rows that are among the first `cutoff` rows.
+
+    Args:
+        lists: Ranked lists.
+        cutoff: Number of first rows.
+
+    Returns:
+        Recall of the requests, shape (Q,).
+    """
     run_relevant, run_request = _relevant(lists), lists.request[run_starts(lists.run)]
     total = np.bincount(run_request, run_relevant, lists.requests)
-    found = np.bincount(run_request, run_relevant * _inside(lists, cutoff) / lists.run_length, lists.requests)
-    return ratio(found, total)
+    relevant_inside = np.bincount(run_request, run_relevant * _inside(lists, cutoff) / lists.run_length, lists.requests)
+    return ratio(relevant_inside, total)
 
 
 def hit_rate(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """Whether a relevant row is among the first `cutoff`: the probability of that where a run reaches beyond them."""
+    """Compute the probability that a relevant row is among the first `cutoff` rows. It is 0 or 1 without ties.
+
+    Args:
+        lists: Ranked lists.
+        cutoff: Number of first rows.
+
+    Returns:
+        Probability for the requests, shape (Q,).
+    """
     run_relevant, run_request = _relevant(lists), lists.request[run_starts(lists.run)]
     inside, length = _inside(lists, cutoff), lists.run_length
     # Of the run's rows, those inside are all irrelevant in C(n - r, inside) of C(n, inside) cases.
@@ -189,25 +244,25 @@ def hit_rate(lists: RankedRequests, cutoff: int) -> np.ndarray:
 
 
 def _relevant(lists: RankedRequests) -> np.ndarray:
-    """(runs,) float64, the relevant rows of each run."""
+    """Count the relevant rows of each run, shape (runs,) float64."""
     return np.bincount(lists.run, lists.gain > 0)
 
 
 def _inside(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """(runs,) int64, how many rows of each run are among the first `cutoff` of their request."""
+    """Count the rows of each run among the first `cutoff` rows of its request, shape (runs,) int64."""
     return np.clip(cutoff - lists.run_first, 0, lists.run_length)
 
 
 def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """log of the binomial coefficient; -inf where k > n."""
+    """Return the log of the binomial coefficient, -inf if k > n."""
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
 
 
 class CatalogMetric(BaseMetric):
-    """One metric of the first `cutoff` rows of all requests; it has no interval.
+    """Metric of the first `cutoff` rows of all requests together, without an interval.
 
-    A candidate is shown as often as it is among the first rows of a request; where rows of equal score reach beyond
-    them, by the probability of that in a random order.
+    A candidate is shown as often as it is among the first rows of a request. If ties reach beyond the first rows, it
+    counts by its probability in a random order.
     """
 
     def __init__(
@@ -217,41 +272,81 @@ class CatalogMetric(BaseMetric):
         cutoff: int,
         is_headline: bool,
     ) -> None:
+        """Define the metric.
+
+        Args:
+            of_catalog: Function that computes the metric, such as `coverage`. Its name is part of the metric's name.
+            better: Direction of better values.
+            cutoff: Number of first rows.
+            is_headline: Whether the table on the terminal has the metric.
+        """
         self._of_catalog, self.cutoff = of_catalog, cutoff
         self.name, self.better, self.is_headline = f"{of_catalog.__name__}_at_{cutoff}", better, is_headline
 
     def summarize(self, catalog: pa.Table, requests: int) -> float:
-        """The value. catalog: of `EvaluationSums`; requests: how many there are."""
+        """Compute the value.
+
+        Args:
+            catalog: Table `catalog` of `EvaluationSums`.
+            requests: Number of requests.
+        """
         shown, log_missed = (catalog[f"{name}_at_{self.cutoff}"].to_numpy() for name in ("shown", "log_missed"))
         return float(self._of_catalog(shown, log_missed, catalog["rows"].to_numpy() / requests))
 
 
-# Of C candidates, (C,) each: how often it is shown, the logarithm of the probability that it never is, and the share of
-# requests that have it in their list.
 def coverage(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
-    """Share of the catalog that is shown at all (Ge, Delgado-Battenfeld and Jannach, 2010)."""
+    """Compute the fraction of the catalog that is shown (Ge, Delgado-Battenfeld and Jannach, 2010).
+
+    Args:
+        shown: Number of times that a candidate is shown, shape (C,).
+        log_missed: Log probability that the candidate is never shown, shape (C,).
+        listed: Fraction of requests with the candidate in their list, shape (C,).
+    """
     return np.mean(-np.expm1(log_missed))
 
 
 def gini(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
-    """Gini coefficient of how often candidates are shown: 0 where all are equally often, near 1 where one alone is."""
+    """Compute the Gini coefficient of exposure.
+
+    It is 0 if all candidates are shown equally often, and near 1 if a single candidate is shown.
+
+    Args:
+        shown: As in `coverage`.
+        log_missed: As in `coverage`.
+        listed: As in `coverage`.
+    """
     shown, count = np.sort(shown), len(shown)
     return (2 * np.arange(1, count + 1) - count - 1) @ shown / (count * shown.sum())
 
 
 def novelty(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
-    """Mean information, in bits, of what is shown: -log2 of the share of requests that have the candidate in their list
-    (Zhou et al., 2010)."""
+    """Compute the mean information, in bits, of the shown candidates (Zhou et al., 2010).
+
+    The information is -log2 of the fraction of requests with the candidate in their list.
+
+    Args:
+        shown: As in `coverage`.
+        log_missed: As in `coverage`.
+        listed: As in `coverage`.
+    """
     return shown @ -np.log2(np.minimum(listed, 1.0)) / shown.sum()
 
 
 def exposure_by_row(lists: RankedRequests, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
-    """What each of N rows, in the order in which they were given, adds to the sums of its candidate: `shown_at_K`, the
-    probability to be among the first K, and `log_missed_at_K`, the logarithm of that not to be."""
-    found: dict[str, np.ndarray] = {}
+    """Compute the contributions of rows to the sums of their candidates.
+
+    Args:
+        lists: Ranked lists.
+        cutoffs: Numbers of first rows.
+
+    Returns:
+        `shown_at_K`, the probability of being among the first K rows, and `log_missed_at_K`, the log of the opposite
+            probability. Each has shape (N,) in the original order of the rows.
+    """
+    columns: dict[str, np.ndarray] = {}
     for cutoff in cutoffs:
         shown = np.zeros(len(lists.row))
         shown[lists.row] = (_inside(lists, cutoff) / lists.run_length)[lists.run]
         with np.errstate(divide="ignore"):
-            found |= {f"shown_at_{cutoff}": shown, f"log_missed_at_{cutoff}": np.log1p(-shown)}
-    return found
+            columns |= {f"shown_at_{cutoff}": shown, f"log_missed_at_{cutoff}": np.log1p(-shown)}
+    return columns

@@ -1,10 +1,9 @@
-"""Metrics of tasks, over observed rows: of a binary one how its predictions rank rows, and how good they are as
-probabilities; of a regression its errors.
+"""Metrics of tasks over observed rows: ranking and calibration of binary tasks, and errors of regressions.
 
-GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018) or not. Rows that
-have weights count by them. All are exact. In resamples of users, AUC and average precision over all rows are computed
-from `MAX_BINS` bins where there are more predicted values than that, as if rows of one bin were ties, and corrected by
-what that changes for the rows themselves (`BinnedRows`).
+GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018). Rows with weights
+count by their weights. All metrics are exact. If there are more than `MAX_BINS` predicted values, AUC and average
+precision in resamples come from bins, as if rows of a bin were ties. A constant corrects for the effect of the bins on
+all rows (`BinnedRows`).
 """
 
 from collections.abc import Callable
@@ -19,57 +18,82 @@ from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, Resamples, TaskRow
 
 MAX_BINS = 4_096
 AreaFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Takes numbers of positive and of negative rows by rising value, (B, ...) each, and gives (...) areas."""
-_ROUNDING = 1e-12  # as a share of the mean square: what is left of equal labels
-_LEAST_CHANCE = float(np.finfo(np.float32).eps)
+"""Function from numbers of positive and negative rows by rising value, (B, ...) each, to areas (...)."""
+_ROUNDING = 1e-12  # relative to the mean square: rounding error of equal labels
+_MIN_PROBABILITY = float(np.finfo(np.float32).eps)
 _TINY = np.finfo(float).tiny
-_DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
+_DENSE_FROM = 0.05  # fraction of nonzero cells from which a dense matrix is faster
 
 
 class BinnedRows:
-    """Weights of the rows of both classes by user and bin of the predicted value, and by value."""
+    """Weights of rows of both classes, by user and bin of the predicted value, and by value."""
 
     def __init__(self, sums: UserSums) -> None:
-        assert sums.bins is not None  # of a binary task
+        assert sums.bins is not None  # only binary tasks have bins
         assert sums.counts is not None
         _, *self._by_value = counts_by_value(*(column.to_numpy() for column in sums.counts.columns))
         self._corrections: dict[AreaFunction, float] = {}
-        both = [sums.bins[name].to_numpy() for name in ("label", "negative")]
-        bins, place = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
+        both_classes = [sums.bins[name].to_numpy() for name in ("label", "negative")]
+        bins, bin_index = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
         shape, user = (len(bins), len(sums.users)), sums.index(sums.bins["user"])
-        # Single precision has whole numbers of rows in a bin only, and up to a size.
-        is_whole = all((class_weights == np.rint(class_weights)).all() for class_weights in both)
-        is_small = is_whole and np.bincount(place, sum(both), len(bins)).max(initial=0) < 2**24
-        is_dense = is_small and len(place) > _DENSE_FROM * shape[0] * shape[1]
+        # Single precision is exact for whole numbers below 2^24 only.
+        is_whole = all((class_weights == np.rint(class_weights)).all() for class_weights in both_classes)
+        is_small = is_whole and np.bincount(bin_index, sum(both_classes), len(bins)).max(initial=0) < 2**24
+        is_dense = is_small and len(bin_index) > _DENSE_FROM * shape[0] * shape[1]
         self._by_bin = []
-        for class_weights in both:
-            by_user = csr_matrix((class_weights, (place, user)), shape)
+        for class_weights in both_classes:
+            by_user = csr_matrix((class_weights, (bin_index, user)), shape)
             by_user.eliminate_zeros()
             self._by_bin.append(by_user.astype(np.float32).toarray() if is_dense else by_user)
 
     def compute_area(self, area: AreaFunction, resamples: Resamples) -> np.ndarray:
-        """(R,) an area; exact where all are drawn once."""
+        """Compute an area in resamples. The area is exact if all users are drawn once.
+
+        Args:
+            area: Function that computes the area.
+            resamples: R resamples of users.
+
+        Returns:
+            Areas, shape (R,).
+        """
         counts = resamples.counts.astype(np.float32) if isinstance(self._by_bin[0], np.ndarray) else resamples.counts
-        found = area(*((weights @ counts).astype(np.float64) for weights in self._by_bin))
+        areas = area(*((weights @ counts).astype(np.float64) for weights in self._by_bin))
         if area not in self._corrections:
             binned = area(*(np.asarray(weights.sum(axis=1), np.float64).ravel() for weights in self._by_bin))
             self._corrections[area] = float(area(*self._by_value) - binned)
-        return np.clip(found + self._corrections[area], 0.0, 1.0)
+        return np.clip(areas + self._corrections[area], 0.0, 1.0)
 
 
 def counts_by_value(
     values: np.ndarray, positives: np.ndarray, negatives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct ones of N values, rising, with all positive and negative rows of each."""
-    distinct, place = np.unique(values, return_inverse=True)
-    return distinct, np.bincount(place, positives, len(distinct)), np.bincount(place, negatives, len(distinct))
+    """Count rows by predicted value.
+
+    Args:
+        values: Predicted values, shape (N,).
+        positives: Weights of positive rows, shape (N,).
+        negatives: Weights of negative rows, shape (N,).
+
+    Returns:
+        V rising distinct values, and the weights of positive and of negative rows of each value, each of shape (V,).
+    """
+    distinct, index = np.unique(values, return_inverse=True)
+    return distinct, np.bincount(index, positives, len(distinct)), np.bincount(index, negatives, len(distinct))
 
 
 def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """(B - 1,) the first value of each bin but the first, of (V,) rising values with numbers of rows.
+    """Return edges of bins of predicted values.
 
-    A bin for each value, if there are at most `MAX_BINS`; else bins of about equal shares of both classes, so that
-    they are narrow where there are many rows of either class, however rare positive ones are.
+    Each value has a bin if there are at most `MAX_BINS` values. Otherwise bins have about equal fractions of both
+    classes, so that they are narrow wherever a class has many rows, however rare positive rows are.
+
+    Args:
+        values: Rising values, shape (V,).
+        positives: Weights of positive rows, shape (V,).
+        negatives: Weights of negative rows, shape (V,).
+
+    Returns:
+        First value of each bin except for the first bin, shape (B - 1,).
     """
     if len(values) <= MAX_BINS:
         return values[1:]
@@ -79,15 +103,21 @@ def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) 
 
 
 def assign_equal_mass_bins(values: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
-    """(N,) int64, the bin of each of N values of some mass: at most so many, of rising value and about equal mass.
+    """Assign values to bins of rising value and about equal mass. Equal values share a bin, and no bin is empty.
 
-    Equal values share a bin, and no bin is empty.
+    Args:
+        values: Values, shape (N,).
+        mass: Mass of the values, shape (N,).
+        bins: Maximum number of bins.
+
+    Returns:
+        Bin of each value, shape (N,) int64.
     """
-    distinct, place = np.unique(values, return_inverse=True)
-    each = np.bincount(place, mass, len(distinct))
-    middle = np.cumsum(each) - 0.5 * each
-    found = np.minimum((bins * middle / max(each.sum(), _TINY)).astype(np.int64), bins - 1)
-    return np.unique(found, return_inverse=True)[1][place]
+    distinct, index = np.unique(values, return_inverse=True)
+    mass_by_value = np.bincount(index, mass, len(distinct))
+    middle = np.cumsum(mass_by_value) - 0.5 * mass_by_value
+    bin_of_value = np.minimum((bins * middle / max(mass_by_value.sum(), _TINY)).astype(np.int64), bins - 1)
+    return np.unique(bin_of_value, return_inverse=True)[1][index]
 
 
 class Auc(Metric[TaskRows]):
@@ -109,10 +139,7 @@ class AveragePrecision(Auc):
 
 
 class Gauc(Ratio[TaskRows]):
-    """Mean AUC within users, or within requests, weighted by their rows.
-
-    by: `user` or `request`.
-    """
+    """Mean AUC within users or requests (`by`), weighted by their rows."""
 
     kinds, better, is_within_group, is_fraction = ("binary",), "higher", True, True
 
@@ -121,44 +148,49 @@ class Gauc(Ratio[TaskRows]):
         self.required_sums = (f"{by}_auc", f"{by}_auc_weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """The groups of a single class and their rows; of the others, their rows by weight, and AUC x that."""
+        """Return groups of a single class with their rows, and the weights of other groups with AUC x weight."""
         group = getattr(rows, self.by)
         positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
         count = int(group.max(initial=-1)) + 1
         auc = grouped_auc(group, rows.prediction, positives, negatives, count)
-        both, weight = ~np.isnan(auc), np.bincount(group, rows.weight, count)
+        has_both_classes, weight = ~np.isnan(auc), np.bincount(group, rows.weight, count)
         sums = {
-            f"single_class_{self.by}s": (~both).astype(np.int64),
-            f"single_class_{self.by}_rows": np.where(both, 0, np.bincount(group, minlength=count)),
-            f"{self.by}_auc_weight": np.where(both, weight, 0.0),
+            f"single_class_{self.by}s": (~has_both_classes).astype(np.int64),
+            f"single_class_{self.by}_rows": np.where(has_both_classes, 0, np.bincount(group, minlength=count)),
+            f"{self.by}_auc_weight": np.where(has_both_classes, weight, 0.0),
             f"{self.by}_auc": weight * np.nan_to_num(auc),
         }
         return rows.assign_to_first_rows(group, sums)
 
     def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
-        """The users or requests that are left out."""
-        single, rows = (int(sums.column(f"single_class_{self.by}{each}").sum()) for each in ("s", "_rows"))
+        """Return the users or requests that are left out.
+
+        Args:
+            sums: Sums of the users.
+            resamples: Not used.
+        """
+        single, rows = (int(sums.column(f"single_class_{self.by}{suffix}").sum()) for suffix in ("s", "_rows"))
         observed = sums.column("rows").sum()
-        share = float(rows / observed) if observed else None
-        return {f"single_class_{self.by}s": {"count": single, "fraction_of_rows": share}}
+        fraction = float(rows / observed) if observed else None
+        return {f"single_class_{self.by}s": {"count": single, "fraction_of_rows": fraction}}
 
 
 class Logloss(Ratio[TaskRows]):
     """Mean negative log likelihood of the labels, in nats.
 
-    Probabilities are rounded to float32 and clipped to [eps, 1 - eps], eps being its machine precision, as scikit-learn
-    clips. So they are if they come as float64: what is compared may not differ by the type of a file.
+    Probabilities are rounded to float32 and clipped to [eps, 1 - eps] with float32's machine precision, as scikit-learn
+    does. Probabilities in float64 are rounded too, so that the type in a file doesn't change a comparison.
     """
 
     name, kinds, better, required_sums = "logloss", ("binary",), "lower", ("logloss", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        clipped = np.clip(rows.prediction.astype(np.float32).astype(np.float64), _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+        clipped = np.clip(rows.prediction.astype(np.float32).astype(np.float64), _MIN_PROBABILITY, 1 - _MIN_PROBABILITY)
         return {"logloss": -rows.weight * np.where(rows.label == 1, np.log(clipped), np.log1p(-clipped))}
 
 
 class NormalizedEntropy(Metric[TaskRows]):
-    """The logloss over the entropy of the base rate (He et al., 2014)."""
+    """Log loss divided by the entropy of the base rate (He et al., 2014)."""
 
     name, kinds, better, required_sums = (
         "normalized_entropy",
@@ -169,40 +201,48 @@ class NormalizedEntropy(Metric[TaskRows]):
 
     def summarize(self, resamples: Resamples) -> np.ndarray:
         rate = ratio(resamples["label"], resamples["weight"])
-        # Counts decide whether both labels are there. Two sums of the same weights differ by rounding.
-        both = (resamples["positives"] > 0) & (resamples["positives"] < resamples["rows"]) & (rate > 0) & (rate < 1)
-        inside = np.where(both, rate, 0.5)
+        # Counts show whether both labels occur. Sums of the same weights may differ by rounding.
+        has_both_classes = (
+            (resamples["positives"] > 0) & (resamples["positives"] < resamples["rows"]) & (rate > 0) & (rate < 1)
+        )
+        inside = np.where(has_both_classes, rate, 0.5)
         entropy = -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
-        return ratio(ratio(resamples["logloss"], resamples["weight"]), np.where(both, entropy, 0.0))
+        return ratio(ratio(resamples["logloss"], resamples["weight"]), np.where(has_both_classes, entropy, 0.0))
 
 
 class CalibrationRatio(Ratio[TaskRows]):
-    """The sum of the predictions over the sum of the labels."""
+    """Sum of the predictions divided by the sum of the labels."""
 
     name, kinds, better, required_sums = "calibration", ("binary",), "one", ("prediction", "label")
 
 
 class ExpectedCalibrationError(Metric[TaskRows]):
-    """Mean over ten bins of equal mass, by weight, of |mean predicted - observed rate| (Naeini et al., 2015).
+    """Mean of |mean predicted - observed rate| over ten bins of equal weight (Naeini et al., 2015).
 
-    Rows of one prediction share a bin. It has no interval, as resampling biases a mean of absolute values upward.
+    Rows with equal predictions share a bin. There is no interval, because resampling biases a mean of absolute values
+    upward.
     """
 
     name, kinds, better, has_interval = "ece", ("binary",), "lower", False
 
     def summarize(self, resamples: Resamples) -> np.ndarray:
-        place, columns = _equal_bins(resamples.sums)
-        bins = {name: np.bincount(place, column)[:, None] for name, column in columns.items()}
+        bin_index, columns = _equal_bins(resamples.sums)
+        bins = {name: np.bincount(bin_index, column)[:, None] for name, column in columns.items()}
         return ratio(np.abs(bins["prediction"] - bins["label"]).sum(axis=0), bins["weight"].sum(axis=0))
 
     def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
-        """The bins, for a plot."""
+        """Return the bins for a plot.
+
+        Args:
+            sums: Sums of the users.
+            resamples: Number of resamples for intervals of observed rates.
+        """
         return {"calibration_bins": _calibration_bins(sums, resamples)}
 
 
 def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The bin of rising prediction and equal weight of each row of the table of bins, and that table's columns."""
-    assert sums.bins is not None  # of a binary task
+    """Return the bin of equal weight of each row in the table of bins, and the columns of that table."""
+    assert sums.bins is not None  # only binary tasks have bins
     names = ("rows", "positives", "label", "negative", "prediction")
     columns = {name: sums.bins[name].to_numpy().astype(np.float64) for name in names}
     columns["weight"] = columns["label"] + columns["negative"]
@@ -210,8 +250,9 @@ def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
-    """One dict a bin: `rows`, `weight`, `mean_predicted`, and `observed_rate` with its 95% interval `low` and `high`
-    (None for a single user), which redraws users and leaves the bins where they are. Means are weighted.
+    """Return a dict for each bin, with 95% intervals of observed rates over users (None for a single user).
+
+    Resamples keep the bins. Means are weighted.
     """
     place, columns = _equal_bins(sums)
     if not len(place):
@@ -224,7 +265,7 @@ def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
     def observed_rates(counts: np.ndarray) -> Replicates:
         return dict(enumerate(ratio(label @ counts, weight @ counts)))
 
-    found = bootstrap(observed_rates, len(sums.users), resamples)
+    rates = bootstrap(observed_rates, len(sums.users), resamples)
     return [
         {
             "rows": int(total["rows"][number]),
@@ -234,7 +275,7 @@ def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
             "low": rate.low,
             "high": rate.high,
         }
-        for number, rate in enumerate(found[place].interval(is_fraction=True) for place in range(count))
+        for number, rate in enumerate(rates[place].interval(is_fraction=True) for place in range(count))
     ]
 
 
@@ -260,16 +301,15 @@ class MeanAbsoluteError(Ratio[TaskRows]):
 
 
 class RSquared(Metric[TaskRows]):
-    """The coefficient of determination: 1 - mean squared error / variance of the labels."""
+    """Coefficient of determination: 1 - mean squared error / variance of the labels."""
 
     name, kinds, better, required_sums = "r2", ("regression",), "higher", ("squared_error", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """The label of the user's first row, `label_origin`, and the weighted sums of the distances from it,
-        `label_distance`, and of their squares.
+        """Return the label of the user's first row, and weighted sums of distances and squared distances from it.
 
-        The mean of squares less the square of the mean cancels where labels are large beside their deviation: for
-        labels of 1.7e9 +- 100, float64 keeps nothing of it.
+        The mean of squares minus the square of the mean would lose all digits if labels are large compared with their
+        standard deviation. For labels of 1.7e9 +- 100, float64 keeps none.
         """
         origin = rows.label[np.unique(rows.unit, return_index=True)[1]]
         distance = rows.label - origin[rows.unit]
@@ -288,12 +328,12 @@ class _Spread:
         weight, origin, distance, squares = (
             sums.column(name) for name in ("weight", "label_origin", "label_distance", "label_squares")
         )
-        # About the label in the middle, which equal labels all are.
+        # Move the origin to the median label, so that equal labels give exact zeros.
         moved = origin - np.sort(origin[weight > 0])[(weight > 0).sum() // 2] if weight.any() else origin
         self._sums = np.stack([weight, distance + moved * weight, squares + 2 * moved * distance + moved**2 * weight])
 
     def variance(self, counts: np.ndarray) -> np.ndarray:
-        """(R,) float64 for `counts` (U, R) of each user; 0 where all labels are equal, NaN where there are none."""
+        """Return the variances (R,) for `counts` (U, R). Equal labels have 0, and no labels have NaN."""
         weight, distance, squares = self._sums @ counts
         mean_square = ratio(squares, weight)
         variance = mean_square - ratio(distance, weight) ** 2
