@@ -93,8 +93,7 @@ def fit_calibration(
 def _find_drift(
     method: CalibrationMethod, x: np.ndarray, y: np.ndarray, w: np.ndarray, times: np.ndarray
 ) -> str | None:
-    """Describe the drift of a task if a fit on the earlier half of rows makes the later half worse by two standard
-    errors."""
+    """Describe drift: a fit on the earlier rows makes the later rows worse by two standard errors."""
     early, late = np.array_split(np.argsort(times, kind="stable"), 2)
     if len(np.unique(y[early])) < 2 or (fitted := _FITS[method](x[early], y[early], w[early])) is None:
         return None

@@ -172,7 +172,7 @@ def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_lo
         return True, f"{version} can't be served any more: {problem}"
     return (
         False,
-        f"{version} can't be compared here: {problem}; point the alias at another one yourself if that is to serve",
+        f"{version} can't be compared here: {problem}; to serve another version, move the alias by hand",
     )
 
 
@@ -320,7 +320,7 @@ def roll_back(settings: Settings) -> Decision:
     previous = champion.find_previous_champion(alias)
     if previous is None:
         unknown = f"which version of '{name}' held '{alias}' before version {champion.number}"
-        raise UserError(f"it is not known {unknown}; point the alias at it by hand")
+        raise UserError(f"it is not known {unknown}; move the alias by hand")
     version = registry.get_version(name, previous, uri)
     if isinstance(model := _load(registry.fetch_model(version.uri, uri)), Exception):
         raise UserError(f"version {previous}, which held '{alias}' before, can't be served: {_one_line(model)}")

@@ -1,7 +1,7 @@
-"""How well other weights of the tasks in the score would rank for each task.
+"""Trade-offs between tasks by the weights of tasks in the score.
 
-The score is the sum of weight x log prediction, so only the ratios of weights matter: they sum to 1 here. How well a
-ranking serves a task is the NDCG@10 of its rows, whose relevance is the label of that task alone.
+The score is the sum of weight x log prediction, so only ratios of weights matter. Weights sum to 1 here. A ranking
+serves a task by the NDCG@10 of rows whose relevance is the label of that task alone.
 """
 
 import itertools
@@ -21,21 +21,21 @@ from mmoe_rec.settings.sections import Settings
 
 NDCG = "ndcg_at_10"
 _STEPS = {2: 20, 3: 8, 4: 5}
-"""Number of tasks -> steps of the grid from no weight to all of it; of more tasks, 2."""
-_LEAST = 1e-38  # of the probabilities that enter a product, as in a model's score
+"""Number of tasks -> steps of the grid from 0 to 1. The default is 2 steps."""
+_MIN_PROBABILITY = 1e-38  # smallest probability in a product, as in a model's score
 Weights = tuple[float, ...]
 
 
 def choose_weights(
     settings: Settings, goal: str, margins: Mapping[str, float], sources: Sequence[str] | None = None
 ) -> Report:
-    """Choose weights of the tasks by validation rows, and report their rankings of the test rows.
+    """Choose weights of the tasks on validation rows, and report the rankings of test rows.
 
     Args:
         settings: Settings with the tasks.
-        goal: The task to serve better.
-        margins: Other tasks -> NDCG@10 that they may lose, where it is not `evaluation.max_metric_drop`.
-        sources: Predictions of validation and test rows, None for those in `data.work_dir`.
+        goal: Task to serve better.
+        margins: Other tasks -> NDCG@10 that they may lose (default: `evaluation.max_metric_drop`).
+        sources: Predictions of validation and test rows, None for files in `data.work_dir`.
 
     Raises:
         UserError: A task is unknown, or no weights can rank the rows.
@@ -57,22 +57,25 @@ def choose_weights(
         raise UserError("every request of the validation or test rows has one row, which no weights can rank")
     on_validation, on_test = (WeightSweep(part, tasks, weights, settings.evaluation.resamples) for part in rows)
     chosen, front = on_validation.choose(goal, margins), on_test.find_pareto_front()
-    marks, main, more = {chosen: "chosen", 0: "the settings'"}, list[Row](), list[Row]()
+    notes, main, more = {chosen: "chosen", 0: "the settings'"}, list[Row](), list[Row]()
     for number, values in enumerate(on_test.values):
         ratios = " : ".join(f"{weight:.3g}" for weight in weights[number])
-        row = (ratios, *(f"{value:.4f}" for value in values), marks.get(number, ""))
-        (main if front[number] or number in marks else more).append(row)
+        row = (ratios, *(f"{value:.4f}" for value in values), notes.get(number, ""))
+        (main if front[number] or number in notes else more).append(row)
     headline, sentences = f"no weights serve {goal} better within the losses allowed: keep those of the settings", []
     if chosen:  # the first weights are those of the settings
         named = zip(tasks, weights[chosen], strict=True)
         headline = f"set {', '.join(f'tasks.{task}.score_weight to {weight:.4g}' for task, weight in named)}"
-        apart = on_test.compare_with_deployed(chosen)
-        told = {
-            task: "nothing" if difference.value is None else difference.format() for task, difference in apart.items()
+        differences = on_test.compare_with_deployed(chosen)
+        changes = {
+            task: "nothing" if difference.value is None else difference.format()
+            for task, difference in differences.items()
         }
-        sentences = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in told.items()]
-        if (apart[goal].low or 0.0) <= 0:
-            sentences.append(f"a gain of {goal} is not shown on the test rows: the settings' weights may be as good")
+        sentences = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in changes.items()]
+        if (differences[goal].low or 0.0) <= 0:
+            sentences.append(
+                f"the gain of {goal} is not significant on the test rows: the settings' weights may be as good"
+            )
     title, heads = "NDCG@10 of each task by weights in the score, test rows", (" : ".join(tasks), *tasks, "")
     return Report(
         title=f"Weights of the tasks: {settings.name}",
@@ -83,50 +86,62 @@ def choose_weights(
 
 
 def make_grid(deployed: Sequence[float]) -> list[Weights]:
-    """Weights that sum to 1: the deployed ones, then all others of a grid.
+    """Return weights that sum to 1: the deployed weights first, then a grid.
 
-    Raises UserError where no deployed weight is above 0, or one is below.
+    Raises:
+        UserError: No deployed weight is positive, or a weight is negative.
     """
     total, tasks = sum(deployed), len(deployed)
     if total <= 0 or min(deployed) < 0:
         raise UserError(f"the tasks have score weights {list(deployed)}; trade-offs need some above 0 and none below")
     first, steps = tuple(weight / total for weight in deployed), _STEPS.get(tasks, 2)
-    parts = (each for each in itertools.product(range(steps + 1), repeat=tasks) if sum(each) == steps)
-    grid = [tuple(part / steps for part in each) for each in parts]
-    return [first, *(each for each in grid if not np.allclose(each, first))]
+    parts = (
+        combination for combination in itertools.product(range(steps + 1), repeat=tasks) if sum(combination) == steps
+    )
+    grid = [tuple(part / steps for part in combination) for combination in parts]
+    return [first, *(weights for weights in grid if not np.allclose(weights, first))]
 
 
 class WeightSweep:
     """NDCG@10 of T tasks by P rankings.
 
     Attributes:
-        values: (P, T) float64, NaN where no request ranks anything.
+        tasks: Names of the tasks.
+        values: NDCG@10, shape (P, T) float64, NaN if no request ranks anything.
     """
 
     def __init__(self, rows: PredictedRows, tasks: Sequence[str], weights: Sequence[Weights], resamples: int) -> None:
+        """Rank rows by all weights.
+
+        Args:
+            rows: Predictions and labels.
+            tasks: T tasks.
+            weights: P weights of the tasks.
+            resamples: Number of bootstrap resamples.
+        """
         self.tasks, specs = list(tasks), {task.name: replace(task, weight=1.0) for task in rows.tasks}
-        least = {task: max(_LEAST, specs[task].kind.min_prediction) for task in tasks}
+        least = {task: max(_MIN_PROBABILITY, specs[task].kind.min_prediction) for task in tasks}
         logs = np.log([np.maximum(rows.predictions[task].astype(float), least[task]) for task in tasks])
         rankings = {
             (number, task): BootstrapMetrics(
-                replace(rows, tasks=(specs[task],), score=each @ logs).sum(), names=(NDCG,)
+                replace(rows, tasks=(specs[task],), score=task_weights @ logs).sum(), names=(NDCG,)
             )
-            for number, each in enumerate(np.array(weights))
+            for number, task_weights in enumerate(np.array(weights))
             for task in tasks
         }
 
-        def at(counts: np.ndarray) -> Replicates:
-            return {key: of.groups[SCORE].compute(counts)[NDCG] for key, of in rankings.items()}
+        def compute(counts: np.ndarray) -> Replicates:
+            return {key: ranking.groups[SCORE].compute(counts)[NDCG] for key, ranking in rankings.items()}
 
-        found = bootstrap(at, rankings[0, tasks[0]].num_units, resamples)
+        estimates = bootstrap(compute, rankings[0, tasks[0]].num_units, resamples)
         effective_users = {task: rankings[0, task].effective_users((SCORE, NDCG)) for task in tasks}
         self._resampled = {
-            key: replace(estimate, effective_users=effective_users[key[1]]) for key, estimate in found.items()
+            key: replace(estimate, effective_users=effective_users[key[1]]) for key, estimate in estimates.items()
         }
         self.values = np.array([[self._resampled[n, task].value for task in tasks] for n in range(len(weights))])
 
     def compare_with_deployed(self, number: int) -> dict[str, Difference]:
-        """Compute the difference of each task's NDCG@10 by some weights from that by the first ones."""
+        """Return the difference in each task's NDCG@10 between weights and the deployed weights."""
         return {
             task: compute_difference(self._resampled[number, task], self._resampled[0, task]) for task in self.tasks
         }
@@ -135,19 +150,19 @@ class WeightSweep:
         """Choose the number of the weights that serve a task best.
 
         Args:
-            goal: The task.
-            margins: Other tasks -> NDCG@10 that they may lose beside the first weights: the interval of the loss must
-                not reach further.
+            goal: Task to serve.
+            margins: Other tasks -> NDCG@10 that they may lose against the deployed weights. The interval of the loss
+                must not exceed it.
         """
-        served, best = self.values[:, self.tasks.index(goal)], 0
-        for number in range(1, len(served)):
-            if served[number] > served[best]:
+        values, best = self.values[:, self.tasks.index(goal)], 0
+        for number in range(1, len(values)):
+            if values[number] > values[best]:
                 lows = {task: difference.low for task, difference in self.compare_with_deployed(number).items()}
                 if all((low := lows[task]) is not None and low >= -margin for task, margin in margins.items()):
                     best = number
         return best
 
     def find_pareto_front(self) -> np.ndarray:
-        """(P,) bool, the weights that no others beat: for some task by no loss of another."""
-        known = self.values[:, ~np.isnan(self.values).any(axis=0)]
-        return np.array([not ((known >= mine).all(1) & (known > mine).any(1)).any() for mine in known])
+        """Return a mask (P,) of the Pareto-optimal weights: no others improve a task without a loss of another task."""
+        defined = self.values[:, ~np.isnan(self.values).any(axis=0)]
+        return np.array([not ((defined >= mine).all(1) & (defined > mine).any(1)).any() for mine in defined])

@@ -301,7 +301,7 @@ def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(second: World
     second.train("--data.work_dir", str(tmp_path), "--tasks.liked.label_delay_days", "1")
     reason, now = said(tmp_path)
     assert "trained with 'tasks.liked.label_delay_days' 0.0, and it is 1.0 in the settings" in reason
-    assert "point the alias at another one yourself" in reason
+    assert "move the alias by hand" in reason
     assert now.startswith("'champion' stays version 2; ")
     assert second.holder() == "2"
 

@@ -197,8 +197,8 @@ class UserSums:
     def effective_users(self) -> dict[str, float]:
         """Effective number of users of each metric with an interval.
 
-        The number is a minimum: over rows and ranked requests for ranking metrics, or else over weight and the labels
-        of both classes.
+        The number is the minimum over sums of the users. Ranking metrics use rows and ranked requests. Other metrics
+        use rows, weight and the labels of both classes.
         """
         of_lists = [self.column("rows"), self.column("ranked_requests")]
         of_rows = of_lists[:1] if self.is_score else [of_lists[0], self.column("weight")]
