@@ -133,10 +133,8 @@ def compare(
     Raises:
         UserError: The rows differ, or `rules` names an unknown metric.
     """
-    model_sums, references = (
-        models[model].sums,
-        {name: measured.sums for name, measured in models.items() if name != model},
-    )
+    model_sums = models[model].sums
+    references = {name: measured.sums for name, measured in models.items() if name != model}
     objective = Objective.from_setting(rules.primary_metric, model_sums, tasks)
     single_runs = ((name, [sums]) for name, sums in references.items())
     by_reference = correct_differences(
@@ -353,10 +351,8 @@ def check_slice_guardrail(
     )
     tested_slices = dict.fromkeys((record.by, record.slice) for record, _ in tested)
     number, by = len(tested_slices), ", ".join(dict.fromkeys(by for by, _ in tested_slices))
-    finding, limit = (
-        f"of {number} slices by {by} none is shown to have",
-        f"a loss of more than {margin:g} (evaluation.max_metric_drop)",
-    )
+    finding = f"of {number} slices by {by} none is shown to have"
+    limit = f"a loss of more than {margin:g} (evaluation.max_metric_drop)"
     if losing:
         more = f", and in {len(losing) - MAX_LISTED_SLICES} more" if len(losing) > MAX_LISTED_SLICES else ""
         finding = f"{'; '.join(f'in {record.message}' for record in losing[:MAX_LISTED_SLICES])}{more}, which is"
@@ -441,10 +437,8 @@ def average_runs(
 
 def _mean_of(values: np.ndarray, replicates: Estimate) -> RunsMean:
     run_values = tuple(float(value) if np.isfinite(value) else None for value in values)
-    std, zero = (
-        float(values.std(ddof=1)),
-        Estimate(0.0, np.zeros_like(replicates.replicates), replicates.effective_users),
-    )
+    std = float(values.std(ddof=1))
+    zero = Estimate(0.0, np.zeros_like(replicates.replicates), replicates.effective_users)
     mean = compute_difference(replicates, zero, [(std**2 / len(values), len(values) - 1)])
     if mean.value is None:
         return RunsMean(None, None, None, None, None, run_values)

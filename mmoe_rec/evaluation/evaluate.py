@@ -178,10 +178,8 @@ def collect_labels(
         layout: Layout with the tasks.
         read: Labels (n, T) and further columns of each part.
     """
-    columns, label_matrix = (
-        pa.concat_tables([table for _, table in read]),
-        np.concatenate([part_labels for part_labels, _ in read]),
-    )
+    columns = pa.concat_tables([table for _, table in read])
+    label_matrix = np.concatenate([part_labels for part_labels, _ in read])
     users, requests, candidates = (columns.column(name).combine_chunks() for name in ID_COLUMNS)
     tasks = [MeasuredTask(task.name, task.kind, settings.tasks[task.name].score_weight) for task in layout.tasks]
     labels_by_task = {task.name: values for task, values in zip(tasks, label_matrix.T, strict=True)}

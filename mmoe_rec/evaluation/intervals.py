@@ -206,10 +206,8 @@ def bootstrap(
     Returns:
         Estimates with the keys of `compute`.
     """
-    point, replicates = (
-        compute(np.ones((users, 1))),
-        [compute(counts) for counts in draw_user_counts(users, resamples, seed)],
-    )
+    point = compute(np.ones((users, 1)))
+    replicates = [compute(counts) for counts in draw_user_counts(users, resamples, seed)]
     return {
         key: Estimate(float(value[0]), np.concatenate([replicate[key] for replicate in replicates]), users)
         for key, value in point.items()
@@ -226,18 +224,14 @@ def compute_difference(
         other: Estimate of the reference model.
         extra_variances: Variances besides the choice of users, with degrees of freedom, see `combine_variances`.
     """
-    tolerance, effective_users = (
-        rounding_tolerance(mine.value, other.value),
-        min(mine.effective_users, other.effective_users),
-    )
+    tolerance = rounding_tolerance(mine.value, other.value)
+    effective_users = min(mine.effective_users, other.effective_users)
     difference = Estimate(mine.value - other.value, mine.replicates - other.replicates, effective_users)
     if not np.isfinite(difference.value):
         return Difference(None)
-    value, standard_error, freedom = (
-        0.0 if abs(difference.value) <= tolerance else difference.value,
-        difference.standard_error,
-        effective_users - 1,
-    )
+    value = 0.0 if abs(difference.value) <= tolerance else difference.value
+    standard_error = difference.standard_error
+    freedom = effective_users - 1
     if standard_error is None or (standard_error > tolerance and freedom < MIN_DEGREES_OF_FREEDOM):
         return Difference(value)
     if extra_variances:

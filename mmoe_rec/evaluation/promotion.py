@@ -93,11 +93,9 @@ def promote_trained(
     version = ModelVersion(name, number, run.run_id)
     better, reason = compare_with_champion(settings, prepared, model, artifact, champion)
     if (latest_champion := registry.find_champion(name, alias, uri)) != champion:
-        better, reason, champion = (
-            False,
-            f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`",
-            latest_champion,
-        )
+        better = False
+        reason = f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`"
+        champion = latest_champion
     decision = {"promoted": str(better), "compared": reason}
     run.set_tags(decision)
     if better:

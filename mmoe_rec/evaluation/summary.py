@@ -339,10 +339,8 @@ def collect_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any
     Returns:
         Metric -> value for each model.
     """
-    groups, alone = (
-        [summary.groups.get(group) for summary in summaries],
-        all(summary.one_row_per_user for summary in summaries),
-    )
+    groups = [summary.groups.get(group) for summary in summaries]
+    alone = all(summary.one_row_per_user for summary in summaries)
     return {
         metric: [UNDEFINED if group is None else group.get(metric.name) for group in groups]
         for metric in every.METRICS

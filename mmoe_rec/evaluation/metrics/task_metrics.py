@@ -192,12 +192,10 @@ class Logloss(Ratio[TaskRows]):
 class NormalizedEntropy(Metric[TaskRows]):
     """Log loss divided by the entropy of the base rate (He et al., 2014)."""
 
-    name, kinds, better, required_sums = (
-        "normalized_entropy",
-        ("binary",),
-        "lower",
-        ("logloss", "label", "weight", "positives", "rows"),
-    )
+    name = "normalized_entropy"
+    kinds = ("binary",)
+    better = "lower"
+    required_sums = ("logloss", "label", "weight", "positives", "rows")
 
     def summarize(self, resamples: Resamples) -> np.ndarray:
         rate = ratio(resamples["label"], resamples["weight"])
