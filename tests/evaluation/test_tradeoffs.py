@@ -137,7 +137,7 @@ def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.Captu
     report = read_report(work / "tradeoffs")
     assert report is not None
     (table,) = report.tables
-    assert table.heads == ["click : liked : spent", "click", "liked", "spent", ""]
+    assert table.header == ["click : liked : spent", "click", "liked", "spent", ""]
     rows = {row[-1]: row for row in table.rows}
     before, after = (
         float(rows[mark][1]) for mark in ("the settings'", "chosen" if "chosen" in rows else "the settings'")
