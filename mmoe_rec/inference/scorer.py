@@ -192,6 +192,16 @@ class Scorer:
     """
 
     def __init__(self, info: ArtifactInfo, model: RankingModel, calibration: Calibration) -> None:
+        """Prepare a model for scoring.
+
+        Args:
+            info: Metadata of the artifact.
+            model: The model.
+            calibration: Calibration of its tasks.
+
+        Raises:
+            UserError: The fused function differs from the model (`check_fused_forward`).
+        """
         self.info, self.model, self.calibration = info, model.eval(), calibration
         self.task_names, self._kinds = [task.name for task in info.tasks], [task.kind for task in info.tasks]
         self.num_experts = model.visible_experts.shape[1]
