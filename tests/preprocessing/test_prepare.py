@@ -133,7 +133,7 @@ def test_rows_that_occur_twice(tmp_path, small_pieces):
     with pytest.raises(
         UserError,
         match=r"row 0 of '.*1\.parquet' repeats request and candidate \(columns 'user', 'time' and 'item'\) "
-        r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.duplicates",
+        r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.on_duplicates",
     ):
         prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50)))
     prepared = prepare(
@@ -149,7 +149,7 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
     future = str(write_log(tmp_path / "future", with_column(table, "time", times)))
     late = {name: tuple(t if t is None else t + 40_000 * DAY for t in each) for name, each in WINDOWS.items()}
     cases = {
-        "duplicates": (twice, WINDOWS, "repeats request and candidate"),
+        "on_duplicates": (twice, WINDOWS, "repeats request and candidate"),
         "on_future_times": (future, late, "a request in the future"),
     }
     for setting, (source, windows, message) in cases.items():
@@ -217,10 +217,10 @@ def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
     for file in files:
         name = "part-*.parquet" if file.name.startswith("part-") else "*.parquet"
         pattern = "/".join(["work", *("*" for _ in file.parents[1:]), name])
-        with pytest.raises(UserError, match=r"takes in what is written to `data\.work` 'work'"):
+        with pytest.raises(UserError, match=r"takes in what is written to `data\.work_dir` 'work'"):
             check_work_outside_logs(pattern, schema, Path("work"))
     for source in ("work/features", "work/features/encoded/*/*.parquet", "work/model/**/*.parquet", "work/champion"):
-        with pytest.raises(UserError, match=r"takes in what is written to `data\.work` 'work'"):
+        with pytest.raises(UserError, match=r"takes in what is written to `data\.work_dir` 'work'"):
             check_work_outside_logs(source, schema, Path("work"))
     # Logs may lie beside what is written.
     check_work_outside_logs("work/*/*.parquet", schema, Path("work"))
