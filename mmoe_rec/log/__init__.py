@@ -1,4 +1,4 @@
-"""Interaction logs: addresses of Parquet files go in, checked rows in canonical types come out.
+"""Interaction logs: read Parquet files as checked rows in canonical types.
 
-Begin in `reader`, which reads the files in batches. `files` finds them, and `rows` holds a batch.
+Start with `reader`, which reads the files in batches. `files` finds the files, and `rows` stores a batch.
 """

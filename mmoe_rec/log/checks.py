@@ -1,7 +1,7 @@
-"""Whether a log's files are good: their footers when the log is opened, and their values while it is read.
+"""Check a log's files: footers when the log is opened, and values while it is read.
 
-Every problem of one file is a `BadFile` that names the file, the column and the first bad row. Values are checked for
-what features and labels need in order to mean something.
+Every problem of a file raises `BadFile`, which names the file, the column and the first bad row. The value checks make
+sure that features and labels are meaningful.
 """
 
 from bisect import bisect_left
@@ -30,9 +30,15 @@ PathColumns = tuple[tuple[str, int | str | None], ...]
 
 
 class BadFile(UserError):  # noqa: N818 - named for what it is about
-    """An error about one file of a log; `uri` is the file."""
+    """An error about one file of a log."""
 
     def __init__(self, message: str, uri: str) -> None:
+        """Create the error.
+
+        Args:
+            message: Message for the user.
+            uri: URI of the file.
+        """
         super().__init__(message)
         self.uri = uri
 
@@ -42,7 +48,13 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
 
 @dataclass(frozen=True)
 class LogFile(FileInfo):
-    """One Parquet file of a log: rows of its row groups, columns in its path, and those that hold true and false."""
+    """A Parquet file of a log.
+
+    Attributes:
+        row_group_sizes: Number of rows of each row group.
+        path_columns: Names and values of the columns in the path.
+        booleans: Names of the boolean columns.
+    """
 
     row_group_sizes: tuple[int, ...]
     path_columns: PathColumns = ()
@@ -50,26 +62,34 @@ class LogFile(FileInfo):
 
     @property
     def rows(self) -> int:
-        """Rows of all groups."""
+        """Number of rows of all row groups."""
         return sum(self.row_group_sizes)
 
 
 @dataclass(frozen=True)
 class SkippedFile(FileInfo):
-    """A file of a log that is not read, as it was then, and why."""
+    """A file of a log that was skipped, and the reason."""
 
     reason: str
 
 
 def format_time(microseconds: int) -> str:
-    """A time as ISO 8601 in UTC, for messages."""
+    """Format `microseconds` since 1970 UTC as ISO 8601, for messages."""
     return f"{np.datetime64(microseconds // 1_000_000, 's')}+00:00"
 
 
 @contextmanager
 def open_parquet(uri: str, dictionary_columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; strings of the columns in `dictionary_columns` are read dictionary-coded. Raises BadFile where it
-    is not one, UserError where its place can't be reached."""
+    """Open a Parquet file.
+
+    Args:
+        uri: URI of the file.
+        dictionary_columns: Columns whose strings are read dictionary-coded.
+
+    Raises:
+        BadFile: The file is not a readable Parquet file.
+        UserError: A remote file system can't be reached.
+    """
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open_file(uri))
@@ -82,40 +102,49 @@ def open_parquet(uri: str, dictionary_columns: Sequence[str] = ()) -> Iterator[p
                 page_checksum_verification=True,
             )
         except (pa.ArrowException, OSError) as error:
-            why = first_line(error).rstrip(".")
-            reason = f"is not a readable Parquet file: {why}; write it again, or move it out of the log"
-            raise BadFile(f"'{uri}' {reason}", uri) from None
+            reason = first_line(error).rstrip(".")
+            problem = f"is not a readable Parquet file: {reason}; write it again, or move it out of the log"
+            raise BadFile(f"'{uri}' {problem}", uri) from None
         yield stack.enter_context(parquet)
 
 
 def type_name(kind: pa.DataType) -> str | None:
-    """A canonical type in a word; None for that of an all-null column."""
+    """Return the name of the canonical type `kind`, None for the null type."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_list(kind):  # whatever a file calls the elements
+    if pa.types.is_list(kind):  # Leave out the name of the list's elements, which differs by writer.
         return f"list<{kind.value_type}>"
     return None if pa.types.is_null(kind) else str(kind)
 
 
 def type_names(types: Mapping[str, pa.DataType]) -> dict[str, str]:
-    """The types of columns in words, as far as they are known."""
+    """Return the names of column `types`, without columns of the null type."""
     return {column: word for column, kind in types.items() if (word := type_name(kind)) is not None}
 
 
 def check_files(
-    found: Sequence[FileInfo],
+    found_files: Sequence[FileInfo],
     uses: dict[str, ColumnUse],
     time_unit: str | None,
     skip_bad_files: bool,
     fitted: Mapping[str, str],
 ) -> tuple[list[LogFile], dict[str, pa.DataType], list[SkippedFile]]:
-    """Reads every file's footer once; gives the files, each column's canonical type (none for a column that is null
-    everywhere), and what was left out.
+    """Read and check the footers of all files.
 
-    fitted: types of columns, in words, that features were fitted to; other columns have that of most files. Raises
-    BadFile for the first bad file, unless those are skipped.
+    Args:
+        found_files: Files of the log.
+        uses: Columns of the log and how to read them.
+        time_unit: Unit of integer times, None if times are timestamps.
+        skip_bad_files: Whether to return bad files instead of raising an error.
+        fitted: Names of the column types that features were fitted to. Other columns get the type in most files.
+
+    Returns:
+        The good files, the canonical type of each column (missing for a column of nulls), and the skipped files.
+
+    Raises:
+        BadFile: A file is bad, and `skip_bad_files` is false.
     """
 
-    integers = _find_integers(found, fitted)
+    integers = _find_integers(found_files, fitted)
 
     def read(file: FileInfo) -> tuple[LogFile, dict[str, pa.DataType]] | BadFile:
         try:
@@ -124,21 +153,20 @@ def check_files(
             return problem
 
     with ThreadPoolExecutor(MAX_OPEN_FILES) as pool:
-        footers = list(pool.map(read, found))
-    good = [each for each in footers if not isinstance(each, BadFile)]
+        footers = list(pool.map(read, found_files))
+    good = [footer for footer in footers if not isinstance(footer, BadFile)]
     types, problems = _common_types(good, uses, fitted)
-    problems |= {each.uri: each for each in footers if isinstance(each, BadFile)}
-    bad = [file for file in found if file.uri in problems]
+    problems |= {error.uri: error for error in footers if isinstance(error, BadFile)}
+    bad = [file for file in found_files if file.uri in problems]
     if bad and not skip_bad_files:
         raise problems[bad[0].uri]
     skipped = [SkippedFile(file.uri, file.bytes, file.version, str(problems[file.uri])) for file in bad]
     return [file for file, _ in good if file.uri not in problems], types, skipped
 
 
-def _find_integers(found: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[str]:
-    """The columns in paths that hold integers: those of such a fitted type, or whose values are 64-bit integers in all
-    files."""
-    pairs = (pair for file in found for pair in parse_path_columns(file.uri).items())
+def _find_integers(files: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[str]:
+    """Return the integer columns in paths, by fitted type, or by the values in all files."""
+    pairs = (pair for file in files for pair in parse_path_columns(file.uri).items())
     values = [(column, value) for column, value in pairs if value is not None]
     integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
     integers -= {column for column, word in fitted.items() if word == "string"}
@@ -146,24 +174,24 @@ def _find_integers(found: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[
 
 
 def _read_footer(
-    found: FileInfo, uses: dict[str, ColumnUse], time_unit: str | None, integers: set[str]
+    info: FileInfo, uses: dict[str, ColumnUse], time_unit: str | None, integers: set[str]
 ) -> tuple[LogFile, dict[str, pa.DataType]]:
-    """The file, and the kinds of the columns that are used, none where it has no rows, so that none could be wrong."""
-    uri = found.uri
+    """Return the file and the canonical types of the used columns. A file without rows has no types to check."""
+    uri = info.uri
     with open_parquet(uri) as parquet:
         arrow, metadata = parquet.schema_arrow, parquet.metadata
         row_group_sizes = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     paths = parse_path_columns(uri)
     kinds, path_columns, booleans = dict[str, pa.DataType](), list[tuple[str, int | str | None]](), set[str]()
     for column, use in uses.items():
-        if (wrong := _find_wrong_column(column, use, arrow.names, paths)) is not None:
-            raise BadFile(f"'{uri}' {wrong}", uri)
+        if (problem := _find_wrong_column(column, use, arrow.names, paths)) is not None:
+            raise BadFile(f"'{uri}' {problem}", uri)
         if column in arrow.names:
-            kind, place = arrow.field(column).type, ""
+            kind, location = arrow.field(column).type, ""
             if pa.types.is_boolean(element_type(kind)):
                 booleans.add(column)
         else:
-            value, place = paths[column], ", in the file's path"
+            value, location = paths[column], ", in the file's path"
             kind = pa.null() if value is None else pa.string()
             if value is not None and column in integers and _is_integer(value):
                 kind = pa.int64()
@@ -172,29 +200,26 @@ def _read_footer(
             try:
                 kinds[column] = canonical_type(column, use, kind, time_unit)
             except UserError as error:
-                raise BadFile(f"'{uri}': {error}{place}", uri) from None
-    file = LogFile(uri, found.bytes, found.version, row_group_sizes, tuple(path_columns), frozenset(booleans))
+                raise BadFile(f"'{uri}': {error}{location}", uri) from None
+    file = LogFile(uri, info.bytes, info.version, row_group_sizes, tuple(path_columns), frozenset(booleans))
     return file, kinds
 
 
 def _find_wrong_column(
     column: str, use: ColumnUse, names: Sequence[str], paths: Mapping[str, str | None]
 ) -> str | None:
-    """What is wrong with where a file has a column, None for nothing. names, paths: its columns, and those in its
-    path."""
+    """Return the problem if a file lacks a column or has it twice. `names` and `paths` are the file's columns."""
     if (times := names.count(column)) > 1:
         return f"has {times} columns called '{column}'; rename all but one"
     if times or (column in paths and use != "time"):
         return None
     if column in paths:
-        return (
-            f"has column '{column}' in its path only; a time is not read from a path, write it as a column of the file"
-        )
-    every = sorted({*names, *paths})
-    near = get_close_matches(column, every, 1)
-    meant = f" (did you mean '{near[0]}'?)" if near else ""
-    has = f"it has {', '.join(every)}{meant}" if every else "it has no columns at all"
-    return f"has no column '{column}'; {has}"
+        return f"has column '{column}' only in its path, which can't hold times. Write it as a column of the file."
+    all_names = sorted({*names, *paths})
+    near = get_close_matches(column, all_names, 1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    columns = f"it has {', '.join(all_names)}{hint}" if all_names else "it has no columns at all"
+    return f"has no column '{column}'; {columns}"
 
 
 def _is_integer(text: str) -> bool:
@@ -205,42 +230,49 @@ def _is_integer(text: str) -> bool:
 def _common_types(
     footers: Sequence[tuple[LogFile, dict[str, pa.DataType]]], uses: dict[str, ColumnUse], fitted: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
-    """The fitted type of each column, or that of most files (the first of equals), and the files with another."""
+    """Return the fitted type of each column, or the most frequent type, and errors for files with another type."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
         kinds = [(kinds.get(column, pa.null()), file.uri) for file, kinds in footers]
-        having = [(kind, uri) for kind, uri in kinds if not pa.types.is_null(kind)]
-        if not having:
+        typed = [(kind, uri) for kind, uri in kinds if not pa.types.is_null(kind)]
+        if not typed:
             continue
-        common, count = Counter(kind for kind, _ in having).most_common(1)[0]
-        word, share = type_name(common), f" ({count} of {len(having)} files have {common})"
-        there = f"'{next(uri for kind, uri in having if kind == common)}'"
+        common, count = Counter(kind for kind, _ in typed).most_common(1)[0]
+        word, frequency = type_name(common), f" ({count} of {len(typed)} files have {common})"
+        reference = f"'{next(uri for kind, uri in typed if kind == common)}'"
         if column in fitted:
-            word, there, share = fitted[column], "the fitted features", ""
-        for kind, uri in having:
+            word, reference, frequency = fitted[column], "the fitted features", ""
+        for kind, uri in typed:
             if type_name(kind) == word:
                 types[column] = kind
                 continue
             message = (
-                f"column '{column}' changes its type: {word} in {there}, {kind} in '{uri}'; "
-                f"write all files with one type{share}"
+                f"column '{column}' changes its type: {word} in {reference}, {kind} in '{uri}'; "
+                f"write all files with one type{frequency}"
             )
             deviating.setdefault(uri, BadFile(message, uri))
     return types, deviating
 
 
-# Values
-
-
 def read_column_names(uri: str) -> set[str]:
-    """Those of a file, with those that stand in its path. Raises BadFile where it is no Parquet file."""
+    """Return the columns of the file at `uri` and in its path.
+
+    Raises:
+        BadFile: The file is not a readable Parquet file.
+    """
     with open_parquet(uri) as parquet:
         return {*parquet.schema_arrow.names, *parse_path_columns(uri)}
 
 
 def add_path_columns(table: pa.Table, uri: str, names: Iterable[str]) -> pa.Table:
-    """A file's columns, with those that stand in its path instead, of these names, as strings."""
+    """Append columns from a file's path, as strings.
+
+    Args:
+        table: Columns in the file.
+        uri: URI of the file.
+        names: Columns to append if the table lacks them and the path has them.
+    """
     for name, value in parse_path_columns(uri).items():
         if name in set(names) - set(table.column_names):
             table = table.append_column(name, pa.array([value] * len(table), pa.string()))
@@ -248,7 +280,15 @@ def add_path_columns(table: pa.Table, uri: str, names: Iterable[str]) -> pa.Tabl
 
 
 def next_batch(batches: Iterator[pa.RecordBatch], uri: str) -> pa.RecordBatch | None:
-    """The next batch of a file, None after the last. Raises BadFile where it can't be read."""
+    """Return the next batch of a file, None after the last batch.
+
+    Args:
+        batches: Batches of the file.
+        uri: URI of the file, for messages.
+
+    Raises:
+        BadFile: The batch can't be read.
+    """
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
@@ -258,7 +298,18 @@ def next_batch(batches: Iterator[pa.RecordBatch], uri: str) -> pa.RecordBatch | 
 def canonicalize_file_column(
     uri: str, column: str, use: ColumnUse, values: pa.Array, time_unit: str | None
 ) -> pa.Array:
-    """A column in its canonical type. Raises BadFile."""
+    """Convert a column of a file to its canonical type.
+
+    Args:
+        uri: URI of the file, for messages.
+        column: Name of the column.
+        use: Use of the column.
+        values: Values of the column.
+        time_unit: Unit of integer times, None if times are timestamps.
+
+    Raises:
+        BadFile: The values can't be converted.
+    """
     try:
         array = canonicalize(column, use, values, time_unit, encode_strings=True)
         words = array.dictionary if pt.is_dictionary(array.type) else array
@@ -272,7 +323,12 @@ def canonicalize_file_column(
 
 
 def find_first_invalid(read: Callable[[Sequence[Any]], object], values: Sequence[Any]) -> int:
-    """The first row that `read` can't read, as it raises UserError. It can't read all of them."""
+    """Return the index of the first value that `read` can't read.
+
+    Args:
+        read: Function that raises UserError for invalid values.
+        values: Values, of which at least one is invalid.
+    """
 
     def fails(row: int) -> bool:
         try:
@@ -285,29 +341,36 @@ def find_first_invalid(read: Callable[[Sequence[Any]], object], values: Sequence
 
 
 def describe_row(row: int) -> str:
-    """The end of a sentence about rows of a file."""
+    """Return the end of an error message about the rows of a file, with the number `row` of the first bad row."""
     return f" (the first is row {row} of the file, counted from 0)"
 
 
-MAX_FLOAT32 = float(np.finfo(np.float32).max)  # models compute in float32
+# Models compute in float32, so larger labels would be infinite.
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` of a wrong value."""
+    """A check of one column.
+
+    Attributes:
+        column: Name of the column.
+        wrong: Function that returns whether each row is wrong, (N,) bool.
+        says: Function that describes a wrong value in the error message.
+    """
 
     column: str
     wrong: Callable[[LogRows], np.ndarray]
     says: Callable[[Any], str]
 
     def find(self, rows: LogRows) -> tuple[int, str] | None:
-        """The first wrong row, and what is wrong with it; None where all are right."""
+        """Return the first wrong row of `rows` and its problem, None if all rows are right."""
         wrong = self.wrong(rows)
         if not wrong.any():
             return None
         row = int(wrong.argmax())
         column = rows.column(self.column)[row]
-        # A time may lie beyond the years that Python has.
+        # A time may be outside the years of Python's datetime.
         value = column.cast(pa.int64()).as_py() if pt.is_timestamp(column.type) else column.as_py()
         return row, f"column '{self.column}' {self.says(value)}"
 
@@ -317,7 +380,12 @@ def _show(value: Any) -> str:
 
 
 def log_value_checks(schema: Schema, max_time: int) -> list[ValueCheck]:
-    """What a log's values must hold so that features and labels mean something."""
+    """Return the checks of an interaction log.
+
+    Args:
+        schema: Schema of the log.
+        max_time: Latest valid time, in microseconds since 1970 UTC.
+    """
     columns, split = schema.columns, schema.split
     keys = filter(None, (columns.user, columns.candidate, columns.time, columns.request))
     checks = [_no_null(column, "every row needs one") for column in keys]
@@ -327,7 +395,7 @@ def log_value_checks(schema: Schema, max_time: int) -> list[ValueCheck]:
     if columns.weight is not None:
         checks.append(_positive(columns.weight, 1e-20, 1e20, "columns.weight"))
     if split is not None:
-        listed = ", ".join(repr(each) for values in split.values.values() for each in values)
+        listed = ", ".join(repr(value) for values in split.values.values() for value in values)
         advice = "list it under split.train, split.validation or split.test, or leave such rows out"
         checks.append(
             ValueCheck(
@@ -343,7 +411,12 @@ def log_value_checks(schema: Schema, max_time: int) -> list[ValueCheck]:
 
 
 def event_value_checks(time: str, max_time: int) -> list[ValueCheck]:
-    """What the values of a log of events must hold."""
+    """Return the checks of an event log.
+
+    Args:
+        time: Name of the time column.
+        max_time: Latest valid time, in microseconds since 1970 UTC.
+    """
     return [_no_null(time, "every event needs a time"), _no_future(time, max_time, "an event")]
 
 
@@ -355,10 +428,10 @@ def _no_null(column: str, need: str) -> ValueCheck:
     )
 
 
-def _no_future(column: str, max_time: int, what: str) -> ValueCheck:
+def _no_future(column: str, max_time: int, row_kind: str) -> ValueCheck:
     def says(value: int) -> str:
         return (
-            f"holds {what} in the future, {format_time(value)}, later than {format_time(max_time)}; fix the "
+            f"holds {row_kind} in the future, {format_time(value)}, later than {format_time(max_time)}; fix the "
             "data, or set "
             "`columns.time_unit` if the column holds integers in another unit"
         )
@@ -389,10 +462,10 @@ def _vector_check(feature: str, column: str, size: int) -> ValueCheck:
         if pt.is_null(lists.type):
             return np.zeros(len(lists), bool)
         lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        not_finite = ~np.isfinite(lists.flatten().to_numpy(zero_copy_only=False))  # null is NaN
-        row = np.repeat(np.arange(len(lists)), lengths)[not_finite]
-        other_length = (lengths != size) & lists.is_valid().to_numpy(zero_copy_only=False)
-        return other_length | (np.bincount(row, minlength=len(lists)) > 0)
+        not_finite = ~np.isfinite(lists.flatten().to_numpy(zero_copy_only=False))  # null becomes NaN
+        not_finite_rows = np.repeat(np.arange(len(lists)), lengths)[not_finite]
+        wrong_length = (lengths != size) & lists.is_valid().to_numpy(zero_copy_only=False)
+        return wrong_length | (np.bincount(not_finite_rows, minlength=len(lists)) > 0)
 
     advice = f"feature '{feature}' needs lists of {size} finite numbers (its `size`), or null instead of a whole list"
     return ValueCheck(column, wrong, lambda value: f"holds {value!r:.100}; {advice}")

@@ -1,6 +1,6 @@
-"""Columns of a log in canonical Arrow types, with an error that names the column where that is impossible.
+"""Convert columns of a log to canonical Arrow types.
 
-| what reads the column | canonical type |
+| use of the column | canonical type |
 |---|---|
 | ids, keys of counters and crosses, user, candidate, request | int64 or string |
 | lists of ids | list<int64> or list<string> |
@@ -8,7 +8,7 @@
 | vectors | list<float64> |
 | times | timestamp[us, UTC] |
 
-Hashes of columns are stable: the same on every machine and in every process.
+Hashes of columns are the same on every machine and in every process.
 """
 
 from collections import defaultdict
@@ -27,7 +27,8 @@ from mmoe_rec.settings.schema import EventFeature, Schema
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
-_DICTIONARY_KEPT = 1024  # words, though fewer may be in use
+# Keep a dictionary of up to this many strings, even if the column has fewer rows.
+_DICTIONARY_KEPT = 1024
 
 EXPECTED: dict[ColumnUse, str] = {
     "key": "integers or strings",
@@ -37,7 +38,7 @@ EXPECTED: dict[ColumnUse, str] = {
     "time": "timestamps (or integers, with `columns.time_unit` set)",
     "any": "integers, numbers or strings",
 }
-"""What a column must hold, by what it is read as."""
+"""Description of the accepted values by use of the column."""
 
 _HINTS = {
     ("key", "double"): " (pandas makes this of integers with missing values: cast to Int64 before writing)",
@@ -48,9 +49,10 @@ _HINTS = {
 
 
 def column_uses(schema: Schema) -> dict[str, ColumnUse]:
-    """What each column that a log must have is read as. A key may also be read as a number; it stays a key.
+    """Return the use of every column that a log needs by `schema`. A key that is also read as a number stays a key.
 
-    Raises UserError where two readers of a column contradict each other.
+    Raises:
+        UserError: A column has contradicting uses.
     """
     uses: dict[str, dict[ColumnUse, str]] = defaultdict(dict)
 
@@ -73,19 +75,26 @@ def column_uses(schema: Schema) -> dict[str, ColumnUse]:
     for name, feature in schema.features.items():
         for column, use in feature.reads().items():
             reads(f"feature '{name}'", use, column)
-    return {column: _one_use(column, found) for column, found in uses.items()}
+    return {column: _one_use(column, column_readers) for column, column_readers in uses.items()}
 
 
 def list_label_columns(schema: Schema) -> list[str]:
-    """The columns that decide labels."""
+    """Return the columns that determine labels: the labels of the tasks and their `observed_when` columns."""
     tasks = schema.tasks.values()
     conditions = [task.observed_when.column for task in tasks if task.observed_when]
     return list(dict.fromkeys([*(task.label for task in tasks), *conditions]))
 
 
 def event_column_uses(schema: Schema, events: str) -> dict[str, ColumnUse]:
-    """What each column that a log of events must have is read as; the time column goes by its name in that log. Raises
-    UserError where it is a key as well."""
+    """Return the use of every column that an event log needs.
+
+    Args:
+        schema: Schema of the log.
+        events: Name of the event log.
+
+    Raises:
+        UserError: The time column is also a key.
+    """
     time = schema.events[events].time
     uses: dict[str, ColumnUse] = {}
     for feature in schema.features.values():
@@ -99,22 +108,32 @@ def event_column_uses(schema: Schema, events: str) -> dict[str, ColumnUse]:
     return {time: "time", **uses}
 
 
-def _one_use(column: str, found: dict[ColumnUse, str]) -> ColumnUse:
-    if len(found) > 1:
-        found = {use: reader for use, reader in found.items() if use != "any"}
-    if set(found) == {"key", "number"}:
+def _one_use(column: str, readers: dict[ColumnUse, str]) -> ColumnUse:
+    if len(readers) > 1:
+        readers = {use: reader for use, reader in readers.items() if use != "any"}
+    if set(readers) == {"key", "number"}:
         return "key"
-    if len(found) > 1:
-        readings = " and as ".join(f"{EXPECTED[use]} by {reader}" for use, reader in found.items())
+    if len(readers) > 1:
+        readings = " and as ".join(f"{EXPECTED[use]} by {reader}" for use, reader in readers.items())
         raise UserError(f"column '{column}' is read as {readings}; choose one, or add a column")
-    return next(iter(found))
+    return next(iter(readers))
 
 
 def canonical_type(  # noqa: PLR0911 - one line a case reads best
-    column: str, use: ColumnUse, found: pa.DataType, time_unit: str | None = None
+    column: str, use: ColumnUse, dtype: pa.DataType, time_unit: str | None = None
 ) -> pa.DataType:
-    """The canonical type of a column. Raises UserError when values of type `found` can't be read that way."""
-    kind = found.value_type if pt.is_dictionary(found) else found
+    """Return the canonical type of a column.
+
+    Args:
+        column: Name of the column.
+        use: Use of the column.
+        dtype: Type in the file.
+        time_unit: Unit of integer times, None if times are timestamps.
+
+    Raises:
+        UserError: Values of this type can't be used in this way.
+    """
+    kind = dtype.value_type if pt.is_dictionary(dtype) else dtype
     if pt.is_null(kind):
         return pa.null()
     if use in ("key", "any"):
@@ -135,11 +154,11 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
         if use == "vector" and (_is_number(kind.value_type) or pt.is_null(kind.value_type)):
             return pa.list_(pa.float64())
     hint = _HINTS.get((use, str(kind)), "")
-    raise UserError(f"column '{column}' must hold {EXPECTED[use]}, found {found}{hint}")
+    raise UserError(f"column '{column}' must hold {EXPECTED[use]}, found {dtype}{hint}")
 
 
 def element_type(kind: pa.DataType) -> pa.DataType:
-    """The type of a list's elements; any other type as it is."""
+    """Return the type of a list's elements if `kind` is a list type, otherwise `kind`."""
     return kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind) else kind
 
 
@@ -150,8 +169,18 @@ def _is_number(kind: pa.DataType) -> bool:
 def canonicalize(
     column: str, use: ColumnUse, values: pa.ChunkedArray, time_unit: str | None = None, encode_strings: bool = False
 ) -> pa.Array:
-    """Values in the canonical type; an all-null column stays of type null. coded: whether strings, but not lists of
-    them, are given dictionary-coded. Raises UserError naming the column."""
+    """Convert a column to its canonical type. A column of nulls gets the null type.
+
+    Args:
+        column: Name of the column, for messages.
+        use: Use of the column.
+        values: Values of the column.
+        time_unit: Unit of integer times, None if times are timestamps.
+        encode_strings: Whether to dictionary-encode strings. Lists of strings are never encoded.
+
+    Raises:
+        UserError: The values can't be converted.
+    """
     array = one_array(values) if isinstance(values, pa.ChunkedArray) else values
     target = canonical_type(column, use, array.type, time_unit)
     if pt.is_null(target):
@@ -164,9 +193,9 @@ def canonicalize(
         if target == UTC_MICROSECONDS and pt.is_integer(array.type):
             array = array.cast(pa.int64()).cast(pa.timestamp(time_unit or "us", tz="UTC"))
         if target == UTC_MICROSECONDS and pt.is_timestamp(array.type) and array.type.unit == "ns":
-            # Nothing in a log depends on nanoseconds.
+            # Truncate nanoseconds, because no feature depends on them.
             return pc.cast(array, target, safe=False)
-        # The float64 nearest to an integer will do, also beyond 2^53, where not every integer has its own.
+        # Accept the float64 nearest to an integer, also beyond 2^53, where several integers share one float64.
         array = array if array.type == target else array.cast(target, safe=use not in ("number", "vector"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None
@@ -177,7 +206,7 @@ _MISSING = np.uint64(0x9AE16A3B2F90404F)
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """Bijective scrambling of (N,) uint64 (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Scramble (N,) uint64 `values` bijectively (the finalizer of splitmix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -186,13 +215,13 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def hash_column(column: pa.Array) -> np.ndarray:
-    """(N,) uint64 hashes of a column of int64 or strings, dictionary-coded or not; nulls share one hash."""
+    """Return (N,) uint64 hashes of int64 or string values, dictionary-coded or not. All nulls get the same hash."""
     if pt.is_null(column.type):
         return np.full(len(column), _MISSING)
     if pt.is_string(column.type) or pt.is_dictionary(column.type):
         encoded = column.dictionary_encode()
         words = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
-        import pandas as pd  # which --help does not need
+        import pandas as pd  # imported here to keep --help fast
 
         table = np.append(pd.util.hash_array(words, categorize=False).astype(np.uint64), _MISSING)
         return table[fill_nulls(encoded.indices, len(words)).to_numpy()]
@@ -205,20 +234,20 @@ def hash_column(column: pa.Array) -> np.ndarray:
 
 
 def combine_hashes(hashes: Sequence[np.ndarray]) -> np.ndarray:
-    """(N,) uint64 hash of the ordered combination of several (N,) hashes."""
+    """Return (N,) uint64 hashes of the ordered combination of several arrays of (N,) `hashes`."""
     result = hashes[0]
     with np.errstate(over="ignore"):
-        for each in hashes[1:]:
-            result = splitmix64(result * np.uint64(3) + each)
+        for column_hashes in hashes[1:]:
+            result = splitmix64(result * np.uint64(3) + column_hashes)
     return result
 
 
 def hash_rows(table: pa.Table) -> np.ndarray:
-    """(N,) uint64 hash of the values of each row, of lists by their text."""
+    """Return (N,) uint64 hashes of the rows of `table`. Lists are hashed by their text."""
     hashes = list[np.ndarray]()
     for column in map(one_array, table.columns):
         if pt.is_floating(column.type):
-            numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False) + 0.0  # one zero
+            numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False) + 0.0  # -0.0 becomes 0.0
             hashes.append(np.where(np.isnan(numbers), _MISSING, splitmix64(numbers.view(np.uint64))))
         elif pt.is_timestamp(column.type):
             hashes.append(hash_column(column.cast(pa.int64())))

@@ -1,7 +1,7 @@
-"""DuckDB, for what is joined or grouped over a whole log: in bounded memory, the rest in files.
+"""DuckDB for joins and groupings over a whole log, in bounded memory with temporary files.
 
-Names of a user's columns never go into SQL: tables have names of columns of their own, and the user's columns are
-numbered, so that neither quotes nor two names that differ by case only can be mistaken.
+The names of users' columns never go into SQL. Tables use fixed column names, and users' columns are numbered. So quotes
+in names, and names that differ only by case, cause no errors.
 """
 
 import shutil
@@ -21,21 +21,30 @@ from mmoe_rec.log.files import file_system
 from mmoe_rec.point_in_time.arrays import rebatch
 
 DEFAULT_MEMORY_GIB = 4.0
-"""Memory of a database, by default."""
+"""Default memory limit of a database."""
 
 
 class Database:
-    """A database that `open_database` gives."""
+    """A temporary DuckDB database, opened by `open_database`."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._connection = connection
 
     def register_remote(self, uri: str) -> None:
-        """Lets queries read the files of a remote place."""
+        """Let queries read files from the file system of `uri`."""
         self._connection.register_filesystem(file_system(uri)[0])
 
     def create_table(self, table: str, schema: pa.Schema, batches: Iterable[pa.Table]) -> int:
-        """Makes a table of Arrow tables whose columns have the names and types of `schema`; gives its rows."""
+        """Create a table from Arrow tables.
+
+        Args:
+            table: Name of the new table.
+            schema: Columns to take from the batches, and their types.
+            batches: Arrow tables with these columns.
+
+        Returns:
+            Number of rows of the new table.
+        """
         rows = 0
         self._connection.register("batch", schema.empty_table())
         self.run(f"CREATE TABLE {table} AS SELECT * FROM batch")
@@ -47,36 +56,55 @@ class Database:
         return rows
 
     def copy(self, table: str, data: Dataset) -> None:
-        """Makes a table of a data set. (Where a query, as a join with nothing, leaves off while it reads Arrow files,
-        Arrow crashes now and then. A copy is always read to the end, and costs no time.)"""
+        """Create a table from a data set.
+
+        Arrow sometimes crashes if a query stops before it has read all Arrow files, as in a join with an empty table.
+        A copy always reads all files, and takes no longer.
+
+        Args:
+            table: Name of the new table.
+            data: Data set to copy.
+        """
         self._connection.register("files", data)
         self.run(f"CREATE TABLE {table} AS FROM files")
         self._connection.unregister("files")
 
     def run(self, *statements: str) -> None:
-        """Runs statements one after the other."""
-        for each in statements:
-            self._connection.execute(each).fetchall()  # a result that is left keeps the connection
+        """Execute `statements` in order."""
+        for statement in statements:
+            self._connection.execute(statement).fetchall()  # an unread result would block the connection
 
     def row(self, query: str) -> Sequence[Any]:
-        """The first row of a result that has one."""
+        """Return the first row of the result of `query`."""
         return self.rows(query)[0]
 
     def rows(self, query: str) -> Sequence[Sequence[Any]]:
-        """All rows of a result that has few."""
+        """Return all rows of the result of `query`, which should be small."""
         return self._connection.execute(query).fetchall()
 
     def table(self, query: str) -> pa.Table:
-        """A result that fits into memory."""
+        """Return the result of `query`, which must fit into memory."""
         return self._connection.sql(query).to_arrow_table()
 
     def read(self, query: str, rows: int) -> Iterator[pa.Table]:
-        """The result of a query, as tables of at most so many rows."""
+        """Yield the result of a query in batches.
+
+        Args:
+            query: SQL query.
+            rows: Maximum number of rows of a batch.
+        """
         batches = pa.RecordBatchReader.from_stream(self._connection.sql(query))
         return rebatch((pa.Table.from_batches([batch]) for batch in batches), rows)
 
     def write(self, query: str, path: Path, schema: pa.Schema, **options: Any) -> None:
-        """Writes the result of a query to a Parquet file, some rows at a time."""
+        """Write the result of a query to a Parquet file in batches.
+
+        Args:
+            query: SQL query.
+            path: Output file.
+            schema: Schema of the file.
+            options: Additional options of `pyarrow.parquet.ParquetWriter`.
+        """
         with pq.ParquetWriter(path, schema, compression="zstd", **options) as writer:
             for table in self.read(query, 262_144):
                 writer.write_table(table.cast(schema))
@@ -86,9 +114,18 @@ class Database:
 def open_database(
     folder: Path, memory_gib: float = DEFAULT_MEMORY_GIB, workers: int | None = None
 ) -> Iterator[Database]:
-    """A new database that is gone afterwards. It holds `memory_gib` in memory and the rest in `folder`, which it makes
-    and removes, with what a killed process has left there. workers: threads; None is one a core. Raises UserError where
-    it needs more memory, or the disk is full.
+    """Open a new temporary database.
+
+    Args:
+        folder: Folder for temporary files. Its previous content is deleted, and so is the folder at the end.
+        memory_gib: Memory limit in GiB.
+        workers: Number of threads, by default one per core.
+
+    Yields:
+        The database.
+
+    Raises:
+        UserError: A query needs more memory, or the disk is full.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -96,7 +133,7 @@ def open_database(
         "memory_limit": f"{memory_gib}GiB",
         "temp_directory": str(folder),
         "threads": workers or usable_cores(),
-        "preserve_insertion_order": False,  # what needs an order asks for it
+        "preserve_insertion_order": False,  # queries that need an order have ORDER BY
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
     }
@@ -105,16 +142,16 @@ def open_database(
             yield Database(connection)
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"data.memory_gib is {memory_gib:g}, which does not suffice here ({first_line(error)}): set it higher, or "
-            f"data.workers lower, and see that the disk of '{folder.parent}' has room"
+            f"data.memory_gib: {memory_gib:g} is not enough ({first_line(error)}). Increase it or decrease "
+            f"data.workers, and check that the disk of '{folder.parent}' has free space."
         ) from None
     except duckdb.IOException as error:
         if "No space left" not in str(error):
             raise
-        raise UserError(f"the disk of '{folder.parent}' is full ({first_line(error)}): make room there") from None
+        raise UserError(f"the disk of '{folder.parent}' is full ({first_line(error)}). Free some space.") from None
     except RuntimeError as error:
         if str(error) != "Query interrupted":
             raise
-        raise KeyboardInterrupt from error  # which DuckDB hides
+        raise KeyboardInterrupt from error  # DuckDB replaces KeyboardInterrupt
     finally:
         shutil.rmtree(folder, ignore_errors=True)

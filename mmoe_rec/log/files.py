@@ -1,10 +1,10 @@
-"""Where Parquet files are: local folders and globs, and what fsspec reaches (s3://, gs://, memory://, ...).
+"""Find and open Parquet files in local folders and globs, and in fsspec file systems (s3://, gs://, memory://, ...).
 
-An address without `://` is a local path. Settings and credentials of remote places are fsspec's and the vendor's own,
-such as AWS_PROFILE, AWS_ENDPOINT_URL or FSSPEC_S3_ANON.
+A URI without `://` is a local path. fsspec and the vendor's library read their own settings and credentials, such as
+AWS_PROFILE, AWS_ENDPOINT_URL or FSSPEC_S3_ANON.
 
-Local folders are walked here, through links, so that no file is left out silently: Python's own `glob` and
-`Path.rglob` skip folders that can't be read, and the latter also links to folders.
+This module walks local folders itself and follows links, so that no file is skipped silently. Python's `glob` and
+`Path.rglob` skip unreadable folders, and `Path.rglob` also skips links to folders.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from mmoe_rec.errors import UserError, first_line
 
 _MAGIC = frozenset("*?[")
 _READ_SECONDS = 15
-# From these, read only what is asked for: their libraries would fetch megabytes around a footer.
+# Read exact byte ranges over these protocols. Otherwise the libraries would fetch megabytes around a footer.
 _READ_BY_RANGE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"}
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file that was found; `version` changes when it is written again."""
+    """A file of a log. `version` changes when the file is rewritten."""
 
     uri: str
     bytes: int
@@ -42,47 +42,55 @@ class FileInfo:
 
 
 def is_remote(uri: str) -> bool:
-    """Whether an address is not a local path."""
+    """Return whether `uri` is not a local path."""
     return "://" in uri and _protocol(uri) not in ("file", "local")
 
 
 def local_path(uri: str) -> str:
-    """The path of a local address, which may begin with file://."""
+    """Return the path of a local `uri`, which may begin with file://."""
     return uri.partition("://")[2] if "://" in uri else uri
 
 
 def find_files(source: str, setting: str = "data.log") -> list[FileInfo]:
-    """Parquet files of a folder (also nested), a glob or a single file, sorted by address.
+    """Return the Parquet files of a folder (also nested), a glob or a single file, sorted by URI.
 
-    What writers leave behind is left out: `_temporary/...`, `.log.1a2b.tmp/...`, `_metadata.parquet`; a part of a glob
-    that begins with a dot or underscore matches it. setting: that holds `source`, for messages.
+    Leftovers of writers are ignored: `_temporary/...`, `.log.1a2b.tmp/...`, `_metadata.parquet`. A part of a glob that
+    begins with a dot or underscore matches them.
 
-    Raises UserError where nothing is there, a file is CSV, a folder can't be read, a link leads in a circle, or the
-    place can't be reached.
+    Args:
+        source: Folder, glob or file.
+        setting: Name of the setting that contains `source`, for messages.
+
+    Raises:
+        UserError: There is no file, a file is CSV, a folder can't be read, a link leads in a circle, or a remote file
+            system can't be reached.
     """
     if is_remote(source):
         files, is_folder = _find_remote(source)
     else:
         path = local_path(source)
-        found, is_folder = find_local(path), os.path.isdir(path)
-        tables = [each for each in found or find_local(f"{path}/**/*.csv") if each.suffix.lower() == ".csv"]
-        if tables:
-            csv = tables[0]
+        paths, is_folder = find_local(path), os.path.isdir(path)
+        csv_files = [file for file in paths or find_local(f"{path}/**/*.csv") if file.suffix.lower() == ".csv"]
+        if csv_files:
+            csv = csv_files[0]
             raise UserError(
                 f"'{csv}' is CSV, and `{setting}` takes Parquet. Convert it in Python with pyarrow: "
                 f"`from pyarrow import csv, parquet; parquet.write_table(csv.read_csv({str(csv)!r}), "
                 f"{str(csv.with_suffix('.parquet'))!r})`."
             )
-        files = [_stat(file) for file in found]
+        files = [_stat(file) for file in paths]
     if not files:
-        what = "holds no *.parquet file" if is_folder else "does not exist"
-        raise UserError(f"the log '{source}' {what}; set `{setting}` to a folder, file or glob of Parquet files")
+        problem = "holds no *.parquet file" if is_folder else "does not exist"
+        raise UserError(f"the log '{source}' {problem}; set `{setting}` to a folder, file or glob of Parquet files")
     return sorted(files, key=lambda file: file.uri)
 
 
 def find_local(source: str) -> list[Path]:
-    """What `find_files` finds at a local path; none where nothing is there. Raises UserError where a folder can't be
-    read, a link leads back to a folder that it lies in, or two paths lead to the same file."""
+    """Return the files of the local folder, glob or file `source`, an empty list if there are none.
+
+    Raises:
+        UserError: A folder can't be read, a link leads in a circle, or two paths lead to one file.
+    """
     if os.path.isfile(source):
         return [Path(source)]
     folder, parts = split_glob(source)
@@ -90,31 +98,38 @@ def find_local(source: str) -> list[Path]:
         files = sorted(set(_walk(Path(folder), parts))) if os.path.isdir(folder) else []
     except OSError as error:
         raise UserError(
-            f"'{error.filename or source}' may not be read ({error.strerror}), and there may be files of '{source}' in "
-            "it; get permission to read it, or move it elsewhere"
+            f"'{error.filename or source}' can't be read ({error.strerror}) and may contain files of '{source}'. Get "
+            "permission to read it, or move it elsewhere."
         ) from None
     seen: dict[str, Path] = {}
     for file in files:
-        if (other := seen.setdefault(os.path.realpath(file), file)) != file:
-            raise UserError(f"'{other}' and '{file}' are the same file, by a link: its rows count twice; remove one")
+        if (same := seen.setdefault(os.path.realpath(file), file)) != file:
+            raise UserError(
+                f"'{same}' and '{file}' are the same file through a link, so its rows count twice. Remove one."
+            )
     return files
 
 
 def source_includes(source: str, files: Sequence[Path]) -> bool:
-    """Whether a source would find any of these local files if they were there, by their paths."""
+    """Return whether a source includes any of these local files, judged by path. The files need not exist.
+
+    Args:
+        source: Folder, glob or file.
+        files: Local paths.
+    """
     if is_remote(source):
         return False
     folder, parts = split_glob(local_path(source))
     for resolve in (os.path.abspath, os.path.realpath):
         root = Path(resolve(folder))
-        for file in (Path(resolve(each)) for each in files):
+        for file in (Path(resolve(file)) for file in files):
             if file.is_relative_to(root) and _matches(file.relative_to(root).parts, parts):
                 return True
     return False
 
 
 def split_glob(source: str) -> tuple[str, Sequence[str]]:
-    """A path up to its first part with a wildcard, and the other parts: those of a folder take in all that it holds."""
+    """Split `source` before its first part with a wildcard. The parts of a folder are `**`, which matches all files."""
     parts = Path(source).parts
     wild = [number for number, part in enumerate(parts) if _MAGIC & set(part)]
     if not wild or os.path.isdir(source):
@@ -123,8 +138,10 @@ def split_glob(source: str) -> tuple[str, Sequence[str]]:
 
 
 def _below(name: str, is_folder: bool, parts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """What a folder has to match that itself matches the parts of a glob; nothing more for a file that does. `**`
-    matches all but what is hidden, and Parquet files alone."""
+    """Match a name to the first part of a glob and yield the parts left for the folder's entries, () for a file.
+
+    `**` matches all visible folders and Parquet files.
+    """
     part, rest = parts[0], parts[1:]
     if part == "**" and rest:
         yield from _below(name, is_folder, rest)
@@ -138,31 +155,31 @@ def _below(name: str, is_folder: bool, parts: Sequence[str]) -> Iterator[Sequenc
 
 
 def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Files below a folder that the parts of a glob match, and the Parquet files of folders that they match."""
+    """Yield the files below a folder that match the parts of a glob, and the Parquet files of matching folders."""
     for entry in list(os.scandir(folder)):
         path, is_folder = folder / entry.name, entry.is_dir()
-        is_circle = is_folder and entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(path.resolve())
-        if is_circle and any(_below(entry.name, is_folder, parts)):
-            raise UserError(f"'{path}' is a link back to a folder that it lies in; remove the link")
+        is_cycle = is_folder and entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(path.resolve())
+        if is_cycle and any(_below(entry.name, is_folder, parts)):
+            raise UserError(f"'{path}' is a link to a folder that contains it. Remove the link.")
         for rest in _below(entry.name, is_folder, parts):
             yield from _walk(path, rest) if is_folder else (path,)
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether `_walk` would find a file by the names of its path below the folder; one that is the folder matches."""
+    """Return whether `_walk` would yield a file with these path names below the folder. An empty path matches."""
     return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
 
 
 def _stat(path: Path) -> FileInfo:
     try:
         status = path.stat()
-    except OSError:  # such as a broken link: whoever reads the file reports it
+    except OSError:  # such as a broken link, which is reported when the file is read
         return FileInfo(str(path), 0, "unknown")
     return FileInfo(str(path), status.st_size, str(status.st_mtime_ns))
 
 
 def parse_path_columns(uri: str) -> dict[str, str | None]:
-    """The columns in a Hive-partitioned folder's path: `day=7/brand=a%2Fb/` is {"day": "7", "brand": "a/b"}."""
+    """Return the columns in a Hive-partitioned `uri`: `day=7/brand=a%2Fb/` gives {"day": "7", "brand": "a/b"}."""
     folders = uri.replace(os.sep, "/").split("/")[:-1]
     pairs = [folder.partition("=") for folder in folders if "=" in folder]
     null = "__HIVE_DEFAULT_PARTITION__"
@@ -171,8 +188,12 @@ def parse_path_columns(uri: str) -> dict[str, str | None]:
 
 @contextmanager
 def open_file(uri: str) -> Iterator[pa.NativeFile]:
-    """A file as pyarrow reads it; local ones by pyarrow itself, without a memory map. Raises UserError where a remote
-    place can't be reached, now or while it is read, and OSError for a file that can't be opened."""
+    """Open the file at `uri` for pyarrow. Local files are not memory-mapped.
+
+    Raises:
+        UserError: A remote file system can't be reached, now or while the file is read.
+        OSError: The file can't be opened.
+    """
     if not is_remote(uri):
         with pa.OSFile(local_path(uri), "rb") as file:
             yield file
@@ -190,15 +211,18 @@ AnyFile = TypeVar("AnyFile", bound=FileInfo)
 
 
 def compute_checksums(files: Sequence[AnyFile]) -> dict[AnyFile, str | None]:
-    """What `compute_checksum` gives of each, several at a time."""
+    """Return the result of `compute_checksum` by file, for several files at a time."""
     with ThreadPoolExecutor(MAX_OPEN_FILES) as pool:
         return dict(zip(files, pool.map(compute_checksum, files), strict=True))
 
 
-@lru_cache(4096)  # a command may ask several times whether features are of the log
+@lru_cache(4096)  # a command may compare features with the log several times
 def compute_checksum(file: FileInfo) -> str | None:
-    """A fingerprint of a file's bytes, 32 hexadecimal digits; None for one that can't be read. Raises UserError where a
-    remote place can't be reached."""
+    """Return a fingerprint of the bytes of `file`, 32 hexadecimal digits, or None if it can't be read.
+
+    Raises:
+        UserError: A remote file system can't be reached.
+    """
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open_file(file.uri) as opened:
@@ -210,9 +234,9 @@ def compute_checksum(file: FileInfo) -> str | None:
 
 
 def _find_remote(source: str) -> tuple[list[FileInfo], bool]:
-    """The files, and whether the source is a folder."""
+    """Return the files, and whether the source is a folder."""
     if "::" in source:
-        raise UserError(f"'{source}' is a chain of addresses; give the address of the log itself")
+        raise UserError(f"'{source}' is a chain of URIs. Give the URI of the log itself.")
     system, path = file_system(source)
     names = path.split("/")
     wild = next((number for number, name in enumerate(names) if _MAGIC & set(name)), len(names))
@@ -240,7 +264,7 @@ def _protocol(uri: str) -> str:
 
 
 def file_system(uri: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it."""
+    """Return the fsspec file system of `uri` and the path in it."""
     protocol = _protocol(uri)
     try:
         return url_to_fs(uri, **(_s3_defaults() if protocol in ("s3", "s3a") else {}))
@@ -251,25 +275,25 @@ def file_system(uri: str) -> tuple[Any, str]:
             "mmoe-rec with its extra `s3` or `gs`"
         ) from None
     except ValueError as error:
-        raise UserError(f"'{uri}' is not an address that can be read: {first_line(error)}") from None
+        raise UserError(f"'{uri}' is not a valid URI: {first_line(error)}") from None
     except Exception as error:
         _raise_unreachable(uri, error)
 
 
 def _s3_defaults() -> dict[str, Any]:
-    """Fewer and shorter tries than botocore's, which waits for minutes, where the user has set nothing."""
-    users = any(conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a"))
-    if users or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+    """Return options for fewer and shorter retries than botocore's, which take minutes, unless the user set some."""
+    has_config = any(conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a"))
+    if has_config or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         return {}
     retries = {"mode": "standard", "total_max_attempts": 3}
     return {"config_kwargs": {"connect_timeout": 3, "read_timeout": _READ_SECONDS, "retries": retries}}
 
 
 class _RemoteFile:
-    """A file whose reads fail with a UserError, to tell a place that fails from a damaged file."""
+    """A file whose failed reads raise UserError, to distinguish network errors from damaged files."""
 
     def __init__(self, uri: str, handle: Any) -> None:
-        self._address, self._handle = uri, handle
+        self._uri, self._handle = uri, handle
         self.seek, self.tell, self.close = handle.seek, handle.tell, handle.close
 
     @property
@@ -277,13 +301,13 @@ class _RemoteFile:
         return self._handle.closed
 
     def read(self, size: int = -1) -> bytes:
-        with _reaching(self._address):
+        with _reaching(self._uri):
             return self._handle.read(size)
 
 
 @contextmanager
 def _reaching(uri: str) -> Iterator[None]:
-    """Errors in reaching a remote place become UserErrors; that a file is gone passes."""
+    """Convert errors of a remote file system to UserError, except FileNotFoundError."""
     try:
         yield
     except (UserError, FileNotFoundError):
@@ -293,6 +317,6 @@ def _reaching(uri: str) -> Iterator[None]:
 
 
 def _raise_unreachable(uri: str, error: Exception) -> NoReturn:
-    what = f"cannot be reached ({type(error).__name__}: {first_line(error)})"
-    to_do = "check the address, the credentials, the network and the endpoint"
-    raise UserError(f"'{uri}' {what}; {to_do}") from None
+    problem = f"cannot be reached ({type(error).__name__}: {first_line(error)})"
+    advice = "check the URI, the credentials, the network and the endpoint"
+    raise UserError(f"'{uri}' {problem}; {advice}") from None

@@ -1,6 +1,6 @@
-"""Reading an interaction log: Parquet files, checked against the schema before the first row is used.
+"""Read an interaction log from Parquet files, which are checked against the schema before the first row is used.
 
-A `Log` knows the files and cuts them into `LogPart`s; its `reader` reads any part, in this process or another.
+A `Log` lists the files and cuts them into `LogPart`s. `Log.reader` reads any part, in this process or another.
 """
 
 import copy
@@ -40,7 +40,7 @@ from mmoe_rec.settings.schema import Schema
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive row groups of one file, their number of rows, and the columns in the file's path."""
+    """Consecutive row groups of one file, with their number of rows and the columns in the file's path."""
 
     uri: str
     groups: tuple[int, ...]
@@ -50,7 +50,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class LogPart:
-    """Consecutive rows of a log; `start` is the number of the first."""
+    """Consecutive rows of a log. `start` is the number of the first row."""
 
     start: int
     rows: int
@@ -58,11 +58,16 @@ class LogPart:
 
 
 def split_into_parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
-    """The files as parts of at least `rows_per_part` rows (except the last), cut between row groups."""
+    """Cut files between row groups into parts.
+
+    Args:
+        files: Files of the log, in order.
+        rows_per_part: Minimum number of rows of a part, except the last part.
+    """
     parts: list[LogPart] = []
     groups: list[tuple[LogFile, int]] = []
     start, rows = 0, 0
-    for file, group in [(each, number) for each in files for number, count in enumerate(each.row_group_sizes) if count]:
+    for file, group in [(f, index) for f in files for index, count in enumerate(f.row_group_sizes) if count]:
         groups.append((file, group))
         rows += file.row_group_sizes[group]
         if rows >= rows_per_part:
@@ -73,10 +78,10 @@ def split_into_parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPa
 
 def _pieces_of(groups: Sequence[tuple[LogFile, int]]) -> tuple[Piece, ...]:
     pieces = []
-    for file, its in groupby(groups, key=lambda group: group[0]):
-        numbers = tuple(number for _, number in its)
+    for file, file_groups in groupby(groups, key=lambda group: group[0]):
+        indices = tuple(index for _, index in file_groups)
         pieces.append(
-            Piece(file.uri, numbers, file.path_columns, sum(file.row_group_sizes[number] for number in numbers))
+            Piece(file.uri, indices, file.path_columns, sum(file.row_group_sizes[index] for index in indices))
         )
     return tuple(pieces)
 
@@ -87,13 +92,16 @@ ROWS_PER_PART = 262_144
 
 @dataclass(frozen=True)
 class LogReader:
-    """Reads parts of an interaction log, or of a log of events; small and picklable.
+    """A small, picklable reader for parts of an interaction log or an event log.
 
-    uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
-    events: name of the log of events, None for the interaction log;
-    time_overrides: Parquet file of each `row` that gets the `time` of its request, rising by row (see
-    `mmoe_rec.preprocessing.request_times`); None: rows have their own times; repeats: Parquet file of each `row` that
-    does not count, None for none.
+    Attributes:
+        schema: Schema of the log.
+        uses: Columns to read and how to read them. They include the user and time columns.
+        max_time: Latest valid time, in microseconds since 1970 UTC. A later time is an error.
+        events: Name of the event log, None for the interaction log.
+        time_overrides: Parquet file with columns `row` (ascending) and `time`, which replaces the time of these rows
+            (see `mmoe_rec.preprocessing.request_times`). None keeps all times.
+        excluded_rows: Parquet file with the column `row`, which lists rows to skip. None skips no rows.
     """
 
     schema: Schema
@@ -105,28 +113,36 @@ class LogReader:
 
     @property
     def time(self) -> str:
-        """The column with the rows' time."""
+        """Name of the time column."""
         return self.schema.columns.time if self.events is None else self.schema.events[self.events].time
 
     @property
     def checks(self) -> list[ValueCheck]:
-        """What the values must hold."""
+        """Checks of the values in the columns that are read."""
         if self.events is not None:
             return event_value_checks(self.time, self.max_time)
-        return [each for each in log_value_checks(self.schema, self.max_time) if each.column in self.uses]
+        return [check for check in log_value_checks(self.schema, self.max_time) if check.column in self.uses]
 
     def read(self, part: LogPart, spans: dict[str, tuple[int, int]] | None = None) -> Iterator[LogRows]:
-        """Batches of at most `READ_BATCH_ROWS` rows in canonical types, with the values that features rely on checked;
-        events as rows of the task `EVENT_TASK` at the time of each event.
+        """Yield a part's checked rows in canonical types.
 
-        spans: gets file -> first and last time of its rows, microseconds.
+        Events become rows of the task `EVENT_TASK` at the time of each event.
 
-        Raises BadFile for a damaged, changed or invalid file, and UserError where a remote place can't be reached.
+        Args:
+            part: Rows to read.
+            spans: Dictionary to fill with the first and last time of each file's rows, in microseconds.
+
+        Yields:
+            Batches of at most `READ_BATCH_ROWS` rows.
+
+        Raises:
+            BadFile: A file is damaged, changed or invalid.
+            UserError: A remote file system can't be reached.
         """
         row, (excluded_rows,) = part.start, _read_columns(self.excluded_rows, part, "row")
-        # Rows of the part, rising, and the time that each has instead of its own.
-        moved, time = _read_columns(self.time_overrides, part, "row", "time")
-        # Those of small files are joined, so that a batch is worth its overhead.
+        # Row numbers with replaced times, in ascending order, and the replacement times.
+        override_rows, override_times = _read_columns(self.time_overrides, part, "row", "time")
+        # Join the tables of small files, because each batch has a fixed overhead.
         tables = (table for piece in part.pieces for table in self._checked(piece, spans))
         for table in rebatch(tables, READ_BATCH_ROWS):
             if self.events is not None:
@@ -134,17 +150,17 @@ class LogReader:
                 continue
             numbers = row + np.arange(len(table))
             rows = LogRows(add_missing_ids(table, self.schema, row), self.schema, row_numbers=numbers)
-            here = slice(*np.searchsorted(moved, [row, row + len(table)]))
-            if len(moved[here]):
+            in_batch = slice(*np.searchsorted(override_rows, [row, row + len(table)]))
+            if len(override_rows[in_batch]):
                 times = rows.times().copy()
-                times[moved[here] - row] = time[here]
+                times[override_rows[in_batch] - row] = override_times[in_batch]
                 rows = rows.with_times(times)
             row += len(table)
             if len(counted := rows.filter(~np.isin(numbers, excluded_rows))):
                 yield counted
 
     def _checked(self, piece: Piece, spans: dict[str, tuple[int, int]] | None) -> Iterator[pa.Table]:
-        """Tables of canonical columns."""
+        """Yield tables of canonical columns whose values passed all checks."""
         checks = self.checks
         for start, table in read_piece(piece, self.uses, self.schema.columns.time_unit):
             rows = LogRows(table, self.schema)
@@ -154,18 +170,18 @@ class LogReader:
                 except UserError as error:
                     raise BadFile(f"'{piece.uri}': {error}", piece.uri) from None
                 if wrong is not None:
-                    row, what = wrong
-                    raise BadFile(f"'{piece.uri}': {what}{describe_row(start + row)}", piece.uri)
+                    row, problem = wrong
+                    raise BadFile(f"'{piece.uri}': {problem}{describe_row(start + row)}", piece.uri)
             timed = add_missing_times(table, self.schema)
             if spans is not None and len(times := LogRows(timed, self.schema).times(self.time)):
                 first, last = int(times.min()), int(times.max())
-                before = spans.get(piece.uri, (first, last))
-                spans[piece.uri] = min(first, before[0]), max(last, before[1])
+                span = spans.get(piece.uri, (first, last))
+                spans[piece.uri] = min(first, span[0]), max(last, span[1])
             yield timed
 
 
 def find_bad_file(task: tuple[LogReader, Piece]) -> BadFile | None:
-    """Read a piece of a file to its end. Returns what is wrong with the file, None for nothing."""
+    """Read the piece of `task` to its end and return the file's error, None for a good file."""
     reader, piece = task
     try:
         for _ in reader.read(LogPart(0, piece.rows, (piece,))):
@@ -176,16 +192,21 @@ def find_bad_file(task: tuple[LogReader, Piece]) -> BadFile | None:
 
 
 def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndarray]:
-    """Columns of a Parquet file of each `row`, as far as these are of a part; of no file, empty ones."""
+    """Read columns of a Parquet file for the rows of a part. Without a file, return empty columns."""
     if path is None:
         return [np.empty(0, np.int64) for _ in names]
-    inside = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
-    return [column.to_numpy() for column in pq.read_table(path, columns=list(names), filters=inside).columns]
+    filters = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
+    return [column.to_numpy() for column in pq.read_table(path, columns=list(names), filters=filters).columns]
 
 
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
-    """Canonical columns of the log of events of that name, as far as they were read, as rows of the task `EVENT_TASK`
-    at the time of each event."""
+    """Convert events to rows of the task `EVENT_TASK` at the time of each event.
+
+    Args:
+        table: Canonical columns of the events. Key columns may be missing.
+        schema: Schema of the log.
+        name: Name of the event log.
+    """
     time = schema.events[name].time
     uses = [column for column in event_column_uses(schema, name) if column != time]
     keys = {column: table.column(column) for column in uses if column in table.column_names}
@@ -197,11 +218,12 @@ class Log:
     """The files of an interaction log.
 
     Attributes:
-        name: Name of a log of events, None for the interaction log.
-        found: All files that are there.
-        files: The files that can be used.
-        types: Types of their columns.
-        reader: Reads a part of them.
+        name: Name of an event log, None for the interaction log.
+        found_files: All files in the source, by URI.
+        files: Usable files.
+        types: Canonical types of the columns.
+        skipped: Unusable files.
+        reader: Reader for parts of the log.
     """
 
     name: str | None = None
@@ -219,15 +241,16 @@ class Log:
         """Read every file's footer and check columns and types.
 
         Args:
-            source: A folder of Parquet files, one file or a glob, as a local path or an fsspec address.
+            source: A folder of Parquet files, one file or a glob, as a local path or an fsspec URI.
             schema: Schema of the log.
             skip_bad_files: Whether to list unusable files in `skipped` instead of raising an error.
-            types: Required types of columns, in words. By default the types of most files.
-            now: Microseconds since 1970 UTC. Reading a later request is an error. By default a day from now.
-            more: Further columns that all files must have, and how to read them.
+            types: Names of the required types of columns. The default is the type in most files.
+            max_time: Latest valid time, in microseconds since 1970 UTC (default: a day from now). A later request is
+                an error.
+            extra_columns: Additional columns that all files must have, and how to read them.
 
         Raises:
-            BadFile: A file is unreadable, lacks a column or has another type than most. The first such file is named.
+            BadFile: A file is unreadable, lacks a column or has an unexpected type. The error names the first bad file.
             UserError: There is no log, it has no rows, or it can't be reached.
         """
         self.source, self.schema, self.uses = source, schema, column_uses(schema) | dict(extra_columns or {})
@@ -246,53 +269,64 @@ class Log:
 
     @property
     def rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows of all files."""
         return sum(file.rows for file in self.files)
 
     def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
-        """The files as parts of at least `rows_per_part` rows (except the last), cut between row groups."""
+        """Return parts of at least `rows_per_part` rows (except the last), cut between row groups."""
         return split_into_parts(self.files, rows_per_part)
 
     def stream(self) -> Iterator[LogRows]:
-        """All rows in order, see the reader."""
+        """Yield all rows in order, in batches of the reader."""
         for part in self.parts():
             yield from self.reader.read(part)
 
     def check_unchanged(self) -> None:
-        """Raises BadFile where a file has been written again since the log was opened; one that is gone passes."""
-        now = {file.uri: (file.bytes, file.version) for file in find_files(self.source)}
+        """Raise BadFile if a file was rewritten after the log was opened. Deleted files are no error."""
+        current = {file.uri: (file.bytes, file.version) for file in find_files(self.source)}
         for file in self.files:
-            if now.get(file.uri, (file.bytes, file.version)) != (file.bytes, file.version):
+            if current.get(file.uri, (file.bytes, file.version)) != (file.bytes, file.version):
                 raise _changed(file.uri)
 
     def pieces(self, reader: LogReader | None = None) -> list[tuple[LogReader, Piece]]:
-        """Every piece of all files, with its reader, by default the log's own: tasks of `find_bad_file`."""
+        """Return tasks for `find_bad_file`: all pieces of all files with `reader` (default: the log's reader)."""
         return [(reader or self.reader, piece) for part in self.parts() for piece in part.pieces]
 
     def without_bad_files(self, faults: Iterable[BadFile | None]) -> Self:
-        """The same log with further files left out, each with its first fault. Types stay those of all files."""
+        """Return a copy of the log without the files in `faults`. Column types stay the same."""
         bad = {fault.uri: str(fault) for fault in reversed(list(faults)) if fault is not None}
         fewer = self.without_files(bad)
-        more = [SkippedFile(f.uri, f.bytes, f.version, bad[f.uri]) for f in self.files if f.uri in bad]
-        fewer.skipped = [*self.skipped, *more]
+        newly_skipped = [SkippedFile(f.uri, f.bytes, f.version, bad[f.uri]) for f in self.files if f.uri in bad]
+        fewer.skipped = [*self.skipped, *newly_skipped]
         return fewer
 
-    def without_files(self, addresses: Collection[str]) -> Self:
-        """The same log without the files at these addresses."""
+    def without_files(self, uris: Collection[str]) -> Self:
+        """Return a copy of the log without the files at these URIs."""
         fewer = copy.copy(self)
-        fewer.files = [file for file in self.files if file.uri not in addresses]
+        fewer.files = [file for file in self.files if file.uri not in uris]
         return fewer
 
 
 class EventLogFiles(Log):
-    """The files of a further log of events, see `EventLog`, with the `max_time` of the interaction log, whose types its
-    key columns must have. Errors are those of `Log`."""
+    """Files of an event log (see `EventLog`)."""
 
     name: str
 
     def __init__(
         self, name: str, log: Log, *, skip_bad_files: bool = False, types: Mapping[str, str] | None = None
     ) -> None:
+        """Read every file's footer and check columns and types.
+
+        Args:
+            name: Name of the event log.
+            log: Interaction log, which sets the `max_time` and the types of shared key columns.
+            skip_bad_files: Whether to list unusable files in `skipped` instead of raising an error.
+            types: Names of the required types of columns. The default is the type in most files.
+
+        Raises:
+            BadFile: A file is unreadable, lacks a column or has an unexpected type.
+            UserError: There is no usable file, or a key column has another type in the interaction log.
+        """
         self.name, self.schema, self.max_time = name, log.schema, log.max_time
         self.uses, self.source = event_column_uses(self.schema, name), self.schema.events[name].path
         self._open(f"data.events.{name}.path", skip_bad_files, types)
@@ -300,25 +334,39 @@ class EventLogFiles(Log):
             if column in log.types and log.types[column] != kind and column != self.reader.time:
                 raise UserError(
                     f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
-                    "write both with one type"
+                    "write both with the same type"
                 )
 
 
 def no_usable_files_error(source: str, skipped: Sequence[SkippedFile]) -> UserError:
-    """The error when all files of a log are left out."""
-    first = min(skipped, key=lambda each: each.uri)
+    """Return the error for a log without usable files.
+
+    Args:
+        source: Folder, file or glob of the log.
+        skipped: Unusable files with reasons.
+    """
+    first = min(skipped, key=lambda file: file.uri)
     return UserError(f"none of the {len(skipped)} files of the log '{source}' can be used; the first: {first.reason}")
 
 
 def read_piece(piece: Piece, uses: dict[str, ColumnUse], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
-    """Batches in canonical types, each with the number of its first row within the file. Raises BadFile."""
+    """Yield batches in canonical types, with the number of the batch's first row within the file.
+
+    Args:
+        piece: Row groups to read.
+        uses: Columns to read and how to read them.
+        time_unit: Unit of integer times, None if times are timestamps.
+
+    Raises:
+        BadFile: The file is damaged, changed or contains invalid values.
+    """
     uri, path_columns = piece.uri, dict(piece.path_columns)
     in_file = [column for column in uses if column not in path_columns]
     coded = [column for column in in_file if uses[column] in ("key", "any")]
     with open_parquet(uri, coded) as parquet:
         row_group_sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-        there = sum(row_group_sizes[group] for group in piece.groups if group < len(row_group_sizes))
-        if there != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
+        rows = sum(row_group_sizes[group] for group in piece.groups if group < len(row_group_sizes))
+        if rows != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
             raise _changed(uri)
         start = sum(row_group_sizes[: piece.groups[0]])
         batches = parquet.iter_batches(READ_BATCH_ROWS, list(piece.groups), in_file, use_threads=False)

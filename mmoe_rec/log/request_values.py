@@ -1,6 +1,6 @@
-"""Values of one column of a request, or of events, as a canonical Arrow array, or a sentence that says why not.
+"""Convert one column of a request or of events to a canonical Arrow array, or raise an error with the reason.
 
-Values are those that JSON has, and those that Python programs have for them (`to_python_list`).
+Values come from JSON or from Python programs (`to_python_list`).
 """
 
 import math
@@ -23,7 +23,7 @@ _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _NUMBERS = {list, bool, int, float, type(None)}
 _JSON = {*_NUMBERS, str, dict}
-# Beyond these years, not every time zone database gives an hour and weekday.
+# Outside these years, some time zone databases have no hour and weekday.
 _YEARS = (1700, 2200)
 _NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
 
@@ -37,12 +37,14 @@ _WANTED_USE = {**EXPECTED, "time": "times (ISO 8601 strings or integers)"}
 
 
 def to_python_list(values: Any) -> Any:
-    """The list of what an Arrow array, a pandas Series or a numpy array holds; anything else as it is. A value that
-    pandas calls missing is null; NaN in a numpy array is NaN, as in a list."""
+    """Convert an Arrow array, a pandas Series or a numpy array to a list. Return other `values` unchanged.
+
+    Missing values of pandas become None. NaN in a numpy array stays NaN, as in a list.
+    """
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values.to_pylist()
     if isinstance(values, np.ndarray):
-        if values.dtype.kind == "M":  # of nanoseconds, numpy's lists hold integers
+        if values.dtype.kind == "M":  # tolist() turns nanoseconds into integers
             values = values.astype("datetime64[us]")
         return values.tolist()
     if hasattr(values, "isna") and hasattr(values, "tolist"):
@@ -52,12 +54,13 @@ def to_python_list(values: Any) -> Any:
 
 
 def numpy_to_python(value: Any) -> Any:
-    """An option with the numbers and lists of Python instead of those of numpy."""
+    """Replace numpy numbers and arrays in the option `value` by Python numbers and lists."""
     if isinstance(value, Mapping):
-        return {name: numpy_to_python(each) for name, each in value.items()}
+        return {name: numpy_to_python(nested) for name, nested in value.items()}
     if isinstance(value, list | tuple):
-        return [numpy_to_python(each) for each in value]
-    is_plain = not isinstance(value, np.generic | np.ndarray) or value.dtype.kind in "mM"  # times would be integers
+        return [numpy_to_python(element) for element in value]
+    # tolist() would turn times into integers.
+    is_plain = not isinstance(value, np.generic | np.ndarray) or value.dtype.kind in "mM"
     return value if is_plain else value.tolist()
 
 
@@ -69,30 +72,42 @@ def to_arrow(
     time_unit: str | None = None,
     allow_booleans: bool = False,
 ) -> pa.Array:
-    """(N,) values in the canonical type; all nulls stay of type null. Whether a value is taken depends on none of the
-    others, where the column's type is known.
+    """Convert values to an Arrow array in the column's canonical type.
 
-    log_type: the column's type in the log, where it is known; time_unit: of integers in a time column, None where the
-    log has timestamps, beside which they have none; booleans: whether true and false are taken, as 1 and 0. Raises
-    RequestError naming the column, what was expected and what was found.
+    If the column's type is given, every value is accepted or rejected independently of the other values.
+
+    Args:
+        column: Name of the column, for messages.
+        values: Values of the column.
+        use: Use of the column.
+        log_type: Canonical type of the column in the log, None if unknown.
+        time_unit: Unit of integers in a time column. None if the log has timestamps, so that integers have no unit.
+        allow_booleans: Whether to accept true and false as 1 and 0.
+
+    Returns:
+        Array of shape (N,). If all values are null, it has the null type.
+
+    Raises:
+        RequestError: A value has another type. The error names the column, the expected type and the value's type.
     """
     if use == "time":
         return pa.array([_microseconds_or_none(column, value, time_unit) for value in values], UTC_MICROSECONDS)
     is_list, wanted = use in ("keys", "vector"), _wanted(use, log_type)
-    if (found := _types(values)) - _JSON:
+    if (types := _types(values)) - _JSON:
         values = [numpy_to_python(to_python_list(value)) for value in values]
-        found = _types(values)
-    if bool in found and not allow_booleans:
+        types = _types(values)
+    if bool in types and not allow_booleans:
         raise _mismatch(column, values, wanted)
     try:
-        # JSON has no floats, only numbers: Arrow would refuse large integers beside fractions, and true beside both.
-        if found <= _NUMBERS and (use in ("number", "vector") or (use == "any" and float in found)):
+        # JSON doesn't distinguish floats from integers. Arrow rejects large integers mixed with fractions, and true
+        # mixed with numbers.
+        if types <= _NUMBERS and (use in ("number", "vector") or (use == "any" and float in types)):
             values = [_convert(value, float) for value in values]
-        elif bool in found:
+        elif bool in types:
             values = [_convert(value, int) for value in values]
         array = pa.array(values)
         if is_list and pt.is_list(array.type) and pt.is_null(array.type.value_type) and log_type is not None:
-            array = array.cast(log_type)  # lists without any element
+            array = array.cast(log_type)  # all lists are empty
         array = canonicalize(column, use, array)
     except (*_NOT_ARROW, UserError):
         raise _mismatch(column, values, wanted) from None
@@ -103,22 +118,22 @@ def to_arrow(
 
 
 def _types(values: Sequence[Any]) -> set[type]:
-    """The types of values, and of those in lists."""
-    found = set(map(type, values))
-    if list in found:
-        found |= set(map(type, chain.from_iterable(each for each in values if isinstance(each, list))))
-    return found
+    """Return the types of values and of the elements of lists."""
+    types = set(map(type, values))
+    if list in types:
+        types |= set(map(type, chain.from_iterable(value for value in values if isinstance(value, list))))
+    return types
 
 
 def _convert(value: Any, kind: type[int | float]) -> Any:
-    """A value as a float; or, where only true and false are to be converted, those as integers."""
+    """Convert numbers to float, or if `kind` is int, convert only booleans to int."""
     if isinstance(value, list):
-        return [_convert(each, kind) for each in value]
+        return [_convert(element, kind) for element in value]
     return kind(value) if value is not None and (kind is float or isinstance(value, bool)) else value
 
 
 def find_duplicate(names: Iterable[Any]) -> str | None:
-    """A name that is there twice, None without one."""
+    """Return a name that occurs twice in `names`, or None."""
     return next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
 
 
@@ -131,27 +146,32 @@ def _wanted(use: ColumnUse, log_type: pa.DataType | None) -> str:
 
 
 def _mismatch(column: str, values: Sequence[Any], wanted: str) -> RequestError:
-    for value in chain.from_iterable(each if isinstance(each, list) else (each,) for each in values):
+    for value in chain.from_iterable(value if isinstance(value, list) else (value,) for value in values):
         if isinstance(value, int) and value not in _INT64:
             return RequestError(f"column '{column}' holds {quoted(value)}, which does not fit into 64 bits")
         if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
             return RequestError(f"column '{column}' holds a string that is not valid Unicode")
-    found = list(dict.fromkeys(_kind(value) for value in values if value is not None))
-    return RequestError(f"column '{column}' must hold {wanted}; found {' and '.join(found)}")
+    kinds = list(dict.fromkeys(_kind(value) for value in values if value is not None))
+    return RequestError(f"column '{column}' must hold {wanted}; found {' and '.join(kinds)}")
 
 
 def _kind(value: Any) -> str:
     names = {bool: "true/false", int: "integers", float: "numbers with a fraction", str: "strings", dict: "objects"}
     if isinstance(value, list):
-        inner = dict.fromkeys(_kind(each) for each in value if each is not None)
-        return f"lists of {' and '.join(inner)}" if inner else "lists"
+        element_kinds = dict.fromkeys(_kind(element) for element in value if element is not None)
+        return f"lists of {' and '.join(element_kinds)}" if element_kinds else "lists"
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN or infinity"
     return names.get(type(value), type(value).__name__)
 
 
 def check_finite(column: str, array: pa.Array) -> None:
-    """Raises RequestError for NaN or infinity in a canonical column, and for null within a vector."""
+    """Raise RequestError for NaN or infinity in a column, and for null within a vector.
+
+    Args:
+        column: Name of the column, for messages.
+        array: Values in the canonical type.
+    """
     numbers = array.flatten() if pt.is_list(array.type) else array
     if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
         raise RequestError(f"column '{column}' holds NaN or infinity; give null for a missing number")
@@ -162,17 +182,21 @@ def check_finite(column: str, array: pa.Array) -> None:
 def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | None:
     if isinstance(value, np.datetime64):
         value = value.astype("datetime64[us]").item()
-        if isinstance(value, int):  # beyond the years that Python has
+        if isinstance(value, int):  # outside the years of Python's datetime
             unit = "us"
     elif isinstance(value, np.integer):
         value = value.item()
-    elif isinstance(value, datetime) and math.isnan(value.year):  # pandas' missing time
+    elif isinstance(value, datetime) and math.isnan(value.year):  # pandas.NaT
         value = None
     return None if value is None else parse_microseconds(column, value, unit)
 
 
 def parse_time(text: str) -> int:
-    """Return an ISO time (UTC without an offset) in microseconds since 1970 UTC. Raises UserError for other text."""
+    """Parse an ISO 8601 `text` (UTC without an offset) to microseconds since 1970 UTC.
+
+    Raises:
+        UserError: The text is no time.
+    """
     try:
         return parse_microseconds("time", text)
     except RequestError:
@@ -180,9 +204,15 @@ def parse_time(text: str) -> int:
 
 
 def parse_microseconds(column: str, value: Any, unit: str | None = None) -> int:
-    """Microseconds since 1970 UTC of a datetime or ISO 8601 string (UTC unless it has an offset), or integer in `unit`.
+    """Convert a time to microseconds since 1970 UTC.
 
-    Raises RequestError for anything else, integers without a unit among them, and for years outside 1700 to 2200.
+    Args:
+        column: Name of the column, for messages.
+        value: A datetime or ISO 8601 string (UTC unless it has an offset), or an integer in `unit`.
+        unit: Unit of integers. None rejects integers.
+
+    Raises:
+        RequestError: The value is not a time, or its year is outside 1700 to 2199.
     """
     if isinstance(value, str | datetime):
         try:
@@ -211,5 +241,5 @@ def parse_microseconds(column: str, value: Any, unit: str | None = None) -> int:
 
 
 def iso_time(microseconds: int) -> str:
-    """Microseconds since 1970 UTC as ISO 8601."""
+    """Format `microseconds` since 1970 UTC as ISO 8601."""
     return (_EPOCH + microseconds * _MICROSECOND).isoformat()

@@ -1,13 +1,14 @@
-"""Rows of a log, or of requests, in canonical types; what features ask for repeatedly is cached. What describes a
-request stands once, and is spread over its candidates where rows need it.
+"""Rows of a log, or of requests, in canonical types, with caches for repeated reads by features.
 
-Labels are each task's own, and the outcome over all rows of a satisfaction that follows engagement. A task with
-`conditional_on` exists only where the given task's label is 1. Its own label is unobserved elsewhere; its outcome
-(engaged and satisfied, as in ESMM: Ma et al., SIGIR 2018) is 0 where there was no engagement.
+User and context columns of a request are stored once and repeated for the request's candidates on demand.
 
-A row of a plain table gets what stands in for what the table lacks: for a user, its request or its number in the log;
-for a candidate, its number; for a time, the place of its split among `SPLITS`, microseconds. So nothing that reads rows
-has to know about it. Features can't read these columns (see `Schema`), and no output holds them.
+A task with `conditional_on` has two labels. Its own label is observed only in rows where the label of the
+`conditional_on` task is 1. Its joint outcome (engaged and satisfied, as in ESMM: Ma et al., SIGIR 2018) is observed in
+all rows, and is 0 without engagement.
+
+Rows of a plain table get substitutes for missing columns. The user is the request or the row number, the candidate is
+the row number, and the time is the index of the row's split in `SPLITS`, in microseconds. So code that reads rows needs
+no special case. Features can't read these columns (see `Schema`), and no output contains them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,19 +29,15 @@ from mmoe_rec.settings.schema import Schema
 
 MICROSECONDS_PER_DAY = 86_400_000_000
 FEATURE_BATCH_ROWS = 16_384
-"""Rows whose features are made together, at most, unless a single request has more."""
+"""Maximum number of rows whose features are computed together. A larger request is not split."""
 ColumnFunction = Callable[[pa.Array], np.ndarray]
 
 
 class LogRows:
-    """N rows; `table` holds canonical columns (see `mmoe_rec.log.columns`), strings dictionary-coded or not.
-
-    results: name -> what counters and histories give for these rows, where it was looked up before; row_numbers: (N,)
-    int64 of each row in its log, None for rows of none.
-    """
+    """N rows of a table with canonical columns (see `mmoe_rec.log.columns`)."""
 
     _row_numbers: np.ndarray | None = None
-    _ask = staticmethod(Lookups.sort)
+    _make_lookups = staticmethod(Lookups.sort)
 
     def __init__(
         self,
@@ -49,6 +46,14 @@ class LogRows:
         results: Mapping[str, Any] | None = None,
         row_numbers: np.ndarray | None = None,
     ) -> None:
+        """Wrap a table.
+
+        Args:
+            table: Canonical columns. Strings may be dictionary-coded.
+            schema: Schema of the log.
+            results: Precomputed values of counters and histories for these rows, by name.
+            row_numbers: Number of each row in its log, (N,) int64. None for rows that are not from a log.
+        """
         self.table = table
         self._row_numbers = row_numbers
         self._start(schema, results)
@@ -57,7 +62,7 @@ class LogRows:
         self.schema = schema
         self.results = dict(results or {})
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
-        self._look_ups: dict[tuple[str, ...], Lookups] = {}
+        self._lookups: dict[tuple[str, ...], Lookups] = {}
         self._times: dict[str | None, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -65,61 +70,69 @@ class LogRows:
 
     @property
     def row_numbers(self) -> np.ndarray:
-        """(N,) int64 number of each row in the log that it was read from."""
+        """Number of each row in its log, (N,) int64."""
         assert self._row_numbers is not None, "these rows were not read from a log"
         return self._row_numbers
 
     def filter(self, mask: np.ndarray) -> "LogRows":
-        """The rows where `mask` (N,) bool is true."""
+        """Return the rows where `mask`, (N,) bool, is true."""
         if mask.all():
             return self
         numbers = None if self._row_numbers is None else self._row_numbers[mask]
         return LogRows(self.table.filter(pa.array(mask)), self.schema, row_numbers=numbers)
 
     def iter_batches(self, rows: int) -> "Iterator[LogRows]":
-        """The rows with their results, at most so many at a time."""
+        """Yield batches of at most `rows` rows, with their results."""
         if 0 < len(self) <= rows:
             yield self
             return
         for start in range(0, len(self), rows):
-            its = slice(start, start + rows)
-            known = {n: e.take(its) if isinstance(e, DedupedRagged) else e[its] for n, e in self.results.items()}
-            numbers = None if self._row_numbers is None else self._row_numbers[its]
-            yield LogRows(self.table.slice(start, rows), self.schema, known, numbers)
+            batch = slice(start, start + rows)
+            results = {n: v.take(batch) if isinstance(v, DedupedRagged) else v[batch] for n, v in self.results.items()}
+            numbers = None if self._row_numbers is None else self._row_numbers[batch]
+            yield LogRows(self.table.slice(start, rows), self.schema, results, numbers)
 
     def with_times(self, times: np.ndarray) -> "LogRows":
-        """The same rows with (N,) int64 other times of their requests, microseconds."""
+        """Return a copy with new request `times`, (N,) int64 microseconds since 1970 UTC."""
         name = self.schema.columns.time
         column = pa.array(times).cast(UTC_MICROSECONDS)
         table = self.table.set_column(self.table.column_names.index(name), name, column)
         return LogRows(table, self.schema, row_numbers=self._row_numbers)
 
     def has_column(self, name: str) -> bool:
-        """Whether the rows have this column."""
+        """Return whether the rows have the column `name`."""
         return bool(self.table.schema.get_field_index(name) >= 0)
 
     def column(self, name: str) -> pa.Array:
-        """A column as one array."""
+        """Return the column `name` as one array, with decoded strings."""
         column = self.raw_column(name)
         return column.dictionary_decode() if pt.is_dictionary(column.type) else column
 
     def raw_column(self, name: str) -> pa.Array:
-        """A column as one array, with strings as they are held."""
+        """Return the column `name` as one array. Strings may be dictionary-coded."""
         return one_array(self.table.column(name))
 
     def apply(self, name: str, function: ColumnFunction) -> np.ndarray:
-        """(N,) what a function makes of a column's values (as `coded` gives them), of each value for itself."""
+        """Apply an elementwise function to a column.
+
+        Args:
+            name: Name of the column.
+            function: Elementwise function of an Arrow array as `raw_column` returns it.
+
+        Returns:
+            Values of shape (N,).
+        """
         return function(self.raw_column(name))
 
     def numbers(self, name: str) -> np.ndarray:
-        """(N,) float64 of a column of numbers, NaN where null."""
+        """Return the numeric column `name` as (N,) float64, with NaN for null."""
         try:
             return self.apply(name, _numbers)
         except UserError as error:
             raise UserError(f"column '{name}' {error}") from None
 
     def hashes(self, names: Sequence[str]) -> np.ndarray:
-        """(N,) uint64 hash of one column or of the combination of several."""
+        """Return (N,) uint64 hashes of the combination of the columns `names`."""
         key = tuple(names)
         if key not in self._hashes:
             parts = [self.hashes([name]) for name in names] if len(key) > 1 else [self.apply(names[0], hash_column)]
@@ -127,14 +140,17 @@ class LogRows:
         return self._hashes[key]
 
     def lookups(self, names: Sequence[str]) -> Lookups:
-        """The rows' look-ups by these columns."""
+        """Return the rows' lookups by the columns `names`."""
         key = tuple(names)
-        if key not in self._look_ups:
-            self._look_ups[key] = self._ask(self.hashes(names), self.times())
-        return self._look_ups[key]
+        if key not in self._lookups:
+            self._lookups[key] = self._make_lookups(self.hashes(names), self.times())
+        return self._lookups[key]
 
     def times(self, name: str | None = None) -> np.ndarray:
-        """(N,) int64 microseconds since 1970 UTC of a time column, by default the request's; null: least int64."""
+        """Return a time column as (N,) int64 microseconds since 1970 UTC.
+
+        Null becomes the smallest int64. The default column is the request time.
+        """
         if name not in self._times:
             column = self.column(name or self.schema.columns.time)
             null = np.iinfo(np.int64).min
@@ -143,8 +159,11 @@ class LogRows:
         return self._times[name]
 
     def requests(self) -> pa.Array:
-        """The request's id, (N,) int64 or string; a hash of user and time without a request column, of user and id
-        where ids are a user's own."""
+        """Return request ids, (N,) int64 or string.
+
+        Without a request column, the id is a hash of user and time. If ids are unique only within a user, it is a hash
+        of user and id.
+        """
         columns = self.schema.columns
         if columns.request is not None:
             if columns.request_scope == "log":
@@ -154,19 +173,29 @@ class LogRows:
         return pa.array(combine_hashes([hashed, self.times().view(np.uint64)]).view(np.int64))
 
     def request_hashes(self) -> np.ndarray:
-        """(N,) uint64 hash of the request's id."""
+        """Return (N,) uint64 hashes of the request ids."""
         columns = self.schema.columns
         if columns.request is None:
             return hash_column(self.requests())
         return self.hashes([columns.request] if columns.request_scope == "log" else [columns.user, columns.request])
 
     def row_hashes(self) -> np.ndarray:
-        """(N,) uint64 hash of request and candidate, by which two rows are known as the same one."""
+        """Return (N,) uint64 hashes of request and candidate, which identify repeated rows."""
         return combine_hashes([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
 
     def labels(self, task: Task, label_cutoff: int) -> np.ndarray:
-        """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `label_cutoff` (microseconds), or
-        of a task whose `conditional_on` task did not happen."""
+        """Return a task's labels, with NaN for unobserved labels.
+
+        A label is unobserved if it is null, excluded by `observed_when`, or not final at `label_cutoff`, or if the
+        label of the `conditional_on` task is not 1.
+
+        Args:
+            task: Task of the schema.
+            label_cutoff: Time in microseconds since 1970 UTC.
+
+        Returns:
+            Labels of shape (N,) and type float64.
+        """
         labels = self.numbers(task.label)
         observed = self.times() + label_delay(task, self.schema) <= label_cutoff
         if task.conditional_on is not None:
@@ -178,25 +207,37 @@ class LogRows:
 
 
 class CachedColumn:
-    """A column of (S,) values that stays as it is. What functions make of each value is computed once, when first asked
-    for; after that, a request only looks the results up."""
+    """A constant column of S values that caches the results of elementwise functions."""
 
     def __init__(self, values: pa.Array) -> None:
         self.values = values
-        self._made: dict[ColumnFunction, np.ndarray] = {}
+        self._cache: dict[ColumnFunction, np.ndarray] = {}
 
     def apply(self, function: ColumnFunction, indices: np.ndarray) -> np.ndarray:
-        """(N,) what a function makes of the values at (N,) int64 places, and of null at place -1."""
-        if function not in self._made:
-            self._made[function] = np.append(function(self.values), function(pa.nulls(1, self.values.type)))
-        return self._made[function].take(indices, mode="wrap")
+        """Return the function's results for selected values.
+
+        Args:
+            function: Elementwise function.
+            indices: Indices of the values, (N,) int64. -1 selects null.
+
+        Returns:
+            Results of shape (N,).
+        """
+        if function not in self._cache:
+            self._cache[function] = np.append(function(self.values), function(pa.nulls(1, self.values.type)))
+        return self._cache[function].take(indices, mode="wrap")
 
 
 @dataclass(frozen=True)
 class CachedValues:
-    """N values of a stored column, by (N,) int64 places; -1 is null, or what is `conditional_on` there, (N,) values.
+    """N values that refer to a stored column.
 
-    known: (N,) bool which values are known, though they may not be stored; None where all that are known are stored.
+    Attributes:
+        column: Stored values.
+        indices: Index of each value in the column, (N,) int64. -1 stands for null or for the value in `fallback`.
+        fallback: All N values. None if index -1 stands for null.
+        seen: Whether each value has been seen, though it may not be stored, (N,) bool. None if all seen values are
+            stored.
     """
 
     column: CachedColumn
@@ -206,39 +247,49 @@ class CachedValues:
 
     @property
     def unseen(self) -> np.ndarray:
-        """(N,) bool whether a value is not known."""
+        """Whether each value is unseen, (N,) bool."""
         return self.indices < 0 if self.seen is None else (self.indices < 0) & ~self.seen
 
     def array(self) -> pa.Array:
-        """The values."""
+        """Return all N values."""
         if self.fallback is not None:
             return self.fallback
         return self.column.values.take(pa.array(self.indices, mask=self.indices < 0))
 
     def apply(self, function: ColumnFunction) -> np.ndarray:
-        """(N,) what a function makes of each value."""
-        made = self.column.apply(function, self.indices)
-        if self.fallback is not None and len(unknown := np.flatnonzero(self.indices < 0)):
-            made[unknown] = function(self.fallback.take(pa.array(unknown)))
-        return made
+        """Return the results of the elementwise `function`, of shape (N,)."""
+        results = self.column.apply(function, self.indices)
+        if self.fallback is not None and len(not_stored := np.flatnonzero(self.indices < 0)):
+            results[not_stored] = function(self.fallback.take(pa.array(not_stored)))
+        return results
 
     def take(self, rows: np.ndarray) -> "CachedValues":
-        """The values of the given rows, (M,) int64, in the given order."""
+        """Return the values at the indices `rows`, (M,) int64, in this order."""
         fallback = None if self.fallback is None else self.fallback.take(pa.array(rows))
         return CachedValues(self.column, self.indices[rows], fallback, None if self.seen is None else self.seen[rows])
 
 
 class ServingRows(LogRows):
-    """N rows given as canonical columns, which ask few of many events: each look-up is searched for itself."""
+    """N rows of canonical columns for serving.
 
-    _ask = staticmethod(Lookups.one_per_row)
+    Few rows look up many events, so every lookup is searched separately.
+    """
+
+    _make_lookups = staticmethod(Lookups.one_per_row)
 
     def __init__(self, columns: Mapping[str, pa.Array | CachedValues], rows: int, schema: Schema) -> None:
+        """Wrap canonical columns.
+
+        Args:
+            columns: Columns of N values, by name.
+            rows: Number of rows N.
+            schema: Schema of the log.
+        """
         self._columns, self._rows = columns, rows
         self._start(schema)
 
     def unseen(self, name: str) -> np.ndarray:
-        """(N,) bool whether a column's values are none of those that are known; False where none are stored."""
+        """Return whether values of the column `name` are unseen, (N,) bool. False for columns that aren't stored."""
         column = self._columns[name]
         return column.unseen if isinstance(column, CachedValues) else np.zeros(self._rows, bool)
 
@@ -258,12 +309,18 @@ class ServingRows(LogRows):
 
 
 class RequestRows(ServingRows):
-    """N candidates of R requests. shared: the R requests, with the columns of user and context; columns: of the
-    candidates, N values each; of: (N,) int64 the request of each candidate."""
+    """N candidates of R requests."""
 
     def __init__(
         self, shared: ServingRows, columns: Mapping[str, pa.Array | CachedValues], request_index: np.ndarray
     ) -> None:
+        """Join requests and candidates.
+
+        Args:
+            shared: R rows with the columns of user and context.
+            columns: Columns of the N candidates, by name.
+            request_index: Index of each candidate's request, (N,) int64.
+        """
         super().__init__(columns, len(request_index), shared.schema)
         self.shared, self.request_index = shared, request_index
         self._spread: dict[str, pa.Array] = {}
@@ -279,12 +336,17 @@ class RequestRows(ServingRows):
         return self._spread[name]
 
     def take(self, name: str, rows: np.ndarray) -> pa.Array:
-        """A column's values of the given candidates, (M,) int64, in the given order."""
-        columns, places = (
+        """Return a column's values for some candidates.
+
+        Args:
+            name: Name of the column.
+            rows: Indices of the candidates, (M,) int64.
+        """
+        columns, indices = (
             (self._columns, rows) if name in self._columns else (self.shared._columns, self.request_index[rows])
         )
         column = columns[name]
-        return column.take(places).array() if isinstance(column, CachedValues) else column.take(pa.array(places))
+        return column.take(indices).array() if isinstance(column, CachedValues) else column.take(pa.array(indices))
 
     def apply(self, name: str, function: ColumnFunction) -> np.ndarray:
         return (
@@ -317,8 +379,14 @@ def _numbers(column: pa.Array) -> np.ndarray:
 
 
 def label_delay(task: Task, schema: Schema) -> int:
-    """Microseconds from a request until the task's label is final: one with `conditional_on` no sooner than that
-    task's."""
+    """Return the microseconds from a request until a task's label is final.
+
+    The label is not final before the label of the `conditional_on` task.
+
+    Args:
+        task: Task of the schema.
+        schema: Schema with all tasks.
+    """
     own = round(task.label_delay_days * MICROSECONDS_PER_DAY)
     return own if task.conditional_on is None else max(own, label_delay(schema.tasks[task.conditional_on], schema))
 
@@ -326,27 +394,34 @@ def label_delay(task: Task, schema: Schema) -> int:
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
     if pt.is_null(column.type):
         return np.zeros(len(column), bool)
-    _check_written(column, name, "an `observed_when`", value)
+    _check_same_type(column, name, "an `observed_when`", value)
     if not pt.is_string(column.type):
         return _numbers(column) == float(value)
     return fill_nulls(pc.equal(column, value), False).to_numpy(zero_copy_only=False)
 
 
-def _check_written(column: pa.Array, name: str, setting: str, value: bool | int | float | str) -> None:
-    """Raises UserError where a setting compares text with a number."""
+def _check_same_type(column: pa.Array, name: str, setting: str, value: bool | int | float | str) -> None:
+    """Raise UserError if a setting compares text with a number."""
     if (is_text := pt.is_string(column.type)) != isinstance(value, str):
         holds, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
-        raise UserError(f"column '{name}' holds {holds}, but {setting} compares it with {value!r}: write it {write}")
+        raise UserError(f"column '{name}' holds {holds}, but {setting} compares it with {value!r}. Write it {write}.")
 
 
 _FOREVER = np.iinfo(np.int64).max
 
 
 def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
-    """Task or outcome -> (N,) float64 labels, NaN where unobserved at `label_cutoff` (microseconds since 1970 UTC).
+    """Return the labels of all tasks and joint outcomes.
 
-    An outcome is unobserved, engagement or not, until the satisfaction's label could have matured: if the zeros of
-    recent rows were known before their ones, satisfaction would seem lower than it is.
+    A joint outcome is unobserved until the satisfaction label is final, even without engagement. Otherwise recent rows
+    would contribute zeros before ones, and satisfaction would seem too low.
+
+    Args:
+        rows: N rows.
+        label_cutoff: Time in microseconds since 1970 UTC. Labels that are not final at this time are unobserved.
+
+    Returns:
+        Labels of shape (N,) and type float64 by task or outcome, with NaN for unobserved labels.
     """
     tasks = rows.schema.tasks
     labels = {name: rows.labels(task, label_cutoff) for name, task in tasks.items()}
@@ -360,7 +435,15 @@ def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
 
 
 def pending_labels(rows: LogRows, label_cutoff: int) -> dict[str, int]:
-    """Task -> number of labels that the log holds but that had not matured at `label_cutoff`."""
+    """Count the labels in the log that were not final at a time.
+
+    Args:
+        rows: Rows of the log.
+        label_cutoff: Time in microseconds since 1970 UTC.
+
+    Returns:
+        Number of such labels by task.
+    """
     counts = {}
     for name, task in rows.schema.tasks.items():
         late = rows.times() + label_delay(task, rows.schema) > label_cutoff
@@ -369,16 +452,27 @@ def pending_labels(rows: LogRows, label_cutoff: int) -> dict[str, int]:
 
 
 def add_missing_times(table: pa.Table, schema: Schema) -> pa.Table:
-    """Canonical columns of rows, with times where the log has none."""
+    """Add the substitute time column if the log has no times.
+
+    Args:
+        table: Canonical columns.
+        schema: Schema of the log.
+    """
     if schema.columns.has_time:
         return table
     split = schema.split
-    places = np.zeros(len(table), np.int64) if split is None else split_indices(table.column(split.column), split)
-    return table.append_column(schema.columns.time, pa.array(places).cast(UTC_MICROSECONDS))
+    times = np.zeros(len(table), np.int64) if split is None else split_indices(table.column(split.column), split)
+    return table.append_column(schema.columns.time, pa.array(times).cast(UTC_MICROSECONDS))
 
 
 def add_missing_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
-    """Canonical columns of rows, with users and candidates where the log has none; first_row: number of the first."""
+    """Add substitute user and candidate columns if the log has none.
+
+    Args:
+        table: Canonical columns.
+        schema: Schema of the log.
+        first_row: Number of the table's first row in the log.
+    """
     columns, numbers = schema.columns, pa.array(np.arange(first_row, first_row + len(table)))
     if not columns.has_user:
         users = numbers
@@ -389,24 +483,39 @@ def add_missing_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table
 
 
 def reject_plain_table(schema: Schema, what: str) -> None:
-    """Raises UserError where a log is a plain table, which can't have what needs users, candidates and times."""
+    """Raise UserError if the log is a plain table without users, candidates or times.
+
+    Args:
+        schema: Schema of the log.
+        what: Feature of the program that needs these columns, for the message.
+    """
     columns = schema.columns
-    there = {"user": columns.has_user, "candidate": columns.has_candidate, "time": columns.has_time}
-    if lacking := [f"columns.{name}" for name, has in there.items() if not has]:
+    present = {"user": columns.has_user, "candidate": columns.has_candidate, "time": columns.has_time}
+    if lacking := [f"columns.{name}" for name, is_present in present.items() if not is_present]:
         raise UserError(f"{what} needs {' and '.join(lacking)}, which the settings leave out, as for a plain table")
 
 
 def split_indices(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:
-    """(N,) int64 the place of each row's split among `SPLITS`, -1 for a value that none lists. Raises UserError where
-    the settings list values of another type than the column's."""
+    """Return the index of each row's split in `SPLITS`.
+
+    Args:
+        column: Values of the split column.
+        split: Settings that list the values of each split.
+
+    Returns:
+        Indices of shape (N,) and type int64, -1 for unlisted values.
+
+    Raises:
+        UserError: The settings list text for a numeric column, or numbers for a text column.
+    """
     values = one_array(column) if isinstance(column, pa.ChunkedArray) else column
     values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
-    places = np.full(len(values), -1)
-    for place, (name, listed) in enumerate(split.values.items()):
+    indices = np.full(len(values), -1)
+    for index, (name, listed) in enumerate(split.values.items()):
         if pt.is_null(values.type):
             continue
-        for each in listed:
-            _check_written(values, split.column, f"split.{name}", each)
-        wanted = pa.array([each if isinstance(each, str) else int(each) for each in listed], values.type)
-        places[fill_nulls(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = place
-    return places
+        for value in listed:
+            _check_same_type(values, split.column, f"split.{name}", value)
+        wanted = pa.array([value if isinstance(value, str) else int(value) for value in listed], values.type)
+        indices[fill_nulls(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = index
+    return indices

@@ -1,4 +1,4 @@
-"""Build features: a log and a schema go in; fitted features and encoded rows come out.
+"""Build fitted features and encoded rows from a log and a schema.
 
-Begin in `prepare`, which builds a folder of features. `extend` adds days to one.
+Start with `prepare`, which builds a folder of features. `extend` adds days to an existing folder.
 """

@@ -1,17 +1,17 @@
-"""From a log to encoded rows: fits the features, encodes each split, keeps both until what they depend on changes.
+"""Fit features to a log, encode its splits, and reuse the results until the log or the settings change.
 
     <work>/features/
-        manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
+        manifest.json          fingerprint, log digest, times, skipped files, skipped checks, rows and labels of
                                each split
-        files.json             the files of the logs that were taken in or left out (see `IncludedFiles`)
-        serving/               fitted features, what requests after the log's end can ask for, latest attributes
-        counts/                what was counted to fit them, so that days can be added (`extend`)
-        requests/              requests.parquet: times and users of requests, so that rows of one that come later
-                               are recognised; rows.parquet: hashes of all rows, so that those that come again are
+        files.json             included and skipped files of the logs (see `IncludedFiles`)
+        serving/               fitted features, their state at the log's end, latest attributes
+        counts/                counts behind the fitted features, to add days later (`extend`)
+        requests/              requests.parquet: times and users of requests, to recognize later rows of a request;
+                               rows.parquet: hashes of all rows, to recognize repeated rows
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
 
-The folder appears whole or not at all.
+The folder is written atomically.
 """
 
 import hashlib
@@ -39,14 +39,18 @@ from mmoe_rec.settings.log_columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
-# For those that come while features are built, and for those who would build them while they are read.
+# Shown to a process that finds the features being built, or in use when it wants to build them.
 BUILD_LOCK_TEXTS = ("a build of features", "set `data.work_dir` to another folder")
 
 
 @dataclass(frozen=True)
 class FeatureFolder:
-    """A folder of fitted features and encoded rows. left_out: features and tasks that its readers never see, see
-    `Layout.without`."""
+    """A folder of fitted features and encoded rows.
+
+    Attributes:
+        folder: Path of the folder.
+        left_out: Features and tasks to hide from readers (see `Layout.without`).
+    """
 
     folder: Path
     left_out: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -58,57 +62,59 @@ class FeatureFolder:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What was built from what."""
+        """Content of `manifest.json`: the inputs and results of the build."""
         return json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
 
     @property
     def serving(self) -> Path:
-        """Folder of the fitted features, with what they remember and latest attributes."""
+        """Folder of the fitted features, their state and the latest attributes."""
         return self.folder / "serving"
 
     def split(self, name: str) -> Path:
-        """Folder of a split's encoded rows."""
+        """Return the folder with the encoded rows of the split `name`."""
         return self.folder / "encoded" / name
 
     @property
     def is_extended(self) -> bool:
-        """Whether days were added, so that there may be no log from which these features could be built anew."""
+        """Whether days were added, so that the current log may lack files needed for a rebuild."""
         return "extends" in self._manifest_or_none
 
     def is_up_to_date(self, logs: Logs, windows: dict[str, Window], allow_missing_files: bool) -> bool:
-        """Whether these are features of the log by this schema and these splits, with all its files as they are and all
-        the checks that are asked for.
+        """Return whether the features match the logs, the schema, the splits and the requested checks.
 
-        allow_missing_files: whether files may be gone that they hold, if the log has the same address.
+        Args:
+            logs: Logs with the schema and the options.
+            windows: Time windows of the splits.
+            allow_missing_files: Whether included files may have been deleted, if the log has the same URI.
         """
         manifest, options, changes = self._manifest_or_none, logs.options, self._changes(logs)
         if not changes or manifest.get("settings") != settings_fingerprint(logs.schema, windows):
             return False
-        if any(each.changed or each.new for each in changes):
+        if any(log.changed or log.new for log in changes):
             return False
         allow_missing_files = allow_missing_files and manifest["log"] == logs.log.source
-        if not allow_missing_files and any(each.missing or each.bad for each in changes):
+        if not allow_missing_files and any(log.missing or log.bad for log in changes):
             return False
         if options.on_conflicting_times == "error" and (manifest["requests"] or {}).get("conflicting_times"):
             return False
         if not set(manifest["skipped_checks"]) <= set(options.skipped_checks):
             return False
-        # A file that an extension left out may be fine by now but for its times, and is no reason to lose days.
-        return options.skip_bad_files or self.is_extended or not any(each.skipped for each in changes)
+        # An extension may have skipped a file for its times alone. Don't lose the added days because of that file.
+        return options.skip_bad_files or self.is_extended or not any(log.skipped for log in changes)
 
     def missing(self, logs: Logs) -> list[str]:
-        """Files that these features hold and the logs don't."""
-        return [uri for each in self._changes(logs) for uri in each.missing]
+        """Return the URIs of included files that are no longer in `logs`."""
+        return [uri for log in self._changes(logs) for uri in log.missing]
 
     def _changes(self, logs: Logs) -> list[FileChanges]:
-        """What has become of the files; none where there are no features."""
+        """Return the changes of each log since the build, an empty list without features."""
         try:
             return IncludedFiles.read(self.folder).changes(logs)
         except UserError:
             return []
 
     def require_rows(self, *splits: str) -> None:
-        """Raises UserError where a split has no rows, as it may be after an extension."""
+        """Raise UserError if one of `splits` has no rows, which can happen after an extension."""
         counts = self.manifest["splits"]
         for name in splits:
             if name in counts and not counts[name]["rows"]:
@@ -124,31 +130,33 @@ class FeatureFolder:
 
 
 def build_features(settings: Settings) -> FeatureFolder:
-    """Fitted features and encoded rows; existing ones are taken if they are still right."""
+    """Return fitted features and encoded rows for `settings`. Reuse existing features that are up to date."""
     return prepare(BuildInputs.of(settings))
 
 
 def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolder:
-    """Fits and encodes, or takes what is there if log, schema and split are the same.
+    """Build features, or reuse existing features if log, schema and splits are the same.
 
-    Features to which days were added stay where files have gone since, as `find_existing_features` says; others are
-    built anew.
+    If included files have been deleted since, extended features are reused and other features are rebuilt.
 
-    keep_existing: whether a model goes on from the existing features, so that these stay although files are gone.
+    Args:
+        inputs: Logs, schema and options of the build.
+        keep_existing: Whether to reuse the features although files were deleted, because a model continues from them.
 
-    Raises UserError where the log can't be read or would take in what is built, a split is empty, a binary task has one
-    class in training, or features would be replaced that hold rows of files that are gone.
+    Raises:
+        UserError: The log can't be read or contains the output folder, a split is empty, or a binary task has one class
+            in training. Also raised if a rebuild would lose rows of deleted files.
     """
     check_work_outside_logs(inputs.source, inputs.schema, inputs.work)
     features, logs, windows = FeatureFolder(inputs.work / "features"), inputs.logs, inputs.windows
 
-    def stand() -> bool:
+    def is_current() -> bool:
         return features.is_up_to_date(logs, windows, allow_missing_files=keep_existing or features.is_extended)
 
-    if not stand():
+    if not is_current():
         with write_lock(features.folder, *BUILD_LOCK_TEXTS, wait=True):
-            # Another process may have built them while this one waited.
-            if not stand():
+            # Another process may have built the features while this process waited for the lock.
+            if not is_current():
                 _check_replaceable(features, logs)
                 with atomic_folder(features.folder) as folder:
                     _build(logs, windows, folder)
@@ -156,25 +164,25 @@ def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolde
 
 
 def _check_replaceable(features: FeatureFolder, logs: Logs) -> None:
-    """Raises UserError where files are gone that extended features hold; for others it only says so."""
+    """Raise UserError if a rebuild of extended features would lose rows. For other features, print a message."""
     missing = features.missing(logs)
     if missing and not features.is_extended:
-        such_as = f"({len(missing):,}, such as '{missing[0]}')"
-        say(f"files that the features hold are gone {such_as}: the features are built anew without them")
+        say(f"Rebuilding the features without {len(missing):,} deleted files, such as '{missing[0]}'.")
     elif missing:
         raise UserError(
-            f"the features in '{features.folder}' are not of this log and these settings, and hold rows of files that "
-            f"are gone ({len(missing):,}, such as '{missing[0]}'), which building them anew would lose. To go "
-            "on from them, "
-            "add new files with --extend, or restore the settings; to build features from the log as it is, remove "
-            "that folder first"
+            f"the features in '{features.folder}' don't match this log and these settings, and a rebuild would lose "
+            f"the rows of {len(missing):,} deleted files, such as '{missing[0]}'. To keep the features, add new files "
+            "with --extend or restore the settings. To rebuild them from the current log, remove that folder first."
         )
 
 
 def find_existing_features(inputs: BuildInputs) -> FeatureFolder | None:
-    """Features of this schema and these splits that hold all files of the log as they are, or None.
+    """Return existing features that match `inputs`, or None.
 
-    They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
+    The features may also contain rows of deleted files.
+
+    Raises:
+        UserError: The log can't be read or contains the output folder.
     """
     check_work_outside_logs(inputs.source, inputs.schema, inputs.work)
     features = FeatureFolder(inputs.work / "features")
@@ -185,14 +193,24 @@ def find_existing_features(inputs: BuildInputs) -> FeatureFolder | None:
 def lock_features(
     inputs: BuildInputs, what: str, splits: Sequence[str] = (), keep_existing: bool = False
 ) -> Iterator[FeatureFolder]:
-    """Features, newly built or existing (see `prepare`), that nobody replaces meanwhile.
+    """Build or reuse features (see `prepare`) and keep other processes from replacing them.
 
-    what: uses them, such as "a training"; splits: that must have rows.
+    Args:
+        inputs: Logs, schema and options of the build.
+        what: Name of the use, such as "a training run", for the message to waiting processes.
+        splits: Splits that must have rows.
+        keep_existing: Whether to reuse the features although files were deleted.
+
+    Yields:
+        The locked features.
+
+    Raises:
+        UserError: The features can't be built, or a split has no rows.
     """
     while True:
         features = prepare(inputs, keep_existing=keep_existing)
         with read_lock(features.folder, what):
-            # Before the lock was taken, another process may have built others.
+            # Another process may have replaced the features before this process got the lock.
             if find_existing_features(inputs) is not None:
                 features.require_rows(*splits)
                 yield features
@@ -200,10 +218,21 @@ def lock_features(
 
 
 def encode_splits(pipeline_dir: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
-    """Encodes splits of a log with features that were fitted to another one, as `folder`/SPLIT.
+    """Encode splits of a log with features that were fitted to another log, and print the skipped files.
 
-    pipeline_dir: folder of the fitted features; windows: of validation or test. Counters and histories remember the log
-    that is encoded. Files that are left out are said. Raises UserError for a split without rows.
+    Counters and histories are computed from the encoded log.
+
+    Args:
+        pipeline_dir: Folder of the fitted features.
+        logs: Logs to encode.
+        windows: Time windows of the splits to encode (validation or test).
+        folder: Output folder, with a subfolder for each split.
+
+    Returns:
+        Number of rows and labels of each split.
+
+    Raises:
+        UserError: A split has no rows.
     """
     with atomic_folder(folder) as encoded, BuildSteps(logs, windows, encoded / "scratch") as steps:
         counted = steps.count(statistics=False)
@@ -213,28 +242,39 @@ def encode_splits(pipeline_dir: Path, logs: Logs, windows: dict[str, Window], fo
         last = counted.last
         steps.look_up(FeaturePipeline.load(pipeline_dir, stores=False), stores, last + 1, None)
         counts = steps.encode(pipeline_dir, encoded, dict.fromkeys(windows, last))
-        for each in (left for log in steps.logs.all for left in log.skipped):
-            say(f"left out: {each.reason}")
+        for file in (file for log in steps.logs.all for file in log.skipped):
+            say(f"left out: {file.reason}")
     return counts
 
 
 def compute_fingerprint(logs: Logs, windows: object) -> str:
-    """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
-    the schema, or with splits (`windows`, or what else rows depend on, as JSON); not with what a model makes of
-    features."""
-    found = [
+    """Return a fingerprint of the features' inputs.
+
+    It changes if a file is rewritten, even with the same size, or if the features or the splits change. Settings of
+    the model don't affect it.
+
+    Args:
+        logs: Logs with the schema.
+        windows: Time windows of the splits, or other inputs of the rows, as JSON values.
+    """
+    files = [
         [
-            [(file.uri, file.bytes, file.version, file.path_columns) for file in each.files],
-            [left.uri for left in each.skipped],
+            [(file.uri, file.bytes, file.version, file.path_columns) for file in log.files],
+            [file.uri for file in log.skipped],
         ]
-        for each in logs.all
+        for log in logs.all
     ]
-    # Keys in the order of the settings: that of features and tasks is the order of the layout.
-    return _digest(FORMAT, found, logs.schema.identity(), windows)
+    # Don't sort keys: the order of features and tasks in the settings is their order in the layout.
+    return _digest(FORMAT, files, logs.schema.identity(), windows)
 
 
 def settings_fingerprint(schema: Schema, windows: dict[str, Window]) -> str:
-    """A fingerprint of all that features depend on besides the logs."""
+    """Return a fingerprint of the features' inputs other than the logs.
+
+    Args:
+        schema: Schema of the log.
+        windows: Time windows of the splits.
+    """
     return _digest(FORMAT, schema.identity(), windows)
 
 
@@ -256,7 +296,14 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
 
 
 def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, split: SplitColumn | None = None) -> None:
-    """Raises UserError where a split has no rows. split: the column that says it, None where times do."""
+    """Raise UserError if a split has no rows.
+
+    Args:
+        counted: Counts of the log.
+        windows: Time windows of the required splits.
+        log: URI of the log.
+        split: Column that defines the splits, None if times define them.
+    """
     for name in windows:
         if counted.rows[name] == 0 and split is not None:
             listed = ", ".join(map(repr, split.values[name]))
@@ -273,16 +320,26 @@ def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, sp
 
 
 def empty_split_message(split: str, folder: Path) -> str:
-    """The sentence on features that have no rows of a split, which only an extension leaves behind."""
+    """Return the error message for a split without rows, which only an extension can cause.
+
+    Args:
+        split: Name of the split.
+        folder: Folder of the features.
+    """
     return (
-        f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
-        "and none of these lies in that split. Set `split` around the requests of the next new files before you add "
-        "them with --extend, or set another `data.work_dir`, where features are built anew from all files of the log"
+        f"the features in '{folder}' have no {split} rows: days were added, so only the new rows are encoded, and no "
+        "new row is in that split. Set `split` around the requests of the next new files before you add them with "
+        "--extend, or set another `data.work_dir` to rebuild the features from all files of the log"
     )
 
 
 def check_classes(schema: Schema, counts: SplitCounts) -> None:
-    """Raises UserError where a task has nothing to learn from in the training rows."""
+    """Raise UserError if a task has no observed label or only one class in training.
+
+    Args:
+        schema: Schema with the tasks.
+        counts: Label counts of the training split.
+    """
     for name, task in schema.tasks.items():
         observed, positive = counts.observed[name], counts.label_sum[name]
         if observed == 0:
@@ -313,16 +370,28 @@ def write_features(
     folder: Path,
     previous: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes what was fitted and encodes the rows, into an empty folder; gives what a manifest says of that.
+    """Write fitted features and encoded rows to an empty folder.
 
-    pipeline: with complete vocabularies; taken: all files whose rows the features hold; before: folder with the
-    memories to go on from, whose statistics stay. Raises UserError where a new task has nothing to learn from.
+    Args:
+        steps: Open steps of the build.
+        pipeline: Features with complete vocabularies.
+        counted: Counts of the log.
+        included: All files whose rows the features contain.
+        windows: Time windows of the splits.
+        folder: Output folder.
+        previous: Folder of the state to extend. Its statistics stay the same. None for a new build.
+
+    Returns:
+        Content of the manifest without the fingerprint.
+
+    Raises:
+        UserError: A task of new features has no observed label or only one class in training.
     """
     serving, counts, logs, train = folder / "serving", folder / "counts", steps.logs, windows["train"]
-    for each in (serving, counts):
-        each.mkdir()
-    for name, its in pipeline.counts.items():
-        pq.write_table(its.to_table(), counts / f"{name}.parquet", compression="zstd")
+    for subfolder in (serving, counts):
+        subfolder.mkdir()
+    for name, value_counts in pipeline.counts.items():
+        pq.write_table(value_counts.to_table(), counts / f"{name}.parquet", compression="zstd")
     counted.save_latest(serving)
     first, last = counted.first, counted.last
     steps.look_up(pipeline, serving, end=last + 1, training=train if previous is None else None, previous=previous)
@@ -344,24 +413,24 @@ def write_features(
         "files": len(log.files),
         "rows": log.rows,
         "events": {
-            each.name: {"files": len(included.files), "rows": included.rows}
-            for each, included in zip(logs.events, events, strict=True)
+            log_files.name: {"files": len(event_log.files), "rows": event_log.rows}
+            for log_files, event_log in zip(logs.events, events, strict=True)
         },
-        "skipped": [{"file": each.uri, "reason": each.reason} for each in included.skipped],
+        "skipped": [{"file": file.uri, "reason": file.reason} for file in included.skipped],
         "skipped_checks": logs.options.skipped_checks,
         "first_request": format_time(first) if columns.has_time else None,
         "last_request": format_time(last) if columns.has_time else None,
         "request_microseconds": [first, last],
         "requests": None if columns.request is None else steps.requests.describe(),
-        "splits": {name: asdict(each) for name, each in splits.items()},
-        # The ids of each vocabulary that training rows held, and those that have a row of their own.
+        "splits": {name: asdict(split_counts) for name, split_counts in splits.items()},
+        # Number of distinct ids in the training rows, and of ids in the vocabulary.
         "vocabularies": {
-            name: {"distinct": each.counts.to_table().num_rows, "known": len(each.ids)}
-            for name, each in pipeline.vocabularies.items()
+            name: {"distinct": vocabulary.counts.to_table().num_rows, "known": len(vocabulary.ids)}
+            for name, vocabulary in pipeline.vocabularies.items()
         },
     }
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes `manifest.json`."""
+    """Write `manifest` as JSON to `manifest.json` in `folder`."""
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

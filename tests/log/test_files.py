@@ -164,7 +164,7 @@ def test_a_missing_bucket(bucket, uri):
 
 def test_an_unreachable_bucket_is_told_as_such(aws):
     aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    message = "'s3://bucket/log' cannot be reached .*127.0.0.1:1.*; check the address, the cred"
+    message = "'s3://bucket/log' cannot be reached .*127.0.0.1:1.*; check the URI, the cred"
     with pytest.raises(UserError, match=message):
         find_files("s3://bucket/log")
 
@@ -173,7 +173,7 @@ def test_a_bucket_that_never_answers(aws):
     aws.setattr(files, "_READ_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(UserError, match=r"'s3://bucket/log' cannot be reached .*; check the address"):
+        with pytest.raises(UserError, match=r"'s3://bucket/log' cannot be reached .*; check the URI"):
             find_files("s3://bucket/log")
 
 
@@ -192,7 +192,7 @@ def test_no_credentials(server, aws):
     aws.setenv("AWS_ENDPOINT_URL", server)
     aws.delenv("AWS_ACCESS_KEY_ID")
     aws.delenv("AWS_SECRET_ACCESS_KEY")
-    message = r"'s3://bucket/log' cannot be reached \(NoCredentialsError: .*; check the address, the credentials"
+    message = r"'s3://bucket/log' cannot be reached \(NoCredentialsError: .*; check the URI, the credentials"
     with pytest.raises(UserError, match=message):
         find_files("s3://bucket/log")
 
@@ -246,13 +246,15 @@ def test_links_are_followed(log):
 @pytest.mark.parametrize("target", ["..", "../..", "."])
 def test_a_circle_of_links_is_told(log, pattern, target):
     (log / "a/again").symlink_to(target)
-    with pytest.raises(UserError, match=r"a/again.*' is a link back to a folder that it lies in; remove the"):
+    with pytest.raises(UserError, match=r"a/again.*' is a link to a folder that contains it. Remove the"):
         find_files(str(log / pattern))
 
 
 def test_a_folder_that_is_there_twice_is_told(log):
     (log / "latest").symlink_to("a")
-    with pytest.raises(UserError, match=r"'.*/log/a/0.parquet' and '.*/latest/0.parquet' are the same file, by a link"):
+    with pytest.raises(
+        UserError, match=r"'.*/log/a/0.parquet' and '.*/latest/0.parquet' are the same file through a link"
+    ):
         find_files(str(log))
     assert len(_found(log / "[ab]")) == 4
 
@@ -276,7 +278,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 @pytest.mark.parametrize("pattern", ["", "*", "*/*.parquet", "**/*.parquet", "**"])
 def test_a_folder_that_may_not_be_read_is_told(log, forbid, pattern):
     forbid(log / "b")
-    with pytest.raises(UserError, match=r"'.*/log/b' may not be read \(Permission denied\), and there may be files of"):
+    with pytest.raises(UserError, match=r"'.*/log/b' can't be read \(Permission denied\) and may contain files of"):
         find_files(str(log / pattern))
     assert len(_found(log / "a")) == 2
     (log / "b").rename(log / ".b")

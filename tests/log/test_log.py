@@ -185,7 +185,7 @@ def test_a_label_in_the_path(tmp_path):
 
 def test_a_time_in_the_path(tmp_path):
     write_log(tmp_path / "time=2024-01-01", TABLE.drop_columns(["time"]))
-    message = "has column 'time' in its path only; a time is not read from a path, write it as a column of the file"
+    message = "has column 'time' only in its path, which can't hold times. Write it as a column of the file"
     with pytest.raises(BadFile, match=message):
         Log(str(tmp_path), SCHEMA)
 

@@ -89,9 +89,9 @@ NO_WEIGHT = r"column 'weight' holds .* which is not from 1e-20 to 1e\+20; fix th
         (
             PLAIN,
             {"split": {"column": "fold", **SPLIT_VALUES, "test": ["4"]}},
-            "'fold' holds numbers, but split.test compares it with '4': .* without quotes",
+            "'fold' holds numbers, but split.test compares it with '4'. .* without quotes",
         ),
-        (PLAIN, WORDS, "'word' holds text, but split.test compares it with 1: write it in quotes"),
+        (PLAIN, WORDS, "'word' holds text, but split.test compares it with 1. Write it in quotes."),
         (  # true and false are 1 and 0
             HELD_OUT,
             {"split": {"column": "held_out", "train": [False], "validation": [True], "test": [2]}},

@@ -127,7 +127,7 @@ def test_features_without_training_rows_are_not_trained_on(
     commands.run("features", *config, "--extend")
     printed = capsys.readouterr().out
     assert "  train: no rows" in printed
-    helps = "have no train rows: days were added to them, so only the new rows are encoded, and none of these lies in"
+    helps = "have no train rows: days were added, so only the new rows are encoded, and no new row is in"
     assert printed.splitlines()[-1].startswith("these features can't train a model: ")
     assert helps in printed.splitlines()[-1]
     commands.run("features", *config)

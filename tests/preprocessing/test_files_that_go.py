@@ -109,7 +109,7 @@ def test_extended_features_are_not_replaced_by_those_of_a_shorter_log(growing, w
         source = str(growing.folder / "log" / "9*.parquet")
     assert find_existing_features(BuildInputs(source, growing.schema, windows, growing.work)) is None
     before = files_of(growing.work)
-    with pytest.raises(UserError, match=r"rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"):
+    with pytest.raises(UserError, match=r"rows of 2 deleted files, such as '.*100.parquet'\. .* --extend"):
         prepare(BuildInputs(source, growing.schema, windows, growing.work))
     assert files_of(growing.work) == before
     (growing.work / "features").rename(growing.work / "aside")
