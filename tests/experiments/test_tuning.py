@@ -149,7 +149,7 @@ def test_better_settings_are_found_and_confirmed(world: World, tune: Any) -> Non
     assert best.training == expected.training
     assert f"next: mmoe-rec train --config {world.work / 'tuning' / 'best.yaml'}" in out
     facts = json.loads((world.work / "tuning" / "comparison.json").read_text())["facts"]
-    assert facts["judged by"] == "the judging part of the validation rows"
+    assert facts["judged by"] == "the evaluation part of the validation rows"
 
 
 def test_settings_that_are_not_better_stay(world: World, tune: Any) -> None:

@@ -20,52 +20,52 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline
-from mmoe_rec.features.layout import Table
+from mmoe_rec.features.encoder import Encoder, FeatureKind, Inputs, InputSpec
+from mmoe_rec.features.layout import TableSpec
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.settings.log_columns import Use
-from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import EmbeddingChoices, Feature, InputSemantics, Schema
 
 
-class RemainderFeature(Feature, Embedded):
+class RemainderFeature(Feature, EmbeddingChoices):
     """An integer's remainder, embedded."""
 
     kind: Literal["remainder"]
     column: str = Field(description="column that the feature reads")
     divisor: int = Field(ge=2, description="what numbers are divided by")
 
-    def reads(self) -> Mapping[str, Use]:
+    def reads(self) -> Mapping[str, ColumnUse]:
         return {self.column: "key"}
 
-    def meaning(self, schema: Schema) -> Meaning:
-        return Meaning((self.column,), lambda table, row: f"remainder {row - 1}")
+    def semantics(self, schema: Schema) -> InputSemantics:
+        return InputSemantics((self.column,), lambda table, row: f"remainder {row - 1}")
 
 
 class RemainderEncoder(Encoder):
     """An integer's remainder; row 0 is a missing number."""
 
-    def outline(self) -> Outline:
-        return Outline((Table(self.name, self.feature.divisor + 1),), ((self.name, self.name, False),))
+    def input_spec(self) -> InputSpec:
+        return InputSpec((TableSpec(self.name, self.feature.divisor + 1),), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
         numbers = rows.column(self.feature.column).to_numpy(zero_copy_only=False).astype(np.float64)
         found = np.where(np.isnan(numbers), 0, 1 + np.nan_to_num(numbers) % self.feature.divisor)
         return Inputs({self.name: found.astype(np.int64)})
 
-    def typical(self, use: Use) -> Any:
+    def example_value(self, use: ColumnUse) -> Any:
         return 1
 
 
-KIND = Kind(RemainderFeature, RemainderEncoder)
+KIND = FeatureKind(RemainderFeature, RemainderEncoder)
 '''
 
 SCRIPT = """
 import json
 from mmoe_rec.cli.main import main
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.settings.load import describe
+from mmoe_rec.settings.load import describe_settings
 
-assert "features.NAME (kind: remainder): An integer's remainder, embedded." in describe()
+assert "features.NAME (kind: remainder): An integer's remainder, embedded." in describe_settings()
 words = ["--config", "settings.yaml"]
 main(["plan", *words, "--world-size", "1", "--local-world-size", "1"])
 for command in ("features", "train", "inspect"):

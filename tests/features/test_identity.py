@@ -107,5 +107,5 @@ def test_features_in_another_order_of_tasks_are_not_extended(work: Path) -> None
 
 def test_settings_of_other_features_are_told_of(work: Path) -> None:
     settings = settings_of(work, features={name: each for name, each in ALL_KINDS.items() if name != "when"})
-    with pytest.raises(UserError, match=r"have the feature 'when', which the settings do not have"):
+    with pytest.raises(UserError, match=r"include the feature 'when', but the settings don't"):
         ModelLayout.of(FeatureFolder(work / "features").layout, settings)

@@ -99,7 +99,7 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
     assert model.holder().number == "2"
     capsys.readouterr()
     model.refresh("--rebuild")
-    assert "tables of all files are the same" in capsys.readouterr().out
+    assert "rebuilt tables are identical" in capsys.readouterr().out
     (model.log / "bad.parquet").write_bytes(b"PAR1")
     assert "bad.parquet" in model.refused(capsys)
     assert "bad.parquet" in model.refused(capsys, "--skip-bad-files")

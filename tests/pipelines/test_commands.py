@@ -282,7 +282,7 @@ def test_what_is_missing_is_told_before_anything_is_built(
     own = ["--config", world.config, "--data.work_dir", tmp_path / "work"]
     assert "training.device is cuda" in refuse(capsys, "train", *own, "--training.device", "cuda")
     own += ["--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
-    assert "train first" in refuse(capsys, "evaluate", *own, "--model", "models:/learnable@champion")
+    assert "Train first" in refuse(capsys, "evaluate", *own, "--model", "models:/learnable@champion")
     assert not list(tmp_path.iterdir())
 
 

@@ -72,7 +72,7 @@ def test_a_wrong_edit_ends_in_a_sentence_and_replaces_nothing(
     words = ["edit-experts", "--config", soft, "--model", soft.parent / "work" / "model"]
     for wrong in ([], ["--add", "1", "--mask", "0"]):
         assert "Give exactly one of --add, --remove and --mask" in refuse(capsys, *words, *wrong)
-    assert "expert 9 can't be removed" in refuse(capsys, *words, "--remove", "9")
+    assert "Expert 9 can't be removed" in refuse(capsys, *words, "--remove", "9")
     assert "exists and contains no model" in refuse(capsys, *words, "--mask", "0", "--out", tmp_path)
     assert (tmp_path / "thesis.txt").exists()
     damaged = shutil.copytree(soft.parent / "work" / "model", tmp_path / "model")

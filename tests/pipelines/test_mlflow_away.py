@@ -129,7 +129,7 @@ def test_a_server_that_stays_away_is_told_afterwards(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mmoe_rec.training.train.PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr("mmoe_rec.training.train.MAX_WAIT_SECONDS", 1.5)
     training, validate = Training(tmp_path, log, server, "afterwards"), Trainer._validate
 
     def leave(*arguments: Any) -> Any:

@@ -237,7 +237,7 @@ def test_what_scoring_and_measuring_refuse(
     for words, sentence in (
         ((*score, tmp_path / "lacking", "--as-of", "log"), lacks),
         ((*score, tmp_path / "lacking", "--as-of", "tables"), lacks),
-        ((*score, world.settings.data.log, "--start", "2024-01-01"), "--start and --end need times"),
+        ((*score, world.settings.data.log, "--start", "2024-01-01"), "--start and --end need request times"),
         (
             ("evaluate", "--config", world.config, "--predictions", tmp_path / "unweighted", "--out", tmp_path / "out"),
             "weight",
@@ -270,7 +270,7 @@ def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -
 
 def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A planted bug: a column that splits rows of the same users. Rows of a user in one split are fine."""
-    told = "100.0% of the users of test rows have training rows as well, as column 'fold' splits them"
+    told = "100.0% of the users of test rows also have training rows, as split by column 'fold'"
     for user, is_told in (("person", True), ("group", False)):
         settings = plain_settings(tmp_path / user, columns={"user": user})
         (tmp_path / f"{user}.yaml").write_text(settings.to_yaml(), encoding="utf-8")

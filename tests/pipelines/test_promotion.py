@@ -177,7 +177,7 @@ def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureF
         (("--challenger", "99"), "99"),
         (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': existing aliases are "),
         ((), "Give either --challenger V or --rollback"),
-        (("--challenger", "2", "--rollback"), "or --rollback alone"),
+        (("--challenger", "2", "--rollback"), "Give either --challenger V or --rollback"),
         (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),
     ):
         assert promote(world, *words) == 2
@@ -349,7 +349,7 @@ def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_tw
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmoe_rec.training.checkpoint.FinishedTraining.write", killed)
+        patch.setattr("mmoe_rec.training.checkpoint.FinishedRun.write", killed)
         with pytest.raises(KeyboardInterrupt):
             world.train()
     version = newest(world)

@@ -284,7 +284,7 @@ def test_a_worker_that_is_killed_loses_what_it_has_not_written(small: SmallModel
         before = {each.name for each in folder.iterdir()}
         for worker in running.workers():
             os.kill(worker, signal.SIGKILL)
-        until(lambda: "another one takes its place" in running.log.read_text())
+        until(lambda: "is replaced" in running.log.read_text())
         until(lambda: _answers(running))
         later = ids_of(running, 5)
         running.process.send_signal(signal.SIGTERM)

@@ -272,7 +272,9 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
         for number, start in enumerate(range(0, 60, 6)):
             position = _sent(running, rows[start : start + 6])
             if number % 3 == 1:
-                os.kill(sorted(workers)[number % 2], signal.SIGKILL)
+                killed = sorted(workers)[number % 2]
+                os.kill(killed, signal.SIGKILL)
+                until(lambda killed=killed: not is_running(killed))
                 workers = _ready(running)
         _check(small, _asked(running, position), table.slice(0, 60))
         whole = running.workers()

@@ -25,12 +25,12 @@ from mmoe_rec.task_kinds.task_kind import TaskKind
 class Count(TaskKind):
     """Labels are whole numbers, and logits are logarithms of rates."""
 
-    labels = ("0, 1, 2 or so, or null", lambda values: np.isnan(values) | ((values >= 0) & (values % 1 == 0)))
-    predictions = ("a rate", lambda values: (values >= 0) & np.isfinite(values))
-    wrong_label = "task '{}' holds {}, which is no count; write a whole number from 0 on"
-    loss_name, objective = "Poisson loss", "poisson"
+    valid_labels = ("0, 1, 2 or so, or null", lambda values: np.isnan(values) | ((values >= 0) & (values % 1 == 0)))
+    valid_predictions = ("a rate", lambda values: (values >= 0) & np.isfinite(values))
+    label_error = "task '{}' holds {}, which is no count; write a whole number from 0 on"
+    loss_name, lightgbm_objective = "Poisson loss", "poisson"
 
-    def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
         return logits.exp() - labels * logits
 
     def prediction(self, logits: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Focal(Binary):
 
     loss_name = "focal loss"
 
-    def loss(self, logits: Tensor, labels: Tensor, deviation: float = 1.0) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
         return (labels - logits.sigmoid()).square() * super().loss(logits, labels)
 
 
@@ -71,7 +71,7 @@ import contextlib, io, json
 import pyarrow.parquet as pq
 from mmoe_rec.cli.main import main
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.settings.load import describe
+from mmoe_rec.settings.load import describe_settings
 
 def refusal(words):
     printed = io.StringIO()
@@ -82,7 +82,7 @@ def refusal(words):
             return printed.getvalue()
 
 words = ["--config", "settings.yaml"]
-found = {"help": describe(), "unknown": refusal(["features", *words, "--tasks.views.kind", "coutn"])}
+found = {"help": describe_settings(), "unknown": refusal(["features", *words, "--tasks.views.kind", "coutn"])}
 for command in ("train", "inspect", "baselines"):
     main([command, *words])
 main(["evaluate", *words, "--model", "work/model"])

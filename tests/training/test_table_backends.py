@@ -150,7 +150,7 @@ CODE = """
 import ctypes, pathlib, sys
 from mmoe_rec.training import table_backends
 if sys.argv[1] == "share":
-    print(sharded_tables.share_cpuinfo(), sharded_tables.share_cpuinfo())
+    print(table_backends.copy_cpuinfo_to_fbgemm(), table_backends.copy_cpuinfo_to_fbgemm())
 import fbgemm_gpu
 # What fbgemm's kernels ask before they choose.
 ask = ctypes.CDLL(str(pathlib.Path(fbgemm_gpu.__file__).with_name("fbgemm.so")))._ZN6fbgemm20fbgemmHasAvx2SupportEv
