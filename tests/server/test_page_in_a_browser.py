@@ -220,7 +220,7 @@ def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
 
 def test_numbers_near_one_are_told_from_it(page: Browser) -> None:
     values = [0.5, 0.9987276, 0.99995, 0.9999849, 0.99999994, 1 - 2**-53, -0.99996, 1.0, 0.0, 123.456, 2e7, 3e-9]
-    texts = page.run("return arguments[0].map(number)", values)
+    texts = page.run("return arguments[0].map(formatNumber)", values)
     np.testing.assert_allclose(texts_as_numbers := [float(each) for each in texts], values, rtol=1e-2)
     for text, value in zip(texts_as_numbers, values, strict=True):
         assert abs(1 - text) == pytest.approx(abs(1 - value), rel=0.06)
@@ -243,7 +243,7 @@ def test_errors_are_the_servers_sentence(page: Browser) -> None:
         (call_of([1], params={"top_k": 0}), "'top_k' must be an integer of at least 1"),
         (call_of([1], params=5), "'params' must be an object"),
         ('{"inputs": [', "the body is not valid JSON"),
-        ({"dataframe_records": [{"user": 5, "item": 1}]}, "this page shows rankings: send 'inputs'"),
+        ({"dataframe_records": [{"user": 5, "item": 1}]}, "this page shows rankings, but the reply to a data frame has rows: send 'inputs' instead"),
         (json.dumps(call_of([1])).replace("12:00", HTML.replace('"', "'")), "which is not an ISO 8601 time"),
     ):
         send(page, call)
