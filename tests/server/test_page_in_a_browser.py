@@ -243,7 +243,7 @@ def test_errors_are_the_servers_sentence(page: Browser) -> None:
         (call_of([1], params={"top_k": 0}), "'top_k' must be an integer of at least 1"),
         (call_of([1], params=5), "'params' must be an object"),
         ('{"inputs": [', "the body is not valid JSON"),
-        ({"dataframe_records": [{"user": 5, "item": 1}]}, "this page shows rankings, but the reply to a data frame has rows: send 'inputs' instead"),
+        ({"dataframe_records": [{"user": 5, "item": 1}]}, "the reply to a data frame has rows: send 'inputs'"),
         (json.dumps(call_of([1])).replace("12:00", HTML.replace('"', "'")), "which is not an ISO 8601 time"),
     ):
         send(page, call)
