@@ -38,10 +38,10 @@ def refuse(capsys: pytest.CaptureFixture, *words: object) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run(*words)
-    told = capsys.readouterr().err
-    assert ended.value.code == 2, told
-    assert "Traceback" not in told
-    (sentence,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    message = capsys.readouterr().err
+    assert ended.value.code == 2, message
+    assert "Traceback" not in message
+    (sentence,) = [line for line in message.splitlines() if line.startswith("error: ")]
     return sentence
 
 
@@ -54,8 +54,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text(), parse_constant=forbid)
 
 
-def told_by(folder: Path) -> list[str]:
+def reported_by(folder: Path) -> list[str]:
     """The headline and the sentences of a folder's report."""
     report = read_report(folder)
     assert report is not None, f"{folder} has no report"
-    return [report.headline, *(each.text for each in report.sentences)]
+    return [report.headline, *(sentence.text for sentence in report.sentences)]

@@ -18,22 +18,22 @@ def until(
     Raises TimeoutError, with `why`, after so many seconds instead of hanging for ever.
     """
     end = time.monotonic() + within
-    while not (found := condition()):
+    while not (actual := condition()):
         if time.monotonic() > end:
             raise TimeoutError(why)
         time.sleep(pause)
-    return found
+    return actual
 
 
 def children(parent: int | None, word: str) -> set[int]:
     """The process ids of those children that have a word in their command."""
-    found = set()
+    actual = set()
     words = ["ps", "-ww", "-eo", "pid,ppid,args"]
     for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
         pid, of, command = line.split(None, 2)
         if of == str(parent) and word in command:
-            found.add(int(pid))
-    return found
+            actual.add(int(pid))
+    return actual
 
 
 def workers(server: int) -> set[int]:

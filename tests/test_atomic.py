@@ -50,7 +50,7 @@ def test_a_file_that_was_there_first_can_stay(tmp_path, monkeypatch, can_link):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_replaces_the_old_whole(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(mmoe_rec.atomic, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(mmoe_rec.atomic, "_exchange", lambda first, second: False)
     target = tmp_path / "log"
     for week in ("one", "two"):
         with atomic_folder(target) as temporary:
@@ -83,7 +83,7 @@ def test_the_old_folder_is_put_back_when_the_second_rename_fails(tmp_path, monke
             raise OSError("no space")
         rename(source, destination)
 
-    monkeypatch.setattr(mmoe_rec.atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(mmoe_rec.atomic, "_exchange", lambda first, second: False)
     monkeypatch.setattr(os, "rename", fail_on_the_new)
     with pytest.raises(OSError, match="no space"), atomic_folder(target) as temporary:
         (temporary / "rows").write_text("new")

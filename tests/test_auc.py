@@ -18,21 +18,21 @@ def test_auc_of_counts_is_that_of_the_rows_behind_them(rows: list[tuple[int, boo
         counts[int(label), place] += 1
     negatives, positives = counts
     labels = [label for _, label in rows]
-    found = auc_of_counts(positives, negatives)
+    actual = auc_of_counts(positives, negatives)
     if len(set(labels)) == 1:
-        assert np.isnan(found)
+        assert np.isnan(actual)
     else:
-        assert found == pytest.approx(roc_auc_score(labels, [place for place, _ in rows]), abs=1e-12)
-        assert grouped_auc(np.zeros(BINS, int), np.arange(BINS), positives, negatives, 1)[0] == found
+        assert actual == pytest.approx(roc_auc_score(labels, [place for place, _ in rows]), abs=1e-12)
+        assert grouped_auc(np.zeros(BINS, int), np.arange(BINS), positives, negatives, 1)[0] == actual
 
 
 def test_columns_of_counts_are_histograms_of_their_own() -> None:
     positives, negatives = np.random.default_rng(0).integers(0, 9, (2, BINS, 5)).astype(float)
     positives[:, 2] = 0
-    found = auc_of_counts(positives, negatives)
-    assert found.shape == (5,)
-    np.testing.assert_array_equal(found, [auc_of_counts(positives[:, r], negatives[:, r]) for r in range(5)])
-    assert np.flatnonzero(np.isnan(found)) == [2]
+    actual = auc_of_counts(positives, negatives)
+    assert actual.shape == (5,)
+    np.testing.assert_array_equal(actual, [auc_of_counts(positives[:, r], negatives[:, r]) for r in range(5)])
+    assert np.flatnonzero(np.isnan(actual)) == [2]
 
 
 def test_counts_of_many_rows_do_not_overflow() -> None:
@@ -46,10 +46,10 @@ def test_grouped_auc_is_that_of_each_group(levels: int) -> None:
     group = generator.integers(GROUPS - 1, size=500)  # the last group has no row
     value, label = generator.integers(levels, size=500) / levels, generator.integers(2, size=500).astype(float)
     label[group == 3] = 1
-    found = grouped_auc(group, value, label, 1 - label, GROUPS)
+    actual = grouped_auc(group, value, label, 1 - label, GROUPS)
     for index in range(GROUPS):
         rows = group == index
         if len(np.unique(label[rows])) < 2:
-            assert np.isnan(found[index])
+            assert np.isnan(actual[index])
         else:
-            assert found[index] == pytest.approx(roc_auc_score(label[rows], value[rows]), abs=1e-12)
+            assert actual[index] == pytest.approx(roc_auc_score(label[rows], value[rows]), abs=1e-12)

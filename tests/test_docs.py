@@ -38,12 +38,12 @@ def links(path: Path) -> list[str]:
 def anchors(path: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    found = set[str]()
+    actual = set[str]()
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
         slug = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-        repeated = next(f"{slug}-{number}" for number in range(1, 99) if f"{slug}-{number}" not in found)
-        found.add(repeated if slug in found else slug)
-    return found
+        repeated = next(f"{slug}-{number}" for number in range(1, 99) if f"{slug}-{number}" not in actual)
+        actual.add(repeated if slug in actual else slug)
+    return actual
 
 
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)

@@ -52,10 +52,10 @@ def read_imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {each.name for each in node.names}
+            names |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import; write the full name"
-            names |= {f"{node.module}.{each.name}" for each in node.names}
+            names |= {f"{node.module}.{name.name}" for name in node.names}
     return names
 
 
@@ -74,11 +74,13 @@ def test_imports_run_one_way() -> None:
         assert room in RANK, f"{path} is in no line of ORDER"
         for name in read_imports(path):
             assert not name.startswith(("pipelines", "tests")), f"{path} imports {name}"
-            other = room_of(name)
-            if other in (None, room, "__version__") or (room == "settings" and name.rpartition(".")[0] in OWN_SECTIONS):
+            second = room_of(name)
+            if second in (None, room, "__version__") or (
+                room == "settings" and name.rpartition(".")[0] in OWN_SECTIONS
+            ):
                 continue
-            same = RANK[other] == RANK[room] and (RANK[room] == 0 or "." in room)
-            assert RANK[other] < RANK[room] or same, f"{path} imports {name}"
+            same = RANK[second] == RANK[room] and (RANK[room] == 0 or "." in room)
+            assert RANK[second] < RANK[room] or same, f"{path} imports {name}"
 
 
 def test_what_belongs_to_one_place_is_imported_there_alone() -> None:

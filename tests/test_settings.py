@@ -164,8 +164,8 @@ def test_the_last_override_wins_and_a_negative_value_is_a_value(tmp_path):
 
 
 def test_an_override_leaves_a_feature_out(tmp_path):
-    found = _load(tmp_path, "--features.user_brand.smoothing", "3", "--features.user_brand", "null").features
-    assert set(found) == set(_load(tmp_path).features) - {"user_brand"}
+    actual = _load(tmp_path, "--features.user_brand.smoothing", "3", "--features.user_brand", "null").features
+    assert set(actual) == set(_load(tmp_path).features) - {"user_brand"}
     with pytest.raises(UserError, match=r"'--features.user_brands null' removes .*; did you mean 'user_brand'"):
         _load(tmp_path, "--features.user_brands", "null")
     assert "of 'item' is not an id feature" in _message(tmp_path, "--features.item", "null")  # a history reads its ids
@@ -314,8 +314,8 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         ("tasks.liked.observed_when.equals", [1], "{} must be true or false, found [1]"),
         ("columns.user", 2024, "{} must be text, found 2024"),
         *(
-            ("split.train_start", value, f"{{}} must be a time such as 2024-01-31 or 2024-01-31T18:00:00, {found}")
-            for value, found in (
+            ("split.train_start", value, f"{{}} must be a time such as 2024-01-31 or 2024-01-31T18:00:00, {actual}")
+            for value, actual in (
                 (20240102, "found 20240102"),
                 (True, "found true"),
                 *((text, f"found '{text}'") for text in ("20240102", "2024-1-2", "2024-02-30")),
@@ -342,7 +342,7 @@ def test_numbers_of_yaml_are_those_that_people_write(tmp_path):
     assert load_settings(tmp_path / "again.yaml").roles.context == ("store", *odd)
 
 
-def test_a_table_has_as_many_rows_as_32_bit_ids_can_tell_apart(tmp_path):
+def test_a_table_has_as_many_rows_as_32_bit_ids_can_distinguish(tmp_path):
     _load(tmp_path, features__x={**CROSS, "buckets": 2**31}, features__y={**USER_ID, "max_size": 2**31 - 17})
 
 
@@ -354,7 +354,7 @@ def test_attention_has_its_bounds(tmp_path):
     assert "attention looks at no more than 512 events: set `length` lower" in _message(tmp_path, features=longer)
 
 
-def test_every_mistake_is_told_at_once(tmp_path):
+def test_every_mistake_is_reported_at_once(tmp_path):
     message = _message(tmp_path, modle={}, name=5, tasks__click__kind="binry")
     assert "'modle'" in message
     assert "'name'" in message
@@ -433,7 +433,7 @@ def test_every_setting_is_documented():
         assert model.__doc__
         assert model is Settings or model.__doc__.strip() in text
         for name, field in model.model_fields.items():
-            held = [each for each in models if each in (field.annotation, *typing.get_args(field.annotation))]
+            held = [item for item in models if item in (field.annotation, *typing.get_args(field.annotation))]
             names_kind = name == "kind" and field.is_required()
             if not held and name not in ("tasks", "features", "events") and not names_kind:
                 assert field.description, (model, name)
@@ -478,12 +478,12 @@ def test_the_templates_defaults_are_the_defaults():
 def test_an_automatic_batch_makes_about_a_thousand_steps(rows, epochs):
     sizes = [64, 128, 256, 512, 1024, 2048, 4096]
     nearest = min(sizes, key=lambda size: abs(math.log(rows * epochs / size / 1000)))
-    found = Training(epochs=epochs).resolve_batch_size(rows)
-    assert math.isclose(*(abs(math.log(rows * epochs / size / 1000)) for size in (found, nearest)), abs_tol=1e-9)
+    actual = Training(epochs=epochs).resolve_batch_size(rows)
+    assert math.isclose(*(abs(math.log(rows * epochs / size / 1000)) for size in (actual, nearest)), abs_tol=1e-9)
     assert Training(epochs=epochs, batch_size=700).resolve_batch_size(rows) == 700
 
 
-@pytest.mark.parametrize(("batch_size", "found"), [(1, "1"), ("many", "'many'"), (True, "true"), (2.5, "2.5")])
-def test_a_batch_is_auto_or_a_number_of_rows(tmp_path, batch_size, found):
-    told = f"'training.batch_size' must be auto, or a whole number of at least 2, found {found}"
-    assert _message(tmp_path, training__batch_size=batch_size) == told
+@pytest.mark.parametrize(("batch_size", "actual"), [(1, "1"), ("many", "'many'"), (True, "true"), (2.5, "2.5")])
+def test_a_batch_is_auto_or_a_number_of_rows(tmp_path, batch_size, actual):
+    sentence = f"'training.batch_size' must be auto, or a whole number of at least 2, found {actual}"
+    assert _message(tmp_path, training__batch_size=batch_size) == sentence

@@ -22,7 +22,7 @@ LAYOUT = Layout(
 
 def columns_of(encoded: EncodedInputs, layout: Layout) -> dict[str, pa.Array]:
     """Encoded rows as the columns of a file."""
-    dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
+    dense = {item.name: encoded.dense[:, place] for place, item in enumerate(layout.dense)}
     return arrow_columns(encoded.ids, dense, layout)
 
 
@@ -43,7 +43,7 @@ def table(rows: range) -> pa.Table:
     encoded = EncodedInputs(
         {
             "item": np.array(rows, np.int64),
-            "history": Ragged(np.array([each for ids in lists for each in ids], np.int64), lengths),
+            "history": Ragged(np.array([item for ids in lists for item in ids], np.int64), lengths),
             "slot": np.array(rows, np.int64) % 7,
         },
         np.stack([np.array(rows, np.float32) / 2, -np.array(rows, np.float32)], axis=1),

@@ -44,22 +44,22 @@ def test_parts_have_each_row_once_by_its_user(tmp_path: Path, batch_size: int) -
     """In streams and in row groups, and a user is in the same part of any folder."""
     total = write(tmp_path / "rows", [[15, 0, 4], [], [1], [19, 5]])
     parts = {part: EncodedDataset(tmp_path / "rows", LAYOUT, part=part) for part in ValidationPart}
-    found = {}
+    actual = {}
     for part, rows in parts.items():
         assert rows.uses_part
         read = [row_numbers(rows.read_row_group(group)) for group in rows.row_groups]
-        assert [len(each) for each in read] == rows.row_group_sizes.tolist()
-        streamed = np.concatenate([row_numbers(each) for each, _ in rows.stream(batch_size, ["user"])])
+        assert [len(item) for item in read] == rows.row_group_sizes.tolist()
+        streamed = np.concatenate([row_numbers(item) for item, _ in rows.stream(batch_size, ["user"])])
         assert streamed.tolist() == np.concatenate(read).tolist()
         assert len(streamed) == rows.rows
-        for group, each in zip(rows.row_groups, read, strict=True):
-            assert row_numbers(rows.read_row_group(group, np.arange(len(each))[::-1])).tolist() == each[::-1].tolist()
+        for group, item in zip(rows.row_groups, read, strict=True):
+            assert row_numbers(rows.read_row_group(group, np.arange(len(item))[::-1])).tolist() == item[::-1].tolist()
         users = pa.array([f"user {row}" for row in streamed])
         assert part.contains(users).all()
         assert part.contains(users.dictionary_encode()).all()
-        found[part] = set(streamed.tolist())
-    assert found[ValidationPart.SELECTION] | found[ValidationPart.EVALUATION] == set(range(total))
-    assert not found[ValidationPart.SELECTION] & found[ValidationPart.EVALUATION]
+        actual[part] = set(streamed.tolist())
+    assert actual[ValidationPart.SELECTION] | actual[ValidationPart.EVALUATION] == set(range(total))
+    assert not actual[ValidationPart.SELECTION] & actual[ValidationPart.EVALUATION]
 
 
 @pytest.mark.parametrize("users", [np.arange(20_000), np.arange(20_000).astype(str)])
@@ -73,15 +73,15 @@ def test_half_of_the_users_judge(users: np.ndarray) -> None:
 @pytest.mark.parametrize("part", ValidationPart)
 def test_rows_are_not_divided_if_a_part_has_no_label(tmp_path: Path, part: ValidationPart) -> None:
     rows = table(range(40))
-    for name in [each for each in rows.column_names if each.startswith("label.")]:
+    for name in [column_name for column_name in rows.column_names if column_name.startswith("label.")]:
         labels = pa.array(
             rows.column(name).to_numpy(), mask=ValidationPart.EVALUATION.contains(rows.column("user").combine_chunks())
         )
         rows = rows.set_column(rows.column_names.index(name), name, labels)
     (tmp_path / "rows").mkdir()
     pq.write_table(rows, tmp_path / "rows" / "0.parquet")
-    found = EncodedDataset(tmp_path / "rows", LAYOUT, part=part)
-    assert (found.rows, found.uses_part) == (40, False)
+    actual = EncodedDataset(tmp_path / "rows", LAYOUT, part=part)
+    assert (actual.rows, actual.uses_part) == (40, False)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_rows_are_not_divided_if_a_part_has_no_label(tmp_path: Path, part: Valid
 def test_what_cannot_be_read_is_named(tmp_path: Path, rows: list[pa.Table] | None, message: str) -> None:
     if rows is not None:
         (tmp_path / "rows").mkdir()
-    for number, each in enumerate(rows or []):
-        pq.write_table(each, tmp_path / "rows" / f"{number}.parquet")
+    for number, item in enumerate(rows or []):
+        pq.write_table(item, tmp_path / "rows" / f"{number}.parquet")
     with pytest.raises(UserError, match=message):
         EncodedDataset(tmp_path / "rows", LAYOUT).read_row_group((0, 0))
 
@@ -128,11 +128,11 @@ def test_weights_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
     read = LabeledRows.concatenate([rows.read_row_group((0, 0)), rows.read_row_group((1, 0))])
     joined = LabeledRows.concatenate([read.slice(1, 6).slice(1, 4), read.slice(4, 4), read.take(np.array([6, 0, 6]))])
     streamed = next(rows.stream(9))[0]
-    for each, expected in ((read, [0, 1, 2, 5, 6, 7, 8]), (joined, [2, 5, 6, 8, 0, 8]), (streamed, list(range(9)))):
-        assert row_numbers(each).tolist() == expected
-        assert_values(each)
-        assert each.weights.dtype == np.float64
-        assert each.weights.tolist() == pytest.approx([1 + row % 4 for row in expected])
+    for item, expected in ((read, [0, 1, 2, 5, 6, 7, 8]), (joined, [2, 5, 6, 8, 0, 8]), (streamed, list(range(9)))):
+        assert row_numbers(item).tolist() == expected
+        assert_values(item)
+        assert item.weights.dtype == np.float64
+        assert item.weights.tolist() == pytest.approx([1 + row % 4 for row in expected])
 
 
 def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path
     place = rows.schema.get_field_index("label.stars")
     rows = rows.set_column(place, "label.stars", rows["label.stars"].cast(pa.float32()))  # binary here
     pq.write_table(rows, tmp_path / "rows" / "0.parquet")
-    own, learnt = (EncodedDataset(tmp_path / "rows", layout, joint_labels=each) for each in (False, True))
+    own, learnt = (EncodedDataset(tmp_path / "rows", layout, joint_labels=number) for number in (False, True))
     np.testing.assert_equal(own.read_row_group((0, 0)).labels[:, 1], [np.nan, 1.0, 2.0])
     np.testing.assert_equal(learnt.read_row_group((0, 0)).labels, [[0.0, 0.0], [1.0, 1.0], [2.0, np.nan]])
     write(tmp_path / "old", [[3]])

@@ -47,7 +47,7 @@ def global_batches(
 ) -> Iterator[tuple[list[LabeledRows], int]]:
     for parts in zip(*(epoch_of(rank, epoch, position) for rank in ranks), strict=True):
         after = parts[0][1].row
-        assert {each for _, each in parts} == {ranks[0].position(epoch, after)}
+        assert {item for _, item in parts} == {ranks[0].position(epoch, after)}
         yield [part for part, _ in parts], after
 
 
@@ -85,9 +85,9 @@ def test_resume_gives_exactly_the_rest(
         for rank, part in enumerate(parts):
             assert_values(part)
             np.testing.assert_array_equal(part.row_numbers, row_numbers(part))
-            found = zip(row_numbers(part).tolist(), np.isnan(part.labels[:, 0]).tolist(), strict=True)
+            actual = zip(row_numbers(part).tolist(), np.isnan(part.labels[:, 0]).tolist(), strict=True)
             taken = slots(batch, rank, world_size, rows_per_rank)
-            assert list(found) == [(int(starts[group]) + row, copy) for (group, row), copy in taken]
+            assert list(actual) == [(int(starts[group]) + row, copy) for (group, row), copy in taken]
         assert sorted(row for part in parts for row in real(part)) == sorted(whole[position:after])
         position = after
     assert position == TOTAL
@@ -125,7 +125,7 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(rows, "read_row_group", tracked)
     reader = readers(rows, 1, batch_size=16, shuffle_buffer_rows=64)[0]
     for _ in reader.resume(reader.position(0), epochs=2):
-        assert 4 <= sum(each() is not None for each in references) <= 2 * 4
+        assert 4 <= sum(reference() is not None for reference in references) <= 2 * 4
     assert len(references) == 64
 
 
@@ -164,18 +164,18 @@ def test_every_stretch_holds_rows_of_each_group_in_proportion(
         assert (np.abs(counts - even) <= 1 + len(groups) * window.sizes / total).all()
 
 
-def test_rows_of_a_group_are_permuted_anew_for_each_epoch_seed_and_group() -> None:
-    found = [
+def test_rows_of_a_group_are_permuted_again_for_each_epoch_seed_and_group() -> None:
+    actual = [
         epoch_order([3000, 3000], 10**6, seed, epoch).permutation(group)
         for seed in (0, 1)
         for epoch in (0, 1)
         for group in (0, 1)
     ]
-    for index, one in enumerate(found):
-        assert sorted(one) == list(range(3000))
-        assert abs(np.corrcoef(one, np.arange(3000))[0, 1]) < 0.1
-        for other in found[:index]:
-            assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
+    for index, first in enumerate(actual):
+        assert sorted(first) == list(range(3000))
+        assert abs(np.corrcoef(first, np.arange(3000))[0, 1]) < 0.1
+        for second in actual[:index]:
+            assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
 
 
 # Batches are made ahead of their consumer.
@@ -198,8 +198,8 @@ class Counter:
 
 
 def test_items_in_order_then_no_thread() -> None:
-    assert list(Prefetch((each for each in range(1000)), depth=3)) == list(range(1000))
-    assert list(Prefetch(each for each in ())) == []
+    assert list(Prefetch((index for index in range(1000)), depth=3)) == list(range(1000))
+    assert list(Prefetch(item for item in ())) == []
     assert not background_threads()
 
 

@@ -85,15 +85,15 @@ def judge(seed: int, folder: Path, seeds: int) -> Counter[str]:
     settings = make_log(seed, folder)
     report = compare_features(settings, (), 0.001, seeds)
     verdicts = {name: verdict for name, _, verdict in report.tables[0].rows}
-    found = Counter[str]()
+    actual = Counter[str]()
     for name, verdict in verdicts.items():
         kind = "worthless" if name in NOISE else "copies" if seed % 2 and name in ("strong", "same") else "useful"
         right, wrong = ("removable", "used") if kind == "worthless" else ("used", "removable")
-        found[f"{kind} {'right' if verdict == right else 'wrong' if verdict == wrong else 'open'}"] += 1
+        actual[f"{kind} {'right' if verdict == right else 'wrong' if verdict == wrong else 'open'}"] += 1
     recommended = report.recommended
     names = set() if recommended is None else {*recommended.name.removeprefix("without ").split(", ")}
-    found[f"adopted {'nothing' if not names else 'noise' if names <= {*NOISE} else 'too much'}"] += 1
-    return found
+    actual[f"adopted {'nothing' if not names else 'noise' if names <= {*NOISE} else 'too much'}"] += 1
+    return actual
 
 
 def main() -> None:
@@ -101,13 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=int, nargs=2, default=[0, 40], metavar=("FROM", "TO"))
     parser.add_argument("--seeds", type=int, default=3)
-    options, found = parser.parse_args(), Counter[str]()
+    options, actual = parser.parse_args(), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(*options.logs):
-            one = judge(seed, Path(folder) / str(seed), options.seeds)
-            found += one
-            print(f"log {seed}: {dict(one)}", flush=True)
-    print(json.dumps(dict(sorted(found.items()))))
+            first = judge(seed, Path(folder) / str(seed), options.seeds)
+            actual += first
+            print(f"log {seed}: {dict(first)}", flush=True)
+    print(json.dumps(dict(sorted(actual.items()))))
 
 
 if __name__ == "__main__":

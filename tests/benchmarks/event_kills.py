@@ -127,7 +127,7 @@ def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str,
                 raise caller.error
         server.process.kill()
         server.process = Command(words, log=server.log)
-        acknowledged = set().union(*(each.acknowledged for each in callers))
+        acknowledged = set().union(*(item.acknowledged for item in callers))
         last = max(position for position, _ in acknowledged)
         until(lambda: int(server.answered(None, "/version", "GET")["position"]) >= last, "the server does not know all")
     finally:
@@ -136,7 +136,7 @@ def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str,
         "killed": kills + 1,
         "of_which_whole": whole + 1,
         "acknowledged": len(acknowledged),
-        "sent_again": sum(each.server.again for each in callers),
+        "sent_again": sum(item.server.again for item in callers),
         **_check(journal, table, acknowledged),
     }
 

@@ -206,9 +206,9 @@ def main() -> None:
         for figure in PARTS[part](sizes, device):
             print(f"{figure.part:10} {figure.case:50} {figure.value:12,.4g} {figure.unit}", flush=True)
             figures.append(figure)
-            found = {"device": name, "torch": torch.__version__, "figures": [asdict(each) for each in figures]}
-            (options.out / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(json.dumps(found))
+            actual = {"device": name, "torch": torch.__version__, "figures": [asdict(item) for item in figures]}
+            (options.out / "gpu.json").write_text(json.dumps(actual, indent=1), encoding="utf-8")
+    print(json.dumps(actual))
 
 
 if __name__ == "__main__":

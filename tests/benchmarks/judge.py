@@ -83,33 +83,33 @@ def main() -> None:
     }
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     options = parser.parse_args()
-    found: dict[str, float] = {"margin": Evaluation().max_metric_drop}
+    actual: dict[str, float] = {"margin": Evaluation().max_metric_drop}
     for part in options.only:
-        found |= parts[part](options)
-    print(json.dumps(found))
+        actual |= parts[part](options)
+    print(json.dumps(actual))
 
 
 def judge_compared(number: int) -> dict[str, float]:
     """Models whose true difference is known."""
-    found, counts = dict[str, float](), {"equal": verdicts(NOISE, number, USERS, RESAMPLES, slices=True)}
+    actual, counts = dict[str, float](), {"equal": verdicts(NOISE, number, USERS, RESAMPLES, slices=True)}
     counts["gain"] = verdicts(noise_of_gain(GAIN), number, USERS, RESAMPLES, slices=True)
     counts["broken"] = verdicts(0.0, number, 2 * USERS, RESAMPLES, slices=True, broken=True)
-    for name, each in counts.items():
-        print(f"{name}: {dict(each)}", flush=True)
-        found[f"promoted_{name}"] = each["better"] / number
-        found[f"shown_{name}"] = (each["better"] + each["blocked"]) / number
-        found[f"by_slices_alone_{name}"] = each["only slices"] / number
-    return found
+    for name, item in counts.items():
+        print(f"{name}: {dict(item)}", flush=True)
+        actual[f"promoted_{name}"] = item["better"] / number
+        actual[f"shown_{name}"] = (item["better"] + item["blocked"]) / number
+        actual[f"by_slices_alone_{name}"] = item["only slices"] / number
+    return actual
 
 
 def judge_selected(number: int) -> dict[str, float]:
     """Trees of labels without signal, selected on some users and judged on others, or on the same."""
-    found = {}
+    actual = {}
     for name, divided in (("selected", True), ("selected_and_judged_alike", False)):
         promoted = sum(select(seed, divided).kind == Outcome.BETTER for seed in range(number))
         print(f"{name}: {promoted} of {number} promoted", flush=True)
-        found[f"promoted_{name}"] = promoted / number
-    return found
+        actual[f"promoted_{name}"] = promoted / number
+    return actual
 
 
 def select(seed: int, divided: bool) -> Verdict:
@@ -142,7 +142,7 @@ def select(seed: int, divided: bool) -> Verdict:
         tasks = [TaskOutput(name, "binary") for name in NAMES]
         fitted, _ = fit_calibration("temperature", tasks, logits[:, selects].T, labels[1][:, selects].T)
         tensor = fitted.apply(torch.from_numpy(logits[:, judges].T.copy()), NAMES)
-        given = [dict(zip(NAMES, each, strict=True)) for each in (expit(tensor.numpy().T), labels[1][:, judges])]
+        given = [dict(zip(NAMES, item, strict=True)) for item in (expit(tensor.numpy().T), labels[1][:, judges])]
         sums = measure(TASKS, validation.user[judges], validation.request[judges], *given, score=sum(given[0].values()))
         models[model] = MeasuredModel(sums, summarize(sums, 20))
     return compare(models, "new", NAMES, Evaluation(resamples=RESAMPLES)).verdicts["old"]
@@ -150,7 +150,7 @@ def select(seed: int, divided: bool) -> Verdict:
 
 def judge_trained(number: int) -> dict[str, float]:
     """The command `train` for a later day, beside the champion of an earlier one."""
-    found: dict[str, float] = {}
+    actual: dict[str, float] = {}
     for name, strength in (("later_day", 0.0), ("later_gain", STRENGTH)):
         results = []
         for seed in range(number):
@@ -160,10 +160,10 @@ def judge_trained(number: int) -> dict[str, float]:
             kind = "not compared" if verdict is None else verdict.kind
             print(f"{name} {seed}: promoted {is_promoted}, {kind}, gain {gain:.4f}", flush=True)
         promoted, judged, gains = zip(*results, strict=True)
-        shown = sum(each is not None and each.kind in ("better", "blocked") for each in judged)
+        shown = sum(item is not None and item.kind in ("better", "blocked") for item in judged)
         print(f"{name}: {sum(promoted)} of {number} promoted, {shown} shown better", flush=True)
-        found |= {f"promoted_{name}": sum(promoted) / number, f"gain_{name}": float(np.mean(gains))}
-    return found
+        actual |= {f"promoted_{name}": sum(promoted) / number, f"gain_{name}": float(np.mean(gains))}
+    return actual
 
 
 def train_twice(seed: int, strength: float, folder: Path) -> tuple[bool, Verdict | None, float]:
@@ -194,15 +194,15 @@ def train_twice(seed: int, strength: float, folder: Path) -> tuple[bool, Verdict
 @contextmanager
 def recorded_verdicts() -> Iterator[list[Verdict]]:
     """The verdicts that trainings come to."""
-    read, found = promotion._read_verdict, list[Verdict]()
+    read, actual = promotion._read_verdict, list[Verdict]()
 
     def record(results: Any) -> tuple[bool, str]:
-        found.extend(results.comparison.verdicts.values())
+        actual.extend(results.comparison.verdicts.values())
         return read(results)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(promotion, "_read_verdict", record)
-        yield found
+        yield actual
 
 
 def write_log(seed: int, strength: float, folder: Path) -> None:
@@ -216,7 +216,7 @@ def write_log(seed: int, strength: float, folder: Path) -> None:
     item = random.random((requests, items)).argsort(1)[:, :5].ravel()
     signal = strength * extra + (0.5 * numbers[0] + 0.5 * quality[item] if strength else 0.0)
     labels = random.random((2, rows)) < expit(signal - 1)
-    columns: dict[str, Any] = {f"number_{place}": each for place, each in enumerate(numbers)}
+    columns: dict[str, Any] = {f"number_{place}": number for place, number in enumerate(numbers)}
     columns |= {"request": np.arange(requests).repeat(5), "user": random.integers(0, users, requests).repeat(5)}
     columns |= {"item": item, "extra": extra, **dict(zip(NAMES, labels.astype(np.int8), strict=True))}
     columns["time"] = pa.array(START + times.astype("timedelta64[us]"), pa.timestamp("us", tz="UTC"))

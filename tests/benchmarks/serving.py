@@ -101,8 +101,8 @@ def rate(port: int, body: bytes, clients: int, seconds: float) -> float:
 def processor_seconds(server: int) -> float:
     """Return the processor time that a server and its workers have spent so far."""
     main = psutil.Process(server)
-    times = [each.cpu_times() for each in (main, *main.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    times = [item.cpu_times() for item in (main, *main.children(recursive=True))]
+    return sum(item.user + item.system for item in times)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def main() -> None:
         "--seconds", type=float, default=1.0, help="of each measurement in a turn (default: %(default)s)"
     )
     options = parser.parse_args()
-    found: dict[str, dict[str, list[float]]] = {}
+    actual: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         checkouts = {"ours": (Path.cwd(), options.model.resolve())}
@@ -142,7 +142,7 @@ def main() -> None:
         drawn = {count: bodies.draw(count) for count in COUNTS}
         for _ in range(TURNS):
             for name, (port, process) in servers.items():
-                figures, client = found.setdefault(name, {}), Client(port)
+                figures, client = actual.setdefault(name, {}), Client(port)
                 for count, body in drawn.items():
                     taken = latencies(client, body, options.seconds)
                     figures.setdefault(f"p50_ms_{count}", []).append(float(np.percentile(taken, 50)))
@@ -153,7 +153,7 @@ def main() -> None:
                 spent = (processor_seconds(process) - before) / 40
                 figures.setdefault(f"cpu_ms_{COUNTS[-1]}", []).append(1e3 * spent)
                 figures.setdefault("rate", []).append(rate(port, drawn[5], CLIENTS, 2 * options.seconds))
-    medians = {name: {key: float(np.median(values)) for key, values in each.items()} for name, each in found.items()}
+    medians = {name: {key: float(np.median(values)) for key, values in item.items()} for name, item in actual.items()}
     print(json.dumps(medians))
 
 

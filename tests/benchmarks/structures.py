@@ -7,7 +7,7 @@ of the numbers, and how much both have in common is planted:
 same         `few` follows what `many` follows, and a twentieth of the training rows have its label: `many` helps it
 related      nine tenths in common (correlation .9), a tenth of its labels
 apart        nothing in common, a twentieth of its labels
-both_apart   nothing in common, all labels
+both_separately   nothing in common, all labels
 
 5,000 training rows, 1,000 validation rows, 5,000 test rows. The truth of a task in such logs is its mean difference
 over all of them, with its standard error. A call is wrong where it is `helps` or `harms` and the truth is not shown to
@@ -34,7 +34,7 @@ from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import plain_settings
 
 NUMBERS, ROWS = 12, {"train": 5_000, "validation": 1_000, "test": 5_000}
-KINDS = {"same": (1.0, 0.05), "related": (0.9, 0.1), "apart": (0.0, 0.05), "both_apart": (0.0, 1.0)}
+KINDS = {"same": (1.0, 0.05), "related": (0.9, 0.1), "apart": (0.0, 0.05), "both_separately": (0.0, 1.0)}
 """Kind of log -> correlation of what tasks follow, and share of the training rows with a label of `few`."""
 
 
@@ -49,15 +49,15 @@ def draw_log(kind: str, seed: int) -> pa.Table:
         cause = hidden @ random.normal(size=8)
         return (cause - cause.mean()) / cause.std()
 
-    first, other = draw_cause(), draw_cause()
-    causes = {"many": first, "few": correlation * first + np.sqrt(1 - correlation**2) * other}
+    first, second = draw_cause(), draw_cause()
+    causes = {"many": first, "few": correlation * first + np.sqrt(1 - correlation**2) * second}
     labels = {name: (2 * cause + random.logistic(size=rows) > 0).astype(float) for name, cause in causes.items()}
     split = np.repeat(list(ROWS), list(ROWS.values()))
     labels["few"][(split == "train") & (random.random(rows) >= share)] = np.nan
     return pa.table(
-        {f"x{index}": each for index, each in enumerate(x.T)}
+        {f"x{index}": item for index, item in enumerate(x.T)}
         | {"split": split}
-        | {name: pa.array(each, from_pandas=True) for name, each in labels.items()}
+        | {name: pa.array(item, from_pandas=True) for name, item in labels.items()}
     )
 
 
@@ -88,32 +88,32 @@ def judge_log(kind: str, seed: int, seeds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_of(Path(scratch), draw_log(kind, seed))
         tasks = {"many": "few", "few": "many"}
-        variants = [Variant(f"only {task}", without_tasks=(other,)) for task, other in tasks.items()]
+        variants = [Variant(f"only {task}", without_tasks=(second,)) for task, second in tasks.items()]
         report = compare_variants(settings, [BASE_VARIANT, *variants], seeds)
-    found = []
+    actual = []
     for task, result in zip(tasks, report.variants[1:], strict=True):
         cell = result.metric_means[result.verdict_metrics[0]]
         assert cell.difference is not None
         verdict = {MetricVerdict.WORSE: "helps", MetricVerdict.BETTER: "harms"}.get(cell.verdict, "not shown")
         half = (cell.difference.high - cell.difference.low) / 2
-        found.append(
+        actual.append(
             {"kind": kind, "seed": seed, "task": task, "call": verdict, "value": -cell.difference.value, "half": half}
         )
-    return found
+    return actual
 
 
-def judge_calls(found: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def judge_calls(actual: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Kind of log and task -> calls, the truth, and how many calls are right."""
     groups = defaultdict(list)
-    for each in found:
-        groups[f"{each['kind']}.{each['task']}"].append(each)
+    for item in actual:
+        groups[f"{item['kind']}.{item['task']}"].append(item)
     for name, calls in groups.items():
-        values = np.array([each["value"] for each in calls])
+        values = np.array([item["value"] for item in calls])
         truth, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
         shown = {"helps": truth > 2 * error, "harms": truth < -2 * error}
-        right = [shown.get(each["call"], abs(truth) <= 4 * each["half"]) for each in calls]
-        counts = {call: sum(each["call"] == call for each in calls) for call in ("helps", "not shown", "harms")}
-        half = float(np.median([each["half"] for each in calls]))
+        right = [shown.get(item["call"], abs(truth) <= 4 * item["half"]) for item in calls]
+        counts = {call: sum(item["call"] == call for item in calls) for call in ("helps", "not shown", "harms")}
+        half = float(np.median([item["half"] for item in calls]))
         yield name, {"truth": truth, "error": error, "half": half, **counts, "right": int(np.sum(right))}
 
 
@@ -126,19 +126,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("structures.jsonl"))
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
-    found = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    known = {each["seed"] for each in found}
+    actual = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    known = {item["seed"] for item in actual}
     for seed in range(options.logs):
         if seed not in known and time.monotonic() < end:
             new = judge_log([*KINDS][seed % len(KINDS)], seed, options.seeds)
             with options.out.open("a") as file:
-                file.writelines(f"{json.dumps(each)}\n" for each in new)
-            found += new
-    judged = dict(judge_calls(found))
-    for name, each in judged.items():
-        print(f"{name}: {each}", flush=True)
-    right, number = sum(each["right"] for each in judged.values()), len(found)
-    print(json.dumps({"logs": len({each["seed"] for each in found}), "right": right / number, **judged}))
+                file.writelines(f"{json.dumps(item)}\n" for item in new)
+            actual += new
+    judged = dict(judge_calls(actual))
+    for name, item in judged.items():
+        print(f"{name}: {item}", flush=True)
+    right, number = sum(value["right"] for value in judged.values()), len(actual)
+    print(json.dumps({"logs": len({item["seed"] for item in actual}), "right": right / number, **judged}))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class World:
         """With 20 slices, which hold a fifth of the users each, if wanted."""
 
         def sums(rows: np.ndarray) -> EvaluationSums:
-            given = [dict(zip(NAMES, each[:, rows], strict=True)) for each in (predictions, self.labels)]
+            given = [dict(zip(NAMES, item[:, rows], strict=True)) for item in (predictions, self.labels)]
             score = np.log(predictions[:, rows]).sum(0)
             return measure(TASKS, self.user[rows], self.request[rows], *given, score=score)
 
@@ -60,7 +60,7 @@ def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:
     for seed in range(worlds):
         world = World(np.random.default_rng([7, seed]), users)
         for task, label in enumerate(world.labels):
-            areas = [roc_auc_score(label, world.predictions(each)[task]) for each in (noise, NOISE)]
+            areas = [roc_auc_score(label, world.predictions(item)[task]) for item in (noise, NOISE)]
             gains.append(areas[0] - areas[1])
     return float(np.mean(gains))
 
@@ -72,14 +72,14 @@ def compared(
     challenger ranks one of the slices at random, beside a champion that is worse elsewhere."""
     for seed in range(number):
         world, both = World(np.random.default_rng([11, seed]), users), dict[str, np.ndarray]()
-        for name, each in (("new", noise), ("old", 1.4 if broken else NOISE)):
-            predictions, spoilt = world.predictions(each), np.flatnonzero(world.fifth(0) == 3)
+        for name, item in (("new", noise), ("old", 1.4 if broken else NOISE)):
+            predictions, spoilt = world.predictions(item), np.flatnonzero(world.fifth(0) == 3)
             if broken and name == "new":
                 predictions[:, spoilt] = predictions[:, world.random.permutation(spoilt)]
             both[name] = predictions
-        models = {name: world.measure(each, slices) for name, each in both.items()}
-        found = compare_slices(models, "new", resamples)
-        yield compare(models, "new", NAMES, Evaluation(resamples=resamples), found).verdicts["old"]
+        models = {name: world.measure(item, slices) for name, item in both.items()}
+        actual = compare_slices(models, "new", resamples)
+        yield compare(models, "new", NAMES, Evaluation(resamples=resamples), actual).verdicts["old"]
 
 
 def verdicts(*arguments: Any, **options: Any) -> Counter[str]:

@@ -67,17 +67,17 @@ def simulate(seed: int, users: int = 60, requests: int = 400, decimals: int | No
     liked = np.where(generator.random(rows) < 0.4, np.nan, generator.random(rows) < 0.3)
     spent = np.where(generator.random(rows) < 0.2, np.nan, bought * np.exp(generator.normal(size=rows)))
     probability = 1 / (1 + np.exp(-logit - 0.5 * generator.normal(size=rows)))
-    other = generator.uniform(0.01, 0.99, size=rows)
+    second = generator.uniform(0.01, 0.99, size=rows)
     if decimals is not None:
-        probability, other = (np.clip(p.round(decimals), 0.1, 0.9) for p in (probability, other))
+        probability, second = (np.clip(p.round(decimals), 0.1, 0.9) for p in (probability, second))
     # As exact as the logloss takes probabilities.
-    probability, other = (each.astype(np.float32).astype(np.float64) for each in (probability, other))
+    probability, second = (item.astype(np.float32).astype(np.float64) for item in (probability, second))
     log = Log(
         tasks=(BOUGHT, LIKED, SPENT),
         users=request_user[request] - users // 2,  # negative ids too
         requests=request * 1_000_003,
-        predictions={"bought": probability, "liked": other, "spent": np.exp(logit)},
+        predictions={"bought": probability, "liked": second, "spent": np.exp(logit)},
         labels={"bought": bought, "liked": liked, "spent": spent},
-        score=probability * other if decimals is None else probability,
+        score=probability * second if decimals is None else probability,
     )
     return replace(log, **changes)

@@ -45,13 +45,13 @@ def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
     lines = [line.strip("│ ") for line in stream.getvalue().splitlines()]
     for task in ("bought", "liked"):
         rows, label, prediction = log.observed(task)
-        found = summary["tasks"][task]["brier"]
-        assert found["value"] == pytest.approx(brier_score_loss(label, prediction, sample_weight=log.weight[rows]))
-        assert found["low"] < found["value"] < found["high"]
-        assert flatten(whole)[f"{task}.brier"] == found["value"]
-        assert flatten(whole)[f"{task}.brier.high"] == found["high"]
-        (line,) = (line for line in lines if line.startswith("brier ↓") and f"{found['value']:.4f} ±" in line)
-        assert f"{(found['high'] - found['low']) / 2:.4f}" in line
+        actual = summary["tasks"][task]["brier"]
+        assert actual["value"] == pytest.approx(brier_score_loss(label, prediction, sample_weight=log.weight[rows]))
+        assert actual["low"] < actual["value"] < actual["high"]
+        assert flatten(whole)[f"{task}.brier"] == actual["value"]
+        assert flatten(whole)[f"{task}.brier.high"] == actual["high"]
+        (line,) = (line for line in lines if line.startswith("brier ↓") and f"{actual['value']:.4f} ±" in line)
+        assert f"{(actual['high'] - actual['low']) / 2:.4f}" in line
     assert "brier" not in summary["tasks"]["spent"]
     shown = [line.split()[0] for line in lines if "±" in line]
     assert shown[shown.index("calibration") + 1] == "brier"
@@ -59,11 +59,11 @@ def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
-    other = log.with_predictions(bought=0.5 * log.predictions["bought"])
-    sums = {"a": log.measure(), "b": other.measure()}
-    summaries = {name: summarize(each, 20) for name, each in sums.items()}
+    right = log.with_predictions(bought=0.5 * log.predictions["bought"])
+    sums = {"a": log.measure(), "b": right.measure()}
+    summaries = {name: summarize(item, 20) for name, item in sums.items()}
     difference = compare(sums, "a")["against"]["b"]["groups"]["bought"]["brier"]["value"]
-    first, second = (each.tasks["bought"].get("brier").value for each in summaries.values())
+    first, second = (summary.tasks["bought"].get("brier").value for summary in summaries.values())
     assert difference == pytest.approx(first - second)
     row = next(row for row in metrics_table(summaries).rows if row[0] == "brier ↓")
     assert [cell.mark for cell in row[1:]] == (["best", ""] if first < second else ["", "best"])
@@ -74,11 +74,11 @@ def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
 def test_an_undefined_metric_has_a_note(log: Log, has_interval: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Brier, "summarize", lambda self, resamples: np.full(resamples.counts.shape[1], np.nan))
     monkeypatch.setattr(Brier, "has_interval", has_interval)
-    found = summarize(log.measure(), 5)
-    bought = summary_to_dict(found)["tasks"]["bought"]
+    actual = summarize(log.measure(), 5)
+    bought = summary_to_dict(actual)["tasks"]["bought"]
     assert (bought["brier"]["value"] if has_interval else bought["brier"]) is None
     assert "brier is undefined: " in bought["note"]
-    assert "bought.brier" not in flatten(found)
+    assert "bought.brier" not in flatten(actual)
 
 
 def test_sums_that_nobody_or_two_metrics_measure_are_named(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

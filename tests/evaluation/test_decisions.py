@@ -26,7 +26,7 @@ from mmoe_rec.report.formatting import format_signed
 from mmoe_rec.settings.sections import Evaluation
 
 
-def apart(value: float | None, reach: float | None = None, p_value: float | None = None) -> Difference:
+def build_difference(value: float | None, reach: float | None = None, p_value: float | None = None) -> Difference:
     if value is None or reach is None:
         return Difference(value, p_value=p_value, corrected_p_value=p_value)
     p_value = p_value if p_value is not None else 0.01 if abs(value) > reach else 0.5
@@ -64,7 +64,7 @@ def verdict(
     return decide("new", "old", replace(DECIDES, better=better), differences, known)
 
 
-WELL = {"bought": {"auc": apart(0.001, 0.002)}}
+WELL = {"bought": {"auc": build_difference(0.001, 0.002)}}
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -83,7 +83,7 @@ WELL = {"bought": {"auc": apart(0.001, 0.002)}}
     ],
 )
 def test_an_interval_without_0_decides(sign: int, value: float | None, reach: float, p: float, kind: str) -> None:
-    objective = apart(None if value is None else sign * value, reach, p)
+    objective = build_difference(None if value is None else sign * value, reach, p)
     assert verdict(objective, "higher" if sign > 0 else "lower", **WELL).kind == kind
 
 
@@ -91,7 +91,7 @@ LIMIT = "a loss of more than 0.005 (evaluation.max_metric_drop)"
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "kind", "told"),
+    ("low", "high", "kind", "message"),
     [
         (-0.005, 0.01, "better", f"changes by +0.0025 (-0.0050 to +0.0100), so {LIMIT} is ruled out"),
         (-0.0051, 0.01, "blocked", f"so {LIMIT} can't be ruled out"),
@@ -101,30 +101,32 @@ LIMIT = "a loss of more than 0.005 (evaluation.max_metric_drop)"
         (None, None, "blocked", f"the difference in auc of bought is undefined, so {LIMIT} can't be ruled out"),
     ],
 )
-def test_no_task_may_lose_more_than_the_margin(low: Any, high: Any, kind: str, told: str) -> None:
+def test_no_task_may_lose_more_than_the_margin(low: Any, high: Any, kind: str, message: str) -> None:
     loss = Difference(high, None, None) if low is None else Difference((low + high) / 2, low, high)
-    found = verdict(apart(0.003, 0.002), bought={"auc": loss})
-    assert found.kind == kind
-    assert found.guardrails[0].message.endswith(told)
-    assert (told in found.message) == (kind == "blocked")
-    assert verdict(apart(0.003, 0.002)).kind == "blocked", "a difference that there is not"
+    actual = verdict(build_difference(0.003, 0.002), bought={"auc": loss})
+    assert actual.kind == kind
+    assert actual.guardrails[0].message.endswith(message)
+    assert (message in actual.message) == (kind == "blocked")
+    assert verdict(build_difference(0.003, 0.002)).kind == "blocked", "a difference that there is not"
 
 
 def test_a_model_that_is_held_back_says_why() -> None:
-    groups = WELL | {"spent": {"r2": apart(-0.02, 0.01)}}
-    assert verdict(apart(0.003, 0.002), **groups).kind == "better", "there are too few labels of 'spent' to judge by"
-    found = verdict(apart(0.003, 0.002), judged=("bought", "spent"), **groups)
-    assert found.message == (
+    groups = WELL | {"spent": {"r2": build_difference(-0.02, 0.01)}}
+    assert verdict(build_difference(0.003, 0.002), **groups).kind == "better", (
+        "there are too few labels of 'spent' to judge by"
+    )
+    actual = verdict(build_difference(0.003, 0.002), judged=("bought", "spent"), **groups)
+    assert actual.message == (
         "'new' is not called better, although mean auc of bought, liked is higher than that of 'old' by 0.0030 (0.0010 "
         "to 0.0050): the r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
         "(evaluation.max_metric_drop)"
     )
-    assert [(guard.task, guard.metric, guard.passed) for guard in found.guardrails] == [
+    assert [(guard.task, guard.metric, guard.passed) for guard in actual.guardrails] == [
         ("bought", "auc", True),
         ("bought", "calibration", True),
         ("spent", "r2", False),
     ]
-    assert verdict(apart(0.003, 0.002), judged=("bought", "spent"), margin=0.03, **groups).kind == "better"
+    assert verdict(build_difference(0.003, 0.002), judged=("bought", "spent"), margin=0.03, **groups).kind == "better"
 
 
 @pytest.mark.parametrize(
@@ -145,19 +147,21 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
     same = SliceRecord("country", "A", "bought", "auc", 99, 60, None, 0.7, "old", 0.0, 0.0, 0.0, 0.0, 1e9, 1.0)
     lost = replace(same, **({"slice": "E", "difference": -0.05, "value": 0.48} | ends | changes))
     # Slices that can't be judged are none of those that the correction counts.
-    unknown = [replace(same, slice=f"{each} unknown", degrees_of_freedom=None) for each in range(50)]
-    slices = [lost, *(replace(same, slice=f"{each}") for each in range(number - 1)), *unknown]
-    found = verdict(apart(0.003, 0.002), slices=slices, **WELL)
-    assert found.kind == kind
-    (told,) = (each.message for each in found.guardrails if each.metric == "slices")
+    unknown = [replace(same, slice=f"{index} unknown", degrees_of_freedom=None) for index in range(50)]
+    slices = [lost, *(replace(same, slice=f"{index}") for index in range(number - 1)), *unknown]
+    actual = verdict(build_difference(0.003, 0.002), slices=slices, **WELL)
+    assert actual.kind == kind
+    (message,) = (guardrail.message for guardrail in actual.guardrails if guardrail.metric == "slices")
     if kind == "blocked":
-        assert found.message.endswith(told)
-        assert told == (
+        assert actual.message.endswith(message)
+        assert message == (
             "in slice country: E (99 rows): auc of bought is 0.480, where that of 'old' is 0.530, which is a loss of "
             "more than 0.005 (evaluation.max_metric_drop), corrected for the 10 slices by country"
         )
     else:
-        assert " slices by country none is shown to have a loss of more than 0.005 (evaluation.max_metric_drop)" in told
+        assert (
+            " slices by country none is shown to have a loss of more than 0.005 (evaluation.max_metric_drop)" in message
+        )
 
 
 def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_once() -> None:
@@ -170,8 +174,8 @@ def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_onc
         "rows): auc of bought is 0.700, where that of 'old' is 0.760, which is a loss of more than 0.005 "
         "(evaluation.max_metric_drop), corrected for the 3 slices by country"
     )
-    told = "of 3 slices by country none is shown to have a loss of more than 0.2 (evaluation.max_metric_drop)"
-    assert check_slice_guardrail(records, "old", tasks, 0.2) == Guardrail(None, "slices", True, told)
+    message = "of 3 slices by country none is shown to have a loss of more than 0.2 (evaluation.max_metric_drop)"
+    assert check_slice_guardrail(records, "old", tasks, 0.2) == Guardrail(None, "slices", True, message)
     assert (
         check_slice_guardrail(records, "old", [], 0.005)
         is check_slice_guardrail(records, "another", tasks, 0.005)
@@ -180,7 +184,7 @@ def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_onc
 
 
 @pytest.mark.parametrize(
-    ("mine", "its", "kind"),
+    ("mine", "theirs", "kind"),
     [
         (summary(1.5), summary(1.0), "blocked"),
         (summary(0.6), summary(1.2), "blocked"),
@@ -195,17 +199,17 @@ def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_onc
         (summary(1.5), summary(1.5), "better"),  # as far as the other
     ],
 )
-def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its: Summary, kind: str) -> None:
-    found = verdict(apart(0.003, 0.002), summaries={"new": mine, "old": its}, **WELL)
-    assert found.kind == kind
-    (told,) = (each.message for each in found.guardrails if each.metric == "calibration")
-    ratio, other = (each.tasks["bought"].get("calibration") for each in (mine, its))
+def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, theirs: Summary, kind: str) -> None:
+    actual = verdict(build_difference(0.003, 0.002), summaries={"new": mine, "old": theirs}, **WELL)
+    assert actual.kind == kind
+    (message,) = (guardrail.message for guardrail in actual.guardrails if guardrail.metric == "calibration")
+    ratio, second = (item.tasks["bought"].get("calibration") for item in (mine, theirs))
     is_outside = (ratio.low or ratio.value) > 1.25 or (ratio.high or ratio.value) < 0.8
-    assert told == (
+    assert message == (
         f"the probabilities of bought are {ratio.format(2)} times what was observed, which is "
         f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of 1.25 "
         "(evaluation.max_calibration_ratio); those of "
-        f"'old' are {other.value:.2f} times"
+        f"'old' are {second.value:.2f} times"
     )
 
 
@@ -213,33 +217,40 @@ def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its
 def test_probabilities_that_either_model_lacks_are_not_guarded(undefined: str) -> None:
     lacking = replace(summary(), tasks={"bought": GroupSummary("binary", {}, {}, {})})
     summaries = {"new": summary(1.5), "old": summary()} | {undefined: lacking}
-    assert [guard.metric for guard in verdict(apart(0.003, 0.002), summaries=summaries, **WELL).guardrails] == ["auc"]
+    assert [
+        guard.metric for guard in verdict(build_difference(0.003, 0.002), summaries=summaries, **WELL).guardrails
+    ] == ["auc"]
 
 
 def test_a_verdict_that_shows_nothing_says_so() -> None:
-    assert verdict(apart(0.0007, 0.0012)).message == (
+    assert verdict(build_difference(0.0007, 0.0012)).message == (
         "no difference is shown between 'new' and 'old': mean auc of bought, liked differs by +0.0007 (-0.0005 to "
         "+0.0019)"
     )
     # An interval that lies above 0 would else contradict the verdict.
-    corrected = verdict(apart(0.0013, 0.0012, 0.07)).message
+    corrected = verdict(build_difference(0.0013, 0.0012, 0.07)).message
     assert "between 'new' and 'old', once corrected for the number of comparisons: mean auc" in corrected
     assert (
-        verdict(apart(0.0, 0.0, 1.0)).message == "'new' and 'old' do not differ: mean auc of bought, liked is the same"
+        verdict(build_difference(0.0, 0.0, 1.0)).message
+        == "'new' and 'old' do not differ: mean auc of bought, liked is the same"
     )
-    assert decide("new", "old", None, ModelDifferences(apart(None), {})).message == (
+    assert decide("new", "old", None, ModelDifferences(build_difference(None), {})).message == (
         "'new' and 'old' can't be compared: no task has enough labels (50 rows of either)"
     )
-    assert verdict(apart(None)).message.endswith("mean auc of bought, liked is undefined")
-    assert "has no interval, as one user decides nearly alone" in verdict(apart(0.1)).message
+    assert verdict(build_difference(None)).message.endswith("mean auc of bought, liked is undefined")
+    assert "has no interval, as one user decides nearly alone" in verdict(build_difference(0.1)).message
 
 
-@pytest.mark.parametrize(("mine", "its", "told"), [(1.2, 1.1, "further"), (0.9, 0.8, "closer"), (0.5, 1.6, "further")])
-def test_a_difference_of_calibration_says_which_way(mine: float, its: float, told: str) -> None:
+@pytest.mark.parametrize(
+    ("mine", "theirs", "message"), [(1.2, 1.1, "further"), (0.9, 0.8, "closer"), (0.5, 1.6, "further")]
+)
+def test_a_difference_of_calibration_says_which_way(mine: float, theirs: float, message: str) -> None:
     """By factors: 0.5 is further from 1 than 1.6."""
-    differences = ModelDifferences(apart(0.0, 0.1), {"bought": {"calibration": apart(mine - its, 0.05)}})
+    differences = ModelDifferences(
+        build_difference(0.0, 0.1), {"bought": {"calibration": build_difference(mine - theirs, 0.05)}}
+    )
     (_, (_, cell)) = differences_table(Comparison("new", None, {"old": differences}, (), {}, {}), summary(mine)).rows
-    assert cell.text.endswith(f" {told}")
+    assert cell.text.endswith(f" {message}")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +269,7 @@ def test_a_difference_of_calibration_says_which_way(mine: float, its: float, tol
 )
 def test_numbers_that_stand_together_have_as_many_decimals(values: tuple[float, ...], shown: list[str]) -> None:
     assert format_signed(*values) == shown
-    assert format_signed(*values, sign=False) == [each.removeprefix("+") for each in shown]
+    assert format_signed(*values, sign=False) == [item.removeprefix("+") for item in shown]
 
 
 LOW, RANKS = (
@@ -290,18 +301,18 @@ def test_what_speaks_against_a_version(
     mine = replace(
         log.with_predictions(bought=scale * chance), score=-log.score if "reversed" in changes else log.score
     )
-    its = log.with_predictions(bought=np.where(log.users % 2 == 0, chance, chance.mean()))
+    theirs = log.with_predictions(bought=np.where(log.users % 2 == 0, chance, chance.mean()))
     models = {
         name: MeasuredModel(sums, summarize(sums, 100))
-        for name, sums in (("new", mine.measure()), ("old", its.measure()))
+        for name, sums in (("new", mine.measure()), ("old", theirs.measure()))
     }
     if "seen" in changes:
         models["old"] = replace(models["old"], training_overlap=["has seen these rows"])
     rules = Evaluation(resamples=100, max_metric_drop=0.05, max_calibration_ratio=changes.get("calibration", 9))
     results = Results(models, tasks, rules, "", {})
-    found = _find_objections(results, "new", "old")
-    assert len(found) == len(against)
-    assert all(told.startswith(expected) for told, expected in zip(found, against, strict=True))
-    better, told = _read_verdict(results)
-    assert better == (told.startswith("'new' is better than 'old': "))
-    assert better == (not any(each.startswith("'new' ") for each in against))
+    actual = _find_objections(results, "new", "old")
+    assert len(actual) == len(against)
+    assert all(message.startswith(expected) for message, expected in zip(actual, against, strict=True))
+    better, message = _read_verdict(results)
+    assert better == (message.startswith("'new' is better than 'old': "))
+    assert better == (not any(item.startswith("'new' ") for item in against))

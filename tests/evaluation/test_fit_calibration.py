@@ -78,22 +78,22 @@ def test_the_order_stays_in_float32_whatever_the_labels(form: str) -> None:
     assert after.dtype == np.float32
     assert (np.diff(after[np.argsort(later)]) >= 0).all()
     assert len(np.unique(after)) > 0.95 * len(np.unique(later))
-    other = drawn(later, 8)
-    assert roc_auc_score(other, after) == pytest.approx(roc_auc_score(other, later), abs=1e-6)
+    second = drawn(later, 8)
+    assert roc_auc_score(second, after) == pytest.approx(roc_auc_score(second, later), abs=1e-6)
 
 
 def test_a_flat_stretch_keeps_a_slope() -> None:
     """Rates of 0.3, 0.3001 and 0.8 at three logits: isotonic regression's second step is next to level."""
     rows, positives = 10_000, (3000, 3001, 8000)
     x = np.repeat([-3.0, 2.0, 4.0], rows)
-    y = np.concatenate([np.repeat([1.0, 0.0], [each, rows - each]) for each in positives])
+    y = np.concatenate([np.repeat([1.0, 0.0], [positive, rows - positive]) for positive in positives])
     fit = fit_isotonic(x, y, np.ones(len(y)))
     slopes = np.diff(fit.calibrated) / np.diff(fit.logits)
     assert slopes[0] == pytest.approx(MIN_SLOPE)
     assert fit.calibrated[::2] == (pytest.approx(logit(0.3)), pytest.approx(logit(0.8)))
 
 
-def test_labels_told_apart_without_an_error_stay_between_0_and_1() -> None:
+def test_labels_distinguished_without_an_error_stay_between_0_and_1() -> None:
     x = np.linspace(-3, 3, 5000)
     fit = fit_isotonic(x, (x > 1).astype(float), np.ones(len(x)))
     assert fit.logits == (pytest.approx(logit(expit(x).mean())),)
@@ -108,17 +108,17 @@ def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.Calibrat
     labels = np.stack([drawn(logits[:, i] - 1, seed=i) for i in range(3)], axis=1).astype(np.float32)
     labels[random.random(labels.shape) < 0.3] = np.nan
     weights = random.exponential(size=len(labels)) + 0.5
-    found, left = fit_calibration(method, tasks, logits, labels, weights)
-    assert list(found.tasks) == ["click", "liked"]
+    actual, left = fit_calibration(method, tasks, logits, labels, weights)
+    assert list(actual.tasks) == ["click", "liked"]
     assert left == []
     for index in (0, 2):
         known = ~np.isnan(labels[:, index])
-        x, y = (each[known, index].astype(float) for each in (logits, labels))
+        x, y = (item[known, index].astype(float) for item in (logits, labels))
         alone = getattr(module, f"fit_{method}")(x, y, weights[known])
-        assert found.tasks[tasks[index].name] == alone
+        assert actual.tasks[tasks[index].name] == alone
     plain, _ = fit_calibration(method, tasks, logits, labels)
-    assert plain.tasks.keys() == found.tasks.keys()
-    assert plain != found
+    assert plain.tasks.keys() == actual.tasks.keys()
+    assert plain != actual
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.Calibrat
     ],
 )
 def test_a_task_that_cannot_be_fitted_is_named(x: np.ndarray, y: np.ndarray, sentence: str) -> None:
-    found, (told,) = fit_calibration("temperature", [TASK], x[:, None], y[:, None].astype(float))
-    assert not found.tasks
-    assert told.startswith("task 'click' is not calibrated: ")
-    assert sentence in told
+    actual, (message,) = fit_calibration("temperature", [TASK], x[:, None], y[:, None].astype(float))
+    assert not actual.tasks
+    assert message.startswith("task 'click' is not calibrated: ")
+    assert sentence in message
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
@@ -147,12 +147,12 @@ def test_what_drifts_is_not_calibrated_by_the_past(method: module.CalibrationMet
     x, times = random.normal(size=40_000), random.permutation(40_000)
     for later, drifts in ((-0.8, True), (0.8, False), (0.0, True)):
         y = drawn(x - np.where(times < 20_000, 0.8, later), seed=1).astype(float)
-        found, left = fit_calibration(method, [TASK], x[:, None], y[:, None], None, times)
-        assert bool(found.tasks) != drifts
+        actual, left = fit_calibration(method, [TASK], x[:, None], y[:, None], None, times)
+        assert bool(actual.tasks) != drifts
         assert len(left) == drifts
         late = times >= 20_000
         fitted = fit_calibration(method, [TASK], x[~late][:, None], y[~late][:, None])[0].tasks["click"]
-        losses = [log_loss(y[late], expit(each[late])) for each in (calibrated(fitted, x), x)]
+        losses = [log_loss(y[late], expit(item[late])) for item in (calibrated(fitted, x), x)]
         assert (losses[0] > losses[1]) == drifts
         if drifts:
             assert f"(logloss {losses[0]:.4g} instead of {losses[1]:.4g}): it drifts" in left[0]

@@ -43,7 +43,7 @@ def test_holm_by_hand() -> None:
         ([None, 0.04, None, 0.01], [None, 0.04, None, 0.02]),
     ):
         assert [
-            each.corrected_p_value for each in holm_correct([Difference(1.0, p_value=p_value) for p_value in given])
+            item.corrected_p_value for item in holm_correct([Difference(1.0, p_value=p_value) for p_value in given])
         ] == expected
 
 
@@ -57,21 +57,21 @@ def test_an_interval_of_few_users_is_that_of_student(users: float) -> None:
     degrees_of_freedom = users - 1
     standard_error = 0.2 * np.sqrt((degrees_of_freedom + 1) / degrees_of_freedom)
     low, high = student.interval(0.95, degrees_of_freedom, 0.7, standard_error)
-    found = number(0.7, 0.2, users).interval()
-    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
+    actual = number(0.7, 0.2, users).interval()
+    assert (actual.low, actual.high) == pytest.approx((low, high), rel=1e-9)
     # A difference has the same interval, by the fewer users of both.
-    mine, other = number(0.7, 0.2, users), number(1.4, 0.4, users + 3)
-    found = compute_difference(mine, other)
-    assert (found.value, found.standard_error, found.degrees_of_freedom) == pytest.approx(
+    mine, second = number(0.7, 0.2, users), number(1.4, 0.4, users + 3)
+    actual = compute_difference(mine, second)
+    assert (actual.value, actual.standard_error, actual.degrees_of_freedom) == pytest.approx(
         (-0.7, standard_error, degrees_of_freedom)
     )
-    assert (found.low, found.high) == pytest.approx(
+    assert (actual.low, actual.high) == pytest.approx(
         student.interval(0.95, degrees_of_freedom, -0.7, standard_error), rel=1e-9
     )
-    assert found.p_value == pytest.approx(2 * student.cdf(-0.7 / standard_error, degrees_of_freedom), rel=1e-9)
-    swapped = compute_difference(other, mine)
-    assert (swapped.value, swapped.p_value) == (-found.value, found.p_value)
-    assert (swapped.low, swapped.high) == pytest.approx((found.negated.low, found.negated.high))
+    assert actual.p_value == pytest.approx(2 * student.cdf(-0.7 / standard_error, degrees_of_freedom), rel=1e-9)
+    swapped = compute_difference(second, mine)
+    assert (swapped.value, swapped.p_value) == (-actual.value, actual.p_value)
+    assert (swapped.low, swapped.high) == pytest.approx((actual.negated.low, actual.negated.high))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -80,8 +80,8 @@ def test_an_interval_of_a_share_is_that_of_jeffreys(share: float) -> None:
     spread = np.sqrt(share * (1 - share) / 40 * 39 / 40)
     trials = 40 * (norm.ppf(0.975) / student.ppf(0.975, 39)) ** 2 if spread else 40
     low, high = beta.interval(0.95, trials * share + 0.5, trials * (1 - share) + 0.5)
-    found = number(share, spread, 40).interval(is_fraction=True)
-    assert (found.low, found.high) == pytest.approx((low if share else 0.0, high if share < 1 else 1.0), rel=1e-9)
+    actual = number(share, spread, 40).interval(is_fraction=True)
+    assert (actual.low, actual.high) == pytest.approx((low if share else 0.0, high if share < 1 else 1.0), rel=1e-9)
 
 
 def test_trainings_add_to_the_error_by_welch_and_satterthwaite() -> None:
@@ -89,16 +89,16 @@ def test_trainings_add_to_the_error_by_welch_and_satterthwaite() -> None:
     parts = [(0.04 * 8 / 7, 7), (0.09, 4)]
     standard_error = np.sqrt(sum(variance for variance, _ in parts))
     degrees_of_freedom = standard_error**4 / sum(variance**2 / free for variance, free in parts)
-    found = compute_difference(number(1.0, 0.4, 8), number(0.5, 0.2, 8), [(0.09, 4), (0.0, 2)])
-    assert (found.value, found.standard_error, found.degrees_of_freedom) == pytest.approx(
+    actual = compute_difference(number(1.0, 0.4, 8), number(0.5, 0.2, 8), [(0.09, 4), (0.0, 2)])
+    assert (actual.value, actual.standard_error, actual.degrees_of_freedom) == pytest.approx(
         (0.5, standard_error, degrees_of_freedom)
     )
-    assert found.p_value == pytest.approx(2 * student.sf(0.5 / standard_error, degrees_of_freedom), rel=1e-9)
+    assert actual.p_value == pytest.approx(2 * student.sf(0.5 / standard_error, degrees_of_freedom), rel=1e-9)
     assert combine_variances([(0.0, 3), (0.0, 0)]) == (0.0, np.inf)
     assert combine_variances([(0.09, 4), (0.0, 0)]) == pytest.approx((0.3, 4))
 
 
-def test_what_does_not_vary_is_equal_or_not_told_apart() -> None:
+def test_what_does_not_vary_is_equal_or_not_distinguished() -> None:
     """Also where too few users have rows for a standard error: equal models are equal in any sample."""
     same, users = number(0.5, 0.1, 8), 8
     equal = Difference(0.0, 0.0, 0.0, 0.0, None, 1.0)

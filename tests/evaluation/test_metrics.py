@@ -50,9 +50,9 @@ def predicted(seed: int, rows: int = 3_000, text: bool = False) -> pd.DataFrame:
     item = pd.Series(request).groupby(request).cumcount().to_numpy() + 3 * (request % 40)
     return pd.DataFrame(
         {
-            "user": [f"user {each}" for each in user] if text else user - 50,
-            "request": [f"ç{each}" for each in request] if text else request * 10**15,
-            "candidate": [f"item {each}" for each in item] if text else item,
+            "user": [f"user {entry}" for entry in user] if text else user - 50,
+            "request": [f"ç{entry}" for entry in request] if text else request * 10**15,
+            "candidate": [f"item {entry}" for entry in item] if text else item,
             "predicted_bought": chance.astype(np.float32),
             "predicted_stars": generator.normal(size=rows),
             "label_bought": pd.array(generator.random(rows) < chance, "boolean"),
@@ -75,7 +75,7 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     monkeypatch.setattr("mmoe_rec.evaluation.prediction_files.FEATURE_BATCH_ROWS", 100)
     frame = predicted(1, text=text)
     asked, source = parse_tasks(TASKS), written(frame, tmp_path / "in")
-    found = measured(asked, source, tmp_path / "out", Evaluation(resamples=50))
+    actual = measured(asked, source, tmp_path / "out", Evaluation(resamples=50))
     names = ("bought", "stars")
     sums = measure(
         asked.tasks,
@@ -88,15 +88,15 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     )
     expected = summarize(sums, 50)
     for part in ("rows", "users", "requests"):
-        assert found[part] == expected[part]
+        assert actual[part] == expected[part]
     for name, value in intervals(expected).items():
-        assert intervals(found)[name] == pytest.approx(value, rel=1e-9), name
-    assert found["catalog"] == pytest.approx(expected["catalog"], rel=1e-9)
+        assert intervals(actual)[name] == pytest.approx(value, rel=1e-9), name
+    assert actual["catalog"] == pytest.approx(expected["catalog"], rel=1e-9)
     read = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert {name: read.pop(name) for name in found} == found
+    assert {name: read.pop(name) for name in actual} == actual
     assert sorted(read) == ["against", "facts"]
     assert read["facts"]["predictions"] == str(tmp_path / "in")
-    assert sorted(each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")) == ["in", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == ["in", "out"]
 
 
 def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> No
     renamed = frame.rename(columns={"user": "who", "predicted_bought": "p", "label_bought": "y", "score": "s"})
     source = written(renamed.drop(columns="request"), tmp_path / "other")
     words = ["user=who", "request=who+at", "predicted_bought=p", "label_bought=y", "score=s"]
-    found = measured(parse_tasks(["bought"]).with_columns(words), source, tmp_path / "b")
-    assert found["tasks"] == expected["tasks"]
-    assert found["score"] == expected["score"]
+    actual = measured(parse_tasks(["bought"]).with_columns(words), source, tmp_path / "b")
+    assert actual["tasks"] == expected["tasks"]
+    assert actual["score"] == expected["score"]
 
 
 def test_weights_count_rows(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_weights_count_rows(tmp_path: Path) -> None:
     for name, words in (("weight", []), ("w", ["weight=w"])):
         source = written(frame.rename(columns={"weight": name}), tmp_path / name)
         asked = parse_tasks(["bought"]).with_columns(words)
-        found = measured(asked, source, tmp_path / "out")
-        assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
+        actual = measured(asked, source, tmp_path / "out")
+        assert actual["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
     with pytest.raises(UserError, match="has no column 'rate'; name another one with --columns weight=COLUMN"):
         measured(asked.with_columns(["weight=rate"]), source, tmp_path / "out")
 
@@ -136,14 +136,14 @@ def test_without_candidates_there_is_no_catalog(tmp_path: Path) -> None:
 def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> None:
     frame = predicted(5).drop(columns="score")
     source = str(written(frame, tmp_path / "in"))
-    found = measured(["bought"], source, tmp_path / "out")
+    actual = measured(["bought"], source, tmp_path / "out")
     for name in ("ndcg_at_5", "mrr", "map"):
-        assert found["score"][name] == found["tasks"]["bought"][name]
+        assert actual["score"][name] == actual["tasks"]["bought"][name]
     fused = np.log(frame["predicted_bought"].clip(1e-12)) + 0.2 * np.log(frame["predicted_stars"].clip(1e-6))
     with_score = written(frame.assign(score=fused), tmp_path / "fused")
-    found, expected = (measured(TASKS, each, tmp_path / "out")["score"] for each in (source, with_score))
-    assert found == expected
-    assert found["ndcg_at_5"] != measured(["bought"], source, tmp_path / "out")["score"]["ndcg_at_5"]
+    actual, expected = (measured(TASKS, item, tmp_path / "out")["score"] for item in (source, with_score))
+    assert actual == expected
+    assert actual["ndcg_at_5"] != measured(["bought"], source, tmp_path / "out")["score"]["ndcg_at_5"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
         measured(["bought"], source, tmp_path / "out")
 
 
-def test_times_that_tell_requests_apart_are_whole_microseconds(tmp_path: Path) -> None:
+def test_times_that_distinguish_requests_are_whole_microseconds(tmp_path: Path) -> None:
     frame = predicted(8).assign(request=pd.to_datetime(predicted(8)["request"] // 10**15, unit="s"))
     asked = parse_tasks(["bought"]).with_columns(["request=user+request"])
     source = written(frame, tmp_path / "in")
@@ -231,10 +231,10 @@ def test_files_without_rows_count_nothing(tmp_path: Path) -> None:
     frame = predicted(8)
     source = written(frame, tmp_path / "in")
     expected = measured(TASKS, source, tmp_path / "a")
-    for name, empty in (("00", frame.iloc[:0]), ("9", pd.DataFrame({each: [] for each in frame}))):
+    for name, empty in (("00", frame.iloc[:0]), ("9", pd.DataFrame({item: [] for item in frame}))):
         empty.to_parquet(source / f"{name}.parquet")
-    found = measured(TASKS, source, tmp_path / "b")
-    assert found == expected | {"files": 5}
+    actual = measured(TASKS, source, tmp_path / "b")
+    assert actual == expected | {"files": 5}
 
 
 def test_predictions_of_single_and_double_precision_have_the_same_logloss(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_predictions_of_single_and_double_precision_have_the_same_logloss(tmp_pa
     chance = np.where(np.abs(logits) > 20, logits > 0, 1 / (1 + np.exp(-logits)))
     double = predicted(8).assign(predicted_bought=chance)
     single = double.assign(predicted_bought=chance.astype(np.float32))
-    sources = [written(each, tmp_path / name) for name, each in (("double", double), ("single", single))]
+    sources = [written(item, tmp_path / name) for name, item in (("double", double), ("single", single))]
     sources.append(written(single, tmp_path / "mixed"))
     shutil.copy(sources[0] / "0.parquet", sources[2])
     eps = float(np.finfo(np.float32).eps)
@@ -268,7 +268,7 @@ def test_predictions_of_single_and_double_precision_have_the_same_logloss(tmp_pa
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
     ],
 )
-def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, capsys) -> None:
+def test_wrong_words_are_reported(words: list[str], message: str, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         run("evaluate", "--predictions", str(tmp_path), *words)
     assert re.search(message, capsys.readouterr().err)
@@ -276,38 +276,38 @@ def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, ca
 
 def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     frame = predicted(20)
-    other = frame.sample(frac=1, random_state=0).reset_index(drop=True)  # in another order, in other files
-    other["predicted_bought"] = 0.5 * other["predicted_bought"] + 0.5 * np.random.default_rng(0).random(len(other))
+    second = frame.sample(frac=1, random_state=0).reset_index(drop=True)  # in another order, in other files
+    second["predicted_bought"] = 0.5 * second["predicted_bought"] + 0.5 * np.random.default_rng(0).random(len(second))
     source, others = written(frame, tmp_path / "ours[a]"), tmp_path / "theirs"
-    written(other.rename(columns={"user": "viewer", "predicted_stars": "p"}), others, files=2)
+    written(second.rename(columns={"user": "viewer", "predicted_stars": "p"}), others, files=2)
     names = ["user=viewer", "predicted_stars=p"]
     out = tmp_path / "out"
     words = ["--tasks", *TASKS, "--resamples", "200", "--out", str(out)]
     run("evaluate", "--predictions", str(source), "--compare-to", str(others), "--compare-to-columns", *names, *words)
     printed = capsys.readouterr().out
     comparison = read_metrics(out)["comparison"]
-    told = comparison["against"]["theirs"]
+    sentence = comparison["against"]["theirs"]
     assert comparison["model"] == "ours[a]"
-    areas = [roc_auc_score(each["label_bought"].astype(bool), each["predicted_bought"]) for each in (frame, other)]
-    assert told["groups"]["bought"]["auc"]["value"] == pytest.approx(areas[0] - areas[1], abs=1e-12)
-    assert told["objective"]["value"] == told["groups"]["bought"]["auc"]["value"]
-    assert told["verdict"]["kind"] == "better"
+    areas = [roc_auc_score(item["label_bought"].astype(bool), item["predicted_bought"]) for item in (frame, second)]
+    assert sentence["groups"]["bought"]["auc"]["value"] == pytest.approx(areas[0] - areas[1], abs=1e-12)
+    assert sentence["objective"]["value"] == sentence["groups"]["bought"]["auc"]["value"]
+    assert sentence["verdict"]["kind"] == "better"
     assert "'ours[a]' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
     assert read_metrics(out)["against"]["theirs"]["predictions"] == str(others)
     words += ["--compare-to-columns", "user=user", "predicted_stars=predicted_stars"]
     run("evaluate", "--predictions", str(others), "--compare-to", str(source), "--columns", *names, *words)
     assert read_metrics(out)["comparison"]["against"]["ours[a]"]["verdict"]["kind"] == "worse"
     run("evaluate", "--predictions", str(source), *words[:-3])
-    found = read_metrics(out)
-    assert found["against"] == {}
-    assert "comparison" not in found
+    actual = read_metrics(out)
+    assert actual["against"] == {}
+    assert "comparison" not in actual
 
 
 def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
     """Labels that belong to other requests, as after a wrong join, and a file that is missing."""
     frame, out = predicted(21), tmp_path / "out"
     source, wrong = str(written(frame, tmp_path / "ours")), np.roll(frame["label_bought"], 1)
-    for number, (other, told) in enumerate(
+    for number, (second, sentence) in enumerate(
         [
             (frame.assign(label_bought=wrong), r"on the same rows \(labels of 'bought' differ"),
             (frame.drop(columns="candidate"), r"on the same rows \(their requests or candidates differ"),
@@ -315,8 +315,8 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
             (frame.assign(user=frame["user"].astype(str)), r"users of rows differ\)"),
         ]
     ):
-        with pytest.raises(UserError, match=told):
-            measured(TASKS, source, out, against=[str(written(other, tmp_path / str(number)))])
+        with pytest.raises(UserError, match=sentence):
+            measured(TASKS, source, out, against=[str(written(second, tmp_path / str(number)))])
     with pytest.raises(UserError, match="is given twice, and would be compared with itself; give --compare-to another"):
         measured(TASKS, source, out, against=[source])
     assert not (out / "metrics.json").exists()
@@ -341,4 +341,4 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path, monkeypatch: pytest.Mo
     for out in (".", "", "metrics", f"{ours}/a/b", tmp_path / "link" / "out"):
         with pytest.raises(UserError, match="or contains them"):
             measured(TASKS, ours, out)
-    assert sorted(each.name for each in Path(ours).iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
+    assert sorted(path.name for path in Path(ours).iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]

@@ -56,7 +56,7 @@ def report(frame: pd.DataFrame, folder: Path) -> tuple[Results, str]:
 
 
 def checks(results: Results) -> list[str]:
-    return [each.check for each in find_suspicious_results(results)]
+    return [suspicious_result.check for suspicious_result in find_suspicious_results(results)]
 
 
 def leak(frame: pd.DataFrame) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def shuffle_labels(frame: pd.DataFrame) -> pd.DataFrame:
 def join_other_requests(frame: pd.DataFrame) -> pd.DataFrame:
     """Of the same user, so that over all rows predictions still look good."""
     requests = frame.groupby("user")["request"].unique()
-    following = {each: after for ids in requests for each, after in zip(ids, np.roll(ids, 1), strict=True)}
+    following = {item: after for ids in requests for item, after in zip(ids, np.roll(ids, 1), strict=True)}
     by_row = frame.set_index(["request", "candidate"])["predicted_bought"]
     keys = pd.MultiIndex.from_arrays([frame["request"].map(following), frame["candidate"]])
     return frame.assign(predicted_bought=by_row.loc[keys].to_numpy())
@@ -90,7 +90,7 @@ def turn_users_round(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("bug", "check", "told"),
+    ("bug", "check", "message"),
     [
         (leak, "too good", "too good to be true: a feature may hold the outcome"),
         (rank_as_score, "score", "ranks the rows of requests worse than chance"),
@@ -104,16 +104,16 @@ def turn_users_round(frame: pd.DataFrame) -> pd.DataFrame:
         (turn_users_round, "within users", "but the rows of a user no better than by chance"),
     ],
 )
-def test_a_bug_is_seen(bug: Callable[[pd.DataFrame], pd.DataFrame], check: str, told: str, tmp_path: Path) -> None:
+def test_a_bug_is_seen(bug: Callable[[pd.DataFrame], pd.DataFrame], check: str, message: str, tmp_path: Path) -> None:
     results, words = report(bug(rows()), tmp_path / "in")
     assert check in checks(results)
     assert len(checks(results)) == 1 or check == "too good"
-    assert re.search(told, words)
+    assert re.search(message, words)
 
 
 def fit_on_other_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    other = rows(1)
-    fitted = IsotonicRegression(out_of_bounds="clip").fit(other["predicted_bought"], other["label_bought"])
+    second = rows(1)
+    fitted = IsotonicRegression(out_of_bounds="clip").fit(second["predicted_bought"], second["label_bought"])
     return frame.assign(predicted_bought=np.clip(fitted.predict(frame["predicted_bought"]), 0.001, 0.999))
 
 
@@ -151,8 +151,8 @@ def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.
     settings = settings.model_copy(
         update={"data": settings.data.model_copy(update={"work_dir": str(tmp_path / "other")})}
     )
-    found = evaluate_model(settings, str(model.folder), out)
-    assert checks(found).count("seen") == 1
+    actual = evaluate_model(settings, str(model.folder), out)
+    assert checks(actual).count("seen") == 1
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
     assert "it has seen labels of the measured rows" in " ".join(words.split())
 
@@ -162,21 +162,21 @@ def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
     settings = plain_settings(tmp_path)
     split = settings.split.model_dump(mode="json")
     learnt = {"train": ["1", "4"], "validation": ["2"], "test": ["3"]}
-    for changes, told in (
+    for changes, message in (
         (learnt, "chosen, on rows with 4 in column 'fold', and is measured on the same rows"),
         ({"column": "person"}, "column 'person' split, .* it may have seen"),
     ):
         trained = settings.model_copy(update={"split": Split.model_validate(split | changes)})
         (tmp_path / "settings.yaml").write_text(trained.to_yaml(), encoding="utf-8")
         (said,) = describe_training_overlap(settings, tmp_path)
-        assert re.search(told, said), said
+        assert re.search(message, said), said
 
 
 def test_new_users_are_one_slice() -> None:
     scored: Any = SimpleNamespace(users=pa.array([1, 2, 9]), candidates=None)
     slices = slice_by_training_counts(scored, {"user": pd.Series({1: 3, 2: 1})})
-    found = {by: {name: rows.tolist() for name, rows in each.items()} for by, each in slices.items()}
-    assert found == {
+    actual = {by: {name: rows.tolist() for name, rows in item.items()} for by, item in slices.items()}
+    assert actual == {
         "user": {"new": [2], "returning": [0, 1]},
         "training rows of the user": {"[1, 1]": [1], "(1, 3]": [0]},
     }
@@ -185,14 +185,17 @@ def test_new_users_are_one_slice() -> None:
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their own features; the page names both."""
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
-    model, other = SmallModel(tmp_path / "a"), SmallModel(tmp_path / "b", model={"experts": {"count": 2, "units": [4]}})
+    model, second = (
+        SmallModel(tmp_path / "a"),
+        SmallModel(tmp_path / "b", model={"experts": {"count": 2, "units": [4]}}),
+    )
     out = tmp_path / "out"
-    found = evaluate_model(model.settings, str(model.folder), out, [str(other.folder)])
+    actual = evaluate_model(model.settings, str(model.folder), out, [str(second.folder)])
     comparison = json.loads((out / "metrics.json").read_text())["comparison"]
     assert (comparison["model"], list(comparison["against"])) == ("a/model", ["b/model"])
-    apart: dict[str, Any] = comparison["against"]["b/model"]["groups"]["click"]["auc"]
-    areas = [each.tasks["click"].get("auc").value for each in found.summaries.values()]
-    assert apart["value"] == pytest.approx(areas[0] - areas[1])
+    separate: dict[str, Any] = comparison["against"]["b/model"]["groups"]["click"]["auc"]
+    areas = [summary.tasks["click"].get("auc").value for summary in actual.summaries.values()]
+    assert separate["value"] == pytest.approx(areas[0] - areas[1])
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
     assert "Differences: a/model minus" in words
     assert "b/model" in words

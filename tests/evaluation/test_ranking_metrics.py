@@ -45,14 +45,14 @@ def by_trec(request: np.ndarray, gain: np.ndarray, score: np.ndarray) -> dict[st
     """Means over the requests that rank something: whose rows differ in relevance."""
     qrels: dict[str, dict[str, int]] = {}
     run: dict[str, dict[str, float]] = {}
-    for each in np.unique(request):
-        rows = np.flatnonzero(request == each)
+    for item in np.unique(request):
+        rows = np.flatnonzero(request == item)
         if len(set(gain[rows])) > 1:
             place = np.argsort(np.argsort(score[rows]))  # trec_eval ranks by float32
-            qrels[str(each)] = {str(row): int(gain[row]) for row in rows}
-            run[str(each)] = {str(row): float(rank) for row, rank in zip(rows, place, strict=True)}
-    found = ir_measures.calc_aggregate(list(MEASURES.values()), qrels, run)
-    return {name: found[measure] for name, measure in MEASURES.items()}
+            qrels[str(item)] = {str(row): int(gain[row]) for row in rows}
+            run[str(item)] = {str(row): float(rank) for row, rank in zip(rows, place, strict=True)}
+    actual = ir_measures.calc_aggregate(list(MEASURES.values()), qrels, run)
+    return {name: actual[measure] for name, measure in MEASURES.items()}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,8 +70,8 @@ def test_metrics_of_the_score_and_of_each_task_are_those_of_trec_eval(seed: int)
     for name, (gain, score) in given.items():
         known = ~np.isnan(gain)
         expected = by_trec(log.requests[known], gain[known], score[known])
-        found = {each: summary.groups[name].get(each).value for each in MEASURES}
-        assert found == pytest.approx(expected, abs=1e-12)
+        actual = {item: summary.groups[name].get(item).value for item in MEASURES}
+        assert actual == pytest.approx(expected, abs=1e-12)
         assert 0 < expected["map"] < 1
 
 
@@ -84,15 +84,15 @@ def test_ndcg_is_that_of_scikit_learn(levels: int, cutoff: int) -> None:
     gain = random.integers(2, size=500) * random.uniform(0.1, 3, size=500)
     gain[group == 5] = 0
     lists = RankedRequests.of(group, score, gain, GROUPS)
-    found, average = ndcg(lists, cutoff), random_ndcg(lists, cutoff)
+    actual, average = ndcg(lists, cutoff), random_ndcg(lists, cutoff)
     for index in range(GROUPS):
         rows = group == index
         if gain[rows].sum() == 0:
-            assert np.isnan([found[index], average[index]]).all()
+            assert np.isnan([actual[index], average[index]]).all()
         elif rows.sum() > 1:  # scikit-learn refuses lists of one
             scores = (score[rows], np.zeros(rows.sum()))
-            expected = [ndcg_score([gain[rows]], [each], k=cutoff) for each in scores]
-            assert [found[index], average[index]] == pytest.approx(expected, abs=1e-12)
+            expected = [ndcg_score([gain[rows]], [item], k=cutoff) for item in scores]
+            assert [actual[index], average[index]] == pytest.approx(expected, abs=1e-12)
 
 
 def precision_of_one(gain: np.ndarray) -> float:
@@ -116,17 +116,17 @@ def test_ties_count_as_the_mean_over_their_orders(
     of_one: Callable[[np.ndarray], float],
     rows: list[tuple[int, bool]],
 ) -> None:
-    score, gain = (np.array(each, dtype=float) for each in zip(*rows, strict=True))
-    found = of_lists(RankedRequests.of(np.zeros(len(rows), dtype=int), score, gain, 1))[0]
+    score, gain = (np.array(item, dtype=float) for item in zip(*rows, strict=True))
+    actual = of_lists(RankedRequests.of(np.zeros(len(rows), dtype=int), score, gain, 1))[0]
     if not gain.any():
-        assert np.isnan(found)
+        assert np.isnan(actual)
         return
     orders = [
         gain[list(order)]
         for order in permutations(range(len(rows)))
         if all(score[a] >= score[b] for a, b in pairwise(order))
     ]
-    assert found == pytest.approx(np.mean([of_one(order) for order in orders]), abs=1e-12)
+    assert actual == pytest.approx(np.mean([of_one(order) for order in orders]), abs=1e-12)
 
 
 # The catalog.
@@ -140,9 +140,9 @@ def naive_catalog(log: Log, candidates: np.ndarray, cutoff: int) -> dict[str, fl
         for row in rows[np.argsort(-log.score[rows])][:cutoff]:
             shown[candidates[row]] += 1
     counts = np.array(list(shown.values()), float)
-    share = np.array([min((candidates == each).sum() / len(requests), 1) for each in shown])
-    apart = np.abs(counts[:, None] - counts).sum() / (2 * len(counts) ** 2 * counts.mean())
-    return {"coverage": (counts > 0).mean(), "gini": apart, "novelty": -(counts @ np.log2(share)) / counts.sum()}
+    share = np.array([min((candidates == item).sum() / len(requests), 1) for item in shown])
+    separate = np.abs(counts[:, None] - counts).sum() / (2 * len(counts) ** 2 * counts.mean())
+    return {"coverage": (counts > 0).mean(), "gini": separate, "novelty": -(counts @ np.log2(share)) / counts.sum()}
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -153,8 +153,8 @@ def test_metrics_of_the_catalog_are_those_of_loops(log: Log, text: bool) -> None
     summary = summarize(log.measure(candidates=candidates), 2)
     assert summary.catalog["candidates"] == len(set(candidates.tolist()))
     for cutoff in (5, 10):
-        found = {name: summary.catalog[f"{name}_at_{cutoff}"] for name in ("coverage", "gini", "novelty")}
-        assert found == pytest.approx(naive_catalog(log, candidates, cutoff), abs=1e-12)
+        actual = {name: summary.catalog[f"{name}_at_{cutoff}"] for name in ("coverage", "gini", "novelty")}
+        assert actual == pytest.approx(naive_catalog(log, candidates, cutoff), abs=1e-12)
     assert 0 < summary.catalog["coverage_at_5"] < summary.catalog["coverage_at_10"] <= 1
     assert flatten(summary)["catalog.gini_at_5"] == summary.catalog["gini_at_5"]
 
@@ -169,12 +169,12 @@ def test_ties_count_by_the_probability_to_be_among_the_first() -> None:
     given = {name: np.full(rows, 0.5) for name in log.predictions}
     labels = {name: np.zeros(rows) for name in log.labels}
     log = replace(log, users=request, requests=request, predictions=given, labels=labels, score=score)
-    found = summarize(log.measure(candidates=candidate), 2).catalog
+    actual = summarize(log.measure(candidates=candidate), 2).catalog
     shares = []
     for left_out in product(range(1, 7), range(8, 14)):  # of the tied rows five, less the first, are among the first
-        for other in product(range(1, 7), range(8, 14)):
-            if left_out[0] < other[0] and left_out[1] < other[1]:
-                shown = set(candidate[[row for row in range(rows) if row not in {*left_out, *other}]].tolist())
+        for second in product(range(1, 7), range(8, 14)):
+            if left_out[0] < second[0] and left_out[1] < second[1]:
+                shown = set(candidate[[row for row in range(rows) if row not in {*left_out, *second}]].tolist())
                 shares.append(len(shown) / len(set(candidate.tolist())))
-    assert found["coverage_at_5"] == pytest.approx(np.mean(shares), abs=1e-12)
-    assert found["coverage_at_10"] == 1
+    assert actual["coverage_at_5"] == pytest.approx(np.mean(shares), abs=1e-12)
+    assert actual["coverage_at_10"] == 1

@@ -35,8 +35,8 @@ def model(log: Log, of_rows: np.ndarray) -> MeasuredModel:
     sums = log.measure()
     grouped = sums.users > len(sums.tables["ranking"])
     slices = {
-        ("kind", str(each)): log.take(np.flatnonzero(of_rows == each)).measure(grouped=grouped)
-        for each in np.unique(of_rows)
+        ("kind", str(item)): log.take(np.flatnonzero(of_rows == item)).measure(grouped=grouped)
+        for item in np.unique(of_rows)
     }
     return MeasuredModel(sums, summarize(sums, 1), slices=slices)
 
@@ -51,22 +51,24 @@ def test_slices_have_the_metrics_of_their_rows(log: Log) -> None:
     records = compare_slices({"ours": model(log, of_rows)}, "ours", 100)
     whole = roc_auc_score(log.labels["bought"], log.predictions["bought"])
     for kind in range(3):
-        (found,) = (each for each in records if (each.slice, each.group, each.metric) == (str(kind), "bought", "auc"))
+        (actual,) = (
+            record for record in records if (record.slice, record.group, record.metric) == (str(kind), "bought", "auc")
+        )
         mine = of_rows == kind
         expected = roc_auc_score(log.labels["bought"][mine], log.predictions["bought"][mine])
-        assert found.value == pytest.approx(expected)
-        assert found.difference == pytest.approx(expected - whole)
-        assert found.rows == mine.sum()
-        assert found.labels == min(log.labels["bought"][mine].sum(), (1 - log.labels["bought"][mine]).sum())
-        assert found.low < found.difference < found.high
-        assert found.compared_to == ALL_ROWS
-        assert found.p_value <= found.corrected_p_value
+        assert actual.value == pytest.approx(expected)
+        assert actual.difference == pytest.approx(expected - whole)
+        assert actual.rows == mine.sum()
+        assert actual.labels == min(log.labels["bought"][mine].sum(), (1 - log.labels["bought"][mine]).sum())
+        assert actual.low < actual.difference < actual.high
+        assert actual.compared_to == ALL_ROWS
+        assert actual.p_value <= actual.corrected_p_value
 
 
 def test_a_bucket_holds_its_largest_number() -> None:
     values = pa.array([1.0, 2.0, None, 3.0, 4.0])
-    found = SliceSpec("bucket(price, 2)", "price", 2).find_slices(values)
-    rows = {name: numbers.tolist() for name, numbers in found.items()}
+    actual = SliceSpec("bucket(price, 2)", "price", 2).find_slices(values)
+    rows = {name: numbers.tolist() for name, numbers in actual.items()}
     assert rows == {"[1, 2]": [0, 1], "(2, 4]": [3, 4], MISSING: [2]}
 
 
@@ -75,8 +77,8 @@ def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log
     noise = np.random.default_rng(2).random(len(log.score))
     wrong = np.where(of_rows == 5, noise, log.predictions["bought"])
     records = compare_slices({"ours": model(log.with_predictions(bought=wrong), of_rows)}, "ours", 200)
-    shown = [each for each in records if each.metric == "auc" and (each.corrected_p_value or 1) < 0.05]
-    assert [(each.slice, each.group) for each in shown] == [("5", "bought")]
+    shown = [record for record in records if record.metric == "auc" and (record.corrected_p_value or 1) < 0.05]
+    assert [(item.slice, item.group) for item in shown] == [("5", "bought")]
     assert sort_worst_first(records)[0] == shown[0]
 
 
@@ -88,7 +90,7 @@ def test_an_outcome_that_the_first_model_lacks_is_not_compared(log: Log) -> None
     of_rows = (log.users % 2).astype(str)
     records = compare_slices({"new": model(log, of_rows), "old": model(more, of_rows)}, "new", 50)
     assert records
-    assert "both" not in {each.group for each in records}
+    assert "both" not in {record.group for record in records}
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.4])
@@ -105,7 +107,7 @@ def test_a_loss_beyond_the_margin_is_tested_as_by_scipy(margin: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "value", "apart", "p", "is_worse"),
+    ("metric", "value", "separate", "p", "is_worse"),
     [
         ("auc", 0.7, -0.1, 0.049, True),
         ("auc", 0.7, -0.1, 0.05, False),
@@ -118,9 +120,9 @@ def test_a_loss_beyond_the_margin_is_tested_as_by_scipy(margin: float) -> None:
     ],
 )
 def test_what_is_worse_is_lower_or_further_off(
-    metric: str, value: float, apart: float, p: float, is_worse: bool
+    metric: str, value: float, separate: float, p: float, is_worse: bool
 ) -> None:
-    record = SliceRecord("a", "b", "it", metric, 9, 99, None, value, "old", apart, 0.0, 0.0, 0.1, 7.0, 0.001, p)
+    record = SliceRecord("a", "b", "it", metric, 9, 99, None, value, "old", separate, 0.0, 0.0, 0.1, 7.0, 0.001, p)
     assert record.is_worse == is_worse
 
 
@@ -138,7 +140,7 @@ def test_the_worst_come_first() -> None:
         replace(lost, difference=0.1),
         replace(lost, difference=0.3),
     ]
-    assert sort_worst_first([expected[each] for each in (5, 3, 6, 1, 4, 2, 7, 0)]) == expected
+    assert sort_worst_first([expected[number] for number in (5, 3, 6, 1, 4, 2, 7, 0)]) == expected
 
 
 def test_slices_of_other_rows_and_of_one_user_are_not_compared(log: Log) -> None:
@@ -146,15 +148,19 @@ def test_slices_of_other_rows_and_of_one_user_are_not_compared(log: Log) -> None
     rows = np.repeat(np.arange(len(log.score)), np.where(log.users == log.users[0], 9, 1))
     log = log.with_labels(bought=np.arange(len(log.score)) % 2.0).take(rows)
     mine = np.where(log.users == log.users[0], "one", np.where(log.users % 2 == 0, "even", "odd"))
-    its = np.where((mine == "odd") & (log.users == log.users[mine == "odd"][0]), "even", mine)
-    records = compare_slices({"new": model(log, mine), "old": model(log, its)}, "new", 100)
-    found = {(each.slice, each.compared_to): each for each in records if (each.group, each.metric) == ("bought", "auc")}
-    assert found.keys() == {(name, ALL_ROWS) for name in ("one", "even", "odd")} | {("one", "old")}
+    theirs = np.where((mine == "odd") & (log.users == log.users[mine == "odd"][0]), "even", mine)
+    records = compare_slices({"new": model(log, mine), "old": model(log, theirs)}, "new", 100)
+    actual = {
+        (record.slice, record.compared_to): record
+        for record in records
+        if (record.group, record.metric) == ("bought", "auc")
+    }
+    assert actual.keys() == {(name, ALL_ROWS) for name in ("one", "even", "odd")} | {("one", "old")}
     for compared_to in (ALL_ROWS, "old"):
-        assert found["one", compared_to].labels >= 50
-        assert found["one", compared_to].difference is not None
-        assert found["one", compared_to].standard_error is found["one", compared_to].p_value is None
-    assert found["even", ALL_ROWS].standard_error > 0
+        assert actual["one", compared_to].labels >= 50
+        assert actual["one", compared_to].difference is not None
+        assert actual["one", compared_to].standard_error is actual["one", compared_to].p_value is None
+    assert actual["even", ALL_ROWS].standard_error > 0
 
 
 def test_slices_redraw_the_same_users_as_all_rows(log: Log) -> None:
@@ -166,15 +172,15 @@ def test_slices_redraw_the_same_users_as_all_rows(log: Log) -> None:
     others = log.predictions["bought"] * labels[~heavy].sum() / log.predictions["bought"][~heavy].sum()
     log = log.with_predictions(bought=np.where(heavy, labels[heavy].mean(), np.minimum(others, 1)))
     records = compare_slices({"ours": model(log, np.where(place < 100, "early", "late"))}, "ours", 200)
-    record = next(each for each in records if (each.slice, each.metric) == ("late", "calibration"))
-    sums = [np.bincount(place, each) for each in (log.predictions["bought"], labels)]
+    record = next(item for item in records if (item.slice, item.metric) == ("late", "calibration"))
+    sums = [np.bincount(place, item) for item in (log.predictions["bought"], labels)]
     random, redrawn, parts = np.random.default_rng(1), [], (slice(None), slice(100, None))
     for _ in range(400):
         counts = np.bincount(random.integers(len(sums[0]), size=len(sums[0])), minlength=len(sums[0]))
         of_all, of_late = ((counts[users] @ sums[0][users]) / (counts[users] @ sums[1][users]) for users in parts)
         redrawn.append(of_late - of_all)
     sizes = (labels, 1 - labels, np.ones(len(labels)))
-    effective = min(effective_sample_size(np.bincount(place, each)[100:]) for each in sizes)
+    effective = min(effective_sample_size(np.bincount(place, size)[100:]) for size in sizes)
     assert record.degrees_of_freedom + 1 == pytest.approx(effective)
     expected = np.std(redrawn) * np.sqrt(effective / (effective - 1))
     assert record.standard_error == pytest.approx(expected, rel=0.25)
@@ -184,12 +190,12 @@ def test_slices_redraw_the_same_users_as_all_rows(log: Log) -> None:
 def test_slices_with_fifty_rows_of_the_rarer_label_are_judged(log: Log, rarer: int) -> None:
     given = np.where(np.cumsum(log.users % 2 == 0) <= rarer, 1.0, 0.0) * (log.users % 2 == 0)
     records = compare_slices({"ours": model(log.with_labels(bought=given), log.users % 2)}, "ours", 20)
-    (found,) = (each for each in records if (each.slice, each.group, each.metric) == ("0", "bought", "auc"))
-    assert found.labels == rarer
+    (actual,) = (record for record in records if (record.slice, record.group, record.metric) == ("0", "bought", "auc"))
+    assert actual.labels == rarer
     assert (
-        (found.value is None)
-        == (found.difference is None)
-        == (found.corrected_p_value is None)
+        (actual.value is None)
+        == (actual.difference is None)
+        == (actual.corrected_p_value is None)
         == (rarer < MIN_RARER_ROWS)
     )
 
@@ -197,47 +203,47 @@ def test_slices_with_fifty_rows_of_the_rarer_label_are_judged(log: Log, rarer: i
 def test_few_requests_are_counted_and_not_judged(log: Log) -> None:
     of_requests = np.where(np.isin(log.requests, np.unique(log.requests)[:40]), "few", "many")
     records = compare_slices({"ours": model(log, of_requests)}, "ours", 50)
-    (found,) = (each for each in records if (each.slice, each.group) == ("few", "score"))
-    assert found.requests <= 40
-    assert found.value is found.difference is None
+    (actual,) = (record for record in records if (record.slice, record.group) == ("few", "score"))
+    assert actual.requests <= 40
+    assert actual.value is actual.difference is None
 
 
 def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [each.value for each in compare_slices({"ours": model(log, log.users % 3)}, "ours", 20)]
+    expected = [item.value for item in compare_slices({"ours": model(log, log.users % 3)}, "ours", 20)]
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MAX_BOOTSTRAP_UNITS", 64)
     grouped = model(log, log.users % 3)
     assert len(grouped.sums.tables["ranking"]) <= 64
-    found = [each.value for each in compare_slices({"ours": grouped}, "ours", 100)]
-    assert found == pytest.approx(expected, nan_ok=True)
+    actual = [item.value for item in compare_slices({"ours": grouped}, "ours", 100)]
+    assert actual == pytest.approx(expected, nan_ok=True)
 
 
 def test_lists_that_slices_cut_are_not_compared_with_whole_ones(log: Log) -> None:
     """A column of noise: parts of lists are ranked better by chance alone, as they are shorter."""
     noise = np.random.default_rng(5).integers(3, size=len(log.score))
     records = compare_slices({"ours": model(log, noise)}, "ours", 100)
-    ranked = [each for each in records if each.metric == "ndcg_at_10"]
+    ranked = [record for record in records if record.metric == "ndcg_at_10"]
     assert len(ranked) >= 3
-    for each in ranked:
-        assert each.value > 0
-        assert each.requests >= 50
-        assert each.difference is each.corrected_p_value is None
+    for item in ranked:
+        assert item.value > 0
+        assert item.requests >= 50
+        assert item.difference is item.corrected_p_value is None
     whole = compare_slices({"ours": model(log, log.users % 3)}, "ours", 100)
-    assert all(each.difference is not None for each in whole if each.metric == "ndcg_at_10")
+    assert all(item.difference is not None for item in whole if item.metric == "ndcg_at_10")
     two = compare_slices({"ours": model(log, noise), "old": model(log, noise)}, "ours", 100)
-    compared_to = [each for each in two if each.metric == "ndcg_at_10"]
-    assert {each.compared_to for each in compared_to} == {"old"}
-    assert all(each.difference == 0 for each in compared_to)
+    compared_to = [item for item in two if item.metric == "ndcg_at_10"]
+    assert {item.compared_to for item in compared_to} == {"old"}
+    assert all(item.difference == 0 for item in compared_to)
 
 
-def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
+def test_probabilities_that_are_off_in_a_slice_are_reported(log: Log) -> None:
     of_rows = (log.users % 4).astype(str)
     doubled = np.where(of_rows == "2", np.clip(2.5 * log.predictions["bought"], 0, 1), log.predictions["bought"])
     models = {"ours": model(log.with_predictions(bought=doubled), of_rows)}
     records = compare_slices(models, "ours", 200)
-    shown = [each for each in sort_worst_first(records) if each.metric == "calibration"]
-    assert ("2", "bought") in {(each.slice, each.group) for each in shown}
-    told = list(describe_slices(records))
-    assert any(each.startswith("slice kind: 2 (") and "calibration of bought is" in each for each in told)
+    shown = [item for item in sort_worst_first(records) if item.metric == "calibration"]
+    assert ("2", "bought") in {(item.slice, item.group) for item in shown}
+    message = list(describe_slices(records))
+    assert any(item.startswith("slice kind: 2 (") and "calibration of bought is" in item for item in message)
 
 
 @pytest.mark.parametrize(("guarded", "kind"), [(None, "blocked"), ((), "better"), (("kind",), "blocked")])
@@ -247,13 +253,13 @@ def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded,
     noisy = 1 / (1 + np.exp(-np.log(log.predictions["spent"]) - 2.5 * random.normal(size=len(log.score))))
     spoilt = np.where(of_rows == "3", random.permutation(noisy), log.predictions["bought"])
     models = {
-        name: model(log.with_predictions(bought=each), of_rows) for name, each in (("new", spoilt), ("old", noisy))
+        name: model(log.with_predictions(bought=item), of_rows) for name, item in (("new", spoilt), ("old", noisy))
     }
     rules = Evaluation(resamples=200, max_calibration_ratio=9, slices=("kind",), guardrail_slices=guarded)
     results = Results(models, ("bought",), rules, "", {})
     assert results.comparison.verdicts["old"].kind == kind
-    told = results.comparison.verdicts["old"].message
-    assert ("slice kind: 3 (" in told) == (kind != "better")
+    message = results.comparison.verdicts["old"].message
+    assert ("slice kind: 3 (" in message) == (kind != "better")
     with pytest.raises(UserError, match=r"guardrail_slices names 'kin', and rows are sliced by: kind"):
         _ = replace(results, rules=Evaluation(slices=("kin",), guardrail_slices=("kin",))).comparison
 
@@ -268,10 +274,10 @@ def test_candidates_that_a_request_holds_twice_keep_their_slices(tmp_path: Path,
     folder = write_log(tmp_path / "log", *([first, first.take(list(range(59, -1, -1)))] if again else [table]))
     log = LogFiles(str(folder), schema, extra_columns={"slot": "any"})
     keys = [
-        combine_hashes([hash_column(each.requests()), each.hashes(["item"])])
+        combine_hashes([hash_column(item.requests()), item.hashes(["item"])])
         for part in log.parts()
-        for each in log.reader.read(part)
+        for item in log.reader.read(part)
     ]
     wanted = np.sort(np.concatenate(keys)[: 60 if again else None])
-    found = _read_slices(log, [SliceSpec("slot", "slot", None)], wanted, False)["slot"]
-    assert {name: len(numbers) for name, numbers in found.items()} == ({"1": 60} if again else {"1": 60, "2": 60})
+    actual = _read_slices(log, [SliceSpec("slot", "slot", None)], wanted, False)["slot"]
+    assert {name: len(numbers) for name, numbers in actual.items()} == ({"1": 60} if again else {"1": 60, "2": 60})

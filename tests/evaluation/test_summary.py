@@ -61,14 +61,14 @@ def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(sp
     _, label, prediction = log.observed("bought")
     exact = summarize(log.measure(), resamples=200)["tasks"]["bought"]
     monkeypatch.setattr("mmoe_rec.evaluation.metrics.task_metrics.MAX_BINS", 400)
-    found = summarize(log.measure(), resamples=200)["tasks"]["bought"]
+    actual = summarize(log.measure(), resamples=200)["tasks"]["bought"]
     for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
-        assert found[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)
+        assert actual[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)
         width = exact[metric]["high"] - exact[metric]["low"]
         for end in ("low", "high"):
-            assert found[metric][end] == pytest.approx(exact[metric][end], abs=0.03 * width)
+            assert actual[metric][end] == pytest.approx(exact[metric][end], abs=0.03 * width)
     if rate == 1.0:
-        assert found["average_precision"]["low"] != exact["average_precision"]["low"]
+        assert actual["average_precision"]["low"] != exact["average_precision"]["low"]
 
 
 @pytest.mark.parametrize("largest", [30, 1e9])
@@ -99,18 +99,18 @@ def test_rows_count_by_their_weights_in_metrics_of_tasks_and_requests_alike(deci
         ("rmse", root_mean_squared_error(label, prediction, sample_weight=w)),
     ):
         assert heavy("spent", metric) == pytest.approx(expected, rel=1e-9)
-    score, plain = (summarize(each.measure(), resamples=1) for each in (weighted, log))
+    score, plain = (summarize(item.measure(), resamples=1) for item in (weighted, log))
     assert score["score"] == plain["score"]
     assert score["tasks"]["liked"]["mrr"] == plain["tasks"]["liked"]["mrr"]
 
 
 def test_groups_left_out_are_counted(log: Log) -> None:
     rows, label, _ = log.observed("liked")
-    found = summarize(log.measure(), resamples=1)["tasks"]["liked"]
+    actual = summarize(log.measure(), resamples=1)["tasks"]["liked"]
     for name, groups in (("single_class_users", log.users[rows]), ("single_class_requests", log.requests[rows])):
         single = [group for group in np.unique(groups) if len(np.unique(label[groups == group])) == 1]
         share = np.isin(groups, single).mean()
-        assert found[name] == {"count": len(single), "fraction_of_rows": pytest.approx(share)}
+        assert actual[name] == {"count": len(single), "fraction_of_rows": pytest.approx(share)}
 
 
 def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
@@ -135,20 +135,20 @@ def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
     assert {name: summary["score"][name] for name in left_out} == left_out
     assert min(left_out.values()) > 0
     total = sum(left_out.values())
-    assert any(each.startswith(f"score: {total} of {summary['requests']} requests rank nothing") for each in notes(log))
+    assert any(note.startswith(f"score: {total} of {summary['requests']} requests rank nothing") for note in notes(log))
 
 
-def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: Log) -> None:
+def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_reported(log: Log) -> None:
     """Times in seconds: the worst order of all has an NDCG of 1 but for rounding."""
     times = 1.7e9 + 100 * np.random.default_rng(3).standard_normal(len(log.score))
     log = log.with_labels(spent=times)
     summary = summarize(log.measure(), resamples=20)
     assert summary["score"]["ndcg_at_10"]["value"] > 0.999
-    (note,) = [each for each in notes(log) if "nearly 1 in any order" in each]
+    (note,) = [item for item in notes(log) if "nearly 1 in any order" in item]
     assert note.startswith("score: NDCG")
     assert "score_weight" in note
     log = log.with_labels(spent=times - 1.7e9)
-    assert not any("in any order" in each for each in notes(log))
+    assert not any("in any order" in item for item in notes(log))
 
 
 def with_mean(log: Log, mean: float, std: float) -> Log:
@@ -165,11 +165,11 @@ def test_r2_where_the_mean_is_large_beside_the_deviation(log: Log, mean: float, 
     """The tolerance is that of sums of 1e12, between which float64 has steps of .0001 deviations."""
     log = with_mean(log, mean, std)
     _, label, prediction = log.observed("spent")
-    found = summarize(log.measure(), resamples=100)["tasks"]["spent"]
-    assert found["r2"]["value"] == pytest.approx(r2_score(label - mean, prediction - mean), rel=1e-5)
-    assert found["rmse"]["value"] == pytest.approx(root_mean_squared_error(label, prediction), rel=1e-6)
-    assert found["r2"]["low"] < found["r2"]["value"] < found["r2"]["high"]
-    assert ("mrr, map, " in found.get("note", "")) == (mean < 0), "without a positive label no request ranks anything"
+    actual = summarize(log.measure(), resamples=100)["tasks"]["spent"]
+    assert actual["r2"]["value"] == pytest.approx(r2_score(label - mean, prediction - mean), rel=1e-5)
+    assert actual["rmse"]["value"] == pytest.approx(root_mean_squared_error(label, prediction), rel=1e-6)
+    assert actual["r2"]["low"] < actual["r2"]["value"] < actual["r2"]["high"]
+    assert ("mrr, map, " in actual.get("note", "")) == (mean < 0), "without a positive label no request ranks anything"
 
 
 def test_r2_is_undefined_in_resamples_that_draw_equal_labels_alone() -> None:
@@ -178,14 +178,14 @@ def test_r2_is_undefined_in_resamples_that_draw_equal_labels_alone() -> None:
     labels, weight = np.repeat(random.normal(size=30), 5), random.uniform(0.1, 9, 150)
     sums = measure((SPENT,), users, users, {"spent": labels + 1}, {"spent": labels}, score=labels, weight=weight)
     drawn = np.concatenate([30 * np.eye(30), np.ones((30, 1))], axis=1)  # each user alone, then all
-    found = BootstrapMetrics(sums).groups["spent"].compute(drawn)["r2"]
-    assert np.isnan(found).tolist() == [True] * 30 + [False]
+    actual = BootstrapMetrics(sums).groups["spent"].compute(drawn)["r2"]
+    assert np.isnan(actual).tolist() == [True] * 30 + [False]
 
 
 def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
     _, label, prediction = log.observed("bought")
-    found = summarize(log.measure(), resamples=50)["tasks"]["bought"]
-    bins = found["calibration_bins"]
+    actual = summarize(log.measure(), resamples=50)["tasks"]["bought"]
+    bins = actual["calibration_bins"]
     assert len(bins) == 10
     assert sum(row["rows"] for row in bins) == len(label)
     assert max(row["rows"] for row in bins) - min(row["rows"] for row in bins) < 0.02 * len(label)
@@ -198,7 +198,7 @@ def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
         assert row["observed_rate"] == pytest.approx(label[mine].mean(), abs=1e-12)
         assert row["low"] <= row["observed_rate"] <= row["high"]
     error = sum(row["rows"] * abs(row["mean_predicted"] - row["observed_rate"]) for row in bins) / len(label)
-    assert found["ece"] == pytest.approx(error)
+    assert actual["ece"] == pytest.approx(error)
 
 
 def test_flat_names_suit_mlflow(log: Log) -> None:
@@ -224,12 +224,12 @@ def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log, weighted: bool
         areas = {"auc": roc_auc_score, "average_precision": average_precision_score, "logloss": log_loss}
         if task == "spent":
             label, prediction, areas = label - 1.7e9, prediction - 1.7e9, {"r2": r2_score}
-        found = groups[task].compute(counts)
+        actual = groups[task].compute(counts)
         for draw in range(3):
             times = np.array([drawn[user][draw] for user in log.users[rows]]) * weight[rows]
             for metric, area in areas.items():
                 expected = area(label, prediction, sample_weight=times)
-                assert found[metric][draw] == pytest.approx(expected, rel=1e-6 if metric == "r2" else 1e-9)
+                assert actual[metric][draw] == pytest.approx(expected, rel=1e-6 if metric == "r2" else 1e-9)
 
 
 def same_label(log: Log, task: str, label: float) -> Log:
@@ -312,14 +312,14 @@ def test_what_has_no_interval_is_said_and_why() -> None:
     """Two users, one of which has a single class: half of the resamples have no AUC. Of one user nothing has."""
     task, label, score = MeasuredTask("bought", "binary"), np.array([0.0, 1, 0, 0]), np.array([0.2, 0.7, 0.3, 0.4])
     summary = summarize(measure((task,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": score}, {"bought": label}, score=score))
-    found = summary["tasks"]["bought"]
-    assert found["auc"] == {"value": 1, "low": None, "high": None}
-    assert "auc, average_precision, gauc_user, " in found["note"]
+    actual = summary["tasks"]["bought"]
+    assert actual["auc"] == {"value": 1, "low": None, "high": None}
+    assert "auc, average_precision, gauc_user, " in actual["note"]
     assert "no interval" in summary["score"]["note"]
     alone = typed.summarize(simulate(seed=2, users=1, requests=30).measure(), resamples=20)
     assert "one user" in next(describe_notes(alone))
-    numbers = [each for group in alone.groups.values() for each in group.metrics.values()]
-    assert all(each.value is not None and each.low is None and each.high is None for each in numbers)
+    numbers = [metric for group in alone.groups.values() for metric in group.metrics.values()]
+    assert all(number.value is not None and number.low is None and number.high is None for number in numbers)
 
 
 def test_users_who_all_agree_leave_no_interval_of_no_width() -> None:
@@ -327,13 +327,13 @@ def test_users_who_all_agree_leave_no_interval_of_no_width() -> None:
     users, label = np.repeat(np.arange(5), 4), np.tile([0.0, 0.0, 1.0, 1.0], 5)
     chance = 0.25 + label / 2
     task = MeasuredTask("bought", "binary")
-    found = summarize(measure((task,), users, users, {"bought": chance}, {"bought": label}, score=chance))
-    for auc in (found["tasks"]["bought"]["auc"], found["score"]["hit_rate_at_5"]):
+    actual = summarize(measure((task,), users, users, {"bought": chance}, {"bought": label}, score=chance))
+    for auc in (actual["tasks"]["bought"]["auc"], actual["score"]["hit_rate_at_5"]):
         assert (auc["value"], auc["high"]) == (1.0, 1.0)
         assert 0.5 < auc["low"] < 0.7
     for name in ("logloss", "calibration", "normalized_entropy"):
-        assert found["tasks"]["bought"][name]["low"] is None
-    assert "have no interval: the same for all users, or undefined" in found["tasks"]["bought"]["note"]
+        assert actual["tasks"]["bought"][name]["low"] is None
+    assert "have no interval: the same for all users, or undefined" in actual["tasks"]["bought"]["note"]
 
 
 # The sums.

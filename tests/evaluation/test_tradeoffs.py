@@ -29,7 +29,7 @@ def rows(seed: int = 0, users: int = 300) -> PredictedRows:
     logit[:, 1] -= 0.5 * logit[:, 0]
     labels = (random.random(logit.shape) < 1 / (1 + np.exp(-logit))).astype(float)
     labels[:, 1] = np.where(random.random(len(request)) < 0.3, np.nan, labels[:, 1])
-    predicted, label = (dict(zip(TASKS, each.T, strict=True)) for each in (1 / (1 + np.exp(-logit)), labels))
+    predicted, label = (dict(zip(TASKS, item.T, strict=True)) for item in (1 / (1 + np.exp(-logit)), labels))
     tasks = tuple(MeasuredTask(name, "binary", 0.5) for name in TASKS)
     return PredictedRows(tasks, pa.array(request // 4), pa.array(request), None, predicted, label, logit.sum(1))
 
@@ -42,8 +42,8 @@ def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
     given, weights = rows(), make_grid([3.0, 7.0])
     assert weights[0] == (0.3, 0.7)
     assert len(weights) == 21  # the deployed ones are on the grid
-    found = sweep(given, weights)
-    assert found.values.shape == (21, 2)
+    actual = sweep(given, weights)
+    assert actual.values.shape == (21, 2)
     for number in (0, 4, 20):
         score = sum(
             weight * np.log(given.predictions[task]) for task, weight in zip(TASKS, weights[number], strict=True)
@@ -52,43 +52,43 @@ def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
             request, gain = given.requests.to_numpy(), np.nan_to_num(given.labels[task])
             lists = RankedRequests.of(request, score, gain, request.max() + 1)
             ranked = ~np.any(list(find_uninformative_requests(lists).values()), axis=0)
-            assert found.values[number, place] == pytest.approx(ndcg(lists, 10)[ranked].mean(), rel=1e-9)
+            assert actual.values[number, place] == pytest.approx(ndcg(lists, 10)[ranked].mean(), rel=1e-9)
 
 
 def test_the_front_is_what_no_other_ranking_beats() -> None:
     weights = make_grid([1.0, 1.0])
-    found = sweep(rows(), weights)
-    for is_front, mine in zip(found.find_pareto_front(), found.values, strict=True):
-        better = [its for its in found.values if (its >= mine).all() and (its > mine).any()]
+    actual = sweep(rows(), weights)
+    for is_front, mine in zip(actual.find_pareto_front(), actual.values, strict=True):
+        better = [theirs for theirs in actual.values if (theirs >= mine).all() and (theirs > mine).any()]
         assert is_front == (not better)
     for place in range(2):
-        best = found.values[:, place].argmax()
-        assert found.find_pareto_front()[best]
+        best = actual.values[:, place].argmax()
+        assert actual.find_pareto_front()[best]
         assert weights[best][place] > 0.8
 
 
 def test_the_goal_is_raised_while_others_lose_no_more_than_they_may() -> None:
     weights = make_grid([1.0, 1.0])
-    found = sweep(rows(), weights, 200)
-    number = found.choose("bought", {})
+    actual = sweep(rows(), weights, 200)
+    number = actual.choose("bought", {})
     assert weights[number][0] > 0.8
-    assert found.compare_with_deployed(number)["liked"].high < 0
-    number = found.choose("bought", {"liked": 0.03})
+    assert actual.compare_with_deployed(number)["liked"].high < 0
+    number = actual.choose("bought", {"liked": 0.03})
     assert 0.5 < weights[number][0] < 0.8
-    apart = found.compare_with_deployed(number)
-    assert apart["liked"].low >= -0.03
-    assert apart["bought"].value > 0
+    separate = actual.compare_with_deployed(number)
+    assert separate["liked"].low >= -0.03
+    assert separate["bought"].value > 0
     # None gains without a loss, so the deployed weights stay.
-    assert found.choose("bought", {"liked": 0.0}) == 0
+    assert actual.choose("bought", {"liked": 0.0}) == 0
 
 
 def test_users_without_labels_of_a_task_do_not_make_it_surer() -> None:
     given = rows()
     few = np.where(given.users.to_numpy() < 10, given.labels["liked"], np.nan)
     of_few = sweep(replace(given, labels=given.labels | {"liked": few}), [(0.5, 0.5), (1.0, 0.0)])
-    apart = of_few.compare_with_deployed(1)
-    assert apart["bought"].degrees_of_freedom > apart["liked"].degrees_of_freedom
-    assert apart["liked"].degrees_of_freedom <= 9
+    separate = of_few.compare_with_deployed(1)
+    assert separate["bought"].degrees_of_freedom > separate["liked"].degrees_of_freedom
+    assert separate["liked"].degrees_of_freedom <= 9
 
 
 def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
@@ -96,10 +96,10 @@ def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
         deployed = [1.0, *[0.5] * (tasks - 1)]
         weights = make_grid(deployed)
         assert weights[0] == pytest.approx(np.array(deployed) / sum(deployed))
-        assert all(sum(each) == pytest.approx(1) and min(each) >= 0 for each in weights)
-        assert len({tuple(np.round(each, 9)) for each in weights}) == len(weights) <= 60
+        assert all(sum(weight) == pytest.approx(1) and min(weight) >= 0 for weight in weights)
+        assert len({tuple(np.round(weight, 9)) for weight in weights}) == len(weights) <= 60
         for corner in np.eye(tasks):
-            assert any(np.allclose(each, corner) for each in weights)
+            assert any(np.allclose(weight, corner) for weight in weights)
     for wrong in ([0.0, 0.0], [1.0, -0.5]):
         with pytest.raises(UserError, match="trade-offs need some above 0 and none below"):
             make_grid(wrong)
@@ -108,11 +108,11 @@ def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
 def test_a_task_without_a_relevant_row_is_undefined() -> None:
     given = rows(2, users=30)
     unobserved = given.labels | {"liked": np.full(len(given.score), np.nan)}
-    found = sweep(replace(given, labels=unobserved), [(0.5, 0.5), (1.0, 0.0)])
-    assert np.isnan(found.values[:, 1]).all()
-    assert not np.isnan(found.values[:, 0]).any()
-    assert found.compare_with_deployed(1)["liked"].value is None
-    assert found.find_pareto_front().any()
+    actual = sweep(replace(given, labels=unobserved), [(0.5, 0.5), (1.0, 0.0)])
+    assert np.isnan(actual.values[:, 1]).all()
+    assert not np.isnan(actual.values[:, 0]).any()
+    assert actual.compare_with_deployed(1)["liked"].value is None
+    assert actual.find_pareto_front().any()
 
 
 # The command
@@ -127,7 +127,7 @@ def run(model: SmallModel, *words: str) -> int:
     return exit_code("tune-weights", "--config", model.config(), *words)
 
 
-def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.CaptureFixture) -> None:
+def test_the_choice_is_reported_on_test_rows(model: SmallModel, capsys: pytest.CaptureFixture) -> None:
     work = Path(model.settings.data.work_dir)
     for split in ("validation", "test"):
         words = ("--config", model.config(), "--model", model.folder, "--split", split)
@@ -144,7 +144,9 @@ def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.Captu
     )
     assert (after > before) == ("chosen" in rows) == report.headline.startswith("set tasks.click.score_weight to ")
     if "chosen" in rows:
-        (changed,) = (each.text for each in report.sentences if each.text.startswith("click: NDCG@10 changes by "))
+        (changed,) = (
+            sentence.text for sentence in report.sentences if sentence.text.startswith("click: NDCG@10 changes by ")
+        )
         assert float(changed.split()[4]) == pytest.approx(after - before, abs=1e-4)
     assert report.headline in " ".join(printed.split())
     assert len(table.rows) + len(table.more) == len(make_grid([1.0, 0.5, 0.2]))
@@ -159,15 +161,17 @@ def test_weights_of_the_settings_rank_as_the_model(model: SmallModel) -> None:
     file, settings = Path(model.settings.data.work_dir) / "evaluation" / "predictions.parquet", model.settings
     given, tasks = load_predictions(columns_from_settings(settings), str(file), "--predictions"), list(settings.tasks)
     weights = make_grid([task.score_weight for task in settings.tasks.values()])[:1]
-    (found,) = WeightSweep(given, tasks, weights, 1).values
-    assert np.isfinite(found).sum() >= 2
-    for task, value in zip(tasks, found, strict=True):
-        alone = replace(given, tasks=tuple(replace(each, weight=float(each.name == task)) for each in given.tasks))
+    (actual,) = WeightSweep(given, tasks, weights, 1).values
+    assert np.isfinite(actual).sum() >= 2
+    for task, value in zip(tasks, actual, strict=True):
+        alone = replace(given, tasks=tuple(replace(item, weight=float(item.name == task)) for item in given.tasks))
         expected = BootstrapMetrics(alone.sum()).point_values["score", "ndcg_at_10"]  # of the model's own scores
         assert value == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-def test_what_is_asked_for_wrongly_is_told(model: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_asked_for_wrongly_is_reported(
+    model: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for words, sentence in (
         (("--goal", "loved"), "there is no task 'loved'; the settings have click, liked, spent"),
         (("--max-drop", "loved=0.1"), "there is no task 'loved'"),

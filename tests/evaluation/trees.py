@@ -25,7 +25,7 @@ def measure(
     grouped: bool | None = None,
 ) -> EvaluationSums:
     """The sums of rows, with ids of NumPy."""
-    ids = [None if each is None else pa.array(each) for each in (users, requests, candidates)]
+    ids = [None if item is None else pa.array(item) for item in (users, requests, candidates)]
     return PredictedRows(tuple(tasks), *ids, predictions, labels, np.asarray(score), weight).sum(grouped)
 
 
@@ -48,6 +48,6 @@ def compare(
     sums: Mapping[str, EvaluationSums], model: str, tasks: Sequence[str] = (), resamples: int = 20
 ) -> dict[str, Any]:
     """tasks: those that decide, by their AUC."""
-    models = {name: summary.MeasuredModel(each, summary.summarize(each, 1)) for name, each in sums.items()}
+    models = {name: summary.MeasuredModel(item, summary.summarize(item, 1)) for name, item in sums.items()}
     compared = comparison.compare(models, model, tasks, Evaluation().model_copy(update={"resamples": resamples}))
     return comparison_to_dict(compared)

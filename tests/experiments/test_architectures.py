@@ -46,18 +46,22 @@ def test_the_settings_own_architecture_comes_first_under_its_name(
 ) -> None:
     settings = settings_of(tmp_path, tasks, **model)
     variants = list_architectures(settings)
-    assert [each.name for each in variants][: len(names)] == names
-    for each in variants:
-        its = each.apply(settings).model
-        assert its.trees is None
-        if its.experts.levels == 1:
-            units = 16 if its.gates.routing == "soft" and model.get("gates", {}).get("routing") else 24
-            assert its.experts.units[0] * its.experts.count == units, "as many units, of which a row takes two experts"
-    order = [name for name in ("shared bottom", "one gate", "MMoE", "PLE") if name in {each.name for each in variants}]
+    assert [variant.name for variant in variants][: len(names)] == names
+    for variant in variants:
+        theirs = variant.apply(settings).model
+        assert theirs.trees is None
+        if theirs.experts.levels == 1:
+            units = 16 if theirs.gates.routing == "soft" and model.get("gates", {}).get("routing") else 24
+            assert theirs.experts.units[0] * theirs.experts.count == units, (
+                "as many units, of which a row takes two experts"
+            )
+    order = [
+        name for name in ("shared bottom", "one gate", "MMoE", "PLE") if name in {variant.name for variant in variants}
+    ]
     if names[0] in order:
-        assert [each.name for each in variants if each.is_simpler] == order[: order.index(names[0])]
+        assert [variant.name for variant in variants if variant.is_simpler] == order[: order.index(names[0])]
     if tasks == 3:
-        assert [each.without_tasks for each in variants[4:10]] == [
+        assert [variant.without_tasks for variant in variants[4:10]] == [
             ("liked", "third"),
             ("click", "third"),
             ("click", "liked"),
@@ -83,48 +87,64 @@ def test_variants_of_the_command_line() -> None:
     assert parse_variants(words)[1].cli_options == "--features.x.dim=null --features.price=null"
 
 
-def apart(value: float, half: float, p: float) -> Difference:
+def build_difference(value: float, half: float, p: float) -> Difference:
     return Difference(value, value - half, value + half, half / 2, 50.0, p)
 
 
 def report_of(difference: Difference, better: str = "higher", is_simpler: bool = False) -> ExperimentResult:
     name = "auc of bought"
     base = VariantResult("MMoE", "", False, {name: MetricMean(better, 0.7)}, (), 10, 1.0)
-    other = VariantResult("PLE", "--x=1", is_simpler, {name: MetricMean(better, 0.7, difference)}, (name,), 10, 1.0)
-    return ExperimentResult("Title", (1, 2), 100, "users", {}, correct_p_values([base, other]), 0.005)
+    second = VariantResult("PLE", "--x=1", is_simpler, {name: MetricMean(better, 0.7, difference)}, (name,), 10, 1.0)
+    return ExperimentResult("Title", (1, 2), 100, "users", {}, correct_p_values([base, second]), 0.005)
 
 
 @pytest.mark.parametrize(
     ("report", "says", "recommended"),
     [
-        (report_of(apart(0.01, 0.005, 0.001)), "`PLE` is better than `MMoE`: auc of bought differs by +0.01", True),
-        (report_of(apart(0.01, 0.005, 0.001)), "adopt `--x=1`, since `PLE` is better", True),
-        (report_of(apart(-0.01, 0.005, 0.001)), "`PLE` is worse than `MMoE`: auc of bought differs by -0.01", False),
-        (report_of(apart(-0.01, 0.005, 0.001), "lower"), "`PLE` is better than `MMoE`", True),
-        (report_of(apart(0.0, 0.004, 0.9)), "`PLE` does not differ significantly from `MMoE`: ", False),
-        (report_of(apart(0.0, 0.004, 0.9), is_simpler=True), "since `PLE` is simpler and loses at most 0.0040", True),
-        (report_of(apart(0.002, 0.006, 0.9), "lower", True), "nothing to adopt", False),
-        (report_of(apart(0.0, 0.006, 0.9), is_simpler=True), "nothing to adopt", False),
-        (report_of(apart(0.01, 0.009, 0.06)), ", once corrected for the number of comparisons", False),
+        (
+            report_of(build_difference(0.01, 0.005, 0.001)),
+            "`PLE` is better than `MMoE`: auc of bought differs by +0.01",
+            True,
+        ),
+        (report_of(build_difference(0.01, 0.005, 0.001)), "adopt `--x=1`, since `PLE` is better", True),
+        (
+            report_of(build_difference(-0.01, 0.005, 0.001)),
+            "`PLE` is worse than `MMoE`: auc of bought differs by -0.01",
+            False,
+        ),
+        (report_of(build_difference(-0.01, 0.005, 0.001), "lower"), "`PLE` is better than `MMoE`", True),
+        (report_of(build_difference(0.0, 0.004, 0.9)), "`PLE` does not differ significantly from `MMoE`: ", False),
+        (
+            report_of(build_difference(0.0, 0.004, 0.9), is_simpler=True),
+            "since `PLE` is simpler and loses at most 0.0040",
+            True,
+        ),
+        (report_of(build_difference(0.002, 0.006, 0.9), "lower", True), "nothing to adopt", False),
+        (report_of(build_difference(0.0, 0.006, 0.9), is_simpler=True), "nothing to adopt", False),
+        (report_of(build_difference(0.01, 0.009, 0.06)), ", once corrected for the number of comparisons", False),
         (report_of(Difference(None)), "`PLE` can't be compared with `MMoE`", False),
     ],
 )
 def test_verdicts_in_words(report: ExperimentResult, says: str, recommended: bool) -> None:
-    told = [report.headline, *report.sentences]
-    assert any(says in sentence for sentence in told), told
+    message = [report.headline, *report.sentences]
+    assert any(says in sentence for sentence in message), message
     assert (report.recommended is not None) == recommended
 
 
 def test_verdicts_are_corrected_for_all_variants() -> None:
     """p of .03 is significant alone and not beside two others (Holm); the best variant is adopted."""
-    base, other = report_of(apart(0.01, 0.005, 0.03)).variants
+    base, second = report_of(build_difference(0.01, 0.005, 0.03)).variants
     third = replace(
-        other, name="third", metric_means={"auc of bought": MetricMean("higher", 0.7, apart(0.02, 0.005, 0.001))}
+        second,
+        name="third",
+        metric_means={"auc of bought": MetricMean("higher", 0.7, build_difference(0.02, 0.005, 0.001))},
     )
     fourth = replace(
-        other, name="fourth", metric_means={"auc of bought": MetricMean("higher", 0.7, apart(0.0, 0.005, 0.9))}
+        second,
+        name="fourth",
+        metric_means={"auc of bought": MetricMean("higher", 0.7, build_difference(0.0, 0.005, 0.9))},
     )
-    report = replace(report_of(Difference(None)), variants=correct_p_values([base, other, third, fourth]))
-    corrected = [each.metric_means["auc of bought"].difference.corrected_p_value for each in report.variants[1:]]
+    report = replace(report_of(Difference(None)), variants=correct_p_values([base, second, third, fourth]))
+    corrected = [variant.metric_means["auc of bought"].difference.corrected_p_value for variant in report.variants[1:]]
     assert corrected == pytest.approx([0.06, 0.003, 0.9])
     assert report.recommended.name == "third"

@@ -35,7 +35,7 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training import loop
 from mmoe_rec.training.steps import PrecisionChoice
 from mmoe_rec.training.train import train_model
-from tests.commands import refuse, run_and_read, told_by
+from tests.commands import refuse, reported_by, run_and_read
 from tests.pipelines.learnable_log import settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World, dying_after
 from tests.report.parsed import Page
@@ -78,16 +78,16 @@ def test_runs_that_are_complete_stay(world: World) -> None:
     assert len(kept) == 3, "all variants with the first seed"
     run_and_read(*words)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
-    found = (folder / "comparison.json").read_text()
+    actual = (folder / "comparison.json").read_text()
     for file in list(folder.rglob("*.parquet"))[::2]:
         file.unlink()
     run_and_read(*words)
     again = json.loads((folder / "comparison.json").read_text())
-    for tree in (again, found := json.loads(found)):
-        for each in tree["variants"]:
-            del each["seconds"]
-    assert again == found, "a resumed comparison gives the same result"
-    assert found["facts"]["precision"] == "fp32"
+    for tree in (again, actual := json.loads(actual)):
+        for variant in tree["variants"]:
+            del variant["seconds"]
+    assert again == actual, "a resumed comparison gives the same result"
+    assert actual["facts"]["precision"] == "fp32"
     assert not list(folder.rglob("*.distcp")), "no weights stay"
     _check_runs(world.client)
 
@@ -107,21 +107,21 @@ def plant(runner: Runner, task: RunSpec) -> None:
     write_run_predictions(task.file, tasks, tasks["click"], facts)
 
 
-def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_better_variant_is_distinguished_from_an_equal_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "train_run", plant)
     words = ["compare", "--config", world.folder / "first.yaml", "--seeds", "3", "--training.epochs", "3"]
     words += ["--variant", "better", "model.experts.count=4", "--variant", "equal", "model.experts.count=5"]
     printed = run_and_read(*words)
     folder = world.work / "comparison"
-    found = json.loads((folder / "comparison.json").read_text())
-    told = told_by(folder)
+    actual = json.loads((folder / "comparison.json").read_text())
+    message = reported_by(folder)
     better, equal = "is better than `these settings`", "does not differ significantly from `these settings`"
-    assert told[1].startswith(f"`better` {better}: mean auc of click, liked differs by +")
-    assert told[2].startswith(f"`equal` {equal}: mean auc of click, liked differs by ")
-    assert found["recommended"] == "better"
+    assert message[1].startswith(f"`better` {better}: mean auc of click, liked differs by +")
+    assert message[2].startswith(f"`equal` {equal}: mean auc of click, liked differs by ")
+    assert actual["recommended"] == "better"
     assert "adopt `--model.experts.count=4`, since `better` is better" in printed
     page = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).words.split())
-    for sentence in told:
+    for sentence in message:
         assert sentence in printed
         assert sentence.replace("`", "")[1:] in page
 
@@ -131,19 +131,22 @@ def test_a_better_variant_is_told_from_an_equal_one(world: World, monkeypatch: p
         base, *others = opened.train(
             [BASE_VARIANT, *(Variant(name, (change,)) for name, change in changed)], [17, 18, 19]
         )
-    for number, other in enumerate(others, start=1):
-        difference = found["variants"][number]["metric_means"]["auc of click"]["difference"]
-        areas = [mean_area(world, each.files, "click") for each in (base, other)]
+    for number, second in enumerate(others, start=1):
+        difference = actual["variants"][number]["metric_means"]["auc of click"]["difference"]
+        areas = [mean_area(world, item.files, "click") for item in (base, second)]
         assert difference["value"] == pytest.approx(areas[1] - areas[0], abs=1e-6)
 
 
 def _check_runs(client: mlflow.MlflowClient) -> None:
     """One run with one for each variant and seed, none of which is left open, and no registered model."""
     runs = client.search_runs([client.get_experiment_by_name("learnable").experiment_id])
-    (parent,) = [each for each in runs if "mlflow.parentRunId" not in each.data.tags]
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(runs) == 7
-    assert {each.info.status for each in runs} == {"FINISHED"}
-    assert {each.path for each in client.list_artifacts(parent.info.run_id)} == {"report.html", "comparison.json"}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} == {
+        "report.html",
+        "comparison.json",
+    }
     assert "long/auc of click" in parent.data.metrics
     assert not client.search_registered_models()
 
@@ -171,7 +174,7 @@ def test_a_variant_with_other_features_has_features_of_its_own(world: World, set
     assert one_task.metric_means["auc of liked"].verdict == MetricVerdict.UNKNOWN
 
 
-def predict_built_anew(world: World, features: Sequence[str] = (), tasks: Sequence[str] = ()) -> np.ndarray:
+def predict_rebuilt(world: World, features: Sequence[str] = (), tasks: Sequence[str] = ()) -> np.ndarray:
     """What a model predicts whose settings lack features and tasks, by `train`."""
     tree = copy.deepcopy(yaml.safe_load((world.folder / "first.yaml").read_text()))
     for section, names in (("features", features), ("tasks", tasks)):
@@ -206,8 +209,8 @@ def test_what_is_left_out_was_never_there(
 ) -> None:
     """Bit for bit, also without placement, without tables, and with one task."""
     with open_runner(settings, "compare", "test", folder="comparison") as opened:
-        found = predictions_of(opened, Variant("smaller", (), features, tasks))
-    np.testing.assert_array_equal(found, predict_built_anew(world, features, tasks))
+        actual = predictions_of(opened, Variant("smaller", (), features, tasks))
+    np.testing.assert_array_equal(actual, predict_rebuilt(world, features, tasks))
 
 
 @pytest.mark.thorough
@@ -235,8 +238,8 @@ def test_all_runs_compute_in_what_the_first_one_chose(
     monkeypatch.setattr(loop, "choose_precision", busy)
     for without in ((), ("price",)):
         with open_runner(settings, "compare", "test") as opened:
-            (found,) = opened.train([Variant("x", (), without)], [17, 18])
-        assert [facts["precision"] for facts in found.facts] == ["fp32", "fp32"]
+            (actual,) = opened.train([Variant("x", (), without)], [17, 18])
+        assert [facts["precision"] for facts in actual.facts] == ["fp32", "fp32"]
     assert len(chosen) == 1
 
 
@@ -244,14 +247,14 @@ def test_all_runs_compute_in_what_the_first_one_chose(
 def test_architectures_by_the_command(tmp_path: Path) -> None:
     world = World.of(tmp_path)
     printed = run_and_read("compare", "--config", world.folder / "first.yaml", "--architectures", "--seeds", "2")
-    found = json.loads((world.work / "comparison" / "comparison.json").read_text())
+    actual = json.loads((world.work / "comparison" / "comparison.json").read_text())
     names = ["MMoE", "shared bottom", "one gate", "PLE", "only click", "only liked", "trees alone"]
-    assert [each["name"] for each in found["variants"]] == names
-    verdict_metrics = {each["name"]: each["verdict_metrics"] for each in found["variants"]}
+    assert [variant["name"] for variant in actual["variants"]] == names
+    verdict_metrics = {variant["name"]: variant["verdict_metrics"] for variant in actual["variants"]}
     assert verdict_metrics["only click"] == ["auc of click"]
     assert verdict_metrics["trees alone"] == ["mean auc of click, liked"]
-    assert found["variants"][-1]["parameters"] is None
-    assert all(sentence in printed for sentence in told_by(world.work / "comparison"))
+    assert actual["variants"][-1]["parameters"] is None
+    assert all(sentence in printed for sentence in reported_by(world.work / "comparison"))
 
 
 @pytest.mark.parametrize(
@@ -280,14 +283,14 @@ def test_a_comparison_is_one_process(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    told = refuse(capsys, "compare", "--config", world.folder / "first.yaml")
-    assert told == "error: compare trains in one process. Start it without torchrun."
+    message = refuse(capsys, "compare", "--config", world.folder / "first.yaml")
+    assert message == "error: compare trains in one process. Start it without torchrun."
 
 
 def test_variants_that_leave_nothing_are_refused(settings: Settings) -> None:
     placement_alone = tuple(name for name in settings.features if name != "slot")
     cases: list[tuple[Any, ...]] = [((), ("click", "liked")), (placement_alone, ())]
     with open_runner(settings, "compare", "test", folder="comparison") as opened:
-        for (features, tasks), told in zip(cases, ("all tasks are left out", "no feature describes"), strict=True):
-            with pytest.raises(Exception, match=told):
+        for (features, tasks), message in zip(cases, ("all tasks are left out", "no feature describes"), strict=True):
+            with pytest.raises(Exception, match=message):
                 opened.train([Variant("x", (), features, tasks)], [17])

@@ -46,16 +46,16 @@ def exchange(world: SmallModel, feature: str, repeat: int, folder: Path) -> Path
     """Rows in which a feature's columns come from other ones: a loop over values."""
     layout, schema = world.prepared.layout, world.settings.schema_
     files = sorted(world.prepared.split("validation").glob("*.parquet"))
-    rows = pa.concat_tables([pq.read_table(each) for each in files])
+    rows = pa.concat_tables([pq.read_table(file) for file in files])
     columns, generator = rows.to_pydict(), np.random.default_rng([zlib.crc32(feature.encode()), repeat])
     requests = list(dict.fromkeys(columns["request"]))
     others = [requests[place] for place in generator.permutation(len(requests))]
     donor_of = dict(zip(requests, others, strict=True))
-    of_requests = [columns["request"].index(donor_of[each]) for each in columns["request"]]
+    of_requests = [columns["request"].index(donor_of[item]) for item in columns["request"]]
     of_rows = generator.permutation(len(rows)).tolist()
     donors = of_requests if schema.role_of(feature) in ("user", "context") else of_rows
-    own = [f"id.{each.name}" for each in layout.ids if each.feature == feature]
-    own += [f"dense.{each.name}" for each in layout.dense if each.feature == feature]
+    own = [f"id.{item.name}" for item in layout.ids if item.feature == feature]
+    own += [f"dense.{item.name}" for item in layout.dense if item.feature == feature]
     exchanged = columns | {column: [columns[column][donor] for donor in donors] for column in own}
     folder.mkdir(parents=True)
     pq.write_table(pa.table(exchanged, rows.schema), folder / "rows.parquet")
@@ -76,14 +76,17 @@ def test_losses_are_those_of_a_plain_loop(world: SmallModel, tmp_path: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmoe_rec.experiments.importance.MAX_REPEATS", 2)
         held: Any = SimpleNamespace(settings=world.settings, prepared=world.prepared)
-        found = permutation_importance(held, network, names, 0.001)
-    assert found["objective"] == "auc of click"
-    whole, losses = measure(world, world.prepared.split("validation")), {name: told for name, told, _ in found["rows"]}
+        actual = permutation_importance(held, network, names, 0.001)
+    assert actual["objective"] == "auc of click"
+    whole, losses = (
+        measure(world, world.prepared.split("validation")),
+        {name: message for name, message, _ in actual["rows"]},
+    )
     for name in names:
         folders = [exchange(world, name, repeat, tmp_path / name / str(repeat)) for repeat in range(2)]
         loss = whole - np.mean([measure(world, folder) for folder in folders])
         assert float(losses[name].split()[0]) == pytest.approx(loss, abs=1e-4), name
-    ordered = [float(told.split()[0]) for _, told, _ in found["rows"]]
+    ordered = [float(message.split()[0]) for _, message, _ in actual["rows"]]
     assert ordered == sorted(ordered)
 
 
@@ -122,7 +125,7 @@ def test_whole_users_are_held(tmp_path: Path) -> None:
     random, tables = np.random.default_rng(0), []
     for start in range(0, 3000, 500):
         table = encoded_files.table(range(start, start + 500))
-        users = pa.array([f"user {each}" for each in random.integers(0, 300, 500)])
+        users = pa.array([f"user {integer}" for integer in random.integers(0, 300, 500)])
         table = table.set_column(table.column_names.index("user"), "user", users)
         tables.append(table.append_column("request", users).append_column("candidate", users))
         pq.write_table(tables[-1], tmp_path / f"{start:05d}.parquet")

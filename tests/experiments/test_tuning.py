@@ -53,19 +53,19 @@ def test_effects_are_those_of_a_regression() -> None:
         values = {"a": int(random.integers(3)), "b": int(random.integers(3)), "c": float(100 ** random.random())}
         result = sum(true[name][values[name]] for name in true) + random.normal(0, 0.01)
         trials.append(Trial(values, result))
-    found = estimate_effects(space, trials)
+    actual = estimate_effects(space, trials)
     for name, effects in true.items():
-        levels = np.array([found[name, str(level)][1] for level in range(3)])
+        levels = np.array([actual[name, str(level)][1] for level in range(3)])
         assert np.diff(levels) == pytest.approx(np.diff(effects), abs=0.02)
-    assert abs(max(effect for (name, _), (_, effect) in found.items() if name == "c")) < 0.01
-    keys = list(found)
-    x = np.array([[discretize(space[name], each.values[name]) == level for name, level in keys] for each in trials])
-    y = np.array([each.result for each in trials])
+    assert abs(max(effect for (name, _), (_, effect) in actual.items() if name == "c")) < 0.01
+    keys = list(actual)
+    x = np.array([[discretize(space[name], trial.values[name]) == level for name, level in keys] for trial in trials])
+    y = np.array([trial.result for trial in trials])
     ridge = Ridge(alpha=1.0, fit_intercept=False).fit(x - x.mean(0), y - y.mean())
     of_b = [place for place, (name, _) in enumerate(keys) if name == "b"]
     expected = ridge.coef_[of_b] - np.average(ridge.coef_[of_b], weights=x[:, of_b].sum(0))
-    assert [found[keys[place]][1] for place in of_b] == pytest.approx(expected)
-    assert sum(count for (name, _), (count, _) in found.items() if name == "a") == 200
+    assert [actual[keys[place]][1] for place in of_b] == pytest.approx(expected)
+    assert sum(count for (name, _), (count, _) in actual.items() if name == "a") == 200
 
 
 def test_levels_are_thirds_of_a_range() -> None:
@@ -84,10 +84,10 @@ def test_the_built_in_space_holds_the_settings(world: World) -> None:
     assert own is not None
     assert own["training.epochs"] == 1
     assert own["training.batch_size"] == 64
-    assert all(own[name] == each.choices[0] for name, each in space.items())
+    assert all(own[name] == item.choices[0] for name, item in space.items())
     assert current_values(settings, {"model.experts.count": SearchRange(low=5, high=9)}) is None
-    for name, each in space.items():
-        for value in each.choices or ():
+    for name, item in space.items():
+        for value in item.choices or ():
             Variant("x", (f"{name}={json.dumps(value)}",)).apply(settings)
 
 
@@ -177,9 +177,9 @@ def test_the_confirmation_has_its_part_of_the_time() -> None:
         assert can_start_trial(ended, seconds, half, trials, 8) == expected
     assert can_start_trial([], 1, 0, None, 8)
     assert [limit_seeds(10, seconds, 5) for seconds in (100, 99, 61, 39, -1)] == [5, 4, 3, 3, 3]
-    assert [limit_seeds(10, *each) for each in ((0, 2), (0, 4), (math.inf, 5))] == [2, 3, 5]
+    assert [limit_seeds(10, *item) for item in ((0, 2), (0, 4), (math.inf, 5))] == [2, 3, 5]
     behind = SimpleNamespace(user_attrs={"seconds": 1.0}, state=SimpleNamespace(name="PRUNED"))
-    assert [mean_seconds(each) for each in ([*ended, behind], [behind], [])] == [10, 1, 0]
+    assert [mean_seconds(item) for item in ([*ended, behind], [behind], [])] == [10, 1, 0]
 
 
 def test_a_short_time_confirms_with_fewer_runs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_trials_behind_the_median_are_cut_short(
     assert behind > 0
     assert f"6 trials: {behind} pruned" in said.out
     runs = world.client.search_runs([world.client.get_experiment_by_name("learnable").experiment_id])
-    assert sum("pruned" in each.data.tags for each in runs) == behind
+    assert sum("pruned" in item.data.tags for item in runs) == behind
 
 
 @pytest.mark.thorough
@@ -245,11 +245,11 @@ def test_trials_that_train_are_runs_within_one(tmp_path: Path) -> None:
     commands.run("tune", "--config", world.folder / "first.yaml", "--trials", 3, "--seeds", 2)
     client = world.client
     runs = client.search_runs([client.get_experiment_by_name("learnable").experiment_id])
-    trials = [each for each in runs if each.info.run_name.startswith("trial ")]
-    (parent,) = [each for each in runs if "mlflow.parentRunId" not in each.data.tags]
+    trials = [run for run in runs if run.info.run_name.startswith("trial ")]
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(trials) == 3
-    assert {each.data.tags["mlflow.parentRunId"] for each in trials} == {parent.info.run_id}
-    assert {each.info.status for each in runs} == {"FINISHED"}
+    assert {trial.data.tags["mlflow.parentRunId"] for trial in trials} == {parent.info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
     assert not list((world.work / "tuning").rglob("*.distcp")), "no weights stay"
     commands.run("train", "--config", world.work / "tuning" / "best.yaml")
 

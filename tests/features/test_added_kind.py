@@ -95,7 +95,7 @@ def test_a_kind_is_learnt_from_and_named_in_the_report(tmp_path: Path) -> None:
     printed = package.run(SCRIPT)
     log = pq.read_table(tmp_path / "log")
     log = log.filter(np.asarray(log["time"]) < START + np.timedelta64(7, "D"))
-    (split,) = (each for each in (tmp_path / "work" / "features").rglob("train") if each.is_dir())
+    (split,) = (item for item in (tmp_path / "work" / "features").rglob("train") if item.is_dir())
     encoded = pq.read_table(split)
     assert np.array_equal(np.sort(encoded["id.rest"].to_numpy()), np.sort(1 + log["item"].to_numpy() % 7))
     assert "rest: 8 rows of 4" in printed
@@ -105,5 +105,5 @@ def test_a_kind_is_learnt_from_and_named_in_the_report(tmp_path: Path) -> None:
     assert scores[1] == pytest.approx(scores[8], rel=1e-6)  # and 1 and 8 have the same one
     (path,) = (tmp_path / "work").rglob("health.json")
     health = json.loads(path.read_text(encoding="utf-8"))
-    (rest,) = (each for each in health["features"] if each["name"] == "rest")
-    assert {each["bin"] for each in rest["inputs"][0]["bins"]} == {*(f"remainder {n}" for n in range(7)), "missing"}
+    (rest,) = (feature for feature in health["features"] if feature["name"] == "rest")
+    assert {item["bin"] for item in rest["inputs"][0]["bins"]} == {*(f"remainder {n}" for n in range(7)), "missing"}

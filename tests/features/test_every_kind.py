@@ -71,7 +71,7 @@ def test_inputs_are_those_of_the_layout_and_survive_saving(kind: str, tmp_path: 
     schema, pipeline, rows = _fitted(kind)
     input_spec, inputs = pipeline.encoders["f"].input_spec(), pipeline.encoders["f"].encode(rows).standardized()
     assert [name for name, _, _ in input_spec.ids] == list(inputs.ids)
-    assert [each.name for each in input_spec.dense] == list(inputs.dense)
+    assert [item.name for item in input_spec.dense] == list(inputs.dense)
     assert inputs.ids or inputs.dense
     sizes = {table.name: table.rows for table in pipeline.layout.tables}
     for name, table, is_list in input_spec.ids:
@@ -80,9 +80,9 @@ def test_inputs_are_those_of_the_layout_and_survive_saving(kind: str, tmp_path: 
         values, count = (given.values, len(given.lengths)) if isinstance(given, Ragged) else (given, len(given))
         assert count == len(rows)
         assert (values.min() >= 0, values.max() < sizes[table]) == (True, True)
-    for each in inputs.dense.values():
-        assert (each.shape, each.dtype) == ((len(rows),), np.float32)
-        assert np.isfinite(each).all()
+    for value in inputs.dense.values():
+        assert (value.shape, value.dtype) == ((len(rows),), np.float32)
+        assert np.isfinite(value).all()
     planned = {table.name: table.rows for table in max_layout(schema).tables}
     assert sizes.keys() == planned.keys()
     assert all(size <= planned[name] for name, size in sizes.items()), "no log makes larger tables"
@@ -105,11 +105,11 @@ def test_it_is_fitted_by_merging_what_parts_of_the_log_counted(kind: str) -> Non
         sent = {name: type(counts).from_table(counts.to_table()) for name, counts in worker.counts.items()}
         merged.merge(sent, worker.key_types)
     merged.finish_fit()
-    one, other = merged.encoders["f"], whole.encoders["f"]
-    if isinstance(one, PointInTimeEncoder):
-        assert getattr(one, "prior", 0) == getattr(other, "prior", 0)
+    first, second = merged.encoders["f"], whole.encoders["f"]
+    if isinstance(first, PointInTimeEncoder):
+        assert getattr(first, "prior", 0) == getattr(second, "prior", 0)
     else:
-        assert one.state() == other.state()
+        assert first.state() == second.state()
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -138,17 +138,17 @@ def test_what_a_kind_may_leave_out_is_there_where_it_is_needed(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_every_column_that_it_reads_is_told(kind: str) -> None:
+def test_every_column_that_it_reads_is_reported(kind: str) -> None:
     """What `reads` leaves out would be neither checked nor read in canonical form, and `log_rows` does not have it."""
     schema, _, _ = _fitted(kind)
     for column in {*schema.features["f"].reads()} - {"user", "item", "time"}:
-        left = [each for each in _log(2).column_names if each != column]
+        left = [column_name for column_name in _log(2).column_names if column_name != column]
         with pytest.raises((UserError, KeyError)):
             fit(_log(2).select(left), schema, UNTIL)
 
 
 @pytest.mark.parametrize(
-    "kind", [name for name, each in FEATURE_KINDS.items() if issubclass(each.encoder, PointInTimeEncoder)]
+    "kind", [name for name, item in FEATURE_KINDS.items() if issubclass(item.encoder, PointInTimeEncoder)]
 )
 def test_what_a_request_may_give_instead_is_taken(kind: str) -> None:
     schema, pipeline, rows = _fitted(kind)

@@ -42,7 +42,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(work: Path, settings: Settings) -> FeatureFolder | None:
+def find_features(work: Path, settings: Settings) -> FeatureFolder | None:
     return find_existing_features(replace(BuildInputs.of(settings), work=work))
 
 
@@ -59,7 +59,7 @@ def found(work: Path, settings: Settings) -> FeatureFolder | None:
 )
 def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sections: dict[str, Any]) -> None:
     settings = settings_of(work, **sections)
-    assert found(work, settings) is not None
+    assert find_features(work, settings) is not None
     assert extend(replace(BuildInputs.of(settings), work=work)) is None, "nothing is new"
 
 
@@ -77,13 +77,13 @@ def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sec
     ids=str,
 )
 def test_another_meaning_of_rows_takes_other_features(work: Path, sections: dict[str, Any]) -> None:
-    assert found(work, settings_of(work, **sections)) is None
+    assert find_features(work, settings_of(work, **sections)) is None
 
 
 def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
     sections = changed("tasks", "click", loss_weight=0.25, score_weight=2.0) | changed("features", "when", dim=6)
     settings = settings_of(work, **sections)
-    prepared = found(work, settings)
+    prepared = find_features(work, settings)
     layout = ModelLayout.of(prepared.layout, settings)
     dims = {table.name: table.dim for table in layout.tables}
     others = dict.fromkeys(("item", "brand", "tags", "price_bucket", "user_brand", "slot"), 16)
@@ -105,7 +105,7 @@ def test_features_in_another_order_of_tasks_are_not_extended(work: Path) -> None
         extend(replace(BuildInputs.of(settings), work=work))
 
 
-def test_settings_of_other_features_are_told_of(work: Path) -> None:
-    settings = settings_of(work, features={name: each for name, each in ALL_KINDS.items() if name != "when"})
+def test_settings_of_other_features_are_reported(work: Path) -> None:
+    settings = settings_of(work, features={name: item for name, item in ALL_KINDS.items() if name != "when"})
     with pytest.raises(UserError, match=r"include the feature 'when', but the settings don't"):
         ModelLayout.of(FeatureFolder(work / "features").layout, settings)

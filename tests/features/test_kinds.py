@@ -63,10 +63,10 @@ def test_hashes_never_change():
         0x9AE16A3B2F90404F,
         0x640835BC0E0ACBFB,
     ]
-    one, other = hash_column(pa.array([1, 2])), hash_column(pa.array(["a", None]))
-    assert combine_hashes([one, other]).tolist() == [0xBA9E1996D19BF03A, 0x21243F14C3FEC376]
-    assert combine_hashes([other, one]).tolist() == [0xE2CE56FFCC215E4C, 0x1DDFF565B386B380]
-    assert combine_hashes([one, other, one]).tolist() == [0x63EAC519AA5980EC, 0xF9F28B5D6AB6CBD4]
+    first, second = hash_column(pa.array([1, 2])), hash_column(pa.array(["a", None]))
+    assert combine_hashes([first, second]).tolist() == [0xBA9E1996D19BF03A, 0x21243F14C3FEC376]
+    assert combine_hashes([second, first]).tolist() == [0xE2CE56FFCC215E4C, 0x1DDFF565B386B380]
+    assert combine_hashes([first, second, first]).tolist() == [0x63EAC519AA5980EC, 0xF9F28B5D6AB6CBD4]
 
 
 # id and ids
@@ -142,9 +142,9 @@ _LISTS = st.lists(st.none() | st.lists(st.none() | _INTEGERS, max_size=6), min_s
 @given(lists=_LISTS, max_length=st.integers(1, 4), offset=st.integers(0, 3))
 def test_lists_of_ids_equal_a_naive_loop(lists, max_length, offset):
     values, lengths = truncate_lists(pa.array(lists, pa.list_(pa.int64())).slice(offset), max_length)
-    expected = [[each for each in one or [] if each is not None][:max_length] for one in lists[offset:]]
-    assert lengths.tolist() == [len(one) for one in expected]
-    assert values.to_pylist() == [each for one in expected for each in one]
+    expected = [[item for item in first or [] if item is not None][:max_length] for first in lists[offset:]]
+    assert lengths.tolist() == [len(first) for first in expected]
+    assert values.to_pylist() == [item for first in expected for item in first]
 
 
 def test_a_column_of_nothing_but_null_lists_is_empty():
@@ -179,19 +179,19 @@ def test_numbers_are_standardised(values, transform, own):
     missing = [value is None or not math.isfinite(value) for value in values]
     numbers = np.array([0.0 if out else value for value, out in zip(values, missing, strict=True)])
     if transform == "log":
-        numbers = np.array([math.copysign(math.log1p(abs(each)), each) for each in numbers])
+        numbers = np.array([math.copysign(math.log1p(abs(number)), number) for number in numbers])
     used = numbers[~np.array(missing)]
     mean, std = (used.mean(), used.std()) if len(used) else (0.0, 1.0)
     slack = np.abs(used).max(initial=0.0) * 1e-13
-    found = pipeline.encoders["f"].number.standardizer
-    assert found.mean == pytest.approx(mean, abs=slack + 1e-300)
+    actual = pipeline.encoders["f"].number.standardizer
+    assert actual.mean == pytest.approx(mean, abs=slack + 1e-300)
     if std > 100 * slack:
-        assert found.std == pytest.approx(std, rel=1e-6)
-    expected = np.where(missing, 0.0, np.clip((numbers - found.mean) / found.std, -10, 10))
+        assert actual.std == pytest.approx(std, rel=1e-6)
+    expected = np.where(missing, 0.0, np.clip((numbers - actual.mean) / actual.std, -10, 10))
     np.testing.assert_allclose(encoded.dense[:, 0], expected, rtol=1e-5, atol=1e-6)
     assert encoded.dense.shape[1] == (2 if any(missing) else 1)
     if any(missing):
-        assert [each.name for each in pipeline.layout.dense] == ["f", "f_missing"]
+        assert [item.name for item in pipeline.layout.dense] == ["f", "f_missing"]
         assert encoded.dense[:, 1].tolist() == [float(out) for out in missing]
 
 
@@ -223,10 +223,10 @@ def test_frequent_values_have_ids_of_their_own(values, times, transform, tmp_pat
     feature = {"kind": "numeric", "column": "x", "transform": transform, "values": "auto"}
     column = pa.array(values * times, pa.float64())
     pipeline, schema, encoded = _fitted(feature, x=column)
-    singles, found = [_single(value) for value in column.to_pylist()], encoded.ids["f_value"].tolist()
+    singles, actual = [_single(value) for value in column.to_pylist()], encoded.ids["f_value"].tolist()
     rows = {single: singles.count(single) for single in singles}
     names = {}
-    for single, row in zip(singles, found, strict=True):
+    for single, row in zip(singles, actual, strict=True):
         often = single is not None and rows[single] >= 8
         assert (row > 0) == often
         if often:
@@ -236,13 +236,13 @@ def test_frequent_values_have_ids_of_their_own(values, times, transform, tmp_pat
     assert counts == sorted(counts, reverse=True)
     assert pipeline.layout.table("f_value").rows == 1 + len(counts)
     kept = [single is None or math.isfinite(single) for single in singles]
-    stored = pa.array([single if each else None for single, each in zip(singles, kept, strict=True)], pa.float32())
+    stored = pa.array([single if item else None for single, item in zip(singles, kept, strict=True)], pa.float32())
     again = _encode(pipeline, schema, x=stored).ids["f_value"]
-    assert again[kept].tolist() == np.array(found)[kept].tolist()
+    assert again[kept].tolist() == np.array(actual)[kept].tolist()
     folder = tmp_path_factory.mktemp("state")
     pipeline.save(folder)
     restored = FeaturePipeline.load(folder)
-    assert _encode(restored, schema, x=column).ids["f_value"].tolist() == found
+    assert _encode(restored, schema, x=column).ids["f_value"].tolist() == actual
     assert _encode(restored, schema, x=pa.array([3.5, None])).ids["f_value"].tolist() == [0, 0]
 
 
@@ -270,7 +270,7 @@ def test_buckets_count_the_edges_below(values, buckets):
     ],
     ids=["seconds", "nanoseconds"],
 )
-def test_times_of_one_day_stay_apart(numbers, kinds):
+def test_times_of_one_day_stay_distinct(numbers, kinds):
     expected = ((numbers - numbers[0]) - (numbers - numbers[0]).mean()) / (numbers - numbers[0]).std()
     for kind in kinds:
         column = pa.array(numbers.tolist(), kind)
@@ -302,7 +302,7 @@ def test_vectors_share_one_mean_and_deviation():
         std = np.std([1.0, 2.0, 3.0])
         expected = [[-1 / std, 0], [0, 0], [1 / std, 0]]
         np.testing.assert_allclose(encoded.dense, expected, rtol=1e-6)
-        assert [each.name for each in pipeline.layout.dense] == ["f_0", "f_1"]
+        assert [item.name for item in pipeline.layout.dense] == ["f_0", "f_1"]
     _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=pa.nulls(2))
     assert encoded.dense.tolist() == [[0, 0], [0, 0]]
 
@@ -358,11 +358,11 @@ def test_age_is_the_logarithm_of_days_until_the_request():
     for row in table.to_pylist():
         days = None if row["born"] is None else (row["time"] - row["born"]).total_seconds() / 86_400
         ages.append(np.nan if days is None else math.copysign(math.log(1 + abs(days)), days))
-    found = pipeline.encoders["f"].number.standardizer
-    expected = np.nan_to_num((np.array(ages) - found.mean) / found.std)
+    actual = pipeline.encoders["f"].number.standardizer
+    expected = np.nan_to_num((np.array(ages) - actual.mean) / actual.std)
     np.testing.assert_allclose(encoded.dense[:, 0], np.clip(expected, -10, 10), rtol=1e-4, atol=1e-5)
     assert encoded.dense[:, 1].tolist() == np.isnan(ages).tolist()
-    assert found.mean == pytest.approx(np.nanmean(ages), rel=2**-12)
+    assert actual.mean == pytest.approx(np.nanmean(ages), rel=2**-12)
 
 
 # cross

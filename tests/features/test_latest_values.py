@@ -23,13 +23,13 @@ ATTRIBUTES = {"user": ["user", "age"], "candidate": ["item", "brand", "price", "
 
 
 def latest_of(table: pa.Table, columns: list[str]) -> dict[Any, tuple[Any, ...]]:
-    found: dict[Any, tuple[tuple[int, int], tuple[Any, ...]]] = {}
+    actual: dict[Any, tuple[tuple[int, int], tuple[Any, ...]]] = {}
     hashes = hash_rows(log_rows(table, SCHEMA).table.select(columns))
     for row, *rank in zip(table.to_pylist(), times_of(table).tolist(), hashes.tolist(), strict=True):
         values = tuple(row[name] for name in columns)
-        if values[0] not in found or tuple(rank) >= found[values[0]][0]:
-            found[values[0]] = tuple(rank), values
-    return {key: values for key, (_, values) in found.items()}
+        if values[0] not in actual or tuple(rank) >= actual[values[0]][0]:
+            actual[values[0]] = tuple(rank), values
+    return {key: values for key, (_, values) in actual.items()}
 
 
 @pytest.mark.parametrize("strings", [False, True])
@@ -53,26 +53,26 @@ def test_rows_in_any_batches_are_as_all_rows_at_once(seed: int, role: Any, strin
     keys = table[columns[0]].unique()
     asked = pa.concat_arrays([keys, keys.slice(0, 3)])
     for values, rows in (*all_of_them, all_of_them[0]):
-        want, found = latest_of(rows, columns), values.fill_missing_columns({columns[0]: asked})
+        want, actual = latest_of(rows, columns), values.fill_missing_columns({columns[0]: asked})
         for place, name in enumerate(columns[1:], 1):
-            column = found[name]
+            column = actual[name]
             assert isinstance(column, CachedValues)
             expected = [want[key][place] if key in want else None for key in asked.to_pylist()]
             assert column.array().to_pylist() == expected, name
             assert column.apply(sizes).tolist() == sizes(column.array()).tolist(), "also of what was made before"
-        key_column = found[columns[0]]
+        key_column = actual[columns[0]]
         assert isinstance(key_column, CachedValues)
         assert key_column.unseen.tolist() == [key not in want for key in asked.to_pylist()]
-    whole = LatestValues.merge_all([LatestValues.from_rows(log_rows(each, SCHEMA), role) for each in (after, before)])
+    whole = LatestValues.merge_all([LatestValues.from_rows(log_rows(item, SCHEMA), role) for item in (after, before)])
     expected = sorted(latest_of(table, columns).values(), key=lambda values: values[0])
     assert [tuple(row.values()) for row in whole.table.to_pylist()] == expected
 
 
 def test_rows_of_one_instant_that_differ_in_a_list_have_no_order() -> None:
-    one = at_times(random_log(0, rows=1), np.array([START]))
-    place = one.schema.get_field_index("tags")
+    first = at_times(random_log(0, rows=1), np.array([START]))
+    place = first.schema.get_field_index("tags")
     parts = [
-        one.set_column(place, one.schema.field(place), pa.array([tags], one["tags"].type))
+        first.set_column(place, first.schema.field(place), pa.array([tags], first["tags"].type))
         for tags in (["a"], ["b", "c"])
     ]
     values = [LatestValues.from_rows(log_rows(part, SCHEMA), "candidate") for part in parts]
@@ -81,4 +81,4 @@ def test_rows_of_one_instant_that_differ_in_a_list_have_no_order() -> None:
 
 
 def sizes(values: pa.Array) -> np.ndarray:
-    return np.array([-1 if each is None else len(str(each)) for each in values.to_pylist()])
+    return np.array([-1 if value is None else len(str(value)) for value in values.to_pylist()])

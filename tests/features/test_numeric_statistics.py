@@ -26,23 +26,23 @@ def _histogram(*parts: np.ndarray) -> NumberHistogram:
 def test_any_partition_and_order_gives_the_same_statistics(values, cuts, seed):
     whole = np.array(values, np.float64)
     shuffled = np.random.default_rng(seed).permutation(whole)
-    one, other = _histogram(whole), _histogram(*np.split(shuffled, cuts))
-    assert one.standardizer() == other.standardizer()
-    assert one.bucket_edges(7).tolist() == other.bucket_edges(7).tolist()
-    assert np.isfinite([one.standardizer().mean, one.standardizer().std]).all()
-    assert one.standardizer().has_missing == (not np.isfinite(whole).all())
+    first, second = _histogram(whole), _histogram(*np.split(shuffled, cuts))
+    assert first.standardizer() == second.standardizer()
+    assert first.bucket_edges(7).tolist() == second.bucket_edges(7).tolist()
+    assert np.isfinite([first.standardizer().mean, first.standardizer().std]).all()
+    assert first.standardizer().has_missing == (not np.isfinite(whole).all())
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.7e9, -1.7e9, 1.7e15, 1.7e18])
 def test_a_small_spread_around_a_large_offset_is_kept(offset):
     values = offset + np.random.default_rng(0).integers(-500, 500, 3000) * max(1.0, np.spacing(offset))
-    found = _histogram(values).standardizer()
+    actual = _histogram(values).standardizer()
     distance = values - offset
-    assert found.mean - offset == pytest.approx(distance.mean(), abs=distance.std() * 0.01)
-    assert found.std == pytest.approx(distance.std(), rel=1e-5)
+    assert actual.mean - offset == pytest.approx(distance.mean(), abs=distance.std() * 0.01)
+    assert actual.std == pytest.approx(distance.std(), rel=1e-5)
     expected = (distance - distance.mean()) / distance.std()
-    np.testing.assert_allclose(found.apply(values), expected, atol=0.01)
-    assert len(found.edges) == EDGE_COUNT
+    np.testing.assert_allclose(actual.apply(values), expected, atol=0.01)
+    assert len(actual.edges) == EDGE_COUNT
 
 
 def test_the_spread_of_more_values_than_are_kept_is_theirs():
@@ -50,9 +50,9 @@ def test_the_spread_of_more_values_than_are_kept_is_theirs():
     histogram = _histogram(*np.split(values, 5))
     assert len(histogram.bins[0]) <= 2**16
     assert histogram.bins[2].sum() == 200_000
-    found = histogram.standardizer()
-    assert found.mean == pytest.approx(values.mean(), abs=1.0)
-    assert found.std == pytest.approx(values.std(), rel=1e-4)
+    actual = histogram.standardizer()
+    assert actual.mean == pytest.approx(values.mean(), abs=1.0)
+    assert actual.std == pytest.approx(values.std(), rel=1e-4)
 
 
 def test_rounding_noise_is_no_spread():
@@ -76,14 +76,14 @@ _MANY = np.concatenate(
 def test_bounding_the_values_does_not_depend_on_the_order(cuts, seed, joined):
     parts = np.split(np.random.default_rng(seed).permutation(_MANY), cuts)
     if joined:
-        other = NumberHistogram()
+        second = NumberHistogram()
         for part in reversed(parts):
-            other.merge(NumberHistogram.from_table(_histogram(part).to_table()))
+            second.merge(NumberHistogram.from_table(_histogram(part).to_table()))
     else:
-        other = _histogram(*parts)
+        second = _histogram(*parts)
     whole = _histogram(_MANY)
     assert len(whole.bins[0]) <= 2**16
-    assert other.to_table().equals(whole.to_table(), check_metadata=True)
+    assert second.to_table().equals(whole.to_table(), check_metadata=True)
 
 
 def test_a_value_of_many_is_rounded_by_little():
@@ -91,19 +91,19 @@ def test_a_value_of_many_is_rounded_by_little():
         [-1, 1], 70_000
     )
     least, largest, _ = _histogram(values).bins
-    found = (least + largest) / 2
-    nearest = np.clip(np.searchsorted(found, values), 1, len(found) - 1)
-    distance = np.minimum(np.abs(found[nearest] - values), np.abs(found[nearest - 1] - values))
+    actual = (least + largest) / 2
+    nearest = np.clip(np.searchsorted(actual, values), 1, len(actual) - 1)
+    distance = np.minimum(np.abs(actual[nearest] - values), np.abs(actual[nearest - 1] - values))
     assert (distance <= np.abs(values) * 2.0**-9).all()
 
 
 def test_a_spike_in_a_continuous_number_is_found_and_nothing_else():
     random = np.random.default_rng(3)
     values = random.permutation(np.concatenate([random.normal(size=90_000), np.full(300, 0.7), np.full(80, -0.2)]))
-    found = _histogram(*np.split(values, 5)).frequent_values()
-    ids = found.find(values)
+    actual = _histogram(*np.split(values, 5)).frequent_values()
+    ids = actual.find(values)
     near = np.abs(values - 0.7) <= 0.7 * 2.0**-9  # values that are counted together
-    assert len(found.keys) == 1
+    assert len(actual.keys) == 1
     assert (ids[values == 0.7] == 1).all()
     assert not ids[~near].any()
 
@@ -113,8 +113,8 @@ _DISTINCT = {
     "prices": [1.99, 2.99, 3.99, 4.99, 5.99, 6.99, 7.99, 9.99],
     "float32": np.float32([1.99, 2.99, 9.99]).astype(np.float64).tolist(),
     "negative": [-9.99, -9.98, -1.0, 0.0, 1e-300, 1.0, 1.0 + 2**-52],
-    "seconds": [1.7e9 + each for each in range(8)],
-    "nanoseconds": [1.7e18 + 256 * each for each in range(8)],
+    "seconds": [1.7e9 + index for index in range(8)],
+    "nanoseconds": [1.7e18 + 256 * index for index in range(8)],
     "huge": [-1.7e308, -1e200, 5e-324, 1e-310, 1e200, 1.7e308],
 }
 
@@ -140,8 +140,8 @@ def test_a_value_and_what_float32_makes_of_it_are_in_one_bucket():
 )
 def test_there_are_as_many_buckets_as_asked_for_and_none_is_empty(values, buckets):
     exact = np.array(values)
-    found = np.searchsorted(_histogram(exact).bucket_edges(buckets), exact)
-    assert np.unique(found).tolist() == list(range(min(buckets, len(set(values)))))
+    actual = np.searchsorted(_histogram(exact).bucket_edges(buckets), exact)
+    assert np.unique(actual).tolist() == list(range(min(buckets, len(set(values)))))
 
 
 def test_standardising_clips_and_puts_missing_values_at_the_mean():

@@ -63,11 +63,11 @@ def test_statistics_come_from_training_rows_alone(seed):
     training, later = (table.filter(pa.array(mask)) for mask in (times_of(table) < UNTIL, times_of(table) >= UNTIL))
     for name in ("item", "brand", "price", "born", "click", "liked", "spent", "slot"):
         later = with_column(later, name, table[name].take(pa.array(rng.integers(0, len(table), len(later)))))
-    one, other = fit(table, SCHEMA, UNTIL), fit(pa.concat_tables([training, later, later]), SCHEMA, UNTIL)
-    assert one.layout == other.layout
-    for name, encoder in one.encoders.items():
-        assert encoder.state() == other.encoders[name].state(), name
-    assert not memory_table(one.encoders["clicked"]).equals(memory_table(other.encoders["clicked"]))
+    first, second = fit(table, SCHEMA, UNTIL), fit(pa.concat_tables([training, later, later]), SCHEMA, UNTIL)
+    assert first.layout == second.layout
+    for name, encoder in first.encoders.items():
+        assert encoder.state() == second.encoders[name].state(), name
+    assert not memory_table(first.encoders["clicked"]).equals(memory_table(second.encoders["clicked"]))
 
 
 def test_the_latest_state_drops_what_no_later_request_can_ask_for(tmp_path):
@@ -119,26 +119,26 @@ def test_a_request_may_bring_its_own_history_and_statistics():
     history = encoded.ids["clicked"]
     assert history.lengths.tolist() == [3, 0]
     assert history.values.tolist() == [6, 7, 8]  # the last three of four, oldest first
-    index = [each.name for each in pipeline.layout.dense].index("item_click_log_count")
+    index = [item.name for item in pipeline.layout.dense].index("item_click_log_count")
     assert encoded.dense[:, index].tolist() == [0.0, 0.0]
 
 
-def test_labels_and_rates_that_differ_by_little_stay_apart():
+def test_labels_and_rates_that_differ_by_little_stay_distinct():
     log = random_log(3)
     spent = np.round(100 * np.nan_to_num(log["spent"].to_numpy()))
     far = log.set_column(log.column_names.index("spent"), "spent", pa.array(1.7e9 + spent))
     near = log.set_column(log.column_names.index("spent"), "spent", pa.array(spent))
-    found = []
+    actual = []
     for table in (near, far):
         pipeline = fit(table, SCHEMA, UNTIL)
         rows = log_rows(table, SCHEMA)
-        place = [each.name for each in pipeline.layout.dense].index("brand_spent_rate")
+        place = [item.name for item in pipeline.layout.dense].index("brand_spent_rate")
         labels = compute_labels(rows, UNTIL + 1000 * DAY)
         encoded = encode_rows(pipeline, pipeline.layout, rows, labels)
-        task = next(each for each in pipeline.layout.tasks if each.name == "spent")
+        task = next(item for item in pipeline.layout.tasks if item.name == "spent")
         label = encoded["label.spent"].to_numpy()
-        found.append((pipeline.encode(rows).dense[:, place], (label - task.mean) / task.std))
+        actual.append((pipeline.encode(rows).dense[:, place], (label - task.mean) / task.std))
         assert len(np.unique(label)) == len(np.unique(table["spent"].to_numpy()))
-    for one, other in zip(*found, strict=True):
-        assert np.ptp(one) > 1
-        np.testing.assert_allclose(other, one, atol=2e-3)
+    for first, second in zip(*actual, strict=True):
+        assert np.ptp(first) > 1
+        np.testing.assert_allclose(second, first, atol=2e-3)

@@ -54,12 +54,12 @@ CASES |= {
 
 
 def changes(case: str) -> dict[str, Any]:
-    found = WHOLE_BLOCKS | CASES[case]
-    gates = found.get("gates", {})
+    actual = WHOLE_BLOCKS | CASES[case]
+    gates = actual.get("gates", {})
     if gates.get("routing") == "expert_choice":
         gates = gates | {"serving_top_k": 2}
     uses_selection_bias = gates.get("routing") in ("top_k", "shared_route")
-    return found | {"gates": {"top_k": 2, "balance": "bias" if uses_selection_bias else "loss", "z_loss": 0.1} | gates}
+    return actual | {"gates": {"top_k": 2, "balance": "bias" if uses_selection_bias else "loss", "z_loss": 0.1} | gates}
 
 
 def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf16: bool) -> StepRunner:
@@ -134,12 +134,12 @@ def test_the_host_waits_once_a_step() -> None:
             assert steps.run_next(iter([batch]), 1.0) is not None
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as found:
+            with warnings.catch_warnings(record=True) as actual:
                 warnings.simplefilter("always")
                 assert steps.run_next(iter([batch]), 1.0) is not None
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([each for each in found if "synchronizing" in str(each.message)]) == 1
+    assert len([item for item in actual if "synchronizing" in str(item.message)]) == 1
 
 
 def test_experts_in_one_product_are_those_on_all_rows_and_the_same_each_time() -> None:
@@ -152,14 +152,14 @@ def test_experts_in_one_product_are_those_on_all_rows_and_the_same_each_time() -
     probabilities[:, :, 5] = 0  # an expert without rows
     chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(2).indices, 1.0)
     weights, used = probabilities * chosen, chosen.bool().any(1)
-    found = []
+    actual = []
     for max_per_row in (4, 4, None):  # by the product twice, then dense
         x = hidden.clone().requires_grad_()
         experts.zero_grad()
         mixed = experts.mix(x, weights, used, max_per_row=max_per_row)
         mixed.float().square().sum().backward()
-        found.append([mixed.float(), x.grad, *(each.grad for each in experts.parameters())])
-    for first, second, dense in zip(*found, strict=True):
+        actual.append([mixed.float(), x.grad, *(parameter.grad for parameter in experts.parameters())])
+    for first, second, dense in zip(*actual, strict=True):
         assert first is not None
         assert torch.equal(first, second)
         scale = float(dense.abs().max())
@@ -188,13 +188,13 @@ def test_evaluation_and_calibration_follow_the_model(tmp_path: Path) -> None:
         table = table.append_column(name, pa.array(range(len(table))))
     pq.write_table(table, file)
     rows = EncodedDataset(prepared.split("validation"), LAYOUT)
-    found = []
+    actual = []
     for device in (torch.device("cpu"), GPU):
         model.to(device)
         logits, *_ = predict_for_calibration(model, LAYOUT, rows, 1_000)
         parts = (part for part, _ in rows.stream(1_000))
-        found.append((logits, *predict_rows(model, LAYOUT, parts, UNCALIBRATED)))
-    for cpu, gpu, tolerance in zip(*found, (1e-3, 1e-3, 1e-2), strict=True):
+        actual.append((logits, *predict_rows(model, LAYOUT, parts, UNCALIBRATED)))
+    for cpu, gpu, tolerance in zip(*actual, (1e-3, 1e-3, 1e-2), strict=True):
         np.testing.assert_allclose(gpu, cpu, atol=tolerance, rtol=tolerance)
 
 

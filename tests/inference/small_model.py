@@ -115,11 +115,11 @@ class SmallModel:
 def random_inputs(layout: ModelLayout, rows: int, random: np.random.Generator) -> Inputs:
     """Any table rows and numbers; lists of up to two, the parts of a history equally long."""
     inputs = Inputs(dense={name: random.normal(size=rows).astype(np.float32) for name in layout.dense_names(False)})
-    lengths = {each.feature: random.integers(0, 3, rows).astype(np.int32) for each in layout.ids}
-    for each in layout.ids:
-        length = lengths[each.feature] if each.is_list else np.ones(rows, np.int32)
-        drawn = random.integers(0, layout.table(each.table).rows, length.sum())
-        inputs.ids[each.name] = Ragged(drawn, length) if each.is_list else drawn
+    lengths = {item.feature: random.integers(0, 3, rows).astype(np.int32) for item in layout.ids}
+    for item in layout.ids:
+        length = lengths[item.feature] if item.is_list else np.ones(rows, np.int32)
+        drawn = random.integers(0, layout.table(item.table).rows, length.sum())
+        inputs.ids[item.name] = Ragged(drawn, length) if item.is_list else drawn
     return inputs
 
 

@@ -131,17 +131,17 @@ def files_of(folder: Path) -> dict[str, Path]:
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as refused:
         Ranker.load(folder)
-    told = str(refused.value)
-    assert "\n" not in told
-    return told
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    return sentence
 
 
 def test_the_manifest_names_every_file_by_its_checksum(folder: Path) -> None:
     files = files_of(folder)
     del files["manifest.json"]
-    found = read_manifest(folder)
-    assert found == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    assert {"calibration.json", "example_scores.json", "weights.safetensors", "features/pipeline.json"} < set(found)
+    actual = read_manifest(folder)
+    assert actual == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    assert {"calibration.json", "example_scores.json", "weights.safetensors", "features/pipeline.json"} < set(actual)
 
 
 def test_damage_of_every_file_is_named(folder: Path) -> None:
@@ -150,16 +150,16 @@ def test_damage_of_every_file_is_named(folder: Path) -> None:
     for name, path in files_of(folder).items():
         whole = path.read_bytes()
         path.rename(aside)
-        told = f"The model in '{folder}' was modified: '{name}' is missing or has changed. Copy the whole"
-        assert told in refusal(folder)
+        sentence = f"The model in '{folder}' was modified: '{name}' is missing or has changed. Copy the whole"
+        assert sentence in refusal(folder)
         aside.rename(path)
         path.write_bytes(whole[:-1])
-        assert told in refusal(folder)
+        assert sentence in refusal(folder)
         for bit in draw.sample(range(8 * len(whole)), 4):
             changed = bytearray(whole)
             changed[bit // 8] ^= 1 << bit % 8
             path.write_bytes(changed)
-            assert told in refusal(folder), f"bit {bit}"
+            assert sentence in refusal(folder), f"bit {bit}"
         path.write_bytes(whole)
     check_files(folder)
 
@@ -167,7 +167,7 @@ def test_damage_of_every_file_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["features/clicked.memory/part-00001.parquet", "features/more.json", "calibration.json"]
 )
-def test_a_file_that_loading_could_take_for_its_own_is_told(small: SmallModel, tmp_path: Path, name: str) -> None:
+def test_a_file_that_loading_could_take_for_its_own_is_reported(small: SmallModel, tmp_path: Path, name: str) -> None:
     shutil.copytree(small.folder, tmp_path / "plain")
     (tmp_path / "plain" / name).write_bytes(b"more")
     assert f"'{name}' is not part of it. Remove this file." in refusal(tmp_path / "plain")
@@ -189,7 +189,7 @@ def test_all_may_read_who_may_read_one(written: Path) -> None:
 
 
 @pytest.mark.parametrize("manifest", [None, "{}", "[]", '{"files": {"model.json": {}}}'])
-def test_another_format_is_told_first(folder: Path, manifest: str | None) -> None:
+def test_another_format_is_reported_first(folder: Path, manifest: str | None) -> None:
     """The former one had no manifest, and a later one may have another."""
     tree = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(tree | {"format": FORMAT - 1}))
@@ -197,8 +197,8 @@ def test_another_format_is_told_first(folder: Path, manifest: str | None) -> Non
         (folder / "manifest.json").unlink()
     else:
         (folder / "manifest.json").write_text(manifest)
-    told = refusal(folder)
-    assert f"The model in '{folder}' was made by another version of mmoe_rec. Train it again." in told
+    sentence = refusal(folder)
+    assert f"The model in '{folder}' was made by another version of mmoe_rec. Train it again." in sentence
 
 
 def test_a_rewritten_model_is_whole_and_has_scores_of_its_own(small: SmallModel, folder: Path, tmp_path: Path) -> None:
@@ -206,9 +206,9 @@ def test_a_rewritten_model_is_whole_and_has_scores_of_its_own(small: SmallModel,
     state = {name: weight * 1.1 if "towers" in name else weight for name, weight in small.model.state_dict().items()}
     write_with_weights(folder, tmp_path / "new", small.settings.model, state)
     assert files_of(tmp_path / "new").keys() == files_of(folder).keys() - {".DS_Store"}
-    one, other = ExampleScores.read(folder), ExampleScores.read(tmp_path / "new")
-    assert one.predictions != other.predictions
-    assert one.computed_with == other.computed_with
+    first, second = ExampleScores.read(folder), ExampleScores.read(tmp_path / "new")
+    assert first.predictions != second.predictions
+    assert first.computed_with == second.computed_with
     assert Ranker.load(tmp_path / "new").calibration == CALIBRATION
 
 
@@ -226,7 +226,7 @@ def test_a_damaged_model_is_not_rewritten(small: SmallModel, folder: Path, tmp_p
 @pytest.mark.parametrize(
     ("task", "place", "what"), [("click", 2, "'click' of candidate 3 is "), ("spent", 0, "'spent' of candidate 1 is ")]
 )
-def test_other_scores_than_expected_are_told(folder: Path, task: str, place: int, what: str) -> None:
+def test_other_scores_than_expected_are_reported(folder: Path, task: str, place: int, what: str) -> None:
     def multiply(factor: float) -> None:
         tree = json.loads((folder / "example_scores.json").read_text())
         tree["predictions"][task][place] *= factor
@@ -236,20 +236,20 @@ def test_other_scores_than_expected_are_told(folder: Path, task: str, place: int
     multiply(1 + 1e-6)
     Ranker.load(folder)
     multiply(1.01)
-    told = refusal(folder)
-    assert "gives different predictions here than where it was written: for example_request.json, " + what in told
-    assert f"It was written with torch {torch.__version__.split('+')[0]}" in told
+    sentence = refusal(folder)
+    assert "gives different predictions here than where it was written: for example_request.json, " + what in sentence
+    assert f"It was written with torch {torch.__version__.split('+')[0]}" in sentence
 
 
 def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it has told torch is so again afterwards; by hand, as not every processor has such products."""
-    told, before = [], torch.backends.mkldnn.matmul.fp32_precision
+    sentence, before = [], torch.backends.mkldnn.matmul.fp32_precision
     rank = Ranker.load(folder).__class__.rank
 
     def noting(ranker: Any, *arguments: Any, **options: Any) -> Ranking:
-        told.append((torch.backends.mkldnn.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        sentence.append((torch.backends.mkldnn.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
         return rank(ranker, *arguments, **options)
 
     monkeypatch.setattr("mmoe_rec.inference.ranker.Ranker.rank", noting)
@@ -261,7 +261,7 @@ def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(
             assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
-    assert told == [("ieee", False)] * 2
+    assert sentence == [("ieee", False)] * 2
 
 
 def test_a_model_whose_predictions_are_not_finite_is_not_written(small: SmallModel, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def task(name: str, kind: str, std: float = 1.0) -> ModelTask:
 
 
 def scores_of(predictions: dict[str, np.ndarray]) -> ExampleScores:
-    return ExampleScores({name: tuple(each) for name, each in predictions.items()}, {})
+    return ExampleScores({name: tuple(item) for name, item in predictions.items()}, {})
 
 
 BINARY = np.array([0.02, 0.3, 0.9])
@@ -306,9 +306,13 @@ def test_the_tolerance_goes_with_the_scale(name: str) -> None:
                 for part in (0.9, 1.5)
             )
             assert expected.describe_difference(near, tasks, UNCALIBRATED) is None
-            told = expected.describe_difference(far, tasks, UNCALIBRATED)
+            sentence = expected.describe_difference(far, tasks, UNCALIBRATED)
             # What is all but 0 is as good as 0.
-            assert told is None if scale < 1e-30 else told is not None and told.startswith(f"'{task_name}' of ")
+            assert (
+                sentence is None
+                if scale < 1e-30
+                else sentence is not None and sentence.startswith(f"'{task_name}' of ")
+            )
 
 
 def test_a_steep_calibration_multiplies_what_rounding_does() -> None:
@@ -316,16 +320,16 @@ def test_a_steep_calibration_multiplies_what_rounding_does() -> None:
     steep = Calibration({"a": TaskCalibration((0.0, 0.001, 5.0), (0.0, 0.1, 6.0), 0.5)})
     assert steep.tasks["a"].max_slope == pytest.approx(100)
     assert TaskCalibration.linear(2.5, -1).max_slope == 2.5
-    expected, found = (scores_of({"a": np.array([0.1, each])}) for each in (0.4, 0.4 + 20 * TOLERANCE))
-    assert expected.describe_difference(found, tasks, steep) is None
-    assert expected.describe_difference(found, tasks, UNCALIBRATED) is not None
+    expected, actual = (scores_of({"a": np.array([0.1, item])}) for item in (0.4, 0.4 + 20 * TOLERANCE))
+    assert expected.describe_difference(actual, tasks, steep) is None
+    assert expected.describe_difference(actual, tasks, UNCALIBRATED) is not None
 
 
 # Files that are replaced while a model is used, or while it is loaded
 
 
 @pytest.fixture
-def other(folder: Path, tmp_path: Path) -> Path:
+def second(folder: Path, tmp_path: Path) -> Path:
     """Another model of the same shapes."""
     return other_weights(folder, tmp_path / "other", 0.5, 0.9)
 
@@ -334,11 +338,11 @@ def scores(ranker: Ranker) -> list[float]:
     return ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}).scores
 
 
-def test_a_loaded_model_stays_what_it_is_when_another_is_written_over_it(folder: Path, other: Path) -> None:
+def test_a_loaded_model_stays_what_it_is_when_another_is_written_over_it(folder: Path, second: Path) -> None:
     ranker = Ranker.load(folder)
     before = scores(ranker)
-    assert scores(Ranker.load(other)) != before
-    for file in other.glob("*.*"):
+    assert scores(Ranker.load(second)) != before
+    for file in second.glob("*.*"):
         (folder / file.name).write_bytes(file.read_bytes())  # in place, as `cp` does
     assert scores(ranker) == before
     (folder / "weights.safetensors").write_bytes(b"")
@@ -346,13 +350,13 @@ def test_a_loaded_model_stays_what_it_is_when_another_is_written_over_it(folder:
 
 
 def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
-    folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, second: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = rankers.read_calibration
 
     def replaced(path: Path) -> object:
         shutil.rmtree(folder)
-        shutil.copytree(other, folder)
+        shutil.copytree(second, folder)
         return read(path)
 
     monkeypatch.setattr(rankers, "read_calibration", replaced)
@@ -361,14 +365,14 @@ def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
 
 
 def test_rows_are_not_scored_by_a_model_that_came_later(
-    small: SmallModel, folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: SmallModel, folder: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The version that stands beside each row is that of the model that scored it."""
     score_parts = score._Scoring._score_parts
 
     def replaced(self: score._Scoring, *arguments: Any) -> Any:
         shutil.rmtree(folder)
-        shutil.copytree(other, folder)
+        shutil.copytree(second, folder)
         score._load.cache_clear()
         return score_parts(self, *arguments)
 

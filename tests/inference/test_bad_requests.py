@@ -183,9 +183,11 @@ def ranked(ranker: Ranker, **candidates: Any) -> Ranking:
 )
 def test_columns_may_be_arrays(small: SmallModel, ranker: Ranker, given: Any) -> None:
     expected = ranked(ranker, price=PRICES, brand=BRANDS)
-    found = ranker.rank({"user": USER}, CONTEXT, {"item": given(ITEMS), "price": given(PRICES), "brand": given(BRANDS)})
-    assert found == expected
-    json.dumps(found.to_dict())
+    actual = ranker.rank(
+        {"user": USER}, CONTEXT, {"item": given(ITEMS), "price": given(PRICES), "brand": given(BRANDS)}
+    )
+    assert actual == expected
+    json.dumps(actual.to_dict())
     frame = pd.DataFrame({"item": ITEMS, "price": PRICES, "brand": BRANDS})
     assert ranker.rank({"user": USER}, CONTEXT, frame) == expected  # type: ignore[arg-type]
 
@@ -214,7 +216,7 @@ def test_missing_values_are_null(ranker: Ranker) -> None:
 def test_lists_in_a_column(ranker: Ranker) -> None:
     tags = [["a", "b"], [], ["c"], None, ["a"]]
     expected = ranked(ranker, tags=tags)
-    arrays = [None if each is None else np.array(each, object) for each in tags]
+    arrays = [None if tag is None else np.array(tag, object) for tag in tags]
     for given in (arrays, pa.array(tags), pd.Series(tags), pd.Series(arrays)):
         assert ranked(ranker, tags=given) == expected
 

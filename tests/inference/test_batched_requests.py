@@ -40,15 +40,15 @@ def drawn(random: np.random.Generator) -> Request:
     count = int(random.integers(1, 8))
     user: dict[str, Any] = {"user": int(random.integers(0, 12))}
     context: dict[str, Any] = {"time": f"2023-11-{random.integers(20, 30)}T{random.integers(0, 24):02}:00:00"}
-    candidates: dict[str, Any] = {"item": [int(each) * 10**17 for each in random.integers(-5, 12, count)]}
+    candidates: dict[str, Any] = {"item": [int(integer) * 10**17 for integer in random.integers(-5, 12, count)]}
     if random.random() < 0.3:
         user["age"] = [None, 30, 41.5][random.integers(3)]
     if random.random() < 0.3:
-        user["clicked"] = [int(each) * 10**17 for each in random.integers(0, 5, random.integers(0, 5))]
+        user["clicked"] = [int(integer) * 10**17 for integer in random.integers(0, 5, random.integers(0, 5))]
     if random.random() < 0.3:
         context["born"] = [None, "2001-02-03"][random.integers(2)]
     if random.random() < 0.3:
-        candidates["price"] = [None if random.random() < 0.3 else float(each) for each in random.normal(size=count)]
+        candidates["price"] = [None if random.random() < 0.3 else float(item) for item in random.normal(size=count)]
     if random.random() < 0.2:
         candidates["item_click_rate"] = random.random(count).tolist()
     options: dict[str, Any] = {}
@@ -71,18 +71,18 @@ def assert_same(answer: Ranking | RequestError, alone: Ranking | RequestError) -
         return
     np.testing.assert_allclose(answer.scores, alone.scores, rtol=1e-5)
     # Candidates that are equal but for the last bits may change places.
-    found, expected = _by_place(answer), _by_place(alone)
-    for place in found.keys() & expected.keys():
-        assert found[place][0] == expected[place][0]
-        np.testing.assert_allclose(found[place][1:], expected[place][1:], rtol=1e-5, atol=1e-6)
+    actual, expected = _by_place(answer), _by_place(alone)
+    for place in actual.keys() & expected.keys():
+        assert actual[place][0] == expected[place][0]
+        np.testing.assert_allclose(actual[place][1:], expected[place][1:], rtol=1e-5, atol=1e-6)
     assert (answer.explanations is None) == (alone.explanations is None)
-    shown, told = (dict(zip(each.order, each.explanations or (), strict=False)) for each in (answer, alone))
-    for place in shown.keys() & told.keys():
-        one, other = shown[place], told[place]
-        assert (one.counters, one.histories) == (other.counters, other.histories)
-        for task in one.gates:
-            np.testing.assert_allclose(one.gates[task], other.gates[task], atol=1e-6)
-            np.testing.assert_allclose(one.uncalibrated[task], other.uncalibrated[task], rtol=1e-5, atol=1e-6)
+    shown, message = (dict(zip(item.order, item.explanations or (), strict=False)) for item in (answer, alone))
+    for place in shown.keys() & message.keys():
+        first, second = shown[place], message[place]
+        assert (first.counters, first.histories) == (second.counters, second.histories)
+        for task in first.gates:
+            np.testing.assert_allclose(first.gates[task], second.gates[task], atol=1e-6)
+            np.testing.assert_allclose(first.uncalibrated[task], second.uncalibrated[task], rtol=1e-5, atol=1e-6)
     assert (answer.request_time, answer.tables_as_of) == (alone.request_time, alone.tables_as_of)
     assert answer.warnings == alone.warnings
 
@@ -101,7 +101,7 @@ def test_answers_do_not_depend_on_neighbours(
     for place, wrong in zip(random.integers(0, 60, len(WRONG)), WRONG, strict=True):
         requests.insert(int(place), wrong)
     alone = [ranker.rank_many([request])[0] for request in requests]
-    assert sum(isinstance(each, RequestError) for each in alone) == len(WRONG)
+    assert sum(isinstance(item, RequestError) for item in alone) == len(WRONG)
     monkeypatch.setattr(rankers, "FEATURE_BATCH_ROWS", rows_at_a_time)
     monkeypatch.setattr(scorer, "CHUNK_ROWS", min(rows_at_a_time, scorer.CHUNK_ROWS))
     for answer, expected in zip(ranker.rank_many(requests), alone, strict=True):
@@ -126,24 +126,24 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
 ) -> None:
     monkeypatch.setattr(attention, "_PAIRS", 7)  # fewer than a request has
     random, layout = np.random.default_rng(5), ranker.layout
-    dims = {each.name: layout.table(each.table).dim for each in layout.ids}
+    dims = {item.name: layout.table(item.table).dim for item in layout.ids}
     names = [name for name in layout.id_names(placement=False) for _ in range(dims[name])]
-    histories = [each.history for each in layout.attention]
+    histories = [item.history for item in layout.attention]
     seen, looked_at = 0, np.isin([*names, *layout.dense_names(placement=False)], histories)
     for _ in range(20):
         requests = [request({"user": int(user)}, drawn(random).candidates) for user in random.integers(0, 12, 4)]
         columns = {tuple(request.candidates) for request in requests}
         for same in columns:
-            rows = ranker.reader.rows([each for each in requests if tuple(each.candidates) == same])
-            found = ranker.input_builder.build_matrix(*ranker.pipeline.request_inputs(rows), rows.request_index)
+            rows = ranker.reader.rows([item for item in requests if tuple(item.candidates) == same])
+            actual = ranker.input_builder.build_matrix(*ranker.pipeline.request_inputs(rows), rows.request_index)
             table = pa.table({name: rows.raw_column(name) for name in (*rows._columns, *rows.shared._columns)})
             batch = make_batch(ranker.pipeline.encode(LogRows(table, rows.schema)), ranker.layout, torchrec=False)
             expected = ranker.model.concat_inputs(batch)[0].detach()
             # What attention adds is summed in another order, and in pieces.
             others = ~looked_at
-            np.testing.assert_allclose(found[:, others], expected[:, others], rtol=1e-6, atol=1e-7)
-            np.testing.assert_allclose(found[:, looked_at], expected[:, looked_at], rtol=1e-6, atol=2e-6)
-            seen += int((found[:, looked_at] != 0).sum())
+            np.testing.assert_allclose(actual[:, others], expected[:, others], rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(actual[:, looked_at], expected[:, looked_at], rtol=1e-6, atol=2e-6)
+            seen += int((actual[:, looked_at] != 0).sum())
     assert seen > 100
 
 
@@ -157,7 +157,7 @@ def test_products_are_those_of_the_setting(small: SmallModel, setting: str, take
     ranker.apply_serving_settings({"matmul_backend": setting})
     before = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS})
     ranker.apply_matmul_backend()
-    layers = {each.matmul_backend for each in ranker.model.modules() if hasattr(each, "matmul_backend")}
+    layers = {module.matmul_backend for module in ranker.model.modules() if hasattr(module, "matmul_backend")}
     assert (ranker.scorer.matmul_backend, layers) == (taken, {taken})
     after = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS})
     np.testing.assert_allclose(after.scores, before.scores, rtol=1e-5)

@@ -43,20 +43,20 @@ def test_calibration_and_gates_equal_the_model_run_by_hand(
     logits, gates = by_hand(small, rows)
     ranking = calibrated.rank(**as_request(table), explain=True, top_k=top_k)
     assert len(ranking.order) == (top_k or len(rows))
-    for place, each in zip(ranking.order, explained(ranking), strict=True):
+    for place, item in zip(ranking.order, explained(ranking), strict=True):
         before = [*(1 / (1 + np.exp(-logits[place, :2]))), logits[place, 2]]
         after = 1 / (1 + np.exp(1.5 - 0.6 * logits[place, 0]))
-        np.testing.assert_allclose([each.uncalibrated[name] for name in TASKS], before, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(each.calibrated["click"], after, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose([each.gates[name] for name in TASKS], gates[place], atol=1e-6)
+        np.testing.assert_allclose([item.uncalibrated[name] for name in TASKS], before, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(item.calibrated["click"], after, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose([item.gates[name] for name in TASKS], gates[place], atol=1e-6)
     for name in TASKS:
-        assert [each.calibrated[name] for each in explained(ranking)] == ranking.predictions[name]
+        assert [item.calibrated[name] for item in explained(ranking)] == ranking.predictions[name]
 
 
 def test_gates_of_fewer_experts(ranker: Ranker) -> None:
     ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, mask_experts=[1], gate_top_k=1, explain=True)
-    for each in explained(ranking):
-        for weights in each.gates.values():
+    for item in explained(ranking):
+        for weights in item.gates.values():
             assert weights[1] == 0
             assert sorted(weights) == pytest.approx([0, 0, 1])
 
@@ -86,7 +86,7 @@ def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, rank
     clicked = [row["item"] for row in log if row["user"] == USER and row["click"] == 1]
     ranking = ranker.rank(**request, explain=True)
     brands = 0
-    for place, each in zip(ranking.order, explained(ranking), strict=True):
+    for place, entry in zip(ranking.order, explained(ranking), strict=True):
         item, brand = (request["candidates"][name][place] for name in ("item", "brand"))
         of_item = [row for row in log if row["item"] == item]
         positive = [row["time"] for row in of_item if row["click"] == 1]
@@ -104,8 +104,8 @@ def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, rank
             brands += 1
             expected["brand_spent_rate"] = rate([row for row in log if row["brand"] == brand], "spent")
         for name, value in expected.items():
-            assert each.counters[name] == pytest.approx(value, rel=1e-9), name
-        assert each.histories["clicked"] == clicked[-3:]
+            assert entry.counters[name] == pytest.approx(value, rel=1e-9), name
+        assert entry.histories["clicked"] == clicked[-3:]
     assert brands > 3
 
 
@@ -133,8 +133,8 @@ def test_lists_that_an_explanation_shows_can_be_given(ranker: Ranker) -> None:
         if len(lists["liked_items_brand"] or ()) == 2 and None not in lists["liked_items_brand"]:
             break
     assert ranker.rank({"user": user, **lists}, CONTEXT, {"item": ITEMS}).scores == known.scores
-    other = {"user": user, **lists, "liked_items_brand": [f"not {brand}" for brand in lists["liked_items_brand"]]}
-    assert ranker.rank(other, CONTEXT, {"item": ITEMS}).scores != known.scores
+    second = {"user": user, **lists, "liked_items_brand": [f"not {brand}" for brand in lists["liked_items_brand"]]}
+    assert ranker.rank(second, CONTEXT, {"item": ITEMS}).scores != known.scores
     for change, said in (
         (
             {"liked_items_brand": lists["liked_items_brand"][:1]},
@@ -142,7 +142,7 @@ def test_lists_that_an_explanation_shows_can_be_given(ranker: Ranker) -> None:
         ),
         ({"liked_items_brand": None}, "give all of liked_items, liked_items_brand"),
     ):
-        given = {name: each for name, each in {**lists, **change}.items() if each is not None}
+        given = {name: item for name, item in {**lists, **change}.items() if item is not None}
         with pytest.raises(UserError, match=said):
             ranker.rank({"user": user, **given}, CONTEXT, {"item": ITEMS})
 

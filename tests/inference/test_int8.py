@@ -35,12 +35,12 @@ def folder(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_is_near_the_model(folder: Path, small: SmallModel, ranker: Ranker) -> None:
     """All kinds of features, by requests and by rows."""
     served = Ranker.load(folder)
-    one, other = (outputs_in_request_order(each.rank(**REQUEST)) for each in (ranker, served))
-    assert one.keys() == other.keys()
+    first, second = (outputs_in_request_order(item.rank(**REQUEST)) for item in (ranker, served))
+    assert first.keys() == second.keys()
     differs = False
-    for name, values in one.items():
-        np.testing.assert_allclose(other[name], values, rtol=2e-3)
-        differs |= bool((other[name] != values).any())
+    for name, values in first.items():
+        np.testing.assert_allclose(second[name], values, rtol=2e-3)
+        differs |= bool((second[name] != values).any())
     assert differs
     rows = small.later_rows()[0]
     for before, now in zip(ranker.score(rows), served.score(rows), strict=True):
@@ -52,7 +52,7 @@ def test_computes_with_the_weights_that_it_holds(folder: Path, small: SmallModel
     weights = to_float32(read_tensors(folder / "weights.safetensors"))
     write_with_weights(folder, tmp_path / "floats", small.settings.model, weights)
     served, plain = Ranker.load(folder), Ranker.load(tmp_path / "floats")
-    assert {each.dtype for each in load_file(tmp_path / "floats" / "weights.safetensors").values()} == {torch.float32}
+    assert {value.dtype for value in load_file(tmp_path / "floats" / "weights.safetensors").values()} == {torch.float32}
     assert served.rank(**REQUEST).order == plain.rank(**REQUEST).order
     for name, values in plain.rank(**REQUEST).predictions.items():
         np.testing.assert_allclose(served.rank(**REQUEST).predictions[name], values, rtol=1e-6)
@@ -63,11 +63,11 @@ def test_computes_with_the_weights_that_it_holds(folder: Path, small: SmallModel
 def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel) -> None:
     tables = Ranker.load(folder).model.tables.embedding_bags
     assert tables
-    assert all(isinstance(each, Int8EmbeddingBag) and each.codes.dtype == torch.int8 for each in tables.values())
+    assert all(isinstance(table, Int8EmbeddingBag) and table.codes.dtype == torch.int8 for table in tables.values())
     stored, before = load_file(folder / "weights.safetensors"), load_file(small.folder / "weights.safetensors")
-    sizes = [sum(each.nbytes for name, each in file.items() if "tables." in name) for file in (stored, before)]
+    sizes = [sum(item.nbytes for name, item in file.items() if "tables." in name) for file in (stored, before)]
     assert sizes[0] <= 0.3 * sizes[1]
-    kept = {name for name, each in stored.items() if each.dtype == torch.float32}
+    kept = {name for name, item in stored.items() if item.dtype == torch.float32}
     assert all(".gates." in name or not name.endswith("weight") for name in kept)
     assert all(torch.equal(stored[name], before[name]) for name in kept)
 
@@ -103,9 +103,9 @@ def test_a_table_without_its_scales_is_damage(small: SmallModel, tmp_path: Path)
 
 def test_differences_against_loops() -> None:
     random = np.random.default_rng(0)
-    one = {"x": random.random(9), "score": 1e6 * random.random(9)}
-    other = {name: values * (1 + 1e-3 * random.normal(size=9)) for name, values in one.items()}
-    for name, found in max_relative_differences(one, other).items():
-        pairs = zip(one[name], other[name], strict=True)
-        assert found == pytest.approx(max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs))
-    assert np.isnan(max_relative_differences(one, one | {"x": np.full(9, np.nan)})["x"])
+    first = {"x": random.random(9), "score": 1e6 * random.random(9)}
+    second = {name: values * (1 + 1e-3 * random.normal(size=9)) for name, values in first.items()}
+    for name, actual in max_relative_differences(first, second).items():
+        pairs = zip(first[name], second[name], strict=True)
+        assert actual == pytest.approx(max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs))
+    assert np.isnan(max_relative_differences(first, first | {"x": np.full(9, np.nan)})["x"])

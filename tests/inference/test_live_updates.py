@@ -44,16 +44,16 @@ class Extension:
     """A model, its ranker, and that of the same model over features that were extended by further files."""
 
     def __init__(self, work: Path, further: list[pa.Table]) -> None:
-        self.small, other = SmallModel(work / "before"), SmallModel(work / "after")
+        self.small, right = SmallModel(work / "before"), SmallModel(work / "after")
         write_log(work / "more", *further)
         for file in (work / "more").glob("*.parquet"):
             shutil.copyfile(file, work / "after" / "log" / f"later-{file.name}")
-        windows = other.settings.split.windows()
-        extended = extend(BuildInputs(other.settings.data.log, other.settings.schema_, windows, work / "after"))
+        windows = right.settings.split.windows()
+        extended = extend(BuildInputs(right.settings.data.log, right.settings.schema_, windows, work / "after"))
         assert not any(extended.new_ids.values())  # else the model would have to be trained again
         write_artifact(
             work / "after" / "model",
-            settings=other.settings,
+            settings=right.settings,
             prepared=extended.features,
             state_dict=self.small.model.state_dict(),
             calibration=None,
@@ -70,15 +70,15 @@ def learn(ranker: Ranker, events: pa.Table) -> None:
 
 def answers(ranker: Ranker) -> list[dict[str, Any]]:
     """What a ranker says of some requests, but for its name and the time of its tables."""
-    found = []
+    actual = []
     for user in (USER, -7, NEW_USER, 77):
         for time in TIMES:
             ranking = ranker.rank({"user": user}, {"time": time}, {"item": [*ITEMS, NEW_ITEM]}, explain=True)
             tree = ranking.to_dict() | {"unknown": ranking.unknown_ids}
-            found.append(
+            actual.append(
                 {name: tree[name] for name in ("candidates", "scores", "predictions", "explanations", "unknown")}
             )
-    return found
+    return actual
 
 
 def scores(ranker: Ranker, small: SmallModel) -> list[float]:
@@ -175,19 +175,19 @@ def test_a_pass_that_is_under_way_answers_as_before(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch, part: type, method: str, learns_first: bool
 ) -> None:
     """Whatever part of the pass comes before, and after, what another thread learns."""
-    ranker, told = Ranker.load(small.folder), list[str]()
+    ranker, message = Ranker.load(small.folder), list[str]()
     before, real = answer(ranker), getattr(part, method)
 
     def learns(self: Any, *words: Any, **more: Any) -> Any:
-        found = None if learns_first else real(self, *words, **more)
-        if not told:
-            told.append("learnt")
+        actual = None if learns_first else real(self, *words, **more)
+        if not message:
+            message.append("learnt")
             meanwhile(lambda: learn(ranker, later_log(3)))
-        return real(self, *words, **more) if learns_first else found
+        return real(self, *words, **more) if learns_first else actual
 
     monkeypatch.setattr(part, method, learns)
     assert answer(ranker) == before
-    assert told == ["learnt"]
+    assert message == ["learnt"]
     now = answer(ranker)
     assert now["explanations"] != before["explanations"]
     assert now["scores"] != before["scores"]
@@ -196,11 +196,11 @@ def test_a_pass_that_is_under_way_answers_as_before(
 def test_rows_that_are_scored_in_parts_are_of_one_moment(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker, (_, rows) = Ranker.load(small.folder), small.later_rows()
     monkeypatch.setattr(rankers, "FEATURE_BATCH_ROWS", 5)
-    before, score, told = ranker.score(rows)[1], Scorer.score, list[str]()
+    before, score, message = ranker.score(rows)[1], Scorer.score, list[str]()
 
     def learns(self: Scorer, *words: Any) -> Any:
-        if not told:
-            told.append("learnt")
+        if not message:
+            message.append("learnt")
             meanwhile(lambda: learn(ranker, later_log(3)))
         return score(self, *words)
 

@@ -48,7 +48,7 @@ def experts_of(small: SmallModel) -> int:
 def test_each_expert_may_be_masked_and_the_other_weights_are_renormalised(
     small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, rankings = values(rank(ranker)), [rank(ranker, mask_experts=[each]) for each in range(experts_of(small))]
+    whole, rankings = values(rank(ranker)), [rank(ranker, mask_experts=[index]) for index in range(experts_of(small))]
     np.testing.assert_array_equal(values(rank(ranker)), whole)
     assert all(ranking.warnings == [] for ranking in rankings)
     assert not any(np.allclose(values(ranking), whole, atol=1e-7) for ranking in rankings)
@@ -76,9 +76,9 @@ def test_an_expert_that_gives_no_numbers_is_an_error_until_it_is_masked(
 
 def test_with_all_experts_lost_the_answer_is_flagged(small: SmallModel, ranker: Ranker) -> None:
     ranking = rank(ranker, mask_experts=list(range(experts_of(small))))
-    found = values(ranking)
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), rtol=1e-5)
+    actual = values(ranking)
+    assert np.isfinite(actual).all()
+    np.testing.assert_allclose(actual, np.broadcast_to(actual[0], actual.shape), rtol=1e-5)
     assert (np.ptp(values(rank(ranker)), axis=0) > 1e-4).all(), "with experts, candidates differ"
     assert ranking.warnings == [
         f"no expert is left for '{task}': its prediction is the same for every candidate" for task in ranker.task_names
@@ -88,8 +88,8 @@ def test_with_all_experts_lost_the_answer_is_flagged(small: SmallModel, ranker: 
 def test_fewer_experts_serve_when_asked_for(small: SmallModel, ranker: Ranker) -> None:
     seen = int(small.model.visible_experts[0].sum())
     whole = values(rank(ranker))
-    one = values(rank(ranker, gate_top_k=1))
-    assert not np.allclose(one, whole, atol=1e-7)
+    first = values(rank(ranker, gate_top_k=1))
+    assert not np.allclose(first, whole, atol=1e-7)
     # The shared gate of a first level sees more experts than a task does.
     if small.settings.model.gates.routing == "soft" and small.settings.model.experts.levels == 1:
         np.testing.assert_allclose(values(rank(ranker, gate_top_k=seen)), whole, atol=1e-6)

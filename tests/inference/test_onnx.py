@@ -108,9 +108,9 @@ def assert_computes_the_same(ranker: Ranker, made: Path) -> None:
     for rows in (1, 2, 700):
         inputs, of = random_inputs(ranker.layout, rows, random), np.arange(rows)
         scored = ranker.scorer.score(ranker.input_builder.build_matrix(Inputs(), inputs, of))
-        found = answer(build_onnx_inputs(ranker.layout, Inputs(), inputs, of))
+        actual = answer(build_onnx_inputs(ranker.layout, Inputs(), inputs, of))
         for place, task in enumerate(ranker.task_names):
-            np.testing.assert_allclose(found[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(actual[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)
 
 
 def test_attention_is_refused(small: SmallModel, tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def test_computes_what_the_ranker_does(means: SmallModel, tmp_path: Path, name: 
     made = tmp_path / "onnx"
     made.mkdir()
     write_onnx(tmp_path / "model", made)
-    for one, other in pairs(tmp_path / "model", ranker, made):
-        assert one.keys() == other.keys()
-        for task, values in one.items():
+    for first, second in pairs(tmp_path / "model", ranker, made):
+        assert first.keys() == second.keys()
+        for task, values in first.items():
             assert task == "score" or np.std(values) > 1e-4
-            np.testing.assert_allclose(other[task], values, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(second[task], values, rtol=1e-5, atol=1e-5)
     assert_computes_the_same(ranker, made)
 
 
@@ -139,7 +139,7 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     tasks = small.settings.model_dump(mode="json", exclude_unset=True)["tasks"]
     del tasks["spent"]
     tasks["liked"] |= {"conditional_on": "click", "score_weight": 0.5}
-    features = {name: each for name, each in ALL_KINDS.items() if name != "brand_spent"}
+    features = {name: item for name, item in ALL_KINDS.items() if name != "brand_spent"}
     model = SmallModel(work, tasks=tasks, features=features)
     for name in ("int8", "onnx"):
         (work / name).mkdir()
@@ -151,10 +151,10 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_gives_both_of_two_tasks(given: tuple[Path, Ranker, Path]) -> None:
     folder, ranker, made = given
-    for one, other in pairs(folder, ranker, made):
-        assert list(other) == ["click", "liked", "click_and_liked", "score"]
-        for task, values in one.items():
-            np.testing.assert_allclose(other[task], values, rtol=1e-5)
+    for first, second in pairs(folder, ranker, made):
+        assert list(second) == ["click", "liked", "click_and_liked", "score"]
+        for task, values in first.items():
+            np.testing.assert_allclose(second[task], values, rtol=1e-5)
 
 
 def test_a_stranger_finds_the_inputs(given: tuple[Path, Ranker, Path]) -> None:
@@ -173,11 +173,11 @@ def test_a_stranger_finds_the_inputs(given: tuple[Path, Ranker, Path]) -> None:
             inputs["ids"][:, about["ids"].index(name)] = ids[name]
         else:
             lists = np.split(ids[name].values, ids[name].offsets[1:-1])
-            padded = np.array([[*each, *[-1] * (9 - len(each))] for each in lists])
+            padded = np.array([[*item, *[-1] * (9 - len(item))] for item in lists])
             inputs[f"ids.{name}"] = np.broadcast_to(padded, (count, 9))
-    found, expected = load_onnx(made)(inputs), outputs_in_request_order(ranker.rank(**request))
+    actual, expected = load_onnx(made)(inputs), outputs_in_request_order(ranker.rank(**request))
     for task, values in expected.items():
-        np.testing.assert_allclose(found[task], values, rtol=1e-5)
+        np.testing.assert_allclose(actual[task], values, rtol=1e-5)
 
 
 def test_the_readme_runs(given: tuple[Path, Ranker, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,22 +68,22 @@ def test_score_reads_a_table_as_the_log_is_read(small: SmallModel, ranker: Ranke
         pa.timestamp("us", "UTC"): pa.timestamp("ns", "UTC"),
     }
     columns = {name: rows.table[name] for name in rows.table.column_names}
-    other = pa.table({name: each.cast(same.get(each.type, each.type)) for name, each in columns.items()})
-    np.testing.assert_array_equal(ranker.score(other)[1], expected)
+    second = pa.table({name: item.cast(same.get(item.type, item.type)) for name, item in columns.items()})
+    np.testing.assert_array_equal(ranker.score(second)[1], expected)
     coded = pa.table(
         {n: e.combine_chunks().dictionary_encode() if e.type == pa.string() else e for n, e in columns.items()}
     )
     np.testing.assert_array_equal(ranker.score(coded)[1], expected)
     (label, *_) = {task.label for task in ranker.pipeline.schema.tasks.values()}
-    unread = other.drop_columns([label] if label in other.column_names else [])
-    unread = unread.append_column(label, pa.array(["not read"] * len(other)))
+    unread = second.drop_columns([label] if label in second.column_names else [])
+    unread = unread.append_column(label, pa.array(["not read"] * len(second)))
     np.testing.assert_array_equal(ranker.score(unread)[1], expected)
     key = ranker.pipeline.schema.columns.candidate
     with pytest.raises(UserError, match=f"the rows have no column '{key}', which the model's features read"):
-        ranker.score(other.drop_columns([key]))
-    number = pa.array(np.arange(len(other)) / 7)
+        ranker.score(second.drop_columns([key]))
+    number = pa.array(np.arange(len(second)) / 7)
     with pytest.raises(UserError, match=f"column '{key}' must hold integers or strings, found double"):
-        ranker.score(other.set_column(other.column_names.index(key), key, number))
+        ranker.score(second.set_column(second.column_names.index(key), key, number))
 
 
 def test_predictions_are_calibrated(small: SmallModel, calibrated: Ranker) -> None:
@@ -92,7 +92,7 @@ def test_predictions_are_calibrated(small: SmallModel, calibrated: Ranker) -> No
     x = np.log(plain[:, :2] / (1 - plain[:, :2]))
     beyond = 2 * (np.minimum(x[:, 1] + 0.2, 0) + np.maximum(x[:, 1] - 0.5, 0))
     liked = np.interp(x[:, 1], (-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0)) + beyond
-    expected = np.stack([*(1 / (1 + np.exp(-each)) for each in (0.6 * x[:, 0] - 1.5, liked)), plain[:, 2]], axis=1)
+    expected = np.stack([*(1 / (1 + np.exp(-item)) for item in (0.6 * x[:, 0] - 1.5, liked)), plain[:, 2]], axis=1)
     values, log_scores = calibrated.score(rows)
     np.testing.assert_allclose(values, expected, atol=2e-6)
     weights = [task.score_weight for task in small.settings.tasks.values()]
@@ -215,7 +215,7 @@ def test_lists_are_merged_by_log_scores_whatever_the_weights(ranker: Ranker, wei
     assert set(reply["scores"]) == scores, "which would lose the order"
     np.testing.assert_allclose(reply["log_scores"], weight * np.log(clicks[reply["order"]]), rtol=1e-4)
     parts = [ranker.rank({"user": USER}, CONTEXT, {"item": part}, weights) for part in (ITEMS[:2], ITEMS[2:])]
-    merged = sorted(chain(*(zip(each.log_scores, each.candidates, strict=True) for each in parts)), reverse=True)
+    merged = sorted(chain(*(zip(item.log_scores, item.candidates, strict=True) for item in parts)), reverse=True)
     assert [candidate for _, candidate in merged] == reply["candidates"]
 
 
@@ -238,14 +238,14 @@ def at(ranker: Ranker, moment: int) -> Any:
 def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: Ranker) -> None:
     last = int(times_of(random_log(1, rows=600)).max())
     before, then = at(ranker, last + 1 - DAY // 2), at(ranker, last + 1)
-    for one, other in zip(_by_place(before), _by_place(then), strict=True):
-        assert (one.counters, one.histories) == (other.counters, other.histories)
+    for first, second in zip(_by_place(before), _by_place(then), strict=True):
+        assert (first.counters, first.histories) == (second.counters, second.histories)
     later = at(ranker, last + 3 * DAY)
     assert any(a.counters != b.counters for a, b in zip(_by_place(then), _by_place(later), strict=True))
 
 
 def _by_place(ranking: Any) -> list[Any]:
-    return [each for _, each in sorted(zip(ranking.order, ranking.explanations, strict=True), key=lambda pair: pair[0])]
+    return [item for _, item in sorted(zip(ranking.order, ranking.explanations, strict=True), key=lambda pair: pair[0])]
 
 
 def asked(ranker: Ranker, later: timedelta) -> list[str]:
@@ -265,16 +265,16 @@ def asked(ranker: Ranker, later: timedelta) -> list[str]:
     ],
     ids=str,
 )
-def test_a_time_that_does_not_fit_is_told_once(ranker: Ranker, later: timedelta, sentence: str | None) -> None:
-    found = asked(ranker, later)
+def test_a_time_that_does_not_fit_is_reported_once(ranker: Ranker, later: timedelta, sentence: str | None) -> None:
+    actual = asked(ranker, later)
     if sentence is None:
-        assert found == []
+        assert actual == []
         return
-    (told,) = found
-    assert sentence in told
+    (message,) = actual
+    assert sentence in message
     known = datetime.fromisoformat(ranker.info.tables_as_of)
-    assert f"{known.isoformat()}," in told
-    assert f"the request's time {(known + later).isoformat()} is" in told
+    assert f"{known.isoformat()}," in message
+    assert f"the request's time {(known + later).isoformat()} is" in message
 
 
 @pytest.mark.parametrize("days", [0.5, None])
@@ -283,7 +283,7 @@ def test_the_setting_travels_with_the_artifact(tmp_path: Path, days: float | Non
     assert read_artifact(small.folder).stale_after_days == days
     ranker = Ranker.load(small.folder)
     assert asked(ranker, timedelta(hours=11)) == []
-    (told,) = asked(ranker, timedelta(hours=13)) or ["never"]
-    assert ("more than 0.5 days after" in told) == (days is not None)
+    (message,) = asked(ranker, timedelta(hours=13)) or ["never"]
+    assert ("more than 0.5 days after" in message) == (days is not None)
     assert bool(asked(ranker, timedelta(days=4000))) == (days is not None)
     assert FUTURE in asked(ranker, -timedelta(seconds=1))[0]

@@ -53,11 +53,11 @@ def test_params_for_all_and_options_of_one(server: Server, ranker: Ranker) -> No
     own = {"task_weights": {"liked": 3}, "top_k": 1}
     status, body = server.post({"inputs": [request_of(), request_of(**own)], "params": params})
     assert status == 200
-    for found, options in zip(body["predictions"], (params, own), strict=True):
+    for actual, options in zip(body["predictions"], (params, own), strict=True):
         expected = ranker.rank(**request_of(**options))
-        assert found["candidates"] == expected.candidates
-        np.testing.assert_allclose(found["scores"], expected.scores, rtol=1e-5)
-        assert (found["tables_as_of"], found["request_time"]) == (expected.tables_as_of, expected.request_time)
+        assert actual["candidates"] == expected.candidates
+        np.testing.assert_allclose(actual["scores"], expected.scores, rtol=1e-5)
+        assert (actual["tables_as_of"], actual["request_time"]) == (expected.tables_as_of, expected.request_time)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_a_data_frame_has_a_row_for_each_candidate(server: Server) -> None:
     for form in ({"dataframe_split": split}, {"dataframe_records": rows}):
         status, body = server.post(form)
         assert status == 200
-        assert [each["rank"] - 1 for each in body["predictions"]] == np.argsort(ranking["order"]).tolist()
-        assert sorted((each["score"] for each in body["predictions"]), reverse=True) == ranking["scores"]
+        assert [prediction["rank"] - 1 for prediction in body["predictions"]] == np.argsort(ranking["order"]).tolist()
+        assert sorted((prediction["score"] for prediction in body["predictions"]), reverse=True) == ranking["scores"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -95,8 +95,8 @@ def test_process_holds_no_training_library(server: Server) -> None:
     maps = [
         path.read_text() for path in Path("/proc").glob("[0-9]*/maps") if _group_of(path.parent) == server.process.pid
     ]
-    assert any("libtorch" in each for each in maps)
-    assert not any(name in each for each in maps for name in ("fbgemm_gpu", "torchrec"))
+    assert any("libtorch" in item for item in maps)
+    assert not any(name in item for item in maps for name in ("fbgemm_gpu", "torchrec"))
 
 
 def _group_of(process: Path) -> int | None:
@@ -157,7 +157,7 @@ def test_the_served_packages_are_what_scoring_imports(served: tuple[Path, dict[s
     code, said = served
     own = {name for file in said["files"].values() for name in _imported(Path(file))}
     asked = own & set(said["loaded"])
-    packages = {name.lower() for each in asked for name in packages_distributions().get(each, ())} - {"mmoe-rec"}
+    packages = {name.lower() for item in asked for name in packages_distributions().get(item, ())} - {"mmoe-rec"}
     model = _imported(code / "inference" / "mlflow_model.py")
     assert "mlflow" in model
     assert "mlflow" not in packages
@@ -167,13 +167,13 @@ def test_the_served_packages_are_what_scoring_imports(served: tuple[Path, dict[s
 
 
 def _imported(file: Path) -> set[str]:
-    found = set()
+    actual = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {each.name.partition(".")[0] for each in node.names}
+            actual |= {name.name.partition(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found
+            actual.add(node.module.partition(".")[0])
+    return actual
 
 
 @pytest.mark.thorough
@@ -192,4 +192,4 @@ def test_a_project_in_the_working_folder_is_not_taken_for_the_models(
     assert {"MLmodel", "requirements.txt", "python_env.yaml"} <= names
     assert not names & {"uv.lock", "pyproject.toml", ".python-version"}
     needed = (folder / "requirements.txt").read_text().split()
-    assert [each.partition("==")[0] for each in needed] == list(SERVED_PACKAGES)
+    assert [item.partition("==")[0] for item in needed] == list(SERVED_PACKAGES)

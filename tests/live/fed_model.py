@@ -55,13 +55,13 @@ def read_period(log: Log, window: tuple[int, int]) -> Period:
     for name in log.schema.events:
         events = EventLogFiles(name, log)
         tables = [
-            each.filter(in_window(each.times(), window))
+            event.filter(in_window(event.times(), window))
             .table.drop_columns([EVENT_TASK.label])
             .rename_columns({events.schema.columns.time: events.reader.time})
-            for each in events.stream()
+            for event in events.stream()
         ]
-        found = _joined(tables).sort_by(events.reader.time)
-        logs.append((name, found[events.reader.time].cast(pa.int64()).to_numpy(), found))
+        actual = _joined(tables).sort_by(events.reader.time)
+        logs.append((name, actual[events.reader.time].cast(pa.int64()).to_numpy(), actual))
     return Period(rows, starts, times[starts[:-1]], logs)
 
 
@@ -69,13 +69,13 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Without dictionaries, which differ from part to part, and with null for each number that is none."""
     plain = []
     for table in tables:
-        for place, each in enumerate(table.schema):
+        for place, item in enumerate(table.schema):
             values = table.column(place)
-            if pa.types.is_dictionary(each.type):
-                table = table.set_column(place, each.name, values.cast(each.type.value_type))  # noqa: PLW2901
-            elif pa.types.is_floating(each.type):
+            if pa.types.is_dictionary(item.type):
+                table = table.set_column(place, item.name, values.cast(item.type.value_type))  # noqa: PLW2901
+            elif pa.types.is_floating(item.type):
                 numbers = pc.if_else(pc.is_finite(values), values, None)
-                table = table.set_column(place, each.name, numbers)  # noqa: PLW2901
+                table = table.set_column(place, item.name, numbers)  # noqa: PLW2901
         plain.append(table)
     return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
@@ -135,7 +135,7 @@ def _build_request(period: Period, start: int, end: int) -> dict[str, Any]:
     for name, role in schema.input_columns().items():
         if role in REQUEST_KEYS:
             rows = table[name].slice(start, end - start if role == "candidate" else 1)
-            values = [each.isoformat() if hasattr(each, "isoformat") else each for each in rows.to_pylist()]
+            values = [row.isoformat() if hasattr(row, "isoformat") else row for row in rows.to_pylist()]
             parts[REQUEST_KEYS[role]][name] = values if role == "candidate" else values[0]
     if schema.columns.request is not None:
         parts["context"][schema.columns.request] = table[schema.columns.request][start].as_py()

@@ -29,7 +29,7 @@ def batch(*numbers: int, log_name: str | None = None, text: str = "x") -> Batch:
 
 def numbers_in(batches: list[Batch]) -> list[int]:
     """The numbers of batches of `batch`, in order."""
-    return [number for each in batches for number in each.table["number"].to_pylist()]
+    return [number for item in batches for number in item.table["number"].to_pylist()]
 
 
 def every_batch(journal: Journal, after: int = 0, max_rows: int = 1000) -> Iterator[Batch]:

@@ -38,13 +38,13 @@ class Registered:
 
     def restore(self) -> Self:
         """The folder is what it was when it was kept, at the same place, as MLflow's store holds addresses."""
-        for each in self.folder.iterdir():
-            if each.is_dir():
-                shutil.rmtree(each)
-            elif each.name != "mlflow.db":  # which MLflow keeps open
-                each.unlink()
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "mlflow.db":  # which MLflow keeps open
+                path.unlink()
         shutil.copytree(self._kept, self.folder, ignore=shutil.ignore_patterns("mlflow.db"), dirs_exist_ok=True)
-        stores = (sqlite3.connect(each / "mlflow.db") for each in (self._kept, self.folder))
+        stores = (sqlite3.connect(item / "mlflow.db") for item in (self._kept, self.folder))
         with closing(next(stores)) as kept, closing(next(stores)) as store:
             kept.backup(store)
         return self
@@ -53,11 +53,11 @@ class Registered:
     def _kept(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.kept")
 
-    def holder(self, alias: str = "champion") -> ModelVersion:
+    def champion(self, alias: str = "champion") -> ModelVersion:
         """The version that holds an alias."""
-        found = find_champion(self.name, alias, self.uri)
-        assert found is not None
-        return found
+        actual = find_champion(self.name, alias, self.uri)
+        assert actual is not None
+        return actual
 
     def versions(self) -> list[Any]:
         """All versions, the first one first."""
@@ -115,14 +115,14 @@ class RefreshedModel(Registered):
 
     def refused(self, capsys: pytest.CaptureFixture, *words: str) -> str:
         """The sentence with which a refresh refuses; nothing has changed by it."""
-        before = self.holder(), len(self.versions()), files_of(self.log)
+        before = self.champion_version(), len(self.versions()), files_of(self.log)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             self.refresh(*words)
         assert ended.value.code == 2
-        assert (self.holder(), len(self.versions()), files_of(self.log)) == before
+        assert (self.champion_version(), len(self.versions()), files_of(self.log)) == before
         assert not (Path(self.settings.data.work_dir) / "refreshed").exists()
-        (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+        (line,) = [item for item in capsys.readouterr().err.splitlines() if item.startswith("error: ")]
         return line
 
     def move_alias(self, number: str, alias: str = "champion") -> None:
@@ -132,4 +132,4 @@ class RefreshedModel(Registered):
     def last_time(self) -> int:
         """Microseconds of the last request that the log's files hold."""
         tables = [pq.read_table(path) for path in self.log.glob("*.parquet")]
-        return int(np.concatenate([times_of(each) for each in tables]).max())
+        return int(np.concatenate([times_of(table) for table in tables]).max())

@@ -51,7 +51,7 @@ ROW = {
 NEEDED = ["user", "item", "time", "request", "click", "liked", "spent"]
 
 
-def _told(rows: object, source: str | None = None) -> str:
+def _reported(rows: object, source: str | None = None) -> str:
     with pytest.raises(RequestError) as error:
         CHECKS.read_json(source, rows, NOW)
     assert "\n" not in str(error.value)
@@ -76,7 +76,7 @@ def test_only_what_a_row_could_not_count_without_is_needed():
     assert [table[name].to_pylist() for name in ("rate", "click", "brand")] == [[0.5, 1.0], [1.0, None], ["a", None]]
     for name in NEEDED:
         lacking = {key: value for key, value in row.items() if key != name}
-        assert _told([row, lacking]) == f"row 1: there is no column '{name}'"
+        assert _reported([row, lacking]) == f"row 1: there is no column '{name}'"
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,17 @@ def test_only_what_a_row_could_not_count_without_is_needed():
 def test_a_wrong_row_is_named(changes, sentence):
     rows = [copy.deepcopy(ROW) for _ in range(7)]
     rows[4] |= changes
-    told = _told(rows)
-    assert told.startswith(f"row 4: {sentence}"), told
-    assert len(told) < 600
+    message = _reported(rows)
+    assert message.startswith(f"row 4: {sentence}"), message
+    assert len(message) < 600
     assert CHECKS.read_json(None, [*rows[:4], *rows[5:]], NOW).num_rows == 6
 
 
 def test_what_is_no_row_and_too_many():
     for rows in (None, [], {}, "rows", 5, {"user": [1]}):
-        assert _told(rows) == "the rows must be a list of at least one object of columns and values"
-    assert _told([ROW, None]) == "row 1 must be an object of columns and values, found NoneType"
-    assert _told([ROW] * 501) == "there are more than 500 rows; send them in several calls"
+        assert _reported(rows) == "the rows must be a list of at least one object of columns and values"
+    assert _reported([ROW, None]) == "row 1 must be an object of columns and values, found NoneType"
+    assert _reported([ROW] * 501) == "there are more than 500 rows; send them in several calls"
 
 
 def test_times_up_to_a_little_later_than_now():
@@ -138,11 +138,11 @@ def test_rows_of_a_log_of_events():
     row = {"user": 1, "brand": None, "at": "2024-01-01T00:00:00Z"}
     table = CHECKS.read_json("views", [{**row, "event_id": 3}, row], NOW)
     assert table.to_pylist()[0]["event_id"] == 3
-    assert _told([{**row, "item": 3}], "views").startswith("row 0: the model was trained without a column 'item': ")
-    assert _told([{**row, "at": None}], "views") == "row 0: column 'at' is null; every event needs a time"
-    assert _told([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
-    assert _told([{"user": 1, "at": row["at"], "bran": "a"}], "views").endswith("; and there is no column 'brand'")
-    assert _told([row], "purchases") == "there is no log of events 'purchases'; there are: views"
+    assert _reported([{**row, "item": 3}], "views").startswith("row 0: the model was trained without a column 'item': ")
+    assert _reported([{**row, "at": None}], "views") == "row 0: column 'at' is null; every event needs a time"
+    assert _reported([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
+    assert _reported([{"user": 1, "at": row["at"], "bran": "a"}], "views").endswith("; and there is no column 'brand'")
+    assert _reported([row], "purchases") == "there is no log of events 'purchases'; there are: views"
     assert CHECKS.read_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"
 
 
@@ -150,11 +150,11 @@ def test_rows_of_a_log_of_events():
 def test_rows_become_those_of_the_log(seed):
     table = with_requests(random_log(seed, 120), seed)
     table = table.append_column("rate", pa.array(np.full(len(table), 0.25)))
-    one = CHECKS.read_json(None, as_json(table), NOW)
+    first = CHECKS.read_json(None, as_json(table), NOW)
     whole = table.append_column("taste", pa.nulls(len(table)))
     expected = log_rows(whole, SCHEMA).table
-    for name in one.column_names:
-        assert one[name].combine_chunks().equals(expected[name].combine_chunks()), name
+    for name in first.column_names:
+        assert first[name].combine_chunks().equals(expected[name].combine_chunks()), name
 
 
 def _outcome(check: Callable[[], pa.Table]) -> tuple[pa.Table | None, str]:
@@ -182,17 +182,17 @@ PLAUSIBLE += [[], [None], [True], [1], [0.5, 2], [1.0, None], ["a"], ["a", None]
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_value_is_refused_for_itself_whatever_stands_beside_it(data):
-    name = data.draw(st.sampled_from([each for each in ROW if each != "event_id"]))  # a caller's own, of any type
+    name = data.draw(st.sampled_from([item for item in ROW if item != "event_id"]))  # a caller's own, of any type
     values = data.draw(st.lists(st.one_of(st.sampled_from([*PLAUSIBLE, ROW[name]]), VALUES), min_size=1, max_size=4))
     rows = [{**ROW, "request": 20 + number, name: value} for number, value in enumerate(values)]
     alone = [_outcome(lambda row=row: CHECKS.read_json(None, [row], NOW)) for row in rows]
-    table, told = _outcome(lambda: CHECKS.read_json(None, rows, NOW))
+    table, message = _outcome(lambda: CHECKS.read_json(None, rows, NOW))
     if table is None:
-        assert told in [each.replace("row 0: ", f"row {row}: ", 1) for row, (_, each) in enumerate(alone) if each]
+        assert message in [item.replace("row 0: ", f"row {row}: ", 1) for row, (_, item) in enumerate(alone) if item]
     else:
-        assert [each for _, each in alone] == [""] * len(rows)
+        assert [item for _, item in alone] == [""] * len(rows)
         table.validate(full=True)
-        one_by_one = pa.concat_tables([each for each, _ in alone], promote_options="permissive")
+        one_by_one = pa.concat_tables([item for item, _ in alone], promote_options="permissive")
         assert table.to_pylist() == one_by_one.select(table.column_names).to_pylist()
 
 

@@ -45,13 +45,13 @@ def test_batches_come_back_as_they_were(address: str) -> None:
     assert journal.append(Batch(None, 5, tables[0]), Batch("views", 3, tables[1])) == 2
     assert journal.append(Batch(None, 9, tables[2])) == journal.append() == journal.append(batch()) == 3
     batches = list(every_batch(Journal(address, create=False)))
-    assert [(each.log_name, each.accepted_at, each.position) for each in batches] == [
+    assert [(item.log_name, item.accepted_at, item.position) for item in batches] == [
         (None, 5, 1),
         ("views", 3, 2),
         (None, 9, 3),
     ]
-    assert [each.table.to_pydict() for each in batches] == [table.to_pydict() for table in tables]
-    assert [each.table.schema for each in batches] == [table.schema for table in tables]
+    assert [item.table.to_pydict() for item in batches] == [table.to_pydict() for table in tables]
+    assert [item.table.schema for item in batches] == [table.schema for table in tables]
 
 
 def test_reading_goes_on_from_each_position(address: str) -> None:
@@ -80,12 +80,12 @@ def test_nonsense_is_no_position(text: object) -> None:
 
 def test_columns_keep_their_types(address: str) -> None:
     """A request 12 and one "12" have other hashes: they would count twice."""
-    journal, other = Journal(address), Journal(address)
+    journal, second = Journal(address), Journal(address)
     journal.append(Batch(None, 0, pa.table({"request": [12], "label": pa.nulls(1)})))
     with pytest.raises(RequestError, match="column 'request' contains string, but int64 in earlier rows"):
-        other.append(Batch(None, 0, pa.table({"request": ["12"]})))
-    other.append(Batch("views", 0, pa.table({"request": ["12"]})))
-    other.append(Batch(None, 0, pa.table({"request": pa.nulls(1), "label": [1.0]})))
+        second.append(Batch(None, 0, pa.table({"request": ["12"]})))
+    second.append(Batch("views", 0, pa.table({"request": ["12"]})))
+    second.append(Batch(None, 0, pa.table({"request": pa.nulls(1), "label": [1.0]})))
     with pytest.raises(RequestError, match="column 'label' contains string, but double"):
         journal.append(Batch(None, 0, pa.table({"label": ["1"]})))
     assert journal.last_position() == 3
@@ -126,16 +126,16 @@ def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
     assert "secret" not in str(error.value)
 
 
-def test_a_writer_that_never_ends_is_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_never_ends_is_reported(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(address)
     monkeypatch.setattr(module, "LOCK_TIMEOUT_SECONDS", 1)
-    other = Journal(address, create=False)
+    second = Journal(address, create=False)
     with (
         journal.write_transaction(),
         pytest.raises(UserError, match=r"can't be written, so nothing was appended: .*lock"),
     ):
-        other.append(batch(1))
-    assert other.append(batch(2)) == 1
+        second.append(batch(1))
+    assert second.append(batch(2)) == 1
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_nothing_of_a_batch(file: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["log", "accepted_at", "duplicates", "checksum", "payload", "position", None])
-def test_a_batch_that_was_changed_or_lost_is_told(address: str, column: str | None) -> None:
+def test_a_batch_that_was_changed_or_lost_is_reported(address: str, column: str | None) -> None:
     journal, table = Journal(address), module._BATCHES
     for number in range(3):
         journal.append(batch(number))
@@ -182,7 +182,7 @@ def _acknowledged(printed: str) -> dict[int, int]:
 
 def _check_writers(journal: Journal, acknowledged: dict[int, int]) -> None:
     """All that was acknowledged is at its position, once, and batches are whole."""
-    batches = {each.position: each.table["number"].to_pylist() for each in every_batch(journal)}
+    batches = {item.position: item.table["number"].to_pylist() for item in every_batch(journal)}
     assert list(batches) == list(range(1, len(batches) + 1))
     assert all(len(rows) == 2 and rows[1] == rows[0] + 1 for rows in batches.values())
     assert len({rows[0] for rows in batches.values()}) == len(batches)
@@ -197,7 +197,7 @@ def test_nothing_that_was_acknowledged_is_lost_when_writers_are_killed(address: 
     acknowledged: dict[int, int] = {}
     for turn in range(turns):
         writers = [
-            call(append_and_tell, address, 2 * turn + each, 100_000, threads) for each, threads in enumerate((1, 4))
+            call(append_and_tell, address, 2 * turn + item, 100_000, threads) for item, threads in enumerate((1, 4))
         ]
         for writer in writers:
             until(lambda writer=writer, turn=turn: writer.stdout.count("\n") > 3 + 5 * (turn % 4))
@@ -246,12 +246,12 @@ def test_processes_append_while_others_follow(address: str) -> None:
     rows = 4 * 2 * 100
     readers = [call(follow_and_tell, address, rows, max_rows) for max_rows in (1, 50, 10_000)]
     writers = [call(append_and_tell, address, writer, 100, threads) for writer, threads in enumerate((1, 4, 1, 4))]
-    assert [each.wait() for each in (*writers, *readers)] == [0] * 7, [each.stderr for each in (*writers, *readers)]
+    assert [item.wait() for item in (*writers, *readers)] == [0] * 7, [item.stderr for item in (*writers, *readers)]
     numbers = [list(map(int, reader.stdout.split())) for reader in readers]
     journal = Journal(address)
     assert numbers[0] == numbers[1] == numbers[2] == all_numbers(journal)
     _check_writers(
-        journal, {first: position for each in writers for first, position in _acknowledged(each.stdout).items()}
+        journal, {first: position for item in writers for first, position in _acknowledged(item.stdout).items()}
     )
     for writer in (0, 2):
         assert [number % THOUSANDS for number in numbers[0] if number // THOUSANDS == writer] == list(range(200))

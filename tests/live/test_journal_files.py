@@ -120,7 +120,7 @@ def test_files_are_written_once_and_alike(growing, journal):
         for path in written[killed_after:]:
             path.unlink()
         assert _write(growing, journal) == written[killed_after:]
-        assert {path: path.read_bytes() for path in before} == {path: each for path, (each, _) in before.items()}
+        assert {path: path.read_bytes() for path in before} == {path: item for path, (item, _) in before.items()}
     assert written[0].stat().st_mtime_ns == before[written[0]][1]
     _post(journal, growing, 9, 10)
     more = _write(growing, journal, after=through)
@@ -202,9 +202,9 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     with pytest.raises(UserError, match=r"were removed\. Use a model whose tables include them"):
         journal.read(first - 1)
     journal.remove_until(second)
-    again = [each for each in journal.read(second) if each.log_name is None]
+    again = [item for item in journal.read(second) if item.log_name is None]
     assert sum(map(len, again)) == 0
-    assert sum(each.duplicates for each in again) > 20, "all of these came in batches that are gone"
+    assert sum(item.duplicates for item in again) > 20, "all of these came in batches that are gone"
     journal.remove_until(third)
     journal.remove_until(first)  # by the refresh of a model that is behind
     assert (journal.removed_until(), journal.last_position(), Journal(journal.name).last_position()) == (third,) * 3

@@ -64,7 +64,7 @@ def drawn_world(seed: int, user_ids: bool = False, repeats: bool = False) -> Wor
             continue
         taken.add((user, hour))
         items = draw.sample(range(6), draw.randint(1, 5))
-        page = sum(each[1] == user for each in pages) if user_ids else number
+        page = sum(entry[1] == user for entry in pages) if user_ids else number
         pages.append((page, user, hour, items))
         world.request(page, user, hour, items)
         if draw.random() < 0.2:  # sent again, a moment later or of an earlier time, with other candidates
@@ -107,10 +107,10 @@ def test_rows_are_those_of_plain_loops(
     world = drawn_world(seed, user_ids=scope == "user", repeats=True)
     world.write(tmp_path, seed=seed)
     about = settings(outcomes, request_scope=scope)
-    found = joined(tmp_path, about)
+    actual = joined(tmp_path, about)
     rows = read_rows(tmp_path / "out")
     assert ordered(rows) == ordered(naive(world, about, NOW))
-    assert found.rows == len(rows) > 20
+    assert actual.rows == len(rows) > 20
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
     assert len([*(tmp_path / "out").glob("run-*/*.parquet")]) > 1
     assert 0 < sum(row["clicked"] for row in rows) < len(rows)
@@ -142,7 +142,7 @@ def test_runs_write_each_request_once_and_in_order(tmp_path: Path, outcomes: dic
     """Files come day by day: what is written after each is what loops over all rows give, up to what had ended."""
     world, about = drawn_world(seed), settings(outcomes)
     edges = [START + round(hours * HOUR) for hours in (0, 20, 40, 40.5, 70, 90, 210)]
-    for name in (each for each, given in outcomes["events"].items() if "request" not in given):
+    for name in (item for item, given in outcomes["events"].items() if "request" not in given):
         again = random.Random(seed).sample(world.events[name][:-1], 20)  # sent again, with a later time
         world.events[name] += [{**row, "at": row["at"] + 26 * HOUR} for row in again]
     before: list[Any] = []
@@ -150,12 +150,12 @@ def test_runs_write_each_request_once_and_in_order(tmp_path: Path, outcomes: dic
         for name in outcomes["events"]:  # something always happens, so that all before is known
             world.event(name, 99, (until - 1 - START) / HOUR, 0, page=-1, slot=0, amount=1.0, event_id=until)
         world.write(tmp_path, since=since, until=until, seed=seed)
-        found = joined(tmp_path, about)
+        actual = joined(tmp_path, about)
         rows = read_rows(tmp_path / "out")
         assert rows[: len(before)] == before
         assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
         assert max((row["time"] for row in rows), default=0) <= until - 1 - 24 * HOUR * (outcomes is not MIXED)
-        assert (found.folder is None) == (len(rows) == len(before))
+        assert (actual.folder is None) == (len(rows) == len(before))
         assert joined(tmp_path, about).folder is None
         before = rows
     assert ordered(before) == ordered(naive(world, about, NOW))
@@ -193,7 +193,7 @@ def test_names_and_types_are_the_users(tmp_path: Path) -> None:
     source = {"events": "clicks", "attribution_days": 1}
     labels = {"clicked": source, "spent": {**source, "value": "amount", "combine": "sum", "default": None}}
     about = settings({"events": {"clicks": {"time": "at"}}, "sources": labels}, placed=False, user="select")
-    features = {f"{name}_1": {"kind": "numeric", "column": each} for name, each in (("a", "Price"), ("b", "price"))}
+    features = {f"{name}_1": {"kind": "numeric", "column": entry} for name, entry in (("a", "Price"), ("b", "price"))}
     tree = about.model_dump(mode="json", exclude_unset=True, by_alias=True)
     tree["features"] = features | {"tags": {"kind": "ids", "column": "tags", "dim": 4, "max_length": 3}}
     tree["roles"] = {"candidate": ["Price", "price", "tags"]}

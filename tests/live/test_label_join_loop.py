@@ -71,7 +71,7 @@ class Loop:
         return [word for name, path in words.items() for word in (f"--{name}", str(self.folder / path))]
 
     def rows(self) -> pa.Table:
-        return pa.concat_tables([pq.read_table(each) for each in sorted(self.out.glob("run-*/*.parquet"))])
+        return pa.concat_tables([pq.read_table(path) for path in sorted(self.out.glob("run-*/*.parquet"))])
 
     def events(self, name: str, rows: list[dict[str, Any]]) -> None:
         folder = self.folder / "events" / name
@@ -87,9 +87,9 @@ class Loop:
         acts: dict[str, list[dict[str, Any]]] = {"impressions": [], "clicks": [], "ratings": []}
         for number in range(first, first + count):
             user, at = int(draw.integers(80)), BEGIN + number * BETWEEN
-            items = [int(each) for each in draw.choice(40, 8, replace=False)]
+            items = [int(entry) for entry in draw.choice(40, 8, replace=False)]
             context = {"time": at.isoformat()} | ({"request": number + 10**6} if number % 2 else {})
-            prices = [round(float(each), 3) for each in draw.normal(size=8)]
+            prices = [round(float(entry), 3) for entry in draw.normal(size=8)]
             element = {"user": {"user": user}, "context": context, "candidates": {"item": items, "price": prices}}
             (ranking,) = ask(app, {"inputs": [element]}).tree["predictions"]
             page = ranking["request_id"]
@@ -135,7 +135,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     return loop
 
 
-def found(rows: pa.Table) -> dict[tuple[int, int], Any]:
+def rows_by_candidate(rows: pa.Table) -> dict[tuple[int, int], Any]:
     return {
         (row["request"], row["item"]): (
             row["slot"],
@@ -150,7 +150,7 @@ def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> 
     commands.run("join-labels", *loop.words())
     rows = loop.rows()
     assert len(rows) == 150 * 5
-    labels = found(rows)
+    labels = rows_by_candidate(rows)
     assert labels == loop.truth
     assert 50 < sum(click for _, click, _ in labels.values()) < 500
     assert {liked for _, _, liked in labels.values()} == {None, 0, 1}
@@ -163,7 +163,7 @@ def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> 
     commands.run("join-labels", *loop.words())
     assert len(loop.rows()) == 200 * 5
     assert loop.rows().slice(0, len(rows)) == rows
-    assert found(loop.rows()) == loop.truth
+    assert rows_by_candidate(loop.rows()) == loop.truth
 
 
 def test_training_takes_the_rows_as_they_are(loop: Loop) -> None:
@@ -213,10 +213,10 @@ def test_a_run_that_is_killed_leaves_nothing_and_the_next_one_does_the_same(
     until(lambda: marker.exists() or process.poll() is not None)
     assert process.poll() is None
     process.kill()
-    assert all(each.name.startswith(".") for each in killed.iterdir())
+    assert all(path.name.startswith(".") for path in killed.iterdir())
     commands.run("join-labels", *loop.words()[:-1], str(killed))
-    names = {str(each.relative_to(expected)) for each in expected.rglob("*")}
-    assert names == {str(each.relative_to(killed)) for each in killed.rglob("*")}
+    names = {str(path.relative_to(expected)) for path in expected.rglob("*")}
+    assert names == {str(path.relative_to(killed)) for path in killed.rglob("*")}
     for name in names:
         if (expected / name).is_file():
             assert (expected / name).read_bytes() == (killed / name).read_bytes()

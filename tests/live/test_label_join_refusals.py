@@ -33,11 +33,11 @@ def change(folder: Path, name: str, change: Any) -> None:
 
 def refused(folder: Path, outcomes: Any = BY_REQUEST, **options: Any) -> str:
     """The sentence with which a join is refused, which leaves nothing."""
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as actual:
         joined(folder, settings(outcomes), **options)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(actual.value)
     assert not [*folder.glob("out/run-*"), *folder.glob("out/.*")]
-    return str(found.value)
+    return str(actual.value)
 
 
 def _drop(*columns: str) -> Any:
@@ -116,12 +116,12 @@ def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: P
     ],
 )
 def test_wrong_settings(outcomes: Any, sentence: str) -> None:
-    with pytest.raises(ValidationError) as found:
+    with pytest.raises(ValidationError) as actual:
         settings(outcomes)
-    assert sentence in str(found.value)
+    assert sentence in str(actual.value)
 
 
-def test_events_that_lack_something_or_lie_in_the_future_are_told(world: World, tmp_path: Path) -> None:
+def test_events_that_lack_something_or_lie_in_the_future_are_reported(world: World, tmp_path: Path) -> None:
     for name in ("user", "item", "page", "at"):
         world.event("clicks", 0, 1, 1, page=1, slot=0, amount=1.0, event_id=10_000)
         world.events["clicks"][-1][name] = None
@@ -132,34 +132,34 @@ def test_events_that_lack_something_or_lie_in_the_future_are_told(world: World, 
         (tmp_path / "events" / name).mkdir(parents=True)
         write_rows(tmp_path / "events" / name / "all.parquet", rows, EVENT_TYPES)
     about = settings(BY_REQUEST)
-    found = joined(tmp_path, about)
-    told = "events 'clicks' that came again, lie in the future or lack a value of user, item, at, page"
-    assert found.until < NOW  # by the last event that is not in the future
+    actual = joined(tmp_path, about)
+    message = "events 'clicks' that came again, lie in the future or lack a value of user, item, at, page"
+    assert actual.until < NOW  # by the last event that is not in the future
     world.events["clicks"] = world.events["clicks"][:-5]
     again = len(world.events["clicks"]) - len({(row["user"], row["event_id"]) for row in world.events["clicks"]})
-    assert found.counts[told] == again + 5
+    assert actual.counts[message] == again + 5
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
-    assert f"  {told}: {again + 5}" in lines_about(found)
+    assert f"  {message}: {again + 5}" in lines_about(actual)
 
 
 def test_a_log_of_events_that_stands_still_keeps_requests_waiting(tmp_path: Path) -> None:
     world = drawn_world(2)
     for name in ("impressions", "clicks", "orders"):
-        world.events[name] = [each for each in world.events[name] if each["user"] != 99]
-    world.events["clicks"] = [each for each in world.events["clicks"] if each["at"] < START + 30 * HOUR]
+        world.events[name] = [event for event in world.events[name] if event["user"] != 99]
+    world.events["clicks"] = [click for click in world.events["clicks"] if click["at"] < START + 30 * HOUR]
     world.event("impressions", 99, 500, 0, page=-1, slot=0, amount=1.0, event_id=-1)
     world.event("orders", 99, 500, 0, page=-1, slot=0, amount=1.0, event_id=-1)
     world.write(tmp_path)
-    about, last = settings(BY_REQUEST), max(each["at"] for each in world.events["clicks"])
-    found = joined(tmp_path, about)
-    assert found.until == last - 3 * HOUR
-    assert found.waiting > 0
-    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, found.until))
+    about, last = settings(BY_REQUEST), max(click["at"] for click in world.events["clicks"])
+    actual = joined(tmp_path, about)
+    assert actual.until == last - 3 * HOUR
+    assert actual.waiting > 0
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, actual.until))
     joined(tmp_path, about, until=START + 500 * HOUR)  # whoever knows that all events are there says so
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
 
 
-def test_what_comes_too_late_is_told_and_left_out(tmp_path: Path) -> None:
+def test_what_comes_too_late_is_reported_and_left_out(tmp_path: Path) -> None:
     world, about = drawn_world(3), settings(BY_REQUEST)
     world.write(tmp_path)
     joined(tmp_path, about)
@@ -173,12 +173,12 @@ def test_what_comes_too_late_is_told_and_left_out(tmp_path: Path) -> None:
         late.event(name, 99, 500, 0, page=-1, slot=0, amount=1.0, event_id=30_000)
         late.event("impressions", 1, 400, 0, page=8_000, slot=0, amount=1.0, event_id=30_001)
     late.write(tmp_path)
-    found = joined(tmp_path, about)
-    assert {name: count for name, count in found.counts.items() if "too late" in name} == {
+    actual = joined(tmp_path, about)
+    assert {name: count for name, count in actual.counts.items() if "too late" in name} == {
         "rows of requests that came too late": 3,
         "events 'clicks' that came too late": 1,
     }
-    assert "  rows of requests that came too late: 3" in lines_about(found)
+    assert "  rows of requests that came too late: 3" in lines_about(actual)
     rows = read_rows(tmp_path / "out")
     assert rows[: len(before)] == before
     assert [row["page"] for row in rows[len(before) :]] == [8_000]

@@ -39,13 +39,13 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert f"'champion' of '{NAME}' is version 2 now" in printed
     assert f" {len(added)} rows and 0 events" in printed
-    holder, second = model.holder(), model.about("2")
-    assert holder.number == "2"
+    champion, second = model.champion_version(), model.about("2")
+    assert champion.number == "2"
     assert tables_time(second) == int(times_of(added).max()) == model.last_time()
     assert second.trained_as_of == first.tables_as_of
     assert (second.fingerprint, second.layout, second.journal) == (first.fingerprint, first.layout, None)
-    run = mlflow.get_run(holder.run_id)
-    assert holder.run_id != model.run_id
+    run = mlflow.get_run(champion.run_id)
+    assert champion.run_id != model.run_id
     assert run.data.tags["refreshed.from"] == f"models:/{NAME}/1"
     assert run.data.tags["refreshed.run"] == model.run_id
     assert run.data.metrics["refresh/rows"] == len(added)
@@ -56,47 +56,47 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     last = model.add(11, 14)
     move_alias(NAME, "champion", "2", model.uri, previous=registry.get_version(NAME, "1", model.uri))
     model.refresh()
-    assert model.holder().number == "3"
-    assert model.holder().find_previous_champion("champion") == "1", "a promotion is undone past refreshes"
+    assert model.champion_version().number == "3"
+    assert model.champion_version().find_previous_champion("champion") == "1", "a promotion is undone past refreshes"
     assert model.about("3").trained_as_of == first.tables_as_of
-    one, three = model.folder_of("1"), model.folder_of("3")
+    left, three = model.folder_of("1"), model.folder_of("3")
     for name in ("weights.safetensors", "layout.json", "settings.yaml"):
-        assert (one / name).read_bytes() == (three / name).read_bytes()
-    update_tables(one, model.settings, tmp_path / "anew", rebuild=True)
+        assert (left / name).read_bytes() == (three / name).read_bytes()
+    update_tables(left, model.settings, tmp_path / "anew", rebuild=True)
     assert assert_same_tables(three / "features", tmp_path / "anew" / "features") > 100
     assert artifact_version(three) == artifact_version(tmp_path / "anew")
     # What is served has changed, and says so.
-    rankers = [Ranker.load(each) for each in (one, three)]
+    rankers = [Ranker.load(item) for item in (left, three)]
     moment = iso_time(START + 20 * DAY)
-    found = [
-        each.rank(
+    actual = [
+        ranker.rank(
             {"user": last["user"][0].as_py()},
             {"time": moment, "born": None},
             {"item": last["item"][:3].to_pylist()},
             explain=True,
         )
-        for each in rankers
+        for ranker in rankers
     ]
-    assert [each.tables_as_of for each in found] == [first.tables_as_of, iso_time(model.last_time())]
-    counters = [each.explanations[0].counters for each in found if each.explanations is not None]
+    assert [item.tables_as_of for item in actual] == [first.tables_as_of, iso_time(model.last_time())]
+    counters = [item.explanations[0].counters for item in actual if item.explanations is not None]
     assert len(counters) == 2
     assert counters[0] != counters[1]
     assert files_of(Path(model.settings.data.work_dir) / "features") == features, "days are added for a training alone"
 
 
-def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
+def test_what_can_not_be_added_is_reported(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     model.add(8, 9)  # which is in the tables already
     model.refresh()
-    told = capsys.readouterr()
-    assert f"left out: {len(model._days(8, 9)):,} rows of new files that came before, such as row 0 of" in told.err
-    assert "no new files" in told.out
+    message = capsys.readouterr()
+    assert f"left out: {len(model._days(8, 9)):,} rows of new files that came before, such as row 0 of" in message.err
+    assert "no new files" in message.out
     (model.log / "days 8 to 9.parquet").unlink()
     old = next(iter(sorted(model.log.glob("*.parquet"))))
     pq.write_table(pq.read_table(old).slice(1), old)
-    told = model.refused(capsys)
-    assert f"'{old}' has changed since the model's tables were built from it; put it back, or make" in told
+    message = model.refused(capsys)
+    assert f"'{old}' has changed since the model's tables were built from it; put it back, or make" in message
     model.refresh("--rebuild")
-    assert model.holder().number == "2"
+    assert model.champion_version().number == "2"
     capsys.readouterr()
     model.refresh("--rebuild")
     assert "rebuilt tables are identical" in capsys.readouterr().out
@@ -106,14 +106,14 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
     model.add(9, 10)
     capsys.readouterr()
     model.refresh("--skip-bad-files")
-    assert model.holder().number == "3"
+    assert model.champion_version().number == "3"
     assert "left out, until it is written again: '" in capsys.readouterr().err
 
 
-def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
+def test_other_settings_and_other_addresses_are_reported(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     model.add(9, 10)
-    told = model.refused(capsys, "--tasks.click.label_delay_days", "3")
-    assert "setting 'tasks.click.label_delay_days' is 0.0 in the model's features and 3.0 in the settings" in told
+    message = model.refused(capsys, "--tasks.click.label_delay_days", "3")
+    assert "setting 'tasks.click.label_delay_days' is 0.0 in the model's features and 3.0 in the settings" in message
     assert "Give models:/NAME@ALIAS" in model.refused(capsys, "--model", f"models:/{NAME}/1")
     assert "Give models:/NAME@ALIAS" in model.refused(capsys, "--model", str(model.folder_of("1")))
     assert "no version of the model 'small' has the alias 'best'" in model.refused(
@@ -154,9 +154,9 @@ def test_an_alias_that_a_person_moved_meanwhile_stays(
         model.refresh()
     said = " ".join(capsys.readouterr().out.split())
     assert "has moved to version 2 meanwhile and stays there: version 3 is only registered" in said
-    assert model.holder().number == "2"
+    assert model.champion_version().number == "2"
     model.refresh()
-    assert model.holder().number == "4", "which is refreshed next"
+    assert model.champion_version().number == "4", "which is refreshed next"
 
 
 class Killed(BaseException):
@@ -189,7 +189,7 @@ def test_a_refresh_that_was_killed_is_ended_by_the_next(
         with pytest.raises(Killed):
             model.refresh()
     model.refresh()
-    assert model.holder().number == f"{versions}" == str(model.versions()[-1].version)
+    assert model.champion_version().number == f"{versions}" == str(model.versions()[-1].version)
     assert tables_time(model.about(f"{versions}")) == int(times_of(added).max())
     model.add(10, 11)
     model.refresh()
@@ -204,14 +204,14 @@ def test_old_versions_of_refreshes_go_with_their_files(
     def refresh(number: int) -> str:
         model.add(8 + number / 2, 8.5 + number / 2)
         model.refresh("--tracking.keep_versions", "1")
-        assert model.holder().number == f"{number}"
+        assert model.champion_version().number == f"{number}"
         return " ".join("".join(capsys.readouterr()).split())
 
     client = mlflow.MlflowClient(model.uri, model.uri)
     for number in range(2, 6):
         assert "removed" not in refresh(number)
         if number == 2:
-            move_alias(NAME, "other", "1", model.uri, previous=model.holder())
+            move_alias(NAME, "other", "1", model.uri, previous=model.champion_version())
         if number == 3:
             model.move_alias("3", "kept")
     client.copy_model_version(f"models:/{NAME}/4", "production")
@@ -226,7 +226,7 @@ def test_old_versions_of_refreshes_go_with_their_files(
         assert "the next refresh removes older versions of refreshes" in refresh(8)
     client.transition_model_version_stage(NAME, "6", "Production")
     assert "with all files: version 7 of earlier" in refresh(9)
-    assert [each.version for each in model.versions()] == [1, 3, 4, 5, 6, 8, 9]
+    assert [version.version for version in model.versions()] == [1, 3, 4, 5, 6, 8, 9]
     for address in ("production/1", "production/2", "small@kept", "small/1", "small/8", "small@champion"):
         read_artifact(fetch_model(f"models:/{address}", model.uri))
 
@@ -234,11 +234,11 @@ def test_old_versions_of_refreshes_go_with_their_files(
 def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
     model.add(9, 10)
     both = [Command(["mmoe_rec", "refresh", "--config", str(model.config)]) for _ in range(2)]
-    assert [each.wait() for each in both] == [0, 0]
-    said = sorted(each.stdout for each in both)
+    assert [item.wait() for item in both] == [0, 0]
+    said = sorted(item.stdout for item in both)
     assert len(model.versions()) == 2
     assert "no new files" in said[1] or "no new files" in said[0]
-    assert model.holder().number == "2"
+    assert model.champion_version().number == "2"
 
 
 def test_files_without_rows_are_nothing_new(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
@@ -256,6 +256,6 @@ def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
         registry.register_model(run, small, NAME, "champion")
     model.add(9, 10)
     model.refresh()
-    three = model.folder_of(model.holder().number)
+    three = model.folder_of(model.champion_version().number)
     assert (three / "weights.safetensors").read_bytes() == (small / "weights.safetensors").read_bytes()
     assert tables_time(Ranker.load(three).info) == model.last_time()

@@ -31,23 +31,26 @@ def _served(model: RefreshedModel, number: str, journal: Path | None = None) -> 
 
 
 def _answers(app: Application, position: str) -> list[Any]:
-    found = []
+    actual = []
     for time in TIMES:
         for user in (-7, 0, 5):
             body = {"inputs": [asked(time, user)], "params": {"explain": True}}
             answer = ask(app, body, page=f"/invocations?after={position}")
             assert answer.status == 200, answer.tree
             (ranking,) = answer.tree["predictions"]
-            known = [{name: each[name] for name in ("counters", "histories")} for each in ranking["explanations"]]
-            found.append([ranking["candidates"], ranking["scores"], known])
-    return found
+            known = [
+                {name: explanation[name] for name in ("counters", "histories")}
+                for explanation in ranking["explanations"]
+            ]
+            actual.append([ranking["candidates"], ranking["scores"], known])
+    return actual
 
 
-def _check(found: list[Any], expected: list[Any]) -> None:
+def _check(actual: list[Any], expected: list[Any]) -> None:
     """Counters and histories are the same; scores nearly, as sums of products may differ in their last bits."""
-    for (candidates, scores, known), other in zip(found, expected, strict=True):
-        assert [candidates, known] == [other[0], other[2]]
-        assert scores == pytest.approx(other[1], abs=1e-6)
+    for (candidates, scores, known), second in zip(actual, expected, strict=True):
+        assert [candidates, known] == [second[0], second[2]]
+        assert scores == pytest.approx(second[1], abs=1e-6)
 
 
 def _sent(app: Application, rows: list[dict[str, Any]]) -> str:
@@ -60,7 +63,7 @@ def _sent(app: Application, rows: list[dict[str, Any]]) -> str:
 
 
 def _through(model: RefreshedModel) -> int:
-    known = model.about(model.holder().number).journal
+    known = model.about(model.champion_version().number).journal
     return int(known["through"])
 
 
@@ -82,10 +85,10 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel,
 
     # The tables alone say the same, and a server that goes on with the journal counts nothing twice.
     request = asked(TIMES[0], 5)
-    told = Ranker.load(model.folder_of("2")).rank(**request, explain=True)
+    message = Ranker.load(model.folder_of("2")).rank(**request, explain=True)
     again = _served(model, "2")
     _check(_answers(again, position), before)
-    assert told.scores == pytest.approx(_answers(again, position)[2][1], abs=1e-6)
+    assert message.scores == pytest.approx(_answers(again, position)[2][1], abs=1e-6)
 
     # The next day.
     position = _sent(again, as_json(model._days(11, 14)))
@@ -97,7 +100,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel,
     _check(_answers(_served(model, "2"), position), before)  # which learns what came since its refresh
     model.take_in("--remove-events")
     assert "came late" in capsys.readouterr().err
-    assert model.holder().number == "3"
+    assert model.champion_version().number == "3"
     assert Journal(model.journal).removed_until() == through
     _check(_answers(_served(model, "3"), position), before)
     model.take_in()
@@ -108,7 +111,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel,
 def test_another_journal_than_the_tables_hold_is_refused(
     model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    other = tmp_path / "other.db"
+    second = tmp_path / "other.db"
     app = _served(model, "1")
     rows = as_json(model._days(9, 14))
     _sent(app, rows[:30])
@@ -116,14 +119,14 @@ def test_another_journal_than_the_tables_hold_is_refused(
     position = _sent(app, rows[30:40])  # by the model before, which goes on until the server takes up the new one
     before = _answers(app, position)
     _check(_answers(_served(model, "2"), position), before)
-    _sent(_served(model, "2", other), rows[-5:])
-    assert "the model's tables include journal " in model.refused(capsys, "--journal", str(other))
+    _sent(_served(model, "2", second), rows[-5:])
+    assert "the model's tables include journal " in model.refused(capsys, "--journal", str(second))
     # What the right one holds was not lost.
     model.take_in()
     _check(_answers(_served(model, "3"), position), before)
-    model.refresh("--journal", str(other), "--other-journal")
+    model.refresh("--journal", str(second), "--other-journal")
     about = model.about("4")
-    assert about.journal["id"] == Journal(other).id
+    assert about.journal["id"] == Journal(second).id
 
 
 def _rolled_back(model: RefreshedModel) -> str:
@@ -135,7 +138,7 @@ def _rolled_back(model: RefreshedModel) -> str:
     for number, start in enumerate((0, 20, 40)):
         _sent(app, rows[start : start + 20])
         model.take_in(*(["--remove-events"] if number == 2 else []))
-    assert model.holder().number == "4"
+    assert model.champion_version().number == "4"
     assert Journal(model.journal).removed_until() == 4
     model.move_alias("2")
     return _sent(app, rows[60:])
@@ -150,11 +153,11 @@ def _failure(app: Application) -> str | None:
     return ask(app, b"", page="/version", method="GET").tree["events_failure"]
 
 
-def _told(app: Application) -> str:
-    told = _failure(app)
+def _reported(app: Application) -> str:
+    message = _failure(app)
     answer = ask(app, {"inputs": [asked(TIMES[0], 5)]})
-    assert answer.tree["predictions"][0]["warnings"][-1] == f"some events are not counted: {told}"
-    return str(told)
+    assert answer.tree["predictions"][0]["warnings"][-1] == f"some events are not counted: {message}"
+    return str(message)
 
 
 def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
@@ -165,10 +168,10 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     assert _failure(app) is None
     take_up(app.models, ResolvedModel(model.folder_of("2"), "models:/small/2"))
     assert ask(app, b"", page="/version", method="GET").tree["uri"] == "models:/small/2"
-    told = _told(app)
-    assert "begins after position 4, and the model's tables include only positions up to 2: the removed" in told
-    assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in told
-    assert told in caplog.text
+    message = _reported(app)
+    assert "begins after position 4, and the model's tables include only positions up to 2: the removed" in message
+    assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in message
+    assert message in caplog.text
     # All that came after the removed batches it does know.
     assert ask(app, {"inputs": [asked(TIMES[0], 5)]}, page=f"/invocations?after={position}").status == 200
     assert _learnt(app) == len(model._days(9, 14)) - 40
@@ -180,24 +183,26 @@ def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_remo
     model: RefreshedModel, capsys: pytest.CaptureFixture
 ) -> None:
     position = _rolled_back(model)
-    told = model.refused(capsys, "--journal", str(model.journal))
-    assert "positions up to 2. The removed events are in the log's files" in told
+    message = model.refused(capsys, "--journal", str(model.journal))
+    assert "positions up to 2. The removed events are in the log's files" in message
     expected = _answers(_served(model, "4"), position)
     for number, words in (("5", ()), ("6", ("--journal", str(model.journal)))):
         model.refresh(*words)
-        assert model.holder().number == number
+        assert model.champion_version().number == number
         app = _served(model, number)
         assert _failure(app) is None
         _check(_answers(app, position), expected)
 
 
-def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for words, told in (
+def test_a_journal_that_is_none_is_reported(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for words, message in (
         (("--journal", str(tmp_path / "nothing")), "is not a journal"),
         (("--remove-events",), "--journal"),
         (("--other-journal",), "--journal"),
     ):
-        assert told in model.refused(capsys, *words)
+        assert message in model.refused(capsys, *words)
     assert not (tmp_path / "nothing").exists()
 
 
@@ -232,12 +237,12 @@ def test_a_row_that_came_by_the_journal_and_in_a_file_counts_once(
         whole.add(9, 10.5)
     whole.refresh()
     assert f"left out: {again:,} rows of new files that came before" in capsys.readouterr().err
-    assert model.holder().number == "3"
-    one, other = (each.folder_of(each.holder().number) / "features" for each in (model, whole))
-    assert_same_tables(one, other, compare_files=False)
-    told = model.refused(capsys, "--rebuild")
-    assert f"; {again:,} rows of the log do so" in told
-    assert "repeats request and candidate" in told
+    assert model.champion_version().number == "3"
+    left, second = (item.folder_of(item.champion_version().number) / "features" for item in (model, whole))
+    assert_same_tables(left, second, compare_files=False)
+    message = model.refused(capsys, "--rebuild")
+    assert f"; {again:,} rows of the log do so" in message
+    assert "repeats request and candidate" in message
 
 
 def test_without_requests_ids_new_files_of_another_program_are_refused(
@@ -252,7 +257,7 @@ def test_without_requests_ids_new_files_of_another_program_are_refused(
     assert "days 10 to 11.parquet' is new in the log" in model.refused(capsys, "--journal", str(model.journal))
     model.refresh()
     model.take_in()
-    assert model.holder().number == "4"
+    assert model.champion_version().number == "4"
 
 
 @pytest.mark.parametrize("words", [(), ("--rebuild",)])
@@ -265,5 +270,5 @@ def test_the_known_position_of_a_journal_never_falls(tmp_path: Path, words: tupl
     assert _through(model) == position
     model.add(11, 12)
     model.refresh(*words)
-    assert model.holder().number == "4"
+    assert model.champion_version().number == "4"
     assert _through(model) == position

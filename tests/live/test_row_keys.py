@@ -57,11 +57,11 @@ class Taken:
         self.journal.append(*(make_batch(log_name, table, self.schema) for table in tables))
         return join_by_log(self.journal.read(before), self.schema)[log_name]
 
-    def found(self, *tables: pa.Table) -> dict:
+    def actual(self, *tables: pa.Table) -> dict:
         """The items that count, and the number of duplicates."""
         before = self.journal.last_position()
         items = self.take(*tables).table["item"].to_pylist()
-        return {"items": items, "duplicates": sum(each.duplicates for each in self.journal.read(before))}
+        return {"items": items, "duplicates": sum(item.duplicates for item in self.journal.read(before))}
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def test_request_ids_of_a_user(journal):
 
 def test_a_request_of_another_user_does_not_count(address):
     taken = Taken(address, _schema())
-    found = taken.found(_table([{"time": 1, "item": 1}, {"time": 1, "item": 2, "user": 2}]))
-    assert found == {"items": [1], "duplicates": 1}
-    found = taken.found(_table([{"time": 1, "item": 3, "user": 2}, {"time": 1, "item": 4}]))
-    assert found == {"items": [4], "duplicates": 1}
+    actual = taken.found(_table([{"time": 1, "item": 1}, {"time": 1, "item": 2, "user": 2}]))
+    assert actual == {"items": [1], "duplicates": 1}
+    actual = taken.found(_table([{"time": 1, "item": 3, "user": 2}, {"time": 1, "item": 4}]))
+    assert actual == {"items": [4], "duplicates": 1}
 
 
 def test_events_count_once_by_their_id(address):
@@ -121,11 +121,11 @@ def test_columns_that_lack_are_null_and_others_stay(journal):
 
 
 def test_calls_that_share_a_transaction_and_processes_know_each_others_rows(address):
-    one, other = Taken(address, _schema()), Taken(address, _schema())
+    first, second = Taken(address, _schema()), Taken(address, _schema())
     tables = [_table([{"time": 1, "item": 1}]), _table([{"time": 1, "item": 1}, {"time": 1, "item": 2}])]
-    assert one.found(*tables)["items"] == [1, 2]
-    assert other.found(*tables) == {"items": [], "duplicates": 3}, "a batch of duplicates alone has a position"
-    assert other.journal.last_position() == 4
+    assert first.found(*tables)["items"] == [1, 2]
+    assert second.found(*tables) == {"items": [], "duplicates": 3}, "a batch of duplicates alone has a position"
+    assert second.journal.last_position() == 4
 
 
 def test_keys_are_forgotten_after_a_month(address, monkeypatch):
@@ -163,7 +163,7 @@ class _Naive:
         for row in accepted:
             user, time = self.requests[row["request"]]
             if time is None:
-                time = min(each["time"] for each in accepted if each["request"] == row["request"])
+                time = min(item["time"] for item in accepted if item["request"] == row["request"])
                 self.requests[row["request"]] = user, time
             self.rows.append((row["request"], row["item"], row["user"], time))
 
@@ -196,10 +196,10 @@ def test_as_a_loop_over_rows_does(batches, data):
             waiting = waiting[size:]
         duplicates, rows, position = 0, list[tuple](), 0
         while read := taken.journal.read(position, max_rows=data.draw(st.integers(1, 20))):
-            found, position = join_by_log(read, schema)[None], read[-1].position
-            duplicates += sum(each.duplicates for each in read)
-            days = ((found.to_log_rows(schema).times() - START) / DAY).tolist()
-            rows += zip(*(found.table[name].to_pylist() for name in ("request", "item", "user")), days, strict=True)
+            actual, position = join_by_log(read, schema)[None], read[-1].position
+            duplicates += sum(item.duplicates for item in read)
+            days = ((actual.to_log_rows(schema).times() - START) / DAY).tolist()
+            rows += zip(*(actual.table[name].to_pylist() for name in ("request", "item", "user")), days, strict=True)
     assert duplicates == naive.duplicates
     assert [row[:3] for row in rows] == [row[:3] for row in naive.rows]
     np.testing.assert_allclose([row[3] for row in rows], [row[3] for row in naive.rows])

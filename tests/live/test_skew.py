@@ -71,7 +71,7 @@ def model_of(work: Path, ids: bool) -> SmallModel:
     events = {name: {"path": str(work / name), "time": time} for name, time in times.items()}
     data = {"log": str(work / "log"), "work_dir": str(work), "events": events}
     weights = {"click": 10, "spent": 0.1}  # scores are small, and a regression enters them
-    tasks = BASE["tasks"] | {name: {**BASE["tasks"][name], "score_weight": each} for name, each in weights.items()}
+    tasks = BASE["tasks"] | {name: {**BASE["tasks"][name], "score_weight": item} for name, item in weights.items()}
     shuffled = log.take(pa.array(np.random.default_rng(1).permutation(len(log))))
     return SmallModel(
         work,
@@ -83,14 +83,14 @@ def model_of(work: Path, ids: bool) -> SmallModel:
 def freeze(small: SmallModel, out: Path) -> None:
     """Writes the model with tables as if its log and its logs of events had ended before `FROM`."""
     data, before = small.settings.data, out.with_name("before")
-    times = {"log": "time", **{name: each.time for name, each in data.events.items()}}
+    times = {"log": "time", **{name: item.time for name, item in data.events.items()}}
     for name, column in times.items():
         (before / name).mkdir(parents=True)
         for path in (Path(data.work_dir) / name).glob("*.parquet"):
             table = pq.read_table(path)
             early = table[column].cast(pa.int64()).to_numpy() < FROM
             pq.write_table(table.filter(pa.array(early)), before / name / path.name)
-    events = {name: each.model_copy(update={"path": str(before / name)}) for name, each in data.events.items()}
+    events = {name: item.model_copy(update={"path": str(before / name)}) for name, item in data.events.items()}
     data = data.model_copy(update={"log": str(before / "log"), "events": events})
     settings = small.settings.model_copy(update={"data": data})
     update_tables(small.folder, settings, out, rebuild=True)
@@ -130,7 +130,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def wrong(report: dict[str, Any]) -> dict[str, int]:
     """The names that differ, with how often."""
-    return {each["name"]: each["mismatches"] for each in report["values"] if each["mismatches"]}
+    return {value["name"]: value["mismatches"] for value in report["values"] if value["mismatches"]}
 
 
 @pytest.mark.parametrize("most", [2, 500])
@@ -140,7 +140,7 @@ def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: P
     report = world.check(live.requests)
     assert wrong(report) == {}
     assert (len(live.logged) > len(period.times)) == (most == 2)
-    compared = {each["name"]: each["compared"] for each in report["values"]}
+    compared = {value["name"]: value["compared"] for value in report["values"]}
     assert set(compared.values()) == {len(period.rows)} == {report["logged_rows"]}
     placement = {
         name for name in world.small.settings.features if world.small.settings.schema_.role_of(name) == "placement"
@@ -233,9 +233,9 @@ def test_rows_are_compared_or_counted_with_a_reason(
         check_skew(settings, FROM, SHORT, str(world.small.folder), file.parent)
     mine = pa.array([artifact_version(world.frozen)] * (count - 3) + ["another"] * 3)
     several = np.flatnonzero(table["served_candidates"].to_numpy() > 1)
-    other, wrong_one = several[0], several[several > several[0] + 5][0]
+    second, wrong_one = several[0], several[several > several[0] + 5][0]
     table = table.set_column(table.column_names.index("served_artifact"), "served_artifact", mine)
-    table = changed(table, "item", lambda each: each * 0 + 12345, other)
+    table = changed(table, "item", lambda each: each * 0 + 12345, second)
     table = changed(table, "served_digest_item_click", lambda each: each + 1, wrong_one)
     pq.write_table(table, file)
     report = check_skew(*given, tmp_path / "kept")
@@ -257,12 +257,12 @@ def test_rows_are_compared_or_counted_with_a_reason(
 @pytest.fixture(scope="module")
 def request_logs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[World, pa.Table]]:
     """A log of events with and without ids of requests -> its world, and the request log of a third of a day."""
-    found = {}
-    for name, each in (("ids", World(tmp_path_factory.mktemp("ids"), ids=True)), ("no ids", world)):
-        server = each.fed(tmp_path_factory.mktemp("requests"), period=each.short)
+    actual = {}
+    for name, item in (("ids", World(tmp_path_factory.mktemp("ids"), ids=True)), ("no ids", world)):
+        server = item.fed(tmp_path_factory.mktemp("requests"), period=item.short)
         (file,) = server.requests.iterdir()
-        found[name] = each, pq.read_table(file)
-    return found
+        actual[name] = item, pq.read_table(file)
+    return actual
 
 
 def changed(
@@ -278,7 +278,7 @@ def changed(
 def rows_of_a_reply(table: pa.Table) -> np.ndarray:
     """Numbers of the rows of a reply with two or more."""
     at = table["served_at"].to_pylist()
-    return next(rows for each in at if len(rows := np.flatnonzero([other == each for other in at])) > 1)
+    return next(rows for item in at if len(rows := np.flatnonzero([second == item for second in at])) > 1)
 
 
 def with_user(table: pa.Table, rows: np.ndarray) -> pa.Table:
@@ -356,7 +356,7 @@ def test_a_row_that_the_log_lost_is_not_compared_and_later_features_differ(
 ) -> None:
     world, table = request_logs["no ids"]
     settings, (row, *_) = world.small.settings, rows_of_a_reply(table)
-    files = pa.concat_tables([pq.read_table(each) for each in sorted(Path(settings.data.log).iterdir())])
+    files = pa.concat_tables([pq.read_table(path) for path in sorted(Path(settings.data.log).iterdir())])
     is_lost = [
         all(files[name][place] == table[name][row] for name in ("user", "item", "time")) for place in range(len(files))
     ]

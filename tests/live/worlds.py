@@ -73,9 +73,9 @@ class World:
     def write(self, folder: Path, until: int | None = None, since: int | None = None, seed: int = 0) -> None:
         """Writes those rows of [since, until), by the time at which they were logged or happened, into new files."""
         rows = {"requests": (self.requests, "served_at", _REQUESTS)}
-        rows |= {f"events/{name}": (each, "at", EVENT_TYPES) for name, each in self.events.items()}
-        for name, (each, time, types) in rows.items():
-            inside = [row for row in each if (since or 0) <= row[time] < (until or 2**62)]
+        rows |= {f"events/{name}": (item, "at", EVENT_TYPES) for name, item in self.events.items()}
+        for name, (item, time, types) in rows.items():
+            inside = [row for row in item if (since or 0) <= row[time] < (until or 2**62)]
             random.Random(seed).shuffle(inside)
             (folder / name).mkdir(parents=True, exist_ok=True)
             for part in range(2):
@@ -97,7 +97,7 @@ def write_rows(path: Path, rows: Iterable[Row], types: dict[str, pa.DataType]) -
 
 def read_rows(out: Path) -> list[Row]:
     """All rows of an output, in the order of its files."""
-    tables = [pq.read_table(each) for each in sorted(out.glob("run-*/*.parquet"))]
+    tables = [pq.read_table(path) for path in sorted(out.glob("run-*/*.parquet"))]
     rows = pa.concat_tables(tables, promote_options="permissive").to_pylist() if tables else []
     for row in rows:
         row["time"] = round(row["time"].timestamp() * 1e6)
@@ -120,7 +120,7 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
     rows = [{**row, "time": first[row["user"], row["served_request"]]} for row in kept.values()]
 
     def belongs(name: str, among: list[Row]) -> list[tuple[Row, Row]]:
-        section, found, ids = outcomes.events[name], [], set()
+        section, actual, ids = outcomes.events[name], [], set()
         for event in sorted(world.events.get(name, []), key=lambda each: each["at"]):
             if "event_id" in event:
                 if (event["user"], event["event_id"]) in ids:
@@ -131,8 +131,8 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
                 mine = [r for r in mine if r["served_request"] == event[section.request]]
             mine = [r for r in mine if r["time"] <= event["at"]]
             if mine:
-                found.append((max(mine, key=lambda r: r["time"]), event))
-        return found
+                actual.append((max(mine, key=lambda r: r["time"]), event))
+        return actual
 
     if outcomes.shown is not None:
         seen: dict[int, Row] = {}
@@ -149,7 +149,7 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
             if has_value and event["at"] - row["time"] <= source.length_us:
                 said.setdefault(id(row), []).append(event)
         for row in rows:
-            values = [1.0 if source.value is None else each[source.value] for each in said.get(id(row), [])]
+            values = [1.0 if source.value is None else item[source.value] for item in said.get(id(row), [])]
             combined = {"last": lambda v: v[-1], "first": lambda v: v[0], "sum": sum, "max": max}[source.combine]
             row[name] = combined(values) if values else source.default
     columns = ["user", "item", "time", "price", *outcomes.sources]
@@ -162,5 +162,5 @@ def naive(world: World, about: Settings, until: int) -> list[Row]:
 
 def ordered(rows: Iterable[Row]) -> list[str]:
     """Rows in an order of their own, as text."""
-    numbers = ({name: float(each) if isinstance(each, int) else each for name, each in row.items()} for row in rows)
+    numbers = ({name: float(item) if isinstance(item, int) else item for name, item in row.items()} for row in rows)
     return sorted(repr(sorted(row.items())) for row in numbers)

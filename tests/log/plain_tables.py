@@ -21,7 +21,7 @@ def plain_table(seed: int, rows: int = 400) -> pa.Table:
     random = np.random.default_rng(seed)
     x, word = random.normal(size=rows), random.integers(0, 3, rows)
     label = (random.random(rows) < 1 / (1 + np.exp(-(x + word - 1)))).astype(np.int8)
-    other = (random.random(rows) < 0.4).astype(np.float64)
+    second = (random.random(rows) < 0.4).astype(np.float64)
     group = random.permutation(np.arange(rows) // 4)
     return pa.table(
         {
@@ -29,11 +29,11 @@ def plain_table(seed: int, rows: int = 400) -> pa.Table:
             "word": pa.array(np.array(["a", "b", "c"])[word]),
             "code": pa.array(random.integers(-5, 5, rows)),
             "label": pa.array(label),
-            "other": pa.array(np.where(random.random(rows) < 0.2, np.nan, other), from_pandas=True),
+            "other": pa.array(np.where(random.random(rows) < 0.2, np.nan, second), from_pandas=True),
             "fold": pa.array(random.integers(1, 5, rows // 4 + 1)[group]),
             "weight": pa.array(random.choice([0.25, 1.0, 7.5], rows)),
             "group": pa.array(group),
-            "person": pa.array([f"p{each}" for each in random.integers(0, 20, rows)]),
+            "person": pa.array([f"p{integer}" for integer in random.integers(0, 20, rows)]),
         }
     )
 

@@ -85,8 +85,8 @@ def two_ids(**sections: Any) -> Schema:
 
 def windows_of(first: float, second: float, start: float = 0) -> dict[str, tuple[int, int | None]]:
     """Training from day `start` to day `first`, validation to day `second`, test afterwards."""
-    zero, one, two = (START + int(day * DAY) for day in (start, first, second))
-    return {"train": (zero, one), "validation": (one, two), "test": (two, None)}
+    zero, left, two = (START + int(day * DAY) for day in (start, first, second))
+    return {"train": (zero, left), "validation": (left, two), "test": (two, None)}
 
 
 def _distinct_items(times: np.ndarray, users: np.ndarray, items: np.ndarray) -> np.ndarray:
@@ -204,8 +204,8 @@ def raw_results(encoder: PointInTimeEncoder, rows: LogRows) -> dict[str, np.ndar
     """What a counter or history says of rows, in full precision."""
     asked = rows.lookups(encoder.key_columns)
     return {
-        name: each.take(asked.inverse) if isinstance(each, Ragged) else each[asked.inverse]
-        for name, each in encoder.distinct_results(encoder.store, asked).items()
+        name: item.take(asked.inverse) if isinstance(item, Ragged) else item[asked.inverse]
+        for name, item in encoder.distinct_results(encoder.store, asked).items()
     }
 
 
@@ -230,25 +230,25 @@ def times_of(table: pa.Table) -> np.ndarray:
     return table["time"].cast(pa.int64()).to_numpy()
 
 
-def assert_same(one: EncodedInputs, other: EncodedInputs) -> None:
+def assert_same(left: EncodedInputs, right: EncodedInputs) -> None:
     """Both are equal to the last bit."""
-    _assert_same_ids(one.ids, other.ids)
-    np.testing.assert_array_equal(one.dense.view(np.uint32), other.dense.view(np.uint32))
+    _assert_same_ids(left.ids, right.ids)
+    np.testing.assert_array_equal(left.dense.view(np.uint32), right.dense.view(np.uint32))
 
 
-def assert_same_inputs(one: Inputs, other: Inputs) -> None:
+def assert_same_inputs(left: Inputs, right: Inputs) -> None:
     """Both are equal to the last bit."""
-    _assert_same_ids(one.ids, other.ids)
-    assert one.dense.keys() == other.dense.keys()
-    for name, numbers in one.dense.items():
+    _assert_same_ids(left.ids, right.ids)
+    assert left.dense.keys() == right.dense.keys()
+    for name, numbers in left.dense.items():
         assert numbers.dtype == np.float32
-        np.testing.assert_array_equal(numbers.view(np.uint32), other.dense[name].view(np.uint32), err_msg=name)
+        np.testing.assert_array_equal(numbers.view(np.uint32), right.dense[name].view(np.uint32), err_msg=name)
 
 
-def _assert_same_ids(one: Mapping[str, np.ndarray | Ragged], other: Mapping[str, np.ndarray | Ragged]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        twin = other[name]
+def _assert_same_ids(left: Mapping[str, np.ndarray | Ragged], right: Mapping[str, np.ndarray | Ragged]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        twin = right[name]
         if isinstance(value, Ragged):
             assert isinstance(twin, Ragged)
             np.testing.assert_array_equal(value.lengths, twin.lengths, err_msg=name)

@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_opened(tmp_path, kind):
     assert (type(twin), str(twin), twin.uri) == (BadFile, str(error), error.uri)
 
     log = Log(str(folder), SCHEMA, skip_bad_files=True)
-    assert [(each.uri, each.reason) for each in log.skipped] == [(error.uri, str(error))]
+    assert [(item.uri, item.reason) for item in log.skipped] == [(error.uri, str(error))]
     assert [Path(file.uri).stem for file in log.files] == ["0", "1", "2", "4"]
     assert log.rows == sum(len(rows) for rows in log.stream()) == 240
 
@@ -113,7 +113,7 @@ def test_the_first_of_several_bad_files_is_named_and_all_are_left_out(tmp_path):
         _spoil(kind, folder / f"{name}.parquet")
     assert Path(_opening(folder).uri).stem == "1"
     log = Log(str(folder), SCHEMA, skip_bad_files=True)
-    assert [Path(each.uri).stem for each in log.skipped] == ["1", "2", "4"]
+    assert [Path(item.uri).stem for item in log.skipped] == ["1", "2", "4"]
     assert [Path(file.uri).stem for file in log.files] == ["0", "3"]
     found_files = log.found_files[str(folder / "3.parquet")]
     fault = BadFile("found to be bad when it was read", found_files.uri)
@@ -205,7 +205,9 @@ NO_LABEL = "neither 0 nor 1; fix the data or set the task's kind to regression"
         *(("price", {9: rate}, 9, f"holds {said}, {NO_RATE}") for rate, said in ((0.0, 0), (1.5, 1.5), (None, "null"))),
     ],
 )
-def test_the_first_wrong_value_is_told_in_any_part(tmp_path, monkeypatch, column, changes, row, message, rows_per_part):
+def test_the_first_wrong_value_is_reported_in_any_part(
+    tmp_path, monkeypatch, column, changes, row, message, rows_per_part
+):
     monkeypatch.setattr(log_module, "READ_BATCH_ROWS", 30)
     tasks = {**CLICKS, "spent": {"label": "spent", "kind": "regression", "objective": "engagement"}}
     columns = {"user": "user", "candidate": "item", "time": "time", "sampling_rate": "price"}
@@ -281,7 +283,7 @@ def test_bad_files_of_events(tmp_path):
     with pytest.raises(BadFile, match=said):
         EventLogFiles("purchases", log)
     purchases = EventLogFiles("purchases", log, skip_bad_files=True)
-    assert [Path(each.uri).stem for each in purchases.skipped] == ["1"]
+    assert [Path(item.uri).stem for item in purchases.skipped] == ["1"]
     assert purchases.rows == 600
 
     early = Log(log.source, log.schema, max_time=START)
@@ -334,7 +336,7 @@ def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, c
                 prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options))
         else:
             skipped = prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options)).manifest["skipped"]
-            assert [Path(each["file"]).name for each in skipped] == ["1.parquet"]
+            assert [Path(item["file"]).name for item in skipped] == ["1.parquet"]
         return
     with pytest.raises(BadFile) as caught:
         prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options))

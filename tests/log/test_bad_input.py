@@ -156,7 +156,7 @@ NULL = pa.nulls(150, pa.string())
 
 
 @pytest.mark.parametrize(
-    ("plain", "other"),
+    ("plain", "second"),
     [
         ([TEXT], [_coded(TEXT)]),
         ([FIRST, SECOND], [with_column(FIRST, "age", FIRST["age"].cast(pa.int32())), SECOND]),
@@ -165,14 +165,14 @@ NULL = pa.nulls(150, pa.string())
     ],
     ids=["dictionaries and large types", "widths of integers", "null throughout a file", "files without rows"],
 )
-def test_what_looks_different_is_the_same(tmp_path, plain, other):
-    one, two = (
-        _prepare(write_log(tmp_path / n / "log", *each), tmp_path / n)
-        for n, each in zip("ab", (plain, other), strict=True)
+def test_what_looks_different_is_the_same(tmp_path, plain, second):
+    first_one_value, two = (
+        _prepare(write_log(tmp_path / n / "log", *item), tmp_path / n)
+        for n, item in zip("ab", (plain, second), strict=True)
     )
-    assert one.layout == two.layout
+    assert first_one_value.layout == two.layout
     for split in WINDOWS:
-        assert pq.read_table(one.split(split)).equals(pq.read_table(two.split(split))), split
+        assert pq.read_table(first_one_value.split(split)).equals(pq.read_table(two.split(split))), split
 
 
 def test_columns_of_nothing_but_nulls_work(tmp_path):

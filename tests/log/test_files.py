@@ -162,7 +162,7 @@ def test_a_missing_bucket(bucket, uri):
     assert str(caught.value).startswith(f"the log '{uri}' does not exist; set `data.log`")
 
 
-def test_an_unreachable_bucket_is_told_as_such(aws):
+def test_an_unreachable_bucket_is_reported_as_such(aws):
     aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     message = "'s3://bucket/log' cannot be reached .*127.0.0.1:1.*; check the URI, the cred"
     with pytest.raises(UserError, match=message):
@@ -232,7 +232,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_links_are_followed(log):
-    everything = [str(log / each) for each in ("a/0.parquet", "a/3.parquet", "b/2.parquet", "b/deep/1.parquet")]
+    everything = [str(log / name) for name in ("a/0.parquet", "a/3.parquet", "b/2.parquet", "b/deep/1.parquet")]
     assert _found(log) == everything
     assert _found(log / "*") == everything
     assert _found(log / "**/*.parquet") == everything
@@ -244,13 +244,13 @@ def test_links_are_followed(log):
 
 @pytest.mark.parametrize("pattern", ["", "**/*.parquet", "**"])
 @pytest.mark.parametrize("target", ["..", "../..", "."])
-def test_a_circle_of_links_is_told(log, pattern, target):
+def test_a_circle_of_links_is_reported(log, pattern, target):
     (log / "a/again").symlink_to(target)
     with pytest.raises(UserError, match=r"a/again.*' is a link to a folder that contains it. Remove the"):
         find_files(str(log / pattern))
 
 
-def test_a_folder_that_is_there_twice_is_told(log):
+def test_a_folder_that_is_there_twice_is_reported(log):
     (log / "latest").symlink_to("a")
     with pytest.raises(
         UserError, match=r"'.*/log/a/0.parquet' and '.*/latest/0.parquet' are the same file through a link"
@@ -276,7 +276,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("pattern", ["", "*", "*/*.parquet", "**/*.parquet", "**"])
-def test_a_folder_that_may_not_be_read_is_told(log, forbid, pattern):
+def test_a_folder_that_may_not_be_read_is_reported(log, forbid, pattern):
     forbid(log / "b")
     with pytest.raises(UserError, match=r"'.*/log/b' can't be read \(Permission denied\) and may contain files of"):
         find_files(str(log / pattern))
@@ -322,5 +322,5 @@ def test_whether_a_log_takes_in_what_is_not_there_yet(tmp_path, monkeypatch, sou
     written = Path(work) / "features/encoded/train/part-00000.parquet"
     if there:
         _write(str(written))
-    for each in (source, str(tmp_path / source)):
-        assert source_includes(each, [written]) == source_includes(each, [tmp_path / written]) == inside
+    for item in (source, str(tmp_path / source)):
+        assert source_includes(item, [written]) == source_includes(item, [tmp_path / written]) == inside

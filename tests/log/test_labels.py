@@ -39,12 +39,12 @@ def expected_rows(rows: LogRows, label_cutoff: int) -> tuple[list[float | None],
 def test_equals_a_loop(liked: dict[str, Any]) -> None:
     rows = log_rows(random_log(3), schema_of(FEATURES, tasks=tasks(**liked)))
     label_cutoff = START + 6 * DAY
-    found = compute_labels(rows, label_cutoff)
-    assert list(found) == ["click", "liked", "spent", "click_and_liked"]
+    actual = compute_labels(rows, label_cutoff)
+    assert list(actual) == ["click", "liked", "spent", "click_and_liked"]
     own, both = expected_rows(rows, label_cutoff)
-    np.testing.assert_equal(found["liked"], np.array(own, np.float64))
-    np.testing.assert_equal(found["click_and_liked"], np.array(both, np.float64))
-    assert {0.0, 1.0} == set(found["click_and_liked"][~np.isnan(found["click_and_liked"])])
+    np.testing.assert_equal(actual["liked"], np.array(own, np.float64))
+    np.testing.assert_equal(actual["click_and_liked"], np.array(both, np.float64))
+    assert {0.0, 1.0} == set(actual["click_and_liked"][~np.isnan(actual["click_and_liked"])])
 
 
 def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
@@ -61,18 +61,18 @@ def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
         assert observed[name] == len(train) - train[f"label.{name}"].null_count > 0
     assert observed["liked"] < observed["click_and_liked"] < observed["click"]
     for split, (start, end) in windows.items():
-        told = prepared.manifest["splits"][split]
-        assert told["label_cutoff"] == (edges[0] if split == "train" else last)
+        sentence = prepared.manifest["splits"][split]
+        assert sentence["label_cutoff"] == (edges[0] if split == "train" else last)
         late = [
-            row["click"] == 1 and row["liked"] is not None and time + LATE_DAYS * DAY > told["label_cutoff"]
+            row["click"] == 1 and row["liked"] is not None and time + LATE_DAYS * DAY > sentence["label_cutoff"]
             for row, time in zip(table.to_pylist(), times_of(table).tolist(), strict=True)
             if (start or 0) <= time < (end or last + 1)
         ]
-        assert told["pending_labels"] == {"click": 0, "liked": sum(late), "spent": 0}
+        assert sentence["pending_labels"] == {"click": 0, "liked": sum(late), "spent": 0}
         assert sum(late) > 0
         rows = pq.read_table(prepared.split(split))
-        assert told["rows"] == len(rows)
-        assert told["label_sum"]["click"] == pa.compute.sum(rows["label.click"]).as_py()
+        assert sentence["rows"] == len(rows)
+        assert sentence["label_sum"]["click"] == pa.compute.sum(rows["label.click"]).as_py()
         # Without a request column, a user's rows of one instant form a request.
         keys = set(zip(*(rows[name].to_pylist() for name in ("request", "user", "time")), strict=True))
         assert len({request for request, *_ in keys}) == len(keys) == len({key[1:] for key in keys})
@@ -106,9 +106,9 @@ _NUMBERS = [4.5, None, 4.0, 2.0**70, -0.0, 1.0, 1e300]
 )
 def test_rules_compare_values_as_python_does(kind, values, wanted):
     for equals in wanted:
-        found = _observed(pa.array(values, kind), equals)
-        assert found == [value is not None and float(value) == equals if isinstance(value, Decimal) else value == equals
-                         for value in values], equals  # fmt: skip
+        rule = _observed(pa.array(values, kind), equals)
+        assert rule == [value is not None and float(value) == equals if isinstance(value, Decimal) else value == equals
+                        for value in values], equals  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,6 @@ def test_rules_compare_values_as_python_does(kind, values, wanted):
         ([True, None], "true", "numbers, but an `observed_when` compares it with 'true'. Write it without quotes."),
     ],
 )
-def test_a_value_that_a_column_cannot_hold_is_told(values, equals, message):
+def test_a_value_that_a_column_cannot_hold_is_reported(values, equals, message):
     with pytest.raises(UserError, match=f"column 'seen' holds {message}"):
         _observed(pa.array(values), equals)

@@ -92,12 +92,12 @@ def test_parts_are_the_log(sizes, rows_per_part, rows_at_a_time):
         _assert_equal(_table(log.stream()), expected.slice(0, total))
 
 
-def _assert_equal(one: pa.Table, other: pa.Table) -> None:
-    assert one.column_names == other.column_names
-    for name in one.column_names:
+def _assert_equal(first: pa.Table, second: pa.Table) -> None:
+    assert first.column_names == second.column_names
+    for name in first.column_names:
         # A column that is null throughout a file has type null.
-        kind = other.schema.field(name).type
-        assert one[name].cast(kind).to_pylist() == other[name].to_pylist(), name
+        kind = second.schema.field(name).type
+        assert first[name].cast(kind).to_pylist() == second[name].to_pylist(), name
 
 
 def test_the_digest_changes_with_the_files(tmp_path):
@@ -206,13 +206,13 @@ def test_a_copy_of_arrow_files_does_not_need_them(tmp_path):
         assert database.row("SELECT count(*), count(nothing.item) FROM log LEFT JOIN nothing USING (item)") == (900, 0)
 
 
-def test_a_full_disk_is_told_as_one_and_what_a_killed_process_left_goes(tmp_path):
+def test_a_full_disk_is_reported_as_one_and_what_a_killed_process_left_goes(tmp_path):
     folder = tmp_path / "database"
     folder.mkdir()
     (folder / "left").write_text("x")
     full = f'IO Error: Could not write file "{folder}/duckdb_temp_storage-0.tmp": No space left on device'
-    told = rf"^the disk of '{tmp_path}' is full \(IO Error: Could not write file"
-    with pytest.raises(UserError, match=told), open_database(folder):
+    sentence = rf"^the disk of '{tmp_path}' is full \(IO Error: Could not write file"
+    with pytest.raises(UserError, match=sentence), open_database(folder):
         raise duckdb.IOException(full if not any(folder.iterdir()) else "something was left")
     with pytest.raises(duckdb.IOException, match="damaged"), open_database(folder):
         raise duckdb.IOException("damaged")

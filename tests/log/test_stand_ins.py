@@ -59,16 +59,16 @@ def test_a_users_rows_of_a_split_are_one_request(tmp_path: Path) -> None:
     table = plain_table(3)
     settings = plain_settings(tmp_path, table, columns={"user": "person"})
     log = Log(settings.data.log, settings.schema_)
-    (rows,) = (each for part in log.parts() for each in log.reader.read(part))
+    (rows,) = (item for part in log.parts() for item in log.reader.read(part))
     split = np.select([table["fold"].to_numpy() <= 2, table["fold"].to_numpy() == 3], [0, 1], 2)
-    pairs = {(person, each) for person, each in zip(table["person"].to_pylist(), split, strict=True)}
+    pairs = {(person, item) for person, item in zip(table["person"].to_pylist(), split, strict=True)}
     assert len(np.unique(rows.request_hashes())) == len(pairs)
 
 
 PLAIN = plain_table(0)
 STRANGE = with_values(PLAIN, "fold", {7: 5, 9: 6})
-OF_TEXT = with_column(STRANGE, "fold", [f"f{each}" for each in STRANGE["fold"].to_pylist()])
-TEXTS = {name: [f"f{each}" for each in listed] for name, listed in SPLIT_VALUES.items()}
+OF_TEXT = with_column(STRANGE, "fold", [f"f{item}" for item in STRANGE["fold"].to_pylist()])
+TEXTS = {name: [f"f{item}" for item in listed] for name, listed in SPLIT_VALUES.items()}
 FIRST, SECOND, *_ = np.flatnonzero(PLAIN["group"].to_numpy() == 5).tolist()
 DIVIDED = with_values(PLAIN, "fold", {SECOND: 1 if PLAIN["fold"][FIRST].as_py() > 2 else 4})
 HELD_OUT = PLAIN.append_column("held_out", pa.array(np.arange(400) % 3 == 0))

@@ -53,14 +53,14 @@ def random_rows(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple
     """Rows of a layout, and labels (rows, T) of which about a third are unobserved (NaN)."""
     random = np.random.default_rng(seed)
     ids: dict[str, np.ndarray | Ragged] = {}
-    for each in layout.ids:
-        size = layout.table(each.table).rows
-        if each.is_list:
-            events = ids.get(each.feature)  # what they hold besides comes later in a layout
+    for item in layout.ids:
+        size = layout.table(item.table).rows
+        if item.is_list:
+            events = ids.get(item.feature)  # what they hold besides comes later in a layout
             lengths = events.lengths if isinstance(events, Ragged) else random.integers(0, 5, rows).astype(np.int32)
-            ids[each.name] = Ragged(random.integers(0, size, lengths.sum()), lengths)
+            ids[item.name] = Ragged(random.integers(0, size, lengths.sum()), lengths)
         else:
-            ids[each.name] = random.integers(0, size, rows)
+            ids[item.name] = random.integers(0, size, rows)
     dense = random.normal(size=(rows, len(layout.dense))).astype(np.float32)
     labels = random.integers(0, 2, (rows, len(layout.tasks))).astype(np.float32)
     labels[random.random(labels.shape) < 1 / 3] = np.nan
@@ -99,7 +99,7 @@ def small_settings(**changes: Any) -> Model:
 
 def reference_weights(model: RankingModel) -> dict[str, Tensor]:
     """The model's weights in float64, for `reference_logits` and its gradients."""
-    return {name: each.detach().double().requires_grad_() for name, each in model.named_parameters()}
+    return {name: item.detach().double().requires_grad_() for name, item in model.named_parameters()}
 
 
 def reference_logits(
@@ -111,14 +111,14 @@ def reference_logits(
         ids = encoded.ids[name]
         return ids.take(np.array([row])).values if isinstance(ids, Ragged) else ids[[row]]
 
-    tables = {each.name: weights[f"tables.embedding_bags.{each.table}.weight"] for each in layout.ids}
-    lengths = {each.history: each.length for each in layout.attention}
+    tables = {item.name: weights[f"tables.embedding_bags.{item.table}.weight"] for item in layout.ids}
+    lengths = {item.history: item.length for item in layout.attention}
 
     def look(name: str, row: int) -> Tensor:
-        own = [each.name for each in layout.ids if each.feature == name]
+        own = [item.name for item in layout.ids if item.feature == name]
         counterparts = [name for name in own if (of := layout_table[name]) in encoded.ids and of != name]
         return reference.attend(
-            {key.removeprefix(f"mixture.histories.{name}."): each for key, each in weights.items()},
+            {key.removeprefix(f"mixture.histories.{name}."): item for key, item in weights.items()},
             [
                 torch.cat([tables[part][ids_of(part, row)[place]] for part in own])
                 for place in range(len(ids_of(name, row)))
@@ -131,26 +131,26 @@ def reference_logits(
             lengths[name],
         )
 
-    layout_table = {each.name: each.table for each in layout.ids}
+    layout_table = {item.name: item.table for item in layout.ids}
 
     def inputs(of_placement: bool) -> Tensor:
         parts = []
-        for each in layout.ids:
-            if each.placement == of_placement and (each.feature not in lengths or each.feature == each.name):
-                rows = [reference.embed(tables[each.name], ids_of(each.name, row)) for row in range(len(encoded))]
-                if each.name in lengths:
-                    rows = [row + look(each.name, number) for number, row in enumerate(rows)]
+        for item in layout.ids:
+            if item.placement == of_placement and (item.feature not in lengths or item.feature == item.name):
+                rows = [reference.embed(tables[item.name], ids_of(item.name, row)) for row in range(len(encoded))]
+                if item.name in lengths:
+                    rows = [row + look(item.name, number) for number, row in enumerate(rows)]
                 parts.append(torch.stack(rows))
-        columns = [place for place, each in enumerate(layout.dense) if each.placement == of_placement]
+        columns = [place for place, item in enumerate(layout.dense) if item.placement == of_placement]
         return torch.cat([*parts, torch.from_numpy(encoded.dense[:, columns]).double()], dim=1)
 
     placement = placement and layout.width(placement=True) > 0
     mixture = reference.Mixture(
-        {name.removeprefix("mixture."): each for name, each in weights.items() if name.startswith("mixture.")},
+        {name.removeprefix("mixture."): item for name, item in weights.items() if name.startswith("mixture.")},
         tasks=len(layout.tasks),
         shared=settings.experts.count,
         own=settings.experts.task_count,
-        edges=[each.edges if settings.bottom.piecewise else () for each in layout.dense if not each.placement],
+        edges=[item.edges if settings.bottom.piecewise else () for item in layout.dense if not item.placement],
         rule=settings.gates.routing,
         k=settings.gates.top_k,
         activation=getattr(functional, settings.experts.activation),

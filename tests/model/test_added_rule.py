@@ -48,7 +48,7 @@ print("FOUND", json.dumps(found | {"order": [*map(int, ranking.order)]}))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def actual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script found in a package that has a rule more."""
     folder = tmp_path_factory.mktemp("added")
     package = AddedPackage(folder)
@@ -64,9 +64,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(printed.rpartition("FOUND ")[2])
 
 
-def test_it_trains_and_serves_as_it_says(found: dict[str, Any]) -> None:
-    probabilities, selected, weights = (np.array(found[name]) for name in ("probabilities", "selected", "weights"))
-    assert len(found["order"]) == len(weights)
+def test_it_trains_and_serves_as_it_says(actual: dict[str, Any]) -> None:
+    probabilities, selected, weights = (np.array(actual[name]) for name in ("probabilities", "selected", "weights"))
+    assert len(actual["order"]) == len(weights)
     assert np.array_equal(selected, probabilities >= 1 / EXPERTS)
     assert 1 <= selected.sum(-1).min() < selected.sum(-1).max() < EXPERTS, "rows differ in how many they need"
     kept = probabilities * selected

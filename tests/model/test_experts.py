@@ -78,9 +78,9 @@ def test_a_mix_is_that_of_all_experts_on_all_rows(
         monkeypatch.setattr(Dispatch, "of", lambda used, block, _, most=most: of(used, block, most))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             sparse = mixed(experts, hidden, weights, used)
-        for one, other in zip(sparse, dense, strict=True):
-            near = 1e-5 if precision == torch.float32 else 0.05 * float(other.abs().max())
-            torch.testing.assert_close(one.float(), other, atol=near, rtol=max(near, 1e-5))
+        for first, second in zip(sparse, dense, strict=True):
+            near = 1e-5 if precision == torch.float32 else 0.05 * float(second.abs().max())
+            torch.testing.assert_close(first.float(), second, atol=near, rtol=max(near, 1e-5))
 
 
 def test_a_result_that_is_not_finite_reaches_its_own_rows_alone() -> None:
@@ -113,7 +113,7 @@ def test_a_gpu_runs_them_sparse_where_it_has_the_product(monkeypatch: pytest.Mon
         used = torch.empty(ROWS, EXPERTS, dtype=torch.bool, device="cuda")
         hidden = torch.empty(ROWS, 8, dtype=torch.bfloat16, device="cuda")
         for capability, has_it in (((9, 0), True), ((10, 0), True), ((8, 0), False), ((12, 0), False)):
-            monkeypatch.setattr(matmul, "_capability", lambda device, found=capability: found)
+            monkeypatch.setattr(matmul, "_capability", lambda device, actual=capability: actual)
             for compute, most, sparse in (("auto", 2, True), ("auto", 4, False), ("grouped", 4, True)):
                 experts = made_of(EXPERTS, 8, (8,), compute=compute)
                 assert experts.uses_grouped(hidden, used, most) == (has_it and sparse)
@@ -151,10 +151,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_a_model_makes_room_for_all_that_its_rule_chooses(
     monkeypatch: pytest.MonkeyPatch, name: str, training: bool
 ) -> None:
-    told: list[int | None] = []
+    message: list[int | None] = []
 
     def uses_grouped(experts: Experts, hidden: Tensor, used: Tensor, most: int | None) -> bool:
-        told.append(most)
+        message.append(most)
         assert most is None or int(used.sum(1).max()) <= most
         return False
 
@@ -165,5 +165,5 @@ def test_a_model_makes_room_for_all_that_its_rule_chooses(
     )
     mixture = build_mixture(6, [[-1.0, 1.0]], 0, 3, settings).train(training)
     mixture(torch.randn(ROWS, 6), torch.empty(ROWS, 0))
-    assert all((most is None) == (name == "experts choose in training" and training) for most in told)
-    assert told
+    assert all((most is None) == (name == "experts choose in training" and training) for most in message)
+    assert message

@@ -44,11 +44,11 @@ def test_sums_are_those_of_lightgbm(seed: int) -> None:
     ]
     forest, rows = Forest([read_ensemble(text) for text in texts]), rows_at_edges(texts, seed)
     boosters = [lightgbm.Booster(model_str=text) for text in texts]
-    expected = [each.predict(rows.astype(np.float64), raw_score=True, num_threads=1) for each in boosters]
-    found = forest.sums(rows)
-    np.testing.assert_allclose(found, np.transpose(expected), rtol=1e-12, atol=1e-12)
-    assert [len(np.unique(column)) > 1 for column in found.T] == [True, True, True, False]
-    assert max(len(each.values) for each in read_ensemble(texts[1]).trees) > 256
+    expected = [booster.predict(rows.astype(np.float64), raw_score=True, num_threads=1) for booster in boosters]
+    actual = forest.sums(rows)
+    np.testing.assert_allclose(actual, np.transpose(expected), rtol=1e-12, atol=1e-12)
+    assert [len(np.unique(column)) > 1 for column in actual.T] == [True, True, True, False]
+    assert max(len(tree.values) for tree in read_ensemble(texts[1]).trees) > 256
 
 
 def test_a_row_gets_the_same_sum_whatever_stands_beside_it() -> None:
@@ -65,7 +65,7 @@ def test_a_row_gets_the_same_sum_whatever_stands_beside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "by", "told"),
+    ("wrong", "by", "message"),
     [
         (r"(?s)\nTree=.*?\nend of trees", "\nend of trees", "there is no tree"),
         (r"(?m)^max_feature_idx=4", "max_feature_idx=1", "an input that doesn't exist"),
@@ -76,9 +76,9 @@ def test_a_row_gets_the_same_sum_whatever_stands_beside_it() -> None:
         (r"(?m)^cat_boundaries=.*", "cat_boundaries=0", "not enough values"),
     ],
 )
-def test_what_is_damaged_or_of_another_kind_is_refused(wrong: str, by: str, told: str) -> None:
+def test_what_is_damaged_or_of_another_kind_is_refused(wrong: str, by: str, message: str) -> None:
     text = re.sub(wrong, by, before := grow(0, 3), count=1)
     assert text != before
-    with pytest.raises((ValueError, LookupError), match=told):
+    with pytest.raises((ValueError, LookupError), match=message):
         Forest([read_ensemble(text)])
     assert isinstance(read_ensemble(before), Ensemble)

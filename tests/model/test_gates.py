@@ -31,7 +31,7 @@ def hidden(rows: int = ROWS) -> Tensor:
 
 
 def predictions_to_logits(layer: torch.nn.Module, x: Tensor) -> np.ndarray:
-    weight, bias = (each.detach().double().numpy() for each in layer.parameters())
+    weight, bias = (parameter.detach().double().numpy() for parameter in layer.parameters())
     return np.einsum("geh,bh->bge", weight, x.double().numpy()) + bias
 
 
@@ -45,10 +45,10 @@ def test_gates_choose_in_bf16_as_in_fp32(kind: Any) -> None:
     made, x = gates(kind, top_k=2), hidden(2000).bfloat16()
     exact = made(x.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = made(x)
+        actual = made(x)
     assert exact.selected is not None
-    assert torch.equal(found.selected, exact.selected)
-    torch.testing.assert_close(found.weights, exact.weights)
+    assert torch.equal(actual.selected, exact.selected)
+    torch.testing.assert_close(actual.weights, exact.weights)
 
 
 def test_expert_choice_is_the_references() -> None:
@@ -86,10 +86,10 @@ def test_soft_gates_sum_to_one_and_serve_fewer() -> None:
     assert routing.selected is None
     expected = np.apply_along_axis(softmax, 2, predictions_to_logits(made.linear, x))
     np.testing.assert_allclose(routing.weights.detach().numpy(), expected, atol=1e-6)
-    one = made(x, top_k=1).weights
+    first = made(x, top_k=1).weights
     # Trained with weights that sum to 1, so served with such.
-    assert torch.equal(one.amax(-1), torch.ones(ROWS, GATES))
-    assert torch.equal(one.argmax(-1), routing.weights.argmax(-1))
+    assert torch.equal(first.amax(-1), torch.ones(ROWS, GATES))
+    assert torch.equal(first.argmax(-1), routing.weights.argmax(-1))
     torch.testing.assert_close(made(x, top_k=EXPERTS).weights, routing.weights)
 
 
@@ -114,8 +114,8 @@ def test_random_k_draws_all_and_serves_as_it_trains() -> None:
     counts = {int((made(x).weights > 0).sum(-1).max()) for _ in range(40)}
     assert counts == {1, 2, 3}
     made.eval()
-    one = made(x, top_k=1)
-    torch.testing.assert_close(one.weights.amax(-1), one.probabilities.amax(-1))
+    first = made(x, top_k=1)
+    torch.testing.assert_close(first.weights.amax(-1), first.probabilities.amax(-1))
     assert (made(x).weights > 0).sum(-1).eq(3).all()
 
 
@@ -224,8 +224,8 @@ def test_balance_by_hand() -> None:
     assert probabilities.grad.tolist() == [[[1.0, 0.0]], [[1.0, 0.0]]]
     assert z_loss(routing, shares).item() == pytest.approx((1 + 9) / 2)
     # Over tasks together: two tasks that each use one expert are as even as can be.
-    apart = torch.eye(2).expand(6, 2, 2)
-    routing = Routing(apart, apart, apart > 0, torch.zeros(6, 2, 2))
+    separate = torch.eye(2).expand(6, 2, 2)
+    routing = Routing(separate, separate, separate > 0, torch.zeros(6, 2, 2))
     loads = expert_loads(routing, torch.ones(6))
     assert loads.tolist() == [0.5, 0.5]
     assert balance_loss(routing, loads, torch.full((6,), 1 / 6)).item() == pytest.approx(1.0)

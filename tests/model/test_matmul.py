@@ -71,13 +71,13 @@ def test_layers_against_float64(monkeypatch: pytest.MonkeyPatch, kind: str, gaps
         module, x = make(inputs, outputs), rows(count, *widths, inputs, gaps=gaps)
         set_matmul_backend(module, "onednn")
         shapes.clear()
-        found = values(module, x, method)
+        actual = values(module, x, method)
         assert bool(shapes) == (count > 0)
         # All that float64 computes is by torch's own BLAS.
         shapes.clear()
         expected = values(module.double(), x.detach().double().requires_grad_(), method)
         assert shapes == []
-        for ours, exact in zip(found, expected, strict=True):
+        for ours, exact in zip(actual, expected, strict=True):
             assert ours.dtype == torch.float32
             torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * max(1, count))
 
@@ -94,20 +94,20 @@ def test_data_among_the_inputs_gets_no_gradient(matmul_backend: MatmulBackend, b
     x, data = rows(count, 4), rows(count, 8)
     weights = torch.linspace(-1, 2, 5)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        found, expected = ours(x, data), theirs(torch.cat([x, data], 1))
-    assert found.dtype == expected.dtype == (torch.bfloat16 if bf16 else torch.float32)
-    got = torch.autograd.grad((found * weights).sum(), [x, *ours.parameters()], retain_graph=True)
+        actual, expected = ours(x, data), theirs(torch.cat([x, data], 1))
+    assert actual.dtype == expected.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    got = torch.autograd.grad((actual * weights).sum(), [x, *ours.parameters()], retain_graph=True)
     wanted = torch.autograd.grad((expected * weights).sum(), [x, *theirs.parameters()])
-    for one, other in zip([found, *got], [expected, *wanted], strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2 if bf16 else 1e-5, atol=2e-2 if bf16 else 1e-5)
-    assert torch.autograd.grad(found.sum(), [data], allow_unused=True) == (None,)
+    for first, second in zip([actual, *got], [expected, *wanted], strict=True):
+        torch.testing.assert_close(first, second, rtol=2e-2 if bf16 else 1e-5, atol=2e-2 if bf16 else 1e-5)
+    assert torch.autograd.grad(actual.sum(), [data], allow_unused=True) == (None,)
 
 
 def test_bf16_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = calls(monkeypatch)
     layer, stacked, x = Linear(4, 3), StackedLinear(2, 4, 3), rows(5, 4)
-    for each in (layer, stacked):
-        set_matmul_backend(each, "onednn")
+    for item in (layer, stacked):
+        set_matmul_backend(item, "onednn")
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == stacked.shared(x).dtype == torch.bfloat16
         assert stacked(torch.stack([x, x], 1)).dtype == torch.bfloat16
@@ -115,8 +115,8 @@ def test_bf16_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [choose_matmul_backend(each, "cpu") for each in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
-    assert [choose_serving_backend(each) for each in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
+    assert [choose_matmul_backend(name, "cpu") for name in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
+    assert [choose_serving_backend(name) for name in ("auto", "blas", "onednn")] == ["onednn", "blas", "onednn"]
     assert choose_matmul_backend("auto", "cuda") == "blas"
     with pytest.raises(
         UserError, match=r"^training\.matmul_backend is onednn, which only supports CPUs\. Set it to auto\.$"

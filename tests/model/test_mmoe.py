@@ -86,11 +86,11 @@ def test_logits_and_gradients_are_the_references(training: bool, structure: str)
             for matmul_backend in ("blas", *["onednn"] * has_onednn()):
                 fused = build_fused_forward(model.mixture, matmul_backend)
                 assert fused is not None
-                found = model.postprocess(inputs, Outputs(fused(inputs), ())).logits
-                torch.testing.assert_close(found, logits, atol=2e-6, rtol=2e-6)
+                actual = model.postprocess(inputs, Outputs(fused(inputs), ())).logits
+                torch.testing.assert_close(actual, logits, atol=2e-6, rtol=2e-6)
     upstream = torch.linspace(-1, 2, logits.numel(), dtype=torch.float64).view(logits.shape)
-    for each in (logits, expected):
-        (each * upstream).sum().backward()
+    for item in (logits, expected):
+        (item * upstream).sum().backward()
     for name, parameter in model.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         wanted = torch.zeros_like(weights[name]) if weights[name].grad is None else weights[name].grad
@@ -146,12 +146,12 @@ def test_build_model_follows_settings_and_seed() -> None:
     torch.manual_seed(2)
     again = build_model(LAYOUT, settings, PlainTables(LAYOUT, 3), seed=3)
     assert torch.equal(torch.rand(1), untouched)
-    other = build_model(LAYOUT, settings, PlainTables(LAYOUT, 4), seed=4)
+    second = build_model(LAYOUT, settings, PlainTables(LAYOUT, 4), seed=4)
     assert first.state_dict()["mixture.levels.0.experts.0.layers.1.weight"].shape == (5, 4, 6)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
         at_zero = name.endswith((".later", ".output.weight"))  # attention adds nothing at first
-        assert torch.equal(tensor, other.state_dict()[name]) != (is_weight(name) and not at_zero), name
+        assert torch.equal(tensor, second.state_dict()[name]) != (is_weight(name) and not at_zero), name
 
 
 def test_weights_have_the_names_of_saved_models() -> None:
@@ -162,18 +162,18 @@ def test_weights_have_the_names_of_saved_models() -> None:
         "towers": {"units": []},
     }
     model = build_model(LAYOUT, Model.model_validate(section), PlainTables(LAYOUT))
-    tables = {f"tables.embedding_bags.{each.name}.weight" for each in LAYOUT.tables}
+    tables = {f"tables.embedding_bags.{table.name}.weight" for table in LAYOUT.tables}
     layers = ["bottom.layers.0", "bottom.crosses.up.0", "towers.layers.0", "placement.layers.0", "placement.logits"]
     layers += [f"levels.{level}.gates.linear" for level in range(2)]
     layers += ["levels.0.experts.0.layers.0", *(f"levels.1.experts.{group}.layers.0" for group in range(4))]
     dense = {f"mixture.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     dense.add("mixture.bottom.crosses.down.0.weight")
     attention = [
-        *(f"{each}.weight" for each in ("event", "candidate", "product", "same", "output")),
+        *(f"{item}.weight" for item in ("event", "candidate", "product", "same", "output")),
         "event.bias",
         "later",
     ]
-    dense |= {f"mixture.histories.history.{each}" for each in attention}
+    dense |= {f"mixture.histories.history.{item}" for item in attention}
     kept = {f"mixture.levels.{i}.gates.{name}" for i in range(2) for name in ("masked", "ramp", "selection_bias")}
     assert set(model.state_dict()) == tables | dense | kept
     route = build_model(LAYOUT, Model.model_validate({"gates": {"routing": "shared_route"}}), PlainTables(LAYOUT))
@@ -212,8 +212,8 @@ def test_first_weights_differ_by_seed_table_and_block(monkeypatch: pytest.Monkey
         initial_rows(EmbeddingTable("u", 1000, 8), 1, 0, 1000),
         weights.roll(500, 0),
     ]
-    for other in others:
-        assert abs(np.corrcoef(weights.flatten(), other.flatten())[0, 1]) < 0.1
+    for second in others:
+        assert abs(np.corrcoef(weights.flatten(), second.flatten())[0, 1]) < 0.1
 
 
 def rows_of(values: torch.Tensor, offsets: torch.Tensor) -> list[list[int]]:
@@ -231,7 +231,7 @@ def expected_rows(column: np.ndarray | Ragged) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_ids_are_those_of_the_rows_and_of_torchrec(seed: int) -> None:
     encoded, labels = random_rows(17, seed)
-    apart = make_batch(encoded, LAYOUT, labels, torchrec=True).ids
+    separate = make_batch(encoded, LAYOUT, labels, torchrec=True).ids
     layout = replace(LAYOUT, attention=())
     ids = make_batch(encoded, layout, labels, torchrec=False).ids
     keyed = make_batch(encoded, layout, labels, torchrec=True).ids
@@ -244,12 +244,14 @@ def test_ids_are_those_of_the_rows_and_of_torchrec(seed: int) -> None:
         assert rows == [row.tolist() for row in keyed[name].to_dense()]
         if name.startswith("history"):  # attention looks at each: the first ids of all lists, then the second ones
             for place in range(4):
-                assert [row.tolist() for row in apart[f"{name}@{place}"].to_dense()] == [
+                assert [row.tolist() for row in separate[f"{name}@{place}"].to_dense()] == [
                     row[place : place + 1] for row in rows
                 ]
-    assert apart.keys() == [
-        each.name
-        for each in sorted(LAYOUT.lookup_inputs(), key=lambda each: LAYOUT.tables.index(LAYOUT.table(each.table)))
+    assert separate.keys() == [
+        lookup_input.name
+        for lookup_input in sorted(
+            LAYOUT.lookup_inputs(), key=lambda lookup_input: LAYOUT.tables.index(LAYOUT.table(lookup_input.table))
+        )
     ]
 
 
@@ -298,7 +300,7 @@ def test_every_tensor_goes_the_whole_way_to_a_gpu(optional: bool) -> None:
     encoded, labels = random_rows(5)
     more = (np.ones(5, np.float32), np.arange(5)) if optional else (None, None)
     batch = make_batch(encoded, LAYOUT, labels, None, *more, torchrec=True)
-    held = [each.name for each in fields(Batch) if hasattr(getattr(batch, each.name), "to")]
+    held = [field.name for field in fields(Batch) if hasattr(getattr(batch, field.name), "to")]
     assert {"ids", "dense", "labels", "observed"} <= set(held)
     assert {"weights", "row_numbers"} <= set(held) or not optional
     for method, *arguments, named in (
@@ -317,8 +319,8 @@ def test_plain_ids_go_the_whole_way_too(monkeypatch: pytest.MonkeyPatch) -> None
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: seen.append(tensor))
     ids.record_stream("stream")
-    held = [each for each in vars(ids).values() if isinstance(each, torch.Tensor)]
-    assert {each.data_ptr() for each in seen} == {each.data_ptr() for each in held}
+    held = [var for var in vars(ids).values() if isinstance(var, torch.Tensor)]
+    assert {item.data_ptr() for item in seen} == {item.data_ptr() for item in held}
     moved = ids.to("cpu", non_blocking=True)
     assert moved.starts == ids.starts
     for name in ids.keys:

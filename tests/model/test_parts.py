@@ -77,19 +77,19 @@ def test_the_logit_of_both_is_exact_for_any_logits() -> None:
     def probability(logit: float) -> Decimal:
         return 1 / (1 + (-Decimal(logit)).exp())
 
-    for one, other in itertools.product(ends, ends):
-        found = joint_logit(torch.tensor(one), torch.tensor(other))
-        both = probability(one) * probability(other)
-        assert found.item() == pytest.approx(float((both / (1 - both)).ln()), rel=1e-6, abs=2e-6)
-        assert functional.logsigmoid(found).item() == pytest.approx(float(both.ln()), rel=2e-5, abs=1e-37)
-        if abs(found) < 80:
-            assert functional.logsigmoid(-found).item() == pytest.approx(float((1 - both).ln()), rel=2e-5, abs=1e-37)
+    for left, second in itertools.product(ends, ends):
+        actual = joint_logit(torch.tensor(left), torch.tensor(second))
+        both = probability(left) * probability(second)
+        assert actual.item() == pytest.approx(float((both / (1 - both)).ln()), rel=1e-6, abs=2e-6)
+        assert functional.logsigmoid(actual).item() == pytest.approx(float(both.ln()), rel=2e-5, abs=1e-37)
+        if abs(actual) < 80:
+            assert functional.logsigmoid(-actual).item() == pytest.approx(float((1 - both).ln()), rel=2e-5, abs=1e-37)
 
 
 def test_the_gradient_of_the_logit_of_both_is_finite_and_right() -> None:
     ends = torch.tensor([-300.0, -20.0, 0.0, 8.0, 300.0], dtype=torch.float64)
-    one, other = (each.flatten().requires_grad_() for each in torch.meshgrid(ends, ends, indexing="ij"))
-    assert torch.autograd.gradcheck(joint_logit, (one, other))
+    left, second = (item.flatten().requires_grad_() for item in torch.meshgrid(ends, ends, indexing="ij"))
+    assert torch.autograd.gradcheck(joint_logit, (left, second))
 
 
 def test_a_wrong_number_of_tasks_is_refused() -> None:
@@ -114,8 +114,8 @@ def test_equals_interpolation_and_lines_beyond(knots: int) -> None:
     x, y = (np.sort(random.normal(size=knots)) for _ in range(2))
     logits = np.concatenate([random.normal(scale=3.0, size=500), x])
     expected = np.interp(logits, x, y) + 0.5 * (np.minimum(logits - x[0], 0) + np.maximum(logits - x[-1], 0))
-    found = TaskCalibration(tuple(x), tuple(y), 0.5).apply(torch.from_numpy(logits))
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+    actual = TaskCalibration(tuple(x), tuple(y), 0.5).apply(torch.from_numpy(logits))
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-12)
 
 
 def test_tasks_are_found_by_name_and_others_stay() -> None:
@@ -160,9 +160,9 @@ def test_means_are_over_the_counted_rows_of_all_batches() -> None:
     counted = torch.arange(10) % 3 > 0
     sums.add(outputs(weights[:4]), counted[:4])
     sums.add(outputs(weights[4:]), counted[4:])
-    found = sums.result()
-    torch.testing.assert_close(found.weights, weights[counted].double().mean(0))
-    torch.testing.assert_close(found.loads, found.weights)
+    actual = sums.result()
+    torch.testing.assert_close(actual.weights, weights[counted].double().mean(0))
+    torch.testing.assert_close(actual.loads, actual.weights)
 
 
 def test_loads_of_chosen_experts_are_shares_of_choices() -> None:
@@ -177,32 +177,32 @@ def test_experts_that_a_task_does_not_see_are_left_out() -> None:
     visible = torch.tensor([[True, True, False], [True, False, True]])
     sums = UtilizationAccumulator(visible)
     sums.add(outputs(torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]])))
-    found = sums.result()
-    assert torch.equal(found.weights.isnan(), ~visible)
-    entropies = [found.to_metrics(["a", "b"])[f"gates/{task}.entropy"] for task in ("a", "b")]
+    actual = sums.result()
+    assert torch.equal(actual.weights.isnan(), ~visible)
+    entropies = [actual.to_metrics(["a", "b"])[f"gates/{task}.entropy"] for task in ("a", "b")]
     assert entropies == pytest.approx([1.0, 1.0])
-    assert found.total_loads.tolist() == [0.5, 0.25, 0.25]
-    assert found.max_over_mean == pytest.approx(1.5)
-    assert found.entropy == pytest.approx(1.5 * math.log(2) / math.log(3))
-    assert "gates/b/expert_1.weight" not in found.to_metrics(["a", "b"])
+    assert actual.total_loads.tolist() == [0.5, 0.25, 0.25]
+    assert actual.max_over_mean == pytest.approx(1.5)
+    assert actual.entropy == pytest.approx(1.5 * math.log(2) / math.log(3))
+    assert "gates/b/expert_1.weight" not in actual.to_metrics(["a", "b"])
 
 
-def test_what_gates_do_is_told_in_words() -> None:
-    found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0])
-    assert found.polarized == [True, False]
-    assert found.underused == [3]
-    dead, settled = found.findings(["bought", "liked"])
+def test_what_gates_do_is_reported_in_words() -> None:
+    actual = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0])
+    assert actual.polarized == [True, False]
+    assert actual.underused == [3]
+    dead, settled = actual.findings(["bought", "liked"])
     assert dead.startswith("expert 3 is underused: it gets 0.00% of the load, compared with 25.0% on average")
     assert settled.startswith("the gate of 'bought' is polarized: expert 0 gets 90% of its weight")
-    assert found.to_metrics(["bought", "liked"])["gates/polarized_fraction"] == 0.5
+    assert actual.to_metrics(["bought", "liked"])["gates/polarized_fraction"] == 0.5
 
 
 def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:
     sums = UtilizationAccumulator(torch.tensor([[True, False], [True, False]]))
     sums.add(outputs(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])))
-    found = sums.result()
-    assert found.findings(["a", "b"]) == []
-    assert (found.max_over_mean, found.entropy) == (1.0, 1.0)
+    actual = sums.result()
+    assert actual.findings(["a", "b"]) == []
+    assert (actual.max_over_mean, actual.entropy) == (1.0, 1.0)
     nothing = UtilizationAccumulator(torch.zeros(2, 2, dtype=torch.bool))
     nothing.add(outputs(torch.zeros(1, 2, 2)))
     assert nothing.result().max_over_mean == 1.0
@@ -261,10 +261,10 @@ def test_equals_a_loop_over_rows(width: int) -> None:
 def test_numbers_too_small_for_a_scale_become_zeros() -> None:
     weights = torch.full((3, 16), 1e-40)
     weights[1] = torch.linspace(-1, 1, 16)
-    found = dequantize(*quantize(weights))
-    assert found.isfinite().all()
-    assert (found[[0, 2]] == 0).all()
-    assert torch.equal(found[1] == 0, torch.zeros(16, dtype=torch.bool))
+    actual = dequantize(*quantize(weights))
+    assert actual.isfinite().all()
+    assert (actual[[0, 2]] == 0).all()
+    assert torch.equal(actual[1] == 0, torch.zeros(16, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -303,8 +303,10 @@ def test_a_file_is_read_as_floats() -> None:
     codes, scales = quantize(torch.randn(9, 4))
     half, full = torch.randn(3, 4).bfloat16(), torch.randn(5)
     stored = {"table": codes, "table" + SCALES_SUFFIX: scales, "half": half, "full": full}
-    found = to_float32(stored)
-    assert {name: each.dtype for name, each in found.items()} == dict.fromkeys(("table", "half", "full"), torch.float32)
-    assert torch.equal(found["table"], dequantize(codes, scales))
-    assert torch.equal(found["half"].bfloat16(), half)
-    assert torch.equal(found["full"], full)
+    actual = to_float32(stored)
+    assert {name: item.dtype for name, item in actual.items()} == dict.fromkeys(
+        ("table", "half", "full"), torch.float32
+    )
+    assert torch.equal(actual["table"], dequantize(codes, scales))
+    assert torch.equal(actual["half"].bfloat16(), half)
+    assert torch.equal(actual["full"], full)

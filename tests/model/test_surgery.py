@@ -33,12 +33,12 @@ def built(model: Model, state: dict[str, Tensor] | None = None) -> Mixture:
             for parameter in made.parameters():
                 parameter.mul_(2)
     else:
-        made.load_state_dict({name.removeprefix("mixture."): each for name, each in state.items()})
+        made.load_state_dict({name.removeprefix("mixture."): item for name, item in state.items()})
     return made.eval()
 
 
 def state_of(made: Mixture) -> dict[str, Tensor]:
-    return {f"mixture.{name}": each.clone() for name, each in made.state_dict().items()}
+    return {f"mixture.{name}": item.clone() for name, item in made.state_dict().items()}
 
 
 def outputs(made: Mixture, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def test_adding_changes_no_output(kind: str) -> None:
     made = built(model)
     state, changed = add_experts(state_of(made), model, [1, 1, 0])
     assert changed.experts.count == model.experts.count + 3
-    first = next(each for name, each in state.items() if name.endswith("experts.0.layers.0.weight"))
+    first = next(item for name, item in state.items() if name.endswith("experts.0.layers.0.weight"))
     assert not torch.equal(first[model.experts.count], first[1]), "the same gradients would keep them alike"
     edited = built(changed, state)
     assert (outputs(edited, rows()) - outputs(made, rows())).abs().max() <= 1e-6

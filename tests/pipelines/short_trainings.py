@@ -80,10 +80,10 @@ class World:
         """The version that holds an alias."""
         return find_champion(NAME, alias, self.uri)
 
-    def holder(self, alias: str = "champion") -> str | None:
+    def current_model(self, alias: str = "champion") -> str | None:
         """The number of that version."""
-        found = self.champion(alias)
-        return None if found is None else found.number
+        actual = self.champion(alias)
+        return None if actual is None else actual.number
 
     @property
     def work(self) -> Path:
@@ -106,10 +106,10 @@ def dying_after(steps: int, seed: int | None = None) -> Iterator[None]:
     step = Trainer._step
 
     def dying(trainer: Trainer, *arguments: Any) -> bool | None:
-        found = step(trainer, *arguments)
+        actual = step(trainer, *arguments)
         if trainer.result.steps == steps and seed in (None, trainer.settings.seed):
             raise Killed
-        return found
+        return actual
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_step", dying)

@@ -20,8 +20,8 @@ def test_bad_files_end_the_command_unless_they_are_to_be_skipped(tmp_path: Path,
     text = learnable_log(rows=40)
     text = text.set_column(text.column_names.index("price"), "price", [["dear"] * text.num_rows])
     pq.write_table(text, tmp_path / "log" / "y-text.parquet")
-    told = commands.refuse(capsys, "features", "--config", config)
-    assert "x-cut.parquet' is not a readable Parquet file" in told
+    message = commands.refuse(capsys, "features", "--config", config)
+    assert "x-cut.parquet' is not a readable Parquet file" in message
     assert not (config.parent / "work" / "features").exists()
     options = ["--config", config, "--skip-bad-files"]
     commands.run("features", *options)
@@ -33,7 +33,7 @@ def test_bad_files_end_the_command_unless_they_are_to_be_skipped(tmp_path: Path,
     commands.run("inspect", *options)
     report = config.parent / "work" / "inspection"
     listed = json.loads((report / "health.json").read_text())["overview"]["skipped"]
-    assert [Path(each["file"]).name for each in listed] == ["x-cut.parquet", "y-text.parquet"]
+    assert [Path(item["file"]).name for item in listed] == ["x-cut.parquet", "y-text.parquet"]
     assert "y-text.parquet" in (report / "report.html").read_text()
 
     commands.run("train", *options, "--training.epochs", "1", "--training.batch_size", "2048")

@@ -23,7 +23,7 @@ from mmoe_rec.evaluation import evaluate
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
-from tests.commands import read_metrics, refuse, run, run_and_read, told_by
+from tests.commands import read_metrics, refuse, reported_by, run, run_and_read
 from tests.fork_server import run_command
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 
@@ -91,13 +91,13 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 def test_one_and_two_processes_agree(world: World, two_ranks: World) -> None:
-    one, two = world.best(), two_ranks.best()
-    assert one.keys() == two.keys()
-    assert one["best/click.auc"] > 0.68
-    assert one["best/liked.auc"] > 0.65
-    for name, value in one.items():
+    first, two = world.best(), two_ranks.best()
+    assert first.keys() == two.keys()
+    assert first["best/click.auc"] > 0.68
+    assert first["best/liked.auc"] > 0.65
+    for name, value in first.items():
         assert two[name] == pytest.approx(value, abs=0.003), name
-    weights = [load_file(each.artifact / "weights.safetensors") for each in (world, two_ranks)]
+    weights = [load_file(item.artifact / "weights.safetensors") for item in (world, two_ranks)]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         # Only the order of sums differs: 7e-7 at most was found.
@@ -123,19 +123,19 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     assert run.data.params["model.experts.count"] == "3"
     client = mlflow.MlflowClient()
     losses = client.get_metric_history(run.info.run_id, "train/click.loss")
-    assert len({each.step for each in losses}) > 3
+    assert len({loss.step for loss in losses}) > 3
     assert losses[-1].value < losses[0].value
     areas = client.get_metric_history(run.info.run_id, "validation/click.auc")
     assert len(areas) == 4
     # The network's states on the users who choose one; the model on the others. The network is all of this model.
-    assert run.data.metrics["best/click.auc"] == pytest.approx(max(each.value for each in areas), abs=0.05)
+    assert run.data.metrics["best/click.auc"] == pytest.approx(max(area.value for area in areas), abs=0.05)
     assert 0 <= run.data.metrics["train/waiting_share"] <= 1
     assert yaml.safe_load(world.text("settings.yaml")) == load_settings(world.config).model_dump(mode="json")
     assert "item: table_wise" in world.text("sharding_plan.txt")
     assert set(json.loads(world.text("data.json"))["splits"]) == {"train", "validation", "test"}
-    plots = [each.path for each in client.list_artifacts(run.info.run_id, "plots")]
+    plots = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "plots")]
     assert plots == ["plots/gate_weights.png", "plots/gates"]
-    steps = [each.path for each in client.list_artifacts(run.info.run_id, "plots/gates")]
+    steps = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "plots/gates")]
     assert len(steps) == len(client.get_metric_history(run.info.run_id, "gates/load_entropy"))
 
 
@@ -156,27 +156,27 @@ def evaluated(world: World) -> Path:
 def test_metrics_have_intervals_and_are_those_of_the_test_rows(
     world: World, evaluated: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    found = read_metrics(evaluated)
+    actual = read_metrics(evaluated)
     split = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())["splits"]["test"]
-    assert found["rows"] == split["rows"]
-    assert found["tasks"]["liked"]["rows"] == split["observed"]["liked"]
+    assert actual["rows"] == split["rows"]
+    assert actual["tasks"]["liked"]["rows"] == split["observed"]["liked"]
     for task in TASKS:
         for name in ("auc", "logloss", "gauc_user"):
-            value = found["tasks"][task][name]
+            value = actual["tasks"][task][name]
             assert value["low"] < value["value"] < value["high"]
-        assert found["tasks"][task]["auc"]["low"] > 0.55
-    area = found["tasks"]["click"]["auc"]["value"]
+        assert actual["tasks"][task]["auc"]["low"] > 0.55
+    area = actual["tasks"]["click"]["auc"]["value"]
     assert area == pytest.approx(world.best()["best/click.auc"], abs=0.04)
     logged = world.run()
     assert logged.data.metrics["test/click.auc"] == pytest.approx(area)
-    names = {each.path for each in mlflow.MlflowClient().list_artifacts(logged.info.run_id, "evaluation")}
+    names = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(logged.info.run_id, "evaluation")}
     assert names == {"evaluation/metrics.json", "evaluation/report.html"}
     work = world.folder / "work"
     shutil.copytree(evaluated, work / "evaluation")
     run("report", "--config", world.config)
     shutil.rmtree(work / "evaluation")
     said = capsys.readouterr().out
-    headline = told_by(evaluated)[0]
+    headline = reported_by(evaluated)[0]
     assert re.search("\nThe last training, .* UTC: validation AUC of the model at step ", said)
     assert re.search(f"\nThe model on test rows, .* UTC: {re.escape(headline)}\n", said)
     assert "The model on test rows: it " not in said, "it is not out of date"
@@ -197,11 +197,11 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     assert by_id.startswith("models:/m-")
     for out, address in (("one", "models:/learnable/latest"), ("two", by_id)):
         run("evaluate", "--config", world.config, "--model", address, "--out", tmp_path / out, *options)
-    found, before = read_metrics(tmp_path / "one"), read_metrics(evaluated)
-    assert read_metrics(tmp_path / "two") == found
-    assert found["relevance_weights"] == weights
-    assert found["score_weights"] == before["score_weights"] == before["relevance_weights"] == {"click": 1, "liked": 1}
-    assert found["tasks"] == before["tasks"]
+    actual, before = read_metrics(tmp_path / "one"), read_metrics(evaluated)
+    assert read_metrics(tmp_path / "two") == actual
+    assert actual["relevance_weights"] == weights
+    assert actual["score_weights"] == before["score_weights"] == before["relevance_weights"] == {"click": 1, "liked": 1}
+    assert actual["tasks"] == before["tasks"]
     rows = scored[0]
     worth = sum(weight * np.nan_to_num(rows.labels[name]) for name, weight in weights.items())
     expected = []
@@ -209,7 +209,7 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
         mine = rows.requests.to_numpy() == request
         if np.ptp(worth[mine]) > 0:  # else every order is as good
             expected.append(ndcg_score([worth[mine]], [rows.score[mine]], k=5))
-    assert found["score"]["ndcg_at_5"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert actual["score"]["ndcg_at_5"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert world.run().data.metrics["test/score.ndcg_at_5"] == pytest.approx(np.mean(expected), abs=1e-6)
     run("evaluate", "--config", world.config, "--model", "models:/learnable@champion")  # the run's as it was
 
@@ -234,7 +234,7 @@ def test_a_task_without_a_known_label_is_evaluated_without_a_figure(
 
 
 @pytest.mark.parametrize("change", ["no features at hand", "features of other settings"])
-def test_rows_that_are_encoded_anew_give_the_same_metrics(
+def test_rows_that_are_encoded_again_give_the_same_metrics(
     world: World, evaluated: Path, tmp_path: Path, change: str
 ) -> None:
     """Twice, as the folder of the first time lies there already; nothing is built that the model does not need."""
@@ -275,7 +275,7 @@ def test_wrong_settings_are_refused(
     assert not files(tmp_path)
 
 
-def test_what_is_missing_is_told_before_anything_is_built(
+def test_what_is_missing_is_reported_before_anything_is_built(
     world: World, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -295,9 +295,9 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
     wrong = ["train", "--config", world.config, *own, "--tracking.alias", "latest"]
     assert "with 'tracking.alias' 'latest'" in refuse(capsys, *wrong), "before any work"
     monkeypatch.setattr("mmoe_rec.tracking.registry.check_registry_names", lambda *_: None)
-    told = refuse(capsys, *wrong)
-    assert "refuses: 'latest' alias name" in told
-    assert f"the trained model in '{work / 'model'}' is whole but not registered: the same command with" in told
+    message = refuse(capsys, *wrong)
+    assert "refuses: 'latest' alias name" in message
+    assert f"the trained model in '{work / 'model'}' is whole but not registered: the same command with" in message
     assert Ranker.load(work / "model").info.name == "learnable"
 
 

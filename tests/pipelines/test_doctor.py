@@ -30,10 +30,10 @@ RIGHT = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.9.0"}
     ],
 )
 def test_torch_torchrec_and_fbgemm_go_together(changes: dict[str, str], needed: str) -> None:
-    found = check_packages({name: version for name, version in (RIGHT | changes).items() if version})
-    assert bool(found.fix) == bool(needed)
-    assert needed in found.text
-    assert ("needed" in found.text) == bool(needed)
+    actual = check_packages({name: version for name, version in (RIGHT | changes).items() if version})
+    assert bool(actual.fix) == bool(needed)
+    assert needed in actual.text
+    assert ("needed" in actual.text) == bool(needed)
 
 
 def test_pyproject_asks_for_the_newest_trio_and_takes_every_torch_of_the_table() -> None:
@@ -53,10 +53,10 @@ def test_pyproject_asks_for_the_newest_trio_and_takes_every_torch_of_the_table()
 )
 def test_a_library_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch, program: str, error: str) -> None:
     monkeypatch.setattr(doctor, "PROBE", program)
-    (found,) = check_imports(RIGHT)
-    assert found.text.startswith("torch, fbgemm_gpu, torchrec, lightgbm, mlflow do not load: ")
-    assert error in found.text
-    assert found.fix
+    (actual,) = check_imports(RIGHT)
+    assert actual.text.startswith("torch, fbgemm_gpu, torchrec, lightgbm, mlflow do not load: ")
+    assert error in actual.text
+    assert actual.fix
 
 
 def test_a_card_needs_its_build_of_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,9 @@ def run_quickstart(folder: Path, *words: str) -> str:
 def test_it_prints_a_line_for_each_task_and_says_what_to_type(tmp_path: Path) -> None:
     """About a minute on two idle cores."""
     printed = run_quickstart(tmp_path)
-    found = json.loads((tmp_path / "work" / "evaluation" / "metrics.json").read_text())["tasks"]
+    actual = json.loads((tmp_path / "work" / "evaluation" / "metrics.json").read_text())["tasks"]
     for task, low in {"bought": 0.9, "rebought": 0.7}.items():
-        auc = found[task]["auc"]
+        auc = actual[task]["auc"]
         assert f"{task}: AUC {auc['value']:.4f}, 95% interval {auc['low']:.4f} to {auc['high']:.4f}" in printed
         assert auc["low"] > low
     assert {"log", "purchases", "work", "mlflow.db"} <= {path.name for path in tmp_path.iterdir()}

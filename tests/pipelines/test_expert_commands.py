@@ -46,8 +46,8 @@ def test_adding_experts_keeps_predictions_and_training_goes_on(
 ) -> None:
     before = ranked(soft.parent / "work" / "model")
     folder = edit(soft, "--add", "2")
-    told = capsys.readouterr().out
-    assert "added 2, copied from 0, 1; the model has 6 experts" in told
+    message = capsys.readouterr().out
+    assert "added 2, copied from 0, 1; the model has 6 experts" in message
     np.testing.assert_allclose(ranked(folder), before, atol=1e-6)
     assert read_artifact(folder).model["experts"]["count"] == 6
     uri = f"sqlite:///{soft.parent}/mlflow.db"
@@ -77,5 +77,5 @@ def test_a_wrong_edit_ends_in_a_sentence_and_replaces_nothing(
     assert (tmp_path / "thesis.txt").exists()
     damaged = shutil.copytree(soft.parent / "work" / "model", tmp_path / "model")
     (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
-    told = refuse(capsys, *words[:-1], damaged, "--mask", "0")
-    assert "was modified: 'weights.safetensors' is missing or has changed" in told
+    message = refuse(capsys, *words[:-1], damaged, "--mask", "0")
+    assert "was modified: 'weights.safetensors' is missing or has changed" in message

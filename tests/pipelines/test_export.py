@@ -33,20 +33,22 @@ def run(small: SmallModel, out: Path, *words: str) -> dict[str, Any]:
 def test_a_model_in_int8_with_its_figures(small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "int8"
     report = run(small, out, "--int8")
-    told = capsys.readouterr().out
-    assert f"model: {out}, report: {out / 'export.json'}" in told
+    message = capsys.readouterr().out
+    assert f"model: {out}, report: {out / 'export.json'}" in message
     check_files(out)
     before, now = Ranker.load(small.folder), Ranker.load(out)
-    assert all(isinstance(each, Int8EmbeddingBag) for each in now.model.tables.embedding_bags.values())
+    assert all(
+        isinstance(embedding_bag, Int8EmbeddingBag) for embedding_bag in now.model.tables.embedding_bags.values()
+    )
     assert (report["made"], report["of"]) == ("int8", str(small.folder))
     off = report["max_difference"]
     assert 0 < off["click"] < 0.05
-    assert f"click: maximum difference {off['click']:.2g}" in told
+    assert f"click: maximum difference {off['click']:.2g}" in message
     request = json.loads((small.folder / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
-    one, other = (np.array(each.rank(**request).predictions["click"]) for each in (before, now))
-    assert 0 < np.abs(np.sort(one) - np.sort(other)).max() < 0.05
+    first, second = (np.array(item.rank(**request).predictions["click"]) for item in (before, now))
+    assert 0 < np.abs(np.sort(first) - np.sort(second)).max() < 0.05
     stored = [load_file(folder / "weights.safetensors") for folder in (small.folder, out)]
-    tables = [sum(each.nbytes for name, each in file.items() if name.startswith("tables.")) for file in stored]
+    tables = [sum(item.nbytes for name, item in file.items() if name.startswith("tables.")) for file in stored]
     assert [report["bytes"][which]["tables"] for which in ("model", "int8")] == tables
     files = [file for file in out.rglob("*") if file.is_file() and file.name not in ("export.json", "manifest.json")]
     assert report["bytes"]["int8"]["all files"] == sum(file.stat().st_size for file in files)
@@ -66,8 +68,8 @@ def test_an_export_is_replaced_and_nothing_else_is(
     words = ("--model", str(small.folder), "--int8", "--out")
     assert "contains other files" in commands.refuse(capsys, "export", *words, str(tmp_path / "mine"))
     for both in ((), ("--int8", "--onnx")):
-        told = commands.refuse(capsys, "export", "--model", small.folder, "--out", out, *both)
-        assert "Give exactly one of --int8 and --onnx" in told
+        message = commands.refuse(capsys, "export", "--model", small.folder, "--out", out, *both)
+        assert "Give exactly one of --int8 and --onnx" in message
     assert "contains the model to export" in commands.refuse(capsys, "export", *words, str(small.folder))
 
 

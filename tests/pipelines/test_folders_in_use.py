@@ -53,13 +53,13 @@ def test_a_second_writer_is_refused_and_leaves_all_as_it_is(
     world: World, capsys: pytest.CaptureFixture, folder: str, words: list[str], advice: str
 ) -> None:
     work = world.folder / "work"
-    command, *options = [each.replace("MODEL", str(work / "model")) for each in words]
+    command, *options = [word.replace("MODEL", str(work / "model")) for word in words]
     with write_lock(work / folder, "a training", "wait"):
         before = content(work)
-        told = refused(capsys, command, world, *options)
+        message = refused(capsys, command, world, *options)
         assert content(work) == before
-    assert f"'{work / folder}' is in use by a training (process {os.getpid()} on " in told
-    assert told.endswith(advice)
+    assert f"'{work / folder}' is in use by a training (process {os.getpid()} on " in message
+    assert message.endswith(advice)
 
 
 def test_a_training_holds_its_folders_until_its_model_is_registered(
@@ -85,8 +85,8 @@ def test_features_are_not_replaced_under_a_training(world: World, capsys: pytest
         with read_lock(folder, "a training"):
             before = content(folder)
             for words in (("--extend",), ()):
-                told = refused(capsys, "features", world, *words, day="second")
-                assert f"'{folder}' is in use by a training (process " in told
+                message = refused(capsys, "features", world, *words, day="second")
+                assert f"'{folder}' is in use by a training (process " in message
             assert content(folder) == before
     finally:
         later.rename(world.folder / "later.parquet")
@@ -100,7 +100,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
         pass
 
     def read(*_: Any, **__: Any) -> None:
-        held.append([lock_file(each).is_file() for each in (world.folder / "work" / "features", out)])
+        held.append([lock_file(item).is_file() for item in (world.folder / "work" / "features", out)])
         raise ReadError
 
     monkeypatch.setattr("mmoe_rec.evaluation.evaluate.score_rows", read)
@@ -127,8 +127,8 @@ def test_features_that_another_process_builds_meanwhile_are_not_taken(
         prepared = prepare(*arguments, keep_existing=keep_existing)
         built.append(prepared.manifest["fingerprint"])
         if len(built) == 1:
-            other = load_settings(world.folder / "first.yaml", ["--split.validation_end", "2024-03-07"])
-            prepare(BuildInputs.of(other))
+            second = load_settings(world.folder / "first.yaml", ["--split.validation_end", "2024-03-07"])
+            prepare(BuildInputs.of(second))
         return prepared
 
     monkeypatch.setattr(building, "prepare", replaced_once)

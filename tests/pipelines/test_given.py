@@ -102,10 +102,10 @@ def test_the_settings_of_the_evaluation_decide_on_weights(
 def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) -> None:
     ranker = Ranker.load(folder / "work" / "model")
     ranking = ranker.rank({"user": 3}, {}, {"item": list(range(20))})
-    found = {name: np.array(values) for name, values in ranking.predictions.items()}
-    assert list(found) == ["click", "liked", "click_and_liked"]
-    np.testing.assert_allclose(found["click_and_liked"], found["click"] * found["liked"])
-    np.testing.assert_allclose(ranking.scores, found["click"] * found["liked"] ** 0.5, rtol=1e-5)
+    actual = {name: np.array(values) for name, values in ranking.predictions.items()}
+    assert list(actual) == ["click", "liked", "click_and_liked"]
+    np.testing.assert_allclose(actual["click_and_liked"], actual["click"] * actual["liked"])
+    np.testing.assert_allclose(ranking.scores, actual["click"] * actual["liked"] ** 0.5, rtol=1e-5)
     assert "log_variances" not in ranker.model.state_dict()
 
 
@@ -123,7 +123,7 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
         ratios = []
         for name in (task.name for task in ranker.layout.tasks):
             known, sides = ~np.isnan(scored.labels[name]), (scored.predictions[name], scored.labels[name])
-            predicted, observed = ((np.where(known, each, 0) * weight).sum() for each in sides)
+            predicted, observed = ((np.where(known, side, 0) * weight).sum() for side in sides)
             ratios.append(predicted / observed)
         return np.array(ratios)
 

@@ -73,21 +73,21 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
 
 def refuse_daily(*words: str) -> str:
     """The sentence with which a day refuses."""
-    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as ended:
+    with redirect_stderr(io.StringIO()) as message, pytest.raises(SystemExit) as ended:
         daily.main(words)
     assert ended.value.code == 2
-    return told.getvalue()
+    return message.getvalue()
 
 
 def test_a_day_goes_from_new_files_to_refreshed_tables(days: Days) -> None:
     printed = days.printed["daily"]
-    places = [printed.index(each) for each in ("added ", "registered as models:/learnable@", "metrics: ")]
+    places = [printed.index(name) for name in ("added ", "registered as models:/learnable@", "metrics: ")]
     assert places == sorted(places)
     last = next(line for line in reversed(printed.splitlines()) if "'champion' of 'learnable'" in line)
     assert printed.rindex(last) > places[-1], "tables are refreshed at the end"
-    holder = registry.find_champion("learnable", "champion", days.uri)
-    assert holder is not None
-    assert f"version {holder.number}" in last
+    champion = registry.find_champion("learnable", "champion", days.uri)
+    assert champion is not None
+    assert f"version {champion.number}" in last
     assert "no version of 'learnable' holds 'champion'" in days.printed["nobody"]
     nowhere = str(days.folder / "nowhere")
     assert "nowhere' does not exist" in refuse_daily("--config", str(days.config), "--data.log", nowhere)
@@ -100,7 +100,7 @@ def test_the_command_says_what_was_added(days: Days) -> None:
     assert f"added {later.num_rows:,} rows of 1 new file" in lines
     assert "new IDs: user 0, item 8, slot 0" in lines
     rows = re.findall(r"^  (?:train|validation|test): ([\d,]+) rows; ", days.printed["daily"], re.MULTILINE)
-    assert sum(int(each.replace(",", "")) for each in rows) == later.num_rows
+    assert sum(int(row.replace(",", "")) for row in rows) == later.num_rows
     assert any(line.startswith("next: mmoe-rec train --config ") and "--from models:/" in line for line in lines)
 
 
@@ -110,10 +110,10 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     run = mlflow.get_run(version.run_id)
     assert run.data.tags["warm_start"] == "models:/learnable/1"
     assert run.data.tags["warm_start.run"] == registry.find_run_id("models:/learnable/1", days.uri)
-    one, two = (Ranker.load(registry.fetch_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
-    assert two.layout.table("item").rows == one.layout.table("item").rows + 8
+    left, two = (Ranker.load(registry.fetch_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
+    assert two.layout.table("item").rows == left.layout.table("item").rows + 8
     first = json.loads((days.folder / "before" / "manifest.json").read_text())
-    assert one.info.fingerprint == first["fingerprint"] != two.info.fingerprint
+    assert left.info.fingerprint == first["fingerprint"] != two.info.fingerprint
     example = json.loads((days.folder / "work" / "model" / "example_request.json").read_text())["inputs"][0]
     ranking = two.rank(example["user"], example["context"], example["candidates"])
     assert len(set(ranking.scores)) == len(ranking.scores)
@@ -142,10 +142,10 @@ def test_a_gain_that_half_a_day_does_not_show_leaves_the_alias(days: Days) -> No
     before = next(line for line in lines if line.startswith("validation of the network that it was started from"))
     client = mlflow.MlflowClient(days.uri)
     run_id = client.get_model_version("learnable", "2").run_id
-    found = [client.get_metric_history(run_id, f"validation/{task}.auc") for task in ("click", "liked")]
-    assert {each[0].step for each in found} == {0}
-    assert f"click.auc {found[0][0].value:.4f}, liked.auc {found[1][0].value:.4f}" in before
-    first, *later = (click.value + liked.value for click, liked in zip(*found, strict=True))
+    actual = [client.get_metric_history(run_id, f"validation/{task}.auc") for task in ("click", "liked")]
+    assert {item[0].step for item in actual} == {0}
+    assert f"click.auc {actual[0][0].value:.4f}, liked.auc {actual[1][0].value:.4f}" in before
+    first, *later = (click.value + liked.value for click, liked in zip(*actual, strict=True))
     assert max(later) > first
     assert client.get_run(run_id).data.tags["promoted"] == "False"
     assert any(line.startswith("no difference is shown between 'this model' and 'version 1'") for line in lines)

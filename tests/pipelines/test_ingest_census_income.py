@@ -25,7 +25,7 @@ def line(**values: object) -> str:
     """The first person of the published file, with other values."""
     fields = dict(zip((*COLUMNS, "income"), FIRST.split(", "), strict=True))
     assert values.keys() <= fields.keys()
-    return ", ".join(str(each) for each in (fields | values).values())
+    return ", ".join(str(value) for value in (fields | values).values())
 
 
 RICH = line(age=44, education="Some college but no degree", marital_status="Never married", income="50000+.")
@@ -34,7 +34,7 @@ RICH = line(age=44, education="Some college but no degree", marital_status="Neve
 def write(folder: Path, train: list[str], test: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in (("data", train), ("test", test)):
-        (folder / f"census-income.{name}").write_text("".join(each + "\n" for each in lines), encoding="utf-8")
+        (folder / f"census-income.{name}").write_text("".join(item + "\n" for item in lines), encoding="utf-8")
     return folder
 
 
@@ -50,7 +50,7 @@ def test_people_and_labels(tmp_path: Path) -> None:
     assert first["migration_msa"] is None
     assert first["citizenship"] == "Native- Born in the United States"
     assert first["year"] == 95
-    labels = [(each["income"], each["college"], each["never_married"]) for each in (first, second)]
+    labels = [(item["income"], item["college"], item["never_married"]) for item in (first, second)]
     assert labels == [(0, 0, 0), (1, 1, 1)]
     assert train["split"].to_pylist() == ["train"] * 2
     assert sorted(test["split"].to_pylist()) == ["test", "test", "validation", "validation"]

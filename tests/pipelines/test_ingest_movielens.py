@@ -127,7 +127,7 @@ def test_candidates_agree_with_a_plain_loop(tmp_path):
         user = of_request[0]["user_id"]
         rated = {row["movie_id"] for row in of_request if row["rated"]}
         end = max(moments[user, movie] for movie in rated)
-        before = {movie for (one, movie), moment in moments.items() if one == user and moment <= end}
+        before = {movie for (left, movie), moment in moments.items() if left == user and moment <= end}
         pool = {movie for movie, moment in first.items() if moment <= end} - before
         others = [row for row in of_request if not row["rated"]]
         assert {row["movie_id"] for row in others} <= pool

@@ -35,11 +35,11 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
     health = json.loads((out / "health.json").read_text())
     assert health["name"] == "learnable"
     assert health["overview"]["rows_in_splits"] == ROWS
-    features = {each["name"]: each for each in health["features"]}
+    features = {feature["name"]: feature for feature in health["features"]}
     assert set(features) == {"user", "item", "price", "slot", "clicked", "item_click"}
-    assert all(each["inputs"] for each in features.values())
+    assert all(feature["inputs"] for feature in features.values())
     assert 0.6 < features["item"]["auc"]["click"] < 0.98
-    bins = [each["bin"] for each in features["item"]["inputs"][0]["bins"]]
+    bins = [item["bin"] for item in features["item"]["inputs"][0]["bins"]]
     assert set(bins[:40]) == set(map(str, range(40))), "bins of ids have the ids' names"
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in out.iterdir()) == ["health.json", "report.html", "report.json"]
@@ -73,6 +73,6 @@ def test_two_buckets_that_are_the_label_are_found(tmp_path):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     run("inspect", "--config", str(tmp_path / "settings.yaml"))
     health = json.loads((tmp_path / "work" / "inspection" / "health.json").read_text())
-    found = {(each["check"], each["subject"]) for each in health["findings"]}
-    assert ("leak", "code") in found
-    assert ("constant", "code") not in found
+    actual = {(finding["check"], finding["subject"]) for finding in health["findings"]}
+    assert ("leak", "code") in actual
+    assert ("constant", "code") not in actual

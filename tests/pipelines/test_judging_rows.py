@@ -49,9 +49,9 @@ def flip_labels(settings: Settings, part: ValidationPart) -> None:
     """Turn each label of one half of the validation users into its opposite."""
     (file,) = (Path(settings.data.work_dir) / "features" / "encoded" / "validation").glob("*.parquet")
     table = pq.read_table(file)
-    its = pa.array(part.contains(table["user"].combine_chunks()))
+    theirs = pa.array(part.contains(table["user"].combine_chunks()))
     for name in (f"label.{task}" for task in NAMES):
-        flipped = pc.if_else(its, pc.subtract(pa.scalar(1, table[name].type), table[name]), table[name])
+        flipped = pc.if_else(theirs, pc.subtract(pa.scalar(1, table[name].type), table[name]), table[name])
         table = table.set_column(table.column_names.index(name), name, flipped)
     pq.write_table(table, file)
 
@@ -79,16 +79,16 @@ def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settin
 def test_an_evaluation_measures_calibrated_predictions(settings: Settings, tmp_path: Path) -> None:
     work = Path(settings.data.work_dir)
     evaluate_model(settings, str(work / "model"), tmp_path)
-    found, ranker = read_metrics(tmp_path)["tasks"], Ranker.load(work / "model")
+    actual, ranker = read_metrics(tmp_path)["tasks"], Ranker.load(work / "model")
     rows = EncodedDataset(work / "features" / "encoded" / "test", ranker.layout)
     scored = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
     plain = score_rows(settings, ranker.model, ranker.layout, rows, UNCALIBRATED)
     for name in NAMES:
         known = ~np.isnan(scored.labels[name])
         sides = (scored.predictions, plain.predictions, scored.labels)
-        total, other, labels = (each[name][known].sum() for each in sides)
-        assert found[name]["calibration"]["value"] == pytest.approx(total / labels, rel=1e-5)
-        assert total != pytest.approx(other, rel=1e-4)
+        total, second, labels = (side[name][known].sum() for side in sides)
+        assert actual[name]["calibration"]["value"] == pytest.approx(total / labels, rel=1e-5)
+        assert total != pytest.approx(second, rel=1e-4)
 
 
 def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:

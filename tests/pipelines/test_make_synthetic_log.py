@@ -108,7 +108,7 @@ def test_truth_is_the_documented_formula():
     affinity = (np.log(like / (1 - like)) - 0.2 - catalog.craft[candidate]) / 0.7
     hour = (column(table, "request_time").astype(np.int64) % 86_400_000_000) / 3.6e9
     effect = {"phone": 0.0, "desktop": -0.2, "tablet": 0.1, "tv": -0.6}
-    device = np.array([effect[each] for each in table["device"].to_pylist()])
+    device = np.array([effect[value] for value in table["device"].to_pylist()])
     expected = -1.6 + affinity + device + 0.3 * np.cos(2 * np.pi * (hour - 20) / 24)
     np.testing.assert_allclose(rest, expected, atol=2e-3)
     # One user: one affinity for each category.

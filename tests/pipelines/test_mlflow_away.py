@@ -121,7 +121,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, log: Path, server: TrackingS
 
 
 @pytest.mark.timeout(300)
-def test_a_server_that_stays_away_is_told_afterwards(
+def test_a_server_that_stays_away_is_reported_afterwards(
     tmp_path: Path,
     log: Path,
     server: TrackingServer,
@@ -161,7 +161,7 @@ def test_a_server_that_stays_away_is_told_afterwards(
 
 
 @pytest.mark.timeout(300)
-def test_a_server_that_is_away_is_told_at_once_and_an_evaluation_is_not_lost(
+def test_a_server_that_is_away_is_reported_at_once_and_an_evaluation_is_not_lost(
     tmp_path: Path,
     log: Path,
     server: TrackingServer,
@@ -181,10 +181,10 @@ def test_a_server_that_is_away_is_told_at_once_and_an_evaluation_is_not_lost(
     assert "auc" in said.out
     out = whole.work / "evaluation"
     assert (out / "metrics.json").is_file()
-    told = f"MLflow at '{server.uri}' does not answer (Connection refused)"
-    assert said.err.splitlines()[-1] == f"{told}: the evaluation is in '{out}', but not in MLflow"
+    message = f"MLflow at '{server.uri}' does not answer (Connection refused)"
+    assert said.err.splitlines()[-1] == f"{message}: the evaluation is in '{out}', but not in MLflow"
 
     training = Training(tmp_path, log, server, "start")
     assert training.run() == 2
-    assert capsys.readouterr().err == f"error: {told}\n"
+    assert capsys.readouterr().err == f"error: {message}\n"
     assert not training.work.exists(), "no features are built for it"

@@ -82,11 +82,11 @@ def by_the_table(
     inside = world.table["fold"].isin(folds) & world.table[task].notna()
     if part is not None:
         inside &= part.contains(pa.array(world.table.index))
-    found = world.table[inside], scored[inside.to_numpy()]
-    return found[0][task].to_numpy(), found[1][f"predicted_{task}"].to_numpy(float), found[0]["weight"].to_numpy()
+    actual = world.table[inside], scored[inside.to_numpy()]
+    return actual[0][task].to_numpy(), actual[1][f"predicted_{task}"].to_numpy(float), actual[0]["weight"].to_numpy()
 
 
-def test_rows_are_told_by_their_number(world: World, scored: pd.DataFrame) -> None:
+def test_rows_are_named_by_their_number(world: World, scored: pd.DataFrame) -> None:
     assert scored["row"].tolist() == list(range(ROWS))
     assert not any("\0" in name for name in scored.columns)
     for task in ("label", "other"):
@@ -98,13 +98,13 @@ def test_rows_are_told_by_their_number(world: World, scored: pd.DataFrame) -> No
 def test_metrics_are_weighted_and_of_the_test_rows(
     world: World, scored: pd.DataFrame, capsys: pytest.CaptureFixture
 ) -> None:
-    found = world.evaluate("weighted")
+    actual = world.evaluate("weighted")
     printed = capsys.readouterr().out
     test = world.table["fold"] == 4
-    assert found["rows"] == found["users"] == int(test.sum())
+    assert actual["rows"] == actual["users"] == int(test.sum())
     for task in ("label", "other"):
         labels, predicted, weights = by_the_table(world, scored, [4], task)
-        mine = found["tasks"][task]
+        mine = actual["tasks"][task]
         assert mine["rows"] == len(labels)
         assert mine["auc"]["value"] == pytest.approx(roc_auc_score(labels, predicted, sample_weight=weights), abs=1e-6)
         assert mine["logloss"]["value"] == pytest.approx(log_loss(labels, predicted, sample_weight=weights), rel=1e-5)
@@ -132,7 +132,7 @@ def test_a_model_is_judged_by_weighted_losses_and_areas(world: World, scored: pd
         assert abs(area - roc_auc_score(labels, binned)) > 2e-3, "weights say nothing"
 
 
-def test_rows_that_the_model_has_learnt_from_are_told(
+def test_rows_that_the_model_has_learnt_from_are_reported(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """By the column of the split, whatever its type; also where their metrics are measured."""
@@ -152,8 +152,8 @@ def test_rows_that_the_model_has_learnt_from_are_told(
         run("score", "--model", world.model, "--input", tmp_path / name, "--output", out, "--labels")
         for_score = capsys.readouterr().out
         measure(world.config, out, tmp_path / f"of_{name}")
-        for each, severity in ((for_score, "warning"), (capsys.readouterr().out, "problem")):
-            printed = " ".join(each.split())
+        for item, severity in ((for_score, "warning"), (capsys.readouterr().out, "problem")):
+            printed = " ".join(item.split())
             if sentence is None:
                 assert "optimistic" not in printed
             else:
@@ -170,7 +170,7 @@ def test_requests_give_what_scoring_gives(world: World, scored: pd.DataFrame) ->
     rows = np.flatnonzero(world.table["fold"] == 4)[:50]
     shown = world.table.iloc[rows]
     candidates = {
-        "x": [None if np.isnan(each) else each for each in shown["x"]],
+        "x": [None if np.isnan(item) else item for item in shown["x"]],
         "word": shown["word"].tolist(),
         "code": shown["code"].tolist(),
     }
@@ -211,8 +211,8 @@ def test_scoring_by_tables_is_the_same(world: World, scored: pd.DataFrame, tmp_p
         out = tmp_path / as_of
         words = ["--model", str(world.model), "--input", str(tmp_path / "rows.parquet"), "--as-of", as_of]
         run("score", *words, "--output", str(out))
-        found = pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
-        np.testing.assert_allclose(found["score"], scored["score"], rtol=1e-5)
+        actual = pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
+        np.testing.assert_allclose(actual["score"], scored["score"], rtol=1e-5)
         assert "1970-" not in (out / "_manifest.json").read_text()
 
 
@@ -253,36 +253,36 @@ def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys
         check_skew(world.settings, 0, 1, str(world.model), tmp_path)
     with pytest.raises(UserError, match=f"joining outcomes {needs}"):
         join_labels(world.settings, str(tmp_path), None, tmp_path / "out")
-    told = refuse(capsys, "refresh", "--config", world.config, "--model", "models:/plain@champion")
-    assert f"a refresh of a model's tables {needs}" in told
+    error_text = refuse(capsys, "refresh", "--config", world.config, "--model", "models:/plain@champion")
+    assert f"a refresh of a model's tables {needs}" in error_text
 
 
 def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -> None:
     """By its split and weights too."""
     run("train", "--config", str(world.config), "--resume")
     assert "this run has already finished" in capsys.readouterr().out
-    for words, told in (
+    for words, error_text in (
         (["--split.test", "[3]", "--split.validation", "[4]"], "it was begun with split.validation"),
         (["--columns.weight", "null"], "it was begun with columns.weight"),
     ):
-        assert told in refuse(capsys, "train", "--config", world.config, "--resume", *words)
+        assert error_text in refuse(capsys, "train", "--config", world.config, "--resume", *words)
 
 
 def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A planted bug: a column that splits rows of the same users. Rows of a user in one split are fine."""
-    told = "100.0% of the users of test rows also have training rows, as split by column 'fold'"
-    for user, is_told in (("person", True), ("group", False)):
+    error_text = "100.0% of the users of test rows also have training rows, as split by column 'fold'"
+    for user, is_reported in (("person", True), ("group", False)):
         settings = plain_settings(tmp_path / user, columns={"user": user})
         (tmp_path / f"{user}.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         run("inspect", "--config", tmp_path / f"{user}.yaml")
-        assert (told in " ".join(capsys.readouterr().out.split())) == is_told
+        assert (error_text in " ".join(capsys.readouterr().out.split())) == is_reported
 
 
 def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.CaptureFixture) -> None:
     world.evaluate("weighed")
     predictions = world.folder / "weighed" / "predictions.parquet"
-    told = refuse(capsys, "tune-weights", "--config", world.config, "--predictions", predictions, predictions)
-    assert "has one row, which no weights can rank" in told
+    error_text = refuse(capsys, "tune-weights", "--config", world.config, "--predictions", predictions, predictions)
+    assert "has one row, which no weights can rank" in error_text
 
 
 def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> None:
@@ -316,8 +316,8 @@ def test_towers_start_at_the_rates_of_the_loss(tmp_path: Path) -> None:
     ):
         settings = plain_settings(tmp_path / f"{len(list(tmp_path.iterdir()))}", table, columns=columns)
         prepared = build_features(settings)
-        found = base_rates(prepared.manifest, prepared.layout.tasks, weighted)
-        assert found[0] == pytest.approx(np.average(label, weights=expected), abs=2e-3)
+        actual = base_rates(prepared.manifest, prepared.layout.tasks, weighted)
+        assert actual[0] == pytest.approx(np.average(label, weights=expected), abs=2e-3)
 
 
 def test_repeated_rows_are_named_by_columns_that_there_are(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_repeated_rows_are_named_by_columns_that_there_are(tmp_path: Path) -> No
     assert "\0" not in str(error.value)
 
 
-def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_model_of_a_log_with_times_is_reported(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     table = world.table.assign(at=pd.date_range("2024-01-01", periods=len(world.table), freq="min"))
     settings = plain_settings(
         tmp_path / "work",
@@ -341,5 +341,7 @@ def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsy
     )
     (tmp_path / "timed.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     said = refuse(capsys, "evaluate", "--config", tmp_path / "timed.yaml", "--model", world.model)
-    told = "trained on a log that has no times (a plain table), but the log of the settings has times (columns.time)"
-    assert told in said
+    error_text = (
+        "trained on a log that has no times (a plain table), but the log of the settings has times (columns.time)"
+    )
+    assert error_text in said

@@ -24,7 +24,7 @@ def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:
     assert code == 0, said
     together = re.search(r"total: ([\d.]+) GiB", said)
     assert float(together[1]) * 2**30 > 1e12
-    taken = [tuple(map(float, each)) for each in re.findall(r": ([\d.]+) of ([\d.]+) GiB", said)]
+    taken = [tuple(map(float, item)) for item in re.findall(r": ([\d.]+) of ([\d.]+) GiB", said)]
     assert all(0 < used <= offered == 64.0 for used, offered in taken)
     # What the ranks hold is what the tables take, and some activations.
     counts = [int(last) - int(first) + 1 for first, last in re.findall(r"each of ranks (\d+)-(\d+): [\d.]+ of", said)]
@@ -58,13 +58,13 @@ def test_tables_that_do_not_fit_are_named_with_their_sizes(capsys: pytest.Captur
     code, said = run(capsys, "--world-size", "8", "--local-world-size", "8")
     assert code == 2
     assert said.count("\n") == 1
-    found = re.search(
+    actual = re.search(
         r"the embedding tables take ([\d,.]+) GiB .* do not fit, .* into 8 rank\(s\) with ([\d,.]+) GiB .*\. "
         r"The largest, 'viewer', has ([\d,]+) rows of 64 numbers and takes ([\d,.]+) GiB\. Use more ranks, spread",
         said,
     )
-    assert found is not None, said
-    needed, offered, rows, largest = (float(each.replace(",", "")) for each in found.groups())
+    assert actual is not None, said
+    needed, offered, rows, largest = (float(group.replace(",", "")) for group in actual.groups())
     assert offered == 8 * 64
     assert needed > offered
     assert largest == pytest.approx(rows * 65 * 4 / 2**30, abs=0.05)
@@ -85,9 +85,9 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_half_of_the_bits_take_less_of_a_step(capsys: pytest.CaptureFixture) -> None:
-    one = ["--world-size", "16", "--local-world-size", "4", "--host-gib", "256", "--training.batch_size", "32768"]
+    left = ["--world-size", "16", "--local-world-size", "4", "--host-gib", "256", "--training.batch_size", "32768"]
     times = []
-    for arguments in (one, [*one, "--training.communication_dtype", "bf16"]):
+    for arguments in (left, [*left, "--training.communication_dtype", "bf16"]):
         code, said = run(capsys, *arguments)
         assert code == 0, said
         times.append(float(re.search(r"tables in a step: ([\d.]+)", said)[1]))

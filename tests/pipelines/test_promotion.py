@@ -33,7 +33,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World.of(tmp_path_factory.mktemp("template"))
     world.train(*SLOW, "--model.experts.count", "2")
     world.train("--evaluation.slices", '["slot"]', "--evaluation.guardrail_slices", '["slot"]')
-    assert world.holder() == "2"
+    assert world.champion_version() == "2"
     return world
 
 
@@ -68,7 +68,9 @@ def tags(world: World, version: str) -> dict[str, str]:
 
 
 def newest(world: World) -> str:
-    return str(max(int(each.version) for each in world.client.search_model_versions(f"name='{NAME}'")))
+    return str(
+        max(int(model_version.version) for model_version in world.client.search_model_versions(f"name='{NAME}'"))
+    )
 
 
 def said(work: Path) -> list[str]:
@@ -80,12 +82,12 @@ def area(artifact: Path, work: Path) -> float:
     ranker = Ranker.load(artifact)
     rows = EncodedDataset(work / "features" / "encoded" / "validation", ranker.layout, part=ValidationPart.EVALUATION)
     scored = score_rows(load_settings(artifact / "settings.yaml"), ranker.model, ranker.layout, rows)
-    found = []
+    actual = []
     for name, label in scored.labels.items():
         predicted = scored.predictions[name]
         known = ~np.isnan(label)
-        found.append(roc_auc_score(label[known], predicted[known]))
-    return float(np.mean(found))
+        actual.append(roc_auc_score(label[known], predicted[known]))
+    return float(np.mean(actual))
 
 
 def area_of(world: World, version: str) -> float:
@@ -101,7 +103,7 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
 ) -> None:
     assert promote(world, "--challenger", "2") == 0
     printed = capsys.readouterr().out
-    assert world.holder() == "2"
+    assert world.champion_version() == "2"
     assert "'champion' is version 2 now" in printed
     assert "'version 2' is better than 'version 1': mean auc of click, liked is higher by " in printed
     assert tags(world, "2")["compared"].startswith("'version 2' is better than 'version 1'")
@@ -109,18 +111,18 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
     report = world.folder / "work" / "promotion" / "report.html"
     assert "'version 2' is better than 'version 1'" in Page(report.read_text(encoding="utf-8")).words
     run_id = world.client.get_model_version(NAME, "2").run_id
-    assert "promotion/report.html" in [each.path for each in world.client.list_artifacts(run_id, "promotion")]
+    assert "promotion/report.html" in [artifact.path for artifact in world.client.list_artifacts(run_id, "promotion")]
     assert promote(world, "--challenger", "models:/learnable/2") == 0
     assert "version 2 holds 'champion' already" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         # Another process promotes while the version is loaded.
         patch.setattr(promotion, "_load", lambda _: registry.move_alias(NAME, "champion", "1", world.uri))
         assert promote(world, "--rollback") == 2
-    assert world.holder() == "1"
+    assert world.champion_version() == "1"
     assert "'champion' has moved meanwhile: run the command again" in capsys.readouterr().err
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert promote(world, "--rollback") == 0
-    assert world.holder() == "1"
+    assert world.champion_version() == "1"
     printed = capsys.readouterr().out
     assert "'champion' is version 1 again, which held it before version 2" in printed
     assert "its tables are as of 2024-" in printed
@@ -135,7 +137,7 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
 def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
     split = ["--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-05"]
     assert promote(world, "--challenger", "2", *split, "--data.work_dir", str(world.folder / "earlier")) == 1
-    assert world.holder() == "1"
+    assert world.champion_version() == "1"
     printed = capsys.readouterr().out
     for version in (1, 2):
         assert f"version {version} was trained, or its best state chosen, on requests before 2024-03-08 " in printed
@@ -154,9 +156,9 @@ def test_a_version_that_cannot_be_served_is_refused_and_gives_way(
         (folder / "model.json").write_text('{"format": 1}')
         (folder / "manifest.json").unlink()
     else:
-        found = load_file(weights)
-        found = {name: each * 1e38 if "towers" in name else each for name, each in found.items()}
-        save_file(found, weights)
+        actual = load_file(weights)
+        actual = {name: item * 1e38 if "towers" in name else item for name, item in actual.items()}
+        save_file(actual, weights)
         write_manifest(folder)
 
     def fetch(address: str, uri: str) -> Path:
@@ -164,16 +166,16 @@ def test_a_version_that_cannot_be_served_is_refused_and_gives_way(
 
     monkeypatch.setattr(registry, "fetch_model", fetch)
     assert promote(world, "--challenger", "2") == 1
-    assert world.holder() == "1"
+    assert world.champion_version() == "1"
     assert tags(world, "2")["compared"].startswith("version 2 can't be served: ")
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert promote(world, "--challenger", "1") == 0
-    assert world.holder() == "1"
+    assert world.champion_version() == "1"
     assert tags(world, "1")["compared"].startswith("version 2, which holds 'champion', can't be served any more: ")
 
 
-def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureFixture) -> None:
-    for words, told in (
+def test_what_is_asked_for_wrongly_is_reported(world: World, capsys: pytest.CaptureFixture) -> None:
+    for words, message in (
         (("--challenger", "99"), "99"),
         (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': existing aliases are "),
         ((), "Give either --challenger V or --rollback"),
@@ -181,7 +183,7 @@ def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureF
         (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),
     ):
         assert promote(world, *words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     world.client.set_registered_model_alias(NAME, "lonely", "1")
     assert promote(world, "--rollback", "--tracking.alias", "lonely") == 2
     assert "it is not known which version of 'learnable' held 'lonely' before version 1" in capsys.readouterr().err
@@ -194,11 +196,11 @@ def test_an_alias_that_moves_during_the_command_is_left_alone(world: World, monk
 
     monkeypatch.setattr(promotion, "_find_objections", meanwhile)
     assert promote(world, "--challenger", "2") == 1
-    assert world.holder() is None
+    assert world.champion_version() is None
     assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
 
 
-def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_champion_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An outage, or a machine that gives other predictions, says nothing about the holder."""
     fetch = registry.fetch_model
 
@@ -224,7 +226,7 @@ def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pyte
             patch.setattr(Ranker, "load", staticmethod(loaded))
             assert promote(world, "--challenger", "2") == 1
         assert "can't be compared here" in tags(world, "2")["compared"]
-    assert world.holder() == "1"
+    assert world.champion_version() == "1"
 
 
 @pytest.mark.parametrize(("which", "promoted"), [("2", False), ("1", True)])
@@ -236,7 +238,7 @@ def test_a_version_whose_predictions_are_not_finite(
 
     monkeypatch.setattr(promotion, "evaluate_models", evaluated)
     assert promote(world, "--challenger", "2") == (0 if promoted else 1)
-    assert (world.holder() == "2") == promoted
+    assert (world.champion_version() == "2") == promoted
     assert tags(world, "2")["compared"] == "it gives predictions that are not finite numbers"
 
 
@@ -245,16 +247,16 @@ def test_rows_of_another_split_are_logged_to_a_run_of_their_own(world: World) ->
     commands.run("evaluate", *words)
     run_id = world.client.get_model_version(NAME, "2").run_id
     before = world.client.get_run(run_id)
-    other = ["--data.work_dir", str(world.folder / "few"), "--split.validation_end", "2024-03-08T12:00"]
-    commands.run("evaluate", *words, *other)
+    right = ["--data.work_dir", str(world.folder / "few"), "--split.validation_end", "2024-03-08T12:00"]
+    commands.run("evaluate", *words, *right)
     after = world.client.get_run(run_id)
     assert before.data.metrics["test/liked.auc"] > 0
     assert (after.data.metrics, after.data.tags) == (before.data.metrics, before.data.tags)
     (newest, *_) = world.client.search_runs([before.info.experiment_id], max_results=1)
     assert newest.info.run_name == "evaluate models:/learnable/2"
     assert 0 < newest.data.metrics["test/rows"] < before.data.metrics["test/rows"]
-    found = json.loads((world.folder / "few" / "evaluation" / "metrics.json").read_text())["tasks"]
-    assert newest.data.metrics["test/liked.auc"] == pytest.approx(found["liked"]["auc"]["value"])
+    actual = json.loads((world.folder / "few" / "evaluation" / "metrics.json").read_text())["tasks"]
+    assert newest.data.metrics["test/liked.auc"] == pytest.approx(actual["liked"]["auc"]["value"])
 
 
 # After a training
@@ -268,42 +270,42 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
         template.work / "features" / "encoded" / "validation", layout, part=ValidationPart.EVALUATION
     ).rows
     better = r"'this model' is better than 'version 1': mean auc of click, liked is higher by "
-    found = re.fullmatch(
+    actual = re.fullmatch(
         rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows:,} judging rows of the validation split\)", reason
     )
-    assert found
-    assert float(found[1]) == pytest.approx(area_of(template, "2") - area_of(template, "1"), abs=1e-4)
-    assert 0 < float(found[2]) < float(found[1])
+    assert actual
+    assert float(actual[1]) == pytest.approx(area_of(template, "2") - area_of(template, "1"), abs=1e-4)
+    assert 0 < float(actual[2]) < float(actual[1])
 
 
 def test_a_worse_model_leaves_the_alias(second: World, capsys: pytest.CaptureFixture) -> None:
     second.train(*SLOW)
     version = newest(second)
-    assert second.holder() == "2"
-    assert second.holder("challenger") == version
+    assert second.champion_version() == "2"
+    assert second.champion_version("challenger") == version
     out = capsys.readouterr().out
     assert f"'champion' stays version 2; this model, version {version}, is 'challenger'" in out
     assert "registered as models:/learnable@challenger" in out
 
 
-def test_a_holder_of_other_features_is_measured_on_its_own(second: World) -> None:
+def test_a_champion_of_other_features_is_measured_on_its_own(second: World) -> None:
     """Its rows are encoded by its own features; the same weights on them give the same value as at first."""
     elsewhere = second.folder / "elsewhere"
     second.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work_dir", str(elsewhere))
-    assert second.holder() == "2"
+    assert second.champion_version() == "2"
     reason, _ = said(elsewhere)
-    found = re.search(r"is worse than 'version 2': mean auc of click, liked is lower by ([.\d]+) ", reason)
-    assert found
-    assert float(found[1]) == pytest.approx(area_of(second, "2") - area(elsewhere / "model", elsewhere), abs=1e-4)
+    actual = re.search(r"is worse than 'version 2': mean auc of click, liked is lower by ([.\d]+) ", reason)
+    assert actual
+    assert float(actual[1]) == pytest.approx(area_of(second, "2") - area(elsewhere / "model", elsewhere), abs=1e-4)
 
 
-def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(second: World, tmp_path: Path) -> None:
+def test_a_champion_whose_labels_mean_something_else_keeps_the_alias(second: World, tmp_path: Path) -> None:
     second.train("--data.work_dir", str(tmp_path), "--tasks.liked.label_delay_days", "1")
     reason, now = said(tmp_path)
     assert "trained with 'tasks.liked.label_delay_days' 0.0, and it is 1.0 in the settings" in reason
     assert "move the alias by hand" in reason
     assert now.startswith("'champion' stays version 2; ")
-    assert second.holder() == "2"
+    assert second.champion_version() == "2"
 
 
 def test_an_outage_during_the_comparison_decides_nothing(
@@ -318,25 +320,25 @@ def test_an_outage_during_the_comparison_decides_nothing(
         with pytest.raises(SystemExit) as ended:
             world.train()
     assert ended.value.code == 75
-    assert world.holder() == "1"
+    assert world.champion_version() == "1"
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: MLflow does not answer; the trained model in ")
     world.train("--resume")
-    assert newest(world) in (world.holder(), world.holder("challenger")), "it is decided"
+    assert newest(world) in (world.champion_version(), world.champion_version("challenger")), "it is decided"
     assert " rows/s in training" not in capsys.readouterr().out, "no step was left to do"
 
 
 def test_an_alias_that_moved_meanwhile_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare, holders = promotion.compare_with_champion, []
+    compare, champions = promotion.compare_with_champion, []
 
     def meanwhile(*rest: Any) -> tuple[bool, str]:
-        holders.append(rest[-1].number)
+        champions.append(rest[-1].number)
         registry.move_alias(NAME, "champion", "2", world.uri)
         return compare(*rest)
 
     monkeypatch.setattr(promotion, "compare_with_champion", meanwhile)
     world.train(*SLOW, "--training.seed", "5")
-    assert holders == ["1"]
-    assert world.holder() == "2"
+    assert champions == ["1"]
+    assert world.champion_version() == "2"
     assert said(world.work)[0] == "'champion' has moved meanwhile: compare with `mmoe-rec promote`"
 
 
@@ -353,7 +355,7 @@ def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_tw
         with pytest.raises(KeyboardInterrupt):
             world.train()
     version = newest(world)
-    assert world.holder() == version
+    assert world.champion_version() == version
     world.train("--resume")
-    assert newest(world) == version == world.holder()
+    assert newest(world) == version == world.champion_version()
     assert said(world.work) == [f"'champion' is version {version}, this model"]

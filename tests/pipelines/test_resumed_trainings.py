@@ -45,7 +45,7 @@ def other_model(world: World, name: str) -> Path:
         shutil.copytree(world.folder / "work" / "model", folder)
         weights = load_file(folder / "weights.safetensors")
         # Whether an expert is out of use is stored as a number too.
-        save_file({name: each + 0.01 * (not name.endswith("masked")) for name, each in weights.items()}, folder / "w")
+        save_file({name: item + 0.01 * (not name.endswith("masked")) for name, item in weights.items()}, folder / "w")
         (folder / "w").rename(folder / "weights.safetensors")
         finalize_artifact(folder)
     return folder
@@ -68,30 +68,30 @@ def test_another_training_than_the_one_that_died_is_refused_and_the_same_goes_on
         (("--training.learning_rate", "0.5"), "training.learning_rate 0.01, now it is 0.5"),
         (("--split.validation_end", "2024-03-07T12:00"), "split.validation_end "),
     ):
-        told = refused(capsys, world, *words, RESUME)
-        assert f"is not the one asked for: it was begun with {named}" in told
+        message = refused(capsys, world, *words, RESUME)
+        assert f"is not the one asked for: it was begun with {named}" in message
     log = world.folder / "log" / "more.parquet"
     shutil.copy(world.folder / "later.parquet", log)
     assert "its features are not those of this log" in refused(capsys, world, RESUME)
     log.unlink()
     assert manifest.read_bytes() == before
 
-    one, other = other_model(world, "one"), other_model(world, "other")
-    weights = load_file(other / "weights.safetensors")
-    save_file({name: weight * 2 for name, weight in weights.items()}, other / "weights.safetensors")
-    finalize_artifact(other)
+    left, second = other_model(world, "one"), other_model(world, "other")
+    weights = load_file(second / "weights.safetensors")
+    save_file({name: weight * 2 for name, weight in weights.items()}, second / "weights.safetensors")
+    finalize_artifact(second)
     with dying_after(12):
-        world.train("--from", str(one))
+        world.train("--from", str(left))
     assert latest_step(world) == 10
-    told = refused(capsys, world, "--from", str(other), RESUME)
-    assert f"it was begun with --from {one}, now it is --from {other}, or train" in told
-    assert f"it was begun with --from {one}, now it is no --from" in refused(capsys, world, RESUME)
+    message = refused(capsys, world, "--from", str(second), RESUME)
+    assert f"it was begun with --from {left}, now it is --from {second}, or train" in message
+    assert f"it was begun with --from {left}, now it is no --from" in refused(capsys, world, RESUME)
     assert latest_step(world) == 10
-    world.train("--from", str(one), RESUME)
+    world.train("--from", str(left), RESUME)
     capsys.readouterr()
-    world.train("--from", str(one), RESUME)
+    world.train("--from", str(left), RESUME)
     assert capsys.readouterr().out.startswith("this run has already finished")
-    assert "it was begun with --from" in refused(capsys, world, "--from", str(other), RESUME)
+    assert "it was begun with --from" in refused(capsys, world, "--from", str(second), RESUME)
 
 
 def test_an_alias_is_what_it_stood_for_when_the_training_began(
@@ -120,8 +120,8 @@ def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.Cap
         ("tracking.registered_model", "another", 'tracking.registered_model "learnable", now it is "another"'),
         ("serving.max_candidates", "7", "serving.max_candidates 10000, now it is 7"),
     ):
-        told = refused(capsys, world, RESUME, f"--{setting}", value)
-        assert "is not the one asked for: it was begun with " + named in told
+        message = refused(capsys, world, RESUME, f"--{setting}", value)
+        assert "is not the one asked for: it was begun with " + named in message
     assert (world.checkpoints / "finished.json").read_bytes() == before
     away = ("--tracking.uri", "http://127.0.0.1:9")  # nobody is asked for a training that has ended
     features = world.folder / "work" / "features"
@@ -172,8 +172,8 @@ def test_a_later_day_begins_a_new_training(tmp_path: Path, capsys: pytest.Captur
     first, start = manifest.read_bytes(), ("--from", str(other_model(world, "start")))
     later = world.folder / "log" / "later.parquet"
     shutil.copy(world.folder / "later.parquet", later)
-    told = refused(capsys, world, *start, RESUME, day="second")
-    assert "run mmoe-rec features with --extend first" in told
+    message = refused(capsys, world, *start, RESUME, day="second")
+    assert "run mmoe-rec features with --extend first" in message
     assert manifest.read_bytes() == first, "features that can still be extended are not built anew"
     later.unlink()
 
@@ -205,5 +205,5 @@ def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
     assert "has already finished" not in capsys.readouterr().out
     world.train(RESUME, day="second")
     assert "has already finished" in capsys.readouterr().out
-    told = refused(capsys, world, RESUME)
-    assert "is not the one asked for: it was begun with split." in told
+    message = refused(capsys, world, RESUME)
+    assert "is not the one asked for: it was begun with split." in message

@@ -32,8 +32,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def run(world: World) -> mlflow.entities.Run:
     experiment = world.client.get_experiment_by_name("learnable")
-    (found,) = world.client.search_runs([experiment.experiment_id])
-    return found
+    (actual,) = world.client.search_runs([experiment.experiment_id])
+    return actual
 
 
 def test_the_run_says_what_it_is(world: World, run: mlflow.entities.Run) -> None:
@@ -51,17 +51,17 @@ def test_the_run_says_what_it_is(world: World, run: mlflow.entities.Run) -> None
 
 
 def test_rows_are_inputs_of_the_run(world: World, run: mlflow.entities.Run) -> None:
-    found = {}
-    for each in run.inputs.dataset_inputs:
-        tags = {tag.key: tag.value for tag in each.tags}
-        assert each.dataset.name == "learnable"
-        assert json.loads(each.dataset.source)["uri"] == str(world.folder / "log")
-        found[tags["split"]] = (tags["mlflow.data.context"], json.loads(each.dataset.profile)["num_rows"])
+    actual = {}
+    for dataset_input in run.inputs.dataset_inputs:
+        tags = {tag.key: tag.value for tag in dataset_input.tags}
+        assert dataset_input.dataset.name == "learnable"
+        assert json.loads(dataset_input.dataset.source)["uri"] == str(world.folder / "log")
+        actual[tags["split"]] = (tags["mlflow.data.context"], json.loads(dataset_input.dataset.profile)["num_rows"])
     encoded = world.folder / "work" / "features" / "encoded"
     rows = {split: pq.read_table(encoded / split).num_rows for split in ("train", "validation", "test")}
     contexts = {"train": "training", "validation": "validation", "test": "test"}
-    assert found == {split: (contexts[split], count) for split, count in rows.items()}
-    digests = {each.dataset.digest for each in run.inputs.dataset_inputs}
+    assert actual == {split: (contexts[split], count) for split, count in rows.items()}
+    digests = {dataset_input.dataset.digest for dataset_input in run.inputs.dataset_inputs}
     assert len(digests) == 3
 
 
@@ -70,9 +70,9 @@ def test_digests_follow_log_and_split(world: World) -> None:
     manifest = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())
     (mine,) = describe_datasets(settings, manifest, "test")
     assert describe_datasets(settings, manifest, "test") == [mine]
-    (other,) = describe_datasets(settings, manifest | {"digest": "other"}, "test")
+    (second,) = describe_datasets(settings, manifest | {"digest": "other"}, "test")
     later = load_settings(world.folder / "first.yaml", ["--split.test_end", "2024-03-09"])
-    assert len({each["digest"] for each in (mine, other, *describe_datasets(later, manifest, "test"))}) == 3
+    assert len({item["digest"] for item in (mine, second, *describe_datasets(later, manifest, "test"))}) == 3
 
 
 def test_charts_have_sections(run: mlflow.entities.Run) -> None:

@@ -66,8 +66,8 @@ def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) ->
     _write(pa.table(columns), folder / "log")
     overrides = ["--data.log", str(folder / "log")]
     for name, log in schema.events.items():
-        found = {column: columns[column] for column in event_column_uses(schema, name) if column in columns}
-        _write(pa.table({**found, log.time: columns[names.time]}), folder / name)
+        actual = {column: columns[column] for column in event_column_uses(schema, name) if column in columns}
+        _write(pa.table({**actual, log.time: columns[names.time]}), folder / name)
         overrides += [f"--data.events.{name}.path", str(folder / name)]
     return overrides
 
@@ -75,7 +75,7 @@ def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) ->
 def _write_plain_table(schema: Schema, folder: Path, rng: np.random.Generator, rows: int) -> list[str]:
     assert schema.split is not None
     columns = {name: _column(use, np.zeros(rows, np.int64), rng) for name, use in column_uses(schema).items()}
-    values = [each for listed in schema.split.values.values() for each in listed]
+    values = [item for listed in schema.split.values.values() for item in listed]
     columns[schema.split.column] = pa.array([values[place] for place in rng.integers(0, len(values), rows)])
     for task in schema.tasks.values():
         columns[task.label] = pa.array(rng.integers(0, 2, rows))
@@ -113,7 +113,7 @@ def _write(table: pa.Table, folder: Path) -> None:
 
 
 def test_there_are_configs() -> None:
-    assert {"template", "movielens", "complete_journey", "synthetic", "cluster"} <= {each.stem for each in CONFIGS}
+    assert {"template", "movielens", "complete_journey", "synthetic", "cluster"} <= {config.stem for config in CONFIGS}
 
 
 def _smaller(settings: Settings) -> Iterator[str]:

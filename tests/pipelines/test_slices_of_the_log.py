@@ -63,7 +63,7 @@ def areas(table: pd.DataFrame, by: str, task: str = "click") -> dict[str, float]
 
 def joined(world: World, out: Path) -> pd.DataFrame:
     """The rows that were measured, with the log's columns, by another join."""
-    log = pd.concat(pd.read_parquet(each) for each in sorted((world.folder / "log").glob("*.parquet")))
+    log = pd.concat(pd.read_parquet(path) for path in sorted((world.folder / "log").glob("*.parquet")))
     rows = pd.read_parquet(out / "predictions.parquet").rename(columns={"candidate": "item"})
     return rows.merge(log[["request", "item", "device", "stock", "slot"]], on=["request", "item"], validate="1:1")
 
@@ -76,7 +76,7 @@ def area(rows: pd.DataFrame) -> float:
 def test_rows_are_sliced_by_columns_that_no_feature_reads(world: World, split: str, tmp_path: Path) -> None:
     words = ("--slices", "device", "bucket(stock, 3)", "--split", split)
     table, rows = evaluated(world, *words, out=tmp_path / "out"), joined(world, tmp_path / "out")
-    of_device = {name: area(each) for name, each in rows.groupby("device")}
+    of_device = {name: area(item) for name, item in rows.groupby("device")}
     assert areas(table, "device") == pytest.approx(of_device | {MISSING: area(rows[rows["device"].isna()])}, abs=1e-9)
     counts = table[(table["by"] == "device") & (table["group"] == "click") & (table["metric"] == "auc")]
     assert counts["rows"].sum() == len(rows)
@@ -87,37 +87,37 @@ def test_rows_are_sliced_by_columns_that_no_feature_reads(world: World, split: s
 
 
 @pytest.mark.parametrize(
-    ("slices", "told"),
+    ("slices", "message"),
     [
         ("colour", r"0\.parquet' has no column 'colour'; it has .* \(slices\)"),
         ("words", r"column 'words' must hold integers, numbers or strings.*\(slices\)"),
         ("bucket(device, 3)", "column 'device' of the log holds string, and buckets are of numbers"),
     ],
 )
-def test_columns_that_cannot_be_sliced_by(world: World, slices: str, told: str, tmp_path: Path) -> None:
+def test_columns_that_cannot_be_sliced_by(world: World, slices: str, message: str, tmp_path: Path) -> None:
     settings = load_settings(str(world.folder / "first.yaml"), ["--evaluation.slices", f'["{slices}"]'])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         evaluate_model(settings, "models:/learnable@champion", tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) -> None:
+def test_rows_that_the_log_no_longer_has_are_reported(world: World, tmp_path: Path) -> None:
     """Encoded rows outlive the files of a log."""
     settings = load_settings(str(world.folder / "first.yaml"), ["--evaluation.slices", '["device"]'])
     scored = score_split(settings, resolve_model("models:/learnable@champion", world.uri), "it")
-    other = settings.model_copy(update={"data": settings.data.model_copy(update={"log": str(tmp_path / "log")})})
+    second = settings.model_copy(update={"data": settings.data.model_copy(update={"log": str(tmp_path / "log")})})
     (tmp_path / "log").mkdir()
     log = pq.read_table(world.folder / "log")
     last = log.filter(pa.compute.equal(log["request"], pa.compute.max(log["request"])))
     pq.write_table(log.filter(pa.compute.less(log["request"], last["request"][0])), tmp_path / "log" / "0.parquet")
     model = world.folder / "work" / "model"
-    columns = RowSlicer(other, model)
+    columns = RowSlicer(second, model)
     pq.write_table(log, tmp_path / "log" / "again.parquet")
-    found = []
-    for asked in (settings, other):  # the second has a file that came again, whose rows count once
+    actual = []
+    for asked in (settings, second):  # the second has a file that came again, whose rows count once
         columns_of_all = RowSlicer(asked, model)
-        found.append({name: rows.tolist() for name, rows in columns_of_all.find(scored)["device"].items()})
-    assert found[0] == found[1]
+        actual.append({name: rows.tolist() for name, rows in columns_of_all.find(scored)["device"].items()})
+    assert actual[0] == actual[1]
     (tmp_path / "log" / "again.parquet").unlink()
     with pytest.raises(UserError, match=f"of the {len(scored.users):,} rows that are measured, the log '.*' has "):
         columns.find(scored)
@@ -143,15 +143,15 @@ def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted
         tree["evaluation"] = {"max_metric_drop": 0.02, "resamples": 200, "slices": ["country"]}
         (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
         world.train()
-    told = r"'{}' is not called better, although .*: in slice country: E \([\d,]+ rows\): auc of click is 0.4"
-    assert re.search(told.format("this model"), capsys.readouterr().out)
-    assert world.holder() == "1"
+    message = r"'{}' is not called better, although .*: in slice country: E \([\d,]+ rows\): auc of click is 0.4"
+    assert re.search(message.format("this model"), capsys.readouterr().out)
+    assert world.champion_version() == "1"
     with pytest.raises(SystemExit):
         run("promote", *words, "--challenger", "2")
-    assert re.search(told.format("version 2"), capsys.readouterr().out)
+    assert re.search(message.format("version 2"), capsys.readouterr().out)
     assert "in slice country: E" in Page((tmp_path / "work/promotion/report.html").read_text(encoding="utf-8")).words
     run("promote", *words, "--challenger", "2", "--evaluation.guardrail_slices", '["user"]')
-    assert world.holder() == "2"
+    assert world.champion_version() == "2"
 
 
 # The rows of a split
@@ -190,15 +190,15 @@ def test_the_rows_of_a_split_with_their_predictions(
 
 
 def test_validation_rows_have_charts_of_their_own(world: World) -> None:
-    holder = world.champion()
-    assert holder is not None
+    champion = world.champion()
+    assert champion is not None
     described(world)
-    before = world.client.get_run(holder.run_id).data.metrics
+    before = world.client.get_run(champion.run_id).data.metrics
     words = described(world, "--split", "validation")
     assert "on validation rows" in words
     assert "from 2024-03-06 00:00 UTC to 2024-03-08 00:00 UTC" in words
     assert "these rows selected the state of the model" in words
-    after = world.client.get_run(holder.run_id).data.metrics
+    after = world.client.get_run(champion.run_id).data.metrics
     assert {name for name in after if name.startswith("test/")} == {name for name in before if name.startswith("test/")}
     mine = read_metrics(world.folder / "work" / "evaluation_validation")["tasks"]["click"]["auc"]
     assert after["validation_rows/click.auc"] == pytest.approx(mine["value"])

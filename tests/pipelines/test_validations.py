@@ -38,21 +38,21 @@ def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
     assert ["served", "click", "0.4500", "0.8000", "1.0100"] in lines
 
 
-def test_what_should_worry_about_the_served_model_is_told(tmp_path: Path) -> None:
+def test_what_should_worry_about_the_served_model_is_reported(tmp_path: Path) -> None:
     small = SmallModel(tmp_path)
     best = Validation({"click": 0.5}, {"click": 0.42}, EVEN, {"click": 11.0}, {"click": 9_000})
     trained = FinishedRun(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Provenance())
     report = make_report(trained, small.settings)
-    assert {each.mark for each in report.sentences} == {"warning"}
+    assert {sentence.mark for sentence in report.sentences} == {"warning"}
     assert report.headline == "validation AUC of the model at step 300: click 0.4200"
-    assert [each.text.partition(";")[0].partition(": no")[0] for each in report.sentences] == [
+    assert [sentence.text.partition(";")[0].partition(": no")[0] for sentence in report.sentences] == [
         "the validation AUC of 'click' is 0.420, below .5",
         "the probabilities of 'click' are too high: 11.00 times what was observed on validation rows",
     ]
 
 
 @pytest.mark.parametrize(
-    ("steps", "areas", "losses", "told"),
+    ("steps", "areas", "losses", "message"),
     [
         (135, [0.61, 0.68], [0.5] * 2, "AUC of click was 0.6100 after half of the 135 steps and is 0.6800; take more"),
         (960, [0.6, 0.68, 0.683, 0.683], [0.5] * 4, ""),
@@ -65,17 +65,19 @@ def test_what_should_worry_about_the_served_model_is_told(tmp_path: Path) -> Non
         (700, [0.61], [0.5], ""),
     ],
 )
-def test_a_training_that_ends_too_early_is_told(steps: int, areas: list[float], losses: list[float], told: str) -> None:
+def test_a_training_that_ends_too_early_is_reported(
+    steps: int, areas: list[float], losses: list[float], message: str
+) -> None:
     layout = replace(LAYOUT, tasks=LAYOUT.tasks[:1])
-    found = [
+    actual = [
         Validation({"click": loss}, {} if area is None else {"click": area}, EVEN)
         for loss, area in zip_longest(losses, areas)
     ]
-    history = [(round(steps * number / len(found)), each) for number, each in enumerate(found, 1)]
+    history = [(round(steps * number / len(actual)), item) for number, item in enumerate(actual, 1)]
     best, _ = max(history, key=lambda each: each[1].objective("auc", layout))
     said = find_undertraining(history, best, layout, Training()) or ""
-    assert told in said
-    assert bool(told) == bool(said)
+    assert message in said
+    assert bool(message) == bool(said)
 
 
 def test_few_steps_from_another_model_are_not_called_few() -> None:

@@ -96,7 +96,7 @@ class _Rows:
     """The reference for all rows written so far. new: those of a stage whose requests did not begin before it."""
 
     def __init__(self, drawn: DrawnLog, stage: int) -> None:
-        log, events = (each[each["stage"] <= stage] for each in (drawn.log, drawn.events))
+        log, events = (item[item["stage"] <= stage] for item in (drawn.log, drawn.events))
         self.naive = Log(drawn.settings, log, {"bought": events})
         seen = {self.naive.request(row) for row in self.naive.rows if row["stage"] < stage}
         self.new = [row for row in self.naive.rows if row["stage"] == stage and self.naive.request(row) not in seen]
@@ -144,7 +144,7 @@ class _Comparison(_Rows):
             self._labels(table, expected, split)
             for name, values in counters.items():
                 self._counter(name, [values[place] for place in places], encoded)
-            for name, lists in ((part, each) for parts in histories.values() for part, each in parts.items()):
+            for name, lists in ((part, item) for parts in histories.values() for part, item in parts.items()):
                 expected_lists = [lists[place] for place in places]
                 self._same_lists(name, encoded.ids[name], expected_lists)
         self._requests_to_come(means)
@@ -154,27 +154,27 @@ class _Comparison(_Rows):
         """What is remembered for the server."""
         asking = self.naive.at_moments(6, [self.last + after for after in (1, DAY // 2, 4 * DAY)])
         columns = {name: [row[name] for row in asking] for name in ("user", "item", "brand", "time")}
-        table = pa.table({name: pa.array(each, self.drawn.types[name]) for name, each in columns.items()})
+        table = pa.table({name: pa.array(item, self.drawn.types[name]) for name, item in columns.items()})
         rows = LogRows(table, self.pipeline.schema)
         for name, encoder in FeaturePipeline.load(self.prepared.serving).point_in_time_encoders.items():
-            found = raw_results(encoder, rows)
+            actual = raw_results(encoder, rows)
             if isinstance(encoder, HistoryEncoder):
                 lists = features.history(self.naive, name, self._table_rows(encoder), asking)
-                assert found.keys() == lists.keys()
-                for part, each in lists.items():
-                    self._same_lists(part, found[part], each)
+                assert actual.keys() == lists.keys()
+                for part, item in lists.items():
+                    self._same_lists(part, actual[part], item)
             else:
                 statistics = features.counter(self.naive, name, means[name], asking)
                 for answer, values in self._by_name(encoder, statistics).items():
                     scale = np.maximum(1, np.abs(values))
-                    self._close(found[answer] / scale, values / scale, f"{answer} later", TOLERANCE)
+                    self._close(actual[answer] / scale, values / scale, f"{answer} later", TOLERANCE)
 
     def _encoded(self, split: str) -> pa.Table:
         folder = self.prepared.split(split)
         return pq.read_table(folder) if folder.is_dir() else pa.table({})
 
     def _table_rows(self, encoder: HistoryEncoder) -> dict[str, dict[Any, int]]:
-        found = {}
+        actual = {}
         for vocabulary in encoder.parts.values():
             if not isinstance(vocabulary, Vocabulary):
                 continue
@@ -182,8 +182,8 @@ class _Comparison(_Rows):
             every = (row[column] for rows in (self.naive.rows, *self.naive.events.values()) for row in rows)
             values = list(dict.fromkeys(every))
             rows = vocabulary.encode(pa.array(values, self.drawn.types[column])).tolist()
-            found[vocabulary.name] = dict(zip(values, rows, strict=True))
-        return found
+            actual[vocabulary.name] = dict(zip(values, rows, strict=True))
+        return actual
 
     def _labels(self, table: pa.Table, rows: list[dict], split: str) -> None:
         label_cutoff = self.drawn.windows["train"][1] if split == "train" else self.last
@@ -195,17 +195,17 @@ class _Comparison(_Rows):
     def _counter(self, name: str, expected: list[dict], encoded: EncodedInputs) -> None:
         encoder = self.pipeline.encoders[name]
         assert isinstance(encoder, CounterEncoder)
-        names = [each.name for each in self.prepared.layout.dense]
+        names = [item.name for item in self.prepared.layout.dense]
         for answer, statistics in self._by_name(encoder, expected).items():
             values, numbers = statistics, encoder.numbers[answer].standardizer
             if encoder.task.kind == "regression" and answer.startswith(f"{name}_rate"):
                 values = statistics - encoder.prior  # which rates of a regression are kept as distances from
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.std, -CLIP, CLIP))
-            found = encoded.dense[:, names.index(answer)]
+            actual = encoded.dense[:, names.index(answer)]
             # A number is exchanged as float32, and its distance from the mean is encoded as such.
             distances = scaled * numbers.std
             largest = max(1, np.nan_to_num(np.abs(values)).max(), np.abs(distances).max())
-            self._close(found * numbers.std, distances, answer, TOLERANCE * largest)
+            self._close(actual * numbers.std, distances, answer, TOLERANCE * largest)
             if numbers.has_missing:
                 missing = encoded.dense[:, names.index(f"{answer}_missing")]
                 assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")
@@ -221,16 +221,16 @@ class _Comparison(_Rows):
             for name, key in zip(encoder.result_columns(), keys, strict=True)
         }
 
-    def _same_lists(self, name: str, found: Any, expected: list[list[int]]) -> None:
-        assert isinstance(found, Ragged)
-        ends = np.cumsum(found.lengths)
-        lists = [found.values[end - length : end].tolist() for end, length in zip(ends, found.lengths, strict=True)]
+    def _same_lists(self, name: str, actual: Any, expected: list[list[int]]) -> None:
+        assert isinstance(actual, Ragged)
+        ends = np.cumsum(actual.lengths)
+        lists = [actual.values[end - length : end].tolist() for end, length in zip(ends, actual.lengths, strict=True)]
         assert lists == expected, self._says(name)
         self.compared += len(lists)
 
-    def _close(self, found: Any, expected: Any, what: str, tolerance: float) -> None:
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 + tolerance, err_msg=self._says(what))
-        self.compared += np.size(found)
+    def _close(self, actual: Any, expected: Any, what: str, tolerance: float) -> None:
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12 + tolerance, err_msg=self._says(what))
+        self.compared += np.size(actual)
 
     def _says(self, what: str) -> str:
         seed = self.drawn.seed

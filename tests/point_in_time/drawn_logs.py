@@ -46,7 +46,7 @@ class DrawnLog:
             (folder / name).mkdir(parents=True, exist_ok=True)
             rows = table[table["stage"] == stage]
             columns = [column for column in rows.columns if column not in ("stage", "file")]
-            whole = pa.table({each: pa.array(_nulls(rows[each]), self.types[each]) for each in columns})
+            whole = pa.table({item: pa.array(_nulls(rows[item]), self.types[item]) for item in columns})
             for path, places in rows.reset_index(drop=True).groupby("file").indices.items():
                 file = folder / name / f"{path}.parquet"
                 pq.write_table(whole.take(pa.array(places)), file, row_group_size=self.row_group)
@@ -65,23 +65,23 @@ class DrawnLog:
     def _deliver(
         self, rng: np.random.Generator, way: str, old: list[Path], new: list[Path], before: list[pa.Table]
     ) -> None:
-        one, place = int(rng.integers(len(old))), old[0].parent
+        left, place = int(rng.integers(len(old))), old[0].parent
         for path in old if way == "time" else ():
             os.utime(path)
         if way == "name":
-            old[one].rename(place / f"same bytes {old[one].name}")
+            old[left].rename(place / f"same bytes {old[left].name}")
         if way == "copy":
-            shutil.copyfile(old[one], place / f"same bytes {old[one].name}")
-        rows = before[one] if way == "some" else pa.concat_tables(before)
+            shutil.copyfile(old[left], place / f"same bytes {old[left].name}")
+        rows = before[left] if way == "some" else pa.concat_tables(before)
         rows = rows.take(pa.array(rng.permutation(len(rows))))
         if way == "some":
-            pq.write_table(rows.slice(0, int(rng.integers(1, len(rows) + 1))), place / f"again {old[one].name}")
+            pq.write_table(rows.slice(0, int(rng.integers(1, len(rows) + 1))), place / f"again {old[left].name}")
         if way == "split":
             for number, start in enumerate(range(0, len(rows), 9)):
-                pq.write_table(rows.slice(start, 9), place / f"again {number} {old[one].name}")
+                pq.write_table(rows.slice(start, 9), place / f"again {number} {old[left].name}")
         if way == "compacted":
             rows = pa.concat_tables([rows, *map(pq.read_table, new)])
-            pq.write_table(rows, place / f"all {old[one].name}", row_group_size=self.row_group)
+            pq.write_table(rows, place / f"all {old[left].name}", row_group_size=self.row_group)
         for path in [*old, *new] if way == "compacted" else old if way == "split" and rng.random() < 0.5 else ():
             path.unlink()
 
@@ -106,7 +106,7 @@ def draw(seed: int) -> DrawnLog:
     events = _events(rng, log)
     events["stage"] = np.minimum(rng.integers(0, stages, len(events)), stages - 1)
     _ask_for_more_of_events(seed, settings)
-    log, events = (_in_files(rng, each) for each in (log, events))
+    log, events = (_in_files(rng, item) for item in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
         "on_duplicates": str(rng.choice(["error", "keep"])),
@@ -126,8 +126,8 @@ def _again(rng: np.random.Generator, stages: int, duplicates: str) -> dict[int, 
     ways = {name: ["time", "name", "copy"] for name in ("log", "events")}
     if duplicates == "error" and rng.random() < 0.5:  # Nothing tells events that come again.
         ways["log"] = ["some", "split", "compacted"]
-    drawn = {stage: {name: _pick(rng, each) for name, each in ways.items()} for stage in range(1, stages)}
-    return {stage: each for stage, each in drawn.items() if rng.random() < 0.6}
+    drawn = {stage: {name: _pick(rng, item) for name, item in ways.items()} for stage in range(1, stages)}
+    return {stage: item for stage, item in drawn.items() if rng.random() < 0.6}
 
 
 def _settings(rng: np.random.Generator, stages: int) -> dict[str, Any]:
@@ -180,10 +180,10 @@ def _counter(rng: np.random.Generator) -> dict[str, Any]:
         outputs.remove("rate")
     else:
         counter["task"] = source
-    chosen = [each for each in outputs if rng.random() < 0.7]
+    chosen = [output for output in outputs if rng.random() < 0.7]
     if chosen:
         counter["outputs"] = chosen
-    windows = [each for each in (None, 1, 0.5, 2.25, 1 / 86_400_000_000) if rng.random() < 0.5]
+    windows = [item for item in (None, 1, 0.5, 2.25, 1 / 86_400_000_000) if rng.random() < 0.5]
     if windows:
         counter["window_days"] = windows
     if rng.random() < 0.5:

@@ -24,7 +24,7 @@ from tests.reference.log import Log, Row
 def log_rows(drawn: DrawnLog, rows: list[Row], schema: Schema) -> LogRows:
     uses = column_uses(schema)
     table = {name: pa.array([row[name] for row in rows], drawn.types[name]) for name in uses}
-    return LogRows(pa.table({name: canonicalize(name, uses[name], each) for name, each in table.items()}), schema)
+    return LogRows(pa.table({name: canonicalize(name, uses[name], item) for name, item in table.items()}), schema)
 
 
 def event_rows(drawn: DrawnLog, rows: list[Row], schema: Schema) -> LogRows:
@@ -40,18 +40,18 @@ def batches(random: np.random.Generator, rows: list[Row]) -> list[list[Row]]:
     return [mixed[a:b] for a, b in zip([0, *edges], [*edges, len(mixed)], strict=True) if b > a]
 
 
-def same(one: FeaturePipeline, other: FeaturePipeline, rows: LogRows) -> None:
+def same(first: FeaturePipeline, second: FeaturePipeline, rows: LogRows) -> None:
     """Both say the same of rows, to the last bit, in all ways of asking: as rows of a log and as requests of a row."""
-    assert_same(one.encode(rows), other.encode(rows))
-    names = {name: name in ("item", "brand") for name in one.schema.input_columns()}
+    assert_same(first.encode(rows), second.encode(rows))
+    names = {name: name in ("item", "brand") for name in first.schema.input_columns()}
 
     def requests() -> RequestRows:
         own, shared = ({name: rows.column(name) for name, is_own in names.items() if is_own == of} for of in (1, 0))
-        return RequestRows(ServingRows(shared, len(rows), one.schema), own, np.arange(len(rows)))
+        return RequestRows(ServingRows(shared, len(rows), first.schema), own, np.arange(len(rows)))
 
-    for mine, theirs in zip(one.request_inputs(requests()), other.request_inputs(requests()), strict=True):
+    for mine, theirs in zip(first.request_inputs(requests()), second.request_inputs(requests()), strict=True):
         assert_same_inputs(mine, theirs)
-    for mine, theirs in zip(one.explain(requests()), other.explain(requests()), strict=True):
+    for mine, theirs in zip(first.explain(requests()), second.explain(requests()), strict=True):
         assert mine.keys() == theirs.keys()
         for name, values in mine.items():
             np.testing.assert_array_equal(values, theirs[name], err_msg=name)
@@ -75,11 +75,11 @@ def test_live_rows_count_as_if_memories_had_been_extended(
     pipeline, extended = FeaturePipeline(schema), FeaturePipeline(schema)
     live, learnt = LiveUpdates(pipeline.point_in_time_encoders), 0
     for source, (rows, canonical_rows) in of_logs.items():
-        encoders = {name: each for name, each in pipeline.point_in_time_encoders.items() if each.source == source}
+        encoders = {name: item for name, item in pipeline.point_in_time_encoders.items() if item.source == source}
         # Some early rows come late, after what they are counted for had been compacted.
         at = [row["time"] if source is None else row["bought_at"] for row in rows]
         early = [row for row, time in zip(rows, at, strict=True) if time <= until and random.random() < 0.8]
-        later = [row for row in rows if not any(row is other for other in early)]
+        later = [row for row in rows if not any(row is second for second in early)]
         for name, encoder in encoders.items() if early else ():
             events = encoder.events(canonical_rows(drawn, early, schema))
             write_event_store(encoder.compacted(encoder.extended(encoder.store, events), until + 1), tmp_path, name)
@@ -95,7 +95,7 @@ def test_live_rows_count_as_if_memories_had_been_extended(
                 encoder.store = encoder.extended(encoder.store, events)
     assert live.rows == learnt
     moments = [until + 1, until + 2, int(times.max()), *(times.max() + np.array([1, DAY // 2, 2 * DAY, 9 * DAY]))]
-    asking = naive.at_moments(6, [int(each) for each in [*moments, *random.choice(times[times > until], 3)]])
+    asking = naive.at_moments(6, [int(moment) for moment in [*moments, *random.choice(times[times > until], 3)]])
     same(pipeline.with_live(live), extended, log_rows(drawn, asking, schema))
 
 
@@ -106,4 +106,4 @@ PARTS = 5
 def test_counters_histories_and_labels_equal_the_reference(part: int, tmp_path: Path) -> None:
     compared = [compare(seed, tmp_path / str(seed)) for seed in range(part, settings().max_examples, PARTS)]
     # Nearly every log can be built.
-    assert sum(each > 100 for each in compared) > 0.75 * len(compared)
+    assert sum(item > 100 for item in compared) > 0.75 * len(compared)

@@ -37,9 +37,9 @@ def test_the_last_known_event_is_that_of_a_loop(data, rows, way, unit, start):
     asked = ask(keys, times)
     join = kind(events, asked)
     for earlier in (0, 3 * unit, unit // 1000, 6 * unit, 2 * unit):  # windows of several units share a join
-        found = join.last(earlier)[asked.inverse]
+        actual = join.last(earlier)[asked.inverse]
         for row in range(rows):
             before = np.flatnonzero((events.key == keys[row]) & (events.available_at <= times[row] - earlier))
-            assert found[row] == (before[-1] if len(before) else -1)
+            assert actual[row] == (before[-1] if len(before) else -1)
             if len(before):
                 assert join.first[asked.inverse][row] == np.flatnonzero(events.key == keys[row])[0]

@@ -66,9 +66,9 @@ def test_a_sum_is_the_float_nearest_to_that_of_rounded_labels_in_any_order(seed:
         inside = (key == keys[:, None]) & (known <= times[:, None])
         if window is not None:
             inside &= known > times[:, None] - window
-        found = seen.totals(window)
-        assert found[0].tolist() == inside.sum(axis=1).tolist()
-        assert found[1].tolist() == [float(sum(exact[row] for row in np.flatnonzero(rows))) for rows in inside]
+        actual = seen.totals(window)
+        assert actual[0].tolist() == inside.sum(axis=1).tolist()
+        assert actual[1].tolist() == [float(sum(exact[row] for row in np.flatnonzero(rows))) for rows in inside]
 
 
 def test_sums_up_to_the_range_are_exact_and_beyond_it_refused() -> None:

@@ -61,19 +61,19 @@ def counted(events: list[Event], key: int, now: int) -> tuple[Any, ...]:
 
 
 def answers(store: CounterStore, asked: Lookups) -> list[tuple[Any, ...]]:
-    found = LookupTotals(store, asked)
-    columns = *found.totals(WINDOW), *found.totals(None), found.last_positive()
-    return list(zip(*(each[asked.inverse].tolist() for each in columns), strict=True))
+    actual = LookupTotals(store, asked)
+    columns = *actual.totals(WINDOW), *actual.totals(None), actual.last_positive()
+    return list(zip(*(column[asked.inverse].tolist() for column in columns), strict=True))
 
 
 def lists_of(store: Any, asked: Lookups, length: int) -> list[list[tuple[int, ...]]]:
     """Items and their attributes."""
     parts = store.last_events(asked, length)
-    for each in parts:
-        assert (each.values.dtype, each.lengths.dtype) == (np.int64, np.int32)
-        assert each.lengths.tolist() == parts[0].lengths.tolist()
-    parts = [each.take(asked.inverse) for each in parts]
-    events = list(zip(*(each.values.tolist() for each in parts), strict=True))
+    for part in parts:
+        assert (part.values.dtype, part.lengths.dtype) == (np.int64, np.int32)
+        assert part.lengths.tolist() == parts[0].lengths.tolist()
+    parts = [part.take(asked.inverse) for part in parts]
+    events = list(zip(*(part.values.tolist() for part in parts), strict=True))
     return [events[a:b] for a, b in pairwise(parts[0].offsets.tolist())]
 
 
@@ -94,10 +94,10 @@ def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
         store = extended(store, [e for e, at in zip(events, arrives, strict=True) if start <= at < end])
         here = [event for event, at in zip(events, arrives, strict=True) if at < end]
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
-        expected = [counted(here, *each)[asked_for] for each in zip(keys.tolist(), times.tolist(), strict=True)]
-        assert [each[asked_for] for each in answers(store, asking(keys, times))] == expected
+        expected = [counted(here, *item)[asked_for] for item in zip(keys.tolist(), times.tolist(), strict=True)]
+        assert [answer[asked_for] for answer in answers(store, asking(keys, times))] == expected
         store = store.with_columns(store.compacted(end, WINDOW, forever).to_columns(), end)
-        last = {key: max(moment for other, moment, _ in here if other == key) for key, _, _ in here}
+        last = {key: max(moment for second, moment, _ in here if second == key) for key, _, _ in here}
         remembered = {key for key, moment in last.items() if forever or moment > end - WINDOW}
         assert set(store.events.key.tolist()) == remembered
     if late == 0 and forever:
@@ -123,7 +123,7 @@ def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, cu
         here = [event for event, at in zip(events, arrives, strict=True) if at < end]
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
         asked = zip(keys.tolist(), times.tolist(), strict=True)
-        seen = [visible_events(here, *each)[-length:] for each in asked]
+        seen = [visible_events(here, *entry)[-length:] for entry in asked]
         expected = [[(item, int(attribute_of(known))) for _, known, item in events] for events in seen]
         assert lists_of(store, asking(keys, times), length) == expected
         store = store.with_columns(store.compacted(end, length).to_columns(), end)
@@ -131,9 +131,9 @@ def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, cu
 
 def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
     store, level = (history_of(drawn(seed, 30)[1]) for seed in (0, 1))
-    one, two = store.with_levels([level]), store.with_levels([level, level])
-    assert one.events is two.events
-    assert "unique_keys" in vars(one.events), "no request has to wait for it"
+    first, two = store.with_levels([level]), store.with_levels([level, level])
+    assert first.events is two.events
+    assert "unique_keys" in vars(first.events), "no request has to wait for it"
 
 
 def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +141,10 @@ def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pyte
         monkeypatch.setattr(join, name, value)
     copied, several, most = 0, tuple[range, ...](), 0
 
-    def merged(one: range, other: range) -> range:
+    def merged(first: range, second: range) -> range:
         nonlocal copied
-        copied += len(one) + len(other)
-        return range(len(one) + len(other))
+        copied += len(first) + len(second)
+        return range(len(first) + len(second))
 
     for _ in range(4096):
         several = add_level(several, range(4), merged)

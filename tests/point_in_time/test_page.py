@@ -54,9 +54,9 @@ def rows_of(table: list[dict[str, str]]) -> LogRows:
 
 @pytest.fixture
 def encoder() -> CounterEncoder:
-    (found,) = FeaturePipeline(SCHEMA).point_in_time_encoders.values()
-    assert isinstance(found, CounterEncoder)
-    return found
+    (actual,) = FeaturePipeline(SCHEMA).point_in_time_encoders.values()
+    assert isinstance(actual, CounterEncoder)
+    return actual
 
 
 def test_labels_become_available_when_the_page_says(encoder):
@@ -72,12 +72,12 @@ def test_the_store_equals_the_page(encoder):
         columns = left.to_columns()
         users = [names[key] for key in columns["key"].tolist()]
         clicks = (columns["label_sum"] / LABEL_SCALE).tolist()
-        found = zip(users, columns["available_at"].tolist(), columns["rows"].tolist(), clicks, strict=True)
+        actual = zip(users, columns["available_at"].tolist(), columns["rows"].tolist(), clicks, strict=True)
         rows, sums = "rows" + when, "clicks" + when
         expected = [
             (row["user"], moment(row["available"]), int(row[rows]), int(row[sums])) for row in STORE if row[rows]
         ]
-        assert sorted(found) == sorted(expected)
+        assert sorted(actual) == sorted(expected)
 
 
 @pytest.mark.parametrize("cuts", [[], [4 * DAY], [3 * DAY, 8 * DAY]])
@@ -104,8 +104,8 @@ def test_requests_get_what_the_page_says(encoder, cuts):
     for number in encoder.numbers.values():
         number.finish_fit()
     results, inputs = encoder.look_up(requests), encoder.encode(requests).standardized().dense
-    for found, name in ((results, "log(1 + clicks)"), (inputs, "standardized")):
-        np.testing.assert_allclose(found["clicks_log_sum_7d"], [float(row[name]) for row in REQUESTS], atol=5e-5)
+    for actual, name in ((results, "log(1 + clicks)"), (inputs, "standardized")):
+        np.testing.assert_allclose(actual["clicks_log_sum_7d"], [float(row[name]) for row in REQUESTS], atol=5e-5)
 
 
 def test_what_each_step_names_is_there():

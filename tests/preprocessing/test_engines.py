@@ -148,7 +148,7 @@ def test_rows_arrive_by_sender_and_no_file_stays_once_it_is_removed(tmp_path):
     assert [table["row"].to_pylist() for table in exchange.receive("rows", 0)] == [[0, 2], [10, 12]]
     exchange.remove()
     assert not exchange.folder.exists()
-    opened = (os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd"))
+    opened = (os.path.realpath(f"/proc/self/fd/{item}") for item in os.listdir("/proc/self/fd"))
     assert not [path for path in opened if f"{exchange.folder}/" in path]
 
 

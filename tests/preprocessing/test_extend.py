@@ -85,7 +85,7 @@ def test_the_manifest_and_what_is_at_hand(growing):
     assert taken.manifest == after
     built = growing.prepare("whole", windows)
     for name in ("latest.user.parquet", "latest.candidate.parquet"):
-        mine, theirs = (pq.read_table(each.serving / name) for each in (extended.features, built))
+        mine, theirs = (pq.read_table(item.serving / name) for item in (extended.features, built))
         assert mine.equals(theirs)
     whole = built.manifest
     # A model of the one must not be scored on rows of the other: their ids have other rows.
@@ -134,7 +134,7 @@ def _change_schema(log: Growing) -> None:
 
 
 def _drop_feature(log: Growing) -> None:
-    _with_features(log, lambda features: {name: each for name, each in features.items() if name != "price"})
+    _with_features(log, lambda features: {name: item for name, item in features.items() if name != "price"})
 
 
 def _swap_features(log: Growing) -> None:
@@ -142,7 +142,7 @@ def _swap_features(log: Growing) -> None:
 
 
 def _change_type(log: Growing) -> None:
-    items = pa.array([str(each) for each in log.table["item"].to_pylist()])
+    items = pa.array([str(value) for value in log.table["item"].to_pylist()])
     pq.write_table(log.table.set_column(1, "item", items), log.folder / "log" / "strings.parquet")
 
 

@@ -44,7 +44,7 @@ def _existing(log: Growing, windows: dict, **options: object) -> FeatureFolder |
 
 
 def _memories(prepared: FeatureFolder) -> dict[str, bytes]:
-    return {name: each for name, each in files_of(prepared.serving).items() if name != "pipeline.json"}
+    return {name: item for name, item in files_of(prepared.serving).items() if name != "pipeline.json"}
 
 
 def test_days_go_on_as_if_old_files_were_still_there(growing, tmp_path):
@@ -73,19 +73,19 @@ def _check_at_hand(log: Growing, windows: dict) -> None:
     oldest = max((log.folder / "log").iterdir(), key=lambda path: int(path.stem))
     content = oldest.read_bytes()
     oldest.unlink()
-    found = _existing(log, windows)
-    assert prepare(BuildInputs(log.source, log.schema, windows, log.work)).manifest == found.manifest
+    actual = _existing(log, windows)
+    assert prepare(BuildInputs(log.source, log.schema, windows, log.work)).manifest == actual.manifest
     assert log.extend(windows) is None
     oldest.write_bytes(content)  # put back, at another time
     assert _existing(log, windows) is not None
     assert files_of(log.work) == before
 
 
-def test_features_that_were_not_extended_are_built_anew_unless_a_model_goes_on_from_them(growing):
+def test_features_that_were_not_extended_are_rebuilt_unless_a_model_goes_on_from_them(growing):
     before = growing.prepare().manifest
     _remove(growing, 100)
-    found = _existing(growing, WINDOWS)
-    assert found.manifest == before
+    actual = _existing(growing, WINDOWS)
+    assert actual.manifest == before
     assert (
         prepare(BuildInputs(growing.source, growing.schema, WINDOWS, growing.work), keep_existing=True).manifest
         == before
@@ -146,15 +146,15 @@ def test_events_of_a_file_that_is_gone_do_not_count_twice(growing, how):
     assert growing.extend(LATER, on_duplicates="keep") is not None
 
 
-def test_events_that_may_have_come_twice_are_told(growing, capsys):
+def test_events_that_may_have_come_twice_are_reported(growing, capsys):
     growing.add(8, 10)
     old = growing.folder / "events" / "98.parquet"
     pq.write_table(pq.read_table(old).slice(0), old.with_name("again.parquet"), compression="none")
     assert growing.extend(LATER) is not None
-    told = " ".join(capsys.readouterr().err.split())
-    assert "may hold the events of" in told
-    assert "98.parquet': they are of its times" in told
-    assert "If they are the same, they count twice" in told
+    sentence = " ".join(capsys.readouterr().err.split())
+    assert "may hold the events of" in sentence
+    assert "98.parquet': they are of its times" in sentence
+    assert "If they are the same, they count twice" in sentence
 
 
 def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +186,8 @@ def test_a_file_that_is_delivered_again_counts_once(growing, tmp_path, monkeypat
         assert _existing(growing, WINDOWS if end == 10 else LATER) is not None
         capsys.readouterr()
         assert growing.extend(LATER) is None
-        told = capsys.readouterr().err
-        assert ("with the bytes of another one, such as" in told) == (how in ("copy", "link"))
+        sentence = capsys.readouterr().err
+        assert ("with the bytes of another one, such as" in sentence) == (how in ("copy", "link"))
         for log in (growing, whole):
             log.add(end - 2, end)
             if how == "name" and log is growing and end == 10:
@@ -207,9 +207,9 @@ def test_files_with_the_same_bytes_count_once_in_a_build(growing, capsys):
     expected = files_of(before.folder / "encoded"), _memories(before)
     for name in ("log", "events"):
         shutil.copyfile(growing.folder / name / "99.parquet", growing.folder / name / "again.parquet")
-    found = growing.prepare("other")
+    actual = growing.prepare("other")
     assert capsys.readouterr().err.count("left out: 2 files with the bytes of another one, such as ") == 1
-    assert (files_of(found.folder / "encoded"), _memories(found)) == expected
+    assert (files_of(actual.folder / "encoded"), _memories(actual)) == expected
     assert (
         find_existing_features(BuildInputs(growing.source, growing.schema, WINDOWS, growing.folder / "other"))
         is not None
@@ -223,14 +223,14 @@ def test_new_files_have_the_types_of_those_that_are_gone(growing):
     _remove(growing, 98)
     path = growing.folder / "log" / "97.parquet"
     table = pq.read_table(path)
-    items = pa.array([str(each) for each in table["item"].to_pylist()])
+    items = pa.array([str(value) for value in table["item"].to_pylist()])
     pq.write_table(with_column(table, "item", items), path)
     message = r"column 'item' changes its type: int64 in the fitted features, string in '.*97.parquet'; write all"
     with pytest.raises(UserError, match=message):
         growing.extend(LATER)
     growing.add(10, 12.1)
     extended = growing.extend(LATER, **SKIP)
-    assert [Path(each["file"]).name for each in extended.features.manifest["skipped"]] == ["97.parquet"]
+    assert [Path(item["file"]).name for item in extended.features.manifest["skipped"]] == ["97.parquet"]
 
 
 # Files that were left out
@@ -249,7 +249,7 @@ def _spoil(path: Path, how: str) -> bytes:
 
 
 def _left_out(prepared: FeatureFolder) -> list[str]:
-    return [Path(each["file"]).name for each in prepared.manifest["skipped"]]
+    return [Path(item["file"]).name for item in prepared.manifest["skipped"]]
 
 
 @pytest.mark.parametrize("how", ["cut", "label"])
@@ -274,34 +274,34 @@ def test_a_file_that_was_left_out_is_removed(tmp_path, how):
 @pytest.mark.parametrize("how", ["cut", "label"])
 def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(tmp_path, how):
     """As if it had come with the next day."""
-    log, other = Growing(tmp_path / "mended"), Growing(tmp_path / "other")
-    for each in (log, other):
-        each.add(0, 8)
+    log, second = Growing(tmp_path / "mended"), Growing(tmp_path / "other")
+    for item in (log, second):
+        item.add(0, 8)
     log.add(8, 9)
     path = log.folder / "log" / "99.parquet"
     whole = _spoil(path, how)
     log.prepare(**SKIP)
-    other.prepare()
+    second.prepare()
     path.write_bytes(whole)
     assert _existing(log, WINDOWS) is None
-    other.add(8, 9)
-    for each in (log, other):
-        each.add(9, 10.5)
+    second.add(8, 9)
+    for item in (log, second):
+        item.add(9, 10.5)
     # The events of that day were good, and are counted already.
-    (other.folder / "events" / "99.parquet").rename(tmp_path / "events.parquet")
-    mine, theirs = log.extend(LATER), other.extend(LATER)
+    (second.folder / "events" / "99.parquet").rename(tmp_path / "events.parquet")
+    mine, theirs = log.extend(LATER), second.extend(LATER)
     assert mine.rows == theirs.rows
     assert mine.files == 3
     assert _left_out(mine.features) == []
     for split in ("train", "validation"):
         columns = ["user", "candidate", "time", "label.click"]
-        one, two = (pq.read_table(each.features.split(split), columns=columns) for each in (mine, theirs))
-        assert one.equals(two)
+        first, two = (pq.read_table(item.features.split(split), columns=columns) for item in (mine, theirs))
+        assert first.equals(two)
     clicks = [
-        FeaturePipeline.load(each.features.serving).point_in_time_encoders["item_click"] for each in (mine, theirs)
+        FeaturePipeline.load(item.features.serving).point_in_time_encoders["item_click"] for item in (mine, theirs)
     ]
-    one, two = (pa.table(each.store.to_columns()) for each in clicks)
-    assert one.equals(two)
+    first, two = (pa.table(click.store.to_columns()) for click in clicks)
+    assert first.equals(two)
 
 
 def test_requests_that_come_late_count_and_are_reported(growing, tmp_path, capsys):
@@ -317,13 +317,13 @@ def test_requests_that_come_late_count_and_are_reported(growing, tmp_path, capsy
         log.add(10, 12.1)
     pq.write_table(rows.slice(0, 5), growing.folder / "log" / "late.parquet")
     capsys.readouterr()
-    found, expected = growing.extend(LATER), whole.extend(LATER)
+    actual, expected = growing.extend(LATER), whole.extend(LATER)
     assert "late.parquet' came late, with requests from 2023-11-22" in " ".join(capsys.readouterr().err.split())
-    assert found.rows == expected.rows + 5
+    assert actual.rows == expected.rows + 5
     for name in ("item_click", "n"):
-        mine, theirs = (each.features.serving / f"{name}.memory" for each in (found, expected))
+        mine, theirs = (item.features.serving / f"{name}.memory" for item in (actual, expected))
         assert remembered(mine).equals(remembered(theirs))
-    mine, theirs = (pq.read_table(each.features.split("test")) for each in (found, expected))
+    mine, theirs = (pq.read_table(item.features.split("test")) for item in (actual, expected))
     assert mine["time"].equals(theirs["time"])
     assert len(mine) > 5
 

@@ -147,7 +147,7 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
     twice = str(write_log(tmp_path / "twice", table, table.slice(150, 2)))
     times = pa.array(times_of(table) + 40_000 * DAY).cast(table.schema.field("time").type)
     future = str(write_log(tmp_path / "future", with_column(table, "time", times)))
-    late = {name: tuple(t if t is None else t + 40_000 * DAY for t in each) for name, each in WINDOWS.items()}
+    late = {name: tuple(t if t is None else t + 40_000 * DAY for t in item) for name, item in WINDOWS.items()}
     cases = {
         "on_duplicates": (twice, WINDOWS, "repeats request and candidate"),
         "on_future_times": (future, late, "a request in the future"),
@@ -170,7 +170,7 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
     place, skipping = (str(folder), SCHEMA, WINDOWS, tmp_path / "some"), BuildOptions(skip_bad_files=True)
     prepared = prepare(BuildInputs(*place, skipping))
     skipped = prepared.manifest["skipped"]
-    assert [Path(each["file"]).name for each in skipped] == ["1.parquet", "9.parquet"]
+    assert [Path(item["file"]).name for item in skipped] == ["1.parquet", "9.parquet"]
     assert "holds 7" in skipped[0]["reason"]
     good = write_log(tmp_path / "good", table.slice(0, 150), table.slice(150))
     whole = prepare(BuildInputs(str(good), SCHEMA, WINDOWS, tmp_path / "whole"))
@@ -192,13 +192,13 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
 def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_path):
     source = write_log(tmp_path / "log", random_log(0, 300))
     events = {"purchases": {"path": str(tmp_path), "time": "time"}}
-    inside, apart = source / "work", tmp_path / "apart"
+    inside, separate = source / "work", tmp_path / "apart"
     own = (
         r"`data.log` '.*/log' takes in what is written to `data.work_dir` '.*/log/work'.*set `data.work_dir` "
         r"to a folder that"
     )
     theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work_dir` '.*/apart'"
-    for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), apart, theirs)):
+    for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), separate, theirs)):
         for built in (prepare, find_existing_features, extend):
             with pytest.raises(UserError, match=message):
                 built(BuildInputs(str(source), schema, WINDOWS, work))
@@ -254,7 +254,7 @@ def test_names_of_columns_change_nothing(tmp_path, names):
         assert_same(_encoded(plain, split)[0], _encoded(odd, split)[0])
         assert _encoded(plain, split)[1].equals(_encoded(odd, split)[1])
     for role in ("user", "candidate"):
-        plain_latest, odd_latest = (pq.read_table(each.serving / f"latest.{role}.parquet") for each in prepared)
+        plain_latest, odd_latest = (pq.read_table(item.serving / f"latest.{role}.parquet") for item in prepared)
         assert odd_latest.equals(_renamed(plain_latest, names))
 
 
@@ -268,9 +268,9 @@ def _with_columns(tree: Any, names: dict[str, str]) -> Any:
 
     def change(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: change(name, each) for name, each in value.items()}
+            return {name: change(name, item) for name, item in value.items()}
         if isinstance(value, list):
-            return [change(key, each) for each in value]
+            return [change(key, item) for item in value]
         return names.get(value, value) if key in naming and isinstance(value, str) else value
 
     return change("", tree)

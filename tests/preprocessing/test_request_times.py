@@ -62,17 +62,17 @@ def test_all_is_that_of_a_log_with_the_first_times(
     """Features, splits, labels, statistics, latest attributes and memories, to the last byte."""
     table = with_requests(random_log(3))
     options = {"workers": workers, "rows_in_memory": rows_in_memory}
-    found = _build(tmp_path / "it's [found]?*", *_cut(table, rows), **options)
+    actual = _build(tmp_path / "it's [found]?*", *_cut(table, rows), **options)
     expected = _build(tmp_path / "expected", *_cut(_with_first_times(table), rows), **options)
-    assert _encoded_and_state(found) == _encoded_and_state(expected)
-    told, plain = found.manifest["requests"], expected.manifest["requests"]
+    assert _encoded_and_state(actual) == _encoded_and_state(expected)
+    message, plain = actual.manifest["requests"], expected.manifest["requests"]
     frame = pd.DataFrame({"request": table["request"].to_pylist(), "time": times_of(table)}).groupby("request")["time"]
-    assert told["count"] == plain["count"] == frame.ngroups
-    assert (told["conflicting_times"], plain["conflicting_times"]) == ((frame.nunique() > 1).sum(), 0)
-    assert told["longest_microseconds"] == (frame.max() - frame.min()).max()
+    assert message["count"] == plain["count"] == frame.ngroups
+    assert (message["conflicting_times"], plain["conflicting_times"]) == ((frame.nunique() > 1).sum(), 0)
+    assert message["longest_microseconds"] == (frame.max() - frame.min()).max()
     assert describe_conflicting_times(plain) is None
-    assert describe_conflicting_times(told) == (
-        f"{told['conflicting_times']} of {told['count']} requests have rows with several times, up to 48.0 "
+    assert describe_conflicting_times(message) == (
+        f"{message['conflicting_times']} of {message['count']} requests have rows with several times, up to 48.0 "
         "hours apart. All rows of a request take its first time. Are request IDs reused?"
     )
 
@@ -108,10 +108,10 @@ def test_the_first_time_is_not_that_of_a_file_left_out(tmp_path: Path) -> None:
     bad = table.slice(0, 120)
     bad = with_column(bad, "click", pa.array(np.full(120, 7.0)))
     rest = table.slice(120)
-    found = _build(tmp_path / "found", bad, *_cut(rest, 90), skip_bad_files=True)
-    assert len(found.manifest["skipped"]) == 1
+    actual = _build(tmp_path / "found", bad, *_cut(rest, 90), skip_bad_files=True)
+    assert len(actual.manifest["skipped"]) == 1
     expected = _build(tmp_path / "expected", *_cut(_with_first_times(rest), 90))
-    assert _encoded_and_state(found) == _encoded_and_state(expected)
+    assert _encoded_and_state(actual) == _encoded_and_state(expected)
 
 
 def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -> None:
@@ -150,35 +150,35 @@ def test_a_request_of_several_users_is_refused(tmp_path: Path, small_pieces: Non
     with pytest.raises(UserError) as caught:
         _build(tmp_path, *_cut(table, 100))
     place = r"row (\d+) of '([^']+)'"
-    found = re.fullmatch(
+    actual = re.fullmatch(
         rf"{place} and {place} are of one request \(column 'request'\) and differ in column 'user', as do rows of "
         r"(\d+) requests: a request is one user's: give each request an id of its own, or set columns.request_scope to "
         r"user if ids are a user's own",
         str(caught.value),
     )
-    *rows, count = found.groups()
+    *rows, count = actual.groups()
     assert int(count) == mixed.sum()
-    one, other = (pq.read_table(file).slice(int(row), 1).to_pylist()[0] for row, file in (rows[:2], rows[2:]))
-    assert one["request"] == other["request"]
-    assert one["user"] != other["user"]
+    first, second = (pq.read_table(file).slice(int(row), 1).to_pylist()[0] for row, file in (rows[:2], rows[2:]))
+    assert first["request"] == second["request"]
+    assert first["user"] != second["user"]
 
 
 def test_ids_of_a_user_make_requests_with_the_user(tmp_path: Path, small_pieces: None) -> None:
     own = SCHEMA.model_copy(update={"columns": SCHEMA.columns.model_copy(update={"request_scope": "user"})})
-    found = _build(tmp_path / "found", *_cut(_of_several_users(), 100), schema=own)
+    actual = _build(tmp_path / "found", *_cut(_of_several_users(), 100), schema=own)
     expected = _build(tmp_path / "expected", *_cut(with_requests(random_log(3)), 100))
     for split in WINDOWS:
-        one, other = (pq.read_table(each.split(split)) for each in (found, expected))
-        assert one.drop_columns(["request"]) == other.drop_columns(["request"])
-        pairs = set(zip(one["request"].to_pylist(), other["request"].to_pylist(), strict=True))
-        assert len(pairs) == len(set(one["request"].to_pylist())) == len(set(other["request"].to_pylist()))
-    assert found.manifest["requests"] == expected.manifest["requests"]
+        first, second = (pq.read_table(item.split(split)) for item in (actual, expected))
+        assert first.drop_columns(["request"]) == second.drop_columns(["request"])
+        pairs = set(zip(first["request"].to_pylist(), second["request"].to_pylist(), strict=True))
+        assert len(pairs) == len(set(first["request"].to_pylist())) == len(set(second["request"].to_pylist()))
+    assert actual.manifest["requests"] == expected.manifest["requests"]
 
 
 def test_without_a_request_column_there_is_nothing_to_find(tmp_path: Path) -> None:
     prepared = _build(tmp_path, random_log(3), schema=schema_of(ALL_KINDS))
     assert prepared.manifest["requests"] is None
-    assert [each.name for each in (prepared.folder / "requests").iterdir()] == ["rows.parquet"]
+    assert [path.name for path in (prepared.folder / "requests").iterdir()] == ["rows.parquet"]
 
 
 class _Days:
@@ -205,18 +205,18 @@ class _Days:
         return extended
 
 
-def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: Path) -> None:
+def test_rows_of_a_request_of_days_before_are_reported_and_not_encoded(tmp_path: Path) -> None:
     days = _Days(tmp_path)
     late = np.flatnonzero((times_of(days.old) > times_of(_with_first_times(days.old))) & (times_of(days.old) > START))
     late = late[-7:]
     rest = np.setdiff1d(np.arange(days.old.num_rows), late)
     moved = days.old.take(pa.array(late))
     prepared = days.extend(pa.concat_tables([moved, days.new]), days.old.take(pa.array(rest)))
-    told = prepared.manifest["requests"]
-    assert (told["continued"], told["continued_rows"]) == (len(set(moved["request"].to_pylist())), 7)
+    message = prepared.manifest["requests"]
+    assert (message["continued"], message["continued_rows"]) == (len(set(moved["request"].to_pylist())), 7)
     whole = pd.DataFrame({"request": days.table["request"].to_pylist(), "time": times_of(days.table)})
-    assert told["count"] == whole["request"].nunique()
-    assert told["conflicting_times"] == (whole.groupby("request")["time"].nunique() > 1).sum()
+    assert message["count"] == whole["request"].nunique()
+    assert message["conflicting_times"] == (whole.groupby("request")["time"].nunique() > 1).sum()
     assert prepared.manifest["splits"]["test"]["rows"] == days.new.num_rows
     encoded = pq.read_table(prepared.split("test"))["request"].to_pylist()
     assert set(encoded) == set(days.new["request"].to_pylist())
@@ -253,12 +253,12 @@ def test_rows_that_came_before_count_once(
     extended = extend(BuildInputs(*place))
     assert f"left out: {repeated:,} rows of new files that came before, such as row " in capsys.readouterr().err
     assert extended.rows == days.new.num_rows
-    found = extended.features
-    assert files_of(found.serving) == files_of(expected.serving)
-    assert pq.read_table(found.split("test")) == pq.read_table(expected.split("test"))
-    assert [each.name for each in (found.folder / "encoded").iterdir() if each.is_dir()] == ["test"]
-    assert found.manifest["requests"] == expected.manifest["requests"]
-    kept = [pq.read_table(each.folder / "requests" / "rows.parquet") for each in (found, expected)]
+    actual = extended.features
+    assert files_of(actual.serving) == files_of(expected.serving)
+    assert pq.read_table(actual.split("test")) == pq.read_table(expected.split("test"))
+    assert [path.name for path in (actual.folder / "encoded").iterdir() if path.is_dir()] == ["test"]
+    assert actual.manifest["requests"] == expected.manifest["requests"]
+    kept = [pq.read_table(item.folder / "requests" / "rows.parquet") for item in (actual, expected)]
     assert kept[0] == kept[1]
     assert len(kept[0]) == days.old.num_rows + days.new.num_rows
     # Nothing is new on the day after, when rows of the day before come again.
@@ -275,7 +275,7 @@ def test_rows_that_came_before_are_kept_if_that_is_meant(tmp_path: Path) -> None
     assert (prepared.manifest["rows"], prepared.manifest["requests"]["continued_rows"]) == (407, 7)
 
 
-def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
+def test_ids_that_are_all_used_again_are_reported(tmp_path: Path) -> None:
     days = _Days(tmp_path)
     again = days.new.slice(0, 20)
     for column in ("user", "request"):
@@ -300,8 +300,8 @@ def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> 
     days = _Days(tmp_path)
     again = with_column(days.new, "request", np.zeros(days.new.num_rows, int))
     user = days.old["user"].to_pylist()[days.old["request"].to_pylist().index(0)]
-    other = pa.array([each for each in set(days.new["user"].to_pylist()) if each != user][:1] * 2)
-    again = again.slice(0, 2).set_column(0, "user", other)
+    second = pa.array([value for value in set(days.new["user"].to_pylist()) if value != user][:1] * 2)
+    again = again.slice(0, 2).set_column(0, "user", second)
     with pytest.raises(UserError) as caught:
         days.extend(pa.concat_tables([again, days.new]))
     said = r"a row of the files before and row 0 of '.*new.parquet' are of one request .* differ in column 'user'"

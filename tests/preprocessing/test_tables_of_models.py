@@ -47,50 +47,50 @@ class ServedModel:
             self.features, self.last = out, made.as_of
         return made
 
-    def anew(self) -> tuple[Path, WrittenTables]:
+    def rebuilt(self) -> tuple[Path, WrittenTables]:
         out = self.folder / "anew"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         return out, rebuild_tables(self.folder / "0", self.logs(), out)
 
 
-def assert_same_tables(one: Path, other: Path, compare_files: bool = True) -> int:
+def assert_same_tables(first: Path, second: Path, compare_files: bool = True) -> int:
     """All that lies in both folders is the same; gives the rows of memories that were compared.
 
     How a memory or the requests are divided into files does not matter. compare_files: whether both hold the same files
     of the log, too.
     """
-    names = {path.name for path in one.iterdir()} | {path.name for path in other.iterdir()}
+    names = {path.name for path in first.iterdir()} | {path.name for path in second.iterdir()}
     compared = 0
     for name in sorted(names):
-        mine, its = one / name, other / name
+        mine, theirs = first / name, second / name
         if mine.suffix == ".json":
-            assert mine.read_bytes() == its.read_bytes() or name == "files.json", name
+            assert mine.read_bytes() == theirs.read_bytes() or name == "files.json", name
             continue
         if name == "requests":
-            assert pq.read_table(mine / "rows.parquet") == pq.read_table(its / "rows.parquet")
+            assert pq.read_table(mine / "rows.parquet") == pq.read_table(theirs / "rows.parquet")
             if not (mine / "requests.parquet").exists():  # requests have no ids
                 continue
-            mine, its = mine / "requests.parquet", its / "requests.parquet"
-        tables = [remembered(each) if mine.suffix == ".memory" else pq.read_table(each) for each in (mine, its)]
+            mine, theirs = mine / "requests.parquet", theirs / "requests.parquet"
+        tables = [remembered(item) if mine.suffix == ".memory" else pq.read_table(item) for item in (mine, theirs)]
         if name == "requests":
-            tables = [each.drop_columns(["rows"]) for each in tables]  # rows of the last step
+            tables = [table.drop_columns(["rows"]) for table in tables]  # rows of the last step
         assert tables[0].schema.equals(tables[1].schema, check_metadata=True), name
         assert tables[0].equals(tables[1]), name
         compared += len(tables[0]) * name.endswith(".memory")
     if compare_files:
-        mine, its = (
-            [{each.uri: each for each in log.files.values()} for log in IncludedFiles.read(each).logs]
-            for each in (one, other)
+        mine, theirs = (
+            [{file.uri: file for file in log.files.values()} for log in IncludedFiles.read(item).logs]
+            for item in (first, second)
         )
-        assert mine == its
-        assert IncludedFiles.read(one).digest == IncludedFiles.read(other).digest
+        assert mine == theirs
+        assert IncludedFiles.read(first).digest == IncludedFiles.read(second).digest
     return compared
 
 
 def ids_of(features: Path) -> list:
     pipeline = FeaturePipeline.load(features, stores=False)
-    return [each.ids.to_pylist() for each in pipeline.vocabularies.values()]
+    return [vocabulary.ids.to_pylist() for vocabulary in pipeline.vocabularies.values()]
 
 
 GROWING = [seed for seed in range(4000, 4000 + settings().max_examples) if draw(seed).stages > 1]
@@ -106,8 +106,8 @@ def test_drawn_logs_with_all_that_a_log_may_hold(tmp_path: Path, seed: int) -> N
         served = _steps(drawn, tmp_path, schema, options)
         if served is None:
             return
-        anew, _ = served.anew()
-        assert_same_tables(served.features, anew)
+        rebuilt, _ = served.rebuilt()
+        assert_same_tables(served.features, rebuilt)
 
 
 def _steps(drawn: DrawnLog, folder: Path, schema, options: BuildOptions) -> ServedModel | None:
@@ -136,10 +136,10 @@ def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -
     served.go_on()
     log.extend(windows_of(10, 11))
     assert ids_of(log.work / "features" / "serving") != known == ids_of(served.features)
-    mine, its = (remembered(each / "bought.memory") for each in (served.features, log.work / "features" / "serving"))
-    assert mine.select(["key", "available_at"]).equals(its.select(["key", "available_at"]))
-    assert not mine.equals(its)
-    assert_same_tables(served.features, served.anew()[0])
+    mine, theirs = (remembered(item / "bought.memory") for item in (served.features, log.work / "features" / "serving"))
+    assert mine.select(["key", "available_at"]).equals(theirs.select(["key", "available_at"]))
+    assert not mine.equals(theirs)
+    assert_same_tables(served.features, served.rebuilt()[0])
 
 
 def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
@@ -154,11 +154,11 @@ def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
     assert (made.rows, served.last) == (0, last)
     assert made.events > 0
     assert not remembered(before / "n.memory").equals(remembered(served.features / "n.memory"))
-    anew = served.anew()[0]
-    assert_same_tables(served.features, anew)
+    rebuilt = served.rebuilt()[0]
+    assert_same_tables(served.features, rebuilt)
     pq.write_table(rows, late)
     served.go_on()
-    assert_same_tables(served.features, served.anew()[0])
+    assert_same_tables(served.features, served.rebuilt()[0])
     assert served.go_on() is None
 
 

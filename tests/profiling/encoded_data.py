@@ -77,7 +77,7 @@ def _frame(rng: np.random.Generator, taste: np.ndarray, split: str, rows: int) -
     missing = rng.random(rows) < 0.3
     price = np.where(missing, 0, rng.normal(size=rows)).astype(np.float32)
     look = rng.normal(size=(rows, 2)) * (rng.random((rows, 1)) > 0.2)
-    tagged = np.array([taste[each].mean() if each else 0.0 for each in tags])
+    tagged = np.array([taste[tag].mean() if tag else 0.0 for tag in tags])
     click = taste[item] + tagged - price + rng.logistic(size=rows) > 1
     user = rng.integers(0, 50, rows)
     seconds = np.sort(rng.integers(0, DAYS[split] * 86_400, rows))
@@ -96,7 +96,7 @@ def _frame(rng: np.random.Generator, taste: np.ndarray, split: str, rows: int) -
             "label.click": click.astype(float),
             "label.stars": np.where(click, rng.integers(1, 6, rows), np.nan),
             "user": user,
-            "candidate": [f"item {each}" for each in item],
+            "candidate": [f"item {entry}" for entry in item],
             "request": np.arange(rows) // 4,
             "time": pd.Timestamp(STARTS[split], tz="UTC") + pd.to_timedelta(seconds, unit="s").as_unit("us"),
         }
@@ -153,17 +153,17 @@ def spoiling(split: str, frame: pd.DataFrame) -> None:
 
 def feature(health: dict, name: str) -> dict:
     """A feature's part of the health."""
-    return next(each for each in health["features"] if each["name"] == name)
+    return next(item for item in health["features"] if item["name"] == name)
 
 
 def part(health: dict, name: str) -> dict:
     """An input's part of the health."""
-    return next(each for feature in health["features"] for each in feature["inputs"] if each["name"] == name)
+    return next(item for feature in health["features"] for item in feature["inputs"] if item["name"] == name)
 
 
-def found(health: dict, check: str) -> list[str]:
+def finding_messages(health: dict, check: str) -> list[str]:
     """What a check's findings are about."""
-    return [each["subject"] for each in health["findings"] if each["check"] == check]
+    return [finding["subject"] for finding in health["findings"] if finding["check"] == check]
 
 
 def _table(frame: pd.DataFrame) -> pa.Table:

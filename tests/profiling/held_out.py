@@ -495,7 +495,7 @@ def spoilt(seed: int, how: str) -> HeldOut:
         "times as text": {"shown_at": columns["shown_at"].cast(pa.string())},
         "users that are missing": {"user_id": where(w.random.random(w.rows) < 0.9, w.user)},
         "users as floats": {"user_id": w.user.astype(np.float64)},
-        "users as bytes": {"user_id": pa.array([str(each).encode() for each in w.user], pa.binary())},
+        "users as bytes": {"user_id": pa.array([str(item).encode() for item in w.user], pa.binary())},
         "labels of -1 and 1": {"clicked": 2 * w.clicked - 1},
     }[how]
     others = {"times as numbers": "hour", "times from zero": "timestamp", "tasks of one name": "same name"}

@@ -11,7 +11,7 @@ from tests.profiling.encoded_data import (
     changed,
     drifting,
     feature,
-    found,
+    finding_messages,
     health_of_frames,
     part,
     random_frames,
@@ -20,8 +20,8 @@ from tests.profiling.encoded_data import (
 
 def message(health: dict, check: str) -> str:
     """The one message of a check."""
-    (told,) = [each["message"] for each in health["findings"] if each["check"] == check]
-    return told
+    (sentence,) = [finding["message"] for finding in health["findings"] if finding["check"] == check]
+    return sentence
 
 
 def test_nothing_suspicious_is_found_in_plain_rows(tmp_path):
@@ -47,7 +47,7 @@ LEAKS = {
     "weight": sign,
     "price": missing,
     "item": lambda frame: frame.update({"id.item": ids(frame)}),
-    "tags": lambda frame: frame.update({"id.tags": [[each] for each in ids(frame)]}),
+    "tags": lambda frame: frame.update({"id.tags": [[item] for item in ids(frame)]}),
     "user_item": lambda frame: frame.update({"id.user_item": ids(frame)}),
 }
 """A feature -> what makes its numbers, its missing values or its ids tell the label."""
@@ -56,7 +56,7 @@ LEAKS = {
 @pytest.mark.parametrize("name", LEAKS)
 def test_a_leak_is_found(tmp_path, name):
     health = health_of_frames(tmp_path, changed(6, lambda _, frame: LEAKS[name](frame)))
-    assert found(health, "leak") == [name]
+    assert finding_messages(health, "leak") == [name]
     assert health["findings"][0]["severity"] == "problem"
     if name == "weight":
         for word in ("feature 'weight'", "(of 'weight')", "task 'click'", "1.000"):
@@ -70,11 +70,11 @@ def test_drift_is_found_in_numbers_and_ids(tmp_path):
             frame["id.when_weekday"] = 1 + frame["id.when_weekday"] % 3
 
     health = health_of_frames(tmp_path, changed(9, drift))
-    assert sorted(found(health, "drift")) == ["item_click", "when"]
+    assert sorted(finding_messages(health, "drift")) == ["item_click", "when"]
     assert part(health, "item_click_rate")["psi"] > 1
-    (told,) = (each["message"] for each in health["findings"] if each["subject"] == "item_click")
-    assert re.search(r"PSI \d\.\d\d: the fraction of values .* in 'item_click_rate' goes from", told)
-    assert "set `window_days` to limit it" in told
+    (sentence,) = (finding["message"] for finding in health["findings"] if finding["subject"] == "item_click")
+    assert re.search(r"PSI \d\.\d\d: the fraction of values .* in 'item_click_rate' goes from", sentence)
+    assert "set `window_days` to limit it" in sentence
 
 
 @pytest.mark.parametrize(("split", "number", "needed"), [("test", 40, 50), ("validation", 80, 100)])
@@ -86,7 +86,7 @@ def test_labels_that_are_too_rare_are_found(tmp_path, split, number, needed):
             frame["label.click"] = (np.arange(len(frame)) < number).astype(float)
 
     health = health_of_frames(tmp_path, changed(16, rare))
-    assert found(health, "rare") == ["click"]
+    assert finding_messages(health, "rare") == ["click"]
     expected = f"task 'click' has {number} rows of its rarer label in {split} rows, and {needed} are needed"
     assert expected in message(health, "rare")
 
@@ -97,7 +97,7 @@ def test_ids_that_training_does_not_know_are_found(tmp_path):
             frame.loc[::3, "id.item"] = 2
 
     health = health_of_frames(tmp_path, changed(10, shift))
-    assert found(health, "unknown") == ["item"]
+    assert finding_messages(health, "unknown") == ["item"]
     assert "of the IDs of feature 'item' in test rows" in message(health, "unknown")
 
 
@@ -105,7 +105,7 @@ def test_what_costs_most_comes_first(tmp_path):
     findings = health_of_frames(tmp_path, changed(14, drifting))["findings"]
     assert (findings[0]["check"], findings[0]["subject"]) == ("unknown", "item")
     assert findings[0]["cost"] == pytest.approx(0.51 + 0.49 * 0.2, abs=0.02)  # a fifth is unknown anyway
-    costs = [each["cost"] for each in findings]
+    costs = [finding["cost"] for finding in findings]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] >= 0
 
@@ -117,7 +117,7 @@ def test_costs_are_those_of_rows_and_importance(tmp_path):
     assert predictive_power(price) == 0.5
     # Only the last bin has more than twice the share that it had in training.
     bins = [{"train": 0.6, "test": 0.3}, {"train": 0.3, "test": 0.35}, {"train": 0.1, "test": 0.35}]
-    price["inputs"][0] |= {"psi": 0.5, "bins": [each | {"bin": "x"} for each in bins]}
+    price["inputs"][0] |= {"psi": 0.5, "bins": [item | {"bin": "x"} for item in bins]}
     for changes, unknown, drift in (
         ({}, 0.4 * 0.5, 0.25 * 0.5),
         ({"is_key": True}, 0.4, 0.25 * 0.5),
@@ -136,8 +136,8 @@ def test_constants_and_rare_values_are_found(tmp_path):
         frame["dense.price_missing"] = np.arange(len(frame)) % 30 > 0
 
     health = health_of_frames(tmp_path, changed(11, empty))
-    assert found(health, "constant") == ["weight", "when"]
-    assert found(health, "coverage") == ["price"]
+    assert finding_messages(health, "constant") == ["weight", "when"]
+    assert finding_messages(health, "coverage") == ["price"]
     assert "3.3% of the train rows and 3.3% of the test rows" in message(health, "coverage")
 
 
@@ -149,8 +149,8 @@ def test_rates_that_change_and_tasks_without_labels_are_found(tmp_path):
             frame.loc[frame.index % 4 > 0, "label.click"] = 0.0
 
     health = health_of_frames(tmp_path, changed(12, change))
-    assert found(health, "rate") == ["click"]
-    assert found(health, "labels") == ["stars"]
+    assert finding_messages(health, "rate") == ["click"]
+    assert finding_messages(health, "labels") == ["stars"]
     assert part(health, "item")["auc"]["stars"] is None
 
 
@@ -159,7 +159,7 @@ def test_a_rate_that_differs_by_chance_is_not_found(tmp_path):
         frame["label.click"] = 0.0
         frame.loc[: {"train": 9, "validation": 1, "test": 10}[split], "label.click"] = 1.0
 
-    assert found(health_of_frames(tmp_path, changed(13, rare)), "rate") == []
+    assert finding_messages(health_of_frames(tmp_path, changed(13, rare)), "rate") == []
 
 
 def test_files_left_out_are_a_problem(tmp_path):

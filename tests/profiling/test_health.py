@@ -45,16 +45,16 @@ def auc_of(label: pd.Series, score: pd.Series | np.ndarray) -> float:
 def test_overview(health, frames):
     assert health["overview"]["rows_in_splits"] == sum(map(len, frames.values()))
     for split, frame in frames.items():
-        told = health["overview"]["splits"][split]
-        assert told["rows"] == len(frame)
+        message = health["overview"]["splits"][split]
+        assert message["rows"] == len(frame)
         for name in ("user", "candidate", "request"):
-            assert told[f"{name}s"] == frame[name].nunique()
-        assert pd.Timestamp(told["first_request"]) == frame["time"].min()
-        assert pd.Timestamp(told["last_request"]) == frame["time"].max()
+            assert message[f"{name}s"] == frame[name].nunique()
+        assert pd.Timestamp(message["first_request"]) == frame["time"].min()
+        assert pd.Timestamp(message["last_request"]) == frame["time"].max()
         for task in ("click", "stars"):
             values = frame[f"label.{task}"].dropna()
-            assert told["tasks"][task]["observed"] == len(values)
-            assert told["tasks"][task]["rate"] == pytest.approx(values.mean())
+            assert message["tasks"][task]["observed"] == len(values)
+            assert message["tasks"][task]["rate"] == pytest.approx(values.mean())
 
 
 def test_users_of_test_rows_that_training_has_too(tmp_path):
@@ -67,10 +67,12 @@ def test_users_of_test_rows_that_training_has_too(tmp_path):
     split = SplitColumn(column="part", **{name: (name,) for name in SPLITS})
     schema = SCHEMA.model_copy(update={"split": split})
     health = measure_health("made up", write(folder, frames), schema, folder / "database")
-    found = health["overview"]["shared_user_fraction"]
-    assert 0 < found < 1
-    assert ("users", "users in training and test") in {(each["check"], each["subject"]) for each in health["findings"]}
-    assert found == pytest.approx(len(both) / frames["test"]["user"].nunique())
+    actual = health["overview"]["shared_user_fraction"]
+    assert 0 < actual < 1
+    assert ("users", "users in training and test") in {
+        (finding["check"], finding["subject"]) for finding in health["findings"]
+    }
+    assert actual == pytest.approx(len(both) / frames["test"]["user"].nunique())
 
 
 def test_labels_by_week(health, frames):
@@ -79,14 +81,14 @@ def test_labels_by_week(health, frames):
         monday = frame["time"].dt.tz_localize(None).dt.to_period("W-SUN").dt.start_time
         for week, rows in frame.groupby(monday):
             expected[f"{week:%Y-%m-%d}", split] = rows
-    told = {(each["week"], split): part for each in health["weeks"] for split, part in each["splits"].items()}
-    assert told.keys() == expected.keys()
-    assert [each["week"] for each in health["weeks"]] == sorted({week for week, _ in expected})
+    message = {(item["week"], split): part for item in health["weeks"] for split, part in item["splits"].items()}
+    assert message.keys() == expected.keys()
+    assert [item["week"] for item in health["weeks"]] == sorted({week for week, _ in expected})
     for key, rows in expected.items():
-        assert told[key]["rows"] == len(rows)
+        assert message[key]["rows"] == len(rows)
         for task in ("click", "stars"):
-            assert told[key]["tasks"][task]["observed"] == rows[f"label.{task}"].count()
-            assert told[key]["tasks"][task]["rate"] == pytest.approx(rows[f"label.{task}"].mean())
+            assert message[key]["tasks"][task]["observed"] == rows[f"label.{task}"].count()
+            assert message[key]["tasks"][task]["rate"] == pytest.approx(rows[f"label.{task}"].mean())
 
 
 def test_coverage(health, frames):
@@ -130,7 +132,7 @@ def test_auc_of_a_list_is_that_of_the_mean_rate_of_its_ids(health, frames):
     long = pd.DataFrame({"id": train["id.tags"], "label": labels(train, "click")}).explode("id").fillna({"id": 0})
     by_id = long.groupby("id")["label"]
     rates = (by_id.sum() + 20 * long["label"].mean()) / (by_id.count() + 20)
-    scores = [rates[each or [0]].mean() for each in validation["id.tags"]]
+    scores = [rates[id_tag or [0]].mean() for id_tag in validation["id.tags"]]
     expected = auc_of(labels(validation, "click"), np.array(scores))
     assert expected > 0.55
     assert part(health, "tags")["auc"]["click"] == pytest.approx(expected, abs=1e-6)
@@ -145,7 +147,7 @@ def test_auc_of_numbers(health, frames, task):
         assert part(health, name)["auc"][task] == pytest.approx(max(expected, 1 - expected), abs=1e-12)
     price = validation["dense.price"]
     ends = [auc_of(label, price.mask(validation["dense.price_missing"], end)) for end in (-99, 99)]
-    expected = max(max(each, 1 - each) for each in ends)
+    expected = max(max(item, 1 - item) for item in ends)
     assert part(health, "price")["auc"][task] == pytest.approx(expected, abs=1e-12)
 
 
@@ -160,10 +162,10 @@ def test_drift_of_numbers_is_that_of_their_bins(health, frames):
     assert part(health, "price")["psi"] == pytest.approx(psi(*counts))
     weight = [pd.cut(frames[split]["dense.weight"], bins).value_counts(sort=False).to_numpy() for split in SPLITS[::2]]
     assert part(health, "weight")["psi"] == pytest.approx(psi(*weight))
-    counted = [each["train"] for each in part(health, "weight")["bins"]]
+    counted = [item["train"] for item in part(health, "weight")["bins"]]
     assert counted == pytest.approx(weight[0] / weight[0].sum()), "an edge belongs to the bin below it"
     # Without edges about 20 bins of equal mass, one over the largest, and the missing vectors.
-    look = [each["train"] for each in part(health, "look_0")["bins"]]
+    look = [item["train"] for item in part(health, "look_0")["bins"]]
     assert len(look) == 22
     np.testing.assert_allclose(look[:20], (1 - look[-1]) / 20, atol=0.005)
 
@@ -174,14 +176,14 @@ def test_drift_of_ids_is_that_of_the_50_most_frequent(health, frames):
     counts = []
     for ids in (train, test):
         unknown, missing = ((ids > 0) & (ids <= UNKNOWN)).sum(), (ids == 0).sum()
-        named = [(ids == each).sum() for each in top]
+        named = [(ids == item).sum() for item in top]
         counts.append(np.array([*named, len(ids) - sum(named) - unknown - missing, unknown, missing]))
-    told = part(health, "item")
-    assert told["psi"] == pytest.approx(psi(*counts), rel=0.02)  # ties of frequency may fall either way
-    assert [each["bin"] for each in told["bins"][-3:]] == ["all others", "unknown", "missing"]
-    assert sum(each["test"] for each in told["bins"]) == pytest.approx(1)
-    assert [each["bin"] for each in part(health, "when_weekday")["bins"]][-1] == "missing"
-    days = [each["bin"] for each in part(health, "when_weekday")["bins"]]
+    message = part(health, "item")
+    assert message["psi"] == pytest.approx(psi(*counts), rel=0.02)  # ties of frequency may fall either way
+    assert [item["bin"] for item in message["bins"][-3:]] == ["all others", "unknown", "missing"]
+    assert sum(item["test"] for item in message["bins"]) == pytest.approx(1)
+    assert [item["bin"] for item in part(health, "when_weekday")["bins"]][-1] == "missing"
+    days = [item["bin"] for item in part(health, "when_weekday")["bins"]]
     assert sorted(days[:-1]) == sorted(["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"])
 
 
@@ -189,11 +191,11 @@ def test_a_sample_of_users_tells_about_the_same(health, frames, tmp_path, monkey
     monkeypatch.setattr(data_health, "MAX_SAMPLE_ROWS", 1_500)
     sampled = health_of_frames(tmp_path, frames)
     assert sampled["overview"] == health["overview"]
-    for each in health["features"]:
-        found = feature(sampled, each["name"])
-        assert found["auc"] == pytest.approx(each["auc"], abs=0.1)
-        assert found["auc"] != each["auc"]
-        assert found["coverage"] == pytest.approx(each["coverage"], abs=0.05)
+    for item in health["features"]:
+        actual = feature(sampled, item["name"])
+        assert actual["auc"] == pytest.approx(item["auc"], abs=0.1)
+        assert actual["auc"] != item["auc"]
+        assert actual["coverage"] == pytest.approx(item["coverage"], abs=0.05)
 
 
 def test_psi_of_two_bins_by_hand():

@@ -46,26 +46,26 @@ def judge(text: str, settings: Settings, answers: Answers) -> Iterator[str]:
 def _judge_columns(text: str, settings: Settings, answers: Answers) -> Iterator[str]:
     tree = settings.model_dump(mode="json")
     for key in ("user", "candidate", "request", "time", "time_unit", "sampling_rate", "weight"):
-        found = tree["columns"].get(key) or "-"
+        actual = tree["columns"].get(key) or "-"
         right = answers.columns.get(key, "-")
         asked = marked(text, key, "columns") or (len(right) > 2 and marked(text, right))
-        if found not in right.split("|") and not asked:
-            yield f"columns.{key}: {found}, not {right}"
+        if actual not in right.split("|") and not asked:
+            yield f"columns.{key}: {actual}, not {right}"
     for path, right in answers.settings.items():
         values = [tree]
         for step in path.split("."):
-            values = [each for one in values for each in (one.values() if step == "*" else [one.get(step)])]
+            values = [value for first in values for value in (first.values() if step == "*" else [first.get(step)])]
         if values != [right] and not marked(text, step):
             yield f"{path}: {values}, not {right}"
 
 
 def _judge_tasks(text: str, settings: Settings, answers: Answers) -> Iterator[str]:
-    found = {task.label: task for task in settings.tasks.values()}
-    for label in found.keys() - answers.tasks.keys() - set(answers.outcomes):
+    actual = {task.label: task for task in settings.tasks.values()}
+    for label in actual.keys() - answers.tasks.keys() - set(answers.outcomes):
         if not marked(text, label):
             yield f"tasks: {label} is none"
     for label, right in answers.tasks.items():
-        task = found.get(label)
+        task = actual.get(label)
         if task is None:
             if not marked(text, label):
                 yield f"tasks: {label} is missing"
@@ -87,17 +87,20 @@ def _judge_roles(text: str, settings: Settings, answers: Answers) -> Iterator[st
     read = set().union(*_reads(settings).values())
     for column, right in ((column, right) for right, some in answers.roles.items() for column in some.split()):
         listed = {role for role, columns in roles.items() if column in columns}
-        found = "".join(listed) if column in read else ""
-        if found not in right.split("|") and not marked(text, column):
-            yield f"roles: {column} {found or 'is not read'}, not {right or 'none'}"
+        actual = "".join(listed) if column in read else ""
+        if actual not in right.split("|") and not marked(text, column):
+            yield f"roles: {column} {actual or 'is not read'}, not {right or 'none'}"
 
 
 def _judge_kinds(text: str, settings: Settings, answers: Answers) -> Iterator[str]:
     for column, right in answers.kinds.items():
         of_one = set()
-        for each in settings.features.values():
-            if getattr(each, "column", None) == column:
-                of_one |= {each.kind, "id" if getattr(each, "values", None) else each.kind}  # learnt values are ids
+        for feature in settings.features.values():
+            if getattr(feature, "column", None) == column:
+                of_one |= {
+                    feature.kind,
+                    "id" if getattr(feature, "values", None) else feature.kind,
+                }  # learnt values are ids
         if of_one and not of_one & set(right.split("|")) and not marked(text, column):
             yield f"features: {column} is {' and '.join(sorted(of_one))}, not {right}"
 
@@ -148,7 +151,7 @@ def test_the_judge_finds_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LOGS if name not in WORKING])
-def test_what_cannot_be_told_is_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_cannot_be_known_is_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     held_out = LOGS[name](0)
     code = exit_code("init", *held_out.write(tmp_path), "--out", tmp_path / "settings.yaml")
     said = re.sub(r"\S*/\S*", "", "".join(capsys.readouterr()))  # whatever folders are called
@@ -191,9 +194,9 @@ def test_what_is_written_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     init(tmp_path, held_out := LOGS["own_numbers"](0))
     run("train", "--config", "settings.yaml")
     run("evaluate", "--config", "settings.yaml", "--model", "settings_work/model", "--out", "measured")
-    found = read_metrics(tmp_path / "measured")["tasks"]["cooked"]["auc"]["value"]
+    actual = read_metrics(tmp_path / "measured")["tasks"]["cooked"]["auc"]["value"]
     assert held_out.best is not None
-    assert found - 0.5 > 0.5 * (held_out.best - 0.5)  # of few rows
+    assert actual - 0.5 > 0.5 * (held_out.best - 0.5)  # of few rows
 
 
 def _a_log(folder: Path) -> Path:
@@ -224,7 +227,7 @@ def test_bad_input_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         ((log, "--task", "sold"), "sold"),
         ((log, "--user", "member_no", "--candidate", "member_no"), "both name"),
         ((log, "--timezone", "Mars/X"), f"{out}: 'features.request_time.timezone'"),
-        ((log, "--time", "course_at"), "course_at"),
+        ((log, "--time", "status_at"), "status_at"),
         ((log, "--events", tmp_path / "empty"), "empty"),
         ((log, "--out", tmp_path / "there.yaml"), "there.yaml"),
         ((log, "--out", log / "x.yaml"), "log"),

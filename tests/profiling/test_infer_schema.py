@@ -42,9 +42,9 @@ def columns_read(settings: Settings) -> set[str]:
 
 def why_left_out(text: str, column: str) -> str:
     """The reason beside a column that is left out and marked."""
-    found = re.search(rf"^#   {column}: (.*)  # check$", text, re.MULTILINE)
-    assert found is not None, f"{column} is not left out with a mark:\n{text}"
-    return found[1]
+    actual = re.search(rf"^#   {column}: (.*)  # check$", text, re.MULTILINE)
+    assert actual is not None, f"{column} is not left out with a mark:\n{text}"
+    return actual[1]
 
 
 def sums(groups: np.ndarray, values: np.ndarray) -> np.ndarray:

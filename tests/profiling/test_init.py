@@ -26,9 +26,9 @@ def test_init_replaces_its_own_file_but_nothing_that_a_person_wrote(
 ) -> None:
     run("init", "shop.parquet", "--leave-out", "price", "--timezone", "Europe/Berlin")
     assert "replaced: settings made by " in capsys.readouterr().out
-    told = yaml.safe_load(shop.read_text())
-    assert "price" not in str(told["roles"])
-    assert told["features"]["request_time"]["timezone"] == "Europe/Berlin"
+    message = yaml.safe_load(shop.read_text())
+    assert "price" not in str(message["roles"])
+    assert message["features"]["request_time"]["timezone"] == "Europe/Berlin"
     (shop.parent / "other.parquet").write_bytes((shop.parent / "shop.parquet").read_bytes())
     assert "has the settings of 'shop.parquet'" in refuse(capsys, "init", "other.parquet", "--out", "shop.yaml")
     for text in (shop.read_text().replace("trees: {}", "trees: {leaves: 15}"), "name: shop\n"):
@@ -40,10 +40,10 @@ def test_init_replaces_its_own_file_but_nothing_that_a_person_wrote(
 def test_init_says_how_many_guesses_are_marked(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     run("init", "shop.parquet")
-    told = re.search(r"with (\d+) guess", "".join(capsys.readouterr()))
-    assert told is not None
+    message = re.search(r"with (\d+) guess", "".join(capsys.readouterr()))
+    assert message is not None
     settings = shop.read_text().partition("# checksum: ")[2]
-    assert int(told[1]) == settings.count("# check")
+    assert int(message[1]) == settings.count("# check")
 
 
 def test_a_log_without_lists_may_repeat_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,14 +51,14 @@ def test_a_log_without_lists_may_repeat_a_row(tmp_path: Path, capsys: pytest.Cap
     random = np.random.default_rng(0)
     user, item, clicked, page = (random.integers(0, most, 12_000) for most in (200, 90, 2, 8))
     time = pa.array(1_700_000_000 + 60 * np.arange(12_000)).cast(pa.timestamp("s"))
-    pages = [f"page {each}" for each in page]
+    pages = [f"page {entry}" for entry in page]
     log = pa.table({"user_id": user, "item_id": item, "time": time, "page": pages, "clicked": clicked})
     pq.write_table(pa.concat_tables([log, log.slice(7, 1)]), tmp_path / "shop.parquet")
     run("init", tmp_path / "shop.parquet", "--out", tmp_path / "shop.yaml")
     assert "1 of 12,001 rows repeat a candidate of their request" in "".join(capsys.readouterr())
     settings = yaml.safe_load((tmp_path / "shop.yaml").read_text())
     assert settings["data"]["on_duplicates"] == "keep"
-    counted = [each["by"] for each in settings["features"].values() if each["kind"] == "counter"]
+    counted = [feature["by"] for feature in settings["features"].values() if feature["kind"] == "counter"]
     assert ["page"] in counted
     assert ["item_id", "page"] in counted
 

@@ -35,7 +35,7 @@ def test_numbers_of_a_pipeline_find_their_features():
     """The counter 'item' has an input 'item_rate', which is also the name of another counter."""
     layout = FeaturePipeline(SCHEMA).layout
     places = {name: find_dense_inputs(layout, name) for name in SCHEMA.features}
-    numbers = {name: [layout.dense[place].name for place in its] for name, its in places.items() if its}
+    numbers = {name: [layout.dense[place].name for place in theirs] for name, theirs in places.items() if theirs}
     assert numbers == {
         "a_b": ["a_b_log_sum", "a_b_rate", "a_b_log_sum_0p5d", "a_b_rate_0p5d", "a_b_recency"],
         "item": ["item_log_sum", "item_rate", "item_recency"],

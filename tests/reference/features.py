@@ -65,15 +65,15 @@ def history(
         for number, (row, known, label) in enumerate(_remembered(log, feature))
         if label >= least
     ]
-    names = [name, *(f"{name}_{each}" for each in ids[1:])]
-    result: dict[str, list[list[int]]] = {each: [] for each in names}
+    names = [name, *(f"{name}_{item}" for item in ids[1:])]
+    result: dict[str, list[list[int]]] = {item: [] for item in names}
     for row in log.rows if rows is None else rows:
         now = log.time(row)
         seen = []
         for _, known, (_, event) in visible_events(events, row[user], now):
-            seen.append((known, *(table_rows[each][event[log.features[each]["column"]]] for each in ids)))
-        for place, each in enumerate(names, 1):
-            result[each].append([held[place] for held in sorted(seen)[-length:]])
+            seen.append((known, *(table_rows[item][event[log.features[item]["column"]]] for item in ids)))
+        for place, item in enumerate(names, 1):
+            result[item].append([held[place] for held in sorted(seen)[-length:]])
     return result
 
 
@@ -155,7 +155,7 @@ def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict
             for output, days in statistics[0]:
                 if output in feature["outputs"]:
                     title = f"{name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p"))
-                    dense |= encode_number(title, [each[output, days] for each in statistics], is_training)
+                    dense |= encode_number(title, [statistic[output, days] for statistic in statistics], is_training)
         elif feature["kind"] == "history":
             ids |= history(log, name, rows_of)
     return ids, dense

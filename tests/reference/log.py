@@ -19,9 +19,9 @@ class Log:
 
     def __init__(self, settings: Row, log: pd.DataFrame, events: dict[str, pd.DataFrame] | None = None) -> None:
         self.columns, self.tasks, self.features = settings["columns"], settings["tasks"], settings["features"]
-        self.event_times = {name: each["time"] for name, each in settings.get("events", {}).items()}
+        self.event_times = {name: item["time"] for name, item in settings.get("events", {}).items()}
         self.rows = rows_of(log)
-        self.events = {name: rows_of(each) for name, each in (events or {}).items()}
+        self.events = {name: rows_of(item) for name, item in (events or {}).items()}
         self._give_each_request_its_first_time()
 
     def _give_each_request_its_first_time(self) -> None:

@@ -22,7 +22,7 @@ def log_loss(rows: Sequence[Row]) -> float:
 def auc(rows: Sequence[Row]) -> float | None:
     """The share of pairs of a positive and a negative row that the prediction orders rightly; equal ones count half."""
     positive, negative = ([p for _, _, p, label in rows if (label > 0) == wanted] for wanted in (True, False))
-    pairs = [(one > other) + 0.5 * (one == other) for one in positive for other in negative]
+    pairs = [(first > second) + 0.5 * (first == second) for first in positive for second in negative]
     return float(np.mean(pairs)) if pairs else None
 
 
@@ -48,13 +48,15 @@ def over_requests(rows: Sequence[Row], metric: Ranked, cutoff: int = 0) -> float
     requests: dict[object, list[Row]] = {}
     for row in rows:
         requests.setdefault(row[1], []).append(row)
-    values = [_expected(each, metric, cutoff) for each in requests.values() if len({gain for *_, gain in each}) > 1]
+    values = [
+        _expected(request, metric, cutoff) for request in requests.values() if len({gain for *_, gain in request}) > 1
+    ]
     return float(np.mean(values)) if values else None
 
 
 def _expected(request: list[Row], metric: Ranked, cutoff: int) -> float:
     scores = sorted({score for _, _, score, _ in request}, reverse=True)
-    runs = [itertools.permutations([gain for _, _, score, gain in request if score == each]) for each in scores]
+    runs = [itertools.permutations([gain for _, _, score, gain in request if score == item]) for item in scores]
     orders = itertools.product(*(list(run) for run in runs))
     return float(np.mean([metric([gain for run in order for gain in run], cutoff) for order in orders]))
 

@@ -80,7 +80,7 @@ class Mixture:
             for value, edges in zip(x[len(x) - len(self.edges) :], self.edges, strict=True)
             for low, high in pairwise(edges)
         ]
-        return layers(self.weights, "bottom.layers", torch.cat([crossed, *(each[None] for each in reaches)]))
+        return layers(self.weights, "bottom.layers", torch.cat([crossed, *(reache[None] for reache in reaches)]))
 
     def gates(self, level: int, gate_inputs: list[Tensor], visible: list[list[int]]) -> list[dict[int, Tensor]]:
         """For each gate, its weight of each expert that it chose."""
@@ -91,8 +91,8 @@ class Mixture:
             route = self.weights[f"{prefix}.route.weight"][0] @ gate_inputs[0] + self.weights[f"{prefix}.route.bias"][0]
             return shared_route(logits, route, self.k)
         return [
-            weigh(each[seen], seen, self.k if self.rule == "top_k" else None)
-            for each, seen in zip(logits, visible, strict=True)
+            weigh(logit[seen], seen, self.k if self.rule == "top_k" else None)
+            for logit, seen in zip(logits, visible, strict=True)
         ]
 
     def forward_row(self, x: Tensor, placement: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class Mixture:
             one_gate = len(self.weights[f"levels.{level}.gates.linear.weight"]) == 1
             visible = self.visible(last=level == levels - 1) if not one_gate else [list(range(self.shared))]
             chosen = self.gates(level, gate_inputs, visible)
-            mixes = [sum(weight * outputs[expert] for expert, weight in each.items()) for each in chosen]
+            mixes = [sum(weight * outputs[expert] for expert, weight in item.items()) for item in chosen]
             if one_gate:
                 chosen, mixes = chosen * self.tasks, mixes * self.tasks
             gate_inputs = expert_inputs = mixes
@@ -119,12 +119,12 @@ class Mixture:
     def forward(self, inputs: Tensor, placement: Tensor | None = None) -> Tensor:
         """(B, T) logits."""
         places = [None] * len(inputs) if placement is None else placement.double()
-        return torch.stack([self.forward_row(x, each) for x, each in zip(inputs.double(), places, strict=True)])
+        return torch.stack([self.forward_row(x, place) for x, place in zip(inputs.double(), places, strict=True)])
 
     def visible(self, last: bool) -> list[list[int]]:
         """The experts of each gate: shared ones come first, then each task's own. The shared gate sees all."""
         shared, own = list(range(self.shared)), self.own
-        gates = [shared + [self.shared + task * own + each for each in range(own)] for task in range(self.tasks)]
+        gates = [shared + [self.shared + task * own + index for index in range(own)] for task in range(self.tasks)]
         return gates if last else [*gates, list(range(self.shared + self.tasks * own))]
 
     def experts(self, level: int, expert_inputs: list[Tensor]) -> list[Tensor]:
@@ -205,7 +205,7 @@ def _row_loss(logits: Tensor, label: Tensor, tasks: Sequence[Any], place: int) -
         return ((logits[place] - label) / task.std) ** 2
     probability = logits[place].sigmoid()
     if task.conditional_on is not None:  # the probability of both
-        probability = probability * logits[[each.name for each in tasks].index(task.conditional_on)].sigmoid()
+        probability = probability * logits[[item.name for item in tasks].index(task.conditional_on)].sigmoid()
     return -(label * probability.log() + (1 - label) * (1 - probability).log())
 
 

@@ -67,17 +67,19 @@ def test_a_log_becomes_the_same_features_losses_scores_and_metrics(seed: int) ->
 
 def compare_features(layout, encoded, ids, dense) -> None:
     assert encoded.ids.keys() == ids.keys()
-    for name, found in encoded.ids.items():
-        lists = np.split(found.values, np.cumsum(found.lengths)[:-1]) if isinstance(found, Ragged) else found[:, None]
-        assert [each.tolist() for each in lists] == ids[name]
-    assert [each.name for each in layout.dense] == list(dense)
-    assert [each.name for each in (*layout.ids, *layout.dense) if each.placement] == ["slot"]
+    for name, actual in encoded.ids.items():
+        lists = (
+            np.split(actual.values, np.cumsum(actual.lengths)[:-1]) if isinstance(actual, Ragged) else actual[:, None]
+        )
+        assert [item.tolist() for item in lists] == ids[name]
+    assert [item.name for item in layout.dense] == list(dense)
+    assert [item.name for item in (*layout.ids, *layout.dense) if item.placement] == ["slot"]
     np.testing.assert_allclose(encoded.dense, np.transpose(list(dense.values())), rtol=1e-6, atol=1e-6)
 
 
 def compare_models(rows_layout, encoded, known) -> torch.Tensor:
     """Logits, loss and gradients; gives the logits."""
-    tables = tuple(EmbeddingTable(each.name, each.rows, 4) for each in rows_layout.tables)
+    tables = tuple(EmbeddingTable(table.name, table.rows, 4) for table in rows_layout.tables)
     layout = ModelLayout(tables, rows_layout.ids, rows_layout.dense, TASKS)
     ours = small_model(PlainTables(layout), layout, bottom=BOTTOM).train()
     labels = np.stack([known[task.name] for task in TASKS], axis=1)
@@ -92,8 +94,8 @@ def compare_models(rows_layout, encoded, known) -> torch.Tensor:
     expected_total, _ = model.loss(expected_logits, batch.labels, batch.observed, TASKS)
     torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=1e-6)
     expected_total.backward()
-    for name, each in ours.named_parameters():
-        torch.testing.assert_close(each.grad.double(), weights[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+    for name, item in ours.named_parameters():
+        torch.testing.assert_close(item.grad.double(), weights[name].grad, rtol=1e-4, atol=1e-6, msg=name)
     return logits.detach()
 
 
@@ -105,7 +107,8 @@ def compare_metrics(log, logits, known) -> None:
     scores = np.round(scores / scores.mean(), 1)  # some are equal
     measured = [MeasuredTask(task.name, task.kind, task.score_weight) for task in TASKS]
     users, requests = (
-        np.unique([str(log.request(row)[: 1 + each]) for row in log.rows], return_inverse=True)[1] for each in (0, 1)
+        np.unique([str(log.request(row)[: 1 + number]) for row in log.rows], return_inverse=True)[1]
+        for number in (0, 1)
     )
     values = dict(
         zip([task.name for task in TASKS], predictions(logits, names).float().double().numpy().T, strict=True)
@@ -123,6 +126,6 @@ def compare_metrics(log, logits, known) -> None:
         assert value == pytest.approx(metrics.over_requests(ranked, metric, cutoff), abs=1e-9), name
     seen = ~np.isnan(known["click"])
     clicks = list(zip(users[seen], requests[seen], values["click"][seen], known["click"][seen], strict=True))
-    found = summary.tasks["click"]
-    assert found.get("logloss").value == pytest.approx(metrics.log_loss(clicks), abs=1e-9)
-    assert found.get("auc").value == pytest.approx(metrics.auc(clicks), abs=1e-9)
+    actual = summary.tasks["click"]
+    assert actual.get("logloss").value == pytest.approx(metrics.log_loss(clicks), abs=1e-9)
+    assert actual.get("auc").value == pytest.approx(metrics.auc(clicks), abs=1e-9)

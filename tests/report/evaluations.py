@@ -34,7 +34,7 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
             summarize(whole, 50),
             f"models:/{name}",
             training_overlap=[f"was trained on rows of '{name}'"] if name == second else [],
-            slices={("kind", each): of(np.flatnonzero(kind == each)) for each in ("few & far", "many")},
+            slices={("kind", item): of(np.flatnonzero(kind == item)) for item in ("few & far", "many")},
         )
     facts = {f"log of {tasks[0]}": "somewhere"}
     return Results(models, tasks, Evaluation(primary_metric="auc"), f"Evaluation of {tasks[0]}", facts)

@@ -48,31 +48,31 @@ def joined(world: Path) -> Report:
     return combine_reports(load_settings(world / "settings.yaml"), lambda *words: " ".join(words))
 
 
-def test_what_is_there_is_told_and_what_is_missing_has_its_command(world: Path) -> None:
-    told = [sentence.text for sentence in joined(world).sentences]
-    missing = [text.partition("not there yet. Run ")[2] for text in told if "not there yet" in text]
+def test_what_is_there_is_reported_and_what_is_missing_has_its_command(world: Path) -> None:
+    message = [sentence.text for sentence in joined(world).sentences]
+    missing = [text.partition("not there yet. Run ")[2] for text in message if "not there yet" in text]
     assert missing == ["`train`", "`baselines --model models:/learnable@champion`", "`tune --minutes 30`"]
-    (data,) = (text for text in told if text.startswith("The data, "))
+    (data,) = (text for text in message if text.startswith("The data, "))
     assert " warnings found, first: 60." in data
-    assert any(re.match("The model on test rows, .* UTC: 'new' is ", text) for text in told)
+    assert any(re.match("The model on test rows, .* UTC: 'new' is ", text) for text in message)
 
 
 def test_what_no_longer_holds_is_marked(world: Path) -> None:
     work, settings = world / "work", fixed_settings(load_settings(world / "settings.yaml"))
     version = artifact_version(work / "model")
-    other = json.loads(json.dumps(settings))
-    other["training"]["epochs"] = 7
+    second = json.loads(json.dumps(settings))
+    second["training"]["epochs"] = 7
     for identity, stale in (
         ({}, []),
         ({"features": "new", "model": version, "settings": settings}, []),
         ({"features": "old"}, [f"it is of other features than those in '{work / 'features'}'"]),
         ({"model": "0" * 16}, [f"it is of another model than that in '{work / 'model'}'"]),
-        ({"settings": other}, ["it was made with training.epochs 7, and now it is 2"]),
+        ({"settings": second}, ["it was made with training.epochs 7, and now it is 2"]),
     ):
         write_report(compared(**identity), work / "comparison")
-        told = [each.text for each in joined(world).sentences if each.mark == "warning"]
+        message = [sentence.text for sentence in joined(world).sentences if sentence.mark == "warning"]
         title = "Comparison of variants: "
-        assert [text.removeprefix(title) for text in told if text.startswith(title)] == stale
+        assert [text.removeprefix(title) for text in message if text.startswith(title)] == stale
     write_report(compared(), work / "comparison")
 
 
@@ -84,7 +84,7 @@ def test_the_page_holds_all_parts_and_opens_in_a_browser(world: Path, tmp_path: 
     assert len(whole.ids) == len(set(whole.ids))
     assert {target.removeprefix("#") for target in whole.targets} <= set(whole.ids)
     assert "leave out price: nothing is lost" in " ".join(whole.words.split())
-    assert {each.title.partition(":")[0] for each in report.figures} == {"The data", "The model on test rows"}
+    assert {figure.title.partition(":")[0] for figure in report.figures} == {"The data", "The model on test rows"}
     with browser(tmp_path) as opened:
         for width, dark in ((1280, False), (390, True)):
             opened.size(width, 900, dark=dark)

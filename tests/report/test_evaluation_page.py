@@ -45,15 +45,15 @@ def test_the_verdict_comes_first_and_values_stand_with_intervals(results: Result
         auc = summary.tasks["bought"].get("auc")
         assert f"{auc.value:.4f}±{(auc.high - auc.low) / 2:.4f}" in words
     assert f"{compared.differences['old'].groups['bought']['auc'].value:+.4f}" in words
-    for each in ("bought: 3,600 rows", "mrr ↑", "catalog"):
-        assert each in words
+    for name in ("bought: 3,600 rows", "mrr ↑", "catalog"):
+        assert name in words
     assert words.index("kind: few & far") < words.index("kind: many"), "a slice that is worse stands first"
 
 
 def test_guardrails_and_marks(results: Results) -> None:
     report = make_report(results)
     assert report.mark == "problem"
-    assert {each.label for each in report.sentences if each.page_only} == {"pass", "fail"}
+    assert {sentence.label for sentence in report.sentences if sentence.page_only} == {"pass", "fail"}
     slices = next(table for table in report.tables if table.title == "Slices")
     marks = {row[0]: row[-1].mark for row in slices.rows if row[2] == "auc"}
     assert marks["kind: few & far"] == "problem"
@@ -77,14 +77,16 @@ def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
     assert tree["against"]["old"]["tasks"]["bought"]["auc"] == auc
     compared = results.comparison
     assert compared is not None
-    apart = tree["comparison"]["against"]["old"]
-    assert apart["groups"]["score"]["mrr"]["p_value"] == compared.differences["old"].groups["score"]["mrr"].p_value
-    assert apart["objective"] == asdict(compared.differences["old"].objective)
+    separate = tree["comparison"]["against"]["old"]
+    assert separate["groups"]["score"]["mrr"]["p_value"] == compared.differences["old"].groups["score"]["mrr"].p_value
+    assert separate["objective"] == asdict(compared.differences["old"].objective)
     verdict = compared.verdicts["old"]
-    assert apart["verdict"]["kind"] == verdict.kind
-    assert [each["passed"] for each in apart["verdict"]["guardrails"]] == [each.passed for each in verdict.guardrails]
+    assert separate["verdict"]["kind"] == verdict.kind
+    assert [guardrail["passed"] for guardrail in separate["verdict"]["guardrails"]] == [
+        guardrail.passed for guardrail in verdict.guardrails
+    ]
     write_results(replace(results, models={"new": replace(results.first, slices={})}), tmp_path)
-    assert {each.name for each in tmp_path.iterdir()} == {"metrics.json", "report.json", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.json", "report.html"}
 
 
 # Numbers in figures and tables are those of the summary.
@@ -122,8 +124,8 @@ def test_gate_weights_figure_writes_every_weight() -> None:
 
 
 def test_three_models_fit_a_narrow_terminal_and_what_one_lacks_is_a_dash() -> None:
-    summary, one = (summarize(replace(LOG, tasks=LOG.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
-    table = metrics_table({"MMoE": summary, "gradient boosting": summary, "popularity": one})
+    summary, first = (summarize(replace(LOG, tasks=LOG.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
+    table = metrics_table({"MMoE": summary, "gradient boosting": summary, "popularity": first})
     stream = io.StringIO()
     Console(file=stream, width=80).print(to_rich(table))
     assert stream.getvalue().count(f"{summary.tasks['bought'].get('auc').value:.4f} ±") == 3

@@ -26,7 +26,7 @@ def page(health: dict) -> str:
     return to_html(make_report(health))
 
 
-def told(health: dict, width: int = 200) -> str:
+def printed_text(health: dict, width: int = 200) -> str:
     """What a terminal shows."""
     console = Console(width=width, record=True, file=io.StringIO())
     for part in to_terminal(make_report(health)):
@@ -53,8 +53,8 @@ def test_the_terminal_shows_the_costliest_warnings(tmp_path):
     text, more = page(health), len(health["findings"]) - 5
     Page(text)
     assert text.count("drift</span>") > 1
-    assert told(health).count("warning: ") == 5
-    assert f"{more} more warnings, which cost less, are in the report" in told(health)
+    assert printed_text(health).count("warning: ") == 5
+    assert f"{more} more warnings, which cost less, are in the report" in printed_text(health)
 
 
 def test_files_are_json_without_nan_and_the_page(health, tmp_path):
@@ -70,7 +70,7 @@ def test_files_are_json_without_nan_and_the_page(health, tmp_path):
 
 
 def test_the_terminal_shows_every_feature_in_80_columns(health):
-    text = told(health, 80)
+    text = printed_text(health, 80)
     assert max(map(len, text.splitlines())) <= 80
     for feature in health["features"]:
         assert re.search(rf"^ {feature['name']} ", text, re.MULTILINE), feature["name"]
@@ -79,7 +79,7 @@ def test_the_terminal_shows_every_feature_in_80_columns(health):
         assert words in make_report({**health, "overview": {**health["overview"], "files": files}}).about
 
 
-def test_requests_of_several_times_and_labels_that_had_not_matured_are_told(tmp_path):
+def test_requests_of_several_times_and_labels_that_had_not_matured_are_reported(tmp_path):
     requests = {"count": 1234, "conflicting_times": 56, "longest_microseconds": 5_400_000_000}
     splits = {"train": {"rows": 9, "label_cutoff": 1_714_521_600_000_000, "pending_labels": {"like": 1, "click": 0}}}
     health = health_of_frames(tmp_path, random_frames(22), requests=requests, splits=splits)
@@ -89,7 +89,7 @@ def test_requests_of_several_times_and_labels_that_had_not_matured_are_told(tmp_
         "train: 1 label of like was not final by 2024-05-01 00:00 UTC and does not count",
     ]
     for sentence in sentences:
-        assert sentence in told(health)
+        assert sentence in printed_text(health)
         assert sentence[1:] in page(health)
     plain = health_of_frames(tmp_path / "plain", random_frames(22))
     assert "several times" not in page(plain)
@@ -106,30 +106,30 @@ PLACES = {"train": [0, 1, 2], "validation": [2], "test": [3, 4]}
 
 def weeks(task: str = "like") -> list[dict]:
     """Five weeks, the third of which two splits share."""
-    found: list[dict] = [{"week": f"2024-01-{1 + 7 * place:02}", "splits": {}} for place in range(5)]
+    actual: list[dict] = [{"week": f"2024-01-{1 + 7 * place:02}", "splits": {}} for place in range(5)]
     for split, places in PLACES.items():
         for place, rate, rows in zip(places, RATES[split], ROWS[split], strict=True):
-            found[place]["splits"][split] = {"tasks": {task: {"kind": "binary", "rate": rate, "observed": rows}}}
-    return found
+            actual[place]["splits"][split] = {"tasks": {task: {"kind": "binary", "rate": rate, "observed": rows}}}
+    return actual
 
 
 def texts_of(figure: str) -> list[str]:
-    return [each.text or "" for each in ElementTree.fromstring(figure).iter("text")]
+    return [item.text or "" for item in ElementTree.fromstring(figure).iter("text")]
 
 
 def heights(figure: str, split: str) -> list[float]:
     """Of the bars of a split, boxes of its color that let others shine through."""
     style = re.compile(rf"fill: var\(--{split}\); opacity: 0.45")
-    paths = [each for each in ElementTree.fromstring(figure).iter("path") if style.match(each.get("style", ""))]
-    ys = [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", each.attrib["d"])] for each in paths]
-    return [max(each) - min(each) for each in ys]
+    paths = [item for item in ElementTree.fromstring(figure).iter("path") if style.match(item.get("style", ""))]
+    ys = [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", path.attrib["d"])] for path in paths]
+    return [max(item) - min(item) for item in ys]
 
 
 def test_bars_are_as_high_as_rows_are_many_and_the_figure_names_weeks_and_splits() -> None:
     figure = draw_label_rates(weeks(), "like")
-    found = [height for split in ROWS for height in heights(figure, split)]
+    actual = [height for split in ROWS for height in heights(figure, split)]
     expected = [rows / 40 for own in ROWS.values() for rows in own]
-    assert [each / found[1] for each in found] == pytest.approx(expected, abs=2e-3)
+    assert [item / actual[1] for item in actual] == pytest.approx(expected, abs=2e-3)
     assert {"train", "test", "40", "rows", "1 Jan 24", "29 Jan 24", "40%"} <= set(texts_of(figure))
 
 

@@ -55,7 +55,7 @@ def test_a_page_stands_alone_and_escapes_text_from_the_data() -> None:
     for name in names.split():
         assert f"{EVIL}{name}" in page.words, f"{name} stands on the page as it is"
     assert "<script" not in text
-    assert f"{EVIL}figure" in [unescape(each) for each in re.findall(r'aria-label="([^"]*)"', text)]
+    assert f"{EVIL}figure" in [unescape(item) for item in re.findall(r'aria-label="([^"]*)"', text)]
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "told"),
+    ("value", "kind", "message"),
     [
         (0.0059, "binary", "0.59%"),
         (3.14159, "regression", "3.142"),
@@ -82,9 +82,9 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
         (None, "regression", "-"),
     ],
 )
-def test_a_mean_is_told_to_the_unit(value: float | None, kind: str, told: str) -> None:
+def test_a_mean_is_reported_to_the_unit(value: float | None, kind: str, message: str) -> None:
     """Means of times lie close together beside their size."""
-    assert format_rate(value, kind) == told
+    assert format_rate(value, kind) == message
 
 
 def test_a_regression_has_a_mean_and_no_positives() -> None:

@@ -53,10 +53,10 @@ def ask(app: ASGIApp, *requests: Any, **more: Any) -> Any:
     """The answer to a request, or the answers to several that come at the same time; see `reply`."""
 
     async def together() -> list[Answer]:
-        return await asyncio.gather(*(reply(app, each, **more) for each in requests))
+        return await asyncio.gather(*(reply(app, request, **more) for request in requests))
 
-    found = asyncio.run(together())
-    return found[0] if len(requests) == 1 else found
+    actual = asyncio.run(together())
+    return actual[0] if len(requests) == 1 else actual
 
 
 async def reply(
@@ -108,7 +108,7 @@ async def reply(
     start, *rest = sent
     assert start["type"] == "http.response.start"
     names = {name.decode(): value.decode() for name, value in start["headers"]}
-    return Answer(start["status"], names, b"".join(each.get("body", b"") for each in rest))
+    return Answer(start["status"], names, b"".join(item.get("body", b"") for item in rest))
 
 
 async def _pieces(parts: Iterable[bytes] | AsyncIterator[bytes], left: asyncio.Event) -> AsyncIterator[dict[str, Any]]:
@@ -168,7 +168,7 @@ def logging_app(model: Path, request_log: RequestLogOptions, journal: Path | Non
 
 def logged(folder: Path) -> pa.Table:
     """All logged rows, in the order of their files."""
-    return pa.concat_tables([pq.read_table(each) for each in sorted(folder.glob("*.parquet"))])
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
 
 
 def numbers(app: Application) -> dict[str, float]:
@@ -180,4 +180,4 @@ def numbers(app: Application) -> dict[str, float]:
 
 def outcomes(app: Application) -> dict[str, int]:
     """What became of how many replies."""
-    return {n.split('"')[1]: int(each) for n, each in numbers(app).items() if n.startswith("request_log_total{")}
+    return {n.split('"')[1]: int(item) for n, item in numbers(app).items() if n.startswith("request_log_total{")}

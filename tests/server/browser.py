@@ -65,7 +65,7 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """What the browser's console got since it was last asked: errors, and what a policy forbade."""
-        return [each["message"] for each in self._call("POST", "se/log", type="browser")]
+        return [item["message"] for item in self._call("POST", "se/log", type="browser")]
 
     def _command(self, name: str, values: dict[str, Any]) -> None:
         self._call("POST", "goog/cdp/execute", cmd=name, params=values)

@@ -83,8 +83,8 @@ def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[d
     numbers, lists = pipeline.explain(reader.rows([Request(**asked(time, user))]))
     return [
         {
-            "counters": {name: None if np.isnan(each[row]) else float(each[row]) for name, each in numbers.items()},
-            "histories": {name: each[row] for name, each in lists.items()},
+            "counters": {name: None if np.isnan(item[row]) else float(item[row]) for name, item in numbers.items()},
+            "histories": {name: item[row] for name, item in lists.items()},
         }
         for row in range(len(ITEMS))
     ]
@@ -92,7 +92,10 @@ def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[d
 
 def test_the_schema_of_a_server_with_a_journal_has_events(app):
     tree = ask(app, b"", page="/openapi.json", method="GET").tree
-    assert [each["name"] for each in tree["paths"]["/invocations"]["post"]["parameters"]] == ["partial", "after"]
+    assert [parameter["name"] for parameter in tree["paths"]["/invocations"]["post"]["parameters"]] == [
+        "partial",
+        "after",
+    ]
     assert tree["paths"]["/events"].keys() == {"post"}
 
 
@@ -105,21 +108,21 @@ def test_replies_know_what_was_acknowledged(small, app):
         assert answer.tree["accepted"] == len(some)
         position = answer.tree["position"]
     again = [dict(row, click=0.0 if row["click"] else 1.0) for row in as_json(table)[10:25]]
-    told = ask(app, {"events": again}, page="/events").tree
-    assert told["accepted"] == 15, "it is found out later, and told elsewhere, that none of them counts"
-    position = told["position"]
+    message = ask(app, {"events": again}, page="/events").tree
+    assert message["accepted"] == 15, "it is found out later, and told elsewhere, that none of them counts"
+    position = message["position"]
     times = table["time"].cast(pa.int64()).to_numpy()
     compared = 0
     for time in (*np.unique(times)[::7].tolist(), int(times.max()) + 1, int(times.max()) + 4 * DAY):
         for user in USERS:
             want = expected(small, log_rows(table, small.settings.schema_), time, user)
-            for found, each in zip(explained(app, position, time, user), want, strict=True):
-                for name, value in each["counters"].items():
-                    served = found["counters"][name]
+            for actual, item in zip(explained(app, position, time, user), want, strict=True):
+                for name, value in item["counters"].items():
+                    served = actual["counters"][name]
                     assert (served is None) == (value is None), name
                     assert served is None or np.float32(served) == np.float32(value), (name, time, user)
                     compared += 1
-                assert found["histories"] == each["histories"]
+                assert actual["histories"] == item["histories"]
     assert compared > 1_000
     without = expected(small, log_rows(table.slice(0, 0), small.settings.schema_), int(times.max()) + 1, 5)
     assert without[0] != want[0]  # the events do change what is known
@@ -152,7 +155,7 @@ def test_a_batch_with_one_wrong_row_is_refused_whole(app):
     assert "click" in answer.message
     good = ask(app, {"events": rows[:1]}, page="/events").tree
     assert good["accepted"] == 1
-    assert [each for name, each in numbers(app).items() if name.startswith("events_total")] == [1]
+    assert [item for name, item in numbers(app).items() if name.startswith("events_total")] == [1]
 
 
 @pytest.mark.parametrize("how", ["the server starts again", "another model takes its place"])
@@ -197,7 +200,7 @@ def test_a_new_model_knows_all_that_the_one_before_took_meanwhile(
     assert served.ingester.position == before.position == 1
 
 
-def test_a_call_that_takes_too_long_is_told_to_come_again(small: SmallModel, tmp_path: Path) -> None:
+def test_a_call_that_takes_too_long_is_asked_to_retry(small: SmallModel, tmp_path: Path) -> None:
     """More calls come than threads wait for a journal that another program has locked."""
     app, journal = Application(_models(small, tmp_path, call_timeout_seconds=0.5)), Journal(tmp_path / "journal.db")
     rows = as_json(later_log(20, rows=9))
@@ -210,12 +213,12 @@ def test_a_call_that_takes_too_long_is_told_to_come_again(small: SmallModel, tmp
         return [*refused, last]
 
     *refused, last = asyncio.run(scenario())
-    assert {(each.status, each.headers["retry-after"]) for each in refused} == {(503, "1")}
-    assert {"no answer within 0.5 seconds" in each.message for each in refused} == {True}
-    assert {"events without event_id may count twice" in each.message for each in refused} == {True}
+    assert {(item.status, item.headers["retry-after"]) for item in refused} == {(503, "1")}
+    assert {"no answer within 0.5 seconds" in item.message for item in refused} == {True}
+    assert {"events without event_id may count twice" in item.message for item in refused} == {True}
     assert numbers(app)['events_refused_total{reason="too_long"}'] >= 8
     assert last.status == 200
-    assert sum(len(each) for each in journal.read(0)) == 9, "each row once, whichever call has brought it"
+    assert sum(len(item) for item in journal.read(0)) == 9, "each row once, whichever call has brought it"
 
 
 def test_what_a_row_leaves_out_is_what_was_acknowledged_before(small, app):
@@ -230,12 +233,12 @@ def test_what_a_row_leaves_out_is_what_was_acknowledged_before(small, app):
         return app.models.current.ranker.reader.fill_attributes(ids).table["brand"][0].as_py()
 
     for number in range(12):
-        told = {**rows[number], "item": 5, "time": iso(START + 12 * DAY + 2 * number), "brand": brands[number % 3]}
-        assert ask(app, {"events": [told]}, page="/events").status == 200
+        message = {**rows[number], "item": 5, "time": iso(START + 12 * DAY + 2 * number), "brand": brands[number % 3]}
+        assert ask(app, {"events": [message]}, page="/events").status == 200
         silent = {**rows[number], "item": 5, "time": iso(START + 12 * DAY + 2 * number + 1), "user": 77}
         del silent["brand"]
-        other = {**rows[number + 20], "item": 100 + number, "brand": "a"}
-        assert brand_after([other, silent]) == brands[number % 3]
+        second = {**rows[number + 20], "item": 100 + number, "brand": "a"}
+        assert brand_after([second, silent]) == brands[number % 3]
     assert brand_after([{**silent, "time": iso(START + 13 * DAY), "user": 78, "brand": None}]) is None
 
 
@@ -247,11 +250,11 @@ def test_models_that_are_replaced_keep_no_file_open(small, app, models):
     ask(app, {"events": as_json(later_log(17, rows=3))}, page="/events")
 
     def journals() -> int:
-        found = 0
-        for each in os.listdir("/proc/self/fd"):
+        actual = 0
+        for item in os.listdir("/proc/self/fd"):
             with suppress(FileNotFoundError):  # others open and close files meanwhile
-                found += "journal" in os.readlink(f"/proc/self/fd/{each}")
-        return found
+                actual += "journal" in os.readlink(f"/proc/self/fd/{item}")
+        return actual
 
     take_up(models, ResolvedModel(small.folder, "models:/small/8"))
     before = journals()
@@ -260,13 +263,13 @@ def test_models_that_are_replaced_keep_no_file_open(small, app, models):
     assert journals() <= before + 1
 
 
-def test_a_journal_of_another_model_is_told(small, tmp_path):
+def test_a_journal_of_another_model_is_reported(small, tmp_path):
     Journal(tmp_path / "journal.db").append(Batch(None, 1, pa.table({"person": [1], "when": [2]})))
     with pytest.raises(UserError, match="rows of the journal have no column 'time', so it is another model's"):
         _models(small, tmp_path)
 
 
-def test_a_lost_journal_is_told_by_the_server_that_has_written_it(app, tmp_path):
+def test_a_lost_journal_is_reported_by_the_server_that_has_written_it(app, tmp_path):
     ask(app, {"events": as_json(later_log(18, rows=5))}, page="/events")
     with Journal(tmp_path / "journal.db").write_transaction() as connection:
         connection.execute(sql.text("DELETE FROM journal_batches"))
@@ -296,8 +299,8 @@ def test_positions_up_to_the_end_are_answered_and_others_refused(app, tmp_path):
     for wrong in ("x", ""):
         answer = after(app, wrong)
         assert (answer.status, "not a position" in answer.message) == (400, True)
-    other = Journal(tmp_path / "journal.db")
-    assert other.append(*other.read(0)) == 6  # as another worker does
+    second = Journal(tmp_path / "journal.db")
+    assert second.append(*second.read(0)) == 6  # as another worker does
     assert after(app, 6).status == 200
 
 
@@ -346,12 +349,12 @@ def test_threads_end_with_their_server(small: SmallModel, tmp_path: Path) -> Non
     positions(app, 3)
     assert ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}).status == 200
     threads = set(threading.enumerate()) - before
-    assert {"follower", "ranking_0"} <= {each.name for each in threads}
+    assert {"follower", "ranking_0"} <= {thread.name for thread in threads}
     del app
 
     def have_ended() -> bool:
         gc.collect()
-        return not any(each.is_alive() for each in threads)
+        return not any(thread.is_alive() for thread in threads)
 
     until(have_ended, f"one of {threads} goes on")
 
@@ -372,10 +375,10 @@ def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, 
         held = [asyncio.ensure_future(reply(app, page=full, parts=slow())) for _ in range(2)]
         while limiter[full].active < 2:
             await asyncio.sleep(0)
-        found = {page: (await reply(app, body, page=page)).status for page, body in bodies.items()}
+        actual = {page: (await reply(app, body, page=page)).status for page, body in bodies.items()}
         end.set()
         await asyncio.gather(*held)
-        return found
+        return actual
 
     assert asyncio.run(statuses()) == {page: 503 if page == full else 200 for page in bodies}
-    assert [each.active for each in limiter.values()] == [0, 0]
+    assert [value.active for value in limiter.values()] == [0, 0]

@@ -82,8 +82,8 @@ def test_malformed_bodies(app: Application, body: bytes, sentence: str) -> None:
 def test_sentences_quote_little(app: Application, body: dict[str, Any]) -> None:
     answer = ask(app, body)
     assert answer.status == 400
-    told, parts = answer.body.decode(), (LONG, "1234567890" * 30)
-    assert max(size for size in range(250) for part in parts if part[:size] in told) <= MAX_QUOTE_CHARS
+    message, parts = answer.body.decode(), (LONG, "1234567890" * 30)
+    assert max(size for size in range(250) for part in parts if part[:size] in message) <= MAX_QUOTE_CHARS
     assert len(answer.body) < 500
     if (params := body.get("params")) and params.keys() - {*REQUEST_OPTIONS}:
         assert "'params' has an unknown key" in answer.message
@@ -190,11 +190,11 @@ def test_a_body_that_stops_coming(models: ModelManager) -> None:
     assert "within 0.01 seconds" in answer.message
 
 
-def test_calls_beyond_the_limit_are_told_to_come_again(models: ModelManager) -> None:
+def test_calls_beyond_the_limit_are_asked_to_retry(models: ModelManager) -> None:
     app = application(models, max_concurrent_calls=2)
     answers = ask(app, *[GOOD] * 5)
-    assert sorted(each.status for each in answers) == [200, 200, 503, 503, 503]
-    refused = next(each for each in answers if each.status == 503)
+    assert sorted(answer.status for answer in answers) == [200, 200, 503, 503, 503]
+    refused = next(answer for answer in answers if answer.status == 503)
     assert refused.headers["retry-after"] == "1"
     assert ask(app, GOOD).status == 200
 
@@ -206,14 +206,14 @@ def test_nothing_is_ranked_for_a_caller_who_has_left(models: ModelManager) -> No
     async def together() -> list[Answer]:
         left = asyncio.Event()
         left.set()
-        calls = [asyncio.ensure_future(reply(app, GOOD, left=each)) for each in (None, left, None)]
+        calls = [asyncio.ensure_future(reply(app, GOOD, left=item)) for item in (None, left, None)]
         await calls[1]
         ranker.go_on.set()
         return await asyncio.gather(*calls)
 
-    assert [each.status for each in asyncio.run(together())] == [200, 499, 200]
-    found = numbers(app)
-    assert (found["calls_per_batch_sum"], found['refusals_total{reason="caller_gone"}'], found["calls"]) == (2, 1, 0)
+    assert [item.status for item in asyncio.run(together())] == [200, 499, 200]
+    actual = numbers(app)
+    assert (actual["calls_per_batch_sum"], actual['refusals_total{reason="caller_gone"}'], actual["calls"]) == (2, 1, 0)
 
 
 # Names of the server
@@ -307,7 +307,7 @@ def test_the_schema_has_the_models_own_example_and_columns(app: Application) -> 
     parts = content["schema"]["properties"]["inputs"]["items"]["properties"]
     assert parts["user"]["properties"]["user"] == {"description": "int64"}
     assert {"item", "brand", "item_click_rate"} <= set(parts["candidates"]["properties"])
-    assert [each["name"] for each in operation["parameters"]] == ["partial"]
+    assert [parameter["name"] for parameter in operation["parameters"]] == ["partial"]
     assert "/events" not in tree["paths"]
     assert {"/metrics", "/version", "/health"} < tree["paths"].keys()
 
@@ -363,10 +363,10 @@ class Watched:
     def rank_many(self, requests: Sequence[Any]) -> Any:
         self.passes.append(len(requests))
         assert self.go_on.wait(600)
-        for each in requests:
-            if getattr(each, "user", {}).get("user") == POISON:
+        for request in requests:
+            if getattr(request, "user", {}).get("user") == POISON:
                 raise RuntimeError("poisoned\nbadly")
-            if getattr(each, "user", {}).get("user") == POISON + 1:
+            if getattr(request, "user", {}).get("user") == POISON + 1:
                 raise LookupError("/a/path")
         return self.ranker.rank_many(requests)
 
@@ -387,7 +387,7 @@ def ask_while_busy(app: Application, ranker: Watched, bodies: Sequence[Any]) -> 
         first = asyncio.create_task(reply(app, {"inputs": [element()]}))
         await until(lambda: bool(ranker.passes))
         rest = [asyncio.create_task(reply(app, body)) for body in bodies]
-        await until(lambda: app.invocations.limiter.active + sum(each.done() for each in rest) == 1 + len(bodies))
+        await until(lambda: app.invocations.limiter.active + sum(item.done() for item in rest) == 1 + len(bodies))
         ranker.go_on.set()
         return list(await asyncio.gather(first, *rest))
 
@@ -405,8 +405,8 @@ async def until(condition: Callable[[], bool]) -> None:
 def values(answer: Answer) -> list[Any]:
     """All numbers of a reply."""
     return [
-        [each["candidates"], each["order"], each["scores"], *each["predictions"].values()]
-        for each in answer.tree["predictions"]
+        [prediction["candidates"], prediction["order"], prediction["scores"], *prediction["predictions"].values()]
+        for prediction in answer.tree["predictions"]
     ]
 
 
@@ -431,18 +431,18 @@ def test_waiting_calls_share_a_pass_and_get_their_own_replies(models: ModelManag
         if alone.status == 400:
             assert answer.tree == alone.tree
             continue
-        for found, expected in zip(values(answer), values(alone), strict=True):
-            assert found[:2] == expected[:2]
-            for one, other in zip(found[2:], expected[2:], strict=True):
-                np.testing.assert_allclose(one, other, atol=1e-6)
+        for actual, expected in zip(values(answer), values(alone), strict=True):
+            assert actual[:2] == expected[:2]
+            for first_one_value, right in zip(actual[2:], expected[2:], strict=True):
+                np.testing.assert_allclose(first_one_value, right, atol=1e-6)
 
 
 def test_a_call_that_fails_leaves_the_others_alone(models: ModelManager) -> None:
     app, ranker = watched(models)
     good, wrong, failing = element(), element(user={}), element(user={"user": POISON})
-    bodies = [{"inputs": [each]} for each in (good, wrong, failing, good, element(user={"user": POISON + 1}))]
+    bodies = [{"inputs": [item]} for item in (good, wrong, failing, good, element(user={"user": POISON + 1}))]
     _, *answers = ask_while_busy(app, ranker, bodies)
-    assert [each.status for each in answers] == [200, 400, 500, 200, 500]
+    assert [answer.status for answer in answers] == [200, 400, 500, 200, 500]
     assert answers[0].tree == answers[3].tree == ask(app, bodies[0]).tree
     assert answers[2].tree == {"error_code": "INTERNAL_ERROR", "message": "poisoned badly"}
     assert "/a/path" not in answers[4].message, "an error of another kind may hold anything"
@@ -468,9 +468,9 @@ def test_what_is_no_number_is_never_replied(
     if number == math.inf and models.current.ranker.info.tasks[task].kind == "binary":
         assert answer.status == 200
         (ranking,) = answer.tree["predictions"]
-        explained = [each["uncalibrated"].values() for each in ranking["explanations"]]
-        found = chain(ranking["scores"], *ranking["predictions"].values(), *explained)
-        assert all(isinstance(each, float) for each in found)
+        explained = [explanation["uncalibrated"].values() for explanation in ranking["explanations"]]
+        actual = chain(ranking["scores"], *ranking["predictions"].values(), *explained)
+        assert all(isinstance(item, float) for item in actual)
     else:
         assert (answer.status, "not finite numbers" in answer.message) == (500, True)
 
@@ -480,7 +480,7 @@ def test_a_pass_takes_no_more_than_is_worth_waiting_for(models: ModelManager) ->
     count = 50
     elements = [element(candidates={"item": list(range(count))})] * 40
     bodies = [{"inputs": elements}] * 3
-    assert all(each.status == 200 for each in ask_while_busy(app, ranker, bodies))
+    assert all(item.status == 200 for item in ask_while_busy(app, ranker, bodies))
     assert 2 * count * 40 <= MAX_BATCH_CANDIDATES < 3 * count * 40
     assert ranker.passes == [1, 80, 40]
 
@@ -510,11 +510,11 @@ def test_health_is_answered_while_a_pass_is_under_way_until_it_is_stuck(
         ranker.go_on.clear()
         task = asyncio.create_task(reply(app, {"inputs": [element()]}))
         await until(lambda: bool(ranker.passes))
-        found = [(await reply(app, b"", "/health", "GET")).status]
+        actual = [(await reply(app, b"", "/health", "GET")).status]
         monkeypatch.setattr(app.invocations.queue, "_busy_since", -1e9)
-        found.append((await reply(app, b"", "/health", "GET")).status)
+        actual.append((await reply(app, b"", "/health", "GET")).status)
         ranker.go_on.set()
-        return [*found, (await task).status]
+        return [*actual, (await task).status]
 
     assert asyncio.run(scenario()) == [200, 503, 200]
 
@@ -529,17 +529,17 @@ def test_the_numbers_of_metrics(models: ModelManager) -> None:
     ask(app, {"inputs": [element(user={})]})
     ask(app, {"inputs": [element(user={"user": POISON})]})
     ask(app, b" " * (2**20 + 1))
-    found = numbers(app)
-    assert [found[f'replies_total{{status="{name}"}}'] for name in ("200", "400", "413", "500")] == [4, 2, 1, 1]
-    assert [found[f'errors_total{{kind="{name}"}}'] for name in ("body", "element", "model")] == [1, 1, 1]
-    assert found['refusals_total{reason="too_large"}'] == 1
-    assert found["elements_total"] == 7
-    assert found["candidates_total"] == 7 * len(ITEMS)
-    assert found["calls"] == found["waiting"] == 0
-    assert (found["calls_per_batch_count"], found["calls_per_batch_sum"]) == (5, 6)
-    assert found['stage_seconds_count{stage="read"}'] == 8, "one of them by its length"
-    assert found['stage_seconds_count{stage="score"}'] == 5
-    assert found['stage_seconds_count{stage="write"}'] == 5
+    actual = numbers(app)
+    assert [actual[f'replies_total{{status="{name}"}}'] for name in ("200", "400", "413", "500")] == [4, 2, 1, 1]
+    assert [actual[f'errors_total{{kind="{name}"}}'] for name in ("body", "element", "model")] == [1, 1, 1]
+    assert actual['refusals_total{reason="too_large"}'] == 1
+    assert actual["elements_total"] == 7
+    assert actual["candidates_total"] == 7 * len(ITEMS)
+    assert actual["calls"] == actual["waiting"] == 0
+    assert (actual["calls_per_batch_count"], actual["calls_per_batch_sum"]) == (5, 6)
+    assert actual['stage_seconds_count{stage="read"}'] == 8, "one of them by its length"
+    assert actual['stage_seconds_count{stage="score"}'] == 5
+    assert actual['stage_seconds_count{stage="write"}'] == 5
 
 
 def test_unknown_ids_are_counted_in_what_is_ranked(models: ModelManager) -> None:
@@ -551,9 +551,9 @@ def test_unknown_ids_are_counted_in_what_is_ranked(models: ModelManager) -> None
     two = element(candidates={"item": [98, 99, 98, ITEMS[0]], "brand": ["a", "b", None, "a"]})
     bodies = [{"inputs": [element(), stranger]}, {"inputs": [two]}, {"inputs": [two, wrong]}]
     _, *answers = ask_while_busy(app, ranker, bodies)
-    assert [each.status for each in answers] == [200, 200, 400]
+    assert [answer.status for answer in answers] == [200, 200, 400]
     assert ask(app, {"inputs": [wrong, stranger]}, page="/invocations?partial=true").status == 200
-    found = numbers(app)
-    assert found['unknown_ids_total{role="user"}'] == 2
-    assert found['unknown_ids_total{role="candidate"}'] == 1 + (1 + 1) + 3 + 3 + 1
+    actual = numbers(app)
+    assert actual['unknown_ids_total{role="user"}'] == 2
+    assert actual['unknown_ids_total{role="candidate"}'] == 1 + (1 + 1) + 3 + 3 + 1
     assert "unknown_ids" not in answers[0].tree["predictions"][0]

@@ -31,17 +31,17 @@ class Address:
     """A `ModelFinder` at whose address lies, or goes wrong, what a test says: the last one again and again."""
 
     def __init__(self, *states: str | Exception | None) -> None:
-        self.states, self.told = list(states), ""
+        self.states, self.address = list(states), ""
 
     def fingerprint(self) -> str | None:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, Exception):
             raise state
-        self.told = str(state)
+        self.address = str(state)
         return state
 
     def find(self) -> ResolvedModel:
-        return ResolvedModel(Path("unused"), self.told)
+        return ResolvedModel(Path("unused"), self.address)
 
 
 class IncludedFiles(list[str]):
@@ -113,8 +113,8 @@ def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed(
         failure = reloads.reload_if_changed(is_requested)
         assert len(taken) == loads
         assert (failure is not None) == (state == "broken" and loads > before)
-    told = "the previous model is still served: it is broken"
-    assert [record.getMessage() for record in caplog.records] == [told] * 3
+    message = "the previous model is still served: it is broken"
+    assert [record.getMessage() for record in caplog.records] == [message] * 3
 
 
 def test_a_model_of_unknown_state_is_loaded_again_if_asked_for() -> None:
@@ -133,10 +133,10 @@ def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
     failures = list[str | None]()
     while not taken:
         failures.append(reloads.reload_if_changed(False))
-    told = ["OSError: the store is down", "there is no such alias", "RuntimeError: can't start new thread"]
-    assert failures == [None, told[0], told[0], told[1], None, told[1], told[2], None]
+    message = ["OSError: the store is down", "there is no such alias", "RuntimeError: can't start new thread"]
+    assert failures == [None, message[0], message[0], message[1], None, message[1], message[2], None]
     assert [record.getMessage() for record in caplog.records] == [
-        f"can't look for another model: {sentence}" for sentence in told
+        f"can't look for another model: {sentence}" for sentence in message
     ], "each once"
 
 
@@ -179,8 +179,8 @@ def test_a_copy_under_way_is_tried_again_when_more_of_it_is_there(small: SmallMo
     copied = Copied(folder)
     assert copied.look() == []
     copy(made, folder, "model.json", "manifest.json", "example_scores.json")
-    (told,) = copied.look()
-    assert "'weights.safetensors' is missing or has changed" in told
+    (message,) = copied.look()
+    assert "'weights.safetensors' is missing or has changed" in message
     assert copied.models.current.ranker.version == artifact_version(small.folder), "which goes on"
     assert copied.look() == [], "what stays broken is not loaded again"
     copy(made, folder, "weights.safetensors")
@@ -188,18 +188,18 @@ def test_a_copy_under_way_is_tried_again_when_more_of_it_is_there(small: SmallMo
     assert copied.look() == []
 
 
-def test_what_only_the_manifest_tells_apart_and_what_is_no_part_of_it(small: SmallModel, tmp_path: Path) -> None:
+def test_what_only_the_manifest_distinguishes_and_what_is_no_part_of_it(small: SmallModel, tmp_path: Path) -> None:
     folder, made = tmp_path / "model", other_weights(small.folder, tmp_path / "made", 0.2, 3)
-    for each in (*small.folder.rglob("*"), *made.rglob("*")):
-        os.utime(each, ns=(10**18, 10**18))  # as in archives that are the same whoever makes them
+    for path in (*small.folder.rglob("*"), *made.rglob("*")):
+        os.utime(path, ns=(10**18, 10**18))  # as in archives that are the same whoever makes them
     shutil.copytree(small.folder, folder)
     copied = Copied(folder)
     shutil.rmtree(folder)
     shutil.copytree(made, folder)
     assert copied.look() == [artifact_version(made)]
     (folder / "features" / "left.parquet").touch()
-    (told,) = copied.look()
-    assert "'features/left.parquet' is not part of it" in told
+    (message,) = copied.look()
+    assert "'features/left.parquet' is not part of it" in message
     (folder / "features" / "left.parquet").unlink()
     assert copied.look() == [artifact_version(made)]
     (folder / "__pycache__").mkdir()
@@ -272,8 +272,8 @@ def test_what_the_command_line_gives_goes_for_every_model(
         assert ranker.scorer.matmul_backend == (matmul_backend if has_onednn() else "blas")
         app, known = Application(models), datetime.fromisoformat(str(ranker.info.tables_as_of))
         later = [known + timedelta(days=days) for days in (0.4, 0.6, 8, 200)]
-        call = {"inputs": [element(context={"time": each.isoformat()}) for each in later]}
+        call = {"inputs": [element(context={"time": item.isoformat()}) for item in later]}
         rankings: list[Any] = ask(app, call).tree["predictions"]
-        assert ["they are stale" in " ".join(each["warnings"]) for each in rankings] == stale
+        assert ["they are stale" in " ".join(ranking["warnings"]) for ranking in rankings] == stale
         calls = [{"inputs": [element(candidates={"item": [*range(most + more)]})]} for more in (0, 1)]
-        assert [ask(app, each).status for each in calls] == [200, 400]
+        assert [ask(app, item).status for item in calls] == [200, 400]

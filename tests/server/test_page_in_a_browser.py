@@ -40,7 +40,7 @@ ROWS = "return document.querySelectorAll('#ranking tbody tr').length"
 def test_the_page_is_bound_to_what_it_was_written_with(app: Application) -> None:
     answer = ask(app, b"", page="/", method="GET")
     assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    policy = dict(each.split(" ", 1) for each in answer.headers["content-security-policy"].split("; "))
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
     text = answer.body.decode()
@@ -57,8 +57,8 @@ def test_everybody_may_see_the_page_and_nobody_the_model(models: ModelManager) -
     app = application(models, token=TOKEN)
     assert ask(app, b"", page="/", method="GET").status == 200
     assert ask(app, b"", page="/model", method="GET").status == 401
-    found = ask(app, b"", page="/model", method="GET", headers={"Authorization": f"Bearer {TOKEN}"}).tree
-    assert [each["name"] for each in found["tasks"]] == ["click", "liked", "spent"]
+    actual = ask(app, b"", page="/model", method="GET", headers={"Authorization": f"Bearer {TOKEN}"}).tree
+    assert [task["name"] for task in actual["tasks"]] == ["click", "liked", "spent"]
 
 
 # In a browser
@@ -89,8 +89,8 @@ def running(app: ASGIApp) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(small: SmallModel) -> Iterator[str]:
-    with serving(small, TOKEN) as found:
-        yield found
+    with serving(small, TOKEN) as actual:
+        yield actual
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def move(page: Browser, label: str, value: float) -> None:
 def columns(page: Browser) -> dict[str, list[str]]:
     """The ranking as it is seen: name of the column -> texts."""
     head, *rows = page.run(CELLS, "#ranking")
-    return dict(zip((each.replace("\u200b", "") for each in head), map(list, zip(*rows, strict=True)), strict=True))
+    return dict(zip((item.replace("\u200b", "") for item in head), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def expected(small: SmallModel, call: Any) -> Ranking:
@@ -160,11 +160,11 @@ def test_the_example_is_there_and_is_ranked_at_once(page: Browser, small: SmallM
     example = json.loads((small.folder / "example_request.json").read_text())
     assert json.loads(page.run("return document.querySelector('#text').value")) == example
     ranking = expected(small, example)
-    found = columns(page)
-    assert found["candidate"] == [str(each) for each in ranking.candidates]
+    actual = columns(page)
+    assert actual["candidate"] == [str(candidate) for candidate in ranking.candidates]
     for name, values in ranking.predictions.items():
-        np.testing.assert_allclose([float(each) for each in found[name]], values, rtol=1e-3)
-    assert set(found["moved"]) == {"\u2013"}
+        np.testing.assert_allclose([float(item) for item in actual[name]], values, rtol=1e-3)
+    assert set(actual["moved"]) == {"\u2013"}
     assert page.complaints() == []
 
 
@@ -176,11 +176,11 @@ def test_weights_reorder_at_once_as_the_server_would(page: Browser, small: Small
     for name, weight in weights.items():
         move(page, f"weight of {name}", weight)
     call["inputs"][0]["task_weights"] = weights
-    ranking, found = expected(small, call), columns(page)
-    assert found["candidate"] == [str(each) for each in ranking.candidates]
-    assert found["candidate"] != before
-    np.testing.assert_allclose([float(each) for each in found["score"]], ranking.scores, rtol=1e-3)
-    for place, (name, moved) in enumerate(zip(found["candidate"], found["moved"], strict=True)):
+    ranking, actual = expected(small, call), columns(page)
+    assert actual["candidate"] == [str(candidate) for candidate in ranking.candidates]
+    assert actual["candidate"] != before
+    np.testing.assert_allclose([float(item) for item in actual["score"]], ranking.scores, rtol=1e-3)
+    for place, (name, moved) in enumerate(zip(actual["candidate"], actual["moved"], strict=True)):
         steps = before.index(name) - place
         assert moved == ("\u2013" if steps == 0 else f"{'▲' if steps > 0 else '▼'} {abs(steps)}")
     move(page, "top k to show", 3)
@@ -197,11 +197,13 @@ def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
     ranking = expected(small, call_of(ITEMS))
     why = ranking.explanations[2]
     assert page.texts("#detail-title") == [f"Candidate {ranking.candidates[2]}"]
-    told = page.run("return [...document.querySelectorAll('.bars')].map(each => each.ariaLabel)")
-    means = {name: np.mean([each.gates[name] for each in ranking.explanations], axis=0) for name in why.gates}
-    for text, (name, weights) in zip(told, why.gates.items(), strict=True):
+    message = page.run("return [...document.querySelectorAll('.bars')].map(each => each.ariaLabel)")
+    means = {
+        name: np.mean([explanation.gates[name] for explanation in ranking.explanations], axis=0) for name in why.gates
+    }
+    for text, (name, weights) in zip(message, why.gates.items(), strict=True):
         assert text.startswith(f"{name}: ")
-        shown = [int(each) for each in re.findall(r"(\d+)%", text)]
+        shown = [int(item) for item in re.findall(r"(\d+)%", text)]
         np.testing.assert_allclose(shown, 100 * np.stack([weights, means[name]]).T.ravel(), atol=0.51)
     (_, *statistics), *rows = page.run(CELLS, "#counters")
     assert statistics == [f"{kind}{days}" for kind, windows in STATISTICS.items() for days in windows]
@@ -215,13 +217,13 @@ def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
     assert {text for row in table.values() for text in row.values()} == {""}
     clicked = why.histories["clicked"]
     assert clicked
-    assert page.texts("#histories ul:first-of-type li")[: len(clicked)] == [str(each) for each in clicked]
+    assert page.texts("#histories ul:first-of-type li")[: len(clicked)] == [str(item) for item in clicked]
 
 
-def test_numbers_near_one_are_told_from_it(page: Browser) -> None:
+def test_numbers_near_one_are_distinguished_from_it(page: Browser) -> None:
     values = [0.5, 0.9987276, 0.99995, 0.9999849, 0.99999994, 1 - 2**-53, -0.99996, 1.0, 0.0, 123.456, 2e7, 3e-9]
     texts = page.run("return arguments[0].map(formatNumber)", values)
-    np.testing.assert_allclose(texts_as_numbers := [float(each) for each in texts], values, rtol=1e-2)
+    np.testing.assert_allclose(texts_as_numbers := [float(item) for item in texts], values, rtol=1e-2)
     for text, value in zip(texts_as_numbers, values, strict=True):
         assert abs(1 - text) == pytest.approx(abs(1 - value), rel=0.06)
 
@@ -247,8 +249,8 @@ def test_errors_are_the_servers_sentence(page: Browser) -> None:
         (json.dumps(call_of([1])).replace("12:00", HTML.replace('"', "'")), "which is not an ISO 8601 time"),
     ):
         send(page, call)
-        (told,) = page.texts("#error")
-        assert sentence in told
+        (message,) = page.texts("#error")
+        assert sentence in message
         assert page.run("return document.querySelector('#reply').hidden")
     send(page, call_of([1]))
     assert page.texts("#error") == []

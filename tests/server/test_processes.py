@@ -47,8 +47,8 @@ class Running:
             data = json.dumps(body).encode() if method == "POST" else None
             connection.request(method, page, data, {"Content-Type": "application/json", **headers})
             reply = connection.getresponse()
-            found = reply.read()
-            return reply.status, found.decode() if page == "/metrics" else json.loads(found)
+            actual = reply.read()
+            return reply.status, actual.decode() if page == "/metrics" else json.loads(actual)
         finally:
             connection.close()
 
@@ -220,9 +220,9 @@ def test_connections_that_stay_unfinished_are_closed(impatient: Running, sender:
         replies = [everything(half) for half in halves]
         assert replies[:3] == [b""] * 3
         assert replies[3].count(b"HTTP/1.1 200 OK") == 1
-        told = everything(sender)
-        assert told.startswith(b"HTTP/1.1 408 ")
-        assert b"did not arrive within 3 seconds" in told
+        message = everything(sender)
+        assert message.startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive within 3 seconds" in message
 
 
 def call(*headers: str, body: bytes = BODY) -> bytes:
@@ -294,9 +294,9 @@ def test_only_names_of_this_machine_and_allowed_ones_are_answered(impatient: Run
 def test_whoever_lets_all_in_is_warned() -> None:
     words = ["mmoe_rec", "serve", "--model", "no/model", "--port", str(free_port()), "--host"]
     for host, token, warnings in (("0.0.0.0", {}, 1), ("0.0.0.0", {"MMOE_REC_TOKEN": "x"}, 0), ("127.0.0.1", {}, 0)):
-        told = run_command(*words, host, env=token).stderr
-        assert "'no/model' holds no model" in told
-        assert told.count("send events and reload. Set MMOE_REC_TOKEN.") == warnings
+        message = run_command(*words, host, env=token).stderr
+        assert "'no/model' holds no model" in message
+        assert message.count("send events and reload. Set MMOE_REC_TOKEN.") == warnings
 
 
 # Another model
@@ -384,13 +384,13 @@ def model_count(running: Running) -> float:
     ],
     ids=str,
 )
-def test_mistakes_are_told_in_one_sentence(small: SmallModel, arguments: list[str], sentence: str) -> None:
-    words = [each.replace("{model}", str(small.folder)) for each in arguments]
+def test_mistakes_are_reported_in_one_sentence(small: SmallModel, arguments: list[str], sentence: str) -> None:
+    words = [argument.replace("{model}", str(small.folder)) for argument in arguments]
     done = run_command("mmoe_rec", "serve", *words)
     assert done.returncode == 2, done.stderr
-    (told,) = done.stderr.splitlines()
-    assert told.startswith("error: ")
-    assert sentence in told
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("error: ")
+    assert sentence in message
 
 
 # An address is one server's

@@ -42,33 +42,33 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
     weights = {"click": 2.0}
     first, second = as_request(table), element(task_weights=weights)
     with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
-        one, two = ask(app, {"inputs": [first, second], "params": {"top_k": 15, "task_weights": {"spent": 0.5}}}).tree[
+        left, two = ask(app, {"inputs": [first, second], "params": {"top_k": 15, "task_weights": {"spent": 0.5}}}).tree[
             "predictions"
         ]
-    found = logged(tmp_path)
+    actual = logged(tmp_path)
     assert outcomes(app) == {"written": 2}
-    mine = found.filter(pa.array(np.array(found["served_request"].to_pylist()) == one["request_id"]))
-    assert mine["item"].to_pylist() == one["candidates"]
-    assert mine["served_score"].to_pylist() == one["scores"]
+    mine = actual.filter(pa.array(np.array(actual["served_request"].to_pylist()) == left["request_id"]))
+    assert mine["item"].to_pylist() == left["candidates"]
+    assert mine["served_score"].to_pylist() == left["scores"]
     assert mine["served_rank"].to_pylist() == [*range(1, 16)]
     assert (set(mine["served_candidates"].to_pylist()), set(mine["served_replied"].to_pylist())) == ({20}, {15})
-    for name, values in one["predictions"].items():
+    for name, values in left["predictions"].items():
         np.testing.assert_allclose(mine[f"served_predicted_{name}"].to_numpy(), values, rtol=1e-6)
-    place = one["order"]
+    place = left["order"]
     for name in ("user", "item", "time", "brand", "price", "tags", "born"):
         assert mine[name].to_pylist() == rows.column(name).take(pa.array(place)).to_pylist(), name
-    assert "slot" not in found.column_names
+    assert "slot" not in actual.column_names
     assert {*mine["served_weights"].to_pylist()} == {'{"spent": 0.5}'}
     about = {name: {*mine[f"served_{name}"].to_pylist()} for name in ("model", "version", "artifact", "fraction")}
-    assert about == {"model": {"small"}, "version": {"7"}, "artifact": {one["model"]["version"]}, "fraction": {1.0}}
+    assert about == {"model": {"small"}, "version": {"7"}, "artifact": {left["model"]["version"]}, "fraction": {1.0}}
     # The second request gave ids only: the rest is what the model knows of them, and null of the unknown one.
-    other = found.filter(pa.array(np.array(found["served_request"].to_pylist()) == two["request_id"]))
-    assert other["item"].to_pylist() == two["candidates"]
-    assert {*other["served_weights"].to_pylist()} == {json.dumps(weights)}
+    right = actual.filter(pa.array(np.array(actual["served_request"].to_pylist()) == two["request_id"]))
+    assert right["item"].to_pylist() == two["candidates"]
+    assert {*right["served_weights"].to_pylist()} == {json.dumps(weights)}
     known = pq.read_table(small.prepared.serving / "latest.candidate.parquet").to_pylist()
-    brands = {each["item"]: each["brand"] for each in known}
-    assert other["brand"].to_pylist() == [brands.get(each) for each in two["candidates"]]
-    assert None in other["brand"].to_pylist()
+    brands = {item["item"]: item["brand"] for item in known}
+    assert right["brand"].to_pylist() == [brands.get(candidate) for candidate in two["candidates"]]
+    assert None in right["brand"].to_pylist()
 
 
 def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, t
     rows = logged(tmp_path)
     pipeline = FeaturePipeline.load(small.folder / "features")
     encoded, layout = pipeline.encode(LogRows(rows, pipeline.schema)), pipeline.layout
-    dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
+    dense = {item.name: encoded.dense[:, place] for place, item in enumerate(layout.dense)}
     expected = hash_features(encoded.ids, dense, layout)
-    inputs = {each.name: each.feature for each in (*layout.ids, *layout.dense) if not each.placement}
+    inputs = {item.name: item.feature for item in (*layout.ids, *layout.dense) if not item.placement}
     assert expected.keys() == set(inputs.values())
     for name, hashes in expected.items():
         assert rows[f"served_digest_{name}"].to_pylist() == hashes.tolist(), name
@@ -88,14 +88,14 @@ def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, t
 
     def changes(ids: dict[str, Any], numbers: dict[str, Any]) -> dict[str, list[int]]:
         different = {
-            name: np.flatnonzero(each != expected[name]) for name, each in hash_features(ids, numbers, layout).items()
+            name: np.flatnonzero(item != expected[name]) for name, item in hash_features(ids, numbers, layout).items()
         }
-        return {name: each.tolist() for name, each in different.items() if len(each)}
+        return {name: item.tolist() for name, item in different.items() if len(item)}
 
     for name, values in dense.items():  # one bit of one number
-        other = values.copy()
-        other[3] = np.nextafter(values[3], np.float32(9))
-        assert changes(encoded.ids, dense | {name: other}) == ({inputs[name]: [3]} if name in inputs else {}), name
+        right = values.copy()
+        right[3] = np.nextafter(values[3], np.float32(9))
+        assert changes(encoded.ids, dense | {name: right}) == ({inputs[name]: [3]} if name in inputs else {}), name
     for name, ids in encoded.ids.items():
         if isinstance(ids, Ragged):
             row = int(np.flatnonzero(ids.lengths > 1)[0])
@@ -114,10 +114,10 @@ def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, t
 def test_the_callers_own_id_is_kept_and_checked(with_ids: SmallModel, tmp_path: Path) -> None:
     own = element(context={**CONTEXT, "page": "a page"})
     with logging_app(with_ids.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
-        one, two, three = ask(app, {"inputs": [own, element(), element(context={**CONTEXT, "page": None})]}).tree[
+        left, two, three = ask(app, {"inputs": [own, element(), element(context={**CONTEXT, "page": None})]}).tree[
             "predictions"
         ]
-        assert one["request_id"] == "a page"
+        assert left["request_id"] == "a page"
         assert len(two["request_id"]) == len(three["request_id"]) == 32
         assert two["request_id"] != three["request_id"]
         wrong = ask(app, {"inputs": [element(context={**CONTEXT, "page": 5})]})
@@ -137,15 +137,15 @@ def test_a_server_that_does_not_log_gives_no_id_and_keeps_nothing(with_ids: Smal
 def test_the_share_is_by_the_id_alone(small: SmallModel, tmp_path: Path) -> None:
     numbers = [*range(20_000)]
     for fraction in (0.0, 0.1, 0.5):
-        found = np.mean([is_sampled(each, fraction) for each in numbers])
-        assert abs(found - fraction) < 0.02
-    assert all(is_sampled(each, 0.5) for each in numbers if is_sampled(each, 0.1))
+        actual = np.mean([is_sampled(number, fraction) for number in numbers])
+        assert abs(actual - fraction) < 0.02
+    assert all(is_sampled(number, 0.5) for number in numbers if is_sampled(number, 0.1))
     assert is_sampled(5, 0.3) == is_sampled("5", 0.3)
     assert {new_request_id(True) <= 2**53 for _ in range(99)} == {True}
     with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=0.3)) as app:
         replies = ask(app, *({"inputs": [element()] * 9} for _ in range(12)))
-    ids = [each["request_id"] for reply in replies for each in reply.tree["predictions"]]
-    expected = {each for each in ids if is_sampled(each, 0.3)}
+    ids = [prediction["request_id"] for reply in replies for prediction in reply.tree["predictions"]]
+    expected = {item for item in ids if is_sampled(item, 0.3)}
     assert 10 < len(expected) < 60
     assert set(logged(tmp_path)["served_request"].to_pylist()) == expected
     assert outcomes(app) == {"written": len(expected), "unsampled": 108 - len(expected)}
@@ -178,7 +178,7 @@ def test_a_full_queue_drops_and_counts_and_answers(
         replies = [ask(app, {"inputs": [element(top_k=1)]}) for _ in range(5)]
         waiting = outcomes(app)
         go_on.set()
-    assert [each.status for each in replies] == [200] * 5
+    assert [reply.status for reply in replies] == [200] * 5
     assert waiting == {"dropped": 3}
     assert outcomes(app) == {"dropped": 3, "written": 3}
     assert len(logged(tmp_path)) == 3
@@ -210,7 +210,7 @@ def test_each_reply_that_waits_for_a_file_is_counted_once(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("problem", ["gone", "full"])
-def test_a_disk_that_fails_is_told_once_and_serving_goes_on(
+def test_a_disk_that_fails_is_reported_once_and_serving_goes_on(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
     folder = tmp_path / "log"
@@ -223,11 +223,11 @@ def test_a_disk_that_fails_is_told_once_and_serving_goes_on(
         for number in range(1, 4):
             assert ask(app, {"inputs": [element()]}).status == 200
             until(lambda number=number: outcomes(app) == {"failed": number})
-        told = [each.getMessage() for each in caplog.records if "can't be logged" in each.getMessage()]
-        assert len(told) == 1
-        assert str(folder) in told[0]
-        assert "serving continues" in told[0]
-        assert ("No space left" in told[0]) == (problem == "full")
+        message = [record.getMessage() for record in caplog.records if "can't be logged" in record.getMessage()]
+        assert len(message) == 1
+        assert str(folder) in message[0]
+        assert "serving continues" in message[0]
+        assert ("No space left" in message[0]) == (problem == "full")
         assert not folder.exists() or not any(folder.iterdir())  # nothing was made on the disk below
         monkeypatch.undo()
         folder.mkdir(exist_ok=True)
@@ -251,14 +251,14 @@ def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallMod
     from mmoe_rec.inference.artifact import ResolvedModel
 
     with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
-        one = ask(app, {"inputs": [element()]}).tree["predictions"][0]
+        left = ask(app, {"inputs": [element()]}).tree["predictions"][0]
         take_up(app.models, ResolvedModel(with_ids.folder, "models:/small/8"))
         two = ask(app, {"inputs": [element()]}).tree["predictions"][0]
-    files = [pq.read_table(each) for each in sorted(tmp_path.iterdir())]
-    assert [set(each["served_artifact"].to_pylist()) for each in files] == [
-        {each["model"]["version"]} for each in (one, two)
+    files = [pq.read_table(path) for path in sorted(tmp_path.iterdir())]
+    assert [set(file["served_artifact"].to_pylist()) for file in files] == [
+        {item["model"]["version"]} for item in (left, two)
     ]
-    assert [set(each["served_version"].to_pylist()) for each in files] == [{"7"}, {"8"}]
+    assert [set(file["served_version"].to_pylist()) for file in files] == [{"7"}, {"8"}]
 
 
 # Several workers, signals and kills: what is logged appears whole, and nothing of it twice
@@ -266,12 +266,12 @@ def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallMod
 
 def ids_of(running: Running, calls: int) -> set[str]:
     """The ids of requests that were answered."""
-    found = set()
+    actual = set()
     for _ in range(calls):
         status, tree = running.send({"inputs": [element(), element()]})
         assert status == 200
-        found |= {each["request_id"] for each in tree["predictions"]}
-    return found
+        actual |= {prediction["request_id"] for prediction in tree["predictions"]}
+    return actual
 
 
 @pytest.mark.thorough
@@ -281,7 +281,7 @@ def test_a_worker_that_is_killed_loses_what_it_has_not_written(small: SmallModel
     with served(small.folder, tmp_path, *words) as running:
         ids = ids_of(running, 10)
         until(lambda: 'request_log_total{outcome="written"} 20.0' in _metrics(running))
-        before = {each.name for each in folder.iterdir()}
+        before = {path.name for path in folder.iterdir()}
         for worker in running.workers():
             os.kill(worker, signal.SIGKILL)
         until(lambda: "is replaced" in running.log.read_text())
@@ -289,10 +289,10 @@ def test_a_worker_that_is_killed_loses_what_it_has_not_written(small: SmallModel
         later = ids_of(running, 5)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) == 0
-    assert before <= {each.name for each in folder.iterdir()}
-    found = logged(folder)["served_request"].to_pylist()
-    assert ids | later <= set(found)
-    assert all(found.count(each) == len(ITEMS) for each in set(found))
+    assert before <= {path.name for path in folder.iterdir()}
+    actual = logged(folder)["served_request"].to_pylist()
+    assert ids | later <= set(actual)
+    assert all(actual.count(item) == len(ITEMS) for item in set(actual))
     for file in folder.glob("*.parquet"):
         pq.read_table(file)
 

@@ -59,9 +59,9 @@ def test_replies_to_good_requests(app: Application, mlflow_model: RankingPythonM
     for turn in range(12):
         elements = [random_element(random, small) for _ in range(random.integers(1, 4))]
         params = PARAMS[turn % 4]
-        found, expected = both(app, mlflow_model, elements, params)
-        assert found == expected
-        assert found[0] == 200
+        actual, expected = both(app, mlflow_model, elements, params)
+        assert actual == expected
+        assert actual[0] == 200
 
 
 def test_the_example_in_the_artifact_is_taken_as_it_is(
@@ -77,9 +77,9 @@ def test_the_example_in_the_artifact_is_taken_as_it_is(
 
 def test_explained_replies(app: Application, mlflow_model: RankingPythonModel, small: SmallModel) -> None:
     made = as_request(small.later_rows(5)[0])
-    found, expected = both(app, mlflow_model, [made, made | {"explain": False}], {"explain": True, "top_k": 3})
-    assert found == expected
-    assert found[0] == 200
+    actual, expected = both(app, mlflow_model, [made, made | {"explain": False}], {"explain": True, "top_k": 3})
+    assert actual == expected
+    assert actual[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -103,25 +103,25 @@ def test_explained_replies(app: Application, mlflow_model: RankingPythonModel, s
 )
 def test_refusals(app: Application, mlflow_model: RankingPythonModel, changes: dict[str, Any], params: Any) -> None:
     for elements in ([element(**changes)], [element(), element(**changes)]):
-        found, expected = both(app, mlflow_model, elements, params)
-        assert found == expected
-        assert found[0] == 400
+        actual, expected = both(app, mlflow_model, elements, params)
+        assert actual == expected
+        assert actual[0] == 400
 
 
 def as_rows(made: dict[str, Any], ranking: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A request as a table with a row for each candidate, and what a ranking says of each row."""
-    rows, found = [], {}
+    rows, actual = [], {}
     for place in range(len(ranking["order"])):
-        own = {name: each[place] for name, each in made["candidates"].items()}
+        own = {name: item[place] for name, item in made["candidates"].items()}
         rows.append({**own, **made["user"], **made["context"]})
         rank = ranking["order"].index(place)
-        found[place] = {f"predicted_{name}": each[rank] for name, each in ranking["predictions"].items()} | {
+        actual[place] = {f"predicted_{name}": item[rank] for name, item in ranking["predictions"].items()} | {
             "score": ranking["scores"][rank],
             "log_score": ranking["log_scores"][rank],
             "rank": rank + 1,
             "warnings": ranking["warnings"],
         }
-    return rows, [found[place] for place in range(len(rows))]
+    return rows, [actual[place] for place in range(len(rows))]
 
 
 def split(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,16 +133,16 @@ def test_a_row_for_each_candidate_gets_what_its_request_gets(
 ) -> None:
     random = np.random.default_rng(4)
     for _ in range(12):
-        made = {name: each for name, each in random_element(random, small).items() if name in REQUEST_KEYS.values()}
+        made = {name: item for name, item in random_element(random, small).items() if name in REQUEST_KEYS.values()}
         options = {"task_weights": {"engagement": 3}} if random.random() < 0.5 else {}
         (ranking,) = mlflow_model.predict(None, [made], options)
         rows, expected = as_rows(made, ranking)
         for form in ({"dataframe_records": rows}, {"dataframe_split": split(rows)}):
             assert ask(app, {**form, "params": options}).tree == {"predictions": expected}
         frame = pd.DataFrame(rows, index=range(7, 7 + len(rows)))
-        found = mlflow_model.predict(None, frame, options)
-        assert found.to_dict("records") == expected
-        assert found.index.equals(frame.index)
+        actual = mlflow_model.predict(None, frame, options)
+        assert actual.to_dict("records") == expected
+        assert actual.index.equals(frame.index)
     assert mlflow_model.predict(None, pd.DataFrame([made]), options) == [ranking], (
         "a request in a row, as Spark sends it"
     )
@@ -173,7 +173,7 @@ def test_a_wrong_data_frame(
     assert refused.value.sentence == answer.message
 
 
-def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
+def test_requests_of_a_data_frame_are_named_by_their_ids(tmp_path: Path) -> None:
     columns = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
     small = SmallModel(tmp_path, columns=columns, log=[with_requests(random_log(1, rows=600))])
     app, model = (
@@ -186,8 +186,8 @@ def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
         element(context={"time": time, "request": 31}),
         element(user=user, context={"time": time, "request": 30}),
     ]
-    tables = [as_rows(*each) for each in zip(elements, model.predict(None, elements), strict=True)]
-    rows, expected = ([each for pair in zip(*part, strict=True) for each in pair] for part in zip(*tables, strict=True))
+    tables = [as_rows(*item) for item in zip(elements, model.predict(None, elements), strict=True)]
+    rows, expected = ([item for pair in zip(*part, strict=True) for item in pair] for part in zip(*tables, strict=True))
     for form in ({"dataframe_records": rows}, {"dataframe_split": split(rows)}):
         assert ask(app, form).tree == {"predictions": expected}
     assert model.predict(None, pd.DataFrame(rows)).to_dict("records") == expected
@@ -196,10 +196,10 @@ def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
     answer = ask(app, {"dataframe_records": wrong})
     assert answer.message == f"the request of row 1: {says}"
     partial = ask(app, {"dataframe_records": wrong}, page="/invocations?partial=true").tree["predictions"]
-    assert [each.get("error") for each in partial] == [None, says, None, says]
+    assert [item.get("error") for item in partial] == [None, says, None, says]
     null = {"dataframe_records": [*rows[:2], rows[2] | {"request": None}]}
     assert ask(app, null).message == "column 'request' is null in row 2: give each row the id of its request"
-    without = [{name: each for name, each in row.items() if name != "request"} for row in rows]
+    without = [{name: item for name, item in row.items() if name != "request"} for row in rows]
     assert "give each request a unique id in 'request'" in ask(app, {"dataframe_split": split(without)}).message
 
 

@@ -28,8 +28,8 @@ def test_a_shared_model_answers_as_the_model_does(small: SmallModel, tmp_path: P
     mapped = map_shared(str(tmp_path / "shared"))
     assert mapped.describe() == served.describe()
     assert mapped.example == served.example
-    one, other = (each.ranker.rank(**served.example, explain=True) for each in (served, mapped))
-    assert one.to_dict() | {"request_time": None} == other.to_dict() | {"request_time": None}
+    first, second = (item.ranker.rank(**served.example, explain=True) for item in (served, mapped))
+    assert first.to_dict() | {"request_time": None} == second.to_dict() | {"request_time": None}
     if journal:
         assert mapped.ingester is not None
         assert mapped.ingester.ranker is mapped.ranker
@@ -51,13 +51,13 @@ def test_arrays_lie_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "shared"
     write_shared(whole, str(file))
     mapped: Any = map_shared(str(file))
-    for one, other in zip(tensors, mapped["tensors"], strict=True):
-        assert (one.dtype, one.shape, type(one)) == (other.dtype, other.shape, type(other))
-        assert torch.equal(one, other)
+    for first, second in zip(tensors, mapped["tensors"], strict=True):
+        assert (first.dtype, first.shape, type(first)) == (second.dtype, second.shape, type(second))
+        assert torch.equal(first, second)
     assert np.array_equal(mapped["array"], whole["array"])
     assert mapped["column"].equals(whole["column"])
-    places = [each.data_ptr() for each in mapped["tensors"] if len(each.shape) and len(each)]
-    places += [mapped["array"].ctypes.data, *(each.address for each in mapped["column"].buffers())]
+    places = [tensor.data_ptr() for tensor in mapped["tensors"] if len(tensor.shape) and len(tensor)]
+    places += [mapped["array"].ctypes.data, *(buffer.address for buffer in mapped["column"].buffers())]
     assert all(place % 64 == 0 and is_mapped(place, file) for place in places)
     mapped["array"][:] = 0
     assert np.array_equal(map_shared(str(file))["array"], whole["array"]), "which no process changes for others"  # type: ignore[index]

@@ -70,20 +70,22 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
 
         callers = [Calling(running, keeps, pause) for keeps in (False, True) for pause in (0.005, 0.4)]
         changed(folder, folder)
-        status, told = running.send(None, "/reload")
-        assert (status, told["reload_failure"]) == (200, None)
-        after = told["artifact"]
+        status, message = running.send(None, "/reload")
+        assert (status, message["reload_failure"]) == (200, None)
+        after = message["artifact"]
         assert {version(running) for _ in range(9)} == {after} != {before}, "all workers have it before the answer"
         assert running.workers() == second, "which exchange it in place"
-        seen = [len(each.answers) for each in callers]
-        until(lambda: all(each.failures or len(each.answers) > n + 2 for each, n in zip(callers, seen, strict=True)))
-        for each in callers:
-            each.has_ended = True
-            each.join(PATIENCE)
-            assert not each.failures
-            assert set(each.answers[-2:]) == {after}
-            if each.keeps:  # who comes to another worker may meet the old model for a moment more
-                assert each.answers == sorted(each.answers, key=lambda answer: answer == after)
+        seen = [len(caller.answers) for caller in callers]
+        until(
+            lambda: all(caller.failures or len(caller.answers) > n + 2 for caller, n in zip(callers, seen, strict=True))
+        )
+        for caller in callers:
+            caller.has_ended = True
+            caller.join(PATIENCE)
+            assert not caller.failures
+            assert set(caller.answers[-2:]) == {after}
+            if caller.keeps:  # who comes to another worker may meet the old model for a moment more
+                assert caller.answers == sorted(caller.answers, key=lambda answer: answer == after)
         text = running.send(None, "/metrics", "GET")[1]
         assert 'mmoe_rec_reloads_total{outcome="done"} 1.0' in text, "of all workers"
 
@@ -127,11 +129,11 @@ def test_workers_share_memory(folder: Path, tmp_path: Path) -> None:
 
 def memory(process: int) -> Counter[str]:
     """kB of a process by kind."""
-    found = Counter[str]()
+    actual = Counter[str]()
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
         name, kilobytes, _ = line.split()
-        found[name.removesuffix(":")] = int(kilobytes)
-    return found
+        actual[name.removesuffix(":")] = int(kilobytes)
+    return actual
 
 
 @pytest.mark.thorough
@@ -153,8 +155,8 @@ def test_a_loading_that_is_killed_is_reported_and_the_model_before_goes_on(folde
         until(lambda: model_count(running) == 2)
         for _ in range(9):
             assert version(running) == expected
-            told = running.send(None, "/version", "GET")[1]
-            assert "was ended by SIGKILL" in told["reload_failure"], "by a new worker, too"
+            message = running.send(None, "/version", "GET")[1]
+            assert "was ended by SIGKILL" in message["reload_failure"], "by a new worker, too"
 
 
 @pytest.mark.thorough
@@ -248,11 +250,11 @@ def _asked(running: Running, position: str) -> list[dict[str, Any]]:
     return [by_item[item] for item in ITEMS]
 
 
-def _check(small: SmallModel, found: list[dict[str, Any]], table: pa.Table) -> None:
+def _check(small: SmallModel, actual: list[dict[str, Any]], table: pa.Table) -> None:
     want = expected(small, log_rows(table, small.settings.schema_), TIME, 5)
-    for mine, each in zip(found, want, strict=True):
-        assert mine["counters"] == each["counters"]
-        assert mine["histories"] == each["histories"]
+    for mine, item in zip(actual, want, strict=True):
+        assert mine["counters"] == item["counters"]
+        assert mine["histories"] == item["histories"]
 
 
 @pytest.mark.thorough
@@ -307,11 +309,11 @@ def test_servers_of_two_machines_know_the_same_after_the_same_position(small: Sm
         folder.mkdir()
     with postgresql() as database:
         words = ("--workers", "2", "--journal", database.new_address())
-        with served(small.folder, folders[0], *words) as one, served(small.folder, folders[1], *words) as other:
+        with served(small.folder, folders[0], *words) as left, served(small.folder, folders[1], *words) as right:
             for number, start in enumerate(range(0, 60, 6)):
-                position = _sent((one, other)[number % 2], rows[start : start + 6])
+                position = _sent((left, right)[number % 2], rows[start : start + 6])
                 if number == 5:
                     database.kill()
                     database.start()
-            for running in (one, other, one, other):
+            for running in (left, right, left, right):
                 _check(small, _asked(running, position), table)

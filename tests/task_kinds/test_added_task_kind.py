@@ -98,7 +98,7 @@ print("FOUND", json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def actual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script found in a package that has two kinds more, with the files it left and what it printed."""
     folder = tmp_path_factory.mktemp("added")
     package = AddedPackage(folder)
@@ -146,19 +146,21 @@ def rates(log: pa.Table) -> np.ndarray:
     return np.exp(0.7 * log["price"].to_numpy() + np.sin(log["item"].to_numpy()))
 
 
-def test_settings_know_its_name(found: dict[str, Any]) -> None:
-    assert "<binary | regression | count | focal>" in found["help"]
-    told = "'tasks.views.kind' must be 'binary', 'regression', 'count' or 'focal', found 'coutn'; did you mean 'count'?"
-    assert told in found["unknown"]
+def test_settings_know_its_name(actual: dict[str, Any]) -> None:
+    assert "<binary | regression | count | focal>" in actual["help"]
+    message = (
+        "'tasks.views.kind' must be 'binary', 'regression', 'count' or 'focal', found 'coutn'; did you mean 'count'?"
+    )
+    assert message in actual["unknown"]
 
 
-def test_wrong_labels_are_refused_in_its_words(found: dict[str, Any]) -> None:
-    assert "column 'views' of task 'views' holds -1, which is no count; write a whole number from 0" in found["wrong"]
+def test_wrong_labels_are_refused_in_its_words(actual: dict[str, Any]) -> None:
+    assert "column 'views' of task 'views' holds -1, which is no count; write a whole number from 0" in actual["wrong"]
 
 
-def test_it_is_learnt_and_measured(found: dict[str, Any]) -> None:
+def test_it_is_learnt_and_measured(actual: dict[str, Any]) -> None:
     """Counts are predicted by the log link, and a focal task is ranked like a binary one."""
-    tasks, rows = found["metrics"]["tasks"], found["rows"]
+    tasks, rows = actual["metrics"]["tasks"], actual["rows"]
     predicted, label = (rows[f"{part}_views"].to_numpy() for part in ("predicted", "label"))
     observed = ~np.isnan(label)
     assert (predicted > 0).all()
@@ -170,18 +172,18 @@ def test_it_is_learnt_and_measured(found: dict[str, Any]) -> None:
     assert tasks["views"].keys().isdisjoint({"auc", "positives"})
 
 
-def test_trees_stand_beside_it(found: dict[str, Any]) -> None:
+def test_trees_stand_beside_it(actual: dict[str, Any]) -> None:
     """They grow with the kind's loss, and are weighed; only binary kinds are calibrated."""
-    blend = found["blends"]["views"]
+    blend = actual["blends"]["views"]
     assert 0.7 < blend["network"] + blend["trees"] < 1.4
     assert min(blend["network"], blend["trees"]) > 0.1
-    assert "objective=poisson" in found["trees"]
-    assert "Poisson loss of validation rows" in json.dumps(found["baselines"]["facts"])
-    assert found["calibration"].keys() == {"click", "liked"}
+    assert "objective=poisson" in actual["trees"]
+    assert "Poisson loss of validation rows" in json.dumps(actual["baselines"]["facts"])
+    assert actual["calibration"].keys() == {"click", "liked"}
 
 
-def test_it_serves(found: dict[str, Any]) -> None:
+def test_it_serves(actual: dict[str, Any]) -> None:
     """The score multiplies predictions as they are."""
-    ranking = found["ranking"]
+    ranking = actual["ranking"]
     predictions = np.array([ranking["predictions"][task] for task in ("click", "liked", "views")])
     np.testing.assert_allclose(ranking["scores"], predictions.prod(axis=0), rtol=1e-5)

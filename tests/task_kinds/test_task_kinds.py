@@ -16,8 +16,8 @@ LOGITS = torch.linspace(-8, 8, 33, dtype=torch.float64)
 def test_a_kind_is_its_name(name: str) -> None:
     """Layouts are copied, sent to other processes and written as JSON."""
     kind = KINDS[name]
-    for each in (kind, copy.deepcopy(kind), pickle.loads(pickle.dumps(kind))):
-        assert (each, type(each)) == (name, type(kind))
+    for item in (kind, copy.deepcopy(kind), pickle.loads(pickle.dumps(kind))):
+        assert (item, type(item)) == (name, type(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
@@ -38,8 +38,8 @@ def test_a_loss_is_least_for_the_mean_label(kind) -> None:
     best = kind.logits(labels.mean().expand(4)).requires_grad_()
     kind.loss(best, labels).sum().backward()
     assert best.grad.sum().item() == pytest.approx(0, abs=1e-12)
-    apart = [kind.losses((best + step).detach().numpy(), labels.numpy()).mean() for step in (0, 0.1, -0.1)]
-    assert min(apart) == apart[0]
+    separate = [kind.losses((best + step).detach().numpy(), labels.numpy()).mean() for step in (0, 0.1, -0.1)]
+    assert min(separate) == separate[0]
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest() -> None:

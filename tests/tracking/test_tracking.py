@@ -95,8 +95,8 @@ def test_what_a_run_has_registered_is_found_again(uri: str, small: SmallModel, c
         assert capfd.readouterr() == ("", "")
         assert registry.find_registered_version(run, "found") == version
         assert registry.find_registered_version(run, "another") is None
-    with runs.open_run(uri, "found again") as other:
-        assert registry.find_registered_version(other, "found") is None
+    with runs.open_run(uri, "found again") as second:
+        assert registry.find_registered_version(second, "found") is None
 
 
 def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Path) -> None:
@@ -108,11 +108,11 @@ def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Pat
 
 def test_a_model_of_one_objective_is_registered_with_an_example_of_its_own(tmp_path: Path) -> None:
     """MLflow refuses an example that weighs an objective which the signature, and so the model, does not have."""
-    tasks, features = ({key: each[key]} for key, each in (("click", BASE["tasks"]), ("price", ALL_KINDS)))
+    tasks, features = ({key: item[key]} for key, item in (("click", BASE["tasks"]), ("price", ALL_KINDS)))
     small = SmallModel(tmp_path / "work", tasks=tasks, features=features)
-    told = registry.build_log_model_args(small.folder, tmp_path)
-    assert told["input_example"][1]["task_weights"] == {"engagement": 1.0}
-    names = [each.name for each in told["signature"].params.params[0].dtype.properties]
+    sentence = registry.build_log_model_args(small.folder, tmp_path)
+    assert sentence["input_example"][1]["task_weights"] == {"engagement": 1.0}
+    names = [item.name for item in sentence["signature"].params.params[0].dtype.properties]
     assert names == ["click", "engagement"]
 
 
@@ -169,7 +169,7 @@ def test_a_deleted_experiment(uri: str) -> None:
         ("shop", "", "would not be the URI"),
     ],
 )
-def test_names_that_the_registry_refuses_are_told_first(uri: str, model: str, alias: str, message: str) -> None:
+def test_names_that_the_registry_refuses_are_reported_first(uri: str, model: str, alias: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         registry.check_registry_names(uri, model, alias)
     assert f"'tracking.registered_model' (by default the settings' `name`) '{model}'" in str(refused.value)
@@ -237,7 +237,7 @@ def test_a_run_that_is_deleted_while_it_is_recorded(
         again.log_metrics({"a": 5.0}, 4)  # it took that step before
         again.log_metrics({"a": 5.0}, 5)
     history = mlflow.MlflowClient(uri).get_metric_history(run.run_id, "a")
-    assert [(each.step, each.value) for each in history] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 5.0)]
+    assert [(item.step, item.value) for item in history] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 5.0)]
     assert mlflow.MlflowClient(uri).get_run(run.run_id).info.status == "FINISHED"
 
 
@@ -262,7 +262,7 @@ def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
         run.log_metrics({"a": 1.0}, 2)
         run.flush(10)
     history = mlflow.MlflowClient(uri).get_metric_history(run.run_id, "a")
-    assert [each.step for each in history] == [1, 2]
+    assert [item.step for item in history] == [1, 2]
     assert not list((tmp_path / "unsent").iterdir())
 
 
@@ -273,7 +273,7 @@ def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
         ("http://me:secret@127.0.0.1:9", "'http://me:***@127.0.0.1:9'"),
     ],
 )
-def test_an_address_is_told_with_its_source_and_without_its_password(
+def test_an_address_is_reported_with_its_source_and_without_its_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, place: str
 ) -> None:
     """No file that a user looks into holds that of the environment."""
@@ -333,9 +333,9 @@ def test_an_address_leads_to_the_model(
     small: SmallModel, store: dict[str, str], address: str, made_by: str | None
 ) -> None:
     path = store["files"].removeprefix("file://")
-    found = resolve_model(address.format(**store, path=path, folder=small.folder), store["uri"])
-    assert {each.name for each in found.folder.iterdir()} == {each.name for each in small.folder.iterdir()}
-    assert found.run_id == (None if made_by is None else store[made_by])
+    actual = resolve_model(address.format(**store, path=path, folder=small.folder), store["uri"])
+    assert {item.name for item in actual.folder.iterdir()} == {item.name for item in small.folder.iterdir()}
+    assert actual.run_id == (None if made_by is None else store[made_by])
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
     assert resolve_model("models:/small/1", store["uri"]).run_id is None
 
 
-def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_told(
+def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_configured(
     small: SmallModel, store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = json.loads((small.folder / "example_request.json").read_text())["inputs"][0]

@@ -68,15 +68,15 @@ LAYOUTS = {
     "one regression": replace(LAYOUT, tasks=LAYOUT.tasks[2:]),
     "no placement": replace(
         LAYOUT,
-        ids=tuple(each for each in LAYOUT.ids if not each.placement),
-        dense=tuple(each for each in LAYOUT.dense if not each.placement),
+        ids=tuple(item for item in LAYOUT.ids if not item.placement),
+        dense=tuple(item for item in LAYOUT.dense if not item.placement),
     ),
     "no ids": replace(LAYOUT, ids=(), tables=(), attention=()),
     "no dense": replace(
         LAYOUT,
         dense=(),
-        ids=tuple(each for each in LAYOUT.ids if not each.name.startswith("history_")),
-        tables=tuple(each for each in LAYOUT.tables if each.name != "ages"),
+        ids=tuple(item for item in LAYOUT.ids if not item.name.startswith("history_")),
+        tables=tuple(table for table in LAYOUT.tables if table.name != "ages"),
         attention=(),
     ),
 }
@@ -89,9 +89,9 @@ def learnable_rows(layout: ModelLayout, rows: int, seed: int) -> tuple[EncodedIn
     # The effects are the same for every seed of the rows.
     effects = np.random.default_rng(1)
     logits = np.zeros(labels.shape)
-    for each in layout.ids:
-        effect = effects.normal(0, _strength(each.placement), (layout.table(each.table).rows, len(layout.tasks)))
-        logits += _mean_effect(encoded.ids[each.name], effect)
+    for item in layout.ids:
+        effect = effects.normal(0, _strength(item.placement), (layout.table(item.table).rows, len(layout.tasks)))
+        logits += _mean_effect(encoded.ids[item.name], effect)
     for column, dense in zip(encoded.dense.T, layout.dense, strict=True):
         signs = effects.choice([-1, 1], len(layout.tasks))
         logits += column[:, None] * signs * _strength(dense.placement)
@@ -144,7 +144,7 @@ def write_prepared(
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)
     (folder / "encoded" / "layout.json").write_text(layout.row_layout().to_json(), encoding="utf-8")
     (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
-    manifest = {"splits": {split: asdict(each) for split, each in counts.items()}}
+    manifest = {"splits": {split: asdict(item) for split, item in counts.items()}}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return FeatureFolder(folder)
 

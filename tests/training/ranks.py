@@ -48,12 +48,15 @@ def spawn(work: Callable[..., None], *arguments: object, ranks: int = 2) -> None
         port = free.getsockname()[1]
     processes = [call(work, rank, ranks, port, *arguments) for rank in range(ranks)]
     try:
-        until(lambda: any(each.poll() for each in processes) or all(each.poll() == 0 for each in processes), pause=0.05)
-        failed = next((each for each in processes if each.returncode), None)
+        until(
+            lambda: any(process.poll() for process in processes) or all(process.poll() == 0 for process in processes),
+            pause=0.05,
+        )
+        failed = next((process for process in processes if process.returncode), None)
         assert failed is None, failed and failed.stderr
     finally:
-        for each in processes:
-            each.kill()
+        for process in processes:
+            process.kill()
 
 
 def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:
@@ -104,14 +107,14 @@ def train_one_step(folder: Path) -> None:
 
 def held_bytes(sharded: ShardedModel) -> int:
     """What this rank holds of the tables and of their optimizer."""
-    tables = [each for name, each in sharded.model.state_dict().items() if name.startswith("tables.")]
-    states = [each for state in sharded.table_optimizer.state_dict()["state"].values() for each in state.values()]
+    tables = [item for name, item in sharded.model.state_dict().items() if name.startswith("tables.")]
+    states = [value for state in sharded.table_optimizer.state_dict()["state"].values() for value in state.values()]
     local = [
         shard.tensor if hasattr(shard, "tensor") else shard
-        for each in [*tables, *states]
-        for shard in (each.local_shards() if hasattr(each, "local_shards") else [each])
+        for table in [*tables, *states]
+        for shard in (table.local_shards() if hasattr(table, "local_shards") else [table])
     ]
-    return sum(each.numel() * each.element_size() for each in local)
+    return sum(item.numel() * item.element_size() for item in local)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:

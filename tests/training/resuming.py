@@ -69,19 +69,19 @@ def train(
 def trainer(prepared: FeatureFolder, folder: Path, at: Watch | None, model: Model, **changes: object) -> Trainer:
     """The same on each of the ranks that have joined, before its first step."""
     settings = TRAINING.model_copy(update=CHANGES | changes)
-    one = Trainer(
+    first = Trainer(
         prepared, layout_of(prepared), model, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder)
     )
-    step = one._step
+    step = first._step
 
     def watched(*arguments: object) -> bool | None:
         stopping = step(*arguments)  # type: ignore[arg-type]
         if at is not None and stopping is not None:
-            at(one)
+            at(first)
         return stopping
 
-    one._step = watched  # type: ignore[method-assign]
-    return one
+    first._step = watched  # type: ignore[method-assign]
+    return first
 
 
 def train_on_rank(
@@ -106,35 +106,35 @@ def record_losses(
     with join(rank, world, port):
         for folder, last, changes in jobs:
             file = folder / "losses.json"
-            found = json.loads(file.read_text()) if file.exists() else {}
-            one = trainer(prepared, folder, None if last is None else crash(last), DRAWS, **ONE_EPOCH | changes)
-            record(one, found)
+            actual = json.loads(file.read_text()) if file.exists() else {}
+            first = trainer(prepared, folder, None if last is None else crash(last), DRAWS, **ONE_EPOCH | changes)
+            record(first, actual)
             with suppress(CrashError):
-                one.run()
+                first.run()
             torch.distributed.barrier()
             if rank == 0:
-                file.write_text(json.dumps(found))
+                file.write_text(json.dumps(actual))
 
 
-def record(trainer: Trainer, found: dict[str, list[float]]) -> None:
+def record(trainer: Trainer, actual: dict[str, list[float]]) -> None:
     """Has a trainer note its losses."""
     step = trainer.steps.run_next
 
     def noted(*arguments: Any) -> StepResult | None:
-        one = step(*arguments)
-        if one is not None:
-            sums = torch.stack([one.losses.detach(), one.observed])
+        first = step(*arguments)
+        if first is not None:
+            sums = torch.stack([first.losses.detach(), first.observed])
             torch.distributed.all_reduce(sums)
-            found[str(trainer.result.steps + 1)] = (sums[0] / sums[1].clamp(min=1)).tolist()
-        return one
+            actual[str(trainer.result.steps + 1)] = (sums[0] / sums[1].clamp(min=1)).tolist()
+        return first
 
     trainer.steps.run_next = noted  # type: ignore[method-assign]
 
 
 def weights(prepared: FeatureFolder, folder: Path, model: Model) -> dict[str, torch.Tensor]:
     """Those of the best checkpoint of a training that came to its end."""
-    found = latest_checkpoint(folder)
-    assert found is not None
-    assert found.state.step == STEPS
-    best = folder / f"step-{found.state.best_step:08d}"
+    actual = latest_checkpoint(folder)
+    assert actual is not None
+    assert actual.state.step == STEPS
+    best = folder / f"step-{actual.state.best_step:08d}"
     return plain_model(layout_of(prepared), best, model).state_dict()

@@ -32,13 +32,13 @@ def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | 
     items, labels = random.integers(0, 5, 200), (random.random(200) < 0.3).astype(float)
     labels[random.random(200) < 0.1] = np.nan
     weights = random.integers(1, 4, 200) if unit else np.ones(200, int)
-    found = fit_target_encoding(
-        pa.array([f"item {each}" for each in items]),
+    actual = fit_target_encoding(
+        pa.array([f"item {entry}" for entry in items]),
         labels,
         None if unit is None else weights * unit,
-    )(pa.array([f"item {each}" for each in range(6)]))
+    )(pa.array([f"item {index}" for index in range(6)]))
     often, item, smoothing = labels.repeat(weights), items.repeat(weights), 20 * weights[~np.isnan(labels)].mean()
-    for own, rate in enumerate(found):
+    for own, rate in enumerate(actual):
         seen = often[(item == own) & ~np.isnan(often)]
         expected = (seen.sum() + smoothing * np.nanmean(often)) / (len(seen) + smoothing)
         assert rate == pytest.approx(expected, rel=1e-9)
@@ -67,23 +67,23 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
     monkeypatch.setattr(trees, "MAX_TREES", 60)
     monkeypatch.setattr(trees, "LEAF_COUNTS", trees.LEAF_COUNTS[:1])
     train, validation, test = tree_rows(0, by), tree_rows(1, later), tree_rows(2, later)
-    known, observed = (~np.isnan(each.labels[:, 0]) for each in (train, validation))
+    known, observed = (~np.isnan(item.labels[:, 0]) for item in (train, validation))
     predicted, counts = {}, {}
     parameters = {"objective": "binary", "learning_rate": 0.05, "num_leaves": 31, "min_data_in_leaf": 50, "seed": 0}
     parameters |= {"deterministic": True, "force_col_wise": True, "verbosity": -1}
     for name, columns in (("without", 1), ("with", 3)):
-        x = [each.x[:, :columns] for each in (train, validation, test)]
+        x = [item.x[:, :columns] for item in (train, validation, test)]
         model = lightgbm.train(parameters, lightgbm.Dataset(x[0][known], train.labels[known, 0]), 60)
-        own, other = ([model.predict(each, num_iteration=count) for count in range(1, 61)] for each in x[1:])
-        best = int(np.argmin([log_loss(validation.labels[observed, 0], each[observed]) for each in own]))
-        predicted[name], counts[name] = np.stack([own[best], other[best]]), f"{best + 1} trees of 31 leaves {name} ids"
+        own, second = ([model.predict(item, num_iteration=count) for count in range(1, 61)] for item in x[1:])
+        best = int(np.argmin([log_loss(validation.labels[observed, 0], item[observed]) for item in own]))
+        predicted[name], counts[name] = np.stack([own[best], second[best]]), f"{best + 1} trees of 31 leaves {name} ids"
     predicted["both"] = (predicted["without"] + predicted["with"]) / 2
-    losses = {name: log_loss(validation.labels[observed, 0], each[0][observed]) for name, each in predicted.items()}
+    losses = {name: log_loss(validation.labels[observed, 0], item[0][observed]) for name, item in predicted.items()}
     assert min(losses, key=losses.__getitem__) == stands, "of the data"
     better, worse = sorted(counts, key=losses.__getitem__)
     counts["both"] = f"the mean of {counts[better]} and {counts[worse]}"
-    (predict, told), (again, _) = (boosted(train, validation) for _ in range(2))
-    assert told.startswith(f"{counts[stands]}, logloss of validation rows {losses[stands]:.4g}; ")
+    (predict, message), (again, _) = (boosted(train, validation) for _ in range(2))
+    assert message.startswith(f"{counts[stands]}, logloss of validation rows {losses[stands]:.4g}; ")
     np.testing.assert_allclose(predict(test), predicted[stands][1], rtol=1e-6)
     np.testing.assert_array_equal(predict(test), again(test))
 
@@ -101,8 +101,8 @@ def id_rows(seed: int, rows: int = 6000) -> TreeInputs:
 def test_where_there_are_ids_alone_their_mean_labels_tell_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a row come from other requests: its list would tell that one of five is clicked."""
     monkeypatch.setattr(trees, "MAX_TREES", 100)
-    (predict, told), (again, _) = (boosted(id_rows(0), id_rows(1)) for _ in range(2))
-    assert "with mean labels of ids" in told.partition(";")[0]
+    (predict, message), (again, _) = (boosted(id_rows(0), id_rows(1)) for _ in range(2))
+    assert "with mean labels of ids" in message.partition(";")[0]
     test = id_rows(2)
     assert roc_auc_score(test.labels[:, 0], predict(test)) > 0.75
     np.testing.assert_array_equal(predict(test), again(test))
@@ -130,17 +130,17 @@ def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
         return means
 
     np.testing.assert_allclose(
-        x, [expect(*each) for each in zip(rows.x, rows.folds != rows.folds[:, None], strict=True)], rtol=1e-5
+        x, [expect(*item) for item in zip(rows.x, rows.folds != rows.folds[:, None], strict=True)], rtol=1e-5
     )
-    np.testing.assert_allclose(view(others), [expect(each, np.ones(500, bool)) for each in others.x], rtol=1e-5)
+    np.testing.assert_allclose(view(others), [expect(item, np.ones(500, bool)) for item in others.x], rtol=1e-5)
 
 
 def test_where_validation_rows_say_nothing_there_are_trees_all_the_same() -> None:
     train = tree_rows(5)
     nothing = replace(train, labels=np.full_like(train.labels, np.nan))
     for rows, stands in ((train, "without ids"), (replace(train, x=train.x[:, 1:], num_numeric=0), "with ids")):
-        predict, told = boosted(rows, nothing)
-        assert told == f"100 trees of 31 leaves {stands}"
+        predict, message = boosted(rows, nothing)
+        assert message == f"100 trees of 31 leaves {stands}"
         assert roc_auc_score(train.select_task(0).labels, predict(rows.select_task(0))) > 0.6
 
 
@@ -150,11 +150,11 @@ def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytes
     monkeypatch.setattr(trees, "MAX_TREES", 100)
     rows, predicted = [tree_rows(3), tree_rows(4)], []
     if kind == "regression":
-        rows = [replace(each, labels=3 + 2 * np.nan_to_num(each.x[:, :1]) + 0 * each.labels) for each in rows]
+        rows = [replace(row, labels=3 + 2 * np.nan_to_num(row.x[:, :1]) + 0 * row.labels) for row in rows]
     weights = np.random.default_rng(0).choice([0.5, 1.0, 4.0], len(rows[0].labels))
-    other = {"binary": (1.0, 0.0), "regression": (2.0**-20, 2.0**10)}[kind]
-    for scale, unit, least in ((1.0, 1.0, 0.0), (2.0**-30, *other)):
-        own = [replace(each, labels=each.labels * unit + least, weights=weights * scale) for each in rows]
+    second = {"binary": (1.0, 0.0), "regression": (2.0**-20, 2.0**10)}[kind]
+    for scale, unit, least in ((1.0, 1.0, 0.0), (2.0**-30, *second)):
+        own = [replace(row, labels=row.labels * unit + least, weights=weights * scale) for row in rows]
         predicted.append((boosted(*own, kind=kind)[0](rows[1]) - least) / unit)
     np.testing.assert_allclose(*predicted, rtol=1e-5, atol=1e-5)
     assert np.nanmean(np.abs(predicted[0] - rows[1].labels[:, 0])) < (0.2 if kind == "regression" else 0.4)
@@ -182,18 +182,18 @@ def test_odd_inputs_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(fit_boosted_trees(KINDS["regression"], constant, constant)[0](rows), 7.0)
 
 
-def test_what_can_not_be_learnt_is_told() -> None:
+def test_what_can_not_be_learnt_is_reported() -> None:
     def rows(labels: object, numbers: int = 1) -> TreeInputs:
         return TreeInputs(np.zeros((3, numbers), np.float32), numbers, np.array(labels)[:, None])
 
     unobserved = np.full(3, np.nan)
-    for each, sentence in (
+    for item, sentence in (
         (rows(unobserved), "no training row"),
         (rows([1, 1, np.nan]), "expected both 0 and 1"),
         (rows([1.0, 1, 0], 0), "all features describe placement, or are lists of ids"),
     ):
         with pytest.raises(UserError, match=sentence):
-            boosted(each, each)
+            boosted(item, item)
     with pytest.raises(UserError, match="no training row has an observed label"):
         fit_target_encoding(pa.array([1, 2, 3]), unobserved, None)
 
@@ -237,10 +237,10 @@ def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
     sums = train.groupby("candidate")["label.click"].agg(["sum", "count"])
     rates = ((sums["sum"] + 20 * overall) / (sums["count"] + 20)).to_dict()
     test = test[test["label.click"].notna()]
-    predicted = [rates.get(each, overall) for each in test["candidate"]]
-    found = json.loads((out / "metrics.json").read_text())["against"]["popularity"]
+    predicted = [rates.get(item, overall) for item in test["candidate"]]
+    actual = json.loads((out / "metrics.json").read_text())["against"]["popularity"]
     expected = roc_auc_score(test["label.click"], predicted)
-    assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(expected, abs=1e-9)
+    assert actual["tasks"]["click"]["auc"]["value"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_probabilities_are_calibrated_as_those_of_the_model_are(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_probabilities_are_calibrated_as_those_of_the_model_are(tmp_path: Path) 
     tasks: dict[str, list[dict]] = {}
     for method in ("none", "temperature"):
         out = run(SmallModel(tmp_path / method, log=[log], training={"calibration": method}))
-        found = json.loads((out / "metrics.json").read_text())
-        tasks[method] = [each["tasks"] for each in (found, found["against"]["popularity"])]
+        actual = json.loads((out / "metrics.json").read_text())
+        tasks[method] = [item["tasks"] for item in (actual, actual["against"]["popularity"])]
     for before, after in zip(*tasks.values(), strict=True):
         assert before["click"]["calibration"]["value"] > 1.5
         assert after["click"]["calibration"]["value"] == pytest.approx(1, abs=0.2)
@@ -273,9 +273,9 @@ def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
         training={"sampling_correction": "weights"},
     )
     out = run(model)
-    found = json.loads((out / "metrics.json").read_text())["against"]["popularity"]["tasks"]["click"]["calibration"]
-    assert found["low"] <= 1.05
-    assert 0.8 < found["value"] < 1.25
+    actual = json.loads((out / "metrics.json").read_text())["against"]["popularity"]["tasks"]["click"]["calibration"]
+    assert actual["low"] <= 1.05
+    assert 0.8 < actual["value"] < 1.25
 
 
 def test_selecting_rows_choose_the_trees(model: SmallModel) -> None:
@@ -311,7 +311,7 @@ def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: py
         assert last.column("candidate").equals(whole.column("candidate")[-taken:])
 
 
-def test_a_task_whose_last_rows_say_nothing_is_told_with_their_number(
+def test_a_task_whose_last_rows_say_nothing_is_reported_with_their_number(
     model: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Labels that are known late may all lie before them."""

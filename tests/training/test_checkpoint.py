@@ -39,29 +39,29 @@ def whole(prepared: FeatureFolder, tmp_path_factory: pytest.TempPathFactory) -> 
     return train(prepared, tmp_path_factory.mktemp("whole"))
 
 
-def assert_same(prepared: FeatureFolder, found: TrainingResult, expected: TrainingResult) -> None:
-    assert found.steps == expected.steps
-    assert found.best_step == expected.best_step
-    assert [step for step, _ in found.history] == [step for step, _ in expected.history]
-    for (_, one), (_, other) in zip(found.history, expected.history, strict=True):
-        assert (one.to_metrics(), one.rarer_label_rows) == (other.to_metrics(), other.rarer_label_rows)
-        assert torch.equal(one.experts.weights, other.experts.weights)
+def assert_same(prepared: FeatureFolder, actual: TrainingResult, expected: TrainingResult) -> None:
+    assert actual.steps == expected.steps
+    assert actual.best_step == expected.best_step
+    assert [step for step, _ in actual.history] == [step for step, _ in expected.history]
+    for (_, left), (_, second) in zip(actual.history, expected.history, strict=True):
+        assert (left.to_metrics(), left.rarer_label_rows) == (second.to_metrics(), second.rarer_label_rows)
+        assert torch.equal(left.experts.weights, second.experts.weights)
     weights = best(prepared, expected).state_dict()
     assert weights["mixture.levels.0.gates.selection_bias"].any()
-    assert all(torch.equal(weight, weights[name]) for name, weight in best(prepared, found).state_dict().items())
+    assert all(torch.equal(weight, weights[name]) for name, weight in best(prepared, actual).state_dict().items())
 
 
 def state_in(folder: Path) -> TrainingState:
     """Where the training stands that a folder's last checkpoint holds."""
-    found = latest_checkpoint(folder)
-    return found.state
+    actual = latest_checkpoint(folder)
+    return actual.state
 
 
-def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_near(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Sums over ranks are rounded in another order; 240 steps make no more of it than this."""
     for name, weight in expected.items():
         torch.testing.assert_close(
-            found[name], weight, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name], weight, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -90,8 +90,8 @@ def test_a_crash_changes_no_bit(
 def test_a_crash_without_torchrec_changes_no_bit(prepared: FeatureFolder, tmp_path: Path) -> None:
     with pytest.raises(CrashError):
         train(prepared, tmp_path / "crashed", crash(81), table_backend="torch", epochs=1)
-    found, whole = (train(prepared, tmp_path / name, table_backend="torch", epochs=1) for name in ("crashed", "whole"))
-    assert_same(prepared, found, whole)
+    actual, whole = (train(prepared, tmp_path / name, table_backend="torch", epochs=1) for name in ("crashed", "whole"))
+    assert_same(prepared, actual, whole)
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, pytest.param(signal.SIGINT, **THOROUGH)])
@@ -122,7 +122,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(prepared: FeatureFolder, tmp
 
     def at(trainer: Trainer) -> None:
         if trainer.result.steps % 40 == 39:
-            seen.append({int(each.name.removeprefix("step-")) for each in tmp_path.glob("step-*")})
+            seen.append({int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*")})
             assert trainer.result.best_step in seen[-1] | {0}
 
     (tmp_path / "step-00099999").mkdir()
@@ -130,7 +130,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(prepared: FeatureFolder, tmp
     result = train(prepared, tmp_path, at, keep_checkpoints=2)
     assert seen[0] == {99999}, "what others left stays until there is something better"
     assert all(len(steps) <= 3 for steps in seen)
-    last = {int(each.name.removeprefix("step-")) for each in tmp_path.glob("step-*")}
+    last = {int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*")}
     assert last == {STEPS - 40, STEPS} | {result.best_step}
     assert not list(tmp_path.glob(".*"))
 
@@ -220,27 +220,27 @@ def test_as_many_ranks_change_no_bit(prepared: FeatureFolder, folder: Path) -> N
 @pytest.mark.thorough
 def test_balance_is_over_all_ranks(prepared: FeatureFolder, folder: Path) -> None:
     """The loss multiplies loads by probabilities: ranks that did so on their own rows would train another model."""
-    one, two = (weights(prepared, folder / f"balanced {ranks}", BALANCED) for ranks in (1, 2))
-    assert_near(two, one)
+    left, two = (weights(prepared, folder / f"balanced {ranks}", BALANCED) for ranks in (1, 2))
+    assert_near(two, left)
     plain = weights(prepared, folder / "1", DRAWS)
     name = "mixture.levels.0.gates.linear.weight"
-    assert (one[name] - plain[name]).abs().max() > 0.01, "balance changed next to nothing"
+    assert (left[name] - plain[name]).abs().max() > 0.01, "balance changed next to nothing"
 
 
 @pytest.mark.thorough
 def test_another_number_of_ranks_gives_the_same_model(prepared: FeatureFolder, folder: Path) -> None:
     """After `test_sharding.py`, which compares losses, of further numbers."""
-    assert_near(*(weights(prepared, folder / each, DRAWS) for each in ("1-2", "1")))
+    assert_near(*(weights(prepared, folder / name, DRAWS) for name in ("1-2", "1")))
 
 
 @pytest.mark.thorough
 def test_two_ranks_judge_the_rows_of_all(prepared: FeatureFolder, folder: Path) -> None:
     """Calibration of the last validation, at which weights differ by as little as above."""
-    one, two = (state_in(folder / name).history[-1][1] for name in ("1", "1-2"))
-    assert two.rarer_label_rows == one.rarer_label_rows
-    assert min(one.rarer_label_rows.values()) > 100
-    assert two.calibration == pytest.approx(one.calibration, rel=1e-3)
-    assert set(one.calibration) == {"click", "like"}
+    left, two = (state_in(folder / name).history[-1][1] for name in ("1", "1-2"))
+    assert two.rarer_label_rows == left.rarer_label_rows
+    assert min(left.rarer_label_rows.values()) > 100
+    assert two.calibration == pytest.approx(left.calibration, rel=1e-3)
+    assert set(left.calibration) == {"click", "like"}
 
 
 # By what a training is known again.
@@ -254,8 +254,8 @@ def settings(path: str = "", value: Any = None) -> Settings:
     tree = settings_tree(Path("somewhere"))
     *sections, name = path.split(".")
     section = tree
-    for each in sections:
-        section = section.setdefault(each, {})
+    for item in sections:
+        section = section.setdefault(item, {})
     if path:
         section[name] = value
     return Settings.model_validate(tree)
@@ -283,15 +283,15 @@ def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any) -> 
     ],
 )
 def test_a_changed_setting_is_named(name: str, value: Any, sentence: str) -> None:
-    found = ORIGIN.describe_mismatch(fixed_settings(settings(name, value)), "features", ALIAS.uri)
-    assert sentence in found
+    actual = ORIGIN.describe_mismatch(fixed_settings(settings(name, value)), "features", ALIAS.uri)
+    assert sentence in actual
 
 
 def test_other_features_and_starts_are_named() -> None:
     now = fixed_settings(settings())
     assert "its features are not those" in ORIGIN.describe_mismatch(now, "others", ALIAS.uri)
-    found = ORIGIN.describe_mismatch(now, "features", "models:/shop/4")
-    assert found == "it was begun with --from models:/shop@champion, now it is --from models:/shop/4"
+    actual = ORIGIN.describe_mismatch(now, "features", "models:/shop/4")
+    assert actual == "it was begun with --from models:/shop@champion, now it is --from models:/shop/4"
     assert ORIGIN.describe_mismatch(now, "features", None).endswith("champion, now it is no --from")
     begun = replace(ORIGIN, start=None)
     assert begun.describe_mismatch(now, "features", None) is None

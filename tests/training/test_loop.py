@@ -60,15 +60,15 @@ def trainer(prepared: FeatureFolder, folder: Path, **changes: object) -> Iterato
         )
 
 
-def meter(one: Trainer) -> Meter:
+def meter(left: Trainer) -> Meter:
     """One that nobody reads."""
-    return Meter(one.layout, one.world_size)
+    return Meter(left.layout, left.world_size)
 
 
-def weights(one: Trainer, folder: Path) -> dict[str, torch.Tensor]:
+def weights(left: Trainer, folder: Path) -> dict[str, torch.Tensor]:
     """Name -> copy of every weight, tables included."""
-    save_weights(one.sharded.model, folder)
-    return {name: each.clone() for name, each in plain_model(one.layout, folder).state_dict().items()}
+    save_weights(left.sharded.model, folder)
+    return {name: item.clone() for name, item in plain_model(left.layout, folder).state_dict().items()}
 
 
 # Batches
@@ -77,9 +77,9 @@ def weights(one: Trainer, folder: Path) -> dict[str, torch.Tensor]:
 def test_an_automatic_batch_follows_from_the_training_rows(
     prepared: FeatureFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with trainer(prepared, tmp_path / "auto", batch_size="auto") as one:
-        one.announce()
-        assert (one.batch_size, one.reader.batch_size, one.total_steps) == (64, 64, math.ceil(ROWS["train"] / 64))
+    with trainer(prepared, tmp_path / "auto", batch_size="auto") as left:
+        left.announce()
+        assert (left.batch_size, left.reader.batch_size, left.total_steps) == (64, 64, math.ceil(ROWS["train"] / 64))
     assert "188 steps of 64 rows\n" in capsys.readouterr().err
 
 
@@ -99,12 +99,12 @@ def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine() -> None:
 
 def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The first update of a row by row-wise Adagrad has a root mean square of exactly the learning rate."""
-    looked_at = tuple(f"{each.table}.weight" for each in LAYOUT.ids if each.feature == "history")
-    with trainer(prepared, tmp_path / "best", warmup_fraction=0.5) as one:
-        before = first = weights(one, tmp_path / "now")
-        for step, batch in enumerate(one._batches(one.reader, one.position, 1)):
-            one._step(iter([batch]), meter(one))
-            after = weights(one, tmp_path / "now")
+    looked_at = tuple(f"{item.table}.weight" for item in LAYOUT.ids if item.feature == "history")
+    with trainer(prepared, tmp_path / "best", warmup_fraction=0.5) as left:
+        before = first = weights(left, tmp_path / "now")
+        for step, batch in enumerate(left._batches(left.reader, left.position, 1)):
+            left._step(iter([batch]), meter(left))
+            after = weights(left, tmp_path / "now")
             updates = []
             # What attention alone looks at has hardly a gradient at first, beside which the epsilon counts.
             for name in (name for name in after if name.startswith("tables.") and not name.endswith(looked_at)):
@@ -123,20 +123,20 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder
 # A step is one of the plain gradient, and a bad one ends the training.
 
 
-def batch_of(one: Trainer, seed: int, torchrec: bool = True) -> Batch:
+def batch_of(left: Trainer, seed: int, torchrec: bool = True) -> Batch:
     encoded, labels = learnable_rows(LAYOUT, 60, seed)
-    return replace(make_batch(encoded, LAYOUT, labels, torchrec=torchrec), position=one.position)
+    return replace(make_batch(encoded, LAYOUT, labels, torchrec=torchrec), position=left.position)
 
 
 def test_a_step_is_that_of_the_plain_gradient(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The first step of row-wise Adagrad is the rate times each row's gradient over its root mean square."""
-    with trainer(prepared, tmp_path / "best", max_grad_norm=1e9, warmup_fraction=0.0) as one:
-        save_weights(one.sharded.model, tmp_path / "before")
-        batch = batch_of(one, 7)
-        one._step(iter([batch]), meter(one))
-        after = weights(one, tmp_path / "after")
+    with trainer(prepared, tmp_path / "best", max_grad_norm=1e9, warmup_fraction=0.0) as left:
+        save_weights(left.sharded.model, tmp_path / "before")
+        batch = batch_of(left, 7)
+        left._step(iter([batch]), meter(left))
+        after = weights(left, tmp_path / "after")
         model = plain_model(LAYOUT, tmp_path / "before").train()
-        plain = batch_of(one, 7, torchrec=False)
+        plain = batch_of(left, 7, torchrec=False)
     counts = plain.observed.sum(0)
     logits = model(plain).logits
     masked_loss(logits, plain.labels, plain.observed, tasks=LAYOUT.tasks, global_counts=counts)[0].backward()
@@ -158,15 +158,15 @@ def test_a_step_is_that_of_the_plain_gradient(prepared: FeatureFolder, tmp_path:
 
 
 def test_a_gradient_that_is_not_finite_ends_the_training(prepared: FeatureFolder, tmp_path: Path) -> None:
-    with trainer(prepared, tmp_path / "best") as one:
-        one._step(iter([batch_of(one, 1)]), meter(one))
-        before = {name: each.detach().clone() for name, each in one.sharded.dense_parameters().items()}
+    with trainer(prepared, tmp_path / "best") as left:
+        left._step(iter([batch_of(left, 1)]), meter(left))
+        before = {name: item.detach().clone() for name, item in left.sharded.dense_parameters().items()}
         # Only a dense weight's own gradient is bad; what goes on to the tables is finite.
-        parameter = next(each for name, each in one.sharded.dense_parameters().items() if "towers" in name)
+        parameter = next(item for name, item in left.sharded.dense_parameters().items() if "towers" in name)
         parameter.register_hook(lambda gradient: gradient * float("nan"))
         with pytest.raises(UserError, match="the gradient of step 2 is not finite: look"):
-            one._step(iter([batch_of(one, 2)]), meter(one))
-        assert all(torch.equal(before[name], each) for name, each in one.sharded.dense_parameters().items())
+            left._step(iter([batch_of(left, 2)]), meter(left))
+        assert all(torch.equal(before[name], item) for name, item in left.sharded.dense_parameters().items())
 
 
 def test_rows_without_labels_do_not_count_in_balance(prepared: FeatureFolder, tmp_path: Path) -> None:
@@ -176,32 +176,32 @@ def test_rows_without_labels_do_not_count_in_balance(prepared: FeatureFolder, tm
     encoded.dense[50:] = 3.0
     whole = make_batch(encoded, LAYOUT, labels, torchrec=True)
     alone = make_batch(encoded.take(np.arange(50)), LAYOUT, labels[:50], torchrec=True)
-    found = {}
+    actual = {}
     for name, batch, gates_settings in (
         ("whole", whole, Gates(balance="loss", balance_weight=20.0, z_loss=5.0)),
         ("alone", alone, Gates(balance="loss", balance_weight=20.0, z_loss=5.0)),
         ("unbalanced", alone, Gates()),
     ):
-        with trainer(prepared, tmp_path / "best", warmup_fraction=0.0) as one:
-            one.steps._gates = gates_settings
-            one._step(iter([replace(batch, position=one.position)]), meter(one))
-            found[name] = weights(one, tmp_path / name)
-    for key, weight in found["whole"].items():
-        torch.testing.assert_close(weight, found["alone"][key], atol=1e-5, rtol=0, msg=key)
+        with trainer(prepared, tmp_path / "best", warmup_fraction=0.0) as left:
+            left.steps._gates = gates_settings
+            left._step(iter([replace(batch, position=left.position)]), meter(left))
+            actual[name] = weights(left, tmp_path / name)
+    for key, weight in actual["whole"].items():
+        torch.testing.assert_close(weight, actual["alone"][key], atol=1e-5, rtol=0, msg=key)
     gates = "mixture.levels.0.gates.linear.weight"
-    assert (found["alone"][gates] - found["unbalanced"][gates]).abs().max() > 1e-3
+    assert (actual["alone"][gates] - actual["unbalanced"][gates]).abs().max() > 1e-3
 
 
 # What is left at the end
 
 
-def judge(found: SmallTraining) -> dict[str, float]:
+def judge(actual: SmallTraining) -> dict[str, float]:
     """Compares the validation's numbers with scikit-learn's on the plain model; task -> AUC, or R2 of a regression."""
-    logits, labels = scores(found.model(), found.prepared)
-    best = found.result.best
+    logits, labels = scores(actual.model(), actual.prepared)
+    best = actual.result.best
     assert best is not None
     quality = {}
-    for index, task in enumerate(found.prepared.layout.tasks):
+    for index, task in enumerate(actual.prepared.layout.tasks):
         known = ~np.isnan(labels[:, index])
         predicted, label = logits[known, index].astype(np.float64), labels[known, index]
         if task.kind == "regression":
@@ -212,7 +212,7 @@ def judge(found: SmallTraining) -> dict[str, float]:
             assert best.loss[task.name] == pytest.approx(log_loss(label, 1 / (1 + np.exp(-predicted))), rel=1e-4)
             assert best.auc[task.name] == pytest.approx(roc_auc_score(label, predicted), abs=3e-4)
             quality[task.name] = best.auc[task.name]
-    assert set(best.auc) == {task.name for task in found.prepared.layout.tasks if task.kind == "binary"}
+    assert set(best.auc) == {task.name for task in actual.prepared.layout.tasks if task.kind == "binary"}
     return quality
 
 
@@ -226,17 +226,17 @@ def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: 
     # Of tasks that have nothing in common, one may wait long until a small model has room for it: the least rounding,
     # and so the processor, decides when.
     for epochs in (8, 24) if name == "no dense" else (4, 8, 24):
-        found = trained(prepared, tmp_path / f"best{epochs}", epochs=epochs, patience=99)
-        quality = judge(found)
+        actual = trained(prepared, tmp_path / f"best{epochs}", epochs=epochs, patience=99)
+        quality = judge(actual)
         if all(quality[task] > least[task] for task in least):
             break
     else:
         raise AssertionError(quality)
-    assert [step for step, _ in found.result.history] == [STEPS * epoch for epoch in range(1, epochs + 1)]
-    assert found.result.steps == epochs * STEPS
-    assert 0 <= found.result.data_wait_fraction <= 1
-    assert found.result.rows_per_s > 0
-    assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
+    assert [step for step, _ in actual.result.history] == [STEPS * epoch for epoch in range(1, epochs + 1)]
+    assert actual.result.steps == epochs * STEPS
+    assert 0 <= actual.result.data_wait_fraction <= 1
+    assert actual.result.rows_per_s > 0
+    assert len(actual.result.plan.splitlines()) == len({item.table for item in layout.ids})
 
 
 @pytest.mark.thorough
@@ -250,14 +250,14 @@ def test_bf16_trains_as_well_as_fp32(prepared: FeatureFolder, tmp_path: Path) ->
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(prepared: FeatureFolder, tmp_path: Path) -> None:
     models = [trained(prepared, tmp_path / f"{i}", DROPS, seed=seed).model() for i, seed in enumerate((3, 3, 4))]
-    once, again, other = (model.state_dict() for model in models)
+    once, again, second = (model.state_dict() for model in models)
     assert all(torch.equal(weight, again[name]) for name, weight in once.items())
-    assert all(torch.equal(weight, other[name]) != is_weight(name) for name, weight in once.items())
+    assert all(torch.equal(weight, second[name]) != is_weight(name) for name, weight in once.items())
 
 
 def test_metrics_are_logged_on_the_way(prepared: FeatureFolder, tmp_path: Path) -> None:
-    found = trained(prepared, tmp_path / "best", epochs=2, validations_per_epoch=3)
-    train = [(step, metrics) for step, metrics in found.logged if "train/learning_rate" in metrics]
+    actual = trained(prepared, tmp_path / "best", epochs=2, validations_per_epoch=3)
+    train = [(step, metrics) for step, metrics in actual.logged if "train/learning_rate" in metrics]
     assert [step for step, _ in train] == list(range(25, 401, 25))
     for step, metrics in train:
         share = learning_rate_fraction(step - 1, 2 * STEPS, TRAINING.warmup_fraction)
@@ -265,7 +265,7 @@ def test_metrics_are_logged_on_the_way(prepared: FeatureFolder, tmp_path: Path) 
         assert 0 <= metrics["train/waiting_share"] <= 1
         assert {f"train/{task.name}.loss" for task in LAYOUT.tasks} <= set(metrics)
     assert train[-1][1]["train/click.loss"] < train[0][1]["train/click.loss"]
-    validations = [(step, metrics) for step, metrics in found.logged if "train/learning_rate" not in metrics]
+    validations = [(step, metrics) for step, metrics in actual.logged if "train/learning_rate" not in metrics]
     assert [step for step, _ in validations] == [67, 133, 200, 267, 333, 400]
     assert all({"validation/click.auc", "validation/rating.loss"} <= set(metrics) for _, metrics in validations)
 
@@ -276,12 +276,12 @@ def test_metrics_are_logged_on_the_way(prepared: FeatureFolder, tmp_path: Path) 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[float, float]]:
     """(AUC, loss) that the validations find, one after the other; each also saves the weights of its moment."""
-    found: list[tuple[float, float]] = []
-    told = iter(range(100))
+    actual: list[tuple[float, float]] = []
+    message = iter(range(100))
 
     def validate(model: torch.nn.Module, *_: object) -> Validation:
-        number = next(told)
-        area, loss = found[number]
+        number = next(message)
+        area, loss = actual[number]
         save_weights(model, tmp_path / f"moment{number}")
         losses = {task.name: loss for task in LAYOUT.tasks}
         return Validation(
@@ -289,7 +289,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[floa
         )
 
     monkeypatch.setattr(loop, "validate", validate)
-    return found
+    return actual
 
 
 @pytest.mark.parametrize(("monitor", "best"), [("auc", 1), ("loss", 2)])
@@ -297,11 +297,11 @@ def test_the_best_model_is_kept(
     prepared: FeatureFolder, tmp_path: Path, scripted: list[tuple[float, float]], monitor: str, best: int
 ) -> None:
     scripted += [(0.6, 0.9), (0.8, 0.8), (0.7, 0.3), (0.8, 0.7), (0.5, 0.9)]
-    found = trained(prepared, tmp_path / "best", validations_per_epoch=5, monitor=monitor)
-    assert found.result.best_step == (best + 1) * STEPS // 5
-    assert found.result.best is found.result.history[best][1]
-    assert not found.result.stopped_early
-    kept = found.model().state_dict()
+    actual = trained(prepared, tmp_path / "best", validations_per_epoch=5, monitor=monitor)
+    assert actual.result.best_step == (best + 1) * STEPS // 5
+    assert actual.result.best is actual.result.history[best][1]
+    assert not actual.result.stopped_early
+    kept = actual.model().state_dict()
     for number in range(5):
         moment = plain_model(LAYOUT, tmp_path / f"moment{number}").state_dict()
         same = all(torch.equal(weight, moment[name]) for name, weight in kept.items())
@@ -312,8 +312,8 @@ def test_training_stops_when_patience_has_run_out(
     prepared: FeatureFolder, tmp_path: Path, scripted: list[tuple[float, float]]
 ) -> None:
     scripted += [(0.6, 0), (0.7, 0), (0.65, 0), (0.69, 0), (0.99, 0), (0.99, 0)]
-    found = trained(prepared, tmp_path / "best", epochs=3, validations_per_epoch=2, patience=2)
-    assert found.result.stopped_early
-    assert found.result.steps == 4 * STEPS // 2
-    assert found.result.best_step == 2 * STEPS // 2
-    assert len(found.result.history) == 4
+    actual = trained(prepared, tmp_path / "best", epochs=3, validations_per_epoch=2, patience=2)
+    assert actual.result.stopped_early
+    assert actual.result.steps == 4 * STEPS // 2
+    assert actual.result.best_step == 2 * STEPS // 2
+    assert len(actual.result.history) == 4

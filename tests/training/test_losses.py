@@ -68,10 +68,10 @@ def test_loss_and_gradients_are_the_references(tasks: tuple[ModelTask, ...], wei
     total, sums = masked_loss(logits, labels, observed, tasks=tasks, global_counts=counts, weights=weights)
     expected, expected_sums = reference_loss(logits, labels, observed, tasks, weights)
     assert total.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert sums.tolist() == pytest.approx([each.item() for each in expected_sums], rel=1e-12)
-    one, other = (torch.autograd.grad(each, logits)[0] for each in (total, expected))
-    torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
-    assert not one[:, 1][~observed[:, 1]].any()
+    assert sums.tolist() == pytest.approx([expected_sum.item() for expected_sum in expected_sums], rel=1e-12)
+    left, right = (torch.autograd.grad(item, logits)[0] for item in (total, expected))
+    torch.testing.assert_close(left, right, atol=1e-12, rtol=1e-9)
+    assert not left[:, 1][~observed[:, 1]].any()
 
 
 LEARNT = {"task_weighting": "uncertainty"}
@@ -98,7 +98,7 @@ def test_equals_a_loop_over_tasks() -> None:
     logits, labels, observed = random_labels(40)
     counts = observed.sum(0)
     total, sums = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=counts, log_variances=LOG_VARIANCES)
-    expected, naive = 0.0, [each.item() for each in reference_loss(logits, labels, observed, TASKS)[1]]
+    expected, naive = 0.0, [item.item() for item in reference_loss(logits, labels, observed, TASKS)[1]]
     for task, s, value, count in zip(TASKS, LOG_VARIANCES.tolist(), naive, counts.tolist(), strict=True):
         likelihood = math.exp(-s) * value / count
         if task.kind == "regression":
@@ -125,18 +125,18 @@ def test_an_unobserved_task_adds_exactly_zero() -> None:
 
 
 def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: FeatureFolder, tmp_path: Path) -> None:
-    found = trained(prepared, tmp_path, epochs=2, weight_decay=0.5, **LEARNT)
-    logs = saved_log_variances(found.checkpoint)
+    actual = trained(prepared, tmp_path, epochs=2, weight_decay=0.5, **LEARNT)
+    logs = saved_log_variances(actual.checkpoint)
     assert logs.all()  # each has moved from 0, if not far: the loss of one may rest near it
     assert logs.abs().max() > 0.1
-    assert "log_variances" not in found.model().state_dict()
-    steps = [metrics for _, metrics in found.logged if "train/learning_rate" in metrics]
+    assert "log_variances" not in actual.model().state_dict()
+    steps = [metrics for _, metrics in actual.logged if "train/learning_rate" in metrics]
     for index, task in enumerate(LAYOUT.tasks):
         half = 0.5 if task.kind == "regression" else 1.0
         last = task.loss_weight * half * math.exp(-logs[index].item())
         assert steps[-1][f"train/{task.name}.weight"] == pytest.approx(last, rel=1e-5)
     # The smaller its loss, the more a task counts.
-    losses = found.result.history[-1][1].loss
+    losses = actual.result.history[-1][1].loss
     shares = {"click": steps[-1]["train/click.weight"], "rating": steps[-1]["train/rating.weight"] / 0.5}
     smaller, larger = sorted(shares, key=lambda name: losses[name])
     assert losses[smaller] < 0.95 * losses[larger]
@@ -181,13 +181,13 @@ def test_rates_are_the_means_of_observed_labels(weighted: bool) -> None:
     kept = np.where(click == 1, random.random(3_000) < 0.7, np.nan)
     rates = np.where(click == 1, 1.0, 0.2)
     labels = {"click": click, "kept": kept, "stars": random.normal(3, 1, 3_000), "survey": np.full(3_000, np.nan)}
-    found = base_rates(manifest(labels, rates), RATED, weighted)
+    actual = base_rates(manifest(labels, rates), RATED, weighted)
     weights = 1 / rates if weighted else np.ones(3_000)
     expected = [((weights * click).sum() + 0.5 * weights.mean()) / (weights.sum() + weights.mean())]
     engaged = click == 1
     expected.append((kept[engaged].sum() + 0.5) / (engaged.sum() + 1))  # clicks weigh 1
-    assert found[:2] == pytest.approx(expected, rel=1e-12)
-    assert found[2:] == [None, None]
+    assert actual[:2] == pytest.approx(expected, rel=1e-12)
+    assert actual[2:] == [None, None]
 
 
 def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: FeatureFolder, tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ def weighted(tmp_path_factory: pytest.TempPathFactory) -> SmallTraining:
 @pytest.mark.parametrize("unit", [2.0**20, 1e-20, 7e18])
 def test_weights_times_any_constant_train_the_same(weighted: SmallTraining, tmp_path: Path, unit: float) -> None:
     """To the last bit where the constant is a power of two, which rounds nothing."""
-    found = (weighted, train_with_unit(tmp_path, unit))
-    one, other = (each.model().state_dict() for each in found)
+    actual = (weighted, train_with_unit(tmp_path, unit))
+    left, right = (item.model().state_dict() for item in actual)
     near = 0.0 if math.frexp(unit)[0] == 0.5 else 1e-3
-    for key, weight in one.items():
-        torch.testing.assert_close(other[key], weight, rtol=near, atol=near, msg=lambda text, key=key: f"{key}: {text}")
-    for (_, first), (_, second) in zip(*(each.result.history for each in found), strict=True):
+    for key, weight in left.items():
+        torch.testing.assert_close(right[key], weight, rtol=near, atol=near, msg=lambda text, key=key: f"{key}: {text}")
+    for (_, first), (_, second) in zip(*(item.result.history for item in actual), strict=True):
         assert second.to_metrics() == pytest.approx(first.to_metrics(), rel=near, abs=near)
 
 
@@ -240,10 +240,10 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return prepared
 
 
-def mean_prediction(found: SmallTraining, whole: ModelLayout) -> tuple[float, float]:
+def mean_prediction(actual: SmallTraining, whole: ModelLayout) -> tuple[float, float]:
     """Of all validation rows, sampled or not, and their rate of clicks."""
     encoded, labels = learnable_rows(whole, ROWS["validation"], 1)
-    logits = found.model()(make_batch(encoded, whole, torchrec=False)).logits.detach().numpy()[:, 0]
+    logits = actual.model()(make_batch(encoded, whole, torchrec=False)).logits.detach().numpy()[:, 0]
     known = ~np.isnan(labels[:, 0])
     return float((1 / (1 + np.exp(-logits[known]))).mean()), float(labels[known, 0].mean())
 

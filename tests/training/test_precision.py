@@ -36,13 +36,13 @@ def with_times(monkeypatch: pytest.MonkeyPatch, *times: Mapping[str, float]) -> 
     """Steps take the given milliseconds, at the last measurement and before; gives the list of what was compared."""
     compared: list[list[str]] = []
 
-    def told(options: Mapping[str, Callable[[], object]], *_: object) -> dict[str, float]:
+    def message(options: Mapping[str, Callable[[], object]], *_: object) -> dict[str, float]:
         for option in options.values():
             option()
         compared.append(list(options))
         return dict(times[min(len(compared), len(times)) - 1])
 
-    monkeypatch.setattr(choices_module, "time_alternatives", told)
+    monkeypatch.setattr(choices_module, "time_alternatives", message)
     return compared
 
 
@@ -61,7 +61,7 @@ def test_bf16_that_is_emulated_is_not_tried_on_more_rows(monkeypatch: pytest.Mon
     assert len(compared) == 1
 
 
-def test_choices_are_told_with_their_times() -> None:
+def test_choices_are_reported_with_their_times() -> None:
     assert str(PrecisionChoice("bf16", {"fp32": 10.0, "bf16": 5.0})) == "bf16 (5.0 ms, fp32 10.0)"
     assert str(PrecisionChoice("fp32")) == "fp32"
 
@@ -70,8 +70,8 @@ def choose_on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
     """Choose a precision where bf16 is fast on the first rank alone."""
     choices_module.time_alternatives = lambda *_: {"fp32": 10.0, "bf16": (5.0, 9.0)[rank]}  # type: ignore[assignment]
     with join(rank, world, port):
-        found = choose_precision(built().mixture, LAYOUT, CPU, 64)
-    (folder / f"{rank}.json").write_text(json.dumps([found.precision, found.step_ms["bf16"]]), encoding="utf-8")
+        actual = choose_precision(built().mixture, LAYOUT, CPU, 64)
+    (folder / f"{rank}.json").write_text(json.dumps([actual.precision, actual.step_ms["bf16"]]), encoding="utf-8")
 
 
 @pytest.mark.thorough
@@ -83,7 +83,7 @@ def test_ranks_choose_by_the_slowest_of_them(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_not_on_offer_is_told_before_features_are_built(
+def test_what_is_not_on_offer_is_reported_before_features_are_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products_module, "has_onednn", lambda: False)
@@ -156,7 +156,7 @@ def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
     assert after.state.precision_choice == before.state.precision_choice
     with pytest.raises(CrashError):
         train(prepared, tmp_path / "set", crash(60), MODEL, precision="bf16")
-    found = latest_checkpoint(tmp_path / "set")
-    assert found is not None
-    assert found.state.precision_choice == PrecisionChoice("bf16")
+    actual = latest_checkpoint(tmp_path / "set")
+    assert actual is not None
+    assert actual.state.precision_choice == PrecisionChoice("bf16")
     assert compared == []

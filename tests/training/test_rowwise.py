@@ -30,7 +30,7 @@ def random_bags(random: np.random.Generator, batch: int, longest: int) -> list[l
 def flat(bags: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids, key-major, and the offsets at which each row's begin."""
     lengths = [len(row) for rows in bags for row in rows]
-    ids = torch.tensor([each for rows in bags for row in rows for each in row], dtype=torch.int64)
+    ids = torch.tensor([item for rows in bags for row in rows for item in row], dtype=torch.int64)
     return ids, torch.tensor([0, *np.cumsum(lengths, dtype=int).tolist()])
 
 
@@ -44,7 +44,7 @@ class Tables:
         self.tables = SingleProcessTables(ModelLayout(tables, ids, (), ()))
         for weight in self.weights():
             weight.copy_(torch.from_numpy(random.normal(size=weight.shape)))
-        self.reference = [each.double().clone().requires_grad_() for each in self.weights()]
+        self.reference = [item.double().clone().requires_grad_() for item in self.weights()]
         self.reference_momentum = [torch.zeros(rows, dtype=torch.float64) for rows in ROWS]
 
     def weights(self) -> list[torch.Tensor]:
@@ -89,17 +89,18 @@ def test_many_steps_equal_a_loop_over_rows(longest: int, widths: str) -> None:
         expected.backward(gradient.double())
         tables.update_reference()
     for ours, theirs in ((tables.weights(), tables.reference), (tables.momentum(), tables.reference_momentum)):
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one.double(), other.detach(), atol=1e-4, rtol=1e-4)
+        for first, second in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(first.double(), second.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_rows_that_were_not_looked_up_keep_every_bit() -> None:
     tables = Tables([8, 8, 8, 8], seed=0)
-    before = [each.clone() for each in tables.weights()]
+    before = [weight.clone() for weight in tables.weights()]
     tables.tables.rate.fill_(0.1)
     tables.look_up([[[1, 1]], [[3]], [[]], [[3, 5]], [[]]]).sum().backward()
     changed = [
-        (one != other).any(1).nonzero().view(-1).tolist() for one, other in zip(tables.weights(), before, strict=True)
+        (first != second).any(1).nonzero().view(-1).tolist()
+        for first, second in zip(tables.weights(), before, strict=True)
     ]
     assert changed == [[1], [3, 5], [], []]
 
@@ -107,7 +108,7 @@ def test_rows_that_were_not_looked_up_keep_every_bit() -> None:
 @pytest.mark.parametrize("bags", [[[], [], [], [], []], [[[], []]] * 5], ids=["no rows", "no ids"])
 def test_nothing_to_look_up(bags: Any) -> None:
     tables = Tables([4, 12, 16, 12], seed=0)
-    before = [each.clone() for each in tables.weights()]
+    before = [weight.clone() for weight in tables.weights()]
     pooled = tables.look_up(bags)
     assert pooled.shape == (len(bags[0]), 4 + 12 + 16 + 12 + 12)
     assert not pooled.any()

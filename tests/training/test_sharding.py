@@ -59,7 +59,7 @@ def test_first_outputs_agree(one_rank: Path, two_ranks: Path) -> None:
 
 def test_the_order_of_sharded_outputs_follows_the_plan(one_rank: Path, two_ranks: Path) -> None:
     """The trap that picking inputs by name avoids: had the order stayed the same, the test above would prove less."""
-    names = [each.name for each in LAYOUT.lookup_inputs()]
+    names = [lookup_input.name for lookup_input in LAYOUT.lookup_inputs()]
     assert sorted(read(two_ranks)["order"]) == sorted(names)
     assert read(two_ranks)["order"] != names
     plan = read(two_ranks)["plan"]
@@ -76,15 +76,15 @@ def test_ranks_hold_as_many_bytes_as_their_plan_says(one_rank: Path, two_ranks: 
             LAYOUT, Cluster(ranks, ranks, "cpu", 0, host), ROWS // ranks, Training()
         ).estimate_plan(model)
         held = [read(folder, rank)["bytes"] for rank in range(ranks)]
-        assert [each.table_bytes for each in planned] == held
-        assert sum(held) == sum(table_bytes(each) for each in LAYOUT.tables)
+        assert [item.table_bytes for item in planned] == held
+        assert sum(held) == sum(table_bytes(table) for table in LAYOUT.tables)
 
 
 def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> None:
-    first, one, two = (small_model(PlainTables(LAYOUT, seed)) for seed in (SEED, 98, 99))
-    load_unsharded(one, one_rank / "after")
+    first, left, two = (small_model(PlainTables(LAYOUT, seed)) for seed in (SEED, 98, 99))
+    load_unsharded(left, one_rank / "after")
     load_unsharded(two, two_ranks / "after")
-    for name, weights in one.state_dict().items():
+    for name, weights in left.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], weights, atol=1e-6, rtol=0, msg=f"{name} differs")
         assert torch.equal(first.state_dict()[name], weights) != is_weight(name), f"{name} was not trained"
 
@@ -110,7 +110,7 @@ def _fail_at_first_and_leave_rank_0_alone(rank: int, world: int, port: int, fold
         (folder / "said").write_text(str(error))
 
 
-def test_ranks_are_told_why_the_first_has_failed_and_that_one_is_lost(tmp_path: Path) -> None:
+def test_ranks_learn_why_the_first_has_failed_and_that_one_is_lost(tmp_path: Path) -> None:
     spawn(_fail_at_first_and_leave_rank_0_alone, tmp_path)
     said = (tmp_path / "said").read_text()
     assert said.startswith(
@@ -152,7 +152,7 @@ def test_the_model_is_given_back_between_parts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ShardedModel, "pipelined", True)
     encoded, labels = random_rows(3 * ROWS)
     parts = [np.arange(part * ROWS, (part + 1) * ROWS) for part in range(3)]
-    first, second, third = (make_batch(encoded.take(each), LAYOUT, labels[each], torchrec=True) for each in parts)
+    first, second, third = (make_batch(encoded.take(item), LAYOUT, labels[item], torchrec=True) for item in parts)
     with process_group(CPU):
         sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=ROWS, settings=Training())
         steps = StepRunner(
@@ -199,20 +199,20 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
         if ranks == 2:
             jobs.append((folder / "bf16", None, COLUMNS | {"communication_dtype": "bf16"}))
         spawn(record_losses, prepared, jobs, ranks=ranks)
-    found = {}
+    actual = {}
     for file in folder.glob("*/losses.json"):
         by_step = json.loads(file.read_text())
-        found[file.parent.name] = torch.tensor([by_step[f"{step + 1}"] for step in range(len(by_step))])
-    return found
+        actual[file.parent.name] = torch.tensor([by_step[f"{step + 1}"] for step in range(len(by_step))])
+    return actual
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("after", RANKS)
 @pytest.mark.parametrize("before", RANKS)
 def test_any_number_of_ranks_has_the_same_losses(losses: dict[str, torch.Tensor], before: int, after: int) -> None:
-    found = losses[f"{before}-{after}"]
-    assert len(found) == (200 if before == after else 120)
-    torch.testing.assert_close(found, losses["1-1"][: len(found)], atol=1e-5, rtol=0)
+    actual = losses[f"{before}-{after}"]
+    assert len(actual) == (200 if before == after else 120)
+    torch.testing.assert_close(actual, losses["1-1"][: len(actual)], atol=1e-5, rtol=0)
 
 
 @pytest.mark.thorough

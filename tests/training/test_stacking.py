@@ -56,8 +56,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 def roots_of(text: str) -> list[dict[str, Any]]:
     """Trees as LightGBM describes them, of one set or several."""
     sets = re.findall(r"(?ms)^tree\nversion=.*?^end of trees.*?(?=^tree$|\Z)", text)
-    trees = [each for own in sets for each in lightgbm.Booster(model_str=own).dump_model()["tree_info"]]
-    return [each["tree_structure"] | {"sets": len(sets)} for each in trees]
+    trees = [item for own in sets for item in lightgbm.Booster(model_str=own).dump_model()["tree_info"]]
+    return [tree["tree_structure"] | {"sets": len(sets)} for tree in trees]
 
 
 def grown(node: dict[str, Any], row: np.ndarray) -> float:
@@ -81,8 +81,8 @@ def test_logits_are_weighted_sums_of_the_networks_and_those_of_trees(small: Smal
     network, *_ = predict_for_calibration(model, small.model_layout, rows, 1000)
     model.trees = trees
     ((part, _),) = rows.stream(1000)
-    own = [index for index, each in enumerate(small.model_layout.dense) if not each.placement]
-    ids = [each.name for each in small.model_layout.ids if not each.is_list and not each.placement]
+    own = [index for index, item in enumerate(small.model_layout.dense) if not item.placement]
+    ids = [item.name for item in small.model_layout.ids if not item.is_list and not item.placement]
     numbers = np.column_stack([part.encoded.dense[:, own], *(part.encoded.ids[name] for name in ids)])
     for index, task in enumerate(small.model_layout.tasks):
         blend, roots = trees.blends[task.name], roots_of(trees.texts[task.name])
@@ -97,12 +97,12 @@ def test_a_served_request_gets_what_a_batch_job_gives(small: SmallModel) -> None
     ranker = Ranker.load(small.folder)
     table, rows = small.later_rows()
     expected, scores = offline(small, rows)
-    found, served = in_request_order(ranker.rank(**as_request(table)), ranker)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    actual, served = in_request_order(ranker.rank(**as_request(table)), ranker)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(served, np.exp(scores), rtol=1e-5)
     ranker.model.trees = Trees({}, {})
     without, _ = in_request_order(ranker.rank(**as_request(table)), ranker)
-    assert (np.abs(without - found).max(axis=0) > 1e-4).all()
+    assert (np.abs(without - actual).max(axis=0) > 1e-4).all()
 
 
 def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +114,9 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     onnx, random = load_onnx(tmp_path), np.random.default_rng(0)
     assert (tmp_path / "model.onnx.data").stat().st_size > (tmp_path / "model.onnx").stat().st_size / 10
     for request in draw_requests(small.folder, ranker, 5):
-        found = onnx(encode_request(ranker, request))
+        actual = onnx(encode_request(ranker, request))
         for task, values in outputs_in_request_order(ranker.rank(**request)).items():
-            np.testing.assert_allclose(found[task], values, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(actual[task], values, rtol=1e-5, atol=1e-5)
     # Then numbers at the edges of trees, where rounding would take the other branch.
     edges = re.findall(r"(?m)^threshold=(.*)$", small.model.trees.texts["click"])  # type: ignore[union-attr]
     thresholds, of = np.array(" ".join(edges).split(), float), np.arange(200)
@@ -124,9 +124,9 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in inputs.dense:
         inputs.dense[name] = random.choice(thresholds, len(of)).astype(np.float32)
     scored = ranker.scorer.score(ranker.input_builder.build_matrix(ModelInputs(), inputs, of))
-    found = onnx(build_onnx_inputs(ranker.layout, ModelInputs(), inputs, of))
+    actual = onnx(build_onnx_inputs(ranker.layout, ModelInputs(), inputs, of))
     for place, task in enumerate(ranker.task_names):
-        np.testing.assert_allclose(found[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual[task], scored.predictions[:, place], rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "inputs.json").read_text())["ids"] == small.model_layout.single_ids()
 
 
@@ -155,30 +155,30 @@ def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "trees.onnx")
     add_trees(tmp_path / "trees.onnx", Trees({"click": text}, {}), ["click"])
     session = onnxruntime.InferenceSession(str(tmp_path / "trees.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(["answer"], {"numbers": rows[:, :1], "ids": rows[:, 1:].astype(np.int64)})
-    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-6)
+    (actual,) = session.run(["answer"], {"numbers": rows[:, :1], "ids": rows[:, 1:].astype(np.int64)})
+    np.testing.assert_allclose(actual[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_served_model_needs_no_lightgbm(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = registry.build_log_model_args(small.folder, tmp_path)["pip_requirements"]
-    assert not any(each.startswith("lightgbm") for each in needed)
+    assert not any(item.startswith("lightgbm") for item in needed)
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     assert Ranker.load(small.folder).rank({"user": 5}, {}, {"item": ITEMS}, explain=True).explanations
 
 
 def penalized_loss(kind: str, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, *at: float) -> float:
     """The mean loss of a blend of rows that all count alike, with its priors, by plain formulas."""
-    one, other, offset = at
+    first, second, offset = at
     unit = 1.0 if kind == "binary" else labels.std()
-    logits = one * network + other * trees + offset
+    logits = first * network + second * trees + offset
     level, losses = logits.mean() / unit, ((logits - labels) / unit) ** 2
-    share, levels = one / (one + other), [network.mean() / unit, trees.mean() / unit]
+    share, levels = first / (first + second), [network.mean() / unit, trees.mean() / unit]
     expected = share * levels[0] + (1 - share) * levels[1]
     if kind == "binary":
         losses = np.log(1 + np.exp(np.where(labels == 1, -logits, logits)))
-        level, *means = (np.mean(1 / (1 + np.exp(-each))) for each in (logits, network, trees))
+        level, *means = (np.mean(1 / (1 + np.exp(-item))) for item in (logits, network, trees))
         level, expected = np.log(level), np.log(share * means[0] + (1 - share) * means[1])
-    priors = ((2 * share - 1) / 0.25) ** 2 + ((one + other - 1) / 0.5) ** 2 + ((level - expected) / 0.03) ** 2
+    priors = ((2 * share - 1) / 0.25) ** 2 + ((first + second - 1) / 0.5) ** 2 + ((level - expected) / 0.03) ** 2
     return float(losses.mean() + priors / 2 / len(labels))
 
 
@@ -196,10 +196,10 @@ def test_a_blend_loses_least_on_the_rows(kind: str, rows: int) -> None:
     blend = fit_blend(KINDS[kind], network, trees, labels)
     middle = 0.0 if kind == "binary" else labels.mean()
     own = [network - middle, trees - middle, labels - middle]
-    found = np.array([blend.network, blend.trees, blend.offset - middle * (1 - blend.network - blend.trees)])
-    least = penalized_loss(kind, *own, *found)
+    actual = np.array([blend.network, blend.trees, blend.offset - middle * (1 - blend.network - blend.trees)])
+    least = penalized_loss(kind, *own, *actual)
     for step in 1e-3 * random.normal(size=(100, 3)) * [1, 1, unit]:
-        assert penalized_loss(kind, *own, *(found + step)) > least
+        assert penalized_loss(kind, *own, *(actual + step)) > least
     noise = network + 3 * unit * truth[2]
     assert fit_blend(KINDS[kind], network, noise, labels).trees < (0.05 if rows == 4000 else 0.2)
 
@@ -210,9 +210,9 @@ def test_weights_of_rows_count_as_copies() -> None:
     labels = (random.random(5000) < 1 / (1 + np.exp(-network - trees))).astype(float)
     copies = random.integers(1, 4, 5000)
     weighted = fit_blend(KINDS["binary"], network, trees, labels, 0.1 * copies)
-    copied = fit_blend(KINDS["binary"], *(np.repeat(each, copies) for each in (network, trees, labels)))
-    for one, other in zip(astuple(weighted), astuple(copied), strict=True):  # the priors weigh less beside more rows
-        assert one == pytest.approx(other, abs=0.02)
+    copied = fit_blend(KINDS["binary"], *(np.repeat(item, copies) for item in (network, trees, labels)))
+    for first, second in zip(astuple(weighted), astuple(copied), strict=True):  # the priors weigh less beside more rows
+        assert first == pytest.approx(second, abs=0.02)
 
 
 def test_of_few_labels_half_of_each_is_taken() -> None:
@@ -230,10 +230,10 @@ def test_no_task_has_more_trees_than_the_settings_allow(ids: int, most: int) -> 
     rows, section = TreeInputs(x, 2, labels), Settings().model_copy(update={"max_trees": most})
     task = TaskOutput("click", "binary")
     users = np.arange(4000)
-    (found, told) = fit_task_trees(task, section, 0, rows, rows, np.full(4000, labels.mean()), users, 1e9)
-    assert found is not None
-    assert len(read_ensemble(found[0]).trees) == most
-    assert ("in all" in told) == bool(ids)
+    (actual, message) = fit_task_trees(task, section, 0, rows, rows, np.full(4000, labels.mean()), users, 1e9)
+    assert actual is not None
+    assert len(read_ensemble(actual[0]).trees) == most
+    assert ("in all" in message) == bool(ids)
     opposite = replace(rows, labels=1 - labels)
     harmful = section.model_copy(update={"learning_rate": 1.0})
     assert fit_task_trees(task, harmful, 0, opposite, rows, 1.7 * (truth - 1), users)[0] is None
@@ -248,11 +248,11 @@ def test_each_side_may_stand_alone(of_network: float, of_trees: float) -> None:
     halves = slice(0, 3000), slice(3000, 3000 + selecting)
     learnt, held_out = (TreeInputs(np.float32([known[1, half], noise[1, half]]).T, 2, labels[half]) for half in halves)
     network = (of_network * known[0] if of_network else 2 * noise[0])[halves[1]]
-    found, told = fit_task_trees(
+    actual, message = fit_task_trees(
         TaskOutput("click", "binary"), Settings(), 0, learnt, held_out, network, np.arange(selecting)
     )
-    blend = Blend(1.0, 0.0, 0.0) if found is None else found[1]
-    assert (blend.network > 0, blend.trees > 0) == (of_network > 0, of_trees > 0), told
+    blend = Blend(1.0, 0.0, 0.0) if actual is None else actual[1]
+    assert (blend.network > 0, blend.trees > 0) == (of_network > 0, of_trees > 0), message
 
 
 def test_a_users_rows_are_one_witness() -> None:
@@ -275,7 +275,7 @@ def test_ids_are_taken_sooner_where_no_later_rows_wait(small: SmallModel, monkey
     for settings in (small.settings, small.settings.model_copy(update={"columns": columns})):
         stacking.grow_trees(settings, small.prepared, small.model_layout, small.model)
     of_ids = [
-        each for each in asked if each != stacking.BLEND_MIN_Z
+        item for item in asked if item != stacking.BLEND_MIN_Z
     ]  # trees with ids, and the mean of both, of each task
     assert of_ids == [3.0, 0.0] * (len(of_ids) // 4) + [0.0, 0.0] * (len(of_ids) // 4) != []
 
@@ -295,7 +295,7 @@ def test_sets_of_trees_are_joined_to_their_mean() -> None:
     np.testing.assert_allclose(Forest([read_ensemble(joined)]).sums(x)[:, 0], mean, atol=1e-12)
 
 
-def test_damage_is_told(small: SmallModel, tmp_path: Path) -> None:
+def test_damage_is_reported(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     small.write(folder)
     file = folder / "trees" / "click.txt"

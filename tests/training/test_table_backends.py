@@ -58,7 +58,7 @@ def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "found"),
+    ("error", "actual"),
     [
         (ModuleNotFoundError("No module named 'torchrec'", name="torchrec"), False),
         (ModuleNotFoundError("No module named 'fbgemm_gpu.x'", name="fbgemm_gpu.x"), False),
@@ -67,25 +67,25 @@ def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_does_not_load_is_not_taken_for_what_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, found: bool | None
+    monkeypatch: pytest.MonkeyPatch, error: Exception, actual: bool | None
 ) -> None:
     def failing(name: str) -> Any:
         raise error
 
     monkeypatch.setattr(tables_module.importlib, "import_module", failing)
     asked = tables_module.torchrec_installed.__wrapped__
-    if found is None:
+    if actual is None:
         with pytest.raises(UserError, match="are installed, but do not load"):
             asked()
     else:
-        assert asked() is found
+        assert asked() is actual
 
 
 # Inputs that share a table lie apart, and a table is wider than its neighbours.
 MIXED = replace(
     LAYOUT,
     ids=(*LAYOUT.ids[3:], *LAYOUT.ids[:3]),
-    tables=tuple(replace(each, dim=12 if index == 1 else each.dim) for index, each in enumerate(LAYOUT.tables)),
+    tables=tuple(replace(item, dim=12 if index == 1 else item.dim) for index, item in enumerate(LAYOUT.tables)),
 )
 
 
@@ -93,9 +93,12 @@ def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
     encoded, _ = random_rows(8)
     ids = make_batch(encoded, MIXED, torchrec=True).ids
     names = ids.keys()
-    tables = [next(each.table for each in MIXED.lookup_inputs() if each.name == name) for name in names]
-    assert tables == sorted(tables, key=[each.name for each in MIXED.tables].index)
-    assert [each.table for each in MIXED.ids] != tables
+    tables = [
+        next(lookup_input.table for lookup_input in MIXED.lookup_inputs() if lookup_input.name == name)
+        for name in names
+    ]
+    assert tables == sorted(tables, key=[item.name for item in MIXED.tables].index)
+    assert [item.table for item in MIXED.ids] != tables
     for name, table in zip(names, tables, strict=True):
         assert (ids[name].values() < MIXED.table(table).rows).all()
 
@@ -122,10 +125,10 @@ def test_tables_of_any_width_are_trained_by_row_wise_adagrad(tmp_path: Path) -> 
         )
         for step in range(6):
             encoded, labels = random_rows(32, seed=step, layout=layout)
-            one = plain(make_batch(encoded, layout, labels, torchrec=False)).logits
-            other = sharded.model(make_batch(encoded, layout, labels, torchrec=True)).logits
-            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
-            for logits in (one, other):
+            first = plain(make_batch(encoded, layout, labels, torchrec=False)).logits
+            second = sharded.model(make_batch(encoded, layout, labels, torchrec=True)).logits
+            torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-4)
+            for logits in (first, second):
                 (logits - 1).square().sum().backward()
             for name, weight in plain.tables.named_parameters():
                 assert weight.grad is not None
@@ -162,13 +165,13 @@ print(ask())
 @pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the libraries are others elsewhere")
 def test_the_kernels_know_the_processor() -> None:
-    found = {}
+    actual = {}
     for way in ("share", "leave"):
         done = subprocess.run([sys.executable, "-c", CODE, way], capture_output=True, text=True, check=True)
-        found[way] = done.stdout.split()
-    shared, again, known = found["share"]
+        actual[way] = done.stdout.split()
+    shared, again, known = actual["share"]
     assert again == "False", "there is nothing left to share"
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     assert known == str("avx2" in flags)
     if shared == "True":  # this build of torch has two copies
-        assert found["leave"] == ["False"]
+        assert actual["leave"] == ["False"]

@@ -65,9 +65,9 @@ def validated(
         batches.append(Batch(None, torch.from_numpy(dense[rows]), label, seen, weights=weight))
     for batch in batches:
         batch.to = lambda device, non_blocking, batch=batch: batch  # type: ignore[method-assign, misc]
-    found = validate(model, batches, layout, CPU)  # type: ignore[arg-type]
+    actual = validate(model, batches, layout, CPU)  # type: ignore[arg-type]
     assert model.training
-    return found
+    return actual
 
 
 def example(rows: int = 3_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ def example(rows: int = 3_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_losses_and_areas_equal_scikit_learn(weighted: bool) -> None:
     logits, labels, gates = example()
     weights = np.random.default_rng(5).uniform(1, 9, len(logits)) if weighted else None
-    found = validated(logits, labels, gates, weights=weights)
+    actual = validated(logits, labels, gates, weights=weights)
     for index, task in enumerate(LAYOUT.tasks):
         known = ~np.isnan(labels[:, index])
         predicted, label = logits[known, index].astype(np.float64), labels[known, index]
@@ -95,38 +95,38 @@ def test_losses_and_areas_equal_scikit_learn(weighted: bool) -> None:
             expected = log_loss(label, 1 / (1 + np.exp(-predicted)), sample_weight=weight)
             # Exact up to ties within a bin of 1/256.
             area = roc_auc_score(label, np.floor(predicted * BINS_PER_UNIT), sample_weight=weight)
-            assert found.auc[task.name] == pytest.approx(area, abs=1e-12)
+            assert actual.auc[task.name] == pytest.approx(area, abs=1e-12)
             assert area == pytest.approx(roc_auc_score(label, predicted, sample_weight=weight), abs=2e-4)
             probability = np.average(1 / (1 + np.exp(-predicted)), weights=weight)
             calibration = probability / np.average(label, weights=weight)
-            assert found.calibration[task.name] == pytest.approx(calibration, rel=1e-6)
+            assert actual.calibration[task.name] == pytest.approx(calibration, rel=1e-6)
             # Whether labels are enough is told by rows, whatever their weights.
-            assert found.rarer_label_rows[task.name] == min((label == 0).sum(), (label == 1).sum())
-        assert found.loss[task.name] == pytest.approx(expected, rel=1e-6)
-    assert set(found.auc) == set(found.calibration) == set(found.rarer_label_rows) == {"click", "like"}
+            assert actual.rarer_label_rows[task.name] == min((label == 0).sum(), (label == 1).sum())
+        assert actual.loss[task.name] == pytest.approx(expected, rel=1e-6)
+    assert set(actual.auc) == set(actual.calibration) == set(actual.rarer_label_rows) == {"click", "like"}
 
 
 def test_a_task_with_given_is_judged_by_both_labels() -> None:
     logits, labels, gates = example()
     labels[labels[:, 0] == 0, 1] = 0.0
     labels[np.isnan(labels[:, 0]), 1] = np.nan
-    found = validated(logits, labels, gates, layout=GIVEN)
+    actual = validated(logits, labels, gates, layout=GIVEN)
     click, like = (1 / (1 + np.exp(-logits[:, task].astype(np.float64))) for task in (0, 1))
     known = ~np.isnan(labels[:, 1])
-    assert set(found.loss) == {"click", "click_and_like", "rating"}
-    assert found.loss["click_and_like"] == pytest.approx(log_loss(labels[known, 1], (click * like)[known]), rel=1e-6)
+    assert set(actual.loss) == {"click", "click_and_like", "rating"}
+    assert actual.loss["click_and_like"] == pytest.approx(log_loss(labels[known, 1], (click * like)[known]), rel=1e-6)
     clicked = known & (labels[:, 0] == 1)
-    assert found.auc["like"] == pytest.approx(roc_auc_score(labels[clicked, 1], like[clicked]), abs=5e-5)
-    expected = found.loss["click"] + 2 * found.loss["click_and_like"] + 0.5 * found.loss["rating"]
-    assert found.objective("loss", GIVEN) == pytest.approx(-expected)
-    assert found.objective("auc", GIVEN) == pytest.approx((found.auc["click"] + found.auc["like"]) / 2)
+    assert actual.auc["like"] == pytest.approx(roc_auc_score(labels[clicked, 1], like[clicked]), abs=5e-5)
+    expected = actual.loss["click"] + 2 * actual.loss["click_and_like"] + 0.5 * actual.loss["rating"]
+    assert actual.objective("loss", GIVEN) == pytest.approx(-expected)
+    assert actual.objective("auc", GIVEN) == pytest.approx((actual.auc["click"] + actual.auc["like"]) / 2)
 
 
 def test_rows_without_labels_change_nothing_and_neither_do_batches() -> None:
     logits, labels, gates = example(400)
     plain = validated(logits, labels, gates, parts=1)
     np.testing.assert_allclose(plain.experts.weights, gates[~np.isnan(labels).all(1)].mean(0), rtol=1e-6)
-    more = [np.concatenate([each, each[:90]]) for each in (logits, labels, gates)]
+    more = [np.concatenate([item, item[:90]]) for item in (logits, labels, gates)]
     more[1][400:] = np.nan
     padded = validated(*more, parts=7)
     assert padded.loss == pytest.approx(plain.loss, rel=1e-12)
@@ -137,10 +137,10 @@ def test_rows_without_labels_change_nothing_and_neither_do_batches() -> None:
 def test_one_class_gives_no_auc_but_a_loss() -> None:
     logits, labels, gates = example(300)
     labels[:, 0] = np.where(np.isnan(labels[:, 0]), np.nan, 0)
-    found = validated(logits, labels, gates)
-    assert set(found.auc) == {"like"}
-    assert set(found.loss) == {"click", "like", "rating"}
-    assert found.objective("auc", LAYOUT) == found.auc["like"]
+    actual = validated(logits, labels, gates)
+    assert set(actual.auc) == {"like"}
+    assert set(actual.loss) == {"click", "like", "rating"}
+    assert actual.objective("auc", LAYOUT) == actual.auc["like"]
 
 
 def test_huge_logits_count_at_the_ends() -> None:
@@ -154,10 +154,10 @@ def test_an_auc_of_few_rows_of_a_label_has_no_say() -> None:
     logits, labels, gates = example(2_000)
     rare = np.flatnonzero(labels[:, 0] == 1)[MIN_RARER_ROWS - 1 :]
     labels[rare, 0] = 0.0
-    found = validated(logits, labels, gates)
-    assert found.rarer_label_rows["click"] == MIN_RARER_ROWS - 1
-    assert found.tasks_monitored_by_auc("auc") == ["like"]
-    assert found.objective("auc", LAYOUT) == found.auc["like"]
+    actual = validated(logits, labels, gates)
+    assert actual.rarer_label_rows["click"] == MIN_RARER_ROWS - 1
+    assert actual.tasks_monitored_by_auc("auc") == ["like"]
+    assert actual.objective("auc", LAYOUT) == actual.auc["like"]
     labels[:, 1] = labels[:, 0]
     alone = validated(logits, labels, gates)
     assert alone.tasks_monitored_by_auc("auc") == []
@@ -167,32 +167,32 @@ def test_an_auc_of_few_rows_of_a_label_has_no_say() -> None:
 EVEN_GATES = ExpertUtilization(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
 
-def found(**changes: dict) -> Validation:
+def build_validation(**changes: dict) -> Validation:
     """A validation of two tasks without anything to say, but for what is changed."""
     good = {"calibration": {"click": 1.1, "like": 0.9}, "rarer_label_rows": {"click": 900, "like": 500}}
     return Validation({"click": 0.4}, **{"auc": {"click": 0.7, "like": 0.8}, "experts": EVEN_GATES, **good, **changes})
 
 
 def test_the_rule_that_chose_is_named() -> None:
-    three = found(auc={"click": 0.7, "like": 0.8, "stay": 0.6})
+    three = build_validation(auc={"click": 0.7, "like": 0.8, "stay": 0.6})
     start = "best validation, at step 7: "
     assert explain_choice(three, 7, "auc") == [f"{start}the mean AUC of click, like and stay is the highest"]
-    assert explain_choice(found(), 7, "loss") == [f"{start}the weighted loss is the lowest"]
-    few = found(rarer_label_rows={"click": 13, "like": 500})
+    assert explain_choice(build_validation(), 7, "loss") == [f"{start}the weighted loss is the lowest"]
+    few = build_validation(rarer_label_rows={"click": 13, "like": 500})
     assert explain_choice(few, 7, "auc") == [
         f"{start}the AUC of like is the highest",
         f"the AUC of 'click' had no say: 13 selecting rows have its rarer label, and it takes {MIN_RARER_ROWS}",
     ]
 
 
-def test_an_auc_below_chance_is_told_of() -> None:
+def test_an_auc_below_chance_is_reported() -> None:
     (good,) = find_warnings(
-        found(auc={"click": 0.998, "like": 0.8}, rarer_label_rows={"click": 500, "like": 500}), "none"
+        build_validation(auc={"click": 0.998, "like": 0.8}, rarer_label_rows={"click": 500, "like": 500}), "none"
     )
     assert "the validation AUC of 'click' is 0.9980, too good to be true" in good
-    assert find_warnings(found(auc={"click": 0.998}, rarer_label_rows={"click": 13}), "none") == []
+    assert find_warnings(build_validation(auc={"click": 0.998}, rarer_label_rows={"click": 13}), "none") == []
     (few,) = find_warnings(
-        found(auc={"click": 0.478, "like": 0.8}, rarer_label_rows={"click": 13, "like": 500}), "none"
+        build_validation(auc={"click": 0.478, "like": 0.8}, rarer_label_rows={"click": 13, "like": 500}), "none"
     )
     assert few.startswith(
         "the validation AUC of 'click' is 0.478, below .5: nothing shows that it ranks. It has 13 rows"
@@ -200,17 +200,17 @@ def test_an_auc_below_chance_is_told_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "rows", "told"),
+    ("ratio", "rows", "message"),
     [(11.0, 130, True), (0.3, 130, True), (1.9, 10_000, False), (0.55, 10_000, False), (2.5, 3, False), (0.0, 9, True)],
 )
-def test_probabilities_far_from_what_was_observed_are_told_of(ratio: float, rows: int, told: bool) -> None:
+def test_probabilities_far_from_what_was_observed_are_reported(ratio: float, rows: int, message: bool) -> None:
     """2.5 times 3 rows may be chance."""
-    validation = found(calibration={"click": ratio}, rarer_label_rows={"click": rows})
+    validation = build_validation(calibration={"click": ratio}, rarer_label_rows={"click": rows})
     for calibration, advice in (
         ("none", "or set training.calibration to"),
         ("isotonic", "the isotonic calibration was"),
     ):
         warnings = find_warnings(validation, calibration)
-        assert bool(warnings) == told
-        assert all("probabilities of 'click'" in each and f"{ratio:.2f} times" in each for each in warnings)
-        assert all(advice in each for each in warnings)
+        assert bool(warnings) == message
+        assert all("probabilities of 'click'" in warning and f"{ratio:.2f} times" in warning for warning in warnings)
+        assert all(advice in warning for warning in warnings)

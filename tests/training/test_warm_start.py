@@ -50,11 +50,11 @@ class Grown:
         """The grown layout, with what the settings make of it."""
         return ModelLayout.of(self.prepared.layout, self.small.settings)
 
-    def warm_start(self, settings: Model | None = None, other: SmallModel | None = None) -> WarmStart:
+    def warm_start(self, settings: Model | None = None, second: SmallModel | None = None) -> WarmStart:
         """Starts with another structure, or with other features."""
         made_with = self.small.settings.model
-        prepared = self.prepared if other is None else other.prepared
-        layout = self.layout if other is None else ModelLayout.of(prepared.layout, other.settings)
+        prepared = self.prepared if second is None else second.prepared
+        layout = self.layout if second is None else ModelLayout.of(prepared.layout, second.settings)
         return WarmStart(self.small.folder, made_with, prepared, layout, settings or made_with)
 
     def plain(self) -> RankingModel:
@@ -222,24 +222,24 @@ def _with(changes: dict[str, Any]) -> dict[str, Any]:
 def test_other_features_are_refused(
     grown: Grown, tmp_path: Path, sections: dict[str, Any], log: int, message: str
 ) -> None:
-    other = SmallModel(tmp_path, **sections)
+    second = SmallModel(tmp_path, **sections)
     if log != 1:
         pq.write_table(random_log(log, rows=600), tmp_path / "log" / "0.parquet")
-        schema, windows = other.settings.schema_, other.settings.split.windows()
-        other.prepared = prepare(BuildInputs(other.settings.data.log, schema, windows, tmp_path))
+        schema, windows = second.settings.schema_, second.settings.split.windows()
+        second.prepared = prepare(BuildInputs(second.settings.data.log, schema, windows, tmp_path))
     with pytest.raises(UserError, match=message):
-        grown.warm_start(other=other)
+        grown.warm_start(second=second)
 
 
 def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     """Without ids, that these differ is all that tells the features of one log from those of another."""
     sections = {"features": {name: ALL_KINDS[name] for name in ("price", "when")}}
-    one = SmallModel(tmp_path / "one", **sections)
+    left = SmallModel(tmp_path / "one", **sections)
     pq.write_table(random_log(3, rows=600), tmp_path / "one" / "log" / "0.parquet")
-    settings = one.settings
+    settings = left.settings
     prepared = prepare(replace(BuildInputs.of(settings), work=tmp_path / "other"))
     with pytest.raises(UserError, match=r"feature or task 'price' was fitted to other rows"):
-        WarmStart(one.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
+        WarmStart(left.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
 def test_weights_that_cannot_be_read(grown: Grown, tmp_path: Path) -> None:

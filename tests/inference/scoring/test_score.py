@@ -52,7 +52,7 @@ def best_first(frame: pd.DataFrame, request: str = "request") -> np.ndarray:
 
 
 def assert_ranked_alike(
-    found: pd.DataFrame, ranker: Ranker, table: pa.Table, lacking: Collection[str] = frozenset()
+    actual: pd.DataFrame, ranker: Ranker, table: pa.Table, lacking: Collection[str] = frozenset()
 ) -> None:
     """Beside the ranker, request by request. lacking: columns that the rows were scored without."""
     requests = table["request"].to_numpy()
@@ -60,8 +60,8 @@ def assert_ranked_alike(
         places = np.flatnonzero(requests == request)
         asked = as_request(table.take(pa.array(places)))
         for part in ("user", "candidates"):
-            asked[part] = {name: each for name, each in asked[part].items() if name not in lacking}
-        ranking, mine = ranker.rank(**asked), found.iloc[places].sort_values("rank")
+            asked[part] = {name: item for name, item in asked[part].items() if name not in lacking}
+        ranking, mine = ranker.rank(**asked), actual.iloc[places].sort_values("rank")
         assert mine["rank"].tolist() == list(range(1, len(places) + 1))
         assert mine["item"].tolist() == ranking.candidates
         np.testing.assert_allclose(mine["score"], ranking.scores, rtol=1e-5)
@@ -74,15 +74,15 @@ def test_further_columns_of_the_log_are_kept(small: SmallModel, tmp_path: Path) 
     log = with_requests(random_log(3, rows=200), seed=3)
     log = log.append_column("device", pa.array(np.where(np.arange(200) % 3, "phone", "tablet")))
     source = write_finely(tmp_path / "log", log.slice(0, 90), log.slice(90))
-    found, _ = scored(small.folder, source, tmp_path / "out", labels=True, keep=["device", "price", "item"])
-    assert found["device"].tolist() == log["device"].to_pylist()
-    np.testing.assert_array_equal(found["price"], log["price"].to_numpy())
-    assert {"label_click", "predicted_click"} < set(found)
-    for name, told in (
+    actual, _ = scored(small.folder, source, tmp_path / "out", labels=True, keep=["device", "price", "item"])
+    assert actual["device"].tolist() == log["device"].to_pylist()
+    np.testing.assert_array_equal(actual["price"], log["price"].to_numpy())
+    assert {"label_click", "predicted_click"} < set(actual)
+    for name, message in (
         ("rank", "'rank' of the log has the name of a column that scoring writes"),
         ("colour", "colour"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             scored(small.folder, source, tmp_path / "wrong", keep=[name])
 
 
@@ -99,28 +99,30 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     expected = score_rows(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
     options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
-    found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], labels=True, overrides=options)
+    actual, done = scored(
+        small.folder, source, tmp_path / "out", window=windows["test"], labels=True, overrides=options
+    )
     assert len(done.manifest["parts"]) > 20
-    assert done.manifest["rows"] == len(found) == len(expected.score) > 300
+    assert done.manifest["rows"] == len(actual) == len(expected.score) > 300
     names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
     for name, ids in zip(names, (getattr(expected, f"{column}s") for column in ID_COLUMNS), strict=True):
-        np.testing.assert_array_equal(found[name], ids.to_numpy())
+        np.testing.assert_array_equal(actual[name], ids.to_numpy())
     assert [f"predicted_{name}" for name in expected.predictions] == PREDICTED
     for name, values in expected.predictions.items():
-        np.testing.assert_allclose(found[f"predicted_{name}"], values, atol=1e-5)
-    np.testing.assert_allclose(np.log(found["score"]), expected.score, atol=1e-5)
-    np.testing.assert_array_equal(found["rank"], best_first(found))
-    sizes = found.groupby("request").size()
+        np.testing.assert_allclose(actual[f"predicted_{name}"], values, atol=1e-5)
+    np.testing.assert_allclose(np.log(actual["score"]), expected.score, atol=1e-5)
+    np.testing.assert_array_equal(actual["rank"], best_first(actual))
+    sizes = actual.groupby("request").size()
     assert sizes.max() > 3
-    assert (found.groupby("request").time.nunique() == 1).all()
+    assert (actual.groupby("request").time.nunique() == 1).all()
     assert "include the given log" in done.manifest["meaning"]
 
     metrics = measured(columns_from_settings(settings), done.folder, tmp_path / "metrics")
     by_offline, tasks = summarize(expected.sum(), 20), metrics["tasks"]
     assert tasks.keys() == by_offline["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
     assert tasks["liked"]["rows"] < tasks["click_and_liked"]["rows"] < metrics["rows"]
-    for name, each in by_offline["tasks"].items():
-        assert tasks[name]["rows"] == each["rows"]
+    for name, item in by_offline["tasks"].items():
+        assert tasks[name]["rows"] == item["rows"]
     for name, value in intervals(by_offline).items():
         assert intervals(metrics)[name] == pytest.approx(value, abs=1e-4), name
 
@@ -131,15 +133,15 @@ def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_
     split = small.settings.split
     _, begin = split.windows()["validation"]
     assert begin is not None
-    found, done = scored(small.folder, source, tmp_path / "all", labels=True)
-    times = found["time"].to_numpy().astype("datetime64[us]").astype(np.int64)
+    actual, done = scored(small.folder, source, tmp_path / "all", labels=True)
+    times = actual["time"].to_numpy().astype("datetime64[us]").astype(np.int64)
     learnt = int((times < begin).sum())
-    assert 100 < learnt < len(found) - 100
-    assert f"on {learnt:,} of the {len(found):,} rows, so their metrics" in done.manifest["seen_in_training"]
+    assert 100 < learnt < len(actual) - 100
+    assert f"on {learnt:,} of the {len(actual):,} rows, so their metrics" in done.manifest["seen_in_training"]
     said = done.manifest["seen_in_training"].partition("Score with --start ")[2]
     _, done = scored(small.folder, source, tmp_path / "test", labels=True, window=(parse_time(said), None))
     assert done.manifest["seen_in_training"] is None
-    assert done.manifest["rows"] == len(found) - learnt
+    assert done.manifest["rows"] == len(actual) - learnt
     _, done = scored(small.folder, source, tmp_path / "unlabelled")
     assert done.manifest["seen_in_training"] is None
 
@@ -148,13 +150,13 @@ def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_pat
     ranker, table = Ranker.load(small.folder), later_table()
     unread = table.drop_columns(["click", "liked", "spent", "slot"])  # labels and placement
     source = write_finely(tmp_path / "candidates", unread.slice(0, 33), unread.slice(33, 0), unread.slice(33))
-    found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
-    np.testing.assert_array_equal(found["item"], table["item"])
-    assert found["item"].nunique() > 5
-    assert_ranked_alike(found, ranker, table)
-    assert list(found) == ["request", "user", "item", "time", *PREDICTED, "score", "rank", "model", "model_version"]
-    assert (found["model"] == str(small.folder)).all()
-    assert (found["model_version"] == done.manifest["model_version"]).all()
+    actual, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
+    np.testing.assert_array_equal(actual["item"], table["item"])
+    assert actual["item"].nunique() > 5
+    assert_ranked_alike(actual, ranker, table)
+    assert list(actual) == ["request", "user", "item", "time", *PREDICTED, "score", "rank", "model", "model_version"]
+    assert (actual["model"] == str(small.folder)).all()
+    assert (actual["model_version"] == done.manifest["model_version"]).all()
     assert done.manifest["rows_before_tables_as_of"] == 0
     assert "their future" not in done.manifest["meaning"]
 
@@ -166,15 +168,15 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
     ranker, roles = Ranker.load(small.folder), small.settings.roles
     table = later_table()
     # One candidate that nobody knows.
-    items = [10**15 if row == 3 else each for row, each in enumerate(table["item"].to_pylist())]
+    items = [10**15 if row == 3 else value for row, value in enumerate(table["item"].to_pylist())]
     table = with_column(table, "item", items)
     attributes = {*roles.user, *roles.candidate} - {"user", "item", *given}
     there = [name for name in table.column_names if name not in {*attributes, "click", "liked", "spent", "slot"}]
     source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
-    found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
-    assert_ranked_alike(found, ranker, table, attributes)
-    told = done.manifest["meaning"].partition("has no column ")[2].partition(", so the latest")[0]
-    assert set(told.split(", ")) == {repr(name) for name in attributes & set(ranker.pipeline.schema.input_columns())}
+    actual, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
+    assert_ranked_alike(actual, ranker, table, attributes)
+    message = done.manifest["meaning"].partition("has no column ")[2].partition(", so the latest")[0]
+    assert set(message.split(", ")) == {repr(name) for name in attributes & set(ranker.pipeline.schema.input_columns())}
     with pytest.raises(UserError, match="has no column"):
         scored(small.folder, source, tmp_path / "other", as_of="log")
 
@@ -194,22 +196,22 @@ def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path) -> None:
         database.create_table("rows", parts.schema, [parts.take(pa.array(rng.permutation(300)))])
         written = write_ranked(database, tmp_path, tmp_path / "out", {"model": "mine"})
     assert written == {f"part-0000{part}.parquet": size for part, size in zip(starts, (30, 1, 169, 100), strict=True)}
-    found = read(tmp_path / "out")
-    np.testing.assert_array_equal(found["number"], np.arange(300))
-    np.testing.assert_array_equal(found["rank"], best_first(pd.DataFrame({"request": request, "score": score})))
+    actual = read(tmp_path / "out")
+    np.testing.assert_array_equal(actual["number"], np.arange(300))
+    np.testing.assert_array_equal(actual["rank"], best_first(pd.DataFrame({"request": request, "score": score})))
 
 
 def test_without_a_request_column_rows_of_a_user_and_time_are_ranked(tmp_path: Path) -> None:
     small = SmallModel(tmp_path / "work", strings=True)
     log = random_log(5, rows=200, strings=True)
     source = write_finely(tmp_path / "log", log.take(pa.array(np.random.default_rng(0).permutation(200))))
-    found, _ = scored(small.folder, source, tmp_path / "out")
-    assert list(found)[:3] == ["user", "item", "time"]
-    np.testing.assert_array_equal(found["rank"], best_first(found, ["user", "time"]))  # type: ignore[arg-type]
-    assert found["rank"].max() > 1
+    actual, _ = scored(small.folder, source, tmp_path / "out")
+    assert list(actual)[:3] == ["user", "item", "time"]
+    np.testing.assert_array_equal(actual["rank"], best_first(actual, ["user", "time"]))  # type: ignore[arg-type]
+    assert actual["rank"].max() > 1
 
 
-def test_rows_that_the_tables_know_the_future_of_are_told(
+def test_rows_that_the_tables_know_the_future_of_are_reported(
     small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, later = with_requests(random_log(1, rows=600)), later_table()
@@ -222,17 +224,17 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     source = write_finely(tmp_path / "log", log, first, second)
     arguments = ["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")]
     run("score", *arguments, "--as-of", "tables")
-    told = capsys.readouterr().out
-    assert ". 680 of 760 rows were not requested later, so their features include their future" in told
-    assert f"scores: {tmp_path / 'out'}" in told
+    message = capsys.readouterr().out
+    assert ". 680 of 760 rows were not requested later, so their features include their future" in message
+    assert f"scores: {tmp_path / 'out'}" in message
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["rows_before_tables_as_of"] == 680
     run("score", *arguments, "--as-of", "tables")
     assert "these rows were already scored" in capsys.readouterr().out
     # The same rows may be left out, or be the past of those that are scored.
     start = np.datetime64(START + 15 * DAY, "us").item().isoformat()
     run("score", *arguments, "--as-of", "tables", "--start", start)
-    assert "80 rows scored" in (told := capsys.readouterr().out)
-    assert "their future" not in told
+    assert "80 rows scored" in (message := capsys.readouterr().out)
+    assert "their future" not in message
     assert len(read(tmp_path / "out")) == 80
     run("score", *arguments, "--start", start, "--data.on_duplicates", "keep")
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["as_of"] == "log"
@@ -241,9 +243,9 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
 def test_a_table_in_a_table_out(small: SmallModel, tmp_path: Path) -> None:
     """As a notebook or Spark's `mapInArrow` asks for it: the columns of the file, but for those of whole requests."""
     table = later_table()
-    found = Ranker.load(small.folder).score_table(table.drop_columns(["request", "click"]))
-    assert found.column_names == ["user", "item", "time", *PREDICTED, "score"]
+    actual = Ranker.load(small.folder).score_table(table.drop_columns(["request", "click"]))
+    assert actual.column_names == ["user", "item", "time", *PREDICTED, "score"]
     expected, _ = scored(small.folder, write_finely(tmp_path / "log", table), tmp_path / "out", as_of="tables")
-    np.testing.assert_array_equal(found["item"].to_numpy(), table["item"].to_numpy())
+    np.testing.assert_array_equal(actual["item"].to_numpy(), table["item"].to_numpy())
     for name in (*PREDICTED, "score"):
-        np.testing.assert_allclose(found[name].to_numpy(), expected[name], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual[name].to_numpy(), expected[name], rtol=1e-5, atol=1e-6)

@@ -43,7 +43,7 @@ def whole(written: Path, fine: None) -> dict[str, bytes]:
 
 def alone(tmp_path: Path) -> bool:
     """Whether nothing but outputs is left in the folder."""
-    return {each.name for each in tmp_path.iterdir()} == {"out"}
+    return {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 @pytest.mark.parametrize("way", ["threads", "processes", "ray"])
@@ -65,7 +65,7 @@ def test_the_same_bytes_on_any_engine(
 def test_other_scores_take_the_place_of_those_that_were_there(
     small: SmallModel, source: Path, tmp_path: Path, changed: str, fine: None
 ) -> None:
-    log, model = (shutil.copytree(each, tmp_path / each.name) for each in (source, small.folder))
+    log, model = (shutil.copytree(item, tmp_path / item.name) for item in (source, small.folder))
     out = score_log(model, log, tmp_path / "out").folder
     as_of: Any = "tables" if changed == "option" else "log"
     overrides = ["--serving.matmul_backend", "onednn"] if changed == "setting" else []

@@ -52,7 +52,7 @@ def test_wrong_input(small: SmallModel, tmp_path: Path, fine: None, name: str, a
     source = write_finely(tmp_path / "log", table)
     with pytest.raises(UserError, match=says.replace("{file}", str(source / "0.parquet"))):
         score_log(small.folder, source, tmp_path / "out", as_of)  # type: ignore[arg-type]
-    assert [each.name for each in tmp_path.iterdir()] == ["log"]
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_a_log_without_labels_has_nothing_to_count(small: SmallModel, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_wrong_models(small: SmallModel, tmp_path: Path) -> None:
     source = write_finely(tmp_path / "log", good())
     with pytest.raises(UserError, match="holds no model"):
         score_log(tmp_path, source, tmp_path / "out")
-    assert [each.name for each in tmp_path.iterdir()] == ["log"]
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
     with pytest.raises(UserError, match=r"'.*nothing' does not exist; set `--input`"):
         score_log(small.folder, tmp_path / "nothing", tmp_path / "out")
 
