@@ -1,28 +1,31 @@
-"""Areas under curves from counts of positive and negative rows by rising prediction.
+"""Areas under the ROC and precision-recall curves, from counts of positive and negative rows.
 
-That under the ROC curve is the Mann-Whitney statistic, the share of pairs of a positive and a negative row in the right
-order: a pair of equal predictions counts one half. Where counts are whole numbers, all that is added up for it is
-exact, in whatever order; rows may also have weights.
+The area under the ROC curve (AUC) is the Mann-Whitney statistic: the fraction of pairs of a positive and a negative
+row in the right order. A tie counts one half. Sums of integer counts are exact, in any order. Rows can have weights.
 """
 
 import numpy as np
 
 MIN_RARER_ROWS = 50
-"""Rows of the rarer label below which an AUC says little: at 50, one of .75 has a standard error of about .03 (Hanley
-and McNeil, 1982), more than states of one training differ by."""
+"""Minimum number of rows with the rarer label for a meaningful AUC. At 50 rows, an AUC of .75 has a standard error of
+about .03 (Hanley and McNeil, 1982). States of one run differ by less."""
 SUSPICIOUS_AUC = 0.995
-"""AUC of a model above which a feature holds the outcome, more likely than not."""
+"""AUC of a model above which a feature probably contains the label."""
 SUSPICIOUS_AUC_ADVICE = (
-    "too good to be true: a feature may hold the outcome, or what was written after it; mmoe-rec inspect tells how "
-    "well each feature ranks alone"
+    "too good to be true: a feature may contain the label, or data written after it. Run mmoe-rec inspect to see "
+    "the AUC of each feature"
 )
 
 
 def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """(...) float64, the area under the ROC curve of predictions in B bins; NaN where there is no positive or no
-    negative row. Rows of one bin are ties.
+    """Compute the area under the ROC curve of predictions in B bins. Rows of one bin are ties.
 
-    positives, negatives: (B, ...) number, or weight, of rows in each bin, the bins in the order of rising prediction.
+    Args:
+        positives: Number or weight of positive rows in each bin, by rising prediction. Shape (B, ...).
+        negatives: Number or weight of negative rows in each bin. Shape (B, ...).
+
+    Returns:
+        Areas, NaN without a positive or a negative row. Shape (...), float64.
     """
     below = np.cumsum(negatives, axis=0) - 0.5 * negatives
     pairs_won = np.einsum("b...,b...->...", positives, below)
@@ -31,12 +34,18 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
 
 
 def average_precision_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """(...) float64, the average precision: the mean, over positive rows, of the precision of all rows that are
-    predicted at least as high (as scikit-learn has it, without interpolation); NaN where there is no positive row.
+    """Compute the average precision, as scikit-learn does, without interpolation.
 
-    positives, negatives: as for `auc_of_counts`.
+    It is the mean over positive rows of the precision among all rows with at least the same prediction.
+
+    Args:
+        positives: Number or weight of positive rows in each bin, by rising prediction. Shape (B, ...).
+        negatives: Number or weight of negative rows in each bin. Shape (B, ...).
+
+    Returns:
+        Average precisions, NaN without a positive row. Shape (...), float64.
     """
-    positives_above, negatives_above = (np.cumsum(each[::-1], axis=0)[::-1] for each in (positives, negatives))
+    positives_above, negatives_above = (np.cumsum(counts[::-1], axis=0)[::-1] for counts in (positives, negatives))
     rows_above = np.asarray(positives_above + negatives_above, np.float64)
     precision = np.divide(positives_above, rows_above, out=np.zeros(rows_above.shape), where=rows_above > 0)
     summed, total = np.einsum("b...,b...->...", positives, precision), np.asarray(positives.sum(axis=0), np.float64)
@@ -46,11 +55,17 @@ def average_precision_of_counts(positives: np.ndarray, negatives: np.ndarray) ->
 def grouped_auc(
     group: np.ndarray, value: np.ndarray, positives: np.ndarray, negatives: np.ndarray, groups: int
 ) -> np.ndarray:
-    """(G,) float64, the area under the ROC curve within each of G groups, such as requests or users, without a loop
-    over them; NaN for a group without a positive or without a negative row.
+    """Compute the area under the ROC curve within each of G groups, such as requests or users.
 
-    group: (N,) int64 in [0, groups); value: (N,) the predictions, or anything in the same order; positives, negatives:
-    (N,) number, or weight, of rows behind each entry, 0 or 1 for single rows that count alike.
+    Args:
+        group: Group of each entry, in [0, groups). Shape (N,), int64.
+        value: Predictions, or any values in the same order. Shape (N,).
+        positives: Number or weight of positive rows behind each entry. Shape (N,).
+        negatives: Number or weight of negative rows behind each entry. Shape (N,).
+        groups: Number of groups G.
+
+    Returns:
+        Areas, NaN for a group without a positive or a negative row. Shape (G,), float64.
     """
     order = np.lexsort((value, group))
     group, value = group[order], value[order]
@@ -67,32 +82,41 @@ def grouped_auc(
 
 
 def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(N,) sum of the values before each one in its group, the groups (N,) rising; `values` are not negative."""
+    """Sum the values before each entry in its group. Groups are sorted, and values are at least 0."""
     total = values.sum()
-    if total < 2**53 and (values == np.rint(values)).all():  # a running sum of all is exact
+    if total < 2**53 and (values == np.rint(values)).all():  # then a cumulative sum over all groups is exact
         before = exclusive_cumsum(values)
         first = run_starts(group)
         return before - np.repeat(before[first], np.diff(first, append=len(group)))
-    # Else it would round small groups by the size of those before them: sums of 1, 2, 4, ... values of a group.
-    found, step = values.copy(), 1
+    # Otherwise large earlier groups would cause rounding errors in small ones, so only values of a group are added:
+    # sums of 1, 2, 4, ... values.
+    sums, step = values.copy(), 1
     while (same := np.flatnonzero(group[step:] == group[:-step])).size:
-        found[same + step] += found[same]
+        sums[same + step] += sums[same]
         step *= 2
-    return found - values
+    return sums - values
 
 
 def run_index(group: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """(N,) index of the run of each row, rows of a group with equal values, for rows sorted by group and value."""
+    """Number the runs of rows with the same group and value.
+
+    Args:
+        group: Groups, shape (N,). Rows are sorted by group and value.
+        value: Values, shape (N,).
+
+    Returns:
+        Index of each row's run, shape (N,).
+    """
     is_new = np.ones(len(group), dtype=bool)
     is_new[1:] = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
     return np.cumsum(is_new) - 1
 
 
 def run_starts(run: np.ndarray) -> np.ndarray:
-    """(runs,) index of the first row of each run."""
+    """Return the index of the first row of each run, shape (runs,)."""
     return np.flatnonzero(np.diff(run, prepend=-1))
 
 
 def exclusive_cumsum(values: np.ndarray) -> np.ndarray:
-    """Sum of all values before each one."""
+    """Return the sum of all values before each value."""
     return np.cumsum(values) - values

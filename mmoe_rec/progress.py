@@ -1,4 +1,4 @@
-"""One progress bar with an estimate of the time left, for every long step; and quiet libraries beside it."""
+"""Progress bars, printed lines and the log levels of libraries."""
 
 import logging
 import os
@@ -12,9 +12,9 @@ _WIDE = 160  # columns
 
 
 def open_console(stderr: bool = False) -> Console:
-    """A console on stdout or stderr. What goes into a file or a pipe is not cut as on a narrow terminal."""
+    """Open a console on stdout or stderr. Lines that go to a file or a pipe are not wrapped at 80 columns."""
     console = Console(stderr=stderr)
-    if not console.file.isatty() and "COLUMNS" not in os.environ:  # of rich, as Python has no stream where it is closed
+    if not console.file.isatty() and "COLUMNS" not in os.environ:  # rich's `file` also works if the stream is closed
         console.width = _WIDE
     return console
 
@@ -23,21 +23,26 @@ console = open_console(stderr=True)
 
 
 def bar(extra: str = "", shown: bool = True) -> Progress:
-    """A progress bar on stderr; `extra` is a further column such as '{task.fields[loss]}'."""
+    """Build a progress bar on stderr, with an estimate of the remaining time.
+
+    Args:
+        extra: Another column, such as '{task.fields[loss]}'.
+        shown: Whether to show the bar.
+    """
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
     columns += [TextColumn(extra)] if extra else []
-    left = TimeRemainingColumn(elapsed_when_finished=True)
-    return Progress(*columns, left, console=console, disable=not shown)
+    remaining = TimeRemainingColumn(elapsed_when_finished=True)
+    return Progress(*columns, remaining, console=console, disable=not shown)
 
 
 def say(text: str) -> None:
-    """A line on stderr, above any bar."""
+    """Print a line to stderr, above any progress bar."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def quiet_loggers(levels: Mapping[str, int]) -> Iterator[None]:
-    """Within it, each logger says nothing below its level, on which a user cannot act."""
+    """Raise the levels of loggers within the context. Users can't act on the messages of lower levels."""
     loggers = {name: logging.getLogger(name) for name in levels}
     before = {name: logger.level for name, logger in loggers.items()}
     try:

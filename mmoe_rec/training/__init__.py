@@ -1,4 +1,4 @@
-"""Train: encoded rows go in, a registered model comes out, on one process or many.
+"""Training, from encoded rows to a registered model, in one process or several.
 
-Begin in `train`, the whole command. `loop` takes the steps, and `stacking` adds trees.
+Start with `train`, which contains the whole command. `loop` runs the steps, and `stacking` adds trees.
 """

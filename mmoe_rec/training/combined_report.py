@@ -1,6 +1,6 @@
-"""The reports of all commands in one `data.work_dir`, as one report.
+"""Combined report of all commands in one `data.work_dir`.
 
-Each report says which features, model and settings it depends on, so this module can tell whether it still holds.
+Each report stores the identity of its features, model and settings. It is stale if one of them has changed since.
 """
 
 import json
@@ -27,32 +27,31 @@ REPORT_FOLDERS = {
     "evaluation": ("The model on test rows", "evaluate --model ADDRESS"),
     "evaluation_validation": ("The model on validation rows", ""),
     "promotion": ("Promotion", ""),
-    "baselines": ("Beside popularity and trees", "baselines --model ADDRESS"),
+    "baselines": ("Comparison with popularity and trees", "baselines --model ADDRESS"),
     "comparison": ("Comparison of variants", "compare"),
     "tuning": ("Search for settings", "tune --minutes 30"),
 }
-"""Folder in `data.work_dir` -> its title, and the command that makes its report. Without one, the report is
-optional."""
+"""Title and command of each report, by its folder in `data.work_dir`. A report without a command is optional."""
 
 
 def combine_reports(settings: Settings, format_command: Callable[..., str]) -> Report:
-    """Join the reports in `data.work_dir`: the headlines first, then all figures and tables.
+    """Combine the reports in `data.work_dir`: the headlines first, then all figures and tables.
 
     Args:
-        settings: The settings.
-        format_command: Returns a command, given in words, with the options of these settings.
+        settings: Settings of the folder.
+        format_command: Function that adds the options of these settings to the words of a command.
     """
     work, address = Path(settings.data.work_dir), f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    sentences = [Sentence(each, "warning") for each in _find_cautions(settings)]
-    figures, tables, found = list[Figure](), list[Table](), list[str]()
+    sentences = [Sentence(caution, "warning") for caution in _find_cautions(settings)]
+    figures, tables, titles = list[Figure](), list[Table](), list[str]()
     for folder, (title, words) in REPORT_FOLDERS.items():
         report = read_report(work / folder)
         if report is not None:
-            found.append(title)
-            made = datetime.fromtimestamp((work / folder / REPORT_JSON).stat().st_mtime, UTC)
-            sentences.append(Sentence(f"{title}, {made:%Y-%m-%d %H:%M} UTC: {report.headline}", label=folder))
-            sentences += [Sentence(f"{title}: {each}", "warning") for each in _find_stale(report, work, settings)]
-            # Figures of two parts may have the same ids.
+            titles.append(title)
+            time = datetime.fromtimestamp((work / folder / REPORT_JSON).stat().st_mtime, UTC)
+            sentences.append(Sentence(f"{title}, {time:%Y-%m-%d %H:%M} UTC: {report.headline}", label=folder))
+            sentences += [Sentence(f"{title}: {reason}", "warning") for reason in _find_stale(report, work, settings)]
+            # Two reports can use the same IDs in their figures, so the IDs get the folder as a prefix.
             unique = rf"\g<1>{folder}-"
             figures += [
                 replace(
@@ -65,20 +64,20 @@ def combine_reports(settings: Settings, format_command: Callable[..., str]) -> R
             tables += [replace(table, title=f"{title}: {table.title}", page_only=True) for table in report.tables]
         elif words:
             command = format_command(*words.replace("ADDRESS", address).split())
-            sentences.append(Sentence(f"{title}: not there yet. Run `{command}`", "note"))
-    headline = f"what is known: {', '.join(found)}" if found else "nothing is known yet"
-    about = f"What lies in {work}, of the log {settings.data.log}. Each folder there holds its whole report."
+            sentences.append(Sentence(f"{title}: missing. Run `{command}`", "note"))
+    headline = f"reports: {', '.join(titles)}" if titles else "no reports yet"
+    about = f"Reports in {work} about the log {settings.data.log}. Each folder contains the whole report."
     return Report(f"Report: {settings.name}", headline, figures, tables, sentences, about=about)
 
 
 def _find_cautions(settings: Settings) -> Iterator[str]:
-    """Yield why everything in `data.work_dir` may belong to other settings."""
+    """Yield reasons why the files in `data.work_dir` may belong to other settings."""
     features = Path(settings.data.work_dir) / "features"
     try:
         if features.is_dir() and find_existing_features(BuildInputs.of(settings)) is None:
-            yield f"the features in '{features}' are of other settings, or files of the log, than these"
+            yield f"the features in '{features}' were built with other settings or from other files of the log"
     except UserError as error:
-        yield f"whether the features in '{features}' are of this log can't be told: {error}"
+        yield f"the features in '{features}' can't be compared with the log: {error}"
 
 
 def _find_stale(report: Report, work: Path, settings: Settings) -> Iterator[str]:
@@ -86,11 +85,11 @@ def _find_stale(report: Report, work: Path, settings: Settings) -> Iterator[str]
     with suppress(OSError, ValueError):
         features = json.loads((work / "features" / "manifest.json").read_text(encoding="utf-8"))["fingerprint"]
         if identity.get("features", features) != features:
-            yield f"it is of other features than those in '{work / 'features'}'"
+            yield f"it was made with other features than the features in '{work / 'features'}'"
     with suppress(UserError, OSError):
         model = artifact_version(work / "model")
         if identity.get("model", model) != model:
-            yield f"it is of another model than that in '{work / 'model'}'"
+            yield f"it was made with another model than '{work / 'model'}'"
     if "settings" in identity:
-        for name, was, now in islice(diff_settings(identity["settings"], fixed_settings(settings)), 1):
-            yield f"it was made with {name} {was}, and now it is {now}"
+        for name, old, new in islice(diff_settings(identity["settings"], fixed_settings(settings)), 1):
+            yield f"it was made with {name} {old}, and now it is {new}"

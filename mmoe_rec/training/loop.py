@@ -1,7 +1,7 @@
-"""The training loop: one path for a laptop's CPU and for many GPUs.
+"""Training loop for a CPU and for several GPUs.
 
-Every rank runs a `Trainer` with the same arguments. Steps see the same global batches whatever the world size, tables
-are updated by fused row-wise Adagrad within the backward pass, the dense part by AdamW.
+Each rank runs a `Trainer` with the same arguments. The global batches don't depend on the number of ranks. Row-wise
+Adagrad updates the tables within the backward pass, and AdamW updates the dense part.
 """
 
 import contextlib
@@ -50,9 +50,17 @@ LogMetrics = Callable[[dict[str, float], int], None]
 
 @dataclass
 class TrainingResult:
-    """The result of a training. rows_per_s counts all ranks, without validation; waiting is the share of that time.
+    """Result of a training loop.
 
-    history: (step, validation) of each; step 0 is that of the model that was started from. best_checkpoint: its folder.
+    Attributes:
+        plan: Sharding plan, as text.
+        steps: Number of steps.
+        rows_per_s: Rows per second of all ranks, without validations.
+        data_wait_fraction: Fraction of this time spent waiting for data.
+        best_step: Step of the best validation.
+        best_checkpoint: Folder of its checkpoint.
+        history: Step and result of each validation. Step 0 is the model that the run started from.
+        stopped_early: Whether the loop ended before its last step, because validations didn't improve.
     """
 
     plan: str
@@ -66,15 +74,21 @@ class TrainingResult:
 
     @property
     def best(self) -> Validation | None:
-        """The validation of the best step, None before the first."""
+        """Validation of the best step, None before the first validation."""
         return dict(self.history).get(self.best_step)
 
 
 class Meter:
-    """Rows a second of all ranks, the share of time spent waiting for data, and the mean loss per task since the last
-    reading.
+    """Meter of rows per second, time spent waiting for data, and the mean loss of each task since the last reading.
 
-    waited, left_out: seconds, the latter spent on something other than training; note: all of it for a progress bar.
+    Args:
+        layout: Layout of the features, whose tasks have the losses.
+        world_size: Number of ranks.
+
+    Attributes:
+        wait_seconds: Seconds spent waiting for data.
+        excluded_seconds: Seconds not spent on training, such as validations.
+        note: Text for a progress bar.
     """
 
     def __init__(self, layout: Layout, world_size: int) -> None:
@@ -82,22 +96,28 @@ class Meter:
         self._world_size, self.note = world_size, ""
         self._start = time.perf_counter()
         self._rows, self.wait_seconds, self.excluded_seconds = 0, 0.0, 0.0
-        # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
+        # Sums stay on the device until they are read. Reading them every step would make a GPU wait.
         self._sums: torch.Tensor | int = 0
 
     def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor) -> None:
-        """A step of this rank: its rows, and per task the sum of its losses and the observed labels."""
+        """Add a step of this rank.
+
+        Args:
+            rows: Number of rows.
+            losses: Sum of the losses of each task, shape (T,).
+            counts: Number of observed labels, or the sum of their weights, shape (T,).
+        """
         self._rows += rows * self._world_size
         self._sums = self._sums + torch.stack([losses.double(), counts.double()])
 
     @property
     def rows_per_s(self) -> float:
-        """Rows per second so far, of all ranks together."""
+        """Rows per second of all ranks together."""
         return self._rows / self._seconds
 
     @property
     def data_wait_fraction(self) -> float:
-        """Share of the time so far."""
+        """Fraction of the time spent waiting for data."""
         return self.wait_seconds / self._seconds
 
     @property
@@ -105,7 +125,7 @@ class Meter:
         return max(1e-9, time.perf_counter() - self._start - self.excluded_seconds)
 
     def read(self) -> dict[str, float]:
-        """Metrics since the last reading; losses are those of this rank's rows."""
+        """Return the metrics since the last reading. Losses cover the rows of this rank."""
         means = {}
         if isinstance(self._sums, torch.Tensor):
             sums = zip(self._names, *self._sums.tolist(), strict=True)
@@ -118,7 +138,7 @@ class Meter:
 
 
 class Trainer:
-    """Trains one model. `run` leaves checkpoints in a folder, among them the best one. Needs a process group.
+    """Training of one model. `run` writes checkpoints, among them the best one. A process group must exist.
 
     Args:
         prepared: Features.
@@ -129,10 +149,10 @@ class Trainer:
         checkpoints: Folder for the checkpoints.
         log_metrics: Function that is called with metrics and the step.
         warm_start: Weights to start from, None for random ones.
-        resume: Checkpoint to resume from, None to start anew.
+        resume: Checkpoint to resume from, or None.
         provenance: Settings and features that the checkpoints record.
-        on_validation: Function that is called with each validation and its step. An error that it raises ends the
-        training. precision_choice: Precision and others to use, None to measure them.
+        on_validation: Function that is called with each validation and its step. Its errors end the training.
+        precision_choice: Precision to use, None to measure it.
 
     Raises:
         UserError: The tables do not fit into memory, or encoded rows or the checkpoint can't be read.
@@ -172,7 +192,7 @@ class Trainer:
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
         self.steps_to_validate = validation_steps(self.reader.batches_per_epoch, settings)
         if warm_start is not None or (resume is not None and resume.state.step == 0):
-            self.steps_to_validate.add(0)  # the model that is started from, to be compared with
+            self.steps_to_validate.add(0)  # validates the model that the run starts from, for comparison
         self.stop = StopRequest()
         self.steps = StepRunner(
             self.sharded,
@@ -194,7 +214,7 @@ class Trainer:
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
-        # The other part judges the model that these rows select.
+        # The other part of the validation rows evaluates the model that these rows select.
         part = ValidationPart.SELECTION if split == "validation" else None
         return TrainingReader(
             EncodedDataset(prepared.split(split), self.layout, joint_labels=True, weighted=weighted, part=part),
@@ -236,7 +256,7 @@ class Trainer:
         return sharded, precision_choice
 
     def announce(self) -> None:
-        """Print what the training computes in and how many steps it takes."""
+        """Print the precision, the backends and the number of steps."""
         steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(
@@ -246,17 +266,18 @@ class Trainer:
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
 
     def _choose(self, mixture: Mixture, before: PrecisionChoice | None) -> PrecisionChoice:
-        """Return the precision of the settings, of the run that goes on, or the measured one."""
+        """Return the precision of the settings, of the resumed run, or the measured precision."""
         if self.settings.precision != "auto":
             return PrecisionChoice(self.settings.precision)
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
         return before or choose_precision(mixture, self.layout, self.device, rows)
 
     def run(self) -> TrainingResult:
-        """Trains until the last step, or until patience runs out. A collective call.
+        """Train until the last step, or until validations have stopped improving. All ranks must call it.
 
-        Raises StoppedError where a signal asks to stop; all is in a checkpoint. Raises UserError where a checkpoint
-        can't be written, or the loss is not finite.
+        Raises:
+            StoppedError: A signal asks to stop. The state has been saved in a checkpoint.
+            UserError: A checkpoint can't be written, or a loss isn't finite.
         """
         if self.rank == 0:
             self.announce()
@@ -305,7 +326,7 @@ class Trainer:
         return Prefetch(make())
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
-        """Trains on the next batch; whether any rank was asked to stop, None after the last batch."""
+        """Train on the next batch. Return whether any rank was asked to stop, or None after the last batch."""
         lr_fraction = learning_rate_fraction(self.result.steps, self.total_steps, self.settings.warmup_fraction)
         step = self.steps.run_next(batches, lr_fraction)
         if step is None:
@@ -313,9 +334,8 @@ class Trainer:
         assert step.batch.position is not None
         if step.nonfinite is not None:  # on every rank
             raise UserError(
-                f"the {step.nonfinite} of step {self.result.steps + 1} is not finite: look for extreme inputs, "
-                "or lower "
-                "training.learning_rate or training.table_learning_rate"
+                f"the {step.nonfinite} of step {self.result.steps + 1} is not finite. Check the inputs for extreme "
+                "values, or lower training.learning_rate or training.table_learning_rate"
             )
         meter.add(len(step.batch), step.losses, step.observed)
         self.position = step.batch.position
@@ -367,4 +387,4 @@ class Trainer:
         self._save()
         signal = self.stop.signal or "another rank's signal"
         steps = f"step {self.result.steps} of {self.total_steps}"
-        raise StoppedError(f"{signal} came; {steps} is saved, go on with --resume")
+        raise StoppedError(f"{signal} received, and {steps} is saved. To continue, run the command with --resume")

@@ -1,4 +1,4 @@
-"""The training loss: masked per task, normalised by the rows observed over all ranks."""
+"""Training loss, masked per task and normalized by the observed rows of all ranks."""
 
 from collections.abc import Sequence
 
@@ -22,15 +22,24 @@ def masked_loss(
     weights: Tensor | None = None,
     log_variances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss over the observed labels: the total to differentiate, and each task's plain sum.
+    """Compute the weighted loss over the observed labels.
 
-    logits, labels: (B, T) float32, or float64 where a task is a regression; observed: (B, T) bool; global_counts: (T,)
-    observed rows of this step over all ranks, or the sums of their weights; weights: (B,) float64 of the rows, above 0;
-    log_variances: (T,), where task weights are learnt. Returns a scalar and (T,) detached sums over this rank's rows.
+    The total is world_size * sum_t weight_t * sum_t / global_counts_t. Data parallelism and sharded tables average
+    gradients over ranks, so the factor world_size yields the gradient of the global mean. A task without observed
+    rows, and its log variance, add exactly 0.
 
-    The total is world_size * sum_t weight_t * sum_t / global_counts_t: gradients are averaged over ranks afterwards
-    (by data parallelism and by sharded tables alike), so the factor makes them those of the global mean. A task without
-    observed rows adds exactly zero, and so does its log variance.
+    Args:
+        logits: Shape (B, T), float32, or float64 if a task is a regression.
+        labels: Same shape and dtype.
+        observed: Whether each label is observed. Shape (B, T), bool.
+        tasks: The T tasks.
+        global_counts: Observed rows of this step on all ranks, or the sums of their weights. Shape (T,).
+        world_size: Number of ranks.
+        weights: Weights of the rows, above 0. Shape (B,), float64.
+        log_variances: Log variances of learned task weights. Shape (T,).
+
+    Returns:
+        The total to differentiate (scalar), and the detached sum of each task's losses on this rank. Shape (T,).
     """
     assert logits.shape == labels.shape == observed.shape, "logits, labels and observed differ in shape"
     assert len(tasks) == logits.shape[1] == len(global_counts), "one entry per task"
@@ -41,52 +50,73 @@ def masked_loss(
     if weights is None:
         parts = losses.sum(0)
         sums, scale = parts.detach(), scale / totals.to(losses)
-    else:  # weights of any size are divided by their sum before they meet float32
+    else:  # weights are divided by their sum in float64, since their size is arbitrary
         parts = (losses * (weights[:, None] / totals).to(losses)).sum(0)
         sums = parts.detach() * totals
     if log_variances is None:
         return (scale * parts).sum(), sums
-    # Every rank adds the whole of this term, which the average over ranks leaves as it is.
+    # Every rank adds the whole term, and the average over ranks doesn't change it.
     uncertainty = (task_weights * (global_counts > 0) * log_variances).sum() / 2
     return (scale * loss_factors(log_variances, tasks) * parts).sum() + uncertainty, sums
 
 
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """(B, T) loss of every row and task.
+    """Compute the loss of every row and task.
 
-    labels: of each task's `loss_label`. That of a task with `conditional_on` is its outcome over all rows, predicted
-    by the product of both tasks' probabilities, through which both learn (ESMM: Ma et al., SIGIR 2018).
+    A task with `conditional_on` has joint labels, observed on all rows. Its prediction is the product of both tasks'
+    probabilities, so both tasks learn from its loss (ESMM: Ma et al., SIGIR 2018).
+
+    Args:
+        logits: Shape (B, T).
+        labels: Labels of each task's `loss_label`. Shape (B, T).
+        tasks: The T tasks.
+
+    Returns:
+        Losses, shape (B, T).
     """
-    places = {task.name: index for index, task in enumerate(tasks)}
+    positions = {task.name: index for index, task in enumerate(tasks)}
     columns = []
     for index, task in enumerate(tasks):
         logit, label = logits[:, index], labels[:, index]
         if task.conditional_on is not None:
-            logit = joint_logit(logits[:, places[task.conditional_on]], logit)
+            logit = joint_logit(logits[:, positions[task.conditional_on]], logit)
         columns.append(task.kind.loss(logit, label, task.std))
     return torch.stack(columns, dim=1)
 
 
-# Task weights that are learnt with the model, from how uncertain each task is (Kendall, Gal and Cipolla, CVPR 2018).
+# Task weights learned from the uncertainty of each task (Kendall, Gal and Cipolla, CVPR 2018).
 #
-# Each task has a learnt log variance s. A regression whose errors are Gaussian with variance exp(s) has the negative
-# log likelihood exp(-s) L / 2 + s / 2 for the mean squared error L; a classification whose logits are divided by exp(s)
-# has about exp(-s) L + s / 2 for the mean cross-entropy L (their equation 10). A task's `loss_weight` multiplies its
-# whole term: on L alone it would cancel, as s would follow it. Checkpoints hold the log variances, artifacts do not.
+# Each task has a learned log variance s. A regression with Gaussian errors of variance exp(s) has the negative log
+# likelihood exp(-s) L / 2 + s / 2, where L is the mean squared error. A classification with logits divided by exp(s)
+# has about exp(-s) L + s / 2, where L is the mean cross-entropy (equation 10). `loss_weight` multiplies the whole term.
+# On L alone it would have no effect, because s would cancel it. Checkpoints contain the log variances, artifacts don't.
 
 LOG_VARIANCES = "log_variances"
 
 
 def add_log_variances(model: nn.Module, tasks: Sequence[TaskOutput]) -> None:
-    """Gives a model its log variances, (T,) float32 zeros, as a parameter of its own; before it is sharded."""
+    """Add log variances of 0, shape (T,) float32, to a model that isn't sharded yet.
+
+    Args:
+        model: Model, which gets one more parameter.
+        tasks: The T tasks.
+    """
     model.register_parameter(LOG_VARIANCES, nn.Parameter(torch.zeros(len(tasks))))
 
 
 def log_variances(model: nn.Module) -> nn.Parameter | None:
-    """Those of a model, None where it has none. Read anew where used: a parameter's identity is the optimizer's."""
+    """Return the log variances of a model, or None. Don't keep the result, since sharding may replace the parameter."""
     return getattr(model, LOG_VARIANCES, None)
 
 
 def loss_factors(logs: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """(T,) log variances -> (T,) what each task's mean loss is multiplied by, besides its `loss_weight`."""
+    """Return the factor of each task's mean loss, apart from its `loss_weight`.
+
+    Args:
+        logs: Log variances, shape (T,).
+        tasks: The T tasks.
+
+    Returns:
+        Factors, shape (T,).
+    """
     return cached_constant(tuple(task.kind.loss_factor for task in tasks), logs.dtype, logs.device) * torch.exp(-logs)

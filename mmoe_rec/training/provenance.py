@@ -1,11 +1,11 @@
-"""What a training was begun with: its settings, features and start, by which a command recognises it."""
+"""Provenance of a training run: the settings, features and starting model that identify it."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from mmoe_rec.settings.sections import Settings, diff_settings
 
-# Where and how safely a training runs, and what is done after it, not what comes of its steps.
+# Settings of where a run computes and how it is saved. They don't change the weights.
 _FREE = {
     "checkpoint_steps",
     "keep_checkpoints",
@@ -17,10 +17,13 @@ _FREE = {
 
 @dataclass(frozen=True)
 class WarmStartSource:
-    """The model that a training started from.
+    """The model that a run started from.
 
-    uri: as it was given; exact: a lasting address of the same model, where that is an alias; weights: their
-    checksum; run: that made them.
+    Attributes:
+        uri: URI as given, possibly an alias.
+        pinned_uri: URI of the same model that never moves.
+        weights_checksum: Checksum of its weights.
+        run_id: MLflow run that trained it, None if it is unknown.
     """
 
     uri: str
@@ -31,11 +34,15 @@ class WarmStartSource:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a training was begun with.
+    """Settings, features and starting model of a run.
 
-    settings: as `fixed_settings` gives them; result: as `artifact_settings` does; features: fingerprint of the fitted
-    ones; until: microseconds of the last request that they know; run_id: the MLflow run; start: None where the first
-    weights were random.
+    Attributes:
+        settings: Result of `fixed_settings`.
+        features: Fingerprint of the features.
+        last_request_us: Time of their last request, in microseconds.
+        run_id: MLflow run.
+        start: Model that the run started from, None for random weights.
+        artifact_settings: Result of `artifact_settings`.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,34 +53,37 @@ class Provenance:
     artifact_settings: dict[str, Any] = field(default_factory=dict)
 
     def describe_mismatch(self, settings: dict[str, Any], features: str, uri: str | None) -> str | None:
-        """Return what differs from a training of these settings, features and start, as the end of a sentence.
+        """Describe the first difference from a run with these settings, features and starting model.
 
         Args:
-            settings: As `fixed_settings` gives them.
+            settings: Result of `fixed_settings`.
             features: Fingerprint of the features.
-            uri: Address of the model to start from.
+            uri: URI of the model to start from.
+
+        Returns:
+            End of an error message, without a period, or None if nothing differs.
         """
-        for where, before, found in diff_settings(self.settings, settings):
-            return f"it was begun with {where} {before}, now it is {found}; set it back"
+        for name, old, new in diff_settings(self.settings, settings):
+            return f"it was started with {name} {old}, and now it is {new}. Restore the setting"
         if self.features != features:
-            return "its features are not those of this log, these features and this split; bring those back"
-        begun = None if self.start is None else self.start.uri
-        if uri not in (begun, self.start and self.start.pinned_uri):
-            given, now = (f"--from {each}" if each else "no --from" for each in (begun, uri))
-            return f"it was begun with {given}, now it is {now}"
+            return "the log, the feature settings or the split have changed. Restore them"
+        start = None if self.start is None else self.start.uri
+        if uri not in (start, self.start and self.start.pinned_uri):
+            old, new = (f"--from {address}" if address else "no --from" for address in (start, uri))
+            return f"it was started with {old}, and now it is {new}. Restore the option"
         return None
 
 
 def fixed_settings(settings: Settings) -> dict[str, Any]:
-    """The settings on which a training's result depends."""
+    """Return the settings that determine the weights of a run."""
     sections = {"columns", "roles", "tasks", "features", "model", "training", "split"}
     tree = settings.model_dump(mode="json", include=sections)
-    events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
+    events = {name: source.model_dump(mode="json") for name, source in settings.data.events.items()}
     training = {name: value for name, value in tree["training"].items() if name not in _FREE}
     return {**tree, "training": training, "data": {"events": events}}
 
 
 def artifact_settings(settings: Settings) -> dict[str, Any]:
-    """The settings on which only the finished model depends: how it is called, served and registered."""
+    """Return the settings that affect only the finished model: its name, serving and registration."""
     tracking = {"registered_model": settings.registered_model, "alias": settings.tracking.alias}
     return {"name": settings.name, "serving": settings.serving.model_dump(mode="json"), "tracking": tracking}

@@ -1,17 +1,16 @@
-"""Training steps in torchrec's pipeline: while a batch is trained on, the ids of the next one are on their way already.
+"""Training steps in torchrec's pipeline, which sends the IDs of the next batch while a batch is trained on.
 
-The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after its backward pass, in which tables are
-updated.
+The pipeline calls `zero_grad`, `_forward`, and, after the backward pass that updates the tables, `step`.
 
-A GPU works through what the host has queued, and stands still whenever the host first waits for it and then queues the
-next. So the host waits for the device in these places only:
+A GPU runs queued operations, and it is idle whenever the host waits for a result before it queues more. The host
+therefore waits for the device only in these places:
 
-- once a step, `StepRunner.step` reads whether loss and gradient are finite and whether a rank was asked to stop;
-- torchrec's pipeline, with several ranks: how many ids they send each other, on a stream of its own, a step ahead;
-- every `STEPS_BETWEEN_LOGS` steps `Meter.read` and the learnt task weights;
-- a validation reads the logits of each batch, with several ranks also whether one was asked to stop, and its sums;
-- a checkpoint is written;
-- the first use of each number that a device keeps from then on (`mmoe_rec.devices.constant`).
+- Once a step, `StepRunner.step` reads whether loss and gradient are finite and whether a rank was asked to stop.
+- With several ranks, torchrec's pipeline reads the numbers of IDs to exchange, one step ahead on a separate stream.
+- Every `STEPS_BETWEEN_LOGS` steps, `Meter.read` reads the losses and learned task weights.
+- A validation reads the logits of each batch and its sums, and with several ranks whether a rank was asked to stop.
+- Writing a checkpoint reads the weights.
+- `mmoe_rec.devices.cached_constant` copies each constant to the device once.
 
 `tests/gpu/test_device.py` counts them.
 """
@@ -45,16 +44,16 @@ from mmoe_rec.training.sharding import ShardedModel
 
 @dataclass
 class StepResult:
-    """A batch that was trained on.
+    """Result of a training step.
 
     Attributes:
         batch: The batch.
-        logits: Logits. Shape (B, T).
-        losses: Sums of the tasks' losses on this rank. Shape (T,).
-        observed: Labels that the losses cover, or their weights. Shape (T,).
-        signals: Above 0: a rank was asked to stop, a loss is not finite on some rank. Shape (2,).
+        logits: Logits, shape (B, T).
+        losses: Sums of the tasks' losses on this rank, shape (T,).
+        observed: Numbers of observed labels, or the sums of their weights, shape (T,).
+        stop_and_nonfinite: Numbers of ranks that were asked to stop and that have a nonfinite loss, shape (2,).
         stop_requested: Whether any rank was asked to stop.
-        bad: What is not finite on some rank, "loss" or "gradient". Then the dense part was not updated.
+        nonfinite: "loss" or "gradient" if it isn't finite on some rank. Then the step didn't update the dense part.
     """
 
     batch: Batch
@@ -67,10 +66,16 @@ class StepResult:
 
 
 class StepRunner:
-    """Trains on batches, one a step, all ranks together.
+    """Runs training steps on all ranks together, one batch a step.
 
-    optimizer: of all parameters, with peak learning rates; bf16: whether products are in bf16; max_grad_norm: largest
-    norm of the dense part's gradient; stop: asked at each step.
+    Args:
+        sharded: Sharded model.
+        optimizer: Optimizer of all parameters, with the peak learning rates.
+        layout: Layout of the model.
+        device: Device of this rank.
+        bf16: Whether matrix products are in bf16.
+        max_grad_norm: Maximum norm of the gradient of the dense part.
+        stop: Request to stop, read at each step.
     """
 
     def __init__(
@@ -87,9 +92,9 @@ class StepRunner:
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
         self._device, self._bf16, self._clip, self._stop = device, bf16, max_grad_norm, stop
         self._mixture: Mixture = sharded.model.module.mixture
-        self._gates = self._mixture.gates[0].settings  # those of all levels
+        self._gates = self._mixture.gates[0].settings  # all levels have the same settings
         self._peaks = [group["lr"] for group in optimizer.param_groups]
-        self._share = 1.0
+        self._lr_fraction = 1.0
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
@@ -103,11 +108,16 @@ class StepRunner:
             )
 
     def run_next(self, batches: Iterator[Batch], lr_fraction: float) -> StepResult | None:
-        """Trains on the next batch, at a share of the peak learning rates; None after the last one.
+        """Train on the next batch. All ranks must call it.
 
-        It looks two batches ahead. A collective call.
+        Args:
+            batches: Batches of this rank. The pipeline reads two batches ahead.
+            lr_fraction: Fraction of the peak learning rates.
+
+        Returns:
+            The result, or None after the last batch.
         """
-        self._share = lr_fraction
+        self._lr_fraction = lr_fraction
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * lr_fraction
         try:
@@ -118,7 +128,7 @@ class StepRunner:
         return step
 
     def progress(self, batches: Iterator[Batch]) -> StepResult:
-        """The order of the pipeline's calls where no ids are to be sent ahead: without tables, or other ranks."""
+        """Run a step without the pipeline, if there are no tables or only one rank."""
         batch = next(batches)
         if self._device.type != "cpu":
             batch = batch.to(self._device, non_blocking=True)
@@ -129,37 +139,37 @@ class StepRunner:
         return step
 
     def detach(self) -> None:
-        """Gives the model back to other uses, once `next` has given None; `next` takes it again."""
+        """Detach the pipeline from the model, after `run_next` has returned None. `run_next` attaches it again."""
         if self._pipeline is not None:
             self._pipeline.detach()
 
     def zero_grad(self) -> None:
-        """Clears the gradients; the pipeline calls it before the forward pass."""
+        """Clear the gradients. The pipeline calls it before the forward pass."""
         self._optimizer.zero_grad()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, StepResult]:
         observed = batch.observed_weights
-        # The copies that stretch an epoch's last batch have no labels.
+        # Copied rows that fill the last batch of an epoch have no labels.
         counted = batch.observed.any(1).float()
-        # Queued, where a tensor of it would be copied.
-        signalled = observed.new_full((1,), int(self._stop.signal is not None))
-        shared = torch.cat([observed, counted.sum()[None].to(observed), signalled])
-        added = self._add_up(shared)  # beside the forward pass
+        # `new_full` is queued on the device. `torch.tensor` would copy from the host.
+        signaled = observed.new_full((1,), int(self._stop.signal is not None))
+        shared = torch.cat([observed, counted.sum()[None].to(observed), signaled])
+        reduced = self._all_reduce(shared)  # runs during the forward pass
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
         with autocast, seeded_draws(batch):
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
-        bad = (~logits.isfinite().all()).float()
+        nonfinite = (~logits.isfinite().all()).float()
         balanced = outputs.routings if self._gates.balance != "none" else ()
-        # Of all levels, one after the other, times the rows that they are of: so they may be added up over ranks.
-        loads = [counted.sum() * expert_loads(each, counted) for each in balanced]
-        found = torch.cat([bad[None], *loads])
-        for each in (added, self._add_up(found)):
-            if each is not None:
-                each.wait()
-        bad = found[0]
+        # Loads of all levels, multiplied by the number of rows so that ranks can add them.
+        loads = [counted.sum() * expert_loads(routing, counted) for routing in balanced]
+        sums = torch.cat([nonfinite[None], *loads])
+        for work in (reduced, self._all_reduce(sums)):
+            if work is not None:
+                work.wait()
+        nonfinite = sums[0]
         rows = shared[-2].float().clamp(min=1)
-        self._loads = list((found[1:] / rows).split([len(each) for each in loads]))
+        self._loads = list((sums[1:] / rows).split([len(load) for load in loads]))
         total, losses = masked_loss(
             logits,
             batch.labels,
@@ -171,52 +181,55 @@ class StepRunner:
             log_variances=log_variances(self._model.module),
         )
         total = total + self._balance_loss(outputs.routings, counted * (self._ranks / rows))
-        self._now = StepResult(batch, logits, losses, observed, torch.stack([shared[-1].float(), bad]))
+        self._now = StepResult(batch, logits, losses, observed, torch.stack([shared[-1].float(), nonfinite]))
         return total, self._now
 
     def step(self) -> None:
-        """Step the dense part, unless a loss or gradient is not finite on some rank.
+        """Update the dense part, unless a loss or gradient isn't finite on some rank.
 
-        The pipeline calls it after the backward pass, in which the tables were updated.
+        The pipeline calls it after the backward pass, which updates the tables.
         """
         step = self._now
         assert step is not None
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)  # the same on all ranks
-        told = torch.cat([step.stop_and_nonfinite, (~norm.isfinite()).float()[None]])
-        step.stop_requested, bad_loss, bad_gradient = (told > 0).tolist()
-        step.nonfinite = "loss" if bad_loss else "gradient" if bad_gradient else None
+        flags = torch.cat([step.stop_and_nonfinite, (~norm.isfinite()).float()[None]])
+        step.stop_requested, nonfinite_loss, nonfinite_gradient = (flags > 0).tolist()
+        step.nonfinite = "loss" if nonfinite_loss else "gradient" if nonfinite_gradient else None
         if step.nonfinite is not None:
             return
         self._optimizer.step()
         for level, gates in enumerate(self._mixture.gates):
             gates.advance_ramp(self._gates.ramp_steps)
             if self._gates.balance == "bias":
-                # It comes to rest with the learning rate, as the loads of one step are noisy.
-                gates.update_selection_bias(self._loads[level], self._gates.bias_rate * self._share)
+                # The bias rate falls with the learning rate, because the loads of one step are noisy.
+                gates.update_selection_bias(self._loads[level], self._gates.bias_rate * self._lr_fraction)
 
-    def _balance_loss(self, routings: Sequence[Routing], shares: Tensor) -> Tensor | float:
-        """What keeps experts in use: the mean over levels of the weighted balance loss and z-loss.
-
-        shares: (B,) float32, how much each row counts.
-        """
+    def _balance_loss(self, routings: Sequence[Routing], row_weights: Tensor) -> Tensor | float:
+        """Return the mean over levels of the weighted balance loss and z-loss. Row weights have shape (B,), float32."""
         gates, total = self._gates, 0.0
         if gates.balance == "loss":
             pairs = zip(routings, self._loads, strict=True)
-            total += gates.balance_weight * sum(balance_loss(*pair, shares) for pair in pairs) / len(routings)
+            total += gates.balance_weight * sum(balance_loss(*pair, row_weights) for pair in pairs) / len(routings)
         if gates.z_loss > 0:
-            total += gates.z_loss * sum(z_loss(routing, shares) for routing in routings) / len(routings)
+            total += gates.z_loss * sum(z_loss(routing, row_weights) for routing in routings) / len(routings)
         return total
 
-    def _add_up(self, values: Tensor) -> Any:
-        """Begins to add up over all ranks, in place; None with one."""
+    def _all_reduce(self, values: Tensor) -> Any:
+        """Start to sum values over all ranks, in place. Return None with one rank."""
         return dist.all_reduce(values, async_op=True) if self._ranks > 1 else None
 
 
-# When learning rates rise and fall, and when validation rows are scored.
+# Learning rate schedule and steps of validations.
 
 
 def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> float:
-    """Share of the peak learning rate at a step: linear rise, then a cosine down to 1% (Loshchilov & Hutter 2017)."""
+    """Return the fraction of the peak learning rate: linear warmup, then a cosine to 1% (Loshchilov & Hutter, 2017).
+
+    Args:
+        step: Number of steps before this step.
+        total: Number of all steps.
+        warmup_fraction: Fraction of the steps that warm up.
+    """
     warmup = math.ceil(total * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -225,7 +238,12 @@ def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> flo
 
 
 def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
-    """Numbers of steps after which to validate, the last step of each epoch among them."""
+    """Return the steps after which to validate. They include the last step of each epoch.
+
+    Args:
+        batches_per_epoch: Batches of an epoch.
+        settings: Settings of the training.
+    """
     parts = min(settings.validations_per_epoch, batches_per_epoch)
     return {
         epoch * batches_per_epoch + round(batches_per_epoch * part / parts)
@@ -234,42 +252,42 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     }
 
 
-# The precision that a run computes in: bf16 if steps of the model's own shapes are clearly faster with it.
+# Choice of the precision: bf16 if steps of the model are clearly faster in bf16.
 #
-# Processors that have bf16 take a quarter of fp32's time with it, or more than fp32. So steps in both precisions are
-# timed in turns. The fastest step of each precision counts, and ranks decide together, by the slowest of them.
+# On processors with bf16, a step takes between a quarter of the time of fp32 and more time than fp32. Steps in both
+# precisions are therefore timed in turns. The fastest step of each precision counts, measured on the slowest rank.
 
 
-TIMING_SECONDS = 0.025  # to time steps for, besides the first step of each precision
+TIMING_SECONDS = 0.025  # duration of timing, besides the first step of each precision
 MIN_TIMED_RUNS = 3
-MIN_BF16_SPEEDUP = 1.2  # bf16 is taken if fp32 takes this many times as long
-_OPERATIONS = 1.6e9  # floating-point operations of a timed step: some milliseconds in fp32 on two cores
+MIN_BF16_SPEEDUP = 1.2  # minimum ratio of the times of fp32 and bf16 to choose bf16
+_OPERATIONS = 1.6e9  # floating-point operations of a timed step, some milliseconds in fp32 on two cores
 _FIRST_ROWS = 64
-_HOPELESS = 4.0  # bf16 that takes this many times as long as fp32 for a few rows is emulated, and not tried on more
+_MAX_SLOWDOWN = 4.0  # bf16 that is slower than this on a few rows is emulated, and isn't timed on more rows
 
 Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """The precision of a run.
+    """Precision of a run.
 
     Attributes:
-        precision: The precision of matmuls.
-        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings have one.
+        precision: Precision of matrix products.
+        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings set the precision.
     """
 
     precision: Precision
     step_ms: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        others = [f"{name} {time:.1f}" for name, time in self.step_ms.items() if name != self.precision]
-        times = f" ({self.step_ms[self.precision]:.1f} ms, {', '.join(others)})" if others else ""
+        slower = [f"{name} {time:.1f}" for name, time in self.step_ms.items() if name != self.precision]
+        times = f" ({self.step_ms[self.precision]:.1f} ms, {', '.join(slower)})" if slower else ""
         return f"{self.precision}{times}"
 
 
 def read_precision_choice(file: Path) -> PrecisionChoice | None:
-    """Read the choices that the runs of a comparison share. Returns None if no run has made them.
+    """Read the choice that the runs of a comparison share, or return None if no run has made it.
 
     Raises:
         UserError: The file is damaged.
@@ -277,21 +295,26 @@ def read_precision_choice(file: Path) -> PrecisionChoice | None:
     try:
         return TypeAdapter(PrecisionChoice).validate_json(file.read_bytes()) if file.exists() else None
     except ValidationError:
-        raise UserError(f"'{file}' is damaged: remove it, and the choices are measured again") from None
+        raise UserError(f"'{file}' is damaged. Remove it, and the precisions are timed again") from None
 
 
 def write_precision_choice(file: Path, precision_choice: PrecisionChoice) -> None:
-    """Keep choices for further runs of a comparison."""
+    """Write a choice for the other runs of a comparison.
+
+    Args:
+        file: JSON file to write.
+        precision_choice: Choice of the first run.
+    """
     write_text(file, json.dumps(asdict(precision_choice), indent=1))
 
 
 def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> PrecisionChoice:
-    """Time steps of a model in both precisions, and choose one. A collective call.
+    """Time steps of a model in both precisions, and choose one. All ranks must call it.
 
     Args:
-        mixture: The dense part, as it will be trained. It stays as it is, and so do random states.
-        layout: The model's layout.
-        device: The device to train on.
+        mixture: Dense part of the model. It isn't changed, and neither are random states.
+        layout: Layout of the model.
+        device: Device to train on.
         rows: Rows of a rank's batch.
     """
     mixture = copy.deepcopy(mixture).to(device)
@@ -302,7 +325,9 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
     inputs = [torch.randn(rows, width, generator=generator).to(device) for width in widths]
 
     def time_both(rows: int, seconds: float) -> dict[str, float]:
-        steps = {name: partial(_step, mixture, [each[:rows] for each in inputs], name) for name in get_args(Precision)}
+        steps = {
+            name: partial(_step, mixture, [values[:rows] for values in inputs], name) for name in get_args(Precision)
+        }
         times = time_alternatives(steps, seconds, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
         slowest = torch.tensor(list(times.values()), dtype=torch.float64, device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -311,27 +336,34 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []), keeping_freed_memory():  # as in training
         times = time_both(_FIRST_ROWS, 0)
-        if times["bf16"] <= _HOPELESS * times["fp32"]:
+        if times["bf16"] <= _MAX_SLOWDOWN * times["fp32"]:
             times = time_both(rows, TIMING_SECONDS)
     return PrecisionChoice("bf16" if times["fp32"] >= MIN_BF16_SPEEDUP * times["bf16"] else "fp32", times)
 
 
 def _step(mixture: Mixture, inputs: list[Tensor], precision: Precision) -> None:
     """Run the forward and backward pass of the dense part."""
-    given, placement = (each.detach().requires_grad_() for each in inputs)
-    with torch.autocast(given.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits: Tensor = mixture(given, placement).logits
-    weights = [each for each in mixture.parameters() if each.requires_grad]
-    torch.autograd.grad(logits.float().square().mean(), [given, *weights], allow_unused=True)
+    dense, placement = (values.detach().requires_grad_() for values in inputs)
+    with torch.autocast(dense.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits: Tensor = mixture(dense, placement).logits
+    weights = [parameter for parameter in mixture.parameters() if parameter.requires_grad]
+    torch.autograd.grad(logits.float().square().mean(), [dense, *weights], allow_unused=True)
 
 
 def time_alternatives(
     options: Mapping[str, Callable[[], object]], seconds: float, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Return the milliseconds of each option's fastest run.
+    """Time alternatives in turns, at least `MIN_TIMED_RUNS` times each.
 
-    Each option runs once before its time counts, because libraries prepare themselves at the first call. Then the
-    options run in turns until `seconds` have passed, and at least `MIN_TIMED_RUNS` times.
+    The first run of each alternative doesn't count, because libraries initialize themselves at the first call.
+
+    Args:
+        options: Functions to time, by name.
+        seconds: Duration of timing.
+        synchronize: Function that waits for the device.
+
+    Returns:
+        Milliseconds of the fastest run, by name.
     """
     for run in options.values():
         run()

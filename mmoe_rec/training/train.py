@@ -1,7 +1,7 @@
-"""A training, from settings to a registered model: `train_model` reads from top to bottom.
+"""A training run, from settings to a registered model. Start with `train_model`.
 
-Log, features, checkpoints and the model that it starts from are opened once and held (`open_workspace`). No other
-process replaces what is in use. `Workspace` has all that the run needs.
+`open_workspace` opens the log, the features, the checkpoints and the model to start from once, and locks them against
+other processes. `Workspace` holds all of them.
 """
 
 import json
@@ -64,17 +64,19 @@ from mmoe_rec.training.validation import Validation, find_undertraining, validat
 
 @dataclass(frozen=True)
 class Workspace:
-    """All that a run needs on one rank.
+    """Everything that a run needs on one rank.
 
     Attributes:
+        settings: Settings of the run.
         folder: Folder of the run, `data.work_dir`.
-        first: Whether this rank writes down results that all ranks share.
+        is_first: Whether this rank writes the results that all ranks share.
+        device: Device of this rank.
         prepared: Features.
         manifest: Manifest of the features.
         layout: Layout of the model on the features.
-        provenance: What the run begins with, or began with if it is resumed.
-        checkpoint: Checkpoint to resume from.
-        weights: Weights to start from instead of random ones.
+        provenance: Settings, features and starting model that the run was started with.
+        checkpoint: Checkpoint to resume from, or None.
+        weights: Weights to start from, or None for random weights.
     """
 
     settings: Settings
@@ -92,45 +94,53 @@ class Workspace:
 def train_model(
     settings: Settings, start: str | None = None, resume: bool = False, *, register: bool = True
 ) -> FinishedRun | None:
-    """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
+    """Train on all ranks, write the artifact and register the model.
 
-    start: address of a model to start from, which needs existing features that were extended from that model's. resume:
-    go on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
-    features go on to a later day. register: whether the model goes into the registry. Raises UserError where another
-    process trains in `data.work_dir`.
+    Args:
+        settings: Settings of the run.
+        start: URI of a model to start from. The features must exist and extend that model's features.
+        resume: Whether to resume from the last checkpoint, if there is one. A run that has finished starts again only
+            if the features now reach a later day.
+        register: Whether to register the model.
+
+    Returns:
+        The finished run on the first rank, None on other ranks.
+
+    Raises:
+        UserError: A setting is wrong, or another process trains in `data.work_dir`.
     """
-    with open_workspace(settings, start, resume) as ready:
-        if not isinstance(ready, Workspace):
-            return ready
-        provenance = ready.provenance
+    with open_workspace(settings, start, resume) as workspace:
+        if not isinstance(workspace, Workspace):
+            return workspace
+        provenance = workspace.provenance
         with runs.open_run(
             settings.tracking.resolved_uri,
             settings.experiment,
             run_id=provenance.run_id,
             run_name=name_run(settings, None if provenance.start is None else provenance.start.pinned_uri),
-            enabled=ready.is_first,
-            outbox_folder=ready.folder / "unsent",
+            enabled=workspace.is_first,
+            outbox_folder=workspace.folder / "unsent",
             log_system_metrics=settings.tracking.system_metrics,
         ) as run:
-            _log_start(run, ready)
+            _log_start(run, workspace)
             trainer = Trainer(
-                ready.prepared,
-                ready.layout,
+                workspace.prepared,
+                workspace.layout,
                 settings.model,
                 settings.training,
-                ready.device,
-                ready.folder / "checkpoints",
+                workspace.device,
+                workspace.folder / "checkpoints",
                 run.log_metrics,
-                ready.weights,
-                ready.checkpoint,
+                workspace.weights,
+                workspace.checkpoint,
                 replace(provenance, run_id=run.run_id),
                 on_validation=lambda validation, step: log_gate_weights(
-                    run, ready.layout, validation.experts, f"plots/gates/step_{step:07}.png"
+                    run, workspace.layout, validation.experts, f"plots/gates/step_{step:07}.png"
                 ),
             )
             _log_choices(run, trainer)
             result = trainer.run()
-            return _finish(run, ready, result, register) if ready.is_first else None
+            return _finish(run, workspace, result, register) if workspace.is_first else None
 
 
 def _log_choices(run: Run, trainer: Trainer) -> None:
@@ -140,16 +150,16 @@ def _log_choices(run: Run, trainer: Trainer) -> None:
     run.log_all(tags=tags, files={"choices.json": values})
 
 
-def _log_start(run: Run, ready: Workspace) -> None:
-    """What the run's page says before the first step."""
-    settings, manifest, start = ready.settings, ready.manifest, ready.provenance.start
-    if ready.is_first:
+def _log_start(run: Run, workspace: Workspace) -> None:
+    """Log settings, tags and data sets before the first step."""
+    settings, manifest, start = workspace.settings, workspace.manifest, workspace.provenance.start
+    if workspace.is_first:
         say(f"MLflow run: {run.url}")
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     tags = {"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]}
-    tags["data.files_left_out"] = len(manifest["skipped"])  # which and why is in data.json
+    tags["data.files_left_out"] = len(manifest["skipped"])  # data.json names the files and the reasons
     if start is not None:
-        # An alias such as `champion` will point at the new model soon.
+        # The pinned URI is logged too, because an alias such as `champion` will soon point to the new model.
         tags |= {"warm_start": start.uri, "warm_start.model": start.pinned_uri}
         tags |= {"warm_start.run": start.run_id or "unknown", "warm_start.weights": start.weights_checksum}
     run.log_all(
@@ -162,10 +172,10 @@ def _log_start(run: Run, ready: Workspace) -> None:
     run.write_section("Resumed" if "### Training\n" in run.description else "Training", command_and_rows)
 
 
-def _finish(run: Run, ready: Workspace, result: TrainingResult, register: bool) -> FinishedRun:
-    """Best state -> artifact -> registry -> result on disk."""
-    settings, prepared, layout = ready.settings, ready.prepared, ready.layout
-    artifact = ready.folder / "model"
+def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedRun:
+    """Write the artifact of the best state, register it, and write the result of the run."""
+    settings, prepared, layout = workspace.settings, workspace.prepared, workspace.layout
+    artifact = workspace.folder / "model"
     model = load_best_network(settings, prepared, result)
     run.log_text(result.plan, "sharding_plan.txt")
     run.log_metrics(
@@ -183,7 +193,9 @@ def _finish(run: Run, ready: Workspace, result: TrainingResult, register: bool) 
     run.log_metrics(served.to_metrics("best"), result.best_step)
     log_gate_weights(run, layout, served.experts, "plots/gate_weights.png")
     findings = served.experts.findings([task.name for task in layout.tasks])
-    run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
+    run.log_text(
+        "\n".join(findings or ["all experts are used, and no gate selects a single expert"]) + "\n", "experts.txt"
+    )
     write_artifact(
         artifact,
         settings=settings,
@@ -196,11 +208,11 @@ def _finish(run: Run, ready: Workspace, result: TrainingResult, register: bool) 
     decision = Decision(str(artifact), False, ())
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.to_metrics("best").items()]
     chosen = (
-        f"The selecting rows of the validation split chose the network's state of step {result.best_step:,}. The model "
-        f"as it is served, on the judging rows:\n\n{bullet_list(values)}"
+        f"The selection rows of the validation split selected the network of step {result.best_step:,}. Metrics of the "
+        f"served model on the evaluation rows:\n\n{bullet_list(values)}"
     )
     if register:
-        about = f"{code_block(command_line())}\n\n{_describe_rows(ready.manifest)}\n\n{chosen}"
+        about = f"{code_block(command_line())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
         with _wait_to_register(run, artifact):
             decision = promote_trained(run, settings, prepared, model, artifact, about)
     run.write_section("Result", f"{bullet_list(decision.reasons)}\n\n{chosen}\n\nModel: `{decision.address}`")
@@ -212,7 +224,7 @@ def _finish(run: Run, ready: Workspace, result: TrainingResult, register: bool) 
         result.rows_per_s,
         result.data_wait_fraction,
         decision.reasons,
-        replace(ready.provenance, run_id=run.run_id),
+        replace(workspace.provenance, run_id=run.run_id),
         dict(result.history).get(0),
         network,
     )
@@ -222,7 +234,13 @@ def _finish(run: Run, ready: Workspace, result: TrainingResult, register: bool) 
 
 
 def load_best_network(settings: Settings, prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
-    """The network in the best state of a training."""
+    """Return the network in the best state of a run.
+
+    Args:
+        settings: Settings of the run.
+        prepared: Features.
+        result: Result of the training loop.
+    """
     layout = ModelLayout.of(prepared.layout, settings)
     model = build_model(layout, settings.model, PlainTables(layout))
     load_unsharded(model, result.best_checkpoint)
@@ -232,31 +250,40 @@ def load_best_network(settings: Settings, prepared: FeatureFolder, result: Train
 def validate_served(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
 ) -> Validation:
-    """Measure a model as it is served, with its trees and calibration, on the validation rows of the users that judge.
+    """Validate the served model, with its trees and calibration, on the evaluation rows of the validation split.
 
-    Prints a note where too few users have labels for two parts, so that all rows are in both.
+    Prints a note if too few users have labels. Then all rows of the split are used for selection and for evaluation.
+
+    Args:
+        settings: Settings of the run.
+        prepared: Features.
+        model: Network, with its trees.
+        calibration: Calibration of the predictions.
     """
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
     validation = prepared.split("validation")
     rows = EncodedDataset(validation, layout, joint_labels=True, weighted=weighted, part=ValidationPart.EVALUATION)
     if not rows.uses_part:
-        say("note: too few validation users have labels to hold some out: all rows select the model and judge it")
+        say("note: too few validation users have labels to hold some out, so all rows select and evaluate the model")
     return validate_on_one_process(model, rows, layout, settings.evaluation.batch_size, calibration)
 
 
 @contextmanager
 def _wait_to_register(run: Run, artifact: Path) -> Iterator[None]:
-    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits. Raises
-    StoppedError where it does not answer, and UserError where it refuses, which say how to register the model later.
+    """Send the logs that wait for MLflow before the model is registered.
+
+    Raises:
+        StoppedError: MLflow doesn't answer. The message says how to register the model later.
+        UserError: MLflow refuses the model.
     """
     run.flush(MAX_WAIT_SECONDS)
-    what = f"the trained model in '{artifact}' is whole but not registered: the same command with --resume does it"
+    fix = f"The model in '{artifact}' is complete but not registered. To register it, run the command with --resume"
     try:
         yield
     except UnreachableError as error:
-        raise StoppedError(f"{error}; {what} once MLflow answers") from None
+        raise StoppedError(f"{error}. {fix} once MLflow answers") from None
     except UserError as error:
-        raise UserError(f"{error}; {what} once that is put right") from None
+        raise UserError(f"{error}. {fix} once the error is fixed") from None
 
 
 def _describe_rows(manifest: Mapping[str, Any]) -> str:
@@ -266,23 +293,29 @@ def _describe_rows(manifest: Mapping[str, Any]) -> str:
 
 
 def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
-    """Fit the calibration of a trained model on the validation rows that select, and print the tasks without one."""
+    """Fit the calibration of a model on the selection rows, and print the tasks that can't be calibrated.
+
+    Args:
+        settings: Settings of the run.
+        prepared: Features.
+        model: Network, with its trees.
+    """
     method = settings.training.calibration
     if method == "none":
         return UNCALIBRATED
     layout = ModelLayout.of(prepared.layout, settings)
-    # Without the weights that training had, it would undo what they correct.
+    # Calibration uses the same weights as training. Without them, it would undo the correction for sampling.
     weighted = settings.training.sampling_correction == "weights"
     rows = EncodedDataset(prepared.split("validation"), layout, weighted=weighted, part=ValidationPart.SELECTION)
     fitted_on = predict_for_calibration(model, layout, rows, settings.evaluation.batch_size)
-    calibration, left = fit_calibration(method, layout.tasks, *fitted_on)
-    for sentence in left:
+    calibration, messages = fit_calibration(method, layout.tasks, *fitted_on)
+    for sentence in messages:
         say(sentence)
     return calibration
 
 
 class RunStatus(StrEnum):
-    """What becomes of a run."""
+    """How the command treats the run in `data.work_dir`."""
 
     NEW = "new"
     RESUMED = "resumed"
@@ -291,37 +324,45 @@ class RunStatus(StrEnum):
 
 @contextmanager
 def open_workspace(
-    settings: Settings, address: str | None = None, resume: bool = False
+    settings: Settings, start: str | None = None, resume: bool = False
 ) -> Iterator[Workspace | FinishedRun | None]:
-    """Open all that a run needs on this rank.
+    """Open everything that a run needs on this rank.
 
-    address, resume: as in `train_model`. Gives the result of a run that has ended before on the first rank, and None
-    on others. Raises UserError for a wrong setting, log or address, or a process in the way.
+    Args:
+        settings: Settings of the run.
+        start: URI of a model to start from.
+        resume: Whether to resume from the last checkpoint.
+
+    Yields:
+        The workspace. If the run has finished before, the finished run on the first rank, and None on other ranks.
+
+    Raises:
+        UserError: A setting, the log or the URI is wrong, or another process uses the folder.
     """
     inputs = BuildInputs.of(settings)
     folder, prepared = inputs.work, FeatureFolder(inputs.work / "features")
 
     def open_first() -> str:
-        """Decide on the first rank what all ranks do, and hold what they use from now on."""
+        """Decide for all ranks, and lock the files that they use."""
         find_objective_metric(settings.evaluation.primary_metric)
         has_features = find_existing_features(inputs) is not None
         for name in ("checkpoints", "model"):
             held.enter_context(write_lock(folder / name, "a training", "set `data.work_dir` to another folder"))
-        status = _decide(settings, inputs, address, has_features) if resume else RunStatus.NEW
-        if status is RunStatus.NEW and address is not None and not has_features:
+        status = _decide(settings, inputs, start, has_features) if resume else RunStatus.NEW
+        if status is RunStatus.NEW and start is not None and not has_features:
             raise _needs_features(folder)
         if status is not RunStatus.FINISHED or list_unsent_runs(folder / "unsent"):
             check_server(settings.tracking.resolved_uri, settings.experiment, outbox_folder=folder / "unsent")
             registry.check_registry_names(
                 settings.tracking.resolved_uri, settings.registered_model, settings.tracking.alias
             )
-        pinned, run = address, None
-        if status is RunStatus.NEW and address is not None:
-            # Looked up once, as an alias may move.
-            pinned = registry.pin_model_uri(address, settings.tracking.resolved_uri)
+        pinned, run = start, None
+        if status is RunStatus.NEW and start is not None:
+            # The first rank looks the URI up for all ranks, because an alias may move.
+            pinned = registry.pin_model_uri(start, settings.tracking.resolved_uri)
             run = registry.find_run_id(pinned, settings.tracking.resolved_uri)
         if status is not RunStatus.FINISHED:
-            keep_existing = address is not None or status is RunStatus.RESUMED
+            keep_existing = start is not None or status is RunStatus.RESUMED
             held.enter_context(lock_features(inputs, "a training", ("train", "validation"), keep_existing))
         return json.dumps([status, pinned, run])
 
@@ -337,16 +378,16 @@ def open_workspace(
             assert checkpoint is not None, "the first rank has read it"
             provenance = checkpoint.state.provenance
         else:
-            start = None
-            if address is not None:
+            source = None
+            if start is not None:
                 model = registry.fetch_model(pinned, settings.tracking.resolved_uri)
-                about = read_artifact(model)  # it is as it was written
+                about = read_artifact(model)  # also verifies the checksums
                 weights = WarmStart(model, Model.model_validate(about.model), prepared, layout, settings.model)
-                start = WarmStartSource(address, pinned, checksum(model / "weights.safetensors"), run)
+                source = WarmStartSource(start, pinned, checksum(model / "weights.safetensors"), run)
             provenance = Provenance(
                 fixed_settings(settings),
-                *_what_is_known(manifest),
-                start=start,
+                *_feature_version(manifest),
+                start=source,
                 artifact_settings=artifact_settings(settings),
             )
         yield Workspace(
@@ -354,11 +395,11 @@ def open_workspace(
         )
 
 
-def _decide(settings: Settings, inputs: BuildInputs, address: str | None, has_features: bool) -> RunStatus:
-    """Return whether the run in `data.work_dir` is resumed, has finished, or gives way to one on a later day.
+def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_features: bool) -> RunStatus:
+    """Return whether to resume the run in `data.work_dir`, return its result, or start a run on a later day.
 
     Raises:
-        UserError: The run there is not the one that is asked for.
+        UserError: The run in the folder has other settings, features or starting model.
     """
     checkpoints = inputs.work / "checkpoints"
     finished, checkpoint = FinishedRun.read(inputs.work), latest_checkpoint(checkpoints)
@@ -369,37 +410,34 @@ def _decide(settings: Settings, inputs: BuildInputs, address: str | None, has_fe
     else:
         return RunStatus.NEW
     features, last_request_us = compute_fingerprint(inputs.logs, inputs.windows), before.last_request_us
-    if not has_features and features != before.features and address is not None:
+    if not has_features and features != before.features and start is not None:
         raise _needs_features(inputs.work)
     if has_features or (finished is not None and features != before.features):
-        # Work of a run that can be resumed isn't thrown away because the log has grown.
-        features, last_request_us = _what_is_known(prepare(inputs, keep_existing=has_features).manifest)
-    difference = before.describe_mismatch(fixed_settings(settings), features, address)
+        # A run that can be resumed keeps its features even if the log has grown.
+        features, last_request_us = _feature_version(prepare(inputs, keep_existing=has_features).manifest)
+    difference = before.describe_mismatch(fixed_settings(settings), features, start)
     if difference is None and finished is not None:
-        for where, was, found in diff_settings(before.artifact_settings, artifact_settings(settings)):
-            difference = f"it was begun with {where} {was}, now it is {found}; set it back"
-    weights_checksum = Path(address or "", "weights.safetensors")
-    if difference is None and before.start is not None and weights_checksum.is_file():
-        is_same = checksum(weights_checksum) == before.start.weights_checksum
-        difference = None if is_same else f"the model in '{address}' is another one now"
+        for name, old, new in diff_settings(before.artifact_settings, artifact_settings(settings)):
+            difference = f"it was started with {name} {old}, and now it is {new}. Restore the setting"
+    weights = Path(start or "", "weights.safetensors")
+    if difference is None and before.start is not None and weights.is_file():
+        is_same = checksum(weights) == before.start.weights_checksum
+        difference = None if is_same else f"the model in '{start}' has changed. Restore it"
     if difference is None:
         return RunStatus.RESUMED if finished is None else RunStatus.FINISHED
     if last_request_us > before.last_request_us:
-        say(f"the features go on to a later day than those of the training in '{checkpoints}': a new training begins")
+        say(f"the features reach a later day than the run in '{checkpoints}': a new run starts")
         return RunStatus.NEW
-    raise UserError(
-        f"the training of '{checkpoints}' is not the one asked for: {difference}, or train from the start, without "
-        "--resume"
-    )
+    raise UserError(f"the run in '{checkpoints}' can't be resumed: {difference}, or train without --resume")
 
 
 def _needs_features(work: Path) -> UserError:
     return UserError(
-        f"'{work}' has no features of this log, these features and this split: to go on from a model, run mmoe-rec "
-        "features with --extend first"
+        f"'{work}' has no features for this log and these settings. To start from a model, run mmoe-rec features with "
+        "--extend first"
     )
 
 
-def _what_is_known(manifest: Mapping[str, Any]) -> tuple[str, int]:
-    """The fingerprint of features, and the time of the last request that they know."""
+def _feature_version(manifest: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the fingerprint of features, and the time of their last request in microseconds."""
     return manifest["fingerprint"], manifest["request_microseconds"][1]

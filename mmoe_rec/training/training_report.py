@@ -1,4 +1,4 @@
-"""The report of a training that has ended."""
+"""Report of a finished run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,51 +20,55 @@ _METRICS = {"loss ↓": "loss", "auc ↑": "auc", "calibration → 1": "calibrat
 def validations_table(
     history: Sequence[tuple[int, Validation]], best_step: int, served: Validation, network: Validation | None = None
 ) -> Table:
-    """Build a table with a row for each step and task, and the model below.
+    """Build a table with a row for each step and task, and rows of the served model at the end.
 
     Args:
         history: Step and validation of the network alone, in order.
-        best_step: Step whose state was chosen.
-        served: The model as it is served, on validation rows that chose nothing.
-        network: The network alone on the same rows, if the model has trees.
+        best_step: Step whose state was selected.
+        served: Validation of the served model on the evaluation rows.
+        network: Validation of the network alone on the same rows, if the model has trees.
     """
     note = (
-        "steps: the network alone, on the selecting rows; below: the network alone and the model as it is served, on "
-        "the judging rows, those of the other validation users; calibration: predicted / observed"
+        "Rows with a step show the network alone on the selection rows. The last rows show the network alone and the "
+        "served model on the evaluation rows, which belong to other users. Calibration is predicted / observed."
     )
-    steps = {f"{step:,}{' chosen' if step == best_step else ''}": found for step, found in history}
-    judged = {"served": served} if network is None else {"network": network, "served": served}
+    steps = {f"{step:,}{' chosen' if step == best_step else ''}": validation for step, validation in history}
+    final = {"served": served} if network is None else {"network": network, "served": served}
     rows = list[Row]()
-    for label, found in {**steps, **judged}.items():
-        for place, name in enumerate(dict.fromkeys([*found.loss, *found.auc])):
-            values = [getattr(found, metric).get(name) for metric in _METRICS.values()]
-            cells = [NO_VALUE if value is None else f"{value:.4f}" for value in values]
+    for label, validation in {**steps, **final}.items():
+        for index, name in enumerate(dict.fromkeys([*validation.loss, *validation.auc])):
+            values = [getattr(validation, metric).get(name) for metric in _METRICS.values()]
+            texts = [NO_VALUE if value is None else f"{value:.4f}" for value in values]
             mark: Mark = "best" if label == "served" else ""
-            rows.append(("" if place else label, name, *(Cell(each, "", mark) for each in cells)))
+            rows.append(("" if index else label, name, *(Cell(text, "", mark) for text in texts)))
     return Table("Validations", ("step", "task", *_METRICS), rows, note, left=2)
 
 
 def make_report(trained: FinishedRun, settings: Settings) -> Report:
-    """Build the report of a training: its validations, why a state was chosen, warnings, and the speed."""
+    """Build the report: validations, the reason for the selected state, warnings, and the speed.
+
+    Args:
+        trained: The finished run.
+        settings: Settings of the run.
+    """
     about = read_artifact(trained.artifact, verify=False)
     sentences, tables = list[Sentence](), list[Table]()
     if trained.start_validation is not None:
         values = trained.start_validation.to_metrics().items()
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
-        told = f"validation of the network that it was started from, on the selecting rows: {text}"
-        sentences.append(Sentence(told))
+        sentences.append(Sentence(f"validation of the starting model's network on the selection rows: {text}"))
     if (checkpoint := latest_checkpoint(trained.artifact.parent / "checkpoints")) is not None:
         history = checkpoint.state.history
         tables.append(validations_table(history, trained.best_step, trained.best, trained.network_validation))
-        why = explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.monitor)
-        sentences += map(Sentence, why)
+        reasons = explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.monitor)
+        sentences += map(Sentence, reasons)
     warnings = [f"the model {about.undertraining}"] if about.undertraining else []
     warnings += find_warnings(trained.best, settings.training.calibration)
-    sentences += [Sentence(each, "warning") for each in warnings]
-    if not settings.model.gates.rule.selects_all:  # else unused experts cost no accuracy
+    sentences += [Sentence(warning, "warning") for warning in warnings]
+    if not settings.model.gates.rule.selects_all:  # unused experts matter only if gates select some experts
         findings = trained.best.experts.findings([task.name for task in about.tasks])
-        sentences += [Sentence(each, "note") for each in findings]
-    if trained.rows_per_s:  # A resumed training that had no step left has no speed.
+        sentences += [Sentence(finding, "note") for finding in findings]
+    if trained.rows_per_s:  # a resumed run without a remaining step has no speed
         speed = (
             f"{trained.rows_per_s:,.0f} rows/s in training, {trained.data_wait_fraction:.1%} of the time "
             "spent waiting for data"
@@ -87,12 +91,17 @@ def make_report(trained: FinishedRun, settings: Settings) -> Report:
 
 
 def _headline(areas: Mapping[str, float | None], step: int) -> str:
-    found = ", ".join(f"{name} {auc:.4f}" for name, auc in areas.items() if auc is not None)
-    return f"validation AUC of the model at step {step:,}: {found}" if found else f"the model of step {step:,}"
+    values = ", ".join(f"{name} {auc:.4f}" for name, auc in areas.items() if auc is not None)
+    return f"validation AUC of the model at step {step:,}: {values}" if values else f"the model of step {step:,}"
 
 
 def write_training_report(trained: FinishedRun, settings: Settings) -> Report:
-    """Write the report beside the model, in `data.work_dir`/training."""
+    """Write the report to `data.work_dir`/training and return it.
+
+    Args:
+        trained: The finished run.
+        settings: Settings of the run.
+    """
     report = make_report(trained, settings)
     write_report(report, Path(settings.data.work_dir) / FOLDER)
     return report

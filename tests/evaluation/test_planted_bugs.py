@@ -92,7 +92,7 @@ def turn_users_round(frame: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("bug", "check", "message"),
     [
-        (leak, "too good", "too good to be true: a feature may hold the outcome"),
+        (leak, "too good", "too good to be true: a feature may contain the label"),
         (rank_as_score, "score", "ranks the rows of requests worse than chance"),
         (
             lambda frame: frame.assign(predicted_bought=0.8 * frame["predicted_bought"]),

@@ -297,7 +297,7 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
     monkeypatch.setattr("mmoe_rec.tracking.registry.check_registry_names", lambda *_: None)
     message = refuse(capsys, *wrong)
     assert "refuses: 'latest' alias name" in message
-    assert f"the trained model in '{work / 'model'}' is whole but not registered: the same command with" in message
+    assert f"The model in '{work / 'model'}' is complete but not registered. To register it, run" in message
     assert Ranker.load(work / "model").info.name == "learnable"
 
 

@@ -56,7 +56,7 @@ def test_adding_experts_keeps_predictions_and_training_goes_on(
     shutil.copytree(soft.parent / "work" / "features", tmp_path / "features")
     own = ("--model.experts.count", "6", "--data.work_dir", str(tmp_path))
     run("train", "--config", str(soft), "--from", str(folder), *own)
-    assert "validation of the network that it was started from" in capsys.readouterr().out
+    assert "validation of the starting model's network" in capsys.readouterr().out
 
 
 def test_removing_and_masking_agree(soft: Path) -> None:

@@ -139,7 +139,7 @@ def test_features_without_training_rows_are_not_trained_on(
 def test_a_gain_that_half_a_day_does_not_show_leaves_the_alias(days: Days) -> None:
     """Its validation is better than that of its start, which is the holder, by less than users differ."""
     lines = days.printed["daily"].splitlines()
-    before = next(line for line in lines if line.startswith("validation of the network that it was started from"))
+    before = next(line for line in lines if line.startswith("validation of the starting model's network"))
     client = mlflow.MlflowClient(days.uri)
     run_id = client.get_model_version("learnable", "2").run_id
     actual = [client.get_metric_history(run_id, f"validation/{task}.auc") for task in ("click", "liked")]

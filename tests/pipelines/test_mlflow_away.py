@@ -142,9 +142,9 @@ def test_a_server_that_stays_away_is_reported_afterwards(
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.splitlines()[-1] == (
-        f"stopped: MLflow at '{server.uri}' does not answer (Connection refused); the trained model in "
-        f"'{training.work / 'model'}' is whole but not registered: the same command with --resume does it once MLflow "
-        "answers"
+        f"stopped: MLflow at '{server.uri}' does not answer (Connection refused). The model in "
+        f"'{training.work / 'model'}' is complete but not registered. To register it, run the "
+        "command with --resume once MLflow answers"
     )
     Ranker.load(training.work / "model")
     assert training.versions() == []

@@ -262,8 +262,8 @@ def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -
     run("train", "--config", str(world.config), "--resume")
     assert "this run has already finished" in capsys.readouterr().out
     for words, error_text in (
-        (["--split.test", "[3]", "--split.validation", "[4]"], "it was begun with split.validation"),
-        (["--columns.weight", "null"], "it was begun with columns.weight"),
+        (["--split.test", "[3]", "--split.validation", "[4]"], "it was started with split.validation"),
+        (["--columns.weight", "null"], "it was started with columns.weight"),
     ):
         assert error_text in refuse(capsys, "train", "--config", world.config, "--resume", *words)
 

@@ -139,7 +139,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Training) -> None:
     process = start_until(training, has_saved)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75, process.stderr
-    assert process.stderr.splitlines()[-1].startswith("stopped: SIGTERM came; step ")
+    assert process.stderr.splitlines()[-1].startswith("stopped: SIGTERM received, and step ")
     assert training.query("select status from runs") == [("KILLED",)]
     training.finish()
     assert training.weights == whole.weights

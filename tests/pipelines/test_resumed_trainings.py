@@ -64,15 +64,18 @@ def test_another_training_than_the_one_that_died_is_refused_and_the_same_goes_on
     with dying_after(12):
         world.train()
     for words, named in (
-        (("--from", "models:/learnable@champion"), "no --from, now it is --from models:/learnable@champion, or train"),
-        (("--training.learning_rate", "0.5"), "training.learning_rate 0.01, now it is 0.5"),
+        (
+            ("--from", "models:/learnable@champion"),
+            "no --from, and now it is --from models:/learnable@champion. Restore the option, or train",
+        ),
+        (("--training.learning_rate", "0.5"), "training.learning_rate 0.01, and now it is 0.5"),
         (("--split.validation_end", "2024-03-07T12:00"), "split.validation_end "),
     ):
         message = refused(capsys, world, *words, RESUME)
-        assert f"is not the one asked for: it was begun with {named}" in message
+        assert f"can't be resumed: it was started with {named}" in message
     log = world.folder / "log" / "more.parquet"
     shutil.copy(world.folder / "later.parquet", log)
-    assert "its features are not those of this log" in refused(capsys, world, RESUME)
+    assert "the log, the feature settings or the split have changed" in refused(capsys, world, RESUME)
     log.unlink()
     assert manifest.read_bytes() == before
 
@@ -84,14 +87,17 @@ def test_another_training_than_the_one_that_died_is_refused_and_the_same_goes_on
         world.train("--from", str(left))
     assert latest_step(world) == 10
     message = refused(capsys, world, "--from", str(second), RESUME)
-    assert f"it was begun with --from {left}, now it is --from {second}, or train" in message
-    assert f"it was begun with --from {left}, now it is no --from" in refused(capsys, world, RESUME)
+    assert (
+        f"it was started with --from {left}, and now it is --from {second}. Restore the option. Restore the option, or train"
+        in message
+    )
+    assert f"it was started with --from {left}, and now it is no --from" in refused(capsys, world, RESUME)
     assert latest_step(world) == 10
     world.train("--from", str(left), RESUME)
     capsys.readouterr()
     world.train("--from", str(left), RESUME)
     assert capsys.readouterr().out.startswith("this run has already finished")
-    assert "it was begun with --from" in refused(capsys, world, "--from", str(second), RESUME)
+    assert "it was started with --from" in refused(capsys, world, "--from", str(second), RESUME)
 
 
 def test_an_alias_is_what_it_stood_for_when_the_training_began(
@@ -115,13 +121,13 @@ def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.Cap
     world.train()
     before = (world.checkpoints / "finished.json").read_bytes()
     for setting, value, named in (
-        ("training.calibration", "temperature", 'training.calibration "none", now it is "temperature"'),
-        ("tasks.click.score_weight", "3", "tasks.click.score_weight 1.0, now it is 3.0"),
-        ("tracking.registered_model", "another", 'tracking.registered_model "learnable", now it is "another"'),
-        ("serving.max_candidates", "7", "serving.max_candidates 10000, now it is 7"),
+        ("training.calibration", "temperature", 'training.calibration "none", and now it is "temperature"'),
+        ("tasks.click.score_weight", "3", "tasks.click.score_weight 1.0, and now it is 3.0"),
+        ("tracking.registered_model", "another", 'tracking.registered_model "learnable", and now it is "another"'),
+        ("serving.max_candidates", "7", "serving.max_candidates 10000, and now it is 7"),
     ):
         message = refused(capsys, world, RESUME, f"--{setting}", value)
-        assert "is not the one asked for: it was begun with " + named in message
+        assert "can't be resumed: it was started with " + named in message
     assert (world.checkpoints / "finished.json").read_bytes() == before
     away = ("--tracking.uri", "http://127.0.0.1:9")  # nobody is asked for a training that has ended
     features = world.folder / "work" / "features"
@@ -183,7 +189,7 @@ def test_a_later_day_begins_a_new_training(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     with dying_after(7):
         world.train(*start, RESUME, day="second")
-    assert "the features go on to a later day than those of the training in" in capsys.readouterr().err
+    assert "the features reach a later day than the run in" in capsys.readouterr().err
     assert latest_step(world) <= 7, "the one before had come further"
     world.train(*start, RESUME, day="second")
     out = capsys.readouterr()
@@ -206,4 +212,4 @@ def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
     world.train(RESUME, day="second")
     assert "has already finished" in capsys.readouterr().out
     message = refused(capsys, world, RESUME)
-    assert "is not the one asked for: it was begun with split." in message
+    assert "can't be resumed: it was started with split." in message

@@ -50,7 +50,7 @@ def joined(world: Path) -> Report:
 
 def test_what_is_there_is_reported_and_what_is_missing_has_its_command(world: Path) -> None:
     message = [sentence.text for sentence in joined(world).sentences]
-    missing = [text.partition("not there yet. Run ")[2] for text in message if "not there yet" in text]
+    missing = [text.partition("missing. Run ")[2] for text in message if "missing. Run" in text]
     assert missing == ["`train`", "`baselines --model models:/learnable@champion`", "`tune --minutes 30`"]
     (data,) = (text for text in message if text.startswith("The data, "))
     assert " warnings found, first: 60." in data
@@ -65,8 +65,8 @@ def test_what_no_longer_holds_is_marked(world: Path) -> None:
     for identity, stale in (
         ({}, []),
         ({"features": "new", "model": version, "settings": settings}, []),
-        ({"features": "old"}, [f"it is of other features than those in '{work / 'features'}'"]),
-        ({"model": "0" * 16}, [f"it is of another model than that in '{work / 'model'}'"]),
+        ({"features": "old"}, [f"it was made with other features than the features in '{work / 'features'}'"]),
+        ({"model": "0" * 16}, [f"it was made with another model than '{work / 'model'}'"]),
         ({"settings": second}, ["it was made with training.epochs 7, and now it is 2"]),
     ):
         write_report(compared(**identity), work / "comparison")
@@ -100,4 +100,4 @@ def test_the_page_holds_all_parts_and_opens_in_a_browser(world: Path, tmp_path: 
 
 def test_nothing_found_is_said(world: Path, tmp_path: Path) -> None:
     settings = load_settings(world / "settings.yaml", ["--data.work_dir", str(tmp_path)])
-    assert combine_reports(settings, lambda *words: " ".join(words)).headline == "nothing is known yet"
+    assert combine_reports(settings, lambda *words: " ".join(words)).headline == "no reports yet"

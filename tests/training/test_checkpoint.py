@@ -103,7 +103,7 @@ def test_a_signal_saves_the_step_at_hand(
             os.kill(os.getpid(), name)
 
     before = signal.getsignal(name)
-    with pytest.raises(StoppedError, match=rf"{name.name} came; step 5[34] of {STEPS} is saved.*--resume"):
+    with pytest.raises(StoppedError, match=rf"{name.name} received, and step 5[34] of {STEPS} is saved.*--resume"):
         train(prepared, tmp_path, at)
     assert signal.getsignal(name) is before
     assert state_in(tmp_path).step in (53, 54)
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops(prepared: FeatureFolder, tmp_path: Path
                 for parameter in trainer.sharded.dense_parameters().values():
                     parameter.fill_(float("nan"))
 
-    with pytest.raises(UserError, match="the loss of step 51 is not finite: look for extreme inputs"):
+    with pytest.raises(UserError, match="the loss of step 51 is not finite. Check the inputs for extreme"):
         train(prepared, tmp_path, at)
     assert state_in(tmp_path).step == 40
 
@@ -274,12 +274,12 @@ def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("training.learning_rate", 0.5, "it was begun with training.learning_rate 0.01, now it is 0.5; set it back"),
-        ("training.calibration", "isotonic", 'training.calibration "none", now it is "isotonic"'),
-        ("tasks.liked.objective", "engagement", 'objective "satisfaction", now it is "engagement"'),
-        ("features.user.dim", 16, "begun with features.user.dim 8, now it is 16"),
-        ("split.train_end", "2024-03-07", 'split.train_end "2024-03-08T00:00:00Z", now it is "2024-03-07T'),
-        ("columns.sampling_rate", "rate", 'columns.sampling_rate missing, now it is "rate"'),
+        ("training.learning_rate", 0.5, "training.learning_rate 0.01, and now it is 0.5. Restore the setting"),
+        ("training.calibration", "isotonic", 'training.calibration "none", and now it is "isotonic"'),
+        ("tasks.liked.objective", "engagement", 'objective "satisfaction", and now it is "engagement"'),
+        ("features.user.dim", 16, "started with features.user.dim 8, and now it is 16"),
+        ("split.train_end", "2024-03-07", 'split.train_end "2024-03-08T00:00:00Z", and now it is "2024-03-07T'),
+        ("columns.sampling_rate", "rate", 'columns.sampling_rate missing, and now it is "rate"'),
     ],
 )
 def test_a_changed_setting_is_named(name: str, value: Any, sentence: str) -> None:
@@ -289,10 +289,16 @@ def test_a_changed_setting_is_named(name: str, value: Any, sentence: str) -> Non
 
 def test_other_features_and_starts_are_named() -> None:
     now = fixed_settings(settings())
-    assert "its features are not those" in ORIGIN.describe_mismatch(now, "others", ALIAS.uri)
+    assert "the log, the feature settings or the split have changed" in ORIGIN.describe_mismatch(
+        now, "others", ALIAS.uri
+    )
     actual = ORIGIN.describe_mismatch(now, "features", "models:/shop/4")
-    assert actual == "it was begun with --from models:/shop@champion, now it is --from models:/shop/4"
-    assert ORIGIN.describe_mismatch(now, "features", None).endswith("champion, now it is no --from")
+    assert actual.startswith("it was started with --from models:/shop@champion, and now it is --from models:/shop/4.")
+    assert ORIGIN.describe_mismatch(now, "features", None).endswith(
+        "champion, and now it is no --from. Restore the option"
+    )
     begun = replace(ORIGIN, start=None)
     assert begun.describe_mismatch(now, "features", None) is None
-    assert begun.describe_mismatch(now, "features", "x") == "it was begun with no --from, now it is --from x"
+    assert begun.describe_mismatch(now, "features", "x").startswith(
+        "it was started with no --from, and now it is --from x"
+    )
