@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops(prepared: FeatureFolder, tmp_path: Path
                 for parameter in trainer.sharded.dense_parameters().values():
                     parameter.fill_(float("nan"))
 
-    with pytest.raises(UserError, match="the loss of step 51 is not finite. Check the inputs for extreme"):
+    with pytest.raises(UserError, match="the loss of step 51 is not finite"):
         train(prepared, tmp_path, at)
     assert state_in(tmp_path).step == 40
 
