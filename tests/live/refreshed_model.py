@@ -53,7 +53,7 @@ class Registered:
     def _kept(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.kept")
 
-    def champion(self, alias: str = "champion") -> ModelVersion:
+    def champion_version(self, alias: str = "champion") -> ModelVersion:
         """The version that holds an alias."""
         actual = find_champion(self.name, alias, self.uri)
         assert actual is not None

@@ -57,7 +57,7 @@ class Taken:
         self.journal.append(*(make_batch(log_name, table, self.schema) for table in tables))
         return join_by_log(self.journal.read(before), self.schema)[log_name]
 
-    def actual(self, *tables: pa.Table) -> dict:
+    def rows_of(self, *tables: pa.Table) -> dict:
         """The items that count, and the number of duplicates."""
         before = self.journal.last_position()
         items = self.take(*tables).table["item"].to_pylist()
@@ -71,19 +71,19 @@ def journal(tmp_path: Path) -> Path:
 
 def test_without_request_ids_a_users_rows_of_one_instant_are_a_request(journal):
     rows = [{"item": 1, "time": 1}, {"item": 1, "time": 1.1}, {"item": 1, "time": 1, "user": 2}, {"item": 1, "time": 1}]
-    assert Taken(journal, _schema(request=None)).found(_table(rows))["duplicates"] == 1
+    assert Taken(journal, _schema(request=None)).rows_of(_table(rows))["duplicates"] == 1
 
 
 def test_request_ids_of_a_user(journal):
     rows = [{"time": 1}, {"time": 1, "user": 2}, {"time": 1, "user": 2}]
-    assert Taken(journal, _schema(scope="user")).found(_table(rows)) == {"items": [1, 1], "duplicates": 1}
+    assert Taken(journal, _schema(scope="user")).rows_of(_table(rows)) == {"items": [1, 1], "duplicates": 1}
 
 
 def test_a_request_of_another_user_does_not_count(address):
     taken = Taken(address, _schema())
-    actual = taken.found(_table([{"time": 1, "item": 1}, {"time": 1, "item": 2, "user": 2}]))
+    actual = taken.rows_of(_table([{"time": 1, "item": 1}, {"time": 1, "item": 2, "user": 2}]))
     assert actual == {"items": [1], "duplicates": 1}
-    actual = taken.found(_table([{"time": 1, "item": 3, "user": 2}, {"time": 1, "item": 4}]))
+    actual = taken.rows_of(_table([{"time": 1, "item": 3, "user": 2}, {"time": 1, "item": 4}]))
     assert actual == {"items": [4], "duplicates": 1}
 
 
@@ -96,7 +96,7 @@ def test_events_count_once_by_their_id(address):
     views = taken.take(_table(rows, "views"), log_name="views")
     assert len(views.table) == 4
     assert views.table.column_names == ["at", "user"]
-    assert taken.found(_table([{"time": 1, "event_id": 1}]))["items"] == [1], "ids are a log's own"
+    assert taken.rows_of(_table([{"time": 1, "event_id": 1}]))["items"] == [1], "ids are a log's own"
 
 
 def test_an_events_own_column_of_that_name_is_no_id(journal):
@@ -104,7 +104,7 @@ def test_an_events_own_column_of_that_name_is_no_id(journal):
         FEATURES, columns={"user": "user", "candidate": "item", "time": "time", "request": "event_id"}, events=VIEWS
     )
     rows = [{"event_id": 1, "item": item, "time": 1} for item in (1, 2, 2)]
-    assert Taken(journal, schema).found(_table(rows))["items"] == [1, 2]
+    assert Taken(journal, schema).rows_of(_table(rows))["items"] == [1, 2]
 
 
 def test_batches_of_unknown_logs_are_left_out():
@@ -123,8 +123,8 @@ def test_columns_that_lack_are_null_and_others_stay(journal):
 def test_calls_that_share_a_transaction_and_processes_know_each_others_rows(address):
     first, second = Taken(address, _schema()), Taken(address, _schema())
     tables = [_table([{"time": 1, "item": 1}]), _table([{"time": 1, "item": 1}, {"time": 1, "item": 2}])]
-    assert first.found(*tables)["items"] == [1, 2]
-    assert second.found(*tables) == {"items": [], "duplicates": 3}, "a batch of duplicates alone has a position"
+    assert first.rows_of(*tables)["items"] == [1, 2]
+    assert second.rows_of(*tables) == {"items": [], "duplicates": 3}, "a batch of duplicates alone has a position"
     assert second.journal.last_position() == 4
 
 
@@ -137,7 +137,7 @@ def test_keys_are_forgotten_after_a_month(address, monkeypatch):
         with taken.journal.read_transaction() as connection:
             assert len(connection.execute(sql.select(_KEYS)).all()) == keys
             assert len(connection.execute(sql.select(_REQUESTS)).all()) == keys // 2
-    assert taken.found(table)["items"] == [1]
+    assert taken.rows_of(table)["items"] == [1]
 
 
 class _Naive:

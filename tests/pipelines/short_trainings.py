@@ -80,7 +80,7 @@ class World:
         """The version that holds an alias."""
         return find_champion(NAME, alias, self.uri)
 
-    def current_model(self, alias: str = "champion") -> str | None:
+    def champion_version(self, alias: str = "champion") -> str | None:
         """The number of that version."""
         actual = self.champion(alias)
         return None if actual is None else actual.number
