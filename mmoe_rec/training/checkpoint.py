@@ -1,11 +1,11 @@
-"""Checkpoints: all that a training needs to go on as if it had never stopped, on any number of ranks.
+"""Checkpoints: everything that a run needs to resume exactly, on any number of ranks.
 
-    latest.json              number of the step to go on from
-    finished.json            the result of a training that has ended, which is not resumed
+    latest.json              number of the step to resume from
+    finished.json            result of a finished run, which is not resumed
     step-00001200/           written by torch.distributed.checkpoint: tables, dense part and both optimizers
-        training.json        the rest, see `TrainingState`
+        training.json        other state, see `TrainingState`
 
-They appear once they are whole.
+Files and folders are written atomically.
 """
 
 import json
@@ -37,10 +37,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands, apart from the tensors.
+    """State of a run, without its tensors.
 
-    step: steps done; position: the rows they took; history: (step, result) of every validation; best_step: of the best
-    one, 0 before the first; choices: what it computes in.
+    Attributes:
+        step: Number of completed steps.
+        position: Position in the training rows after these steps.
+        history: Step and result of every validation.
+        best_step: Step of the best validation, 0 before the first validation.
+        provenance: Settings and data that the run began with.
+        precision_choice: Precision that the run computes in.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -54,17 +59,20 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A training that has ended.
+    """Result of a finished run.
 
     Attributes:
-        artifact: The model's folder.
-        address: Address of the model in the registry.
+        artifact: Folder of the model.
+        model_uri: URI of the model in the registry.
         best: Validation of the served model on the judging rows.
-        compared: Sentences that compare it with the alias's earlier model and name the one that holds the alias now.
-        provenance: Settings and data that it began with.
-        start_validation: Validation of the network that it started from.
-        network: Validation without trees and calibration, if the model has trees.
-        before: Whether it had ended before this command.
+        best_step: Step of the best validation.
+        rows_per_s: Training rows per second.
+        data_wait_fraction: Fraction of the training time spent waiting for data.
+        promotion_messages: Sentences that compare the model with the previous champion and name the current one.
+        provenance: Settings and data that the run began with.
+        start_validation: Validation of the network that the run started from.
+        network_validation: Validation without trees and calibration, if the model has trees.
+        finished_earlier: Whether the run had finished before this command.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -82,12 +90,17 @@ class FinishedRun:
 
     @staticmethod
     def read(work: Path) -> "FinishedRun | None":
-        """The ended training in `data.work_dir`; None where none has ended. Raises UserError where it can't be read."""
+        """Return the finished run in the folder `work` (`data.work_dir`), None if there is none.
+
+        Raises:
+            UserError: The run's file can't be read.
+        """
         file = work / "checkpoints" / _FINISHED
         return _read(FinishedRun, file, artifact=work / "model", finished_earlier=True) if file.exists() else None
 
     def write(self) -> None:
-        tree = {name: each for name, each in asdict(self).items() if name not in ("artifact", "finished_earlier")}
+        """Write the result beside the run's checkpoints, so that the run is not repeated."""
+        tree = {name: value for name, value in asdict(self).items() if name not in ("artifact", "finished_earlier")}
         with atomic_file(self.artifact.parent / "checkpoints" / _FINISHED) as file:
             _write(tree, file)
 
@@ -96,66 +109,82 @@ def _write(tree: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(tree, indent=1, default=Tensor.tolist), encoding="utf-8")
 
 
-def _read(kind: type[T], file: Path, **more: Any) -> T:
-    """What `_write` wrote. Raises UserError for another file, or one of another version."""
+def _read(kind: type[T], file: Path, **extra_fields: Any) -> T:
+    """Read a file of `_write`. Raise UserError if it is damaged or of another version."""
     try:
-        return TypeAdapter(kind).validate_python(json.loads(file.read_text(encoding="utf-8")) | more)
+        return TypeAdapter(kind).validate_python(json.loads(file.read_text(encoding="utf-8")) | extra_fields)
     except (OSError, ValueError, TypeError):
         raise _damaged(file) from None
 
 
 def _damaged(file: Path) -> UserError:
     return UserError(
-        f"'{file}' is missing, damaged or of another version, so it is unknown what the training there was; train from "
-        "the start, without --resume"
+        f"The state of the run, '{file}', is missing, damaged or of another version. Start over without --resume."
     )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     folder: Path
     state: TrainingState
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, None where there is none. Raises UserError where it is damaged."""
+    """Return the checkpoint in `folder` to resume from, None if there is none.
+
+    Raises:
+        UserError: The checkpoint is damaged.
+    """
     if not (folder / _LATEST).exists():
         return None
     try:
-        place = step_folder(folder, json.loads((folder / _LATEST).read_text(encoding="utf-8"))["step"])
+        path = step_folder(folder, json.loads((folder / _LATEST).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(folder / _LATEST) from None
-    return Checkpoint(place, _read(TrainingState, place / _DESCRIPTION))
+    return Checkpoint(path, _read(TrainingState, path / _DESCRIPTION))
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint.
+
+    Args:
+        folder: Folder of all checkpoints.
+        step: Number of the step.
+    """
     return folder / f"step-{step:08d}"
 
 
 class CheckpointWriter:
-    """Writes checkpoints into a folder that all ranks see. Every rank has one.
+    """Writer of checkpoints into a folder that all ranks see. Every rank has a writer.
 
-    kept: this many of the latest stay, and the best; before: the checkpoint that training goes on from; None forgets
-    which step another training in the folder had reached, whose checkpoints go once the first new one is whole.
+    Args:
+        folder: Folder of all checkpoints.
+        keep_last: Number of latest checkpoints to keep. The best checkpoint is always kept.
+        before: Checkpoint that the run resumes from. None starts a new run. The checkpoints of an earlier run in the
+            folder are deleted when the first new checkpoint is complete.
     """
 
     def __init__(self, folder: Path, keep_last: int, before: Checkpoint | None = None) -> None:
-        self.folder, self._kept = folder, keep_last
+        self.folder, self._keep_last = folder, keep_last
         self._steps = [before.state.step] if before is not None else []
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            if before is None:  # until a training has its first checkpoint, there is nothing to go on from
+            if before is None:  # A new run can't be resumed until it has written its first checkpoint.
                 for name in (_LATEST, _FINISHED):
                     (folder / name).unlink(missing_ok=True)
             self._remove_partial()
 
     def save(self, tensors: dict[str, Any], state: TrainingState) -> None:
-        """Write a checkpoint. A collective call.
+        """Write a checkpoint. All ranks must call this together.
 
-        tensors: such as {"model": ..., "optimizer": ...}, state dicts. Raises UserError where it can't be written.
+        Args:
+            tensors: State dicts by name, such as {"model": ..., "optimizer": ...}.
+            state: State of the run without its tensors.
+
+        Raises:
+            UserError: The checkpoint can't be written, for instance to a full disk.
         """
         temporary = self.folder / f".step-{state.step:08d}.tmp"
         try:
@@ -163,13 +192,13 @@ class CheckpointWriter:
                 dcp.save(tensors, checkpoint_id=temporary)
             if dist.get_rank() == 0:
                 self._finish(temporary, state)
-        except RuntimeError:  # another rank is lost
+        except RuntimeError:  # Another rank was lost. `distributed` explains the error.
             raise
-        except (Exception, CheckpointException) as error:  # which is no subclass of Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException is no subclass of Exception.
             self._remove_partial()
             raise UserError(
-                f"a checkpoint can't be written to '{self.folder}': {_reason(error)}; training stops. The checkpoints "
-                "before it are whole: once there is room, go on with --resume"
+                f"Training stops, because a checkpoint can't be written to '{self.folder}': {_reason(error)}. Earlier "
+                "checkpoints are intact. Free some space, then resume with --resume."
             ) from error
 
     def _finish(self, temporary: Path, state: TrainingState) -> None:
@@ -177,18 +206,18 @@ class CheckpointWriter:
         replace_folder(temporary, step_folder(self.folder, state.step))
         write_text(self.folder / _LATEST, json.dumps({"step": state.step}))
         self._steps = [*(step for step in self._steps if step < state.step), state.step]
-        stay = {step_folder(self.folder, step) for step in [*self._steps[-self._kept :], state.best_step]}
+        kept = {step_folder(self.folder, step) for step in [*self._steps[-self._keep_last :], state.best_step]}
         for old in self.folder.glob("step-*"):
-            if old not in stay:
+            if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _remove_partial(self) -> None:
-        for left in self.folder.glob(".step-*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own word on what went wrong, out of the errors of all ranks."""
+    """Return the operating system's message from the first rank's error."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -198,9 +227,14 @@ def _reason(error: BaseException) -> str:
 
 
 def restore(folder: Path, model: Any, optimizer: Any) -> None:
-    """Fills a sharded model and its optimizers, in place, from a checkpoint of any number of ranks. A collective call.
+    """Load a checkpoint of any number of ranks into a sharded model and its optimizers, in place.
 
-    optimizer: its state has to be there, as `Optimizers.init_state` makes it.
+    All ranks must call this together.
+
+    Args:
+        folder: Folder of the checkpoint.
+        model: Model that is called with a batch, `ShardedModel.model`.
+        optimizer: Optimizers whose state exists already, see `Optimizers.init_state`.
     """
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -209,18 +243,23 @@ def restore(folder: Path, model: Any, optimizer: Any) -> None:
 
 
 def load_unsharded(model: nn.Module, folder: Path) -> None:
-    """Fills an unsharded model, on one process and without a process group, from a checkpoint's "model" state.
+    """Load the "model" state of a checkpoint into an unsharded model, without a process group.
 
-    model: a `RankingModel` over `PlainTables`. Raises UserError when the folder holds no checkpoint.
+    Args:
+        model: A `RankingModel` over `PlainTables`.
+        folder: Folder of the checkpoint.
+
+    Raises:
+        UserError: The folder contains no complete checkpoint.
     """
     if not (folder / ".metadata").is_file():
-        raise UserError(f"'{folder}' holds no complete checkpoint")
+        raise UserError(f"'{folder}' contains no complete checkpoint. Train again, or restore the folder.")
     expected = model.state_dict()
-    # Tables are read as wide as they are stored.
-    tables = {name: each.shape for name, each in expected.items() if name.startswith("tables.")}
+    # Tables are stored with padded columns, so they are read with padding, which is removed afterward.
+    tables = {name: tensor.shape for name, tensor in expected.items() if name.startswith("tables.")}
     weights = expected | {name: torch.empty(rows, padded_dim(dim)) for name, (rows, dim) in tables.items()}
     with warnings.catch_warnings():
-        # That is intended here.
+        # Loading without a process group is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(weights | {name: from_padded(weights[name], dim) for name, (_, dim) in tables.items()})

@@ -1,4 +1,7 @@
-"""Validation during training: sums that every rank adds to, so that no rank ever holds all predictions."""
+"""Validation during training, and warnings about its results.
+
+Ranks exchange sums instead of predictions, so that no rank ever needs all predictions in memory.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,7 +23,7 @@ from mmoe_rec.model.utilization import ExpertUtilization, UtilizationAccumulator
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import row_losses
 
-# Logits are counted in bins of 1/256 between -32 and 32: the AUC is exact up to ties within a bin.
+# Logits between -32 and 32 are counted in bins of width 1/256. The AUC is exact except for ties within a bin.
 BINS_PER_UNIT = 256
 MAX_LOGIT = 32
 BINS = 2 * MAX_LOGIT * BINS_PER_UNIT
@@ -28,12 +31,15 @@ BINS = 2 * MAX_LOGIT * BINS_PER_UNIT
 
 @dataclass(frozen=True)
 class Validation:
-    """Result of one validation.
+    """Result of one validation. Rows are weighted as in training.
 
-    loss: mean per task (nats, or squared deviations of a regression), by the name of the label that the task is learnt
-    from, and weighted as in training; auc: per binary task with both classes, over the rows of its own label, weighted
-    as in training too; experts: how the tasks used them. Of binary tasks, over the rows of their own label:
-    calibration, predicted / observed, weighted as in training; rarer, how many rows have the label that is rarer.
+    Attributes:
+        loss: Mean loss of each task, keyed by `TaskOutput.loss_label`, in nats (binary) or squared standard deviations
+            (regression).
+        auc: AUC of each binary task that has both classes, over the rows of the task's own label.
+        experts: How the tasks used the experts.
+        calibration: Predicted / observed positives of each binary task, over the rows of the task's own label.
+        rarer_label_rows: Number of rows with the rarer class of each binary task, without weights.
     """
 
     loss: dict[str, float]
@@ -43,7 +49,11 @@ class Validation:
     rarer_label_rows: dict[str, int] = field(default_factory=dict)
 
     def tasks_monitored_by_auc(self, monitor: str) -> list[str]:
-        """The tasks whose AUC decides which model is best: those with FEWEST rows of either label. None: by loss."""
+        """Return the tasks whose AUC selects the best model, which need `MIN_RARER_ROWS` rows of both classes.
+
+        Args:
+            monitor: The setting `training.monitor`. "loss" gives no tasks.
+        """
         return [
             task
             for task in self.auc
@@ -51,22 +61,32 @@ class Validation:
         ]
 
     def objective(self, monitor: str, layout: ModelLayout) -> float:
-        """What the best model has the most of: mean AUC of `tasks_monitored_by_auc`, or minus the weighted loss."""
-        if told := self.tasks_monitored_by_auc(monitor):
-            return sum(self.auc[task] for task in told) / len(told)
+        """Return the value that the best model maximizes.
+
+        Args:
+            monitor: The setting `training.monitor`.
+            layout: Tasks with their loss weights.
+
+        Returns:
+            The mean AUC of `tasks_monitored_by_auc`, or minus the weighted loss if there are no such tasks.
+        """
+        if auc_tasks := self.tasks_monitored_by_auc(monitor):
+            return sum(self.auc[task] for task in auc_tasks) / len(auc_tasks)
         tasks = [task for task in layout.tasks if task.loss_label in self.loss]
         return -sum(task.loss_weight * self.loss[task.loss_label] for task in tasks)
 
     def to_metrics(self, section: str = "validation") -> dict[str, float]:
-        """Losses, areas and calibration by name, for a section of charts in MLflow."""
+        """Return losses, AUCs and calibration by metric name, under a `section` of MLflow's charts."""
         names = ("loss", "auc", "calibration")
         return {f"{section}/{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
 
 
 class ValidationSums:
-    """What a validation adds up, of this rank's batches until `exchange`.
+    """Sums of a validation, over this rank's batches until `all_reduce` adds the other ranks' sums.
 
-    experts: (T, E) bool, the experts that each task uses.
+    Args:
+        layout: Names and order of the tasks.
+        experts: Whether each task uses each expert. Shape (T, E) bool.
     """
 
     def __init__(self, layout: Layout, experts: Tensor) -> None:
@@ -75,44 +95,50 @@ class ValidationSums:
         self.counts = torch.zeros(tasks, 2, BINS, dtype=torch.float64)
         self.rows = torch.zeros(tasks, 2, dtype=torch.float64)
         self.loss = torch.zeros(tasks, 2, dtype=torch.float64)
-        self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # of predictions and labels
+        self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # Sums of predictions and of labels.
         self.utilization = UtilizationAccumulator(experts)
 
     def add(self, outputs: Outputs, batch: Batch, counted: Tensor) -> None:
-        """Adds a batch that was scored without placement, its tasks in the order of the layout.
+        """Add a batch that was scored without placement features.
 
-        outputs: on any device; batch: in main memory, as all is but what gates did; counted: (B,) bool, the rows with a
-        label, on the device of the outputs.
+        Args:
+            outputs: Outputs of the model, on any device, with the tasks in the layout's order.
+            batch: The batch, in main memory.
+            counted: Whether a row has a label. Shape (B,) bool, on the device of the outputs.
         """
         self.utilization.add(outputs, counted)
-        logits, labels, own = outputs.logits.cpu(), batch.labels, batch.observed
+        logits, labels, observed = outputs.logits.cpu(), batch.labels, batch.observed
         losses = row_losses(logits, labels, self.layout.tasks) * batch.observed
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
         self.loss += torch.stack([weighted.double().sum(0), batch.observed_weights.double()], dim=1)
-        if self.layout.joint_outcomes:  # of a task with `conditional_on`, the rows in which the given one came true
-            own = own.clone()
-            for given, task in self.layout.joint_outcomes.values():
-                own[:, task] &= labels[:, given] == 1
-        _count(self.counts, self.rows, logits, labels, own, batch.weights)
-        weights = own if batch.weights is None else own * batch.weights[:, None]
+        if self.layout.joint_outcomes:  # A task with `conditional_on` counts only rows with a positive condition.
+            observed = observed.clone()
+            for condition, task in self.layout.joint_outcomes.values():
+                observed[:, task] &= labels[:, condition] == 1
+        _count(self.counts, self.rows, logits, labels, observed, batch.weights)
+        weights = observed if batch.weights is None else observed * batch.weights[:, None]
         predicted = weights * logits.double().sigmoid()
         self.calibration += torch.stack([predicted.sum(0), (weights * labels.double()).sum(0)], dim=1)
 
     def all_reduce(self, device: torch.device) -> None:
-        """Makes the sums those of all ranks: a collective call."""
+        """Add the sums of all other ranks, through `device`. All ranks must call this together."""
         for total in (self.counts, self.rows, self.loss, self.calibration, self.utilization.sums):
-            _add_up(total, device)
+            _all_reduce(total, device)
 
     def result(self) -> Validation:
-        """The validation of all rows that were added. Raises UserError where no label was observed."""
+        """Return the validation of all added rows.
+
+        Raises:
+            UserError: No row has an observed label.
+        """
         if self.utilization.sums[-1] == 0:
-            raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
+            raise UserError("The validation split has no row with an observed label. Move split.validation_end.")
         losses = zip(self.layout.tasks, self.loss.tolist(), strict=True)
         counts, sums = self.counts.numpy(), self.calibration
-        areas = {name: float(auc_of_counts(counts[t, 1], counts[t, 0])) for name, t in self.binary.items()}
+        aucs = {name: float(auc_of_counts(counts[t, 1], counts[t, 0])) for name, t in self.binary.items()}
         return Validation(
             {task.loss_label: total / weight for task, (total, weight) in losses if weight > 0},
-            {name: area for name, area in areas.items() if not math.isnan(area)},
+            {name: auc for name, auc in aucs.items() if not math.isnan(auc)},
             self.utilization.result(),
             {name: float(sums[t, 0] / sums[t, 1]) for name, t in self.binary.items() if sums[t, 1] > 0},
             {name: int(self.rows[t].min()) for name, t in self.binary.items()},
@@ -127,21 +153,32 @@ def validate(
     device: torch.device,
     stop: StopRequest | None = None,
 ) -> Validation | None:
-    """Scores this rank's batches without placement and adds up over all ranks. A collective call.
+    """Validate a model on the batches of all ranks, without placement features. All ranks must call this together.
 
-    Gives None as soon as a rank was asked to stop.
+    Args:
+        model: Model to validate.
+        batches: Batches of this rank, in main memory.
+        layout: Names and order of the tasks.
+        device: Device of the model.
+        stop: Request to stop, which is checked before every batch.
+
+    Returns:
+        The validation over all ranks, or None as soon as any rank is asked to stop.
+
+    Raises:
+        UserError: No row has an observed label.
     """
     sums = ValidationSums(layout, model.experts_in_use)
     model.eval()
-    for each in batches:
+    for host_batch in batches:
         if stop is not None:
             flag = torch.tensor(int(stop.signal is not None))
-            _add_up(flag, device)
+            _all_reduce(flag, device)
             if flag:
                 model.train()
                 return None
-        batch = each.to(device, non_blocking=True)
-        sums.add(model(batch), each, batch.observed.any(1))
+        batch = host_batch.to(device, non_blocking=True)
+        sums.add(model(batch), host_batch, batch.observed.any(1))
     model.train()
     sums.all_reduce(device)
     return sums.result()
@@ -151,7 +188,21 @@ def validate(
 def validate_on_one_process(
     model: RankingModel, rows: EncodedDataset, layout: ModelLayout, batch_size: int, calibration: Calibration
 ) -> Validation:
-    """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes."""
+    """Validate a model over `PlainTables` on one process, without a process group.
+
+    Args:
+        model: Model to validate.
+        rows: Encoded rows with labels.
+        layout: Names and order of the inputs and tasks.
+        batch_size: Rows per forward pass.
+        calibration: Calibration to apply to the logits.
+
+    Returns:
+        The validation of all rows.
+
+    Raises:
+        UserError: No row has an observed label.
+    """
     sums = ValidationSums(layout, model.experts_in_use)
     names = [task.name for task in layout.tasks]
     model.eval()
@@ -166,106 +217,130 @@ def validate_on_one_process(
 def _count(
     counts: Tensor, rows: Tensor, logits: Tensor, labels: Tensor, observed: Tensor, weights: Tensor | None
 ) -> None:
-    """Adds rows to `counts` (T, 2, BINS), by their weights (B,), and to `rows` (T, 2), by their number."""
+    """Add the rows' weights (B,) to `counts` (T, 2, BINS), and their number to `rows` (T, 2)."""
     bins = ((logits.double() + MAX_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
     for task in range(len(counts)):
-        known = observed[:, task]
         for label in (0, 1):
-            mine = known & (labels[:, task] == label)
-            counted = None if weights is None else weights[mine]
-            counts[task, label] += torch.bincount(bins[mine, task], counted, minlength=BINS)
-            rows[task, label] += mine.sum()
+            selected = observed[:, task] & (labels[:, task] == label)
+            selected_weights = None if weights is None else weights[selected]
+            counts[task, label] += torch.bincount(bins[selected, task], selected_weights, minlength=BINS)
+            rows[task, label] += selected.sum()
 
 
-def _add_up(total: Tensor, device: torch.device) -> None:
-    """Over all ranks, in place."""
+def _all_reduce(total: Tensor, device: torch.device) -> None:
+    """Sum a tensor in main memory over all ranks, in place."""
     if dist.get_world_size() > 1:
         summed = total.to(device)
         dist.all_reduce(summed)
         total.copy_(summed)
 
 
-# What a training's validations say in words: why a state was chosen, and what in them should worry its owner.
+# Sentences about the validations of a run: why a step was chosen, and warnings.
 
 
-MAX_PLAUSIBLE_RATIO = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
-_ERRORS = 1.96
+MAX_PLAUSIBLE_RATIO = 2.0  # Warn if predictions exceed labels, or labels predictions, by more than this factor.
+_Z_95 = 1.96  # Standard errors of a 95% interval.
 MIN_STEPS, SHORT_RUN_STEPS = 50, 300
 MAX_LATE_GAIN = 0.005
-"""Of the mean AUC or the loss: what the second half of the steps, in which the learning rate falls, may always gain."""
+"""Fraction of the mean AUC or the loss. The second half of the steps, in which the learning rate falls, may gain this
+much without a warning."""
 
 
 def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
-    """One sentence, then one for each binary task whose AUC had no say although it was asked for."""
+    """Explain why a validation is the best, and which tasks had too few labels to count.
+
+    Args:
+        best: The best validation.
+        step: Step of the best validation.
+        monitor: The setting `training.monitor`.
+
+    Returns:
+        One sentence about the choice, then one for each binary task whose AUC was ignored.
+    """
     how = f"{_name_objective(best, monitor)} is the {'highest' if best.tasks_monitored_by_auc(monitor) else 'lowest'}"
-    without = [
-        f"the AUC of '{task}' had no say: {rows} selecting rows have its rarer label, and it takes {MIN_RARER_ROWS}"
+    ignored = [
+        f"the AUC of '{task}' was ignored: {rows} selecting rows have its rarer label, at least {MIN_RARER_ROWS} are "
+        "needed"
         for task, rows in best.rarer_label_rows.items()
         if monitor == "auc" and rows < MIN_RARER_ROWS
     ]
-    return [f"best validation, at step {step}: {how}", *without]
+    return [f"best validation, at step {step}: {how}", *ignored]
 
 
 def _name_objective(best: Validation, monitor: str) -> str:
-    judged = best.tasks_monitored_by_auc(monitor)
-    names = " and ".join(filter(None, (", ".join(judged[:-1]), *judged[-1:])))
-    return f"the {'mean ' if len(judged) > 1 else ''}AUC of {names}" if judged else "the weighted loss"
+    tasks = best.tasks_monitored_by_auc(monitor)
+    names = " and ".join(filter(None, (", ".join(tasks[:-1]), *tasks[-1:])))
+    return f"the {'mean ' if len(tasks) > 1 else ''}AUC of {names}" if tasks else "the weighted loss"
 
 
 def find_undertraining(
     history: Sequence[tuple[int, Validation]], best_step: int, layout: ModelLayout, settings: Training
 ) -> str | None:
-    """What follows "the model" where its training seems to have ended too early; None where not.
+    """Return a warning if a run seems to have ended too early.
 
-    history: (step, validation), the last one of the last step. Too early is after a few steps, or with a last state
-    that is the best, and better than after half of the steps: after fewer than `SHORT_RUN_STEPS` steps by what four
-    digits show, else by more than a share of `MAX_LATE_GAIN`. What was started from another model is held to
-    `MAX_LATE_GAIN` alone.
+    A run is too short with fewer than `MIN_STEPS` steps, or if its last step is the best and still gained over half of
+    the steps. The gain must exceed the fraction `MAX_LATE_GAIN`, or 0.0001 in runs of fewer than `SHORT_RUN_STEPS`
+    steps. For a run that started from another model, only `MAX_LATE_GAIN` counts.
+
+    Args:
+        history: Step and result of every validation, up to the last step. Step 0 is another model's validation.
+        best_step: Step of the best validation.
+        layout: Tasks with their loss weights.
+        settings: Training settings.
+
+    Returns:
+        The part of a sentence that follows "the model", or None if the run was long enough.
     """
-    (steps, last), by, is_new = history[-1], settings.monitor, history[0][0] > 0
+    (steps, last), monitor, is_new = history[-1], settings.monitor, history[0][0] > 0
     advice = (
         f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
         f"{settings.batch_size}), or a higher training.learning_rate (now {settings.learning_rate:g})"
     )
     if steps < MIN_STEPS and is_new:
         return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
-    now = last.objective(by, layout)
-    before = max((each.objective(by, layout) for step, each in history if 2 * step <= steps + 1), default=now)
+    now = last.objective(monitor, layout)
+    before = max((result.objective(monitor, layout) for step, result in history if 2 * step <= steps + 1), default=now)
     if best_step < steps or now - before <= (
         1e-4 if steps < SHORT_RUN_STEPS and is_new else MAX_LATE_GAIN * abs(before)
     ):
         return None
     return (
-        f"was still getting better when its training ended: {_name_objective(last, by)} was {abs(before):.4f} after "
-        f"half of the {steps:,} steps and is {abs(now):.4f}; {advice}"
+        f"was still getting better when its training ended: {_name_objective(last, monitor)} was {abs(before):.4f} "
+        f"after half of the {steps:,} steps and is {abs(now):.4f}; {advice}"
     )
 
 
 def find_warnings(best: Validation, calibration: str) -> list[str]:
-    """A sentence for each task that ranks worse than chance, or too well to be true, and for each whose probabilities
-    are far off.
+    """Warn of tasks that rank worse than chance or implausibly well, and of probabilities that are far off.
 
-    best: of the model as it is served; calibration: the setting `training.calibration`.
+    Args:
+        best: Validation of the served model.
+        calibration: The setting `training.calibration`.
+
+    Returns:
+        One sentence for each problem.
     """
-    found = []
+    problems = []
     advice = "train longer (training.epochs, a smaller batch_size), or set training.calibration to temperature"
     if calibration != "none":
-        advice = f"the {calibration} calibration was left out or does not hold: look for drift with `mmoe-rec inspect`"
+        advice = f"the {calibration} calibration was skipped or doesn't hold: look for drift with `mmoe-rec inspect`"
     for task, auc in best.auc.items():
         rows = best.rarer_label_rows.get(task, MIN_RARER_ROWS)
         if auc < 0.5:
-            found.append(
-                f"the validation AUC of '{task}' is {auc:.3f}, below .5: nothing shows that it ranks. It has {rows} "
-                "rows of its rarer label, the label may be inverted, or validation unlike training"
+            problems.append(
+                f"the validation AUC of '{task}' is {auc:.3f}, below .5, which is no better than chance. The task has "
+                f"only {rows} rows of its rarer label, the label is inverted, or validation differs from training"
             )
         elif auc > SUSPICIOUS_AUC and rows >= MIN_RARER_ROWS:
-            found.append(f"the validation AUC of '{task}' is {auc:.4f}, {SUSPICIOUS_AUC_ADVICE}")
+            problems.append(f"the validation AUC of '{task}' is {auc:.4f}, {SUSPICIOUS_AUC_ADVICE}")
     for task, ratio in best.calibration.items():
-        # Beyond FURTHEST, and the 95% interval for so many rows of the rarer label does not hold 1.
-        apart = abs(math.log(ratio)) if ratio > 0 else math.inf
-        error = _ERRORS / math.sqrt(max(best.rarer_label_rows.get(task, 0), 1))
-        if apart > max(math.log(MAX_PLAUSIBLE_RATIO), error):
-            too = "high" if ratio > 1 else "low"
-            off = f"the probabilities of '{task}' are too {too}: {ratio:.2f} times what was observed on validation rows"
-            found.append(f"{off}; {advice}")
-    return found
+        # Warn if the ratio exceeds the limit and its 95% interval, from the rows of the rarer label, excludes 1.
+        log_ratio = abs(math.log(ratio)) if ratio > 0 else math.inf
+        error = _Z_95 / math.sqrt(max(best.rarer_label_rows.get(task, 0), 1))
+        if log_ratio > max(math.log(MAX_PLAUSIBLE_RATIO), error):
+            direction = "high" if ratio > 1 else "low"
+            problems.append(
+                f"the probabilities of '{task}' are too {direction}: {ratio:.2f} times what was observed on validation "
+                f"rows; {advice}"
+            )
+    return problems
