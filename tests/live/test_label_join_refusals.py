@@ -56,7 +56,12 @@ SUMS = {**BY_USER, "sources": {**BY_USER["sources"], "clicked": {**BY_USER["sour
 @pytest.mark.parametrize(
     ("name", "how", "outcomes", "sentence"),
     [
-        ("events/clicks", _drop("user"), BY_REQUEST, "has no column 'user'; it has amount, at, event_id, item, page"),
+        (
+            "events/clicks",
+            _drop("user"),
+            BY_REQUEST,
+            "has no column 'user'. Its columns are: amount, at, event_id, item, page",
+        ),
         ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
         (None, None, WITHOUT_RANK, "set labels.shown to a log of events with that column, or labels.rank"),
         ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' contains string"),
@@ -80,7 +85,7 @@ def test_files_that_can_not_be_read(world: World, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "events" / "clicks")
     assert "events' has no folder 'clicks' of Parquet files" in refused(tmp_path)
     (tmp_path / "events" / "clicks").mkdir()
-    assert "holds no *.parquet file" in refused(tmp_path)
+    assert "contains no *.parquet file" in refused(tmp_path)
 
 
 def test_an_output_that_holds_something_else(world: World, tmp_path: Path) -> None:

@@ -77,21 +77,21 @@ WORDS = {
     "features": {"x": {"kind": "numeric", "column": "x"}},
     "split": {"column": "word", "train": ["a"], "validation": ["b"], "test": [1]},
 }
-NO_WEIGHT = r"column 'weight' holds .* which is not from 1e-20 to 1e\+20; fix the data"
+NO_WEIGHT = r"column 'weight' holds .* which is not from 1e-20 to 1e\+20. Fix the data"
 
 
 @pytest.mark.parametrize(
     ("table", "sections", "message"),
     [
-        (STRANGE, {}, "'fold' of split.column holds 5, and not one of 1, 2, 3, 4: .*row 7"),
-        (OF_TEXT, {"split": {"column": "fold", **TEXTS}}, "holds 'f5', and not one of 'f1', 'f2', 'f3', 'f4': .*row 7"),
-        (with_values(PLAIN, "fold", {0: None}), {}, "holds null, and not one of 1, 2, 3, 4: .*row 0"),
+        (STRANGE, {}, "'fold' .split.column. has the unexpected value 5 .expected: 1, 2, 3, 4.*row 7"),
+        (OF_TEXT, {"split": {"column": "fold", **TEXTS}}, "value 'f5' .expected: 'f1', 'f2', 'f3', 'f4'.*row 7"),
+        (with_values(PLAIN, "fold", {0: None}), {}, "value null .expected: 1, 2, 3, 4.*row 0"),
         (
             PLAIN,
             {"split": {"column": "fold", **SPLIT_VALUES, "test": ["4"]}},
             "'fold' holds numbers, but split.test compares it with '4'. .* without quotes",
         ),
-        (PLAIN, WORDS, "'word' holds text, but split.test compares it with 1. Write it in quotes."),
+        (PLAIN, WORDS, "'word' holds text, but split.test compares it with 1. Write the value in quotes."),
         (  # true and false are 1 and 0
             HELD_OUT,
             {"split": {"column": "held_out", "train": [False], "validation": [True], "test": [2]}},
