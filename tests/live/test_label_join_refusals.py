@@ -111,11 +111,11 @@ def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: P
     ("outcomes", "sentence"),
     [
         ({"sources": {"clicked": {"events": "views", "attribution_days": 1}}}, "sources.clicked.events names 'views'"),
-        ({**BY_USER, "rank": "price"}, "labels.rank names 'price', which is not a column of roles.placement"),
+        ({**BY_USER, "rank": "price"}, "labels.rank names 'price', which is not listed in roles.placement"),
         ({**BY_REQUEST, "top": 3}, "can't be combined with `top` or `rank`"),
         (
             {**BY_USER, "sources": {"clicked": {"events": "clicks", "attribution_days": 2}}},
-            "set tasks.click.label_delay_days to 2 or more",
+            "Set tasks.click.label_delay_days to 2 or more",
         ),
         ({**BY_USER, "sources": {"liked": {"events": "clicks", "attribution_days": 1}}}, "Name one of clicked, spent"),
     ],

@@ -116,24 +116,39 @@ def test_a_table_that_is_refused(tmp_path: Path, table: pa.Table, sections: dict
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"features": {**FEATURES, "last": HISTORY}}, "feature 'last' needs columns.time, which is left out: it reads"),
-        ({"features": {**FEATURES, "rate": COUNTER}}, "feature 'rate' needs columns.time, which is left out: it reads"),
-        ({"features": {"when": {"kind": "time"}}}, "feature 'when' needs columns.time, which is left out: it has no `"),
-        ({"features": {"f": AGE}}, "feature 'f' needs columns.time, which is left out: its part `age` ends at the r"),
+        (
+            {"features": {**FEATURES, "last": HISTORY}},
+            "feature 'last' needs columns.time, which is not set, because it reads",
+        ),
+        (
+            {"features": {**FEATURES, "rate": COUNTER}},
+            "feature 'rate' needs columns.time, which is not set, because it reads",
+        ),
+        (
+            {"features": {"when": {"kind": "time"}}},
+            "feature 'when' needs columns.time, which is not set, because it has no `",
+        ),
+        (
+            {"features": {"f": AGE}},
+            "feature 'f' needs columns.time, which is not set, because its part `age` ends at the r",
+        ),
         ({"tasks": {"label": LATE}}, "task 'label' has label_delay_days, which needs columns.time"),
-        ({"columns": {"request": "group", "request_scope": "user"}}, "request_scope is user, which needs columns.user"),
-        ({"features": {"fold": {"kind": "numeric", "column": "fold"}}}, "reads column 'fold', which contains the ro"),
-        ({"split": {"column": "label"}}, "the label of task 'label' is column 'label', which is split.column too"),
+        ({"columns": {"request": "group", "request_scope": "user"}}, "request_scope user needs columns.user"),
+        ({"features": {"fold": {"kind": "numeric", "column": "fold"}}}, "reads column 'fold', which is split.column"),
+        ({"split": {"column": "label"}}, "split.column and tasks.label.label both name column 'label'"),
         ({"split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"}}, "columns.time is null, so rows can"),
-        ({"columns": {"time": "at"}}, "split.column is 'fold', but columns.time is 'at': split a log with times by"),
-        ({"split": {"column": "fold", "train_end": "2024-01-01"}}, "has both train_end and column"),
-        ({"split": {"column": "fold", "train": [1], "test": [1]}}, "value 1 is both in train and in test"),
-        ({"split": {}}, "needs train_end"),
-        ({"columns": {"weight": "label"}}, "the label of task 'label' is column 'label', which is columns.weight too"),
+        (
+            {"columns": {"time": "at"}},
+            "split.column ('fold') can't be combined with columns.time ('at'), because training",
+        ),
+        ({"split": {"column": "fold", "train_end": "2024-01-01"}}, "train_end and `column` can't be combined"),
+        ({"split": {"column": "fold", "train": [1], "test": [1]}}, "both train and test list the value 1"),
+        ({"split": {}}, "train_end is missing"),
+        ({"columns": {"weight": "label"}}, "columns.weight and tasks.label.label both name column 'label'"),
         ({"columns": {"user": "person", "weight": "person"}}, "columns.user and columns.weight both name column"),
         (
             {**TIMED, "roles": {}, "features": {**FEATURES, "last": HISTORY}},
-            "feature 'last' needs columns.user, which is left out: it is a user's",
+            "feature 'last' needs columns.user, which is not set, because it lists events of a user",
         ),
     ],
 )
