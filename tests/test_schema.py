@@ -62,12 +62,12 @@ def _given(**changes) -> dict:
 
 
 LABEL = "feature 'f' reads column 'stars', which is the label of task 'liked'; past labels are read through features"
-PLACEMENT = "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
+PLACEMENT = "feature 'f' reads a placement column together with other columns or past labels, but placement is"
 MORE_TASKS = {
     "minutes": {"label": "minutes", "kind": "regression", "objective": "engagement"},
     "shared": _task("shared", conditional_on="click"),
 }
-OUTCOME = "the joint outcome of tasks 'click' and 'liked' has the name 'click_and_liked', like a task; rename a task"
+OUTCOME = "the joint outcome of tasks 'click' and 'liked' has the same name 'click_and_liked' as a task. Rename a task."
 NO_GIVEN = "which is not another binary task without `conditional_on`. Name one of:"
 NO_CANDIDATE = "is not an id feature of the candidate with a table of its own"
 NAME = {"kind": "id", "column": "c"}
@@ -84,15 +84,15 @@ REFUSED: list[tuple[str, list, dict]] = [
     # Roles
     ("column 'age' has two roles, user and context", [], {"roles": {"user": ["age"], "context": ["age"]}}),
     ("column 'c' has two roles, candidate and user", [], {"roles": {"user": ["c"]}}),
-    ("reads column 'colour', which has no role; list it under roles.user", [_feature("id", column="colour")], {}),
-    ("reads column 'stor', which has no role (did you mean 'store'?); list", [_feature("id", column="stor")], {}),
+    ("reads column 'colour', which has no role. Add the column to roles.user", [_feature("id", column="colour")], {}),
+    ("reads column 'stor', which has no role (did you mean 'store'?). Add", [_feature("id", column="stor")], {}),
     *((PLACEMENT, [_feature("cross", columns=["slot", second])], {}) for second in ("c", "u", "store")),
     *((PLACEMENT, [_feature("counter", task="click", by=by)], {}) for by in (["slot"], ["slot", "c"])),
     *(
         (f"columns.user and columns.{name} both name column 'u'", [], {"columns": {**TREE["columns"], name: "u"}})
         for name in ("candidate", "time", "request", "sampling_rate")
     ),
-    ("the label of task 'click' is column 'c', which is columns.candidate too", [], {"tasks": {"click": _task("c")}}),
+    ("columns.candidate and tasks.click.label both name column 'c'", [], {"tasks": {"click": _task("c")}}),
     # Leaks
     *(
         (LABEL, [feature], sections)
@@ -103,7 +103,7 @@ REFUSED: list[tuple[str, list, dict]] = [
             _feature("counter", task="click", by=["stars"]),
         )
     ),
-    ("reads column 's', the sampling rate, which gives labels away", [_feature("numeric", column="s")], {}),
+    ("reads column 's', the sampling rate, which reveals labels", [_feature("numeric", column="s")], {}),
     # Names
     *(("may contain only letters, digits", [(name, NAME)], {}) for name in ("a-b", "a b", "", "a/b", "_", "é.x")),
     ("some names differ only in upper and lower case: rename one of", [("Größe", NAME), ("größe", NAME)], {}),

@@ -241,7 +241,7 @@ def test_an_override_of_an_unknown_name_suggests_the_nearest(tmp_path):
         (["--training.epochs", "--training.seed", "5"], "'--training.epochs' needs a value"),
         (["--split.train_start", "2024-02-30"], "the value '2024-02-30' of '--split.train_start' is not valid YAML"),
         (["--model.experts.units", "[1"], "the value '[1' of '--model.experts.units' is not valid YAML"),
-        (["--name.x", "1"], "'--name.x' goes below 'name', which is a single value"),
+        (["--name.x", "1"], "'--name.x' is not a setting, because 'name' is a single value"),
     ],
 )
 def test_a_bad_override(tmp_path, arguments, message):
@@ -265,9 +265,17 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         ("features.item.mincount", 3, "unknown key {}; did you mean 'min_count'?"),
         ("tasks.liked.observed_when.equal", 1, "unknown key {}; did you mean 'equals'?"),
         ("split", _DROPPED, "key {} is missing"),
-        ("columns.user", _DROPPED, "feature 'last' needs columns.user, which is left out: it is a user's"),
-        ("columns.time", _DROPPED, "feature 'last' needs columns.time, which is left out: it reads events before "),
-        ("split.train_end", _DROPPED, "'split': needs train_end: set the times, or `column` in a table"),
+        (
+            "columns.user",
+            _DROPPED,
+            "feature 'last' needs columns.user, which is not set, because it lists events of a user",
+        ),
+        (
+            "columns.time",
+            _DROPPED,
+            "feature 'last' needs columns.time, which is not set, because it reads events before ",
+        ),
+        ("split.train_end", _DROPPED, "'split': train_end is missing. Set the times, or set `column` for a table"),
         ("features.last.of", _DROPPED, "key {} is missing; `mmoe-rec settings` lists all keys"),
         (
             "features.item.kind",

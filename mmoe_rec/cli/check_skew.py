@@ -3,7 +3,7 @@
 Check for training-serving skew. Score the requests logged by `serve --log-requests` again, with point-in-time features
 from the log. Report each feature, prediction and score that differs. The exit code is 1 if any value differs.
 
---from is the first time checked. --to is exclusive. For details, see mmoe_rec/server/README.md.
+The command checks requests from --from until before --to. For details, see mmoe_rec/server/README.md.
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ SKEW_EXIT_CODE = 1
 
 
 @settings_command(__doc__)
-@click.option("--from", "start", required=True, metavar="DAY", help="first request time, such as 2024-05-01")
-@click.option("--to", "end", required=True, metavar="DAY", help="end of the request times, exclusive")
+@click.option("--from", "start", required=True, metavar="DAY", help="first request time to check, such as 2024-05-01")
+@click.option("--to", "end", required=True, metavar="DAY", help="end of the request times to check, exclusive")
 @click.option("--requests", type=FOLDER, required=True, metavar="DIR", help="folder of the request log")
 @click.option("--model", metavar="M", help="models:/NAME@ALIAS, runs:/..., or a folder (default: the settings' alias)")
 @click.option("--out", type=FOLDER, metavar="FOLDER", help="folder for skew.json (default: not written)")

@@ -71,7 +71,7 @@ def init(log: str, out: str | None, work: str | None, **options: Any) -> None:
     marks = len(re.findall(rf"{CHECK_MARK}\b", text)) - 1  # The header contains one mark next to a checksum.
     guesses = f", with {marks} guess{'es' if marks > 1 else ''} to check" if marks else ""
     if previous_command:
-        print(f"replaced: settings made by '{previous_command}'; its options apply only if this command repeats them")
+        print(f"replaced: the settings made by '{previous_command}', whose options no longer apply")
     print(f"settings: {path}{guesses}")
     print(f"next: mmoe-rec train --config {shlex.quote(str(path))}")
 

@@ -51,9 +51,8 @@ def check_packages(versions: Mapping[str, str]) -> Check:
     wrong += [] if wanted else [f"torch {' or '.join(COMPATIBLE_VERSIONS)}"]
     wrong += ["one build of fbgemm alone"] if len(builds) > 1 else []
     text += f"; needed: {', '.join(wrong)}" if wrong else ""
-    return Check(
-        "packages", text, "run `uv sync --extra cpu`, or cuda, or the pip command of README.md" if wrong else ""
-    )
+    fix = "run `uv sync --extra cpu` (or cuda), or the pip command in docs/install.md" if wrong else ""
+    return Check("packages", text, fix)
 
 
 def check_imports(versions: Mapping[str, str]) -> Iterator[Check]:
@@ -63,9 +62,8 @@ def check_imports(versions: Mapping[str, str]) -> Iterator[Check]:
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield Check(
-            "imports", f"{names} do not load: {error}", "run `uv sync --extra cpu --reinstall`, or --extra cuda"
-        )
+        fix = "run `uv sync --extra cpu --reinstall` (or --extra cuda)"
+        yield Check("imports", f"importing {names} fails: {error}", fix)
     else:
         yield Check("imports", names)
         cards = done.stdout.splitlines()[-1]

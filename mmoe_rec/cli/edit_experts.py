@@ -65,7 +65,7 @@ def edit_experts(
             run.write_section("Experts", section)
             registry.describe_version(edited, section, {}, uri)
     shared = network.experts.count
-    print(f"{summary}; the model has {shared + network.experts.task_count * len(info.tasks)} experts")
+    print(f"{summary}, so the model has {shared + network.experts.task_count * len(info.tasks)} experts")
     print(f"model: {out}, registered as {edited.uri}")
     count_override = ["--model.experts.count", str(shared)] if shared != settings.model.experts.count else []
     print(f"next: mmoe-rec train {configuration.options('--from', edited.uri, *count_override)}")

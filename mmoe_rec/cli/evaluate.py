@@ -16,7 +16,7 @@ columns have other names, map them with `--columns`, such as request=day+basket.
 relevance, such as `--tasks bought stars:regression=0.2`.
 
 `--compare-to` compares with other models, or with other predictions of the same rows. The command prints the
-differences of all metrics with intervals, and which model is better. The better model has the better
+differences of all metrics with intervals, and names the better model. A better model has the better
 `evaluation.primary_metric` and no loss beyond `evaluation.max_metric_drop` for any task. `--slices` (default:
 `evaluation.slices`) also measures groups of rows, by columns of the log or of the files.
 """
@@ -49,10 +49,8 @@ if TYPE_CHECKING:
 @click.option("--columns", multiple=True, metavar="PART=COLUMN...", help="column names in --predictions")
 @click.option("--compare-to-columns", multiple=True, metavar="PART=COLUMN...", help="column names in --compare-to")
 @click.option("--keep-duplicates", is_flag=True, help="whether requests of --predictions may repeat candidates")
-@click.option("--out", type=FOLDER, metavar="DIR", help="folder for metrics.json (with --predictions: metrics)")
-@click.option(
-    "--resamples", type=click.IntRange(min=20), metavar="N", help="number of bootstrap resamples for intervals"
-)
+@click.option("--out", type=FOLDER, metavar="DIR", help="folder for results (default with --predictions: metrics)")
+@click.option("--resamples", type=click.IntRange(min=20), metavar="N", help="number of bootstrap resamples")
 def evaluate(
     configuration: Configuration | None,
     model: str | None,

@@ -26,8 +26,8 @@ REPORT = "export.json"
 @model_option
 @tracking_option
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="folder to write; replaces an earlier export")
-@click.option("--int8", is_flag=True, help="model folder with int8 tables")
-@click.option("--onnx", is_flag=True, help="ONNX file of everything after the features")
+@click.option("--int8", is_flag=True, help="whether to write a model folder with int8 tables")
+@click.option("--onnx", is_flag=True, help="whether to write an ONNX file of everything after the features")
 def export(model: str, tracking_uri: str | None, out: Path, int8: bool, onnx: bool) -> None:
     if int8 == onnx:
         raise UserError("Give exactly one of --int8 and --onnx.")
@@ -54,5 +54,5 @@ def export(model: str, tracking_uri: str | None, out: Path, int8: bool, onnx: bo
         print(f"{name}: {exported_bytes:,} bytes, {exported_bytes / max(1, original_bytes):.3f} of the original")
     for name, difference in report["max_difference"].items():
         print(f"{name}: maximum difference {difference:.2g} on the model's example request")
-    files = f"{out / 'model.onnx'}, described in {out / 'README.md'};" if onnx else f"{out},"
-    print(f"model: {files} report: {out / REPORT}")
+    print(f"model: {out / 'model.onnx'} (described in {out / 'README.md'})" if onnx else f"model: {out}")
+    print(f"report: {out / REPORT}")

@@ -22,13 +22,13 @@ from mmoe_rec.task_kinds import DEFAULT_KIND
 
 
 @settings_command(__doc__)
-@click.option("--extend", is_flag=True, help="add new log files to existing features")
+@click.option("--extend", is_flag=True, help="whether to add new log files to existing features")
 def features(configuration: Configuration, extend: bool) -> None:
     settings = configuration.settings
     inputs = BuildInputs.of(settings)
     extended = add_days(inputs) if extend else None
     if extend and extended is None:
-        print(f"no new files in '{settings.data.log}'; the features are unchanged")
+        print(f"no new files in '{settings.data.log}', so the features are unchanged")
         return
     features = prepare(inputs) if extended is None else extended.features
     _print(features, settings)
@@ -70,4 +70,4 @@ def _print(features: FeatureFolder, settings: Settings) -> None:
             "the rows aren't encoded."
         )
     for file in features.manifest["skipped"]:
-        print(f"left out: {file['reason']}")
+        print(f"skipped: {file['reason']}")

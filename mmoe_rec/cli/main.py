@@ -1,7 +1,4 @@
-"""Entry point of `mmoe-rec`, which imports a command's file when the command runs, and prints errors.
-
-The file also contains the parts that commands share: settings with overrides, repeated options and `--help`.
-"""
+"""Entry point of `mmoe-rec`, and the parts that commands share: settings with overrides, repeated options, `--help`."""
 
 import functools
 import math
@@ -30,7 +27,7 @@ COMMANDS = {
     "train": "Build features, train a model and register it",
     "evaluate": "Measure a model, or any system's predictions, on the test rows",
     "compare": "Compare variants of settings, architectures and features over several runs",
-    "baselines": "Train popularity and gradient-boosted trees on the same rows",
+    "baselines": "Train popularity and gradient-boosted trees for comparison",
     "promote": "Give the alias to a version that is significantly better, or roll back",
     "tune-weights": "Choose the weights of the tasks in the score, for a goal and with a guardrail",
     "score": "Write predictions, scores and ranks for a log or candidate lists",
@@ -176,7 +173,7 @@ def settings_command(doc: str | None = None, needs_file: bool = True) -> Callabl
             overrides += ("--data.engine", engine) if engine else ()
             overrides += ("--data.skip_bad_files", "true") if skip_bad_files else ()
             if config is None and overrides:
-                raise UserError(f"'{overrides[0]}' is no option. To override a setting, add --config.")
+                raise UserError(f"'{overrides[0]}' is not an option. To override a setting, add --config.")
             opened = None if config is None else Configuration(config, overrides, load_settings(config, overrides))
             return function(opened, **options)
 
@@ -216,7 +213,7 @@ class _CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         if cmd_name not in COMMANDS:
             near = get_close_matches(cmd_name, COMMANDS, 1)
-            meant = f"; did you mean '{near[0]}'?" if near else "; mmoe-rec --help lists them"
+            meant = f"; did you mean '{near[0]}'?" if near else ". Run `mmoe-rec --help` to list commands."
             raise UserError(f"there is no command '{cmd_name}'{meant}")
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(import_module(f"mmoe_rec.cli.{COMMAND_FILES.get(cmd_name, name)}"), name)
@@ -259,6 +256,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(EXIT_CODE) from None
     except click.ClickException as error:
         message = error.format_message().rstrip(".")
-        raise UserError(
-            f"{message[:1].lower()}{message[1:]}; --help lists the options, `mmoe-rec settings` the settings"
-        ) from None
+        hint = "Run the command with --help to list options, or `mmoe-rec settings` to list settings."
+        raise UserError(f"{message[:1].lower()}{message[1:]}. {hint}") from None

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mmoe_rec.training.sharding import RankEstimate
 
 GIB = 2**30
-ASSUMED_TRAINING_ROWS = 10**9  # Assumed if `training.batch_size` depends on the rows. Planned models are large.
-MAX_RANKS = 4_096  # The planner's time grows with the ranks. This many take about 30 seconds.
+ASSUMED_TRAINING_ROWS = 10**9  # Assumption for an automatic `training.batch_size`, since planned models are large.
+MAX_RANKS = 4_096  # The planner needs about 30 seconds for this number of ranks.
 MEMORY = NumberBetween(0.01, 1e6)  # Limits far beyond any machine, in GiB.
 
 
@@ -73,20 +73,15 @@ def plan(
     cluster = Cluster(world_size, local_world_size, device, hbm, int(host_gib * GIB))
     rank_rows = -(-settings.training.resolve_batch_size(ASSUMED_TRAINING_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = (
-        ShardingPlanner(layout, cluster, rank_rows, settings.training).estimate_plan(model),
-        used_tables(layout),
-    )
+    text, ranks = ShardingPlanner(layout, cluster, rank_rows, settings.training).estimate_plan(model)
+    tables = used_tables(layout)
     print(f"table sizes: {size_source}")
     for table in sorted(tables, key=table_bytes, reverse=True):
-        print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
+        print(f"  {table.name}: {table.rows:,} rows x {table.dim} dims, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  total: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
     print(text)
-    print(
-        "\n".join(
-            merge_adjacent_ranks([(rank.rank, describe_rank(rank, cluster.table_budget_bytes)) for rank in ranks])
-        )
-    )
+    usages = [(rank.rank, describe_rank(rank, cluster.table_budget_bytes)) for rank in ranks]
+    print("\n".join(merge_adjacent_ranks(usages)))
     print(f"estimated time of tables in a step: {max(rank.step_ms for rank in ranks):.1f} ms")
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")

@@ -5,9 +5,9 @@ Update a model's counters, histories and latest values with new files of the log
 result as a new version with the same weights, calibration and vocabularies. The alias moves to the new version unless
 another version has taken the alias. A server that runs with --poll loads the new version.
 
-If there are no new files, the command does nothing. It reads only rows of new files. Late rows count, and the command
-reports them. Features in `data.work_dir` don't change. For the next training run, add days to them. Of the versions
-made by `refresh`, `tracking.keep_versions` stay, as well as versions that an alias needs.
+If there are no new files, the command does nothing. It reads only rows of new files, including late rows, and reports
+the number of late rows. Features in `data.work_dir` don't change. Before the next training run, extend them with
+`features --extend`. The command keeps `tracking.keep_versions` of its versions, and versions that an alias needs.
 
 --journal A first writes the events that a server (serve --journal A) has accepted into files of `data.log` and of the
 event logs. The features for the next training run read these files too.
@@ -25,16 +25,12 @@ from mmoe_rec.errors import UserError
 
 @settings_command(__doc__)
 @click.option("--model", metavar="M", help="models:/NAME@ALIAS (default: the settings' registered model and alias)")
-@click.option("--rebuild", is_flag=True, help="rebuild of the tables from all files")
+@click.option("--rebuild", is_flag=True, help="whether to rebuild the tables from all files")
 @click.option("--journal", metavar="A", help="URI of a server's journal to write into the logs first")
-@click.option("--remove-events", is_flag=True, help="removal of journal events that the tables already include")
-@click.option("--other-journal", is_flag=True, help="replacement of a journal that no longer exists by this one")
+@click.option("--remove-events", is_flag=True, help="whether to remove journal events that the tables already include")
+@click.option("--other-journal", is_flag=True, help="whether --journal replaces a journal that no longer exists")
 def refresh(
-    configuration: Configuration,
-    model: str | None,
-    rebuild: bool,
-    journal: str | None,
-    **options: Any,
+    configuration: Configuration, model: str | None, rebuild: bool, journal: str | None, **options: Any
 ) -> None:
     settings = configuration.settings
     for name, is_given in options.items():
@@ -50,12 +46,10 @@ def refresh(
     alias = f"'{previous.alias}' of '{previous.version.name}'"
     if tables is None:
         reason = "rebuilt tables are identical" if rebuild else f"no new files in '{settings.data.log}'"
-        print(
-            f"{reason}: {alias} stays version {previous.version.number}, with tables as of "
-            f"{previous.artifact.tables_as_of}"
-        )
+        as_of = previous.artifact.tables_as_of
+        print(f"{reason}, so {alias} stays version {previous.version.number} with tables as of {as_of}")
         return
-    print(f"version {new_version}: tables as of {format_time(tables.as_of)}, before {previous.artifact.tables_as_of}")
+    print(f"version {new_version}: tables as of {format_time(tables.as_of)} (before: {previous.artifact.tables_as_of})")
     print(f"read {tables.files:,} files, {tables.rows:,} rows and {tables.events:,} events")
     if tables.missing:
         print(f"removed files that remain in the tables: {len(tables.missing):,}, such as '{tables.missing[0]}'")
@@ -63,4 +57,6 @@ def refresh(
         print(f"{alias} is version {current.number} now")
     else:
         target = "no version" if current is None else f"version {current.number}"
-        print(f"{alias} has moved to {target} meanwhile and stays there: version {new_version} is only registered")
+        print(
+            f"{alias} has moved to {target} in the meantime, so version {new_version} is registered without the alias"
+        )

@@ -23,7 +23,7 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     1,000, and their size if there are at most 500,000 training rows. They also select the inputs: trees without IDs,
     with IDs numbered by falling frequency, with the mean label of each ID in other requests, or the mean of the best
     two. The same rows calibrate the trees as `training.calibration` says. Trees learn from the last two million
-    training rows, or from fewer rows if there are more than a hundred inputs. This takes about seven gigabytes.
+    training rows, or from fewer rows if there are more than a hundred inputs. This takes about 7 GB of memory.
     """
     from mmoe_rec.evaluation.evaluate import evaluate_model
     from mmoe_rec.preprocessing.build_inputs import check_output_folder, short_names
@@ -49,7 +49,7 @@ REFUSED_EXIT_CODE = 1
 
 @settings_command()
 @click.option("--challenger", metavar="V", help="number or alias of the version to promote")
-@click.option("--rollback", is_flag=True, help="return of the alias to the previous version")
+@click.option("--rollback", is_flag=True, help="whether to return the alias to the previous version")
 @out_option("data.work_dir/promotion")
 def promote(configuration: Configuration, challenger: str | None, rollback: bool, out: Path | None) -> None:
     """mmoe-rec promote --config configs/complete_journey.yaml --challenger challenger

@@ -30,7 +30,7 @@ from mmoe_rec.settings.sections import EngineName
 )
 @click.option("--start", metavar="T", help="time of the first request to score (earlier rows are history)")
 @click.option("--end", metavar="T", help="end of the requests to score, exclusive")
-@click.option("--labels", is_flag=True, help="label columns (label_TASK) in the output, for evaluate --predictions")
+@click.option("--labels", is_flag=True, help="whether to add labels (label_TASK), for evaluate --predictions")
 @click.option("--keep", multiple=True, metavar="COLUMN...", help="columns of the log to write as well, for slices")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), help="local, or ray for a Ray cluster")
 @overrides_argument

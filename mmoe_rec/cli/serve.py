@@ -126,7 +126,7 @@ def serve(
 
 @dataclass(frozen=True)
 class UriFinder:
-    """Finder of the model at a URI, by a tracking server. Implements `ModelFinder`."""
+    """`ModelFinder` for the model at a URI, which may be in a registry."""
 
     model_uri: str
     tracking_uri: str
@@ -134,8 +134,8 @@ class UriFinder:
     def fingerprint(self) -> str | None:
         """Return a string that changes when the model at the URI changes.
 
-        It's the version of an alias. For a folder, it's a hash of the manifest, and of the size and time of all files,
-        so that the last file of a running copy changes it again. For other URIs, it's None.
+        For an alias, the string is the version. For a folder, it's a hash of the manifest, and of the size and time of
+        all files, so that each file of a running copy changes it. For other URIs, it's None.
         """
         from mmoe_rec.inference.artifact import MANIFEST_FILE
         from mmoe_rec.tracking.registry import fetch_model, pin_model_uri
@@ -215,5 +215,5 @@ def read_token(file: str | None, environment: Mapping[str, str] = os.environ) ->
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"the token file '{file}' can't be read: {error}") from None
     if token is not None and not token.strip():
-        raise UserError(f"The token in {source} is empty. Write a token, or leave it out to allow all callers.")
+        raise UserError(f"the token in {source} is empty. Set a token, or remove {source} to allow all callers.")
     return None if token is None else token.strip()

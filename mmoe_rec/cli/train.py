@@ -14,9 +14,9 @@ is unavailable, the command also exits with code 75, and --resume registers the 
 --from starts from the weights of a trained model instead of random weights. The features must extend the features of
 that model (see `mmoe-rec features --extend`). Optimizers start from zero.
 
-The model gets the alias if it is significantly better than the current model. Validation rows of users that chose
-nothing about the model decide. Otherwise the model is registered as challenger. One command at a time can train in a
-`data.work_dir`.
+The model gets the alias if it is significantly better than the current model. The comparison uses the judging rows.
+These are validation rows of users whose rows didn't select or calibrate the model. Otherwise the model is registered as
+challenger. Only one command at a time can train in a `data.work_dir`.
 """
 
 import click
@@ -25,7 +25,7 @@ from mmoe_rec.cli.main import Configuration, settings_command, show_report
 
 
 @settings_command(__doc__)
-@click.option("--resume", is_flag=True, help="continuation from the last checkpoint, if there is one")
+@click.option("--resume", is_flag=True, help="whether to continue from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="model to start from: a folder or models:/NAME@ALIAS")
 def train(configuration: Configuration, resume: bool, start: str | None) -> None:
     from mmoe_rec.preprocessing.build_inputs import BuildInputs
@@ -40,7 +40,7 @@ def train(configuration: Configuration, resume: bool, start: str | None) -> None
     from mmoe_rec.training.training_report import make_report
 
     if trained.finished_earlier:
-        print("this run has already finished with the results below. Run without --resume to start another run.")
+        print("The run has already finished. Its results follow. To start another run, leave out --resume.")
     show_report(make_report(trained, configuration.settings))
     print(f"model: {trained.artifact}, registered as {trained.model_uri}")
     if trained.model_uri.endswith(f"@{CHALLENGER_ALIAS}"):

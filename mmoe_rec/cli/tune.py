@@ -5,14 +5,15 @@ Search for better settings under `tuning.search` of the settings (Optuna's tree-
 `tuning.search`, vary epochs, batch size, learning rates, weight decay, dropout, crosses and experts around the current
 values. The search stops trials that fall behind the median, and skips invalid combinations.
 
-A least-squares fit over the trials estimates the effect of each value. New runs on the selecting validation rows choose
-between the best trial and the best values by the fit. More runs compare the choice with the settings, on the judging
-rows. If the choice is better, the command prints the overrides to adopt and writes them to
-`data.work_dir`/tuning/best.yaml. Otherwise best.yaml has the settings unchanged. The search never reads test rows.
+Validation rows are divided by user into selecting and judging rows. A least-squares fit over the trials estimates the
+effect of each value. New runs on the selecting rows choose between the best trial and the best values by the fit. More
+runs compare the choice with the settings, on the judging rows. If the choice is better, the command prints the
+overrides to adopt and writes them to `data.work_dir`/tuning/best.yaml. Otherwise best.yaml contains the settings
+unchanged. The search never reads test rows.
 
---minutes includes trials and confirmation. If the time is short, the fit chooses alone, and fewer runs confirm. At
-least 3 runs confirm even if they exceed the time. To resume after an interruption, repeat the command. Finished trials
-and runs stay.
+--minutes limits trials and confirmation together. If little time is left, the fit alone chooses the values, and fewer
+runs confirm the choice. At least 3 runs confirm it even if they exceed the time. To resume after an interruption,
+repeat the command. Finished trials and runs are kept.
 """
 
 from pathlib import Path

@@ -109,7 +109,7 @@ def join_labels(
     Raises:
         UserError: The settings, requests, events or output folder are inconsistent. No rows are added.
     """
-    reject_plain_table(settings.schema_, "joining outcomes")
+    reject_plain_table(settings.schema_, "join-labels")
     with _open_out(out, {"--requests": requests} | ({} if events is None else {"--events": events})) as folder:
         join = _Join(settings, requests, events, folder, int(clock.time() * 1e6) if now is None else now)
         data = settings.data

@@ -30,7 +30,7 @@ PathColumns = tuple[tuple[str, int | str | None], ...]
 
 
 class BadFile(UserError):  # noqa: N818 - named for what it is about
-    """An error about one file of a log."""
+    """Error about one file of a log."""
 
     def __init__(self, message: str, uri: str) -> None:
         """Create the error.
@@ -103,8 +103,8 @@ def open_parquet(uri: str, dictionary_columns: Sequence[str] = ()) -> Iterator[p
             )
         except (pa.ArrowException, OSError) as error:
             reason = first_line(error).rstrip(".")
-            problem = f"is not a readable Parquet file: {reason}; write it again, or move it out of the log"
-            raise BadFile(f"'{uri}' {problem}", uri) from None
+            fix = "Write the file again, or move it out of the log."
+            raise BadFile(f"'{uri}' is not a readable Parquet file ({reason}). {fix}", uri) from None
         yield stack.enter_context(parquet)
 
 
@@ -117,7 +117,7 @@ def type_name(kind: pa.DataType) -> str | None:
 
 
 def type_names(types: Mapping[str, pa.DataType]) -> dict[str, str]:
-    """Return the names of column `types`, without columns of the null type."""
+    """Return the names of the column types in `types`, without columns of the null type."""
     return {column: word for column, kind in types.items() if (word := type_name(kind)) is not None}
 
 
@@ -165,7 +165,7 @@ def check_files(
 
 
 def _find_integers(files: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[str]:
-    """Return the integer columns in paths, by fitted type, or by the values in all files."""
+    """Return the columns in paths that are integers, by their fitted type or else by their values in all files."""
     pairs = (pair for file in files for pair in parse_path_columns(file.uri).items())
     values = [(column, value) for column, value in pairs if value is not None]
     integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
@@ -210,16 +210,15 @@ def _find_wrong_column(
 ) -> str | None:
     """Return the problem if a file lacks a column or has it twice. `names` and `paths` are the file's columns."""
     if (times := names.count(column)) > 1:
-        return f"has {times} columns called '{column}'; rename all but one"
+        return f"has {times} columns called '{column}'. Rename all but one."
     if times or (column in paths and use != "time"):
         return None
     if column in paths:
-        return f"has column '{column}' only in its path, which can't hold times. Write it as a column of the file."
+        return f"has the time column '{column}' only in its path. Write the times as a column of the file."
     all_names = sorted({*names, *paths})
     near = get_close_matches(column, all_names, 1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
-    columns = f"it has {', '.join(all_names)}{hint}" if all_names else "it has no columns at all"
-    return f"has no column '{column}'; {columns}"
+    return f"has no column '{column}'{hint}. Its columns are: {', '.join(all_names) or 'none'}."
 
 
 def _is_integer(text: str) -> bool:
@@ -230,7 +229,7 @@ def _is_integer(text: str) -> bool:
 def _common_types(
     footers: Sequence[tuple[LogFile, dict[str, pa.DataType]]], uses: dict[str, ColumnUse], fitted: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
-    """Return the fitted type of each column, or the most frequent type, and errors for files with another type."""
+    """Return each column's fitted type, or else its most frequent type, and errors for files with another type."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
@@ -240,16 +239,16 @@ def _common_types(
             continue
         common, count = Counter(kind for kind, _ in typed).most_common(1)[0]
         word, frequency = type_name(common), f" ({count} of {len(typed)} files have {common})"
-        reference = f"'{next(uri for kind, uri in typed if kind == common)}'"
+        reference = f"in '{next(uri for kind, uri in typed if kind == common)}'"
         if column in fitted:
-            word, reference, frequency = fitted[column], "the fitted features", ""
+            word, reference, frequency = fitted[column], "when the features were built", ""
         for kind, uri in typed:
             if type_name(kind) == word:
                 types[column] = kind
                 continue
             message = (
-                f"column '{column}' changes its type: {word} in {reference}, {kind} in '{uri}'; "
-                f"write all files with one type{frequency}"
+                f"column '{column}' has the type {word} {reference}, but {kind} in '{uri}'{frequency}. "
+                "Write all files with the same type."
             )
             deviating.setdefault(uri, BadFile(message, uri))
     return types, deviating
@@ -292,7 +291,7 @@ def next_batch(batches: Iterator[pa.RecordBatch], uri: str) -> pa.RecordBatch | 
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
-        raise BadFile(f"'{uri}' is damaged: {first_line(error)}; write the file again", uri) from None
+        raise BadFile(f"'{uri}' is damaged ({first_line(error)}). Write the file again.", uri) from None
 
 
 def canonicalize_file_column(
@@ -317,7 +316,7 @@ def canonicalize_file_column(
             words.validate(full=True)
         return array
     except pa.ArrowInvalid as error:
-        raise BadFile(f"'{uri}': column '{column}' holds text that is not UTF-8: {error}", uri) from None
+        raise BadFile(f"'{uri}': column '{column}' contains text that is not UTF-8: {error}", uri) from None
     except UserError as error:
         raise BadFile(f"'{uri}': {first_line(error)}", uri) from None
 
@@ -341,7 +340,7 @@ def find_first_invalid(read: Callable[[Sequence[Any]], object], values: Sequence
 
 
 def describe_row(row: int) -> str:
-    """Return the end of an error message about the rows of a file, with the number `row` of the first bad row."""
+    """Return the end of an error message that names the first bad `row` of a file."""
     return f" (the first is row {row} of the file, counted from 0)"
 
 
@@ -396,12 +395,12 @@ def log_value_checks(schema: Schema, max_time: int) -> list[ValueCheck]:
         checks.append(_positive(columns.weight, 1e-20, 1e20, "columns.weight"))
     if split is not None:
         listed = ", ".join(repr(value) for values in split.values.values() for value in values)
-        advice = "list it under split.train, split.validation or split.test, or leave such rows out"
+        advice = "Add it to split.train, split.validation or split.test, or remove rows with this value"
         checks.append(
             ValueCheck(
                 split.column,
                 lambda rows: split_indices(rows.raw_column(split.column), split) < 0,
-                lambda value: f"of split.column holds {_show(value)}, and not one of {listed}: {advice}",
+                lambda value: f"(split.column) has the unexpected value {_show(value)} (expected: {listed}). {advice}",
             )
         )
     checks += [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
@@ -424,16 +423,15 @@ def _no_null(column: str, need: str) -> ValueCheck:
     return ValueCheck(
         column,
         lambda rows: rows.raw_column(column).is_null().to_numpy(zero_copy_only=False),
-        lambda _: f"is null; {need}",
+        lambda _: f"is null, but {need}",
     )
 
 
 def _no_future(column: str, max_time: int, row_kind: str) -> ValueCheck:
     def says(value: int) -> str:
         return (
-            f"holds {row_kind} in the future, {format_time(value)}, later than {format_time(max_time)}; fix the "
-            "data, or set "
-            "`columns.time_unit` if the column holds integers in another unit"
+            f"holds {row_kind} in the future, {format_time(value)}, later than {format_time(max_time)}. "
+            "Fix the data, or set columns.time_unit if the integers have another unit"
         )
 
     return ValueCheck(column, lambda rows: rows.times(column) > max_time, says)
@@ -444,7 +442,7 @@ def _positive(column: str, least: float, most: float, setting: str) -> ValueChec
         values = rows.numbers(column)
         return ~((values >= least) & (values <= most))
 
-    advice = f"which is not from {least:g} to {most:g}; fix the data or remove {setting}"
+    advice = f"which is not from {least:g} to {most:g}. Fix the data or remove {setting}"
     return ValueCheck(column, wrong, lambda value: f"holds {_show(value)}, {advice}")
 
 
@@ -453,7 +451,7 @@ def _label_check(task: str, label: str, kind: TaskKind) -> ValueCheck:
         values = rows.numbers(label)
         return ~kind.valid_labels[1](values) | (np.abs(values) > MAX_FLOAT32)
 
-    return ValueCheck(label, wrong, lambda value: f"of {kind.label_error.format(task, _show(value))}")
+    return ValueCheck(label, wrong, lambda value: kind.label_error.format(task, _show(value)))
 
 
 def _vector_check(feature: str, column: str, size: int) -> ValueCheck:
@@ -467,5 +465,5 @@ def _vector_check(feature: str, column: str, size: int) -> ValueCheck:
         wrong_length = (lengths != size) & lists.is_valid().to_numpy(zero_copy_only=False)
         return wrong_length | (np.bincount(not_finite_rows, minlength=len(lists)) > 0)
 
-    advice = f"feature '{feature}' needs lists of {size} finite numbers (its `size`), or null instead of a whole list"
-    return ValueCheck(column, wrong, lambda value: f"holds {value!r:.100}; {advice}")
+    advice = f"Feature '{feature}' needs lists of {size} finite numbers (its `size`), or null for a missing list"
+    return ValueCheck(column, wrong, lambda value: f"holds {value!r:.100}. {advice}")

@@ -27,7 +27,7 @@ from mmoe_rec.settings.schema import EventFeature, Schema
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
-# Keep a dictionary of up to this many strings, even if the column has fewer rows.
+# Keep a dictionary of up to 1,024 strings, even if the column has fewer rows.
 _DICTIONARY_KEPT = 1024
 
 EXPECTED: dict[ColumnUse, str] = {
@@ -41,7 +41,7 @@ EXPECTED: dict[ColumnUse, str] = {
 """Description of the accepted values by use of the column."""
 
 _HINTS = {
-    ("key", "double"): " (pandas makes this of integers with missing values: cast to Int64 before writing)",
+    ("key", "double"): " (pandas stores integers with missing values as floats, so cast to Int64 before writing)",
     ("key", "binary"): " (write it as a string)",
     ("number", "string"): " (a feature of kind id reads strings)",
     ("time", "string"): " (parse it, say with pandas.to_datetime, before writing)",
@@ -102,8 +102,8 @@ def event_column_uses(schema: Schema, events: str) -> dict[str, ColumnUse]:
             uses |= feature.event_reads(schema)
     if time in uses:
         raise UserError(
-            f"column '{time}' of events '{events}' is both the time and a key of counters or histories; add a column "
-            "to that log"
+            f"data.events.{events}: column '{time}' is both the time and a key of a counter or history. Store the "
+            "time in a separate column."
         )
     return {time: "time", **uses}
 
@@ -115,7 +115,7 @@ def _one_use(column: str, readers: dict[ColumnUse, str]) -> ColumnUse:
         return "key"
     if len(readers) > 1:
         readings = " and as ".join(f"{EXPECTED[use]} by {reader}" for use, reader in readers.items())
-        raise UserError(f"column '{column}' is read as {readings}; choose one, or add a column")
+        raise UserError(f"column '{column}' is read as {readings}. Use one type, or add a second column.")
     return next(iter(readers))
 
 
@@ -131,7 +131,7 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
         time_unit: Unit of integer times, None if times are timestamps.
 
     Raises:
-        UserError: Values of this type can't be used in this way.
+        UserError: Columns of this type don't support this use.
     """
     kind = dtype.value_type if pt.is_dictionary(dtype) else dtype
     if pt.is_null(kind):
@@ -198,7 +198,7 @@ def canonicalize(
         # Accept the float64 nearest to an integer, also beyond 2^53, where several integers share one float64.
         array = array if array.type == target else array.cast(target, safe=use not in ("number", "vector"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None
+        raise UserError(f"column '{column}' can't be converted to {target}: {error}") from None
     return array.dictionary_encode() if encode_strings and target == pa.string() else array
 
 
@@ -225,9 +225,8 @@ def hash_column(column: pa.Array) -> np.ndarray:
 
         table = np.append(pd.util.hash_array(words, categorize=False).astype(np.uint64), _MISSING)
         return table[fill_nulls(encoded.indices, len(words)).to_numpy()]
-    hashes = splitmix64(
-        fill_nulls(column, 0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False).view(np.uint64)
-    )
+    values = fill_nulls(column, 0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+    hashes = splitmix64(values.view(np.uint64))
     if column.null_count:
         hashes[column.is_null().to_numpy(zero_copy_only=False)] = _MISSING
     return hashes

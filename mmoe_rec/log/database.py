@@ -1,6 +1,6 @@
 """DuckDB for joins and groupings over a whole log, in bounded memory with temporary files.
 
-The names of users' columns never go into SQL. Tables use fixed column names, and users' columns are numbered. So quotes
+SQL never contains the column names of the user's log. Tables use fixed column names or numbers instead, so that quotes
 in names, and names that differ only by case, cause no errors.
 """
 
@@ -59,7 +59,7 @@ class Database:
         """Create a table from a data set.
 
         Arrow sometimes crashes if a query stops before it has read all Arrow files, as in a join with an empty table.
-        A copy always reads all files, and takes no longer.
+        A copy always reads all files and takes no longer.
 
         Args:
             table: Name of the new table.
@@ -142,8 +142,8 @@ def open_database(
             yield Database(connection)
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"data.memory_gib: {memory_gib:g} is not enough ({first_line(error)}). Increase it or decrease "
-            f"data.workers, and check that the disk of '{folder.parent}' has free space."
+            f"data.memory_gib: {memory_gib:g} GiB are not enough ({first_line(error)}). Increase data.memory_gib or "
+            f"decrease data.workers, and check that the disk of '{folder.parent}' has free space."
         ) from None
     except duckdb.IOException as error:
         if "No space left" not in str(error):

@@ -54,8 +54,8 @@ def local_path(uri: str) -> str:
 def find_files(source: str, setting: str = "data.log") -> list[FileInfo]:
     """Return the Parquet files of a folder (also nested), a glob or a single file, sorted by URI.
 
-    Leftovers of writers are ignored: `_temporary/...`, `.log.1a2b.tmp/...`, `_metadata.parquet`. A part of a glob that
-    begins with a dot or underscore matches them.
+    Temporary files of writers are ignored, such as `_temporary/...`, `.log.1a2b.tmp/...` and `_metadata.parquet`. A
+    part of a glob that begins with a dot or underscore matches them.
 
     Args:
         source: Folder, glob or file.
@@ -74,14 +74,14 @@ def find_files(source: str, setting: str = "data.log") -> list[FileInfo]:
         if csv_files:
             csv = csv_files[0]
             raise UserError(
-                f"'{csv}' is CSV, and `{setting}` takes Parquet. Convert it in Python with pyarrow: "
+                f"'{csv}' is a CSV file, but {setting} needs Parquet. Convert it in Python with pyarrow: "
                 f"`from pyarrow import csv, parquet; parquet.write_table(csv.read_csv({str(csv)!r}), "
                 f"{str(csv.with_suffix('.parquet'))!r})`."
             )
         files = [_stat(file) for file in paths]
     if not files:
-        problem = "holds no *.parquet file" if is_folder else "does not exist"
-        raise UserError(f"the log '{source}' {problem}; set `{setting}` to a folder, file or glob of Parquet files")
+        problem = "contains no *.parquet file" if is_folder else "does not exist"
+        raise UserError(f"the log '{source}' {problem}. Set {setting} to a folder, file or glob of Parquet files.")
     return sorted(files, key=lambda file: file.uri)
 
 
@@ -105,7 +105,7 @@ def find_local(source: str) -> list[Path]:
     for file in files:
         if (same := seen.setdefault(os.path.realpath(file), file)) != file:
             raise UserError(
-                f"'{same}' and '{file}' are the same file through a link, so its rows count twice. Remove one."
+                f"'{same}' and '{file}' are links to the same file, so its rows would count twice. Remove one of them."
             )
     return files
 
@@ -236,7 +236,7 @@ def compute_checksum(file: FileInfo) -> str | None:
 def _find_remote(source: str) -> tuple[list[FileInfo], bool]:
     """Return the files, and whether the source is a folder."""
     if "::" in source:
-        raise UserError(f"'{source}' is a chain of URIs. Give the URI of the log itself.")
+        raise UserError(f"'{source}' is a chain of URIs. Use the URI of the log itself.")
     system, path = file_system(source)
     names = path.split("/")
     wild = next((number for number, name in enumerate(names) if _MAGIC & set(name)), len(names))
@@ -271,8 +271,8 @@ def file_system(uri: str) -> tuple[Any, str]:
     except ImportError as error:
         cause = first_line(error.__cause__ or error)
         raise UserError(
-            f"'{uri}' needs a package that is missing: {first_line(error)} ({cause}); for s3:// and gs://, install "
-            "mmoe-rec with its extra `s3` or `gs`"
+            f"'{uri}' needs a Python package that is not installed: {first_line(error)} ({cause}). For s3:// and "
+            "gs://, install mmoe-rec with its extra `s3` or `gs`."
         ) from None
     except ValueError as error:
         raise UserError(f"'{uri}' is not a valid URI: {first_line(error)}") from None
@@ -317,6 +317,5 @@ def _reaching(uri: str) -> Iterator[None]:
 
 
 def _raise_unreachable(uri: str, error: Exception) -> NoReturn:
-    problem = f"cannot be reached ({type(error).__name__}: {first_line(error)})"
-    advice = "check the URI, the credentials, the network and the endpoint"
-    raise UserError(f"'{uri}' {problem}; {advice}") from None
+    problem = f"can't be reached ({type(error).__name__}: {first_line(error)})"
+    raise UserError(f"'{uri}' {problem}. Check the URI, the credentials, the network and the endpoint.") from None

@@ -1,4 +1,4 @@
-"""Read an interaction log from Parquet files, which are checked against the schema before the first row is used.
+"""Read an interaction log from Parquet files, and check the files against the schema before using the first row.
 
 A `Log` lists the files and cuts them into `LogPart`s. `Log.reader` reads any part, in this process or another.
 """
@@ -80,9 +80,8 @@ def _pieces_of(groups: Sequence[tuple[LogFile, int]]) -> tuple[Piece, ...]:
     pieces = []
     for file, file_groups in groupby(groups, key=lambda group: group[0]):
         indices = tuple(index for _, index in file_groups)
-        pieces.append(
-            Piece(file.uri, indices, file.path_columns, sum(file.row_group_sizes[index] for index in indices))
-        )
+        rows = sum(file.row_group_sizes[index] for index in indices)
+        pieces.append(Piece(file.uri, indices, file.path_columns, rows))
     return tuple(pieces)
 
 
@@ -289,7 +288,7 @@ class Log:
                 raise _changed(file.uri)
 
     def pieces(self, reader: LogReader | None = None) -> list[tuple[LogReader, Piece]]:
-        """Return tasks for `find_bad_file`: all pieces of all files with `reader` (default: the log's reader)."""
+        """Return arguments for `find_bad_file`: every piece of every file, with `reader` or else the log's reader."""
         return [(reader or self.reader, piece) for part in self.parts() for piece in part.pieces]
 
     def without_bad_files(self, faults: Iterable[BadFile | None]) -> Self:
@@ -333,8 +332,8 @@ class EventLogFiles(Log):
         for column, kind in self.types.items():
             if column in log.types and log.types[column] != kind and column != self.reader.time:
                 raise UserError(
-                    f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
-                    "write both with the same type"
+                    f"column '{column}' has the type {kind} in events '{name}', but {log.types[column]} in the log "
+                    f"'{log.source}'. Write both with the same type."
                 )
 
 
@@ -346,7 +345,7 @@ def no_usable_files_error(source: str, skipped: Sequence[SkippedFile]) -> UserEr
         skipped: Unusable files with reasons.
     """
     first = min(skipped, key=lambda file: file.uri)
-    return UserError(f"none of the {len(skipped)} files of the log '{source}' can be used; the first: {first.reason}")
+    return UserError(f"the log '{source}' has no usable file among {len(skipped)}. The first problem: {first.reason}")
 
 
 def read_piece(piece: Piece, uses: dict[str, ColumnUse], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
@@ -373,12 +372,10 @@ def read_piece(piece: Piece, uses: dict[str, ColumnUse], time_unit: str | None) 
         while (batch := next_batch(batches, uri)) is not None:
             raw = {column: batch.column(column) for column in in_file}
             raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in path_columns.items()}
-            yield (
-                start,
-                pa.table({c: canonicalize_file_column(uri, c, use, raw[c], time_unit) for c, use in uses.items()}),
-            )
+            columns = {c: canonicalize_file_column(uri, c, use, raw[c], time_unit) for c, use in uses.items()}
+            yield start, pa.table(columns)
             start += batch.num_rows
 
 
 def _changed(uri: str) -> BadFile:
-    return BadFile(f"'{uri}' has changed since the log was opened; start again", uri)
+    return BadFile(f"'{uri}' has changed since the log was opened. Run the command again.", uri)

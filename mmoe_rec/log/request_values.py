@@ -1,7 +1,4 @@
-"""Convert one column of a request or of events to a canonical Arrow array, or raise an error with the reason.
-
-Values come from JSON or from Python programs (`to_python_list`).
-"""
+"""Convert columns of a request or of events, from JSON or Python, to canonical Arrow arrays."""
 
 import math
 from collections import Counter
@@ -174,9 +171,9 @@ def check_finite(column: str, array: pa.Array) -> None:
     """
     numbers = array.flatten() if pt.is_list(array.type) else array
     if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
-        raise RequestError(f"column '{column}' holds NaN or infinity; give null for a missing number")
+        raise RequestError(f"column '{column}' holds NaN or infinity. Use null for a missing number.")
     if pt.is_list(array.type) and pt.is_floating(numbers.type) and numbers.null_count:
-        raise RequestError(f"column '{column}' holds null within a list; give null instead of the whole list")
+        raise RequestError(f"column '{column}' holds null inside a list. Use null in place of the whole list.")
 
 
 def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | None:
@@ -195,12 +192,12 @@ def parse_time(text: str) -> int:
     """Parse an ISO 8601 `text` (UTC without an offset) to microseconds since 1970 UTC.
 
     Raises:
-        UserError: The text is no time.
+        UserError: The text is not a time.
     """
     try:
         return parse_microseconds("time", text)
     except RequestError:
-        raise UserError(f"'{text}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
+        raise UserError(f"'{text}' is not a time. Write it like 2017-09-04 or 2017-09-04T04:00:00+00:00.") from None
 
 
 def parse_microseconds(column: str, value: Any, unit: str | None = None) -> int:
@@ -225,8 +222,8 @@ def parse_microseconds(column: str, value: Any, unit: str | None = None) -> int:
     elif isinstance(value, int) and not isinstance(value, bool):
         if unit is None:
             raise RequestError(
-                f"column '{column}' holds the integer {quoted(value)}, whose unit is not known, as the log has "
-                "timestamps: give an ISO 8601 string such as 2024-01-31T12:00:00Z"
+                f"column '{column}' holds the integer {quoted(value)}, but the log has timestamps, so the integer's "
+                "unit is unknown. Use an ISO 8601 string such as 2024-01-31T12:00:00Z."
             )
         result = value // 1_000 if unit == "ns" else value * _PER_UNIT[unit]
         low, high = ((datetime(year, 1, 1, tzinfo=UTC) - _EPOCH) // _MICROSECOND for year in _YEARS)
@@ -235,7 +232,7 @@ def parse_microseconds(column: str, value: Any, unit: str | None = None) -> int:
         raise RequestError(f"column '{column}' must hold {_WANTED_USE['time']}; found {_kind(value)}")
     if not inside:
         raise RequestError(
-            f"column '{column}' holds {quoted(value)}, a time outside the years {_YEARS[0]} to {_YEARS[1]}"
+            f"column '{column}' holds {quoted(value)}, a time outside the years {_YEARS[0]} to {_YEARS[1] - 1}"
         )
     return result
 

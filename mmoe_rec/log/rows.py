@@ -6,9 +6,9 @@ A task with `conditional_on` has two labels. Its own label is observed only in r
 `conditional_on` task is 1. Its joint outcome (engaged and satisfied, as in ESMM: Ma et al., SIGIR 2018) is observed in
 all rows, and is 0 without engagement.
 
-Rows of a plain table get substitutes for missing columns. The user is the request or the row number, the candidate is
-the row number, and the time is the index of the row's split in `SPLITS`, in microseconds. So code that reads rows needs
-no special case. Features can't read these columns (see `Schema`), and no output contains them.
+Rows of a plain table get substitutes for missing columns, so that code that reads rows needs no special case. The user
+is the request or the row number, the candidate is the row number, and the time is the index of the row's split in
+`SPLITS`, in microseconds. Features can't read these columns (see `Schema`), and no output contains them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -342,18 +342,16 @@ class RequestRows(ServingRows):
             name: Name of the column.
             rows: Indices of the candidates, (M,) int64.
         """
-        columns, indices = (
-            (self._columns, rows) if name in self._columns else (self.shared._columns, self.request_index[rows])
-        )
-        column = columns[name]
+        if name in self._columns:
+            column, indices = self._columns[name], rows
+        else:
+            column, indices = self.shared._columns[name], self.request_index[rows]
         return column.take(indices).array() if isinstance(column, CachedValues) else column.take(pa.array(indices))
 
     def apply(self, name: str, function: ColumnFunction) -> np.ndarray:
-        return (
-            super().apply(name, function)
-            if name in self._columns
-            else self.shared.apply(name, function)[self.request_index]
-        )
+        if name in self._columns:
+            return super().apply(name, function)
+        return self.shared.apply(name, function)[self.request_index]
 
     def times(self, name: str | None = None) -> np.ndarray:
         name = name or self.schema.columns.time
@@ -403,8 +401,9 @@ def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.
 def _check_same_type(column: pa.Array, name: str, setting: str, value: bool | int | float | str) -> None:
     """Raise UserError if a setting compares text with a number."""
     if (is_text := pt.is_string(column.type)) != isinstance(value, str):
-        holds, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
-        raise UserError(f"column '{name}' holds {holds}, but {setting} compares it with {value!r}. Write it {write}.")
+        content, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
+        problem = f"column '{name}' holds {content}, but {setting} compares it with {value!r}"
+        raise UserError(f"{problem}. Write the value {write}.")
 
 
 _FOREVER = np.iinfo(np.int64).max
@@ -482,17 +481,17 @@ def add_missing_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table
     return table if columns.has_candidate else table.append_column(columns.candidate, numbers)
 
 
-def reject_plain_table(schema: Schema, what: str) -> None:
+def reject_plain_table(schema: Schema, operation: str) -> None:
     """Raise UserError if the log is a plain table without users, candidates or times.
 
     Args:
         schema: Schema of the log.
-        what: Feature of the program that needs these columns, for the message.
+        operation: Operation that needs these columns, for the message.
     """
     columns = schema.columns
     present = {"user": columns.has_user, "candidate": columns.has_candidate, "time": columns.has_time}
     if lacking := [f"columns.{name}" for name, is_present in present.items() if not is_present]:
-        raise UserError(f"{what} needs {' and '.join(lacking)}, which the settings leave out, as for a plain table")
+        raise UserError(f"{operation} needs {' and '.join(lacking)}, but the settings lack them")
 
 
 def split_indices(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:

@@ -87,8 +87,8 @@ class LabelRules(Section):
         labels = label_columns(schema)
         if self.events and schema.columns.weight is not None:
             raise ValueError(
-                f"labels.events can't fill columns.weight ('{schema.columns.weight}'), which every row of the log "
-                "needs: remove one of the two settings"
+                f"labels.events can't be combined with columns.weight ('{schema.columns.weight}'), because logged "
+                "requests have no weights. Remove one of the two settings."
             )
         for column, source in self.sources.items():
             if column not in labels:
@@ -102,12 +102,12 @@ class LabelRules(Section):
                 days = max(task.label_delay_days, parent_days)
                 if days < source.attribution_days:
                     raise ValueError(
-                        f"labels.sources.{column}.attribution_days is {source.attribution_days:g}, but labels of task "
-                        f"'{name}' are final after {days:g} days, so training would see unavailable labels: set "
-                        f"tasks.{name}.label_delay_days to {source.attribution_days:g} or more"
+                        f"labels.sources.{column}.attribution_days is {source.attribution_days:g}, but training uses "
+                        f"labels of task '{name}' after {days:g} days, when they may still change. Set "
+                        f"tasks.{name}.label_delay_days to {source.attribution_days:g} or more."
                     )
         if self.rank is not None and schema.column_roles.get(self.rank) != "placement":
-            raise ValueError(f"labels.rank names '{self.rank}', which is not a column of roles.placement")
+            raise ValueError(f"labels.rank names '{self.rank}', which is not listed in roles.placement")
 
 
 def label_columns(schema: Schema) -> dict[str, list[str]]:

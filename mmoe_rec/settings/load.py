@@ -1,6 +1,6 @@
 """Read a settings file with command-line overrides, check it strictly and explain each error.
 
-The file also writes the settings as text for `mmoe-rec settings`.
+The module also describes all settings for `mmoe-rec settings`.
 """
 
 import builtins
@@ -26,14 +26,14 @@ from mmoe_rec.settings.sections import Settings, load_yaml
 
 _INSTALLED = Path(__file__).parent / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
-"""Settings file to start from, which is in configs/ in the repository and next to this file in an installed package."""
+"""Template of a settings file, in configs/ of the repository or next to this file in an installed package."""
 
 _WORDS = {
     **{"Input should": "must", "Value error, ": "", "valid tuple": "list", "Tuple": "list", "Dictionary": "section"},
     **{"valid integer": "whole number", "valid number": "number"},
     **{"a valid boolean": "true or false", "a valid string": "text"},
 }
-"""Words of pydantic -> words of the settings."""
+"""Words in pydantic's messages -> words for users."""
 
 
 def describe_errors(error: ValidationError, source_of: Callable[[Any], str]) -> Iterator[str]:
@@ -63,16 +63,15 @@ def _sentence(problem: Any) -> str:
         return f"'{name}' must contain keys ({', '.join(_keys_at(location))})"
     if problem_type in ("union_tag_not_found", "union_tag_invalid"):
         kind = str(value.get("kind", "nothing"))
-        return (
-            f"'{name}.kind' must be one of {', '.join(FEATURE_KINDS)}, found '{kind}'{_nearest(kind, [*FEATURE_KINDS])}"
-        )
+        kinds = [*FEATURE_KINDS]
+        return f"'{name}.kind' must be one of {', '.join(kinds)}, found '{kind}'{_nearest(kind, kinds)}"
     if location and location[-1] in ("bool", "int", "constrained-int", "float", "str"):
         name = ".".join(location[:-1])
     for old, new in _WORDS.items():
         message = message.replace(old, new)
     value_text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     value_text = repr(list(value)) if isinstance(value, tuple) else value_text
-    suffix = f", found {value_text}" if name and len(value_text) < 80 else ""
+    suffix = f", found {value_text}" if name and len(value_text) < 80 and not isinstance(value, dict) else ""
     suffix += _nearest(str(value), re.findall("'([^']*)'", message)) if problem_type == "literal_error" else ""
     separator = " " if message.startswith(("must", "lists")) else ": "
     return f"'{name}'{separator}{message}{suffix}" if name else message
@@ -206,7 +205,8 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
             tree[key] = {}
         tree = tree[key]
         if not isinstance(tree, dict):
-            raise UserError(f"'--{'.'.join(keys)}' goes below '{'.'.join(keys[:depth])}', which is a single value")
+            section = ".".join(keys[:depth])
+            raise UserError(f"'--{'.'.join(keys)}' is not a setting, because '{section}' is a single value")
     if value is not None or keys[0] != "features" or len(keys) > 2:
         tree[keys[-1]] = value
     elif tree.pop(keys[-1], None) is None:

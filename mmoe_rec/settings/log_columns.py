@@ -1,7 +1,7 @@
 """Columns, roles and tasks of a log: sections `columns`, `roles`, `tasks` and `data.events` of a settings file.
 
-Settings of the data are separate from model choices such as objectives and the weights of losses and scores. Encoded
-rows don't depend on model choices, so changing a choice needs a new training run but no new features.
+Settings of the data are separate from model choices, such as objectives and the weights of losses and scores. Encoded
+rows don't depend on model choices. So a changed choice needs a new training run, but no new features.
 """
 
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ ColumnUse = Literal["key", "keys", "number", "vector", "time", "any"]
 SPLITS = ("train", "validation", "test")
 
 
-# Names for the missing columns of a plain table. The null character keeps them apart from real columns.
+# Names for the missing columns of a plain table. No real column begins with a null character.
 NO_USER, NO_CANDIDATE, NO_TIME = "\0user", "\0candidate", "\0time"
 
 
@@ -43,7 +43,7 @@ _Time = Annotated[str, _read(NO_TIME), _write(NO_TIME)]
 
 
 class Section(BaseModel):
-    """Strict, immutable part of the settings, in which unknown keys and values of the wrong type are errors.
+    """Strict, immutable section of the settings. Unknown keys and values of the wrong type are errors.
 
     Text and booleans are never converted. A whole number is valid wherever a number is.
     """

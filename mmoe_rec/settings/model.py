@@ -76,8 +76,8 @@ class Gates(Section):
     def _check_routing(self) -> Gates:
         if self.rule.depends_on_batch and self.serving_top_k is None:
             raise ValueError(
-                f"routing {self.routing} depends on the other rows of a batch, so it can't serve: set serving_top_k "
-                "to the number of experts per row after training"
+                f"routing {self.routing} depends on the other rows of a batch, so a server can't use it. Set "
+                "serving_top_k to the number of experts per row after training."
             )
         for is_set, name, allowed in (
             (self.random_top_k, "random_top_k", [rule for rule in RULES if rule.takes_k and not rule.depends_on_batch]),
@@ -128,10 +128,10 @@ class Model(Section):
             name = f"gates.routing {gates.routing}" if gates.per_task else "gates.per_task false"
             raise ValueError(f"{name} needs one level of shared experts: set task_count to 0 and levels to 1")
         if not gates.per_task and gates.rule.shared_router:
-            raise ValueError(f"gates.routing {gates.routing} has a gate for each task: set gates.per_task to true")
-        seen = experts.count + experts.task_count
+            raise ValueError(f"gates.routing {gates.routing} needs a gate for each task: set gates.per_task to true")
+        available = experts.count + experts.task_count
         for name in ("top_k", "serving_top_k"):
             k = getattr(gates, name)
-            if k is not None and k > seen and (name == "serving_top_k" or gates.rule.takes_k):
-                raise ValueError(f"gates.{name} is {k}, but a gate has only {seen} experts")
+            if k is not None and k > available and (name == "serving_top_k" or gates.rule.takes_k):
+                raise ValueError(f"gates.{name} is {k}, but a gate has only {available} experts")
         return self

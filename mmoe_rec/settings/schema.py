@@ -105,7 +105,7 @@ class Feature(Section, ABC):
             reason: Reason for the error message.
         """
         if not getattr(schema.columns, f"has_{purpose}"):
-            raise ValueError(f"feature '{name}' needs columns.{purpose}, which is left out: {reason}")
+            raise ValueError(f"feature '{name}' needs columns.{purpose}, which is not set, because {reason}")
 
 
 class EmbeddingChoices(Section):
@@ -171,7 +171,7 @@ class Schema(Section):
                 raise ValueError(f"some names differ only in upper and lower case: rename one of {', '.join(names)}")
         for name in _RESERVED.intersection(self.tasks):
             raise ValueError(f"a task can't have the name '{name}', which metrics use; rename it")
-        self._check_given()
+        self._check_conditional_tasks()
         for name, feature in self.features.items():
             self._check_leaks(name, feature.reads())
         for name, feature in self.features.items():
@@ -179,7 +179,7 @@ class Schema(Section):
             self.role_of(name)
         return self
 
-    def _check_given(self) -> None:
+    def _check_conditional_tasks(self) -> None:
         taken = dict.fromkeys(self.tasks, "a task")
         for name, task in self.tasks.items():
             if task.conditional_on is None:
@@ -196,8 +196,8 @@ class Schema(Section):
             outcome = joint_task_name(task.conditional_on, name)
             if outcome in taken:
                 raise ValueError(
-                    f"the joint outcome of tasks '{task.conditional_on}' and '{name}' has the name '{outcome}', like "
-                    f"{taken[outcome]}; rename a task"
+                    f"the joint outcome of tasks '{task.conditional_on}' and '{name}' has the same name '{outcome}' as "
+                    f"{taken[outcome]}. Rename a task."
                 )
             taken[outcome] = "the outcome of two other tasks"
 
@@ -210,16 +210,14 @@ class Schema(Section):
             if column is not None and (first := purposes.setdefault(column, purpose)) != purpose:
                 raise ValueError(f"{first} and {purpose} both name column '{column}'")
         if self.columns.request_scope == "user" and self.columns.request and not self.columns.has_user:
-            raise ValueError("columns.request_scope is user, which needs columns.user: set it, or the scope to log")
+            raise ValueError("columns.request_scope user needs columns.user. Set columns.user, or the scope to log.")
         for name, task in self.tasks.items():
             if task.label in purposes:
-                raise ValueError(
-                    f"the label of task '{name}' is column '{task.label}', which is {purposes[task.label]} too"
-                )
+                raise ValueError(f"{purposes[task.label]} and tasks.{name}.label both name column '{task.label}'")
             if task.label_delay_days and not self.columns.has_time:
                 raise ValueError(
-                    f"task '{name}' has label_delay_days, which needs columns.time: without times, no label is known "
-                    "to be final"
+                    f"task '{name}' has label_delay_days, which needs columns.time. Set columns.time, or remove "
+                    "label_delay_days."
                 )
 
     def _check_leaks(self, name: str, read: Iterable[str]) -> None:
@@ -231,11 +229,9 @@ class Schema(Section):
                     "past labels are read through features of kind counter or history"
                 )
             if column == self.columns.sampling_rate:
-                raise ValueError(
-                    f"feature '{name}' reads column '{column}', the sampling rate, which gives labels away"
-                )
+                raise ValueError(f"feature '{name}' reads column '{column}', the sampling rate, which reveals labels")
             if self.split is not None and column == self.split.column:
-                raise ValueError(f"feature '{name}' reads column '{column}', which contains the row's split")
+                raise ValueError(f"feature '{name}' reads column '{column}', which is split.column")
 
     def _check_roles(self) -> None:
         seen: dict[str, str] = dict(self._own_roles)
@@ -278,14 +274,14 @@ class Schema(Section):
                 near = get_close_matches(column, self.column_roles, 1)
                 meant = f" (did you mean '{near[0]}'?)" if near else ""
                 raise ValueError(
-                    f"feature '{name}' reads column '{column}', which has no role{meant}; list it under roles.user, "
-                    "roles.candidate, roles.context or roles.placement"
+                    f"feature '{name}' reads column '{column}', which has no role{meant}. Add the column to "
+                    "roles.user, roles.candidate, roles.context or roles.placement."
                 )
             roles.add(self.column_roles[column])
         if "placement" in roles and (len(roles) > 1 or isinstance(feature, EventFeature)):
             raise ValueError(
-                f"feature '{name}' reads placement together with other columns or past labels, but placement is "
-                "absent in serving; a feature of placement may read placement columns only"
+                f"feature '{name}' reads a placement column together with other columns or past labels, but placement "
+                "is absent in serving. Use only placement columns in this feature."
             )
         for role in ("placement", "candidate", "context"):
             if role in roles:
@@ -299,7 +295,7 @@ class Schema(Section):
     def identity(self) -> dict[str, Any]:
         """Return all settings of features as JSON values, except the paths of event logs.
 
-        For event logs, as for the log itself, the files count (`mmoe_rec.preprocessing.prepare`).
+        The files of an event log identify the log instead (`mmoe_rec.preprocessing.prepare`).
         """
         return self.model_dump(mode="json", exclude={"events": {"__all__": {"path"}}})
 

@@ -75,10 +75,10 @@ class Split(Section):
         if self.column is None:
             lacking = [name for name in ("train_end", "validation_end") if getattr(self, name) is None]
             if lacking:
-                raise ValueError(f"needs {lacking[0]}: set the times, or `column` in a table without times")
+                raise ValueError(f"{lacking[0]} is missing. Set the times, or set `column` for a table without times.")
             values = [name for name in SPLITS if getattr(self, name) != (name,)]
             if values:
-                raise ValueError(f"has {values[0]}, values of a column, but no `column`: set `column`")
+                raise ValueError(f"{values[0]} lists values of a column, but `column` is missing. Set `column`.")
             times = [(time, name) for name in _TIMES if (time := getattr(self, name)) is not None]
             for (start, name), (end, next_name) in itertools.pairwise(times):
                 if start >= end:
@@ -87,12 +87,12 @@ class Split(Section):
                     )
             return self
         if times_given := [name for name in _TIMES if getattr(self, name) is not None]:
-            raise ValueError(f"has both {times_given[0]} and column: remove one of them")
+            raise ValueError(f"{times_given[0]} and `column` can't be combined. Remove one of them.")
         seen: dict[Scalar, str] = {}
         for name in SPLITS:
             for value in getattr(self, name):
                 if (first := seen.setdefault(value, name)) != name:
-                    raise ValueError(f"value {value!r} is both in {first} and in {name}")
+                    raise ValueError(f"both {first} and {name} list the value {value!r}. Remove it from one of them.")
         return self
 
     def check(self, columns: Columns) -> None:
@@ -101,8 +101,8 @@ class Split(Section):
             raise ValueError("columns.time is null, so rows can't be split by time: set columns.time or split.column")
         if self.column is not None and columns.has_time:
             raise ValueError(
-                f"split.column is '{self.column}', but columns.time is '{columns.time}': split a log with times by "
-                "split.train_end and split.validation_end, so that training sees no later rows"
+                f"split.column ('{self.column}') can't be combined with columns.time ('{columns.time}'), because "
+                "training could see later rows. Replace split.column by split.train_end and split.validation_end."
             )
 
     @property
@@ -115,7 +115,7 @@ class Split(Section):
     def windows(self) -> dict[str, tuple[int | None, int | None]]:
         """Return the request times [start, end) of each split in microseconds since 1970 UTC.
 
-        For a split by a column, the times are the ones that `mmoe_rec.log.rows` gives to the rows of each split.
+        A split by a column has the substitute times of `mmoe_rec.log.rows`.
         """
         if self.column is not None:
             return {name: (index, index + 1) for index, name in enumerate(SPLITS)}
@@ -146,7 +146,7 @@ class SearchRange(Section):
         return self
 
 
-# Settings that can be searched without rebuilding features or changing how trials are judged.
+# Settings that a search may change. They require no new features and don't change how trials are compared.
 _SEARCHED = r"(model(?!\.trees)|training(?!\.calibration))\..+|tasks\.[^.]+\.loss_weight|features\.[^.]+\.dim"
 
 
@@ -195,7 +195,7 @@ FirstOrError = Literal["first", "error"]
 
 
 class Data(Section):
-    """Location of the log, and the folder for everything built from it."""
+    """Location of the log, and the folder for features, checkpoints and models."""
 
     log: str = Field(description="interaction log: folder of Parquet files, a file or a glob; a path or s3:// URI")
     events: dict[str, EventLog] = Field({}, description="name -> event log for counters and histories")
@@ -224,14 +224,14 @@ class Data(Section):
 
 
 class Evaluation(Section):
-    """Rules that compare and judge models."""
+    """Rules for comparing models."""
 
     batch_size: int = Field(16_384, ge=1, description="rows per batch of scoring")
     resamples: int = Field(1000, ge=20, description="bootstrap resamples over users for the 95% intervals")
     primary_metric: str = Field(
         "auc",
-        description="metric that decides between models. A task metric is averaged over tasks with 50 rows of either "
-        "label (R2 if there are none). A metric of the score is named like score.ndcg_at_10.",
+        description="metric that decides between models. A task metric is averaged over tasks with 50 rows of each "
+        "label (R2 if there are none). A ranking metric of the score has a name such as score.ndcg_at_10.",
     )
     max_metric_drop: float = Field(
         0.005, ge=0, description="largest loss of AUC (or R2) for any task, including its interval"
@@ -239,7 +239,7 @@ class Evaluation(Section):
     max_calibration_ratio: float = Field(
         1.25,
         gt=1,
-        description="largest factor between mean prediction and mean label, unless the compared model exceeds it",
+        description="largest ratio of mean prediction and mean label, unless the compared model exceeds it",
     )
     slices: tuple[str, ...] = Field(
         (),
@@ -323,10 +323,12 @@ class Settings(Section):
         for name in self.tuning.search:
             section, key, *_ = name.split(".")
             if section == "tasks" and key not in self.tasks:
-                raise ValueError(f"tuning.search names '{name}'; tasks are: {', '.join(self.tasks)}")
+                raise ValueError(f"tuning.search names the unknown task '{key}'. Tasks are: {', '.join(self.tasks)}")
             if section == "features" and (key not in self.features or not self.features[key].has_own_table):
                 names = ", ".join(feature for feature, settings in self.features.items() if settings.has_own_table)
-                raise ValueError(f"tuning.search names '{name}'; features with their own table are: {names}")
+                raise ValueError(
+                    f"tuning.search names '{name}', but the features with a table of their own are: {names}"
+                )
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError("training.sampling_correction needs a sampling rate: set columns.sampling_rate")
         return self

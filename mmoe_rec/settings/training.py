@@ -24,7 +24,7 @@ class Training(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device; auto: CUDA if a GPU exists")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="precision of matrix products. auto takes bf16 if it makes a step of this model 20% faster. On a "
+        description="precision of matrix products. auto takes bf16 if a step of this model gets 20% faster. On a "
         "GPU, fp32 means TF32, except in gates.",
     )
     matmul_backend: Literal["auto", "blas", "onednn"] = Field(

@@ -1,6 +1,6 @@
 """Kinds of tasks, one file each. To add a kind, add its file and its name in `NAMES`.
 
-A kind's name in settings or a layout gives a `TaskKind` with labels, loss, link function and texts. Start with
+`find_kind` returns the `TaskKind` with a name. It defines valid labels, loss, link function and texts. Start with
 `task_kind.py`, which describes every attribute. Then read `regression.py`.
 """
 
@@ -34,5 +34,5 @@ def find_kind(name: str) -> TaskKind:
     if name not in KINDS:
         near = get_close_matches(name, KINDS, 1)
         meant = f" (did you mean '{near[0]}'?)" if near else ""
-        raise ValueError(f"there is no task kind '{name}'{meant}; expected {' or '.join(map(repr, NAMES))}")
+        raise ValueError(f"'{name}' is not a task kind{meant}. Valid kinds are {' and '.join(map(repr, NAMES))}.")
     return KINDS[name]

@@ -20,10 +20,13 @@ class Binary(TaskKind):
         lambda values: np.isnan(values) | (values == 0) | (values == 1),
     )
     valid_predictions = ("a probability", lambda values: (values >= 0) & (values <= 1))
-    label_error = "binary task '{}' holds {}, neither 0 nor 1; fix the data or set the task's kind to regression"
+    label_error = (
+        "is the label of the binary task '{}' and holds {}, neither 0 nor 1. Fix the data, or set the task's kind "
+        "to regression"
+    )
     is_binary = True
     guardrail_metric, loss_name, lightgbm_objective = "auc", "logloss", "binary"
-    mean_label_name = "share of positive labels"
+    mean_label_name = "fraction of positive labels"
 
     def loss(self, logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
         from torch.nn import functional

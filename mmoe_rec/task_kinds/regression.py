@@ -17,7 +17,7 @@ class Regression(TaskKind):
 
     valid_labels = ("a number or null where it is unobserved", lambda values: ~np.isinf(values))
     valid_predictions = ("a finite number", np.isfinite)
-    label_error = "task '{}' holds {}, too large for 32 bits; make it null"
+    label_error = "is the label of task '{}' and holds {}, which is infinite or too large for float32. Make it null"
     is_linear = True
     min_prediction, loss_factor = MIN_LINEAR_PREDICTION, 0.5
     loss_name, lightgbm_objective = "squared error", "regression"

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 ValueRule = tuple[str, Callable[[np.ndarray], np.ndarray]]
 """Description of valid values, and a function from values (N,) to a mask (N,) of the valid ones."""
 MIN_LINEAR_PREDICTION = 1e-6
-"""Smallest prediction of a linear task in a product. A prediction of 0 would set the score to 0 for any other tasks."""
+"""Smallest prediction of a linear task in a product, because a factor of 0 would hide the other tasks."""
 
 
 class TaskKind(str, ABC):
-    """Kind of a task. It equals its name, the form that settings, layouts and reports store.
+    """Kind of a task. It's a string, the kind's name, which settings, layouts and reports store.
 
     Methods on tensors import torch when they run, because packages without torch use kinds too.
 
     Attributes:
         valid_labels: Rule for valid labels. NaN is an unobserved label.
         valid_predictions: Rule for valid predictions.
-        label_error: End of a sentence about a wrong label in a log, with a field for the task and one for the value.
+        label_error: Error about a wrong label, without the column's name. It has fields for the task and the value.
         is_binary: Whether labels are 0 and 1, and logits are log odds. Binary tasks have positive labels, AUC and
-            calibration, and can be conditional on each other.
+            calibration, and can be conditional on another binary task.
         is_linear: Whether the logit is the prediction, in the label's unit. Models of linear tasks learn standardized
             labels, files store them in float64, and predictions may be 0 or negative.
         min_prediction: Smallest prediction that enters a product of predictions.

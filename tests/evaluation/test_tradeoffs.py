@@ -178,7 +178,7 @@ def test_what_is_asked_for_wrongly_is_reported(
         (("--max-drop", "liked"), "--max-drop takes TASK=LOSS, such as rebought=0.002, not 'liked'"),
         (("--max-drop", "liked=much"), "not 'liked=much'"),
         (("--goal", "liked", "--max-drop", "liked=0.1"), "'liked' is the goal, and can't be kept as well"),
-        (("--predictions", str(tmp_path / "nowhere"), "b"), "nowhere' does not exist; set `--predictions`"),
+        (("--predictions", str(tmp_path / "nowhere"), "b"), "nowhere' does not exist. Set --predictions"),
     ):
         assert run(model, *words) == 2
         assert sentence in capsys.readouterr().err

@@ -66,7 +66,7 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
         ({"candidates": {"item_click_rate": [False] * 5}}, "'item_click_rate' must hold numbers; found true/false"),
         ({"context": {"time": True}}, "'time' must hold times"),
         ({"context": {"time": "2201-01-01"}}, "outside the years 1700 to 2200"),
-        ({"context": {"time": 1_701_255_600}}, "'time' holds the integer 1701255600, whose unit is not known"),
+        ({"context": {"time": 1_701_255_600}}, "'time' holds the integer 1701255600, but the log has timestamps"),
         ({"user": 5}, "'user' must be an object"),
         ({"task_weights": {"clicks": 1}}, "names 'clicks', which is no task or objective; did you mean 'click'?"),
         ({"task_weights": {"click": -1}}, "weight of 'click' must lie between 0 and"),

@@ -82,25 +82,25 @@ def test_only_what_a_row_could_not_count_without_is_needed():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"user": None}, "column 'user' is null; every row needs one"),
+        ({"user": None}, "column 'user' is null, but every row needs one"),
         ({"item": None}, "column 'item' is null"),
         ({"request": None}, "column 'request' is null"),
         ({"time": None}, "column 'time' is null"),
         ({"user": "5"}, "column 'user' must hold integers, as in the log; found strings"),
         ({"click": True}, "column 'click' must hold numbers; found true/false"),
         ({"tags": [True]}, "column 'tags' must hold lists of strings, as in the log; found lists of true/false"),
-        ({"taste": []}, "column 'taste' holds []; feature 'taste' needs lists of 2 finite numbers"),
+        ({"taste": []}, "column 'taste' holds []. Feature 'taste' needs lists of 2 finite numbers"),
         ({"event_id": True}, "column 'event_id' must hold integers or strings; found true/false"),
         ({"event_id": ""}, "column 'event_id' is empty, "),
         ({"price": True}, "column 'price' must hold numbers; found true/false"),
-        ({"price": math.nan}, "column 'price' holds NaN or infinity; give null for a missing number"),
-        ({"click": 2}, "column 'click' of binary task 'click' holds 2"),
-        ({"liked": 0.5}, "column 'liked' of binary task 'liked' holds 0.5"),
-        ({"spent": 1e300}, "column 'spent' of task 'spent' holds 1e+300, too large for 32 bits"),
+        ({"price": math.nan}, "column 'price' holds NaN or infinity. Use null for a missing number"),
+        ({"click": 2}, "column 'click' is the label of the binary task 'click' and holds 2"),
+        ({"liked": 0.5}, "column 'liked' is the label of the binary task 'liked' and holds 0.5"),
+        ({"spent": 1e300}, "column 'spent' is the label of task 'spent' and holds 1e+300, which"),
         ({"rate": 0}, "column 'rate' holds 0"),
         ({"rate": 1.5}, "column 'rate' holds 1.5"),
-        ({"taste": [1.0]}, "column 'taste' holds [1.0]; feature 'taste' needs lists of 2 finite numbers"),
-        ({"taste": [1.0, None]}, "column 'taste' holds null within a list; give null instead of the whole list"),
+        ({"taste": [1.0]}, "column 'taste' holds [1.0]. Feature 'taste' needs lists of 2 finite numbers"),
+        ({"taste": [1.0, None]}, "column 'taste' holds null inside a list. Use null in place of the whole list"),
         ({"time": "yesterday"}, "column 'time' holds 'yesterday', which is not an ISO 8601 time"),
         ({"time": "2199-01-01"}, "column 'time' holds a request in the future, 2199-01-01T00:00:00+00:00, later than"),
         ({"userr": 1}, "the model was trained without a column 'userr': leave it out; did you mean 'user'?"),
@@ -139,7 +139,7 @@ def test_rows_of_a_log_of_events():
     table = CHECKS.read_json("views", [{**row, "event_id": 3}, row], NOW)
     assert table.to_pylist()[0]["event_id"] == 3
     assert _reported([{**row, "item": 3}], "views").startswith("row 0: the model was trained without a column 'item': ")
-    assert _reported([{**row, "at": None}], "views") == "row 0: column 'at' is null; every event needs a time"
+    assert _reported([{**row, "at": None}], "views") == "row 0: column 'at' is null, but every event needs a time"
     assert _reported([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
     assert _reported([{"user": 1, "at": row["at"], "bran": "a"}], "views").endswith("; and there is no column 'brand'")
     assert _reported([row], "purchases") == "there is no log of events 'purchases'; there are: views"

@@ -56,7 +56,12 @@ SUMS = {**BY_USER, "sources": {**BY_USER["sources"], "clicked": {**BY_USER["sour
 @pytest.mark.parametrize(
     ("name", "how", "outcomes", "sentence"),
     [
-        ("events/clicks", _drop("user"), BY_REQUEST, "has no column 'user'; it has amount, at, event_id, item, page"),
+        (
+            "events/clicks",
+            _drop("user"),
+            BY_REQUEST,
+            "has no column 'user'. Its columns are: amount, at, event_id, item, page",
+        ),
         ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
         (None, None, WITHOUT_RANK, "set labels.shown to a log of events with that column, or labels.rank"),
         ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' contains string"),
@@ -80,7 +85,7 @@ def test_files_that_can_not_be_read(world: World, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "events" / "clicks")
     assert "events' has no folder 'clicks' of Parquet files" in refused(tmp_path)
     (tmp_path / "events" / "clicks").mkdir()
-    assert "holds no *.parquet file" in refused(tmp_path)
+    assert "contains no *.parquet file" in refused(tmp_path)
 
 
 def test_an_output_that_holds_something_else(world: World, tmp_path: Path) -> None:
@@ -106,11 +111,11 @@ def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: P
     ("outcomes", "sentence"),
     [
         ({"sources": {"clicked": {"events": "views", "attribution_days": 1}}}, "sources.clicked.events names 'views'"),
-        ({**BY_USER, "rank": "price"}, "labels.rank names 'price', which is not a column of roles.placement"),
+        ({**BY_USER, "rank": "price"}, "labels.rank names 'price', which is not listed in roles.placement"),
         ({**BY_REQUEST, "top": 3}, "can't be combined with `top` or `rank`"),
         (
             {**BY_USER, "sources": {"clicked": {"events": "clicks", "attribution_days": 2}}},
-            "set tasks.click.label_delay_days to 2 or more",
+            "Set tasks.click.label_delay_days to 2 or more",
         ),
         ({**BY_USER, "sources": {"liked": {"events": "clicks", "attribution_days": 1}}}, "Name one of clicked, spent"),
     ],

@@ -73,17 +73,17 @@ def _spoil(kind: str, path: Path) -> str:
             path.symlink_to("nowhere")
         case "lacks a column":
             pq.write_table(TABLE.drop_columns(["click"]), path)
-            return f"'{path}' has no column 'click'; it has age, born, brand"
+            return f"'{path}' has no column 'click' .did you mean 'liked'... Its columns are: age, born, brand"
         case "without columns":
             pq.write_table(pa.table({}), path)
-            return f"'{path}' has no column '.*'; it has no columns at all"
+            return f"'{path}' has no column '.*'. Its columns are: none."
         case "another type":
             pq.write_table(with_column(TABLE, "item", TABLE["item"].cast(pa.string())), path)
-            return f"column 'item' changes its type: int64 in '.*0.parquet', string in '{path}'; .*4 of 5 files"
+            return f"column 'item' has the type int64 in '.*0.parquet', but string in '{path}' .4 of 5 files"
         case "impossible type":
             pq.write_table(with_column(TABLE, "item", pa.array(np.zeros(300))), path)
             return f"'{path}': column 'item' must hold integers or strings, found double"
-    return f"'{path}' is not a readable Parquet file: .*; write it again, or move it out of the log"
+    return f"'{path}' is not a readable Parquet file .*. Write the file again, or move it out of the log"
 
 
 KINDS = ["truncated", "not Parquet", "wrong magic", "empty", "link to nowhere"]
@@ -128,7 +128,7 @@ def test_a_log_of_bad_files_only(tmp_path):
     folder = _five(tmp_path)
     for path in folder.iterdir():
         _spoil("truncated", path)
-    message = r"none of the 5 files of the log '.*' can be used; the first: '.*0.parquet' is not a readable"
+    message = r"the log '.*' has no usable file among 5. The first problem: '.*0.parquet' is not a readable"
     with pytest.raises(UserError, match=message):
         Log(str(folder), SCHEMA, skip_bad_files=True)
 
@@ -139,7 +139,7 @@ def test_a_file_without_rows_has_no_types_that_could_be_wrong(tmp_path):
     assert log.types["item"] == pa.int64()
     assert sum(len(rows) for rows in log.stream()) == 300
     pq.write_table(empty.drop_columns(["click"]), tmp_path / "2.parquet")
-    assert str(_opening(tmp_path)).startswith(f"'{tmp_path}/2.parquet' has no column 'click'; it has age")
+    assert str(_opening(tmp_path)).startswith(f"'{tmp_path}/2.parquet' has no column 'click' (did you mean")
 
 
 # Pages
@@ -160,8 +160,8 @@ def test_a_data_page_that_is_damaged(tmp_path, compression):
     path.write_bytes(content)
     error = _reading(folder)
     assert error.uri == str(path)
-    assert str(error).startswith(f"'{path}' is damaged: ")
-    assert str(error).endswith("; write the file again")
+    assert str(error).startswith(f"'{path}' is damaged (")
+    assert str(error).endswith("). Write the file again.")
     log = Log(str(folder), SCHEMA).without_bad_files([error])
     assert sum(len(rows) for rows in log.stream()) == 240
 
@@ -171,10 +171,10 @@ def test_a_file_that_changed_after_the_log_was_opened(tmp_path):
     log = Log(str(folder), SCHEMA)
     for table in (TABLE.slice(0, 59), TABLE.slice(0, 60).drop_columns(["click"])):
         pq.write_table(table, folder / "1.parquet")
-        with pytest.raises(BadFile, match=r"1.parquet' has changed since the log was opened; start again"):
+        with pytest.raises(BadFile, match=r"1.parquet' has changed since the log was opened. Run the command again"):
             list(log.stream())
     (folder / "1.parquet").unlink()
-    with pytest.raises(BadFile, match=r"1.parquet' is not a readable Parquet file: .*No such file"):
+    with pytest.raises(BadFile, match=r"1.parquet' is not a readable Parquet file .*No such file"):
         list(log.stream())
 
 
@@ -185,23 +185,29 @@ def test_text_that_is_not_utf8(tmp_path):
     binary = pa.array([b"a"] * 7 + [b"\xff\xfe"] + [b"b"] * 292)
     text = pa.Array.from_buffers(pa.string(), 300, binary.buffers())
     error = _reading(write_log(tmp_path, with_column(TABLE, "brand", text)))
-    assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'brand' holds text that is not UTF-8")
+    assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'brand' contains text that is not UTF-8")
 
 
-NO_RATE = "which is not from 1e-30 to 1; fix the data or remove columns.sampling_rate"
-NO_LABEL = "neither 0 nor 1; fix the data or set the task's kind to regression"
+SPENT, TOO_LARGE = "is the label of task 'spent' and holds", "which is infinite or too large for float32. Make it null"
+NO_RATE = "which is not from 1e-30 to 1. Fix the data or remove columns.sampling_rate"
+NO_LABEL = "neither 0 nor 1. Fix the data, or set the task's kind to regression"
 
 
 @pytest.mark.parametrize("rows_per_part", [1, 1_000])
 @pytest.mark.parametrize(
     ("column", "changes", "row", "message"),
     [
-        ("user", {130: None, 290: None}, 130, "is null; every row needs one"),
-        ("item", {130: None}, 130, "is null; every row needs one"),
-        ("time", {150: None}, 150, "is null; every row needs one"),
-        ("click", {101: 3.0, 299: 2.0, 7: 0.5}, 7, f"of binary task 'click' holds 0.5, {NO_LABEL}"),
-        ("spent", {250: np.inf, 260: -np.inf}, 250, "of task 'spent' holds inf, too large for 32 bits; make it null"),
-        ("spent", {9: -1e39}, 9, "of task 'spent' holds -1e+39, too large for 32 bits; make it null"),
+        ("user", {130: None, 290: None}, 130, "is null, but every row needs one"),
+        ("item", {130: None}, 130, "is null, but every row needs one"),
+        ("time", {150: None}, 150, "is null, but every row needs one"),
+        (
+            "click",
+            {101: 3.0, 299: 2.0, 7: 0.5},
+            7,
+            f"is the label of the binary task 'click' and holds 0.5, {NO_LABEL}",
+        ),
+        ("spent", {250: np.inf, 260: -np.inf}, 250, f"{SPENT} inf, {TOO_LARGE}"),
+        ("spent", {9: -1e39}, 9, f"{SPENT} -1e+39, {TOO_LARGE}"),
         *(("price", {9: rate}, 9, f"holds {said}, {NO_RATE}") for rate, said in ((0.0, 0), (1.5, 1.5), (None, "null"))),
     ],
 )
@@ -229,8 +235,7 @@ def test_times_of_the_future(tmp_path):
     error = _reading(folder, max_time=max_time)
     assert str(error) == (
         f"'{folder}/0.parquet': column 'time' holds a request in the future, {format_time(int(times[later[0]]))}, "
-        f"later than {format_time(max_time)}; fix the data, or set `columns.time_unit` if the column holds integers in "
-        "another unit "
+        f"later than {format_time(max_time)}. Fix the data, or set columns.time_unit if the integers have another unit "
         f"(the first is row {later[0]} of the file, counted from 0)"
     )
     assert sum(len(rows) for rows in Log(str(folder), SCHEMA, max_time=last).stream()) == 600
@@ -263,7 +268,7 @@ def test_times_that_no_microsecond_counts(tmp_path, kind, integers, unit):
     pq.write_table(with_column(TABLE, "time", values), tmp_path / "0.parquet", row_group_size=20)
     columns = {"user": "user", "candidate": "item", "time": "time", "time_unit": unit}
     error = _reading(tmp_path, two_ids(columns=columns), rows_per_part=10)
-    assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'time' cannot be read as timestamp[us, tz=UTC]: ")
+    assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'time' can't be converted to timestamp[us, tz=UTC]: ")
 
 
 # Events
@@ -291,7 +296,7 @@ def test_bad_files_of_events(tmp_path):
     with pytest.raises(BadFile, match=message):
         list(EventLogFiles("purchases", early, skip_bad_files=True).stream())
     pq.write_table(with_values(events, "born", {77: None}), folder / "2.parquet")
-    message = r"2.parquet': column 'born' is null; every event needs a time \(the first is row 77 "
+    message = r"2.parquet': column 'born' is null, but every event needs a time \(the first is row 77 "
     with pytest.raises(BadFile, match=message):
         list(EventLogFiles("purchases", log, skip_bad_files=True).stream())
 
@@ -332,7 +337,9 @@ def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, c
     if step == "count" and (skip or change is _other_rows):
         # Nothing was learnt before: the file is left out as any bad one, or is what it is by now.
         if change is _other_rows:
-            with pytest.raises(BadFile, match=r"1.parquet' has changed since the log was opened; start again"):
+            with pytest.raises(
+                BadFile, match=r"1.parquet' has changed since the log was opened. Run the command again"
+            ):
                 prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options))
         else:
             skipped = prepare(BuildInputs(str(folder), schema, WINDOWS, tmp_path / "work", options)).manifest["skipped"]
@@ -373,8 +380,8 @@ def test_vectors_of_another_size_or_with_elements_that_are_no_numbers(tmp_path, 
     lists[77] = lists[203] = odd
     error = _reading(_log(tmp_path / "log", good, _with(lists, kind)), _with_vectors(look=VECTOR))
     assert str(error) == (
-        f"'{tmp_path}/log/1.parquet': column 'x' holds {odd}; feature 'look' needs lists of 2 finite numbers (its "
-        "`size`), or null instead of a whole list (the first is row 77 of the file, counted from 0)"
+        f"'{tmp_path}/log/1.parquet': column 'x' holds {odd}. Feature 'look' needs lists of 2 finite numbers (its "
+        "`size`), or null for a missing list (the first is row 77 of the file, counted from 0)"
     )
 
 

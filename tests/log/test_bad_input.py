@@ -74,9 +74,9 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     *(
         ([with_column(TABLE, column, values)], SCHEMA, rf"0.parquet': column '{column}' {message}")
         for column, values, message in (
-            ("item", np.zeros(300), r"must hold integers or strings, found double \(pandas makes .*Int64"),
+            ("item", np.zeros(300), r"must hold integers or strings, found double \(pandas stores .*Int64"),
             ("user", [b"a"] * 300, "must hold integers or strings, found binary"),
-            ("user", pa.array([2**64 - 1] * 300, pa.uint64()), "cannot be read as int64"),
+            ("user", pa.array([2**64 - 1] * 300, pa.uint64()), "can't be converted to int64"),
             ("price", ["1"] * 300, "must hold numbers, found string"),
             ("click", ["yes"] * 300, "must hold numbers, found string"),
             ("tags", ["x"] * 300, "must hold lists of integers or lists of strings, found string"),
@@ -92,7 +92,11 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([TABLE], _numbers(a="price", a_missing="age"), "Features 'a' and 'a_missing' both have an input 'a_missing'"),
     ([TABLE], LIKE_A_COLUMN, "Feature 'user': its input 'user' is also a column"),
     # Labels. The first file alone would also leave the later splits empty; the label is what is wrong.
-    ([THREE, SECOND], SCHEMA, r"0.parquet': column 'click' of binary task 'click' holds 3, neither"),
+    (
+        [THREE, SECOND],
+        SCHEMA,
+        r"0.parquet': column 'click' is the label of the binary task 'click' and holds 3, neither",
+    ),
     ([with_column(TABLE, "liked", [0] * 300)], _task(), "task 't' has one class .*'liked' are 0;"),
     ([with_column(TABLE, "liked", [1] * 300)], _task(), "task 't' has one class .*'liked' are 1;"),
     ([TABLE], _task(label_delay_days=30), "task 't' has no observed label in training: .*split.train_end, 30 days"),

@@ -114,9 +114,13 @@ def test_rules_compare_values_as_python_does(kind, values, wanted):
 @pytest.mark.parametrize(
     ("values", "equals", "message"),
     [
-        (["true", None], True, "text, but an `observed_when` compares it with True. Write it in quotes."),
-        (["4", None], 4, "text, but an `observed_when` compares it with 4. Write it in quotes."),
-        ([True, None], "true", "numbers, but an `observed_when` compares it with 'true'. Write it without quotes."),
+        (["true", None], True, "text, but an `observed_when` compares it with True. Write the value in quotes."),
+        (["4", None], 4, "text, but an `observed_when` compares it with 4. Write the value in quotes."),
+        (
+            [True, None],
+            "true",
+            "numbers, but an `observed_when` compares it with 'true'. Write the value without quotes.",
+        ),
     ],
 )
 def test_a_value_that_a_column_cannot_hold_is_reported(values, equals, message):

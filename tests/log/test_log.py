@@ -185,7 +185,7 @@ def test_a_label_in_the_path(tmp_path):
 
 def test_a_time_in_the_path(tmp_path):
     write_log(tmp_path / "time=2024-01-01", TABLE.drop_columns(["time"]))
-    message = "has column 'time' only in its path, which can't hold times. Write it as a column of the file"
+    message = "has the time column 'time' only in its path. Write the times as a column of the file"
     with pytest.raises(BadFile, match=message):
         Log(str(tmp_path), SCHEMA)
 
@@ -239,7 +239,7 @@ def test_bad_files_in_memory_are_named_by_their_address(memory):
         with memory.open(f"/log/{name}.parquet", "wb") as handle:
             pq.write_table(table, handle)
     log = Log("memory://log", SCHEMA)
-    with pytest.raises(BadFile, match=r"^'memory:///log/1.parquet': column 'user' is null; every row"):
+    with pytest.raises(BadFile, match=r"^'memory:///log/1.parquet': column 'user' is null, but every row"):
         list(log.stream())
     memory.rm("/log/1.parquet")
     with pytest.raises(BadFile, match=r"'memory:///log/1.parquet' is not a readable Parquet file"):
@@ -262,6 +262,6 @@ def test_a_place_that_fails_is_not_a_bad_file(memory, monkeypatch, owner, functi
 
     monkeypatch.setattr(owner, function, fail)
     for attempt in (lambda: Log("memory://log", SCHEMA, skip_bad_files=True), lambda: list(log.stream())):
-        with pytest.raises(UserError, match=r"/log/0.parquet' cannot be reached .*by peer") as caught:
+        with pytest.raises(UserError, match=r"/log/0.parquet' can't be reached .*by peer") as caught:
             attempt()
         assert not isinstance(caught.value, BadFile)

@@ -77,21 +77,21 @@ WORDS = {
     "features": {"x": {"kind": "numeric", "column": "x"}},
     "split": {"column": "word", "train": ["a"], "validation": ["b"], "test": [1]},
 }
-NO_WEIGHT = r"column 'weight' holds .* which is not from 1e-20 to 1e\+20; fix the data"
+NO_WEIGHT = r"column 'weight' holds .* which is not from 1e-20 to 1e\+20. Fix the data"
 
 
 @pytest.mark.parametrize(
     ("table", "sections", "message"),
     [
-        (STRANGE, {}, "'fold' of split.column holds 5, and not one of 1, 2, 3, 4: .*row 7"),
-        (OF_TEXT, {"split": {"column": "fold", **TEXTS}}, "holds 'f5', and not one of 'f1', 'f2', 'f3', 'f4': .*row 7"),
-        (with_values(PLAIN, "fold", {0: None}), {}, "holds null, and not one of 1, 2, 3, 4: .*row 0"),
+        (STRANGE, {}, "'fold' .split.column. has the unexpected value 5 .expected: 1, 2, 3, 4.*row 7"),
+        (OF_TEXT, {"split": {"column": "fold", **TEXTS}}, "value 'f5' .expected: 'f1', 'f2', 'f3', 'f4'.*row 7"),
+        (with_values(PLAIN, "fold", {0: None}), {}, "value null .expected: 1, 2, 3, 4.*row 0"),
         (
             PLAIN,
             {"split": {"column": "fold", **SPLIT_VALUES, "test": ["4"]}},
             "'fold' holds numbers, but split.test compares it with '4'. .* without quotes",
         ),
-        (PLAIN, WORDS, "'word' holds text, but split.test compares it with 1. Write it in quotes."),
+        (PLAIN, WORDS, "'word' holds text, but split.test compares it with 1. Write the value in quotes."),
         (  # true and false are 1 and 0
             HELD_OUT,
             {"split": {"column": "held_out", "train": [False], "validation": [True], "test": [2]}},
@@ -116,24 +116,39 @@ def test_a_table_that_is_refused(tmp_path: Path, table: pa.Table, sections: dict
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"features": {**FEATURES, "last": HISTORY}}, "feature 'last' needs columns.time, which is left out: it reads"),
-        ({"features": {**FEATURES, "rate": COUNTER}}, "feature 'rate' needs columns.time, which is left out: it reads"),
-        ({"features": {"when": {"kind": "time"}}}, "feature 'when' needs columns.time, which is left out: it has no `"),
-        ({"features": {"f": AGE}}, "feature 'f' needs columns.time, which is left out: its part `age` ends at the r"),
+        (
+            {"features": {**FEATURES, "last": HISTORY}},
+            "feature 'last' needs columns.time, which is not set, because it reads",
+        ),
+        (
+            {"features": {**FEATURES, "rate": COUNTER}},
+            "feature 'rate' needs columns.time, which is not set, because it reads",
+        ),
+        (
+            {"features": {"when": {"kind": "time"}}},
+            "feature 'when' needs columns.time, which is not set, because it has no `",
+        ),
+        (
+            {"features": {"f": AGE}},
+            "feature 'f' needs columns.time, which is not set, because its part `age` ends at the r",
+        ),
         ({"tasks": {"label": LATE}}, "task 'label' has label_delay_days, which needs columns.time"),
-        ({"columns": {"request": "group", "request_scope": "user"}}, "request_scope is user, which needs columns.user"),
-        ({"features": {"fold": {"kind": "numeric", "column": "fold"}}}, "reads column 'fold', which contains the ro"),
-        ({"split": {"column": "label"}}, "the label of task 'label' is column 'label', which is split.column too"),
+        ({"columns": {"request": "group", "request_scope": "user"}}, "request_scope user needs columns.user"),
+        ({"features": {"fold": {"kind": "numeric", "column": "fold"}}}, "reads column 'fold', which is split.column"),
+        ({"split": {"column": "label"}}, "split.column and tasks.label.label both name column 'label'"),
         ({"split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"}}, "columns.time is null, so rows can"),
-        ({"columns": {"time": "at"}}, "split.column is 'fold', but columns.time is 'at': split a log with times by"),
-        ({"split": {"column": "fold", "train_end": "2024-01-01"}}, "has both train_end and column"),
-        ({"split": {"column": "fold", "train": [1], "test": [1]}}, "value 1 is both in train and in test"),
-        ({"split": {}}, "needs train_end"),
-        ({"columns": {"weight": "label"}}, "the label of task 'label' is column 'label', which is columns.weight too"),
+        (
+            {"columns": {"time": "at"}},
+            "split.column ('fold') can't be combined with columns.time ('at'), because training",
+        ),
+        ({"split": {"column": "fold", "train_end": "2024-01-01"}}, "train_end and `column` can't be combined"),
+        ({"split": {"column": "fold", "train": [1], "test": [1]}}, "both train and test list the value 1"),
+        ({"split": {}}, "train_end is missing"),
+        ({"columns": {"weight": "label"}}, "columns.weight and tasks.label.label both name column 'label'"),
         ({"columns": {"user": "person", "weight": "person"}}, "columns.user and columns.weight both name column"),
         (
             {**TIMED, "roles": {}, "features": {**FEATURES, "last": HISTORY}},
-            "feature 'last' needs columns.user, which is left out: it is a user's",
+            "feature 'last' needs columns.user, which is not set, because it lists events of a user",
         ),
     ],
 )

@@ -260,7 +260,7 @@ def test_rows_that_are_encoded_again_give_the_same_metrics(
 @pytest.mark.parametrize(
     ("command", "words", "sentence"),
     [
-        ("features", ["--data.log", "no/such/log"], "the log 'no/such/log' does not exist; set `data.log`"),
+        ("features", ["--data.log", "no/such/log"], "the log 'no/such/log' does not exist. Set data.log"),
         # Features are built where a split is empty.
         ("train", ["--split.validation_end", "2030-01-01"], "the test split is empty"),
         ("evaluate", ["--split.validation_end", "2030-01-01"], "the test split is empty"),

@@ -248,10 +248,10 @@ def test_what_scoring_and_measuring_refuse(
 
 
 def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    needs = "needs columns.user and columns.candidate and columns.time, which the settings leave out"
+    needs = "needs columns.user and columns.candidate and columns.time, but the settings lack them"
     with pytest.raises(UserError, match=f"a skew check {needs}"):
         check_skew(world.settings, 0, 1, str(world.model), tmp_path)
-    with pytest.raises(UserError, match=f"joining outcomes {needs}"):
+    with pytest.raises(UserError, match=f"join-labels {needs}"):
         join_labels(world.settings, str(tmp_path), None, tmp_path / "out")
     error_text = refuse(capsys, "refresh", "--config", world.config, "--model", "models:/plain@champion")
     assert f"a refresh of a model's tables {needs}" in error_text

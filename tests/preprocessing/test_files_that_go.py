@@ -225,7 +225,7 @@ def test_new_files_have_the_types_of_those_that_are_gone(growing):
     table = pq.read_table(path)
     items = pa.array([str(value) for value in table["item"].to_pylist()])
     pq.write_table(with_column(table, "item", items), path)
-    message = r"column 'item' changes its type: int64 in the fitted features, string in '.*97.parquet'; write all"
+    message = r"column 'item' has the type int64 when the features were built, but string in '.*97.parquet'. Write all"
     with pytest.raises(UserError, match=message):
         growing.extend(LATER)
     growing.add(10, 12.1)

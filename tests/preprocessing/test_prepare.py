@@ -122,7 +122,9 @@ def test_two_workers_change_no_byte(tmp_path, two_workers):
 def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, two_workers):
     table = random_log(8)
     source = str(write_log(tmp_path / "log", table, with_column(table, "click", [2.0] * table.num_rows)))
-    with pytest.raises(UserError, match=r"1\.parquet': column 'click' of binary task 'click' holds 2"):
+    with pytest.raises(
+        UserError, match=r"1\.parquet': column 'click' is the label of the binary task 'click' and holds 2"
+    ):
         prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(**two_workers)))
     assert not (tmp_path / "work").exists()
 
@@ -294,7 +296,7 @@ def _schema(path: Path) -> Schema:
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        (None, r"does not exist; set `data.events.purchases.path`"),
+        (None, r"does not exist. Set data.events.purchases.path"),
         (_events(0).drop_columns(["brand"]), r"0.parquet' has no column 'brand'"),
         (with_column(_events(0), "item", [""] * 200), r"column 'item' is string in events 'purchases' and int"),
     ],

@@ -77,7 +77,7 @@ class HistoryFeature(EventFeature):
             schema: Schema of the settings.
         """
         super().check(name, schema)
-        self.require_column(name, schema, "user", "it is a user's")
+        self.require_column(name, schema, "user", "it lists events of a user")
         check_table_owner(schema, name, "of", self.of, IdFeature, "candidate")
         for attribute in self.attributes:
             check_table_owner(schema, name, "attributes", attribute, IdFeature, "candidate")
