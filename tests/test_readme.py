@@ -18,23 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from mmoe_rec.cli.doctor import COMPATIBLE_VERSIONS
-from mmoe_rec.cli.serve import serve
-from mmoe_rec.server.app import LIVENESS_PATH
 from mmoe_rec.settings.load import load_settings
 from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port, running_program, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = [ROOT / "configs", ROOT / "tests", *sorted((ROOT / "mmoe_rec").glob("*/"))]
 FILES = sorted((ROOT / "docs").rglob("*.md"))
-FILES += [guide / "README.md" for guide in GUIDES if (guide / "README.md").is_file()]
-FILES += [ROOT / ".github" / "CONTRIBUTING.md"]
+FILES += [ROOT / "tests" / "README.md", ROOT / ".github" / "CONTRIBUTING.md"]
 DOCS = "\n".join([README, *(item.read_text(encoding="utf-8") for item in FILES)])
-"""README, the pages of docs/, the guides in the folders that they describe, and how to contribute."""
+"""README, the pages of docs/, and the pages on tests and contributing."""
 HOUSEHOLDS = "30"
 
 
@@ -62,7 +57,6 @@ ELSEWHERE = {
     "refresh --journal": "live/test_refresh_from_journal.py",
     "check-skew --from --to --requests": "live/test_skew.py",
     "join-labels --requests --events --out": "live/test_label_join_loop.py",
-    "serve --journal": "server/test_workers.py",
     "serve --journal --poll": "server/test_workers.py",
     "serve --workers --poll": "server/test_workers.py",
     "serve --log-requests --log-fraction": "server/test_request_log.py",
@@ -297,13 +291,13 @@ def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str],
 
 @pytest.mark.thorough
 def test_python_examples(said: dict[str, str], folder: Path) -> None:
-    trained, scored, _, encoded = blocks("python")
-    rows, auc, candidates = run_code(trained, folder).splitlines()[-3:]
+    """All examples of the page on the Python API are one program."""
+    lines = run_code("\n".join(blocks("python")), folder).splitlines()
+    rows, auc, candidates = lines[-3:]
+    assert "unknown column 'store'; did you mean 'store_id'?" in "\n".join(lines)
     assert re.fullmatch(r"\d+ rows", rows)
     assert "Interval(value=0." in auc
     assert sorted(json.loads(candidates)) == [29789, 826249]
-    run_code(scored, folder)
-    assert int(run_code(f"{encoded}print(trees.n_iter_)", folder)) > 10
     log, actual = (pq.read_table(folder / path) for path in ("data/complete_journey/log", "scored.parquet"))
     assert actual["product_id"].to_pylist() == log["product_id"].to_pylist()[: len(actual)]
     _check_scores(actual, log)
@@ -336,7 +330,7 @@ def _check_scores(actual: pa.Table, log: pa.Table) -> None:
 
 
 def test_readme_is_read_in_one_sitting() -> None:
-    assert len(README.splitlines()) <= 160
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.mark.thorough
@@ -391,22 +385,6 @@ def test_the_request_and_its_reply_agree() -> None:
     }
     product = np.prod([np.power(shown["predictions"][name], weight) for name, weight in weights.items()], axis=0)
     np.testing.assert_allclose(shown["scores"], product, atol=2e-3)
-
-
-def test_the_settings_of_kubernetes_fit_the_server() -> None:
-    (pod,) = (yaml.safe_load(block)["spec"] for block in blocks("yml"))
-    (container,) = pod["containers"]
-    program, name, *words = container["command"]
-    assert (program, name) == ("mmoe-rec", "serve")
-    options = serve.make_context(name, words).params
-    assert pod["terminationGracePeriodSeconds"] > options["drain_seconds"] + options["grace"]
-    probes = {item: container[f"{item}Probe"]["httpGet"] for item in ("startup", "readiness", "liveness")}
-    assert {item: probe["path"] for item, probe in probes.items()} == {
-        "startup": LIVENESS_PATH,
-        "readiness": "/health",
-        "liveness": LIVENESS_PATH,
-    }
-    assert {probe["port"] for probe in probes.values()} == {options["port"]}
 
 
 def test_every_settings_file_loads(tmp_path: Path) -> None:
@@ -464,7 +442,7 @@ def test_paths_exist() -> None:
     paths = re.findall(r"`((?:tests|configs|data|docs|mmoe_rec|pipelines)/[\w/.]*)`", DOCS)
     assert len(paths) > 8
     for path in paths:
-        made_by_reader = path == "configs/shop.yaml"
+        made_by_reader = path in ("configs/shop.yaml", "data/shop/log")
         assert made_by_reader or (ROOT / path).exists(), path
 
 

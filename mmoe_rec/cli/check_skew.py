@@ -3,7 +3,7 @@
 Check for training-serving skew. Score the requests logged by `serve --log-requests` again, with point-in-time features
 from the log. Report each feature, prediction and score that differs. The exit code is 1 if any value differs.
 
-The command checks requests from --from until before --to. For details, see mmoe_rec/server/README.md.
+The command checks requests from --from until before --to. For details, see docs/how-to/train-on-served-requests.md.
 """
 
 from pathlib import Path

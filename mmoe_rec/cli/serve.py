@@ -1,7 +1,7 @@
 """mmoe-rec serve --model models:/complete_journey@champion
 
 Serve a model over HTTP. POST /invocations ranks candidates, as in MLflow's server. GET /health, /version, /metrics and
-/openapi.json describe the server. For details, see mmoe_rec/server/README.md. SIGTERM, SIGHUP and Ctrl-C end the server
+/openapi.json describe the server. For details, see docs/how-to/serve-with-mmoe-rec.md. SIGTERM, SIGHUP and Ctrl-C end the server
 once it has answered all accepted calls. --drain-seconds S first makes /health answer 503 for S seconds while the server
 still answers calls. A load balancer can then send calls elsewhere.
 

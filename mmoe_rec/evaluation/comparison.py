@@ -1,6 +1,6 @@
 """Compare a model with others on the same rows, and decide which model is better.
 
-README.md explains the rule that `decide` implements (section "Is a model better?"). Holm's method (1979) corrects the
+docs/explanation/intervals-and-promotion.md explains the rule of `decide`. Holm's method (1979) corrects the
 p-values of the metrics in tables for the number of metrics. The p-value of `evaluation.primary_metric` is corrected for
 the number of models alone, because that metric was chosen before anything was measured.
 

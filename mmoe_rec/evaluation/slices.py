@@ -2,7 +2,7 @@
 
 Columns of the log or of prediction files slice the rows. So does the number of training rows of their users and
 candidates (`RowSlicer`). A slice is compared with all rows in the same resamples of users, or with another model on the
-rows of the slice. README.md says which slices are judged (section "Slices and findings").
+rows of the slice. docs/how-to/compare-and-promote.md describes the slices.
 """
 
 import re

@@ -3,7 +3,7 @@
 Rows from callers pass the same checks as a log's files in a feature build. One invalid row rejects its whole batch. The
 error names the first invalid row, counted from 0, and its column.
 
-A refresh writes at most one file per log and million rows, `journal-ID-POSITION.parquet` (see README.md). The file
+A refresh writes at most one file per log and million rows, `journal-ID-POSITION.parquet`. The file
 names show up to which position a log includes the journal, so an interrupted refresh is simply repeated. Columns have
 canonical types and are read as the types of the log's other files.
 """

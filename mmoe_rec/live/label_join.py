@@ -1,6 +1,6 @@
 """Join logged requests with events into rows of the interaction log, in a DuckDB database of bounded memory.
 
-README.md explains how events are attributed to candidates and when a request is written. The output has one folder of
+docs/how-to/train-on-served-requests.md explains how events are attributed to candidates. The output has one folder of
 files for each run. A run's folder appears whole or not at all:
 
     OUT/run-000001/part-00000.parquet      rows, sorted by time

@@ -1,6 +1,6 @@
 """Log ranked requests to Parquet files in a background thread, so that no reply waits for a file.
 
-mmoe_rec/server/README.md says which requests are logged and which are dropped. The queue has a limited number of
+docs/how-to/train-on-served-requests.md says which requests are logged. The queue has a limited number of
 candidates because a logged reply keeps all rows of its batch in memory. File names contain the time of writing (UTC),
 `requests-TIME-HOST-PROCESS-RANDOM.parquet`, so they sort by time. Other programs may move or remove files at any time.
 """

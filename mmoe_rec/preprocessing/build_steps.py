@@ -5,7 +5,7 @@
     look up  partitions of keys    -> results, to blocks of rows through files; memories, kept
     encode   parts of the log      -> encoded rows
 
-README.md says what is exchanged between them.
+docs/explanation/point-in-time.md describes the data that steps exchange.
 
 An engine runs the tasks: `local`, a thread or process for each core, or `ray`, actors of a Ray cluster. It gives the
 results in the order of the tasks, so that nothing depends on the engine or on the number of workers. A `UserError` of a

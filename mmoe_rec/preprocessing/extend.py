@@ -1,6 +1,6 @@
 """Adds new files of a log to existing features: the state of the days before and the new rows give the next state.
 
-README.md says what stays as it was, and what becomes of rows that come late or again.
+docs/how-to/build-large-logs.md describes the treatment of late and repeated rows.
 
 The tables of a model (`<artifact>/features`) move on by themselves, by the model's own features: `extend_tables` adds
 new files to them; `rebuild_tables` makes them of all files. From the same rows both give the same files to the last

@@ -51,7 +51,7 @@ def test_every_kind_is_tested_and_described() -> None:
     assert set(EXAMPLES) == set(NAMES) == set(FEATURE_KINDS)
     files = Path("mmoe_rec/features/kinds").glob("*.py")
     assert {file.stem for file in files} - {"__init__"} == set(NAMES)
-    guide = Path("configs/README.md").read_text(encoding="utf-8")
+    guide = Path("docs/how-to/choose-features.md").read_text(encoding="utf-8")
     template = Path("configs/template.yaml").read_text(encoding="utf-8")
     for name in NAMES:
         assert f"\n| `{name}` | " in guide

@@ -16,7 +16,7 @@ from mmoe_rec.log.rows import LogRows
 from tests.log.small_logs import DAY, log_rows
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "mmoe_rec" / "point_in_time" / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "explanation" / "point-in-time.md").read_text(encoding="utf-8")
 WEEK = 7 * DAY
 CLICKS = {"kind": "counter", "task": "clicked", "by": ["user"], "outputs": ["log_sum"], "window_days": [7]}
 CLICKED = {"label": "clicked", "objective": "engagement", "label_delay_days": 1}
@@ -33,7 +33,7 @@ def tables() -> list[list[dict[str, str]]]:
     return parsed
 
 
-LOG, STORE, REQUESTS, STEPS = tables()
+LOG, STORE, REQUESTS, STEPS, *_ = tables()
 
 
 def moment(text: str) -> int:
