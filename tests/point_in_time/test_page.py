@@ -110,7 +110,7 @@ def test_requests_get_what_the_page_says(encoder, cuts):
 
 def test_what_each_step_names_is_there():
     for step in STEPS:
-        paths = re.findall(r"`(mmoe_rec/[\w/.]+)`: ((?:`\w+`(?:, )?)+)", step["where"])
+        paths = re.findall(r"`(mmoe_rec/[\w/.]+)`\]\([^)]*\): ((?:`\w+`(?:, )?)+)", step["where"])
         assert paths, step
         for path, names in paths:
             text = (ROOT / path).read_text(encoding="utf-8")
