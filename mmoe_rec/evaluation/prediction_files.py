@@ -269,7 +269,6 @@ def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> n
 
 def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
     """Raise UserError if a request has rows of several users, or a candidate twice."""
-
     users = table.group_by(["request", "user"], use_threads=False).aggregate([])
     lists = users.group_by("request", use_threads=False).aggregate([([], "count_all")])
     if (request := pc.min(lists.filter(pc.field("count_all") > 1)["request"]).as_py()) is not None:

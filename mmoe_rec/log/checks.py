@@ -143,7 +143,6 @@ def check_files(
     Raises:
         BadFile: A file is bad, and `skip_bad_files` is false.
     """
-
     integers = _find_integers(found_files, fitted)
 
     def read(file: FileInfo) -> tuple[LogFile, dict[str, pa.DataType]] | BadFile:

@@ -22,8 +22,11 @@ class Metrics:
     """Metrics of one worker."""
 
     def __init__(self, name: str | None = None) -> None:
-        """Set up the metrics. If there are several workers, `name` names the files, which an earlier worker may have
-        begun."""
+        """Set up the metrics.
+
+        Args:
+            name: Name of the metric files if there are several workers. An earlier worker may have written them.
+        """
         if name is not None:
             values.ValueClass = values.MultiProcessValue(lambda: name)
         self._own = CollectorRegistry()

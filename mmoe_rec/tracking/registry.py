@@ -493,8 +493,7 @@ def build_log_model_args(artifact_folder: Path, scratch: Path) -> dict[str, Any]
 
 
 def _signature(tasks: Sequence[ModelTask]) -> Any:
-    """Build the signature: optional parameters (`mmoe_rec.inference.request_reader.REQUEST_OPTIONS`) and inputs of any
-    kind.
+    """Build the signature, with inputs of any kind and the parameters of `request_reader.REQUEST_OPTIONS`.
 
     MLflow would derive parameters from the example. Its values would become defaults, and all its weights required.
     """

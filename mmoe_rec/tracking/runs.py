@@ -101,8 +101,7 @@ class Outbox:
                 ) from None
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Send the saved messages, retrying for some seconds while MLflow does not answer. Errors go to
-        `last_error`."""
+        """Send the saved messages, and retry for some seconds while MLflow doesn't answer. Errors set `last_error`."""
         deadline = time.monotonic() + seconds
         while self.file is not None and self.file.exists():
             with self._lock(self.file):
