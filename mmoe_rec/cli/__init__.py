@@ -4,5 +4,5 @@ from importlib.util import find_spec
 
 if find_spec("click") is None:
     raise SystemExit(
-        "error: the package click is not installed: pip install 'click>=8.2,<9', or all packages as docs/how-to/install.md says"
+        "error: the package click is not installed: pip install 'click>=8.2,<9', or read docs/how-to/install.md"
     )

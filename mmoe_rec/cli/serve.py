@@ -1,9 +1,9 @@
 """mmoe-rec serve --model models:/complete_journey@champion
 
 Serve a model over HTTP. POST /invocations ranks candidates, as in MLflow's server. GET /health, /version, /metrics and
-/openapi.json describe the server. For details, see docs/how-to/serve-with-mmoe-rec.md. SIGTERM, SIGHUP and Ctrl-C end the server
-once it has answered all accepted calls. --drain-seconds S first makes /health answer 503 for S seconds while the server
-still answers calls. A load balancer can then send calls elsewhere.
+/openapi.json describe the server. For details, see docs/how-to/serve-with-mmoe-rec.md. SIGTERM, SIGHUP and Ctrl-C end
+the server once it has answered all accepted calls. --drain-seconds S first makes /health answer 503 for S seconds while
+the server still answers calls. A load balancer can then send calls elsewhere.
 
 --log-requests writes a fraction of requests and replies to a folder, as Parquet. `mmoe-rec join-labels` turns the
 folder into a log for training. --poll S checks every S seconds whether the alias has moved, and loads the new model.
