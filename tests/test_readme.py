@@ -424,14 +424,20 @@ def shop_log(rows: int = 6_000) -> pa.Table:
 
 @pytest.mark.thorough
 def test_commands_of_the_shop(folder: Path) -> None:
-    init, *lines = commands_of("test_commands_of_the_shop")
+    lines = commands_of("test_commands_of_the_shop")
+    init, correct = (line for line in lines if line.startswith("mmoe-rec init"))
     (folder / "data" / "shop" / "log").mkdir(parents=True)
     pq.write_table(shop_log(), folder / "data" / "shop" / "log" / "2024.parquet")
+    drafted = folder / "configs" / "drafted.yaml"
+    shown = re.search("--out configs/drafted.yaml\n```\n\n```text\n(.*?)```", DOCS, re.DOTALL)
+    assert shown
     run_lines([init], folder)
-    assert {"clicked", "ordered", "kept", "pleased"} == set(load_settings(folder / "configs" / "drafted.yaml").tasks)
+    assert list(load_settings(drafted).tasks) == re.findall(r"^task +(\w+)", shown[1], re.MULTILINE)
+    run_lines([correct], folder)
+    assert list(load_settings(drafted).tasks) == ["clicked", "kept", "pleased"]
     (settings,) = (block for block in blocks("yaml") if block.startswith("name: shop\n"))
     (folder / "configs" / "shop.yaml").write_text(settings)
-    run_lines(lines, folder)
+    run_lines([line for line in lines if line not in (init, correct)], folder)
     tasks = json.loads((folder / "data/shop/work/evaluation/metrics.json").read_text())["tasks"]
     assert tasks["clicked"]["auc"]["value"] > 0.55
     assert tasks["clicked"]["rows"] > tasks["pleased"]["rows"] > 0
