@@ -255,7 +255,7 @@ def test_commands_of_the_tutorial(said: dict[str, str], folder: Path) -> None:
     """The README has three of them."""
     init, train, serve, inspect, evaluate, ask = commands_of("test_commands_of_the_tutorial")
     printed = run_lines([init, inspect, train, evaluate], folder)
-    shown = re.search("```text\n(.*?)\n\\.\\.\\.\n", README, re.DOTALL)
+    shown = re.search("```text\n(user .*?)\n\\.\\.\\.\n", README, re.DOTALL)
     assert shown
     assert [line.split()[:2] for line in shown[1].splitlines()] == [
         line.split()[:2] for line in printed[init].splitlines()[: shown[1].count("\n") + 1]
