@@ -26,6 +26,7 @@ from tests.inference.running_server import free_port, running_program, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "docs").rglob("*.md"))
 FILES += [ROOT / "tests" / "README.md", ROOT / ".github" / "CONTRIBUTING.md"]
 DOCS = "\n".join([README, *(item.read_text(encoding="utf-8") for item in FILES)])
@@ -85,9 +86,9 @@ HERE = {
     "test_pip_command_installs_what_the_extra_does": re.escape(PIP_COMMAND),
     "test_a_smaller_install_names_what_there_is": r"uv venv && .*",
     "test_mlflow_pages": r"mlflow ui .*",
+    "test_commands_of_the_tutorial": r".*\bjourney(_work)?\b.*",
     "test_served_request": r".*\b5001\b.*",
     "test_commands_of_the_server": r".*\b8000\b.*",
-    "test_a_newcomers_three_commands": r".*\bjourney\b.*",
     "test_commands_of_the_shop": r".*\bshop\b.*",
     "test_commands_of_the_first_data_set": r".*(complete_journey|quickstart|--predictions labelled).*",
 }
@@ -250,20 +251,24 @@ def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> N
 
 
 @pytest.mark.thorough
-def test_a_newcomers_three_commands(said: dict[str, str], folder: Path) -> None:
-    init, train, serve = commands_of("test_a_newcomers_three_commands")
-    printed = run_lines([init, train], folder)
-    shown = re.search("```text\n(.*?)\n\\.\\.\\.\n", README, re.DOTALL)
+def test_commands_of_the_tutorial(said: dict[str, str], folder: Path) -> None:
+    """The README has three of them."""
+    init, train, serve, inspect, evaluate, ask = commands_of("test_commands_of_the_tutorial")
+    printed = run_lines([init, inspect, train, evaluate], folder)
+    shown = re.search("```text\n(user .*?)\n\\.\\.\\.\n", README, re.DOTALL)
     assert shown
     assert [line.split()[:2] for line in shown[1].splitlines()] == [
         line.split()[:2] for line in printed[init].splitlines()[: shown[1].count("\n") + 1]
     ]
-    assert "'champion' is version 1 now, this model" in printed[train]
+    for text, command in (
+        ("report: journey_work/inspection/report.html", inspect),
+        ("'champion' is version 1 now, this model", train),
+        ("report: journey_work/evaluation/report.html", evaluate),
+    ):
+        assert text in printed[command]
+        assert text in TUTORIAL
     with running(f"{serve} --port 8000", "8000", "/health", folder) as port:
-        inputs = {"user": {"household_id": 46}, "context": {"store_id": 333}, "candidates": {"product_id": [1, 2]}}
-        (folder / "ask.json").write_text(json.dumps({"inputs": [inputs]}))
-        ask = f"curl -s http://127.0.0.1:{port}/invocations -H 'Content-Type: application/json' -d @ask.json"
-        assert json.loads(shell(ask, folder))["predictions"]
+        assert json.loads(shell(ask.replace("8000", str(port)), folder))["predictions"]
 
 
 @pytest.mark.thorough
