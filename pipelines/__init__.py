@@ -1,3 +1,3 @@
-"""Commands, each run as `python -m pipelines.NAME`. Those for any data set are the package's, also `mmoe-rec NAME`."""
+"""Commands for the public data sets, run as `python -m pipelines.NAME`. Other commands are run as `mmoe-rec NAME`."""
 
-import mmoe_rec  # noqa: F401 - The way that threads wait is set before torch is loaded.
+import mmoe_rec  # noqa: F401 - This import sets how threads wait, before torch is loaded.

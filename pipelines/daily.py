@@ -1,9 +1,12 @@
 """python -m pipelines.daily --config configs/shop.yaml --split.train_end 2024-06-01 --split.validation_end 2024-06-08
 
-What a scheduler runs each day: adds the new files of the log to the features, trains from the model that holds the
-alias, evaluates both on the test rows, gives the alias to the better one, and refreshes its tables. The settings' split
-says which days train; overrides of settings may follow. It stops at the first step that fails, with its sentence and
-exit code, and may be started again at any time: a training that was stopped goes on.
+Run the daily steps of a scheduler. The command adds the new files of the log to the features and trains a challenger
+from the current model. It evaluates both models on the test rows, gives the alias to the better model, and refreshes
+that model's tables.
+
+The split in the settings determines the training days. You can override settings on the command line. The command stops
+at the first step that fails, with the message and exit code of that step. You can start it again at any time: an
+interrupted training run resumes.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from pipelines.data_sets.ingest_common import command_parser
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the steps."""
+    """Run the command with the arguments `argv`, by default those of the process."""
     parser = command_parser("python -m pipelines.daily", __doc__)
     parser.add_argument("--config", required=True, metavar="C", help="settings file")
     options, overrides = parser.parse_known_args(argv)
@@ -26,22 +29,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.tracking.registry import find_champion
 
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
-    before = find_champion(name, alias, uri)
-    if before is None:
-        raise UserError(f"no version of '{name}' holds '{alias}': train the first model by mmoe-rec train")
-    words = ["--config", options.config, *overrides]
-    run(["features", *words, "--extend"])
-    run(["train", *words, "--from", f"models:/{name}/{before.number}", "--resume"])
-    is_champion = find_champion(name, alias, uri) != before
+    champion = find_champion(name, alias, uri)
+    if champion is None:
+        raise UserError(f"no version of '{name}' has the alias '{alias}'. Train the first model with mmoe-rec train.")
+    arguments = ["--config", options.config, *overrides]
+    run(["features", *arguments, "--extend"])
+    run(["train", *arguments, "--from", f"models:/{name}/{champion.number}", "--resume"])
+    is_champion = find_champion(name, alias, uri) != champion
     trained = f"models:/{name}@{alias if is_champion else 'challenger'}"
-    run(["evaluate", *words, "--model", trained, "--compare-to", f"models:/{name}/{before.number}"])
+    run(["evaluate", *arguments, "--model", trained, "--compare-to", f"models:/{name}/{champion.number}"])
     if not is_champion:
         try:
-            run(["promote", *words, "--challenger", "challenger"])
+            run(["promote", *arguments, "--challenger", "challenger"])
         except SystemExit as end:
-            if end.code != REFUSED_EXIT_CODE:  # where it is refused, the alias stays where it was
+            if end.code != REFUSED_EXIT_CODE:  # A refusal is no failure: the current model keeps the alias.
                 raise
-    run(["refresh", *words])
+    run(["refresh", *arguments])
 
 
 if __name__ == "__main__":

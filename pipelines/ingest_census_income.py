@@ -1,18 +1,18 @@
 """python -m pipelines.ingest_census_income --source census --out data/census_income
 
-Turn the two files of Census-Income (KDD), as UCI publishes them, into a plain table, `OUT/log/train.parquet` and
-`OUT/log/test.parquet`, one row a person. The source folder holds census-income.data and census-income.test, as they are
-or with .gz or .bz2 behind their names.
+Convert the two files of Census-Income (KDD), as published by UCI, into a plain table with one row for each person:
+`OUT/log/train.parquet` and `OUT/log/test.parquet`. The source folder must have census-income.data and
+census-income.test, optionally compressed as .gz or .bz2.
 
-The labels are those of the mixture-of-experts paper (Ma et al., KDD 2018), which predicts them in two pairs, income or
-college beside never_married:
+The labels follow the mixture-of-experts paper (Ma et al., KDD 2018). The paper predicts pairs of labels: income with
+never_married, and college with never_married.
 
 income         more than 50,000 dollars a year.
 college        education of some college or more.
 never_married  never married.
 
-`split` says train for the rows of the first file; of the second one, half of the rows, drawn by --seed, say validation,
-and the others test.
+The column `split` is train for the rows of the first file. Half of the rows of the second file, drawn with --seed, have
+validation, and the remaining rows have test.
 """
 
 import bz2
@@ -72,7 +72,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "weeks_worked": pa.int64(),
     "year": pa.int64(),
 }
-"""The columns of the files, in their order; the last one, which follows, is the income."""
+"""Columns of the source files, in order. One more column follows: the income."""
 
 COLLEGE = frozenset(
     {
@@ -85,7 +85,7 @@ COLLEGE = frozenset(
         "Doctorate degree(PhD EdD)",
     }
 )
-"""Values of `education` that are some college or more."""
+"""Values of `education` that mean some college or more."""
 
 _INCOMES = {"- 50000.": 0, "50000+.": 1}
 _MISSING = "?"
@@ -99,24 +99,32 @@ LOG = pa.schema(
         pa.field("split", pa.string()),
     ]
 )
-"""The columns of the table, in order; data/README.md describes them."""
+"""Columns of the table, in order, as described in data/README.md."""
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """A source file, be it compressed or not. Raises UserError where there is none."""
-    for ending in _OPEN:
-        if (path := folder / f"{name}{ending}").is_file():
+    """Return the path of a source file, with or without compression.
+
+    Args:
+        folder: Source folder.
+        name: Name of the file without the suffix of a compression.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    for suffix in _OPEN:
+        if (path := folder / f"{name}{suffix}").is_file():
             return path
     raise UserError(
-        f"'{folder / name}' is missing (also as .gz and .bz2): the source folder must hold both files of UCI"
+        f"'{folder / name}' is missing (also as .gz and .bz2). Put both files of UCI into the source folder."
     )
 
 
 def read_people(path: Path) -> pa.Table:
-    """Read a file: the columns of `LOG` without `split`. Text that is ? is null.
+    """Read a source file as a table with the columns of `LOG` without `split`. The text ? becomes null.
 
     Raises:
-        UserError: the file can't be read, or a line does not hold what it should; names the file and the line.
+        UserError: The file can't be read, or a line is invalid. The message names the file and the line.
     """
     columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "income")}
     for number, fields in _lines(path):
@@ -128,9 +136,9 @@ def read_people(path: Path) -> pa.Table:
             except (ValueError, KeyError):
                 raise UserError(f"'{path}', line {number}: {name} can't be {text.strip()!r}") from None
     if not columns["income"]:
-        raise UserError(f"'{path}' holds no rows")
-    columns["college"] = [int(each in COLLEGE) for each in columns["education"]]
-    columns["never_married"] = [int(each == "Never married") for each in columns["marital_status"]]
+        raise UserError(f"'{path}' has no rows")
+    columns["college"] = [int(education in COLLEGE) for education in columns["education"]]
+    columns["never_married"] = [int(status == "Never married") for status in columns["marital_status"]]
     return pa.table({name: pa.array(values, LOG.field(name).type) for name, values in columns.items()})
 
 
@@ -157,28 +165,29 @@ def _value(name: str, text: str) -> Any:
 
 
 def ingest(source: Path, out: Path, seed: int) -> dict[str, int]:
-    """Write the table to `out`/log, replacing one that is there.
+    """Write the table to `out`/log, replacing an existing table.
 
     Args:
-        source: folder of both files.
-        seed: decides which rows of the second file are validation, and which test.
+        source: Folder of both source files.
+        out: Folder for the table.
+        seed: Seed of the random choice of validation rows in the second file.
 
     Returns:
-        What the table holds, by name.
+        Numbers of rows by split, and numbers of positive labels.
 
     Raises:
-        UserError: a source file is missing or wrong.
+        UserError: A source file is missing or invalid.
     """
-    train, others = (read_people(find_file(source, f"census-income.{each}")) for each in ("data", "test"))
+    train, held_out = (read_people(find_file(source, f"census-income.{name}")) for name in ("data", "test"))
     with atomic_folder(out / "log") as folder:
         counts = {"train": len(train)}
         write_log_file(_split(train, np.full(len(train), "train")), folder / "train.parquet")
-        half = np.full(len(others), "test", object)
-        half[np.random.default_rng(seed).permutation(len(others))[: len(others) // 2]] = "validation"
-        write_log_file(_split(others, half), folder / "test.parquet")
-        counts |= {name: int((half == name).sum()) for name in ("validation", "test")}
+        split = np.full(len(held_out), "test", object)
+        split[np.random.default_rng(seed).permutation(len(held_out))[: len(held_out) // 2]] = "validation"
+        write_log_file(_split(held_out, split), folder / "test.parquet")
+        counts |= {name: int((split == name).sum()) for name in ("validation", "test")}
     for label in ("income", "college", "never_married"):
-        counts[label] = sum(int(np.sum(each[label].to_numpy())) for each in (train, others))
+        counts[label] = sum(int(np.sum(table[label].to_numpy())) for table in (train, held_out))
     return counts
 
 
@@ -188,13 +197,13 @@ def _split(table: pa.Table, split: np.ndarray[Any, Any]) -> pa.Table:
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` are those of the command line."""
+    """Run the command with `arguments`, by default those of the process."""
     parser = command_parser("python -m pipelines.ingest_census_income", __doc__)
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="folder that holds census-income.data and census-income.test")
-    add("--out", type=Path, required=True, help="folder to write log/ into; a table that is there is replaced")
+    add("--source", type=Path, required=True, help="folder with census-income.data and census-income.test")
+    add("--out", type=Path, required=True, help="folder in which log/ is written or replaced")
     add("--seed", type=non_negative, default=17, help="seed of the halves of the test file (default: %(default)s)")
-    run_ingest("Census-Income", parser, arguments, lambda given: ingest(given.source, given.out, given.seed))
+    run_ingest("Census-Income", parser, arguments, lambda options: ingest(options.source, options.out, options.seed))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
 """python -m pipelines.ingest_complete_journey --out data/complete_journey
 
-Turn the Complete Journey grocery data into an interaction log, `OUT/log/week-01.parquet` ... `week-53.parquet`, and a
-log of events, all purchases of its households, `OUT/purchases/week-01.parquet` ...: 78% of the purchases are of
-products that were not on promotion, and what a household bought before says much of what it buys next.
+Convert the Complete Journey grocery data into an interaction log and an event log. The interaction log is
+`OUT/log/week-01.parquet` to `week-53.parquet`. The event log `OUT/purchases/week-01.parquet` and so on has all
+purchases of the same households. Earlier purchases help to predict later purchases, and 78% of the purchases are of
+products that were not on promotion.
 
-A request is one basket; its candidates are the products on promotion in that store in that week. All bought candidates
-are kept, with a few sampled others for each; `sampling_rate` says at which rate, so that the full list can be weighted
-back. A basket without a promoted purchase gives no rows: nothing in it could be ranked.
+A request is one basket. The candidates are the products on promotion in the same store and week. The log has all bought
+candidates and a few sampled candidates that were not bought. The column `sampling_rate` makes it possible to weight the
+rows like the full list. A basket without a promoted purchase gives no rows.
 
-A purchase is a transaction with a positive quantity and a positive sales value (the rest are voids, returns and free
-items), dated by its basket's first timestamp. The two labels:
+A purchase is a transaction with a positive quantity and a positive sales value. Other transactions are voids, returns
+and free items. The time of a purchase is the first timestamp of the basket. The two labels:
 
 bought    the household bought the candidate in this basket (engagement).
-rebought  it bought the same product again, promoted or not and in any store, on a later day (of New York, where the
-          data's weeks turn) and at most 56 x 24 hours after the request (satisfaction). Null where the candidate was
-          not bought, and where those 56 days run past the last transaction.
+rebought  the household bought the product again, promoted or not and in any store, on a later day and at most 56 x 24
+          hours after the request (satisfaction). Days are those of New York, as the weeks of the data. The label is
+          null if the candidate was not bought, or if the 56 days end after the last transaction.
 
-Nothing known only after the request (quantities, prices paid, coupons) enters the log.
+The log has no data that become available only after the request, such as quantities, paid prices and coupons.
 """
 
 import argparse
@@ -71,7 +72,7 @@ LOG = pa.schema(
         pa.field("sampling_rate", pa.float64()),
     ]
 )
-"""The columns of the log, in order; data/README.md describes them."""
+"""Columns of the log, in order, as described in data/README.md."""
 
 PURCHASES = pa.schema(
     [
@@ -82,18 +83,19 @@ PURCHASES = pa.schema(
         *[field for field in PRODUCTS if field.name not in ("product_id", "package_size")],
     ]
 )
-"""The columns of the purchases, in order."""
+"""Columns of the purchases, in order."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which requests enter the log, and how many others stand beside what was bought.
+    """Selection of requests and candidates for the log.
 
     Attributes:
-        first_week, last_week: weeks of the data, both included.
-        households: keep the requests of so many smallest household ids; None keeps all.
-        negatives_per_bought: sampled candidates for each bought one.
-        seed: with the basket id, decides which candidates are sampled.
+        first_week: First week of the data.
+        last_week: Last week of the data, included.
+        households: Number of households with the smallest IDs. None selects all households.
+        negatives_per_bought: Number of sampled candidates for each bought candidate.
+        seed: Seed of the sampled candidates, together with the basket ID.
     """
 
     first_week: int = 1
@@ -107,7 +109,12 @@ class Selection:
 
 
 def select_purchases(purchases: pa.Table, selection: Selection) -> pa.Table:
-    """Keep the purchases of the selected weeks and households."""
+    """Return the purchases of the selected weeks and households.
+
+    Args:
+        purchases: Purchases of all households.
+        selection: Weeks and households to select.
+    """
     week = purchases["week"]
     kept = pc.and_(pc.greater_equal(week, selection.first_week), pc.less_equal(week, selection.last_week))
     if selection.households is not None:
@@ -121,34 +128,39 @@ def build_week_log(
 ) -> pa.Table:
     """Build the log of one week, sorted by request time, request and product.
 
-    A request has the bought products that were on promotion and a sample of the others; without the former, no rows.
+    A request has the bought products that were on promotion, and a sample of the other products on promotion. A request
+    without a bought product gives no rows.
 
     Args:
-        purchases: the week's purchases, as `find_purchases` sorts them.
+        purchases: Purchases of the week, sorted as in `find_purchases`.
+        promotions: Promotions of the week.
+        products: Columns of all products.
+        demographics: Columns of the households.
+        selection: Number and seed of the sampled candidates.
     """
     request, store, product = (to_numpy(purchases[name]) for name in ("request_id", "store_id", "product_id"))
     starts = np.flatnonzero(row_changes(request))
     request_at, bought_at, shown_at, rates = [], [], [], []
     for start, end in zip(starts, np.append(starts[1:], len(product)), strict=True):
-        where = promotions.slices.get(int(store[start]))
-        if where is None:
+        store_rows = promotions.slices.get(int(store[start]))
+        if store_rows is None:
             continue
-        shown = promotions.products[where]
-        found = np.searchsorted(shown, product[start:end])
-        promoted = np.flatnonzero(shown[np.minimum(found, len(shown) - 1)] == product[start:end])
-        taken, others = found[promoted], len(shown) - len(promoted)
-        wanted = selection.negatives_per_bought * len(taken)
-        sampled = sample_negatives(len(shown), taken, wanted, (selection.seed, int(request[start])))
-        request_at.append(np.full(len(taken) + len(sampled), start))
+        shown = promotions.products[store_rows]
+        index = np.searchsorted(shown, product[start:end])
+        promoted = np.flatnonzero(shown[np.minimum(index, len(shown) - 1)] == product[start:end])
+        positives, negatives = index[promoted], len(shown) - len(promoted)
+        wanted = selection.negatives_per_bought * len(positives)
+        sampled = sample_negatives(len(shown), positives, wanted, (selection.seed, int(request[start])))
+        request_at.append(np.full(len(positives) + len(sampled), start))
         bought_at.append(np.append(start + promoted, np.full(len(sampled), -1)))
-        shown_at.append(where.start + np.append(taken, sampled))
-        rates.append(np.append(np.ones(len(taken)), np.full(len(sampled), len(sampled) / max(others, 1))))
+        shown_at.append(store_rows.start + np.append(positives, sampled))
+        rates.append(np.append(np.ones(len(positives)), np.full(len(sampled), len(sampled) / max(negatives, 1))))
     if not request_at:
         return LOG.empty_table()
     order = np.lexsort((np.concatenate(shown_at), np.concatenate(request_at)))
     requests, shown = (
-        table.take(pa.array(np.concatenate(places)[order]))
-        for table, places in ((purchases, request_at), (promotions.table, shown_at))
+        table.take(pa.array(np.concatenate(indices)[order]))
+        for table, indices in ((purchases, request_at), (promotions.table, shown_at))
     )
     bought = np.concatenate(bought_at)[order]
     product = products.take(pc.index_in(shown["product_id"], value_set=products["product_id"]))
@@ -167,31 +179,33 @@ def build_week_log(
 
 
 def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
-    """Write the log to `out`/log and all purchases to `out`/purchases, replacing what is there.
+    """Write the log to `out`/log and all purchases to `out`/purchases, replacing existing files.
 
     Args:
-        source: folder of the package's Parquet files.
+        source: Folder of the package's Parquet files.
+        out: Folder for both logs.
+        selection: Requests and candidates to select.
 
     Returns:
-        What the log holds, by name.
+        Counts of rows, requests and labels.
 
     Raises:
-        UserError: a source file is missing or wrong, or nothing was selected.
+        UserError: A source file is missing or invalid, or the selection is empty.
     """
     products = read_table(source / "products.parquet", PRODUCTS)
     demographics = read_table(source / "demographics.parquet", DEMOGRAPHICS)
-    # Labels come from all purchases: a slice of the log holds the same rows as the whole.
+    # Labels come from all purchases, so that a selection has the same rows as the full log.
     all_purchases = find_purchases(read_table(source / "transactions.parquet", TRANSACTIONS))
     purchases = select_purchases(all_purchases, selection)
     counts = dict.fromkeys(("rows", "requests", "bought", "rebought known", "rebought"), 0)
-    # The log comes last: where there is one, its purchases are there too.
+    # The log is moved to its path last, so that an existing log always has its purchases.
     with atomic_folder(out / "log") as folder, atomic_folder(out / "purchases") as events:
         promotions = read_promotions(source / "promotions.parquet", purchases)
         with bar() as progress:
             for week in progress.track(sorted(promotions), description="writing weeks"):
-                of_week = purchases.filter(pc.equal(purchases["week"], week))
+                week_purchases = purchases.filter(pc.equal(purchases["week"], week))
                 shown = collapse_promotions(promotions.pop(week))
-                table = build_week_log(of_week, shown, products, demographics, selection)
+                table = build_week_log(week_purchases, shown, products, demographics, selection)
                 if table.num_rows:
                     write_log_file(table, folder / f"week-{week:02d}.parquet")
                     counts["rows"] += table.num_rows
@@ -200,13 +214,20 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
                     counts["rebought known"] += table.num_rows - table["rebought"].null_count
                     counts["rebought"] += pc.sum(table["rebought"]).as_py() or 0
         if counts["rows"] == 0:
-            raise UserError("no basket of the selected weeks and households holds a promoted product: select more")
+            raise UserError("no basket of the selected weeks and households has a promoted product. Select more.")
         write_purchases(all_purchases, purchases, products, events)
     return {"baskets with a purchase": pc.count_distinct(purchases["request_id"]).as_py(), **counts}
 
 
 def write_purchases(all_purchases: pa.Table, selected: pa.Table, products: pa.Table, folder: Path) -> None:
-    """Write what the selected households bought in any week, promoted or not, one row a basket and product."""
+    """Write all purchases of the selected households in any week, one row for each basket and product.
+
+    Args:
+        all_purchases: Purchases of all households and weeks.
+        selected: Purchases whose households are selected.
+        products: Columns of all products.
+        folder: Folder for one file a week.
+    """
     households = pc.unique(selected["household_id"].combine_chunks())
     bought = all_purchases.filter(pc.is_in(all_purchases["household_id"], value_set=households))
     product = products.take(pc.index_in(bought["product_id"], value_set=products["product_id"]))
@@ -216,8 +237,8 @@ def write_purchases(all_purchases: pa.Table, selected: pa.Table, products: pa.Ta
 
 
 def _week_range(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if first > last:
         raise argparse.ArgumentTypeError(f"expected weeks such as 1-53 or 7, found {text!r}")
     return first, last
@@ -231,14 +252,15 @@ def _positive(text: str) -> int:
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` are those of the command line."""
+    """Run the command with `arguments`, by default those of the process."""
     parser = command_parser("python -m pipelines.ingest_complete_journey", __doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder to write log/ into; a log that is there is replaced")
+    add("--out", type=Path, required=True, help="folder in which log/ and purchases/ are written or replaced")
     add("--source", type=Path, help="folder of the package's Parquet files (default: the installed package)")
     add("--weeks", type=_week_range, default=(1, 53), metavar="A-B", help="weeks of the data to keep (default: 1-53)")
-    add("--households", type=_positive, metavar="N", help="keep the N smallest household ids (default: all)")
-    add("--negatives-per-bought", type=non_negative, default=4, metavar="N", help="(default: %(default)s)")
+    add("--households", type=_positive, metavar="N", help="number of households with the smallest ids (default: all)")
+    negatives_help = "sampled candidates for each bought candidate (default: %(default)s)"
+    add("--negatives-per-bought", type=non_negative, default=4, metavar="N", help=negatives_help)
     add("--seed", type=non_negative, default=17, help="seed of the sampled candidates (default: %(default)s)")
 
     def ingest_selection(options: argparse.Namespace) -> dict[str, int]:
@@ -246,8 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
         selection = Selection(weeks[0], weeks[1], options.households, negatives, options.seed)
         return ingest(options.source or packaged_folder(), options.out, selection)
 
-    following = "mmoe-rec train --config configs/complete_journey.yaml"
-    run_ingest("Complete Journey", parser, arguments, ingest_selection, following)
+    next_command = "mmoe-rec train --config configs/complete_journey.yaml"
+    run_ingest("Complete Journey", parser, arguments, ingest_selection, next_command)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """python -m pipelines.ingest_movielens --source ml-1m --out data/movielens
 
-Turn a folder in the format of MovieLens-1M (ratings.dat, users.dat, movies.dat) into an interaction log,
+Convert a folder in the format of MovieLens-1M (ratings.dat, users.dat, movies.dat) into an interaction log,
 `OUT/log/YYYY-MM.parquet`, one file for each month of requests.
 
-MovieLens records ratings, not what was shown. A request is therefore one session: consecutive ratings of one user, each
-less than 30 minutes after the one before; its time is that of the first. All movies rated in the session are kept, with
-a few sampled others for each. The labels:
+MovieLens records ratings, but no shown candidates. A request is therefore one session: consecutive ratings of one user
+with pauses of less than 30 minutes. The time of the request is the time of the first rating. The log has all movies
+rated in the session and a few sampled movies for each. The labels:
 
 rated  the user rated the movie in this session (engagement).
-liked  the rating was 4 or 5 (satisfaction); null where the movie was not rated.
+liked  the rating was 4 or 5 (satisfaction). Null if the movie was not rated.
 
-The sampled others are drawn from the movies that somebody had rated by the end of the session, less those that the user
-had rated by then. Both conditions look at the past only: a movie that is first rated later, by anyone, cannot be drawn,
-and a movie that this user rates later can be. `sampling_rate` is the number drawn over the number they were drawn from.
+Sampled movies were rated by somebody, but not by the user, before the end of the session. Both conditions look only at
+the past: a movie first rated later can't be sampled, but a movie that the user rates later can. `sampling_rate` is the
+number of sampled movies divided by the number of movies to choose from.
 """
 
 import argparse
@@ -59,17 +59,18 @@ LOG = pa.schema(
         pa.field("sampling_rate", pa.float64()),
     ]
 )
-"""The columns of the log, in order; data/README.md describes them."""
+"""Columns of the log, in order, as described in data/README.md."""
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """All ratings, sorted by user, time and movie; four arrays of length N.
+    """All ratings, sorted by user, time and movie. Each array has shape (N,).
 
     Attributes:
-        user, movie: ids as published.
-        rating: 1 to 5.
-        moment: seconds since 1970 in UTC.
+        user: User IDs, as published.
+        movie: Movie IDs, as published.
+        rating: Ratings from 1 to 5.
+        moment: Times in seconds since 1970 in UTC.
     """
 
     user: IntArray
@@ -80,11 +81,12 @@ class Ratings:
 
 @dataclass(frozen=True)
 class Sessions:
-    """The requests by time of the first rating, then user; three arrays of length S that point into `Ratings`.
+    """Requests, sorted by time of the first rating, then user. Arrays of shape (S,) have indices into `Ratings`.
 
     Attributes:
-        start, end: the session's ratings are rows start .. end - 1.
-        user_start: the first rating of the session's user.
+        start: Index of the first rating of the session.
+        end: Index after the last rating of the session.
+        user_start: Index of the user's first rating.
     """
 
     start: IntArray
@@ -114,13 +116,17 @@ MOVIES: LineFormat = {"MovieID": _whole, "Title": str, "Genres": str}
 
 
 def read_lines(path: Path, line_format: LineFormat) -> Iterator[tuple[Any, ...]]:
-    """Yield the fields of each line, converted.
+    """Yield the converted fields of every line.
+
+    Args:
+        path: File with fields that are separated by `::`.
+        line_format: Names of the fields with functions that convert the text.
 
     Raises:
-        UserError: the file is missing, or a line does not follow the layout; names the file and the line number.
+        UserError: The file is missing, or a line is invalid. The message names the file and the line number.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing: the source folder must hold ratings.dat, users.dat and movies.dat")
+        raise UserError(f"{path} is missing. Put ratings.dat, users.dat and movies.dat into the source folder.")
     with path.open(encoding="latin-1") as file:
         for number, raw in enumerate(file, start=1):
             line = raw.rstrip("\n")
@@ -134,7 +140,7 @@ def read_ratings(path: Path) -> Ratings:
     """Read ratings.dat.
 
     Raises:
-        UserError: as `read_lines`, or there is no rating.
+        UserError: The file is missing, empty or invalid.
     """
     table = np.array(list(read_lines(path, RATINGS)), dtype=np.int64).reshape(-1, len(RATINGS))
     if len(table) == 0:
@@ -144,13 +150,13 @@ def read_ratings(path: Path) -> Ratings:
 
 
 def read_users(path: Path) -> pa.Table:
-    """Read users.dat: user_id, gender, age and occupation (codes, as published), zip_code."""
+    """Read users.dat as a table: user_id, gender, age and occupation (published codes), zip_code."""
     names = ["user_id", "gender", "age", "occupation", "zip_code"]
     return _table(names, read_lines(path, USERS))
 
 
 def read_movies(path: Path) -> pa.Table:
-    """Read movies.dat: movie_id, title_year (null where the title does not end in a year), genres."""
+    """Read movies.dat as a table: movie_id, title_year (null if the title doesn't end in a year), genres."""
     rows = ((movie, _title_year(title), genres.split("|")) for movie, title, genres in read_lines(path, MOVIES))
     return _table(["movie_id", "title_year", "genres"], rows)
 
@@ -161,15 +167,15 @@ def _table(names: list[str], rows: Iterable[tuple[Any, ...]]) -> pa.Table:
 
 
 def _title_year(title: str) -> int | None:
-    found = re.search(r"\((\d{4})\)\s*$", title)
-    return int(found.group(1)) if found else None
+    match = re.search(r"\((\d{4})\)\s*$", title)
+    return int(match.group(1)) if match else None
 
 
 # Requests
 
 
 def find_sessions(ratings: Ratings) -> Sessions:
-    """Cut each user's ratings where 30 minutes or more pass between two of them."""
+    """Divide every user's ratings into sessions, at pauses of 30 minutes or more."""
     new_user = np.append(True, ratings.user[1:] != ratings.user[:-1])
     pause = np.append(True, np.diff(ratings.moment) >= SESSION_GAP_S)
     start = np.flatnonzero(new_user | pause)
@@ -180,28 +186,33 @@ def find_sessions(ratings: Ratings) -> Sessions:
 
 
 def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table:
-    """Put sampled others beside the rated movies of every session.
+    """Build the rows of all sessions: rated movies and sampled movies.
+
+    Args:
+        ratings: All ratings.
+        negatives_per_rated: Number of sampled movies for each rated movie.
+        seed: Seed of the sampled movies.
 
     Returns:
         request_id, request_time, user_id, movie_id, rated, liked, sampling_rate, sorted by request and movie.
     """
     sessions = find_sessions(ratings)
-    # Movies by the moment of their first rating, then id.
+    # The catalog is sorted by the time of the first rating, then movie ID.
     by_moment = np.lexsort((ratings.movie, ratings.moment))
     _, first = np.unique(ratings.movie[by_moment], return_index=True)
-    catalog, first_seen = (each[by_moment][np.sort(first)] for each in (ratings.movie, ratings.moment))
+    catalog, first_seen = (values[by_moment][np.sort(first)] for values in (ratings.movie, ratings.moment))
     order = np.argsort(catalog)
-    place = order[np.searchsorted(catalog, ratings.movie, sorter=order)]
+    catalog_index = order[np.searchsorted(catalog, ratings.movie, sorter=order)]
     session_at, movies, stars, rates = [], [], [], []
     with bar() as progress:
         for index in progress.track(range(len(sessions.start)), description="drawing candidates"):
             start, end = sessions.start[index], sessions.end[index]
-            known = int(np.searchsorted(first_seen, ratings.moment[end - 1], side="right"))
-            taken = np.sort(place[sessions.user_start[index] : end])
+            available = int(np.searchsorted(first_seen, ratings.moment[end - 1], side="right"))
+            excluded = np.sort(catalog_index[sessions.user_start[index] : end])
             rated = end - start
             entropy = (seed, int(ratings.user[start]), int(ratings.moment[start]))
-            sampled = sample_negatives(known, taken, negatives_per_rated * int(rated), entropy)
-            rate = len(sampled) / max(known - len(taken), 1)
+            sampled = sample_negatives(available, excluded, negatives_per_rated * int(rated), entropy)
+            rate = len(sampled) / max(available - len(excluded), 1)
             session_at.append(np.full(rated + len(sampled), index))
             movies.append(np.append(ratings.movie[start:end], catalog[sampled]))
             stars.append(np.append(ratings.rating[start:end], np.zeros(len(sampled), dtype=np.int64)))
@@ -225,18 +236,19 @@ def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table
 
 
 def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict[str, int]:
-    """Write the log to `out`/log, replacing one that is there.
+    """Write the log to `out`/log, replacing an existing log.
 
     Args:
-        source: folder of ratings.dat, users.dat and movies.dat.
-        negatives_per_rated: sampled movies for each rated one.
-        seed: with the user and the time of the session, decides which movies are sampled.
+        source: Folder of ratings.dat, users.dat and movies.dat.
+        out: Folder for the log.
+        negatives_per_rated: Number of sampled movies for each rated movie.
+        seed: Seed of the sampled movies, together with the user and the time of the session.
 
     Returns:
-        What the log holds, by name.
+        Counts of rows, requests and labels.
 
     Raises:
-        UserError: a source file is missing or wrong.
+        UserError: A source file is missing or invalid.
     """
     users, movies = read_users(source / "users.dat"), read_movies(source / "movies.dat")
     ratings = read_ratings(source / "ratings.dat")
@@ -259,16 +271,16 @@ def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` are those of the command line."""
+    """Run the command with `arguments`, by default those of the process."""
     parser = command_parser("python -m pipelines.ingest_movielens", __doc__)
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="folder that holds ratings.dat, users.dat and movies.dat")
-    add("--out", type=Path, required=True, help="folder to write log/ into; a log that is there is replaced")
+    add("--source", type=Path, required=True, help="folder with ratings.dat, users.dat and movies.dat")
+    add("--out", type=Path, required=True, help="folder in which log/ is written or replaced")
     add("--negatives-per-rated", type=non_negative, default=4, metavar="N", help="(default: %(default)s)")
     add("--seed", type=non_negative, default=17, help="seed of the sampled movies (default: %(default)s)")
 
-    def ingest_options(given: argparse.Namespace) -> dict[str, int]:
-        return ingest(given.source, given.out, given.negatives_per_rated, given.seed)
+    def ingest_options(options: argparse.Namespace) -> dict[str, int]:
+        return ingest(options.source, options.out, options.negatives_per_rated, options.seed)
 
     run_ingest("MovieLens", parser, arguments, ingest_options)
 

@@ -1,29 +1,33 @@
 """python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000
 
-Write an interaction log of any size whose truth is known, one file or more a day, `OUT/day-001.parquet` and so on. It
-takes the same memory for a thousand rows and for a billion.
+Write an interaction log of any size with known probabilities, in one or more files a day: `OUT/day-001.parquet` and so
+on. The memory doesn't depend on the number of rows.
 
-A request draws 12 candidates by popularity and shows the best 8 to 12 (10 on average) by quality and chance, so that
-better candidates stand higher, as in a log that a ranking system left behind. What then happens:
+A request draws 12 candidates by popularity and shows the best 8 to 12 (10 on average) by quality and chance. Better
+candidates thus have higher positions, as in the log of a ranking system. The probabilities and labels:
 
 true_click  sigmoid(-1.6 + affinity + quality - 0.4 log(price / 20) + device + evening): the probability of a click at
             the top of the list.
 clicked     1 with probability sigmoid(logit(true_click) - 0.6 log(position)); position 1 is the top (engagement).
-true_like   sigmoid(0.2 + 0.7 affinity + craft): the probability that the user likes what was clicked.
-liked       1 with probability true_like (satisfaction). It is known 3 days after the request: null where not clicked,
-            and in the log's last 3 days.
+true_like   sigmoid(0.2 + 0.7 affinity + craft): the probability that the user likes a clicked candidate.
+liked       1 with probability true_like (satisfaction). The label is available 3 days after the request. It is null
+            without a click, and in the log's last 3 days.
 
-affinity    taste of the user . style of the category, four numbers each. A taste is the country's plus the user's own.
-quality     of the candidate, its brand's plus its own; craft likewise, and correlated with quality.
-price       of the candidate on that day, one in five at 20% off; null in 3% of rows, and then it has no effect.
+affinity    dot product of the user's taste and the category's style, four numbers each. A taste is the sum of a value
+            of the country and a value of the user.
+quality     sum of a value of the candidate's brand and a value of the candidate. Craft is similar, and correlated with
+            quality.
+price       price of the candidate on that day. One in five has a discount of 20%. The price is null in 3% of rows, and
+            then has no effect.
 device      phone 0, desktop -0.2, tablet 0.1, tv -0.6.
 evening     0.3 cos(2 pi (hour - 20) / 24), UTC.
 
 The command prints the AUC of true_click and of true_like at the end. A model that learns the truth approaches the AUC
 of true_click. A model that confuses the truth with positions may exceed it by 0.005 at most.
 
-Popularity is skewed: the busiest user makes fifty times as many requests as the average one. A fifth of users and
-candidates come late, evenly over the log. Each value is a function of the seed and of its row's number alone.
+Popularity is skewed: the busiest user makes fifty times as many requests as the average user. A fifth of the users and
+candidates appear for the first time during the log, at evenly spread times. All values depend only on the seed and the
+row number.
 """
 
 import shlex
@@ -48,31 +52,39 @@ REQUESTS_AT_A_TIME = 8_192
 
 
 class BinnedAuc:
-    """AUC of scores in [0, 1] in bounded memory: counts of labels by score, to 1 in 10,000."""
+    """AUC of scores in [0, 1] in bounded memory, from counts of labels in 10,001 bins of scores."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((2, 10_001), np.int64)
 
     def add(self, score: npt.NDArray[np.floating], label: IntArray) -> None:
-        """Count (N,) scores with their labels, 0 or 1."""
+        """Count scores and labels.
+
+        Args:
+            score: Scores, shape (N,).
+            label: Labels, shape (N,). Values other than 0 and 1 are ignored.
+        """
         bins = np.round(score * 10_000).astype(np.int64)
         for value in (0, 1):
             self.counts[value] += np.bincount(bins[label == value], minlength=10_001)
 
     def auc(self) -> float:
-        """Share of pairs of a 0 and a 1 whose scores are in that order; ties count half; NaN without such a pair."""
+        """Return the fraction of pairs with different labels that the scores order correctly.
+
+        Ties count half. The result is NaN if there is no pair.
+        """
         negatives, positives = self.counts
         return float(auc_of_counts(positives, negatives))
 
 
 class Oracle:
-    """What an oracle, who knows the truth, would reach on the test rows of the split."""
+    """AUC of an oracle with the true probabilities on the test rows of the split."""
 
     def __init__(self) -> None:
         self.click, self.click_at_position, self.like = BinnedAuc(), BinnedAuc(), BinnedAuc()
 
     def add(self, table: pa.Table) -> None:
-        """Count rows."""
+        """Count the rows of a table."""
         names = ("true_click", "true_like", "position", "clicked")
         true_click, true_like, position, clicked = (table[name].to_numpy() for name in names)
         self.click.add(true_click, clicked)
@@ -82,12 +94,11 @@ class Oracle:
         self.like.add(true_like, liked)
 
     def lines(self) -> list[str]:
-        """What is compared with what, and the AUC."""
+        """Return lines with the label, the score and the AUC."""
         return [
-            f"  clicked, by true_click               {self.click.auc():.4f}  (the positions unknown, as to a model)",
-            f"  clicked, by true_click and position  {self.click_at_position.auc():.4f}  (the most that "
-            "anything can reach)",
-            f"  liked of the clicked, by true_like   {self.like.auc():.4f}",
+            f"  clicked, by true_click               {self.click.auc():.4f}  (without positions, like a model)",
+            f"  clicked, by true_click and position  {self.click_at_position.auc():.4f}  (upper bound)",
+            f"  liked if clicked, by true_like       {self.like.auc():.4f}",
         ]
 
 
@@ -95,7 +106,12 @@ class Oracle:
 
 
 def generate(plan: Plan, requests_at_a_time: int = REQUESTS_AT_A_TIME) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (day, rows) in the order of time; how many requests come at a time changes no row."""
+    """Yield days with tables of rows, in the order of time.
+
+    Args:
+        plan: Size and seed of the log.
+        requests_at_a_time: Maximum number of requests in a table. It doesn't change the rows.
+    """
     catalog, edges, left = Catalog.of(plan), plan.first_requests(), plan.rows
     for day in range(plan.days):
         for begin in range(edges[day], edges[day + 1], requests_at_a_time):
@@ -107,13 +123,18 @@ def generate(plan: Plan, requests_at_a_time: int = REQUESTS_AT_A_TIME) -> Iterat
 
 
 def make_log(plan: Plan, out: Path, files_per_day: int = 1) -> Oracle:
-    """Write the log to the folder `out`, replacing one that is there.
+    """Write the log to a folder, replacing an existing log.
 
     Args:
-        files_per_day: each day's requests are cut into so many files of the same size; none of them is empty.
+        plan: Size and seed of the log.
+        out: Folder for the log.
+        files_per_day: Number of files for a day's requests, of about the same size. Empty files are not written.
+
+    Returns:
+        Oracle of the test rows.
 
     Raises:
-        UserError: `out` is a file, or cannot be made.
+        UserError: `out` is a file, or can't be created.
     """
     oracle, edges = Oracle(), plan.first_requests()
     _, test_start, test_end = plan.split_days()
@@ -146,7 +167,12 @@ def _open(path: Path) -> pq.ParquetWriter:
 
 
 def next_command(plan: Plan, out: Path) -> str:
-    """What to type to train on the log, with the settings in which it differs from configs/synthetic.yaml."""
+    """Return the command that trains on the log, with the settings that differ from configs/synthetic.yaml.
+
+    Args:
+        plan: Size and seed of the log.
+        out: Folder of the log.
+    """
     command = ["mmoe-rec", "train", "--config", "configs/synthetic.yaml"]
     if out != DEFAULT_OUT:
         command += ["--data.log", str(out), "--data.work_dir", str(out.with_name(f"{out.name}-work"))]
@@ -158,18 +184,18 @@ def next_command(plan: Plan, out: Path) -> str:
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` are those of the command line."""
+    """Run the command with `arguments`, by default those of the process."""
     parser = command_parser("python -m pipelines.make_synthetic_log", __doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the log (default: %(default)s)")
-    for name, default, what in (
-        ("--rows", 1_000_000, "rows of the log"),
-        ("--users", Plan.users, "users that the log draws from"),
-        ("--candidates", Plan.candidates, "candidates that the log draws from"),
-        ("--days", DAYS, "days of the log, from 2024-01-01 on"),
-        ("--files-per-day", 1, "files that a day's rows are cut into"),
-        ("--seed", Plan.seed, "seed of all that is drawn"),
+    for name, default, text in (
+        ("--rows", 1_000_000, "number of rows"),
+        ("--users", Plan.users, "number of users to draw from"),
+        ("--candidates", Plan.candidates, "number of candidates to draw from"),
+        ("--days", DAYS, "number of days, from 2024-01-01 on"),
+        ("--files-per-day", 1, "number of files for a day's rows"),
+        ("--seed", Plan.seed, "seed of all random values"),
     ):
-        parser.add_argument(name, type=non_negative, default=default, metavar="N", help=f"{what} (default: {default})")
+        parser.add_argument(name, type=non_negative, default=default, metavar="N", help=f"{text} (default: {default})")
     options = parser.parse_args(arguments)
     if options.files_per_day < 1:
         raise UserError("--files-per-day must be at least 1, found 0")
@@ -180,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_summary("Synthetic log", {"rows": plan.rows, "days": plan.days, "seconds": seconds}, log=options.out)
     _, begin, end = plan.split_days()
     print(
-        f"AUC on days {begin + 1} to {end}, the test rows, of an oracle that knows the truth:",
+        f"AUC on days {begin + 1} to {end}, the test rows, of an oracle with the true probabilities:",
         *oracle.lines(),
         sep="\n",
     )

@@ -1,9 +1,11 @@
 """python -m pipelines.quickstart
 
-The whole way on real data: a log of grocery shopping (Complete Journey) becomes features, a multi-gate mixture of
-experts is trained, registered in MLflow and evaluated on later weeks, and ranks one candidate list. It reads the log of
-300 households and takes about a minute. The commands of the guides continue from there. `--full` reads all 2,469
-households into a folder of its own and compares the model with baselines on the same rows, as the README's results do.
+Run all steps on real data. The quickstart builds features from a log of grocery shopping (Complete Journey). It trains
+a multi-gate mixture of experts, registers it in MLflow, evaluates it on later weeks and ranks one candidate list.
+The log has 300 households, and the run takes about a minute. The commands of the guides continue from there.
+
+`--full` uses all 2,469 households and a separate folder, and compares the model with baselines on the same rows, like
+the results in the README.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ def quickstart_settings(full: bool, out: Path, overrides: Sequence[str] = ()) ->
     """Load the settings of the quickstart.
 
     Args:
-        full: Whether the log holds all households. The model then has a name of its own.
-        out: Folder of the log and of everything that is made from it.
+        full: Whether the log has all households. The model then has a different name.
+        out: Folder of the log and of all outputs.
         overrides: Settings as on the command line, such as `["--training.epochs", "2"]`.
 
     Returns:
@@ -45,10 +47,10 @@ def quickstart_settings(full: bool, out: Path, overrides: Sequence[str] = ()) ->
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Run the command with the arguments `argv`, by default those of the process."""
     parser = command_parser("python -m pipelines.quickstart", __doc__)
     parser.add_argument("--full", action="store_true", help="all households, and baselines on the same rows")
-    parser.add_argument("--out", metavar="DIR", help="folder of the log and of everything that is made from it")
+    parser.add_argument("--out", metavar="DIR", help="folder of the log and of all outputs")
     options, overrides = parser.parse_known_args(argv)
     out = Path(options.out or ("data/complete_journey_full" if options.full else "data/complete_journey"))
     settings = quickstart_settings(options.full, out, overrides)
@@ -67,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     console.rule("Complete Journey as an interaction log")
     ingest_log(out, options.full)
-    console.rule("features, training, registration")
+    console.rule("Features, training, registration")
     trained = train_model(settings)
     assert trained is not None, "the quickstart runs in one process"
     show_report(training_report.make_report(trained, settings))
-    console.rule("evaluation on later weeks")
+    console.rule("Evaluation on later weeks")
     work = Path(settings.data.work_dir)
     with read_lock(work / "features", "a quickstart"):
         evaluated = evaluate_model(settings, trained.model_uri, work / "evaluation")
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             show_report(make_report(results))
         else:
             show(_describe(evaluated.summary))
-    console.rule("one candidate list")
+    console.rule("One candidate list")
     request, example = read_example(trained.artifact), trained.artifact / EXAMPLE_FILE
     ranking = Ranker.load(trained.artifact).rank(**request)
     console.print(f"household {request['user']}, {request['context']}")
@@ -92,12 +94,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def ingest_log(out: Path, full: bool) -> None:
-    """Write the log of the quickstart to `out`, unless it exists. The small log holds `HOUSEHOLDS` households."""
+    """Write the log of the quickstart, unless it exists.
+
+    Args:
+        out: Folder of the log.
+        full: Whether to write all households instead of `HOUSEHOLDS`.
+    """
     from pipelines.data_sets.complete_journey import packaged_folder
     from pipelines.ingest_complete_journey import Selection, ingest
 
     if (out / "log").is_dir() and (out / "purchases").is_dir():
-        print(f"{out / 'log'} exists already")
+        print(f"{out / 'log'} already exists")
         return
     ingest(packaged_folder(), out, Selection(households=None if full else HOUSEHOLDS))
 
@@ -108,13 +115,13 @@ def _describe(summary: Summary) -> Iterator[str]:
         yield f"{name}: AUC {auc.value:.4f}, 95% interval {auc.low:.4f} to {auc.high:.4f} over households"
 
 
-def _next_commands(settings: Settings, address: str, example: Path) -> None:
+def _next_commands(settings: Settings, model: str, example: Path) -> None:
     print("\nnext:")
     uri = settings.tracking.resolved_uri
-    print(f"  MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {address} --env-manager local -p 5001")
+    print(f"  MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {model} --env-manager local -p 5001")
     print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{shlex.quote(str(example))}")
-    served = uri.startswith(("http://", "https://"))
-    print(f"  see the runs at {uri}" if served else f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    is_server = uri.startswith(("http://", "https://"))
+    print(f"  see the runs at {uri}" if is_server else f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
 if __name__ == "__main__":

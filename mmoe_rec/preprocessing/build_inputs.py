@@ -1,7 +1,7 @@
-"""The logs that a build reads, and which files features hold, `files.json`: so that days can be added.
+"""Logs that a build reads, and the record of files that features include (`files.json`), so that days can be added.
 
-No file is read again once its rows were counted, so one that is gone changes nothing, and one with other bytes does. A
-file is told by its bytes, not by its name or time. One that was left out counts as new once it has been mended.
+A build reads a file only once. A removed file therefore changes nothing, but a file with changed bytes is an error.
+Files are identified by their bytes, not by name or time. A skipped file counts as new once it has been repaired.
 """
 
 import copy
@@ -34,7 +34,7 @@ _NEVER = int(np.iinfo(np.int64).max)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How features are built, as described in `mmoe_rec.settings.sections.Data`; no choice changes a feature."""
+    """Options of a feature build, as described in `mmoe_rec.settings.sections.Data`. They don't change a feature."""
 
     engine: EngineName = "local"
     workers: int | None = None
@@ -47,17 +47,17 @@ class BuildOptions:
 
     @staticmethod
     def of(data: Data) -> "BuildOptions":
-        """Return the options in a section of settings."""
-        return BuildOptions(**{each.name: getattr(data, each.name) for each in fields(BuildOptions)})
+        """Return the options in the section `data` of settings."""
+        return BuildOptions(**{option.name: getattr(data, option.name) for option in fields(BuildOptions)})
 
     @property
     def skipped_checks(self) -> list[str]:
-        """Settings by which a build does not look for rows that most logs hold only by mistake."""
+        """Names of the settings that turn off a check for rows that are usually mistakes."""
         return [name for name in ("on_duplicates", "on_future_times") if getattr(self, name) == "keep"]
 
     @property
     def max_time(self) -> int | None:
-        """The moment, microseconds, that no time of the log may lie after; None is the clock's."""
+        """Latest valid time of the log, in microseconds. None stands for the current time."""
         return None if self.on_future_times == "error" else _NEVER
 
 
@@ -66,14 +66,14 @@ DEFAULT_OPTIONS = BuildOptions()
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """The log, schema and splits of a build of features, opened once, and the folder that gets the features.
+    """Log, schema, splits and output folder of a feature build.
 
     Attributes:
         source: URI of the interaction log.
         schema: Schema of the log.
         windows: Request times [start, end) of each split, in microseconds.
-        work: Folder of the features.
-        options: How to build.
+        work: Parent folder of the features.
+        options: Options of the build.
     """
 
     source: str
@@ -84,7 +84,7 @@ class BuildInputs:
 
     @staticmethod
     def of(settings: Settings) -> "BuildInputs":
-        """Return the inputs that settings name."""
+        """Return the inputs that the settings name."""
         data = settings.data
         return BuildInputs(
             data.log, settings.schema_, settings.split.windows(), Path(data.work_dir), BuildOptions.of(data)
@@ -92,7 +92,7 @@ class BuildInputs:
 
     @cached_property
     def logs(self) -> "Logs":
-        """The logs with the files that they have when they are first asked for."""
+        """Logs, whose files are listed at the first access."""
         return Logs(self.source, self.schema, self.options)
 
 
@@ -109,20 +109,27 @@ _WRITTEN = (
 
 
 def check_work_outside_logs(log_source: str, schema: Schema, work: Path) -> None:
-    """Raises UserError where a log would read what is written to the folder `work`."""
-    sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
+    """Raise if a log would include files that are written to the work folder.
+
+    Args:
+        log_source: URI of the interaction log.
+        schema: Schema with the event logs.
+        work: Work folder (`data.work_dir`).
+
+    Raises:
+        UserError: A log includes the work folder.
+    """
+    sources = {"data.log": log_source} | {f"data.events.{name}.path": log.path for name, log in schema.events.items()}
     for setting, source in sources.items():
-        if source_includes(source, [work / each for each in _WRITTEN]):
+        if source_includes(source, [work / name for name in _WRITTEN]):
             raise UserError(
-                f"`{setting}` '{source}' takes in what is written to `data.work_dir` '{work}': it would be read "
-                "as rows of "
-                "the log; set `data.work_dir` to a folder that lies outside"
+                f"`{setting}` '{source}' includes files that are written to `data.work_dir` '{work}'. "
+                "Set `data.work_dir` to a folder outside the log."
             )
 
 
 class Logs:
-    """An interaction log with its logs of events. types: of the columns of each of them, and more: further columns of
-    the interaction log, as `Log` takes them."""
+    """An interaction log with its event logs."""
 
     def __init__(
         self,
@@ -132,6 +139,15 @@ class Logs:
         types: Sequence[Mapping[str, str]] | None = None,
         extra_columns: Mapping[str, ColumnUse] | None = None,
     ) -> None:
+        """Open the logs.
+
+        Args:
+            source: URI of the interaction log.
+            schema: Schema of the logs.
+            options: Options of the build.
+            types: Column types of the interaction log and then of each event log. None infers the types.
+            extra_columns: Additional columns of the interaction log, as in `Log`.
+        """
         self.schema, self.options = schema, options
         skip = options.skip_bad_files
         of_log, *of_events = types or [{}] * (1 + len(schema.events))
@@ -139,50 +155,61 @@ class Logs:
             source, schema, skip_bad_files=skip, types=of_log, max_time=options.max_time, extra_columns=extra_columns
         )
         self.events = [
-            EventLogFiles(name, self.log, skip_bad_files=skip, types=each)
-            for name, each in zip(schema.events, of_events, strict=True)
+            EventLogFiles(name, self.log, skip_bad_files=skip, types=event_types)
+            for name, event_types in zip(schema.events, of_events, strict=True)
         ]
 
     @property
     def all(self) -> list[Log]:
-        """The interaction log, then the logs of events."""
+        """Interaction log, followed by the event logs."""
         return [self.log, *self.events]
 
     @property
     def rows(self) -> int:
-        """Rows of all of them."""
-        return sum(each.rows for each in self.all)
+        """Number of rows of all logs."""
+        return sum(log.rows for log in self.all)
 
     def without_bad_files(self, faults: Sequence[BadFile | None]) -> "Logs":
-        """The same logs without the files that have these faults. Raises UserError where nothing is left to read of
-        the interaction log."""
-        fewer = self._with([each.without_bad_files(faults) for each in self.all])
-        if self.log.files and not fewer.log.files:
-            raise no_usable_files_error(self.log.source, fewer.log.skipped)
-        return fewer
+        """Return the logs without the files that have the given faults.
+
+        Raises:
+            UserError: The interaction log has no usable file.
+        """
+        remaining = self._with([log.without_bad_files(faults) for log in self.all])
+        if self.log.files and not remaining.log.files:
+            raise no_usable_files_error(self.log.source, remaining.log.skipped)
+        return remaining
 
     def without_copies(self) -> "Logs":
-        """The same logs with one of the files whose bytes are the same; says which others are left out."""
+        """Return the logs without duplicate files (same bytes), and report the skipped files."""
         copies = [_find_copies(log.files) for log in self.all]
         say_copies(copies)
-        return self._with([log.without_files(each) for log, each in zip(self.all, copies, strict=True)])
+        return self._with([log.without_files(uris) for log, uris in zip(self.all, copies, strict=True)])
 
     def _with(self, logs: Sequence[Any]) -> "Logs":
         changed = copy.copy(self)
         changed.log, *changed.events = logs
         return changed
 
-    def without_files(self, not_read: Sequence[Collection[str]]) -> "Logs":
-        """The same logs without some of their files: addresses for each of `all`. Raises UserError where the others
-        have no rows."""
-        rest = self._with([log.without_files(done) for log, done in zip(self.all, not_read, strict=True)])
-        if not rest.rows:
+    def without_files(self, excluded: Sequence[Collection[str]]) -> "Logs":
+        """Return the logs without the excluded files (URIs for each log of `all`).
+
+        Raises:
+            UserError: The remaining files have no rows.
+        """
+        remaining = self._with([log.without_files(uris) for log, uris in zip(self.all, excluded, strict=True)])
+        if not remaining.rows:
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
-        return rest
+        return remaining
 
 
 def adapt_schema(settings: Settings, schema: Schema) -> Schema:
-    """The schema of a model, as it reads the settings' logs."""
+    """Return a model's schema, adapted to the logs of the settings.
+
+    Args:
+        settings: Settings with event logs, sampling rates, weights and splits.
+        schema: Schema of the model.
+    """
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
     of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
     columns = schema.columns.model_copy(update=of_rows)
@@ -192,17 +219,24 @@ def adapt_schema(settings: Settings, schema: Schema) -> Schema:
 def open_model_logs(
     settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapping[str, str]] | None = None
 ) -> Logs:
-    """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, with
-    other rates, weights and splits of rows.
+    """Open the logs of the settings for the features of a model.
 
-    types: of the columns of each log, None for those of the model's keys.
+    The model may have been trained on other logs, with other sampling rates, weights and splits.
+
+    Args:
+        settings: Settings with the logs.
+        pipeline: Feature pipeline of the model.
+        types: Column types of each log. None uses the types of the model's keys.
+
+    Raises:
+        UserError: Only one of the two logs has times.
     """
     schema = pipeline.schema
     if schema.columns.has_time != settings.columns.has_time:
-        ways = ("has no times (a plain table)", f"has times (in column '{schema.columns.time}')")
+        descriptions = ("has no times (a plain table)", f"has times (in column '{schema.columns.time}')")
         raise UserError(
-            f"the model was trained on a log that {ways[schema.columns.has_time]}, but the log of the settings has "
-            f"{'times' if settings.columns.has_time else 'none'} (columns.time): the model's features can't read it"
+            f"the model was trained on a log that {descriptions[schema.columns.has_time]}, but the log of the settings "
+            f"has {'' if settings.columns.has_time else 'no '}times (columns.time). Use a log like the model's."
         )
     schema = adapt_schema(settings, schema)
     types = key_types(pipeline, schema) if types is None else types
@@ -210,42 +244,54 @@ def open_model_logs(
 
 
 def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]:
-    """Types of the columns of a log and of each log of events, those of the model's keys."""
-    kinds = pipeline.key_types
-    # The time column of events may be named like a key of the log.
-    return [kinds, *({n: kind for n, kind in kinds.items() if n != each.time} for each in schema.events.values())]
+    """Return the types of a model's key columns, for the interaction log and then for each event log.
+
+    Args:
+        pipeline: Feature pipeline of the model.
+        schema: Schema with the event logs.
+    """
+    types = pipeline.key_types
+    # The time column of an event log may have the name of a key of the interaction log.
+    return [types, *({n: kind for n, kind in types.items() if n != event.time} for event in schema.events.values())]
 
 
 def _identify(file: "LogFile | IncludedFile", checksum: str | None) -> tuple[Any, ...]:
-    """The bytes of a file and the columns in its path, by which it is known; without rows, by its address."""
+    """Return the identity of a file: its bytes and the columns in its path. A file without rows has its URI."""
     return file.bytes, checksum if checksum and file.rows else file.uri, file.path_columns
 
 
 def _find_copies(files: Sequence[LogFile]) -> dict[str, str]:
-    """Addresses of files -> that of an earlier one with the same bytes, and columns in its path."""
+    """Map the URI of each duplicate file to an earlier file with the same bytes and path columns."""
     first = dict[tuple[Any, ...], str]()
     sums = compute_checksums(files).items()
-    found = {file.uri: first.setdefault(_identify(file, checksum), file.uri) for file, checksum in sums}
-    return {uri: other for uri, other in found.items() if other != uri}
+    originals = {file.uri: first.setdefault(_identify(file, checksum), file.uri) for file, checksum in sums}
+    return {uri: original for uri, original in originals.items() if original != uri}
 
 
 def say_copies(copies: Sequence[Mapping[str, str]]) -> None:
-    """Tells people which files are left out: file -> another one with the same bytes, for each log."""
-    if pairs := [pair for each in copies for pair in each.items()]:
-        such_as = f"such as '{pairs[0][0]}' ('{pairs[0][1]}')"
-        say(f"left out: {len(pairs):,} files with the bytes of another one, {such_as}; they count once")
+    """Report the skipped duplicate files. `copies` maps a file to its original, for each log."""
+    if pairs := [pair for log_copies in copies for pair in log_copies.items()]:
+        such_as = f"such as '{pairs[0][0]}' (same as '{pairs[0][1]}')"
+        say(f"skipped {len(pairs):,} duplicate files (same content), {such_as}")
 
 
 _OF_A_JOURNAL = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
 Span = tuple[int, int]
 Spans = Mapping[tuple[str | None, str], Span]
-"""(name of a log of events or None, file) -> first and last time of its rows, microseconds."""
+"""First and last time of a file's rows, in microseconds, by (event log or None for the interaction log, URI)."""
 
 
 @dataclass(frozen=True)
 class IncludedFile(FileInfo):
-    """A file whose rows were counted. in_path: columns that stand in its path; first, last: times of its rows,
-    microseconds, None without rows; checksum: of its bytes, None where it could not be read."""
+    """A file whose rows were counted.
+
+    Attributes:
+        path_columns: Columns in the file's path.
+        rows: Number of rows.
+        first: First time of the rows, in microseconds. None without rows.
+        last: Last time of the rows, in microseconds. None without rows.
+        checksum: Checksum of the bytes, None if the file could not be read.
+    """
 
     path_columns: PathColumns
     rows: int
@@ -256,7 +302,7 @@ class IncludedFile(FileInfo):
 
 @dataclass
 class IncludedLog:
-    """The files of one log by address, and the types of its columns in words."""
+    """Files of one log by URI, and the names of its column types."""
 
     files: dict[str, IncludedFile] = field(default_factory=dict)
     skipped: dict[str, SkippedFile] = field(default_factory=dict)
@@ -264,12 +310,12 @@ class IncludedLog:
 
     @property
     def rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows of all files."""
         return sum(file.rows for file in self.files.values())
 
     @property
     def digest(self) -> str:
-        """A fingerprint of the names, sizes and row counts of all files that were taken in."""
+        """Fingerprint of the names, sizes and row counts of the included files."""
         files = [file for _, file in sorted(self.files.items())]
         text = "\n".join(f"{PurePath(file.uri).name} {file.bytes} {file.rows}" for file in files)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -277,9 +323,16 @@ class IncludedLog:
 
 @dataclass
 class FileChanges:
-    """What has become of one log's files. held: those taken in before, under the names and times that they have now;
-    gone, changed: some of these; copies: files that lie beside one of these, its copy; new: to be read;
-    skipped: before, and as they were then; bad: new files that can't be used.
+    """Changes of one log's files since they were included.
+
+    Attributes:
+        included: Files that were included before, with their current names and times.
+        copies: Duplicate file -> included file.
+        missing: Included files that no longer exist.
+        changed: Included files that have changed.
+        new: Files to read.
+        skipped: Files that were skipped before and have not changed.
+        bad: New files that can't be used.
     """
 
     included: IncludedLog
@@ -293,29 +346,38 @@ class FileChanges:
 
 @dataclass
 class IncludedFiles:
-    """The files of the interaction log, and then of each log of events."""
+    """Included files of the interaction log, and then of each event log."""
 
     logs: list[IncludedLog]
 
     @staticmethod
     def of(logs: Logs, spans: Spans) -> "IncludedFiles":
-        """All files of logs that were read, and those left out."""
+        """Return the record of all files that were read or skipped.
+
+        Args:
+            logs: Logs that were read.
+            spans: First and last times of the files.
+        """
         return IncludedFiles([IncludedLog() for _ in logs.all]).with_new(logs, spans)
 
     @staticmethod
     def read(folder: Path) -> "IncludedFiles":
-        """What `write` wrote. Raises UserError where it is missing or damaged."""
+        """Read `files.json` from a folder.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
         try:
-            found = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-            return IncludedFiles([_log_from(each) for each in found["logs"]])
+            record = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+            return IncludedFiles([_log_from(tree) for tree in record["logs"]])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"the features in '{folder}' have no readable record of the log's files (files.json); "
-                "build them anew, without --extend"
+                "build them again without --extend"
             ) from None
 
     def write(self, folder: Path) -> None:
-        """Writes `files.json`."""
+        """Write `files.json` to a folder."""
         logs = [
             {
                 "files": [asdict(log.files[uri]) for uri in sorted(log.files)],
@@ -327,82 +389,89 @@ class IncludedFiles:
         (folder / "files.json").write_text(json.dumps({"logs": logs}), encoding="utf-8")
 
     def changes(self, logs: Logs) -> list[FileChanges]:
-        """What has become of the files of each log; of those that are in both, should the settings have changed."""
-        return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
+        """Return the changes of each log's files. If the settings now name fewer or more logs, compare the first."""
+        return [_changes(included, log) for included, log in zip(self.logs, logs.all, strict=False)]
 
     def with_new(self, logs: Logs, spans: Spans) -> "IncludedFiles":
-        """These files and those that `logs` reads; files that were left out stay as long as they are there."""
-        return IncludedFiles([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
+        """Return the record with the files of `logs` added. Skipped files stay while they exist.
+
+        Args:
+            logs: Logs with the new files.
+            spans: First and last times of the new files.
+        """
+        return IncludedFiles([_with_new(log, new, spans) for log, new in zip(self.logs, logs.all, strict=True)])
 
     @property
     def digest(self) -> str:
-        """What tells all files that were taken in from any others, as they were then: 16 hexadecimal digits."""
+        """Fingerprint of all included files and their versions, 16 hexadecimal digits."""
         files = [sorted((file.uri, file.bytes, file.version) for file in log.files.values()) for log in self.logs]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
     @property
     def journal(self) -> dict[str, Any] | None:
-        """What of a journal of live events the files hold, by their names: the journal's "id", and the last segment
-        "through" which they do; None for nothing. Of several journals, the one with the latest rows."""
-        found: dict[str, tuple[int, int]] = {}
+        """Part of a journal that the files include: the journal's "id" and the last segment ("through").
+
+        None if no file comes from a journal. Of several journals, the journal with the latest rows counts.
+        """
+        journals: dict[str, tuple[int, int]] = {}
         for file in (file for log in self.logs for file in log.files.values()):
             if (name := parse_journal_name(file.uri)) is not None:
-                latest, through = found.get(name[0], (0, 0))
-                found[name[0]] = max(latest, file.last or 0), max(through, name[1])
-        if not found:
+                latest, through = journals.get(name[0], (0, 0))
+                journals[name[0]] = max(latest, file.last or 0), max(through, name[1])
+        if not journals:
             return None
-        newest = max(found, key=lambda each: found[each])
-        return {"id": newest, "through": found[newest][1]}
+        newest = max(journals, key=lambda journal: journals[journal])
+        return {"id": newest, "through": journals[newest][1]}
 
     @property
     def skipped(self) -> list[SkippedFile]:
-        """All files that were left out, each once, though it may belong to several logs."""
-        found = {file.uri: file for log in reversed(self.logs) for file in log.skipped.values()}
-        return [found[uri] for uri in sorted(found)]
+        """Skipped files of all logs, sorted by URI without duplicates."""
+        files = {file.uri: file for log in reversed(self.logs) for file in log.skipped.values()}
+        return [files[uri] for uri in sorted(files)]
 
 
 def parse_journal_name(uri: str) -> tuple[str, int] | None:
-    """The id of the journal whose rows a file holds, and the cut up to which, by its name; None for another file."""
+    """Return the journal's ID and the last segment in a journal file's name, None for any other file."""
     name = _OF_A_JOURNAL.fullmatch(PurePath(uri).name)
     return None if name is None else (name[1], int(name[2]))
 
 
 def _log_from(tree: Mapping[str, Any]) -> IncludedLog:
     files = [
-        IncludedFile(**{**each, "path_columns": tuple(map(tuple, each["path_columns"]))}) for each in tree["files"]
+        IncludedFile(**{**file, "path_columns": tuple(map(tuple, file["path_columns"]))}) for file in tree["files"]
     ]
-    skipped = [SkippedFile(**each) for each in tree["skipped"]]
-    return IncludedLog({each.uri: each for each in files}, {each.uri: each for each in skipped}, tree["types"])
+    skipped = [SkippedFile(**file) for file in tree["skipped"]]
+    return IncludedLog({file.uri: file for file in files}, {file.uri: file for file in skipped}, tree["types"])
 
 
-def _changes(taken: IncludedLog, log: Log) -> FileChanges:
+def _changes(previous: IncludedLog, log: Log) -> FileChanges:
     usable = {file.uri: file for file in log.files}
     included, lost = dict[str, IncludedFile](), dict[str, IncludedFile]()
-    for at, before in taken.files.items():
-        is_here = at in log.found_files and _same(before, log.found_files[at])
-        (included if is_here and (at not in usable or usable[at].path_columns == before.path_columns) else lost)[at] = (
+    for uri, before in previous.files.items():
+        same = uri in log.found_files and _same(before, log.found_files[uri])
+        (included if same and (uri not in usable or usable[uri].path_columns == before.path_columns) else lost)[uri] = (
             before
         )
-    known = {_identify(file, file.checksum): at for at, file in taken.files.items()}
+    uris = {_identify(file, file.checksum): uri for uri, file in previous.files.items()}
     copies = dict[str, str]()
-    for file, checksum in compute_checksums([file for at, file in usable.items() if at not in included]).items():
-        at, identity = file.uri, _identify(file, checksum)
-        if (of := known.get(identity)) in lost:  # It was touched, renamed or moved.
-            included[at] = replace(lost.pop(of), uri=at, version=file.version)
-        elif of is not None:
-            copies[at] = of
-        if at not in copies:
-            known[identity] = at
-    skipped = [at for at, bad in taken.skipped.items() if at in log.found_files and _same(bad, log.found_files[at])]
-    known_files = included.keys() | lost.keys() | copies.keys() | set(skipped)
+    for file, checksum in compute_checksums([file for uri, file in usable.items() if uri not in included]).items():
+        uri, identity = file.uri, _identify(file, checksum)
+        if (original := uris.get(identity)) in lost:  # The file was touched, renamed or moved.
+            included[uri] = replace(lost.pop(original), uri=uri, version=file.version)
+        elif original is not None:
+            copies[uri] = original
+        if uri not in copies:
+            uris[identity] = uri
+    skipped = [u for u, bad in previous.skipped.items() if u in log.found_files and _same(bad, log.found_files[u])]
+    seen = included.keys() | lost.keys() | copies.keys() | set(skipped)
     return FileChanges(
-        included=IncludedLog(included | lost, taken.skipped, taken.types),
+        included=IncludedLog(included | lost, previous.skipped, previous.types),
         copies=copies,
-        missing=[at for at in lost if at not in log.found_files],
-        changed=[at for at in lost if at in log.found_files],
-        new=usable.keys() - known_files,
+        missing=[uri for uri in lost if uri not in log.found_files],
+        changed=[uri for uri in lost if uri in log.found_files],
+        new=usable.keys() - seen,
         skipped=skipped,
-        bad=[each for each in log.skipped if each.uri not in known_files | taken.skipped.keys()],
+        bad=[file for file in log.skipped if file.uri not in seen | previous.skipped.keys()],
     )
 
 
@@ -410,42 +479,53 @@ def _same(before: FileInfo, now: FileInfo) -> bool:
     return (before.bytes, before.version) == (now.bytes, now.version)
 
 
-def _with_new(taken: IncludedLog, log: Log, spans: Spans) -> IncludedLog:
-    files = dict(taken.files)
+def _with_new(included: IncludedLog, log: Log, spans: Spans) -> IncludedLog:
+    files = dict(included.files)
     for file, checksum in compute_checksums(log.files).items():
         first, last = spans.get((log.name, file.uri), (None, None))
         facts = file.uri, file.bytes, file.version, file.path_columns, file.rows
         files[file.uri] = IncludedFile(*facts, first, last, checksum)
-    skipped = {uri: file for uri, file in taken.skipped.items() if uri in log.found_files}
+    skipped = {uri: file for uri, file in included.skipped.items() if uri in log.found_files}
     skipped |= {file.uri: file for file in log.skipped}
     skipped = {uri: file for uri, file in skipped.items() if uri not in files}
-    return IncludedLog(files, skipped, taken.types | type_names(log.types))
+    return IncludedLog(files, skipped, included.types | type_names(log.types))
 
 
-def short_names(addresses: Sequence[str]) -> dict[str, str]:
-    """Addresses with names for files and folders, by the ends of their paths that tell them apart; other addresses are
-    names. Raises UserError where one comes twice."""
-    if twice := next((each for each in addresses if addresses.count(each) > 1), None):
+def short_names(uris: Sequence[str]) -> dict[str, str]:
+    """Map URIs to short names: the shortest ends of paths that differ. URIs with a scheme keep their names.
+
+    Raises:
+        UserError: A URI occurs twice.
+    """
+    if twice := next((uri for uri in uris if uris.count(uri) > 1), None):
         raise UserError(f"'{twice}' is given twice, and would be compared with itself; give --compare-to another one")
-    parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
+    parts = [[uri] if ":" in uri else uri.rstrip("/").split("/") for uri in uris]
     for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(each[-length:]) for each in parts]
+        names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
-            return dict(zip(addresses, names, strict=True))
-    return {each: each for each in addresses}
+            return dict(zip(uris, names, strict=True))
+    return {uri: uri for uri in uris}
 
 
 def check_output_folder(out: Path, settings: Settings | None = None) -> None:
-    """Raises UserError for a folder of results that is a file, or lies where the log or what is made of it lies."""
+    """Raise if a folder can't take results.
+
+    Args:
+        out: Folder for results (`--out`).
+        settings: Settings whose logs and outputs must not contain the folder. None skips this check.
+
+    Raises:
+        UserError: `out` is a file, or lies in a folder of the log, of features or of models.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out '{out}' is a file; name a folder")
     if settings is None:
         return
     real, work = Path(os.path.realpath(out)), Path(settings.data.work_dir)
-    sources = [settings.data.log, *(each.path for each in settings.data.events.values())]
-    taken = [Path(each) for each in sources if not is_remote(each) and Path(each).is_dir()]
-    ours = ("features", "checkpoints", "model", "comparison", "tuning", "unsent")
-    taken += [work / name for name in ours]
-    inside = next((each for each in taken if real.is_relative_to(os.path.realpath(each))), None)
+    sources = [settings.data.log, *(event.path for event in settings.data.events.values())]
+    reserved = [Path(source) for source in sources if not is_remote(source) and Path(source).is_dir()]
+    outputs = ("features", "checkpoints", "model", "comparison", "tuning", "unsent")
+    reserved += [work / name for name in outputs]
+    inside = next((folder for folder in reserved if real.is_relative_to(os.path.realpath(folder))), None)
     if inside is not None or real == Path(os.path.realpath(work)):
         raise UserError(f"--out '{out}' lies in '{inside or work}', which holds other things; name another folder")

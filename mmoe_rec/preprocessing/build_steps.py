@@ -1,15 +1,15 @@
-"""The steps of a feature build, each a job of independent tasks on an engine: requests, count, look up, encode.
+"""Steps of a feature build. Each step is a job of independent tasks that run on an engine.
 
     requests parts of the log      -> one time for each request (see `mmoe_rec.preprocessing.request_times`)
-    count    parts of the logs     -> counts, merged here; events and look-ups, to partitions of keys through files
-    look up  partitions of keys    -> results, to blocks of rows through files; memories, kept
+    count    parts of the logs     -> merged counts, and events and lookups for each partition of keys (files)
+    look up  partitions of keys    -> results for each block of rows (files), and event stores
     encode   parts of the log      -> encoded rows
 
 docs/explanation/point-in-time.md describes the data that steps exchange.
 
-An engine runs the tasks: `local`, a thread or process for each core, or `ray`, actors of a Ray cluster. It gives the
-results in the order of the tasks, so that nothing depends on the engine or on the number of workers. A `UserError` of a
-task ends the job and is raised as it is.
+The engine `local` uses a thread or process for each core. The engine `ray` uses actors of a Ray cluster. An engine
+yields results in the order of the tasks, so they don't depend on the engine or the number of workers. A `UserError` of
+a task ends the job and is raised unchanged.
 """
 
 import logging
@@ -60,14 +60,19 @@ from mmoe_rec.settings.sections import EngineName
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# This many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
+# Up to this many workers run as threads, which start at once. NumPy and Arrow release the interpreter lock.
 MAX_THREADS = 4
 
 
 @contextmanager
 def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> "Iterator[Engine]":
-    """The engine of that name, with so many tasks at a time, by default one for each core. processes: whether `local`
-    may start processes, for more workers than threads suit."""
+    """Open an engine for the duration of a context.
+
+    Args:
+        name: Name of the engine.
+        workers: Number of tasks that run at the same time. None stands for the number of usable cores.
+        processes: Whether the engine `local` may start processes for more than `MAX_THREADS` workers.
+    """
     workers = workers or usable_cores()
     if not processes and name == "local":
         workers = min(workers, MAX_THREADS)
@@ -77,7 +82,7 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
         return
     pool: Executor | None = None
     if workers > MAX_THREADS:
-        # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
+        # Don't fork: Arrow starts threads, and a forked child of a process with threads may deadlock.
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
     elif workers > 1:
@@ -87,28 +92,36 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
             yield _LocalEngine(pool)
         finally:
             if pool is not None:
-                pool.shutdown(cancel_futures=True)  # waits for tasks that have begun, and forgets the others
+                pool.shutdown(cancel_futures=True)  # Wait for tasks that have started and cancel the rest.
 
 
 class _LocalEngine:
-    """Tasks of a pool of threads or processes, or of this thread alone."""
+    """Engine that runs tasks in a pool of threads or processes, or in the current thread."""
 
     def __init__(self, pool: Executor | None) -> None:
         self._pool = pool
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Results of a picklable function, in the order of the tasks."""
+        """Yield the results of a picklable function in the order of the tasks.
+
+        Args:
+            function: Function of one task.
+            tasks: Arguments of the calls.
+
+        Raises:
+            UserError: A worker process was killed.
+        """
         try:
             yield from map(function, tasks) if self._pool is None else self._pool.map(function, tasks)
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, most likely for want of memory; set data.workers or "
-                "data.rows_in_memory to a lower number"
+                "a worker process was killed, probably because memory ran out. Lower data.workers or "
+                "data.rows_in_memory."
             ) from None
 
 
 def _start_worker() -> None:
-    """Ends with the process that started it, even where that one is killed, and leaves the other cores alone."""
+    """Make a worker process end with its parent, even if the parent is killed, and use only one core."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -122,38 +135,46 @@ def _start_worker() -> None:
 
 
 class _RayEngine:
-    """Tasks of actors, on the cluster at RAY_ADDRESS if that variable is set, else on this machine."""
+    """Engine that runs tasks in Ray actors, in the cluster at RAY_ADDRESS or, without this variable, locally."""
 
     def __init__(self, workers: int) -> None:
         if not os.environ.get("RAY_ADDRESS"):
-            # Under `uv run`, Ray would start each process by `uv run` too, in an environment made for it alone. On this
-            # machine the one that runs is the right one.
+            # Under `uv run`, Ray would start each process with `uv run` in a new environment. Local actors need the
+            # current environment.
             os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         try:
             import ray
         except ImportError:
             raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
         self._ray, self._workers = ray, workers
-        self._mine = not ray.is_initialized()
-        if self._mine:
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-            here = {
-                "address": "local",  # not what someone else happens to have running on this machine
+            local = {
+                "address": "local",  # Don't join another user's cluster on this machine.
                 "num_cpus": workers,
                 "include_dashboard": False,
                 "object_store_memory": 256 * 2**20,
             }
-            ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else here))
+            ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else local))
         if os.environ.get("RAY_ADDRESS"):
             self._workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def close(self) -> None:
-        """Ends what was started here."""
-        if self._mine:
+        """Shut Ray down if this engine started it."""
+        if self._owns_ray:
             self._ray.shutdown()
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Does what `map` of the other engine does."""
+        """Yield the results of a picklable function in the order of the tasks.
+
+        Args:
+            function: Function of one task.
+            tasks: Arguments of the calls.
+
+        Raises:
+            UserError: A task raised this error.
+        """
         from ray.util import ActorPool
 
         worker, shared = self._ray.remote(num_cpus=1)(_Worker), self._ray.put(function)
@@ -167,47 +188,66 @@ class _RayEngine:
 
 
 class _Worker:
-    """A process that runs tasks one after the other, and so keeps what they load."""
+    """Ray actor that runs many tasks, so that later tasks use cached data of earlier ones."""
 
     def run(self, function: Callable[[Any], Any], task: Any) -> Any:
         return function(task)
 
 
 Engine = _LocalEngine | _RayEngine
-"""Runs the tasks of a job."""
+"""Runner of a job's tasks."""
 
 
-# Fewer rows are done before further processes have started.
+# Logs with fewer rows are done before processes have started.
 MIN_ROWS_FOR_PROCESSES = 500_000
 _FIRST_TIMES, _RESULTS, _REPEATS = "first_times.parquet", "results", "repeats.parquet"
 
 
 def open_reader(folder: Path, log: Log) -> LogReader:
-    """Reads parts of a log after the steps that found its requests, see `BuildSteps.move_results`."""
+    """Return a reader of a log whose request times have been determined.
+
+    Args:
+        folder: Scratch folder of the build, or the folder given to `BuildSteps.move_results`.
+        log: Interaction log.
+    """
     path = folder / _FIRST_TIMES
     return replace(log.reader, time_overrides=path if path.exists() else None)
 
 
 def open_results(folder: Path, log: Log) -> ResultExchange:
-    """What counters and histories knew of the rows, see `BuildSteps.move_results`."""
+    """Return the results of counters and histories for the rows of a log.
+
+    Args:
+        folder: Scratch folder of the build, or the folder given to `BuildSteps.move_results`.
+        log: Interaction log.
+    """
     return ResultExchange(folder / _RESULTS, log.rows)
 
 
 class BuildSteps:
-    """The steps of one build, in a scratch folder that is removed at the end. Use it as a context. logs: as they are
-    read, without files that turned out to be bad; requests: what was found out about them."""
+    """Steps of one build, as a context manager that removes the scratch folder at the end.
+
+    The attribute `logs` has the logs without bad files, and `requests` has the counts of their requests.
+    """
 
     def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path) -> None:
+        """Prepare the steps.
+
+        Args:
+            logs: Logs to read.
+            windows: Request times [start, end) of each split, in microseconds.
+            scratch: Scratch folder.
+        """
         self.logs, self.windows, self.scratch = logs, windows, scratch
         self._stack = ExitStack()
         self._counted = LogCounts()
         self.requests = RequestCounts()
-        self._repeats = scratch.with_name(_REPEATS)  # outlives what was read with them
+        self._repeats = scratch.with_name(_REPEATS)  # `count` removes the scratch folder but needs this file.
 
     def __enter__(self) -> "BuildSteps":
         options = self.logs.options
         few = self.logs.rows < MIN_ROWS_FOR_PROCESSES
-        in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
+        in_memory = self.logs.log.source.startswith("memory://")  # Only this process can read such files.
         engine = open_engine(options.engine, options.workers, processes=not (few or in_memory))
         self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
         self._stack.callback(self._repeats.unlink, missing_ok=True)
@@ -219,45 +259,55 @@ class BuildSteps:
 
     @property
     def _partitions(self) -> int:
-        # A row of the log is both an event and a look-up.
+        # A row of the interaction log is both an event and a lookup.
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def count(self, statistics: bool, requests_dir: Path | None = None, previous: Path | None = None) -> LogCounts:
-        """Finds the times of requests and reads the logs, and does both again without rows that came before. Where bad
-        files are skipped, it first reads all files for what is wrong with them.
+        """Determine the times of requests and count the logs.
 
-        statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
-        previous: such a folder of the files that are not read.
+        If rows repeat rows of earlier files, both steps are repeated without these rows. If bad files are skipped, all
+        files are checked first.
 
-        Raises UserError for a bad file, unless such files are skipped, for rows that occur twice, and for requests of
-        several users, or times where that is wanted.
+        Args:
+            statistics: Whether to count vocabularies and statistics.
+            requests_dir: Folder for the record of all requests. None writes no record.
+            previous: Folder with the record of the requests in earlier files.
+
+        Raises:
+            UserError: A file is bad and bad files are not skipped. A row occurs twice. A request has several users,
+                or several times if the options forbid this.
         """
         if self.logs.options.skip_bad_files:
-            pieces = [each for log in self.logs.all for each in log.pieces()]
+            pieces = [piece for log in self.logs.all for piece in log.pieces()]
             faults = self._run(find_bad_file, pieces, [piece.rows for _, piece in pieces], "checking")
             self.logs = self.logs.without_bad_files(list(faults))
-        look = (
+        check = (
             self.logs.options.on_duplicates == "error" or requests_dir is not None
         ) and self.logs.schema.columns.has_candidate
         while True:
             self.requests = self._find_requests(previous, requests_dir)
-            self._counted = self._count(statistics, look)
+            self._counted = self._count(statistics, check)
             check_time_units(self.logs.log, self._counted)
             check_requests(self.logs.log, self.requests)
             sent, database = self._events.folder / ROW_KEYS_CHANNEL, self.scratch / "database"
-            if not look or not check_duplicates(self.logs, sent, database, self._repeats, previous, requests_dir):
+            if not check or not check_duplicates(self.logs, sent, database, self._repeats, previous, requests_dir):
                 return self._counted
-            shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
+            shutil.rmtree(self.scratch, ignore_errors=True)  # These files include the repeated rows.
 
     def find_requests(self) -> None:
-        """Only finds the times of requests, for rows whose counters and histories are known elsewhere. Raises UserError
-        for a bad file, and as `count` does for requests of several users or times."""
+        """Determine the times of requests only, for rows that already have results of counters and histories.
+
+        Raises:
+            UserError: A file is bad, or a request has several users or times as in `count`.
+        """
         self.requests = self._find_requests()
         check_requests(self.logs.log, self.requests)
 
     def move_results(self, folder: Path) -> None:
-        """Moves what `open_reader` reads, and the results of look-ups, out of the scratch folder, to `folder`, which is
-        of the same file system and is there."""
+        """Move the inputs of `open_reader` and `open_results` from the scratch folder to an existing `folder`.
+
+        Both folders must be in the same file system.
+        """
         for name in (_FIRST_TIMES, _RESULTS):
             if (self.scratch / name).exists():
                 (self.scratch / name).rename(folder / name)
@@ -268,8 +318,8 @@ class BuildSteps:
             self.logs, self._reader, self.parts, self._run, scratch, time_overrides, previous, requests_dir
         )
 
-    def _count(self, statistics: bool, look: bool) -> LogCounts:
-        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look)
+    def _count(self, statistics: bool, check: bool) -> LogCounts:
+        job = CountJob(self.logs.schema, self.windows, self._events, statistics, check)
         readers: dict[str | None, LogReader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
         for events in self.logs.events:
@@ -287,17 +337,21 @@ class BuildSteps:
 
     @property
     def parts(self) -> list[LogPart]:
-        """The parts of the interaction log, each a task, whatever runs them."""
-        # Enough of them for many workers to end at about the same time.
+        """Parts of the interaction log, one for each task. They don't depend on the engine."""
+        # Make enough parts for many workers to end at about the same time.
         return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 2), ROWS_PER_PART))
 
     def look_up(
         self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, previous: Path | None = None
     ) -> None:
-        """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder.
+        """Make all lookups of counters and histories, and write their event stores.
 
-        pipeline: with complete vocabularies; where `training` is given, it counts results of rows requested then.
-        previous: folder with memories to go on from.
+        Args:
+            pipeline: Pipeline with complete vocabularies. It gets the statistics of the results.
+            folder: Folder for the event stores.
+            end: Time of the event stores, in microseconds.
+            training: Request times of the rows whose results count for statistics. None counts no rows.
+            previous: Folder with event stores to continue from.
         """
         pipeline_dir = self.scratch / "state"
         pipeline_dir.mkdir(parents=True)
@@ -320,12 +374,12 @@ class BuildSteps:
             for name, group in pipeline.key_groups.items()
             for number in range(partitions)
         ]
-        tasks.sort(key=lambda task: -task.rows)  # so that workers end at about the same time
+        tasks.sort(key=lambda task: -task.rows)  # The largest task first: workers then end at about the same time.
         encoders = pipeline.point_in_time_encoders
-        done = self._run(
+        partition_counts = self._run(
             partial(look_up_partition, job), tasks, [task.rows for task in tasks], "counters and histories"
         )
-        for features in done:
+        for features in partition_counts:
             for name, counts in features.items():
                 for result, number in encoders[name].numbers.items():
                     number.histogram.merge(counts[result])
@@ -336,7 +390,7 @@ class BuildSteps:
         return Exchange(self.scratch / "events", self._partitions)
 
     def _count_sent(self, group: Sequence[PointInTimeEncoder[Any]], partition: int) -> int:
-        """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
+        """Return how many rows of a partition are in memory at a time: lookups, and one feature's events."""
         sent = self._counted.sent
         lookups, *events = (
             int(sent[channel][partition]) if channel in sent else 0
@@ -345,11 +399,18 @@ class BuildSteps:
         return lookups + max(events)
 
     def encode(self, pipeline_dir: Path, folder: Path, label_cutoff: Mapping[str, int]) -> dict[str, SplitCounts]:
-        """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
+        """Encode the rows of each split to `folder`/SPLIT, and write the layout to `folder`.
 
-        pipeline_dir: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
+        Args:
+            pipeline_dir: Folder of the fitted pipeline.
+            folder: Folder for the encoded rows.
+            label_cutoff: Time by which the labels of each split must have matured, in microseconds.
 
-        Raises UserError for a file that has changed meanwhile: what was counted of its rows no longer holds.
+        Returns:
+            Counts of each split.
+
+        Raises:
+            UserError: A file has changed since its rows were counted.
         """
         tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(label_cutoff=label_cutoff[name]) for name in self.windows}
@@ -357,8 +418,8 @@ class BuildSteps:
         function = partial(encode_part, pipeline_dir, self.windows, label_cutoff, results, folder, self._reader)
         sizes = [part.rows for _, part in tasks]
         for part in self._run(function, tasks, sizes, "encoding"):
-            for name, each in part.items():
-                counts[name].merge(each)
+            for name, split_counts in part.items():
+                counts[name].merge(split_counts)
         for log in self.logs.all:
             log.check_unchanged()
         folder.mkdir(exist_ok=True)
@@ -367,13 +428,13 @@ class BuildSteps:
         return counts
 
     def _run(
-        self, function: Callable[[Any], Result], tasks: Sequence[Any], sizes: Sequence[int], what: str
+        self, function: Callable[[Any], Result], tasks: Sequence[Any], sizes: Sequence[int], description: str
     ) -> Iterator[Result]:
-        if not sum(sizes):  # of 0 of 0 a bar would show 0%, and never an end
+        if not sum(sizes):  # A progress bar with a total of 0 would stay at 0%.
             yield from self._engine.map(function, tasks)
             return
         with bar() as progress:
-            task = progress.add_task(what, total=sum(sizes))
+            task = progress.add_task(description, total=sum(sizes))
             for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
                 progress.advance(task, size)
                 yield result

@@ -1,11 +1,10 @@
-"""First and last step of a feature build, whose tasks read parts of the log.
+"""First and last step of a feature build. Their tasks read parts of the log.
 
-The first step counts, and sends events and look-ups to their partitions. What is counted (ids, histograms of numbers,
-first and last times, latest attributes) is small and merged in any order. Counters and histories are not counted here:
-a row's events and its look-up go, by the hash of the key that they are about, to one partition each, where the next
-step makes the look-ups.
+The first step counts, and sends events and lookups to their partitions. The counts (IDs, histograms of numbers, first
+and last times, latest attributes) are small and can be merged in any order. Counters and histories are computed in the
+next step. The hash of its key decides to which partition an event or a lookup is sent.
 
-The last step encodes the rows of each split into Parquet files that training and evaluation read.
+The last step encodes the rows of each split into Parquet files for training and evaluation.
 """
 
 from collections import Counter, defaultdict
@@ -46,11 +45,14 @@ _YEAR = 365 * 86_400_000_000
 
 @dataclass(frozen=True)
 class CountJob:
-    """What the tasks of this step share.
+    """Arguments that all tasks of the first step share.
 
-    windows: request times of each split, microseconds; exchange: where events and look-ups go; statistics: whether
-    vocabularies and statistics are counted (or are known already); duplicates: whether requests and candidates are
-    sent.
+    Attributes:
+        schema: Schema of the logs.
+        windows: Request times [start, end) of each split, in microseconds.
+        exchange: Receiver of events and lookups.
+        statistics: Whether to count vocabularies and statistics.
+        duplicates: Whether to send hashes of requests and candidates, to find duplicates.
     """
 
     schema: Schema
@@ -67,13 +69,13 @@ class LogCounts:
     Attributes:
         counts: Counts of each feature, as in `FeaturePipeline`.
         key_types: Types of the keys, as in `FeaturePipeline`.
-        first: First request time, microseconds.
-        last: Last request time, microseconds.
-        rows: Split -> its rows.
-        rows_by_log: Log of events, None for the interaction log -> its rows.
-        latest: Role -> latest attributes of its users or candidates.
-        sent: Channel -> rows sent to each partition, shape (partitions,), int64.
-        spans: Log of events or None, and file -> first and last time of the file's rows, microseconds.
+        first: First request time, in microseconds.
+        last: Last request time, in microseconds.
+        rows: Number of rows by split.
+        rows_by_log: Number of rows by event log. The key None stands for the interaction log.
+        latest: Latest attributes of users and candidates by role.
+        sent: Number of rows sent to each partition by channel, shape (partitions,), int64.
+        spans: First and last time of a file's rows in microseconds, by (event log or None, URI).
     """
 
     counts: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class LogCounts:
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
 
     def merge(self, other: "LogCounts") -> None:
-        """Adds what was counted of other parts."""
+        """Add the counts of other parts."""
         for name, counts in other.counts.items():
             if name in self.counts:
                 self.counts[name].merge(counts)
@@ -101,28 +103,41 @@ class LogCounts:
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         for file, span in other.spans.items():
-            mine = self.spans.get(file, span)
-            self.spans[file] = min(mine[0], span[0]), max(mine[1], span[1])
+            own = self.spans.get(file, span)
+            self.spans[file] = min(own[0], span[0]), max(own[1], span[1])
 
     def add_latest(self, latest: Mapping[LatestRole, Sequence[LatestValues]]) -> None:
-        """Adds attributes of users and candidates."""
+        """Add latest attributes of users and candidates, by role."""
         for role, parts in latest.items():
-            for each in parts:
-                self.latest[role] = add_level(self.latest.get(role, ()), each, LatestValues.merged)
+            for part in parts:
+                self.latest[role] = add_level(self.latest.get(role, ()), part, LatestValues.merged)
 
     def load_latest(self, folder: Path, schema: Schema) -> None:
-        """Adds the latest attributes that `save_latest` wrote."""
+        """Add the latest attributes that `save_latest` wrote.
+
+        Args:
+            folder: Folder of the attributes.
+            schema: Schema with the columns of users and candidates.
+        """
         columns = schema.columns
         self.add_latest({role: (LatestValues.load(folder, role, getattr(columns, role)),) for role in _ROLES})
 
     def save_latest(self, folder: Path) -> None:
-        """Writes the latest attributes of users and candidates."""
+        """Write the latest attributes of users and candidates to a folder."""
         for role, parts in self.latest.items():
             LatestValues.merge_all(parts).save(folder, role)
 
 
 def check_time_units(log: Log, counted: LogCounts) -> None:
-    """Raise UserError if some times are in 1970 and others are not, as they have different units."""
+    """Raise if some times are in 1970 and others are not, since their units then differ.
+
+    Args:
+        log: Interaction log.
+        counted: Counts of the log.
+
+    Raises:
+        UserError: The times have different units.
+    """
     if counted.first < _YEAR and counted.last > 20 * _YEAR:
         raise UserError(
             f"column '{log.schema.columns.time}' of the log '{log.source}' goes from {format_time(counted.first)} to "
@@ -131,7 +146,13 @@ def check_time_units(log: Log, counted: LogCounts) -> None:
 
 
 def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> LogCounts:
-    """Counts a part of the log of events of that name, or of the interaction log (None)."""
+    """Count a part of a log, and send its events and lookups to their partitions.
+
+    Args:
+        job: Arguments of all tasks.
+        readers: Readers of the logs, by event log. The key None stands for the interaction log.
+        task: Key of the log and the part.
+    """
     source, part = task
     pipeline, counted, spans = FeaturePipeline(job.schema), LogCounts(), dict[str, tuple[int, int]]()
     sender = _Sender(job, part, source)
@@ -146,8 +167,8 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
             counted.add_latest({role: (LatestValues.from_rows(rows, role),) for role in _ROLES})
             pipeline.record_key_types(rows)
             assert train_end is not None
-            if job.statistics and len(learnt := rows.filter(in_window(times, (start, train_end)))):
-                pipeline.partial_fit(learnt, train_end)
+            if job.statistics and len(train_rows := rows.filter(in_window(times, (start, train_end)))):
+                pipeline.partial_fit(train_rows, train_end)
         sender.add(pipeline, rows)
     sender.flush()
     if source is None:
@@ -158,7 +179,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
 
 
 class _Sender:
-    """Sends events and look-ups of a part of a log of events of name `source`, None for the interaction log."""
+    """Sender of a part's events and lookups. `source` is the event log, None for the interaction log."""
 
     def __init__(self, job: CountJob, part: LogPart, source: str | None) -> None:
         self.job, self.part, self.source = job, part, source
@@ -168,36 +189,41 @@ class _Sender:
         self._turn = 0
 
     def add(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
-        """Takes rows."""
+        """Add the events and lookups of rows.
+
+        Args:
+            pipeline: Pipeline with the encoders of counters and histories.
+            rows: Rows of the part.
+        """
         if self.source is None:
-            self._add_look_ups(pipeline, rows)
+            self._add_lookups(pipeline, rows)
         for name, encoder in pipeline.point_in_time_encoders.items():
             if encoder.source == self.source and encoder.label is None:
                 self._waiting[events_channel(name)].append(encoder.events(rows))
         self._rows += len(rows)
-        # A part may be larger than usual: a row group is never divided.
+        # Row groups are never divided, so a part may be larger than usual.
         if self._rows >= ROWS_PER_PART:
             self.flush()
 
-    def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
+    def _add_lookups(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
         times, number = rows.times(), rows.row_numbers
         if self.job.duplicates:
             self._waiting[ROW_KEYS_CHANNEL].append(pa.table({"key": rows.row_hashes(), "row": number}))
         wanted = np.flatnonzero(in_any_window(times, self.job.windows.values()))
-        of_tasks: dict[str, np.ndarray] = {}
+        task_labels: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
             lookups = {"key": rows.hashes(group[0].key_columns), "time": times, "row": number}
             labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
             for task, encoder in labelled.items():
-                if task not in of_tasks:
-                    of_tasks[task] = encoder.labels(rows)
-                lookups[label_column(task)] = of_tasks[task]
+                if task not in task_labels:
+                    task_labels[task] = encoder.labels(rows)
+                lookups[label_column(task)] = task_labels[task]
             if not labelled and len(wanted) < len(rows):
                 lookups = {column: values[wanted] for column, values in lookups.items()}
             self._waiting[lookups_channel(name)].append(pa.table(lookups))
 
     def flush(self) -> None:
-        """Writes what is waiting."""
+        """Send the collected rows."""
         sender = (self.part.start, self._turn)
         for channel, tables in self._waiting.items():
             table = concat_tables(tables)
@@ -213,9 +239,19 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh what their column
-    of weights says, and with that / their rate of sampling; and the labels that had not matured. known_by: when labels
-    must have matured to count, microseconds."""
+    """Counts of a split's rows and labels, by task.
+
+    Attributes:
+        rows: Number of rows.
+        observed: Number of observed labels.
+        label_sum: Sum of the observed labels.
+        row_weight: Sum of the weights of rows with an observed label.
+        row_weighted_sum: Sum of the observed labels times weight.
+        weight: Sum of weight / sampling rate of rows with an observed label.
+        weighted_sum: Sum of the observed labels times weight / sampling rate.
+        pending_labels: Number of labels that had not matured.
+        label_cutoff: Time by which labels must have matured to count, in microseconds.
+    """
 
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)
@@ -228,29 +264,35 @@ class SplitCounts:
     label_cutoff: int | None = None
 
     def add(
-        self, labels: Mapping[str, np.ndarray], given: np.ndarray, rates: np.ndarray, pending_labels: Mapping[str, int]
+        self, labels: Mapping[str, np.ndarray], weight: np.ndarray, rates: np.ndarray, pending_labels: Mapping[str, int]
     ) -> None:
-        """Counts the labels of N rows: task -> (N,), NaN where unobserved; given: (N,) their weights; rates: (N,) at
-        which they were sampled; unmatured: task -> how many of the labels had not matured."""
-        for task, values in labels.items():
-            observed = ~np.isnan(values)
-            found, own = values[observed], given[observed]
-            weights = own / rates[observed]
-            # No `@`: for a while after it BLAS keeps its threads, and the cores, busy.
+        """Count the labels of N rows.
+
+        Args:
+            labels: Labels by task, shape (N,). NaN stands for an unobserved label.
+            weight: Weights of the rows, shape (N,).
+            rates: Sampling rates of the rows, shape (N,).
+            pending_labels: Number of labels that had not matured, by task.
+        """
+        for task, task_labels in labels.items():
+            observed = ~np.isnan(task_labels)
+            values, row_weights = task_labels[observed], weight[observed]
+            weights = row_weights / rates[observed]
+            # Don't use `@`: the threads of BLAS would keep the cores busy for a while after it.
             self.merge(
                 SplitCounts(
-                    observed={task: len(found)},
-                    label_sum={task: float(found.sum())},
-                    row_weight={task: float(own.sum())},
-                    row_weighted_sum={task: float((own * found).sum())},
+                    observed={task: len(values)},
+                    label_sum={task: float(values.sum())},
+                    row_weight={task: float(row_weights.sum())},
+                    row_weighted_sum={task: float((row_weights * values).sum())},
                     weight={task: float(weights.sum())},
-                    weighted_sum={task: float((weights * found).sum())},
+                    weighted_sum={task: float((weights * values).sum())},
                 )
             )
-        self.merge(SplitCounts(rows=len(given), pending_labels=dict(pending_labels)))
+        self.merge(SplitCounts(rows=len(weight), pending_labels=dict(pending_labels)))
 
     def merge(self, other: "SplitCounts") -> None:
-        """Adds what another one counted."""
+        """Add other counts of the same split."""
         self.rows += other.rows
         for name in (
             "observed",
@@ -261,9 +303,9 @@ class SplitCounts:
             "weighted_sum",
             "pending_labels",
         ):
-            mine = getattr(self, name)
-            for task, each in getattr(other, name).items():
-                mine[task] = mine.get(task, 0) + each
+            totals = getattr(self, name)
+            for task, count in getattr(other, name).items():
+                totals[task] = totals.get(task, 0) + count
 
 
 def encode_part(
@@ -275,24 +317,33 @@ def encode_part(
     reader: LogReader,
     task: tuple[int, LogPart],
 ) -> dict[str, SplitCounts]:
-    """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
+    """Encode a part of the log to `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
 
-    pipeline_dir: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a
-    split's labels must have matured to count (both in microseconds); exchange: results of counters and histories.
+    Args:
+        pipeline_dir: Folder of the fitted pipeline.
+        windows: Request times [start, end) of each split, in microseconds.
+        label_cutoff: Time by which the labels of each split must have matured, in microseconds.
+        exchange: Results of counters and histories.
+        encoded: Folder for the encoded rows.
+        reader: Reader of the interaction log.
+        task: Number of the part and the part.
+
+    Returns:
+        Counts of each split.
     """
     number, part = task
     pipeline, columns = load_pipeline(pipeline_dir), reader.schema.columns
     results = ResultReader(exchange, list(pipeline.key_groups))
-    asked = {name for encoder in pipeline.point_in_time_encoders.values() for name in encoder.result_columns()}
+    required = {name for encoder in pipeline.point_in_time_encoders.values() for name in encoder.result_columns()}
     counts = {name: SplitCounts() for name in windows}
     writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
     for rows in reader.read(part):
         for name, window in windows.items():
             inside = rows.filter(in_window(rows.times(), window))
             if len(inside):
-                its = results.of(inside.row_numbers)
-                assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
-                inside = LogRows(inside.table, rows.schema, its)
+                inside_results = results.of(inside.row_numbers)
+                assert required <= inside_results.keys(), "missing results would be looked up in empty event stores"
+                inside = LogRows(inside.table, rows.schema, inside_results)
                 labels, late = compute_labels(inside, label_cutoff[name]), pending_labels(inside, label_cutoff[name])
                 weights, rates = numbers_or_ones(inside, columns.weight), numbers_or_ones(inside, columns.sampling_rate)
                 counts[name].add(labels, weights, rates, late)
@@ -303,9 +354,19 @@ def encode_part(
 
 
 def encode_rows(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
-    """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
+    """Encode rows as an Arrow table.
+
+    Args:
+        pipeline: Fitted pipeline.
+        layout: Layout of the inputs.
+        rows: N rows of the log.
+        labels: Labels by task, shape (N,). NaN stands for an unobserved label and becomes null.
+
+    Returns:
+        Columns `id.*`, `dense.*`, `label.*`, user, candidate, request, time, sampling_rate and, if any, weight.
+    """
     encoded = pipeline.inputs(rows)
-    columns = arrow_columns(encoded.ids, encoded.dense, layout)  # a matrix of numbers would only be taken apart again
+    columns = arrow_columns(encoded.ids, encoded.dense, layout)
     inputs = set(columns)
     types = label_types(layout)
     for task, values in labels.items():
@@ -316,18 +377,26 @@ def encode_rows(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels
     columns["sampling_rate"] = pa.array(numbers_or_ones(rows, names.sampling_rate).astype(np.float32))
     if names.weight is not None:
         columns["weight"] = pa.array(rows.numbers(names.weight))
-    # Columns declared to have no nulls are written and read faster.
+    # Columns that are declared without nulls are written and read faster.
     fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
     return pa.table(list(columns.values()), schema=pa.schema(fields))
 
 
 def numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
-    """(N,) float64 of a column of rates or weights; 1 where the log has none."""
+    """Return a column of sampling rates or weights, or ones if the log has no such column.
+
+    Args:
+        rows: N rows of the log.
+        name: Name of the column, if there is one.
+
+    Returns:
+        Numbers, shape (N,), float64.
+    """
     return np.ones(len(rows)) if name is None else rows.numbers(name)
 
 
 class _SplitWriter:
-    """Writes a file in row groups of one size (the last one smaller); no rows, no file."""
+    """Writer of a Parquet file with row groups of one size, except for the last group. Without rows, no file exists."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -335,7 +404,7 @@ class _SplitWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, table: pa.Table) -> None:
-        """Appends rows."""
+        """Append rows."""
         self._waiting.append(table)
         rows = sum(map(len, self._waiting))
         if rows >= ROWS_PER_GROUP:
@@ -347,14 +416,14 @@ class _SplitWriter:
     def _append(self, table: pa.Table) -> None:
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A dictionary of inputs, which are numbers, costs time and gains little; LZ4 is read fastest.
+            # Inputs are numbers, for which a dictionary costs time and saves little. LZ4 is the fastest to read.
             keys = ["user", "candidate", "request", "time", "sampling_rate"]
             options = {"compression": "lz4", "use_dictionary": keys, "write_statistics": False}
             self._writer = pq.ParquetWriter(self.path, table.schema, **options)
         self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
 
     def close(self) -> None:
-        """Writes the last rows."""
+        """Write the remaining rows and close the file."""
         if any(map(len, self._waiting)):
             self._append(pa.concat_tables(self._waiting))
         if self._writer is not None:

@@ -1,11 +1,11 @@
-"""Adds new files of a log to existing features: the state of the days before and the new rows give the next state.
+"""Addition of new files to existing features. The previous state and the new rows give the next state.
 
 docs/how-to/build-large-logs.md describes the treatment of late and repeated rows.
 
-The tables of a model (`<artifact>/features`) move on by themselves, by the model's own features: `extend_tables` adds
-new files to them; `rebuild_tables` makes them of all files. From the same rows both give the same files to the last
-byte, but for a history that remembers an item in the hashed bucket where it was before its id got a row: one that is
-made anew has that row.
+The tables of a model (`<artifact>/features`) are updated separately, with the model's own features. `extend_tables`
+adds new files to the tables, and `rebuild_tables` builds the tables from all files. Both give identical bytes for the
+same rows, with one exception. An extended history may have an item in a hashed bucket, from the time before the item's
+ID got a row. A rebuilt history has that row.
 """
 
 import hashlib
@@ -49,20 +49,28 @@ from mmoe_rec.settings.sections import diff_settings
 
 
 class NewFiles:
-    """The new files of logs. taken: those that `owner` knows, in the plural, such as "the features in 'work'", with
-    requests up to `last`, microseconds; anew: what to do where files can't be added; gone: those that the logs lack.
-
-    Raises UserError where a file that was taken in has changed, or no new file can be used.
-    """
+    """New files of logs, and the included files that are `missing` from the logs."""
 
     def __init__(self, logs: Logs, included: IncludedFiles, owner: str, last: int, advice: str) -> None:
+        """Compare the files of logs with the included files.
+
+        Args:
+            logs: Logs with old and new files.
+            included: Files that were included before.
+            owner: Owner of the included files in messages, a plural such as "the features in 'work'".
+            last: Time of the last included request, in microseconds.
+            advice: Advice in messages about files that can't be added.
+
+        Raises:
+            UserError: An included file has changed, or no new file is usable.
+        """
         self.logs, self.owner, self.last, self.advice = logs, owner, last, advice
         self.changes = included.changes(logs)
-        self.included = IncludedFiles([each.included for each in self.changes])
+        self.included = IncludedFiles([log_changes.included for log_changes in self.changes])
         self._check_unchanged()
-        self.missing = [uri for each in self.changes for uri in each.missing]
-        say_copies([each.copies for each in self.changes])
-        if not self.any and (bad := [left for each in self.changes for left in each.bad]):
+        self.missing = [uri for log_changes in self.changes for uri in log_changes.missing]
+        say_copies([log_changes.copies for log_changes in self.changes])
+        if not self.any and (bad := [file for log_changes in self.changes for file in log_changes.bad]):
             raise UserError(
                 f"none of the new files of the log '{logs.log.source}' can be used; the first: {bad[0].reason}"
             )
@@ -70,59 +78,83 @@ class NewFiles:
     @property
     def any(self) -> bool:
         """Whether there is a new file."""
-        return any(each.new for each in self.changes)
+        return any(log_changes.new for log_changes in self.changes)
 
     def new_logs(self) -> Logs:
-        """The logs with only their new files to read. Raises UserError where there are no rows to read."""
-        old = [log.found_files.keys() - each.new for log, each in zip(self.logs.all, self.changes, strict=True)]
+        """Return the logs with only the new files.
+
+        Raises:
+            UserError: The new files have no rows.
+        """
+        old = [log.found_files.keys() - diff.new for log, diff in zip(self.logs.all, self.changes, strict=True)]
         return self.logs.without_files(old)
 
     def count(self, steps: BuildSteps, statistics: bool, requests_dir: Path, previous: Path) -> LogCounts:
-        """Counts the rows of the new files. kept, before: folders of requests, see `BuildSteps.count`. Raises UserError
-        where rows can't be added."""
+        """Count the rows of the new files.
+
+        Args:
+            steps: Steps of a build from the new files.
+            statistics: Whether to count vocabularies and statistics.
+            requests_dir: Folder for the record of all requests.
+            previous: Folder with the record of the included requests.
+
+        Raises:
+            UserError: Rows can't be added.
+        """
         counted = steps.count(statistics=statistics, requests_dir=requests_dir, previous=previous)
         self._check_late(counted, steps)
         self._check_events(counted, steps.logs)
         return counted
 
     def first_request_time(self, counted: LogCounts, requests: RequestCounts) -> int:
-        """Microseconds of the first new request."""
+        """Return the time of the first new request, in microseconds.
+
+        Args:
+            counted: Counts of the new files.
+            requests: Counts of the requests in the new files.
+        """
         return requests.first_request_time if self.logs.schema.columns.request is not None else counted.first
 
     def _check_unchanged(self) -> None:
-        reasons = {each.uri: each.reason for log in self.logs.all for each in log.skipped}
-        for uri in (uri for each in self.changes for uri in each.changed):
-            what = f"can't be used any more ({reasons[uri]})" if uri in reasons else "has changed"
-            raise UserError(f"'{uri}' {what} since {self.owner} were built from it; put it back, or {self.advice}")
+        reasons = {file.uri: file.reason for log in self.logs.all for file in log.skipped}
+        for uri in (uri for log_changes in self.changes for uri in log_changes.changed):
+            problem = f"can't be used any more ({reasons[uri]})" if uri in reasons else "has changed"
+            raise UserError(f"'{uri}' {problem} since {self.owner} were built from it. Restore it, or {self.advice}.")
 
     def _check_late(self, counted: LogCounts, steps: BuildSteps) -> None:
-        """Tells of requests that are no later than those held. Raises UserError where they may be the same ones."""
-        first, known = self.first_request_time(counted, steps.requests), self.last
+        """Report new requests that are no later than the last included request.
+
+        Raises:
+            UserError: A late row would change the time of an included request.
+        """
+        first, last = self.first_request_time(counted, steps.requests), self.last
         spans = {file.uri: counted.spans.get((None, file.uri)) for file in steps.logs.log.files}
-        late = [uri for uri, span in spans.items() if span is not None and span[0] <= known]
-        if first > known or not late:
+        late = [uri for uri, span in spans.items() if span is not None and span[0] <= last]
+        if first > last or not late:
             return
         earlier = steps.requests.earlier
         if earlier is not None and any(parse_journal_name(uri) is None for uri in late):
             raise UserError(
-                f"'{late[0]}' holds a row requested at {format_time(earlier)}, which is earlier than rows of its "
-                f"request that {self.owner} hold already. They would get its time. Take such rows out of the log, or "
-                f"{self.advice}"
+                f"'{late[0]}' has a row requested at {format_time(earlier)}, which is earlier than all rows of the "
+                f"same request that {self.owner} include. Remove such rows from the log, or {self.advice}."
             )
-        such_as = f"'{late[0]}'" + (f" and {len(late) - 1:,} other new files" if len(late) > 1 else "")
+        names = f"'{late[0]}'" + (f" and {len(late) - 1:,} other new files" if len(late) > 1 else "")
         say(
-            f"{such_as} came late, with requests from {format_time(first)} on, as {self.owner} know requests up to "
-            f"{format_time(known)} already: the late rows count, but are no rows to train on, as what they could have "
-            "known is no longer remembered"
+            f"{names} came late, with requests from {format_time(first)} on: {self.owner} include requests up to "
+            f"{format_time(last)} already. Late rows count as events, but not as training rows, because the counters "
+            "and histories of their time are no longer available."
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Raises UserError where new files may hold all events of a file that is gone: as many, of its times. Tells of
-        those that may hold the events of a file that is still there."""
+        """Report new files that may repeat the events of an existing file: as many events or more, of its times.
+
+        Raises:
+            UserError: The new files may repeat the events of a missing file.
+        """
         if new.options.on_duplicates == "keep":
             return
         for log, changes in zip(new.events, self.changes[1:], strict=True):
-            spans = {file: counted.spans.get((log.name, file.uri)) for file in log.files}  # None without rows
+            spans = {file: counted.spans.get((log.name, file.uri)) for file in log.files}  # A file may have no rows.
             for old in changes.included.files.values():
                 if old.first is None or old.last is None:
                     continue
@@ -131,24 +163,31 @@ class NewFiles:
                 covered = near and min(times) <= old.first and max(times) >= old.last
                 if not covered or sum(file.rows for file in near) < old.rows:
                     continue
-                told = f"new files of events '{log.name}', such as '{near[0].uri}', may hold the events of "
-                told += f"'{old.uri}': they are of its times, and at least as many. "
+                text = f"new files of events '{log.name}', such as '{near[0].uri}', may repeat the events of "
+                text += f"'{old.uri}': they cover the same times and have at least as many events. "
                 if old.uri not in changes.missing:
-                    say(f"{told}If they are the same, they count twice: remove the new files, and {self.advice}")
+                    say(f"{text}If the events are the same, they count twice. Remove the new files, and {self.advice}.")
                     continue
                 raise UserError(
-                    f"{told}It is gone: put it back and remove the new ones, or {self.advice}. If they are others, set "
-                    "data.on_duplicates to keep"
+                    f"{text}The old file is missing. Restore it and remove the new files, or {self.advice}. If the "
+                    "events are different, set data.on_duplicates to keep."
                 )
 
 
-REBUILD_ADVICE = "build the features anew, without --extend"
+REBUILD_ADVICE = "build the features again without --extend"
 
 
 @dataclass(frozen=True)
 class Extension:
-    """Features with `files` that were added. rows: new ones of the interaction log; new_ids: by feature; gone: files
-    that the features hold and the log does not."""
+    """Features to which new files were added.
+
+    Attributes:
+        features: Extended features.
+        files: Number of added files.
+        rows: Number of added rows of the interaction log.
+        new_ids: Number of new IDs by feature.
+        missing: Files that the features include and the log lacks.
+    """
 
     features: FeatureFolder
     files: int
@@ -176,7 +215,7 @@ def extend(inputs: BuildInputs) -> Extension | None:
     check_work_outside_logs(inputs.source, schema, inputs.work)
     features = FeatureFolder(inputs.work / "features")
     if not (features.folder / "manifest.json").is_file():
-        raise UserError(f"'{features.folder}' holds no features that could be extended; build them without --extend")
+        raise UserError(f"'{features.folder}' has no features to extend. Build them without --extend.")
     with write_lock(features.folder, *BUILD_LOCK_TEXTS, wait=True):
         _check_schema(features, schema)
         included = IncludedFiles.read(features.folder)
@@ -192,23 +231,23 @@ def extend(inputs: BuildInputs) -> Extension | None:
 
 def _check_schema(features: FeatureFolder, schema: Schema) -> None:
     previous = FeaturePipeline.load(features.serving, stores=False).schema
-    found = next(diff_settings(previous.identity(), schema.identity()), None)
-    for section in ("tasks", "features", "events"):  # layouts, look-ups and files follow their order
+    difference = next(diff_settings(previous.identity(), schema.identity()), None)
+    for section in ("tasks", "features", "events"):  # Layouts, lookups and files depend on the order.
         old_order, order = list(getattr(previous, section)), list(getattr(schema, section))
-        if found is None and old_order != order:
-            found = (section, f"in the order {', '.join(old_order)}", f"in the order {', '.join(order)}")
-    if found is not None:
-        where, old, new = found
+        if difference is None and old_order != order:
+            difference = (section, f"in the order {', '.join(old_order)}", f"in the order {', '.join(order)}")
+    if difference is not None:
+        setting, old, new = difference
         raise UserError(
-            f"setting '{where}' is {old} in the features in '{features.folder}' and {new} now; {REBUILD_ADVICE}, or "
+            f"setting '{setting}' is {old} in the features in '{features.folder}' and {new} now; {REBUILD_ADVICE}, or "
             "restore the setting"
         )
 
 
 def _extend(previous: FeatureFolder, files: NewFiles, windows: dict[str, Window], folder: Path) -> Extension:
-    logs, new, was = files.logs, files.new_logs(), previous.manifest
-    first, last = was["request_microseconds"]
-    # The splits without the time of old requests.
+    logs, new, old_manifest = files.logs, files.new_logs(), previous.manifest
+    first, last = old_manifest["request_microseconds"]
+    # Splits of the new rows begin after the last old request.
     later = {name: (last + 1 if start is None else max(start, last + 1), end) for name, (start, end) in windows.items()}
     with BuildSteps(new, later, folder / "scratch") as steps:
         counted = files.count(
@@ -223,7 +262,7 @@ def _extend(previous: FeatureFolder, files: NewFiles, windows: dict[str, Window]
                 counts.merge(type(counts).from_table(pq.read_table(previous.folder / "counts" / f"{name}.parquet")))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise UserError(
-                f"'{previous.folder}/counts' is lost or damaged ({first_line(error)}): {REBUILD_ADVICE}"
+                f"'{previous.folder}/counts' is missing or damaged ({first_line(error)}): {REBUILD_ADVICE}"
             ) from None
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
@@ -231,12 +270,13 @@ def _extend(previous: FeatureFolder, files: NewFiles, windows: dict[str, Window]
         counted.first = min(first, counted.first)
         manifest = write_features(steps, pipeline, counted, included, windows, folder, previous.serving.resolve())
     whole = compute_fingerprint(logs, windows)
-    # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
-    fingerprint = hashlib.sha256(f"{was['fingerprint']} {whole}".encode()).hexdigest()[:16]
-    manifest["skipped_checks"] = sorted({*was["skipped_checks"], *logs.options.skipped_checks})
-    write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": was["fingerprint"]})
+    # A model identifies its features by the fingerprint. A build from all files assigns other rows to IDs, so it needs
+    # another fingerprint.
+    fingerprint = hashlib.sha256(f"{old_manifest['fingerprint']} {whole}".encode()).hexdigest()[:16]
+    manifest["skipped_checks"] = sorted({*old_manifest["skipped_checks"], *logs.options.skipped_checks})
+    write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": old_manifest["fingerprint"]})
     return Extension(
-        previous, sum(len(each.files) for each in new.all), counted.rows_by_log[None], new_ids, files.missing
+        previous, sum(len(log.files) for log in new.all), counted.rows_by_log[None], new_ids, files.missing
     )
 
 
@@ -246,18 +286,17 @@ def _check_splits(files: NewFiles, counted: LogCounts, steps: BuildSteps) -> Non
     first, rows = files.first_request_time(counted, steps.requests), steps.logs.log.rows
     if not counted.rows_by_log[None] or first > counted.last or counted.last <= files.last:
         raise UserError(
-            f"none of the {rows:,} new rows is of a new request later than {format_time(files.last)}, up to when "
-            f"{files.owner} hold requests, so none of them would be encoded: add them together with those of later "
-            f"requests, with ids that were not used before, or {files.advice}"
+            f"none of the {rows:,} new rows is of a new request later than {format_time(files.last)}, the time of the "
+            f"last request in {files.owner}. Add them with later requests that have new ids, or {files.advice}."
         )
     raise UserError(
         f"none of the {rows:,} new rows lies in a split: they were requested from {format_time(first)} to "
-        f"{format_time(counted.last)}; set `split.train_start`, `split.train_end`, `split.validation_end` and "
-        "`split.test_end` around them"
+        f"{format_time(counted.last)}. Set `split.train_start`, `split.train_end`, `split.validation_end` and "
+        "`split.test_end` to include them."
     )
 
 
-REBUILD_TABLES_ADVICE = "make the tables anew with --rebuild, which reads all files of the log"
+REBUILD_TABLES_ADVICE = "rebuild the tables from all files of the log with --rebuild"
 
 
 @dataclass(frozen=True)
@@ -266,12 +305,12 @@ class WrittenTables:
 
     Attributes:
         files: Number of files that were read.
-        rows: Rows of the interaction log that were added.
-        events: Rows of logs of events that were added.
-        as_of: Time of the last request that the tables know, microseconds.
-        digest: Checksum of the files that the tables hold.
-        journal: Part of a journal that the tables hold, see `IncludedFiles.journal`.
-        missing: Files that the tables hold and the log lacks.
+        rows: Number of added rows of the interaction log.
+        events: Number of added rows of event logs.
+        as_of: Time of the last request in the tables, in microseconds.
+        digest: Fingerprint of the files that the tables include.
+        journal: Part of a journal that the tables include, see `IncludedFiles.journal`.
+        missing: Files that the tables include and the log lacks.
     """
 
     files: int
@@ -284,20 +323,30 @@ class WrittenTables:
 
 
 def extend_tables(features: Path, last: int, logs: Logs, included: IncludedFiles, out: Path) -> WrittenTables | None:
-    """Writes features whose tables go on with the new files of logs into an empty folder; None where none has a row.
+    """Write a model's features with tables that are extended with new files.
 
-    features: of the model; last: microseconds of the last request that its tables know; logs: to be read by the model's
-    schema, with the types of `included`. Raises UserError as `extend`.
+    Args:
+        features: Folder of the model's features.
+        last: Time of the last request in the tables, in microseconds.
+        logs: Logs with the model's schema and the types of `included`.
+        included: Files that the tables include.
+        out: Empty folder for the extended features.
+
+    Returns:
+        The tables, None if the new files have no new rows.
+
+    Raises:
+        UserError: Rows can't be added, as in `extend`.
     """
     files, requests = NewFiles(logs, included, "the model's tables", last, REBUILD_TABLES_ADVICE), features / "requests"
     new = zip(logs.all, files.changes, strict=True)
     if not any(file.rows for log, changes in new for file in log.files if file.uri in changes.new):
         return None
     if logs.schema.columns.request is not None and not requests.is_dir():
-        raise UserError(f"'{requests}', the requests that the model's tables hold, is missing; {REBUILD_TABLES_ADVICE}")
+        raise UserError(f"'{requests}' is missing, so repeated requests can't be found; {REBUILD_TABLES_ADVICE}")
     with BuildSteps(files.new_logs(), {}, out / "scratch") as steps:
         counted = files.count(steps, statistics=False, requests_dir=out / "requests", previous=requests)
-        if not any(counted.rows_by_log.values()):  # all came before
+        if not any(counted.rows_by_log.values()):  # All rows repeat rows of earlier files.
             return None
         counted.load_latest(features, logs.schema)
         as_of = max(last, counted.last)
@@ -306,9 +355,15 @@ def extend_tables(features: Path, last: int, logs: Logs, included: IncludedFiles
 
 
 def rebuild_tables(features: Path, logs: Logs, out: Path) -> WrittenTables:
-    """Writes features with tables of all rows of logs into an empty folder.
+    """Write a model's features with tables that are rebuilt from all files.
 
-    features: of the model, without a need for its tables. Raises UserError where the log can't be used.
+    Args:
+        features: Folder of the model's features. Its tables are not needed.
+        logs: Logs with the model's schema.
+        out: Empty folder for the features.
+
+    Raises:
+        UserError: A log can't be used.
     """
     with BuildSteps(logs.without_copies(), {}, out / "scratch") as steps:
         counted = steps.count(statistics=False, requests_dir=out / "requests")
@@ -326,7 +381,7 @@ def _write_tables(
     missing: Sequence[str] = (),
     previous: Path | None = None,
 ) -> WrittenTables:
-    """Writes memories as of just after the last request, latest attributes, and what was fitted."""
+    """Write the fitted pipeline, the latest attributes, and the event stores as of just after the last request."""
     pipeline = FeaturePipeline.load(features, stores=False)
     steps.look_up(pipeline, out, end=as_of + 1, training=None, previous=previous)
     pipeline.save(out)
@@ -335,8 +390,8 @@ def _write_tables(
         log.check_unchanged()
     shutil.rmtree(out / "scratch", ignore_errors=True)
     included.write(out)
-    for each in included.skipped:
-        say(f"left out, until it is written again: {each.reason}")
+    for file in included.skipped:
+        say(f"skipped until it is written again: {file.reason}")
     files, rows = sum(len(log.files) for log in steps.logs.all), counted.rows_by_log[None]
     return WrittenTables(
         files, rows, sum(counted.rows_by_log.values()) - rows, as_of, included.digest, included.journal, missing

@@ -1,16 +1,17 @@
-"""Second step of a feature build: in each partition of keys, what counters and histories knew at the time of each row.
+"""Second step of a feature build: the results of counters and histories at the time of each row, by partition of keys.
 
-A partition holds all events of its keys and all look-ups of them, so no partition needs another one. A partition that
-is too large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to
-what later requests can ask for, is carried from one to the next, with labels that become known later. It is read
-twice, to sample its times and to write its pieces. Rows of a single moment are not divided.
+A partition has all events and lookups of its keys, so partitions are independent. Most of a log's rows may have the
+same key, so a partition can exceed the memory. It is then processed in chunks of time. The event store is carried from
+chunk to chunk, with labels that become available later. It is compacted to the events that later requests can look up.
+A large partition is read twice, to sample its times and to write its pieces. Rows of the same time are never divided.
 
-Steps exchange rows through files, all to all. Senders write one Arrow IPC file each, with a record batch for every
-receiver in each turn; a receiver reads its batches of all files. So what is exchanged never has to fit into memory, and
-workers need nothing in common but a folder.
+Steps exchange rows through files. A sender writes an Arrow IPC file with a record batch for every receiver in each
+turn, and a receiver reads its batches from all files. Thus the rows never have to fit into memory, and workers share
+only a folder.
 
-Results of counters and histories go to blocks of rows, in a table of each group of them. A list that many rows in a row
-share, as the candidates of a request share their user's history, is sent once: null stands for the list before.
+Results of counters and histories are sent to blocks of rows, as one table for each group of features. Consecutive rows
+often share a list, as candidates of a request share their user's history. Such a list is sent once, and null stands
+for the previous list.
 """
 
 import os
@@ -35,37 +36,65 @@ from mmoe_rec.point_in_time.arrays import DedupedRagged, Ragged, concat_tables, 
 from mmoe_rec.point_in_time.join import EventStore, Lookups, Window, in_any_window, in_window
 
 Sender = tuple[int, int]
-ROW_KEYS_CHANNEL = "duplicates"  # the channel of each row's request and candidate, with its labels
+ROW_KEYS_CHANNEL = "duplicates"  # Channel of the hashes of each row's request and candidate.
 
 
 def events_channel(feature: str) -> str:
-    """Channel of what a counter or history remembers."""
+    """Return the channel of a counter's or history's events."""
     return f"events.{feature}"
 
 
 def lookups_channel(group: str) -> str:
-    """Channel of what rows ask a group of counters and histories, see `FeaturePipeline.key_groups`."""
+    """Return the channel of the lookups of a group of features, see `FeaturePipeline.key_groups`."""
     return f"look_ups.{group}"
 
 
 def label_column(task: str) -> str:
-    """Column of a look-up that holds the label by which its row is an event."""
+    """Return the column of a lookup for the label of a task. The label makes the row an event."""
     return f"label.{task}"
 
 
 class Exchange:
-    """A folder of files `CHANNEL/SENDER.arrow`. A sender is a pair of numbers, so that it may write in turns."""
+    """Folder of files `CHANNEL/SENDER.arrow` through which senders pass rows to receivers.
+
+    A sender is a pair of numbers: the sending task and its turn.
+    """
 
     def __init__(self, folder: Path, receivers: int) -> None:
+        """Set the folder, without creating it.
+
+        Args:
+            folder: Folder of the files.
+            receivers: Number of receivers.
+        """
         self.folder = folder
         self.receivers = receivers
 
     def send(self, channel: str, sender: Sender, table: pa.Table, receiver: np.ndarray) -> np.ndarray:
-        """Sends each of N rows to its receiver, (N,) integers, in order; gives the rows of each, (receivers,) int64."""
+        """Send rows to receivers, in order.
+
+        Args:
+            channel: Name of the channel.
+            sender: Sending task and its turn.
+            table: N rows.
+            receiver: Receiver of each row, shape (N,), integers.
+
+        Returns:
+            Number of rows for each receiver, shape (receivers,), int64.
+        """
         return self.send_batches(channel, sender, [(table, receiver)])
 
     def send_batches(self, channel: str, sender: Sender, turns: Iterable[tuple[pa.Table, np.ndarray]]) -> np.ndarray:
-        """Sends tables of one schema, as `send` does each, through one file: receivers have few files to open."""
+        """Send several tables of the same schema in one file, so that receivers open few files.
+
+        Args:
+            channel: Name of the channel.
+            sender: Sending task and its turn.
+            turns: Tables with the receiver of each row, as in `send`.
+
+        Returns:
+            Number of rows for each receiver, shape (receivers,), int64.
+        """
         total = np.zeros(self.receivers, np.int64)
         path = self.folder / channel / f"{sender[0]:012d}-{sender[1]:04d}.arrow"
         with ExitStack() as stack:
@@ -85,20 +114,25 @@ class Exchange:
         return total
 
     def _in_order(self, table: pa.Table, receiver: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-        """The rows by their receiver, and the number of rows of each."""
+        """Return the rows sorted by receiver, and the number of rows for each receiver."""
         if (receiver[1:] >= receiver[:-1]).all():
             ends = np.searchsorted(receiver, np.arange(self.receivers), side="right")
             return table, np.diff(ends, prepend=0)
-        # Numpy's stable sort of 16 bits counts instead of comparing.
+        # NumPy's stable sort of 16-bit integers is a radix sort, which is faster than a comparison sort.
         small = receiver.astype(np.uint16 if self.receivers < 2**16 else np.uint32)
         order = pa.array(np.argsort(small, kind="stable"))
         return table.take(order), np.bincount(receiver, minlength=self.receivers)
 
     def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
-        """The rows for a receiver, sender by sender in order."""
+        """Yield the rows for a receiver in the order of senders.
+
+        Args:
+            channel: Name of the channel.
+            receiver: Number of the receiver.
+        """
         folder = self.folder / channel
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-            # Not mapped: what is mapped would count as memory as long as a batch is there.
+            # Don't map the file: mapped pages would count as memory while a batch exists.
             with pa.OSFile(os.path.join(folder, name)) as file, pa.ipc.open_file(file) as reader:
                 for number in range(receiver, reader.num_record_batches, self.receivers):
                     batch = reader.get_batch(number)
@@ -106,17 +140,30 @@ class Exchange:
                         yield pa.Table.from_batches([batch])
 
     def remove(self) -> None:
-        """Removes all that was sent, once no other thread receives any more."""
+        """Remove all files. No thread may be receiving rows."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def assign_partitions(keys: np.ndarray, partitions: int) -> np.ndarray:
-    """(N,) int64 partition of each key, uint64: ranges of equal width, so that partitions in order hold rising keys."""
+    """Assign keys to partitions, which are ranges of equal width in rising order.
+
+    Args:
+        keys: Hashes, shape (N,), uint64.
+        partitions: Number of partitions.
+
+    Returns:
+        Partition of each key, shape (N,), int64.
+    """
     return (((keys >> np.uint64(32)) * np.uint64(partitions)) >> np.uint64(32)).astype(np.int64)
 
 
 def key_range(partition: int, partitions: int) -> tuple[int, int]:
-    """Least key of a partition, and of the next one (2^64 after the last)."""
+    """Return the range [start, end) of a partition's keys. The last partition ends at 2^64.
+
+    Args:
+        partition: Number of the partition.
+        partitions: Number of partitions.
+    """
     return tuple((-(-number * 2**32 // partitions)) << 32 for number in (partition, partition + 1))  # type: ignore
 
 
@@ -125,26 +172,43 @@ ROWS_PER_BLOCK = 131_072
 
 @dataclass(frozen=True)
 class ResultExchange:
-    """Where results lie in a build's folder: by block of `ROWS_PER_BLOCK` of the log's `rows`."""
+    """Exchange of results, whose receivers are blocks of `ROWS_PER_BLOCK` rows of the log.
+
+    Attributes:
+        folder: Folder of the files.
+        rows: Number of rows of the log.
+    """
 
     folder: Path
     rows: int
 
     @property
     def exchange(self) -> Exchange:
-        """The exchange, whose receivers are blocks."""
+        """Exchange of rows with the blocks as receivers."""
         return Exchange(self.folder, -(-self.rows // ROWS_PER_BLOCK))
 
     def send(self, group: str, sender: Sender, rows: np.ndarray, results: LookupResults) -> None:
-        """Sends a group's results for (N,) rising row numbers."""
+        """Send the results of a group of features.
+
+        Args:
+            group: Name of the group.
+            sender: Sending task and its turn.
+            rows: Rising row numbers, shape (N,).
+            results: Results of the rows.
+        """
         block = rows // ROWS_PER_BLOCK
         columns = {"row": pa.array(rows)}
-        for name, each in results.items():
-            columns[name] = _lists(each, block) if isinstance(each, DedupedRagged) else pa.array(each)
+        for name, result in results.items():
+            columns[name] = _lists(result, block) if isinstance(result, DedupedRagged) else pa.array(result)
         self.exchange.send(group, sender, pa.table(columns), block)
 
     def receive(self, groups: Sequence[str], block: int) -> LookupResults:
-        """What was sent to a block, at the place of each row; rows without a result hold any value."""
+        """Return the results of a block's rows. Rows without a result have an arbitrary value.
+
+        Args:
+            groups: Names of the groups.
+            block: Number of the block.
+        """
         results: dict[str, np.ndarray | DedupedRagged] = {}
         start = block * ROWS_PER_BLOCK
         for group in groups:
@@ -164,58 +228,69 @@ def _lists(results: DedupedRagged, block: np.ndarray) -> pa.Array:
 
 
 class ResultReader:
-    """Gives rows, read in order, the results of counters and histories, block by block."""
+    """Reader of the results of counters and histories for rows in order. It loads one block at a time."""
 
     def __init__(self, results: ResultExchange, groups: Sequence[str]) -> None:
+        """Start before the first block.
+
+        Args:
+            results: Exchange of the results.
+            groups: Names of the groups of features.
+        """
         self._results, self._groups = results, groups
         self._block = -1
         self._loaded: LookupResults = {}
 
     def of(self, rows: np.ndarray) -> LookupResults:
-        """Results for rows by their numbers in the log, (N,) int64, which rise, at least one."""
-        block, place = np.divmod(rows, ROWS_PER_BLOCK)
+        """Return the results of one or more rows, given as rising row numbers in the log, shape (N,), int64."""
+        block, offset = np.divmod(rows, ROWS_PER_BLOCK)
         parts = []
         for number in np.unique(block).tolist():
             if number != self._block:
                 self._block, self._loaded = number, self._results.receive(self._groups, number)
-            parts.append(take_rows(self._loaded, place[block == number]))
+            parts.append(take_rows(self._loaded, offset[block == number]))
         return {name: concat_results([part[name] for part in parts]) for name in parts[0]}
 
 
 def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> LookupResults:
-    """Results of a block of rows, the first of which is number `start`."""
+    """Return the results of a block of rows. `start` is the number of the first row."""
     results: dict[str, np.ndarray | DedupedRagged] = {}
-    places = [table["row"].to_numpy() - start for table in tables]
+    offsets = [table["row"].to_numpy() - start for table in tables]
     for field in list(tables[0].schema)[1:] if tables else ():
         columns = [one_array(table[field.name]) for table in tables]
         if pt.is_list(field.type):
-            parts = DedupedRagged.concat([_shared(column) for column in columns])
+            parts = DedupedRagged.concat([_deduped(column) for column in columns])
             inverse = np.zeros(rows, np.int64)
-            inverse[np.concatenate(places)] = parts.inverse
+            inverse[np.concatenate(offsets)] = parts.inverse
             results[field.name] = DedupedRagged(parts.lists, inverse)
         else:
             values = np.empty(rows, np.float32)
-            for place, column in zip(places, columns, strict=True):
-                values[place] = column.to_numpy()
+            for offset, column in zip(offsets, columns, strict=True):
+                values[offset] = column.to_numpy()
             results[field.name] = values
     return results
 
 
-def _shared(column: pa.ListArray) -> DedupedRagged:
+def _deduped(column: pa.ListArray) -> DedupedRagged:
     first = column.is_valid().to_numpy(zero_copy_only=False)
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)[first].astype(np.int32)
     return DedupedRagged(Ragged(column.flatten().to_numpy(), lengths), np.cumsum(first) - 1)
 
 
 def take_rows(results: LookupResults, rows: np.ndarray) -> LookupResults:
-    """The results of the given rows."""
-    together = len(rows) > 0 and bool((np.diff(rows) == 1).all())
-    its = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
-    return {name: each.take(its) if isinstance(each, DedupedRagged) else each[its] for name, each in results.items()}
+    """Return the results of some rows.
+
+    Args:
+        results: Results of all rows.
+        rows: Indices of the wanted rows, shape (N,).
+    """
+    contiguous = len(rows) > 0 and bool((np.diff(rows) == 1).all())
+    index = slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows  # A slice avoids a copy.
+    return {name: r.take(index) if isinstance(r, DedupedRagged) else r[index] for name, r in results.items()}
 
 
 def concat_results(parts: Sequence[np.ndarray | DedupedRagged]) -> np.ndarray | DedupedRagged:
-    """One counter's or history's results of several blocks of rows, one after the other."""
+    """Concatenate a feature's results of several blocks of rows."""
     if len(parts) == 1:
         return parts[0]
     lists = [part for part in parts if isinstance(part, DedupedRagged)]
@@ -223,12 +298,19 @@ def concat_results(parts: Sequence[np.ndarray | DedupedRagged]) -> np.ndarray | 
 
 
 EncoderGroup = Sequence[PointInTimeEncoder[Any]]
-_ROOM = 1.2  # for pieces that are larger than the sample says
+_PIECES_FACTOR = 1.2  # Pieces may be larger than the sample suggests, so make more pieces.
 
 
 @dataclass(frozen=True)
 class ReceivedRows:
-    """Rows that were sent to a partition of the keys of a group of counters and histories, or to a piece of one."""
+    """Rows that were sent to a partition of the keys of a group of features, or to a piece of the partition.
+
+    Attributes:
+        exchange: Exchange of the rows.
+        number: Number of the receiver.
+        group: Encoders of the group.
+        window: Times [start, end) of the piece, in microseconds.
+    """
 
     exchange: Exchange
     number: int
@@ -236,27 +318,27 @@ class ReceivedRows:
     window: Window = (None, None)
 
     def receive(self, channel: str) -> Iterator[pa.Table]:
-        """The rows that were sent through a channel."""
+        """Yield the rows that were sent through a channel."""
         return self.exchange.receive(channel, self.number)
 
     def split_by_time(self, rows: int, rows_in_memory: int, scratch: Path) -> "Iterator[ReceivedRows]":
-        """Divide the rows by time into pieces of about `rows_in_memory`, which are yielded in the order of time.
+        """Divide the rows by time into pieces of about `rows_in_memory` rows, and yield the pieces in order.
 
         Args:
-            rows: Number of look-ups, and events of one counter or history, which are held in memory at a time.
-            rows_in_memory: Wanted number of such rows in a piece.
-            scratch: Folder for the pieces, which last until the iterator ends.
+            rows: Number of rows that are in memory at a time: lookups, and the events of one feature.
+            rows_in_memory: Wanted number of these rows in a piece.
+            scratch: Folder for the pieces. They are removed when the iterator ends.
         """
         if rows <= rows_in_memory:
             yield self
             return
         times = {lookups_channel(self.group[0].name): "time"}
         times |= {events_channel(encoder.name): "available_at" for encoder in self.group if encoder.label is None}
-        pieces = int(_ROOM * rows / rows_in_memory) + 1
-        step = 1 + pieces // 8  # more samples than pieces, so that pieces differ little in size
+        pieces = int(_PIECES_FACTOR * rows / rows_in_memory) + 1
+        step = 1 + pieces // 8  # Take many more samples than pieces, so that pieces have similar sizes.
         samples = [table[time].to_numpy()[::step] for channel, time in times.items() for table in self.receive(channel)]
-        moments = np.sort(np.concatenate(samples))
-        edges = np.unique(moments[np.arange(1, pieces) * len(moments) // pieces])
+        sampled_times = np.sort(np.concatenate(samples))
+        edges = np.unique(sampled_times[np.arange(1, pieces) * len(sampled_times) // pieces])
         exchange = Exchange(scratch, len(edges) + 1)
         try:
             for channel, time in times.items():
@@ -270,20 +352,29 @@ class ReceivedRows:
 
 
 class TimeChunk:
-    """Look-ups that are made in a window of time, and their labels, which become known in it or later.
+    """Lookups in a window of time, with labels that become available in the window or later.
 
-    asked, rows, times: the look-ups of N rows that lie in one of the splits' windows, the rows' numbers, rising, and
-    their times, (N,) int64; until: no later chunk asks for an earlier moment, None for the last one.
+    Attributes:
+        lookups: Lookups of N rows in a split.
+        rows: Rising numbers of the rows, shape (N,), int64.
+        times: Times of the rows, in microseconds, shape (N,), int64.
+        end_time: Lower bound for the times of all later chunks, in microseconds. None for the last chunk.
     """
 
     def __init__(self, received: ReceivedRows, splits: Sequence[Window]) -> None:
+        """Read and sort the lookups.
+
+        Args:
+            received: Rows of the chunk.
+            splits: Request times [start, end) of the splits, in microseconds.
+        """
         self._received, self.end_time = received, received.window[1]
         tables = list(received.receive(lookups_channel(received.group[0].name)))
-        none = np.empty(0, np.int64)
-        columns = {"key": none.view(np.uint64), "time": none, "row": none}
+        empty = np.empty(0, np.int64)
+        columns = {"key": empty.view(np.uint64), "time": empty, "row": empty}
         if tables:
-            found = concat_tables(tables)
-            columns = {name: found[name].to_numpy() for name in found.column_names}
+            table = concat_tables(tables)
+            columns = {name: table[name].to_numpy() for name in table.column_names}
         key, time = columns["key"], columns["time"]
         order = np.lexsort((time, key))
         self._key, self._time = key[order], time[order]
@@ -293,7 +384,12 @@ class TimeChunk:
         self.rows, self.times = columns["row"][wanted], time[wanted]
 
     def extended(self, encoder: PointInTimeEncoder[Any], store: Any) -> Any:
-        """A memory of a counter or history of the group with the chunk's events."""
+        """Return an event store of the group with the chunk's events added.
+
+        Args:
+            encoder: Encoder of the counter or history.
+            store: Event store of the previous chunks.
+        """
         if encoder.label is None:
             tables = list(self._received.receive(events_channel(encoder.name)))
             return encoder.extended(store, concat_tables(tables)) if tables else store
@@ -309,15 +405,15 @@ class LookupJob:
 
     Attributes:
         pipeline_dir: Folder of the fitted vocabularies.
-        previous: Folder with the memories to continue from, None to begin with empty ones.
-        windows: Request times of the splits, microseconds.
-        training: Request times whose results make statistics, None if these are known.
-        stores: Folder for the memories that requests at `end` or later can ask for.
-        end: Time of the first later request, microseconds.
-        events: Where events and look-ups come from.
-        results: Where results go.
-        rows_in_memory: Rows of a partition that are held at a time.
-        scratch: Folder for partitions that have more rows.
+        previous: Folder with event stores to continue from. None starts with empty stores.
+        windows: Request times [start, end) of the splits, in microseconds.
+        training: Request times of the rows whose results count for statistics. None counts no rows.
+        stores: Folder for the event stores, compacted for requests at `end` or later.
+        end: Time of the first later request, in microseconds.
+        events: Exchange of events and lookups.
+        results: Exchange of results.
+        rows_in_memory: Number of a partition's rows that are in memory at a time.
+        scratch: Folder for the pieces of larger partitions.
     """
 
     pipeline_dir: Path
@@ -334,7 +430,13 @@ class LookupJob:
 
 @dataclass(frozen=True)
 class KeyPartition:
-    """A group of counters and histories that ask by the same key, a partition of its keys, and the rows sent there."""
+    """A partition of the keys of a group of features.
+
+    Attributes:
+        group: Name of the group of counters and histories with the same key.
+        number: Number of the partition.
+        rows: Number of its rows that are in memory at a time.
+    """
 
     group: str
     number: int
@@ -342,10 +444,18 @@ class KeyPartition:
 
 
 def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict[str, NumberHistogram]]:
-    """Makes a partition's look-ups and keeps its part of the memories; gives counts of each feature's results."""
+    """Make the lookups of a partition, and write its part of the event stores.
+
+    Args:
+        job: Arguments of all tasks.
+        partition: Partition of the keys.
+
+    Returns:
+        Histograms by feature and result.
+    """
     group = load_pipeline(job.pipeline_dir).key_groups[partition.group]
     counting = FeaturePipeline(load_pipeline(job.pipeline_dir).schema).point_in_time_encoders
-    stores: dict[str, EventStore] = {encoder.name: _memory_before(job, encoder, partition) for encoder in group}
+    stores: dict[str, EventStore] = {encoder.name: _previous_store(job, encoder, partition) for encoder in group}
     received = ReceivedRows(job.events, partition.number, group)
     scratch = job.scratch / partition.group / f"{partition.number}"
     splits = list(job.windows.values())
@@ -353,26 +463,26 @@ def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict
     for turn, piece in enumerate(received.split_by_time(partition.rows, job.rows_in_memory, scratch)):
         chunk = TimeChunk(piece, splits)
         inside = None if job.training is None else np.flatnonzero(in_window(chunk.times, job.training))
-        found: dict[str, np.ndarray | DedupedRagged] = {}
+        chunk_results: dict[str, np.ndarray | DedupedRagged] = {}
         for encoder in group:
             store = chunk.extended(encoder, stores.pop(encoder.name))
             results = encoder.results(store, chunk.lookups)
             if inside is not None and encoder.numbers:
                 counting[encoder.name].partial_fit_results(take_rows(results, inside))
-            found |= results
+            chunk_results |= results
             if chunk.end_time is not None:
-                # No later than the next requests: labels may become known long after the last row.
+                # Labels may become available long after the last row, so the window can end after `job.end`.
                 stores[encoder.name] = encoder.compacted(store, min(chunk.end_time, job.end))
             else:
                 write_event_store(encoder.compacted(store, job.end), job.stores, encoder.name, partition.number)
         if len(chunk.rows):
-            job.results.send(partition.group, (partition.number, turn), chunk.rows, found)
-    numbers = {encoder.name: counting[encoder.name].numbers for encoder in group}
-    return {name: {each: number.histogram for each, number in some.items()} for name, some in numbers.items()}
+            job.results.send(partition.group, (partition.number, turn), chunk.rows, chunk_results)
+    features = {encoder.name: counting[encoder.name].numbers for encoder in group}
+    return {name: {result: n.histogram for result, n in numbers.items()} for name, numbers in features.items()}
 
 
 def load_pipeline(pipeline_dir: Path) -> FeaturePipeline:
-    """The pipeline saved in a folder, without memories; kept for the next task of this process."""
+    """Load the pipeline in a folder without event stores. It stays cached for the next task of the process."""
     return _load_pipeline(pipeline_dir, (pipeline_dir / "pipeline.json").stat().st_mtime_ns)
 
 
@@ -381,11 +491,11 @@ def _load_pipeline(pipeline_dir: Path, written: int) -> FeaturePipeline:
     return FeaturePipeline.load(pipeline_dir, stores=False)
 
 
-def _memory_before(job: LookupJob, encoder: PointInTimeEncoder[Any], partition: KeyPartition) -> EventStore:
+def _previous_store(job: LookupJob, encoder: PointInTimeEncoder[Any], partition: KeyPartition) -> EventStore:
     if job.previous is None:
         return encoder.store
-    least, end = key_range(partition.number, job.events.receivers)
-    inside = pc.field("key") >= pa.scalar(least, pa.uint64())
+    start, end = key_range(partition.number, job.events.receivers)
+    inside = pc.field("key") >= pa.scalar(start, pa.uint64())
     if end < 2**64:
         inside &= pc.field("key") < pa.scalar(end, pa.uint64())
     return read_event_store(encoder, job.previous, inside)

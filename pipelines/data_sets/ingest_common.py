@@ -1,4 +1,4 @@
-"""What the ingest commands share: drawing negatives, writing a log file, the closing table."""
+"""Functions that the ingest commands share: sampling of negatives, log files, and the printed summary."""
 
 import argparse
 import time
@@ -17,34 +17,43 @@ REQUEST_TIME = pa.timestamp("us", tz="UTC")
 
 
 def sample_negatives(count: int, taken: IntArray, wanted: int, entropy: Sequence[int]) -> IntArray:
-    """Draw positions uniformly and without replacement from 0 .. count - 1, less those taken.
+    """Draw indices from 0 to count - 1 uniformly and without replacement, except for the taken indices.
 
     Args:
-        count: number of candidates.
-        taken: (T,) distinct positions, ascending.
-        wanted: how many to draw; all that are free, if there are fewer.
-        entropy: non-negative integers that alone decide the draw, so that neither the order of requests nor which of
-            them are read changes it.
+        count: Number of candidates.
+        taken: Distinct indices in ascending order, shape (T,).
+        wanted: Number of indices to draw. If fewer are free, all free indices are drawn.
+        entropy: Seed of non-negative integers. Nothing else affects the draw, so requests can be read in any order.
 
     Returns:
-        (min(wanted, count - T),) positions, in no particular order.
+        Indices in no particular order, shape (min(wanted, count - T),).
     """
     free = count - len(taken)
     drawn = min(wanted, free)
     if drawn == 0:
         return np.empty(0, dtype=np.int64)
     ranks = np.random.default_rng(list(entropy)).choice(free, drawn, replace=False, shuffle=False)
-    # taken[i] - i free positions lie before taken[i]: a rank moves up by the number of taken positions it passes.
+    # There are taken[i] - i free indices before taken[i], so a rank moves up by the number of taken indices below it.
     return ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
 
 
 def write_log_file(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file of the log: zstd, row groups of at most 65,536 rows."""
+    """Write a Parquet file of the log, with zstd and row groups of at most 65,536 rows.
+
+    Args:
+        table: Rows of the file.
+        path: Path of the file.
+    """
     pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP_ROWS)
 
 
 def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of a command, as it is typed; doc: its docstring, which `--help` shows."""
+    """Return the argument parser of a command.
+
+    Args:
+        command: Command as the user types it.
+        doc: Docstring of the command's module, which `--help` prints.
+    """
     form = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=command, description=doc, formatter_class=form, allow_abbrev=False)
 
@@ -63,7 +72,15 @@ def run_ingest(
     ingest: Callable[[argparse.Namespace], Mapping[str, int]],
     next_command: str | None = None,
 ) -> None:
-    """Run what makes a log by the options of a command line, and tell what the log holds."""
+    """Parse the command line, write a log and print a summary.
+
+    Args:
+        title: Title of the summary.
+        parser: Parser of the command.
+        arguments: Arguments of the command line. None stands for those of the process.
+        ingest: Function that writes the log for the parsed options and returns counts.
+        next_command: Command to suggest next.
+    """
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     counts = ingest(options)
@@ -71,7 +88,14 @@ def run_ingest(
 
 
 def print_summary(title: str, values: Mapping[str, int | float], log: Path, next_command: str | None = None) -> None:
-    """Print a table of counts and seconds (floats), then where the log is and what to type next."""
+    """Print a table of values, the path of the log and the next command.
+
+    Args:
+        title: Title of the table.
+        values: Counts, and seconds as floats, by name.
+        log: Path of the log.
+        next_command: Command to suggest next.
+    """
     from rich.table import Table
 
     from mmoe_rec.progress import open_console
@@ -82,7 +106,7 @@ def print_summary(title: str, values: Mapping[str, int | float], log: Path, next
     for name, value in values.items():
         table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
     open_console().print(table)
-    # Plain lines, which a narrow terminal wraps without breaking a copied path or command.
+    # Print plain lines, because a narrow terminal wraps them without breaking a copied path or command.
     print(f"log:  {log}")
     if next_command:
         print(f"next: {next_command}")

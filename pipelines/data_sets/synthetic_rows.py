@@ -1,4 +1,4 @@
-"""The rows of the synthetic log, whose truth `pipelines.make_synthetic_log` states in words."""
+"""Rows of the synthetic log, as described in `pipelines.make_synthetic_log`."""
 
 import zlib
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ LABEL_DELAY_DAYS = 3
 SLOTS = 12
 MIN_SLOTS = 8
 REQUESTS_PER_ROUND = 5
-"""Requests of 8, 9, 10, 11 and 12 rows, in random order, make a round."""
+"""A round has one request each of 8, 9, 10, 11 and 12 rows, in random order."""
 ROWS_PER_ROUND = sum(range(MIN_SLOTS, SLOTS + 1))
 
 CATEGORIES, BRANDS_PER_CATEGORY, TASTES = 40, 25, 4
@@ -48,17 +48,17 @@ LOG = pa.schema(
         pa.field("true_like", pa.float64()),
     ]
 )
-"""The columns of the log, in order."""
+"""Columns of the log, in order."""
 
 
 def position_bias(position: npt.ArrayLike) -> FloatArray:
-    """What a place in the list, 1 at the top, adds to the logit of a click."""
+    """Return the effect of positions in the list (1 is the top) on the logit of a click."""
     return np.float32(-0.6) * np.log(np.asarray(position, np.float32))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How large the log is. Users are numbered 0 .. users - 1, candidates likewise."""
+    """Size and seed of the log. The IDs of users are 0 to users - 1, and the IDs of candidates 0 to candidates - 1."""
 
     rows: int
     users: int = 100_000
@@ -67,7 +67,7 @@ class Plan:
     seed: int = 17
 
     def __post_init__(self) -> None:
-        """Raises UserError for a number that is out of range."""
+        """Raise UserError if a number is out of range."""
         limits = {"rows": (1, 10**12), "users": (1, 10**12), "candidates": (SLOTS, 10**6), "days": (10, 3_650)}
         for name, (least, most) in limits.items():
             if not least <= (value := getattr(self, name)) <= most:
@@ -75,37 +75,56 @@ class Plan:
 
     @property
     def requests(self) -> int:
-        """Requests of the log, the last round's included whole."""
+        """Number of requests, including all requests of the last round."""
         return -(-self.rows // ROWS_PER_ROUND) * REQUESTS_PER_ROUND
 
     def first_requests(self) -> IntArray:
-        """(days + 1,) first request of each day, and the number of requests; weekends have more."""
+        """Return the first request of each day and then the number of requests, shape (days + 1,).
+
+        Weekends have more requests.
+        """
         weight = np.where(np.arange(self.days) % 7 >= 5, 1.3, 1.0)
-        share = np.append(0.0, np.cumsum(weight)) / weight.sum()
-        return np.round(share * self.requests).astype(np.int64)
+        fraction = np.append(0.0, np.cumsum(weight)) / weight.sum()
+        return np.round(fraction * self.requests).astype(np.int64)
 
     def split_days(self) -> tuple[int, int, int]:
-        """Days from the start to the end of training, validation and test: about 80%, 10%, 10% of what can mature."""
+        """Return the end days of training, validation and test: about 80%, 10% and 10% of the days with labels."""
         usable = self.days - LABEL_DELAY_DAYS
         return round(0.8 * usable), round(0.9 * usable), usable
 
     def uniform(self, stream: str, index: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-        """Numbers in (0, 1), one for each index, the same whenever they are asked for (splitmix64 as a counter)."""
+        """Return uniform numbers in (0, 1) that depend only on the seed, stream and index (splitmix64 of a counter).
+
+        Args:
+            stream: Name of the sequence of numbers.
+            index: Indices in the sequence.
+        """
         key = splitmix64(splitmix64(np.array([self.seed], np.uint64)) ^ np.uint64(zlib.crc32(stream.encode())))
         with np.errstate(over="ignore"):
             state = index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
         return ((splitmix64(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, stream: str, index: npt.NDArray[np.integer]) -> FloatArray:
-        """Standard normal numbers, one for each index."""
+        """Return standard normal numbers that depend only on the seed, stream and index.
+
+        Args:
+            stream: Name of the sequence of numbers.
+            index: Indices in the sequence.
+        """
         return ndtri(self.uniform(stream, index)).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """What is true of each candidate; arrays of length C.
+    """True values of C candidates. Each array has shape (C,).
 
-    arrival: share of the log that has passed when a candidate can first be shown.
+    Attributes:
+        category: Categories.
+        brand: Brands.
+        price: Prices without discount.
+        quality: Effects on the logit of a click.
+        craft: Effects on the logit of a like.
+        arrival: Fraction of the log that has passed before a candidate can be shown.
     """
 
     category: IntArray
@@ -117,7 +136,7 @@ class Catalog:
 
     @staticmethod
     def of(plan: Plan) -> "Catalog":
-        """Draw the candidates."""
+        """Draw the candidates of a plan."""
         index = np.arange(plan.candidates)
         category = (CATEGORIES * plan.uniform("category", index) ** 1.5).astype(np.int64)
         within = BRANDS_PER_CATEGORY * plan.uniform("brand", index) ** 2
@@ -125,28 +144,48 @@ class Catalog:
         price = np.round(20 * np.exp(0.8 * plan.normal("price", index)), 2).astype(np.float32)
         quality = 0.3 * plan.normal("brand quality", brand) + 0.5 * plan.normal("quality", index)
         craft = 0.5 * plan.normal("brand craft", brand) + 0.6 * plan.normal("craft", index) + 0.4 * quality
-        # Of each five neighbouring ranks of a slot, the last comes late.
+        # Of every five neighboring ranks of a slot, the last candidate arrives late.
         late = index // SLOTS % 5 == 4
         arrival = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
         return Catalog(category, brand, price, quality, craft.astype(np.float32), arrival)
 
     def prices_on(self, plan: Plan, day: int, candidate: IntArray) -> FloatArray:
-        """(N,) prices of candidates on a day."""
+        """Return the prices of candidates on a day, shape (N,).
+
+        Args:
+            plan: Size and seed of the log.
+            day: Number of the day.
+            candidate: Candidates, shape (N,).
+        """
         price = self.price[candidate]
-        offered = plan.uniform("offer", candidate + day * plan.candidates) < 0.2
-        return np.where(offered, np.round(0.8 * price, 2), price)
+        discounted = plan.uniform("offer", candidate + day * plan.candidates) < 0.2
+        return np.where(discounted, np.round(0.8 * price, 2), price)
 
 
 def request_times(plan: Plan, day: int, request: IntArray, first: int, end: int) -> npt.NDArray[np.int64]:
-    """Rising microseconds since 1970 of requests of a day, whose requests are first .. end - 1."""
-    share = (request - first + plan.uniform("time", request)) / (end - first)
-    hours = np.interp(share, np.append(0.0, np.cumsum(HOURLY)) / HOURLY.sum(), np.arange(25.0))
+    """Return the rising times of requests, in microseconds since 1970.
+
+    Args:
+        plan: Size and seed of the log.
+        day: Number of the day.
+        request: Requests of the day, shape (Q,).
+        first: First request of the day.
+        end: First request of the next day.
+    """
+    fraction = (request - first + plan.uniform("time", request)) / (end - first)
+    hours = np.interp(fraction, np.append(0.0, np.cumsum(HOURLY)) / HOURLY.sum(), np.arange(25.0))
     return START.astype(np.int64) + ((24 * day + hours) * 3_600_000_000).astype(np.int64)
 
 
 def draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
-    """(Q,) the user of each request; `elapsed` is the share of the log before it."""
-    # Popularity falls with the root of the rank; the offset bounds it at fifty times the mean.
+    """Draw the user of each request, shape (Q,).
+
+    Args:
+        plan: Size and seed of the log.
+        request: Requests, shape (Q,).
+        elapsed: Fraction of the log before each request, shape (Q,).
+    """
+    # Popularity falls with the square root of the rank. The offset limits it to fifty times the mean.
     root = 0.01 + plan.uniform("user", request) * (np.sqrt(1.0001) - 0.01)
     user = np.minimum((plan.users * (root * root - 0.0001)).astype(np.int64), plan.users - 1)
     late = (user % 5 == 4) & (plan.uniform("user arrives", user) > elapsed)
@@ -154,7 +193,16 @@ def draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) 
 
 
 def draw_candidates(plan: Plan, catalog: Catalog, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
-    """(Q, 12) candidates, best place first. Slot s draws from candidates s, s + 12, s + 24 ..., so none comes twice."""
+    """Draw distinct candidates, best candidate first, shape (Q, 12).
+
+    Slot s draws from the candidates s, s + 12, s + 24 and so on, so a request has no candidate twice.
+
+    Args:
+        plan: Size and seed of the log.
+        catalog: Candidates of the plan.
+        request: Requests, shape (Q,).
+        elapsed: Fraction of the log before each request, shape (Q,).
+    """
     index = request[:, None] * SLOTS + np.arange(SLOTS)
     ranks = (plan.candidates - np.arange(SLOTS) + SLOTS - 1) // SLOTS
     draw = plan.uniform("candidate", index)
@@ -165,7 +213,13 @@ def draw_candidates(plan: Plan, catalog: Catalog, request: IntArray, elapsed: np
 
 
 def affinities(plan: Plan, user: IntArray, country: IntArray) -> FloatArray:
-    """(Q, 40) how much each request's user likes each category."""
+    """Return the affinity of each request's user for each category, shape (Q, 40).
+
+    Args:
+        plan: Size and seed of the log.
+        user: User of each request, shape (Q,).
+        country: Country of each user, shape (Q,).
+    """
     style = plan.normal("style", np.arange(CATEGORIES * TASTES)).reshape(CATEGORIES, TASTES)
     parts = np.arange(TASTES)
     own = plan.normal("taste", user[:, None] * TASTES + parts)
@@ -174,7 +228,15 @@ def affinities(plan: Plan, user: IntArray, country: IntArray) -> FloatArray:
 
 
 def make_rows(plan: Plan, catalog: Catalog, day: int, begin: int, stop: int) -> pa.Table:
-    """Requests begin .. stop - 1, all of one day, as rows of the log."""
+    """Make the rows of the requests from begin to stop - 1 of one day.
+
+    Args:
+        plan: Size and seed of the log.
+        catalog: Candidates of the plan.
+        day: Number of the day.
+        begin: First request.
+        stop: Request after the last request.
+    """
     first, end = (int(edge) for edge in plan.first_requests()[day : day + 2])
     request = np.arange(begin, stop)
     moment = request_times(plan, day, request, first, end)
@@ -189,18 +251,18 @@ def make_rows(plan: Plan, catalog: Catalog, day: int, begin: int, stop: int) -> 
 
     shift = (REQUESTS_PER_ROUND * plan.uniform("size", request // REQUESTS_PER_ROUND)).astype(np.int64)
     size = MIN_SLOTS + (2 * request + shift) % REQUESTS_PER_ROUND
-    at, place = np.nonzero(np.arange(SLOTS) < size[:, None])
-    candidate = draw_candidates(plan, catalog, request, elapsed)[at, place]
-    row = request[at] * SLOTS + place
+    at, slot = np.nonzero(np.arange(SLOTS) < size[:, None])
+    candidate = draw_candidates(plan, catalog, request, elapsed)[at, slot]
+    row = request[at] * SLOTS + slot
     category = catalog.category[candidate]
     affinity = affinities(plan, user, country)[at, category]
     hidden = plan.uniform("hidden price", row) < 0.03
     price = catalog.prices_on(plan, day, candidate)
     price_effect = np.where(hidden, np.float32(0), -0.4 * np.log(price / np.float32(20)))
     click_logit = -1.6 + affinity + catalog.quality[candidate] + price_effect + circumstances[at]
-    click = plan.uniform("click", row) < expit(click_logit + position_bias(place + 1))
+    click = plan.uniform("click", row) < expit(click_logit + position_bias(slot + 1))
     true_like = expit(0.2 + 0.7 * affinity + catalog.craft[candidate])
-    known = moment < START.astype(np.int64) + (plan.days - LABEL_DELAY_DAYS) * 86_400_000_000
+    has_label = moment < START.astype(np.int64) + (plan.days - LABEL_DELAY_DAYS) * 86_400_000_000
     columns = [
         pa.array(request[at]),
         pa.array(moment[at]).cast(REQUEST_TIME),
@@ -211,9 +273,9 @@ def make_rows(plan: Plan, catalog: Catalog, day: int, begin: int, stop: int) -> 
         _words(category, [f"category {number:02d}" for number in range(CATEGORIES)]),
         pa.array(catalog.brand[candidate]),
         pa.array(price.astype(np.float64).round(2), mask=hidden),
-        pa.array(place + 1),
+        pa.array(slot + 1),
         pa.array(click.astype(np.int8)),
-        pa.array((plan.uniform("like", row) < true_like).astype(np.int8), mask=~(click & known[at])),
+        pa.array((plan.uniform("like", row) < true_like).astype(np.int8), mask=~(click & has_label[at])),
         pa.array(expit(click_logit).astype(np.float64)),
         pa.array(true_like.astype(np.float64)),
     ]

@@ -88,13 +88,16 @@ def test_what_can_not_be_added_is_reported(model: RefreshedModel, capsys: pytest
     model.add(8, 9)  # which is in the tables already
     model.refresh()
     message = capsys.readouterr()
-    assert f"left out: {len(model._days(8, 9)):,} rows of new files that came before, such as row 0 of" in message.err
+    assert (
+        f"skipped {len(model._days(8, 9)):,} rows of new files that repeat rows of earlier files, such as row 0 of"
+        in message.err
+    )
     assert "no new files" in message.out
     (model.log / "days 8 to 9.parquet").unlink()
     old = next(iter(sorted(model.log.glob("*.parquet"))))
     pq.write_table(pq.read_table(old).slice(1), old)
     message = model.refused(capsys)
-    assert f"'{old}' has changed since the model's tables were built from it; put it back, or make" in message
+    assert f"'{old}' has changed since the model's tables were built from it. Restore it, or rebuild" in message
     model.refresh("--rebuild")
     assert model.champion_version().number == "2"
     capsys.readouterr()
@@ -107,7 +110,7 @@ def test_what_can_not_be_added_is_reported(model: RefreshedModel, capsys: pytest
     capsys.readouterr()
     model.refresh("--skip-bad-files")
     assert model.champion_version().number == "3"
-    assert "left out, until it is written again: '" in capsys.readouterr().err
+    assert "skipped until it is written again: '" in capsys.readouterr().err
 
 
 def test_other_settings_and_other_addresses_are_reported(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:

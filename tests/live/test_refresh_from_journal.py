@@ -236,12 +236,12 @@ def test_a_row_that_came_by_the_journal_and_in_a_file_counts_once(
         model.refresh()
         whole.add(9, 10.5)
     whole.refresh()
-    assert f"left out: {again:,} rows of new files that came before" in capsys.readouterr().err
+    assert f"skipped {again:,} rows of new files that repeat rows of earlier files" in capsys.readouterr().err
     assert model.champion_version().number == "3"
     left, second = (item.folder_of(item.champion_version().number) / "features" for item in (model, whole))
     assert_same_tables(left, second, compare_files=False)
     message = model.refused(capsys, "--rebuild")
-    assert f"; {again:,} rows of the log do so" in message
+    assert f". The log has {again:,} such rows" in message
     assert "repeats request and candidate" in message
 
 

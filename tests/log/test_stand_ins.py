@@ -100,7 +100,7 @@ NO_WEIGHT = r"column 'weight' holds .* which is not from 1e-20 to 1e\+20. Fix th
         (
             DIVIDED,
             {"columns": {"request": "group"}},
-            r"are of one request \(column 'group'\) and differ in column 'fold'",
+            r"belong to one request \(column 'group'\) but differ in column 'fold'",
         ),
         *(
             (with_values(PLAIN, "weight", {3: value}), {"columns": {"weight": "weight"}}, NO_WEIGHT)

@@ -88,7 +88,7 @@ def test_a_day_goes_from_new_files_to_refreshed_tables(days: Days) -> None:
     champion = registry.find_champion("learnable", "champion", days.uri)
     assert champion is not None
     assert f"version {champion.number}" in last
-    assert "no version of 'learnable' holds 'champion'" in days.printed["nobody"]
+    assert "no version of 'learnable' has the alias 'champion'" in days.printed["nobody"]
     nowhere = str(days.folder / "nowhere")
     assert "nowhere' does not exist" in refuse_daily("--config", str(days.config), "--data.log", nowhere)
 

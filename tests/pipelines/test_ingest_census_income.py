@@ -82,7 +82,7 @@ def test_the_seed_decides_on_the_halves(tmp_path: Path) -> None:
         ([line(age="old")], "line 1: age can't be 'old'"),
         ([line(income="50000")], "line 1: income can't be '50000'"),
         ([line(sex="")], "line 1: sex can't be ''"),
-        ([], "holds no rows"),
+        ([], "has no rows"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:

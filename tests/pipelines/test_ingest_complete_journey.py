@@ -297,7 +297,7 @@ def test_a_missing_or_corrupt_file_is_named(tmp_path, file):
     whole = (source / file).read_bytes()
     for content in (whole[: len(whole) // 2], b""):
         (source / file).write_bytes(content)
-        with pytest.raises(UserError, match=f"{file} cannot be read as Parquet"):
+        with pytest.raises(UserError, match=f"{file} can.t be read as Parquet"):
             ingested(source)
     (source / file).unlink()
     with pytest.raises(UserError, match=f"{file} is missing"):
@@ -306,7 +306,7 @@ def test_a_missing_or_corrupt_file_is_named(tmp_path, file):
 
 def test_a_log_without_rows_is_an_error(tmp_path):
     source = write_source(tmp_path / "voids", [purchase(1, 100, 10, REQUEST, quantity=0)], [promotion(10)])
-    with pytest.raises(UserError, match="holds no row with a positive quantity"):
+    with pytest.raises(UserError, match="has no row with a positive quantity"):
         ingested(source)
     with pytest.raises(UserError, match="no basket of the selected weeks"):
         ingested(a_busy_source(tmp_path), Selection(first_week=40, last_week=41))

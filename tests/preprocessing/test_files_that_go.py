@@ -141,7 +141,9 @@ def test_events_of_a_file_that_is_gone_do_not_count_twice(growing, how):
     if how == "one":
         pq.write_table(pa.concat_tables([again, table]), new)
     old.unlink()
-    with pytest.raises(UserError, match=r"^new files of events 'purchases', such as .* '.*98.parquet': .* It is gone"):
+    with pytest.raises(
+        UserError, match=r"^new files of events 'purchases', such as .* '.*98.parquet': .* The old file is missing"
+    ):
         growing.extend(LATER)
     assert growing.extend(LATER, on_duplicates="keep") is not None
 
@@ -152,9 +154,9 @@ def test_events_that_may_have_come_twice_are_reported(growing, capsys):
     pq.write_table(pq.read_table(old).slice(0), old.with_name("again.parquet"), compression="none")
     assert growing.extend(LATER) is not None
     sentence = " ".join(capsys.readouterr().err.split())
-    assert "may hold the events of" in sentence
-    assert "98.parquet': they are of its times" in sentence
-    assert "If they are the same, they count twice" in sentence
+    assert "may repeat the events of" in sentence
+    assert "98.parquet': they cover the same times" in sentence
+    assert "If the events are the same, they count twice" in sentence
 
 
 def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ def test_a_file_that_is_delivered_again_counts_once(growing, tmp_path, monkeypat
         capsys.readouterr()
         assert growing.extend(LATER) is None
         sentence = capsys.readouterr().err
-        assert ("with the bytes of another one, such as" in sentence) == (how in ("copy", "link"))
+        assert ("duplicate files (same content), such as" in sentence) == (how in ("copy", "link"))
         for log in (growing, whole):
             log.add(end - 2, end)
             if how == "name" and log is growing and end == 10:
@@ -208,7 +210,7 @@ def test_files_with_the_same_bytes_count_once_in_a_build(growing, capsys):
     for name in ("log", "events"):
         shutil.copyfile(growing.folder / name / "99.parquet", growing.folder / name / "again.parquet")
     actual = growing.prepare("other")
-    assert capsys.readouterr().err.count("left out: 2 files with the bytes of another one, such as ") == 1
+    assert capsys.readouterr().err.count("skipped 2 duplicate files (same content), such as ") == 1
     assert (files_of(actual.folder / "encoded"), _memories(actual)) == expected
     assert (
         find_existing_features(BuildInputs(growing.source, growing.schema, WINDOWS, growing.folder / "other"))
@@ -338,7 +340,7 @@ def test_new_files_that_are_all_bad_end_in_one_sentence(growing):
         growing.extend(LATER, **SKIP)
     path.write_bytes(whole)
     _spoil(path, "label")
-    with pytest.raises(UserError, match=r"none of the 1 files .* can be used; the first: '.*97.parquet': column"):
+    with pytest.raises(UserError, match=r"has no usable file among 1. The first problem: '.*97.parquet': column"):
         growing.extend(LATER, **SKIP)
     assert files_of(growing.work) == before
     path.write_bytes(whole)

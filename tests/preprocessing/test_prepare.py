@@ -135,7 +135,7 @@ def test_rows_that_occur_twice(tmp_path, small_pieces):
     with pytest.raises(
         UserError,
         match=r"row 0 of '.*1\.parquet' repeats request and candidate \(columns 'user', 'time' and 'item'\) "
-        r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.on_duplicates",
+        r"of row 150 of '.*0\.parquet'\. The log has 2 such rows\. .* data\.on_duplicates",
     ):
         prepare(BuildInputs(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50)))
     prepared = prepare(
@@ -196,10 +196,10 @@ def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_pat
     events = {"purchases": {"path": str(tmp_path), "time": "time"}}
     inside, separate = source / "work", tmp_path / "apart"
     own = (
-        r"`data.log` '.*/log' takes in what is written to `data.work_dir` '.*/log/work'.*set `data.work_dir` "
-        r"to a folder that"
+        r"`data.log` '.*/log' includes files that are written to `data.work_dir` '.*/log/work'.*Set `data.work_dir` "
+        r"to a folder outside"
     )
-    theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work_dir` '.*/apart'"
+    theirs = r"`data.events.purchases.path` '.*' includes files that are written to `data.work_dir` '.*/apart'"
     for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), separate, theirs)):
         for built in (prepare, find_existing_features, extend):
             with pytest.raises(UserError, match=message):
@@ -219,10 +219,10 @@ def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
     for file in files:
         name = "part-*.parquet" if file.name.startswith("part-") else "*.parquet"
         pattern = "/".join(["work", *("*" for _ in file.parents[1:]), name])
-        with pytest.raises(UserError, match=r"takes in what is written to `data\.work_dir` 'work'"):
+        with pytest.raises(UserError, match=r"includes files that are written to `data\.work_dir` 'work'"):
             check_work_outside_logs(pattern, schema, Path("work"))
     for source in ("work/features", "work/features/encoded/*/*.parquet", "work/model/**/*.parquet", "work/champion"):
-        with pytest.raises(UserError, match=r"takes in what is written to `data\.work_dir` 'work'"):
+        with pytest.raises(UserError, match=r"includes files that are written to `data\.work_dir` 'work'"):
             check_work_outside_logs(source, schema, Path("work"))
     # Logs may lie beside what is written.
     check_work_outside_logs("work/*/*.parquet", schema, Path("work"))
@@ -298,7 +298,10 @@ def _schema(path: Path) -> Schema:
     [
         (None, r"does not exist. Set data.events.purchases.path"),
         (_events(0).drop_columns(["brand"]), r"0.parquet' has no column 'brand'"),
-        (with_column(_events(0), "item", [""] * 200), r"column 'item' is string in events 'purchases' and int"),
+        (
+            with_column(_events(0), "item", [""] * 200),
+            r"column 'item' has the type string in events 'purchases', but int",
+        ),
     ],
 )
 def test_bad_events(tmp_path, events, message):

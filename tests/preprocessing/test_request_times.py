@@ -128,9 +128,9 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     with pytest.raises(UserError) as caught:
         prepare(BuildInputs(*place, refused))
     assert str(caught.value) == (
-        f"row 4 of '{log_folder}/0.parquet' and row 1 of '{log_folder}/1.parquet' are of one request (column "
-        "'request') and differ in column 'time', as do rows of 1 request: write the request's time into all its "
-        "rows, or set data.on_conflicting_times to first"
+        f"row 4 of '{log_folder}/0.parquet' and row 1 of '{log_folder}/1.parquet' belong to one request (column "
+        "'request') but differ in column 'time'. This affects 1 request. Write the request's time into all its "
+        "rows, or set data.on_conflicting_times to first."
     )
     assert find_existing_features(BuildInputs(*place, keep)) is not None
 
@@ -151,9 +151,9 @@ def test_a_request_of_several_users_is_refused(tmp_path: Path, small_pieces: Non
         _build(tmp_path, *_cut(table, 100))
     place = r"row (\d+) of '([^']+)'"
     actual = re.fullmatch(
-        rf"{place} and {place} are of one request \(column 'request'\) and differ in column 'user', as do rows of "
-        r"(\d+) requests: a request is one user's: give each request an id of its own, or set columns.request_scope to "
-        r"user if ids are a user's own",
+        rf"{place} and {place} belong to one request \(column 'request'\) but differ in column 'user'\. This affects "
+        r"(\d+) requests\. A request has one user: give every request its own id, or set columns.request_scope to "
+        r"user if ids are unique only for one user\.",
         str(caught.value),
     )
     *rows, count = actual.groups()
@@ -251,7 +251,10 @@ def test_rows_that_came_before_count_once(
     capsys.readouterr()
     place = str(days.folder / "log"), SCHEMA, WINDOWS, days.folder / "work"
     extended = extend(BuildInputs(*place))
-    assert f"left out: {repeated:,} rows of new files that came before, such as row " in capsys.readouterr().err
+    assert (
+        f"skipped {repeated:,} rows of new files that repeat rows of earlier files, such as row "
+        in capsys.readouterr().err
+    )
     assert extended.rows == days.new.num_rows
     actual = extended.features
     assert files_of(actual.serving) == files_of(expected.serving)
@@ -265,7 +268,7 @@ def test_rows_that_came_before_count_once(
     pq.write_table(days.new.slice(5, 9), days.folder / "log" / "zz.parquet")
     with pytest.raises(UserError, match=r"^none of the \d+ new rows is of a new request later than"):
         extend(BuildInputs(*place))
-    assert "left out: 9 rows of new files that came before, such as row 0 of " in capsys.readouterr().err
+    assert "skipped 9 rows of new files that repeat rows of earlier files, such as row 0 of " in capsys.readouterr().err
 
 
 def test_rows_that_came_before_are_kept_if_that_is_meant(tmp_path: Path) -> None:
@@ -282,7 +285,7 @@ def test_ids_that_are_all_used_again_are_reported(tmp_path: Path) -> None:
         values = days.old[column].slice(0, 20).combine_chunks()
         again = with_column(again, column, values)
     again = at_times(again, times_of(again) + np.arange(20))
-    with pytest.raises(UserError, match=r"^none of the 20 new rows is of a new request later .* not used before"):
+    with pytest.raises(UserError, match=r"^none of the 20 new rows is of a new request later .* new ids"):
         days.extend(again, options=BuildOptions(on_duplicates="keep"))
 
 
@@ -290,7 +293,7 @@ def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> Non
     days = _Days(tmp_path)
     early = at_times(with_column(days.old.slice(3, 1), "item", pa.array([77])), times_of(days.old)[3:4] - DAY)
     with pytest.raises(
-        UserError, match=r"^'.*new.parquet' holds a row requested at .*, which is earlier than rows of its request"
+        UserError, match=r"^'.*new.parquet' has a row requested at .*, which is earlier than all rows of the same"
     ):
         days.extend(pa.concat_tables([early, days.new]))
 
@@ -304,7 +307,7 @@ def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> 
     again = again.slice(0, 2).set_column(0, "user", second)
     with pytest.raises(UserError) as caught:
         days.extend(pa.concat_tables([again, days.new]))
-    said = r"a row of the files before and row 0 of '.*new.parquet' are of one request .* differ in column 'user'"
+    said = r"a row of an earlier file and row 0 of '.*new.parquet' belong to one request .* differ in column 'user'"
     assert re.match(said, str(caught.value))
     assert days.before.manifest["rows"] == days.old.num_rows  # all stays
 
@@ -317,5 +320,5 @@ def test_a_lost_record_of_the_days_before_is_named(tmp_path: Path, file: str, co
     record.unlink()
     if content is not None:
         record.write_bytes(content)
-    with pytest.raises(UserError, match=f"{Path(file).parent}.*' is lost or damaged .*: build the features anew"):
+    with pytest.raises(UserError, match=f"{Path(file).parent}.*' is missing or damaged .*[Bb]uild the features again"):
         days.add(days.new)

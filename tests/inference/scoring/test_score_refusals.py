@@ -33,14 +33,17 @@ def as_text(column: pa.ChunkedArray) -> pa.Array:
 
 
 WRONG = {
-    "a user of another type": (changed("user", as_text), "column 'user' changes its type.* '{file}'"),
+    "a user of another type": (changed("user", as_text), "column 'user' has the type int64 .* '{file}'"),
     "text as a number": (changed("price", as_text), "'{file}': column 'price' must hold numbers, found string"),
     "lists as an id": (changed("brand", lambda c: pa.array([["a"]] * 200)), "'{file}': column 'brand' must hold"),
     "no feature": (good().drop_columns(["born"]), "'{file}' has no column 'born'"),
     "no request": (good().drop_columns(["request"]), "'{file}' has no column 'request'"),
     "no time": (good().drop_columns(["time"]), "'{file}' has no column 'time'"),
-    "a null user": (changed("user", with_null), "'{file}': column 'user' is null; .*199"),
-    "two users": (changed("user", lambda c: pa.array(np.arange(200))), "'{file}' are of one request .* column 'user'"),
+    "a null user": (changed("user", with_null), "'{file}': column 'user' is null, .*199"),
+    "two users": (
+        changed("user", lambda c: pa.array(np.arange(200))),
+        "'{file}' belong to one request .* 'user'",
+    ),
     "no rows": (good().slice(0, 0), "has no rows"),
 }
 
