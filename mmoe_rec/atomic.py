@@ -1,9 +1,8 @@
-"""Files and folders that appear whole or not at all: a killed job leaves either the old or the new.
+"""Atomic writes: a killed job leaves either the old or the new file or folder, never a partial one.
 
-Both contexts yield a hidden temporary path beside the target, where a rename suffices. What was written there is
-flushed to disk and renamed over the target when the block ends without an exception; otherwise it is removed and the
-target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the target, which nothing reads;
-`mmoe_rec.locks.writing` removes it.
+Both context managers yield a hidden temporary path beside the target. If the block succeeds, its content is flushed to
+disk and renamed over the target. Otherwise it is removed, and the target stays as it was. A job that is killed leaves
+`.NAME.*.tmp` beside the target. Nothing reads this path, and `mmoe_rec.locks.write_lock` removes it.
 """
 
 import ctypes
@@ -27,14 +26,20 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write one file to; it replaces `path` when the block succeeds.
+    """Yield a temporary path to write one file to. It replaces `path` when the block succeeds.
 
-    Missing parent folders are created, a symbolic link is followed. replace: False leaves a file that another process
-    has put there first. Raises UserError where `path` is a folder, or its parent cannot be created.
+    Missing parent folders are created, and a symbolic link is followed.
+
+    Args:
+        path: Path of the file.
+        replace: Whether to replace a file that another process has written in the meantime.
+
+    Raises:
+        UserError: `path` is a folder, or its parent can't be created.
     """
-    target = _real(path)
+    target = _resolve(path)
     if target.is_dir():
-        raise UserError(f"{path} is a folder, but a file is to be written there: remove it or name another place")
+        raise UserError(f"'{path}' is a folder, so no file can be written there. Remove it or give another path.")
     temporary = _temporary(target)
     try:
         yield temporary
@@ -44,33 +49,40 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
         else:
             try:
                 os.link(temporary, target)
-            except OSError:  # it is there, or the file system has no links
+            except OSError:  # The target exists, or the file system has no hard links.
                 if not target.exists():
                     os.replace(temporary, target)
         fsync_path(target.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # which a full disk does not name
+        error.filename = error.filename or str(path)  # The error of a full disk names no file.
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file of text, as `atomic_file` does."""
+    """Write a text file atomically, in UTF-8. `path` and the errors are as in `atomic_file`.
+
+    Args:
+        path: Path of the file.
+        text: Content of the file.
+    """
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder to fill; it replaces `path`, with all it held, when the block succeeds.
+    """Yield an empty temporary folder to fill. It replaces the folder `path` when the block succeeds.
 
-    Missing parent folders are created, a symbolic link is followed. Raises UserError where `path` is a file, or no
-    folder can be created there.
+    Missing parent folders are created, and a symbolic link is followed.
+
+    Raises:
+        UserError: `path` is a file, or no folder can be created there.
     """
-    target = _real(path)
+    target = _resolve(path)
     if target.exists() and not target.is_dir():
-        raise UserError(f"{path} is a file, but a folder is to be written there: remove it or name another place")
+        raise UserError(f"'{path}' is a file, so no folder can be written there. Remove it or give another path.")
     temporary = _temporary(target)
     try:
         _make_folder(temporary)
@@ -81,17 +93,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Flushes a filled folder beside the target to disk, several files at a time, and renames it over the target."""
+    """Flush a folder to disk and rename it over another one.
+
+    Args:
+        temporary: The filled folder, beside the target.
+        target: Folder to replace. It may not exist yet.
+    """
     with ThreadPoolExecutor(8) as pool:
         for parent, _, names in os.walk(temporary, topdown=False):
             list(pool.map(fsync_path, (Path(parent, name) for name in names)))
             fsync_path(Path(parent))
     _put_folder(temporary, target)
     fsync_path(target.parent)
-    shutil.rmtree(temporary, ignore_errors=True)  # after an exchange it is the old one
+    shutil.rmtree(temporary, ignore_errors=True)  # After an exchange, this path is the old folder.
 
 
-def _real(path: str | Path) -> Path:
+def _resolve(path: str | Path) -> Path:
+    """Follow symbolic links and create the parent folder."""
     target = Path(os.path.realpath(path))
     _make_folder(target.parent)
     return target
@@ -101,7 +119,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be made a folder: {error.strerror}") from error
+        raise UserError(f"The folder '{error.filename or folder}' can't be created: {error.strerror}.") from error
 
 
 def _temporary(target: Path) -> Path:
@@ -109,10 +127,10 @@ def _temporary(target: Path) -> Path:
 
 
 def find_temporary_paths(path: str | Path) -> list[Path]:
-    """What processes that were killed left beside the file or folder `path`, or others are writing for it by now."""
-    target = _real(path)
+    """Return temporary paths for the file or folder `path`, of killed processes or of current writers."""
+    target = _resolve(path)
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
-    return [each for each in target.parent.iterdir() if name.fullmatch(each.name)]
+    return [sibling for sibling in target.parent.iterdir() if name.fullmatch(sibling.name)]
 
 
 def _put_folder(temporary: Path, target: Path) -> None:
@@ -130,12 +148,12 @@ def _put_folder(temporary: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where the system or the file system cannot (Linux's renameat2 is not POSIX)."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths atomically. Return False without support for renameat2, which is specific to Linux."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
-    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+    return bool(renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
 
 
 def fsync_path(path: Path) -> None:
@@ -148,11 +166,11 @@ def fsync_path(path: Path) -> None:
 
 
 def digest(*values: Any) -> str:
-    """The first 16 digits of the SHA-256 of values that JSON can hold, by which what depends on them is found again."""
+    """Return a key for a cache: the first 16 hex digits of the SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def checksum(file: Path) -> str:
-    """The first 32 digits of the SHA-256 of a file's content."""
+    """Return the first 32 hex digits of the SHA-256 of a file's content."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()[:32]

@@ -1,5 +1,6 @@
-"""Ends of a command that are not the program's fault: one clear sentence and an exit code, never a traceback; and
-requests to stop, by a cluster's SIGTERM, by Ctrl-C or by a terminal that closes.
+"""Errors for the user, which end a command with a clear message and an exit code instead of a traceback.
+
+Also handles requests to stop: SIGTERM from a cluster, Ctrl-C, or a terminal that closes.
 """
 
 import errno
@@ -14,61 +15,77 @@ from types import FrameType
 from typing import Any
 
 EXIT_CODE = 2
-STOPPED_EXIT_CODE = 75  # "temporary failure, try again" of sysexits.h
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h, a temporary failure that is worth another try.
 
 
 class UserError(Exception):
-    """One sentence for the user: which file, column, setting or row, what was expected, what was found, what to do."""
+    """A message for the user that names the file, column, setting or row, the problem and the fix."""
 
 
 class RequestError(UserError):
-    """One sentence for the caller: which column, option or row, what was expected, what was found."""
+    """A message for a caller of the server or API that names the column, option or row, and the problem."""
 
 
 class StoppedError(Exception):
-    """One sentence when the user, or a cluster, has asked the command to stop: what was kept, how to go on."""
+    """A message after a request to stop, which says what was saved and how to resume."""
 
 
 MAX_QUOTE_CHARS = 60
 
 
 def quoted(value: object) -> str:
-    """A name or value of the caller's as a sentence gives it, in quotes if it is text: enough of it to find it by."""
+    """Return a caller's value for use in a message, cut to `MAX_QUOTE_CHARS` and in quotes if it is text."""
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= MAX_QUOTE_CHARS else f"{text[:MAX_QUOTE_CHARS]}..."
     return repr(text) if isinstance(value, str) else text
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a name that there is not: the nearest one that there is, or all of them."""
+    """Return a message part that suggests the valid name most similar to an unknown one, or lists all valid names.
+
+    Args:
+        name: The unknown name.
+        names: All valid names.
+    """
     valid = list(names)
     near = get_close_matches(name[:100], valid, 1)
     return f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(valid) or 'none'}"
 
 
 def one_line(error: BaseException) -> str:
-    """What is told of an error that was not written for people: its kind and its words, in one line."""
+    """Return an error's type and message as one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def require_packages(purpose: str, extra: str, *modules: str) -> None:
-    """Raises UserError where modules that come with an extra of this package are not installed."""
+    """Raise an error if modules of an optional extra of this package are not installed.
+
+    Args:
+        purpose: Feature that needs the modules, such as "an ONNX export".
+        extra: Extra that installs the modules.
+        *modules: Names of the modules.
+
+    Raises:
+        UserError: A module is missing.
+    """
     if missing := [name for name in modules if find_spec(name) is None]:
         raise UserError(
-            f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"install the extra {extra}, as in `pip install 'mmoe-rec[{extra}]'`"
+            f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            f"Install the extra {extra}: pip install 'mmoe-rec[{extra}]'"
         )
 
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn a `UserError`, or a full disk, into one line on stderr and exit code 2, `StoppedError` into one and code 75;
-    any other exception passes with its traceback. Works as a decorator of a command's `main`, and as a context."""
+    """Print expected errors as one line on stderr, as a context manager or as a decorator of a command's `main`.
+
+    `UserError` and a full disk exit with code 2, `StoppedError` with code 75. Other exceptions keep their traceback.
+    """
     try:
         yield
     except UserError as error:
@@ -82,7 +99,7 @@ def exit_with_message() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" where '{error.filename}' is written" if error.filename else ""
-        print(f"error: the disk is full{where}: make room there, and try it again", file=sys.stderr)
+        print(f"error: the disk is full{where}. Free some space and try again.", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
 
 
@@ -114,10 +131,10 @@ def catch_stop_signals(handle: Handler) -> dict[signal.Signals, Any]:
 
 
 class StopRequest:
-    """A note of the first signal that asks to stop, so that a loop can end cleanly. A second signal acts at once.
+    """Record of the first signal that asks to stop, so that a loop can end cleanly. A second signal acts at once.
 
     Attributes:
-        signal: Name of the signal, None before it came. Outside the main thread none comes.
+        signal: Name of the signal, None until it arrives. Outside the main thread it stays None.
     """
 
     def __init__(self) -> None:
@@ -136,6 +153,6 @@ class StopRequest:
         self._restore()
 
     def _restore(self) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         self._before = {}

@@ -1,11 +1,12 @@
-"""Locks of folders: a process that writes or reads one says so until it is done, and others are told who it is.
+"""Folder locks: one writer, or any number of readers.
 
-Whoever holds a folder has locked the file `.NAME.lock` beside it: one writer, or any number of readers. The file says
-who took it last. The locks are the system's (flock), so they are free as soon as their process has ended, in whatever
-way. Between machines they hold where their file system passes locks on, as NFS does, and Lustre mounted with `flock`.
-Where it does not, only processes of one machine see each other; where there are no locks at all, a note says so.
+A process locks the file `.NAME.lock` beside a folder. The file names the last process that locked it, for the messages
+of other processes. The locks are the operating system's (flock), so they end with their process. Locks work across
+machines if the file system supports it, such as NFS, or Lustre mounted with `flock`. Otherwise only processes of one
+machine see each other. If the file system has no locks at all, a note is printed.
 """
 
+import enum
 import errno
 import fcntl
 import os
@@ -23,88 +24,108 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
 LOCK_TIMEOUT_SECONDS = 5.0
-"""A process that was killed may need a moment to be gone, and with it its lock."""
+"""Time to wait for a lock, since a killed process may need a moment to release it."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
+
+
+class LockMode(enum.StrEnum):
+    """How a process uses a folder. The value is the first word of the lock file."""
+
+    WRITE = "writing"
+    READ = "reading"
 
 
 @contextmanager
 def write_lock(folder: Path, what: str, advice: str, *, wait: bool = False) -> Iterator[None]:
-    """Lets one process write a folder that nobody else writes or reads, and removes what killed ones left beside it.
+    """Lock a folder for writing, and remove temporary paths that killed processes left beside it.
 
-    what: kind of this process, for messages to others; advice: what to do where the folder is in use, besides waiting;
-    queue: wait for another writer, for as long as it takes. Raises UserError where another process writes or reads the
-    folder, or it can't be locked.
+    Args:
+        folder: Folder to lock. It may not exist yet.
+        what: Activity of this process, such as "a training", for the messages of other processes.
+        advice: Alternative to waiting if the folder is in use, as an imperative.
+        wait: Whether to wait for another writer, for as long as it takes.
+
+    Raises:
+        UserError: Another process writes or reads the folder, or it can't be locked.
     """
-    made = [each for each in Path(os.path.realpath(folder)).parents if not each.exists()]
+    new_parents = [parent for parent in Path(os.path.realpath(folder)).parents if not parent.exists()]
     try:
-        with _hold(folder, what, "writing", advice, wait):
-            for left in find_temporary_paths(folder):
-                shutil.rmtree(left, ignore_errors=True)
+        with _hold(folder, what, LockMode.WRITE, advice, wait):
+            for leftover in find_temporary_paths(folder):
+                shutil.rmtree(leftover, ignore_errors=True)
             yield
     finally:
-        with suppress(OSError):  # a folder in which something was written stays
-            for each in made:
-                each.rmdir()
+        with suppress(OSError):  # A folder that isn't empty stays.
+            for parent in new_parents:
+                parent.rmdir()
 
 
 @contextmanager
 def read_lock(folder: Path, what: str) -> Iterator[None]:
-    """Keeps others from writing a folder while this process reads it, as any number may; first waits for a writer."""
-    # Nobody writes to a folder for which no lock can be made, or to one that is not there.
+    """Lock a folder for reading, together with any number of other readers. Waits for a writer to end.
+
+    Args:
+        folder: Folder to lock.
+        what: Activity of this process, such as "an evaluation", for the messages of other processes.
+
+    Raises:
+        UserError: The folder can't be locked.
+    """
+    # If no lock file can be created, nobody can write the folder, so no lock is needed.
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
         yield
         return
-    with _hold(folder, what, "reading", "try it again", wait=True):
+    with _hold(folder, what, LockMode.READ, "try again", wait=True):
         yield
 
 
 def lock_file(folder: Path) -> Path:
-    """A file that is there while a folder is locked."""
+    """Return the path of a folder's lock file, which exists while the folder is locked."""
     target = Path(os.path.realpath(folder))
     return target.with_name(f".{target.name}.lock")
 
 
 @contextmanager
-def _hold(folder: Path, what: str, role: str, advice: str, wait: bool) -> Iterator[None]:
-    path, told, file, give_up = lock_file(folder), False, None, time.monotonic() + LOCK_TIMEOUT_SECONDS
+def _hold(folder: Path, what: str, mode: LockMode, advice: str, wait: bool) -> Iterator[None]:
+    path, announced, file, deadline = lock_file(folder), False, None, time.monotonic() + LOCK_TIMEOUT_SECONDS
     while file is None:
         try:
-            file = _lock(path, shared=role == "reading")
+            file = _lock(path, shared=mode is LockMode.READ)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise UserError(f"'{path}', which locks '{folder}', can't be made: {error.strerror}") from None
-            say(f"note: the file system of '{folder}' has no locks, so see to it that nothing else writes there")
+                raise UserError(f"The lock file '{path}' can't be created: {error.strerror}.") from None
+            say(f"note: the file system of '{folder}' has no locks. Make sure that nothing else writes there.")
             path.unlink(missing_ok=True)
             file = StringIO()
         if file is None:
             with suppress(FileNotFoundError):
-                holder, _, who = path.read_text(encoding="utf-8").partition(" ")
-                if wait and holder == "writing":
-                    if not told:
+                current_mode, _, who = path.read_text(encoding="utf-8").partition(" ")
+                if wait and current_mode == LockMode.WRITE:
+                    if not announced:
                         say(f"waiting for {who}, which is writing '{folder}'")
-                    told, give_up = True, time.monotonic() + LOCK_TIMEOUT_SECONDS
-                elif time.monotonic() > give_up:
-                    raise UserError(f"'{folder}' is in use by {who}: wait until that has ended, or {advice}")
+                    announced, deadline = True, time.monotonic() + LOCK_TIMEOUT_SECONDS
+                elif time.monotonic() > deadline:
+                    raise UserError(f"'{folder}' is in use by {who}. Wait until it has ended, or {advice}.")
                 time.sleep(0.1)
     with file:
-        where = f"process {os.getpid()} on {socket.gethostname()}"
+        process = f"process {os.getpid()} on {socket.gethostname()}"
         file.truncate(0)
-        file.write(f"{role} {what} ({where}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        file.write(f"{mode} {what} ({process}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
         file.flush()
         try:
             yield
         finally:
-            with suppress(OSError):  # others still read, or there are no locks
+            with suppress(OSError):  # Other readers remain, or the file system has no locks.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
 
 
 def _lock(path: Path, shared: bool) -> TextIO | None:
-    """The locked file; None where another process holds it, or has removed it meanwhile."""
+    """Lock a file and return it, or None if another process has locked or just removed it."""
     with ExitStack() as stack, suppress(BlockingIOError, FileNotFoundError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(path.open("a", encoding="utf-8"))
-        with suppress(PermissionError):  # another user's, who lets all others lock it
+        with suppress(PermissionError):  # Another user's lock file is writable for everyone already.
             os.fchmod(file.fileno(), 0o666)
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -117,11 +117,11 @@ def test_a_symbolic_link_is_followed(tmp_path):
 
 def test_the_wrong_kind_of_target_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file"), atomic_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="file' is a file"), atomic_folder(tmp_path / "file"):
         pass
     with pytest.raises(UserError, match="is a folder"), atomic_file(tmp_path):
         pass
-    with pytest.raises(UserError, match="cannot be made a folder"), atomic_folder(tmp_path / "file" / "log"):
+    with pytest.raises(UserError, match="can't be created"), atomic_folder(tmp_path / "file" / "log"):
         pass
 
 
@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch, caps
         write_text(tmp_path / "numbers.json", "{}")
     assert exit_info.value.code == 2
     where = f"where '{tmp_path / 'numbers.json'}' is written"
-    assert capsys.readouterr().err == f"error: the disk is full {where}: make room there, and try it again\n"
+    assert capsys.readouterr().err == f"error: the disk is full {where}. Free some space and try again.\n"
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(PermissionError), exit_with_message():
         raise PermissionError(errno.EACCES, "Permission denied")

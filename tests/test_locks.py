@@ -41,7 +41,7 @@ def test_a_second_writer_learns_who_the_first_is(tmp_path: Path) -> None:
     said = str(refused.value)
     who = f"a training (process {os.getpid()} on {socket.gethostname()}, since 2"
     assert said.startswith(f"'{folder}' is in use by {who}")
-    assert said.endswith("): wait until that has ended, or name another folder with --out")
+    assert said.endswith("). Wait until it has ended, or name another folder with --out.")
     with write_lock(folder, "an edit", "wait"):
         pass
     assert not list(tmp_path.iterdir())

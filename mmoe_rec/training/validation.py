@@ -328,8 +328,8 @@ def find_warnings(best: Validation, calibration: str) -> list[str]:
         rows = best.rarer_label_rows.get(task, MIN_RARER_ROWS)
         if auc < 0.5:
             problems.append(
-                f"the validation AUC of '{task}' is {auc:.3f}, below .5, which is no better than chance. The task has "
-                f"only {rows} rows of its rarer label, the label is inverted, or validation differs from training"
+                f"the validation AUC of '{task}' is {auc:.3f}, below .5, which is no better than chance. Its rarer "
+                f"label may have too few rows ({rows}), its label may be inverted, or validation differs from training"
             )
         elif auc > SUSPICIOUS_AUC and rows >= MIN_RARER_ROWS:
             problems.append(f"the validation AUC of '{task}' is {auc:.4f}, {SUSPICIOUS_AUC_ADVICE}")

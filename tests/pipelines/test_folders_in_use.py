@@ -43,7 +43,7 @@ def content(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("folder", "words", "advice"),
     [
-        ("checkpoints", ["train"], ": wait until that has ended, or set `data.work_dir` to another folder"),
+        ("checkpoints", ["train"], ". Wait until it has ended, or set `data.work_dir` to another folder"),
         ("checkpoints", ["train", "--resume"], "or set `data.work_dir` to another folder"),
         ("tuning", ["tune", "--tuning.search", '{"training.seed": {"low": 1, "high": 2}}'], ""),
         ("model", ["edit-experts", "--mask", "1", "--model", "MODEL", "--out", "MODEL"], "another folder with --out"),

@@ -66,7 +66,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"title": "of another version"}')
     assert read_report(tmp_path) is None
     assert read_report(tmp_path / "nowhere") is None
-    with pytest.raises(UserError, match="cannot be made a folder"):
+    with pytest.raises(UserError, match="can't be created"):
         write_report(report(), tmp_path / "report.html" / "in a file")
 
 

@@ -181,7 +181,7 @@ def test_the_rule_that_chose_is_named() -> None:
     few = build_validation(rarer_label_rows={"click": 13, "like": 500})
     assert explain_choice(few, 7, "auc") == [
         f"{start}the AUC of like is the highest",
-        f"the AUC of 'click' had no say: 13 selecting rows have its rarer label, and it takes {MIN_RARER_ROWS}",
+        f"the AUC of 'click' was ignored: 13 selecting rows have its rarer label, at least {MIN_RARER_ROWS} are needed",
     ]
 
 
@@ -195,7 +195,8 @@ def test_an_auc_below_chance_is_reported() -> None:
         build_validation(auc={"click": 0.478, "like": 0.8}, rarer_label_rows={"click": 13, "like": 500}), "none"
     )
     assert few.startswith(
-        "the validation AUC of 'click' is 0.478, below .5: nothing shows that it ranks. It has 13 rows"
+        "the validation AUC of 'click' is 0.478, below .5, which is no better than chance. Its rarer label may have "
+        "too few rows (13)"
     )
 
 
