@@ -1,17 +1,17 @@
-"""Multi-gate mixture-of-experts ranking, from Parquet interaction logs to a served model.
+"""Multi-task ranking with a multi-gate mixture of experts, from Parquet logs to a served model.
 
     settings = mmoe_rec.load_settings("configs/complete_journey.yaml")
     features = mmoe_rec.build_features(settings)
     trained = mmoe_rec.train(settings)
-    evaluated = mmoe_rec.evaluate(settings, trained.address, "metrics")
-    ranker = mmoe_rec.load_ranker(trained.address)
-    mmoe_rec.score(trained.address, "data/complete_journey/log", "scores")
+    evaluated = mmoe_rec.evaluate(settings, trained.model_uri, "metrics")
+    ranker = mmoe_rec.load_ranker(trained.model_uri)
+    mmoe_rec.score(trained.model_uri, "data/complete_journey/log", "scores")
 
-Each is imported when it is first used, so that importing the package is quick.
+A function is imported at its first use, so `import mmoe_rec` is fast.
 
-The import sets how OpenMP's threads wait for each other, which must happen before torch is loaded. By default they spin
-for milliseconds, which makes training three times slower on a machine that other programs use too. If they sleep at
-once, training on an idle machine is a quarter slower. GNU's threads, which torch comes with, spin for microseconds.
+The import sets how OpenMP threads wait for each other. This must happen before torch is loaded. By default, threads
+spin for milliseconds, which makes training three times slower if other programs use the machine. If threads sleep at
+once, training is a quarter slower on an idle machine. GNU OpenMP, which torch includes, spins for microseconds here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_ranker", "load_settings", "score", "train"]
 
-_PLACES = {
+_EXPORTS = {  # public name -> module, and name in the module
     "Ranker": ("mmoe_rec.inference.ranker", "Ranker"),
     "build_features": ("mmoe_rec.preprocessing.prepare", "build_features"),
     "evaluate": ("mmoe_rec.evaluation.evaluate", "evaluate_model"),
@@ -50,9 +50,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("mmoe-rec")
-    if name not in _PLACES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'mmoe_rec' has no attribute '{name}'")
-    module, attribute = _PLACES[name]
+    module, attribute = _EXPORTS[name]
     return getattr(import_module(module), attribute)
 
 

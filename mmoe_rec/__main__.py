@@ -1,4 +1,4 @@
-"""python -m mmoe_rec COMMAND ..., the same as mmoe-rec COMMAND, for torchrun and the like."""
+"""Run `python -m mmoe_rec COMMAND`, the same as `mmoe-rec COMMAND`. Needed by `torchrun -m`."""
 
 from mmoe_rec.cli.main import main
 

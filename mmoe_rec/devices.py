@@ -1,11 +1,12 @@
-"""Which device and precision a machine offers, what a GPU needs beyond a CPU, and how freed memory is kept.
+"""Devices, threads, matmul precision and memory of a process.
 
-On a GPU, products of fp32 matrices may be computed in TF32: fp32's range with 10 bits of mantissa, between bf16's 7 and
-fp32's 23, at several times the speed. Training takes it for all products but those of gates (`fp32_matmul_precision`),
-which choose experts: an expert that training chose by a rounded number would not be the one that serving chooses.
+A GPU can compute fp32 matmuls in TF32, several times as fast. TF32 has the range of fp32 and 10 bits of mantissa (bf16
+has 7, fp32 has 23). Training uses TF32 except in gates (`fp32_matmul_precision`). Gates select experts, and rounding
+could make training and serving select different experts.
 
-By default glibc gives each freed array of megabytes back to the system, which then clears and maps its pages anew: a
-tenth of the time of building features, a quarter of a training step's. Another C library is left as it is.
+By default, glibc returns freed arrays of megabytes to the system, which clears and maps the pages again for the next
+array. This takes a tenth of the time of a feature build, and a quarter of a training step. `keep_freed_memory` avoids
+it with glibc, and does nothing with other C libraries.
 """
 
 from __future__ import annotations
@@ -23,33 +24,38 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Of mallopt. Once set, glibc no longer adjusts the thresholds itself; left alone they end at 64 and 32 MiB.
+# Parameters of mallopt. By default, glibc raises its thresholds up to 64 MiB (trim) and 32 MiB (mmap). Setting them
+# turns this off.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_KEEP, _TRIM_BY_DEFAULT, _MMAP_BY_DEFAULT = 2**30, 64 * 2**20, 32 * 2**20
-# Threads other than the first take memory in heaps of 64 MiB, which go back one by one unless this much is to be spare.
-_SPARE, _SPARE_BY_DEFAULT = 64 * 2**20, 128 * 2**10
+_KEPT_BYTES, _DEFAULT_TRIM, _DEFAULT_MMAP = 2**30, 64 * 2**20, 32 * 2**20
+# Threads other than the first use heaps of 64 MiB. glibc returns each free heap, unless the padding is as large.
+_PADDING, _DEFAULT_PADDING = 64 * 2**20, 128 * 2**10
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`; under torchrun, the rank's own card. Raises UserError without a GPU."""
+    """Return the device for the setting `auto`, `cpu` or `cuda`. Under torchrun, each rank gets its own GPU.
+
+    Raises:
+        UserError: The setting is `cuda`, and torch finds no GPU.
+    """
     import torch
 
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device is cuda, but torch sees no CUDA device; set it to cpu or auto")
+        raise UserError("training.device is cuda, but torch sees no CUDA device. Set it to cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # which Linux alone has
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
+    """Return the number of cores that this process may use."""
+    get_affinity = getattr(os, "sched_getaffinity", None)  # exists only on Linux
+    return len(get_affinity(0)) if get_affinity else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def limit_threads(count: int) -> Iterator[None]:
-    """Within it torch computes with so many threads; 0 leaves them as they are."""
+    """Set the number of torch's threads within the context. A count of 0 doesn't change it."""
     import torch
 
     before = torch.get_num_threads()
@@ -61,13 +67,18 @@ def limit_threads(count: int) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model that lies on one device is."""
+    """Return the device of a model that is on one device."""
     return next(model.parameters()).device
 
 
 @contextlib.contextmanager
 def fp32_matmul_precision(precision: Literal["ieee", "tf32"], device: torch.device) -> Iterator[None]:
-    """Products of fp32 matrices on a GPU are in this precision within the block; on a CPU they are fp32 anyway."""
+    """Set the precision of fp32 matmuls on a GPU within the context. A CPU always computes them in fp32.
+
+    Args:
+        precision: "ieee" for fp32, or "tf32".
+        device: Device of the matmuls.
+    """
     if device.type != "cuda":
         yield
         return
@@ -84,18 +95,27 @@ def fp32_matmul_precision(precision: Literal["ieee", "tf32"], device: torch.devi
 
 @lru_cache(maxsize=256)
 def cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(n,) numbers that do not change, on a device where they stay: making a tensor of them anew at each step would
-    copy them there, for which host and device wait for each other.
+    """Return constants as a tensor that stays on the device.
+
+    A new tensor at each step would be copied to the device, and host and device would wait for each other.
+
+    Args:
+        values: The n numbers.
+        dtype: Type of the tensor.
+        device: Device of the tensor.
+
+    Returns:
+        Tensor of shape (n,), shared by all callers.
     """
     import torch
 
-    with torch.inference_mode(False):  # a tensor made under it could not take part in training later
+    with torch.inference_mode(False):  # training can't use a tensor made in inference mode
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
 def keeping_freed_memory() -> Iterator[None]:
-    """Keeps what is freed until the block ends, when all of it goes back."""
+    """Keep freed memory within the context, and return it to the system at the end."""
     import pyarrow as pa
 
     pool = pa.default_memory_pool()
@@ -106,22 +126,26 @@ def keeping_freed_memory() -> Iterator[None]:
         yield
     finally:
         libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, _TRIM_BY_DEFAULT)
-        libc.mallopt(_MMAP_THRESHOLD, _MMAP_BY_DEFAULT)
-        libc.mallopt(_TOP_PAD, _SPARE_BY_DEFAULT)
+        libc.mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM)
+        libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_MMAP)
+        libc.mallopt(_TOP_PAD, _DEFAULT_PADDING)
         pa.set_memory_pool(pool)
         libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
-    """From now on keeps what is freed, up to a GiB at the end of the heap; gives whether the C library can."""
+    """Keep freed memory in the process from now on, up to 1 GiB at the end of the heap.
+
+    Returns:
+        Whether the C library can keep it.
+    """
     import pyarrow as pa
 
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    libc.mallopt(_TRIM_THRESHOLD, _KEEP)
-    libc.mallopt(_MMAP_THRESHOLD, _KEEP)
-    libc.mallopt(_TOP_PAD, _SPARE)
-    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own pools give it back too
+    libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+    libc.mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
+    libc.mallopt(_TOP_PAD, _PADDING)
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own pools return freed memory too
     return True

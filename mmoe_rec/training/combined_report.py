@@ -24,10 +24,10 @@ from mmoe_rec.training.provenance import fixed_settings
 REPORT_FOLDERS = {
     "inspection": ("The data", "inspect"),
     "training": ("The last training", "train"),
-    "evaluation": ("The model on test rows", "evaluate --model ADDRESS"),
+    "evaluation": ("The model on test rows", "evaluate --model MODEL"),
     "evaluation_validation": ("The model on validation rows", ""),
     "promotion": ("Promotion", ""),
-    "baselines": ("Comparison with popularity and trees", "baselines --model ADDRESS"),
+    "baselines": ("Comparison with popularity and trees", "baselines --model MODEL"),
     "comparison": ("Comparison of variants", "compare"),
     "tuning": ("Search for settings", "tune --minutes 30"),
 }
@@ -41,7 +41,7 @@ def combine_reports(settings: Settings, format_command: Callable[..., str]) -> R
         settings: Settings of the folder.
         format_command: Function that adds the options of these settings to the words of a command.
     """
-    work, address = Path(settings.data.work_dir), f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    work, model_uri = Path(settings.data.work_dir), f"models:/{settings.registered_model}@{settings.tracking.alias}"
     sentences = [Sentence(caution, "warning") for caution in _find_cautions(settings)]
     figures, tables, titles = list[Figure](), list[Table](), list[str]()
     for folder, (title, words) in REPORT_FOLDERS.items():
@@ -63,7 +63,7 @@ def combine_reports(settings: Settings, format_command: Callable[..., str]) -> R
             ]
             tables += [replace(table, title=f"{title}: {table.title}", page_only=True) for table in report.tables]
         elif words:
-            command = format_command(*words.replace("ADDRESS", address).split())
+            command = format_command(*words.replace("MODEL", model_uri).split())
             sentences.append(Sentence(f"{title}: missing. Run `{command}`", "note"))
     headline = f"reports: {', '.join(titles)}" if titles else "no reports yet"
     about = f"Reports in {work} about the log {settings.data.log}. Each folder contains the whole report."
@@ -81,6 +81,7 @@ def _find_cautions(settings: Settings) -> Iterator[str]:
 
 
 def _find_stale(report: Report, work: Path, settings: Settings) -> Iterator[str]:
+    """Yield reasons why a report is stale."""
     identity = report.identity
     with suppress(OSError, ValueError):
         features = json.loads((work / "features" / "manifest.json").read_text(encoding="utf-8"))["fingerprint"]

@@ -134,7 +134,7 @@ class Meter:
         losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.data_wait_fraction:.0%}"
         metrics = {f"train/{name}.loss": mean for name, mean in means.items()}
-        return metrics | {"train/rows_per_s": self.rows_per_s, "train/waiting_share": self.data_wait_fraction}
+        return metrics | {"train/rows_per_s": self.rows_per_s, "train/data_wait_fraction": self.data_wait_fraction}
 
 
 class Trainer:
@@ -155,7 +155,7 @@ class Trainer:
         precision_choice: Precision to use, None to measure it.
 
     Raises:
-        UserError: The tables do not fit into memory, or encoded rows or the checkpoint can't be read.
+        UserError: The tables don't fit into memory, or encoded rows or the checkpoint can't be read.
     """
 
     def __init__(
@@ -260,8 +260,8 @@ class Trainer:
         steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(
-            f"computing in {self.precision_choice}, products by {self.matmul_backend}, "
-            f"tables by {self.table_backend}{threads}"
+            f"computing in {self.precision_choice}, matmul backend {self.matmul_backend}, "
+            f"table backend {self.table_backend}{threads}"
         )
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
 
@@ -319,8 +319,8 @@ class Trainer:
         def make() -> Generator[Batch, None, None]:
             keyed_jagged = self.table_backend == "fbgemm"
             for rows, position in reader.resume(start, epochs):
-                own = (position, rows.weights, rows.row_numbers)
-                batch = make_batch(rows.encoded, self.layout, rows.labels, *own, torchrec=keyed_jagged)
+                optional = (position, rows.weights, rows.row_numbers)
+                batch = make_batch(rows.encoded, self.layout, rows.labels, *optional, torchrec=keyed_jagged)
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
 
         return Prefetch(make())
@@ -347,32 +347,31 @@ class Trainer:
     def _log(self, meter: Meter) -> None:
         metrics = meter.read()
         metrics["train/learning_rate"] = self.optimizer.param_groups[-1]["lr"]
-        if (logs := log_variances(self.sharded.model.module)) is not None:
-            factors = zip(self.layout.tasks, loss_factors(logs.detach(), self.layout.tasks).tolist(), strict=True)
+        if (learned := log_variances(self.sharded.model.module)) is not None:
+            factors = zip(self.layout.tasks, loss_factors(learned.detach(), self.layout.tasks).tolist(), strict=True)
             metrics |= {f"train/{task.name}.weight": task.loss_weight * factor for task, factor in factors}
         self.log_metrics(metrics, self.result.steps)
 
     def _validate(self, meter: Meter) -> None:
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
-        now = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
+        validation = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
         meter.excluded_seconds += time.perf_counter() - start
-        if now is None:  # a rank was asked to stop
+        if validation is None:  # a rank was asked to stop
             self._save_and_stop()
-        result, best, by = self.result, self.result.best, (self.settings.monitor, self.layout)
-        result.history.append((result.steps, now))
-        self.log_metrics(
-            now.to_metrics() | now.experts.to_metrics([task.name for task in self.layout.tasks]), result.steps
-        )
+        result, best, monitor = self.result, self.result.best, (self.settings.monitor, self.layout)
+        result.history.append((result.steps, validation))
+        expert_metrics = validation.experts.to_metrics([task.name for task in self.layout.tasks])
+        self.log_metrics(validation.to_metrics() | expert_metrics, result.steps)
         if self.on_validation is not None:
-            self.on_validation(now, result.steps)
-        if best is None or now.objective(*by) > best.objective(*by):
+            self.on_validation(validation, result.steps)
+        if best is None or validation.objective(*monitor) > best.objective(*monitor):
             result.best_step = result.steps
         result.stopped_early = self._out_of_patience()
 
     def _out_of_patience(self) -> bool:
-        since = sum(step > self.result.best_step for step, _ in self.result.history)
-        return since >= self.settings.patience and self.result.steps < self.total_steps
+        not_better = sum(step > self.result.best_step for step, _ in self.result.history)
+        return not_better >= self.settings.patience and self.result.steps < self.total_steps
 
     def _save(self) -> None:
         result = self.result

@@ -109,14 +109,15 @@ def log_variances(model: nn.Module) -> nn.Parameter | None:
     return getattr(model, LOG_VARIANCES, None)
 
 
-def loss_factors(logs: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
+def loss_factors(log_vars: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
     """Return the factor of each task's mean loss, apart from its `loss_weight`.
 
     Args:
-        logs: Log variances, shape (T,).
+        log_vars: Log variances, shape (T,).
         tasks: The T tasks.
 
     Returns:
         Factors, shape (T,).
     """
-    return cached_constant(tuple(task.kind.loss_factor for task in tasks), logs.dtype, logs.device) * torch.exp(-logs)
+    factors = cached_constant(tuple(task.kind.loss_factor for task in tasks), log_vars.dtype, log_vars.device)
+    return factors * torch.exp(-log_vars)

@@ -5,8 +5,8 @@ from typing import Any
 
 from mmoe_rec.settings.sections import Settings, diff_settings
 
-# Settings of where a run computes and how it is saved. They don't change the weights.
-_FREE = {
+# Settings of where a run computes, how long ranks wait and when it saves. They don't change the weights.
+_IGNORED = {
     "checkpoint_steps",
     "keep_checkpoints",
     "device",
@@ -21,8 +21,8 @@ class WarmStartSource:
 
     Attributes:
         uri: URI as given, possibly an alias.
-        pinned_uri: URI of the same model that never moves.
-        weights_checksum: Checksum of its weights.
+        pinned_uri: URI of exactly this model version, even if the alias moves.
+        weights_checksum: Checksum of the model's weights.
         run_id: MLflow run that trained it, None if it is unknown.
     """
 
@@ -39,7 +39,7 @@ class Provenance:
     Attributes:
         settings: Result of `fixed_settings`.
         features: Fingerprint of the features.
-        last_request_us: Time of their last request, in microseconds.
+        last_request_us: Time of the last request in the features, in microseconds.
         run_id: MLflow run.
         start: Model that the run started from, None for random weights.
         artifact_settings: Result of `artifact_settings`.
@@ -69,7 +69,7 @@ class Provenance:
             return "the log, the feature settings or the split have changed. Restore them"
         start = None if self.start is None else self.start.uri
         if uri not in (start, self.start and self.start.pinned_uri):
-            old, new = (f"--from {address}" if address else "no --from" for address in (start, uri))
+            old, new = (f"--from {model}" if model else "no --from" for model in (start, uri))
             return f"it was started with {old}, and now it is {new}. Restore the option"
         return None
 
@@ -79,7 +79,7 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
     sections = {"columns", "roles", "tasks", "features", "model", "training", "split"}
     tree = settings.model_dump(mode="json", include=sections)
     events = {name: source.model_dump(mode="json") for name, source in settings.data.events.items()}
-    training = {name: value for name, value in tree["training"].items() if name not in _FREE}
+    training = {name: value for name, value in tree["training"].items() if name not in _IGNORED}
     return {**tree, "training": training, "data": {"events": events}}
 
 

@@ -62,7 +62,7 @@ class StepResult:
     observed: Tensor
     stop_and_nonfinite: Tensor
     stop_requested: bool = False
-    nonfinite: str | None = None
+    nonfinite: Literal["loss", "gradient"] | None = None
 
 
 class StepRunner:
@@ -73,7 +73,7 @@ class StepRunner:
         optimizer: Optimizer of all parameters, with the peak learning rates.
         layout: Layout of the model.
         device: Device of this rank.
-        bf16: Whether matrix products are in bf16.
+        bf16: Whether matmuls are in bf16.
         max_grad_norm: Maximum norm of the gradient of the dense part.
         stop: Request to stop, read at each step.
     """
@@ -90,15 +90,15 @@ class StepRunner:
         stop: StopRequest,
     ) -> None:
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
-        self._device, self._bf16, self._clip, self._stop = device, bf16, max_grad_norm, stop
+        self._device, self._bf16, self._max_grad_norm, self._stop = device, bf16, max_grad_norm, stop
         self._mixture: Mixture = sharded.model.module.mixture
         self._gates = self._mixture.gates[0].settings  # all levels have the same settings
-        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         self._lr_fraction = 1.0
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
-        self._ranks = dist.get_world_size()
-        self._now: StepResult | None = None
+        self._world_size = dist.get_world_size()
+        self._result: StepResult | None = None
         self._pipeline: Any = None
         if sharded.pipelined:
             from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -118,7 +118,7 @@ class StepRunner:
             The result, or None after the last batch.
         """
         self._lr_fraction = lr_fraction
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+        for group, peak in zip(self._optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * lr_fraction
         try:
             with fp32_matmul_precision("tf32", self._device):
@@ -176,22 +176,22 @@ class StepRunner:
             batch.observed,
             tasks=self._layout.tasks,
             global_counts=shared[:-2],
-            world_size=self._ranks,
+            world_size=self._world_size,
             weights=batch.weights,
             log_variances=log_variances(self._model.module),
         )
-        total = total + self._balance_loss(outputs.routings, counted * (self._ranks / rows))
-        self._now = StepResult(batch, logits, losses, observed, torch.stack([shared[-1].float(), nonfinite]))
-        return total, self._now
+        total = total + self._balance_loss(outputs.routings, counted * (self._world_size / rows))
+        self._result = StepResult(batch, logits, losses, observed, torch.stack([shared[-1].float(), nonfinite]))
+        return total, self._result
 
     def step(self) -> None:
         """Update the dense part, unless a loss or gradient isn't finite on some rank.
 
         The pipeline calls it after the backward pass, which updates the tables.
         """
-        step = self._now
+        step = self._result
         assert step is not None
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)  # the same on all ranks
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)  # the same on all ranks
         flags = torch.cat([step.stop_and_nonfinite, (~norm.isfinite()).float()[None]])
         step.stop_requested, nonfinite_loss, nonfinite_gradient = (flags > 0).tolist()
         step.nonfinite = "loss" if nonfinite_loss else "gradient" if nonfinite_gradient else None
@@ -216,7 +216,7 @@ class StepRunner:
 
     def _all_reduce(self, values: Tensor) -> Any:
         """Start to sum values over all ranks, in place. Return None with one rank."""
-        return dist.all_reduce(values, async_op=True) if self._ranks > 1 else None
+        return dist.all_reduce(values, async_op=True) if self._world_size > 1 else None
 
 
 # Learning rate schedule and steps of validations.
@@ -261,7 +261,7 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
 TIMING_SECONDS = 0.025  # duration of timing, besides the first step of each precision
 MIN_TIMED_RUNS = 3
 MIN_BF16_SPEEDUP = 1.2  # minimum ratio of the times of fp32 and bf16 to choose bf16
-_OPERATIONS = 1.6e9  # floating-point operations of a timed step, some milliseconds in fp32 on two cores
+_TIMED_OPERATIONS = 1.6e9  # floating-point operations of a timed step, some milliseconds in fp32 on two cores
 _FIRST_ROWS = 64
 _MAX_SLOWDOWN = 4.0  # bf16 that is slower than this on a few rows is emulated, and isn't timed on more rows
 
@@ -273,7 +273,7 @@ class PrecisionChoice:
     """Precision of a run.
 
     Attributes:
-        precision: Precision of matrix products.
+        precision: Precision of matmuls.
         step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings set the precision.
     """
 
@@ -319,15 +319,13 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
     """
     mixture = copy.deepcopy(mixture).to(device)
     weights = sum(parameter.numel() for parameter in mixture.parameters())
-    rows = int(min(rows, max(_FIRST_ROWS, _OPERATIONS // (6 * max(1, weights)))))
+    rows = int(min(rows, max(_FIRST_ROWS, _TIMED_OPERATIONS // (6 * max(1, weights)))))
     generator = torch.Generator().manual_seed(0)
     widths = layout.width(placement=False), layout.width(placement=True)
     inputs = [torch.randn(rows, width, generator=generator).to(device) for width in widths]
 
     def time_both(rows: int, seconds: float) -> dict[str, float]:
-        steps = {
-            name: partial(_step, mixture, [values[:rows] for values in inputs], name) for name in get_args(Precision)
-        }
+        steps = {name: partial(_dense_step, mixture, [x[:rows] for x in inputs], name) for name in get_args(Precision)}
         times = time_alternatives(steps, seconds, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
         slowest = torch.tensor(list(times.values()), dtype=torch.float64, device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -341,7 +339,7 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
     return PrecisionChoice("bf16" if times["fp32"] >= MIN_BF16_SPEEDUP * times["bf16"] else "fp32", times)
 
 
-def _step(mixture: Mixture, inputs: list[Tensor], precision: Precision) -> None:
+def _dense_step(mixture: Mixture, inputs: list[Tensor], precision: Precision) -> None:
     """Run the forward and backward pass of the dense part."""
     dense, placement = (values.detach().requires_grad_() for values in inputs)
     with torch.autocast(dense.device.type, torch.bfloat16, enabled=precision == "bf16"):

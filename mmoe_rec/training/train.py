@@ -179,7 +179,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     model = load_best_network(settings, prepared, result)
     run.log_text(result.plan, "sharding_plan.txt")
     run.log_metrics(
-        {"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.data_wait_fraction}, result.steps
+        {"train/rows_per_s": result.rows_per_s, "train/data_wait_fraction": result.data_wait_fraction}, result.steps
     )
     network = None
     if settings.model.trees is not None:
@@ -356,18 +356,18 @@ def open_workspace(
             registry.check_registry_names(
                 settings.tracking.resolved_uri, settings.registered_model, settings.tracking.alias
             )
-        pinned, run = start, None
+        pinned_uri, run_id = start, None
         if status is RunStatus.NEW and start is not None:
             # The first rank looks the URI up for all ranks, because an alias may move.
-            pinned = registry.pin_model_uri(start, settings.tracking.resolved_uri)
-            run = registry.find_run_id(pinned, settings.tracking.resolved_uri)
+            pinned_uri = registry.pin_model_uri(start, settings.tracking.resolved_uri)
+            run_id = registry.find_run_id(pinned_uri, settings.tracking.resolved_uri)
         if status is not RunStatus.FINISHED:
             keep_existing = start is not None or status is RunStatus.RESUMED
             held.enter_context(lock_features(inputs, "a training", ("train", "validation"), keep_existing))
-        return json.dumps([status, pinned, run])
+        return json.dumps([status, pinned_uri, run_id])
 
     with training_process_group(settings.training) as (device, ranks), ExitStack() as held:
-        status, pinned, run = json.loads(ranks.run_on_first_rank(open_first))
+        status, pinned_uri, run_id = json.loads(ranks.run_on_first_rank(open_first))
         if status == RunStatus.FINISHED:
             yield FinishedRun.read(folder) if ranks.is_first else None
             return
@@ -380,10 +380,10 @@ def open_workspace(
         else:
             source = None
             if start is not None:
-                model = registry.fetch_model(pinned, settings.tracking.resolved_uri)
+                model = registry.fetch_model(pinned_uri, settings.tracking.resolved_uri)
                 about = read_artifact(model)  # also verifies the checksums
                 weights = WarmStart(model, Model.model_validate(about.model), prepared, layout, settings.model)
-                source = WarmStartSource(start, pinned, checksum(model / "weights.safetensors"), run)
+                source = WarmStartSource(start, pinned_uri, checksum(model / "weights.safetensors"), run_id)
             provenance = Provenance(
                 fixed_settings(settings),
                 *_feature_version(manifest),

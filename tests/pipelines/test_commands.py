@@ -129,7 +129,7 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     assert len(areas) == 4
     # The network's states on the users who choose one; the model on the others. The network is all of this model.
     assert run.data.metrics["best/click.auc"] == pytest.approx(max(area.value for area in areas), abs=0.05)
-    assert 0 <= run.data.metrics["train/waiting_share"] <= 1
+    assert 0 <= run.data.metrics["train/data_wait_fraction"] <= 1
     assert yaml.safe_load(world.text("settings.yaml")) == load_settings(world.config).model_dump(mode="json")
     assert "item: table_wise" in world.text("sharding_plan.txt")
     assert set(json.loads(world.text("data.json"))["splits"]) == {"train", "validation", "test"}

@@ -164,7 +164,7 @@ def test_what_refuses_to_begin_forgets_nothing(world: World, capsys: pytest.Capt
 def test_an_end_that_cannot_be_read_is_named(world: World, capsys: pytest.CaptureFixture, text: str) -> None:
     world.checkpoints.mkdir(exist_ok=True)
     (world.checkpoints / "finished.json").write_text(text)
-    assert "finished.json' is missing, damaged or of another version" in refused(capsys, world, RESUME)
+    assert "finished.json', is missing, damaged or of another version" in refused(capsys, world, RESUME)
 
 
 def test_a_later_day_begins_a_new_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -172,9 +172,9 @@ def test_a_loss_that_is_not_finite_stops(prepared: FeatureFolder, tmp_path: Path
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("latest.json", "{", "latest.json' is missing, damaged or"),
-        ("latest.json", '{"step": 7}', "step-00000007/training.json' is missing"),
-        ("step-00000008/training.json", '{"format": 99}', "training.json' is missing, damaged or of another version"),
+        ("latest.json", "{", "latest.json', is missing, damaged or"),
+        ("latest.json", '{"step": 7}', "step-00000007/training.json', is missing"),
+        ("step-00000008/training.json", '{"format": 99}', "training.json', is missing, damaged or of another version"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, file: str, text: str, message: str) -> None:

@@ -262,7 +262,7 @@ def test_metrics_are_logged_on_the_way(prepared: FeatureFolder, tmp_path: Path) 
     for step, metrics in train:
         share = learning_rate_fraction(step - 1, 2 * STEPS, TRAINING.warmup_fraction)
         assert metrics["train/learning_rate"] == pytest.approx(TRAINING.learning_rate * share)
-        assert 0 <= metrics["train/waiting_share"] <= 1
+        assert 0 <= metrics["train/data_wait_fraction"] <= 1
         assert {f"train/{task.name}.loss" for task in LAYOUT.tasks} <= set(metrics)
     assert train[-1][1]["train/click.loss"] < train[0][1]["train/click.loss"]
     validations = [(step, metrics) for step, metrics in actual.logged if "train/learning_rate" not in metrics]

@@ -46,7 +46,7 @@ def test_commands_work_in_a_process_that_finds_neither_package(tmp_path: Path) -
     assert done.returncode == 2, done.stderr
     training, _, plan = done.stderr.partition("trained\n")
     (line,) = (line for line in training.splitlines() if line.startswith("computing in "))
-    assert "tables by torch" in line
+    assert "table backend torch" in line
     metrics = json.loads((tmp_path / "work/evaluation/metrics.json").read_text(encoding="utf-8"))
     assert metrics["tasks"]["click"]["auc"]["value"] > 0.6
     candidates, modules = done.stdout.splitlines()[-2:]
