@@ -51,7 +51,7 @@ def check_packages(versions: Mapping[str, str]) -> Check:
     wrong += [] if wanted else [f"torch {' or '.join(COMPATIBLE_VERSIONS)}"]
     wrong += ["one build of fbgemm alone"] if len(builds) > 1 else []
     text += f"; needed: {', '.join(wrong)}" if wrong else ""
-    fix = "run `uv sync --extra cpu` (or cuda), or the pip command in docs/install.md" if wrong else ""
+    fix = "run `uv sync --extra cpu` (or cuda), or the pip command in docs/how-to/install.md" if wrong else ""
     return Check("packages", text, fix)
 
 
