@@ -33,7 +33,7 @@ MISTAKES = {
     "evaluate --config C --model M --device cpu": "setting '--device'. Did you mean '--training.device'?",
     "serve --model M --prot 80": "command line: there is no option or setting '--prot'. Did you mean '--port'?",
     "score --model M --asof log": "command line: there is no option or setting '--asof'. Did you mean '--as-of'?",
-    "doctor --verbose": "no such option '--verbose'; --help lists the options, `mmoe-rec settings` the settings",
+    "doctor --verbose": "no such option '--verbose'. Run the command with --help to list options",
     "trian": "there is no command 'trian'; did you mean 'train'?",
 }
 """What is typed wrongly (C: the template) -> a part of the sentence that tells so."""

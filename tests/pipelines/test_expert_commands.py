@@ -47,7 +47,7 @@ def test_adding_experts_keeps_predictions_and_training_goes_on(
     before = ranked(soft.parent / "work" / "model")
     folder = edit(soft, "--add", "2")
     message = capsys.readouterr().out
-    assert "added 2, copied from 0, 1; the model has 6 experts" in message
+    assert "added 2, copied from 0, 1, so the model has 6 experts" in message
     np.testing.assert_allclose(ranked(folder), before, atol=1e-6)
     assert read_artifact(folder).model["experts"]["count"] == 6
     uri = f"sqlite:///{soft.parent}/mlflow.db"

@@ -94,7 +94,7 @@ def test_a_day_goes_from_new_files_to_refreshed_tables(days: Days) -> None:
 
 
 def test_the_command_says_what_was_added(days: Days) -> None:
-    assert days.printed["nothing"].strip() == f"no new files in '{days.folder / 'log'}'; the features are unchanged"
+    assert days.printed["nothing"].strip() == f"no new files in '{days.folder / 'log'}', so the features are unchanged"
     lines = days.printed["daily"].splitlines()
     later = pq.read_table(days.folder / "log" / "later.parquet")
     assert f"added {later.num_rows:,} rows of 1 new file" in lines

@@ -260,7 +260,7 @@ def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys
 def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -> None:
     """By its split and weights too."""
     run("train", "--config", str(world.config), "--resume")
-    assert "this run has already finished" in capsys.readouterr().out
+    assert "The run has already finished" in capsys.readouterr().out
     for words, error_text in (
         (["--split.test", "[3]", "--split.validation", "[4]"], "it was started with split.validation"),
         (["--columns.weight", "null"], "it was started with columns.weight"),

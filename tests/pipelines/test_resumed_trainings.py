@@ -93,7 +93,7 @@ def test_another_training_than_the_one_that_died_is_refused_and_the_same_goes_on
     world.train("--from", str(left), RESUME)
     capsys.readouterr()
     world.train("--from", str(left), RESUME)
-    assert capsys.readouterr().out.startswith("this run has already finished")
+    assert capsys.readouterr().out.startswith("The run has already finished")
     assert "it was started with --from" in refused(capsys, world, "--from", str(second), RESUME)
 
 
@@ -108,10 +108,10 @@ def test_an_alias_is_what_it_stood_for_when_the_training_began(
     )
     world.train(*champion, RESUME)
     world.train(*champion, RESUME)
-    assert "this run has already finished" in capsys.readouterr().out
+    assert "The run has already finished" in capsys.readouterr().out
     monkeypatch.undo()
     world.train("--from", "models:/learnable/1", RESUME)  # what it stood for
-    assert "this run has already finished" in capsys.readouterr().out
+    assert "The run has already finished" in capsys.readouterr().out
 
 
 def test_other_settings_after_the_end_are_named(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -193,7 +193,7 @@ def test_a_later_day_begins_a_new_training(tmp_path: Path, capsys: pytest.Captur
     assert "a later day" not in out.err
     assert "has already finished" not in out.out
     world.train(*start, RESUME, day="second")
-    assert capsys.readouterr().out.startswith("this run has already finished")
+    assert capsys.readouterr().out.startswith("The run has already finished")
 
 
 def test_a_log_that_has_grown_after_the_end_begins_a_new_training(

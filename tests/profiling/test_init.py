@@ -25,7 +25,7 @@ def test_init_replaces_its_own_file_but_nothing_that_a_person_wrote(
     shop: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("init", "shop.parquet", "--leave-out", "price", "--timezone", "Europe/Berlin")
-    assert "replaced: settings made by " in capsys.readouterr().out
+    assert "replaced: the settings made by " in capsys.readouterr().out
     message = yaml.safe_load(shop.read_text())
     assert "price" not in str(message["roles"])
     assert message["features"]["request_time"]["timezone"] == "Europe/Berlin"
